@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from corpus.errors import UserError
+
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
 SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # unused rows of the embedding, for markers that later stages invent
@@ -51,7 +53,7 @@ class ChatTokenizer:
     def _id(self, token: str) -> int:
         index = self.backend.token_to_id(token)
         if index is None:
-            raise ValueError(f"the tokenizer has no {token} token: train it with train_tokenizer.py")
+            raise UserError(f"the tokenizer has no {token} token: train one with `python train_tokenizer.py FILES…`")
         return index
 
     @property
@@ -150,10 +152,10 @@ def save_tokenizer(backend: Tokenizer, folder: str | os.PathLike[str], chat_temp
 def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
     """Open a tokenizer folder.
 
-    Raises FileNotFoundError with the command to run when there is none, ValueError when it is not one of ours.
+    Raises UserError with the command to run when there is none or it is not one of ours.
     """
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     found = {name: Path(folder) / name for name in names if (Path(folder) / name).is_file()}
     if "tokenizer.json" not in found:
-        raise FileNotFoundError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
+        raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
     return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in found.items()})

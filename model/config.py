@@ -1,0 +1,85 @@
+"""What a model is, in numbers: one frozen dataclass that travels inside every .pth, and the sizes that have a name.
+
+The flags for these fields exist on 1-pretrain.py only; every later stage reads the config out of its parent.
+Read next: transformer.py.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A LLaMA-style decoder. `help` texts of the flags are the metadata of the fields."""
+
+    vocab_size: int = 6400
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 16
+    n_kv_heads: int = 8
+    hidden_dim: int = 0  # 0: 8/3 of dim, rounded up to a multiple of 64
+    max_seq_len: int = 512
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    use_moe: bool = False
+    n_shared_experts: int = 2
+    n_routed_experts: int = 4
+    n_active_experts: int = 2
+    balance_loss_coef: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.hidden_dim:
+            object.__setattr__(self, "hidden_dim", 64 * ((8 * self.dim // 3 + 63) // 64))
+        for problem, wrong in {
+            "dim must be a multiple of n_heads": self.dim % self.n_heads,
+            "dim / n_heads must be even (RoPE turns pairs)": self.dim // self.n_heads % 2,
+            "n_heads must be a multiple of n_kv_heads": self.n_heads % self.n_kv_heads,
+            "n_active_experts must be from 1 to n_routed_experts": self.use_moe
+            and not 1 <= self.n_active_experts <= self.n_routed_experts,
+            "dropout must be in [0, 1)": not 0 <= self.dropout < 1,
+        }.items():
+            if wrong:
+                raise ValueError(f"model config: {problem} (got {self.to_dict()})")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def name(self) -> str:
+        """`512` or `512_moe`: the size part of every file name in out/."""
+        return f"{self.dim}_moe" if self.use_moe else str(self.dim)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+FIELD_HELP = {
+    "dim": "width of the residual stream",
+    "n_layers": "number of decoder layers",
+    "n_heads": "query heads",
+    "n_kv_heads": "key/value heads, each shared by n_heads / n_kv_heads query heads",
+    "hidden_dim": "width of the feed-forward (0: 8/3 of dim); with MoE, of each expert",
+    "max_seq_len": "longest sequence in tokens",
+    "rope_theta": "base of the rotary position angles",
+    "norm_eps": "epsilon of RMSNorm",
+    "dropout": "dropout on attention weights and on what each layer adds",
+    "tie_embeddings": "the output layer shares the embedding matrix",
+    "qk_norm": "RMSNorm on queries and keys (as Qwen3)",
+    "use_moe": "mixture-of-experts feed-forward",
+    "n_shared_experts": "experts that every token visits",
+    "n_routed_experts": "experts that the router chooses from",
+    "n_active_experts": "routed experts per token (top-k)",
+    "balance_loss_coef": "weight of the balance loss of the router",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128},
+    "small": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8},
+    "small-moe": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "use_moe": True},
+    "base": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8},
+}

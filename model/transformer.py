@@ -1,0 +1,267 @@
+"""The decoder: token ids in, a distribution over the next token out.
+
+    x = embed(ids)
+    for each layer:   x = x + attention(rms_norm(x));   x = x + feed_forward(rms_norm(x))
+    logits = rms_norm(x) @ lm_head.T
+
+RMSNorm (Zhang & Sennrich 2019), RoPE in the half-split layout (Su et al. 2021), grouped-query attention (Ainslie et al.
+2023), SwiGLU (Shazeer 2020): the LLaMA recipe (Touvron et al. 2023). Parameters carry the names that transformers gives
+them, so a dense checkpoint opens as LlamaForCausalLM, or with `qk_norm` as Qwen3ForCausalLM, and the other way round.
+Read next: moe.py (the other feed-forward), generate.py (how the cache is used), ../trainer/loss.py (what it is trained for).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.moe import MoEFeedForward
+
+CPU_QUERY_BLOCK = 128  # queries per block of the CPU attention; 64 and 256 measured slower at 512 tokens
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension; shape unchanged. arXiv:1910.07467, eq. 4."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (max_seq_len, head_dim). arXiv:2104.09864, section 3.4.2.
+
+    Half-split layout: dimension i is turned together with dimension i + head_dim / 2, as transformers does.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), config.rope_theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of x (batch, heads, seq, head_dim) by the angle of its position; cos, sin end in (seq, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, owned by the caller and passed in: the model itself keeps no state.
+
+    Room for `max_len` tokens in each of `batch` rows; `length` of them are filled.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    @property
+    def max_len(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values (batch, kv_heads, new, head_dim) behind the old ones; returns all of them."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Exactly softmax(q k^T / sqrt(head_dim) + causal mask) v, in blocks of queries.
+
+    The library kernel's backward takes a third of a CPU training step at head size 32. Here the query heads that share
+    a key head become one tall matrix product, and a block of queries never touches the keys after it.
+    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim) -> as q.
+    """
+    batch, heads, seq, head_dim = q.shape
+    kv_heads = k.shape[1]
+    q = (q * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, seq, head_dim)
+    blocks = []
+    for start in range(0, seq, CPU_QUERY_BLOCK):
+        end = min(start + CPU_QUERY_BLOCK, seq)
+        rows = q[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
+        scores = (rows @ k[:, :, :end].transpose(-1, -2)).view(batch, heads, end - start, end)
+        future = torch.full((end - start, end), -math.inf, dtype=scores.dtype, device=q.device).triu(1 + start)
+        weights = F.dropout((scores + future).softmax(-1), dropout, training=dropout > 0)
+        block = weights.view(batch, kv_heads, -1, end) @ v[:, :, :end]
+        blocks.append(block.view(batch, heads, end - start, head_dim))
+    return torch.cat(blocks, dim=2)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention: n_heads queries over n_kv_heads keys and values. arXiv:2305.13245, section 2."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """x (batch, seq, dim) -> the same shape. `mask` None means plain causal attention over x alone."""
+        batch, seq, dim = x.shape
+        heads = (batch, seq, -1, self.config.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        q, k, v = q.to(v.dtype), k.to(v.dtype), v
+        dropout = self.config.dropout if self.training else 0.0
+        if mask is None and x.device.type == "cpu":
+            out = causal_attention_cpu(q, k, v, dropout)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
+            )
+        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, dim))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), shape unchanged. arXiv:2002.05202, eq. 6."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp: nn.Module
+        if config.use_moe:
+            self.mlp = MoEFeedForward(config, lambda: FeedForward(config.dim, config.hidden_dim))
+        else:
+            self.mlp = FeedForward(config.dim, config.hidden_dim)
+        self.use_moe = config.use_moe
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, real: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (batch, seq, dim) -> x of the same shape, and this layer's balance loss (a scalar; 0 when dense)."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        if self.use_moe:
+            out, balance = self.mlp(self.post_attention_layernorm(x), real)
+        else:
+            out, balance = self.mlp(self.post_attention_layernorm(x)), x.new_zeros(())
+        return x + self.dropout(out), balance
+
+
+class Decoder(nn.Module):
+    """The trunk. It is a module of its own only so that names begin with `model.` as they do in transformers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """The whole model. `forward` gives hidden states for the losses, `logits` gives logits for everybody else."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.activation_checkpointing = False  # recompute each layer in backward: less memory, about a third more time
+        cos, sin = rope_table(config)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal(0, 0.02); what a layer adds to the residual stream is scaled down by sqrt(2 n_layers) (GPT-2, 2.3)."""
+        for name, weight in self.named_parameters():
+            if weight.dim() < 2:
+                nn.init.ones_(weight)
+            else:
+                adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * self.config.n_layers) if adds_to_stream else 1))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KVCache | None = None,
+        padding: Tensor | None = None,
+        real: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states after the last norm, and the balance loss.
+
+        input_ids: (batch, seq) token ids.
+        cache: tokens seen before; the new ones are appended to it.
+        padding: (batch,) number of pad tokens at the *left* of each row (counted from the start of the cache). Pads on
+            the right need nothing: no real token looks that way.
+        real: (batch, seq) bool, False at padding, so that padding does not count in the balance loss of an MoE.
+        Returns (batch, seq, dim) and a scalar: the mean over layers of the router's balance loss, 0 for a dense model.
+        Raises ValueError beyond max_seq_len or the room of the cache.
+        """
+        start, seq = (cache.length if cache else 0), input_ids.shape[1]
+        room = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
+        if start + seq > room:
+            raise ValueError(f"{start + seq} tokens do not fit: the limit is {room} (max_seq_len or the cache's room)")
+        positions = torch.arange(start, start + seq, device=input_ids.device)
+        mask = None
+        if cache is not None or padding is not None:
+            keys = torch.arange(start + seq, device=input_ids.device)
+            mask = keys <= positions[:, None]  # (seq, keys)
+            if padding is not None:  # a pad token sees only itself: an empty row of the softmax would be NaN
+                mask = mask & (keys >= padding[:, None, None]) | (keys == positions[:, None])
+                mask = mask[:, None]  # (batch, 1, seq, keys)
+                positions = (positions - padding[:, None]).clamp(min=0)
+        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq, head_dim) or (batch, seq, head_dim)
+        if padding is not None:
+            cos, sin = cos[:, None], sin[:, None]
+
+        x = self.model.embed_tokens(input_ids)
+        balance = x.new_zeros(())
+        for layer in self.model.layers:
+            if self.activation_checkpointing and self.training:
+                x, layer_balance = checkpoint(layer, x, cos, sin, mask, cache, real, use_reentrant=False)
+            else:
+                x, layer_balance = layer(x, cos, sin, mask, cache, real)
+            balance = balance + layer_balance
+        if cache is not None:
+            cache.length += seq
+        return self.model.norm(x), balance / len(self.model.layers)
+
+    def logits(self, input_ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        """Logits (batch, seq, vocab) of the token after each position; arguments as in `forward`."""
+        return self.lm_head(self(input_ids, cache, padding)[0])
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(total, active per token): they differ when a router leaves experts out."""
+        total = sum(p.numel() for p in self.parameters())
+        if not self.config.use_moe:
+            return total, total
+        expert = 3 * self.config.dim * self.config.hidden_dim
+        idle = self.config.n_routed_experts - self.config.n_active_experts
+        return total, total - self.config.n_layers * idle * expert
