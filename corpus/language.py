@@ -1,0 +1,65 @@
+"""Two questions about one piece of text: is it Chinese or English, and is it sound text at all?
+
+    language = "zh" if CJK characters >= 0.3 * letters else "en"
+
+Only two labels, because the house trains two languages and reports every figure for both. Text without any letter
+(numbers, code punctuation, emoji) counts as "en".
+
+Read next: read.py (where texts come from), report.py (where the labels are counted).
+"""
+
+import math
+from typing import Any
+
+from corpus.report import BadRow
+
+LANGUAGES = ("zh", "en")
+ZH_SHARE = (
+    0.3  # one Chinese character says about as much as three letters, so a third of the characters is half the words
+)
+
+# In UTF-8 the first byte of a character tells its block, and no later byte looks like a first one. Deleting first bytes
+# from the encoded text and comparing lengths counts characters some fifty times faster than asking each of them.
+_CJK_FIRST = bytes(range(0xE4, 0xEA))  # U+4000..U+9FFF: the unified ideographs
+_LETTER_FIRST = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + bytes(range(0xC3, 0xE0))  # Latin to Arabic
+
+
+def language_of(text: str) -> str:
+    """ "zh" or "en", by the share of Chinese characters among the letters; any string is welcome."""
+    raw = text.encode("utf-8", "surrogatepass")
+    chinese = len(raw) - len(raw.translate(None, _CJK_FIRST))
+    letters = len(raw) - len(raw.translate(None, _LETTER_FIRST))
+    return "zh" if chinese and chinese >= ZH_SHARE * (chinese + letters) else "en"
+
+
+def is_missing(value: Any) -> bool:
+    """True for what files use to say "nothing here": null and NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def sound_text(value: Any, field: str) -> str:
+    """`value` itself, when it is text that a tokenizer can take.
+
+    Raises BadRow naming the field when it is missing, not a string, empty, holds a NUL, or half a character.
+    """
+    if is_missing(value):
+        raise BadRow(f"{field} is null")
+    if not isinstance(value, str):
+        raise BadRow(f"{field} is {_name(value)}, not a string")
+    if not value or value.isspace():
+        raise BadRow(f"{field} is empty")
+    if "\0" in value:
+        raise BadRow(f"NUL character in {field}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"malformed UTF-8 in {field}") from None
+    return value
+
+
+def _name(value: Any) -> str:
+    """How a user would call this type of value."""
+    if isinstance(value, bool):
+        return "true/false"
+    names = {int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,284 @@
+"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, each also as .gz .xz .zst .bz2.
+
+    read_rows(path, report)    -> (line, row): an object, or a piece of plain text, whatever the format
+    read_texts(paths, report)  -> Document(text, source_file, line)
+    read_chats(paths, report)  -> Chat(messages, source_file, line)
+
+The format is told from the content first and from the name second. What cannot be used (broken JSON, malformed UTF-8,
+NUL, wrong types, half an archive) is counted in the report with its line and skipped; nothing is raised in the middle
+but the report's own verdict that too much is bad. Memory stays bounded: lines and paragraphs are read in pieces.
+
+Read next: sources.py (opening, telling the format), chats.py (the chat formats), report.py (the verdict), pack.py (what
+becomes of the rows).
+"""
+
+import codecs
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corpus.chats import EXPECTED_CHAT, Message, chat_text, is_chat, normalise_chat
+from corpus.errors import UserError
+from corpus.language import sound_text
+from corpus.report import EMPTY_FILE, BadRow, DataReport
+from corpus.sources import PIECE, TEXT_KEYS, Source, check_input, open_source, sniff
+
+MAX_LINE = 64 << 20  # bytes of one line of jsonl or csv; longer ones are bad rows
+EXPECTED_TEXT = f"a text row needs one of the keys {', '.join(TEXT_KEYS)}, or those of a chat"
+
+Path_ = str | os.PathLike[str]
+Rows = Iterator[tuple[int, Any]]
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    source_file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Chat:
+    messages: list[Message]
+    source_file: str
+    line: int
+
+
+# ---- the three readers -----------------------------------------------------------------------------------------------
+def read_rows(path: Path_, report: DataReport) -> Rows:
+    """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
+
+    Raises UserError for a file that cannot be opened, and when the report's cap of bad rows is exceeded.
+    """
+    file = os.fspath(path)
+    before = report.input_bytes
+    with open_source(Path(file)) as source:
+        form = sniff(source)
+        for line, row in _READERS[form](source, report):
+            report.input_bytes = before + source.position()
+            if not isinstance(row, str if form == "txt" else dict):
+                report.unreadable("a row that is not an object", file, line)
+                continue
+            report.saw_row(file, row)
+            yield line, row
+        if source.damage:
+            report.unreadable(source.damage, file, source.line)
+        report.input_bytes = before + source.size
+    if file not in report.files:
+        report.unreadable(EMPTY_FILE, file, 1)
+
+
+def read_texts(paths: Iterable[Path_], report: DataReport) -> Iterator[Document]:
+    """The documents of all files, in order. A chat counts as one document: its words, without markers.
+
+    Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
+    """
+    for file, line, row in _all_rows(paths, report, EXPECTED_TEXT):
+        try:
+            text = _text_of(row)
+        except BadRow as reason:
+            report.bad_row(str(reason), file, line)
+            continue
+        report.good_row(file)
+        yield Document(text, file, line)
+
+
+def read_chats(paths: Iterable[Path_], report: DataReport) -> Iterator[Chat]:
+    """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
+    for file, line, row in _all_rows(paths, report, EXPECTED_CHAT):
+        try:
+            messages = normalise_chat(row)
+        except BadRow as reason:
+            report.bad_row(str(reason), file, line)
+            continue
+        report.good_row(file)
+        yield Chat(messages, file, line)
+
+
+def _all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Iterator[tuple[str, int, Any]]:
+    """Rows of all files; after each file, and at the end, the report judges."""
+    files = [os.fspath(path) for path in paths]
+    for file in files:
+        check_input(file)
+    for file in files:
+        try:
+            for line, row in read_rows(file, report):
+                yield file, line, row
+        except UserError:
+            report.check_file(file, expected)  # "none of its rows" says more than "too many are bad"
+            raise
+        report.check_file(file, expected)
+    report.check_cap()
+
+
+def _text_of(row: Any) -> str:
+    if isinstance(row, str):
+        return sound_text(row, "text")
+    key = next((key for key in TEXT_KEYS if key in row), None)
+    if key is not None:
+        return sound_text(row[key], key)
+    if is_chat(row):
+        return chat_text(normalise_chat(row))
+    raise BadRow("no text key")
+
+
+# ---- one reader a format ---------------------------------------------------------------------------------------------
+def _lines(source: Source, report: DataReport) -> Iterator[tuple[int, bytes]]:
+    """(line number, line with its end); a line above MAX_LINE is a bad row."""
+    number = 0
+    while line := source.readline(MAX_LINE):
+        number += 1
+        source.line = number
+        if len(line) == MAX_LINE and not line.endswith(b"\n"):
+            while (rest := source.readline(1 << 20)) and not rest.endswith(b"\n"):
+                pass
+            report.unreadable(f"a line longer than {MAX_LINE >> 20} MB", source.name, number)
+            continue
+        yield number, line
+
+
+def _read_jsonl(source: Source, report: DataReport) -> Rows:
+    for number, line in _lines(source, report):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            report.unreadable("malformed UTF-8", source.name, number)
+        except (ValueError, RecursionError):
+            report.unreadable("NUL character" if b"\0" in line else "broken JSON", source.name, number)
+        else:
+            yield number, row
+
+
+def _read_json(source: Source, report: DataReport) -> Rows:
+    """A JSON array, or objects one after the other over any number of lines, without holding the whole file."""
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # a bad byte spoils its row only
+    parse = json.JSONDecoder(strict=False).raw_decode
+    buffer, size, more, started = "", PIECE, True, False
+    while True:
+        stripped = buffer.lstrip(" \t\r\n,")
+        source.line += buffer.count("\n", 0, len(buffer) - len(stripped))
+        buffer = stripped
+        if buffer.startswith("[") and not started:
+            buffer, started = buffer[1:], True
+            continue
+        if buffer.startswith("]") and started:
+            break
+        try:
+            value, end = parse(buffer)
+            whole = end < len(buffer) or isinstance(value, (dict, list, str)) or not more  # "12" may go on as "123"
+        except (ValueError, RecursionError):
+            whole = False
+        if whole:
+            started, size = True, PIECE
+            yield source.line, value
+            source.line += buffer.count("\n", 0, end)
+            buffer = buffer[end:]
+        elif more and len(buffer) < MAX_LINE:
+            piece = source.read(size)
+            more, size = bool(piece), min(2 * size, MAX_LINE)
+            buffer += decode(piece, not piece)
+        else:
+            if buffer or (started and not source.damage):
+                report.unreadable("broken JSON: the rest of the file is lost", source.name, source.line)
+            break
+
+
+def _read_csv(source: Source, report: DataReport) -> Rows:
+    """Rows as {column: text}. Quotes double, backslashes are text, line ends inside quotes stay as they are."""
+    csv.field_size_limit(MAX_LINE)
+    lines = (line.decode("utf-8", "surrogateescape") for _, line in _lines(source, report))
+    first = next(lines, "")
+    delimiter = "\t" if first.count("\t") > first.count(",") else ","
+    columns = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        number = rows.line_num + 2  # the row's first line; the header was line 1
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            report.unreadable("NUL character" if "NUL" in str(error) else "broken csv quoting", source.name, number)
+            continue
+        if cells is None:
+            break
+        if len(cells) != len(columns):
+            if cells:
+                report.unreadable("wrong number of csv columns", source.name, number)
+            continue
+        yield number, dict(zip(columns, cells, strict=True))
+
+
+def _read_txt(source: Source, report: DataReport) -> Rows:
+    """Documents are separated by blank lines; longer ones than PIECE come in several, cut at a line or sentence end."""
+    start, block = 1, bytearray()
+    for number, line in _text_lines(source):
+        blank = line.isspace()
+        if block and (blank or len(block) + len(line) > PIECE):
+            yield from _text_block(block, source, start, report)
+            block = bytearray()
+        if not block:
+            start = number
+        if not blank:
+            block += line
+    if block:
+        yield from _text_block(block, source, start, report)
+
+
+def _text_lines(source: Source) -> Iterator[tuple[int, bytes]]:
+    """(line number, line or piece of a very long line); pieces end after a sentence, or at least between characters."""
+    number, pending = 1, b""
+    while line := source.readline(PIECE - len(pending)):
+        source.line = number
+        line = pending + line
+        pending = b""
+        if not line.endswith(b"\n") and len(line) == PIECE:
+            ends = [line.rfind(mark) + len(mark) for mark in (b". ", "。".encode(), "！".encode(), "？".encode())]
+            cut = max(end for end in [*ends, 0])
+            if cut < PIECE // 2:
+                cut = next((i for i in range(PIECE - 1, PIECE - 5, -1) if line[i] & 0xC0 != 0x80), PIECE)
+            line, pending = line[:cut], line[cut:]
+        yield number, line
+        number += line.endswith(b"\n")
+    if pending:
+        yield number, pending
+
+
+def _text_block(block: bytearray, source: Source, line: int, report: DataReport) -> Rows:
+    try:
+        yield line, block.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        report.unreadable("malformed UTF-8", source.name, line)
+
+
+def _read_parquet(source: Source, report: DataReport) -> Rows:
+    """Rows by batches of 1,000; the line is the row's number."""
+    if source.packed:
+        source.damage = "a packed parquet file: unpack it first"
+        return
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError("reading parquet files needs one more package: pip install pyarrow") from None
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(source.raw).iter_batches(1000):
+            for i in range(batch.num_rows):
+                number += 1
+                source.line = number
+                try:
+                    row = batch.slice(i, 1).to_pylist()[0]
+                except (ValueError, OverflowError):
+                    report.unreadable("malformed UTF-8 or a value out of range", source.name, number)
+                else:
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, EOFError):
+        source.damage = "truncated or damaged parquet file"
+
+
+_READERS = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "txt": _read_txt, "parquet": _read_parquet}

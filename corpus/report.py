@@ -1,0 +1,239 @@
+"""What happened to every row of the data: read, kept, left out (why, and where first), languages, lengths, speed.
+
+Nothing is cleaned silently. A row is in the end exactly one of
+    kept      it is in the data set
+    dropped   sound, but left out on purpose: an exact duplicate, a chat that does not fit
+    bad       unusable: broken JSON, a number where text should be, half an archive, ...
+so that read = kept + dropped + bad. Bad rows are skipped up to `max_bad_share`; above it the run ends with one line.
+
+Read next: read.py (who counts), ../data_process.py (who prints).
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from corpus.errors import UserError
+
+EXAMPLES = 3  # places kept for each reason
+MAX_REASONS = 40  # a file can be wrong in endless ways; the report stays one screen
+EMPTY_FILE = "empty file"
+CERTAIN_BAD, CERTAIN_READ = 100, 1000  # from here on the share of bad rows is judged while reading
+FIRST_BIN, BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
+
+
+class BadRow(Exception):
+    """A row that cannot be used. The message is the reason, without the row's own content."""
+
+
+@dataclass
+class Reason:
+    count: int = 0
+    first: list[tuple[str, int]] = field(default_factory=list)  # (file, line) of the first few
+
+    def add(self, file: str, line: int) -> None:
+        self.count += 1
+        if len(self.first) < EXAMPLES:
+            self.first.append((file, line))
+
+    def places(self) -> str:
+        return ", ".join(f"{file}:{line}" for file, line in self.first)
+
+
+@dataclass
+class _File:
+    rows: int = 0
+    good: int = 0
+    keys: dict[str, None] = field(default_factory=dict)  # in order of appearance
+
+
+class DataReport:
+    """Counts of one pass over the data. `max_bad_share` is the share of bad rows (0..1) above which the run ends."""
+
+    def __init__(self, max_bad_share: float = 0.01) -> None:
+        self.max_bad_share = max_bad_share
+        self.read = self.kept = self.bad_rows = self.dropped_rows = 0
+        self.bad: dict[str, Reason] = {}
+        self.dropped: dict[str, Reason] = {}
+        self.files: dict[str, _File] = {}
+        self.languages: dict[str, dict[str, int]] = {}
+        self.histogram = [0] * (BINS + 1)
+        self.trained_tokens = 0  # chats only
+        self.cut: Reason = Reason()  # chats that lost their last turns
+        self.input_bytes = 0  # how far the input files are read, for progress bars
+        self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
+        self._start = time.perf_counter()
+
+    # ---- counting ----
+    def saw_row(self, file: str, row: Any = None) -> None:
+        """One more row was read, whatever becomes of it. The keys of the first objects are remembered for messages."""
+        self.read += 1
+        count = self.files.setdefault(file, _File())
+        count.rows += 1
+        if not count.good and isinstance(row, dict) and len(count.keys) < 12:
+            count.keys.update(dict.fromkeys(str(key)[:40] for key in list(row)[:12]))
+
+    def good_row(self, file: str) -> None:
+        self.files[file].good += 1
+
+    def bad_row(self, reason: str, file: str, line: int) -> None:
+        """A row that was counted by `saw_row` is unusable. Raises UserError once the cap is certainly exceeded."""
+        self.bad_rows += 1
+        _count(self.bad, reason, file, line)
+        if self.bad_rows >= CERTAIN_BAD and self.read >= CERTAIN_READ:
+            self.check_cap()
+
+    def unreadable(self, reason: str, file: str, line: int) -> None:
+        """A row that could not even be read: counted as read and as bad."""
+        self.saw_row(file)
+        self.bad_row(reason, file, line)
+
+    def drop(self, reason: str, file: str, line: int) -> None:
+        """A sound row is left out on purpose."""
+        self.dropped_rows += 1
+        _count(self.dropped, reason, file, line)
+
+    def keep(self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0) -> None:
+        """One more document or chat is in the data set; lengths in characters, tokens and UTF-8 bytes."""
+        self.kept += 1
+        self.trained_tokens += trained_tokens
+        self.text_bytes += utf8_bytes
+        mix = self.languages.setdefault(language, {"documents": 0, "characters": 0, "tokens": 0, "bytes": 0})
+        for name, amount in (("documents", 1), ("characters", characters), ("tokens", tokens), ("bytes", utf8_bytes)):
+            mix[name] += amount
+        self.histogram[min(BINS, max(0, (tokens - 1) // FIRST_BIN).bit_length())] += 1
+
+    # ---- judging ----
+    def check_cap(self) -> None:
+        """Raises UserError when more than `max_bad_share` of the rows read so far are bad."""
+        if self.bad_rows > self.max_bad_share * self.read:
+            worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
+            reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in worst)
+            raise UserError(
+                f"{self.bad_rows:,} of {self.read:,} rows read are bad ({self.bad_rows / self.read:.1%}, allowed are "
+                f"{self.max_bad_share:.1%}): {reasons}: mend the data or raise --max_bad_share"
+            )
+
+    def check_file(self, file: str, expected: str) -> None:
+        """Raises UserError when not one row of the file was good; `expected` says which keys a row should have."""
+        count = self.files.get(file, _File())
+        empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, Reason()).first)
+        if count.good or not count.rows or empty:
+            return
+        found = f"found the keys {', '.join(count.keys)}" if count.keys else "found no object with keys"
+        reasons = "; ".join(f"{name} ({reason.places()})" for name, reason in self._bad_in(file)[:3])
+        raise UserError(f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {expected}; {found}")
+
+    def _bad_in(self, file: str) -> list[tuple[str, Reason]]:
+        here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
+        return here or list(self.bad.items())
+
+    # ---- showing ----
+    @property
+    def tokens(self) -> int:
+        return sum(mix["tokens"] for mix in self.languages.values())
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """Megabytes of UTF-8 text that became tokens, a second of this run."""
+        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+
+    def counts(self) -> dict[str, Any]:
+        """What `keep` counted, to be stored in a progress file and given back to `restore`."""
+        names = ("kept", "trained_tokens", "languages", "histogram")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        for name, value in counts.items():
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for meta.json; contains no time, so that equal data gives equal reports."""
+
+        def table(reasons: dict[str, Reason]) -> dict[str, Any]:
+            return {name: {"count": r.count, "first": [f"{f}:{n}" for f, n in r.first]} for name, r in reasons.items()}
+
+        report: dict[str, Any] = {"read": self.read, "kept": self.kept, "dropped": table(self.dropped)}
+        report |= {"bad": table(self.bad), "languages": self.languages, "tokens": self.tokens}
+        report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
+        if self.trained_tokens:
+            report |= {"trained_tokens": self.trained_tokens, "cut": self.cut.count}
+        return report
+
+    def print(self) -> None:
+        """Show the report as tables (rich; plain text when not a terminal)."""
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(self._rows_table())
+        if self.kept:
+            console.print(self._languages_table())
+            console.print(self._lengths_table())
+        if self.trained_tokens:
+            console.print(f"trained tokens: {self.trained_tokens:,} ({self.trained_tokens / self.tokens:.1%} of all)")
+            cut = f"chats cut at whole turns: {self.cut.count:,} ({self.cut.count / max(self.kept, 1):.1%} of the kept)"
+            console.print(cut + (f", first: {self.cut.places()}" if self.cut.count else ""), markup=False)
+        if self.text_bytes:
+            console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
+                          f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
+
+    def _rows_table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="rows", title_justify="left")
+        table.add_column("")
+        table.add_column("rows", justify="right")
+        table.add_column("share", justify="right")
+        table.add_column("first at", overflow="fold")
+
+        def add(name: str, count: int, where: str = "") -> None:
+            # Text, not str: a file called "[red]" must not change the colour of the report.
+            table.add_row(Text(name), f"{count:,}", f"{count / max(self.read, 1):.2%}", Text(where))
+
+        add("read", self.read)
+        add("kept", self.kept)
+        for kind, reasons in (("dropped", self.dropped), ("bad", self.bad)):
+            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
+                add(f"{kind}: {name}", reason.count, reason.places())
+        return table
+
+    def _languages_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="languages", title_justify="left")
+        for name in ("", "documents", "characters", "tokens", "share of tokens", "characters / token"):
+            table.add_column(name, justify="right" if name else "left")
+        for language, mix in sorted(self.languages.items(), reverse=True):
+            share, ratio = mix["tokens"] / max(self.tokens, 1), mix["characters"] / max(mix["tokens"], 1)
+            cells = [f"{mix[name]:,}" for name in ("documents", "characters", "tokens")]
+            table.add_row(language, *cells, f"{share:.1%}", f"{ratio:.2f}")
+        return table
+
+    def _lengths_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="length in tokens", title_justify="left")
+        table.add_column("tokens", justify="right")
+        table.add_column("rows", justify="right")
+        table.add_column("")
+        filled = [i for i, count in enumerate(self.histogram) if count]
+        for i in range(filled[0], filled[-1] + 1):
+            bar = "#" * round(40 * self.histogram[i] / max(self.histogram))
+            table.add_row(histogram_labels()[i], f"{self.histogram[i]:,}", bar)
+        return table
+
+
+def histogram_labels() -> list[str]:
+    """Names of the length bins: "<= 16" ... "<= 65536", "more"."""
+    return [f"<= {FIRST_BIN << i}" for i in range(BINS)] + ["more"]
+
+
+def _count(reasons: dict[str, Reason], reason: str, file: str, line: int) -> None:
+    if reason not in reasons and len(reasons) >= MAX_REASONS:
+        reason = "other reasons"
+    reasons.setdefault(reason, Reason()).add(file, line)
