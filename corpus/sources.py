@@ -89,6 +89,21 @@ class _Damaged(Exception):
     """A .zst stream that ends or breaks in the middle."""
 
 
+class _Unpacked(io.RawIOBase):
+    """Hands on what the archive yields piece by piece: when it breaks, all that came before is already delivered."""
+
+    def __init__(self, archive: Any) -> None:
+        self.archive = archive
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        piece = self.archive.read1(len(target))
+        target[: len(piece)] = piece
+        return len(piece)
+
+
 class _ZstdStream(io.RawIOBase):
     """Unpacks .zst frame after frame; unlike the library's own reader it notices when the last one is cut short."""
 
@@ -125,7 +140,7 @@ class _ZstdStream(io.RawIOBase):
 def open_source(path: Path) -> Source:
     check_input(path)
     try:
-        raw = path.open("rb", buffering=PIECE)
+        raw: Any = path.open("rb", buffering=PIECE)
         magic = raw.peek(8)[:8]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -138,11 +153,11 @@ def open_source(path: Path) -> Source:
             damage = f"not a {named} archive, whatever its name says"
     stream: Any = raw
     if kind == ".gz":
-        stream = gzip.GzipFile(fileobj=raw)
+        stream = _Unpacked(gzip.GzipFile(fileobj=raw))
     elif kind == ".xz":
-        stream = lzma.LZMAFile(raw)  # noqa: SIM115 - closed with `raw`
+        stream = _Unpacked(lzma.LZMAFile(raw))  # noqa: SIM115 - closing `raw` is enough
     elif kind == ".bz2":
-        stream = bz2.BZ2File(raw)
+        stream = _Unpacked(bz2.BZ2File(raw))  # noqa: SIM115
     elif kind == ".zst":
         stream = _ZstdStream(raw)
     if kind:

@@ -1,0 +1,297 @@
+"""Token shards on disk: what data_process.py writes and the training scripts read, without ever loading it whole.
+
+    folder/  meta.json                        which splits and shards there are, written last
+             train_000.bin  train_001.bin     token ids one after the other: little-endian uint16, or uint32
+                                              when the vocabulary has more than 65,535 entries
+             train_000.idx.npy                int64, where each document starts; one more entry than documents
+             train_000.mask                   chats only: uint8, one byte a token, 1 where it is trained
+             val_zh.bin  val_en.bin  ...      the same for the validation splits
+
+    document i of a shard = bin[idx[i] : idx[i + 1]]
+
+Writing is append-only and the folder appears under its name only when it is complete: `ShardWriter` works in a sibling
+`<folder>.partial`, and `publish` renames. `ShardWriter.state` says how much of each file counts, so that a killed run
+can be continued.
+
+Read next: pack.py (who writes), ../trainer/batches.py (who reads).
+"""
+
+import array
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from corpus.errors import UserError
+
+FORMAT = 1
+COMMANDS = {"pretrain": "python data_process.py pretrain FILES…", "chats": "python data_process.py sft FILES…"}
+OUR_FILES = (
+    "meta.json",
+    "progress.json",
+    "*.bin",
+    "*.mask",
+    "*.idx",
+    "*.idx.npy",
+    "train.jsonl",
+    "val.jsonl",
+    "tokens-*",
+)
+
+Folder = str | os.PathLike[str]
+
+
+def token_dtype(vocab_size: int) -> str:
+    """ "uint16" while every id fits with room for none besides, else "uint32"."""
+    return "uint16" if vocab_size <= 65_535 else "uint32"
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+class ShardWriter:
+    """Appends the documents of one split to shards of about `shard_tokens` tokens (0: one shard, without a number).
+
+    `state` of an earlier writer continues its files where that writer's state was taken; what came later is cut off.
+    """
+
+    def __init__(
+        self,
+        out_dir: Folder,
+        split: str,
+        dtype: str,
+        shard_tokens: int = 100_000_000,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.split, self.dtype, self.shard_tokens = Path(out_dir), split, dtype, shard_tokens
+        self.shards: list[dict[str, Any]] = [dict(shard) for shard in state["shards"]] if state else []
+        self.bytes = state["bytes"] if state else 0
+        self.files: list[Any] = []
+        self.starts = array.array("q")
+        if self.shards:
+            self._open(self.shards[-1]["masked"])
+
+    def add(self, ids: Any, mask: Any = None, utf8_bytes: int = 0) -> None:
+        """One document: its ids, for chats the mask of the same length, and how many bytes of text it stands for."""
+        ids = np.asarray(ids, dtype=np.dtype(self.dtype).newbyteorder("<"))
+        assert mask is None or len(mask) == len(ids), "one mask entry a token"
+        if not self.shards or (self.shard_tokens and self.shards[-1]["tokens"] >= self.shard_tokens):
+            self._new_shard(mask is not None)
+        self.files[0].write(ids.tobytes())
+        if mask is not None:
+            self.files[2].write(np.asarray(mask, dtype=np.uint8).tobytes())
+        shard = self.shards[-1]
+        self.starts.append(shard["tokens"])
+        shard["tokens"] += len(ids)
+        shard["documents"] += 1
+        self.bytes += utf8_bytes
+
+    def state(self) -> dict[str, Any]:
+        """Everything so far is on disk, and this is how much it is: plain values for a progress file."""
+        self._write_starts()
+        for file in self.files:
+            file.flush()
+            os.fsync(file.fileno())
+        return {"shards": [dict(shard) for shard in self.shards], "bytes": self.bytes}
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files; returns the split's entry of meta.json."""
+        self._close_shard()
+        for shard in self.shards:
+            (self.folder / (shard["file"] + ".idx")).unlink()
+        shards = [{name: shard[name] for name in ("file", "tokens", "documents")} for shard in self.shards]
+        totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents")}
+        return {"shards": shards, **totals, "bytes": self.bytes}
+
+    def _new_shard(self, masked: bool) -> None:
+        self._close_shard()
+        name = f"{self.split}_{len(self.shards):03d}" if self.shard_tokens else self.split
+        for path in self.folder.glob(name + ".*"):  # of a run that was killed after its last state
+            path.unlink()
+        self.shards.append({"file": name, "tokens": 0, "documents": 0, "masked": masked})
+        self._open(masked)
+
+    def _open(self, masked: bool) -> None:
+        shard = self.shards[-1]
+        sizes = {".bin": shard["tokens"] * np.dtype(self.dtype).itemsize, ".idx": shard["documents"] * 8}
+        if masked:
+            sizes[".mask"] = shard["tokens"]
+        for suffix, size in sizes.items():
+            file = (self.folder / (shard["file"] + suffix)).open("ab")
+            self.files.append(file)
+            if file.tell() < size:
+                raise OSError(f"{file.name} is shorter than its progress file says")
+            file.truncate(size)
+
+    def _write_starts(self) -> None:
+        if self.files:
+            self.files[1].write(np.asarray(self.starts, dtype="<i8").tobytes())
+            self.starts = array.array("q")
+
+    def _close_shard(self) -> None:
+        if not self.files:
+            return
+        self._write_starts()
+        for file in self.files:
+            file.close()
+        self.files = []
+        shard = self.shards[-1]
+        # The raw index stays until `close`: an earlier state of this shard may still be the one to continue from.
+        starts = np.append(np.fromfile(self.folder / (shard["file"] + ".idx"), dtype="<i8"), shard["tokens"])
+        np.save(self.folder / (shard["file"] + ".idx.npy"), starts.astype("<i8"))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write under a temporary name and rename: the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def partial_folder(out_dir: Folder) -> Path:
+    return Path(out_dir).with_name(Path(out_dir).name + ".partial")
+
+
+def check_replaceable(out_dir: Folder) -> bool:
+    """True when `out_dir` holds an older data set, which `publish` will replace.
+
+    Raises UserError when it holds files that are not ours: they would be lost.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"{out_dir} is a file: choose another --out_dir")
+    if not out_dir.is_dir():
+        return False
+    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in OUR_FILES)]
+    if names:
+        raise UserError(
+            f"{out_dir} holds files that are not ours ({names[0].name}): move them or choose another --out_dir"
+        )
+    return (out_dir / "meta.json").is_file()
+
+
+def publish(partial: Folder, out_dir: Folder) -> None:
+    """Rename the complete folder to its name; an older one of that name is set aside first and deleted afterwards."""
+    partial, out_dir = Path(partial), Path(out_dir)
+    old = out_dir.with_name(out_dir.name + ".old")
+    if out_dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out_dir.rename(old)
+    partial.rename(out_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def read_meta(folder: Folder) -> dict[str, Any]:
+    """The folder's meta.json. Raises UserError naming the command to run when there is none, or one of another kind."""
+    path = Path(folder) / "meta.json"
+    chats = Path(folder).name.startswith(("sft", "tokens-"))
+    command = COMMANDS["chats" if chats else "pretrain"]
+    if not path.is_file():
+        raise UserError(f"no training data in {folder}: run `{command}` first")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format"] == FORMAT and isinstance(meta["splits"], dict):
+            return meta
+        raise UserError(f"{path}: format {meta['format']}, this version reads {FORMAT}: run `{command}` again")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the meta.json of a data folder: run `{command}` again") from None
+
+
+def open_split(folder: Folder, split: str) -> "TokenSplit":
+    """One split of a data folder, memory-mapped. Raises UserError when it is missing or its files are damaged."""
+    meta = read_meta(folder)
+    if split not in meta["splits"]:
+        raise UserError(f"{folder} has no split {split!r} (it has {', '.join(meta['splits']) or 'none'})")
+    return TokenSplit(folder, meta["splits"][split]["shards"], meta["dtype"])
+
+
+class _Shard(NamedTuple):
+    ids: np.ndarray  # (tokens,) uint16 or uint32
+    starts: np.ndarray  # (documents + 1,) int64
+    mask: np.ndarray | None  # (tokens,) uint8
+
+
+class TokenSplit:
+    """All documents of a split as one long stream. `tokens` and `documents` are totals over its shards.
+
+    The files are opened at the first use, again in every worker process: copying the object copies no data.
+    """
+
+    def __init__(self, folder: Folder, shards: Iterable[dict[str, Any]], dtype: str) -> None:
+        self.folder, self.dtype = Path(folder), dtype
+        self.names = [shard["file"] for shard in shards]
+        self._shards: list[_Shard] | None = None
+        self._token_ends = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        self._document_ends = np.cumsum([0, *(shard["documents"] for shard in shards)])
+        self.tokens, self.documents = int(self._token_ends[-1]), int(self._document_ends[-1])
+        for shard in shards:
+            self._check(shard)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Token ids start..stop of the stream, shape (stop - start,), in the dtype on disk, across shards."""
+        return self._slice(start, stop, "ids")
+
+    def read_mask(self, start: int, stop: int) -> np.ndarray:
+        """The mask of the same tokens, uint8; ones where the split has none (every token is trained)."""
+        return self._slice(start, stop, "mask")
+
+    def document(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """(ids, mask) of document i; mask is None for plain text."""
+        which = int(np.searchsorted(self._document_ends, i, side="right")) - 1
+        shard, at = self._open()[which], i - self._document_ends[which]
+        start, stop = shard.starts[at], shard.starts[at + 1]
+        return shard.ids[start:stop], None if shard.mask is None else shard.mask[start:stop]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, shape (documents,), int64."""
+        return np.concatenate([np.diff(shard.starts) for shard in self._open()] or [np.zeros(0, np.int64)])
+
+    def starts(self) -> np.ndarray:
+        """Where every document starts in the stream, and where the last one ends: shape (documents + 1,), int64."""
+        return np.concatenate([[0], np.cumsum(self.lengths())]).astype(np.int64)
+
+    def _slice(self, start: int, stop: int, what: str) -> np.ndarray:
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start}..{stop} of {self.tokens}")
+        pieces = []
+        for shard, (first, end) in zip(self._open(), itertools.pairwise(self._token_ends.tolist()), strict=True):
+            if start < end and stop > first:
+                inside = slice(max(start, first) - first, min(stop, end) - first)
+                source = shard.mask if what == "mask" else shard.ids
+                pieces.append(source[inside] if source is not None else np.ones(inside.stop - inside.start, np.uint8))
+        if len(pieces) == 1:
+            return pieces[0]
+        empty = np.zeros(0, dtype=np.uint8 if what == "mask" else self.dtype)
+        return np.concatenate(pieces) if pieces else empty
+
+    def _open(self) -> list[_Shard]:
+        if self._shards is None:
+            dtype = np.dtype(self.dtype).newbyteorder("<")
+            self._shards = []
+            for name in self.names:
+                ids = _map(self.folder / f"{name}.bin", dtype)
+                mask_path = self.folder / f"{name}.mask"
+                mask = _map(mask_path, np.dtype(np.uint8)) if mask_path.is_file() else None
+                self._shards.append(_Shard(ids, np.load(self.folder / f"{name}.idx.npy", mmap_mode="r"), mask))
+        return self._shards
+
+    def _check(self, shard: dict[str, Any]) -> None:
+        """Sizes must be what meta.json says: a copy that was cut short is noticed before training, not amid it."""
+        path = self.folder / (shard["file"] + ".bin")
+        index = path.with_name(shard["file"] + ".idx.npy")
+        want = shard["tokens"] * np.dtype(self.dtype).itemsize
+        found = path.stat().st_size if path.is_file() else -1
+        if found != want or not index.is_file() or index.stat().st_size < 8 * (shard["documents"] + 1):
+            command = COMMANDS["chats" if path.with_suffix(".mask").exists() else "pretrain"]
+            raise UserError(f"{path} is damaged or incomplete ({found:,} of {want:,} bytes): run `{command}` again")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": None}
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)  # no empty maps
