@@ -25,7 +25,9 @@ from corpus.errors import UserError
 
 END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
-SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # unused rows of the embedding, for markers that later stages invent
+SPARE_TOKENS = [
+    f"<|spare_{i}|>" for i in range(12)
+]  # unused rows of the embedding, for markers that later stages invent
 ROLES = ("system", "user", "assistant", "tool")
 
 CHAT_TEMPLATE = (
@@ -142,7 +144,9 @@ def tokenizer_files(backend: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> d
     }
 
 
-def save_tokenizer(backend: Tokenizer, folder: str | os.PathLike[str], chat_template: str = CHAT_TEMPLATE) -> ChatTokenizer:
+def save_tokenizer(
+    backend: Tokenizer, folder: str | os.PathLike[str], chat_template: str = CHAT_TEMPLATE
+) -> ChatTokenizer:
     """Write a trained tokenizer as a folder that both this project and transformers open; returns it opened."""
     tokenizer = ChatTokenizer(tokenizer_files(backend, chat_template))
     tokenizer.save(folder)

@@ -96,7 +96,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign") from None
+        raise UserError(
+            f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign"
+        ) from None
     if not isinstance(checkpoint, dict) or not {"format", "stage", "config", "model"} <= checkpoint.keys():
         raise UserError(f"{path} is not a model of this project: it lacks format, stage, config or model")
     if checkpoint["format"] != FORMAT:

@@ -1,0 +1,68 @@
+"""Lesson 1: pretraining. A model that has seen nothing learns to continue text.
+
+    loss = - sum over every token of log p(token | the tokens before it)
+
+    python 1-pretrain.py                                        all defaults: 26.9 M parameters, dataset/pretrain
+    python 1-pretrain.py --max_minutes 20                       as much as fits into 20 minutes
+    python 1-pretrain.py --preset base --epochs 2               a larger model, two passes
+    torchrun --nproc_per_node 2 1-pretrain.py                   two processes, or: deepspeed --num_gpus 2 1-pretrain.py
+
+Reads   dataset/pretrain (made by data_process.py pretrain) and model/tokenizer.
+Writes  out/pretrain_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
+Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trainer/loop.py, model/transformer.py.
+"""
+
+from corpus.errors import UserError, fail_in_one_line
+from trainer.cli import add_model_flags, make_parser, model_config
+
+
+def compute_loss(model, batch):
+    """The sum of -log p(next token) over all real tokens, and how many they were.
+
+    The model gives hidden states (batch, seq, dim); labels (batch, seq) are the ids moved on by one. In an MoE the
+    router's balance loss is added for every token, in training only: validation shows the plain loss.
+    """
+    from model.checkpoint import unwrap
+    from trainer.loss import cross_entropy_sum
+
+    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    raw = unwrap(model)
+    loss, count = cross_entropy_sum(hidden, raw.lm_head.weight, batch["labels"])
+    if raw.config.use_moe and model.training:
+        loss = loss + raw.config.balance_loss_coef * balance * count
+        return loss, count, {"balance_loss": balance.item() * count}
+    return loss, count
+
+
+def main() -> None:
+    parser = make_parser(__doc__, data_path="dataset/pretrain", learning_rate=2e-3, batch_size=8)
+    parser.add_argument("--tokenizer", default="model/tokenizer", help="folder written by train_tokenizer.py")
+    add_model_flags(parser)
+    args = parser.parse_args()
+
+    from model.chat import load_tokenizer
+    from model.checkpoint import load_model
+    from model.transformer import Transformer
+    from trainer.batches import Windows, open_data
+    from trainer.loop import Stage, train
+    from trainer.runtime import start
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    splits = open_data(args.data_path, "pretrain", tokenizer)
+    with start(args.device, args.dtype, args.seed) as run:
+        if args.init_from:  # go on from an earlier model, for example with other data
+            model, theirs, parent = load_model(args.init_from)
+            lineage = parent["lineage"]
+            if theirs.fingerprint != tokenizer.fingerprint:
+                raise UserError(f"{args.init_from} has tokenizer {theirs.fingerprint}, {args.tokenizer} is another one")
+        else:
+            model, lineage = Transformer(model_config(args, tokenizer.vocab_size)), []
+        seq_len = model.config.max_seq_len
+        validation = {s.removeprefix("val_"): Windows(args.data_path, s, seq_len) for s in splits if s != "train"}
+        data = Windows(args.data_path, "train", seq_len)
+        train(run, args, Stage("pretrain", model, tokenizer, compute_loss, data, validation, lineage))
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

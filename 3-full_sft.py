@@ -1,0 +1,59 @@
+"""Lesson 3: supervised fine-tuning. The model that continues text learns to answer: all weights move.
+
+    loss = - sum over the tokens of the answers of log p(token | everything before it)
+
+The same loss as in lesson 1; only the labels differ: questions are read, answers (and the <|im_end|> after each) are trained.
+
+    python 3-full_sft.py                                            starts from the one out/pretrain_*.pth
+    python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
+    torchrun --nproc_per_node 2 3-full_sft.py                       two processes, or: deepspeed --num_gpus 2 3-full_sft.py
+
+Reads   dataset/sft (made by data_process.py sft) and the parent, which carries its config and its tokenizer.
+Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
+Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), trainer/batches.py (why padding is rare).
+"""
+
+from corpus.errors import fail_in_one_line
+from trainer.cli import make_parser
+
+
+def compute_loss(model, batch):
+    """The sum of -log p(next token) over the tokens of the answers, and how many they were.
+
+    batch["labels"] (batch, seq) holds IGNORE at every token that is not part of an answer.
+    """
+    from model.checkpoint import unwrap
+    from trainer.loss import cross_entropy_sum
+
+    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    raw = unwrap(model)
+    loss, count = cross_entropy_sum(hidden, raw.lm_head.weight, batch["labels"])
+    if raw.config.use_moe and model.training:
+        loss = loss + raw.config.balance_loss_coef * balance * count
+        return loss, count, {"balance_loss": balance.item() * count}
+    return loss, count
+
+
+def main() -> None:
+    parser = make_parser(__doc__, data_path="dataset/sft", learning_rate=5e-4, batch_size=16, epochs=2)
+    args = parser.parse_args()
+
+    from corpus.pack import tokenise_chats
+    from model.checkpoint import find_parent, load_model
+    from trainer.batches import Chats, open_data
+    from trainer.loop import Stage, train
+    from trainer.runtime import start
+
+    model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
+    with start(args.device, args.dtype, args.seed) as run:
+        with run.main_first():  # the first process tokenises, the others find it done
+            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len))
+        splits = open_data(folder, "chats", tokenizer)
+        validation = {s.removeprefix("val_"): Chats(folder, s, tokenizer.pad_id) for s in splits if s != "train"}
+        data = Chats(folder, "train", tokenizer.pad_id)
+        train(run, args, Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"]))
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

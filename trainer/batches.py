@@ -1,0 +1,184 @@
+"""Which rows make up which step. The step number alone decides, so a run can stop anywhere and go on with the very same batches.
+
+    epoch = step // steps_per_epoch          rows of a step = a slice of the epoch's shuffled order
+    global batch = batch_size x processes x accumulation_steps rows, cut into micro-batches that all processes share
+
+Pretraining rows are windows of a stream of tokens: no padding at all. Chat rows are whole conversations, put together
+with others of about the same length; the few pads stand on the right, where no real token can see them.
+Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk).
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from corpus.errors import UserError
+from corpus.shards import open_split, read_meta
+from model.chat import ChatTokenizer
+from trainer.loss import IGNORE
+
+# input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: the row numbers (rows,)
+Batch = dict[str, torch.Tensor]
+POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
+
+
+def open_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
+    """The splits of a data folder, after a look at whether the model can read it: its kind and its tokenizer.
+
+    Raises UserError naming the command to run, long before a wrong id would reach the embedding.
+    """
+    meta = read_meta(folder)
+    script = "data_process.py pretrain" if kind == "pretrain" else "data_process.py sft"
+    if meta["kind"] != kind:
+        raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `python {script} FILES…`")
+    if meta["tokenizer"] != tokenizer.fingerprint or meta["vocab_size"] > tokenizer.vocab_size:
+        raise UserError(
+            f"{folder} was made with tokenizer {meta['tokenizer']}, the model has {tokenizer.fingerprint}: "
+            f"run `python {script} FILES… --tokenizer …` again, or name the tokenizer that made it"
+        )
+    if meta["splits"].get("train", {}).get("tokens", 0) < 2:
+        raise UserError(f"{folder} has no training tokens: give `python {script}` more text")
+    return list(meta["splits"])
+
+
+class Rows(Protocol):
+    """What a data set offers: rows that can be asked for by number."""
+
+    def __len__(self) -> int: ...
+    def batch(self, rows: np.ndarray) -> Batch: ...
+    def row_lengths(self) -> np.ndarray | None: ...
+
+
+class Windows:
+    """A token stream cut into rows of seq_len; row i predicts tokens i*seq_len+1 ... (i+1)*seq_len. The last row may be short."""
+
+    def __init__(self, folder: str, split: str, seq_len: int) -> None:
+        self.tokens, self.seq_len = open_split(folder, split), seq_len
+
+    def __len__(self) -> int:
+        return -(-(self.tokens.tokens - 1) // self.seq_len)
+
+    def row_lengths(self) -> None:
+        return None  # all alike
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        ids = np.zeros((len(rows), self.seq_len + 1), dtype=np.int64)
+        labels = np.full((len(rows), self.seq_len), IGNORE, dtype=np.int64)
+        for i, row in enumerate(rows):
+            window = self.tokens.read(row * self.seq_len, min((row + 1) * self.seq_len + 1, self.tokens.tokens))
+            ids[i, : len(window)] = window
+            labels[i, : len(window) - 1] = window[1:]
+        return as_batch(ids[:, :-1], labels, labels != IGNORE, rows)
+
+
+class Chats:
+    """Conversations with their masks; a batch is as wide as its longest row."""
+
+    def __init__(self, folder: str, split: str, pad_id: int) -> None:
+        self.tokens, self.pad_id = open_split(folder, split), pad_id
+
+    def __len__(self) -> int:
+        return self.tokens.documents
+
+    def row_lengths(self) -> np.ndarray:
+        return self.tokens.lengths()
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        chats = [self.tokens.document(int(row)) for row in rows]
+        width = max(len(ids) for ids, _ in chats) - 1
+        input_ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+        real = np.zeros((len(rows), width), dtype=bool)
+        for i, (ids, mask) in enumerate(chats):
+            real[i, : len(ids) - 1] = True
+            input_ids[i, : len(ids) - 1] = ids[:-1]
+            labels[i, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], IGNORE)
+        return as_batch(input_ids, labels, real, rows)
+
+
+def as_batch(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray, rows: np.ndarray) -> Batch:
+    return {
+        "input_ids": torch.from_numpy(np.ascontiguousarray(input_ids)),
+        "labels": torch.from_numpy(labels),
+        "real": torch.from_numpy(real),
+        "rows": torch.as_tensor(np.asarray(rows, dtype=np.int64)),
+    }
+
+
+class StepPlan:
+    """The rows of every step: each epoch is one shuffled pass over all rows, the last batch being what is left."""
+
+    def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch: int, seed: int) -> None:
+        self.n_rows, self.lengths, self.global_batch, self.seed = n_rows, lengths, global_batch, seed
+        self.steps_per_epoch = max(1, -(-n_rows // global_batch))
+        self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
+
+    def rows(self, step: int) -> np.ndarray:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._epoch_batches(epoch)
+        return self._batches[index]
+
+    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(self.n_rows)
+        if self.lengths is not None:  # sort by length within pools, then shuffle the batches
+            pool = POOL * self.global_batch
+            pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
+            order = np.concatenate([rows[np.argsort(self.lengths[rows], kind="stable")] for rows in pools])
+        batches = [order[start : start + self.global_batch] for start in range(0, self.n_rows, self.global_batch)]
+        if self.lengths is not None:
+            random.shuffle(batches)
+        return batches
+
+
+class StepBatches(Dataset[list[Batch]]):
+    """Item `step` is this process's list of micro-batches: all processes get equally many, an empty one where rows ran out."""
+
+    def __init__(self, data: Rows, plan: StepPlan, batch_size: int, rank: int, world: int) -> None:
+        self.data, self.plan, self.batch_size, self.rank, self.world = data, plan, batch_size, rank, world
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        rows = self.plan.rows(step)
+        stride = self.batch_size * self.world
+        return [
+            self.micro_batch(rows[start + self.rank * self.batch_size : start + (self.rank + 1) * self.batch_size])
+            for start in range(0, len(rows), stride)
+        ]
+
+    def micro_batch(self, rows: np.ndarray) -> Batch:
+        if len(rows):
+            return self.data.batch(rows)
+        batch = self.data.batch(np.array([0]))  # nothing left for this process: take part, train nothing
+        batch["labels"].fill_(IGNORE)
+        batch["real"].fill_(False)
+        return batch
+
+
+def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
+    """The micro-batches of steps first ... last - 1, prepared ahead by `num_workers` processes."""
+    loader: Any = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+    )
+    return iter(loader)
+
+
+def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_tokens: int) -> Iterator[Batch]:
+    """Batches of this process that together (over all processes) hold about `max_tokens` tokens: always the same rows."""
+    lengths, taken = data.row_lengths(), 0
+    order = np.arange(len(data)) if lengths is None else np.random.default_rng(0).permutation(len(data))
+    for number, start in enumerate(range(0, len(data), batch_size)):
+        if taken >= max_tokens:
+            return
+        rows = order[start : start + batch_size]
+        batch = data.batch(rows)
+        taken += batch["input_ids"].numel()
+        if number % world == rank:
+            yield batch

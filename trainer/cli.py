@@ -1,0 +1,101 @@
+"""The flags that every training script shares, and the model's flags of 1-pretrain.py. Imports no torch: --help is instant.
+
+Config has three owners, never a fourth: the model's config (travels in the .pth), the shared flags here, and each stage's
+own numbers, which its main() passes in as defaults.
+Read next: runtime.py.
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from model.config import FIELD_HELP, PRESETS, ModelConfig
+
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text}: say true or false")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the door plate's line breaks and shows the defaults."""
+
+
+def make_parser(door_plate: str | None, **stage_defaults: Any) -> argparse.ArgumentParser:
+    """A parser with all shared flags. `stage_defaults` are the stage's own numbers, e.g. learning_rate=1e-3."""
+    parser = argparse.ArgumentParser(description=door_plate, formatter_class=HelpWithDefaults)
+    add = parser.add_argument_group("data and files").add_argument
+    add("--data_path", help="folder written by data_process.py")
+    add("--out_dir", default="out", help="where the model, the log and the curves go")
+    add("--init_from", help="checkpoint to start from")
+    add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
+        help="auto: go on where an interrupted run of this stage stopped; never: start anew")  # fmt: skip
+    add("--save_interval", type=positive, default=200, help="save every so many steps (and always at the end)")
+
+    add = parser.add_argument_group("how long").add_argument
+    add("--epochs", type=positive, default=1, help="passes over the data")
+    add("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: the epochs decide)")
+    add("--max_minutes", type=float, default=0,
+        help="finish within so many minutes: the learning rate falls to its end by then (0: no limit)")  # fmt: skip
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch_size", type=positive, default=8, help="rows per process and forward pass")
+    add("--accumulation_steps", type=positive, default=1, help="forward passes per optimizer step")
+    add("--optimizer", choices=("muon", "adamw"), default="muon",
+        help="muon: Muon for the layers' matrices, AdamW for the rest")  # fmt: skip
+    add("--learning_rate", type=float, help="peak learning rate")
+    add("--schedule", choices=("cosine", "linear"), default="cosine", help="how the rate falls after the warm-up")
+    add("--final_lr_share", type=float, default=0.0, help="share of the peak left at the end")
+    add("--warmup_iters", type=int, default=20, help="steps of linear warm-up")
+    add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms and embeddings")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--seed", type=int, default=42, help="of the weights, the order of the data and dropout")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="number format of the matrix products; auto: bf16 where the hardware has it")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
+    add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory, slower")
+    add("--num_workers", type=int, default=0, help="processes that prepare batches ahead")
+    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+
+    add = parser.add_argument_group("what is shown").add_argument
+    add("--log_interval", type=positive, default=10, help="log every so many steps")
+    add("--eval_interval", type=positive, default=100, help="validate every so many steps (and always at the end)")
+    add("--eval_tokens", type=positive, default=16_384,
+        help="validation tokens per language each time; eight times as many at the end")  # fmt: skip
+    add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
+    add("--wandb_project", default="mengya")
+    add("--wandb_run_name", default=None)
+    parser.set_defaults(**stage_defaults)
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--preset and one flag for every field of ModelConfig (its vocabulary size comes from the tokenizer)."""
+    group = parser.add_argument_group("model (a flag wins over the preset)")
+    group.add_argument("--preset", choices=PRESETS, default="small")
+    for field in dataclasses.fields(ModelConfig):
+        if field.name == "vocab_size":
+            continue
+        options: dict[str, Any] = {"type": type(field.default), "default": None, "help": FIELD_HELP[field.name]}
+        if isinstance(field.default, bool):
+            options |= {"type": yes_or_no, "nargs": "?", "const": True}
+        group.add_argument(f"--{field.name}", **options)
+
+
+def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
+    """The preset with the flags that were given. Raises ValueError for an impossible combination."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(ModelConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return ModelConfig(**{**PRESETS[args.preset], **given, "vocab_size": vocab_size})

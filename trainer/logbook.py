@@ -1,0 +1,197 @@
+"""What a run tells: the screen, a line of json per logged step, the curves as a picture, and wandb if asked.
+
+    out/{stage}_{size}.jsonl    {"step", "loss", "lr", "tokens", "tokens_per_second", ...} and validation rows
+    out/{stage}_{size}.png      the curves
+
+Only the first process writes. A logger that fails says so once and never stops the training.
+Read next: loop.py.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from corpus.errors import UserError
+
+Row = dict[str, Any]
+
+
+def peak_memory_mb(device_type: str) -> float:
+    """Most memory so far: of the GPU if there is one, else of this process. 0 where the system does not tell."""
+    import torch
+
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class Logbook:
+    """Open one per run; `row` logs a training step, `validation` a validation, `close` draws the curves.
+
+    On a terminal a progress bar lives at the bottom; elsewhere every logged step is a plain line.
+    """
+
+    def __init__(self, path: Path, title: str, total_steps: int, is_main: bool, keep_until: int = 0) -> None:
+        self.path, self.title, self.is_main = path, title, is_main
+        self.total_steps = total_steps
+        self.smooth_loss: float | None = None
+        self.bar: Progress | None = None
+        self.send_elsewhere: Callable[[Row], None] | None = None
+        if not is_main:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = read_rows(path, keep_until)  # rows of a resumed run that come after its saved step are redone
+        self.file = path.open("w", encoding="utf-8")
+        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        console = Console()
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
+            self.task = self.bar.add_task(title, total=total_steps, completed=keep_until, text="")
+            self.bar.start()
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.is_main:
+            if self.bar:
+                self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+
+    def step(self, step: int, shown: str) -> None:
+        """Move the bar; called at every step."""
+        if self.is_main and self.bar:
+            self.bar.update(self.task, completed=step, text=shown)
+
+    def row(self, row: Row) -> None:
+        """Log one training step: file, screen (where there is no bar), wandb."""
+        if not self.is_main:
+            return
+        self.write(row)
+        if not self.bar:
+            print(f"{self.title} {row['step']}/{self.total_steps} {describe(row)}", flush=True)
+
+    def validation(self, row: Row) -> None:
+        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}."""
+        if not self.is_main:
+            return
+        self.write(row)
+        shown = ", ".join(
+            f"{split} loss {loss:.3f} = {row['bits_per_byte'][split]:.3f} bits/byte"
+            for split, loss in row["val_loss"].items()
+        )
+        self.say(f"step {row['step']}: validation {shown}")
+
+    def write(self, row: Row) -> None:
+        self.rows.append(row)
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            self.complain(f"cannot write {self.path}: {error}; training goes on")
+        if self.send_elsewhere:
+            try:
+                self.send_elsewhere(row)
+            except Exception as error:  # whatever it is, it is not worth the run
+                self.complain(f"wandb failed ({error}); training goes on without it")
+                self.send_elsewhere = None
+
+    def complain(self, text: str) -> None:
+        if self.bar:
+            self.bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Stop the bar, close the file, draw the curves."""
+        if not self.is_main:
+            return
+        if self.bar:
+            self.bar.stop()
+        self.file.close()
+        try:
+            draw_curves(self.rows, self.path.with_suffix(".png"), self.title)
+        except Exception as error:
+            self.complain(f"cannot draw the curves ({error})")
+
+
+def read_rows(path: Path, until_step: int) -> list[Row]:
+    """The rows of an earlier part of this run, up to a step."""
+    if not until_step or not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+        if row["step"] <= until_step:
+            rows.append(row)
+    return rows
+
+
+def describe(row: Row) -> str:
+    """The line of a training step: loss, learning rate, speed, time left, memory."""
+    left = row.get("seconds_left")
+    eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
+    memory = f" mem {row['peak_memory_mb'] / 1024:.1f}G" if row.get("peak_memory_mb") else ""
+    return f"loss {row['loss']:.3f} lr {row['lr']:.2e} {row['tokens_per_second']:,.0f} tok/s{eta}{memory}"
+
+
+def draw_curves(rows: list[Row], path: Path, title: str) -> None:
+    """Training loss, and validation loss and bits per byte by split, over the tokens seen, as a PNG."""
+    train = [row for row in rows if "loss" in row]
+    if not train:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot([row["tokens"] / 1e6 for row in train], [row["loss"] for row in train], label="train", linewidth=1)
+    validations = [row for row in rows if "val_loss" in row]
+    for split in validations[-1]["val_loss"] if validations else ():
+        tokens = [row["tokens"] / 1e6 for row in validations]
+        left.plot(tokens, [row["val_loss"][split] for row in validations], marker=".", label=f"validation {split}")
+        right.plot(tokens, [row["bits_per_byte"][split] for row in validations], marker=".", label=split)
+    for axes, name in ((left, "loss (nats per token)"), (right, "bits per byte, validation")):
+        axes.set_xlabel("million tokens trained")
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def open_wandb(project: str, name: str | None, config: Row) -> Callable[[Row], None]:
+    """A function that sends rows to wandb; offline unless WANDB_MODE says otherwise (online without network blocks for minutes).
+
+    Raises UserError when wandb is not installed.
+    """
+    os.environ.setdefault("WANDB_MODE", "offline")
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--use_wandb needs wandb: pip install wandb") from None
+    run = wandb.init(project=project, name=name, config=config)
+    return lambda row: run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])

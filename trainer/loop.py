@@ -1,0 +1,270 @@
+"""The one training loop. A script says what is learnt (its loss and data), this file says when things happen.
+
+    for each step:
+        for each micro-batch:   sum of losses, number of trained tokens = compute_loss(model, batch);   backward
+        sum over all processes; divide once, by the number of tokens that everybody saw
+        clip; step; log; validate; save
+
+So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning rate and
+the seed of dropout: a run that was killed goes on from its resume file and ends with the very same weights.
+Read next: batches.py, loss.py, resume.py.
+"""
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from corpus.errors import UserError
+from model.chat import ChatTokenizer
+from model.checkpoint import save_model, unwrap
+from model.transformer import Transformer
+from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validation_batches
+from trainer.clock import Clock, Watch
+from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
+from trainer.loss import IGNORE
+from trainer.optim import learning_rate_share, make_optimizers
+from trainer.report import announce
+from trainer.resume import Progress, global_batch, load_progress, resume_path, save_progress
+from trainer.runtime import Run
+
+ComputeLoss = Callable[[nn.Module, Batch], tuple[Any, ...]]  # -> (sum of losses, how many[, {name: sum to be logged}])
+
+
+@dataclass
+class Stage:
+    """What a script hands to `train`: the WHAT."""
+
+    name: str  # "pretrain", "full_sft": the first part of the file names
+    model: Transformer
+    tokenizer: ChatTokenizer
+    compute_loss: ComputeLoss
+    data: Rows
+    validation: dict[str, Rows] = field(default_factory=dict)  # split ("zh", "en") -> rows
+    lineage: list[dict[str, Any]] = field(default_factory=list)  # of the parent
+
+    def path(self, out_dir: str) -> Path:
+        return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
+
+
+def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
+    """Run the stage to its end (steps, minutes, or a polite stop) and save; returns the path of the model.
+
+    Raises UserError when losses stay non-finite, or when a resume file belongs to another run.
+    """
+    path = stage.path(args.out_dir)
+    stage.model.to(run.device)
+    stage.model.activation_checkpointing = args.checkpoint_activations
+    optimizers = make_optimizers(
+        stage.model, args.optimizer, args.learning_rate, args.weight_decay, fused=run.device.type != "mps"
+    )
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    rows_per_step = global_batch(run, args, path)
+    plan = StepPlan(len(stage.data), stage.data.row_lengths(), rows_per_step, args.seed)
+    total = args.max_steps or args.epochs * plan.steps_per_epoch
+    progress = load_progress(run, args, stage, path, optimizers, scaler, rows_per_step)
+    announce(run, args, stage, plan, total, progress)
+
+    model = wrap(run, args, stage.model)
+    batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
+    log = Logbook(path.with_suffix(".jsonl"), stage.name, total, run.is_main, keep_until=progress.step)
+    if args.use_wandb and run.is_main:
+        log.send_elsewhere = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
+
+    def save() -> None:
+        if run.is_main:
+            save_model(path, stage.model, stage.name, stage.tokenizer, [*stage.lineage, entry(args, stage, progress)])
+            save_progress(path, stage.model, optimizers, scaler, progress)
+        run.wait()
+
+    clock = Clock(args.max_minutes, progress.step / max(total, 1), progress.seconds)
+    watch = Watch(log, scaler.is_enabled())
+    reason = ""
+    try:
+        with run.polite_stop():
+            for step_batches in iterate(batches, progress.step, total, args.num_workers):
+                lr = set_learning_rate(args, optimizers, progress.step, max(progress.step / total, clock.share))
+                torch.manual_seed(hash((args.seed, progress.step, run.rank)) % 2**63)  # dropout of this step
+                clock.step_begins()
+                result = train_step(run, args, model, stage, optimizers, scaler, step_batches)
+                clock.step_ends(run)
+                progress.advance(result, clock.seconds)
+                watch.check(progress.step, result, step_batches)
+                row = training_row(progress, result, lr, plan, clock, total, run.device.type)
+                log.step(progress.step, describe(row))
+                reason = "" if progress.step == total else run_over(result, clock)
+                finished = bool(reason) or progress.step == total
+                if progress.step % args.log_interval == 0 or progress.step == 1 or finished:
+                    log.row(row)
+                if not finished and progress.step % args.eval_interval == 0:
+                    log.validation(validate(run, args, model, stage, progress, args.eval_tokens))
+                if not finished and progress.step % args.save_interval == 0:
+                    save()
+        save()
+        if stage.validation and "SIG" not in reason:
+            progress.validation = validate(run, args, model, stage, progress, 8 * args.eval_tokens)
+            log.validation(progress.validation)
+            save()  # once more, with the final scores in the lineage
+    finally:
+        log.close()
+    if run.is_main and not reason:
+        resume_path(path).unlink(missing_ok=True)  # the stage is complete: nothing to go on with
+    run.say(f"saved {path}" + (f" ({reason}, step {progress.step} of {total}; run again to go on)" if reason else ""))
+    return path
+
+
+def wrap(run: Run, args: argparse.Namespace, model: Transformer) -> nn.Module:
+    """The model as this run computes it: compiled if asked, shared between processes if there are several."""
+    wrapped: Any = model.train()
+    if args.compile:
+        import shutil
+
+        if run.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+            raise UserError("--compile on a CPU needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
+        wrapped = torch.compile(wrapped)
+    if run.world > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[run.device] if run.device.type == "cuda" else None)
+    return wrapped
+
+
+def train_step(
+    run: Run,
+    args: argparse.Namespace,
+    model: nn.Module,
+    stage: Stage,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    batches: list[Batch],
+) -> dict[str, float]:
+    """One optimizer step over this process's micro-batches. Returns what all processes saw together."""
+    # Gradients are of sums over tokens. This constant keeps them near those of a mean (fp16 has no room for more);
+    # the exact division comes below, once the number of tokens that everybody saw is known.
+    nominal = float(args.batch_size * args.accumulation_steps * run.world * stage.model.config.max_seq_len)
+    sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real": 0.0, "positions": 0.0}
+    for i, batch in enumerate(batches):
+        sync = run.world == 1 or i == len(batches) - 1
+        with no_sync(model, sync):
+            with run.autocast():
+                loss, count, *extras = stage.compute_loss(model, to_device(batch, run.device))
+            scaler.scale(loss / nominal).backward()
+        sums["loss"] += loss.item()
+        sums["tokens"] += count
+        sums["real"] += batch["real"].sum().item()
+        sums["positions"] += batch["real"].numel()
+        for name, value in (extras[0] if extras else {}).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    sums["stop"] = float(bool(run.stop_asked))
+    total = dict(zip(sums, run.sum(list(sums.values())), strict=True))
+
+    parameters = [p for p in stage.model.parameters() if p.requires_grad]
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(grads, nominal * run.world / max(total["tokens"], 1.0))  # DDP has averaged over processes
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf).item()
+    total["grad_norm"] = norm
+    total["skipped"] = float(not math.isfinite(total["loss"]) or not math.isfinite(norm))
+    for optimizer in optimizers:
+        if scaler.is_enabled() or not total["skipped"]:
+            scaler.step(optimizer)  # an fp16 step with non-finite gradients is skipped inside
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return total
+
+
+def no_sync(model: nn.Module, sync: bool) -> Any:
+    """Exchange gradients only with the last micro-batch."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else contextlib.nullcontext()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cuda":
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def set_learning_rate(
+    args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, progress: float
+) -> float:
+    share = learning_rate_share(step, progress, args.warmup_iters, args.schedule, args.final_lr_share)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * share
+    return args.learning_rate * share
+
+
+@torch.no_grad()
+def validate(
+    run: Run, args: argparse.Namespace, model: nn.Module, stage: Stage, progress: Progress, max_tokens: int
+) -> Row:
+    """Loss per trained token and bits per UTF-8 byte for every validation split, by the very loss that is trained.
+
+    bits per byte = summed loss / ln 2 / bytes that the trained tokens stand for.
+    """
+    bytes_of = torch.from_numpy(stage.tokenizer.byte_lengths())
+    row: Row = {"step": progress.step, "tokens": progress.tokens, "val_loss": {}, "bits_per_byte": {}}
+    raw = unwrap(model)  # no gradients to exchange here, and processes may hold different numbers of batches
+    raw.eval()
+    for split, data in stage.validation.items():
+        loss_sum = tokens = n_bytes = 0.0
+        for batch in validation_batches(data, args.batch_size, run.rank, run.world, max_tokens):
+            with run.autocast():
+                loss, count, *_ = stage.compute_loss(raw, to_device(batch, run.device))
+            labels = batch["labels"]
+            loss_sum, tokens = loss_sum + loss.item(), tokens + count
+            n_bytes += bytes_of[labels[labels != IGNORE]].sum().item()
+        loss_sum, tokens, n_bytes = run.sum([loss_sum, tokens, n_bytes])
+        row["val_loss"][split] = loss_sum / max(tokens, 1)
+        row["bits_per_byte"][split] = loss_sum / math.log(2) / max(n_bytes, 1)
+    raw.train()
+    return row
+
+
+def run_over(result: dict[str, float], clock: Clock) -> str:
+    """Why the run ends before its last step; empty when it does not."""
+    if result["stop"]:
+        return "SIGINT or SIGTERM"
+    return f"{clock.limit / 60:g} minutes are over" if clock.is_over else ""
+
+
+def training_row(
+    progress: Progress, result: dict[str, float], lr: float, plan: StepPlan, clock: Clock, total: int, device_type: str
+) -> Row:
+    known = ("loss", "tokens", "real", "positions", "stop", "grad_norm", "skipped")
+    extras = {name: value / max(result["tokens"], 1) for name, value in result.items() if name not in known}
+    return {
+        "step": progress.step,
+        "epoch": (progress.step - 1) / plan.steps_per_epoch,
+        "loss": result["loss"] / max(result["tokens"], 1),
+        **extras,
+        "lr": lr,
+        "tokens": progress.tokens,
+        "tokens_per_second": result["real"] / max(clock.step_seconds, 1e-9),
+        "real_token_share": result["real"] / max(result["positions"], 1),
+        "grad_norm": result["grad_norm"],
+        "seconds": progress.seconds,
+        "seconds_left": clock.seconds_left(total - progress.step),
+        "peak_memory_mb": peak_memory_mb(device_type),
+    }
+
+
+def entry(args: argparse.Namespace, stage: Stage, progress: Progress) -> dict[str, Any]:
+    """This stage's line in the lineage of its checkpoint."""
+    return {
+        "stage": stage.name,
+        "data": str(args.data_path),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "loss": progress.loss,
+        "validation": {k: v for k, v in progress.validation.items() if k in ("val_loss", "bits_per_byte")},
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+    }

@@ -1,0 +1,62 @@
+"""The one loss of pretraining and SFT: cross-entropy of the next token, without ever holding all logits.
+
+    loss = sum over trained positions of  logsumexp(h W^T) - (h W^T)[label]
+    d loss / d logits = softmax(logits) - onehot(label)
+
+The logits of one batch (tokens x vocabulary, fp32) are the largest tensor of a small model's training step. They are
+made a chunk at a time, and the gradient is taken on the spot, so nothing of that size waits for the backward pass.
+Read next: loop.py (who divides the sum).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that is not trained
+CHUNK = 1024  # positions whose logits exist at one time
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        low_weight = weight.to(dtype)
+        for start in range(0, len(labels), CHUNK):
+            h, y = hidden[start : start + CHUNK].to(dtype), labels[start : start + CHUNK]
+            log_probs = F.log_softmax((h @ low_weight.T).float(), dim=-1)
+            loss += F.nll_loss(log_probs, y, reduction="sum")
+            if not (need_hidden or need_weight):
+                continue
+            grad_logits = log_probs.exp_()
+            grad_logits[torch.arange(len(y), device=y.device), y] -= 1
+            grad_logits = grad_logits.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[start : start + CHUNK] = grad_logits @ low_weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ h
+        ctx.grads = (grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = (None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.grads)
+        return grad_hidden, grad_weight, None, None
+
+
+def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Summed -log p(label) over the trained positions, and how many they are.
+
+    hidden: (batch, seq, dim), the output of the model. weight: (vocab, dim), the output layer.
+    labels: (batch, seq), IGNORE where nothing is trained. Logits are made at trained positions only.
+    A batch without any trained position gives 0 with zero gradients.
+    """
+    trained = labels != IGNORE
+    hidden, labels = hidden[trained], labels[trained]
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype), len(labels)

@@ -1,0 +1,62 @@
+"""How the weights move: which optimizer holds which parameter, and the learning rate of each step.
+
+Muon (Jordan et al. 2024; scaled as in arXiv:2502.16982, section 2.2) turns the update of a matrix into the nearest
+orthogonal one, so that every direction learns at the same pace; it holds the matrices of the layers. AdamW (Loshchilov
+& Hutter 2017) holds the rest: embeddings and norms, without decay, and an untied output layer.
+Read next: loop.py.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from corpus.errors import UserError
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices of the layers, other matrices that decay, parameters without decay: norms and embeddings)."""
+    layer_matrices, other_matrices, no_decay = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2 or "embed_tokens" in name:
+            no_decay.append(parameter)
+        elif ".layers." in name and parameter.dim() == 2 and ".mlp.gate.weight" not in name:
+            layer_matrices.append(parameter)
+        else:
+            other_matrices.append(parameter)
+    return layer_matrices, other_matrices, no_decay
+
+
+def make_optimizers(
+    model: nn.Module, kind: str, learning_rate: float, weight_decay: float, fused: bool = True
+) -> list[torch.optim.Optimizer]:
+    """One AdamW, or Muon for the layers' matrices beside an AdamW for the rest."""
+    matrices, other_matrices, no_decay = split_parameters(model)
+    if kind == "adamw":
+        other_matrices = matrices + other_matrices
+    groups = [{"params": other_matrices, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    if kind == "adamw" or not matrices:
+        return [adamw]
+    if not hasattr(torch.optim, "Muon"):
+        raise UserError(f"torch {torch.__version__} has no Muon: pip install -U 'torch>=2.9', or --optimizer adamw")
+    # match_rms_adamw scales the update so that the learning rate means what it means for AdamW.
+    muon = torch.optim.Muon(
+        matrices, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, adamw]
+
+
+def learning_rate_share(step: int, progress: float, warmup: int, kind: str, final_share: float) -> float:
+    """The share of the peak learning rate at `step` (counted from 0), when `progress` in [0, 1] of the run lies behind.
+
+    Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_share`.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(max(progress, 0.0), 1.0)
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
+    return final_share + (1 - final_share) * fall

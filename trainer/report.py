@@ -1,0 +1,76 @@
+"""What is said before the first step: sizes, steps, memory, and whether the first loss is what an untrained model must give.
+
+Read next: loop.py.
+"""
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.config import ModelConfig
+from trainer.batches import StepPlan
+from trainer.resume import Progress
+from trainer.runtime import Run
+
+if TYPE_CHECKING:
+    from trainer.loop import Stage
+
+FIRST_LOSS_BAND = 0.15  # nats around ln(vocab)
+
+
+def announce(
+    run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, total_steps: int, progress: Progress
+) -> None:
+    """Print parameters, tokens per step, steps, memory; check the first loss of a model that starts from nothing."""
+    if not run.is_main:
+        return
+    config = stage.model.config
+    parameters, active = stage.model.count_parameters()
+    shown = f"{parameters / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != parameters else "")
+    run.say(
+        f"{stage.name}: {shown}, vocabulary {config.vocab_size}, {run.world} process(es) on {run.device}, "
+        f"{str(run.dtype).removeprefix('torch.')}, {args.optimizer}, peak lr {args.learning_rate:g}"
+    )
+    lengths = stage.data.row_lengths()
+    mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
+    minutes = f", at most {args.max_minutes:g} minutes" if args.max_minutes else ""
+    run.say(
+        f"{len(stage.data):,} rows, {plan.global_batch} rows = about {plan.global_batch * mean_length:,.0f} tokens a step, "
+        f"{plan.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
+    )
+    longest = config.max_seq_len if lengths is None else int(lengths.max())
+    estimate = estimate_memory(
+        config, parameters, args.batch_size * longest, args.optimizer, args.checkpoint_activations
+    )
+    run.say(f"estimated memory {estimate / 2**30:.1f} GiB per process")
+    if not stage.lineage and progress.step == 0:
+        check_first_loss(run, args, stage, plan)
+
+
+def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan) -> None:
+    """An untrained model knows nothing, so its loss is ln(vocabulary); anything else is a mistake in model or data."""
+    batch = stage.data.batch(plan.rows(0)[: args.batch_size])
+    stage.model.eval()
+    with torch.no_grad(), run.autocast():
+        batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
+        loss, count, *_ = stage.compute_loss(stage.model, batch)
+    first, expected = loss.item() / max(count, 1), math.log(stage.model.config.vocab_size)
+    verdict = (
+        "as it should be" if abs(first - expected) <= FIRST_LOSS_BAND else "SUSPICIOUS: look at the data and the model"
+    )
+    run.say(f"first loss {first:.3f}, ln(vocabulary) {expected:.3f} ± {FIRST_LOSS_BAND}: {verdict}")
+
+
+def estimate_memory(config: ModelConfig, parameters: int, tokens: int, optimizer: str, recompute: bool) -> float:
+    """Bytes of one process: weights, gradients and optimizer in fp32, and the activations of `tokens` tokens.
+
+    Activations per layer and token: about 4 bytes x (10 dim + 4 hidden) and two attention matrices of 2 bytes.
+    """
+    states = parameters * (4 + 4 + (8 if optimizer == "adamw" else 5))
+    active_experts = config.n_shared_experts + config.n_active_experts if config.use_moe else 1
+    per_layer = 4 * (10 * config.dim + 4 * config.hidden_dim * active_experts)
+    per_layer += 2 * 2 * config.n_heads * config.max_seq_len // 2
+    layers = 1 if recompute else config.n_layers
+    return states + tokens * (per_layer * layers + 4 * config.dim * config.n_layers)

@@ -1,0 +1,149 @@
+"""Where a run runs: device, number format, processes, and how it is asked to stop.
+
+One script serves `python`, `torchrun` and `deepspeed`: the launchers only set RANK, WORLD_SIZE and LOCAL_RANK.
+Read next: loop.py.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from corpus.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`auto` means cuda, else mps, else cpu. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA GPU; use --device auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU; use --device auto")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs; start fewer processes")
+    return device
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself: CUDA from sm80 on, CPUs with AMX or AVX512-bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":  # private names: absent ones count as no
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, bool)() for check in checks)
+    return False
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 where the hardware has it natively, fp16 (with a gradient scaler) on other CUDA cards, fp32 elsewhere."""
+    if name == "auto":
+        if has_native_bf16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in `dtype`; the weights stay fp32. fp32 means no autocast at all."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@dataclass
+class Run:
+    """The process we are: `rank` of `world`, on `device`, computing in `dtype`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+    stop_asked: str = ""  # the name of the signal that asked this process to stop
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once, whatever the number of processes."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.device, self.dtype)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The values summed over all processes, in float64."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The first process does what is inside before the others do."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def polite_stop(self) -> Iterator[None]:
+        """Inside, Ctrl-C and SIGTERM set `stop_asked`, for the loop to save and leave; a second Ctrl-C leaves at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stop_asked and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_asked = signal.Signals(number).name
+
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def start(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Iterator[Run]:
+    """Open a run and close it again, in one process or in those that torchrun or deepspeed started.
+
+    Sets the seed (the same on every process, so that all begin with the same weights).
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(seed)
+    run = Run(chosen, pick_dtype(dtype, chosen), rank, world)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield run
+        run.wait()  # without it, a process that leaves early aborts the others now and then
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
