@@ -1,0 +1,258 @@
+"""The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
+
+    pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts
+    chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
+    questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
+
+`kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
+other words) or `unasked_fact_new_wording` (the fact was only ever stated). No answer can be looked up.
+
+`build("out/demo/world")` takes a second; equal arguments give byte-identical files. ../demo.py runs it for `make demo`.
+Read next: ../train_tokenizer.py (the first script that reads these files).
+"""
+
+import json
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from corpus import demo_wordings_en, demo_wordings_zh
+from corpus.demo_facts import Fact, facts_of
+
+LANGUAGES = ("zh", "en")
+UNASKED_SHARE = 0.15  # of the facts of each relation: stated in pretraining, never asked in the chats
+SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
+STORY_SHARE, LEAD_SHARE = 0.35, 0.2  # of the texts about one topic, of the statements
+FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
+
+Turn = tuple[str, str]  # question, answer
+
+
+@dataclass
+class Wordings:
+    """The wordings of one relation; the fields are the labels of demo_wordings_en."""
+
+    topic: str
+    say: list[str] = field(default_factory=list)
+    ask: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    back: list[str] = field(default_factory=list)
+    back_held: list[str] = field(default_factory=list)
+    back_answer: list[str] = field(default_factory=list)
+    follow: list[str] = field(default_factory=list)
+
+
+def options(text: str) -> list[str]:
+    return [option.strip() for option in text.strip().split("|")]
+
+
+def read_wordings(text: str) -> dict[str, Wordings]:
+    """{relation: Wordings} from the plain-text grammar."""
+    relations: dict[str, Wordings] = {}
+    for line in text.strip().splitlines():
+        if line.startswith("["):
+            name, topic = line[1:].split("] ")
+            current = relations[name] = Wordings(topic)
+        elif line:
+            label, wordings = line.split(": ", 1)
+            getattr(current, label).extend(options(wordings))
+    for wordings_of in relations.values():
+        wordings_of.back_answer = wordings_of.back_answer or wordings_of.answer
+    return relations
+
+
+def fill(template: str, fact: Fact) -> str:
+    return template.format(**fact.slots)
+
+
+def holds(text: str, key: str) -> bool:
+    """Whether a key stands in a text: case does not matter, and a Latin word or number must stand as a whole."""
+    edge = "[A-Za-z0-9]"
+    before = f"(?<!{edge})" if re.match(edge, key) else ""
+    after = f"(?!{edge})" if re.search(edge + r"\Z", key) else ""
+    return re.search(before + re.escape(key) + after, text, re.IGNORECASE) is not None
+
+
+class World:
+    """One language of the demo world. `seed` decides every choice."""
+
+    def __init__(self, lang: str, seed: int) -> None:
+        module: ModuleType = {"zh": demo_wordings_zh, "en": demo_wordings_en}[lang]
+        self.lang, self.module = lang, module
+        self.rng = random.Random(f"{seed} {lang}")
+        self.gap = "" if lang == "zh" else " "
+        self.facts = facts_of(lang)
+        self.wordings = read_wordings(module.WORDINGS)
+        self.unasked = self._choose_unasked()
+
+    def _choose_unasked(self) -> set[tuple[str, ...]]:
+        groups: dict[str, list[Fact]] = defaultdict(list)
+        for fact in self.facts:
+            groups[fact.relation].append(fact)
+        chosen: set[tuple[str, ...]] = set()
+        for group in groups.values():
+            if len(group) >= SMALLEST_SPLIT:
+                chosen.update(fact.name for fact in self.rng.sample(group, round(UNASKED_SHARE * len(group))))
+        return chosen
+
+    # ---- pretraining: statements
+
+    def texts(self, rounds: int) -> Iterator[str]:
+        """Documents of 2 to 5 statements. Every round states every fact once, in another wording and company."""
+        first = [self.rng.randrange(100) for _ in self.facts]
+        for number in range(rounds):
+            said = []
+            for fact, offset in zip(self.facts, first, strict=True):
+                say = self.wordings[fact.relation].say
+                said.append((fact, fill(say[(offset + number) % len(say)], fact)))
+            # In turn: any facts together, facts of one kind together, facts about one thing together.
+            groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
+            for fact, statement in said:
+                groups[("", fact.relation, fact.slots["s"] or fact.relation)[number % 3]].append((fact, statement))
+            names = list(groups)
+            self.rng.shuffle(names)
+            for name in names:
+                self.rng.shuffle(groups[name])
+            yield from self._documents([pair for name in names for pair in groups[name]])
+
+    def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
+        start = 0
+        while start < len(said):
+            part = said[start : start + self.rng.randint(2, 5)]
+            start += len(part)
+            relations = {fact.relation for fact, _ in part}
+            statements = [statement for _, statement in part]
+            if len(relations) == 1 and self.rng.random() < STORY_SHARE:
+                story = self.rng.choice(self.module.STORIES.strip().splitlines())
+                name = self.rng.choice(options(self.module.NAMES))
+                topic = self.wordings[relations.pop()].topic
+                yield story.format(n=name, topic=topic, t=self.gap.join(statements))
+            else:
+                leads = options(self.module.LEADS)
+                yield self.gap.join(
+                    self.rng.choice(leads).format(t=text) if self.rng.random() < LEAD_SHARE else text
+                    for text in statements
+                )
+
+    # ---- chats: questions with taught wordings
+
+    def turns(self, rounds: int) -> list[tuple[Fact, bool, Turn]]:
+        """(fact, asks forward, (question, answer)): each asked fact `rounds` times in each of its directions."""
+        wrappers = options(self.module.WRAPPERS)
+        found = []
+        for fact in self.facts:
+            if fact.name in self.unasked:
+                continue
+            wordings = self.wordings[fact.relation]
+            for asks, answers in ((wordings.ask, wordings.answer), (wordings.back, wordings.back_answer)):
+                times = rounds if fact.relation != "me" else 8 * rounds  # its name it shall know
+                offset = self.rng.randrange(100)
+                for number in range(times if asks else 0):
+                    question = fill(asks[(offset + number) % len(asks)], fact)
+                    question = self.rng.choice(wrappers).format(q=question)
+                    found.append((fact, asks is wordings.ask, (question, fill(self.rng.choice(answers), fact))))
+        self.rng.shuffle(found)
+        return found
+
+    def chats(self, rounds: int) -> Iterator[list[Turn]]:
+        """Conversations of 1 to 5 turns made of `turns`, follow-up questions and greetings; then small talk alone."""
+        lines = [options(line) for line in self.module.TALK.strip().splitlines()]
+        talk = list(zip(lines[::2], lines[1::2], strict=True))
+        hello, thanks, goodbye = talk[0], talk[2], talk[3]
+
+        def one_of(kind: tuple[list[str], list[str]]) -> Turn:
+            return self.rng.choice(kind[0]), self.rng.choice(kind[1])
+
+        asked: dict[str, list[Fact]] = defaultdict(list)
+        for fact in self.facts:
+            if fact.name not in self.unasked:
+                asked[fact.relation].append(fact)
+        queue = self.turns(rounds)
+        while queue:
+            chat = [one_of(hello)] if self.rng.random() < GREETING_SHARE else []
+            for _ in range(min(len(queue), self.rng.choice((1, 1, 1, 2)))):
+                fact, forward, turn = queue.pop()
+                chat.append(turn)
+            wordings = self.wordings[fact.relation]
+            other = self.rng.choice(asked[fact.relation])
+            if forward and wordings.follow and other != fact and self.rng.random() < FOLLOW_SHARE:
+                chat.append(
+                    (fill(self.rng.choice(wordings.follow), other), fill(self.rng.choice(wordings.answer), other))
+                )
+            if self.rng.random() < GREETING_SHARE:
+                chat.append(one_of(self.rng.choice((thanks, goodbye))))
+            yield chat
+        for kind in talk:
+            yield from ([one_of(kind)] for _ in range(2 * rounds))
+
+    # ---- the score: questions with held-out wordings
+
+    def questions(self, count: int) -> list[dict[str, Any]]:
+        """At most `count` questions, a third of them about facts that the chats never asked for."""
+        kinds: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for fact in self.facts:
+            unasked = fact.name in self.unasked
+            wordings = self.wordings[fact.relation]
+            for held, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
+                if held:
+                    question = fill(self.rng.choice(held), fact)
+                    if not any(holds(question, key) for key in keys):
+                        kind = ("unasked" if unasked else "seen") + "_fact_new_wording"
+                        row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
+                        kinds[unasked].append({**row, "relation": fact.relation})
+        for rows in kinds.values():
+            self.rng.shuffle(rows)
+        chosen = kinds[True][: count // 3]
+        return chosen + kinds[False][: count - len(chosen)]
+
+
+def build(
+    folder: str | os.PathLike[str],
+    seed: int = 0,
+    statement_rounds: int = 40,
+    chat_rounds: int = 8,
+    questions: int = 300,
+) -> dict[str, int]:
+    """Write the three files into `folder`; returns how many facts, texts, chats and questions (both languages).
+
+    `statement_rounds`: statements per fact. `chat_rounds`: taught questions per asked fact and direction.
+    `questions`: held-out questions per language.
+    """
+    worlds = [World(lang, seed) for lang in LANGUAGES]
+    texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
+    chats: list[dict[str, Any]] = []
+    for world in worlds:
+        seen: set[str] = set()
+        for chat in world.chats(chat_rounds):
+            messages = [
+                {"role": role, "content": text}
+                for turn in chat
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            ]
+            if (written := json.dumps(messages)) not in seen:
+                seen.add(written)
+                chats.append({"messages": messages, "lang": world.lang})
+    asked = [row for world in worlds for row in world.questions(questions)]
+    mix = random.Random(seed)
+    mix.shuffle(texts)
+    mix.shuffle(chats)
+    files = {"pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": asked}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        temporary = Path(folder) / (name + ".tmp")
+        temporary.write_text(lines, encoding="utf-8", newline="\n")
+        temporary.replace(Path(folder) / name)
+    return {
+        "facts": sum(len(world.facts) for world in worlds),
+        "texts": len(texts),
+        "chats": len(chats),
+        "questions": len(asked),
+    }
