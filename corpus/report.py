@@ -59,7 +59,7 @@ class DataReport:
         self.languages: dict[str, dict[str, int]] = {}
         self.histogram = [0] * (BINS + 1)
         self.trained_tokens = 0  # chats only
-        self.cut: Reason = Reason()  # chats that lost their last turns
+        self.shortened: dict[str, Reason] = {}  # chats that are kept without their last turns
         self.input_bytes = 0  # how far the input files are read, for progress bars
         self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
         self._start = time.perf_counter()
@@ -92,6 +92,10 @@ class DataReport:
         """A sound row is left out on purpose."""
         self.dropped_rows += 1
         _count(self.dropped, reason, file, line)
+
+    def shorten(self, reason: str, file: str, line: int) -> None:
+        """A chat is kept, but lost its last turns."""
+        _count(self.shortened, reason, file, line)
 
     def keep(self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0) -> None:
         """One more document or chat is in the data set; lengths in characters, tokens and UTF-8 bytes."""
@@ -161,7 +165,7 @@ class DataReport:
         report |= {"bad": table(self.bad), "languages": self.languages, "tokens": self.tokens}
         report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
         if self.trained_tokens:
-            report |= {"trained_tokens": self.trained_tokens, "cut": self.cut.count}
+            report |= {"trained_tokens": self.trained_tokens, "shortened": table(self.shortened)}
         return report
 
     def print(self) -> None:
@@ -169,14 +173,14 @@ class DataReport:
         from rich.console import Console
 
         console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=120)
         console.print(self._rows_table())
         if self.kept:
             console.print(self._languages_table())
             console.print(self._lengths_table())
         if self.trained_tokens:
             console.print(f"trained tokens: {self.trained_tokens:,} ({self.trained_tokens / self.tokens:.1%} of all)")
-            cut = f"chats cut at whole turns: {self.cut.count:,} ({self.cut.count / max(self.kept, 1):.1%} of the kept)"
-            console.print(cut + (f", first: {self.cut.places()}" if self.cut.count else ""), markup=False)
         if self.text_bytes:
             console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
                           f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
@@ -197,9 +201,9 @@ class DataReport:
 
         add("read", self.read)
         add("kept", self.kept)
-        for kind, reasons in (("dropped", self.dropped), ("bad", self.bad)):
+        for kind, reasons in (("kept, but ", self.shortened), ("dropped: ", self.dropped), ("bad: ", self.bad)):
             for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
-                add(f"{kind}: {name}", reason.count, reason.places())
+                add(kind + name, reason.count, reason.places())
         return table
 
     def _languages_table(self) -> Any:

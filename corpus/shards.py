@@ -17,11 +17,12 @@ Read next: pack.py (who writes), ../trainer/batches.py (who reads).
 """
 
 import array
+import contextlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +145,15 @@ class ShardWriter:
         np.save(self.folder / (shard["file"] + ".idx.npy"), starts.astype("<i8"))
 
 
+@contextlib.contextmanager
+def writing(folder: Folder) -> Iterator[None]:
+    """Turn a full disk, a missing permission and the like into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write under a temporary name and rename: the file is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -221,7 +231,7 @@ class TokenSplit:
     The files are opened at the first use, again in every worker process: copying the object copies no data.
     """
 
-    def __init__(self, folder: Folder, shards: Iterable[dict[str, Any]], dtype: str) -> None:
+    def __init__(self, folder: Folder, shards: list[dict[str, Any]], dtype: str) -> None:
         self.folder, self.dtype = Path(folder), dtype
         self.names = [shard["file"] for shard in shards]
         self._shards: list[_Shard] | None = None

@@ -157,7 +157,7 @@ def open_source(path: Path) -> Source:
     elif kind == ".xz":
         stream = _Unpacked(lzma.LZMAFile(raw))  # noqa: SIM115 - closing `raw` is enough
     elif kind == ".bz2":
-        stream = _Unpacked(bz2.BZ2File(raw))  # noqa: SIM115
+        stream = _Unpacked(bz2.BZ2File(raw))
     elif kind == ".zst":
         stream = _ZstdStream(raw)
     if kind:

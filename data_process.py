@@ -1,0 +1,203 @@
+"""Raw files -> training data: read anything, clean nothing silently, tokenise once.
+
+    python data_process.py pretrain FILES…     text  -> dataset/pretrain/  token shards, split by content hash
+    python data_process.py sft FILES…          chats -> dataset/sft/       train.jsonl, val.jsonl, token shards + masks
+    python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
+
+FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
+Needs a tokenizer (train_tokenizer.py). Read next: corpus/pack.py (what happens here), 1-pretrain.py (who reads it).
+"""
+
+import argparse
+import contextlib
+import heapq
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from corpus.errors import UserError, fail_in_one_line
+from corpus.report import DataReport
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    from corpus.shards import check_replaceable, partial_folder
+    from corpus.sources import check_input
+
+    for file in args.files:
+        check_input(file)
+    tokenizer = open_tokenizer(args.tokenizer)
+    report = DataReport(args.max_bad_share)
+    if args.check:
+        check(args, tokenizer, report)
+        return
+    if check_replaceable(args.out_dir):
+        print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
+    partial = partial_folder(args.out_dir)
+    if (partial / "progress.json").is_file():
+        print(f"{partial} holds unfinished work: it is continued if it is of the same files, else replaced")
+    try:
+        with progress_bar(args.files, report) as on_batch:
+            meta = pack(args, tokenizer, report, on_batch)
+    except (UserError, KeyboardInterrupt):
+        if (partial / "progress.json").is_file():
+            print(f"unfinished work is kept in {partial}: the same command continues it; delete it to free the space")
+        raise
+    report.print()
+    say_what_did_not_fit(args, report)
+    summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
+    print(f"written: {args.out_dir} (tokens: {summary})")
+    print(f"next: python {'1-pretrain.py' if args.kind == 'pretrain' else '3-full_sft.py'} --data_path {args.out_dir}")
+
+
+def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch: Callable[[], None]) -> dict[str, Any]:
+    from corpus.pack import pack_chats, pack_texts
+
+    if args.kind == "pretrain":
+        return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch)
+    return pack_chats(args.files, tokenizer, args.out_dir, args.max_seq_len, args.val_share, report, on_batch)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Turn raw text or chat files into training data.")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft")
+    for kind, what, out_dir in (
+        ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py", "dataset/pretrain"),
+        ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py", "dataset/sft"),
+    ):
+        sub = kinds.add_parser(kind, help=what, description=what)
+        sub.add_argument(
+            "files", nargs="+", metavar="FILES", help="txt, jsonl, json, csv, parquet; also .gz .xz .zst .bz2"
+        )
+        sub.add_argument(
+            "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
+        )
+        sub.add_argument("--out_dir", default=out_dir, help="folder to write (default: %(default)s)")
+        sub.add_argument("--val_share", type=_share, default=0.01, help="share held out for validation (default: 0.01)")
+        sub.add_argument(
+            "--max_bad_share", type=_share, default=0.01, help="share of unusable rows to put up with (default: 0.01)"
+        )
+        sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
+        sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
+        if kind == "sft":
+            sub.add_argument(
+                "--max_seq_len", type=int, default=512, help="longer chats lose their last turns (default: %(default)s)"
+            )
+    return parser.parse_args(arguments)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("a share is a number between 0 and 1, for example 0.01")
+    return value
+
+
+def open_tokenizer(folder: str) -> Any:
+    """The tokenizer, or UserError naming the command that trains one."""
+    from model.chat import load_tokenizer
+
+    try:
+        return load_tokenizer(folder)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions for a file that it cannot parse
+        raise UserError(f"{folder} is not a tokenizer of ours ({error}): train one with train_tokenizer.py") from None
+
+
+@contextlib.contextmanager
+def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], None]]:
+    """A live bar over the bytes of the input files; yields the function that moves it."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    total = sum(Path(file).stat().st_size for file in files)
+    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("reading", total=total)
+
+        def on_batch() -> None:
+            speed = f"{report.megabytes_per_second:.1f} MB/s" if report.kept else "reading"
+            bar.update(task, completed=report.input_bytes, description=f"{report.read:,} rows  {speed}")
+
+        yield on_batch
+
+
+def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
+    """A tenth of the chats lost to their length is easily overlooked in a table."""
+    too_long = sum(reason.count for name, reason in report.dropped.items() if name.startswith("first turn longer"))
+    if too_long > 0.05 * report.read:
+        print(
+            f"note: {too_long / report.read:.1%} of the chats do not fit: --max_seq_len {2 * args.max_seq_len} keeps more"
+        )
+
+
+# ---- --check: the same path without a writer -------------------------------------------------------------------------
+def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
+    """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
+    from corpus.items import chat_items, text_items
+    from corpus.pack import render_chat, tokenise_texts
+
+    samples: list[tuple[int, int, str, list[int], list[int]]] = []
+
+    def consider(item: Any, ids: list[int], mask: list[int]) -> None:
+        entry = (-item.key, report.kept, f"{item.file}:{item.line} ({item.language})", ids, mask)
+        if len(samples) < args.samples:
+            heapq.heappush(samples, entry)
+        elif samples:
+            heapq.heappushpop(samples, entry)
+
+    with progress_bar(args.files, report) as on_batch:
+        if args.kind == "sft":
+            for number, item in enumerate(chat_items(args.files, report)):
+                rendered = render_chat(item, tokenizer, args.max_seq_len, report)
+                if rendered:
+                    consider(item, rendered[0], rendered[1])
+                if number % 1000 == 0:
+                    on_batch()
+        else:
+            for batch in tokenise_texts(((False, item) for item in text_items(args.files, report)), tokenizer, report):
+                for _, item, ids in batch:
+                    consider(item, ids[:120], [])
+                on_batch()
+    report.print()
+    say_what_did_not_fit(args, report)
+    for _, _, title, ids, mask in sorted(samples, reverse=True):
+        show_sample(tokenizer, title, ids, mask)
+    if not report.kept:
+        raise UserError("nothing in these files can be trained on: see the report")
+
+
+def show_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
+    """A chat with its trained tokens in colour, or [[in brackets]] where there is none; a text in its pieces."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
+    shown = Text()
+    if not mask:
+        shown.append("|".join(pieces(tokenizer, ids)))
+    start = 0
+    for i in range(1, len(mask) + 1):
+        if i == len(mask) or mask[i] != mask[start]:
+            text, trained = tokenizer.decode(ids[start:i]), mask[start]
+            brackets = trained and not console.is_terminal
+            shown.append(f"[[{text}]]" if brackets else text, style="bold green" if trained else "dim")
+            start = i
+    console.print(shown, soft_wrap=True)
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token; tokens that are parts of one character stay together."""
+    result, start = [], 0
+    for i in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:i])
+        if not text.endswith("\ufffd") or i - start >= 4:
+            result.append(text)
+            start = i
+    return result
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()
