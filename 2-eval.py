@@ -1,0 +1,329 @@
+"""Talk to a model, or put questions to it and count the right answers.
+
+    python 2-eval.py                             a conversation with the latest stage in out/; in a script: ten prompts
+    python 2-eval.py --stage pretrain --prompt "The sky is"
+    python 2-eval.py --prompts FILE.txt          one prompt a line
+    python 2-eval.py --questions FILE.jsonl --json out/report.json
+
+A pretrained model goes on with the text as it is; a model of a chat stage gets it as a question, in the chat format.
+A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
+may be missing. Answers are greedy, and right when they contain any of the keys: capitals do not matter; a key of Latin
+letters or digits must stand as a word of its own ("12" is not in "120" or "1.12"), and so must Chinese numerals; other
+Chinese keys may stand anywhere. Reads out/*.pth, writes only --json.
+Read next: model/generate.py (how an answer is drawn), 3-full_sft.py (how a model learns to answer).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from corpus.errors import UserError, fail_in_one_line
+
+PROMPTS = (
+    "你好，请介绍一下你自己。",
+    "中国的首都是哪座城市？",
+    "水在多少摄氏度会结冰？",
+    "请写两句关于春天的话。",
+    "三加五等于几？",
+    "Hello! Who are you?",
+    "What is the capital of France?",
+    "Why does the sun look bigger than the stars?",
+    "Write a short story about a lost umbrella.",
+    "What is the opposite of hot?",
+)
+TALK_HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer, /help shows this line"
+BATCH = 128  # questions answered at once
+LATIN, NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    text = (__doc__ or "") + "\nThe fixed prompts:\n" + "\n".join(f"    {prompt}" for prompt in PROMPTS)
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("which model").add_argument
+    add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
+    add("--checkpoint", help="a .pth file, instead of --stage")
+    add("--out_dir", default="out", help="where the models are (default: out)")
+    add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
+    add("--prompt", help="one prompt")
+    add("--prompts", metavar="FILE", help="text file, one prompt a line")
+    add("--questions", metavar="FILE", help="jsonl file of questions with keys: prints the share answered right")
+    add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
+    add("--system", metavar="TEXT", help="system message in front of every conversation")
+    add("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
+    add("--top_k", type=int, default=0, help="draw among the k likeliest tokens (default: 0, all)")
+    add("--top_p", type=float, default=0.9, help="draw among the likeliest that sum to p (default: 0.9)")
+    add("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest (default: 0)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less, try 1.1 (default: 1)")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help="longest answer in tokens (default: 200; --questions: 48, of a pretrain model 24)",
+    )
+    add("--seed", type=int, help="the same seed draws the same answers")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--json", metavar="OUT", help="write the answers (and scores) to this file")
+    return parser
+
+
+def sound(text: str, where: str) -> str:
+    """`text` without half characters, which a terminal in another encoding may send; UserError when it is empty."""
+    if not text.strip():
+        raise UserError(f"{where} is empty: say something")
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_lines(path: str) -> list[tuple[str, str]]:
+    """(file:line, text) of the lines that are not empty. Raises UserError when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    found = [(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f"{path} has no lines: put one prompt on each")
+    return found
+
+
+def read_questions(path: str) -> list[dict[str, Any]]:
+    """The questions of a jsonl file, lang and kind filled in. Raises UserError naming the first bad line."""
+    from corpus.language import language_of
+
+    questions = []
+    for where, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+            raise UserError(f'{where}: needs {{"question": "...", "keys": ["...", ...]}}')
+        keys = row.get("keys")
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
+            raise UserError(f"{where}: keys must be a list of strings, each of which makes the answer right")
+        question = sound(row["question"], f"{where}: question")
+        lang, kind = row.get("lang") or language_of(question), row.get("kind") or ""
+        questions.append({"where": where, "question": question, "keys": keys, "lang": str(lang), "kind": str(kind)})
+    return questions
+
+
+def is_right(answer: str, keys: list[str]) -> bool:
+    """The rule of the door plate: does the answer contain any of the keys?"""
+
+    def pattern(key: str) -> str:
+        before, after = "", ""
+        for signs in (LATIN, NUMERALS):
+            before += f"(?<![{signs}])" if re.match(f"[{signs}]", key[0]) else ""
+            after += f"(?![{signs}])" if re.match(f"[{signs}]", key[-1]) else ""
+        before += r"(?<![0-9][.,])" if key[0].isdecimal() else ""
+        after += r"(?![.,][0-9])" if key[-1].isdecimal() else ""
+        return before + re.escape(key) + after
+
+    return any(re.search(pattern(key.strip()), answer, re.IGNORECASE) for key in keys)
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """--checkpoint, else the one model of --stage, else that of the last stage of the chain that has any."""
+    from model.checkpoint import PARENTS, find_checkpoint
+
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    if args.stage and args.stage not in PARENTS:
+        raise UserError(f"--stage {args.stage}: there is no such stage; choose from {', '.join(PARENTS)}")
+    there = [stage for stage in PARENTS if list(Path(args.out_dir).glob(f"{stage}_[0-9]*.pth"))]
+    return find_checkpoint(args.out_dir, args.stage or (there or list(PARENTS)[:1])[-1])
+
+
+class Speaker:
+    """A loaded model and how it is addressed; remembers what it was asked and how fast it answered."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from model.checkpoint import load_model
+        from model.generate import Sampling
+        from trainer.runtime import autocast, pick_device, pick_dtype
+
+        path, device = find_model(args), pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        self.model, self.tokenizer, checkpoint = load_model(path, device)
+        self.path, self.stage = path, checkpoint["stage"]
+        if args.stage and args.stage != self.stage:
+            raise UserError(
+                f"{path} is of stage {self.stage}, not {args.stage}: leave out --stage or name another file"
+            )
+        self.chats = self.stage != "pretrain"
+        self.system = [{"role": "system", "content": sound(args.system, "--system")}] if args.system else []
+        self.number_format = lambda: autocast(device, dtype)
+        longest = args.max_new_tokens
+        if longest is None:
+            longest = 200 if not args.questions else 48 if self.chats else 24
+        try:
+            if args.questions:  # a base model has no marker that ends an answer: its line ends it
+                self.settings = Sampling(max_new_tokens=longest, stop=() if self.chats else ("\n",))
+            else:
+                self.settings = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                    longest, seed=args.seed)  # fmt: skip
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+        self.answers: list[dict[str, Any]] = []
+        self.tokens, self.seconds = 0, 0.0
+        total, active = self.model.count_parameters()
+        size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
+        print(f"{path}: {self.stage}, {size}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """What the model reads: the bare text, or the chat with as many of its last turns as leave room to answer."""
+        from model.generate import fit_chat
+
+        if not self.chats:
+            return self.tokenizer.encode(messages[-1]["content"])
+        limit = self.model.config.max_seq_len
+        return fit_chat(self.tokenizer, self.system + messages, limit - min(self.settings.max_new_tokens, limit // 4))
+
+    def say(self, messages: list[dict[str, str]]) -> str:
+        """Print the answer while it grows, and return it. Ctrl-C leaves what was said until then in the last record."""
+        from model.generate import Answer, stream
+
+        answer, started = Answer(), time.perf_counter()
+        try:
+            pieces = stream(self.model, self.prompt_ids(messages), self.settings, self.tokenizer, answer)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        try:
+            with self.number_format():
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+            self.tokens, self.seconds = self.tokens + len(answer.ids), self.seconds + time.perf_counter() - started
+            record = {"prompt": messages[-1]["content"], "answer": answer.text, "finish_reason": answer.finish_reason}
+            self.answers.append(record)
+        return answer.text
+
+    def report(self, path: str | None, **scores: Any) -> None:
+        """The closing line, and the json file if one is wanted."""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        print(f"{self.tokens} tokens, {speed:.0f} tokens/s")
+        if path:
+            about = {"checkpoint": str(self.path), "stage": self.stage, **scores}
+            about |= {"answers": self.answers, "tokens_per_second": round(speed, 1)}
+            temporary = Path(path + ".tmp")
+            try:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                temporary.replace(path)
+            except OSError as error:
+                raise UserError(f"cannot write --json {path}: {error}") from None
+
+
+def put_questions(speaker: Speaker, questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answer all questions in batches of similar length; prints the table and returns its numbers."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from model.generate import generate
+
+    started, limit = time.perf_counter(), speaker.model.config.max_seq_len
+    for row in questions:
+        text = row["question"] + ("" if speaker.chats else "\n")
+        row["ids"] = speaker.prompt_ids([{"role": "user", "content": text}])
+        if len(row["ids"]) >= limit:
+            raise UserError(f"{row['where']}: the question has {len(row['ids'])} tokens, the model's limit is {limit}")
+    order = sorted(questions, key=lambda row: len(row["ids"]))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    console = Console(stderr=True)
+    for batch in track(batches, "questions", console=console, disable=not console.is_terminal, transient=True):
+        with speaker.number_format():
+            answers = generate(speaker.model, [row["ids"] for row in batch], speaker.settings, speaker.tokenizer)
+        for row, answer in zip(batch, answers, strict=True):
+            row |= {"answer": answer.text.strip(), "correct": is_right(answer.text, row["keys"])}
+            speaker.tokens += len(answer.ids)
+    speaker.seconds = time.perf_counter() - started
+    fields = ("question", "answer", "keys", "correct", "lang", "kind")
+    speaker.answers = [{name: row[name] for name in fields} for row in questions]
+
+    def count(kind: str | None) -> dict[str, dict[str, float]]:
+        """Of one kind (None: of all), by language: questions, correct ones, accuracy."""
+        found: dict[str, list[bool]] = {lang: [] for lang in languages}
+        for row in questions:
+            if kind in (None, row["kind"]):
+                found[row["lang"]].append(row["correct"])
+        return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in found.items() if m}
+
+    languages = sorted({row["lang"] for row in questions}, reverse=True)  # zh, en
+    kinds = {kind: count(kind) for kind in sorted({row["kind"] for row in questions} - {""})}
+    table = Table("answered right", *languages)
+    for name, counts in {**kinds, "all": count(None)}.items():
+        cells = (counts.get(lang) for lang in languages)
+        table.add_row(name, *(f"{c['accuracy']:.1%} ({c['correct']} of {c['questions']})" if c else "" for c in cells))
+    Console().print(table)
+    accuracy = {lang: counts["accuracy"] for lang, counts in count(None).items()}
+    return {"accuracy": accuracy, "counts": count(None), "kinds": kinds}
+
+
+def talk(speaker: Speaker) -> None:
+    """A conversation on the terminal."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
+    print(TALK_HELP)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print("\n" + TALK_HELP)
+            continue
+        command = text.strip()
+        if command == "/exit":
+            return None
+        if command == "/reset":
+            messages = []
+        elif command.startswith("/"):
+            print(TALK_HELP)
+        elif command:
+            messages.append({"role": "user", "content": sound(text, "the question")})
+            try:
+                speaker.say(messages)
+            except KeyboardInterrupt:
+                print("[stopped]")
+            except UserError as error:
+                print(f"[{error}]")
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": speaker.answers[-1]["answer"]})
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    for out in (sys.stdout, sys.stderr):
+        if isinstance(out, io.TextIOWrapper):  # a console in another encoding shows "?" instead of failing
+            out.reconfigure(errors="replace")
+    questions = read_questions(args.questions) if args.questions else []
+    prompts = [text for _, text in read_lines(args.prompts)] if args.prompts else []
+    if args.prompt is not None:
+        prompts = [sound(args.prompt, "--prompt")]
+    elif not questions and not prompts and not sys.stdin.isatty():
+        prompts = list(PROMPTS)
+    speaker, scores = Speaker(args), {}
+    if questions:
+        scores = put_questions(speaker, questions)
+    elif prompts:
+        for prompt in prompts:
+            print(f"\n> {prompt}")
+            speaker.say([{"role": "user", "content": prompt}])
+    else:
+        talk(speaker)
+    speaker.report(args.json, **scores)
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()
