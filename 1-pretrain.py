@@ -5,7 +5,7 @@
     python 1-pretrain.py                                        all defaults: 26.9 M parameters, dataset/pretrain
     python 1-pretrain.py --max_minutes 20                       as much as fits into 20 minutes
     python 1-pretrain.py --preset base --epochs 2               a larger model, two passes
-    torchrun --nproc_per_node 2 1-pretrain.py                   two processes, or: deepspeed --num_gpus 2 1-pretrain.py
+    torchrun --nproc_per_node 2 1-pretrain.py                   two processes; deepspeed --num_gpus 2 does as well
 
 Reads   dataset/pretrain (made by data_process.py pretrain) and model/tokenizer.
 Writes  out/pretrain_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
@@ -19,19 +19,14 @@ from trainer.cli import add_model_flags, make_parser, model_config
 def compute_loss(model, batch):
     """The sum of -log p(next token) over all real tokens, and how many they were.
 
-    The model gives hidden states (batch, seq, dim); labels (batch, seq) are the ids moved on by one. In an MoE the
-    router's balance loss is added for every token, in training only: validation shows the plain loss.
+    The model gives hidden states (batch, seq, dim); labels (batch, seq) are the ids moved on by one. `balance` is the
+    router's loss per token while an MoE trains, else 0.
     """
-    from model.checkpoint import unwrap
-    from trainer.loss import cross_entropy_sum
+    from trainer.loss import cross_entropy_sum, output_weight
 
     hidden, balance = model(batch["input_ids"], real=batch["real"])
-    raw = unwrap(model)
-    loss, count = cross_entropy_sum(hidden, raw.lm_head.weight, batch["labels"])
-    if raw.config.use_moe and model.training:
-        loss = loss + raw.config.balance_loss_coef * balance * count
-        return loss, count, {"balance_loss": balance.item() * count}
-    return loss, count
+    loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
+    return loss + balance * count, count, {"balance_loss": balance * count}
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
     loss = - sum over the tokens of the answers of log p(token | everything before it)
 
-The same loss as in lesson 1; only the labels differ: questions are read, answers (and the <|im_end|> after each) are trained.
+The same loss as in lesson 1; only the labels differ: questions are read, answers and their <|im_end|> are trained.
 
     python 3-full_sft.py                                            starts from the one out/pretrain_*.pth
     python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
-    torchrun --nproc_per_node 2 3-full_sft.py                       two processes, or: deepspeed --num_gpus 2 3-full_sft.py
+    torchrun --nproc_per_node 2 3-full_sft.py                       two processes; deepspeed --num_gpus 2 does as well
 
 Reads   dataset/sft (made by data_process.py sft) and the parent, which carries its config and its tokenizer.
 Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
@@ -22,16 +22,11 @@ def compute_loss(model, batch):
 
     batch["labels"] (batch, seq) holds IGNORE at every token that is not part of an answer.
     """
-    from model.checkpoint import unwrap
-    from trainer.loss import cross_entropy_sum
+    from trainer.loss import cross_entropy_sum, output_weight
 
     hidden, balance = model(batch["input_ids"], real=batch["real"])
-    raw = unwrap(model)
-    loss, count = cross_entropy_sum(hidden, raw.lm_head.weight, batch["labels"])
-    if raw.config.use_moe and model.training:
-        loss = loss + raw.config.balance_loss_coef * balance * count
-        return loss, count, {"balance_loss": balance.item() * count}
-    return loss, count
+    loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
+    return loss + balance * count, count, {"balance_loss": balance * count}
 
 
 def main() -> None:

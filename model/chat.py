@@ -1,11 +1,11 @@
-"""How a chat becomes token ids: the tokenizer as the rest of the house sees it, and the one rendering of a conversation.
+"""How a chat becomes token ids: the tokenizer as the house sees it, and the one rendering of a conversation.
 
     messages -> ids, mask        <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
                                                                                            ^^^^^^^^^^^^^^^^ mask = 1
 
-SFT, evaluation, the command line and every later front end call `render`; nobody else writes a marker. The mask comes from
-the spans of the messages while they are put together, never from searching for marker ids afterwards. Marker strings
-that a user types stay ordinary text.
+SFT, evaluation, the command line and every later front end call `render`; nobody else writes a marker. The mask comes
+from the spans of the messages while they are put together, never from searching for marker ids afterwards. Marker
+strings that a user types stay ordinary text.
 
 Reads and writes a folder of tokenizer.json + tokenizer_config.json that `transformers.AutoTokenizer` opens as well.
 Read next: transformer.py (what the ids meet), ../train_tokenizer.py (where the folder comes from).
@@ -31,7 +31,8 @@ SPARE_TOKENS = [
 ROLES = ("system", "user", "assistant", "tool")
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -83,7 +84,7 @@ class ChatTokenizer:
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. Bits per byte divides by their sum."""
+        """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. For bits per byte."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
         byte_level = '"ByteLevel"' in self.files["tokenizer.json"]
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
@@ -98,7 +99,7 @@ class ChatTokenizer:
         return lengths
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation and the mask of trained tokens (1: the answers and the <|im_end|> that closes each).
+        """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the <|im_end|> closing each.
 
         With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length.
         """
@@ -123,7 +124,7 @@ class ChatTokenizer:
         for name, text in self.files.items():
             temporary = Path(folder) / (name + ".tmp")
             temporary.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(temporary, Path(folder) / name)
+            temporary.replace(Path(folder) / name)
 
 
 def tokenizer_files(backend: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> dict[str, str]:

@@ -32,7 +32,7 @@ Checkpoint = dict[str, Any]
 
 
 def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save that never leaves half a file under the final name. Raises UserError when the disk does not take it."""
+    """torch.save that never leaves half a file under the final name. Raises UserError when the disk is full."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -41,7 +41,7 @@ def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -49,7 +49,7 @@ def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
 
 
 def plain_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The raw model's tensors on the CPU, without the prefixes of wrappers and without the second name of tied weights."""
+    """The raw model's tensors on the CPU, without the prefixes of wrappers and the second name of tied weights."""
     state = {}
     for name, tensor in model.state_dict().items():
         for wrapper in WRAPPERS:
@@ -89,7 +89,7 @@ def save_model(
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not a model of ours."""
+    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:

@@ -4,8 +4,9 @@
     out     = sum of the shared experts(x) + sum over the top k of  p_i / (p's of the top k summed) * expert_i(x)
     balance = E * sum_i f_i * P_i                       f_i: share of the visits that went to expert i, P_i: mean of p_i
 
-Shared experts as in DeepSeekMoE (Dai et al. 2024, eq. 9), balance loss as in the Switch Transformer (Fedus et al. 2021, eq. 4):
-it is 1 when the visits are spread evenly, and its gradient reaches the router through P. Without it a router sends everything to a few experts.
+Shared experts as in DeepSeekMoE (Dai et al. 2024, eq. 9), balance loss as in the Switch Transformer (Fedus et al. 2021,
+eq. 4): it is 1 when the visits are spread evenly, and its gradient reaches the router through P. Without it a router
+sends everything to a few experts.
 Read next: transformer.py (who calls it).
 """
 

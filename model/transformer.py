@@ -7,7 +7,7 @@
 RMSNorm (Zhang & Sennrich 2019), RoPE in the half-split layout (Su et al. 2021), grouped-query attention (Ainslie et al.
 2023), SwiGLU (Shazeer 2020): the LLaMA recipe (Touvron et al. 2023). Parameters carry the names that transformers gives
 them, so a dense checkpoint opens as LlamaForCausalLM, or with `qk_norm` as Qwen3ForCausalLM, and the other way round.
-Read next: moe.py (the other feed-forward), generate.py (how the cache is used), ../trainer/loss.py (what it is trained for).
+Read next: moe.py (the other feed-forward), generate.py (the cache in use), ../trainer/loss.py (what it is trained for).
 """
 
 import math
@@ -47,7 +47,7 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of x (batch, heads, seq, head_dim) by the angle of its position; cos, sin end in (seq, head_dim)."""
+    """Turn each pair of x (batch, heads, seq, head_dim) by its position's angle; cos, sin end in (seq, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -193,6 +193,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.activation_checkpointing = False  # recompute each layer in backward: less memory, about a third more time
         cos, sin = rope_table(config)
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.init_weights()
@@ -221,7 +223,8 @@ class Transformer(nn.Module):
         padding: (batch,) number of pad tokens at the *left* of each row (counted from the start of the cache). Pads on
             the right need nothing: no real token looks that way.
         real: (batch, seq) bool, False at padding, so that padding does not count in the balance loss of an MoE.
-        Returns (batch, seq, dim) and a scalar: the mean over layers of the router's balance loss, 0 for a dense model.
+        Returns (batch, seq, dim), and a scalar to be added to the loss of every token: balance_loss_coef times the mean
+        over layers of the router's balance loss while an MoE trains, 0 otherwise.
         Raises ValueError beyond max_seq_len or the room of the cache.
         """
         start, seq = (cache.length if cache else 0), input_ids.shape[1]
@@ -251,7 +254,8 @@ class Transformer(nn.Module):
             balance = balance + layer_balance
         if cache is not None:
             cache.length += seq
-        return self.model.norm(x), balance / len(self.model.layers)
+        weight = self.config.balance_loss_coef / len(self.model.layers) if self.training else 0.0
+        return self.model.norm(x), balance * weight
 
     def logits(self, input_ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab) of the token after each position; arguments as in `forward`."""

@@ -1,4 +1,4 @@
-"""Which rows make up which step. The step number alone decides, so a run can stop anywhere and go on with the very same batches.
+"""Which rows make up which step. The step number alone decides, so a run can stop anywhere and go on as it would have.
 
     epoch = step // steps_per_epoch          rows of a step = a slice of the epoch's shuffled order
     global batch = batch_size x processes x accumulation_steps rows, cut into micro-batches that all processes share
@@ -20,7 +20,7 @@ from corpus.shards import open_split, read_meta
 from model.chat import ChatTokenizer
 from trainer.loss import IGNORE
 
-# input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: the row numbers (rows,)
+# input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: their numbers
 Batch = dict[str, torch.Tensor]
 POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
 
@@ -53,7 +53,7 @@ class Rows(Protocol):
 
 
 class Windows:
-    """A token stream cut into rows of seq_len; row i predicts tokens i*seq_len+1 ... (i+1)*seq_len. The last row may be short."""
+    """A token stream cut into rows of seq_len; row i predicts tokens i*seq_len+1 ... (i+1)*seq_len."""
 
     def __init__(self, folder: str, split: str, seq_len: int) -> None:
         self.tokens, self.seq_len = open_split(folder, split), seq_len
@@ -93,9 +93,10 @@ class Chats:
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         real = np.zeros((len(rows), width), dtype=bool)
         for i, (ids, mask) in enumerate(chats):
+            assert mask is not None, "chats carry a mask"
             real[i, : len(ids) - 1] = True
             input_ids[i, : len(ids) - 1] = ids[:-1]
-            labels[i, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], IGNORE)
+            labels[i, : len(ids) - 1] = np.where(mask[1:] == 1, ids[1:].astype(np.int64), IGNORE)
         return as_batch(input_ids, labels, real, rows)
 
 
@@ -125,18 +126,19 @@ class StepPlan:
     def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(self.n_rows)
-        if self.lengths is not None:  # sort by length within pools, then shuffle the batches
+        lengths = self.lengths
+        if lengths is not None:  # sort by length within pools, then shuffle the batches
             pool = POOL * self.global_batch
             pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
-            order = np.concatenate([rows[np.argsort(self.lengths[rows], kind="stable")] for rows in pools])
+            order = np.concatenate([rows[lengths[rows].argsort(kind="stable")] for rows in pools])
         batches = [order[start : start + self.global_batch] for start in range(0, self.n_rows, self.global_batch)]
-        if self.lengths is not None:
+        if lengths is not None:
             random.shuffle(batches)
         return batches
 
 
 class StepBatches(Dataset[list[Batch]]):
-    """Item `step` is this process's list of micro-batches: all processes get equally many, an empty one where rows ran out."""
+    """Item `step` is this process's list of micro-batches: all get equally many, an empty one where rows ran out."""
 
     def __init__(self, data: Rows, plan: StepPlan, batch_size: int, rank: int, world: int) -> None:
         self.data, self.plan, self.batch_size, self.rank, self.world = data, plan, batch_size, rank, world
@@ -171,7 +173,7 @@ def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -
 
 
 def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_tokens: int) -> Iterator[Batch]:
-    """Batches of this process that together (over all processes) hold about `max_tokens` tokens: always the same rows."""
+    """This process's part of batches that hold about `max_tokens` tokens in all: always the same rows."""
     lengths, taken = data.row_lengths(), 0
     order = np.arange(len(data)) if lengths is None else np.random.default_rng(0).permutation(len(data))
     for number, start in enumerate(range(0, len(data), batch_size)):

@@ -1,7 +1,7 @@
-"""The flags that every training script shares, and the model's flags of 1-pretrain.py. Imports no torch: --help is instant.
+"""The flags that every training script shares, and the model's flags of 1-pretrain.py. Imports no torch.
 
-Config has three owners, never a fourth: the model's config (travels in the .pth), the shared flags here, and each stage's
-own numbers, which its main() passes in as defaults.
+Config has three owners, never a fourth: the model's config (travels in the .pth), the shared flags here, and each
+stage's own numbers, which its main() passes in as defaults.
 Read next: runtime.py.
 """
 

@@ -17,8 +17,8 @@ from trainer.runtime import Run
 class Clock:
     """Seconds of training, and the share of --max_minutes that is used up (0 when there is no limit).
 
-    The learning rate follows the larger of steps done and time used, so a time-boxed run ends with a rate near zero and a
-    settled model. A later session with a new time box begins at its share of the steps.
+    The learning rate follows the larger of steps done and time used, so a time-boxed run ends with a rate near zero
+    and a settled model. A later session with a new time box begins at its share of the steps.
     """
 
     def __init__(self, max_minutes: float, steps_share: float, earlier_seconds: float) -> None:
@@ -30,7 +30,7 @@ class Clock:
         self.step_started = time.monotonic()
 
     def step_ends(self, run: Run) -> None:
-        """Read the clock of the first process for everybody: all must agree on the learning rate and on when to stop."""
+        """Read the first process's clock for everybody: all must agree on the learning rate and on when to stop."""
         now = time.monotonic()
         times = [now - self.started, now - self.step_started] if run.is_main else [0.0, 0.0]
         self.session_seconds, self.step_seconds = run.sum(times)
@@ -56,7 +56,7 @@ class Clock:
 
 
 class Watch:
-    """Skipped steps: each is said, and several in a row end the run with the numbers of the rows that were in the batch."""
+    """Skipped steps: each is said, and several in a row end the run with the numbers of the rows in the batch."""
 
     def __init__(self, log: Logbook, scaled: bool) -> None:
         self.log, self.in_a_row = log, 0

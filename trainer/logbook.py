@@ -184,7 +184,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
 
 
 def open_wandb(project: str, name: str | None, config: Row) -> Callable[[Row], None]:
-    """A function that sends rows to wandb; offline unless WANDB_MODE says otherwise (online without network blocks for minutes).
+    """A function that sends rows to wandb; offline unless WANDB_MODE says otherwise: online, it waits for a network.
 
     Raises UserError when wandb is not installed.
     """

@@ -5,8 +5,8 @@
         sum over all processes; divide once, by the number of tokens that everybody saw
         clip; step; log; validate; save
 
-So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning rate and
-the seed of dropout: a run that was killed goes on from its resume file and ends with the very same weights.
+So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning
+rate and the seed of dropout: a run that was killed goes on from its resume file and ends with the very same weights.
 Read next: batches.py, loss.py, resume.py.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from corpus.errors import UserError
@@ -238,7 +238,7 @@ def training_row(
     progress: Progress, result: dict[str, float], lr: float, plan: StepPlan, clock: Clock, total: int, device_type: str
 ) -> Row:
     known = ("loss", "tokens", "real", "positions", "stop", "grad_norm", "skipped")
-    extras = {name: value / max(result["tokens"], 1) for name, value in result.items() if name not in known}
+    extras = {name: value / max(result["tokens"], 1) for name, value in result.items() if name not in known and value}
     return {
         "step": progress.step,
         "epoch": (progress.step - 1) / plan.steps_per_epoch,

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.checkpoint import unwrap
 
 IGNORE = -100  # the label of a position that is not trained
 CHUNK = 1024  # positions whose logits exist at one time
@@ -46,6 +48,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = (None if g is None else g * grad_outputs[0].to(g.dtype) for g in ctx.grads)
         return grad_hidden, grad_weight, None, None
+
+
+def output_weight(model: nn.Module) -> Tensor:
+    """The matrix (vocab, dim) that turns hidden states into logits, also of a model wrapped by DDP or torch.compile."""
+    return unwrap(model).lm_head.weight
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""What is said before the first step: sizes, steps, memory, and whether the first loss is what an untrained model must give.
+"""What is said before the first step: sizes, steps, memory, and whether the first loss is that of an untrained model.
 
 Read next: loop.py.
 """
@@ -37,7 +37,7 @@ def announce(
     mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
     minutes = f", at most {args.max_minutes:g} minutes" if args.max_minutes else ""
     run.say(
-        f"{len(stage.data):,} rows, {plan.global_batch} rows = about {plan.global_batch * mean_length:,.0f} tokens a step, "
+        f"{len(stage.data):,} rows, {plan.global_batch} rows = {plan.global_batch * mean_length:,.0f} tokens a step, "
         f"{plan.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
     )
     longest = config.max_seq_len if lengths is None else int(lengths.max())

@@ -1,6 +1,6 @@
 """Going on where a run stopped: a second file beside the model, there only while the stage is unfinished.
 
-    out/{stage}_{size}.resume = {progress, model, optimizers, scaler, and what must be the same for the steps to be the same}
+    out/{stage}_{size}.resume = {progress, model, optimizers, scaler}
 
 The step number alone decides data, learning rate and dropout, so nothing else needs saving; the number of processes may
 change as long as a step keeps its rows.

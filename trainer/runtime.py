@@ -50,7 +50,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware has it natively, fp16 (with a gradient scaler) on other CUDA cards, fp32 elsewhere."""
+    """`auto`: bf16 where the hardware has it, fp16 (with a gradient scaler) on other CUDA cards, fp32 elsewhere."""
     if name == "auto":
         if has_native_bf16(device):
             return torch.bfloat16
@@ -111,7 +111,7 @@ class Run:
 
     @contextlib.contextmanager
     def polite_stop(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM set `stop_asked`, for the loop to save and leave; a second Ctrl-C leaves at once."""
+        """Inside, Ctrl-C and SIGTERM set `stop_asked`, for the loop to save and leave; a second Ctrl-C leaves now."""
 
         def ask(number: int, frame: Any) -> None:
             if self.stop_asked and number == signal.SIGINT:

@@ -1,0 +1,123 @@
+"""A tiny world for the tests: a tokenizer, some text and some chats, made here in a second, and scripts run in-process."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+TINY_MODEL = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32"]
+
+
+def load_script(name: str):
+    """A numbered script as a module (its name is no identifier, so `import` cannot)."""
+    spec = importlib.util.spec_from_file_location(name.replace("-", "_").removesuffix(".py"), ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(monkeypatch, name: str, *arguments) -> None:
+    """Run a script's main() in this process, as if started with these arguments."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    load_script(name).main()
+
+
+def run_process(*command, **options) -> subprocess.CompletedProcess:
+    """Run a command of the project in a process of its own, one thread, from the project's folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def weights(path: Path) -> dict:
+    import torch
+
+    return torch.load(path, weights_only=True)["model"]
+
+
+def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
+    """A data folder as data_process.py writes it: splits maps a name to documents, each ids or (ids, mask)."""
+    from corpus.shards import FORMAT, ShardWriter
+
+    folder.mkdir(parents=True)
+    meta = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    meta |= {"dtype": "uint16", "splits": {}}
+    for split, documents in splits.items():
+        writer = ShardWriter(folder, split, "uint16")
+        for document in documents:
+            ids, mask = document if isinstance(document, tuple) else (document, None)
+            writer.add(ids, mask, utf8_bytes=3 * len(ids))
+        meta["splits"][split] = writer.close()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """Byte-level, without a single merge: one token a byte, so that tests can count by hand."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, save_tokenizer
+
+    backend = Tokenizer(models.BPE())
+    newline = pre_tokenizers.Split(Regex("\n"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([newline, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = SPECIAL_TOKENS + SPARE_TOKENS
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(specials), special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([], trainer)
+    return save_tokenizer(backend, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer_dir")
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrain_dir(tokenizer, tmp_path_factory):
+    """60 rows of 32 tokens to train on, a few to validate."""
+    random = np.random.default_rng(0)
+    words = ["sun", "moon", "tree", "river", "太阳", "月亮", "树", "河"]
+
+    def documents(n):
+        for _ in range(n):
+            yield [*tokenizer.encode(" ".join(random.choice(words, 6))), tokenizer.eos_id]
+
+    splits = {"train": documents(60), "val_zh": documents(4), "val_en": documents(4)}
+    return write_shards(tmp_path_factory.mktemp("data") / "pretrain", "pretrain", tokenizer, splits)
+
+
+@pytest.fixture(scope="session")
+def sft_dir(tmp_path_factory):
+    """What data_process.py sft leaves behind, without the token folder: chats of various lengths in both languages."""
+    folder = tmp_path_factory.mktemp("data") / "sft"
+    folder.mkdir()
+    for split, count in (("train", 40), ("val", 8)):
+        rows = [chat_row(i) for i in range(count)]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def chat_row(i: int) -> dict:
+    question, answer, lang = (f"{i}?", f"n{i % 7}" * (1 + i % 3), "en") if i % 2 else (f"数{i}", "好" * (1 + i % 3), "zh")
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "lang": lang}

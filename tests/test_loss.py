@@ -1,0 +1,88 @@
+"""The loss: it equals the textbook's, its gradient too, and no tensor of (tokens x vocabulary) is ever made whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer import loss as loss_module
+from trainer.loss import CHUNK, IGNORE, cross_entropy_sum
+
+
+def problem(tokens, dim=16, vocab=50, ignored=0.3, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2, tokens // 2, dim, generator=random, requires_grad=True)
+    weight = torch.randn(vocab, dim, generator=random, requires_grad=True)
+    labels = torch.randint(0, vocab, (2, tokens // 2), generator=random)
+    labels[torch.rand(labels.shape, generator=random) < ignored] = IGNORE
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("tokens", [2, 64, 2 * CHUNK + 6])
+def test_value_and_gradients_equal_the_library(tokens):
+    hidden, weight, labels = problem(tokens)
+    ours, count = cross_entropy_sum(hidden, weight, labels)
+    (ours * 0.5).backward()
+    mine = hidden.grad.clone(), weight.grad.clone()
+    hidden.grad = weight.grad = None
+    theirs = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    (theirs * 0.5).backward()
+    assert count == (labels != IGNORE).sum()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(mine[0], hidden.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine[1], weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_golden_value():
+    """Two classes, logits (0, ln 3): p = (1/4, 3/4), so the loss of class 0 is ln 4 and of class 1 ln 4/3."""
+    hidden, weight = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[0.0], [torch.log(torch.tensor(3.0))]])
+    loss, count = cross_entropy_sum(hidden, weight, torch.tensor([[0, 1]]))
+    assert count == 2
+    assert loss.item() == pytest.approx(1.386294 + 0.287682, abs=1e-5)
+
+
+def test_nothing_trained_gives_zero_and_finite_gradients():
+    hidden, weight, labels = problem(8, ignored=1.1)
+    loss, count = cross_entropy_sum(hidden, weight, labels)
+    loss.backward()
+    assert (loss.item(), count) == (0.0, 0)
+    assert hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
+
+
+def test_ignored_positions_change_nothing():
+    hidden, weight, labels = problem(64)
+    before, _ = cross_entropy_sum(hidden, weight, labels)
+    changed = hidden.detach().clone()
+    changed[labels == IGNORE] = 99.0
+    after, _ = cross_entropy_sum(changed, weight, labels)
+    assert before.item() == after.item()
+
+
+def test_logits_never_exist_whole(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 16)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    hidden, weight, labels = problem(256, dim=4, vocab=300, ignored=0.0)
+    with Watch():
+        cross_entropy_sum(hidden, weight, labels)[0].backward()
+    assert largest <= 16 * 300 < 256 * 300
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_under_autocast(dtype):
+    hidden, weight, labels = problem(64)
+    exact, _ = cross_entropy_sum(hidden, weight, labels)
+    with torch.autocast("cpu", dtype):
+        low, _ = cross_entropy_sum(hidden, weight, labels)
+    low.backward()
+    assert low.dtype == torch.float32 and hidden.grad.dtype == torch.float32
+    assert low.item() == pytest.approx(exact.item(), rel=2e-2)
