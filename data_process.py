@@ -5,7 +5,8 @@
     python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
 
 FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
-Needs a tokenizer (train_tokenizer.py). Read next: corpus/pack.py (what happens here), 1-pretrain.py (who reads it).
+Needs a tokenizer (train_tokenizer.py).
+Read next: corpus/pack_texts.py and corpus/pack.py (what happens here), 1-pretrain.py (who reads it).
 """
 
 import argparse
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch: Callable[[], None]) -> dict[str, Any]:
-    from corpus.pack import pack_chats, pack_texts
+    from corpus.pack import pack_chats
+    from corpus.pack_texts import pack_texts
 
     if args.kind == "pretrain":
         return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch)
@@ -126,16 +128,16 @@ def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
     """A tenth of the chats lost to their length is easily overlooked in a table."""
     too_long = sum(reason.count for name, reason in report.dropped.items() if name.startswith("first turn longer"))
     if too_long > 0.05 * report.read:
-        print(
-            f"note: {too_long / report.read:.1%} of the chats do not fit: --max_seq_len {2 * args.max_seq_len} keeps more"
-        )
+        share, more = too_long / report.read, 2 * args.max_seq_len
+        print(f"note: {share:.1%} of the chats do not fit; --max_seq_len {more} keeps more of them")
 
 
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
 def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
     from corpus.items import chat_items, text_items
-    from corpus.pack import render_chat, tokenise_texts
+    from corpus.pack import render_chat
+    from corpus.pack_texts import tokenise_texts
 
     samples: list[tuple[int, int, str, list[int], list[int]]] = []
 
@@ -157,7 +159,7 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
         else:
             for batch in tokenise_texts(((False, item) for item in text_items(args.files, report)), tokenizer, report):
                 for _, item, ids in batch:
-                    consider(item, ids[:120], [])
+                    consider(item, ids[:120].tolist(), [])
                 on_batch()
     report.print()
     say_what_did_not_fit(args, report)

@@ -6,7 +6,7 @@ The side depends on the content alone, never on the order of the files: the same
 set. For chats the content is the first question, so that no question is both trained and tested. A language with 20
 items or more of which none has so low a hash gives the lowest one, so that small data has a validation split too.
 
-Read next: read.py (where rows come from), pack.py (where items go).
+Read next: read.py (where rows come from), pack_texts.py and pack.py (where they go).
 """
 
 import hashlib

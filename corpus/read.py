@@ -8,8 +8,8 @@ The format is told from the content first and from the name second. What cannot 
 NUL, wrong types, half an archive) is counted in the report with its line and skipped; nothing is raised in the middle
 but the report's own verdict that too much is bad. Memory stays bounded: lines and paragraphs are read in pieces.
 
-Read next: sources.py (opening, telling the format), chats.py (the chat formats), report.py (the verdict), pack.py (what
-becomes of the rows).
+Read next: sources.py (opening, telling the format), chats.py (the chat formats), report.py (the verdict), items.py
+(what becomes of the rows).
 """
 
 import codecs

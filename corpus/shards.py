@@ -13,7 +13,7 @@ Writing is append-only and the folder appears under its name only when it is com
 `<folder>.partial`, and `publish` renames. `ShardWriter.state` says how much of each file counts, so that a killed run
 can be continued.
 
-Read next: pack.py (who writes), ../trainer/batches.py (who reads).
+Read next: pack_texts.py and pack.py (who writes), ../trainer/batches.py (who reads).
 """
 
 import array
@@ -31,6 +31,7 @@ import numpy as np
 from corpus.errors import UserError
 
 FORMAT = 1
+SHARD_TOKENS = 100_000_000
 COMMANDS = {"pretrain": "python data_process.py pretrain FILES…", "chats": "python data_process.py sft FILES…"}
 OUR_FILES = (
     "meta.json",
@@ -64,7 +65,7 @@ class ShardWriter:
         out_dir: Folder,
         split: str,
         dtype: str,
-        shard_tokens: int = 100_000_000,
+        shard_tokens: int = SHARD_TOKENS,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.split, self.dtype, self.shard_tokens = Path(out_dir), split, dtype, shard_tokens
@@ -107,6 +108,13 @@ class ShardWriter:
         totals = {name: sum(shard[name] for shard in shards) for name in ("tokens", "documents")}
         return {"shards": shards, **totals, "bytes": self.bytes}
 
+    def abort(self) -> None:
+        """Let go of the files without finishing them; what the last `state` vouched for stays valid."""
+        for file in self.files:
+            with contextlib.suppress(OSError):
+                file.close()
+        self.files = []
+
     def _new_shard(self, masked: bool) -> None:
         self._close_shard()
         name = f"{self.split}_{len(self.shards):03d}" if self.shard_tokens else self.split
@@ -145,6 +153,17 @@ class ShardWriter:
         np.save(self.folder / (shard["file"] + ".idx.npy"), starts.astype("<i8"))
 
 
+def open_writer(folder: Folder, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
+    """The writer of a split as our folders have it: training data in shards, a validation split in one file."""
+    return ShardWriter(folder, split, dtype, SHARD_TOKENS if split == "train" else 0, state)
+
+
+def require_train(splits: dict[str, Any], problem: str) -> None:
+    """Raises UserError with the problem unless there is something to train on."""
+    if "train" not in splits:
+        raise UserError(f"{problem}: give more data, or a smaller --val_share")
+
+
 @contextlib.contextmanager
 def writing(folder: Folder) -> Iterator[None]:
     """Turn a full disk, a missing permission and the like into one line for the user."""
@@ -162,7 +181,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def partial_folder(out_dir: Folder) -> Path:
-    return Path(out_dir).with_name(Path(out_dir).name + ".partial")
+    """Where a data set grows until it is complete: beside its place, and on the disk that a link points to."""
+    place = _place(out_dir)
+    return place.with_name(place.name + ".partial")
+
+
+def _place(out_dir: Folder) -> Path:
+    path = Path(out_dir)
+    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
 def check_replaceable(out_dir: Folder) -> bool:
@@ -185,7 +211,7 @@ def check_replaceable(out_dir: Folder) -> bool:
 
 def publish(partial: Folder, out_dir: Folder) -> None:
     """Rename the complete folder to its name; an older one of that name is set aside first and deleted afterwards."""
-    partial, out_dir = Path(partial), Path(out_dir)
+    partial, out_dir = Path(partial), _place(out_dir)
     old = out_dir.with_name(out_dir.name + ".old")
     if out_dir.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,195 @@
+"""Documents -> pretraining shards on disk.
+
+    text -> ids + <|endoftext|> -> splits train, val_zh, val_en
+
+The data set appears under its name only when it is complete. A killed run can be continued: the rows are read again
+(fast, and every decision is repeated exactly), but what is already tokenised is not tokenised again.
+
+Writes through shards.py. Read next: items.py (what is left out and set aside), shards.py (the files), pack.py (the same
+for chats), ../data_process.py (the command).
+"""
+
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from corpus.errors import UserError
+from corpus.items import Item, split_validation, text_items
+from corpus.language import LANGUAGES
+from corpus.read import Path_
+from corpus.report import DataReport
+from corpus.shards import (
+    FORMAT,
+    ShardWriter,
+    check_replaceable,
+    open_writer,
+    partial_folder,
+    publish,
+    require_train,
+    token_dtype,
+    write_json,
+    writing,
+)
+from corpus.sources import check_input
+
+BATCH_ITEMS, BATCH_CHARACTERS = 1000, 2_000_000  # handed to the tokenizer at once
+PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, which bounds memory
+CHECKPOINT_SECONDS = 20.0
+
+Packed = tuple[str, Item, np.ndarray]  # split, document, ids of shape (tokens,)
+
+
+def tokenise_texts(
+    items: Iterable[tuple[bool, Item]], tokenizer: Any, report: DataReport, skip: int = 0
+) -> Iterator[list[Packed]]:
+    """Batches of (split, item, ids with the closing <|endoftext|>); the first `skip` items are only read."""
+    batch: list[tuple[str, Item]] = []
+    characters = 0
+    for number, (is_validation, item) in enumerate(items):
+        if number < skip:
+            continue
+        batch.append((f"val_{item.language}" if is_validation else "train", item))
+        characters += len(item.text)
+        if len(batch) >= BATCH_ITEMS or characters >= BATCH_CHARACTERS:
+            yield _encode(batch, tokenizer, report)
+            batch, characters = [], 0
+    if batch:
+        yield _encode(batch, tokenizer, report)
+
+
+def _encode(batch: list[tuple[str, Item]], tokenizer: Any, report: DataReport) -> list[Packed]:
+    pieces = [list(_pieces(item.text)) for _, item in batch]
+    encoded = _encode_pieces((piece for several in pieces for piece in several), tokenizer)
+    result = []
+    for (split, item), several in zip(batch, pieces, strict=True):
+        ids = np.concatenate([next(encoded) for _ in several] + [np.array([tokenizer.eos_id], np.uint32)])
+        report.keep(item.language, len(item.text), len(ids), len(item.text.encode()))
+        result.append((split, item, ids))
+    return result
+
+
+def _encode_pieces(pieces: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
+    """Ids of each piece. An answer of the tokenizer takes a hundred times the memory of its text, so few at a time."""
+    waiting: list[str] = []
+    characters = 0
+    for piece in itertools.chain(pieces, [None]):
+        if waiting and (piece is None or characters >= BATCH_CHARACTERS):
+            yield from (np.array(ids, np.uint32) for ids in tokenizer.encode_batch(waiting))
+            waiting, characters = [], 0
+        if piece is not None:
+            waiting.append(piece)
+            characters += len(piece)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Pieces that end with a line. Line ends are tokens of their own, so together they give the ids of the whole."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        stop = stop if stop > start else start + PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+class _Partial:
+    """The unfinished data set in `<out_dir>.partial`: one writer a split, and a progress file to continue from."""
+
+    def __init__(self, folder: Path, job: dict[str, Any], dtype: str, report: DataReport) -> None:
+        self.folder, self.job, self.dtype, self.report = folder, job, dtype, report
+        self.documents = 0  # items that are tokenised and written
+        self.writers: dict[str, ShardWriter] = {}
+        self.saved = time.perf_counter()
+        try:
+            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            if progress["job"] == job:
+                for split, state in progress["writers"].items():
+                    self._open(split, state)
+                self.documents = int(progress["documents"])
+                report.restore(progress["report"])
+        except (OSError, ValueError, KeyError, TypeError):
+            self.abort()
+            self.documents, self.writers = 0, {}
+        if not self.documents:  # another job's leftovers, or none
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def _open(self, split: str, state: dict[str, Any] | None = None) -> None:
+        self.writers[split] = open_writer(self.folder, split, self.dtype, state)
+
+    def add(self, batch: list[Packed]) -> None:
+        for split, item, ids in batch:
+            if split not in self.writers:
+                self._open(split)
+            self.writers[split].add(ids, utf8_bytes=len(item.text.encode()))
+        self.documents += len(batch)
+        if time.perf_counter() - self.saved >= CHECKPOINT_SECONDS:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        writers = {split: writer.state() for split, writer in self.writers.items()}
+        progress = {"job": self.job, "documents": self.documents, "report": self.report.counts(), "writers": writers}
+        write_json(self.folder / "progress.json", progress)
+        self.saved = time.perf_counter()
+
+    def abort(self) -> None:
+        for writer in self.writers.values():
+            writer.abort()
+
+    def close(self) -> dict[str, Any]:
+        order = ("train", *(f"val_{language}" for language in LANGUAGES))
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        return {split: self.writers[split].close() for split in order if split in self.writers}
+
+
+def pack_texts(
+    paths: list[Path_],
+    tokenizer: Any,
+    out_dir: Path_,
+    val_share: float,
+    report: DataReport,
+    on_batch: Callable[[], None],
+) -> dict[str, Any]:
+    """Write the pretraining shards of `paths` to `out_dir` (complete or not at all) and return their meta.json.
+
+    A run that was killed is continued: what its progress file vouches for is not tokenised again. `on_batch` is called
+    after every batch. Raises UserError for data or a disk that cannot be used; bad data leaves nothing behind.
+    """
+    check_replaceable(out_dir)
+    check_replaceable(partial_folder(out_dir))
+    job = {"inputs": _inputs(paths), "tokenizer": tokenizer.fingerprint, "val_share": val_share, "format": FORMAT}
+    dtype = token_dtype(tokenizer.vocab_size)
+    with writing(out_dir):
+        partial = _Partial(partial_folder(out_dir), job, dtype, report)
+        items = split_validation(text_items(paths, report), val_share)
+        try:
+            for batch in tokenise_texts(items, tokenizer, report, skip=partial.documents):
+                partial.add(batch)
+                on_batch()
+            splits = partial.close()
+            require_train(splits, "no document is left to train on")
+        except UserError:
+            partial.abort()
+            shutil.rmtree(partial.folder, ignore_errors=True)
+            raise
+        finally:
+            partial.abort()
+        meta = {"format": FORMAT, "kind": "pretrain", "tokenizer": tokenizer.fingerprint}
+        meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "val_share": val_share}
+        meta |= {"splits": splits, "report": report.to_dict()}
+        write_json(partial.folder / "meta.json", meta)
+        publish(partial.folder, out_dir)
+    return meta
+
+
+def _inputs(paths: list[Path_]) -> list[list[Any]]:
+    for path in paths:
+        check_input(path)
+    found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
