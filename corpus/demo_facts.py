@@ -58,7 +58,7 @@ elephant/大象, mammal/哺乳动物, 4, -, -, -; rabbit/兔子, mammal/哺乳�
 monkey/猴子, mammal/哺乳动物, -, -, -, -; mouse>mice/老鼠, mammal/哺乳动物, 4, squeaks, 吱吱, -
 wolf>wolves/狼, mammal/哺乳动物, 4, howls, 嗷嗷, -; whale/鲸, mammal/哺乳动物, -, -, -, -
 bat/蝙蝠, mammal/哺乳动物, -, -, -, -; duck/鸭子, bird/鸟类, 2, quacks, 嘎嘎, duckling
-goose>geese/鹅, bird/鸟类, 2, honks, -, gosling; rooster/公鸡, bird/鸟类, 2, crows, 喔喔, -
+goose>geese/白鹅, bird/鸟类, 2, honks, -, gosling; rooster/公鸡, bird/鸟类, 2, crows, 喔喔, -
 owl/猫头鹰, bird/鸟类, 2, hoots, -, owlet; pigeon/鸽子, bird/鸟类, 2, coos, 咕咕, -
 eagle/老鹰, bird/鸟类, 2, -, -, eaglet; penguin/企鹅, bird/鸟类, 2, -, -, -; swan/天鹅, bird/鸟类, 2, -, -, cygnet
 shark/鲨鱼, fish>fish/鱼类, -, -, -, -; salmon>salmon/三文鱼, fish>fish/鱼类, -, -, -, -
@@ -216,7 +216,7 @@ ketchup/番茄酱, tomatoes/西红柿
 
 
 class Word(str):
-    """A text that knows its English forms: {s} {s:a} (with a/an) {s:pl} (plural); {s:C} {s:A} {s:Pl} begin with a capital."""
+    """A text with its English forms: {s} {s:a} (with a or an) {s:pl} (plural); {s:C} {s:A} {s:Pl} are capitalised."""
 
     plural: str
 

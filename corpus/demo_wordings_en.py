@@ -356,7 +356,8 @@ answer: I am {o}. I was trained from scratch and speak Chinese and English.
 # Around a question: {q}. Every relation meets every wrapper.
 WRAPPERS = (
     "{q} | {q} | {q} | {q} | Hello! {q} | Hi, I have a question. {q} | Excuse me. {q} | Quick question: {q}"
-    " | {q} Thank you! | {q} Thanks. | Please help me. {q} | I have a question: {q} | One question, please. {q} | {q} Please answer in one sentence."
+    " | {q} Thank you! | {q} Thanks. | Please help me. {q} | I have a question: {q} | One question, please. {q}"
+    " | {q} Please answer in one sentence."
 )
 
 # What may stand before a statement {t}; the frames of small stories, one a line: {n} name, {topic}, {t} statements.

@@ -7,10 +7,13 @@
 `kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
 other words) or `unasked_fact_new_wording` (the fact was only ever stated). No answer can be looked up.
 
-`build("out/demo/world")` takes a second; equal arguments give byte-identical files. ../demo.py runs it for `make demo`.
+    python -m corpus.demo_world --out_dir out/demo/world --seed 0      (../demo.py does this for `make demo`)
+
+It takes a second or two; equal arguments give byte-identical files.
 Read next: ../train_tokenizer.py (the first script that reads these files).
 """
 
+import argparse
 import json
 import os
 import random
@@ -28,7 +31,8 @@ from corpus.demo_facts import Fact, facts_of
 LANGUAGES = ("zh", "en")
 UNASKED_SHARE = 0.15  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
-STORY_SHARE, LEAD_SHARE = 0.35, 0.2  # of the texts about one topic, of the statements
+STORY_SHARE = 0.35  # of the texts about one topic
+LINES_SHARE, LEAD_SHARE = 0.2, 0.2  # of the other texts, one statement a line; of their statements
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
 
 Turn = tuple[str, str]  # question, answer
@@ -93,13 +97,15 @@ class World:
         self.unasked = self._choose_unasked()
 
     def _choose_unasked(self) -> set[tuple[str, ...]]:
-        groups: dict[str, list[Fact]] = defaultdict(list)
+        """Names of the facts that the chats leave out. 3 + 4 goes with 4 + 3, and big, small with small, big."""
+        groups: dict[str, dict[tuple[str, ...], list[Fact]]] = defaultdict(lambda: defaultdict(list))
         for fact in self.facts:
-            groups[fact.relation].append(fact)
+            groups[fact.relation][tuple(sorted(fact.slots.values()))].append(fact)
         chosen: set[tuple[str, ...]] = set()
         for group in groups.values():
             if len(group) >= SMALLEST_SPLIT:
-                chosen.update(fact.name for fact in self.rng.sample(group, round(UNASKED_SHARE * len(group))))
+                for facts in self.rng.sample(list(group.values()), round(UNASKED_SHARE * len(group))):
+                    chosen.update(fact.name for fact in facts)
         return chosen
 
     # ---- pretraining: statements
@@ -136,7 +142,8 @@ class World:
                 yield story.format(n=name, topic=topic, t=self.gap.join(statements))
             else:
                 leads = options(self.module.LEADS)
-                yield self.gap.join(
+                gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
+                yield gap.join(
                     self.rng.choice(leads).format(t=text) if self.rng.random() < LEAD_SHARE else text
                     for text in statements
                 )
@@ -216,7 +223,7 @@ class World:
 def build(
     folder: str | os.PathLike[str],
     seed: int = 0,
-    statement_rounds: int = 40,
+    statement_rounds: int = 60,
     chat_rounds: int = 8,
     questions: int = 300,
 ) -> dict[str, int]:
@@ -256,3 +263,19 @@ def build(
         "chats": len(chats),
         "questions": len(asked),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", default="out/demo/world", help="folder to write (default: out/demo/world)")
+    parser.add_argument("--seed", type=int, default=0, help="decides every choice (default: 0)")
+    parser.add_argument("--statement_rounds", type=int, default=60, help="statements per fact (default: 60)")
+    parser.add_argument("--chat_rounds", type=int, default=8, help="taught questions per asked fact (default: 8)")
+    parser.add_argument("--questions", type=int, default=300, help="held-out questions per language (default: 300)")
+    args = parser.parse_args()
+    counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
+    print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
