@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from corpus.demo_facts import Word, facts_of
-from corpus.demo_world import LANGUAGES, World, build, fill, holds
+from corpus.demo_world import LANGUAGES, World, build, fill, holds, options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -129,14 +129,15 @@ def test_every_asked_fact_was_stated(questions, texts, worlds):
 
 
 def test_unasked_facts_are_never_asked(chats, questions, worlds):
-    """Neither forwards, backwards nor as a follow-up; and both kinds of questions are in the score."""
+    """Neither forwards nor backwards, in any wrapping; and both kinds of questions are in the score."""
     for lang, world in worlds.items():
+        wrappers = options(world.module.WRAPPERS)
         users = {m["content"] for row in chats if row["lang"] == lang for m in row["messages"] if m["role"] == "user"}
-        joined = "\n".join(users)
         for fact in world.facts:
             wordings = world.wordings[fact.relation]
             if fact.name in world.unasked:
-                assert not any(fill(t, fact) in joined for t in wordings.ask + wordings.back), fact
+                asked = (fill(t, fact) for t in wordings.ask + wordings.back)
+                assert not users & {wrapper.format(q=question) for question in asked for wrapper in wrappers}, fact
         kinds = Counter(row["kind"] for row in questions if row["lang"] == lang)
         assert kinds["seen_fact_new_wording"] >= 150 and kinds["unasked_fact_new_wording"] >= 50
 
@@ -219,7 +220,8 @@ def test_tables_agree_between_the_languages():
 
 
 @pytest.mark.parametrize("key, text, found", [
-    ("7", "3 + 4 = 7.", True), ("7", "It is 17.", False), ("7", "3加4等于7。", True), ("Cu", "铜的元素符号是Cu。", True),
+    ("7", "3 + 4 = 7.", True), ("7", "It is 17.", False), ("7", "3加4等于7。", True),
+    ("Cu", "铜的元素符号是Cu。", True),
     ("mammal", "A dog is a Mammal.", True), ("cat", "A caterpillar.", False), ("巴黎", "法国的首都是巴黎。", True),
 ])  # fmt: skip
 def test_how_a_key_is_found(key, text, found):
