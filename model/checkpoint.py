@@ -22,6 +22,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 
 FORMAT = 1
+PARTS = {"format", "stage", "config", "tokenizer", "model"}
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
@@ -99,8 +100,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise UserError(
             f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign"
         ) from None
-    if not isinstance(checkpoint, dict) or not {"format", "stage", "config", "model"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a model of this project: it lacks format, stage, config or model")
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= PARTS:
+        raise UserError(f"{path} is not a model of this project: it lacks one of {', '.join(sorted(PARTS))}")
     if checkpoint["format"] != FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}: train it again")
     return checkpoint
