@@ -1,0 +1,223 @@
+"""The cache and the checkpoint: what is stored and read again is the same.
+
+Promises: generation with the cache sees the same logits as the full forward, one by one, in chunks, and in left-padded
+batches; beyond the maximum length stands a clear error; a saved model comes back equal, and a file that does not
+fit is refused in one line.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from corpus.errors import UserError
+from model.checkpoint import (
+    find_checkpoint,
+    find_parent,
+    load_model,
+    load_state,
+    plain_state,
+    read_checkpoint,
+    save_model,
+)
+from model.config import ModelConfig
+from model.transformer import KVCache, Transformer
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "mha": {"n_kv_heads": 4},
+    "gqa": {},
+    "qk_norm": {"qk_norm": True},
+    "untied": {"tie_embeddings": False},
+    "moe": {"use_moe": True},
+}
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 272, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 24}
+    model = Transformer(ModelConfig(**{**settings, **changes})).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("chunks", [[1] * 24, [24], [10, 1, 1, 7, 5], [23, 1]], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_cached_logits_equal_the_full_forward(variant, chunks):
+    model = make_model(**VARIANTS[variant])
+    ids = torch.randint(0, 272, (3, 24))
+    cache = KVCache(model.config, 3, 24, CPU, torch.float32)
+    pieces = [model.logits(chunk, cache) for chunk in ids.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model.logits(ids), rtol=1e-5, atol=1e-5)
+    assert cache.length == 24
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_left_padded_rows_equal_each_row_alone(variant):
+    model = make_model(**VARIANTS[variant])
+    rows = [torch.randint(0, 272, (length,)) for length in (3, 8, 5)]
+    width, new = 8, torch.randint(0, 272, (3, 6))
+    padding = torch.tensor([width - len(row) for row in rows])
+    batch = torch.stack([torch.cat((torch.full((width - len(row),), 3), row)) for row in rows])
+    cache = KVCache(model.config, 3, width + 6, CPU, torch.float32)
+    together = [model.logits(batch, cache, padding)]
+    together += [model.logits(new[:, i : i + 1], cache, padding) for i in range(6)]
+    together = torch.cat(together, dim=1)
+    uncached = model.logits(torch.cat((batch, new), dim=1), padding=padding)
+    for i, row in enumerate(rows):
+        alone = model.logits(torch.cat((row, new[i]))[None])[0]
+        torch.testing.assert_close(together[i, padding[i] :], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(uncached[i, padding[i] :], alone, rtol=1e-5, atol=1e-5)
+    assert together.isfinite().all()
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_no_real_token():
+    model = make_model()
+    ids = torch.randint(0, 272, (2, 10))
+    padded = torch.cat((ids, torch.full((2, 6), 3)), dim=1)
+    torch.testing.assert_close(model.logits(padded)[:, :10], model.logits(ids), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_caches_do_not_share_anything():
+    model = make_model()
+    a, b = (KVCache(model.config, 1, 24, CPU, torch.float32) for _ in range(2))
+    first, second = torch.randint(0, 272, (2, 1, 6))
+    model.logits(first, a)
+    model.logits(second, b)
+    again = model.logits(first[:, :1], a)
+    torch.testing.assert_close(again, model.logits(torch.cat((first, first[:, :1]), 1))[:, -1:], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_beyond_the_maximum_stands_a_clear_error():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"25 tokens do not fit: the limit is 24"):
+        model(torch.zeros(1, 25, dtype=torch.long))
+    cache = KVCache(model.config, 1, 100, CPU, torch.float32)
+    model(torch.zeros(1, 24, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="the limit is 24"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+    small = KVCache(model.config, 1, 4, CPU, torch.float32)
+    with pytest.raises(ValueError, match="the limit is 4"):
+        model(torch.zeros(1, 5, dtype=torch.long), small)
+    assert cache.length == 24 and small.length == 0
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_model_comes_back_equal(variant, tokenizer, tmp_path):
+    model = make_model(**VARIANTS[variant])
+    path = tmp_path / "new" / "pretrain_32.pth"
+    save_model(path, model, "pretrain", tokenizer, [{"stage": "pretrain", "step": 3}])
+    loaded, its_tokenizer, checkpoint = load_model(path)
+    assert loaded.config == model.config and not loaded.training
+    assert its_tokenizer.fingerprint == tokenizer.fingerprint == checkpoint["tokenizer"]["fingerprint"]
+    assert (checkpoint["stage"], checkpoint["lineage"]) == ("pretrain", [{"stage": "pretrain", "step": 3}])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    tied = loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert tied == model.config.tie_embeddings
+    assert ("lm_head.weight" in read_checkpoint(path)["model"]) != model.config.tie_embeddings
+    assert [file.name for file in path.parent.iterdir()] == ["pretrain_32.pth"]  # no temporary file left
+
+
+def test_prefixes_of_wrappers_are_stripped(tokenizer, tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self, name, inner):
+            super().__init__()
+            self.add_module(name, inner)
+
+    model = make_model()
+    wrapped = Wrapped("module", Wrapped("_orig_mod", model))
+    assert plain_state(wrapped).keys() == plain_state(model).keys()
+    save_model(tmp_path / "pretrain_32.pth", wrapped, "pretrain", tokenizer, [])
+    assert torch.equal(load_model(tmp_path / "pretrain_32.pth")[0].lm_head.weight, model.lm_head.weight)
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 600
+    return text
+
+
+def test_files_that_are_no_models_are_refused_in_one_line(tokenizer, tmp_path):
+    good = tmp_path / "pretrain_32.pth"
+    save_model(good, make_model(), "pretrain", tokenizer, [])
+    content = good.read_bytes()
+    bad = {
+        "empty": b"",
+        "text": b"hello, I am no model\n" * 50,
+        "cut": content[: len(content) // 2],
+        "head": content[:100],
+        "zip": b"PK\x05\x06" + bytes(18),
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError) as error:
+            load_model(tmp_path / name)
+        assert name in one_line(error)
+    with pytest.raises(UserError, match=r"no checkpoint at .*absent"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(UserError):
+        load_model(tmp_path)  # a folder
+    for foreign in ([1, 2], {"model": {}}, {"a.weight": torch.zeros(2)}):
+        torch.save(foreign, tmp_path / "foreign.pth")
+        with pytest.raises(UserError) as error:
+            load_model(tmp_path / "foreign.pth")
+        assert "not a model of this project" in one_line(error)
+    checkpoint = read_checkpoint(good)
+    for key, value in {
+        "format": 99,
+        "config": {**checkpoint["config"], "new_field": 1},
+        "model": {"x": torch.zeros(1)},
+        "tokenizer": None,
+    }.items():
+        changed = {**checkpoint, key: value}
+        torch.save({name: part for name, part in changed.items() if part is not None}, tmp_path / "other.pth")
+        with pytest.raises(UserError) as error:
+            load_model(tmp_path / "other.pth")
+        one_line(error)
+
+
+def test_a_state_that_does_not_fit_is_listed(tokenizer):
+    model = make_model()
+    state = plain_state(model)
+    state["model.norm.weight"] = torch.zeros(5)
+    state["extra"] = state.pop("model.layers.1.mlp.up_proj.weight")
+    before = model.model.norm.weight.clone()
+    with pytest.raises(UserError) as error:
+        load_state(model, state, "file.pth")
+    text = one_line(error)
+    assert "3 differences" in text and "missing model.layers.1.mlp.up_proj.weight" in text and "unknown extra" in text
+    assert "model.norm.weight is (5,), expected (32,)" in text
+    assert torch.equal(model.model.norm.weight, before)  # nothing half loaded
+
+
+def test_code_in_a_checkpoint_never_runs(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"format": 1, "stage": "x", "config": {}, "model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError):
+        load_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_chain_takes_one_match_and_lists_several(tmp_path):
+    with pytest.raises(UserError, match=r"1-pretrain\.py"):
+        find_checkpoint(tmp_path, "pretrain")
+    (tmp_path / "pretrain_512.pth").touch()
+    (tmp_path / "pretrain_512.resume.pth").touch()
+    assert find_checkpoint(tmp_path, "pretrain").name == "pretrain_512.pth"
+    assert find_parent(tmp_path, "full_sft").name == "pretrain_512.pth"
+    (tmp_path / "pretrain_768_moe.pth").touch()
+    with pytest.raises(UserError, match=r"several .*pretrain_512.pth, .*pretrain_768_moe.pth"):
+        find_checkpoint(tmp_path, "pretrain")

@@ -1,0 +1,150 @@
+"""The model is the stock architecture: logits and gradients equal those of transformers, given the same weights.
+
+Promises: a dense checkpoint opens as LlamaForCausalLM, with QK-norm as Qwen3ForCausalLM, an MoE one (its experts
+stacked) as GraniteMoeSharedForCausalLM. The names and sizes of the parameters are frozen here: changing them breaks
+every checkpoint that exists.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import PRESETS, ModelConfig
+from model.transformer import Transformer
+
+TINY = {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48, "max_seq_len": 40}
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def rough_model(**changes):
+    """A tiny model whose weights are large enough for every part to matter."""
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(**{**TINY, **changes}))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.15 if weight.dim() > 1 else 1 + 0.2 * torch.randn_like(weight))
+    return model.eval()
+
+
+def stock_settings(config):
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 the next
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attn_implementation": "eager",
+    }
+
+
+def logits_and_gradients(model, logits_of):
+    """Logits (2, 40, vocab) of a fixed batch and the gradients of its next-token loss, by parameter name."""
+    ids = torch.randint(0, TINY["vocab_size"], (2, 41), generator=torch.Generator().manual_seed(2))
+    model.zero_grad()
+    logits = logits_of(ids[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    return logits.detach(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+def assert_equal_models(ours, stock, translate=lambda tensors: tensors):
+    logits, gradients = logits_and_gradients(ours, ours.logits)
+    stock_logits, stock_gradients = logits_and_gradients(stock, lambda ids: stock(ids).logits)
+    torch.testing.assert_close(logits, stock_logits, **TOLERANCE)
+    assert logits.std() > 0.3  # not two models that agree on nothing happening
+    gradients = translate(gradients)
+    assert gradients.keys() == stock_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-4, name
+        torch.testing.assert_close(
+            gradient, stock_gradients[name], **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_dense_equals_transformers(kv_heads, tied, qk_norm):
+    import transformers
+
+    ours = rough_model(n_kv_heads=kv_heads, tie_embeddings=tied, qk_norm=qk_norm, rope_theta=5000.0, norm_eps=1e-4)
+    family = "Qwen3" if qk_norm else "Llama"
+    config = getattr(transformers, f"{family}Config")(**stock_settings(ours.config))
+    stock = getattr(transformers, f"{family}ForCausalLM")(config)
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    stock.tie_weights()
+    assert_equal_models(ours, stock.eval())
+
+
+def granite_names(tensors):
+    """Our MoE tensors (weights or their gradients) under the names, and in the stacks, of GraniteMoeShared."""
+    stacked = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+    for layer in range(TINY["n_layers"]):
+        old, new = f"model.layers.{layer}.mlp.", f"model.layers.{layer}."
+
+        def experts(kind, matrix, old=old):
+            names = (f"{old}{kind}.{i}.{matrix}.weight" for i in range(9))
+            return [tensors[name] for name in names if name in tensors]
+
+        gates, ups, downs = (experts("experts", f"{matrix}_proj") for matrix in ("gate", "up", "down"))
+        stacked[new + "block_sparse_moe.router.weight"] = tensors[old + "gate.weight"]
+        gate_up = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        stacked[new + "block_sparse_moe.experts.gate_up_proj"] = torch.stack(gate_up)
+        stacked[new + "block_sparse_moe.experts.down_proj"] = torch.stack(downs)
+        gates, ups, downs = (experts("shared_experts", f"{matrix}_proj") for matrix in ("gate", "up", "down"))
+        stacked[new + "shared_mlp.input_linear.weight"] = torch.cat([*gates, *ups])
+        stacked[new + "shared_mlp.output_linear.weight"] = torch.cat(downs, dim=1)
+    return stacked
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_moe_equals_transformers(tied):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    ours = rough_model(use_moe=True, tie_embeddings=tied)
+    settings = stock_settings(ours.config) | {
+        "shared_intermediate_size": ours.config.n_shared_experts * ours.config.hidden_dim,
+        "num_local_experts": ours.config.n_routed_experts,
+        "num_experts_per_tok": ours.config.n_active_experts,
+        "attention_multiplier": ours.config.head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+    stock = transformers.GraniteMoeSharedForCausalLM(transformers.GraniteMoeSharedConfig(**settings))
+    stock.set_experts_implementation("eager")
+    stock.load_state_dict(granite_names(ours.state_dict()), strict=True)
+    stock.tie_weights()
+    assert_equal_models(ours, stock.eval(), granite_names)
+
+
+@pytest.mark.parametrize(
+    ("preset", "total", "active"),
+    [
+        ("small", 26_878_464, 26_878_464),
+        ("small-moe", 113_402_368, 78_799_360),
+        ("base", 108_749_568, 108_749_568),
+    ],
+)
+def test_sizes_of_the_presets(preset, total, active):
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**PRESETS[preset]))
+    assert model.count_parameters() == (total, active)
+
+
+def test_names_of_the_parameters_are_frozen():
+    model = rough_model(n_layers=1, qk_norm=True, use_moe=True, n_routed_experts=1, n_active_experts=1)
+    attention = {f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
+    expert = {f"{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
+    experts = {f"mlp.{e}.{name}" for e in ("experts.0", "shared_experts.0", "shared_experts.1") for name in expert}
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    layer = {f"model.layers.0.{name}" for name in attention | experts | norms | {"mlp.gate.weight"}}
+    assert model.state_dict().keys() == layer | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    dense = rough_model(n_layers=1)
+    mlp = {name for name in dense.state_dict() if ".mlp." in name}
+    assert mlp == {f"model.layers.0.mlp.{name}" for name in expert}

@@ -1,0 +1,85 @@
+"""The parts of attention: rotation by position, the CPU's own exact attention, memory saved by recomputing.
+
+Promises: RoPE depends on distance alone; causal_attention_cpu equals the library's kernel, forward and backward;
+activation checkpointing changes no gradient; tied embeddings stay one tensor.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.config import ModelConfig
+from model.transformer import RMSNorm, Transformer, causal_attention_cpu, rope_table, rotate
+
+
+def test_rope_depends_on_distance_alone():
+    config = ModelConfig(dim=64, n_heads=2, n_kv_heads=2, max_seq_len=64)
+    cos, sin = rope_table(config)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 32)
+
+    def score(i, j):
+        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum()
+
+    torch.testing.assert_close(score(5, 2), score(60, 57), rtol=1e-4, atol=1e-4)
+    assert (score(5, 2) - score(5, 3)).abs() > 1e-3
+    torch.testing.assert_close(rotate(q, cos[40], sin[40]).norm(), q.norm())  # a rotation keeps lengths
+    torch.testing.assert_close(rotate(q, cos[0], sin[0]), q)
+
+
+def test_rms_norm_is_its_formula():
+    norm = RMSNorm(8, 1e-5)
+    norm.weight.data.uniform_(0.5, 2)
+    x = torch.randn(3, 8) * 5
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("seq", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_cpu_attention_equals_the_library(seq, heads, kv_heads):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, seq, 16, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    ours = causal_attention_cpu(q, k, v, 0.0)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    weights = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_attention_drops_what_it_is_told():
+    torch.manual_seed(0)
+    q = k = torch.zeros(1, 1, 256, 2)
+    out = causal_attention_cpu(q, k, torch.ones(1, 1, 256, 2), 0.5)
+    assert out.std() > 0.01 and abs(out[:, :, 64:].mean() - 1) < 0.1  # noisy, but right on average
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_activation_checkpointing_changes_no_gradient(use_moe):
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(50, 32, 2, 4, 2, max_seq_len=16, dropout=0.1, use_moe=use_moe)).train()
+        model.activation_checkpointing = recompute
+        torch.manual_seed(1)  # the same dropout
+        hidden, balance = model(torch.randint(0, 50, (2, 16)))
+        (model.lm_head(hidden).logsumexp(-1).sum() + balance).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_config_refuses_what_cannot_be():
+    for wrong in (
+        {"dim": 30, "n_heads": 4},
+        {"dim": 12, "n_heads": 4},
+        {"n_heads": 16, "n_kv_heads": 3},
+        {"use_moe": True, "n_active_experts": 5},
+        {"dropout": 1.0},
+    ):
+        with pytest.raises(ValueError, match="model config"):
+            ModelConfig(**wrong)
