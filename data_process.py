@@ -119,7 +119,7 @@ def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], 
 
         def on_batch() -> None:
             speed = f"{report.megabytes_per_second:.1f} MB/s" if report.kept else "reading"
-            bar.update(task, completed=report.input_bytes, description=f"{report.read:,} rows  {speed}")
+            bar.update(task, completed=report.position(), description=f"{report.read:,} rows  {speed}")
 
         yield on_batch
 
@@ -163,8 +163,8 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
                 on_batch()
     report.print()
     say_what_did_not_fit(args, report)
-    for _, _, title, ids, mask in sorted(samples, reverse=True):
-        show_sample(tokenizer, title, ids, mask)
+    for *_, title, shown, mask in sorted(samples, reverse=True):
+        show_sample(tokenizer, title, shown, mask)
     if not report.kept:
         raise UserError("nothing in these files can be trained on: see the report")
 

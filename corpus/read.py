@@ -55,11 +55,11 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
     Raises UserError for a file that cannot be opened, and when the report's cap of bad rows is exceeded.
     """
     file = os.fspath(path)
-    before = report.input_bytes
+    before = report.position()
     with open_source(Path(file)) as source:
+        report.position = lambda: before + source.position()
         form = sniff(source)
         for line, row in _READERS[form](source, report):
-            report.input_bytes = before + source.position()
             if not isinstance(row, str if form == "txt" else dict):
                 report.unreadable("a row that is not an object", file, line)
                 continue
@@ -67,7 +67,7 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
             yield line, row
         if source.damage:
             report.unreadable(source.damage, file, source.line)
-        report.input_bytes = before + source.size
+        report.position = lambda: before + source.size
     if file not in report.files:
         report.unreadable(EMPTY_FILE, file, 1)
 
@@ -104,6 +104,7 @@ def _all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Iter
     files = [os.fspath(path) for path in paths]
     for file in files:
         check_input(file)
+    report.input_total = sum(Path(file).stat().st_size for file in files)
     for file in files:
         try:
             for line, row in read_rows(file, report):
@@ -159,23 +160,23 @@ def _read_json(source: Source, report: DataReport) -> Rows:
     """A JSON array, or objects one after the other over any number of lines, without holding the whole file."""
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # a bad byte spoils its row only
     parse = json.JSONDecoder(strict=False).raw_decode
-    buffer, size, more, started = "", PIECE, True, False
+    buffer, size, more, first, in_array = "", PIECE, True, True, False
     while True:
         stripped = buffer.lstrip(" \t\r\n,")
         source.line += buffer.count("\n", 0, len(buffer) - len(stripped))
         buffer = stripped
-        if buffer.startswith("[") and not started:
-            buffer, started = buffer[1:], True
+        if buffer.startswith("[") and first:
+            buffer, first, in_array = buffer[1:], False, True
             continue
-        if buffer.startswith("]") and started:
-            break
+        if buffer.startswith("]") and in_array:
+            return
         try:
             value, end = parse(buffer)
             whole = end < len(buffer) or isinstance(value, (dict, list, str)) or not more  # "12" may go on as "123"
         except (ValueError, RecursionError):
             whole = False
         if whole:
-            started, size = True, PIECE
+            first, size = False, PIECE
             yield source.line, value
             source.line += buffer.count("\n", 0, end)
             buffer = buffer[end:]
@@ -184,9 +185,9 @@ def _read_json(source: Source, report: DataReport) -> Rows:
             more, size = bool(piece), min(2 * size, MAX_LINE)
             buffer += decode(piece, not piece)
         else:
-            if buffer or (started and not source.damage):
+            if buffer or (in_array and not source.damage):
                 report.unreadable("broken JSON: the rest of the file is lost", source.name, source.line)
-            break
+            return
 
 
 def _read_csv(source: Source, report: DataReport) -> Rows:

@@ -10,6 +10,7 @@ Read next: read.py (who counts), ../data_process.py (who prints).
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +61,8 @@ class DataReport:
         self.histogram = [0] * (BINS + 1)
         self.trained_tokens = 0  # chats only
         self.shortened: dict[str, Reason] = {}  # chats that are kept without their last turns
-        self.input_bytes = 0  # how far the input files are read, for progress bars
+        self.input_total = 0  # bytes of all input files, as far as known
+        self.position: Callable[[], int] = lambda: 0  # how many of them are read
         self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
         self._start = time.perf_counter()
 
@@ -81,7 +83,7 @@ class DataReport:
         self.bad_rows += 1
         _count(self.bad, reason, file, line)
         if self.bad_rows >= CERTAIN_BAD and self.read >= CERTAIN_READ:
-            self.check_cap()
+            self.check_cap(expected_rows=self.read * max(1.0, self.input_total / max(1, self.position())))
 
     def unreadable(self, reason: str, file: str, line: int) -> None:
         """A row that could not even be read: counted as read and as bad."""
@@ -108,9 +110,12 @@ class DataReport:
         self.histogram[min(BINS, max(0, (tokens - 1) // FIRST_BIN).bit_length())] += 1
 
     # ---- judging ----
-    def check_cap(self) -> None:
-        """Raises UserError when more than `max_bad_share` of the rows read so far are bad."""
-        if self.bad_rows > self.max_bad_share * self.read:
+    def check_cap(self, expected_rows: float = 0) -> None:
+        """Raises UserError when more than `max_bad_share` of the rows are bad: of those read, or of all to be expected.
+
+        While reading, the rows still to come count as good, so that one bad stretch in a big file ends nothing.
+        """
+        if self.bad_rows > self.max_bad_share * max(self.read, expected_rows):
             worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
             reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in worst)
             raise UserError(
