@@ -86,7 +86,7 @@ class ChatTokenizer:
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. For bits per byte."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        byte_level = '"ByteLevel"' in self.files["tokenizer.json"]
+        byte_level = json.loads(self.files["tokenizer.json"])["decoder"]["type"] == "ByteLevel"
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in vocab.items():
             if index in self.special_ids:

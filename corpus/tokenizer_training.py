@@ -1,0 +1,265 @@
+"""Text -> a tokenizer: a balanced sample, the pieces inside words, and last the phrases.
+
+    1. sample     at most `byte_budget` bytes of text, two thirds Chinese and one third English, chosen by content hash
+    2. words      pieces are learnt inside words and runs of Chinese characters only, so that each is a part of a word
+                      bpe      join the most frequent pair of neighbours, again and again, beginning with single bytes
+                      unigram  begin with many pieces and drop those that the probability of the text misses least
+    3. phrases    the most frequent pairs of whole words (" of the", ", and", "，但") take the last 1/32 of the entries
+
+Step 3 is what makes a small vocabulary serve two languages: 200 phrases shorten English text by 5 % and Chinese by 2 %,
+more than any 200 further pieces of words. They are joined last, so words are cut the same with and without them.
+
+Every newline and every digit is a piece of its own. The 256 bytes are always in the vocabulary: no text is unknown.
+
+Read next: tokenizer_sample.py (step 1), ../train_tokenizer.py (who calls), ../model/chat.py (chats as tokens).
+Sources: Sennrich et al. 2016 (BPE), Kudo 2018 (unigram), Liu et al. 2025 (SuperBPE: words first, then across spaces).
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from corpus.errors import UserError
+
+MIN_VOCAB = 300  # the 256 bytes, the special tokens, and something to learn
+MAX_VOCAB = 2**32  # token ids are stored as uint16 or uint32
+PHRASE_SHARE = 1 / 32  # of the vocabulary
+COVERAGE = 0.99  # of the text's characters; unigram writes the others byte by byte
+MIN_PHRASE_COUNT = 5  # rarer neighbours are chance
+MAX_PIECE_BYTES = 24  # 8 Chinese characters: the sample's boilerplate shall not become words
+
+# What pieces are learnt in, tried in this order. Lengths are capped: text without any break must not need more memory.
+_WORDS = (
+    r"\n|\p{N}"  # newlines and digits one by one
+    r"|'(?:[sdmt]|ll|re|ve)(?!\p{L})"  # the ends of "it's" and "we'll"
+    r"|\p{Han}{1,20}"  # Chinese marks no words: any part of a run may become a piece
+    r"| ?[^\s\p{N}\p{P}\p{S}\p{Han}]{1,40}"  # a word with the space before it
+    r"|<| ?[^\s\p{N}\p{L}\p{M}<]{1,8}"  # marks and symbols
+    r"|[^\S\n]+(?!\S)|[^\S\n]+"  # other spaces; the last one belongs to the next word
+)
+# What text is cut into when it is encoded: as little as possible, because phrases reach across words. "<" stands alone,
+# so that the unigram tokenizer never takes the *text* <0x41> for the byte 0x41.
+_LINES = r"\n|\p{N}|<|[^\n\p{N}<]+"
+
+Phrase = tuple[str, str]
+
+
+def check_vocab_size(vocab_size: int, reserved: int) -> None:
+    """Raises UserError for a vocabulary size that cannot be."""
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise UserError(f"--vocab_size {vocab_size}: choose {MIN_VOCAB} (the 256 bytes, {reserved} special tokens "
+                        f"and something to learn) to {MAX_VOCAB}")  # fmt: skip
+
+
+def train_tokenizer(
+    algorithm: str, texts: Sequence[str], vocab_size: int, reserved: Sequence[str], progress: bool = False
+) -> Tokenizer:
+    """Train on `texts`; ids 0, 1, ... are the `reserved` special tokens. The same texts give the same tokenizer.
+
+    The result has fewer than `vocab_size` entries when the texts hold too little to learn.
+    Raises UserError for a vocabulary size that cannot be.
+    """
+    check_vocab_size(vocab_size, len(reserved))
+    phrases = int(vocab_size * PHRASE_SHARE)
+    train = {"bpe": _train_bpe, "unigram": _train_unigram}[algorithm]
+    words = train(texts, vocab_size - phrases, list(reserved), progress)
+    return _with_phrases(words, algorithm, frequent_phrases(words, texts, phrases))
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def _byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([_split(pattern), to_bytes])
+
+
+def _train_bpe(texts: Sequence[str], vocab_size: int, reserved: list[str], progress: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _byte_level(_WORDS)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in reserved],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_PIECE_BYTES,
+        show_progress=progress,
+    )
+    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    return tokenizer
+
+
+_GAP, _SPACED = "\x01", 0xF0000  # private characters of the training text, see _spaced_words
+
+
+def _train_unigram(texts: Sequence[str], vocab_size: int, reserved: list[str], progress: bool) -> Tokenizer:
+    import sentencepiece
+
+    room = vocab_size - len(reserved) - 256 - 1  # the newline is added by hand: training text comes in lines
+    lines = [_GAP.join(words) for words in _spaced_words(texts)]
+    drop = _rare_characters(Counter(character for line in lines for character in line), room)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line.translate(drop) for line in lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=min(room + 256 + 1, 2**30),  # + the unknown token, which we leave out
+            hard_vocab_limit=False,  # too little text: fewer pieces instead of an error
+            seed_sentencepiece_size=min(max(16 * room, 100_000), 1_000_000),
+            max_sentencepiece_length=MAX_PIECE_BYTES,
+            max_sentence_length=1 << 20,
+            pretokenization_delimiter=_GAP,
+            split_by_unicode_script=False,  # the words are split already
+            character_coverage=1.0,  # rare characters are cut out already
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            bos_id=-1,
+            eos_id=-1,
+            unk_id=0,
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"sentencepiece cannot learn {vocab_size} pieces from this text: {error}") from None
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces: dict[str, float] = {}
+    for i in range(trained.get_piece_size()):
+        if trained.is_unknown(i) or trained.is_byte(i):
+            continue
+        piece = "".join(_respaced(character) for character in trained.id_to_piece(i).replace("▁", " "))
+        if piece == "<" or "<" not in piece:
+            pieces.setdefault(piece, trained.get_score(i))
+    lowest = min(pieces.values(), default=0.0)
+    bytes_ = [(f"<0x{byte:02X}>", lowest) for byte in range(256)]
+    vocab = [*((token, lowest) for token in reserved), *bytes_, ("\n", lowest), *list(pieces.items())[:room]]
+    return _unigram_tokenizer(vocab, reserved, _WORDS)
+
+
+def _unigram_tokenizer(vocab: list[tuple[str, float]], reserved: list[str], pattern: str) -> Tokenizer:
+    # Some id must stand for the unknown; with all bytes in the vocabulary it is never used.
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=len(reserved) - 1, byte_fallback=True))
+    tokenizer.pre_tokenizer = _split(pattern)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in reserved])
+    return tokenizer
+
+
+def _spaced_words(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The words of each line, with a space and the character after it made one.
+
+    A lone space is so frequent that to a unigram model it costs nearly nothing: it would learn "point" and write every
+    " point" as " " + "point". As one symbol with the letter, the space belongs to its word.
+    """
+    split = _split(_WORDS)
+    for text in texts:
+        for line in text.replace(_GAP, "\n").split("\n"):
+            words = [word for word, _ in split.pre_tokenize_str(line)]
+            if words:
+                yield [
+                    chr(_SPACED + ord(word[1])) + word[2:]
+                    if word[0] == " " and len(word) > 1 and "!" <= word[1] < "\ue000"
+                    else word
+                    for word in words
+                ]
+
+
+def _respaced(character: str) -> str:
+    return " " + chr(ord(character) - _SPACED) if ord(character) >= _SPACED else character
+
+
+def _rare_characters(counts: Counter[str], room: int) -> dict[int, str]:
+    """Translation table that cuts the text at characters not worth a piece: they will be written as bytes."""
+    never = {_GAP, "\0", "▁", "\u2585", "\t", "\r"}
+    worth = [character for character, _ in counts.most_common() if character not in never]
+    total, seen, keep = sum(counts.values()), 0, set()
+    for character in worth[: room // 2]:
+        if seen > COVERAGE * total:
+            break
+        keep.add(character)
+        seen += counts[character]
+    return {ord(character): _GAP for character in counts if character not in keep}
+
+
+# ---- phrases ---------------------------------------------------------------------------------------------------------
+def frequent_phrases(words: Tokenizer, texts: Sequence[str], number: int) -> list[Phrase]:
+    """The `number` most frequent pairs of neighbouring tokens that are whole words.
+
+    Chinese marks no words: the last or first piece of a run counts as one. Spaces, newlines and digits take no part.
+    """
+    names = {i: piece for piece, i in words.get_vocab().items()}
+    meanings = [piece.decode("utf-8", "replace") for piece in token_bytes(words)]
+    han = np.array(["一" <= text[-1:] <= "鿿" for text in meanings])
+    usable = np.array([_is_word(text) for text in meanings])
+    counts: Counter[int] = Counter()
+    documents = iter(texts)
+    while batch := list(islice(documents, 256)):
+        for encoding in words.encode_batch(batch, add_special_tokens=False):
+            ids, word = np.array(encoding.ids, np.int64), np.array(encoding.word_ids, np.int64)
+            if len(ids) < 2:
+                continue
+            boundary = np.concatenate([[True], word[1:] != word[:-1], [True]])
+            whole = (boundary[1:] & boundary[:-1] | han[ids]) & usable[ids]
+            pair = whole[:-1] & whole[1:] & boundary[1:-1] & ~(han[ids[:-1]] & han[ids[1:]])
+            counts.update((ids[:-1][pair] * len(names) + ids[1:][pair]).tolist())
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:number]
+    pairs = [divmod(key, len(names)) for key, count in ranked if count >= MIN_PHRASE_COUNT]
+    return [(names[left], names[right]) for left, right in pairs]
+
+
+def _is_word(text: str) -> bool:
+    return bool(text.strip()) and not any(c in "�\n<" or (c.isnumeric() and not "一" <= c <= "鿿") for c in text)
+
+
+def _with_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) -> Tokenizer:
+    """The same pieces and the phrases behind them; text is cut into lines instead of words from now on."""
+    state: dict[str, Any] = json.loads(words.to_str())
+    model = state["model"]
+    known = set(words.get_vocab())
+    score = dict(model["vocab"]) if algorithm == "unigram" else {}
+    for left, right in phrases:
+        if left + right in known:
+            continue
+        known.add(left + right)
+        if algorithm == "bpe":  # joined last, when all words are whole
+            model["vocab"][left + right] = len(model["vocab"])
+            model["merges"].append([left, right])
+        else:  # a little more probable than the two apart
+            model["vocab"].append([left + right, score[left] + score[right] + 0.5])
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.pre_tokenizer = _byte_level(_LINES) if algorithm == "bpe" else _split(_LINES)
+    return tokenizer
+
+
+# ---- looking at tokens -----------------------------------------------------------------------------------------------
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes these bytes as themselves,
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these as the characters from U+0100 on
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of text that each id stands for; a special token stands for its name."""
+    byte_level = json.loads(tokenizer.to_str())["decoder"]["type"] == "ByteLevel"
+    special = tokenizer.get_added_tokens_decoder()
+    found = [b""] * tokenizer.get_vocab_size()
+    for piece, i in tokenizer.get_vocab().items():
+        if i in special:
+            found[i] = piece.encode()
+        elif byte_level:
+            found[i] = bytes(_BYTE_OF[character] for character in piece)
+        else:
+            lone_byte = len(piece) == 6 and piece.startswith("<0x")
+            found[i] = bytes([int(piece[3:5], 16)]) if lone_byte else piece.encode()
+    return found

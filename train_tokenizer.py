@@ -1,0 +1,172 @@
+"""Lesson 1: a tokenizer, the model's alphabet. It cuts text into pieces and numbers them; the model sees only numbers.
+
+    characters per token = how much text one piece carries
+
+More is better: shorter sequences train faster and more text fits into the model's view. But each entry costs a row of
+the embedding: 6,400 x 512 is 3.3 M of the small model's 26.9 M weights. So the entries must be chosen well.
+
+    python train_tokenizer.py data/*.jsonl.xz                    # byte-level BPE, 6,400 entries -> model/tokenizer
+    python train_tokenizer.py notes.txt --vocab_size 2000 --out_dir out/tiny_tokenizer
+    python train_tokenizer.py --inspect "从零开始 train a model"   # how the tokenizer cuts this text
+
+Reads txt, jsonl, csv, parquet (and .gz .xz .zst .bz2 of them), plain texts and chats. Writes the folder --out_dir:
+tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json; transformers opens it as well.
+
+Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat.py (how a chat is written with them), then
+data_process.py (text -> numbers on disk).
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corpus.errors import UserError, fail_in_one_line
+
+if TYPE_CHECKING:
+    from corpus.report import DataReport
+    from corpus.tokenizer_sample import TextSample
+    from model.chat import ChatTokenizer
+
+LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Learn how to cut text into tokens from your own text, in about half a minute.",
+        epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
+        '           python train_tokenizer.py --inspect "从零开始 train a model"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(name: str, help: str, **options: Any) -> None:
+        parser.add_argument(name, help=help, **options)
+
+    add("files", "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2", nargs="*", metavar="FILE")
+    add(
+        "--algorithm",
+        "bpe joins frequent neighbours; unigram (SentencePiece) drops the least useful pieces (default: bpe)",
+        choices=["bpe", "unigram"],
+        default="bpe",
+    )
+    counts: dict[str, Any] = {"type": int, "metavar": "N"}
+    add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
+    add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
+    add("--byte_budget", "bytes of text to train on, at most (default: 16000000)", default=16_000_000, **counts)
+    add("--read_budget", "bytes of text to choose from, at most (default: 2000000000)", default=2_000_000_000, **counts)
+    add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
+    add("--seed", "another number samples other documents (default: 0)", default=0, **counts)
+    add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
+    args = parser.parse_args(argv)
+    if bool(args.files) == (args.inspect is not None):
+        parser.error("give FILES to train on, or --inspect TEXT to look at a trained tokenizer")
+    if min(args.byte_budget, args.read_budget) < 1:
+        parser.error("--byte_budget and --read_budget are numbers of bytes, at least 1")
+    return args
+
+
+def read_sample(args: argparse.Namespace) -> "tuple[TextSample, DataReport]":
+    """Read the files under a progress bar and say what was read and what was taken of it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from corpus.report import DataReport
+    from corpus.tokenizer_sample import sample_texts
+
+    report = DataReport(args.max_bad_share)
+    size = sum(Path(file).stat().st_size for file in args.files if Path(file).is_file())
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("reading", total=size)
+        sample = sample_texts(args.files, report, args.byte_budget, args.read_budget, args.seed,
+                              lambda read: progress.update(bar, completed=read))  # fmt: skip
+    for language, name in LANGUAGE_NAMES.items():
+        taken, held_out = (
+            sum(len(text.encode()) for text in texts[language]) / 1e6 for texts in (sample.texts, sample.held_out)
+        )
+        print(f"{name}: read {sample.documents[language]:,} documents, {sample.bytes[language] / 1e6:,.1f} MB;"
+              f" train on {taken:,.1f} MB, measure on {held_out:,.2f} MB held out")  # fmt: skip
+    for file in sample.unfinished:
+        print(f"{file}: only its beginning was read; a larger --read_budget reads more")
+    if report.bad_rows:
+        reasons = "; ".join(
+            f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in report.bad.items()
+        )
+        print(f"skipped {report.bad_rows:,} rows: {reasons}")
+    return sample, report
+
+
+def print_result(tokenizer: "ChatTokenizer", sample: "TextSample", wanted: int) -> None:
+    print(f"\nvocabulary: {tokenizer.vocab_size:,} entries")
+    if tokenizer.vocab_size < wanted:
+        print(f"  not {wanted:,}: the text holds too little that repeats; more text, or a smaller --vocab_size")
+    for language, name in LANGUAGE_NAMES.items():
+        texts, kind = sample.held_out[language], "held-out"
+        if not texts:
+            texts, kind = sample.texts[language][:1000], "training (too little to hold any out)"
+        tokens = sum(map(len, tokenizer.encode_batch(texts)))
+        if tokens:
+            characters = sum(map(len, texts))
+            print(f"{name}: {characters / tokens:.3f} characters per token on {characters:,} characters of {kind} text")
+
+
+def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
+    """Show the pieces of a text; bytes of a character that is spread over several pieces are shown as <E6>."""
+    from corpus.tokenizer_training import token_bytes
+
+    meaning = token_bytes(tokenizer.backend)
+    ids = tokenizer.encode(text)
+    pieces = [readable(meaning[i]) for i in ids]
+    print(" | ".join(pieces))
+    print(f"{len(text)} characters, {len(ids)} tokens, {len(text) / max(len(ids), 1):.2f} characters per token")
+    for i, piece in zip(ids, pieces, strict=True):
+        print(f"{i:>8}  {piece}")
+
+
+def readable(piece: bytes) -> str:
+    """A piece on one line: spaces as ␣, control characters escaped, incomplete characters as bytes."""
+    shown = piece.decode("utf-8", "surrogateescape").replace(" ", "␣")
+    return "".join(
+        f"<{ord(c) - 0xDC00:02X}>"
+        if "\udc80" <= c <= "\udcff"
+        else c
+        if c.isprintable()
+        else c.encode("unicode_escape").decode()
+        for c in shown
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, load_tokenizer, save_tokenizer
+
+    if args.inspect is not None:
+        try:
+            inspect(load_tokenizer(args.out_dir), args.inspect)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from None
+        return
+    from corpus.tokenizer_training import check_vocab_size, train_tokenizer
+
+    start = time.perf_counter()
+    reserved = [*SPECIAL_TOKENS, *SPARE_TOKENS]
+    check_vocab_size(args.vocab_size, len(reserved))
+    if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
+        raise UserError(f"{args.out_dir} is a file: choose another --out_dir")
+    sample, _ = read_sample(args)
+    texts = [text for language in LANGUAGE_NAMES for text in sample.texts[language]]
+    print(f"training ({args.algorithm}) ...", flush=True)
+    backend = train_tokenizer(args.algorithm, texts, args.vocab_size, reserved, progress=sys.stderr.isatty())
+    if (Path(args.out_dir) / "tokenizer.json").exists():
+        print(
+            f"replacing the tokenizer in {args.out_dir}: data and models made with the old one do not fit the new one"
+        )
+    tokenizer = save_tokenizer(backend, args.out_dir)
+    print_result(tokenizer, sample, args.vocab_size)
+    print(f"saved in {args.out_dir} (fingerprint {tokenizer.fingerprint}) after {time.perf_counter() - start:.0f} s")
+    print('next: python data_process.py pretrain FILES…   or look: python train_tokenizer.py --inspect "文本"')
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()
