@@ -22,9 +22,6 @@ from corpus.read import read_texts
 from corpus.report import DataReport
 
 SHARE = {"zh": 0.7, "en": 0.3}  # of the budget, in UTF-8 bytes: 7 Chinese characters for every 9 of English
-    "zh": 2 / 3,
-    "en": 1 / 3,
-}  # of the budget, in UTF-8 bytes: 7 Chinese characters for every 9 of English
 HELD_OUT_SHARE = 0.01
 HELD_OUT_BYTES = 2_000_000  # a language; more would not change the third digit
 PIECE = 20_000  # characters; one book must not fill the budget alone
