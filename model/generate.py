@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from tokenizers import decoders
 from torch import Tensor
 
 from model.chat import ChatTokenizer, Message
@@ -74,7 +75,7 @@ class TextStream:
 
     def __init__(self, tokenizer: ChatTokenizer, stop: tuple[str, ...] = ()) -> None:
         self.backend = tokenizer.backend
-        self.byte_level = '"ByteLevel"' in tokenizer.files["tokenizer.json"]
+        self.byte_level = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.lone_bytes: list[int] = []  # byte fallback: ids of a run of <0xE4>-like tokens; valid only as a whole
         self.stop = stop
