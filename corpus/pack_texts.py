@@ -38,8 +38,8 @@ from corpus.shards import (
 )
 from corpus.sources import check_input
 
-BATCH_ITEMS, BATCH_CHARACTERS = 1000, 2_000_000  # handed to the tokenizer at once
-PIECE_CHARACTERS = 100_000  # longer documents are tokenised in pieces, which bounds memory
+BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
+PIECE_CHARACTERS = 50_000  # longer documents are tokenised in pieces, which bounds memory
 CHECKPOINT_SECONDS = 20.0
 
 Packed = tuple[str, Item, np.ndarray]  # split, document, ids of shape (tokens,)
