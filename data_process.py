@@ -75,9 +75,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
         )
         sub.add_argument("--out_dir", default=out_dir, help="folder to write (default: %(default)s)")
-        sub.add_argument("--val_share", type=_share, default=0.01, help="share held out for validation (default: 0.01)")
+        sub.add_argument("--val_share", type=share, default=0.01, help="share held out for validation (default: 0.01)")
         sub.add_argument(
-            "--max_bad_share", type=_share, default=0.01, help="share of unusable rows to put up with (default: 0.01)"
+            "--max_bad_share", type=share, default=0.01, help="share of unusable rows to put up with (default: 0.01)"
         )
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
@@ -88,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError("a share is a number between 0 and 1, for example 0.01")
@@ -101,8 +101,8 @@ def open_tokenizer(folder: str) -> Any:
 
     try:
         return load_tokenizer(folder)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from None
+    except UserError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exceptions for a file that it cannot parse
         raise UserError(f"{folder} is not a tokenizer of ours ({error}): train one with train_tokenizer.py") from None
 
@@ -110,11 +110,13 @@ def open_tokenizer(folder: str) -> Any:
 @contextlib.contextmanager
 def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], None]]:
     """A live bar over the bytes of the input files; yields the function that moves it."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     total = sum(Path(file).stat().st_size for file in files)
     columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    console = Console()
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=total)
 
         def on_batch() -> None:
@@ -128,8 +130,7 @@ def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
     """A tenth of the chats lost to their length is easily overlooked in a table."""
     too_long = sum(reason.count for name, reason in report.dropped.items() if name.startswith("first turn longer"))
     if too_long > 0.05 * report.read:
-        share, more = too_long / report.read, 2 * args.max_seq_len
-        print(f"note: {share:.1%} of the chats do not fit; --max_seq_len {more} keeps more of them")
+        print(f"note: {too_long / report.read:.1%} of the chats do not fit: a larger --max_seq_len keeps more of them")
 
 
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
