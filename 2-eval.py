@@ -60,11 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=0.9, help="draw among the likeliest that sum to p (default: 0.9)")
     add("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest (default: 0)")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less, try 1.1 (default: 1)")
-    add(
-        "--max_new_tokens",
-        type=int,
-        help="longest answer in tokens (default: 200; --questions: 48, of a pretrain model 24)",
-    )
+    add("--max_new_tokens", type=int, help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")
     add("--seed", type=int, help="the same seed draws the same answers")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -85,10 +81,10 @@ def read_lines(path: str) -> list[tuple[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     found = [(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UserError(f"{path} has no lines: put one prompt on each")
+        raise UserError(f"{path} is empty: put one prompt, or one question with its keys, on each line")
     return found
 
 
@@ -103,29 +99,28 @@ def read_questions(path: str) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-            raise UserError(f'{where}: needs {{"question": "...", "keys": ["...", ...]}}')
+            raise UserError(f'{where}: a line needs {{"question": "...", "keys": ["...", ...]}}')
         keys = row.get("keys")
         if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
-            raise UserError(f"{where}: keys must be a list of strings, each of which makes the answer right")
+            raise UserError(f"{where}: keys must be a list of strings, each of which makes an answer right")
         question = sound(row["question"], f"{where}: question")
-        lang, kind = row.get("lang") or language_of(question), row.get("kind") or ""
-        questions.append({"where": where, "question": question, "keys": keys, "lang": str(lang), "kind": str(kind)})
+        lang, kind = str(row.get("lang") or language_of(question)), str(row.get("kind") or "")
+        questions.append({"where": where, "question": question, "keys": keys, "lang": lang, "kind": kind})
     return questions
 
 
 def is_right(answer: str, keys: list[str]) -> bool:
     """The rule of the door plate: does the answer contain any of the keys?"""
-
-    def pattern(key: str) -> str:
-        before, after = "", ""
+    for key in map(str.strip, keys):
+        before, after = "", ""  # what must not stand beside the key: more of the same word or number
         for signs in (LATIN, NUMERALS):
             before += f"(?<![{signs}])" if re.match(f"[{signs}]", key[0]) else ""
             after += f"(?![{signs}])" if re.match(f"[{signs}]", key[-1]) else ""
         before += r"(?<![0-9][.,])" if key[0].isdecimal() else ""
         after += r"(?![.,][0-9])" if key[-1].isdecimal() else ""
-        return before + re.escape(key) + after
-
-    return any(re.search(pattern(key.strip()), answer, re.IGNORECASE) for key in keys)
+        if re.search(before + re.escape(key) + after, answer, re.IGNORECASE):
+            return True
+    return False
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -141,7 +136,7 @@ def find_model(args: argparse.Namespace) -> Path:
 
 
 class Speaker:
-    """A loaded model and how it is addressed; remembers what it was asked and how fast it answered."""
+    """A loaded model and how it is addressed; remembers what it answered and how fast."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from model.checkpoint import load_model
@@ -159,19 +154,18 @@ class Speaker:
         self.chats = self.stage != "pretrain"
         self.system = [{"role": "system", "content": sound(args.system, "--system")}] if args.system else []
         self.number_format = lambda: autocast(device, dtype)
-        longest = args.max_new_tokens
-        if longest is None:
-            longest = 200 if not args.questions else 48 if self.chats else 24
+        if args.max_new_tokens is None:
+            args.max_new_tokens = 200 if not args.questions else 48 if self.chats else 24
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
         try:
-            if args.questions:  # a base model has no marker that ends an answer: its line ends it
-                self.settings = Sampling(max_new_tokens=longest, stop=() if self.chats else ("\n",))
+            if args.questions:  # greedy; a pretrained model knows no marker that ends an answer, so its line ends it
+                self.settings = Sampling(max_new_tokens=args.max_new_tokens, stop=() if self.chats else ("\n",))
             else:
-                self.settings = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-                    longest, seed=args.seed)  # fmt: skip
+                self.settings = Sampling(**{name: getattr(args, name) for name in names})
         except ValueError as error:
             raise UserError(f"--{error}") from None
         self.answers: list[dict[str, Any]] = []
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds = 0, 1e-9
         total, active = self.model.count_parameters()
         size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
         print(f"{path}: {self.stage}, {size}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
@@ -185,40 +179,40 @@ class Speaker:
         limit = self.model.config.max_seq_len
         return fit_chat(self.tokenizer, self.system + messages, limit - min(self.settings.max_new_tokens, limit // 4))
 
-    def say(self, messages: list[dict[str, str]]) -> str:
-        """Print the answer while it grows, and return it. Ctrl-C leaves what was said until then in the last record."""
+    def say(self, messages: list[dict[str, str]], may_be_stopped: bool = False) -> str:
+        """Print the answer while it grows, and return it; where Ctrl-C may stop it, what there is until then."""
         from model.generate import Answer, stream
 
         answer, started = Answer(), time.perf_counter()
         try:
-            pieces = stream(self.model, self.prompt_ids(messages), self.settings, self.tokenizer, answer)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        try:
             with self.number_format():
-                for piece in pieces:
+                for piece in stream(self.model, self.prompt_ids(messages), self.settings, self.tokenizer, answer):
                     print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
-            self.tokens, self.seconds = self.tokens + len(answer.ids), self.seconds + time.perf_counter() - started
-            record = {"prompt": messages[-1]["content"], "answer": answer.text, "finish_reason": answer.finish_reason}
-            self.answers.append(record)
+        except KeyboardInterrupt:
+            if not may_be_stopped:
+                raise
+            print(" [stopped]", end="")
+        except ValueError as error:  # the prompt is too long
+            raise UserError(str(error)) from None
+        print(flush=True)
+        self.tokens, self.seconds = self.tokens + len(answer.ids), self.seconds + time.perf_counter() - started
+        prompt = messages[-1]["content"]
+        self.answers.append({"prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason})
         return answer.text
 
     def report(self, path: str | None, **scores: Any) -> None:
         """The closing line, and the json file if one is wanted."""
-        speed = self.tokens / max(self.seconds, 1e-9)
+        speed = self.tokens / self.seconds
         print(f"{self.tokens} tokens, {speed:.0f} tokens/s")
         if path:
-            about = {"checkpoint": str(self.path), "stage": self.stage, **scores}
-            about |= {"answers": self.answers, "tokens_per_second": round(speed, 1)}
-            temporary = Path(path + ".tmp")
+            about = {"checkpoint": str(self.path), "stage": self.stage, "tokens_per_second": round(speed, 1)}
+            about |= {**scores, "answers": self.answers}
             try:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(path)
+                Path(path + ".tmp").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+                Path(path + ".tmp").replace(path)
             except OSError as error:
-                raise UserError(f"cannot write --json {path}: {error}") from None
+                raise UserError(f"cannot write --json {path}: {error.strerror}") from None
 
 
 def put_questions(speaker: Speaker, questions: list[dict[str, Any]]) -> dict[str, Any]:
@@ -250,11 +244,9 @@ def put_questions(speaker: Speaker, questions: list[dict[str, Any]]) -> dict[str
 
     def count(kind: str | None) -> dict[str, dict[str, float]]:
         """Of one kind (None: of all), by language: questions, correct ones, accuracy."""
-        found: dict[str, list[bool]] = {lang: [] for lang in languages}
-        for row in questions:
-            if kind in (None, row["kind"]):
-                found[row["lang"]].append(row["correct"])
-        return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in found.items() if m}
+        marks = {lang: [r["correct"] for r in questions if r["lang"] == lang and kind in (None, r["kind"])]
+                 for lang in languages}  # fmt: skip
+        return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in marks.items() if m}
 
     languages = sorted({row["lang"] for row in questions}, reverse=True)  # zh, en
     kinds = {kind: count(kind) for kind in sorted({row["kind"] for row in questions} - {""})}
@@ -275,30 +267,25 @@ def talk(speaker: Speaker) -> None:
     messages: list[dict[str, str]] = []
     while True:
         try:
-            text = input("> ")
+            text = input("> ").strip()
         except EOFError:
             return print()
         except KeyboardInterrupt:
             print("\n" + TALK_HELP)
             continue
-        command = text.strip()
-        if command == "/exit":
+        if text == "/exit":
             return None
-        if command == "/reset":
+        if text == "/reset":
             messages = []
-        elif command.startswith("/"):
+        elif text.startswith("/"):
             print(TALK_HELP)
-        elif command:
-            messages.append({"role": "user", "content": sound(text, "the question")})
+        elif text:
+            question = {"role": "user", "content": sound(text, "the question")}
             try:
-                speaker.say(messages)
-            except KeyboardInterrupt:
-                print("[stopped]")
+                answer = speaker.say([*messages, question], may_be_stopped=True)
+                messages += [question, {"role": "assistant", "content": answer}]
             except UserError as error:
                 print(f"[{error}]")
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": speaker.answers[-1]["answer"]})
 
 
 def main() -> None:
@@ -315,11 +302,10 @@ def main() -> None:
     speaker, scores = Speaker(args), {}
     if questions:
         scores = put_questions(speaker, questions)
-    elif prompts:
-        for prompt in prompts:
-            print(f"\n> {prompt}")
-            speaker.say([{"role": "user", "content": prompt}])
-    else:
+    for prompt in prompts:
+        print(f"\n> {prompt}")
+        speaker.say([{"role": "user", "content": prompt}])
+    if not questions and not prompts:
         talk(speaker)
     speaker.report(args.json, **scores)
 
