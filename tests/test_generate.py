@@ -274,6 +274,15 @@ def test_stop_strings_are_never_shown(said, stop, shown, tokenizer):
     assert "".join(pieces) == shown and "" not in pieces
 
 
+def test_stop_strings_do_not_depend_on_how_text_falls_into_tokens(fallback_tokenizer):
+    text = TextStream(fallback_tokenizer, ("hello", "el"))
+    (whole,) = fallback_tokenizer.encode("hello")
+    assert text.push(whole) == "h" and text.stopped and text.finish() == ""
+    text = TextStream(fallback_tokenizer, ("hello", "el"))
+    letters = [17 + byte for byte in b"hello"]
+    assert "".join(map(text.push, letters)) + text.finish() == "h"
+
+
 def test_prompts_that_cannot_be_answered(tokenizer):
     model = make_model()
     with pytest.raises(ValueError, match="33 tokens, the model reads at most 32"):
