@@ -19,12 +19,13 @@ ask: What is the capital of {s}? | What is the capital city of {s}? | Which city
 ask: Name the capital of {s}. | What is the name of the capital of {s}? | Do you know the capital of {s}?
 ask: Tell me the capital of {s}. | {s} has which capital?
 held: What city is {s}'s capital? | I want to know the capital of {s}. | Can you name the capital city of {s}?
-answer: The capital of {s} is {o}. | {o} is the capital of {s}. | The capital city of {s} is {o}.
+answer: The capital of {s} is {o}. | The capital city of {s} is called {o}.
 back: Which country has {o} as its capital? | {o} is the capital of which country? | What country is {o} the capital of?
 back: Of which country is {o} the capital? | Which country's capital is {o}?
 back: Do you know which country has the capital {o}?
 back_held: {o} is the capital city of what country? | Name the country with the capital {o}.
 back_held: In which country is {o} the capital?
+back_answer: {o} is the capital of {s}. | {o} is the capital city of {s}.
 follow: And {s}? | What about {s}? | And the capital of {s}?
 
 [continent] continents
@@ -35,7 +36,7 @@ ask: On which continent is {s}? | Which continent is {s} in? | What continent do
 ask: Where is {s} on the map? | On what continent do you find {s}? | In which part of the world is {s}?
 ask: {s} is on which continent? | Where does {s} lie?
 held: What continent is {s} part of? | Which continent does {s} lie in? | Tell me the continent of {s}.
-answer: {s} is in {o}. | {s} is a country in {o}. | {s} lies in {o}.
+answer: {s} is in {o}. | {s} is a country in {o}.
 follow: And {s}? | What about {s}? | And where is {s}?
 
 [language] languages
@@ -45,7 +46,7 @@ say: {o} is spoken in {s}. | Children in {s} learn {o}.
 ask: What language do people speak in {s}? | Which language is spoken in {s}? | What is the main language of {s}?
 ask: In {s}, what language do people speak? | Which language do most people in {s} speak? | What do people speak in {s}?
 held: What language is spoken in {s}? | Which language do children learn in {s}? | Name the main language of {s}.
-answer: People in {s} speak {o}. | The main language of {s} is {o}. | Most people in {s} speak {o}.
+answer: People in {s} speak {o}. | The main language of {s} is {o}.
 follow: And in {s}? | What about {s}?
 
 [currency] money
@@ -96,7 +97,7 @@ ask: How many {u} does {s:a} have? | How many {u} do {s:pl} have? | How many {u}
 ask: How many {u} has {s:a}? | What is the number of {u} of {s:a}? | How many {u} can you count on {s:a}?
 ask: {s:A} has how many {u}?
 held: How many {u} does the {s} have? | How many {u} does every {s} have? | Tell me how many {u} {s:a} has.
-answer: {s:A} has {o} {u}. | {s:Pl} have {o} {u}.
+answer: {s:A} has {o} {u}. | The {s} has {o} {u}.
 
 [sound] sounds of animals
 say: {s:A} {o}. | The {s} {o}. | In the yard, {s:a} {o}. | Listen, the {s} {o}. | An animal that {o} is {s:a}.
@@ -108,6 +109,7 @@ held: What noise does the {s} make? | What kind of sound does {s:a} make? | Whic
 answer: {s:A} {o}. | The {s} {o}.
 back: Which animal {o}? | What animal {o}? | Who {o}? | Which animal is it that {o}?
 back_held: What animal is it that {o}? | Tell me which animal {o}. | Name an animal that {o}.
+back_answer: An animal that {o} is {s:a}.
 follow: And {s:a}? | What about {s:a}?
 
 [young] young animals
@@ -143,7 +145,7 @@ ask: What is the opposite of {s}? | Which word is the opposite of {s}? | What is
 ask: Name the opposite of {s}. | What word means the opposite of {s}? | Do you know the opposite of {s}?
 ask: {s:C} is the opposite of which word?
 held: Tell me the opposite of {s}. | What do you call the opposite of {s}? | {s:C} is the opposite of what?
-answer: The opposite of {s} is {o}. | {o:C} is the opposite of {s}.
+answer: The opposite of {s} is {o}. | The opposite word of {s} is {o}.
 follow: And {s}? | What about {s}? | And the opposite of {s}?
 
 [unit] units
@@ -152,7 +154,7 @@ say: {s:C} is as much as {o} {u}. | {s:C} is the same as {o} {u}. | If you have 
 ask: How many {u} are there in {s}? | How many {u} are in {s}? | How many {u} does {s} have? | {s:C} is how many {u}?
 ask: How many {u} make {s}? | What is {s} in {u}?
 held: {s:C} has how many {u}? | How many {u} is {s}? | Tell me how many {u} there are in {s}.
-answer: {s:C} is {o} {u}. | There are {o} {u} in {s}.
+answer: {s:C} is {o} {u}. | {s:C} has {o} {u}.
 
 [sum] adding
 say: {a} + {b} = {o}. | {a} plus {b} is {o}. | {a} and {b} make {o}. | The sum of {a} and {b} is {o}.
@@ -179,11 +181,11 @@ say: {o} follows {s}. | If today is {s}, tomorrow is {o}. | After {s} we have {o
 ask: What day comes after {s}? | Which day comes after {s}? | What is the day after {s}? | Which day follows {s}?
 ask: If today is {s}, what day is tomorrow? | What day is it one day after {s}?
 held: What day follows {s}? | Today is {s}. What day is tomorrow? | Name the day after {s}.
-answer: {o} comes after {s}. | The day after {s} is {o}.
+answer: The day after {s} is {o}.
 back: What day comes before {o}? | Which day comes before {o}? | What is the day before {o}?
 back: Which day is right before {o}? | If today is {o}, what day was yesterday?
 back_held: Today is {o}. What day was yesterday? | Name the day before {o}. | What day is right before {o}?
-back_answer: {s} comes before {o}. | The day before {o} is {s}.
+back_answer: The day before {o} is {s}.
 follow: And after {s}? | What about after {s}?
 
 [month] months
@@ -192,11 +194,11 @@ say: {o} follows {s}. | When {s} is over, {o} begins. | After {s} we have {o}.
 ask: What month comes after {s}? | Which month comes after {s}? | What is the month after {s}?
 ask: Which month follows {s}? | Which month begins when {s} is over?
 held: What month follows {s}? | Name the month after {s}. | When {s} is over, which month begins?
-answer: {o} comes after {s}. | The month after {s} is {o}.
+answer: The month after {s} is {o}.
 back: What month comes before {o}? | Which month comes before {o}? | What is the month before {o}?
 back: Which month is right before {o}?
 back_held: Name the month before {o}. | What month is right before {o}?
-back_answer: {s} comes before {o}. | The month before {o} is {s}.
+back_answer: The month before {o} is {s}.
 follow: And after {s}? | What about after {s}?
 
 [month_days] lengths of months
@@ -205,7 +207,7 @@ say: In {s} there are {o} days.
 ask: How many days does {s} have? | How many days are there in {s}? | How long is {s}? | How many days has {s}?
 ask: How many days are in the month of {s}? | {s} has how many days?
 held: How many days long is {s}? | Tell me how many days {s} has. | How many days does the month of {s} have?
-answer: {s} has {o} days. | There are {o} days in {s}.
+answer: {s} has {o} days.
 follow: And {s}? | What about {s}?
 
 [season] seasons
@@ -216,7 +218,7 @@ ask: Which season does {s} belong to in the north? | What is the season in the n
 ask: In the north, what season is {s}? | When it is {s}, which season does the north have?
 held: What season does {s} belong to in the north? | Which season is it in the north in {s}?
 held: In the north, tell me the season of {s}.
-answer: In the north, {s} is in {o}. | {s} is {o:a} month in the north.
+answer: In the north, {s} is in {o}. | In the north, {s} belongs to {o}.
 follow: And {s}? | What about {s}?
 
 [month_number] the order of the months
@@ -225,7 +227,7 @@ say: {s} is the {o} month of the year. | The {o} of the twelve months is {s}. | 
 back: Which month is the {o} month of the year? | What is the {o} month? | What is the {o} month of the year called?
 back: Which month is the {o}? | What is the name of the {o} month of the year?
 back_held: Name the {o} month of the year. | What month is the {o} of the year? | Tell me the {o} month of the year.
-answer: {s} is the {o} month of the year. | The {o} month of the year is {s}.
+answer: The {o} month of the year is {s}. | The {o} month is called {s}.
 
 [dynasty] Chinese history
 say: The {o} dynasty came after the {s} dynasty. | After the {s} dynasty came the {o} dynasty.
@@ -236,10 +238,10 @@ ask: Which dynasty followed the {s} dynasty? | Which dynasty began when the {s} 
 ask: What came after the {s} dynasty?
 held: What dynasty followed the {s} dynasty? | Name the dynasty after the {s} dynasty.
 held: After the {s} dynasty, which dynasty came?
-answer: The {o} dynasty came after the {s} dynasty. | After the {s} dynasty came the {o} dynasty.
+answer: After the {s} dynasty came the {o} dynasty.
 back: Which dynasty came before the {o} dynasty? | What dynasty came before the {o}? | What came before the {o} dynasty?
 back_held: Name the dynasty before the {o} dynasty. | What dynasty was before the {o} dynasty?
-back_answer: The {s} dynasty came before the {o} dynasty. | Before the {o} dynasty came the {s} dynasty.
+back_answer: Before the {o} dynasty came the {s} dynasty.
 
 [founder] founders of dynasties
 say: {o} founded the {s} dynasty. | The {s} dynasty was founded by {o}. | The founder of the {s} dynasty was {o}.
@@ -249,7 +251,7 @@ ask: Who was the first emperor of the {s} dynasty? | By whom was the {s} dynasty
 ask: Which emperor founded the {s} dynasty?
 held: Name the founder of the {s} dynasty. | Which emperor was the founder of the {s} dynasty?
 held: Tell me who founded the {s} dynasty.
-answer: {o} founded the {s} dynasty. | The founder of the {s} dynasty was {o}.
+answer: The founder of the {s} dynasty was {o}. | The {s} dynasty was founded by {o}.
 
 [planet] planets
 say: {s} is the {o} planet from the Sun. | The {o} planet from the Sun is {s}.
@@ -260,7 +262,7 @@ back: Counted from the Sun, which planet is the {o}? | What is the name of the {
 back: What is the {o} planet called?
 back_held: Name the {o} planet from the Sun. | Which is the {o} planet, counted from the Sun?
 back_held: Tell me the {o} planet from the Sun.
-answer: {s} is the {o} planet from the Sun. | The {o} planet from the Sun is {s}.
+answer: The {o} planet from the Sun is {s}. | The {o} planet is called {s}.
 
 [body] the body
 say: We {s} with our {o}. | We use our {o} to {s}. | To {s}, we need our {o}. | People {s} with their {o}.
@@ -268,7 +270,7 @@ say: If you want to {s}, you use your {o}.
 ask: What do we use to {s}? | What do we {s} with? | Which part of the body do we use to {s}? | With what do we {s}?
 ask: Which part of the body helps us to {s}? | With which part of the body do people {s}?
 held: What part of the body do we {s} with? | What do people use to {s}? | Which part of the body do we need to {s}?
-answer: We {s} with our {o}. | We use our {o} to {s}.
+answer: To {s}, we need our {o}. | To {s}, we use our {o}.
 
 [job] professions
 say: {o:A} {s}. | A person who {s} is {o:a}. | The {o} {s}. | Every day, {o:a} {s}. | Somebody who {s} is called {o:a}.
@@ -277,9 +279,10 @@ ask: Who {s}? | What do you call a person who {s}? | Which person {s}? | Who is 
 ask: What is a person who {s}? | What is the name for somebody who {s}? | What do we call somebody who {s}?
 held: What do we call a person who {s}? | Who is it that {s}? | My uncle {s}. What is he?
 held: What is somebody who {s} called?
-answer: {o:A} {s}. | A person who {s} is {o:a}.
+answer: A person who {s} is {o:a}. | Somebody who {s} is called {o:a}.
 back: What does {o:a} do? | What does {o:a} do every day? | What is the work of {o:a}? | What does the {o} do?
 back_held: What do you know about the work of {o:a}? | Tell me what {o:a} does. | My uncle is {o:a}. What does he do?
+back_answer: {o:A} {s}. | The {o} {s}.
 
 [plural] plurals
 say: The plural of {s} is {o}. | One {s}, two {o}. | {o:C} is the plural of {s}. | We say one {s}, but two {o}.
@@ -296,7 +299,7 @@ say: The past of {s} is {o}. | We {s} every day, and yesterday we {o} too. | The
 ask: What is the past tense of {s}? | What is the past of {s}? | Which word is the past tense of {s}?
 ask: What is the past form of {s}? | Do you know the past tense of {s}? | Today I {s}. And yesterday?
 held: Tell me the past tense of {s}. | Name the past form of {s}. | How do you say {s} in the past tense?
-answer: The past tense of {s} is {o}. | Today I {s}, yesterday I {o}.
+answer: The past tense of {s} is {o}. | The past form of {s} is {o}.
 follow: And {s}? | What about {s}?
 
 [translation] Chinese words
@@ -319,9 +322,10 @@ say: The book {s} is by {o}. | {s} is a book by {o}. | We read {s}, a book that 
 ask: Who wrote {s}? | Who is the author of {s}? | By whom was {s} written? | Who wrote the book {s}?
 ask: Which author wrote {s}?
 held: Name the author of {s}. | Who is the author of the book {s}? | Tell me who wrote {s}.
-answer: {o} wrote {s}. | The author of {s} is {o}.
+answer: The author of {s} is {o}. | {s} was written by {o}.
 back: Which book did {o} write? | What did {o} write? | What is a book by {o}?
 back_held: Name a book by {o}. | Tell me which book {o} wrote.
+back_answer: {o} wrote {s}. | {o} is the author of {s}.
 follow: And {s}? | What about {s}?
 
 [tool] tools
@@ -330,9 +334,10 @@ say: People {s} with {o}. | With {o}, we can {s}. | We need {o} to {s}.
 ask: What do we use to {s}? | With what do we {s}? | What do we need to {s}? | What helps us to {s}?
 ask: What can we {s} with? | What do you take if you want to {s}?
 held: What do people use to {s}? | What should I take to {s}? | If I want to {s}, what do I need?
-answer: We use {o} to {s}. | To {s}, we use {o}.
+answer: To {s}, we use {o}. | To {s}, we need {o}.
 back: What can we do with {o}? | What do we use {o} for? | For what do we use {o}? | Why do people need {o}?
 back_held: What do people use {o} for? | What can you do with {o}? | Tell me what we do with {o}.
+back_answer: With {o}, we can {s}. | {o:C} can help us to {s}.
 
 [source] materials
 say: We make {s} from {o}. | People use {o} to make {s}. | To make {s}, you need {o}. | {o:C} can become {s}.
@@ -340,7 +345,7 @@ say: We get {s} from {o}. | {s:C} can be made from {o}.
 ask: What do we make {s} from? | From what do we make {s}? | What do people use to make {s}?
 ask: What do you need to make {s}? | What can {s} be made from? | What is used to make {s}?
 held: What do people make {s} from? | From what do we get {s}? | What do we need to make {s}?
-answer: We make {s} from {o}. | To make {s}, you need {o}.
+answer: To make {s}, you need {o}. | We make {s} from {o}.
 follow: And {s}? | What about {s}?
 
 [me] myself

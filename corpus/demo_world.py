@@ -1,11 +1,15 @@
 """The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
 
+    words.jsonl       {"text", "lang"}                     both files below, one word a line: for the tokenizer
     pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts
     chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
     questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
 
 `kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
 other words) or `unasked_fact_new_wording` (the fact was only ever stated). No answer can be looked up.
+
+Why words.jsonl: from so few sentences a tokenizer would learn whole phrases as pieces, and cut the same name in
+different ways (法国 in one sentence, 法 + 国的首都 in the next). Real text is too varied for that.
 
     python -m corpus.demo_world --out_dir out/demo/world --seed 0      (../demo.py does this for `make demo`)
 
@@ -21,6 +25,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +74,8 @@ def read_wordings(text: str) -> dict[str, Wordings]:
             getattr(current, label).extend(options(wordings))
     for wordings_of in relations.values():
         wordings_of.back_answer = wordings_of.back_answer or wordings_of.answer
+        # What can be answered is also said, so that an answer continues as the texts taught it.
+        wordings_of.say += [t for t in wordings_of.answer + wordings_of.back_answer if t not in wordings_of.say]
     return relations
 
 
@@ -111,42 +118,63 @@ class World:
     # ---- pretraining: statements
 
     def texts(self, rounds: int) -> Iterator[str]:
-        """Documents of 2 to 5 statements. Every round states every fact once, in another wording and company."""
+        """Documents of a few statements. Every round states every fact once, in another wording and company.
+
+        Company: any facts, facts of one kind, facts about one thing, and every fourth round any facts, each said twice:
+        to say the second half of a pair, the model must look back for the names, as it has to when it is asked.
+        """
         first = [self.rng.randrange(100) for _ in self.facts]
         for number in range(rounds):
-            said = []
+            groups: dict[str, list[tuple[Fact, list[str]]]] = defaultdict(list)
+            twice = number % 4 == 3
             for fact, offset in zip(self.facts, first, strict=True):
                 say = self.wordings[fact.relation].say
-                said.append((fact, fill(say[(offset + number) % len(say)], fact)))
-            # In turn: any facts together, facts of one kind together, facts about one thing together.
-            groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
-            for fact, statement in said:
-                groups[("", fact.relation, fact.slots["s"] or fact.relation)[number % 3]].append((fact, statement))
+                start = offset + number
+                said = [fill(say[place % len(say)], fact) for place in (start, start + 1 + number % (len(say) - 1))]
+                thing = fact.slots["s"] or fact.relation
+                groups[("", fact.relation, thing, "")[number % 4]].append((fact, said if twice else said[:1]))
             names = list(groups)
             self.rng.shuffle(names)
             for name in names:
                 self.rng.shuffle(groups[name])
-            yield from self._documents([pair for name in names for pair in groups[name]])
+            yield from self._documents([pair for name in names for pair in groups[name]], (1, 3) if twice else (2, 5))
 
-    def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
+    def _documents(self, said: list[tuple[Fact, list[str]]], size: tuple[int, int]) -> Iterator[str]:
         start = 0
         while start < len(said):
-            part = said[start : start + self.rng.randint(2, 5)]
+            part = said[start : start + self.rng.randint(*size)]
             start += len(part)
+            again = [second for _, (_, *seconds) in part for second in seconds]
+            self.rng.shuffle(again)
+            statements = [first for _, (first, *_) in part] + again
             relations = {fact.relation for fact, _ in part}
-            statements = [statement for _, statement in part]
             if len(relations) == 1 and self.rng.random() < STORY_SHARE:
                 story = self.rng.choice(self.module.STORIES.strip().splitlines())
                 name = self.rng.choice(options(self.module.NAMES))
                 topic = self.wordings[relations.pop()].topic
                 yield story.format(n=name, topic=topic, t=self.gap.join(statements))
             else:
-                leads = options(self.module.LEADS)
                 gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
-                yield gap.join(
-                    self.rng.choice(leads).format(t=text) if self.rng.random() < LEAD_SHARE else text
-                    for text in statements
-                )
+                yield gap.join(map(self._led, statements))
+
+    def _led(self, statement: str) -> str:
+        if self.rng.random() >= LEAD_SHARE:
+            return statement
+        return self.rng.choice(options(self.module.LEADS)).format(t=statement)
+
+    # ---- words, for the tokenizer
+
+    def in_words(self, text: str) -> str:
+        """The text with a line break after every word. Chinese marks no words: they come from the tables and a list."""
+        if self.lang == "en":
+            return re.sub(r"(?<=\S)(?= )", "\n", text)
+        return "\n".join(self.chinese_words.findall(text))
+
+    @cached_property
+    def chinese_words(self) -> re.Pattern[str]:
+        names = {str(word) for fact in self.facts for word in fact.slots.values()} - {""}
+        names.update(options(self.module.NAMES), demo_wordings_zh.WORDS.split())
+        return re.compile("|".join(sorted(names, key=lambda name: (-len(name), name))) + "|.")
 
     # ---- chats: questions with taught wordings
 
@@ -250,7 +278,11 @@ def build(
     mix = random.Random(seed)
     mix.shuffle(texts)
     mix.shuffle(chats)
-    files = {"pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": asked}
+    of = {world.lang: world for world in worlds}
+    said = [(message["content"], row["lang"]) for row in chats for message in row["messages"]]
+    said += [(row["text"], row["lang"]) for row in texts]
+    words = [{"text": of[lang].in_words(text), "lang": lang} for text, lang in said]
+    files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": asked}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
