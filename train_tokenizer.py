@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     counts: dict[str, Any] = {"type": int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
     add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
-    add("--byte_budget", "bytes of text to train on, at most (default: 16000000)", default=16_000_000, **counts)
+    add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
     add("--read_budget", "bytes of text to choose from, at most (default: 2000000000)", default=2_000_000_000, **counts)
     add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
     add("--seed", "another number samples other documents (default: 0)", default=0, **counts)
@@ -76,7 +76,7 @@ def read_sample(args: argparse.Namespace) -> "tuple[TextSample, DataReport]":
 
     report = DataReport(args.max_bad_share)
     size = sum(Path(file).stat().st_size for file in args.files if Path(file).is_file())
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("reading", total=size)
         sample = sample_texts(args.files, report, args.byte_budget, args.read_budget, args.seed,
                               lambda read: progress.update(bar, completed=read))  # fmt: skip
