@@ -54,7 +54,7 @@ class Step:
 
 def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     world, tokenizer = out / "world", out / "tokenizer"
-    texts, chats, questions = world / "pretrain.jsonl", world / "chats.jsonl", world / "questions.jsonl"
+    words, texts, chats, questions = (world / f"{name}.jsonl" for name in ("words", "pretrain", "chats", "questions"))
     models = {stage: out / f"{stage}_{DIM}.pth" for stage in TRAINING}
     common = ["--out_dir", str(out), "--seed", str(seed), *LOGGING]
     if max_steps:
@@ -72,12 +72,12 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         folders = ["--tokenizer", str(tokenizer), "--out_dir", str(out / kind)]
         return ["data_process.py", kind, str(source), *folders], [out / kind]
 
-    tokenizer_command = ["train_tokenizer.py", str(texts), str(chats), *TOKENIZER, "--out_dir", str(tokenizer)]
+    tokenizer_command = ["train_tokenizer.py", str(words), *TOKENIZER, "--out_dir", str(tokenizer)]
     world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed), *WORLD]
     pretrain_command = train("1-pretrain.py", "pretrain", "--tokenizer", str(tokenizer), *PRETRAIN)
     sft_command = train("3-full_sft.py", "full_sft", "--init_from", str(models["pretrain"]), *SFT)
     return [
-        Step("world", "Compose the demo world", world_command, [texts, chats, questions]),
+        Step("world", "Compose the demo world", world_command, [words, texts, chats, questions]),
         Step("tokenizer", "Train the tokenizer", tokenizer_command, [tokenizer / "tokenizer.json"]),
         Step("pretrain_data", "Turn the texts into tokens", *data("pretrain", texts)),
         Step("sft_data", "Turn the chats into tokens", *data("sft", chats)),
