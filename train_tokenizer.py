@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from corpus.errors import UserError, fail_in_one_line
 
 if TYPE_CHECKING:
-    from corpus.report import DataReport
     from corpus.tokenizer_sample import TextSample
     from model.chat import ChatTokenizer
 
@@ -34,7 +33,7 @@ LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Learn how to cut text into tokens from your own text, in about half a minute.",
+        description="Learn how to cut text into tokens from your own text, in less than a minute.",
         epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
         '           python train_tokenizer.py --inspect "从零开始 train a model"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
     add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
     add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
-    add("--read_budget", "bytes of text to choose from, at most (default: 2000000000)", default=2_000_000_000, **counts)
+    add("--read_budget", "bytes of text to choose from, at most (default: 1000000000)", default=1_000_000_000, **counts)
     add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
     add("--seed", "another number samples other documents (default: 0)", default=0, **counts)
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
@@ -66,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def read_sample(args: argparse.Namespace) -> "tuple[TextSample, DataReport]":
+def read_sample(args: argparse.Namespace) -> "TextSample":
     """Read the files under a progress bar and say what was read and what was taken of it."""
     from rich.console import Console
     from rich.progress import Progress
@@ -93,7 +92,7 @@ def read_sample(args: argparse.Namespace) -> "tuple[TextSample, DataReport]":
             f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in report.bad.items()
         )
         print(f"skipped {report.bad_rows:,} rows: {reasons}")
-    return sample, report
+    return sample
 
 
 def print_result(tokenizer: "ChatTokenizer", sample: "TextSample", wanted: int) -> None:
@@ -112,7 +111,7 @@ def print_result(tokenizer: "ChatTokenizer", sample: "TextSample", wanted: int) 
 
 def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
     """Show the pieces of a text; bytes of a character that is spread over several pieces are shown as <E6>."""
-    from corpus.tokenizer_training import token_bytes
+    from corpus.tokenizer_training import readable, token_bytes
 
     meaning = token_bytes(tokenizer.backend)
     ids = tokenizer.encode(text)
@@ -121,19 +120,6 @@ def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
     print(f"{len(text)} characters, {len(ids)} tokens, {len(text) / max(len(ids), 1):.2f} characters per token")
     for i, piece in zip(ids, pieces, strict=True):
         print(f"{i:>8}  {piece}")
-
-
-def readable(piece: bytes) -> str:
-    """A piece on one line: spaces as ␣, control characters escaped, incomplete characters as bytes."""
-    shown = piece.decode("utf-8", "surrogateescape").replace(" ", "␣")
-    return "".join(
-        f"<{ord(c) - 0xDC00:02X}>"
-        if "\udc80" <= c <= "\udcff"
-        else c
-        if c.isprintable()
-        else c.encode("unicode_escape").decode()
-        for c in shown
-    )
 
 
 def main() -> None:
@@ -153,7 +139,7 @@ def main() -> None:
     check_vocab_size(args.vocab_size, len(reserved))
     if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         raise UserError(f"{args.out_dir} is a file: choose another --out_dir")
-    sample, _ = read_sample(args)
+    sample = read_sample(args)
     texts = [text for language in LANGUAGE_NAMES for text in sample.texts[language]]
     print(f"training ({args.algorithm}) ...", flush=True)
     backend = train_tokenizer(args.algorithm, texts, args.vocab_size, reserved, progress=sys.stderr.isatty())

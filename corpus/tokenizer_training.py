@@ -265,3 +265,16 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
             lone_byte = len(piece) == 6 and piece.startswith("<0x")
             found[i] = bytes([int(piece[3:5], 16)]) if lone_byte else piece.encode()
     return found
+
+
+def readable(piece: bytes) -> str:
+    """A piece on one line: spaces as ␣, control characters escaped, incomplete characters as bytes."""
+    shown = piece.decode("utf-8", "surrogateescape").replace(" ", "␣")
+    return "".join(
+        f"<{ord(c) - 0xDC00:02X}>"
+        if "\udc80" <= c <= "\udcff"
+        else c
+        if c.isprintable()
+        else c.encode("unicode_escape").decode()
+        for c in shown
+    )
