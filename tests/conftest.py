@@ -93,7 +93,7 @@ def tokenizer_dir(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrain_dir(tokenizer, tmp_path_factory):
-    """60 rows of 32 tokens to train on, a few to validate."""
+    """59 rows of 32 tokens to train on, a few to validate."""
     random = np.random.default_rng(0)
     words = ["sun", "moon", "tree", "river", "太阳", "月亮", "树", "河"]
 
@@ -118,6 +118,8 @@ def sft_dir(tmp_path_factory):
 
 
 def chat_row(i: int) -> dict:
-    question, answer, lang = (f"{i}?", f"n{i % 7}" * (1 + i % 3), "en") if i % 2 else (f"数{i}", "好" * (1 + i % 3), "zh")
+    question, answer, lang = (
+        (f"{i}?", f"n{i % 7}" * (1 + i % 3), "en") if i % 2 else (f"数{i}", "好" * (1 + i % 3), "zh")
+    )
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "lang": lang}

@@ -35,7 +35,11 @@ def trained_rows(batches):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.integers(1, 90), batch=st.integers(1, 5), accumulation=st.integers(1, 3), world=st.integers(1, 4), by_length=st.booleans()
+    n=st.integers(1, 90),
+    batch=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    world=st.integers(1, 4),
+    by_length=st.booleans(),
 )
 def test_every_epoch_is_a_pass_over_all_rows(n, batch, accumulation, world, by_length):
     lengths = np.random.default_rng(n).integers(1, 99, n) if by_length else None
@@ -106,7 +110,9 @@ def test_a_chat_costs_the_same_alone_and_among_others(tokenizer, tmp_path):
     from model.transformer import Transformer
 
     chats = [
-        tokenizer.render([{"role": "user", "content": "q" * (1 + 3 * i)}, {"role": "assistant", "content": "a" * (2 + 5 * i)}])
+        tokenizer.render(
+            [{"role": "user", "content": "q" * (1 + 3 * i)}, {"role": "assistant", "content": "a" * (2 + 5 * i)}]
+        )
         for i in range(6)
     ]
     folder = str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats}))

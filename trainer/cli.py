@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from corpus.errors import UserError
 from model.config import FIELD_HELP, PRESETS, ModelConfig
 
 
@@ -95,7 +96,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
-    """The preset with the flags that were given. Raises ValueError for an impossible combination."""
+    """The preset with the flags that were given. Raises UserError for an impossible combination."""
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(ModelConfig)}
     given = {name: value for name, value in given.items() if value is not None}
-    return ModelConfig(**{**PRESETS[args.preset], **given, "vocab_size": vocab_size})
+    try:
+        return ModelConfig(**{**PRESETS[args.preset], **given, "vocab_size": vocab_size})
+    except ValueError as error:
+        raise UserError(str(error)) from None

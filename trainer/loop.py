@@ -100,12 +100,14 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 row = training_row(progress, result, lr, plan, clock, total, run.device.type)
                 log.step(progress.step, describe(row))
                 reason = "" if progress.step == total else run_over(result, clock)
-                finished = bool(reason) or progress.step == total
-                if progress.step % args.log_interval == 0 or progress.step == 1 or finished:
+                last = bool(reason) or progress.step == total
+                if progress.step % args.log_interval == 0 or progress.step == 1 or last:
                     log.row(row)
-                if not finished and progress.step % args.eval_interval == 0:
+                if last:
+                    break  # the final validation and save come below
+                if progress.step % args.eval_interval == 0:
                     log.validation(validate(run, args, model, stage, progress, args.eval_tokens))
-                if not finished and progress.step % args.save_interval == 0:
+                if progress.step % args.save_interval == 0:
                     save()
         save()
         if stage.validation and "SIG" not in reason:
@@ -159,7 +161,7 @@ def train_step(
         sums["real"] += batch["real"].sum().item()
         sums["positions"] += batch["real"].numel()
         for name, value in (extras[0] if extras else {}).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item()
     sums["stop"] = float(bool(run.stop_asked))
     total = dict(zip(sums, run.sum(list(sums.values())), strict=True))
 

@@ -1,0 +1,44 @@
+# make demo    the whole path on the built-in data, offline: about ten minutes on two CPU cores
+# make test    the tests;   make check    format, lint, types, tests
+# Windows has no make: README.md gives the plain commands.
+
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo demo-clean test check format clean
+
+demo: $(VENV)/.core
+	$(RUN) demo.py
+
+demo-clean:
+	rm -rf out/demo
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest -m "not slow"
+
+check: $(VENV)/.dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(MAKE) test
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+$(VENV)/.core: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+# DeepSpeed builds its package with the torch that is there; only its launcher is tested, so no compiler is needed.
+$(VENV)/.dev: $(VENV)/.core requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check -q setuptools wheel
+	$(RUN) -m pip install --disable-pip-version-check -q --no-build-isolation "deepspeed>=0.16,<0.20"
+	touch $@
+
+clean: demo-clean
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,152 @@
+"""The scripts find each other: defaults alone lead from stage to stage, under every launcher, and --help needs nothing."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from corpus.errors import UserError
+from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SHORT = ["--device", "cpu", "--batch_size", "4", "--max_steps", "3", "--log_interval", "1"]
+
+
+@pytest.fixture
+def pretrained(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
+    paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out"]
+    run_script(monkeypatch, "1-pretrain.py", *TINY_MODEL, *SHORT, *paths)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def chats(sft_dir, tmp_path):
+    return shutil.copytree(sft_dir, tmp_path / "sft")
+
+
+def test_sft_starts_from_the_one_parent(monkeypatch, pretrained, chats):
+    run_script(monkeypatch, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", pretrained)
+    parent, child = (torch.load(pretrained / f"{name}_32.pth", weights_only=True) for name in ("pretrain", "full_sft"))
+    assert child["config"] == parent["config"] and child["tokenizer"] == parent["tokenizer"]
+    assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "full_sft"]
+    rows = read_log(pretrained / "full_sft_32.jsonl")
+    assert rows[-1]["val_loss"].keys() == {"zh", "en"}
+    changed = [name for name in parent["model"] if not torch.equal(parent["model"][name], child["model"][name])]
+    assert len(changed) == len(parent["model"]), "all weights move"
+
+
+def test_no_parent_and_two_parents(monkeypatch, pretrained, chats, tmp_path):
+    with pytest.raises(UserError, match=r"run `python 1-pretrain.py`"):
+        run_script(monkeypatch, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", tmp_path / "empty")
+    shutil.copy(pretrained / "pretrain_32.pth", pretrained / "pretrain_64.pth")
+    with pytest.raises(UserError, match=r"several pretrain models .*pretrain_32.pth.*pretrain_64.pth"):
+        run_script(monkeypatch, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", pretrained)
+
+
+def test_missing_inputs_name_the_command(monkeypatch, pretrained, pretrain_dir, tokenizer_dir, tmp_path):
+    for name, flags, line in (
+        ("1-pretrain.py", ["--tokenizer", tmp_path / "no"], "run `python train_tokenizer.py"),
+        ("1-pretrain.py", ["--tokenizer", tokenizer_dir, "--data_path", tmp_path / "no"], "data_process.py pretrain"),
+        ("3-full_sft.py", ["--data_path", tmp_path / "no", "--out_dir", pretrained], "data_process.py sft"),
+        ("3-full_sft.py", ["--init_from", tmp_path / "no.pth"], "no checkpoint at"),
+    ):
+        with pytest.raises(UserError, match=line):
+            run_script(monkeypatch, name, *flags)
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    result = run_process(sys.executable, "3-full_sft.py", "--out_dir", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29617"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
+def test_launchers_run_the_same_script(monkeypatch, launcher, pretrained, chats):
+    if launcher is DEEPSPEED:
+        pytest.importorskip("deepspeed", reason="the launcher comes with deepspeed: pip install deepspeed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.setenv("PATH", f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    result = run_process(*launcher, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", pretrained)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 process(es)" in result.stdout and result.stdout.count("saved ") == 1, "only the first process speaks"
+    assert weights(pretrained / "full_sft_32.pth").keys() == weights(pretrained / "pretrain_32.pth").keys()
+
+
+def test_ctrl_c_under_torchrun_saves_and_leaves(pretrained, chats):
+    import signal
+
+    command = [
+        *TORCHRUN,
+        "3-full_sft.py",
+        *SHORT,
+        "--max_steps",
+        "100000",
+        "--data_path",
+        chats,
+        "--out_dir",
+        pretrained,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    log, deadline = pretrained / "full_sft_32.jsonl", time.monotonic() + 60
+    while not (log.exists() and '"step": 5,' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    out, _ = process.communicate(timeout=60)
+    assert "run again to go on" in out
+    assert (pretrained / "full_sft_32.resume").exists() and (pretrained / "full_sft_32.pth").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_quick_and_imports_no_torch(name):
+    probe = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'wandb', 'deepspeed', 'streamlit', 'matplotlib'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    result = run_process(sys.executable, "-c", probe, name)
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout and f"python {name}" in result.stdout, "and it shows how it is run"
+    assert time.monotonic() - started < 2 * 3, "two seconds, three times over for a busy machine"
+
+
+@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py"])
+def test_shared_flags_are_frozen(name):
+    """The flags that docs and users rely on; both spellings of the one that deepspeed adds."""
+    text = run_process(sys.executable, name, "--help").stdout
+    for flag in (
+        "epochs batch_size learning_rate accumulation_steps grad_clip warmup_iters dtype device num_workers seed max_steps "
+        "max_minutes resume init_from save_interval log_interval eval_interval use_wandb wandb_project wandb_run_name compile"
+    ).split():
+        assert f"--{flag}" in text, flag
+    for spelling in ("--local_rank=0", "--local-rank=0"):
+        assert run_process(sys.executable, name, spelling, "--help").returncode == 0
+
+
+def test_imports_only_go_down():
+    """scripts > trainer > model > corpus, and nobody imports a script."""
+    floor = {"corpus": 0, "model": 1, "trainer": 2}
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    for room in floor:
+        for path in (ROOT / room).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                for name in (name.split(".")[0] for name in names):
+                    assert name not in scripts, f"{path.name} imports the script {name}"
+                    assert floor.get(name, 0) <= floor[room], f"{room}/{path.name} imports {name}: up the stairs"

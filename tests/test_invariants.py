@@ -1,0 +1,95 @@
+"""One optimizer step is one optimizer step: batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding."""
+
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+
+# AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
+COMMON = [
+    *TINY_MODEL,
+    "--optimizer",
+    "adamw",
+    "--max_steps",
+    "9",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--log_interval",
+    "1",
+    "--eval_interval",
+    "4",
+]
+# 59 rows = 7 full batches of 8 and a rest of 3: the rest and the second epoch are part of the comparison.
+
+
+def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, out, *flags):
+    run_script(
+        monkeypatch,
+        "1-pretrain.py",
+        *COMMON,
+        "--data_path",
+        pretrain_dir,
+        "--tokenizer",
+        tokenizer_dir,
+        "--out_dir",
+        out,
+        *flags,
+    )
+    return out
+
+
+def assert_same_run(one, other):
+    ours, theirs = (read_log(folder / "pretrain_32.jsonl") for folder in (one, other))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, their in zip(ours, theirs, strict=True):
+        assert mine["tokens"] == their["tokens"]
+        for name in ("loss", "grad_norm"):
+            if name in mine:
+                assert mine[name] == pytest.approx(their[name], rel=1e-4), (name, mine["step"])
+        for split, value in mine.get("val_loss", {}).items():
+            assert value == pytest.approx(their["val_loss"][split], rel=1e-4)
+    mine, their = weights(one / "pretrain_32.pth"), weights(other / "pretrain_32.pth")
+    for name in mine:
+        torch.testing.assert_close(mine[name], their[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def big_batch(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
+    return pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "big", "--batch_size", 8)
+
+
+def test_accumulation_equals_the_big_batch(monkeypatch, big_batch, pretrain_dir, tokenizer_dir, tmp_path):
+    flags = ("--batch_size", 4, "--accumulation_steps", 2)
+    assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "accumulated", *flags))
+    flags = ("--batch_size", 3, "--accumulation_steps", 3)  # 9 rows: another run, so the comparison can fail
+    with pytest.raises(AssertionError):
+        assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "nine", *flags))
+
+
+@pytest.mark.parametrize("model", [[], ["--use_moe", "--n_routed_experts", "2", "--balance_loss_coef", "0"]])
+def test_two_processes_equal_one(monkeypatch, model, pretrain_dir, tokenizer_dir, tmp_path):
+    one = pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "one", "--batch_size", 8, *model)
+    two = tmp_path / "two"
+    flags = ["--batch_size", 2, "--accumulation_steps", 2, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_process(*torchrun, ROOT / "1-pretrain.py", *COMMON, *flags, *model, "--out_dir", two)
+    assert result.returncode == 0, result.stderr[-2000:]
+    if model:
+        for folder in (one, two):
+            (folder / "pretrain_32_moe.jsonl").rename(folder / "pretrain_32.jsonl")
+            (folder / "pretrain_32_moe.pth").rename(folder / "pretrain_32.pth")
+    assert_same_run(one, two)
+
+
+def test_dense_and_compact_logging(big_batch):
+    """Every logged step tells what a user needs to judge the run."""
+    rows = read_log(big_batch / "pretrain_32.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    wanted = {"step", "epoch", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "seconds", "peak_memory_mb"}
+    assert all(wanted <= row.keys() for row in steps) and [row["step"] for row in steps] == list(range(1, 10))
+    assert rows[-1]["val_loss"].keys() == rows[-1]["bits_per_byte"].keys() == {"zh", "en"}
+    assert (big_batch / "pretrain_32.png").stat().st_size > 5_000

@@ -1,0 +1,230 @@
+"""A run that was killed and started again ends with the very same weights, wherever the kill came."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from corpus.errors import UserError
+from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+
+COMMON = [*TINY_MODEL, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
+COMMON += [
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--log_interval",
+    "1",
+    "--eval_interval",
+    "5",
+    "--save_interval",
+    "3",
+]
+# 59 rows / 8 = 8 steps an epoch (the last one short), 24 in all; saved at 3, 6, 9, ...
+
+
+@pytest.fixture
+def arguments(pretrain_dir, tokenizer_dir):
+    return [*COMMON, "--data_path", str(pretrain_dir), "--tokenizer", str(tokenizer_dir)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pretrain_dir, tokenizer_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = [*COMMON, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", out]
+        run_script(patch, "1-pretrain.py", *arguments)
+    return out
+
+
+def assert_equal_to_the_bit(one, other):
+    mine, theirs = weights(one / "pretrain_32.pth"), weights(other / "pretrain_32.pth")
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    losses = [
+        [(row["step"], row["loss"]) for row in read_log(folder / "pretrain_32.jsonl") if "loss" in row]
+        for folder in (one, other)
+    ]
+    assert losses[0] == losses[1], "the log has every step once"
+
+
+class Killed(BaseException):
+    """What SIGKILL looks like from inside: nothing after it runs."""
+
+
+@pytest.mark.parametrize("kill_at", [2, 3, 7, 8, 9, 17])
+def test_killed_between_steps(monkeypatch, kill_at, uninterrupted, arguments, tmp_path):
+    """Before the first save, right after a save, before, at and after an epoch's end, in the third epoch."""
+    from trainer import loop
+
+    real_step, done = loop.train_step, 0
+
+    def step_then_die(*positional):
+        nonlocal done
+        if done == kill_at:
+            raise Killed
+        done += 1
+        return real_step(*positional)
+
+    monkeypatch.setattr(loop, "train_step", step_then_die)
+    with pytest.raises(Killed):
+        run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    monkeypatch.setattr(loop, "train_step", real_step)
+    assert (tmp_path / "pretrain_32.resume").exists() == (kill_at >= 3)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    assert_equal_to_the_bit(uninterrupted, tmp_path)
+    assert not (tmp_path / "pretrain_32.resume").exists(), "gone when the stage is complete"
+
+
+def start_and_wait_for_step(arguments, out, step):
+    command = [sys.executable, ROOT / "1-pretrain.py", *arguments, "--out_dir", out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log, deadline = out / "pretrain_32.jsonl", time.monotonic() + 60
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
+
+
+def test_sigkill_for_real(monkeypatch, uninterrupted, arguments, tmp_path):
+    process = start_and_wait_for_step(arguments, tmp_path, 10)
+    process.kill()
+    process.wait()
+    leftovers = [path.name for path in tmp_path.iterdir() if path.name.endswith(".pth")]
+    assert leftovers == ["pretrain_32.pth"]
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    assert_equal_to_the_bit(uninterrupted, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_polite_stop_saves_first(monkeypatch, number, uninterrupted, arguments, tmp_path):
+    process = start_and_wait_for_step(arguments, tmp_path, 4)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert "run again to go on" in out
+    saved = torch.load(tmp_path / "pretrain_32.resume", weights_only=True)["progress"]["step"]
+    logged = max(row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl"))
+    assert saved == logged < 24, "no step is lost"
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    assert_equal_to_the_bit(uninterrupted, tmp_path)
+
+
+def test_another_number_of_processes(uninterrupted, arguments, monkeypatch, tmp_path):
+    """One process with 4 x 2 rows a step stops; two processes go on with 4 each, and no row is lost or repeated."""
+    from trainer import loop
+
+    monkeypatch.setattr(loop, "run_over", lambda result, clock: "a test" if result["stop"] else "")
+    stop_after(monkeypatch, 5)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "parts")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_process(
+        *torchrun, ROOT / "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "parts"
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "--accumulation_steps is now 1" in result.stdout
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "whole")
+    parts, whole = (
+        [
+            (row["step"], row["tokens"], row["loss"])
+            for row in read_log(tmp_path / name / "pretrain_32.jsonl")
+            if "loss" in row
+        ]
+        for name in ("parts", "whole")
+    )
+    assert [row[:2] for row in parts] == [row[:2] for row in whole]
+    assert [row[2] for row in parts] == pytest.approx([row[2] for row in whole], rel=1e-3)
+
+
+def stop_after(monkeypatch, steps):
+    from trainer import loop
+
+    real_step, done = loop.train_step, 0
+
+    def counting_step(*positional):
+        nonlocal done
+        done += 1
+        result = real_step(*positional)
+        return {**result, "stop": float(done == steps)}
+
+    monkeypatch.setattr(loop, "train_step", counting_step)
+
+
+def test_max_minutes_ends_in_good_order_and_goes_on(monkeypatch, arguments, tmp_path, capsys):
+    started = time.monotonic()
+    boxed = [
+        *arguments,
+        "--epochs",
+        "2000",
+        "--max_minutes",
+        "0.05",
+        "--out_dir",
+        tmp_path,
+        "--eval_interval",
+        "100000",
+    ]
+    run_script(monkeypatch, "1-pretrain.py", *boxed, "--log_interval", "10000", "--save_interval", "100000")
+    assert time.monotonic() - started < 30
+    assert "minutes are over" in capsys.readouterr().out
+    rows = read_log(tmp_path / "pretrain_32.jsonl")
+    last = [row for row in rows if "lr" in row][-1]
+    assert last["lr"] < 0.1 * 2e-3, "the rate has fallen by the end of the time"
+    assert "bits_per_byte" in rows[-1] and (tmp_path / "pretrain_32.pth").exists()
+    run_script(monkeypatch, "1-pretrain.py", *boxed, "--max_minutes", "0.02", "--save_interval", "100000")
+    assert f"going on after step {last['step']}" in capsys.readouterr().out
+    assert max(row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl")) > last["step"]
+
+
+def test_a_foreign_resume_file_is_refused(monkeypatch, arguments, tmp_path):
+    stop_after(monkeypatch, 5)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    for flags, named in ((["--seed", "7"], "--seed was 42, is 7"), (["--n_layers", "1"], "config")):
+        with pytest.raises(UserError, match=named):
+            run_script(monkeypatch, "1-pretrain.py", *arguments, *flags, "--out_dir", tmp_path)
+    run_script(
+        monkeypatch,
+        "1-pretrain.py",
+        *arguments,
+        "--seed",
+        "7",
+        "--resume",
+        "never",
+        "--max_steps",
+        "2",
+        "--out_dir",
+        tmp_path,
+    )
+    assert not (tmp_path / "pretrain_32.resume").exists()
+
+
+def test_a_damaged_resume_file_is_one_line(monkeypatch, arguments, tmp_path):
+    (tmp_path / "pretrain_32.resume").write_bytes(b"half a fi")
+    with pytest.raises(UserError, match="--resume never"):
+        run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+
+
+def test_what_is_not_complete_never_has_the_final_name(monkeypatch, tmp_path):
+    from model import checkpoint
+
+    (tmp_path / "model.pth").write_bytes(b"the old one")
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.atomic_save({}, tmp_path / "model.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+    assert (tmp_path / "model.pth").read_bytes() == b"the old one"

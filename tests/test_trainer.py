@@ -1,0 +1,195 @@
+"""The small print of training: formats obeyed, bad numbers survived, the rate where it should be, nothing lost at the end."""
+
+import json
+import math
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+from corpus.errors import UserError
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.conftest import TINY_MODEL, read_log, run_script, weights
+from trainer.optim import learning_rate_share, make_optimizers, split_parameters
+
+SHORT = [*TINY_MODEL, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
+
+
+@pytest.fixture
+def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
+    def run(*flags, out="out"):
+        folder = tmp_path / out
+        paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", folder]
+        run_script(monkeypatch, "1-pretrain.py", *SHORT, *paths, *flags)
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_the_format_asked_for_is_the_format_used(monkeypatch, pretrain, name, capsys):
+    seen = set()
+    real = torch.nn.Linear.forward
+
+    def spying(self, x):
+        out = real(self, x)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", spying)
+    folder = pretrain("--dtype", name)
+    assert seen == {getattr(torch, name)}
+    assert f", {name}, " in capsys.readouterr().out, "and it is printed"
+    assert {tensor.dtype for tensor in weights(folder / "pretrain_32.pth").values()} == {torch.float32}
+
+
+def test_an_unknown_format_or_device_is_refused(pretrain):
+    with pytest.raises(SystemExit) as stop:
+        pretrain("--dtype", "float61")
+    assert stop.value.code == 2
+    with pytest.raises(UserError, match="--device nonsense"):
+        pretrain("--device", "nonsense")
+
+
+def test_a_short_run_leaves_its_last_weights(pretrain):
+    """Three steps, saved every 200: the file is there, equals the final weights, and tells what it is."""
+    folder = pretrain()
+    assert sorted(path.name for path in folder.iterdir()) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
+    checkpoint = torch.load(folder / "pretrain_32.pth", weights_only=True)
+    assert checkpoint.keys() == {"format", "stage", "config", "tokenizer", "model", "lineage"}
+    assert checkpoint["lineage"][-1]["steps"] == 3 and checkpoint["stage"] == "pretrain"
+    assert "lm_head.weight" not in checkpoint["model"], "tied weights are written once"
+
+
+def test_the_first_loss_is_checked(pretrain, capsys):
+    pretrain()
+    said = re.search(r"first loss ([\d.]+), ln\(vocabulary\) ([\d.]+)", capsys.readouterr().out)
+    assert abs(float(said[1]) - float(said[2])) <= 0.15 and float(said[2]) == pytest.approx(math.log(272), abs=1e-3)
+
+
+def poison(monkeypatch, steps):
+    """Make the loss NaN at these steps."""
+    from trainer import loss
+
+    real, calls = loss.cross_entropy_sum, 0
+
+    def poisoned(hidden, weight, labels):
+        nonlocal calls
+        value, count = real(hidden, weight, labels)
+        if torch.is_grad_enabled():
+            calls += 1
+            value = value * (math.nan if calls in steps else 1.0)
+        return value, count
+
+    monkeypatch.setattr(loss, "cross_entropy_sum", poisoned)
+
+
+def test_a_bad_step_is_skipped_and_said(monkeypatch, pretrain, capsys):
+    clean = pretrain("--max_steps", "4", out="clean")
+    poison(monkeypatch, {2})
+    folder = pretrain("--max_steps", "4")
+    assert re.search(r"step 2 skipped: the loss is not finite \(data rows \[\d+", capsys.readouterr().out)
+    values = weights(folder / "pretrain_32.pth")
+    assert all(torch.isfinite(tensor).all() for tensor in values.values())
+    assert any(not torch.equal(values[name], tensor) for name, tensor in weights(clean / "pretrain_32.pth").items())
+
+
+def test_five_bad_steps_end_the_run(monkeypatch, pretrain):
+    poison(monkeypatch, set(range(3, 99)))
+    with pytest.raises(UserError, match=r"5 steps in a row; the last batch held data rows \[\d+, \d+, \d+, \d+\]"):
+        pretrain("--max_steps", "20")
+
+
+def test_fp16_finds_its_scale_and_learns(pretrain):
+    rows = read_log(pretrain("--dtype", "float16", "--max_steps", "40") / "pretrain_32.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_no_decay_on_norms_and_embeddings():
+    model = Transformer(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, qk_norm=True, tie_embeddings=False))
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices, others, no_decay = ([named[id(p)] for p in group] for group in split_parameters(model))
+    assert len(matrices) == 2 * 7 and others == ["lm_head.weight"]
+    assert all("norm" in name or "embed" in name for name in no_decay) and len(no_decay) == 1 + 2 * 4 + 1
+    for kind in ("adamw", "muon"):
+        groups = [group for optimizer in make_optimizers(model, kind, 1e-3, 0.1) for group in optimizer.param_groups]
+        decay = {named[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+        assert len(decay) == len(named), "every parameter has an optimizer, once"
+        assert all((decay[name] == 0.0) == (name in no_decay) for name in decay)
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "kind", "share"),
+    [(0, 0.0, "cosine", 1 / 5), (3, 0.0, "cosine", 4 / 5), (4, 0.0, "cosine", 1.0), (9, 0.5, "cosine", 0.55),
+     (9, 1.0, "cosine", 0.1), (9, 0.5, "linear", 0.55), (9, 0.25, "linear", 0.775), (9, 2.0, "linear", 0.1)],
+)  # fmt: skip
+def test_the_learning_rate(step, progress, kind, share):
+    assert learning_rate_share(step, progress, 4, kind, 0.1) == pytest.approx(share)
+
+
+def test_activation_checkpointing_changes_nothing(pretrain):
+    plain, recomputed = (
+        pretrain("--dtype", "float32"),
+        pretrain("--dtype", "float32", "--checkpoint_activations", out="re"),
+    )
+    ours, theirs = weights(plain / "pretrain_32.pth"), weights(recomputed / "pretrain_32.pth")
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+
+
+def test_moe_trains_and_logs_its_balance(pretrain):
+    rows = read_log(pretrain("--use_moe", "--n_routed_experts", "4") / "pretrain_32_moe.jsonl")
+    assert all(0.009 < row["balance_loss"] < 0.04 for row in rows if "loss" in row), "coefficient 0.01 times 1 to 4"
+
+
+def test_wandb_gets_the_rows_and_its_failure_stops_nothing(monkeypatch, pretrain, capsys):
+    sent = []
+
+    class FakeRun:
+        def log(self, row, step):
+            sent.append((step, row))
+            if step == 2:
+                raise ConnectionError("no network")
+
+    fake = types.SimpleNamespace(init=lambda **options: sent.append(options) or FakeRun())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    folder = pretrain("--use_wandb", "--wandb_project", "p", "--wandb_run_name", "r")
+    assert (sent[0]["project"], sent[0]["name"], sent[0]["config"]["max_steps"]) == ("p", "r", 3)
+    assert [step for step, _ in sent[1:]] == [1, 2] and "loss" in sent[1][1]
+    assert "training goes on without it" in "".join(capsys.readouterr())
+    assert (folder / "pretrain_32.pth").exists()
+
+
+def test_wandb_offline_for_real(monkeypatch, pretrain, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    pretrain("--use_wandb")
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_without_wandb_one_line_names_the_command(monkeypatch, pretrain):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        pretrain("--use_wandb")
+
+
+def test_compile_without_a_compiler_is_one_line(monkeypatch, pretrain):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        pretrain("--compile")
+
+
+def test_an_impossible_model_is_one_line(pretrain):
+    with pytest.raises(UserError, match="multiple of n_heads"):
+        pretrain("--n_heads", "5")
+
+
+def test_the_log_is_json_lines_and_keeps_numbers(pretrain):
+    text = (pretrain() / "pretrain_32.jsonl").read_text()
+    assert all(isinstance(json.loads(line)["step"], int) for line in text.splitlines()) and "NaN" not in text
