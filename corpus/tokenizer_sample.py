@@ -2,7 +2,7 @@
 
     held out    documents whose content hash is below 1 % of all hashes: those that data_process.py validates with
     sample      of the others those with the lowest hashes (turned by the seed), until the byte budget is full:
-                    72 % of the bytes Chinese, 28 % English; where one language has less, the other fills the rest
+                    5/7 of the bytes Chinese, 2/7 English; where one language has less, the other fills the rest
 
 Equal documents count once. The choice depends on the documents, not on their order, and memory on the budget, not on
 the input. Reading ends after `read_budget` bytes of text, shared fairly among the files.
@@ -21,7 +21,7 @@ from corpus.language import LANGUAGES, language_of
 from corpus.read import read_texts
 from corpus.report import DataReport
 
-SHARE = {"zh": 0.72, "en": 0.28}  # of the budget, in UTF-8 bytes: 6 Chinese characters for 7 of English
+SHARE = {"zh": 5 / 7, "en": 2 / 7}  # of the budget, in UTF-8 bytes: 5 Chinese characters for 6 of English
 HELD_OUT_SHARE = 0.01
 HELD_OUT_BYTES = 2_000_000  # a language; more would not change the third digit
 PIECE = 20_000  # characters; one book must not fill the budget alone

@@ -1,6 +1,6 @@
 """Text -> a tokenizer: a balanced sample, the pieces inside words, and last the phrases.
 
-    1. sample     at most `byte_budget` bytes of text, two thirds Chinese and one third English, chosen by content hash
+    1. sample     at most `byte_budget` bytes of text, five parts Chinese and two parts English, chosen by content hash
     2. words      pieces are learnt inside words and runs of Chinese characters only, so that each is a part of a word
                       bpe      join the most frequent pair of neighbours, again and again, beginning with single bytes
                       unigram  begin with many pieces and drop those that the probability of the text misses least
