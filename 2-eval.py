@@ -7,9 +7,8 @@
 
 A pretrained model goes on with the text as it is; a model of a chat stage gets it as a question, in the chat format.
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
-may be missing. Answers are greedy, and right when they contain any of the keys: capitals do not matter; a key of Latin
-letters or digits must stand as a word of its own ("12" is not in "120" or "1.12"), and so must Chinese numerals; other
-Chinese keys may stand anywhere. Reads out/*.pth, writes only --json.
+may be missing. Answers are greedy, and right when they contain any of the keys as a word (corpus/questions.py).
+Reads out/*.pth, writes only --json.
 Read next: model/generate.py (how an answer is drawn), 3-full_sft.py (how a model learns to answer).
 """
 
@@ -17,13 +16,13 @@ import argparse
 import contextlib
 import io
 import json
-import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from corpus.errors import UserError, fail_in_one_line
+from corpus.questions import is_right, read_lines, read_questions, sound
 
 PROMPTS = (
     "你好，请介绍一下你自己。",
@@ -39,7 +38,6 @@ PROMPTS = (
 )
 TALK_HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer, /help shows this line"
 BATCH = 128  # questions answered at once
-LATIN, NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,60 +65,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     add("--json", metavar="OUT", help="write the answers (and scores) to this file")
     return parser
-
-
-def sound(text: str, where: str) -> str:
-    """`text` without half characters, which a terminal in another encoding may send; UserError when it is empty."""
-    if not text.strip():
-        raise UserError(f"{where} is empty: say something")
-    return text.encode("utf-8", "replace").decode()
-
-
-def read_lines(path: str) -> list[tuple[str, str]]:
-    """(file:line, text) of the lines that are not empty. Raises UserError when there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    found = [(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"{path} is empty: put one prompt, or one question with its keys, on each line")
-    return found
-
-
-def read_questions(path: str) -> list[dict[str, Any]]:
-    """The questions of a jsonl file, lang and kind filled in. Raises UserError naming the first bad line."""
-    from corpus.language import language_of
-
-    questions = []
-    for where, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-            raise UserError(f'{where}: a line needs {{"question": "...", "keys": ["...", ...]}}')
-        keys = row.get("keys")
-        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
-            raise UserError(f"{where}: keys must be a list of strings, each of which makes an answer right")
-        question = sound(row["question"], f"{where}: question")
-        lang, kind = str(row.get("lang") or language_of(question)), str(row.get("kind") or "")
-        questions.append({"where": where, "question": question, "keys": keys, "lang": lang, "kind": kind})
-    return questions
-
-
-def is_right(answer: str, keys: list[str]) -> bool:
-    """The rule of the door plate: does the answer contain any of the keys?"""
-    for key in map(str.strip, keys):
-        before, after = "", ""  # what must not stand beside the key: more of the same word or number
-        for signs in (LATIN, NUMERALS):
-            before += f"(?<![{signs}])" if re.match(f"[{signs}]", key[0]) else ""
-            after += f"(?![{signs}])" if re.match(f"[{signs}]", key[-1]) else ""
-        before += r"(?<![0-9][.,])" if key[0].isdecimal() else ""
-        after += r"(?![.,][0-9])" if key[-1].isdecimal() else ""
-        if re.search(before + re.escape(key) + after, answer, re.IGNORECASE):
-            return True
-    return False
 
 
 def find_model(args: argparse.Namespace) -> Path:

@@ -61,7 +61,7 @@ def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn raw text or chat files into training data.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft")
     for kind, what, out_dir in (
         ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py", "dataset/pretrain"),

@@ -163,4 +163,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
     found = {name: Path(folder) / name for name in names if (Path(folder) / name).is_file()}
     if "tokenizer.json" not in found:
         raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
-    return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in found.items()})
+    try:
+        return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in found.items()})
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"cannot read {found['tokenizer.json']} ({error}): train it again") from None

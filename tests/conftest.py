@@ -1,4 +1,4 @@
-"""A tiny world for the tests: a tokenizer, some text and some chats, made here in a second, and scripts run in-process."""
+"""A tiny world for the tests: a tokenizer, text and chats made here in a second, and scripts run in-process."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Which rows a step trains: every row once an epoch, in a new order each time, shared by the processes without overlap."""
+"""Which rows a step trains: every row once an epoch, in a new order each time, shared without overlap."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The small print of training: formats obeyed, bad numbers survived, the rate where it should be, nothing lost at the end."""
+"""The small print of training: formats obeyed, bad numbers survived, the right rate, nothing lost at the end."""
 
 import json
 import math

@@ -1,0 +1,70 @@
+"""Questions with keys: how a model's answers are counted without a judge.
+
+    {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}    a line; the last two may be missing
+
+An answer is right when it contains any of the keys: capitals do not matter; a key of Latin letters or digits must stand
+as a word of its own ("12" is not in "120" or "1.12"), and so must Chinese numerals; other Chinese keys may stand anywhere.
+Read next: ../2-eval.py (who asks).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from corpus.errors import UserError
+from corpus.language import language_of
+
+LATIN, NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
+
+
+def sound(text: str, where: str) -> str:
+    """`text` without half characters, which a terminal in another encoding may send; UserError when it is empty."""
+    if not text.strip():
+        raise UserError(f"{where} is empty: say something")
+    return text.encode("utf-8", "replace").decode()
+
+
+def read_lines(path: str) -> list[tuple[str, str]]:
+    """(file:line, text) of the lines that are not empty. Raises UserError when there are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    found = [(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f"{path} is empty: put one prompt, or one question with its keys, on each line")
+    return found
+
+
+def read_questions(path: str) -> list[dict[str, Any]]:
+    """The questions of a jsonl file, lang and kind filled in. Raises UserError naming the first bad line."""
+    questions = []
+    for where, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("question"), str):
+            raise UserError(f'{where}: a line needs {{"question": "...", "keys": ["...", ...]}}')
+        keys = row.get("keys")
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
+            raise UserError(f"{where}: keys must be a list of strings, each of which makes an answer right")
+        question = sound(row["question"], f"{where}: question")
+        lang, kind = str(row.get("lang") or language_of(question)), str(row.get("kind") or "")
+        questions.append({"where": where, "question": question, "keys": keys, "lang": lang, "kind": kind})
+    return questions
+
+
+def is_right(answer: str, keys: list[str]) -> bool:
+    """Does the answer contain any of the keys? The rule is the door plate's."""
+    for key in map(str.strip, keys):
+        before, after = "", ""  # what must not stand beside the key: more of the same word or number
+        for signs in (LATIN, NUMERALS):
+            before += f"(?<![{signs}])" if re.match(f"[{signs}]", key[0]) else ""
+            after += f"(?![{signs}])" if re.match(f"[{signs}]", key[-1]) else ""
+        before += r"(?<![0-9][.,])" if key[0].isdecimal() else ""
+        after += r"(?![.,][0-9])" if key[-1].isdecimal() else ""
+        if re.search(before + re.escape(key) + after, answer, re.IGNORECASE):
+            return True
+    return False
