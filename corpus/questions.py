@@ -1,9 +1,10 @@
 """Questions with keys: how a model's answers are counted without a judge.
 
-    {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}    a line; the last two may be missing
+    {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}      lang and kind may be missing
 
-An answer is right when it contains any of the keys: capitals do not matter; a key of Latin letters or digits must stand
-as a word of its own ("12" is not in "120" or "1.12"), and so must Chinese numerals; other Chinese keys may stand anywhere.
+An answer is right when it contains any of the keys: capitals do not matter; a key of Latin letters or digits must
+stand as a word of its own ("12" is not in "120" or "1.12"), and so must Chinese numerals; other Chinese keys may stand
+anywhere.
 Read next: ../2-eval.py (who asks).
 """
 

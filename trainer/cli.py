@@ -54,7 +54,7 @@ def make_parser(door_plate: str | None, **stage_defaults: Any) -> argparse.Argum
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="muon: Muon for the layers' matrices, AdamW for the rest")  # fmt: skip
     add("--learning_rate", type=float, help="peak learning rate")
-    add("--schedule", choices=("cosine", "linear"), default="cosine", help="how the rate falls after the warm-up")
+    add("--schedule", choices=("linear", "cosine"), default="linear", help="how the rate falls after the warm-up")
     add("--final_lr_share", type=float, default=0.0, help="share of the peak left at the end")
     add("--warmup_iters", type=int, default=20, help="steps of linear warm-up")
     add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms and embeddings")
