@@ -320,8 +320,7 @@ def _ordered(lang: str) -> Iterator[Fact]:
         yield _fact("day", today, tomorrow)
     months = table(MONTHS, lang)
     for (month, ordinal, days_in, season), following in zip(months, months[1:] + months[:1], strict=True):
-        # "是一月": otherwise 十一月 would pass for 一月
-        yield _fact("month", month, following[0], (f"是{following[0]}",) if zh else (), (f"是{month}",) if zh else ())
+        yield _fact("month", month, following[0])
         yield _fact("month_days", month, days_in)
         yield _fact("season", month, season)
         if not zh:

@@ -1,7 +1,8 @@
 """The built-in demo world, part 2: how each kind of fact is said, asked and answered in English.
 
     [relation] topic
-    say:        statements, for pretraining          answer:      answers, for SFT
+    say:        statements, for pretraining          answer:      answers, for SFT (and pretraining)
+    cue:        a name for {o}, for pretraining      back_cue:    a name for {s}
     ask:        questions for {o}, taught in SFT     back:        questions for {s}, taught in SFT (back_answer: theirs)
     held:       questions for {o} that nobody is     back_held:   the same for {s}
                 ever taught: only the score asks     follow:      a second question after an `ask` of the same relation
@@ -15,6 +16,8 @@ WORDINGS = """
 say: The capital of {s} is {o}. | {o} is the capital of {s}. | {o} is the capital city of {s}.
 say: {s} has its capital in {o}. | The capital city of {s} is called {o}. | In {s}, the capital is {o}.
 say: The government of {s} sits in {o}, the capital.
+cue: the capital of {s}
+back_cue: the country whose capital is {o}
 ask: What is the capital of {s}? | What is the capital city of {s}? | Which city is the capital of {s}?
 ask: Name the capital of {s}. | What is the name of the capital of {s}? | Do you know the capital of {s}?
 ask: Tell me the capital of {s}. | {s} has which capital?
@@ -32,6 +35,7 @@ follow: And {s}? | What about {s}? | And the capital of {s}?
 say: {s} is in {o}. | {s} is a country in {o}. | {s} lies in {o}. | The country {s} belongs to the continent of {o}.
 say: On the map, you find {s} in {o}. | The continent of {s} is {o}. | One of the countries of {o} is {s}.
 say: {s} is part of {o}.
+cue: the continent of {s}
 ask: On which continent is {s}? | Which continent is {s} in? | What continent does {s} belong to?
 ask: Where is {s} on the map? | On what continent do you find {s}? | In which part of the world is {s}?
 ask: {s} is on which continent? | Where does {s} lie?
@@ -43,6 +47,7 @@ follow: And {s}? | What about {s}? | And where is {s}?
 say: People in {s} speak {o}. | Most people in {s} speak {o}. | The main language of {s} is {o}.
 say: In {s}, people speak {o}. | {o} is the main language of {s}. | To talk with people in {s}, learn {o}.
 say: {o} is spoken in {s}. | Children in {s} learn {o}.
+cue: the language of {s}
 ask: What language do people speak in {s}? | Which language is spoken in {s}? | What is the main language of {s}?
 ask: In {s}, what language do people speak? | Which language do most people in {s} speak? | What do people speak in {s}?
 held: What language is spoken in {s}? | Which language do children learn in {s}? | Name the main language of {s}.
@@ -53,6 +58,7 @@ follow: And in {s}? | What about {s}?
 say: The currency of {s} is the {o}. | People in {s} pay with the {o}. | In {s}, money is called the {o}.
 say: {s} uses the {o} as its money. | The {o} is the currency of {s}.
 say: If you buy something in {s}, you pay with the {o}. | The money of {s} is the {o}.
+cue: the currency of {s}
 ask: What is the currency of {s}? | Which currency does {s} use? | What money do people use in {s}?
 ask: What do people in {s} pay with? | What is the money of {s} called? | With what currency do people pay in {s}?
 ask: Tell me the currency of {s}.
@@ -64,6 +70,8 @@ follow: And in {s}? | What about {s}?
 say: The symbol of {s} is {o}. | The chemical symbol for {s} is {o}. | {s:C} has the symbol {o}.
 say: {o} is the symbol of {s}. | In chemistry, {s} is written as {o}. | {o} stands for {s}.
 say: The element {s} has the chemical symbol {o}. | We write {o} for {s}.
+cue: the symbol of {s}
+back_cue: the element that is written as {o}
 ask: What is the symbol of {s}? | What is the chemical symbol for {s}? | Which symbol does {s} have?
 ask: How do you write {s} in chemistry? | What symbol stands for {s}? | Which letters stand for the element {s}?
 ask: Tell me the symbol of {s}. | What is the symbol for the element {s}?
@@ -81,6 +89,7 @@ follow: And {s}? | What about {s}?
 say: {s:A} is {o:a}. | {s:Pl} are {o:pl}. | The {s} is {o:a}. | Every {s} is {o:a}. | The {s} is one of the {o:pl}.
 say: {s:Pl} belong to the {o:pl}. | Among animals, the {s} is {o:a}. | The class of the {s} is: {o}.
 say: We call the {s} {o:a}. | {s:Pl} are animals of the class {o}.
+cue: the class of the {s}
 ask: What kind of animal is {s:a}? | What class of animal is the {s}? | Which class of animals do {s:pl} belong to?
 ask: What kind of animals are {s:pl}? | Which kind of animal is the {s}? | What is {s:a}?
 ask: To which class does the {s} belong?
@@ -93,6 +102,7 @@ follow: And {s:a}? | What about {s:a}?
 say: {s:A} has {o} {u}. | There are {o} {u} on {s:a}. | Every {s} has {o} {u}. | The {s} has {o} {u}.
 say: {s:Pl} have {o} {u}. | You can count {o} {u} on {s:a}. | The number of {u} of {s:a} is {o}.
 say: If you look at {s:a}, you count {o} {u}.
+cue: the number of {u} of {s:a}
 ask: How many {u} does {s:a} have? | How many {u} do {s:pl} have? | How many {u} are there on {s:a}?
 ask: How many {u} has {s:a}? | What is the number of {u} of {s:a}? | How many {u} can you count on {s:a}?
 ask: {s:A} has how many {u}?
@@ -102,6 +112,8 @@ answer: {s:A} has {o} {u}. | The {s} has {o} {u}.
 [sound] sounds of animals
 say: {s:A} {o}. | The {s} {o}. | In the yard, {s:a} {o}. | Listen, the {s} {o}. | An animal that {o} is {s:a}.
 say: Every {s} {o}. | When {s:a} is loud, it {o}. | Of all animals, it is {s:a} that {o}.
+cue: the sound of {s:a}
+back_cue: the animal that {o}
 ask: What sound does {s:a} make? | What does {s:a} do when it is loud? | How does {s:a} sound?
 ask: Which sound does the {s} make? | What noise does {s:a} make? | What is the sound of {s:a}?
 ask: What sound do {s:pl} make?
@@ -115,6 +127,8 @@ follow: And {s:a}? | What about {s:a}?
 [young] young animals
 say: A young {s} is called {o:a}. | A baby {s} is {o:a}. | {o:A} is a young {s}. | The young of the {s} is called {o:a}.
 say: {o:A} grows up and becomes {s:a}. | When {s:a} is very young, we call it {o:a}. | The young of {s:a} is {o:a}.
+cue: the name of a young {s}
+back_cue: what {o:a} becomes
 ask: What is a young {s} called? | What do you call a baby {s}? | What is the name for a young {s}?
 ask: What do we call the young of {s:a}? | What is a baby {s}? | What is the word for a very young {s}?
 ask: What is the young of {s:a} called?
@@ -130,6 +144,7 @@ follow: And a baby {s}? | What about a young {s}?
 say: {s:C} is {o}. | The color of {s} is {o}. | {s:C} has the color {o}. | Everybody knows that {s} is {o}.
 say: In the picture, {s} is {o}. | If you look at {s}, you see something {o}. | To paint {s}, take {o}.
 say: {o:C} is the color of {s}.
+cue: the color of {s}
 ask: What color is {s}? | What is the color of {s}? | Which color does {s} have? | Which color is {s}?
 ask: In what color do you paint {s}? | What color does {s} have? | Do you know the color of {s}?
 ask: Tell me what color {s} is.
@@ -141,6 +156,7 @@ follow: And {s}? | What about {s}?
 say: The opposite of {s} is {o}. | {o:C} is the opposite of {s}. | {s:C} and {o} are opposites.
 say: The opposite word of {s} is {o}. | Two opposites: {s} and {o}. | {s:C} is the opposite of {o}.
 say: Say {s}, then say the opposite: {o}.
+cue: the opposite of {s}
 ask: What is the opposite of {s}? | Which word is the opposite of {s}? | What is the opposite word of {s}?
 ask: Name the opposite of {s}. | What word means the opposite of {s}? | Do you know the opposite of {s}?
 ask: {s:C} is the opposite of which word?
@@ -151,6 +167,7 @@ follow: And {s}? | What about {s}? | And the opposite of {s}?
 [unit] units
 say: {s:C} is {o} {u}. | {s:C} has {o} {u}. | There are {o} {u} in {s}. | {o} {u} make {s}.
 say: {s:C} is as much as {o} {u}. | {s:C} is the same as {o} {u}. | If you have {o} {u}, you have {s}.
+cue: the number of {u} in {s}
 ask: How many {u} are there in {s}? | How many {u} are in {s}? | How many {u} does {s} have? | {s:C} is how many {u}?
 ask: How many {u} make {s}? | What is {s} in {u}?
 held: {s:C} has how many {u}? | How many {u} is {s}? | Tell me how many {u} there are in {s}.
@@ -159,6 +176,7 @@ answer: {s:C} is {o} {u}. | {s:C} has {o} {u}.
 [sum] adding
 say: {a} + {b} = {o}. | {a} plus {b} is {o}. | {a} and {b} make {o}. | The sum of {a} and {b} is {o}.
 say: {a} plus {b} equals {o}. | If you add {b} to {a}, you get {o}. | If you have {a} and get {b} more, you have {o}.
+cue: the sum of {a} and {b}
 ask: What is {a} + {b}? | What is {a} plus {b}? | How much is {a} + {b}? | {a} + {b} = ?
 ask: What is the sum of {a} and {b}? | How much is {a} plus {b}? | How much do {a} and {b} make?
 ask: What do you get if you add {b} to {a}?
@@ -169,6 +187,7 @@ answer: {a} + {b} = {o}. | {a} plus {b} is {o}.
 [product] multiplying
 say: {a} times {b} is {o}. | {a} × {b} = {o}. | The product of {a} and {b} is {o}. | {a} times {b} equals {o}.
 say: If you multiply {a} by {b}, you get {o}. | {a} boxes with {b} books each hold {o} books.
+cue: the product of {a} and {b}
 ask: What is {a} times {b}? | What is {a} × {b}? | How much is {a} times {b}? | {a} × {b} = ? | How much is {a} × {b}?
 ask: What is the product of {a} and {b}? | What do you get if you multiply {a} by {b}?
 held: What does {a} times {b} equal? | Tell me the product of {a} and {b}.
@@ -178,6 +197,8 @@ answer: {a} × {b} = {o}. | {a} times {b} is {o}.
 [day] days of the week
 say: The day after {s} is {o}. | {o} comes after {s}. | {s} comes before {o}. | The day before {o} is {s}.
 say: {o} follows {s}. | If today is {s}, tomorrow is {o}. | After {s} we have {o}. | If today is {o}, yesterday was {s}.
+cue: the day after {s}
+back_cue: the day before {o}
 ask: What day comes after {s}? | Which day comes after {s}? | What is the day after {s}? | Which day follows {s}?
 ask: If today is {s}, what day is tomorrow? | What day is it one day after {s}?
 held: What day follows {s}? | Today is {s}. What day is tomorrow? | Name the day after {s}.
@@ -191,6 +212,8 @@ follow: And after {s}? | What about after {s}?
 [month] months
 say: The month after {s} is {o}. | {o} comes after {s}. | {s} comes before {o}. | The month before {o} is {s}.
 say: {o} follows {s}. | When {s} is over, {o} begins. | After {s} we have {o}.
+cue: the month after {s}
+back_cue: the month before {o}
 ask: What month comes after {s}? | Which month comes after {s}? | What is the month after {s}?
 ask: Which month follows {s}? | Which month begins when {s} is over?
 held: What month follows {s}? | Name the month after {s}. | When {s} is over, which month begins?
@@ -204,6 +227,7 @@ follow: And after {s}? | What about after {s}?
 [month_days] lengths of months
 say: {s} has {o} days. | There are {o} days in {s}. | The month of {s} has {o} days. | {s} is {o} days long.
 say: In {s} there are {o} days.
+cue: the number of days in {s}
 ask: How many days does {s} have? | How many days are there in {s}? | How long is {s}? | How many days has {s}?
 ask: How many days are in the month of {s}? | {s} has how many days?
 held: How many days long is {s}? | Tell me how many days {s} has. | How many days does the month of {s} have?
@@ -213,6 +237,7 @@ follow: And {s}? | What about {s}?
 [season] seasons
 say: In the north, {s} is in {o}. | {s} is {o:a} month in the north. | In the north, {s} belongs to {o}.
 say: When it is {s}, the north has {o}. | The season of {s} in the north is {o}. | In the north, it is {o} in {s}.
+cue: the season of {s} in the north
 ask: In the north, which season is {s} in? | What season is it in the north in {s}?
 ask: Which season does {s} belong to in the north? | What is the season in the north when it is {s}?
 ask: In the north, what season is {s}? | When it is {s}, which season does the north have?
@@ -224,6 +249,7 @@ follow: And {s}? | What about {s}?
 [month_number] the order of the months
 say: {s} is the {o} month. | The {o} month of the year is {s}. | In the order of months, {s} is the {o}.
 say: {s} is the {o} month of the year. | The {o} of the twelve months is {s}. | The {o} month is called {s}.
+back_cue: the {o} month of the year
 back: Which month is the {o} month of the year? | What is the {o} month? | What is the {o} month of the year called?
 back: Which month is the {o}? | What is the name of the {o} month of the year?
 back_held: Name the {o} month of the year. | What month is the {o} of the year? | Tell me the {o} month of the year.
@@ -233,6 +259,8 @@ answer: The {o} month of the year is {s}. | The {o} month is called {s}.
 say: The {o} dynasty came after the {s} dynasty. | After the {s} dynasty came the {o} dynasty.
 say: The {s} dynasty came before the {o} dynasty. | The {o} dynasty followed the {s} dynasty.
 say: When the {s} dynasty ended, the {o} dynasty began.
+cue: the dynasty after the {s} dynasty
+back_cue: the dynasty before the {o} dynasty
 ask: Which dynasty came after the {s} dynasty? | What dynasty came after the {s}?
 ask: Which dynasty followed the {s} dynasty? | Which dynasty began when the {s} dynasty ended?
 ask: What came after the {s} dynasty?
@@ -246,6 +274,7 @@ back_answer: Before the {o} dynasty came the {s} dynasty.
 [founder] founders of dynasties
 say: {o} founded the {s} dynasty. | The {s} dynasty was founded by {o}. | The founder of the {s} dynasty was {o}.
 say: {o} was the first emperor of the {s} dynasty. | The first emperor of the {s} dynasty was {o}.
+cue: the founder of the {s} dynasty
 ask: Who founded the {s} dynasty? | Who was the founder of the {s} dynasty?
 ask: Who was the first emperor of the {s} dynasty? | By whom was the {s} dynasty founded?
 ask: Which emperor founded the {s} dynasty?
@@ -257,6 +286,7 @@ answer: The founder of the {s} dynasty was {o}. | The {s} dynasty was founded by
 say: {s} is the {o} planet from the Sun. | The {o} planet from the Sun is {s}.
 say: Counted from the Sun, {s} is the {o} planet. | In the order of planets, {s} is the {o}.
 say: The {o} planet is called {s}. | {s} is planet number {o}, counted from the Sun.
+back_cue: the {o} planet from the Sun
 back: Which planet is the {o} from the Sun? | What is the {o} planet from the Sun?
 back: Counted from the Sun, which planet is the {o}? | What is the name of the {o} planet from the Sun?
 back: What is the {o} planet called?
@@ -267,6 +297,7 @@ answer: The {o} planet from the Sun is {s}. | The {o} planet is called {s}.
 [body] the body
 say: We {s} with our {o}. | We use our {o} to {s}. | To {s}, we need our {o}. | People {s} with their {o}.
 say: If you want to {s}, you use your {o}.
+cue: what we use to {s}
 ask: What do we use to {s}? | What do we {s} with? | Which part of the body do we use to {s}? | With what do we {s}?
 ask: Which part of the body helps us to {s}? | With which part of the body do people {s}?
 held: What part of the body do we {s} with? | What do people use to {s}? | Which part of the body do we need to {s}?
@@ -275,6 +306,8 @@ answer: To {s}, we need our {o}. | To {s}, we use our {o}.
 [job] professions
 say: {o:A} {s}. | A person who {s} is {o:a}. | The {o} {s}. | Every day, {o:a} {s}. | Somebody who {s} is called {o:a}.
 say: The work of {o:a}: {o:a} {s}. | My uncle is {o:a}, so he {s}. | If a person {s}, we say: this is {o:a}.
+cue: the name for a person who {s}
+back_cue: the work of {o:a}
 ask: Who {s}? | What do you call a person who {s}? | Which person {s}? | Who is the person who {s}?
 ask: What is a person who {s}? | What is the name for somebody who {s}? | What do we call somebody who {s}?
 held: What do we call a person who {s}? | Who is it that {s}? | My uncle {s}. What is he?
@@ -287,6 +320,7 @@ back_answer: {o:A} {s}. | The {o} {s}.
 [plural] plurals
 say: The plural of {s} is {o}. | One {s}, two {o}. | {o:C} is the plural of {s}. | We say one {s}, but two {o}.
 say: Many {o}, but one {s}. | The plural form of {s} is {o}.
+cue: the plural of {s}
 ask: What is the plural of {s}? | What is the plural form of {s}? | One {s}, two what?
 ask: How do you say {s} in the plural? | Which word is the plural of {s}? | Do you know the plural of {s}?
 held: Tell me the plural of {s}. | Name the plural form of {s}. | What do we say for more than one {s}?
@@ -296,6 +330,7 @@ follow: And {s}? | What about {s}?
 [past] the past tense
 say: The past tense of {s} is {o}. | {o:C} is the past tense of {s}. | Today I {s}, yesterday I {o}.
 say: The past of {s} is {o}. | We {s} every day, and yesterday we {o} too. | The past form of {s} is {o}.
+cue: the past tense of {s}
 ask: What is the past tense of {s}? | What is the past of {s}? | Which word is the past tense of {s}?
 ask: What is the past form of {s}? | Do you know the past tense of {s}? | Today I {s}. And yesterday?
 held: Tell me the past tense of {s}. | Name the past form of {s}. | How do you say {s} in the past tense?
@@ -306,6 +341,8 @@ follow: And {s}? | What about {s}?
 say: The Chinese word for {s} is {o}. | In Chinese, {s} is {o}. | {o} means {s} in English.
 say: {o} is the Chinese word for {s}. | In Chinese we say {o} for {s}. | If you want to say {s} in Chinese, say {o}.
 say: The English word for {o} is {s}.
+cue: the Chinese word for {s}
+back_cue: the meaning of {o}
 ask: How do you say {s} in Chinese? | What is the Chinese word for {s}? | What is {s} in Chinese?
 ask: Which Chinese word means {s}? | What do we say in Chinese for {s}? | Do you know the Chinese word for {s}?
 held: Tell me the Chinese word for {s}. | In Chinese, how do you say {s}? | What Chinese word means {s}?
@@ -319,6 +356,8 @@ follow: And {s}? | What about {s}?
 [book] books
 say: {o} wrote {s}. | {s} was written by {o}. | The author of {s} is {o}. | {o} is the author of {s}.
 say: The book {s} is by {o}. | {s} is a book by {o}. | We read {s}, a book that {o} wrote.
+cue: the author of {s}
+back_cue: the book by {o}
 ask: Who wrote {s}? | Who is the author of {s}? | By whom was {s} written? | Who wrote the book {s}?
 ask: Which author wrote {s}?
 held: Name the author of {s}. | Who is the author of the book {s}? | Tell me who wrote {s}.
@@ -331,6 +370,8 @@ follow: And {s}? | What about {s}?
 [tool] tools
 say: We use {o} to {s}. | To {s}, we use {o}. | {o:C} can help us to {s}. | If you want to {s}, take {o}.
 say: People {s} with {o}. | With {o}, we can {s}. | We need {o} to {s}.
+cue: what we use to {s}
+back_cue: what we do with {o}
 ask: What do we use to {s}? | With what do we {s}? | What do we need to {s}? | What helps us to {s}?
 ask: What can we {s} with? | What do you take if you want to {s}?
 held: What do people use to {s}? | What should I take to {s}? | If I want to {s}, what do I need?
@@ -342,6 +383,7 @@ back_answer: With {o}, we can {s}. | {o:C} can help us to {s}.
 [source] materials
 say: We make {s} from {o}. | People use {o} to make {s}. | To make {s}, you need {o}. | {o:C} can become {s}.
 say: We get {s} from {o}. | {s:C} can be made from {o}.
+cue: what we make {s} from
 ask: What do we make {s} from? | From what do we make {s}? | What do people use to make {s}?
 ask: What do you need to make {s}? | What can {s} be made from? | What is used to make {s}?
 held: What do people make {s} from? | From what do we get {s}? | What do we need to make {s}?
@@ -376,6 +418,19 @@ Yesterday {n} wrote in a notebook: "{t}" That is how {n} learned about {topic}.
 Let us talk about {topic}. {t}
 Notes about {topic}: {t}
 {n} told a friend about {topic}: "{t}" The friend was happy to know it.
+"""
+# A thing to find out {c}, then the sentence {t} that tells it.
+FINDINGS = """
+{n} looked up {c}. {t}
+{n} wanted to learn {c}. {t}
+Today we learn {c}. {t}
+{n} found out {c}: {t}
+The lesson was about {c}. {t}
+{n} thought about {c}. Then it was clear: {t}
+{n} did not remember {c}. A friend helped: {t}
+Subject: {c}. {t}
+It is good to know {c}. {t}
+{n} wrote down {c}. {t}
 """
 NAMES = "Tom | Lucy | Anna | Ben | Mary | Jack | Emma | Peter | Lily | Sam"
 

@@ -22,7 +22,7 @@ import json
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,12 +32,14 @@ from typing import Any
 
 from corpus import demo_wordings_en, demo_wordings_zh
 from corpus.demo_facts import Fact, facts_of
+from corpus.questions import is_right
 
 LANGUAGES = ("zh", "en")
 UNASKED_SHARE = 0.15  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
+COMPANY = ("any facts", "finding", "kind", "finding", "thing")  # what a round of statements puts together
 STORY_SHARE = 0.35  # of the texts about one topic
-LINES_SHARE, LEAD_SHARE = 0.2, 0.2  # of the other texts, one statement a line; of their statements
+LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line; of the statements
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
 
 Turn = tuple[str, str]  # question, answer
@@ -49,6 +51,8 @@ class Wordings:
 
     topic: str
     say: list[str] = field(default_factory=list)
+    cue: list[str] = field(default_factory=list)
+    back_cue: list[str] = field(default_factory=list)
     ask: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
@@ -60,6 +64,10 @@ class Wordings:
 
 def options(text: str) -> list[str]:
     return [option.strip() for option in text.strip().split("|")]
+
+
+def lines(text: str) -> list[str]:
+    return text.strip().splitlines()
 
 
 def read_wordings(text: str) -> dict[str, Wordings]:
@@ -81,14 +89,6 @@ def read_wordings(text: str) -> dict[str, Wordings]:
 
 def fill(template: str, fact: Fact) -> str:
     return template.format(**fact.slots)
-
-
-def holds(text: str, key: str) -> bool:
-    """Whether a key stands in a text: case does not matter, and a Latin word or number must stand as a whole."""
-    edge = "[A-Za-z0-9]"
-    before = f"(?<!{edge})" if re.match(edge, key) else ""
-    after = f"(?!{edge})" if re.search(edge + r"\Z", key) else ""
-    return re.search(before + re.escape(key) + after, text, re.IGNORECASE) is not None
 
 
 class World:
@@ -118,49 +118,58 @@ class World:
     # ---- pretraining: statements
 
     def texts(self, rounds: int) -> Iterator[str]:
-        """Documents of a few statements. Every round states every fact once, in another wording and company.
-
-        Company: any facts, facts of one kind, facts about one thing, and every fourth round any facts, each said twice:
-        to say the second half of a pair, the model must look back for the names, as it has to when it is asked.
-        """
+        """Documents of a few statements. Every round states every fact once, in other words and other company."""
         first = [self.rng.randrange(100) for _ in self.facts]
+        made: Counter[bool] = Counter()  # rounds of findings and of statements: each goes through its own wordings
         for number in range(rounds):
-            groups: dict[str, list[tuple[Fact, list[str]]]] = defaultdict(list)
-            twice = number % 4 == 3
+            company = COMPANY[number % len(COMPANY)]
+            make = self._finding if company == "finding" else self._statement
+            groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
             for fact, offset in zip(self.facts, first, strict=True):
-                say = self.wordings[fact.relation].say
-                start = offset + number
-                said = [fill(say[place % len(say)], fact) for place in (start, start + 1 + number % (len(say) - 1))]
-                thing = fact.slots["s"] or fact.relation
-                groups[("", fact.relation, thing, "")[number % 4]].append((fact, said if twice else said[:1]))
+                group = {"kind": fact.relation, "thing": fact.slots["s"] or fact.relation}.get(company, "")
+                groups[group].append((fact, make(fact, offset + made[company == "finding"])))
+            made[company == "finding"] += 1
             names = list(groups)
             self.rng.shuffle(names)
             for name in names:
                 self.rng.shuffle(groups[name])
-            yield from self._documents([pair for name in names for pair in groups[name]], (1, 3) if twice else (2, 5))
+            yield from self._documents([pair for name in names for pair in groups[name]])
 
-    def _documents(self, said: list[tuple[Fact, list[str]]], size: tuple[int, int]) -> Iterator[str]:
+    def _statement(self, fact: Fact, number: int) -> str:
+        say = self.wordings[fact.relation].say
+        statement = fill(say[number % len(say)], fact)
+        if self.rng.random() >= LEAD_SHARE:
+            return statement
+        return self.rng.choice(options(self.module.LEADS)).format(t=statement)
+
+    def _finding(self, fact: Fact, number: int) -> str:
+        """What was looked for, then the sentence that tells it: here texts practise what questions will need, to look
+        back for what is meant and to say it in a whole sentence."""
+        wordings = self.wordings[fact.relation]
+        ways = [(cue, wordings.answer) for cue in wordings.cue] + [
+            (cue, wordings.back_answer) for cue in wordings.back_cue
+        ]
+        if not ways:
+            return self._statement(fact, number)
+        cue, answers = ways[number % len(ways)]
+        finding, name = self.rng.choice(lines(self.module.FINDINGS)), self.rng.choice(options(self.module.NAMES))
+        return finding.format(n=name, c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
+
+    def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
         start = 0
         while start < len(said):
-            part = said[start : start + self.rng.randint(*size)]
+            part = said[start : start + self.rng.randint(2, 5)]
             start += len(part)
-            again = [second for _, (_, *seconds) in part for second in seconds]
-            self.rng.shuffle(again)
-            statements = [first for _, (first, *_) in part] + again
+            statements = [statement for _, statement in part]
             relations = {fact.relation for fact, _ in part}
             if len(relations) == 1 and self.rng.random() < STORY_SHARE:
-                story = self.rng.choice(self.module.STORIES.strip().splitlines())
+                story = self.rng.choice(lines(self.module.STORIES))
                 name = self.rng.choice(options(self.module.NAMES))
                 topic = self.wordings[relations.pop()].topic
                 yield story.format(n=name, topic=topic, t=self.gap.join(statements))
             else:
                 gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
-                yield gap.join(map(self._led, statements))
-
-    def _led(self, statement: str) -> str:
-        if self.rng.random() >= LEAD_SHARE:
-            return statement
-        return self.rng.choice(options(self.module.LEADS)).format(t=statement)
+                yield gap.join(statements)
 
     # ---- words, for the tokenizer
 
@@ -198,8 +207,8 @@ class World:
 
     def chats(self, rounds: int) -> Iterator[list[Turn]]:
         """Conversations of 1 to 5 turns made of `turns`, follow-up questions and greetings; then small talk alone."""
-        lines = [options(line) for line in self.module.TALK.strip().splitlines()]
-        talk = list(zip(lines[::2], lines[1::2], strict=True))
+        pairs = [options(line) for line in lines(self.module.TALK)]
+        talk = list(zip(pairs[::2], pairs[1::2], strict=True))
         hello, thanks, goodbye = talk[0], talk[2], talk[3]
 
         def one_of(kind: tuple[list[str], list[str]]) -> Turn:
@@ -238,7 +247,7 @@ class World:
             for held, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
                 if held:
                     question = fill(self.rng.choice(held), fact)
-                    if not any(holds(question, key) for key in keys):
+                    if not is_right(question, list(keys)):  # an echo must not pass
                         kind = ("unasked" if unasked else "seen") + "_fact_new_wording"
                         row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
                         kinds[unasked].append({**row, "relation": fact.relation})
