@@ -140,6 +140,14 @@ def test_activation_checkpointing_changes_nothing(pretrain):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
+def test_worker_processes_change_nothing(pretrain):
+    ours, theirs = (
+        weights(pretrain("--dtype", "float32", "--num_workers", str(n), out=f"w{n}") / "pretrain_32.pth")
+        for n in (0, 2)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_moe_trains_and_logs_its_balance(pretrain):
     rows = read_log(pretrain("--use_moe", "--n_routed_experts", "4") / "pretrain_32_moe.jsonl")
     assert all(0.009 < row["balance_loss"] < 0.04 for row in rows if "loss" in row), "coefficient 0.01 times 1 to 4"

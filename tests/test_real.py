@@ -1,0 +1,62 @@
+"""The whole path on real text, for a minute: tokenizer, data, pretraining, SFT, answers. Needs ../shared/data."""
+
+import json
+import lzma
+import math
+import sys
+
+import pytest
+
+from tests.conftest import SHARED_DATA, read_log, run_process
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real data in ../shared/data"),
+]
+ROWS = {"pretrain_zh": 1500, "pretrain_en": 400, "sft_zh": 800, "sft_en": 300}
+SIZE = ["--dim", "128", "--n_layers", "4", "--n_heads", "8", "--n_kv_heads", "4", "--max_seq_len", "256"]
+
+
+def script(*arguments):
+    result = run_process(sys.executable, *arguments)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_from_raw_text_to_answers(tmp_path):
+    files = {}
+    for name, count in ROWS.items():
+        with lzma.open(SHARED_DATA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as source:
+            rows = [line for _, line in zip(range(count), source, strict=False)]
+        files[name] = tmp_path / f"{name}.jsonl.xz"
+        with lzma.open(files[name], "wt", encoding="utf-8") as target:
+            target.writelines(rows)
+    texts, chats = [files["pretrain_zh"], files["pretrain_en"]], [files["sft_zh"], files["sft_en"]]
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "out"
+
+    script("train_tokenizer.py", *texts, "--vocab_size", 4096, "--out_dir", tokenizer)
+    for kind, sources in (("pretrain", texts), ("sft", chats)):
+        limit = ["--max_seq_len", 256] if kind == "sft" else []
+        script("data_process.py", kind, *sources, "--tokenizer", tokenizer, "--out_dir", tmp_path / kind, *limit)
+    common = ["--out_dir", out, "--device", "cpu", "--eval_tokens", 4096, "--eval_interval", 1000, "--max_minutes"]
+    data = ["--data_path", tmp_path / "pretrain", "--tokenizer", tokenizer]
+    said = script("1-pretrain.py", *data, *SIZE, *common, 0.4)
+    assert "as it should be" in said, "the first loss is ln(vocabulary)"
+    script("3-full_sft.py", "--data_path", tmp_path / "sft", *common, 0.2)
+
+    log = read_log(out / "pretrain_128.jsonl")
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < losses[0] - 1 and losses[0] == pytest.approx(math.log(4096), abs=0.15)
+    assert all(1 < bits < 4 for bits in log[-1]["bits_per_byte"].values()), log[-1]
+    steps = [row for row in log if "loss" in row]
+    assert min(row["real_token_share"] for row in steps) >= 0.98
+    sft = [row for row in read_log(out / "full_sft_128.jsonl") if "loss" in row]
+    assert sum(row["real_token_share"] for row in sft) / len(sft) >= 0.9
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("你好，请介绍一下北京。\nWhat is the sun?\n", encoding="utf-8")
+    for stage in ("pretrain", "full_sft"):
+        flags = ["--stage", stage, "--out_dir", out, "--temperature", 0, "--max_new_tokens", 20]
+        script("2-eval.py", *flags, "--prompts", prompts, "--json", tmp_path / "answers.json")
+        answers = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))["answers"]
+        assert len(answers) == 2 and all(answer["answer"].strip() for answer in answers)
