@@ -167,10 +167,11 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     left.plot([row["tokens"] / 1e6 for row in train], [row["loss"] for row in train], label="train", linewidth=1)
     validations = [row for row in rows if "val_loss" in row]
-    for split in validations[-1]["val_loss"] if validations else ():
-        tokens = [row["tokens"] / 1e6 for row in validations]
-        left.plot(tokens, [row["val_loss"][split] for row in validations], marker=".", label=f"validation {split}")
-        right.plot(tokens, [row["bits_per_byte"][split] for row in validations], marker=".", label=split)
+    tokens = [row["tokens"] / 1e6 for row in validations]
+    for i, split in enumerate(validations[-1]["val_loss"] if validations else (), start=1):
+        style = {"marker": ".", "color": f"C{i}", "label": f"validation {split}"}
+        left.plot(tokens, [row["val_loss"][split] for row in validations], **style)
+        right.plot(tokens, [row["bits_per_byte"][split] for row in validations], **style)
     for axes, name in ((left, "loss (nats per token)"), (right, "bits per byte, validation")):
         axes.set_xlabel("million tokens trained")
         axes.set_ylabel(name)
