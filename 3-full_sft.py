@@ -30,7 +30,7 @@ def compute_loss(model, batch):
 
 
 def main() -> None:
-    parser = make_parser(__doc__, data_path="dataset/sft", learning_rate=5e-4, batch_size=16, epochs=2)
+    parser = make_parser(__doc__, {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2)
     args = parser.parse_args()
 
     from corpus.pack import tokenise_chats

@@ -31,9 +31,21 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescr
     """Keeps the door plate's line breaks and shows the defaults."""
 
 
-def make_parser(door_plate: str | None, **stage_defaults: Any) -> argparse.ArgumentParser:
-    """A parser with all shared flags. `stage_defaults` are the stage's own numbers, e.g. learning_rate=1e-3."""
-    parser = argparse.ArgumentParser(description=door_plate, formatter_class=HelpWithDefaults)
+class Parser(argparse.ArgumentParser):
+    """argparse, but for a learning rate whose default depends on the optimizer."""
+
+    learning_rates: dict[str, float]
+
+    def parse_args(self, *arguments: Any) -> Any:
+        args = super().parse_args(*arguments)
+        if args.learning_rate is None:
+            args.learning_rate = self.learning_rates[args.optimizer]
+        return args
+
+
+def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stage_defaults: Any) -> Parser:
+    """A parser with all shared flags. The stage's own numbers: the peak rate of each optimizer, and other defaults."""
+    parser = Parser(description=door_plate, formatter_class=HelpWithDefaults)
     add = parser.add_argument_group("data and files").add_argument
     add("--data_path", help="folder written by data_process.py")
     add("--out_dir", default="out", help="where the model, the log and the curves go")
@@ -53,7 +65,8 @@ def make_parser(door_plate: str | None, **stage_defaults: Any) -> argparse.Argum
     add("--accumulation_steps", type=positive, default=1, help="forward passes per optimizer step")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="muon: Muon for the layers' matrices, AdamW for the rest")  # fmt: skip
-    add("--learning_rate", type=float, help="peak learning rate")
+    rates = ", ".join(f"{rate:g} with {optimizer}" for optimizer, rate in learning_rates.items())
+    add("--learning_rate", type=float, default=argparse.SUPPRESS, help=f"peak learning rate (default: {rates})")
     add("--schedule", choices=("linear", "cosine"), default="linear", help="how the rate falls after the warm-up")
     add("--final_lr_share", type=float, default=0.0, help="share of the peak left at the end")
     add("--warmup_iters", type=int, default=20, help="steps of linear warm-up")
@@ -78,7 +91,8 @@ def make_parser(door_plate: str | None, **stage_defaults: Any) -> argparse.Argum
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
     add("--wandb_project", default="mengya")
     add("--wandb_run_name", default=None)
-    parser.set_defaults(**stage_defaults)
+    parser.set_defaults(learning_rate=None, **stage_defaults)
+    parser.learning_rates = learning_rates
     return parser
 
 
