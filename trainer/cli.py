@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
 
     learning_rates: dict[str, float]
 
-    def parse_args(self, *arguments: Any) -> Any:
+    def parse_args(self, *arguments: Any) -> Any:  # type: ignore[override]
         args = super().parse_args(*arguments)
-        if args.learning_rate is None:
+        if not hasattr(args, "learning_rate"):
             args.learning_rate = self.learning_rates[args.optimizer]
         return args
 
@@ -91,7 +91,7 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
     add("--wandb_project", default="mengya")
     add("--wandb_run_name", default=None)
-    parser.set_defaults(learning_rate=None, **stage_defaults)
+    parser.set_defaults(**stage_defaults)
     parser.learning_rates = learning_rates
     return parser
 
