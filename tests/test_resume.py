@@ -179,7 +179,7 @@ def test_max_minutes_ends_in_good_order_and_goes_on(monkeypatch, arguments, tmp_
     assert "minutes are over" in capsys.readouterr().out
     rows = read_log(tmp_path / "pretrain_32.jsonl")
     last = [row for row in rows if "lr" in row][-1]
-    assert last["lr"] < 0.1 * 6e-3, "the rate has fallen by the end of the time"
+    assert last["lr"] < 0.1 * 8e-3, "the rate has fallen by the end of the time"
     assert "bits_per_byte" in rows[-1] and (tmp_path / "pretrain_32.pth").exists()
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--max_minutes", "0.02", "--save_interval", "100000")
     assert f"going on after step {last['step']}" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from corpus.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.conftest import TINY_MODEL, read_log, run_script, weights
-from trainer.optim import learning_rate_share, make_optimizers, split_parameters
+from trainer.optim import learning_rate_share, make_optimizers, set_schedule, split_parameters
 
 SHORT = [*TINY_MODEL, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
 
@@ -129,6 +129,15 @@ def test_no_decay_on_norms_and_embeddings():
 )  # fmt: skip
 def test_the_learning_rate(step, progress, kind, share):
     assert learning_rate_share(step, progress, 4, kind, 0.1) == pytest.approx(share)
+
+
+def test_the_schedule_reaches_every_group():
+    model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
+    muon, adamw = make_optimizers(model, "muon", 1.0, 0.1)
+    for step, momentum in ((0, 0.8), (500, 0.875), (1000, 0.95), (9999, 0.95)):
+        set_schedule([muon, adamw], 0.5, step)
+        assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
+        assert {group["lr"] for optimizer in (muon, adamw) for group in optimizer.param_groups} == {0.5}
 
 
 def test_activation_checkpointing_changes_nothing(pretrain):

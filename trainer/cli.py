@@ -69,7 +69,7 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--learning_rate", type=float, default=argparse.SUPPRESS, help=f"peak learning rate (default: {rates})")
     add("--schedule", choices=("linear", "cosine"), default="linear", help="how the rate falls after the warm-up")
     add("--final_lr_share", type=float, default=0.0, help="share of the peak left at the end")
-    add("--warmup_iters", type=int, default=20, help="steps of linear warm-up")
+    add("--warmup_iters", type=int, default=10, help="steps of linear warm-up")
     add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms and embeddings")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     add("--seed", type=int, default=42, help="of the weights, the order of the data and dropout")

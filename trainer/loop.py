@@ -30,7 +30,7 @@ from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validat
 from trainer.clock import Clock, Watch
 from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.loss import IGNORE
-from trainer.optim import learning_rate_share, make_optimizers
+from trainer.optim import learning_rate_share, make_optimizers, set_schedule
 from trainer.report import announce
 from trainer.resume import Progress, global_batch, load_progress, resume_path, save_progress
 from trainer.runtime import Run
@@ -90,7 +90,11 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
-                lr = set_learning_rate(args, optimizers, progress.step, max(progress.step / total, clock.share))
+                done = max(progress.step / total, clock.share)
+                lr = args.learning_rate * learning_rate_share(
+                    progress.step, done, args.warmup_iters, args.schedule, args.final_lr_share
+                )
+                set_schedule(optimizers, lr, progress.step)
                 torch.manual_seed(hash((args.seed, progress.step, run.rank)) % 2**63)  # dropout of this step
                 clock.step_begins()
                 result = train_step(run, args, model, stage, optimizers, scaler, step_batches)
@@ -190,16 +194,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def set_learning_rate(
-    args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, progress: float
-) -> float:
-    share = learning_rate_share(step, progress, args.warmup_iters, args.schedule, args.final_lr_share)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * share
-    return args.learning_rate * share
 
 
 @torch.no_grad()
