@@ -1,5 +1,6 @@
 """The small print of training: formats obeyed, bad numbers survived, the right rate, nothing lost at the end."""
 
+import argparse
 import json
 import math
 import re
@@ -134,8 +135,9 @@ def test_the_learning_rate(step, progress, kind, share):
 def test_the_schedule_reaches_every_group():
     model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
     muon, adamw = make_optimizers(model, "muon", 1.0, 0.1)
+    args = argparse.Namespace(learning_rate=1.0, warmup_iters=0, schedule="linear", final_lr_share=0.0)
     for step, momentum in ((0, 0.8), (500, 0.875), (1000, 0.95), (9999, 0.95)):
-        set_schedule([muon, adamw], 0.5, step)
+        assert set_schedule(args, [muon, adamw], step, done=0.5) == 0.5
         assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
         assert {group["lr"] for optimizer in (muon, adamw) for group in optimizer.param_groups} == {0.5}
 

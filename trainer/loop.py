@@ -30,7 +30,7 @@ from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validat
 from trainer.clock import Clock, Watch
 from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.loss import IGNORE
-from trainer.optim import learning_rate_share, make_optimizers, set_schedule
+from trainer.optim import make_optimizers, set_schedule
 from trainer.report import announce
 from trainer.resume import Progress, global_batch, load_progress, resume_path, save_progress
 from trainer.runtime import Run
@@ -90,11 +90,7 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
-                done = max(progress.step / total, clock.share)
-                lr = args.learning_rate * learning_rate_share(
-                    progress.step, done, args.warmup_iters, args.schedule, args.final_lr_share
-                )
-                set_schedule(optimizers, lr, progress.step)
+                lr = set_schedule(args, optimizers, progress.step, max(progress.step / total, clock.share))
                 torch.manual_seed(hash((args.seed, progress.step, run.rank)) % 2**63)  # dropout of this step
                 clock.step_begins()
                 result = train_step(run, args, model, stage, optimizers, scaler, step_batches)

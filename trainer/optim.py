@@ -6,6 +6,7 @@ orthogonal one, so that every direction learns at the same pace; it holds the ma
 Read next: loop.py.
 """
 
+import argparse
 import math
 
 import torch
@@ -53,15 +54,6 @@ def muon_momentum(step: int) -> float:
     return 0.8 + 0.15 * min(step / 1000, 1.0)
 
 
-def set_schedule(optimizers: list[torch.optim.Optimizer], learning_rate: float, step: int) -> None:
-    """Give every group this step's learning rate, and Muon's groups this step's momentum."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-            if "momentum" in group:
-                group["momentum"] = muon_momentum(step)
-
-
 def learning_rate_share(step: int, progress: float, warmup: int, kind: str, final_share: float) -> float:
     """The share of the peak learning rate at `step` (counted from 0), when `progress` in [0, 1] of the run lies behind.
 
@@ -72,3 +64,17 @@ def learning_rate_share(step: int, progress: float, warmup: int, kind: str, fina
     progress = min(max(progress, 0.0), 1.0)
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
     return final_share + (1 - final_share) * fall
+
+
+def set_schedule(args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, done: float) -> float:
+    """Give every group this step's learning rate, and Muon's groups this step's momentum; returns the rate.
+
+    `done` in [0, 1] is the share of the run that lies behind.
+    """
+    share = learning_rate_share(step, done, args.warmup_iters, args.schedule, args.final_lr_share)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * share
+            if "momentum" in group:
+                group["momentum"] = muon_momentum(step)
+    return args.learning_rate * share
