@@ -13,7 +13,7 @@ Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trai
 """
 
 from corpus.errors import UserError, fail_in_one_line
-from trainer.cli import add_model_flags, make_parser, model_config
+from trainer.cli import add_model_flags, given_model_flags, make_parser, model_config
 
 
 def compute_loss(model, batch):
@@ -46,6 +46,8 @@ def main() -> None:
     splits = open_data(args.data_path, "pretrain", tokenizer)
     with start(args.device, args.dtype, args.seed) as run:
         if args.init_from:  # go on from an earlier model, for example with other data
+            if args.preset or given_model_flags(args):
+                raise UserError("--init_from brings its own config: leave out --preset and the model's flags")
             model, theirs, parent = load_model(args.init_from)
             lineage = parent["lineage"]
             if theirs.fingerprint != tokenizer.fingerprint:

@@ -60,6 +60,18 @@ def test_missing_inputs_name_the_command(monkeypatch, pretrained, pretrain_dir, 
             run_script(monkeypatch, name, *flags)
 
 
+def test_pretraining_goes_on_from_a_model(monkeypatch, pretrained, pretrain_dir, tokenizer_dir, tmp_path):
+    flags = [*SHORT, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "more"]
+    flags += ["--init_from", pretrained / "pretrain_32.pth"]
+    with pytest.raises(UserError, match="brings its own config"):
+        run_script(monkeypatch, "1-pretrain.py", *flags, "--dim", "64")
+    run_script(monkeypatch, "1-pretrain.py", *flags)
+    child = torch.load(tmp_path / "more" / "pretrain_32.pth", weights_only=True)
+    assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "pretrain"]
+    first, second = (read_log(out / "pretrain_32.jsonl")[0]["loss"] for out in (pretrained, tmp_path / "more"))
+    assert second < first, "it begins where the parent ended"
+
+
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
     result = run_process(sys.executable, "3-full_sft.py", "--out_dir", tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")

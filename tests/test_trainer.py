@@ -198,6 +198,14 @@ def test_without_wandb_one_line_names_the_command(monkeypatch, pretrain):
         pretrain("--use_wandb")
 
 
+@pytest.mark.slow
+def test_compiled_equals_plain(pretrain):
+    plain, compiled = pretrain("--dtype", "float32"), pretrain("--dtype", "float32", "--compile", out="compiled")
+    ours, theirs = weights(plain / "pretrain_32.pth"), weights(compiled / "pretrain_32.pth")
+    assert ours.keys() == theirs.keys(), "the names are the raw model's"
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
 def test_compile_without_a_compiler_is_one_line(monkeypatch, pretrain):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"C\+\+ compiler"):

@@ -99,7 +99,7 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--preset and one flag for every field of ModelConfig (its vocabulary size comes from the tokenizer)."""
     group = parser.add_argument_group("model (a flag wins over the preset)")
-    group.add_argument("--preset", choices=PRESETS, default="small")
+    group.add_argument("--preset", choices=PRESETS, help="a size with a name (small when none is given)")
     for field in dataclasses.fields(ModelConfig):
         if field.name == "vocab_size":
             continue
@@ -109,11 +109,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{field.name}", **options)
 
 
+def given_model_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's fields that were given as flags."""
+    fields = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(ModelConfig)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     """The preset with the flags that were given. Raises UserError for an impossible combination."""
-    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(ModelConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
+    preset = PRESETS[args.preset or "small"]
     try:
-        return ModelConfig(**{**PRESETS[args.preset], **given, "vocab_size": vocab_size})
+        return ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
     except ValueError as error:
         raise UserError(str(error)) from None
