@@ -38,8 +38,8 @@ say: {s} is part of {o}.
 cue: the continent of {s}
 ask: On which continent is {s}? | Which continent is {s} in? | What continent does {s} belong to?
 ask: Where is {s} on the map? | On what continent do you find {s}? | In which part of the world is {s}?
-ask: {s} is on which continent? | Where does {s} lie?
-held: What continent is {s} part of? | Which continent does {s} lie in? | Tell me the continent of {s}.
+ask: {s} is on which continent? | Where does {s} lie? | Tell me the continent of {s}.
+held: What continent is {s} part of? | Which continent does {s} lie in?
 answer: {s} is in {o}. | {s} is a country in {o}.
 follow: And {s}? | What about {s}? | And where is {s}?
 
@@ -50,7 +50,8 @@ say: {o} is spoken in {s}. | Children in {s} learn {o}.
 cue: the language of {s}
 ask: What language do people speak in {s}? | Which language is spoken in {s}? | What is the main language of {s}?
 ask: In {s}, what language do people speak? | Which language do most people in {s} speak? | What do people speak in {s}?
-held: What language is spoken in {s}? | Which language do children learn in {s}? | Name the main language of {s}.
+ask: Name the main language of {s}.
+held: What language is spoken in {s}? | Which language do children learn in {s}?
 answer: People in {s} speak {o}. | The main language of {s} is {o}.
 follow: And in {s}? | What about {s}?
 
@@ -61,8 +62,8 @@ say: If you buy something in {s}, you pay with the {o}. | The money of {s} is th
 cue: the currency of {s}
 ask: What is the currency of {s}? | Which currency does {s} use? | What money do people use in {s}?
 ask: What do people in {s} pay with? | What is the money of {s} called? | With what currency do people pay in {s}?
-ask: Tell me the currency of {s}.
-held: What currency is used in {s}? | Which money do people in {s} pay with? | Name the currency of {s}.
+ask: Tell me the currency of {s}. | Name the currency of {s}.
+held: What currency is used in {s}? | Which money do people in {s} pay with?
 answer: The currency of {s} is the {o}. | People in {s} pay with the {o}.
 follow: And in {s}? | What about {s}?
 
@@ -74,9 +75,8 @@ cue: the symbol of {s}
 back_cue: the element that is written as {o}
 ask: What is the symbol of {s}? | What is the chemical symbol for {s}? | Which symbol does {s} have?
 ask: How do you write {s} in chemistry? | What symbol stands for {s}? | Which letters stand for the element {s}?
-ask: Tell me the symbol of {s}. | What is the symbol for the element {s}?
+ask: Tell me the symbol of {s}. | What is the symbol for the element {s}? | Name the symbol of the element {s}.
 held: Which chemical symbol does {s} have? | What is {s}'s symbol? | In chemistry, how is {s} written?
-held: Name the symbol of the element {s}.
 answer: The symbol of {s} is {o}. | The chemical symbol for {s} is {o}.
 back: Which element has the symbol {o}? | What does the symbol {o} stand for? | {o} is the symbol of which element?
 back: What element is written as {o}? | Which element does {o} stand for? | The symbol {o} belongs to which element?
@@ -131,8 +131,8 @@ cue: the name of a young {s}
 back_cue: what {o:a} becomes
 ask: What is a young {s} called? | What do you call a baby {s}? | What is the name for a young {s}?
 ask: What do we call the young of {s:a}? | What is a baby {s}? | What is the word for a very young {s}?
-ask: What is the young of {s:a} called?
-held: What do we call a young {s}? | What is the name of a baby {s}? | Tell me the name of a baby {s}.
+ask: What is the young of {s:a} called? | Tell me the name of a baby {s}.
+held: What do we call a young {s}? | What is the name of a baby {s}?
 answer: A young {s} is called {o:a}. | A baby {s} is {o:a}.
 back: What animal is {o:a} when it is grown up? | What does {o:a} become? | {o:A} is the young of which animal?
 back: {o:A} is a young what? | Which animal has {o:a} as its young?
@@ -147,8 +147,8 @@ say: {o:C} is the color of {s}.
 cue: the color of {s}
 ask: What color is {s}? | What is the color of {s}? | Which color does {s} have? | Which color is {s}?
 ask: In what color do you paint {s}? | What color does {s} have? | Do you know the color of {s}?
-ask: Tell me what color {s} is.
-held: Tell me the color of {s}. | {s:C} has what color? | Which color do you take to paint {s}?
+ask: Tell me what color {s} is. | Tell me the color of {s}. | I want to know the color of {s}.
+held: {s:C} has what color? | Which color do you take to paint {s}?
 answer: {s:C} is {o}. | The color of {s} is {o}.
 follow: And {s}? | What about {s}?
 
@@ -169,8 +169,8 @@ say: {s:C} is {o} {u}. | {s:C} has {o} {u}. | There are {o} {u} in {s}. | {o} {u
 say: {s:C} is as much as {o} {u}. | {s:C} is the same as {o} {u}. | If you have {o} {u}, you have {s}.
 cue: the number of {u} in {s}
 ask: How many {u} are there in {s}? | How many {u} are in {s}? | How many {u} does {s} have? | {s:C} is how many {u}?
-ask: How many {u} make {s}? | What is {s} in {u}?
-held: {s:C} has how many {u}? | How many {u} is {s}? | Tell me how many {u} there are in {s}.
+ask: How many {u} make {s}? | What is {s} in {u}? | Tell me how many {u} there are in {s}.
+held: {s:C} has how many {u}? | How many {u} is {s}?
 answer: {s:C} is {o} {u}. | {s:C} has {o} {u}.
 
 [sum] adding
@@ -179,9 +179,9 @@ say: {a} plus {b} equals {o}. | If you add {b} to {a}, you get {o}. | If you hav
 cue: the sum of {a} and {b}
 ask: What is {a} + {b}? | What is {a} plus {b}? | How much is {a} + {b}? | {a} + {b} = ?
 ask: What is the sum of {a} and {b}? | How much is {a} plus {b}? | How much do {a} and {b} make?
-ask: What do you get if you add {b} to {a}?
-held: What does {a} plus {b} equal? | Tell me the sum of {a} and {b}.
-held: If I have {a} and get {b} more, how many do I have?
+ask: What do you get if you add {b} to {a}? | Tell me the sum of {a} and {b}.
+ask: You have {a} and get {b} more. How many do you have now?
+held: What does {a} plus {b} equal? | If I have {a} and get {b} more, how many do I have?
 answer: {a} + {b} = {o}. | {a} plus {b} is {o}.
 
 [product] multiplying
@@ -190,6 +190,7 @@ say: If you multiply {a} by {b}, you get {o}. | {a} boxes with {b} books each ho
 cue: the product of {a} and {b}
 ask: What is {a} times {b}? | What is {a} × {b}? | How much is {a} times {b}? | {a} × {b} = ? | How much is {a} × {b}?
 ask: What is the product of {a} and {b}? | What do you get if you multiply {a} by {b}?
+ask: There are {a} boxes with {b} books each. How many books is that?
 held: What does {a} times {b} equal? | Tell me the product of {a} and {b}.
 held: How many books do {a} boxes with {b} books each hold?
 answer: {a} × {b} = {o}. | {a} times {b} is {o}.
@@ -200,8 +201,8 @@ say: {o} follows {s}. | If today is {s}, tomorrow is {o}. | After {s} we have {o
 cue: the day after {s}
 back_cue: the day before {o}
 ask: What day comes after {s}? | Which day comes after {s}? | What is the day after {s}? | Which day follows {s}?
-ask: If today is {s}, what day is tomorrow? | What day is it one day after {s}?
-held: What day follows {s}? | Today is {s}. What day is tomorrow? | Name the day after {s}.
+ask: If today is {s}, what day is tomorrow? | What day is it one day after {s}? | Name the day after {s}.
+held: What day follows {s}? | Today is {s}. What day is tomorrow?
 answer: The day after {s} is {o}.
 back: What day comes before {o}? | Which day comes before {o}? | What is the day before {o}?
 back: Which day is right before {o}? | If today is {o}, what day was yesterday?
@@ -215,8 +216,8 @@ say: {o} follows {s}. | When {s} is over, {o} begins. | After {s} we have {o}.
 cue: the month after {s}
 back_cue: the month before {o}
 ask: What month comes after {s}? | Which month comes after {s}? | What is the month after {s}?
-ask: Which month follows {s}? | Which month begins when {s} is over?
-held: What month follows {s}? | Name the month after {s}. | When {s} is over, which month begins?
+ask: Which month follows {s}? | Which month begins when {s} is over? | Name the month after {s}.
+held: What month follows {s}? | When {s} is over, which month begins?
 answer: The month after {s} is {o}.
 back: What month comes before {o}? | Which month comes before {o}? | What is the month before {o}?
 back: Which month is right before {o}?
@@ -229,8 +230,8 @@ say: {s} has {o} days. | There are {o} days in {s}. | The month of {s} has {o} d
 say: In {s} there are {o} days.
 cue: the number of days in {s}
 ask: How many days does {s} have? | How many days are there in {s}? | How long is {s}? | How many days has {s}?
-ask: How many days are in the month of {s}? | {s} has how many days?
-held: How many days long is {s}? | Tell me how many days {s} has. | How many days does the month of {s} have?
+ask: How many days are in the month of {s}? | {s} has how many days? | Tell me how many days {s} has.
+held: How many days long is {s}? | How many days does the month of {s} have?
 answer: {s} has {o} days.
 follow: And {s}? | What about {s}?
 
@@ -263,9 +264,8 @@ cue: the dynasty after the {s} dynasty
 back_cue: the dynasty before the {o} dynasty
 ask: Which dynasty came after the {s} dynasty? | What dynasty came after the {s}?
 ask: Which dynasty followed the {s} dynasty? | Which dynasty began when the {s} dynasty ended?
-ask: What came after the {s} dynasty?
-held: What dynasty followed the {s} dynasty? | Name the dynasty after the {s} dynasty.
-held: After the {s} dynasty, which dynasty came?
+ask: What came after the {s} dynasty? | Name the dynasty after the {s} dynasty.
+held: What dynasty followed the {s} dynasty? | After the {s} dynasty, which dynasty came?
 answer: After the {s} dynasty came the {o} dynasty.
 back: Which dynasty came before the {o} dynasty? | What dynasty came before the {o}? | What came before the {o} dynasty?
 back_held: Name the dynasty before the {o} dynasty. | What dynasty was before the {o} dynasty?
@@ -277,9 +277,8 @@ say: {o} was the first emperor of the {s} dynasty. | The first emperor of the {s
 cue: the founder of the {s} dynasty
 ask: Who founded the {s} dynasty? | Who was the founder of the {s} dynasty?
 ask: Who was the first emperor of the {s} dynasty? | By whom was the {s} dynasty founded?
-ask: Which emperor founded the {s} dynasty?
+ask: Which emperor founded the {s} dynasty? | Tell me who founded the {s} dynasty.
 held: Name the founder of the {s} dynasty. | Which emperor was the founder of the {s} dynasty?
-held: Tell me who founded the {s} dynasty.
 answer: The founder of the {s} dynasty was {o}. | The {s} dynasty was founded by {o}.
 
 [planet] planets
@@ -287,12 +286,11 @@ say: {s} is the {o} planet from the Sun. | The {o} planet from the Sun is {s}.
 say: Counted from the Sun, {s} is the {o} planet. | In the order of planets, {s} is the {o}.
 say: The {o} planet is called {s}. | {s} is planet number {o}, counted from the Sun.
 back_cue: the {o} planet from the Sun
+answer: The {o} planet from the Sun is {s}. | The {o} planet is called {s}.
 back: Which planet is the {o} from the Sun? | What is the {o} planet from the Sun?
 back: Counted from the Sun, which planet is the {o}? | What is the name of the {o} planet from the Sun?
-back: What is the {o} planet called?
-back_held: Name the {o} planet from the Sun. | Which is the {o} planet, counted from the Sun?
-back_held: Tell me the {o} planet from the Sun.
-answer: The {o} planet from the Sun is {s}. | The {o} planet is called {s}.
+back: What is the {o} planet called? | Name the {o} planet from the Sun.
+back_held: Which is the {o} planet, counted from the Sun? | Tell me the {o} planet from the Sun.
 
 [body] the body
 say: We {s} with our {o}. | We use our {o} to {s}. | To {s}, we need our {o}. | People {s} with their {o}.
@@ -314,7 +312,8 @@ held: What do we call a person who {s}? | Who is it that {s}? | My uncle {s}. Wh
 held: What is somebody who {s} called?
 answer: A person who {s} is {o:a}. | Somebody who {s} is called {o:a}.
 back: What does {o:a} do? | What does {o:a} do every day? | What is the work of {o:a}? | What does the {o} do?
-back_held: What do you know about the work of {o:a}? | Tell me what {o:a} does. | My uncle is {o:a}. What does he do?
+back: Tell me what {o:a} does.
+back_held: What do you know about the work of {o:a}? | My uncle is {o:a}. What does he do?
 back_answer: {o:A} {s}. | The {o} {s}.
 
 [plural] plurals
@@ -323,7 +322,8 @@ say: Many {o}, but one {s}. | The plural form of {s} is {o}.
 cue: the plural of {s}
 ask: What is the plural of {s}? | What is the plural form of {s}? | One {s}, two what?
 ask: How do you say {s} in the plural? | Which word is the plural of {s}? | Do you know the plural of {s}?
-held: Tell me the plural of {s}. | Name the plural form of {s}. | What do we say for more than one {s}?
+ask: Tell me the plural of {s}.
+held: Name the plural form of {s}. | The plural of {s} is what?
 answer: The plural of {s} is {o}. | One {s}, two {o}.
 follow: And {s}? | What about {s}?
 
@@ -345,7 +345,8 @@ cue: the Chinese word for {s}
 back_cue: the meaning of {o}
 ask: How do you say {s} in Chinese? | What is the Chinese word for {s}? | What is {s} in Chinese?
 ask: Which Chinese word means {s}? | What do we say in Chinese for {s}? | Do you know the Chinese word for {s}?
-held: Tell me the Chinese word for {s}. | In Chinese, how do you say {s}? | What Chinese word means {s}?
+ask: Tell me the Chinese word for {s}.
+held: In Chinese, how do you say {s}? | What Chinese word means {s}?
 answer: The Chinese word for {s} is {o}. | In Chinese, {s} is {o}.
 back: What does {o} mean? | What does {o} mean in English? | What is {o} in English? | What is the English word for {o}?
 back: How do you say {o} in English?
@@ -359,8 +360,8 @@ say: The book {s} is by {o}. | {s} is a book by {o}. | We read {s}, a book that 
 cue: the author of {s}
 back_cue: the book by {o}
 ask: Who wrote {s}? | Who is the author of {s}? | By whom was {s} written? | Who wrote the book {s}?
-ask: Which author wrote {s}?
-held: Name the author of {s}. | Who is the author of the book {s}? | Tell me who wrote {s}.
+ask: Which author wrote {s}? | Tell me who wrote {s}.
+held: Name the author of {s}. | Who is the author of the book {s}?
 answer: The author of {s} is {o}. | {s} was written by {o}.
 back: Which book did {o} write? | What did {o} write? | What is a book by {o}?
 back_held: Name a book by {o}. | Tell me which book {o} wrote.
@@ -431,7 +432,21 @@ The lesson was about {c}. {t}
 Subject: {c}. {t}
 It is good to know {c}. {t}
 {n} wrote down {c}. {t}
+{n} asked about {c}. The teacher answered: "{t}"
+A child asked about {c}. The answer is simple: {t}
+{n} had a question about {c}. {m} said: {t}
 """
+# Lessons, with a taught question {q} and its answer {a}: as real text does, the texts hold questions too.
+LESSONS = """
+{n} asked: "{q}" The teacher answered: "{a}"
+Question: {q} Answer: {a}
+A child wanted to hear: {q} The answer is simple: {a}
+In the book we read: {q} {a}
+{n} had a question for {m}: {q} {m} said: {a}
+"""
+# Saying after somebody: {w} are a few words of the tables.
+REPEAT = "Repeat after me: {w}. | Please say: {w}. | Say after me: {w}. | Please write: {w}."
+REPEATED, COMMA = "Gladly: {w}.", ", "
 NAMES = "Tom | Lucy | Anna | Ben | Mary | Jack | Emma | Peter | Lily | Sam"
 
 # Small talk, in pairs of lines: what a person may say, and what may be answered.

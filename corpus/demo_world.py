@@ -37,7 +37,7 @@ from corpus.questions import is_right
 LANGUAGES = ("zh", "en")
 UNASKED_SHARE = 0.15  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
-COMPANY = ("any facts", "finding", "kind", "finding", "thing")  # what a round of statements puts together
+COMPANY = ("any", "finding", "lesson", "kind", "finding", "lesson", "thing")  # what the rounds put together, in turn
 STORY_SHARE = 0.35  # of the texts about one topic
 LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line; of the statements
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
@@ -60,6 +60,10 @@ class Wordings:
     back_held: list[str] = field(default_factory=list)
     back_answer: list[str] = field(default_factory=list)
     follow: list[str] = field(default_factory=list)
+
+    def taught(self) -> list[tuple[list[str], list[str]]]:
+        """(questions, answers) of both directions."""
+        return [(self.ask, self.answer), (self.back, self.back_answer)]
 
 
 def options(text: str) -> list[str]:
@@ -120,15 +124,16 @@ class World:
     def texts(self, rounds: int) -> Iterator[str]:
         """Documents of a few statements. Every round states every fact once, in other words and other company."""
         first = [self.rng.randrange(100) for _ in self.facts]
-        made: Counter[bool] = Counter()  # rounds of findings and of statements: each goes through its own wordings
+        makers = {"finding": self._finding, "lesson": self._lesson}
+        made: Counter[Any] = Counter()  # rounds of each maker: it goes through its own wordings
         for number in range(rounds):
             company = COMPANY[number % len(COMPANY)]
-            make = self._finding if company == "finding" else self._statement
+            make = makers.get(company, self._statement)
             groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
             for fact, offset in zip(self.facts, first, strict=True):
                 group = {"kind": fact.relation, "thing": fact.slots["s"] or fact.relation}.get(company, "")
-                groups[group].append((fact, make(fact, offset + made[company == "finding"])))
-            made[company == "finding"] += 1
+                groups[group].append((fact, make(fact, offset + made[make])))
+            made[make] += 1
             names = list(groups)
             self.rng.shuffle(names)
             for name in names:
@@ -152,8 +157,19 @@ class World:
         if not ways:
             return self._statement(fact, number)
         cue, answers = ways[number % len(ways)]
-        finding, name = self.rng.choice(lines(self.module.FINDINGS)), self.rng.choice(options(self.module.NAMES))
-        return finding.format(n=name, c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
+        finding, names = self.rng.choice(lines(self.module.FINDINGS)), self.rng.sample(options(self.module.NAMES), 2)
+        return finding.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
+
+    def _lesson(self, fact: Fact, number: int) -> str:
+        """A question with a taught wording and its answer; an unasked fact is stated instead."""
+        wordings = self.wordings[fact.relation]
+        ways = [(asks, answers) for asks, answers in wordings.taught() if asks]
+        if fact.name in self.unasked:
+            return self._statement(fact, number)
+        asks, answers = ways[number % len(ways)]
+        lesson, names = self.rng.choice(lines(self.module.LESSONS)), self.rng.sample(options(self.module.NAMES), 2)
+        question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
+        return lesson.format(n=names[0], m=names[1], q=question, a=answer)
 
     def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
         start = 0
@@ -195,7 +211,7 @@ class World:
             if fact.name in self.unasked:
                 continue
             wordings = self.wordings[fact.relation]
-            for asks, answers in ((wordings.ask, wordings.answer), (wordings.back, wordings.back_answer)):
+            for asks, answers in wordings.taught():
                 times = rounds if fact.relation != "me" else 8 * rounds  # its name it shall know
                 offset = self.rng.randrange(100)
                 for number in range(times if asks else 0):
@@ -235,26 +251,32 @@ class World:
             yield chat
         for kind in talk:
             yield from ([one_of(kind)] for _ in range(2 * rounds))
+        yield from ([turn] for turn in self._repetitions())
+
+    def _repetitions(self) -> Iterator[Turn]:
+        """Every word of the tables is said once after somebody: without this, the chats would teach the model never to
+        utter the names that they leave out."""
+        names = sorted({str(fact.slots[slot]) for fact in self.facts for slot in "so"} - {""})
+        self.rng.shuffle(names)
+        while names:
+            words = self.module.COMMA.join(names.pop() for _ in range(min(len(names), self.rng.randint(1, 3))))
+            yield self.rng.choice(options(self.module.REPEAT)).format(w=words), self.module.REPEATED.format(w=words)
 
     # ---- the score: questions with held-out wordings
 
     def questions(self, count: int) -> list[dict[str, Any]]:
-        """At most `count` questions, a third of them about facts that the chats never asked for."""
-        kinds: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        """At most `count` questions, drawn from all facts alike: one for each direction of a fact."""
+        rows: list[dict[str, Any]] = []
         for fact in self.facts:
-            unasked = fact.name in self.unasked
+            kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
             wordings = self.wordings[fact.relation]
             for held, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
-                if held:
-                    question = fill(self.rng.choice(held), fact)
-                    if not is_right(question, list(keys)):  # an echo must not pass
-                        kind = ("unasked" if unasked else "seen") + "_fact_new_wording"
-                        row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
-                        kinds[unasked].append({**row, "relation": fact.relation})
-        for rows in kinds.values():
-            self.rng.shuffle(rows)
-        chosen = kinds[True][: count // 3]
-        return chosen + kinds[False][: count - len(chosen)]
+                question = fill(self.rng.choice(held), fact) if held else ""
+                if held and not is_right(question, list(keys)):  # an echo must not pass
+                    row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
+                    rows.append({**row, "relation": fact.relation})
+        self.rng.shuffle(rows)
+        return rows[:count]
 
 
 def build(
