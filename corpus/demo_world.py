@@ -1,12 +1,14 @@
 """The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
 
     words.jsonl       {"text", "lang"}                     both files below, one word a line: for the tokenizer
-    pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts
+    pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts; as in
+                                                           real text, some lessons among them ask and answer
     chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
     questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
 
 `kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
-other words) or `unasked_fact_new_wording` (the fact was only ever stated). No answer can be looked up.
+other words) or `unasked_fact_new_wording` (the fact was only ever stated, nothing asked for it). The questions are
+drawn from all facts alike. No answer can be looked up: the model must have learnt it.
 
 Why words.jsonl: from so few sentences a tokenizer would learn whole phrases as pieces, and cut the same name in
 different ways (法国 in one sentence, 法 + 国的首都 in the next). Real text is too varied for that.
@@ -24,7 +26,6 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ from typing import Any
 
 from corpus import demo_wordings_en, demo_wordings_zh
 from corpus.demo_facts import Fact, facts_of
+from corpus.demo_grammar import fill, lines, options, read_wordings
 from corpus.questions import is_right
 
 LANGUAGES = ("zh", "en")
@@ -43,56 +45,6 @@ LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line;
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
 
 Turn = tuple[str, str]  # question, answer
-
-
-@dataclass
-class Wordings:
-    """The wordings of one relation; the fields are the labels of demo_wordings_en."""
-
-    topic: str
-    say: list[str] = field(default_factory=list)
-    cue: list[str] = field(default_factory=list)
-    back_cue: list[str] = field(default_factory=list)
-    ask: list[str] = field(default_factory=list)
-    held: list[str] = field(default_factory=list)
-    answer: list[str] = field(default_factory=list)
-    back: list[str] = field(default_factory=list)
-    back_held: list[str] = field(default_factory=list)
-    back_answer: list[str] = field(default_factory=list)
-    follow: list[str] = field(default_factory=list)
-
-    def taught(self) -> list[tuple[list[str], list[str]]]:
-        """(questions, answers) of both directions."""
-        return [(self.ask, self.answer), (self.back, self.back_answer)]
-
-
-def options(text: str) -> list[str]:
-    return [option.strip() for option in text.strip().split("|")]
-
-
-def lines(text: str) -> list[str]:
-    return text.strip().splitlines()
-
-
-def read_wordings(text: str) -> dict[str, Wordings]:
-    """{relation: Wordings} from the plain-text grammar."""
-    relations: dict[str, Wordings] = {}
-    for line in text.strip().splitlines():
-        if line.startswith("["):
-            name, topic = line[1:].split("] ")
-            current = relations[name] = Wordings(topic)
-        elif line:
-            label, wordings = line.split(": ", 1)
-            getattr(current, label).extend(options(wordings))
-    for wordings_of in relations.values():
-        wordings_of.back_answer = wordings_of.back_answer or wordings_of.answer
-        # What can be answered is also said, so that an answer continues as the texts taught it.
-        wordings_of.say += [t for t in wordings_of.answer + wordings_of.back_answer if t not in wordings_of.say]
-    return relations
-
-
-def fill(template: str, fact: Fact) -> str:
-    return template.format(**fact.slots)
 
 
 class World:

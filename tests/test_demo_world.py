@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from corpus.demo_facts import Word, facts_of
-from corpus.demo_world import LANGUAGES, World, build, fill, options
+from corpus.demo_grammar import fill, options
+from corpus.demo_world import LANGUAGES, World, build
 from corpus.questions import is_right
 
 ROOT = Path(__file__).resolve().parent.parent
