@@ -110,7 +110,7 @@ held: How many {u} does the {s} have? | How many {u} does every {s} have? | Tell
 answer: {s:A} has {o} {u}. | The {s} has {o} {u}.
 
 [sound] sounds of animals
-say: {s:A} {o}. | The {s} {o}. | In the yard, {s:a} {o}. | Listen, the {s} {o}. | An animal that {o} is {s:a}.
+say: {s:A} {o}. | The {s} {o}. | Somewhere {s:a} {o}. | Listen, the {s} {o}. | An animal that {o} is {s:a}.
 say: Every {s} {o}. | When {s:a} is loud, it {o}. | Of all animals, it is {s:a} that {o}.
 cue: the sound of {s:a}
 back_cue: the animal that {o}
