@@ -32,13 +32,18 @@ from model.config import PRESETS
 ROOT = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
 TRAINING = ("pretrain", "full_sft")
+LANGUAGES = ("zh", "en")
 SAMPLES_PER_LANGUAGE = 5
+KINDS = {
+    "seen_fact_new_wording": "the fact was asked for in other words",
+    "unasked_fact_new_wording": "the fact was only ever stated, in pretraining",
+}
 
 # The time limits matter on slow machines only: the learning rate then falls to its end by that time.
 WORLD = ["--statement_rounds", "60", "--chat_rounds", "8"]
 TOKENIZER = ["--vocab_size", "4096"]
-PRETRAIN = ["--preset", "demo", "--epochs", "1", "--batch_size", "8", "--learning_rate", "3e-3", "--max_minutes", "4.5"]
-SFT = ["--epochs", "1", "--batch_size", "16", "--learning_rate", "1e-3", "--max_minutes", "2.5"]
+PRETRAIN = ["--preset", "demo", "--epochs", "2", "--batch_size", "16", "--learning_rate", "8e-3", "--max_minutes", "4"]
+SFT = ["--epochs", "2", "--batch_size", "32", "--learning_rate", "3e-3", "--max_minutes", "2"]
 LOGGING = ["--log_interval", "25", "--eval_interval", "250", "--eval_tokens", "4096"]
 
 
@@ -156,7 +161,7 @@ def make_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, An
 
     score = {s: json.loads((out / f"answers_{s}.json").read_text(encoding="utf-8")) for s in TRAINING}
     samples: list[dict[str, Any]] = []
-    for lang in ("zh", "en"):
+    for lang in LANGUAGES:
         answers = [answer for answer in score["full_sft"]["answers"] if answer["lang"] == lang]
         # Drawn by the seed, not picked: wrong answers appear as often as they happen.
         samples += random.Random(seed).sample(answers, min(SAMPLES_PER_LANGUAGE, len(answers)))
@@ -181,18 +186,23 @@ def show(report: dict[str, Any], out: Path) -> None:
 
     console = Console()
     console.rule("what each stage achieved")
-    table = Table(
-        "stage", "seconds", "tokens", "tokens/s", "loss", "bits/byte zh", "bits/byte en", "right zh", "right en"
-    )
+    heads = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
+    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
     for stage, moment in zip(TRAINING, ("before_sft", "after_sft"), strict=True):
         numbers, right = report["stages"][stage], report["answer_accuracy"][moment]
-        bits = [f"{numbers['bits_per_byte'][lang]:.3f}" if numbers["bits_per_byte"] else "-" for lang in ("zh", "en")]
-        cells = (f"{report['seconds'][stage]:.0f}", f"{numbers['tokens']:,}", f"{numbers['tokens_per_second']:,}")
-        accuracy = (f"{right.get(lang, 0):.1%}" for lang in ("zh", "en"))
-        table.add_row(stage, *cells, f"{numbers['final_loss']:.3f}", *bits, *accuracy)
+        bits, seconds = numbers["bits_per_byte"], report["seconds"][stage]
+        table.add_row(
+            *(stage, f"{seconds:.0f}", f"{numbers['tokens']:,}", f"{numbers['tokens_per_second']:,}"),
+            *(f"{numbers['final_loss']:.3f}", *(f"{bits[lang]:.3f}" if bits else "-" for lang in LANGUAGES)),
+            *(f"{right.get(lang, 0):.1%}" for lang in LANGUAGES),
+        )
     console.print(table)
-    console.print("right: held-out questions answered with the exact key; the wording of each was never trained.")
-    console.print("bits/byte: of held-out texts (pretrain) and of the answers in held-out chats (full_sft).")
+    console.print("tokens: those trained. bits/byte: of held-out texts, and of answers in held-out chats.")
+    console.print("right: held-out questions with the exact key in the answer. Nobody trained on these words;")
+    for kind, meaning in KINDS.items():
+        scores = {lang: report["answer_kinds"]["after_sft"].get(kind, {}).get(lang) for lang in LANGUAGES}
+        counts = ", ".join(f"{lang} {s['correct']} of {s['questions']}" for lang, s in scores.items() if s)
+        console.print(f"  {meaning}: {counts}", highlight=False)
     console.rule("ten of the held-out questions, drawn by lot")
     for sample in report["samples"]:
         mark = "[green]right[/]" if sample["correct"] else f"[red]wrong[/] (expected: {sample['keys'][0]})"
@@ -203,7 +213,13 @@ def show(report: dict[str, Any], out: Path) -> None:
     console.print(f"{millions:.1f} M parameters, trained from nothing; all steps took {minutes:.1f} minutes.")
     print(f"loss curves:  {'  '.join(report['curves'])}")
     print(f"everything above, as json:  {out / 'report.json'}")
-    print(f"go on chatting:  python 2-eval.py --checkpoint {out / f'full_sft_{DIM}.pth'}")
+    print(f"go on chatting:  {interpreter()} 2-eval.py --checkpoint {out / f'full_sft_{DIM}.pth'}")
+
+
+def interpreter() -> str:
+    """How to call this Python from the project's folder: `make demo` has its own in .venv."""
+    here = Path(sys.executable)
+    return str(here.relative_to(ROOT)) if here.is_relative_to(ROOT) else "python"
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ from corpus.demo_grammar import fill, lines, options, read_wordings
 from corpus.questions import is_right
 
 LANGUAGES = ("zh", "en")
-UNASKED_SHARE = 0.15  # of the facts of each relation: stated in pretraining, never asked in the chats
+UNASKED_SHARE = 0.1  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
 COMPANY = ("any", "finding", "lesson", "kind", "finding", "lesson", "thing")  # what the rounds put together, in turn
 STORY_SHARE = 0.35  # of the texts about one topic

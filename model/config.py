@@ -78,7 +78,7 @@ FIELD_HELP = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {"dim": 256, "n_layers": 6, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128},
+    "demo": {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128},
     "small": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8},
     "small-moe": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "use_moe": True},
     "base": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8},
