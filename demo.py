@@ -39,7 +39,7 @@ KINDS = {
     "unasked_fact_new_wording": "the fact was only ever stated, in pretraining",
 }
 
-# The time limits matter on slow machines only: the learning rate then falls to its end by that time.
+# Time limits decide how long each training takes: its learning rate falls to its end by then, on any machine.
 WORLD = ["--statement_rounds", "60", "--chat_rounds", "8"]
 TOKENIZER = ["--vocab_size", "4096"]
 PRETRAIN = ["--preset", "demo", "--epochs", "2", "--batch_size", "16", "--learning_rate", "8e-3", "--max_minutes", "4"]
