@@ -30,7 +30,9 @@ def compute_loss(model, batch):
 
 
 def main() -> None:
-    parser = make_parser(__doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8)
+    parser = make_parser(
+        __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
+    )
     parser.add_argument("--tokenizer", default="model/tokenizer", help="folder written by train_tokenizer.py")
     add_model_flags(parser)
     args = parser.parse_args()
