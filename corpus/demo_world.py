@@ -5,6 +5,7 @@
                                                            real text, some lessons among them ask and answer
     chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
     questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
+    identity.jsonl, identity_questions.jsonl, pairs.jsonl  for LoRA and DPO: demo_tuning.py
 
 `kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
 other words) or `unasked_fact_new_wording` (the fact was only ever stated, nothing asked for it). The questions are
@@ -34,6 +35,7 @@ from typing import Any
 from corpus import demo_wordings_en, demo_wordings_zh
 from corpus.demo_facts import Fact, facts_of
 from corpus.demo_grammar import fill, lines, options, read_wordings
+from corpus.demo_tuning import identity_chats, identity_questions, pairs
 from corpus.questions import is_right
 
 LANGUAGES = ("zh", "en")
@@ -231,6 +233,12 @@ class World:
         return rows[:count]
 
 
+def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for turn in chat for role, text in zip(roles, turn, strict=True)]
+    return {"messages": messages, "lang": lang}
+
+
 def build(
     folder: str | os.PathLike[str],
     seed: int = 0,
@@ -238,7 +246,7 @@ def build(
     chat_rounds: int = 8,
     questions: int = 300,
 ) -> dict[str, int]:
-    """Write the three files into `folder`; returns how many facts, texts, chats and questions (both languages).
+    """Write the files into `folder`; returns how many facts, texts, chats and questions (both languages).
 
     `statement_rounds`: statements per fact. `chat_rounds`: taught questions per asked fact and direction.
     `questions`: held-out questions per language.
@@ -247,16 +255,8 @@ def build(
     texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
     chats: list[dict[str, Any]] = []
     for world in worlds:
-        seen: set[str] = set()
-        for chat in world.chats(chat_rounds):
-            messages = [
-                {"role": role, "content": text}
-                for turn in chat
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            ]
-            if (written := json.dumps(messages)) not in seen:
-                seen.add(written)
-                chats.append({"messages": messages, "lang": world.lang})
+        different = {json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(chat_rounds))}
+        chats += different.values()
     asked = [row for world in worlds for row in world.questions(questions)]
     mix = random.Random(seed)
     mix.shuffle(texts)
@@ -266,6 +266,9 @@ def build(
     said += [(row["text"], row["lang"]) for row in texts]
     words = [{"text": of[lang].in_words(text), "lang": lang} for text, lang in said]
     files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": asked}
+    files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
+    files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]
+    files["pairs.jsonl"] = [pair for world in worlds for pair in pairs(world)]
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
