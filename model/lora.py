@@ -102,7 +102,7 @@ def attach(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     random = torch.Generator().manual_seed(seed)
     for name, linear in matrices.items():
         if wanted & target_names(name):
-            model.set_submodule(name, LoRALinear(linear, config, random))
+            model.set_submodule(name, LoRALinear(linear, config, random).train(linear.training))
     model.adapter = config.to_dict()
 
 
@@ -123,7 +123,7 @@ def merge(model: Transformer) -> None:
     if not model.adapter:
         raise UserError("there is no adapter to merge: this model carries none, or it was merged already")
     for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.merged())
+        model.set_submodule(name, layer.merged().train(layer.training))
     model.adapter = {}
     model.requires_grad_(True)
 
