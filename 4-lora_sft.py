@@ -6,7 +6,8 @@
 The same loss as in lesson 3; only what moves differs. The file holds A and B alone and names its parent; whoever opens
 it gets the merged model, W + (alpha / r) B A.
 
-    python 4-lora_sft.py --data_path dataset/identity               starts from the one out/full_sft_*.pth
+    python 4-lora_sft.py                                            starts from the one out/full_sft_*.pth
+    python 4-lora_sft.py --data_path dataset/identity --epochs 20   a few chats, seen often
     python 4-lora_sft.py --rank 16 --alpha 32 --targets attention   larger, and on fewer matrices
     python 4-lora_sft.py --peft_dir out/peft                        also written the way the peft library reads it
     torchrun --nproc_per_node 2 4-lora_sft.py                       two processes; deepspeed --num_gpus 2 does as well
@@ -16,8 +17,10 @@ Writes  out/lora_sft_512.pth, and beside it the log (.jsonl), the curves (.png) 
 Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), model/checkpoint.py (who finds the parent).
 """
 
-from corpus.errors import fail_in_one_line
+from corpus.errors import UserError, fail_in_one_line
 from trainer.cli import make_parser, positive
+
+LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 
 
 def compute_loss(model, batch):
@@ -39,21 +42,20 @@ def add_lora_flags(parser):
     add("--lora_dropout", type=float, default=0.0, help="dropout on what A sees")
     add("--targets", nargs="+", default=["all"], metavar="NAME",
         help="which matrices: all, attention, mlp, experts, shared_experts, q_proj, …")  # fmt: skip
-    add(
-        "--init_adapter",
-        metavar="DIR",
-        help="start from a peft folder: it brings its own rank, alpha, dropout, targets",
-    )
+    add("--init_adapter", metavar="DIR", help="start from a peft folder, with its rank, alpha, dropout and targets")
     add("--peft_dir", metavar="DIR", help="also write adapter_config.json and adapter_model.safetensors there")
 
 
 def main() -> None:
-    rates = {"muon": 1e-3, "adamw": 1e-3}
+    rates = {"muon": 4e-3, "adamw": 2e-3}  # some ten times those of full SFT, measured
     parser = make_parser(__doc__, rates, data_path="dataset/sft", batch_size=32, epochs=2)
     # Decay would pull A and B to zero, that is, the model back to its parent.
     parser.set_defaults(optimizer="adamw", weight_decay=0.0)
     add_lora_flags(parser)
     args = parser.parse_args()
+    given = [f"--{name}" for name in LORA_FLAGS if getattr(args, name) != parser.get_default(name)]
+    if args.init_adapter and given:
+        raise UserError(f"--init_adapter brings its own rank, alpha, dropout and targets: leave out {' '.join(given)}")
 
     from corpus.pack import tokenise_chats
     from model.checkpoint import find_parent, load_model, remember_parent
@@ -82,9 +84,8 @@ def main() -> None:
         run.say(describe(model))
         path = train(run, args, stage)
         if run.is_main:
-            print(
-                f"{path} holds the adapter alone, {path.stat().st_size / 2**20:.2f} MB; opening it needs {source} too"
-            )
+            size = f"{path.stat().st_size / 2**20:.2f} MB"
+            print(f"{path} holds the adapter alone, {size}; opening it needs {source} too")
             if args.peft_dir:
                 write_peft(args.peft_dir, model)
                 print(f"saved {args.peft_dir}, for peft")

@@ -167,6 +167,8 @@ def load_model(
     state = checkpoint.pop("model")
     if "adapter" in checkpoint:
         model = open_adapter(path, checkpoint["adapter"], state, parent)
+    elif parent:
+        raise UserError(f"{path} is a whole model, not an adapter: it takes no parent")
     else:
         try:
             model = Transformer(ModelConfig(**checkpoint["config"]))

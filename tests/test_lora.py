@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import types
 
 import pytest
 import torch
@@ -219,9 +220,11 @@ def test_the_parent_is_found_and_made_sure_of(lora, out, tokenizer, tmp_path):
     both = rf"{re.escape(str(moved))} is an adapter for .*full_sft_32.pth with fingerprint \w+, but {wrong} is \w+"
     with pytest.raises(UserError, match=both):
         load_model(moved)
-    with pytest.raises(UserError, match=r"renamed.pth|full_sft_32.pth is"):
+    with pytest.raises(UserError, match=rf"but {wrong} is "):
         load_model(moved, parent=wrong)
     load_model(moved, parent=original)
+    with pytest.raises(UserError, match="is a whole model"):
+        load_model(wrong, parent=original)
     wrong.unlink()
     with pytest.raises(UserError, match=r"full_sft_32.pth, which is not there: put it beside"):
         load_model(moved)
@@ -319,6 +322,29 @@ def test_two_processes_equal_one(lora, out, chats, tokenizer, tmp_path):
     one, two = weights(out / "lora_sft_32_moe.pth"), weights(tmp_path / "two" / "lora_sft_32_moe.pth")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_parent_may_be_a_transformers_folder(monkeypatch, lora, tokenizer, tmp_path):
+    stock, folder = types.ModuleType("model.stock"), tmp_path / "llama"
+    folder.mkdir()
+    parent = write_parent(tmp_path, tokenizer)
+    stock.open_folder = lambda path, device: load_model(parent, device)
+    monkeypatch.setitem(sys.modules, "model.stock", stock)
+    path = lora("--init_from", folder, "--max_steps", "1")
+    assert read_checkpoint(path)["adapter"]["parent_fingerprint"] == fingerprint(folder) == fingerprint(parent)
+    load_model(path)
+    shutil.copy(write_parent(tmp_path / "other", tokenizer, seed=7), parent)
+    with pytest.raises(UserError, match=r"llama with fingerprint \w+, but .*llama is \w+"):
+        load_model(path)
+
+
+def test_flags_are_frozen():
+    text = run_process(sys.executable, "4-lora_sft.py", "--help").stdout
+    names = "rank alpha lora_dropout targets init_adapter peft_dir init_from data_path resume compile learning_rate"
+    assert all(f"--{name} " in text for name in names.split())
+    assert "(default: adamw)" in text and re.search(r"--weight_decay \w+\s.*\(default: 0.0\)", text)
+    for spelling in ("--local_rank=0", "--local-rank=0"):
+        assert run_process(sys.executable, "4-lora_sft.py", spelling, "--help").returncode == 0
 
 
 @pytest.mark.slow

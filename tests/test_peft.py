@@ -128,6 +128,9 @@ def test_the_script_goes_both_ways(monkeypatch, sft_dir, tokenizer, tmp_path, ca
     model, _, _ = load_model(parent.parent / "lora_sft_32.pth")
     torch.testing.assert_close(model.logits(IDS[:, :30]), theirs(IDS[:, :30]).logits, **TOLERANCE)
     begin = ["--init_from", parent, "--init_adapter", tmp_path / "peft", "--learning_rate", "0"]
+    with pytest.raises(UserError, match=r"brings its own .* leave out --rank"):
+        run_script(monkeypatch, "4-lora_sft.py", *flags, *begin, "--out_dir", tmp_path / "two")
+    flags = [*FLAGS[: FLAGS.index("--rank")], "--max_steps", "2", "--data_path", chats]
     run_script(monkeypatch, "4-lora_sft.py", *flags, *begin, "--out_dir", tmp_path / "two")
     one, two = (weights(folder / "lora_sft_32.pth") for folder in (parent.parent, tmp_path / "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), "learning rate 0"
