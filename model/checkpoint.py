@@ -1,13 +1,17 @@
 """Checkpoints that describe themselves, and how they are found again.
 
     {format, stage, config, tokenizer: {fingerprint, files}, model: {name: tensor}, lineage: [one entry per stage]}
+    of an adapter also  adapter: {rank, alpha, dropout, targets, parent: file name, parent_fingerprint}
 
 Plain types and tensors only, so they load with `weights_only=True`; the tokenizer's files travel inside, so one .pth is
-enough to talk to a model. Written to a temporary name and renamed: a file that exists is whole.
-Read next: ../trainer/loop.py (when they are written), config.py.
+enough to talk to a model. Written to a temporary name and renamed: a file that exists is whole. An adapter's `model`
+holds the adapter's tensors only: `load_model` finds its parent, makes sure that it is the right one, and merges.
+Read next: ../trainer/loop.py (when they are written), config.py, lora.py.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -19,6 +23,7 @@ import torch
 from corpus.errors import UserError
 from model.chat import ChatTokenizer
 from model.config import ModelConfig
+from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.transformer import Transformer
 
 FORMAT = 1
@@ -26,8 +31,18 @@ PARTS = {"format", "stage", "config", "tokenizer", "model"}
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
-PARENTS: dict[str, tuple[str, ...]] = {"pretrain": (), "full_sft": ("pretrain",)}
-SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
+PARENTS: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "full_sft": ("pretrain",),
+    "lora_sft": ("full_sft",),
+    "dpo": ("lora_sft", "full_sft"),
+}
+SCRIPTS = {
+    "pretrain": "1-pretrain.py",
+    "full_sft": "3-full_sft.py",
+    "lora_sft": "4-lora_sft.py",
+    "dpo": "5-dpo_train.py",
+}
 
 Checkpoint = dict[str, Any]
 
@@ -50,13 +65,17 @@ def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
 
 
 def plain_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The raw model's tensors on the CPU, without the prefixes of wrappers and the second name of tied weights."""
-    state = {}
+    """What of a model is saved: the raw model's tensors on the CPU, or if it carries an adapter, only the adapter's.
+
+    Without the prefixes of wrappers and the second name of tied weights.
+    """
+    raw, state = unwrap(model), {}
+    if raw.adapter:
+        return {name: tensor.detach().cpu() for name, tensor in adapter_state(raw).items()}
     for name, tensor in model.state_dict().items():
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
         state[name] = tensor.detach().cpu()
-    raw = unwrap(model)
     if raw.config.tie_embeddings:
         state.pop("lm_head.weight")
     return state
@@ -77,15 +96,22 @@ def save_model(
     tokenizer: ChatTokenizer,
     lineage: list[dict[str, Any]],
 ) -> None:
-    """Write a model with everything that is needed to use it. `lineage` tells one dict per stage, this one last."""
+    """Write a model with everything that is needed to use it. `lineage` tells one dict per stage, this one last.
+
+    Of a model that carries an adapter only the adapter is written: `remember_parent` has said whose it is.
+    """
+    raw = unwrap(model)
     checkpoint = {
         "format": FORMAT,
         "stage": stage,
-        "config": unwrap(model).config.to_dict(),
+        "config": raw.config.to_dict(),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer.files},
         "model": plain_state(model),
         "lineage": lineage,
     }
+    if raw.adapter:
+        assert "parent" in raw.adapter, "an adapter without its parent is of no use: call remember_parent"
+        checkpoint["adapter"] = raw.adapter
     atomic_save(checkpoint, path)
 
 
@@ -108,11 +134,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
-    """Fill the model; every name and shape must fit. Raises UserError listing what differs."""
+    """Fill the model, or the adapter that it carries; every name and shape must fit. UserError lists what differs."""
     state = dict(state)
-    if model.config.tie_embeddings:
+    own = adapter_state(model) if model.adapter else model.state_dict()
+    if model.config.tie_embeddings and not model.adapter:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
-    own = model.state_dict()
     differences = [f"missing {name}" for name in own.keys() - state.keys()]
     differences += [f"unknown {name}" for name in state.keys() - own.keys()]
     differences += [
@@ -122,22 +148,93 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
     ]
     if differences:
         shown = "; ".join(sorted(differences)[:5])
-        raise UserError(f"{where} does not fit its config: {len(differences)} differences: {shown}")
-    model.load_state_dict(state, strict=True)
+        raise UserError(f"{where} does not fit the model: {len(differences)} differences: {shown}")
+    model.load_state_dict({**model.state_dict(), **state}, strict=True)
 
 
 def load_model(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", parent: str | os.PathLike[str] | None = None
 ) -> tuple[Transformer, ChatTokenizer, Checkpoint]:
-    """Open a .pth: the model (fp32, in eval mode), its tokenizer, and the rest of the checkpoint."""
+    """Open a .pth or a transformers folder: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
+
+    An adapter comes back merged into its parent, which is found by its name, or is `parent`; see `open_adapter`.
+    """
+    if Path(path).is_dir():
+        from model.stock import open_folder
+
+        return open_folder(path, device)
     checkpoint = read_checkpoint(path)
-    try:
-        config = ModelConfig(**checkpoint["config"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} was written by another version of this project: {error}") from None
-    model = Transformer(config)
-    load_state(model, checkpoint.pop("model"), path)
+    state = checkpoint.pop("model")
+    if "adapter" in checkpoint:
+        model = open_adapter(path, checkpoint["adapter"], state, parent)
+    elif parent:
+        raise UserError(f"{path} is a whole model, not an adapter: it takes no parent")
+    else:
+        try:
+            model = Transformer(ModelConfig(**checkpoint["config"]))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} was written by another version of this project: {error}") from None
+        load_state(model, state, path)
     return model.to(device).eval(), ChatTokenizer(checkpoint["tokenizer"]["files"]), checkpoint
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """16 hex digits that name a model by its tensors, to the bit; an adapter's covers its parent's as well."""
+    if Path(path).is_dir():
+        state, adapter = plain_state(load_model(path)[0]), {}
+    else:
+        checkpoint = read_checkpoint(path)
+        state = checkpoint["model"]
+        adapter = {name: value for name, value in checkpoint.get("adapter", {}).items() if name != "parent"}
+    digest = hashlib.sha256(json.dumps(adapter, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def remember_parent(model: Transformer, parent: str | os.PathLike[str], adapter_path: str | os.PathLike[str]) -> None:
+    """Note in a model with a fresh adapter which file its other weights came from; the adapter's file will say so.
+
+    Raises UserError when the adapter would be written over its own parent.
+    """
+    if Path(parent).resolve() == Path(adapter_path).resolve():
+        raise UserError(f"the adapter would overwrite its parent {parent}: choose another --out_dir")
+    model.adapter |= {"parent": str(parent), "parent_fingerprint": fingerprint(parent)}
+
+
+def open_adapter(
+    path: str | os.PathLike[str],
+    adapter: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    parent: str | os.PathLike[str] | None = None,
+) -> Transformer:
+    """The parent with the adapter merged in (on the CPU, in fp32). A parent may be an adapter with a parent of its own.
+
+    Looked for beside the adapter, then under the path that the adapter remembers; or only at `parent`, if given.
+    Raises UserError when it is missing, or when every file of that name holds another model.
+    """
+    try:
+        name, wanted = Path(adapter["parent"]), adapter["parent_fingerprint"]
+        lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} was written by another version of this project: {error!r}") from None
+    places = [Path(parent)] if parent else [Path(path).parent / name.name, name]
+    places = [place for place in dict.fromkeys(places) if place.exists() and not place.samefile(path)]
+    if not places:
+        raise UserError(f"{path} is an adapter for {parent or name}, which is not there: put it beside the adapter")
+    found = {place: fingerprint(place) for place in places}
+    if wanted not in found.values():
+        others = ", ".join(f"{place} is {theirs}" for place, theirs in found.items())
+        raise UserError(
+            f"{path} is an adapter for {name} with fingerprint {wanted}, but {others}: "
+            f"put the model that it was trained on beside it, or run `python {SCRIPTS['lora_sft']}` again"
+        )
+    model, _, _ = load_model(next(place for place in places if found[place] == wanted))
+    attach(model, lora)
+    load_state(model, state, path)
+    merge(model)
+    return model
 
 
 def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:

@@ -11,6 +11,7 @@ Read next: moe.py (the other feed-forward), generate.py (the cache in use), ../t
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapter: dict[str, Any] = {}  # what is attached to this model (lora.py), and to which parent
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -53,14 +53,16 @@ def make_optimizers(
     ]
     groups = [group for group in groups if group["params"]]
     betas = (0.8 if beside_muon else 0.9, 0.95)
-    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:  # Muon on a LoRA adapter leaves nothing to AdamW
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
     if not beside_muon:
-        return [adamw]
+        return optimizers
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"torch {torch.__version__} has no Muon: pip install -U 'torch>=2.9', or --optimizer adamw")
     # match_rms_adamw scales the update so that the learning rate means what it means for AdamW.
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return [muon, *optimizers]
 
 
 def muon_momentum(step: int) -> float:

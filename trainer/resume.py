@@ -3,7 +3,7 @@
     out/{stage}_{size}.resume = {progress, model, optimizers, scaler}
 
 The step number alone decides data, learning rate and dropout, so nothing else needs saving; the number of processes may
-change as long as a step keeps its rows.
+change as long as a step keeps its rows. Where an adapter is trained, `model` is the adapter alone.
 Read next: loop.py, batches.py.
 """
 
@@ -89,6 +89,7 @@ def run_identity(args: argparse.Namespace, stage: "Stage") -> dict[str, Any]:
         "data rows": len(stage.data),
         "--optimizer": args.optimizer,
         "--seed": args.seed,
+        **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
 
 

@@ -1,0 +1,96 @@
+"""Lesson 4: LoRA. The model learns something small and new, and hardly forgets: its matrices rest, thin ones move.
+
+    loss = - sum over the tokens of the answers of log p(token | everything before it)
+    h    = W x + (alpha / r) B A x        W rests, A and B are trained; B = 0 at first
+
+The same loss as in lesson 3; only what moves differs. The file holds A and B alone and names its parent; whoever opens
+it gets the merged model, W + (alpha / r) B A.
+
+    python 4-lora_sft.py                                            starts from the one out/full_sft_*.pth
+    python 4-lora_sft.py --data_path dataset/identity --epochs 20   a few chats, seen often
+    python 4-lora_sft.py --rank 16 --alpha 32 --targets attention   larger, and on fewer matrices
+    python 4-lora_sft.py --peft_dir out/peft                        also written the way the peft library reads it
+    torchrun --nproc_per_node 2 4-lora_sft.py                       two processes; deepspeed --num_gpus 2 does as well
+
+Reads   dataset/sft (or another folder made by data_process.py sft) and the parent.
+Writes  out/lora_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
+Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), model/checkpoint.py (who finds the parent).
+"""
+
+from corpus.errors import UserError, fail_in_one_line
+from trainer.cli import make_parser, positive
+
+LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
+
+
+def compute_loss(model, batch):
+    """The sum of -log p(next token) over the tokens of the answers, and how many they were.
+
+    batch["labels"] (batch, seq) holds IGNORE at every token that is not part of an answer.
+    """
+    from trainer.loss import cross_entropy_sum, output_weight
+
+    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
+    return loss + balance * count, count, {"balance_loss": balance * count}
+
+
+def add_lora_flags(parser):
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=positive, default=8, help="r: rows of A and columns of B")
+    add("--alpha", type=float, default=16.0, help="the change is scaled by alpha / r")
+    add("--lora_dropout", type=float, default=0.0, help="dropout on what A sees")
+    add("--targets", nargs="+", default=["all"], metavar="NAME",
+        help="which matrices: all, attention, mlp, experts, shared_experts, q_proj, …")  # fmt: skip
+    add("--init_adapter", metavar="DIR", help="start from a peft folder, with its rank, alpha, dropout and targets")
+    add("--peft_dir", metavar="DIR", help="also write adapter_config.json and adapter_model.safetensors there")
+
+
+def main() -> None:
+    rates = {"muon": 4e-3, "adamw": 2e-3}  # some ten times those of full SFT, measured
+    parser = make_parser(__doc__, rates, data_path="dataset/sft", batch_size=32, epochs=2)
+    # Decay would pull A and B to zero, that is, the model back to its parent.
+    parser.set_defaults(optimizer="adamw", weight_decay=0.0)
+    add_lora_flags(parser)
+    args = parser.parse_args()
+    given = [f"--{name}" for name in LORA_FLAGS if getattr(args, name) != parser.get_default(name)]
+    if args.init_adapter and given:
+        raise UserError(f"--init_adapter brings its own rank, alpha, dropout and targets: leave out {' '.join(given)}")
+
+    from corpus.pack import tokenise_chats
+    from model.checkpoint import find_parent, load_model, remember_parent
+    from model.lora import LoRAConfig, attach, describe
+    from model.peft_folder import peft_settings, read_peft, write_peft
+    from trainer.batches import Chats, open_data
+    from trainer.loop import Stage, train
+    from trainer.runtime import start
+
+    source = args.init_from or find_parent(args.out_dir, "lora_sft")
+    model, tokenizer, parent = load_model(source)
+    if args.init_adapter:
+        read_peft(args.init_adapter, model)
+    else:
+        attach(model, LoRAConfig(args.rank, args.alpha, args.lora_dropout, tuple(args.targets)), args.seed)
+    if args.peft_dir:
+        peft_settings(model)  # refuses now what could not be written later
+    with start(args.device, args.dtype, args.seed) as run:
+        with run.main_first():  # the first process tokenises, the others find it done
+            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len))
+        splits = open_data(folder, "chats", tokenizer)
+        validation = {s.removeprefix("val_"): Chats(folder, s, tokenizer.pad_id) for s in splits if s != "train"}
+        data = Chats(folder, "train", tokenizer.pad_id)
+        stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
+        remember_parent(model, source, stage.path(args.out_dir))
+        run.say(describe(model))
+        path = train(run, args, stage)
+        if run.is_main:
+            size = f"{path.stat().st_size / 2**20:.2f} MB"
+            print(f"{path} holds the adapter alone, {size}; opening it needs {source} too")
+            if args.peft_dir:
+                write_peft(args.peft_dir, model)
+                print(f"saved {args.peft_dir}, for peft")
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()
