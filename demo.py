@@ -5,6 +5,8 @@
     data       data_process.py          texts and chats become token shards
     pretrain   1-pretrain.py            the model learns to continue text; 2-eval.py puts the questions
     sft        3-full_sft.py            the model learns to answer; 2-eval.py puts the same questions again
+    lora       4-lora_sft.py            a new name and job, in a few thin matrices; what was learnt before stays
+    dpo        5-dpo_train.py           of two answers, the right, short, polite one
 
     python demo.py                      (`make demo` does the same in its own environment)
     python demo.py --out_dir out/demo2 --seed 1
@@ -31,7 +33,9 @@ from model.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
-TRAINING = ("pretrain", "full_sft")
+# The training stages, and when their models answer the held-out questions.
+TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "after_lora", "dpo": "after_dpo"}
+LAST = list(TRAINING)[-1]
 LANGUAGES = ("zh", "en")
 SAMPLES_PER_LANGUAGE = 5
 KINDS = {
@@ -42,8 +46,22 @@ KINDS = {
 # Time limits decide how long each training takes: its learning rate falls to its end by then, on any machine.
 WORLD = ["--statement_rounds", "60", "--chat_rounds", "8"]
 TOKENIZER = ["--vocab_size", "4096"]
-PRETRAIN = ["--preset", "demo", "--epochs", "2", "--batch_size", "16", "--learning_rate", "8e-3", "--max_minutes", "4"]
+PRETRAIN = [
+    "--preset",
+    "demo",
+    "--epochs",
+    "2",
+    "--batch_size",
+    "16",
+    "--learning_rate",
+    "8e-3",
+    "--max_minutes",
+    "3.75",
+]
 SFT = ["--epochs", "2", "--batch_size", "32", "--learning_rate", "3e-3", "--max_minutes", "2"]
+LORA = ["--epochs", "12", "--batch_size", "16", "--learning_rate", "2e-3", "--max_minutes", "0.5"]
+DPO = ["--epochs", "1", "--batch_size", "32", "--learning_rate", "1e-4", "--max_minutes", "0.75"]
+WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 LOGGING = ["--log_interval", "25", "--eval_interval", "250", "--eval_tokens", "4096"]
 
 
@@ -59,38 +77,51 @@ class Step:
 
 def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     world, tokenizer = out / "world", out / "tokenizer"
-    words, texts, chats, questions = (world / f"{name}.jsonl" for name in ("words", "pretrain", "chats", "questions"))
+    files = {name: world / f"{name}.jsonl" for name in WORLD_FILES}
     models = {stage: out / f"{stage}_{DIM}.pth" for stage in TRAINING}
     common = ["--out_dir", str(out), "--seed", str(seed), *LOGGING]
     if max_steps:
         common += ["--max_steps", str(max_steps)]
 
-    def train(script: str, stage: str, *flags: str) -> list[str]:
-        return [script, "--data_path", str(out / stage.removeprefix("full_")), *flags, *common]
+    def data(folder: str, kind: str, source: str) -> tuple[list[str], list[Path]]:
+        folders = ["--tokenizer", str(tokenizer), "--out_dir", str(out / folder)]
+        return ["data_process.py", kind, str(files[source]), *folders], [out / folder]
 
-    def score(stage: str) -> tuple[list[str], list[Path]]:
-        answers = out / f"answers_{stage}.json"
-        files = ["--checkpoint", str(models[stage]), "--questions", str(questions), "--json", str(answers)]
-        return ["2-eval.py", *files], [answers]
+    def train(script: str, stage: str, folder: str, parent: str, flags: list[str]) -> tuple[list[str], list[Path]]:
+        start = ["--init_from", str(models[parent])] if parent else ["--tokenizer", str(tokenizer)]
+        return [script, "--data_path", str(out / folder), *start, *flags, *common], [models[stage]]
 
-    def data(kind: str, source: Path) -> tuple[list[str], list[Path]]:
-        folders = ["--tokenizer", str(tokenizer), "--out_dir", str(out / kind)]
-        return ["data_process.py", kind, str(source), *folders], [out / kind]
+    def score(stage: str, questions: str = "questions") -> tuple[list[str], list[Path]]:
+        answers = answers_file(out, stage, questions)
+        asked = ["--checkpoint", str(models[stage]), "--questions", str(files[questions]), "--json", str(answers)]
+        return ["2-eval.py", *asked], [answers]
 
-    tokenizer_command = ["train_tokenizer.py", str(words), *TOKENIZER, "--out_dir", str(tokenizer)]
+    identity = "identity_questions"
+    tokenizer_command = ["train_tokenizer.py", str(files["words"]), *TOKENIZER, "--out_dir", str(tokenizer)]
     world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed), *WORLD]
-    pretrain_command = train("1-pretrain.py", "pretrain", "--tokenizer", str(tokenizer), *PRETRAIN)
-    sft_command = train("3-full_sft.py", "full_sft", "--init_from", str(models["pretrain"]), *SFT)
-    return [
-        Step("world", "Compose the demo world", world_command, [words, texts, chats, questions]),
-        Step("tokenizer", "Train the tokenizer", tokenizer_command, [tokenizer / "tokenizer.json"]),
-        Step("pretrain_data", "Turn the texts into tokens", *data("pretrain", texts)),
-        Step("sft_data", "Turn the chats into tokens", *data("sft", chats)),
-        Step("pretrain", "Pretrain: learn to continue text", pretrain_command, [models["pretrain"]]),
-        Step("score_pretrain", "Put the held-out questions to the pretrained model", *score("pretrain")),
-        Step("full_sft", "Fine-tune: learn to answer", sft_command, [models["full_sft"]]),
-        Step("score_full_sft", "Put the same questions again", *score("full_sft")),
+    steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
+        ("world", "Compose the demo world", (world_command, list(files.values()))),
+        ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
+        ("pretrain_data", "Turn the texts into tokens", data("pretrain", "pretrain", "pretrain")),
+        ("sft_data", "Turn the chats into tokens", data("sft", "sft", "chats")),
+        ("identity_data", "The same for the chats about a new name", data("identity", "sft", "identity")),
+        ("dpo_data", "The same for the pairs of answers", data("dpo", "dpo", "pairs")),
+        ("pretrain", "Pretrain: learn to continue text", train("1-pretrain.py", "pretrain", "pretrain", "", PRETRAIN)),
+        ("score_pretrain", "Put the held-out questions to the pretrained model", score("pretrain")),
+        ("full_sft", "Fine-tune: learn to answer", train("3-full_sft.py", "full_sft", "sft", "pretrain", SFT)),
+        ("score_full_sft", "Put the same questions again", score("full_sft")),
+        ("identity_before", "Ask who it is", score("full_sft", identity)),
+        ("lora_sft", "LoRA: learn a new name", train("4-lora_sft.py", "lora_sft", "identity", "full_sft", LORA)),
+        ("identity_after", "Ask again who it is", score("lora_sft", identity)),
+        ("score_lora_sft", "And the old questions: what was forgotten?", score("lora_sft")),
+        ("dpo", "DPO: prefer the better answer", train("5-dpo_train.py", "dpo", "dpo", "lora_sft", DPO)),
+        ("score_dpo", "Put the questions for the last time", score("dpo")),
     ]
+    return [Step(name, title, *command) for name, title, command in steps]
+
+
+def answers_file(out: Path, stage: str, questions: str = "questions") -> Path:
+    return out / f"answers_{stage}{'_identity' if questions != 'questions' else ''}.json"
 
 
 def run_steps(steps: list[Step], out: Path) -> dict[str, float]:
@@ -140,40 +171,56 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_log(path: Path) -> dict[str, Any]:
-    """What a training log says in the end: tokens, tokens a second over the run, last loss, last validation."""
+    """What a training log says in the end: tokens (or pairs), speed, last loss, last validation."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "loss" in row]
-    checks = [row for row in rows if "bits_per_byte" in row]
-    last = steps[-1]
+    checks = [row for row in rows if "val_loss" in row]
+    last, unit = steps[-1], "tokens" if "tokens" in steps[-1] else "pairs"
+    validation = {
+        name: {lang: round(value, 4) for lang, value in scores.items()}
+        for name, scores in (checks[-1] if checks else {}).items()
+        if isinstance(scores, dict)
+    }
     return {
         "steps": last["step"],
-        "tokens": last["tokens"],
-        "tokens_per_second": round(last["tokens"] / max(last["seconds"], 1e-9)),
+        unit: last[unit],
+        f"{unit}_per_second": round(last[unit] / max(last["seconds"], 1e-9)),
         "final_loss": round(last["loss"], 4),
-        "bits_per_byte": {k: round(v, 4) for k, v in checks[-1]["bits_per_byte"].items()} if checks else {},
-        "validation_loss": {k: round(v, 4) for k, v in checks[-1]["val_loss"].items()} if checks else {},
+        "bits_per_byte": validation.pop("bits_per_byte", {}),
+        "validation_loss": validation.pop("val_loss", {}),
+        **validation,
     }
 
 
 def make_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
     from model.checkpoint import load_model
 
-    score = {s: json.loads((out / f"answers_{s}.json").read_text(encoding="utf-8")) for s in TRAINING}
+    score = {stage: read_json(answers_file(out, stage)) for stage in TRAINING}
     samples: list[dict[str, Any]] = []
     for lang in LANGUAGES:
-        answers = [answer for answer in score["full_sft"]["answers"] if answer["lang"] == lang]
+        answers = [answer for answer in score[LAST]["answers"] if answer["lang"] == lang]
         # Drawn by the seed, not picked: wrong answers appear as often as they happen.
         samples += random.Random(seed).sample(answers, min(SAMPLES_PER_LANGUAGE, len(answers)))
-    model, _, _ = load_model(out / f"full_sft_{DIM}.pth")
+    model, _, _ = load_model(out / f"{LAST}_{DIM}.pth")
+    stages = {stage: read_log(out / f"{stage}_{DIM}.jsonl") for stage in TRAINING}
+    identity = {
+        moment: read_json(answers_file(out, stage, "identity_questions"))["counts"]
+        for moment, stage in (("before_lora", "full_sft"), ("after_lora", "lora_sft"))
+    }
     return {
         "parameters": model.count_parameters()[0],
         "seconds": seconds,
         "total_seconds": round(sum(seconds.values()), 1),
-        "stages": {stage: read_log(out / f"{stage}_{DIM}.jsonl") for stage in TRAINING},
-        "bits_per_byte": {stage: read_log(out / f"{stage}_{DIM}.jsonl")["bits_per_byte"] for stage in TRAINING},
-        "answer_accuracy": {"before_sft": score["pretrain"]["accuracy"], "after_sft": score["full_sft"]["accuracy"]},
-        "answer_kinds": {"before_sft": score["pretrain"]["kinds"], "after_sft": score["full_sft"]["kinds"]},
+        "stages": stages,
+        "bits_per_byte": {stage: log["bits_per_byte"] for stage, log in stages.items() if log["bits_per_byte"]},
+        "answer_accuracy": {moment: score[stage]["accuracy"] for stage, moment in TRAINING.items()},
+        "answer_kinds": {moment: score[stage]["kinds"] for stage, moment in TRAINING.items()},
+        "identity": identity,
         "curves": [str(out / f"{stage}_{DIM}.png") for stage in TRAINING],
         "samples": samples,
     }
@@ -188,21 +235,22 @@ def show(report: dict[str, Any], out: Path) -> None:
     console.rule("what each stage achieved")
     heads = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
     table = Table(*heads, box=None, padding=(0, 2, 0, 0))
-    for stage, moment in zip(TRAINING, ("before_sft", "after_sft"), strict=True):
-        numbers, right = report["stages"][stage], report["answer_accuracy"][moment]
-        bits, seconds = numbers["bits_per_byte"], report["seconds"][stage]
+    for stage, moment in TRAINING.items():
+        log, right = report["stages"][stage], report["answer_accuracy"][moment]
+        bits, seconds = log["bits_per_byte"], report["seconds"][stage]
+        learnt = (
+            (f"{log['tokens']:,}", f"{log['tokens_per_second']:,}")
+            if "tokens" in log
+            else (f"{log['pairs']:,} pairs", "")
+        )
         table.add_row(
-            *(stage, f"{seconds:.0f}", f"{numbers['tokens']:,}", f"{numbers['tokens_per_second']:,}"),
-            *(f"{numbers['final_loss']:.3f}", *(f"{bits[lang]:.3f}" if bits else "-" for lang in LANGUAGES)),
+            *(stage, f"{seconds:.0f}", *learnt, f"{log['final_loss']:.3f}"),
+            *(f"{bits[lang]:.3f}" if bits else "" for lang in LANGUAGES),
             *(f"{right.get(lang, 0):.1%}" for lang in LANGUAGES),
         )
     console.print(table)
-    console.print("tokens: those trained. bits/byte: of held-out texts, and of answers in held-out chats.")
-    console.print("right: held-out questions with the exact key in the answer. Nobody trained on these words;")
-    for kind, meaning in KINDS.items():
-        scores = {lang: report["answer_kinds"]["after_sft"].get(kind, {}).get(lang) for lang in LANGUAGES}
-        counts = ", ".join(f"{lang} {s['correct']} of {s['questions']}" for lang, s in scores.items() if s)
-        console.print(f"  {meaning}: {counts}", highlight=False)
+    for line in explanations(report):
+        console.print(line, highlight=False)
     console.rule("ten of the held-out questions, drawn by lot")
     for sample in report["samples"]:
         mark = "[green]right[/]" if sample["correct"] else f"[red]wrong[/] (expected: {sample['keys'][0]})"
@@ -211,9 +259,28 @@ def show(report: dict[str, Any], out: Path) -> None:
     console.rule("done")
     minutes, millions = report["total_seconds"] / 60, report["parameters"] / 1e6
     console.print(f"{millions:.1f} M parameters, trained from nothing; all steps took {minutes:.1f} minutes.")
-    print(f"loss curves:  {'  '.join(report['curves'])}")
+    print(f"loss curves:  {out}/*_{DIM}.png")
     print(f"everything above, as json:  {out / 'report.json'}")
-    print(f"go on chatting:  {interpreter()} 2-eval.py --checkpoint {out / f'full_sft_{DIM}.pth'}")
+    print(f"go on chatting:  {interpreter()} 2-eval.py --checkpoint {out / f'{LAST}_{DIM}.pth'}")
+
+
+def explanations(report: dict[str, Any]) -> list[str]:
+    """What the columns mean, and what does not fit into the table."""
+
+    def counts(scores: dict[str, Any]) -> str:
+        return ", ".join(
+            f"{lang} {scores[lang]['correct']} of {scores[lang]['questions']}" for lang in LANGUAGES if lang in scores
+        )
+
+    kinds = report["answer_kinds"]["after_sft"]
+    lines = [
+        "tokens: those trained. bits/byte: of held-out texts, and of answers in held-out chats.",
+        "right: held-out questions with the exact key in the answer. Nobody trained on these words;",
+        *(f"  {meaning}: {counts(kinds[kind])} after SFT" for kind, meaning in KINDS.items() if kind in kinds),
+    ]
+    before, after = report["identity"]["before_lora"], report["identity"]["after_lora"]
+    lines.append(f"LoRA, the new name and job in words never trained: before {counts(before)}; after {counts(after)}")
+    return lines
 
 
 def interpreter() -> str:
