@@ -26,8 +26,18 @@ PARTS = {"format", "stage", "config", "tokenizer", "model"}
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
-PARENTS: dict[str, tuple[str, ...]] = {"pretrain": (), "full_sft": ("pretrain",)}
-SCRIPTS = {"pretrain": "1-pretrain.py", "full_sft": "3-full_sft.py"}
+PARENTS: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "full_sft": ("pretrain",),
+    "lora_sft": ("full_sft",),
+    "dpo": ("lora_sft", "full_sft"),
+}
+SCRIPTS = {
+    "pretrain": "1-pretrain.py",
+    "full_sft": "3-full_sft.py",
+    "lora_sft": "4-lora_sft.py",
+    "dpo": "5-dpo_train.py",
+}
 
 Checkpoint = dict[str, Any]
 
