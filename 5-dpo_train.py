@@ -17,6 +17,7 @@ Writes  out/dpo_512.pth, and beside it the log (.jsonl), the curves (.png), the 
 Next:   2-eval.py (talk to it); inside: trainer/preference.py (the reference and the guard), corpus/pairs.py (the data).
 """
 
+import argparse
 import functools
 from pathlib import Path
 
@@ -71,19 +72,20 @@ def compute_loss(model, batch, args):
 
 
 def main() -> None:
-    rates = {"muon": 2e-5, "adamw": 1e-5}
+    rates = {"muon": 5e-5, "adamw": 2e-5}
     numbers = {"batch_size": 16, "eval_tokens": 65_536, "weight_decay": 0.0}
     parser = make_parser(__doc__, rates, data_path="dataset/dpo", **numbers)
     add = parser.add_argument_group("preferences").add_argument
     add("--loss", choices=tuple(BETA), default="dpo", help="what is made of the log-probabilities of a pair")
-    add("--beta", type=float, help="strength of the tie to the parent; simpo: scale of the reward "
-        "(when not given: " + ", ".join(f"{beta:g} for {loss}" for loss, beta in BETA.items()) + ")")  # fmt: skip
+    betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
+    add("--beta", type=float, default=argparse.SUPPRESS,
+        help=f"strength of the tie to the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
     add("--simpo_gamma", type=float, default=1.0, help="simpo: the margin that is asked for")
     add("--sft_weight", type=float, default=0.0, help="weight of the chosen answers' own loss (arXiv:2404.19733)")
     add("--max_chosen_drop", type=float, default=0.5,
         help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
     args = parser.parse_args()
-    args.beta = BETA[args.loss] if args.beta is None else args.beta
+    args.beta = getattr(args, "beta", BETA[args.loss])
     if args.beta <= 0:
         raise UserError(f"--beta {args.beta:g}: must be above 0")
 
@@ -106,9 +108,9 @@ def main() -> None:
         reference = preference.open_reference(run, model, tokenizer, folder, splits, file, 2 * args.batch_size)
         pairs = {s.removeprefix("val_"): Pairs(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
         data, loss = pairs.pop("train"), functools.partial(compute_loss, args=args)
-        guard = preference.make_guard(run, args, file)
-        loops = preference.watch_loops(run, model, tokenizer, pairs)
-        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], "pair", guard, loops)
+        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], unit="pair")
+        stage.guard = preference.make_guard(run, args, file)
+        stage.examine = preference.watch_loops(run, model, tokenizer, pairs)
         train(run, args, stage)
 
 

@@ -103,7 +103,7 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 watch.check(progress.step, result, step_batches)
                 row = training_row(stage, progress, result, lr, plan, clock, total, run.device.type)
                 log.step(progress.step, describe(row))
-                objection = stage.guard(row) if stage.guard and not result["skipped"] else ""
+                objection = stage.guard(row) if stage.guard else ""
                 reason = "" if progress.step == total or objection else run_over(result, clock)
                 last = bool(reason or objection) or progress.step == total
                 if progress.step % args.log_interval == 0 or progress.step == 1 or last:

@@ -126,9 +126,9 @@ def pair_statistics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tens
     pi_ref ("k3", Schulman 2020, http://joschu.net/blog/kl-approx.html), which for tokens drawn from pi_ref has the mean
     KL(pi_ref || pi). These tokens were written by somebody else, so it is a gauge of the distance, not the distance.
     """
-    ratio = (log_probs - batch["reference"]).detach()  # log r of every token, 0 outside the answers
-    lengths = (batch["labels"] != IGNORE).sum(1)
-    k3 = (ratio.exp() - 1 - ratio).sum(1)
+    answers = batch["labels"] != IGNORE
+    ratio, lengths = (log_probs - batch["reference"]).detach() * answers, answers.sum(1)  # log r of every token
+    k3 = (ratio.clamp(max=20).exp() - 1 - ratio).sum(1)
     (chosen, rejected), (chosen_k3, rejected_k3) = log_probs.detach().sum(1).chunk(2), k3.chunk(2)
     chosen_length, rejected_length = lengths.chunk(2)
     values = {
@@ -189,12 +189,12 @@ def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Call
                 )
             run.say(f"first loss {first:.4f}, expected {expected:.4f} ± {band:g}: as it should be")
         drop = -row["chosen_change"] / max(row["chosen_length"], 1)
-        if not args.max_chosen_drop or drop <= args.max_chosen_drop:
-            return ""
-        return (
-            f"the chosen answers have become e^{drop:.2f} times less likely per token than the parent found them "
-            f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate, more --beta or --sft_weight"
-        )
+        if args.max_chosen_drop and drop > args.max_chosen_drop:
+            return (
+                f"the chosen answers have become e^{drop:.2f} times less likely per token than the parent found them "
+                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate, more --beta or --sft_weight"
+            )
+        return ""
 
     return guard
 
@@ -228,7 +228,8 @@ def watch_loops(
 
     def measure(when: str) -> dict[str, float]:
         rates = loop_rate(run, model, tokenizer, validation) if run.is_main else {}
-        run.say(f"answers that loop, {when}: " + ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items()))
+        shown = ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items())
+        run.say(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
         return rates
 
     before = measure("before")
