@@ -191,8 +191,8 @@ def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Call
         drop = -row["chosen_change"] / max(row["chosen_length"], 1)
         if args.max_chosen_drop and drop > args.max_chosen_drop:
             return (
-                f"the chosen answers have become e^{drop:.2f} times less likely per token than the parent found them "
-                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate, more --beta or --sft_weight"
+                f"the chosen answers have become e^{drop:.2f} times less likely per token than they were to the parent "
+                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate, more --sft_weight"
             )
         return ""
 
