@@ -42,7 +42,7 @@ def normalise_pair(row: Any) -> Pair:
     if not isinstance(row, dict) or not row.keys() >= set(SIDES):
         raise BadRow("none of the keys of a pair")
     chosen, rejected = (_conversation(row, side) for side in SIDES)
-    shared = sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)))
+    shared = _common(chosen, rejected)
     answers = chosen[shared:], rejected[shared:]
     if not any(answers):
         raise UnfitRow("chosen and rejected are the same")
@@ -51,6 +51,11 @@ def normalise_pair(row: Any) -> Pair:
     if any(answer[0]["role"] != "assistant" for answer in answers):
         raise UnfitRow("chosen and rejected have different prompts")
     return chosen[:shared], *answers
+
+
+def _common(one: list[Any], other: list[Any]) -> int:
+    """How many entries both begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 
 
 def _conversation(row: dict[str, Any], side: str) -> list[Message]:
@@ -138,9 +143,9 @@ def render_pair(item: Item, tokenizer: Any, max_seq_len: int, report: DataReport
 def _render_answer(prompt: list[Message], answer: list[Message], tokenizer: Any) -> Document:
     """One conversation; its mask holds the answer alone, without what the assistant said in the prompt."""
     ids, mask = tokenizer.render([*prompt, *answer])
-    # Each run of trained tokens is one answer, and the prompt's come first.
-    starts = [i for i, trained in enumerate(mask) if trained and not (i and mask[i - 1])]
-    start = starts[sum(message["role"] == "assistant" for message in prompt)]
+    asked, _ = tokenizer.render(prompt, add_generation_prompt=True)
+    # Where they part, the answer begins; a token may hold the end of the prompt and the beginning of the answer.
+    start = _common(ids, asked)
     return ids, [0] * start + mask[start:], answer_bytes(answer)
 
 
