@@ -103,9 +103,9 @@ def main() -> None:
         with run.main_first():  # the first process tokenises, the others find it done
             folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len, form=PAIRS))
         splits = open_data(folder, "pairs", tokenizer)
-        preference.compare_languages(run, folder, parent["lineage"], tokenizer)
+        preference.compare_languages(run, folder, parent["lineage"])
         file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"
-        reference = preference.open_reference(run, model, tokenizer, folder, splits, file, 2 * args.batch_size)
+        reference = preference.open_reference(run, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
         pairs = {s.removeprefix("val_"): Pairs(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
         data, loss = pairs.pop("train"), functools.partial(compute_loss, args=args)
         stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], unit="pair")

@@ -49,29 +49,30 @@ def without_dropout(model: Transformer) -> Transformer:
 
 
 def open_reference(
-    run: Run, model: Transformer, tokenizer: ChatTokenizer, folder: str, splits: list[str], path: Path, batch_size: int
+    run: Run, model: Transformer, folder: str, pad_id: int, path: Path, batch_size: int
 ) -> dict[str, Tensor]:
     """log p of every answer token under `model`, by split, each (tokens of the split,), fp32, 0 outside the answers.
 
     From the file at `path` when it was made by the same weights, tokenizer, data and number format; else computed by
     all processes together and written there.
     """
+    meta = read_meta(folder)
     key = {
         "parent": weights_fingerprint(model),
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": meta["tokenizer"],
         "data": folder_fingerprint(folder),
         "dtype": str(run.dtype).removeprefix("torch."),
     }
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        kept = kept if kept["key"] == key and kept["log_probs"].keys() == set(splits) else None
+        kept = kept if kept["key"] == key and kept["log_probs"].keys() == meta["splits"].keys() else None
     except Exception:  # missing, damaged or foreign: it can be made again
         kept = None
     if run.sum([float(kept is not None)])[0] == run.world:
         run.say(f"reference: log-probabilities of {path} (same parent, tokenizer and data)")
         return kept["log_probs"]
     model.to(run.device).eval()
-    answers = {split: Chats(folder, split, tokenizer.pad_id) for split in splits}
+    answers = {split: Chats(folder, split, pad_id) for split in meta["splits"]}
     run.say(f"reference: log-probabilities of {sum(map(len, answers.values())):,} answers, to be kept in {path}")
     log_probs = {split: reference_log_probs(run, model, data, batch_size) for split, data in answers.items()}
     if run.is_main:
@@ -144,7 +145,7 @@ def pair_statistics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tens
     return {name: (value * pairs).sum() for name, value in values.items()}
 
 
-def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]], tokenizer: ChatTokenizer) -> None:
+def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]]) -> None:
     """Say the pairs' share of Chinese beside that of the chats that the parent learnt to answer from."""
 
     def share_of_chinese(tokens: str | Path) -> float:
@@ -154,7 +155,7 @@ def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]], toke
     ours = share_of_chinese(folder)
     chats = next((Path(entry["data"]) for entry in reversed(lineage) if entry.get("stage") == "full_sft"), None)
     try:
-        theirs = share_of_chinese(chats / f"tokens-{tokenizer.fingerprint}") if chats else None
+        theirs = share_of_chinese(chats / Path(folder).name) if chats else None  # tokens-<tokenizer>, there as here
     except (UserError, KeyError):
         theirs = None
     if theirs is None:
