@@ -82,7 +82,7 @@ def main() -> None:
         help=f"strength of the tie to the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
     add("--simpo_gamma", type=float, default=1.0, help="simpo: the margin that is asked for")
     add("--sft_weight", type=float, default=0.0, help="weight of the chosen answers' own loss (arXiv:2404.19733)")
-    add("--max_chosen_drop", type=float, default=0.5,
+    add("--max_chosen_drop", type=float, default=0.2,
         help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
     args = parser.parse_args()
     args.beta = getattr(args, "beta", BETA[args.loss])

@@ -3,7 +3,7 @@
     reference   log p(token | before) of every answer token under the parent, computed once and kept in a file, so that
                 training holds one model:   out/dpo_{size}.reference = {key, log_probs: {split: (tokens,)}}
     guard       DPO only asks that the better answer gain on the worse one; both may become unlikely together
-                (arXiv:2402.13228, section 3). When the better ones have, the stage ends and says so.
+                (Pal et al. 2024, arXiv:2402.13228). When the better ones have, the stage ends and says so.
     loop rate   share of greedy answers to held-out prompts that end up repeating themselves, before and after
 
 Read next: ../5-dpo_train.py (the formula), batches.py (Pairs), loop.py (who asks the guard).
