@@ -2,11 +2,12 @@
 
     python data_process.py pretrain FILES…     text  -> dataset/pretrain/  token shards, split by content hash
     python data_process.py sft FILES…          chats -> dataset/sft/       train.jsonl, val.jsonl, token shards + masks
+    python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, of a chosen and a rejected answer
     python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
 
 FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
 Needs a tokenizer (train_tokenizer.py).
-Read next: corpus/pack_texts.py and corpus/pack.py (what happens here), 1-pretrain.py (who reads it).
+Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it).
 """
 
 import argparse
@@ -18,6 +19,8 @@ from typing import Any
 
 from corpus.errors import UserError, fail_in_one_line
 from corpus.report import DataReport
+
+TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     say_what_did_not_fit(args, report)
     summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
     print(f"written: {args.out_dir} (tokens: {summary})")
-    print(f"next: python {'1-pretrain.py' if args.kind == 'pretrain' else '3-full_sft.py'} --data_path {args.out_dir}")
+    print(f"next: python {TRAINED_BY[args.kind]} --data_path {args.out_dir}")
 
 
 def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch: Callable[[], None]) -> dict[str, Any]:
@@ -57,16 +60,27 @@ def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch:
 
     if args.kind == "pretrain":
         return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch)
-    return pack_chats(args.files, tokenizer, args.out_dir, args.max_seq_len, args.val_share, report, on_batch)
+    form = form_of(args.kind)
+    return pack_chats(args.files, tokenizer, args.out_dir, args.max_seq_len, args.val_share, report, on_batch, form)
+
+
+def form_of(kind: str) -> Any:
+    """Chats or pairs: how their rows are read and rendered."""
+    from corpus.pack import CHATS
+    from corpus.pairs import PAIRS
+
+    return PAIRS if kind == "dpo" else CHATS
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft")
-    for kind, what, out_dir in (
-        ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py", "dataset/pretrain"),
-        ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py", "dataset/sft"),
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo")
+    for kind, what in (
+        ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py"),
+        ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py"),
+        ("dpo", "pairs of a chosen and a rejected answer -> cleaned jsonl and token shards for 5-dpo_train.py"),
     ):
+        held_out = 0.05 if kind == "dpo" else 0.01  # pairs are few, and each gives one bit: which answer won
         sub = kinds.add_parser(kind, help=what, description=what)
         sub.add_argument(
             "files", nargs="+", metavar="FILES", help="txt, jsonl, json, csv, parquet; also .gz .xz .zst .bz2"
@@ -74,17 +88,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
         )
-        sub.add_argument("--out_dir", default=out_dir, help="folder to write (default: %(default)s)")
-        sub.add_argument("--val_share", type=share, default=0.01, help="share held out for validation (default: 0.01)")
+        sub.add_argument("--out_dir", default=f"dataset/{kind}", help="folder to write (default: %(default)s)")
+        sub.add_argument(
+            "--val_share", type=share, default=held_out, help="share held out for validation (default: %(default)s)"
+        )
         sub.add_argument(
             "--max_bad_share", type=share, default=0.01, help="share of unusable rows to put up with (default: 0.01)"
         )
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
-        if kind == "sft":
-            sub.add_argument(
-                "--max_seq_len", type=int, default=512, help="longer chats lose their last turns (default: %(default)s)"
-            )
+        if kind != "pretrain":
+            longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
+            sub.add_argument("--max_seq_len", type=int, default=512, help=f"longer {longer} (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -128,44 +143,45 @@ def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], 
 
 def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
     """A tenth of the chats lost to their length is easily overlooked in a table."""
-    too_long = sum(reason.count for name, reason in report.dropped.items() if name.startswith("first turn longer"))
+    too_long = sum(reason.count for name, reason in report.dropped.items() if name.endswith(" tokens"))
     if too_long > 0.05 * report.read:
-        print(f"note: {too_long / report.read:.1%} of the chats do not fit: a larger --max_seq_len keeps more of them")
+        print(f"note: {too_long / report.read:.1%} of the rows do not fit: a larger --max_seq_len keeps more of them")
 
 
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
 def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
-    from corpus.items import chat_items, text_items
-    from corpus.pack import render_chat
+    from corpus.items import text_items
     from corpus.pack_texts import tokenise_texts
 
-    samples: list[tuple[int, int, str, list[int], list[int]]] = []
+    samples: list[tuple[int, int, str, list[Any]]] = []
 
-    def consider(item: Any, ids: list[int], mask: list[int]) -> None:
-        entry = (-item.key, report.kept, f"{item.file}:{item.line} ({item.language})", ids, mask)
+    def consider(item: Any, documents: list[Any]) -> None:
+        entry = (-item.key, report.kept, f"{item.file}:{item.line} ({item.language})", documents)
         if len(samples) < args.samples:
             heapq.heappush(samples, entry)
         elif samples:
             heapq.heappushpop(samples, entry)
 
     with progress_bar(args.files, report) as on_batch:
-        if args.kind == "sft":
-            for number, item in enumerate(chat_items(args.files, report)):
-                rendered = render_chat(item, tokenizer, args.max_seq_len, report)
-                if rendered:
-                    consider(item, rendered[0], rendered[1])
+        if args.kind != "pretrain":
+            form = form_of(args.kind)
+            for number, item in enumerate(form.items(args.files, report)):
+                if documents := form.render(item, tokenizer, args.max_seq_len, report):
+                    consider(item, documents)
                 if number % 1000 == 0:
                     on_batch()
         else:
             for batch in tokenise_texts(((False, item) for item in text_items(args.files, report)), tokenizer, report):
                 for _, item, ids in batch:
-                    consider(item, ids[:120].tolist(), [])
+                    consider(item, [(ids[:120].tolist(), [], 0)])
                 on_batch()
     report.print()
     say_what_did_not_fit(args, report)
-    for *_, title, shown, mask in sorted(samples, reverse=True):
-        show_sample(tokenizer, title, shown, mask)
+    for *_, title, documents in sorted(samples, reverse=True):
+        for number, (ids, mask, _) in enumerate(documents):
+            which = ["chosen", "rejected"][number] + ", " if args.kind == "dpo" else ""
+            show_sample(tokenizer, which + title, ids, mask)
     if not report.kept:
         raise UserError("nothing in these files can be trained on: see the report")
 

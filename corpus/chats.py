@@ -60,7 +60,7 @@ def normalise_chat(row: Any) -> list[Message]:
     turns: Any = next((row[key] for key in LIST_KEYS if key in row), None)
     pair = _pair_keys(row)
     if not is_missing(turns):
-        messages = _from_list(turns)
+        messages = messages_from_list(turns)
     elif pair:
         messages = _from_pair(row, *pair)
     elif is_chat(row):
@@ -68,9 +68,9 @@ def normalise_chat(row: Any) -> list[Message]:
     else:
         raise BadRow("none of the keys of a chat")
     system = row.get("system")
-    if not _blank(system) and (not messages or messages[0]["role"] != "system"):
+    if not is_blank(system) and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": sound_text(system, "system")})
-    _check_turns(messages)
+    check_turns(messages)
     return messages
 
 
@@ -89,24 +89,27 @@ def _pair_keys(row: dict[str, Any]) -> tuple[str, str] | None:
     return next(((ask, answer) for ask, answer in PAIR_KEYS if ask in row and answer in row), None)
 
 
-def _blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
+    """True for null, NaN and text without a letter in it."""
     return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
-def _from_list(turns: Any) -> list[Message]:
+def messages_from_list(turns: Any) -> list[Message]:
+    """The messages of a list, or of text that spells one; each sound by itself. Raises BadRow with the reason."""
     if isinstance(turns, str):  # a csv or parquet cell
         turns = _parse(turns, "the list of messages")
     if not isinstance(turns, (list, tuple)):
         raise BadRow("the messages are not a list")
     if not turns:
         raise BadRow("no messages")
-    messages = [_message(turn) for turn in turns]
-    if _blank(messages[0]["content"]) and messages[0]["role"] == "system":
+    messages = [message_of(turn) for turn in turns]
+    if is_blank(messages[0]["content"]) and messages[0]["role"] == "system":
         del messages[0]  # many files carry an empty system message everywhere: it says nothing
     return [{"role": m["role"], "content": sound_text(m["content"], m["role"] + " message")} for m in messages]
 
 
-def _message(turn: Any) -> dict[str, Any]:
+def message_of(turn: Any) -> dict[str, Any]:
+    """{"role", "content"} of one entry, whatever its keys are called; the content is not looked at yet."""
     if not isinstance(turn, dict):
         raise BadRow("a message is not an object")
     role = next((turn[key] for key in ROLE_KEYS if key in turn), None)
@@ -124,7 +127,7 @@ def _message(turn: Any) -> dict[str, Any]:
 
 def _from_pair(row: dict[str, Any], ask: str, answer: str) -> list[Message]:
     question = sound_text(row[ask], ask)
-    if not _blank(row.get("input")):
+    if not is_blank(row.get("input")):
         question += "\n" + sound_text(row["input"], "input")
     pairs = [*_history(row.get("history")), (question, sound_text(row[answer], answer))]
     return [
@@ -136,7 +139,7 @@ def _from_pair(row: dict[str, Any], ask: str, answer: str) -> list[Message]:
 
 def _history(value: Any) -> list[tuple[str, str]]:
     """Earlier turns [[question, answer], ...] of a row, given as a list or as text in JSON or Python notation."""
-    if _blank(value):
+    if is_blank(value):
         return []
     if isinstance(value, str):
         value = _parse(value, "history")
@@ -159,7 +162,8 @@ def _parse(text: str, field: str) -> Any:
     raise BadRow(f"{field} is neither JSON nor a Python list")
 
 
-def _check_turns(messages: list[Message]) -> None:
+def check_turns(messages: list[Message]) -> None:
+    """Raises BadRow unless user and assistant speak in turn, after at most one system message."""
     roles = [message["role"] for message in messages]
     if roles and roles[0] == "system":
         roles = roles[1:]

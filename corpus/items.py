@@ -6,7 +6,7 @@ The side depends on the content alone, never on the order of the files: the same
 set. For chats the content is the first question, so that no question is both trained and tested. A language with 20
 items or more of which none has so low a hash gives the lowest one, so that small data has a validation split too.
 
-Read next: read.py (where rows come from), pack_texts.py and pack.py (where they go).
+Read next: read.py (where rows come from), pairs.py (pairs of answers), pack_texts.py and pack.py (where they go).
 """
 
 import hashlib
@@ -27,11 +27,12 @@ class Item:
     """A document or a chat on its way."""
 
     text: str
-    messages: list[Message]  # empty for plain text
+    messages: list[Message]  # empty for plain text; of a pair only what both answers share
     language: str
     key: int  # 64-bit hash that chooses the split
     file: str
     line: int
+    answers: tuple[list[Message], ...] = ()  # pairs only: the better answer, the worse one
 
 
 def content_key(text: str) -> int:

@@ -77,7 +77,7 @@ def read_texts(paths: Iterable[Path_], report: DataReport) -> Iterator[Document]
 
     Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
-    for file, line, row in _all_rows(paths, report, EXPECTED_TEXT):
+    for file, line, row in all_rows(paths, report, EXPECTED_TEXT):
         try:
             text = _text_of(row)
         except BadRow as reason:
@@ -89,7 +89,7 @@ def read_texts(paths: Iterable[Path_], report: DataReport) -> Iterator[Document]
 
 def read_chats(paths: Iterable[Path_], report: DataReport) -> Iterator[Chat]:
     """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
-    for file, line, row in _all_rows(paths, report, EXPECTED_CHAT):
+    for file, line, row in all_rows(paths, report, EXPECTED_CHAT):
         try:
             messages = normalise_chat(row)
         except BadRow as reason:
@@ -99,7 +99,7 @@ def read_chats(paths: Iterable[Path_], report: DataReport) -> Iterator[Chat]:
         yield Chat(messages, file, line)
 
 
-def _all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Iterator[tuple[str, int, Any]]:
+def all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Iterator[tuple[str, int, Any]]:
     """Rows of all files; after each file, and at the end, the report judges."""
     files = [os.fspath(path) for path in paths]
     for file in files:

@@ -27,6 +27,10 @@ class BadRow(Exception):
     """A row that cannot be used. The message is the reason, without the row's own content."""
 
 
+class UnfitRow(BadRow):
+    """A sound row that is left out on purpose: it is dropped, not counted as bad."""
+
+
 @dataclass
 class Reason:
     count: int = 0
@@ -99,15 +103,20 @@ class DataReport:
         """A chat is kept, but lost its last turns."""
         _count(self.shortened, reason, file, line)
 
-    def keep(self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0) -> None:
-        """One more document or chat is in the data set; lengths in characters, tokens and UTF-8 bytes."""
+    def keep(
+        self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
+    ) -> None:
+        """One more document, chat or pair is in the data set; lengths in characters, tokens and UTF-8 bytes.
+
+        `longest`: tokens of the longer half of a pair; it is what has to fit.
+        """
         self.kept += 1
         self.trained_tokens += trained_tokens
         self.text_bytes += utf8_bytes
         mix = self.languages.setdefault(language, {"documents": 0, "characters": 0, "tokens": 0, "bytes": 0})
         for name, amount in (("documents", 1), ("characters", characters), ("tokens", tokens), ("bytes", utf8_bytes)):
             mix[name] += amount
-        self.histogram[min(BINS, max(0, (tokens - 1) // FIRST_BIN).bit_length())] += 1
+        self.histogram[min(BINS, max(0, ((longest or tokens) - 1) // FIRST_BIN).bit_length())] += 1
 
     # ---- judging ----
     def check_cap(self, expected_rows: float = 0) -> None:

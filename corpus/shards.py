@@ -32,7 +32,11 @@ from corpus.errors import UserError
 
 FORMAT = 1
 SHARD_TOKENS = 100_000_000
-COMMANDS = {"pretrain": "python data_process.py pretrain FILES…", "chats": "python data_process.py sft FILES…"}
+COMMANDS = {  # by the kind of data
+    "pretrain": "python data_process.py pretrain FILES…",
+    "chats": "python data_process.py sft FILES…",
+    "pairs": "python data_process.py dpo FILES…",
+}
 OUR_FILES = (
     "meta.json",
     "progress.json",
@@ -224,8 +228,7 @@ def publish(partial: Folder, out_dir: Folder) -> None:
 def read_meta(folder: Folder) -> dict[str, Any]:
     """The folder's meta.json. Raises UserError naming the command to run when there is none, or one of another kind."""
     path = Path(folder) / "meta.json"
-    chats = Path(folder).name.startswith(("sft", "tokens-"))
-    command = COMMANDS["chats" if chats else "pretrain"]
+    command = _command_for(Path(folder))
     if not path.is_file():
         raise UserError(f"no training data in {folder}: run `{command}` first")
     try:
@@ -235,6 +238,13 @@ def read_meta(folder: Folder) -> dict[str, Any]:
         raise UserError(f"{path}: format {meta['format']}, this version reads {FORMAT}: run `{command}` again")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the meta.json of a data folder: run `{command}` again") from None
+
+
+def _command_for(folder: Path, masked: bool = False) -> str:
+    """The command that makes such a folder, told from its name."""
+    names = (folder.name, folder.absolute().parent.name)
+    kind = "pairs" if any(name.startswith("dpo") for name in names) else "chats"
+    return COMMANDS[kind if masked or folder.name.startswith(("sft", "dpo", "tokens-")) else "pretrain"]
 
 
 def open_split(folder: Folder, split: str) -> "TokenSplit":
@@ -322,7 +332,7 @@ class TokenSplit:
         want = shard["tokens"] * np.dtype(self.dtype).itemsize
         found = path.stat().st_size if path.is_file() else -1
         if found != want or not index.is_file() or index.stat().st_size < 8 * (shard["documents"] + 1):
-            command = COMMANDS["chats" if path.with_suffix(".mask").exists() else "pretrain"]
+            command = _command_for(self.folder, path.with_suffix(".mask").exists())
             raise UserError(f"{path} is damaged or incomplete ({found:,} of {want:,} bytes): run `{command}` again")
 
     def __getstate__(self) -> dict[str, Any]:

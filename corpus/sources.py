@@ -32,7 +32,8 @@ SUFFIX_FORMATS = {
     ".parquet": "parquet",
 }
 TEXT_KEYS = ("text", "content", "contents", "raw_content", "document", "passage", "article", "body")
-_HEADER_KEYS = {*TEXT_KEYS, "q", "a", "question", "answer", "instruction", "output", "prompt", "response", "history"}
+_CHAT_KEYS = {"q", "a", "question", "answer", "instruction", "output", "prompt", "response", "history"}
+_HEADER_KEYS = {*TEXT_KEYS, *_CHAT_KEYS, "chosen", "rejected"}
 
 
 def check_input(file: str | os.PathLike[str]) -> None:

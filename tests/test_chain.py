@@ -139,7 +139,7 @@ def test_help_is_quick_and_imports_no_torch(name):
     assert time.monotonic() - started < 2 * 3, "two seconds, three times over for a busy machine"
 
 
-@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py"])
+@pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])
 def test_shared_flags_are_frozen(name):
     """The flags that docs and users rely on; both spellings of the one that deepspeed adds."""
     text = run_process(sys.executable, name, "--help").stdout

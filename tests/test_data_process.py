@@ -317,9 +317,9 @@ def test_long_chats_are_cut_at_whole_turns(tokenizer, turns, system, limit):
     prefixes = [messages[:end] for end in range(len(messages), 1, -1) if messages[end - 1]["role"] == "assistant"]
     fitting = next((p for p in prefixes if len(tokenizer.render(p)[0]) <= limit), None)
     if fitting is None:
-        assert rendered is None and report.dropped_rows == 1
+        assert rendered == [] and report.dropped_rows == 1
         return
-    ids, mask, answer_bytes = rendered
+    ((ids, mask, answer_bytes),) = rendered
     assert (ids, mask) == tokenizer.render(fitting)
     assert answer_bytes == sum(len(m["content"].encode()) for m in fitting if m["role"] == "assistant")
     assert len(report.shortened) == (len(fitting) < len(messages))

@@ -58,23 +58,25 @@ def test_ignored_positions_change_nothing():
     assert before.item() == after.item()
 
 
-def test_logits_never_exist_whole(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 16)
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many entries the largest tensor had that was made inside."""
+
     largest = 0
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
 
+
+def test_logits_never_exist_whole(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", 16)
     hidden, weight, labels = problem(256, dim=4, vocab=300, ignored=0.0)
-    with Watch():
+    with LargestTensor() as watch:
         cross_entropy_sum(hidden, weight, labels)[0].backward()
-    assert largest <= 16 * 300 < 256 * 300
+    assert watch.largest <= 16 * 300 < 256 * 300
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

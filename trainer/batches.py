@@ -4,7 +4,8 @@
     global batch = batch_size x processes x accumulation_steps rows, cut into micro-batches that all processes share
 
 Pretraining rows are windows of a stream of tokens: no padding at all. Chat rows are whole conversations, put together
-with others of about the same length; the few pads stand on the right, where no real token can see them.
+with others of about the same length; the few pads stand on the right, where no real token can see them. Pairs are two
+conversations each, and go through the model together.
 Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk).
 """
 
@@ -16,11 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from corpus.errors import UserError
-from corpus.shards import open_split, read_meta
+from corpus.shards import COMMANDS, open_split, read_meta
 from model.chat import ChatTokenizer
 from trainer.loss import IGNORE
 
 # input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: their numbers
+# pairs: the chosen answers' rows, then the rejected ones'; and reference (rows, seq), the frozen parent's log p(label)
 Batch = dict[str, torch.Tensor]
 POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
 
@@ -31,16 +33,16 @@ def open_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
     Raises UserError naming the command to run, long before a wrong id would reach the embedding.
     """
     meta = read_meta(folder)
-    script = "data_process.py pretrain" if kind == "pretrain" else "data_process.py sft"
+    command = COMMANDS[kind]
     if meta["kind"] != kind:
-        raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `python {script} FILES…`")
+        raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `{command}`")
     if meta["tokenizer"] != tokenizer.fingerprint or meta["vocab_size"] > tokenizer.vocab_size:
         raise UserError(
             f"{folder} was made with tokenizer {meta['tokenizer']}, the model has {tokenizer.fingerprint}: "
-            f"run `python {script} FILES… --tokenizer …` again, or name the tokenizer that made it"
+            f"run `{command} --tokenizer …` again, or name the tokenizer that made it"
         )
     if meta["splits"].get("train", {}).get("tokens", 0) < 2:
-        raise UserError(f"{folder} has no training tokens: give `python {script}` more text")
+        raise UserError(f"{folder} has no training tokens: give `{command}` more text")
     return list(meta["splits"])
 
 
@@ -100,6 +102,39 @@ class Chats:
         return as_batch(input_ids, labels, real, rows)
 
 
+class Pairs:
+    """Pairs of answers: row i is documents 2i (chosen) and 2i + 1 (rejected) of a split.
+
+    `reference`: log p of every token of the split under the frozen parent, shape (tokens,), fp32 (preference.py).
+    """
+
+    def __init__(self, folder: str, split: str, pad_id: int, reference: torch.Tensor) -> None:
+        self.answers, self.reference = Chats(folder, split, pad_id), reference
+        self.starts = self.answers.tokens.starts()
+
+    def __len__(self) -> int:
+        return len(self.answers) // 2
+
+    def row_lengths(self) -> np.ndarray:
+        return 2 * self.answers.row_lengths().reshape(-1, 2).max(axis=1)  # both are as wide as the longer one
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        rows = np.asarray(rows)
+        documents = np.concatenate([2 * rows, 2 * rows + 1])
+        batch = self.answers.batch(documents)
+        batch["reference"] = torch.zeros(batch["labels"].shape)
+        for i, document in enumerate(documents):
+            start, end = self.starts[document], self.starts[document + 1]
+            batch["reference"][i, : end - start - 1] = self.reference[start + 1 : end]  # labels are moved on by one
+        return batch | {"rows": torch.as_tensor(rows, dtype=torch.int64)}
+
+    def prompt(self, row: int) -> list[int]:
+        """The ids of a row up to where the assistant is to answer."""
+        ids, mask = self.answers.tokens.document(2 * row)
+        assert mask is not None, "pairs carry a mask"
+        return ids[: int(mask.argmax())].tolist()
+
+
 def as_batch(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray, rows: np.ndarray) -> Batch:
     return {
         "input_ids": torch.from_numpy(np.ascontiguousarray(input_ids)),
@@ -154,10 +189,15 @@ class StepBatches(Dataset[list[Batch]]):
     def micro_batch(self, rows: np.ndarray) -> Batch:
         if len(rows):
             return self.data.batch(rows)
-        batch = self.data.batch(np.array([0]))  # nothing left for this process: take part, train nothing
-        batch["labels"].fill_(IGNORE)
-        batch["real"].fill_(False)
-        return batch
+        return nothing(self.data)
+
+
+def nothing(data: Rows) -> Batch:
+    """A batch for a process that has no row left: it takes part and trains nothing."""
+    batch = data.batch(np.array([0]))
+    batch["labels"].fill_(IGNORE)
+    batch["real"].fill_(False)
+    return batch
 
 
 def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
@@ -174,13 +214,15 @@ def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -
 
 def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_tokens: int) -> Iterator[Batch]:
     """This process's part of batches that hold about `max_tokens` tokens in all: always the same rows."""
-    lengths, taken = data.row_lengths(), 0
+    lengths, taken, number = data.row_lengths(), 0, 0
     order = np.arange(len(data)) if lengths is None else np.random.default_rng(0).permutation(len(data))
-    for number, start in enumerate(range(0, len(data), batch_size)):
+    for start in range(0, len(data), batch_size):
         if taken >= max_tokens:
-            return
-        rows = order[start : start + batch_size]
-        batch = data.batch(rows)
+            break
+        batch = data.batch(order[start : start + batch_size])
         taken += batch["input_ids"].numel()
         if number % world == rank:
             yield batch
+        number += 1
+    if number <= rank:  # fewer batches than processes: still everybody knows what there is to be summed
+        yield nothing(data)

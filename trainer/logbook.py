@@ -88,15 +88,18 @@ class Logbook:
             print(f"{self.title} {row['step']}/{self.total_steps} {describe(row)}", flush=True)
 
     def validation(self, row: Row) -> None:
-        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}."""
+        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, or "val_accuracy" and more for pairs."""
         if not self.is_main:
             return
         self.write(row)
-        shown = ", ".join(
-            f"{split} loss {loss:.3f} = {row['bits_per_byte'][split]:.3f} bits/byte"
-            for split, loss in row["val_loss"].items()
-        )
-        self.say(f"step {row['step']}: validation {shown}")
+        shown = []
+        for split, loss in row["val_loss"].items():
+            if "bits_per_byte" in row:
+                more = f" = {row['bits_per_byte'][split]:.3f} bits/byte"
+            else:
+                more = pair_figures(row["val_accuracy"][split], row["val_margin"][split])
+            shown.append(f"{split} loss {loss:.3f}{more}")
+        self.say(f"step {row['step']}: validation {', '.join(shown)}")
 
     def write(self, row: Row) -> None:
         self.rows.append(row)
@@ -151,11 +154,19 @@ def describe(row: Row) -> str:
     left = row.get("seconds_left")
     eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
     memory = f" mem {row['peak_memory_mb'] / 1024:.1f}G" if row.get("peak_memory_mb") else ""
-    return f"loss {row['loss']:.3f} lr {row['lr']:.2e} {row['tokens_per_second']:,.0f} tok/s{eta}{memory}"
+    pairs = pair_figures(row["accuracy"], row["margin"]) if "accuracy" in row else ""
+    return f"loss {row['loss']:.3f}{pairs} lr {row['lr']:.2e} {row['tokens_per_second']:,.0f} tok/s{eta}{memory}"
+
+
+def pair_figures(accuracy: float, margin: float) -> str:
+    return f" accuracy {accuracy:.1%} margin {margin:.3f}"
 
 
 def draw_curves(rows: list[Row], path: Path, title: str) -> None:
-    """Training loss, and validation loss and bits per byte by split, over the tokens seen, as a PNG."""
+    """Training loss, and validation loss and bits per byte by split, over the tokens seen, as a PNG.
+
+    Of a stage that learns from pairs: the share of pairs ranked right, over the pairs seen.
+    """
     train = [row for row in rows if "loss" in row]
     if not train:
         return
@@ -164,16 +175,19 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    pairs = "pairs" in train[-1]
+    unit, scale, score = ("pairs", 1, "val_accuracy") if pairs else ("tokens", 1e6, "bits_per_byte")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot([row["tokens"] / 1e6 for row in train], [row["loss"] for row in train], label="train", linewidth=1)
+    left.plot([row[unit] / scale for row in train], [row["loss"] for row in train], label="train", linewidth=1)
     validations = [row for row in rows if "val_loss" in row]
-    tokens = [row["tokens"] / 1e6 for row in validations]
+    seen = [row[unit] / scale for row in validations]
     for i, split in enumerate(validations[-1]["val_loss"] if validations else (), start=1):
         style = {"marker": ".", "color": f"C{i}", "label": f"validation {split}"}
-        left.plot(tokens, [row["val_loss"][split] for row in validations], **style)
-        right.plot(tokens, [row["bits_per_byte"][split] for row in validations], **style)
-    for axes, name in ((left, "loss (nats per token)"), (right, "bits per byte, validation")):
-        axes.set_xlabel("million tokens trained")
+        left.plot(seen, [row["val_loss"][split] for row in validations], **style)
+        right.plot(seen, [row[score][split] for row in validations], **style)
+    names = ("loss per pair", "share of pairs ranked right") if pairs else ("loss (nats per token)", "bits per byte")
+    for axes, name in ((left, names[0]), (right, names[1] + ", validation")):
+        axes.set_xlabel("pairs trained" if pairs else "million tokens trained")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:

@@ -49,6 +49,9 @@ class Stage:
     data: Rows
     validation: dict[str, Rows] = field(default_factory=dict)  # split ("zh", "en") -> rows
     lineage: list[dict[str, Any]] = field(default_factory=list)  # of the parent
+    unit: str = "token"  # what losses are summed over and divided by: "pair" for DPO
+    guard: Callable[[Row], str] | None = None  # asked after every step: why the stage should end here, or ""
+    examine: Callable[[], Row] | None = None  # what else is measured with the final validation
 
     def path(self, out_dir: str) -> Path:
         return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
@@ -80,13 +83,14 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
 
     def save() -> None:
         if run.is_main:
-            save_model(path, stage.model, stage.name, stage.tokenizer, [*stage.lineage, entry(args, stage, progress)])
+            lineage = [*stage.lineage, entry(args, stage, progress, objection)]
+            save_model(path, stage.model, stage.name, stage.tokenizer, lineage)
             save_progress(path, stage.model, optimizers, scaler, progress)
         run.wait()
 
     clock = Clock(args.max_minutes, progress.step / max(total, 1), progress.seconds)
     watch = Watch(log, scaler.is_enabled())
-    reason = ""
+    reason = objection = ""  # why the run ends early: for now, or because the guard will have no more of it
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
@@ -97,10 +101,11 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 clock.step_ends(run)
                 progress.advance(result, clock.seconds)
                 watch.check(progress.step, result, step_batches)
-                row = training_row(progress, result, lr, plan, clock, total, run.device.type)
+                row = training_row(stage, progress, result, lr, plan, clock, total, run.device.type)
                 log.step(progress.step, describe(row))
-                reason = "" if progress.step == total else run_over(result, clock)
-                last = bool(reason) or progress.step == total
+                objection = stage.guard(row) if stage.guard else ""
+                reason = "" if progress.step == total or objection else run_over(result, clock)
+                last = bool(reason or objection) or progress.step == total
                 if progress.step % args.log_interval == 0 or progress.step == 1 or last:
                     log.row(row)
                 if last:
@@ -112,13 +117,15 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
         save()
         if stage.validation and "SIG" not in reason:
             progress.validation = validate(run, args, model, stage, progress, 8 * args.eval_tokens)
+            progress.validation |= stage.examine() if stage.examine else {}
             log.validation(progress.validation)
             save()  # once more, with the final scores in the lineage
     finally:
         log.close()
     if run.is_main and not reason:
         resume_path(path).unlink(missing_ok=True)  # the stage is complete: nothing to go on with
-    run.say(f"saved {path}" + (f" ({reason}, step {progress.step} of {total}; run again to go on)" if reason else ""))
+    early = f" ({reason}, step {progress.step} of {total}; run again to go on)" if reason else ""
+    run.say(f"saved {path}" + (f" (stopped at step {progress.step} of {total}: {objection})" if objection else early))
     return path
 
 
@@ -148,7 +155,8 @@ def train_step(
     """One optimizer step over this process's micro-batches. Returns what all processes saw together."""
     # Gradients are of sums over tokens. This constant keeps them near those of a mean (fp16 has no room for more);
     # the exact division comes below, once the number of tokens that everybody saw is known.
-    nominal = float(args.batch_size * args.accumulation_steps * run.world * stage.model.config.max_seq_len)
+    nominal = float(args.batch_size * args.accumulation_steps * run.world)
+    nominal *= stage.model.config.max_seq_len if stage.unit == "token" else 1
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real": 0.0, "positions": 0.0}
     for i, batch in enumerate(batches):
         sync = run.world == 1 or i == len(batches) - 1
@@ -156,12 +164,8 @@ def train_step(
             with run.autocast():
                 loss, count, *extras = stage.compute_loss(model, to_device(batch, run.device))
             scaler.scale(loss / nominal).backward()
-        sums["loss"] += loss.item()
-        sums["tokens"] += count
-        sums["real"] += batch["real"].sum().item()
-        sums["positions"] += batch["real"].numel()
-        for name, value in (extras[0] if extras else {}).items():
-            sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item()
+        add(sums, {"loss": loss, "tokens": count, "real": batch["real"].sum(), "positions": batch["real"].numel()})
+        add(sums, *extras)
     sums["stop"] = float(bool(run.stop_asked))
     total = dict(zip(sums, run.sum(list(sums.values())), strict=True))
 
@@ -181,6 +185,12 @@ def train_step(
     return total
 
 
+def add(sums: dict[str, float], values: dict[str, Any] | None = None) -> None:
+    """sums[name] += value, for numbers and scalar tensors alike."""
+    for name, value in (values or {}).items():
+        sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item()
+
+
 def no_sync(model: nn.Module, sync: bool) -> Any:
     """Exchange gradients only with the last micro-batch."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else contextlib.nullcontext()
@@ -196,25 +206,29 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def validate(
     run: Run, args: argparse.Namespace, model: nn.Module, stage: Stage, progress: Progress, max_tokens: int
 ) -> Row:
-    """Loss per trained token and bits per UTF-8 byte for every validation split, by the very loss that is trained.
+    """Loss and extras per trained token (or pair) of every validation split, by the very loss that is trained.
 
-    bits per byte = summed loss / ln 2 / bytes that the trained tokens stand for.
+    For tokens also bits per byte = summed loss / ln 2 / UTF-8 bytes that the trained tokens stand for.
     """
     bytes_of = torch.from_numpy(stage.tokenizer.byte_lengths())
-    row: Row = {"step": progress.step, "tokens": progress.tokens, "val_loss": {}, "bits_per_byte": {}}
+    row: Row = {"step": progress.step, f"{stage.unit}s": progress.tokens, "val_loss": {}}
     raw = unwrap(model)  # no gradients to exchange here, and processes may hold different numbers of batches
     raw.eval()
     for split, data in stage.validation.items():
-        loss_sum = tokens = n_bytes = 0.0
+        sums = {"loss": 0.0, "count": 0.0, "bytes": 0.0}
         for batch in validation_batches(data, args.batch_size, run.rank, run.world, max_tokens):
             with run.autocast():
-                loss, count, *_ = stage.compute_loss(raw, to_device(batch, run.device))
+                loss, count, *extras = stage.compute_loss(raw, to_device(batch, run.device))
             labels = batch["labels"]
-            loss_sum, tokens = loss_sum + loss.item(), tokens + count
-            n_bytes += bytes_of[labels[labels != IGNORE]].sum().item()
-        loss_sum, tokens, n_bytes = run.sum([loss_sum, tokens, n_bytes])
-        row["val_loss"][split] = loss_sum / max(tokens, 1)
-        row["bits_per_byte"][split] = loss_sum / math.log(2) / max(n_bytes, 1)
+            add(sums, {"loss": loss, "count": count, "bytes": bytes_of[labels[labels != IGNORE]].sum()})
+            add(sums, *extras)
+        total = dict(zip(sums, run.sum(list(sums.values())), strict=True))
+        loss_sum, count, n_bytes = (total.pop(name) for name in ("loss", "count", "bytes"))
+        row["val_loss"][split] = loss_sum / max(count, 1)
+        if stage.unit == "token":
+            row.setdefault("bits_per_byte", {})[split] = loss_sum / math.log(2) / max(n_bytes, 1)
+        for name, value in averages(total, count).items():
+            row.setdefault(f"val_{name}", {})[split] = value
     raw.train()
     return row
 
@@ -226,18 +240,30 @@ def run_over(result: dict[str, float], clock: Clock) -> str:
     return f"{clock.limit / 60:g} minutes are over" if clock.is_over else ""
 
 
+def averages(sums: dict[str, float], count: float) -> dict[str, float]:
+    """What a loss wants logged, per token or pair; not the balance loss of a model without a router, which is 0."""
+    return {name: value / max(count, 1) for name, value in sums.items() if value or name != "balance_loss"}
+
+
 def training_row(
-    progress: Progress, result: dict[str, float], lr: float, plan: StepPlan, clock: Clock, total: int, device_type: str
+    stage: Stage,
+    progress: Progress,
+    result: dict[str, float],
+    lr: float,
+    plan: StepPlan,
+    clock: Clock,
+    total: int,
+    device_type: str,
 ) -> Row:
     known = ("loss", "tokens", "real", "positions", "stop", "grad_norm", "skipped")
-    extras = {name: value / max(result["tokens"], 1) for name, value in result.items() if name not in known and value}
+    extras = {name: value for name, value in result.items() if name not in known}
     return {
         "step": progress.step,
         "epoch": (progress.step - 1) / plan.steps_per_epoch,
         "loss": result["loss"] / max(result["tokens"], 1),
-        **extras,
+        **averages(extras, result["tokens"]),
         "lr": lr,
-        "tokens": progress.tokens,
+        f"{stage.unit}s": progress.tokens,
         "tokens_per_second": result["real"] / max(clock.step_seconds, 1e-9),
         "real_token_share": result["real"] / max(result["positions"], 1),
         "grad_norm": result["grad_norm"],
@@ -247,16 +273,18 @@ def training_row(
     }
 
 
-def entry(args: argparse.Namespace, stage: Stage, progress: Progress) -> dict[str, Any]:
+def entry(args: argparse.Namespace, stage: Stage, progress: Progress, objection: str = "") -> dict[str, Any]:
     """This stage's line in the lineage of its checkpoint."""
+    units = f"{stage.unit}s"
     return {
         "stage": stage.name,
         "data": str(args.data_path),
         "steps": progress.step,
-        "tokens": progress.tokens,
+        units: progress.tokens,
         "seconds": progress.seconds,
         "loss": progress.loss,
-        "validation": {k: v for k, v in progress.validation.items() if k in ("val_loss", "bits_per_byte")},
+        "validation": {name: value for name, value in progress.validation.items() if name not in ("step", units)},
         "learning_rate": args.learning_rate,
         "seed": args.seed,
+        **({"stopped": objection} if objection else {}),
     }

@@ -3,6 +3,8 @@
     loss = sum over trained positions of  logsumexp(h W^T) - (h W^T)[label]
     d loss / d logits = softmax(logits) - onehot(label)
 
+and for DPO the same log-probabilities one by one.
+
 The logits of one batch (tokens x vocabulary, fp32) are the largest tensor of a small model's training step. They are
 made a chunk at a time, and the gradient is taken on the spot, so nothing of that size waits for the backward pass.
 Read next: loop.py (who divides the sum).
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.checkpoint import unwrap
 
@@ -67,3 +70,22 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype), len(labels)
+
+
+def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """log p(label) at every trained position, 0 elsewhere: (batch, seq), fp32. Arguments as above.
+
+    What a position weighs is not known before the backward pass, so a chunk's logits are made once more there.
+    """
+    trained = labels != IGNORE
+    rows, wanted = hidden[trained], labels[trained]
+
+    def chunk(h: Tensor, y: Tensor) -> Tensor:
+        return (h @ weight.T).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
+
+    starts = range(0, max(len(wanted), 1), CHUNK)  # an empty chunk still gives everything a gradient: zero
+    pieces = [(rows[start : start + CHUNK], wanted[start : start + CHUNK]) for start in starts]
+    found = [checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pieces]
+    log_probs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    log_probs[trained] = torch.cat(found)
+    return log_probs

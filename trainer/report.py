@@ -35,10 +35,11 @@ def announce(
     )
     lengths = stage.data.row_lengths()
     mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
+    rows = "rows" if stage.unit == "token" else f"{stage.unit}s"
     minutes = f", at most {args.max_minutes:g} minutes" if args.max_minutes else ""
     run.say(
-        f"{len(stage.data):,} rows, {plan.global_batch} rows = {plan.global_batch * mean_length:,.0f} tokens a step, "
-        f"{plan.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
+        f"{len(stage.data):,} {rows}, {plan.global_batch} {rows} = {plan.global_batch * mean_length:,.0f} tokens "
+        f"a step, {plan.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
     )
     longest = config.max_seq_len if lengths is None else int(lengths.max())
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)

@@ -95,6 +95,13 @@ class Run:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over all processes, in its own format, on the CPU."""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor.cpu()
+
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
         """The first process does what is inside before the others do."""

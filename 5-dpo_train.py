@@ -1,0 +1,119 @@
+"""Lesson 5: preferences. Of two answers to one question, the model learns which one people liked better.
+
+    margin = beta * [ log pi(chosen)/pi_ref(chosen)  -  log pi(rejected)/pi_ref(rejected) ]
+    loss   = - log sigmoid(margin)
+
+pi is the model, pi_ref its frozen parent; log pi(answer) is the sum over the answer's tokens. A model that equals its
+parent has margin 0 and loss ln 2. `beta` is how dearly a step away from the parent is paid.
+
+    python 5-dpo_train.py                                           starts from the one out/lora_sft_*.pth or full_sft
+    python 5-dpo_train.py --init_from out/full_sft_512.pth --beta 0.2 --sft_weight 0.1
+    python 5-dpo_train.py --loss simpo                              dpo, ipo or simpo
+    torchrun --nproc_per_node 2 5-dpo_train.py                      two processes; deepspeed --num_gpus 2 does as well
+
+Reads   dataset/dpo (made by data_process.py dpo) and the parent, which carries its config and its tokenizer.
+Writes  out/dpo_512.pth, and beside it the log (.jsonl), the curves (.png), the parent's log-probabilities (.reference)
+        and, until the run is complete, .resume.
+Next:   2-eval.py (talk to it); inside: trainer/preference.py (the reference and the guard), corpus/pairs.py (the data).
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+from corpus.errors import UserError, fail_in_one_line
+from trainer.cli import make_parser
+
+BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
+
+
+def preference_loss(policy, reference, lengths, args):
+    """(loss, margin) of each pair, both (pairs,).
+
+    policy, reference: log pi(answer) and log pi_ref(answer), (2 pairs,): the chosen answers, then the rejected ones.
+    lengths: their tokens, (2 pairs,).
+    """
+    from torch.nn.functional import logsigmoid
+
+    if args.loss == "dpo":  # Rafailov et al. 2023, arXiv:2305.18290, eq. 7
+        chosen, rejected = (policy - reference).chunk(2)
+        margin = args.beta * (chosen - rejected)
+        return -logsigmoid(margin), margin
+    if args.loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17; per token, as its authors run it
+        chosen, rejected = ((policy - reference) / lengths).chunk(2)
+        margin = chosen - rejected
+        return (margin - 1 / (2 * args.beta)) ** 2, margin
+    chosen, rejected = (policy / lengths).chunk(2)  # simpo: Meng et al. 2024, arXiv:2405.14734, eq. 6; no reference
+    margin = args.beta * (chosen - rejected)
+    return -logsigmoid(margin - args.simpo_gamma), margin
+
+
+def compute_loss(model, batch, args):
+    """The sum of the pairs' losses, how many pairs there were, and sums of what is logged.
+
+    A batch holds the chosen rows, then the rejected rows: one forward pass for both. `log_probs` and
+    batch["reference"] are (2 pairs, seq), log p of every answer token and 0 everywhere else.
+    """
+    from trainer.loss import IGNORE, output_weight, token_log_probs
+    from trainer.preference import pair_statistics
+
+    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    log_probs = token_log_probs(hidden, output_weight(model), batch["labels"])
+    lengths = (batch["labels"] != IGNORE).sum(1)
+    pairs = (lengths > 0).chunk(2)[0]  # all, but for a process that has run out of rows
+    policy, lengths = log_probs.sum(1), lengths.clamp(min=1)
+    loss, margin = preference_loss(policy, batch["reference"].sum(1), lengths, args)
+
+    likelihood = (policy / lengths).chunk(2)[0]  # of the chosen answer, per token: what SFT would maximise
+    total = ((loss - args.sft_weight * likelihood) * pairs).sum()
+    count = int(pairs.sum())
+    extras = {"preference_loss": (loss.detach() * pairs).sum(), "balance_loss": balance.detach() * count}
+    return total + balance * count, count, extras | pair_statistics(log_probs, batch, margin, pairs)
+
+
+def main() -> None:
+    rates = {"muon": 5e-5, "adamw": 2e-5}
+    numbers = {"batch_size": 16, "eval_tokens": 65_536, "weight_decay": 0.0}
+    parser = make_parser(__doc__, rates, data_path="dataset/dpo", **numbers)
+    add = parser.add_argument_group("preferences").add_argument
+    add("--loss", choices=tuple(BETA), default="dpo", help="what is made of the log-probabilities of a pair")
+    betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
+    add("--beta", type=float, default=argparse.SUPPRESS,
+        help=f"strength of the tie to the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
+    add("--simpo_gamma", type=float, default=1.0, help="simpo: the margin that is asked for")
+    add("--sft_weight", type=float, default=0.0, help="weight of the chosen answers' own loss (arXiv:2404.19733)")
+    add("--max_chosen_drop", type=float, default=0.2,
+        help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
+    args = parser.parse_args()
+    args.beta = getattr(args, "beta", BETA[args.loss])
+    if args.beta <= 0:
+        raise UserError(f"--beta {args.beta:g}: must be above 0")
+
+    from corpus.pack import tokenise_chats
+    from corpus.pairs import PAIRS
+    from model.checkpoint import find_parent, load_model
+    from trainer import preference
+    from trainer.batches import Pairs, open_data
+    from trainer.loop import Stage, train
+    from trainer.runtime import start
+
+    model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "dpo"))
+    model = preference.without_dropout(model)
+    with start(args.device, args.dtype, args.seed) as run:
+        with run.main_first():  # the first process tokenises, the others find it done
+            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len, form=PAIRS))
+        splits = open_data(folder, "pairs", tokenizer)
+        preference.compare_languages(run, folder, parent["lineage"])
+        file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"
+        reference = preference.open_reference(run, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
+        pairs = {s.removeprefix("val_"): Pairs(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
+        data, loss = pairs.pop("train"), functools.partial(compute_loss, args=args)
+        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], unit="pair")
+        stage.guard = preference.make_guard(run, args, file)
+        stage.examine = preference.watch_loops(run, model, tokenizer, pairs)
+        train(run, args, stage)
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()
