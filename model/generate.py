@@ -198,7 +198,7 @@ def _run(model: Transformer, rows: list[_Row], settings: Sampling, tokenizer: Ch
     device = weight.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    stop_ids = (tokenizer.im_end_id, tokenizer.eos_id)
+    stop_ids = tokenizer.stop_ids
     forbidden = torch.zeros(weight.shape[0], dtype=torch.bool, device=device)  # other markers, spare rows
     forbidden[[*(tokenizer.special_ids - set(stop_ids)), *range(tokenizer.vocab_size, len(forbidden))]] = True
 
