@@ -45,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.questions and not args.data_share:
         raise UserError("--questions belongs to --data_share; of one model 2-eval.py counts the right answers")
+    if args.max_minutes and args.data_share:
+        raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
 
     from corpus.pack import tokenise_chats
     from model.checkpoint import find_parent, load_model

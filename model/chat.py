@@ -90,7 +90,7 @@ class ChatTokenizer:
         if name:
             return named_format(name, self.eos)
         special = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return TemplateFormat(template, special, self._last_marker) if template else None
+        return TemplateFormat(template, special, self._markers) if template else None
 
     def with_format(self, name: str | None) -> "ChatTokenizer":
         """The same pieces with the chat format of that name; None changes nothing.
@@ -149,16 +149,14 @@ class ChatTokenizer:
     @property
     def close_id(self) -> int:
         """The token that ends an answer."""
-        return self._id(self.format.close) if isinstance(self.format, NamedFormat) else self.stop_ids[0]
+        return self.stop_ids[0]
 
     @cached_property
     def stop_ids(self) -> list[int]:
         """Every token after which a model has finished: what closes an answer, the eos, and what the model names."""
-        if isinstance(self.format, NamedFormat):
-            found = [self._id(self.format.close)]
-        else:
-            named = json.loads(self.files.get("generation_config.json", "{}")).get("eos_token_id")
-            found = [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]
+        found = [self._id(self.format.close)] if self.format and self.format.close else []
+        named = json.loads(self.files.get("generation_config.json", "{}")).get("eos_token_id")
+        found += [i for i in (named if isinstance(named, list) else [named]) if i in self.special_ids]
         return list(dict.fromkeys([*found, self.eos_id]))
 
     @property
@@ -188,7 +186,9 @@ class ChatTokenizer:
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. For bits per byte."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        byte_level = json.loads(self.files["tokenizer.json"])["decoder"]["type"] == "ByteLevel"
+        decoder = json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"))
+        byte_level = '"ByteLevel"' in decoder
+        space = "▁" if '"Replace"' in decoder or '"Metaspace"' in decoder else " "  # as which a foreign piece writes it
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in vocab.items():
             if index in self.special_ids:
@@ -197,7 +197,7 @@ class ChatTokenizer:
                 lengths[index] = len(piece)
             else:  # byte fallback spells a lone byte as <0xE4>
                 lone_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-                lengths[index] = 1 if lone_byte else len(piece.encode())
+                lengths[index] = 1 if lone_byte else len(piece.replace(space, " ").encode())
         return lengths
 
     @cached_property
@@ -209,9 +209,6 @@ class ChatTokenizer:
     def _markers(self) -> re.Pattern[str]:
         tokens = sorted((self.backend.id_to_token(i) or "" for i in self.special_ids), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-
-    def _last_marker(self, text: str) -> int:
-        return max((match.end() for match in self._markers.finditer(text)), default=0)
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the marker closing each.
@@ -297,4 +294,5 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"cannot read {found['tokenizer.json']} ({error}): train it again") from None
+        names = ", ".join(found)
+        raise UserError(f"cannot read the tokenizer in {folder} ({error}): one of {names} is damaged") from None

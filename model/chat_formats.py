@@ -16,8 +16,9 @@ Read next: chat.py (who turns spans into ids and a mask).
 
 import contextlib
 import json
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from corpus.errors import UserError
@@ -108,11 +109,24 @@ class TemplateFormat:
     name = "template"
     stop: tuple[str, ...] = ()
 
-    def __init__(self, template: str, special: dict[str, str], last_marker: Callable[[str], int]) -> None:
-        """`special`: bos_token, eos_token, ... for the template. `last_marker`: where a text's last control token ends
-        (0: there is none)."""
-        self.template, self.special, self.last_marker = template, special, last_marker
-        self.compiled = compile_template(template)
+    def __init__(self, template: str, special: dict[str, str], markers: re.Pattern[str]) -> None:
+        """`special`: bos_token, eos_token, ... for the template. `markers` finds the tokenizer's control tokens."""
+        self.template, self.special, self.markers = template, special, markers
+
+    @cached_property
+    def close(self) -> str:
+        """The control token that ends an answer; "" where the template cannot write a plain chat of two messages."""
+        try:
+            _, (answer, _), _ = self.spans(
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}], False
+            )
+        except UserError:
+            return ""
+        return self.markers.findall(answer)[-1]
+
+    @cached_property
+    def compiled(self) -> Any:
+        return compile_template(self.template)
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
         """The rendered chat. Raises UserError with the template's own words where it refuses."""
@@ -141,9 +155,10 @@ class TemplateFormat:
                     f"the model's chat template writes message {i + 1} of a chat differently once more follows: "
                     "it cannot be trained on as it is; name another format, for example --chat_format chatml"
                 )
-            end = len(prompt) + self.last_marker(answered[len(prompt) :])
-            if end == len(prompt):
+            closing = [match.end() for match in self.markers.finditer(answered, len(prompt))]
+            if not closing:
                 raise UserError("the model's chat template ends answers with no token of its own: use --chat_format")
+            end = closing[-1]
             spans += [(whole[done : len(prompt)], False), (whole[len(prompt) : end], True)]
             done = end
         return [*spans, (whole[done:], False)]

@@ -129,7 +129,14 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
 def load_model(
     path: str | os.PathLike[str], device: str | torch.device = "cpu"
 ) -> tuple[Transformer, ChatTokenizer, Checkpoint]:
-    """Open a .pth: the model (fp32, in eval mode), its tokenizer, and the rest of the checkpoint."""
+    """Open a .pth or a transformers folder: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
+
+    The folder: see stock.py.
+    """
+    if Path(path).is_dir():
+        from model.stock import open_folder
+
+        return open_folder(path, device)
     checkpoint = read_checkpoint(path)
     try:
         config = ModelConfig(**checkpoint["config"])

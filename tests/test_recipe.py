@@ -163,6 +163,11 @@ def test_bad_shares(study, capsys, shares, said):
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
+def test_a_study_has_no_time_box(study):
+    with pytest.raises(UserError, match="--max_minutes"):
+        study("0.5", "--max_minutes", 1)
+
+
 def test_questions_need_a_study(monkeypatch, tiny_parent, sft_dir, tmp_path):
     with pytest.raises(UserError, match="--data_share"):
         run_script(monkeypatch, "3-full_sft.py", "--questions", tmp_path / "q.jsonl", "--init_from", tiny_parent)

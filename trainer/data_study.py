@@ -33,7 +33,7 @@ from trainer.scoring import chat_accuracy
 
 # The flags that a share's result depends on; with the identity of model and data they say whether it is done.
 NUMBERS = (
-    *("epochs", "max_steps", "max_minutes", "batch_size", "accumulation_steps", "learning_rate", "schedule"),
+    *("epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule"),
     *("final_lr_share", "warmup_iters", "warmup_share", "weight_decay", "grad_clip", "eval_tokens"),
 )
 
@@ -87,6 +87,7 @@ def one_share(
     job = {name: getattr(args, name) for name in NUMBERS} | run_identity(args, stage)
     job = json.loads(json.dumps(job))  # as it will be read again
     saved = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    run.wait()  # all have read before the first one writes
     if saved.get("job") != job:
         saved, args.resume = {"job": job}, args.resume if not saved else "never"
     if "row" in saved and path.is_file():
@@ -95,8 +96,8 @@ def one_share(
         run.say(f"\n{percent(share)}: {len(stage.data):,} chats")
         if run.is_main:
             write_text(note, json.dumps(saved))
-        run.wait()
         train(run, args, stage)
+        run.wait()
         if resume_path(path).exists():
             return None
         saved = {"job": job, "row": result_row(path, share, len(stage.data))}
