@@ -2,6 +2,7 @@
 
     python 2-eval.py                             a conversation with the latest stage in out/; in a script: ten prompts
     python 2-eval.py --stage pretrain --prompt "The sky is"
+    python 2-eval.py --checkpoint ../Qwen        somebody else's model: a transformers folder (Llama, Qwen3)
     python 2-eval.py --prompts FILE.txt          one prompt a line
     python 2-eval.py --questions FILE.jsonl --json out/report.json
 

@@ -19,7 +19,7 @@ Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_for
 
 from corpus.errors import UserError, fail_in_one_line
 from model.chat_formats import FORMAT_NAMES
-from trainer.cli import make_parser, shares
+from trainer.cli import make_parser, positive, shares
 from trainer.recipes import add_recipe_flag, describe_recipe
 
 
@@ -38,6 +38,7 @@ def compute_loss(model, batch):
 def main() -> None:
     parser = make_parser(__doc__, {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2)
     add = parser.add_argument_group("fine-tuning").add_argument
+    add("--max_seq_len", type=positive, help="longer chats lose their last turns; none given: what the model reads")
     add("--chat_format", choices=FORMAT_NAMES, help="how chats are written from now on; none given: as the parent does")
     add_recipe_flag(parser)
     add("--data_share", type=shares, help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")
@@ -59,7 +60,8 @@ def main() -> None:
     tokenizer = tokenizer.with_format(args.chat_format)
     with start(args.device, args.dtype, args.seed) as run:
         with run.main_first():  # the first process tokenises, the others find it done
-            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len))
+            length = min(args.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
+            folder = str(tokenise_chats(args.data_path, tokenizer, length))
         splits = open_data(folder, "chats", tokenizer)
         validation = {s.removeprefix("val_"): Chats(folder, s, tokenizer.pad_id) for s in splits if s != "train"}
         data = Chats(folder, "train", tokenizer.pad_id)

@@ -55,7 +55,7 @@ class ChatTokenizer:
 
     def __init__(self, files: dict[str, str]) -> None:
         self.files = files
-        self.backend = Tokenizer.from_str(files["tokenizer.json"])
+        self.backend = self._open()
         # Without this line the *text* "<|im_end|>" in a user's message would become the control token.
         self.backend.encode_special_tokens = True
         self.config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
@@ -63,6 +63,12 @@ class ChatTokenizer:
         self.eos_id = self._id(self.eos)
         self.pad_id = self._id(self._special("pad_token") or self.eos)
         self.format = self._find_format()
+
+    def _open(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self.files["tokenizer.json"])
+        backend.no_padding()  # somebody else's file may ask for both
+        backend.no_truncation()
+        return backend
 
     def _special(self, name: str) -> str | None:
         """bos_token, eos_token, ...: a string or {"content": string}, in whichever file names it."""
@@ -203,7 +209,7 @@ class ChatTokenizer:
     @cached_property
     def _marked(self) -> Tokenizer:
         """The tokenizer as it reads a rendered chat: control tokens are control tokens."""
-        return Tokenizer.from_str(self.files["tokenizer.json"])
+        return self._open()
 
     @cached_property
     def _markers(self) -> re.Pattern[str]:

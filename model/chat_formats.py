@@ -8,9 +8,10 @@
 A format says what is written (`spans`, for chat.py) and says it once more as a jinja template (`template`, for
 transformers and whatever else opens an exported model). Answers and the marker that closes each are trained.
 
-chatml: OpenAI's chat markup. mindllm: the card of bit-dny/MindLLM-1b3-chat-zh-v2.0, where <|endoftext|> is both what a
-chat begins with and what ends an answer. belle: the card of BelleGroup/BELLE-7B-2M (the space before the newlines is
-its own), with the eos behind each answer that BELLE's training adds. text: the card of xiangxinai/Xiangxin-3B.
+chatml: OpenAI's chat markup. mindllm: the prompt of bit-dny/MindLLM-1b3-chat-zh-v2.0, whose eos <|endoftext|> closes an
+answer and thereby opens the next turn. belle: the card of BelleGroup/BELLE-7B-2M (the space before the newlines is its
+own), with the eos behind each answer that BELLE's training adds. text: the card of xiangxinai/Xiangxin-3B. These three
+know no system message: it stands in front as plain text.
 Read next: chat.py (who turns spans into ids and a mask).
 """
 

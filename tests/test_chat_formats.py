@@ -211,6 +211,7 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     import torch
 
     from model.checkpoint import load_model
+    from trainer.batches import open_data
 
     chats = shutil.copytree(sft_dir, tmp_path / "sft")
     for name in ("belle", None):
@@ -224,7 +225,41 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     assert belle.format_name == "belle" and checkpoint["tokenizer"]["fingerprint"] == parent["fingerprint"]
     assert torch.load(tmp_path / "same" / "full_sft_32.pth", weights_only=True)["tokenizer"] == parent
     assert weights(tmp_path / "belle" / "full_sft_32.pth").keys() == weights(tiny_parent).keys()
+    with pytest.raises(UserError, match=f"made with tokenizer {belle.fingerprint}-belle"):
+        open_data(str(chats / f"tokens-{belle.chat_fingerprint}"), "chats", belle.with_format("text"))
     capsys.readouterr()
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "belle" / "full_sft_32.pth", "--prompt", "1?",
                "--max_new_tokens", 3)  # fmt: skip
     assert "> 1?" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("chatml", ["\nA巴", "<|im_end|>"]), ("belle", [":A巴", "<|endoftext|>"]), ("mindllm", ["\nA巴<user>\n"])],
+)
+def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
+    """The closing token, or the next turn's beginning where that is plain text, ends it and is not part of it."""
+    import itertools
+
+    import torch
+
+    from model.checkpoint import save_model
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+
+    formatted = tokenizer.with_format(name)
+    chain = [*tokenizer.encode(says[0]), *(tokenizer.backend.token_to_id(token) for token in says[1:])]
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, max_seq_len=96, tie_embeddings=False))
+    with torch.no_grad():  # nothing but embeddings: each token has one successor
+        for weight in model.model.layers.parameters():
+            weight.zero_()
+        model.model.embed_tokens.weight.normal_()
+        model.lm_head.weight.zero_()
+        for now, then in itertools.pairwise(chain):
+            model.lm_head.weight[then] += model.model.embed_tokens.weight[now]
+    save_model(tmp_path / "full_sft_64.pth", model, "full_sft", formatted, [{"stage": "full_sft"}])
+    run_script(monkeypatch, "2-eval.py", "--out_dir", tmp_path, "--prompt", "你好", "--temperature", 0,
+               "--json", tmp_path / "a.json")  # fmt: skip
+    answers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
+    assert answers == [{"prompt": "你好", "answer": "A巴", "finish_reason": "stop"}]

@@ -51,6 +51,8 @@ def make_tokenizer(folder, template=TEMPLATE, **special):
     )
     backend.train_from_iterator(["the sun and the moon and the river 太阳 月亮 " * 9], trainer)
     backend.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<|bot|>", "<|user|>")])
+    backend.enable_truncation(4)  # as some tokenizer.json ask for; nobody's chats are to be cut or padded by that
+    backend.enable_padding(length=9)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
@@ -108,7 +110,7 @@ def test_equal_trained_saved_and_opened_again(family, shard, tied, monkeypatch, 
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["transformers", "full_sft"]
     changed = [n for n, w in trained.named_parameters() if not torch.equal(w, dict(model.named_parameters())[n])]
     assert len(changed) == len(list(model.named_parameters())), "all weights move"
-    assert tokenizer.format_name == "template" and "<|bot|>" in tokenizer.files["chat_template.jinja"]
+    assert tokenizer.format_name == "template" and tokenizer.chat_format.template == TEMPLATE
     capsys.readouterr()
     run_script(monkeypatch, "2-eval.py", "--checkpoint", out / "full_sft_32.pth", "--prompt", "1?", "--seed", 1,
                "--max_new_tokens", 5)  # fmt: skip

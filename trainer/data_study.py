@@ -86,7 +86,7 @@ def one_share(
     path, note = stage.path(args.out_dir), Path(args.out_dir) / "study.json"
     job = {name: getattr(args, name) for name in NUMBERS} | run_identity(args, stage)
     job = json.loads(json.dumps(job))  # as it will be read again
-    saved = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    saved = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and args.resume != "never" else {}
     run.wait()  # all have read before the first one writes
     if saved.get("job") != job:
         saved, args.resume = {"job": job}, args.resume if not saved else "never"
