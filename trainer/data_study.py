@@ -166,8 +166,9 @@ def draw(rows: list[dict[str, Any]], splits: list[str], languages: list[str], pa
     panels += [("questions answered right (%)", "right", languages, 100.0)] if languages else []
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
     for ax, (title, name, keys, scale) in zip(axes[0], panels, strict=True):
-        for i, key in enumerate(keys):
-            ax.plot([row["chats"] for row in rows], [scale * row[name][key] for row in rows], f"C{i}o-", label=key)
+        for key in keys:
+            style = f"C{sorted({*splits, *languages}).index(key)}o-"  # a language has one colour in both
+            ax.plot([row["chats"] for row in rows], [scale * row[name][key] for row in rows], style, label=key)
         ax.set_xscale("log")
         ax.set_xticks([row["chats"] for row in rows], [percent(row["share"]) for row in rows])
         ax.minorticks_off()
