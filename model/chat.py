@@ -219,8 +219,9 @@ class ChatTokenizer:
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
         """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the marker closing each.
 
-        With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. A
-        token that holds the end of a prompt and the beginning of its answer counts as trained.
+        With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. Each
+        answer is one run of ones. A token that begins in the prompt is not trained, even if it reaches into the answer;
+        that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
         Raises UserError when the format cannot write these messages.
         """
         cut, messages = self._guard(messages)
@@ -233,7 +234,7 @@ class ChatTokenizer:
         for part in text.split(cut) if cut else [text]:
             encoding = self._marked.encode(part, add_special_tokens=False)
             ids += encoding.ids
-            mask += [int(1 in trained[start + a : start + b]) for a, b in encoding.offsets]
+            mask += [int(trained[start + a : start + a + 1] == b"\1") for a, _ in encoding.offsets]
             start += len(part) + len(cut)
         return ids, mask
 

@@ -141,21 +141,38 @@ def test_transformers_renders_the_same(both, contents, system, prompt):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=_CHAT, system=st.booleans())
 def test_answers_are_what_is_trained(both, contents, system):
-    """Every character of an answer and its closing marker is trained, and no typed marker becomes a control token."""
+    """Answers and their closing markers are trained, nothing else; and no typed marker becomes a control token."""
     chat = chat_of(contents, system)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     for tokenizer, _ in both:
         ids, mask = tokenizer.render(chat)
-        trained = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
-        closing = tokenizer.decode([tokenizer.close_id])
-        assert [i for i, m in zip(ids, mask, strict=True) if m].count(tokenizer.close_id) == len(answers)
-        if tokenizer.format_name in ("chatml", "mindllm"):  # an answer begins after a newline: no token reaches across
-            assert trained == "".join(answer + closing for answer in answers)
-        else:
-            assert len(trained) >= sum(len(answer + closing) for answer in answers)
+        trained = [i for i, m in zip(ids, mask, strict=True) if m]
+        closed = [i for i, id_ in enumerate(trained) if id_ == tokenizer.close_id]
+        assert len(closed) == len(answers) and closed[-1:] == [len(trained) - 1] * bool(answers)
+        for answer, start, end in zip(answers, [-1, *closed], closed, strict=False):
+            learnt = tokenizer.decode(trained[start + 1 : end])
+            if tokenizer.format_name in ("chatml", "mindllm"):  # after a newline: no token reaches across
+                assert learnt == answer
+            else:
+                assert answer.endswith(learnt.lstrip("\ufffd"))
         control = sum(i in tokenizer.special_ids for i in ids)
         alone, _ = tokenizer.render([{**message, "content": "x"} for message in chat])
         assert control == sum(i in tokenizer.special_ids for i in alone)
+
+
+def test_each_answer_is_one_run(both):
+    """Also where question and answer grow together into one token, as they may in a format without roles."""
+    parts = [
+        ("user", "他们"),
+        ("assistant", "我"),
+        ("user", "我"),
+        ("assistant", "们在"),
+        ("user", "?"),
+        ("assistant", "的"),
+    ]
+    for tokenizer, _ in both:
+        _, mask = tokenizer.render(messages_of(parts))
+        assert len("".join(map(str, mask)).replace("0", " ").split()) == 3
 
 
 # ---- the format travels ----------------------------------------------------------------------------------------------
