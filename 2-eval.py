@@ -2,6 +2,7 @@
 
     python 2-eval.py                             a conversation with the latest stage in out/; in a script: ten prompts
     python 2-eval.py --stage pretrain --prompt "The sky is"
+    python 2-eval.py --checkpoint ../Qwen        somebody else's model: a transformers folder (Llama, Qwen3)
     python 2-eval.py --prompts FILE.txt          one prompt a line
     python 2-eval.py --questions FILE.jsonl --json out/report.json
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import UserError, fail_in_one_line
-from corpus.questions import is_right, read_lines, read_questions, sound
+from corpus.questions import read_lines, read_questions, sound
 
 PROMPTS = (
     "你好，请介绍一下你自己。",
@@ -37,7 +38,6 @@ PROMPTS = (
     "What is the opposite of hot?",
 )
 TALK_HELP = "/reset forgets the conversation, /exit ends it, Ctrl-C stops an answer, /help shows this line"
-BATCH = 128  # questions answered at once
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
     add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
-    add("--checkpoint", help="a .pth file, instead of --stage")
+    add("--checkpoint", help="a .pth file or the folder of a transformers model, instead of --stage")
     add("--out_dir", default="out", help="where the models are (default: out)")
     add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
@@ -86,6 +86,7 @@ class Speaker:
         from model.checkpoint import load_model
         from model.generate import Sampling
         from trainer.runtime import autocast, pick_device, pick_dtype
+        from trainer.scoring import MAX_NEW_TOKENS
 
         path, device = find_model(args), pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
@@ -95,17 +96,18 @@ class Speaker:
             raise UserError(
                 f"{path} is of stage {self.stage}, not {args.stage}: leave out --stage or name another file"
             )
-        self.chats = self.stage != "pretrain"
+        self.chats = self.stage != "pretrain" and self.tokenizer.format is not None
         self.system = [{"role": "system", "content": sound(args.system, "--system")}] if args.system else []
         self.number_format = lambda: autocast(device, dtype)
         if args.max_new_tokens is None:
-            args.max_new_tokens = 200 if not args.questions else 48 if self.chats else 24
+            args.max_new_tokens = 200 if not args.questions else MAX_NEW_TOKENS if self.chats else 24
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+        stop = self.tokenizer.stop_strings if self.chats else ()
         try:
             if args.questions:  # greedy; a pretrained model knows no marker that ends an answer, so its line ends it
-                self.settings = Sampling(max_new_tokens=args.max_new_tokens, stop=() if self.chats else ("\n",))
+                self.settings = Sampling(max_new_tokens=args.max_new_tokens, stop=stop if self.chats else ("\n",))
             else:
-                self.settings = Sampling(**{name: getattr(args, name) for name in names})
+                self.settings = Sampling(**{name: getattr(args, name) for name in names}, stop=stop)
         except ValueError as error:
             raise UserError(f"--{error}") from None
         self.answers: list[dict[str, Any]] = []
@@ -116,12 +118,11 @@ class Speaker:
 
     def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
         """What the model reads: the bare text, or the chat with as many of its last turns as leave room to answer."""
-        from model.generate import fit_chat
+        from trainer.scoring import chat_prompt
 
         if not self.chats:
-            return self.tokenizer.encode(messages[-1]["content"])
-        limit = self.model.config.max_seq_len
-        return fit_chat(self.tokenizer, self.system + messages, limit - min(self.settings.max_new_tokens, limit // 4))
+            return self.tokenizer.encode_start(messages[-1]["content"])
+        return chat_prompt(self.model, self.tokenizer, self.system + messages, self.settings.max_new_tokens)
 
     def say(self, messages: list[dict[str, str]], may_be_stopped: bool = False) -> str:
         """Print the answer while it grows, and return it; where Ctrl-C may stop it, what there is until then."""
@@ -162,45 +163,28 @@ class Speaker:
 def put_questions(speaker: Speaker, questions: list[dict[str, Any]]) -> dict[str, Any]:
     """Answer all questions in batches of similar length; prints the table and returns its numbers."""
     from rich.console import Console
-    from rich.progress import track
     from rich.table import Table
 
-    from model.generate import generate
+    from trainer.scoring import answer_questions, count_right
 
-    started, limit = time.perf_counter(), speaker.model.config.max_seq_len
+    started = time.perf_counter()
     for row in questions:
         text = row["question"] + ("" if speaker.chats else "\n")
         row["ids"] = speaker.prompt_ids([{"role": "user", "content": text}])
-        if len(row["ids"]) >= limit:
-            raise UserError(f"{row['where']}: the question has {len(row['ids'])} tokens, the model's limit is {limit}")
-    order = sorted(questions, key=lambda row: len(row["ids"]))
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    console = Console(stderr=True)
-    for batch in track(batches, "questions", console=console, disable=not console.is_terminal, transient=True):
-        with speaker.number_format():
-            answers = generate(speaker.model, [row["ids"] for row in batch], speaker.settings, speaker.tokenizer)
-        for row, answer in zip(batch, answers, strict=True):
-            row |= {"answer": answer.text.strip(), "correct": is_right(answer.text, row["keys"])}
-            speaker.tokens += len(answer.ids)
+    speaker.tokens = answer_questions(
+        speaker.model, speaker.tokenizer, questions, speaker.settings, speaker.number_format
+    )
     speaker.seconds = time.perf_counter() - started
     fields = ("question", "answer", "keys", "correct", "lang", "kind")
     speaker.answers = [{name: row[name] for name in fields} for row in questions]
-
-    def count(kind: str | None) -> dict[str, dict[str, float]]:
-        """Of one kind (None: of all), by language: questions, correct ones, accuracy."""
-        marks = {lang: [r["correct"] for r in questions if r["lang"] == lang and kind in (None, r["kind"])]
-                 for lang in languages}  # fmt: skip
-        return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in marks.items() if m}
-
-    languages = sorted({row["lang"] for row in questions}, reverse=True)  # zh, en
-    kinds = {kind: count(kind) for kind in sorted({row["kind"] for row in questions} - {""})}
-    table = Table("answered right", *languages)
-    for name, counts in {**kinds, "all": count(None)}.items():
-        cells = (counts.get(lang) for lang in languages)
+    kinds = {kind: count_right(questions, kind) for kind in sorted({row["kind"] for row in questions} - {""})}
+    total = count_right(questions)
+    table = Table("answered right", *total)
+    for name, counts in {**kinds, "all": total}.items():
+        cells = (counts.get(lang) for lang in total)
         table.add_row(name, *(f"{c['accuracy']:.1%} ({c['correct']} of {c['questions']})" if c else "" for c in cells))
     Console().print(table)
-    accuracy = {lang: counts["accuracy"] for lang, counts in count(None).items()}
-    return {"accuracy": accuracy, "counts": count(None), "kinds": kinds}
+    return {"accuracy": {lang: counts["accuracy"] for lang, counts in total.items()}, "counts": total, "kinds": kinds}
 
 
 def talk(speaker: Speaker) -> None:

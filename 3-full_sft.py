@@ -6,15 +6,21 @@ The same loss as in lesson 1; only the labels differ: questions are read, answer
 
     python 3-full_sft.py                                            starts from the one out/pretrain_*.pth
     python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
+    python 3-full_sft.py --init_from ../Qwen --chat_format belle    a transformers folder (Llama, Qwen3), another format
+    python 3-full_sft.py --recipe belle --data_share 0.1,0.3,1.0    BELLE's numbers; what does more data bring?
     torchrun --nproc_per_node 2 3-full_sft.py                       two processes; deepspeed --num_gpus 2 does as well
 
 Reads   dataset/sft (made by data_process.py sft) and the parent, which carries its config and its tokenizer.
-Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
-Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), trainer/batches.py (why padding is rare).
+Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume;
+        with --data_share out/data_study/ instead.
+Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_formats.py (how turns are written),
+        trainer/batches.py (why padding is rare), trainer/data_study.py.
 """
 
-from corpus.errors import fail_in_one_line
-from trainer.cli import make_parser
+from corpus.errors import UserError, fail_in_one_line
+from model.chat_formats import FORMAT_NAMES
+from trainer.cli import make_parser, positive, shares
+from trainer.recipes import add_recipe_flag, describe_recipe
 
 
 def compute_loss(model, batch):
@@ -31,22 +37,37 @@ def compute_loss(model, batch):
 
 def main() -> None:
     parser = make_parser(__doc__, {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2)
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--max_seq_len", type=positive, help="longer chats lose their last turns; none given: what the model reads")
+    add("--chat_format", choices=FORMAT_NAMES, help="how chats are written from now on; none given: as the parent does")
+    add_recipe_flag(parser)
+    add("--data_share", type=shares, help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")
+    add("--questions", metavar="FILE", help="with --data_share: count right answers too (jsonl as for 2-eval.py)")
     args = parser.parse_args()
+    if args.questions and not args.data_share:
+        raise UserError("--questions belongs to --data_share; of one model 2-eval.py counts the right answers")
+    if args.max_minutes and args.data_share:
+        raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
 
     from corpus.pack import tokenise_chats
     from model.checkpoint import find_parent, load_model
     from trainer.batches import Chats, open_data
+    from trainer.data_study import run_study
     from trainer.loop import Stage, train
     from trainer.runtime import start
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
+    tokenizer = tokenizer.with_format(args.chat_format)
     with start(args.device, args.dtype, args.seed) as run:
         with run.main_first():  # the first process tokenises, the others find it done
-            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len))
+            length = min(args.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
+            folder = str(tokenise_chats(args.data_path, tokenizer, length))
         splits = open_data(folder, "chats", tokenizer)
         validation = {s.removeprefix("val_"): Chats(folder, s, tokenizer.pad_id) for s in splits if s != "train"}
         data = Chats(folder, "train", tokenizer.pad_id)
-        train(run, args, Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"]))
+        stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
+        run.say(f"chat format {tokenizer.chat_format.name}" + (f"; {describe_recipe(args)}" if args.recipe else ""))
+        (run_study if args.data_share else train)(run, args, stage)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ the embedding: 6,400 x 512 is 3.3 M of the small model's 26.9 M weights. So the 
 Reads txt, jsonl, csv, parquet (and .gz .xz .zst .bz2 of them), plain texts and chats. Writes the folder --out_dir:
 tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json; transformers opens it as well.
 
-Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat.py (how a chat is written with them), then
+Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat_formats.py (how a chat is written), then
 data_process.py (text -> numbers on disk).
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpus.errors import UserError, fail_in_one_line
+from model.chat_formats import FORMAT_NAMES
 
 if TYPE_CHECKING:
     from corpus.tokenizer_sample import TextSample
@@ -52,6 +53,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     counts: dict[str, Any] = {"type": int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
     add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
+    add(
+        "--chat_format",
+        "how chats are written with it: chatml (<|im_start|>user), mindllm (<user>), belle (Human:), text (no roles);"
+        " 3-full_sft.py can choose another one later (default: chatml)",
+        choices=FORMAT_NAMES,
+        default="chatml",
+    )
     add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
     add("--read_budget", "bytes of text to choose from, at most (default: 1000000000)", default=1_000_000_000, **counts)
     add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
@@ -147,9 +155,10 @@ def main() -> None:
         print(
             f"replacing the tokenizer in {args.out_dir}: data and models made with the old one do not fit the new one"
         )
-    tokenizer = save_tokenizer(backend, args.out_dir)
+    tokenizer = save_tokenizer(backend, args.out_dir, args.chat_format)
     print_result(tokenizer, sample, args.vocab_size)
-    print(f"saved in {args.out_dir} (fingerprint {tokenizer.fingerprint}) after {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    print(f"saved in {args.out_dir} ({tokenizer.fingerprint}, chats as {args.chat_format}) after {seconds:.0f} s")
     print('next: python data_process.py pretrain FILES…   or look: python train_tokenizer.py --inspect "文本"')
 
 

@@ -109,11 +109,12 @@ def tokenise_chats(
 ) -> Path:
     """The token folder of `folder`'s train.jsonl and val.jsonl for this tokenizer and length; built unless it is there.
 
-    `tokenizer` needs .render, .fingerprint and .vocab_size. Returns `folder/tokens-<fingerprint>`, in the format of
-    shards.py with masks. Raises UserError when the jsonl files are missing or no chat fits into `max_seq_len` tokens.
+    `tokenizer` needs .render, .chat_fingerprint and .vocab_size. Returns `folder/tokens-<chat_fingerprint>`, in the
+    format of shards.py with masks. Raises UserError when the jsonl files are missing or no chat fits into `max_seq_len`
+    tokens.
     """
     folder, form = Path(folder), form or CHATS
-    target = folder / f"tokens-{tokenizer.fingerprint}"
+    target = folder / f"tokens-{tokenizer.chat_fingerprint}"
     job = {"max_seq_len": max_seq_len, "source": _fingerprint_source(folder, form)}
     if _is_current(target, job):
         return target
@@ -133,7 +134,7 @@ def tokenise_chats(
                     on_batch()
             require_train(writers, f"no {form.kind.removesuffix('s')} fits into {max_seq_len} tokens")
             splits = {split: writers[split].close() for split in sorted(writers)}
-            meta = {"format": FORMAT, "kind": form.kind, "tokenizer": tokenizer.fingerprint, **job}
+            meta = {"format": FORMAT, "kind": form.kind, "tokenizer": tokenizer.chat_fingerprint, **job}
             meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits, "report": report.to_dict()}
             write_json(partial / "meta.json", meta)
             try:

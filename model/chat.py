@@ -3,17 +3,20 @@
     messages -> ids, mask        <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
                                                                                            ^^^^^^^^^^^^^^^^ mask = 1
 
-SFT, evaluation, the command line and every later front end call `render`; nobody else writes a marker. The mask comes
-from the spans of the messages while they are put together, never from searching for marker ids afterwards. Marker
-strings that a user types stay ordinary text.
+SFT, evaluation, the command line and every later front end call `render`; nobody else writes a marker. What stands
+around the messages is the chat format (chat_formats.py), carried in the tokenizer's files. The mask comes from the
+spans of the messages while they are put together, never from searching for marker ids afterwards. Marker strings that
+a user types stay ordinary text.
 
-Reads and writes a folder of tokenizer.json + tokenizer_config.json that `transformers.AutoTokenizer` opens as well.
-Read next: transformer.py (what the ids meet), ../train_tokenizer.py (where the folder comes from).
+Reads and writes a folder of tokenizer.json + tokenizer_config.json that `transformers.AutoTokenizer` opens as well; a
+folder of somebody else's model is read too (stock.py).
+Read next: chat_formats.py (how turns are written), transformer.py (what the ids meet), ../train_tokenizer.py.
 """
 
 import hashlib
 import json
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,25 +25,29 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from corpus.errors import UserError
+from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, TemplateFormat, named_format
 
-END_OF_TEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+PAD = "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
 SPARE_TOKENS = [
     f"<|spare_{i}|>" for i in range(12)
 ]  # unused rows of the embedding, for markers that later stages invent
-ROLES = ("system", "user", "assistant", "tool")
-
-CHAT_TEMPLATE = (
+OLD_TEMPLATE = (  # in the files of tokenizers made before formats had names
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-Message = dict[str, str]
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",  # where transformers keeps the template since 4.50
+    "generation_config.json",  # of somebody else's model: which tokens end an answer
+)
 
 
 class ChatTokenizer:
-    """A trained tokenizer and the chat format that it was trained for.
+    """A trained tokenizer and the chat format that it speaks.
 
     `files` maps file names to their text: it is what `save` writes and what a checkpoint carries, so that a single .pth
     is enough to talk to a model.
@@ -48,10 +55,29 @@ class ChatTokenizer:
 
     def __init__(self, files: dict[str, str]) -> None:
         self.files = files
-        self.backend = Tokenizer.from_str(files["tokenizer.json"])
+        self.backend = self._open()
         # Without this line the *text* "<|im_end|>" in a user's message would become the control token.
         self.backend.encode_special_tokens = True
-        self.eos_id, self.im_start_id, self.im_end_id, self.pad_id = (self._id(token) for token in SPECIAL_TOKENS)
+        self.config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
+        self.eos = self._special("eos_token") or END_OF_TEXT
+        self.eos_id = self._id(self.eos)
+        self.pad_id = self._id(self._special("pad_token") or self.eos)
+        self.format = self._find_format()
+
+    def _open(self) -> Tokenizer:
+        backend = Tokenizer.from_str(self.files["tokenizer.json"])
+        backend.no_padding()  # somebody else's file may ask for both
+        backend.no_truncation()
+        return backend
+
+    def _special(self, name: str) -> str | None:
+        """bos_token, eos_token, ...: a string or {"content": string}, in whichever file names it."""
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = json.loads(self.files.get(file, "{}")).get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                return token
+        return None
 
     def _id(self, token: str) -> int:
         index = self.backend.token_to_id(token)
@@ -59,18 +85,98 @@ class ChatTokenizer:
             raise UserError(f"the tokenizer has no {token} token: train one with `python train_tokenizer.py FILES…`")
         return index
 
-    @property
+    def _find_format(self) -> NamedFormat | TemplateFormat | None:
+        """The named format of our own folders; the template of other people's; None where there is neither."""
+        template = self.files.get("chat_template.jinja") or self.config.get("chat_template")
+        if isinstance(template, list):  # several with names, for tools and the like
+            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        name = self.config.get("chat_format")
+        if not name and (not template or template == OLD_TEMPLATE) and self.backend.token_to_id(IM_START) is not None:
+            name = "chatml"  # made before formats had names
+        if name:
+            return named_format(name, self.eos)
+        special = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return TemplateFormat(template, special, self._markers) if template else None
+
+    def with_format(self, name: str | None) -> "ChatTokenizer":
+        """The same pieces with the chat format of that name; None changes nothing.
+
+        Raises UserError for an unknown name, and where the format's markers are no tokens of this tokenizer.
+        """
+        if name is None or name == self.format_name:
+            return self
+        chosen = named_format(name, self.eos)
+        for marker in (IM_START, IM_END) if name == "chatml" else ():
+            if self.backend.token_to_id(marker) is None:
+                raise UserError(f"--chat_format {name}: this tokenizer has no {marker} token; choose another format")
+        config = {**self.config, "chat_template": chosen.template, "chat_format": name}
+        files = {**self.files, "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
+        files.pop("chat_template.jinja", None)
+        return ChatTokenizer(files)
+
+    @cached_property
     def vocab_size(self) -> int:
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """Ids are below this number; a foreign tokenizer may leave some of them out."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def im_start_id(self) -> int:
+        return self._id(IM_START)
+
+    @property
+    def im_end_id(self) -> int:
+        return self._id(IM_END)
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that name this tokenizer: datasets and checkpoints made with another one are refused."""
-        return hashlib.sha256(self.files["tokenizer.json"].encode()).hexdigest()[:16]
+        return digest(self.files["tokenizer.json"])[:16]
+
+    @property
+    def format_name(self) -> str:
+        """chatml, mindllm, ...; "template" for somebody else's; "" where nothing says how a chat is written."""
+        return self.format.name if self.format else ""
+
+    @cached_property
+    def chat_fingerprint(self) -> str:
+        """Names what a chat becomes: pieces and format. That of chatml is the plain fingerprint."""
+        if self.format_name in ("chatml", ""):
+            return self.fingerprint
+        is_named = isinstance(self.format, NamedFormat)
+        return f"{self.fingerprint}-{self.format_name if is_named else digest(self.chat_format.template)[:8]}"
+
+    @property
+    def chat_format(self) -> NamedFormat | TemplateFormat:
+        """The format, where there must be one."""
+        if self.format is None:
+            raise UserError("this tokenizer has no chat template: say how chats are written with --chat_format")
+        return self.format
+
+    @property
+    def close_id(self) -> int:
+        """The token that ends an answer."""
+        return self.stop_ids[0]
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Every token after which a model has finished: what closes an answer, the eos, and what the model names."""
+        found = [self._id(self.format.close)] if self.format and self.format.close else []
+        named = json.loads(self.files.get("generation_config.json", "{}")).get("eos_token_id")
+        found += [i for i in (named if isinstance(named, list) else [named]) if i in self.special_ids]
+        return list(dict.fromkeys([*found, self.eos_id]))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Text that ends an answer in this format."""
+        return self.format.stop if self.format else ()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marker strings inside it stay text."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_start(self, text: str) -> list[int]:
+        """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
+        return self.backend.encode(text).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -86,7 +192,9 @@ class ChatTokenizer:
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. For bits per byte."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        byte_level = json.loads(self.files["tokenizer.json"])["decoder"]["type"] == "ByteLevel"
+        decoder = json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"))
+        byte_level = '"ByteLevel"' in decoder
+        space = "▁" if '"Replace"' in decoder or '"Metaspace"' in decoder else " "  # as which a foreign piece writes it
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in vocab.items():
             if index in self.special_ids:
@@ -95,29 +203,52 @@ class ChatTokenizer:
                 lengths[index] = len(piece)
             else:  # byte fallback spells a lone byte as <0xE4>
                 lone_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-                lengths[index] = 1 if lone_byte else len(piece.encode())
+                lengths[index] = 1 if lone_byte else len(piece.replace(space, " ").encode())
         return lengths
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the <|im_end|> closing each.
+    @cached_property
+    def _marked(self) -> Tokenizer:
+        """The tokenizer as it reads a rendered chat: control tokens are control tokens."""
+        return self._open()
 
-        With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length.
+    @cached_property
+    def _markers(self) -> re.Pattern[str]:
+        tokens = sorted((self.backend.id_to_token(i) or "" for i in self.special_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the marker closing each.
+
+        With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. Each
+        answer is one run of ones. A token that begins in the prompt is not trained, even if it reaches into the answer;
+        that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
+        Raises UserError when the format cannot write these messages.
         """
+        cut, messages = self._guard(messages)
+        spans = self.chat_format.spans(messages, add_generation_prompt)
+        text = "".join(text for text, _ in spans)
+        trained = b"".join(bytes([flag]) * len(text) for text, flag in spans)  # one byte a character
         ids: list[int] = []
         mask: list[int] = []
-
-        def add(new_ids: list[int], trained: int) -> None:
-            ids.extend(new_ids)
-            mask.extend([trained] * len(new_ids))
-
-        for message in messages:
-            trained = int(message["role"] == "assistant")
-            add([self.im_start_id, *self.encode(message["role"] + "\n")], 0)
-            add([*self.encode(message["content"]), self.im_end_id], trained)
-            add(self.encode("\n"), 0)
-        if add_generation_prompt:
-            add([self.im_start_id, *self.encode("assistant\n")], 0)
+        start = 0
+        for part in text.split(cut) if cut else [text]:
+            encoding = self._marked.encode(part, add_special_tokens=False)
+            ids += encoding.ids
+            mask += [int(trained[start + a : start + a + 1] == b"\1") for a, _ in encoding.offsets]
+            start += len(part) + len(cut)
         return ids, mask
+
+    def _guard(self, messages: list[Message]) -> tuple[str, list[Message]]:
+        """The messages with a cut inside every marker that somebody typed, and the character that stands for a cut."""
+        typed = "".join(message["content"] for message in messages)
+        if not self._markers.search(typed):
+            return "", messages
+        cut = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in typed)
+
+        def split(found: re.Match[str]) -> str:
+            return found[0][0] + cut + found[0][1:]
+
+        return cut, [{**message, "content": self._markers.sub(split, message["content"])} for message in messages]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -127,7 +258,11 @@ class ChatTokenizer:
             temporary.replace(Path(folder) / name)
 
 
-def tokenizer_files(backend: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> dict[str, str]:
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str, str]:
     """The files of a tokenizer folder, {name: text}, for a trained `tokenizers.Tokenizer`."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads in transformers 4 and 5 alike
@@ -135,7 +270,8 @@ def tokenizer_files(backend: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> d
         "pad_token": PAD,
         "model_max_length": 1_000_000,  # the limit is the model's, and its config states it
         "clean_up_tokenization_spaces": False,
-        "chat_template": chat_template,
+        "chat_template": named_format(chat_format).template,
+        "chat_format": chat_format,
     }
     specials = {"eos_token": END_OF_TEXT, "pad_token": PAD}
     return {
@@ -145,11 +281,9 @@ def tokenizer_files(backend: Tokenizer, chat_template: str = CHAT_TEMPLATE) -> d
     }
 
 
-def save_tokenizer(
-    backend: Tokenizer, folder: str | os.PathLike[str], chat_template: str = CHAT_TEMPLATE
-) -> ChatTokenizer:
+def save_tokenizer(backend: Tokenizer, folder: str | os.PathLike[str], chat_format: str = "chatml") -> ChatTokenizer:
     """Write a trained tokenizer as a folder that both this project and transformers open; returns it opened."""
-    tokenizer = ChatTokenizer(tokenizer_files(backend, chat_template))
+    tokenizer = ChatTokenizer(tokenizer_files(backend, chat_format))
     tokenizer.save(folder)
     return tokenizer
 
@@ -159,8 +293,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
 
     Raises UserError with the command to run when there is none or it is not one of ours.
     """
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    found = {name: Path(folder) / name for name in names if (Path(folder) / name).is_file()}
+    found = {name: Path(folder) / name for name in FILES if (Path(folder) / name).is_file()}
     if "tokenizer.json" not in found:
         raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
     try:
@@ -168,4 +301,5 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"cannot read {found['tokenizer.json']} ({error}): train it again") from None
+        names = ", ".join(found)
+        raise UserError(f"cannot read the tokenizer in {folder} ({error}): one of {names} is damaged") from None

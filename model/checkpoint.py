@@ -158,6 +158,7 @@ def load_model(
     """Open a .pth or a transformers folder: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
 
     An adapter comes back merged into its parent, which is found by its name, or is `parent`; see `open_adapter`.
+    The folder: see stock.py.
     """
     if Path(path).is_dir():
         from model.stock import open_folder

@@ -77,7 +77,9 @@ class TextStream:
         self.backend = tokenizer.backend
         self.byte_level = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.lone_bytes: list[int] = []  # byte fallback: ids of a run of <0xE4>-like tokens; valid only as a whole
+        # Other decoders: ids whose text is not out yet, behind one whose text is: some treat a first piece differently.
+        self.run: list[int] = []
+        self.out = ""  # the text of that one
         self.stop = stop
         self.held = ""  # text that may be the beginning of a stop string
         self.stopped = False
@@ -89,18 +91,22 @@ class TextStream:
             spelled = all(char in _BYTE_OF for char in piece)
             raw = bytes(_BYTE_OF[char] for char in piece) if spelled else piece.encode()
             return self._release(self.utf8.decode(raw))
-        self.lone_bytes.append(token_id)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return ""
-        return self._release(self._decode_run())
+        self.run.append(token_id)
+        lone_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+        return "" if lone_byte or self._decode_run().endswith("\ufffd") else self._release(self._take_run())
 
     def finish(self) -> str:
         """What was held back, once no token follows; half a character becomes U+FFFD."""
-        return self._release(self.utf8.decode(b"", final=True) + self._decode_run(), final=True)
+        return self._release(self.utf8.decode(b"", final=True) + self._take_run(), final=True)
 
     def _decode_run(self) -> str:
-        text = self.backend.decode(self.lone_bytes, skip_special_tokens=False) if self.lone_bytes else ""
-        self.lone_bytes.clear()
+        return self.backend.decode(self.run, skip_special_tokens=False) if self.run else ""
+
+    def _take_run(self) -> str:
+        """The run's text. Bytes such as <0xE4> are valid only as a whole run, which ends where another piece comes."""
+        text = self._decode_run()[len(self.out) :]
+        self.run = self.run[-1:]
+        self.out = self._decode_run()
         return text
 
     def _release(self, text: str, final: bool = False) -> str:
@@ -198,7 +204,7 @@ def _run(model: Transformer, rows: list[_Row], settings: Sampling, tokenizer: Ch
     device = weight.device
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    stop_ids = (tokenizer.im_end_id, tokenizer.eos_id)
+    stop_ids = tokenizer.stop_ids
     forbidden = torch.zeros(weight.shape[0], dtype=torch.bool, device=device)  # other markers, spare rows
     forbidden[[*(tokenizer.special_ids - set(stop_ids)), *range(tokenizer.vocab_size, len(forbidden))]] = True
 

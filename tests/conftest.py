@@ -123,3 +123,19 @@ def chat_row(i: int) -> dict:
     )
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "lang": lang}
+
+
+@pytest.fixture(scope="session")
+def tiny_parent(tokenizer, tmp_path_factory):
+    """An untrained model of 32 numbers a token, saved as the pretraining stage saves it."""
+    import torch
+
+    from model.checkpoint import save_model
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64))
+    path = tmp_path_factory.mktemp("parent") / "pretrain_32.pth"
+    save_model(path, model, "pretrain", tokenizer, [{"stage": "pretrain"}])
+    return path

@@ -334,7 +334,7 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     assert open_split(tokens, "train").lengths().max() <= 70
 
     class Other:
-        render, vocab_size, fingerprint = tokenizer.render, 100_000, "other"
+        render, vocab_size, chat_fingerprint = tokenizer.render, 100_000, "other"
 
     other = tokenise_chats(folder, Other(), 512)
     assert read_meta(other)["dtype"] == "uint32" and tokens.is_dir()

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from corpus.errors import UserError
+from corpus.questions import is_right
 from tests.conftest import ROOT, load_script, run_process, run_script
 
 
@@ -150,7 +151,7 @@ def test_a_pretrained_model_is_asked_in_plain_text(out, monkeypatch, tmp_path):
     ],
 )
 def test_rule_of_a_right_answer(script, answer, keys, right):
-    assert script.is_right(answer, keys) is right
+    assert is_right(answer, keys) is right
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ def open_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
     command = COMMANDS[kind]
     if meta["kind"] != kind:
         raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `{command}`")
-    if meta["tokenizer"] != tokenizer.fingerprint or meta["vocab_size"] > tokenizer.vocab_size:
+    ours = tokenizer.fingerprint if kind == "pretrain" else tokenizer.chat_fingerprint  # a chat's has its format too
+    if meta["tokenizer"] != ours or meta["vocab_size"] > tokenizer.vocab_size:
         raise UserError(
-            f"{folder} was made with tokenizer {meta['tokenizer']}, the model has {tokenizer.fingerprint}: "
+            f"{folder} was made with tokenizer {meta['tokenizer']}, the model has {ours}: "
             f"run `{command} --tokenizer …` again, or name the tokenizer that made it"
         )
     if meta["splits"].get("train", {}).get("tokens", 0) < 2:

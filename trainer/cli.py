@@ -11,6 +11,7 @@ from typing import Any
 
 from corpus.errors import UserError
 from model.config import FIELD_HELP, PRESETS, ModelConfig
+from trainer.recipes import parse_with_recipe
 
 
 def yes_or_no(text: str) -> bool:
@@ -27,17 +28,34 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def shares(text: str) -> list[float]:
+    """0.1,0.3,1.0 -> the shares, smallest first, each once."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: shares are numbers with commas between, as 0.1,0.3,1.0") from None
+    if not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text}: each share is above 0 and at most 1")
+    return found
+
+
+def below_one(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a share is at least 0 and below 1")
+    return float(text)
+
+
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the door plate's line breaks and shows the defaults."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but for a learning rate whose default depends on the optimizer."""
+    """argparse, but for a learning rate whose default depends on the optimizer, and for --recipe."""
 
     learning_rates: dict[str, float]
 
     def parse_args(self, *arguments: Any) -> Any:  # type: ignore[override]
-        args = super().parse_args(*arguments)
+        args = parse_with_recipe(self, super().parse_args, *arguments)
         if not hasattr(args, "learning_rate"):
             args.learning_rate = self.learning_rates[args.optimizer]
         return args
@@ -70,6 +88,7 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--schedule", choices=("linear", "cosine"), default="linear", help="how the rate falls after the warm-up")
     add("--final_lr_share", type=float, default=0.0, help="share of the peak left at the end")
     add("--warmup_iters", type=int, default=10, help="steps of linear warm-up")
+    add("--warmup_share", type=below_one, default=0.0, help="share of the run that warms up, instead of --warmup_iters")
     add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms and embeddings")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
     add("--seed", type=int, default=42, help="of the weights, the order of the data and dropout")

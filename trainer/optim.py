@@ -70,12 +70,19 @@ def muon_momentum(step: int) -> float:
     return 0.7 + 0.25 * min(step / 1000, 1.0)
 
 
-def learning_rate_share(step: int, progress: float, warmup: int, kind: str, final_share: float) -> float:
+def learning_rate_share(
+    step: int, progress: float, warmup: int, kind: str, final_share: float, warmup_share: float = 0.0
+) -> float:
     """The share of the peak learning rate at `step` (counted from 0), when `progress` in [0, 1] of the run lies behind.
 
-    Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_share`.
+    Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_share`. With `warmup_share`
+    the warm-up takes that share of the run instead, and the fall the rest, as in transformers: step 0 stands still.
     """
-    if step < warmup:
+    if warmup_share:
+        if progress < warmup_share:
+            return progress / warmup_share
+        progress = (progress - warmup_share) / (1 - warmup_share)
+    elif step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(max(progress, 0.0), 1.0)
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
@@ -87,7 +94,8 @@ def set_schedule(args: argparse.Namespace, optimizers: list[torch.optim.Optimize
 
     `done` in [0, 1] is the share of the run that lies behind.
     """
-    share = learning_rate_share(step, done, args.warmup_iters, args.schedule, args.final_lr_share)
+    warmup_share = vars(args).get("warmup_share", 0.0)
+    share = learning_rate_share(step, done, args.warmup_iters, args.schedule, args.final_lr_share, warmup_share)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * share * group.get("rate", 1.0)

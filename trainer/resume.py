@@ -84,7 +84,7 @@ def run_identity(args: argparse.Namespace, stage: "Stage") -> dict[str, Any]:
     return {
         "stage": stage.name,
         "config": stage.model.config.to_dict(),
-        "tokenizer": stage.tokenizer.fingerprint,
+        "tokenizer": stage.tokenizer.chat_fingerprint,
         "parent": parent if stage.lineage else "",
         "data rows": len(stage.data),
         "--optimizer": args.optimizer,

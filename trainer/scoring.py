@@ -1,0 +1,85 @@
+"""Questions to a model, and the share that it answers right: what 2-eval.py prints and the data study plots.
+
+    answer = greedy continuation of the rendered question;  right = it contains a key (corpus/questions.py)
+
+Read next: ../model/generate.py (how an answer is drawn), ../corpus/questions.py (the rule).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from corpus.errors import UserError
+from corpus.questions import is_right
+from model.chat import ChatTokenizer
+from model.chat_formats import Message
+from model.generate import Sampling, fit_chat, generate
+from model.transformer import Transformer
+
+BATCH = 128  # questions answered at once
+MAX_NEW_TOKENS = 48  # of a chat model's answer
+
+Question = dict[str, Any]  # corpus.questions.read_questions makes them
+
+
+def chat_prompt(
+    model: Transformer, tokenizer: ChatTokenizer, messages: list[Message], max_new_tokens: int
+) -> list[int]:
+    """The rendered chat, with as many of its last turns as leave room to answer."""
+    limit = model.config.max_seq_len
+    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4))
+
+
+def answer_questions(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    questions: list[Question],
+    settings: Sampling,
+    number_format: Callable[[], AbstractContextManager[Any]],
+) -> int:
+    """Fill "answer" and "correct" of every question, whose prompt is in "ids"; returns the number of tokens drawn.
+
+    Batches are of similar length. Raises UserError naming the question that is too long for the model.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    limit, tokens = model.config.max_seq_len, 0
+    for row in questions:
+        if len(row["ids"]) >= limit:
+            raise UserError(f"{row['where']}: the question has {len(row['ids'])} tokens, the model's limit is {limit}")
+    order = sorted(questions, key=lambda row: len(row["ids"]))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    console = Console(stderr=True)
+    for batch in track(batches, "questions", console=console, disable=not console.is_terminal, transient=True):
+        with number_format():
+            answers = generate(model, [row["ids"] for row in batch], settings, tokenizer)
+        for row, answer in zip(batch, answers, strict=True):
+            row |= {"answer": answer.text.strip(), "correct": is_right(answer.text, row["keys"])}
+            tokens += len(answer.ids)
+    return tokens
+
+
+def count_right(questions: list[Question], kind: str | None = None) -> dict[str, dict[str, float]]:
+    """Of one kind (None: of all), by language, zh before en: questions, correct ones, accuracy."""
+    languages = sorted({row["lang"] for row in questions}, reverse=True)
+    marks = {
+        lang: [row["correct"] for row in questions if row["lang"] == lang and kind in (None, row["kind"])]
+        for lang in languages
+    }
+    return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in marks.items() if m}
+
+
+def chat_accuracy(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    questions: list[Question],
+    number_format: Callable[[], AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """The share that a chat model answers right, by language, exactly as `2-eval.py --questions` counts it."""
+    settings = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop=tokenizer.stop_strings)
+    rows = [dict(row) for row in questions]
+    for row in rows:
+        row["ids"] = chat_prompt(model, tokenizer, [{"role": "user", "content": row["question"]}], MAX_NEW_TOKENS)
+    answer_questions(model, tokenizer, rows, settings, number_format)
+    return {lang: counts["accuracy"] for lang, counts in count_right(rows).items()}
