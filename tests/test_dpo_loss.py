@@ -53,6 +53,7 @@ def test_golden_statistics():
     batch = {"labels": torch.tensor([[7, 7], [7, IGNORE]]), "reference": torch.tensor([[-2.0, -2.0], [-3.0, 0.0]])}
     found = pair_statistics(log_probs, batch, torch.tensor([0.2]), torch.tensor([True]))
     wanted = {"accuracy": 1, "margin": 0.2, "chosen_logp": -3, "rejected_logp": -4, "chosen_change": 1}
+    wanted |= {"likelier": 1, "likelier_before": 1}  # -1.5 a token against -4, before -2 against -3
     wanted |= {"chosen_length": 2, "rejected_length": 1, "kl": (math.e - 2 + 1 / math.e) / 3}
     assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
 

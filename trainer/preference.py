@@ -132,8 +132,15 @@ def pair_statistics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tens
     k3 = (ratio.clamp(max=20).exp() - 1 - ratio).sum(1)
     (chosen, rejected), (chosen_k3, rejected_k3) = log_probs.detach().sum(1).chunk(2), k3.chunk(2)
     chosen_length, rejected_length = lengths.chunk(2)
+
+    def chosen_likelier(log_probs: Tensor) -> Tensor:
+        per_token = (log_probs.detach() * answers).sum(1) / lengths.clamp(min=1)
+        return torch.gt(*per_token.chunk(2)).float()
+
     values = {
         "accuracy": (margin > 0).float(),
+        "likelier": chosen_likelier(log_probs),  # per token; no comparison with the parent, but the parent has one too
+        "likelier_before": chosen_likelier(batch["reference"]),
         "margin": margin.detach(),
         "chosen_logp": chosen,
         "rejected_logp": rejected,
