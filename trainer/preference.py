@@ -175,6 +175,8 @@ def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]]) -> N
 def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Callable[[Row], str]:
     """The question that the loop asks after every step: is there a reason to end here?
 
+    The default bound of 0.2 nats per token: on the demo world a rate that kept the right answers cost up to 0.06, one
+    that lost half of them passed 0.2 after 40 of 181 steps and went on to 1, with every held-out pair ranked right.
     Raises UserError when the first loss is not that of a policy that equals its reference.
     """
     expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
