@@ -187,7 +187,12 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
         checkpoint = read_checkpoint(path)
         state = checkpoint["model"]
         adapter = {name: value for name, value in checkpoint.get("adapter", {}).items() if name != "parent"}
-    digest = hashlib.sha256(json.dumps(adapter, sort_keys=True).encode())
+    return state_fingerprint(state, adapter)
+
+
+def state_fingerprint(state: dict[str, torch.Tensor], adapter: dict[str, Any] | None = None) -> str:
+    """16 hex digits that name tensors (and the numbers of an adapter), to the bit."""
+    digest = hashlib.sha256(json.dumps(adapter or {}, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -139,6 +139,25 @@ def test_moe_keeps_its_balance(dpo, tokenizer, tmp_path):
     assert rows[0]["loss"] == pytest.approx(rows[0]["preference_loss"] + rows[0]["balance_loss"], abs=1e-5)
 
 
+def test_it_starts_from_an_adapter(dpo, tokenizer, tmp_path):
+    """The nearest parent is the LoRA stage: its adapter comes merged, and what is saved is a whole model."""
+    from model.checkpoint import load_model, remember_parent
+    from model.lora import LoRAConfig, attach, lora_layers
+
+    folder = tmp_path / "out"
+    save_parent(folder, tokenizer)
+    model, _, parent = load_model(folder / "full_sft_32.pth")
+    attach(model, LoRAConfig(rank=2))
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    remember_parent(model, folder / "full_sft_32.pth", folder / "lora_sft_32.pth")
+    save_model(folder / "lora_sft_32.pth", model, "lora_sft", tokenizer, [*parent["lineage"], {"stage": "lora_sft"}])
+    assert steps(dpo("--max_steps", 2))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    child = torch.load(folder / "dpo_32.pth", weights_only=True)
+    assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "full_sft", "lora_sft", "dpo"]
+    assert child["model"].keys() == weights(folder / "full_sft_32.pth").keys() and "adapter" not in child
+
+
 # ---- the guard -------------------------------------------------------------------------------------------------------
 def test_the_guard_ends_the_stage_in_good_order(dpo, capsys):
     # a negative weight makes the chosen answers unlikely, which DPO itself does only now and then

@@ -14,6 +14,7 @@ from corpus.pack import tokenise_chats
 from corpus.pairs import PAIRS, normalise_pair, render_pair
 from corpus.report import BadRow, DataReport, UnfitRow
 from corpus.shards import open_split, read_meta
+from model.chat_formats import FORMAT_NAMES
 from tests.conftest import SHARED_DATA
 
 
@@ -123,6 +124,16 @@ def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, ans
         assert ids[: len(shared)] == shared and ids == tokenizer.render([*prompt, bot(text)])[0]
         assert tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained]) == text + "<|im_end|>"
         assert not any(mask[: len(shared)]) and size == len(text.encode())
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
+    tokenizer, answers = tokenizer.with_format(name), ("2。", "2, or 3")
+    for prompt in (QUESTION, [user("Hi"), bot("Hello."), *QUESTION]):
+        item = Item("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
+        for (ids, mask, _), text in zip(render_pair(item, tokenizer, 500, DataReport()), answers, strict=True):
+            trained = tokenizer.decode([i for i, one in zip(ids, mask, strict=True) if one])
+            assert trained in (text + "<|im_end|>", text + "<|endoftext|>")
 
 
 @settings(max_examples=80, deadline=None)

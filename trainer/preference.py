@@ -24,7 +24,7 @@ from torch import Tensor
 from corpus.errors import UserError
 from corpus.shards import read_meta
 from model.chat import ChatTokenizer
-from model.checkpoint import atomic_save, plain_state
+from model.checkpoint import atomic_save, plain_state, state_fingerprint
 from model.generate import Sampling, generate
 from model.transformer import Transformer
 from trainer.batches import Batch, Chats, Pairs
@@ -58,7 +58,7 @@ def open_reference(
     """
     meta = read_meta(folder)
     key = {
-        "parent": weights_fingerprint(model),
+        "parent": state_fingerprint(plain_state(model)),
         "tokenizer": meta["tokenizer"],
         "data": folder_fingerprint(folder),
         "dtype": str(run.dtype).removeprefix("torch."),
@@ -97,15 +97,6 @@ def reference_log_probs(run: Run, model: Transformer, answers: Chats, batch_size
             start, end = starts[document], starts[document + 1]
             found[start + 1 : end] = values[: end - start - 1]  # labels are moved on by one
     return run.sum_tensor(found)
-
-
-def weights_fingerprint(model: Transformer) -> str:
-    """16 hex digits that name a model by its tensors, to the bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(plain_state(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def folder_fingerprint(folder: str) -> str:
@@ -182,6 +173,8 @@ def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]]) -> N
 def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Callable[[Row], str]:
     """The question that the loop asks after every step: is there a reason to end here?
 
+    The default bound of 0.2 nats per token: on the demo world a rate that kept the right answers cost up to 0.06, one
+    that lost half of them passed 0.2 after 40 of 181 steps and went on to 1, with every held-out pair ranked right.
     Raises UserError when the first loss is not that of a policy that equals its reference.
     """
     expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
