@@ -44,25 +44,14 @@ KINDS = {
 }
 
 # Time limits decide how long each training takes: its learning rate falls to its end by then, on any machine.
-WORLD = ["--statement_rounds", "60", "--chat_rounds", "8"]
-TOKENIZER = ["--vocab_size", "4096"]
-PRETRAIN = [
-    "--preset",
-    "demo",
-    "--epochs",
-    "2",
-    "--batch_size",
-    "16",
-    "--learning_rate",
-    "8e-3",
-    "--max_minutes",
-    "3.75",
-]
-SFT = ["--epochs", "2", "--batch_size", "32", "--learning_rate", "3e-3", "--max_minutes", "2"]
-LORA = ["--epochs", "12", "--batch_size", "16", "--learning_rate", "2e-3", "--max_minutes", "0.5"]
-DPO = ["--epochs", "1", "--batch_size", "32", "--learning_rate", "1e-4", "--max_minutes", "0.75"]
+WORLD = "--statement_rounds 60 --chat_rounds 8".split()
+TOKENIZER = "--vocab_size 4096".split()
+PRETRAIN = "--preset demo --epochs 2 --batch_size 16 --learning_rate 8e-3 --max_minutes 3.75".split()
+SFT = "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2".split()
+LORA = "--rank 16 --alpha 32 --epochs 4 --batch_size 16 --learning_rate 4e-3 --max_minutes 0.6".split()
+DPO = "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7".split()
+LOGGING = "--log_interval 25 --eval_interval 250 --eval_tokens 4096".split()
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
-LOGGING = ["--log_interval", "25", "--eval_interval", "250", "--eval_tokens", "4096"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +72,9 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     if max_steps:
         common += ["--max_steps", str(max_steps)]
 
-    def data(folder: str, kind: str, source: str) -> tuple[list[str], list[Path]]:
+    def data(folder: str, kind: str, source: str, *flags: str) -> tuple[list[str], list[Path]]:
         folders = ["--tokenizer", str(tokenizer), "--out_dir", str(out / folder)]
-        return ["data_process.py", kind, str(files[source]), *folders], [out / folder]
+        return ["data_process.py", kind, str(files[source]), *folders, *flags], [out / folder]
 
     def train(script: str, stage: str, folder: str, parent: str, flags: list[str]) -> tuple[list[str], list[Path]]:
         start = ["--init_from", str(models[parent])] if parent else ["--tokenizer", str(tokenizer)]
@@ -105,7 +94,7 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         ("pretrain_data", "Turn the texts into tokens", data("pretrain", "pretrain", "pretrain")),
         ("sft_data", "Turn the chats into tokens", data("sft", "sft", "chats")),
         ("identity_data", "The same for the chats about a new name", data("identity", "sft", "identity")),
-        ("dpo_data", "The same for the pairs of answers", data("dpo", "dpo", "pairs")),
+        ("dpo_data", "The same for the pairs of answers", data("dpo", "dpo", "pairs", "--val_share", "0.1")),
         ("pretrain", "Pretrain: learn to continue text", train("1-pretrain.py", "pretrain", "pretrain", "", PRETRAIN)),
         ("score_pretrain", "Put the held-out questions to the pretrained model", score("pretrain")),
         ("full_sft", "Fine-tune: learn to answer", train("3-full_sft.py", "full_sft", "sft", "pretrain", SFT)),
@@ -280,6 +269,14 @@ def explanations(report: dict[str, Any]) -> list[str]:
     ]
     before, after = report["identity"]["before_lora"], report["identity"]["after_lora"]
     lines.append(f"LoRA, the new name and job in words never trained: before {counts(before)}; after {counts(after)}")
+    dpo = report["stages"]["dpo"]
+    if "val_accuracy" in dpo:
+        lines.append("DPO, on held-out pairs: the better answer is the likelier one (per token)")
+        lines += [
+            f"  {lang} before {dpo['val_likelier_before'][lang]:.1%}, after {dpo['val_likelier'][lang]:.1%}; "
+            f"it has gained on the other in {dpo['val_accuracy'][lang]:.1%}"
+            for lang in dpo["val_accuracy"]
+        ]
     return lines
 
 
