@@ -44,13 +44,15 @@ KINDS = {
 }
 
 # Time limits decide how long each training takes: its learning rate falls to its end by then, on any machine.
-WORLD = "--statement_rounds 60 --chat_rounds 8".split()
-TOKENIZER = "--vocab_size 4096".split()
-PRETRAIN = "--preset demo --epochs 2 --batch_size 16 --learning_rate 8e-3 --max_minutes 3.75".split()
-SFT = "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2".split()
-LORA = "--rank 16 --alpha 32 --epochs 4 --batch_size 16 --learning_rate 4e-3 --max_minutes 0.6".split()
-DPO = "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7".split()
-LOGGING = "--log_interval 25 --eval_interval 250 --eval_tokens 4096".split()
+FLAGS = {
+    "world": "--statement_rounds 60 --chat_rounds 8",
+    "tokenizer": "--vocab_size 4096",
+    "pretrain": "--preset demo --epochs 2 --batch_size 16 --learning_rate 8e-3 --max_minutes 3.75",
+    "full_sft": "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2",
+    "lora_sft": "--rank 16 --alpha 32 --epochs 4 --batch_size 16 --learning_rate 4e-3 --max_minutes 0.6",
+    "dpo": "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7",
+    "training": "--log_interval 25 --eval_interval 250 --eval_tokens 4096",
+}
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 
 
@@ -68,7 +70,7 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     world, tokenizer = out / "world", out / "tokenizer"
     files = {name: world / f"{name}.jsonl" for name in WORLD_FILES}
     models = {stage: out / f"{stage}_{DIM}.pth" for stage in TRAINING}
-    common = ["--out_dir", str(out), "--seed", str(seed), *LOGGING]
+    common = ["--out_dir", str(out), "--seed", str(seed), *FLAGS["training"].split()]
     if max_steps:
         common += ["--max_steps", str(max_steps)]
 
@@ -76,9 +78,9 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         folders = ["--tokenizer", str(tokenizer), "--out_dir", str(out / folder)]
         return ["data_process.py", kind, str(files[source]), *folders, *flags], [out / folder]
 
-    def train(script: str, stage: str, folder: str, parent: str, flags: list[str]) -> tuple[list[str], list[Path]]:
+    def train(script: str, stage: str, folder: str, parent: str = "") -> tuple[list[str], list[Path]]:
         start = ["--init_from", str(models[parent])] if parent else ["--tokenizer", str(tokenizer)]
-        return [script, "--data_path", str(out / folder), *start, *flags, *common], [models[stage]]
+        return [script, "--data_path", str(out / folder), *start, *FLAGS[stage].split(), *common], [models[stage]]
 
     def score(stage: str, questions: str = "questions") -> tuple[list[str], list[Path]]:
         answers = answers_file(out, stage, questions)
@@ -86,8 +88,14 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         return ["2-eval.py", *asked], [answers]
 
     identity = "identity_questions"
-    tokenizer_command = ["train_tokenizer.py", str(files["words"]), *TOKENIZER, "--out_dir", str(tokenizer)]
-    world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed), *WORLD]
+    tokenizer_command = [
+        "train_tokenizer.py",
+        str(files["words"]),
+        *FLAGS["tokenizer"].split(),
+        "--out_dir",
+        str(tokenizer),
+    ]
+    world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed), *FLAGS["world"].split()]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
         ("world", "Compose the demo world", (world_command, list(files.values()))),
         ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
@@ -95,15 +103,15 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         ("sft_data", "Turn the chats into tokens", data("sft", "sft", "chats")),
         ("identity_data", "The same for the chats about a new name", data("identity", "sft", "identity")),
         ("dpo_data", "The same for the pairs of answers", data("dpo", "dpo", "pairs", "--val_share", "0.1")),
-        ("pretrain", "Pretrain: learn to continue text", train("1-pretrain.py", "pretrain", "pretrain", "", PRETRAIN)),
+        ("pretrain", "Pretrain: learn to continue text", train("1-pretrain.py", "pretrain", "pretrain")),
         ("score_pretrain", "Put the held-out questions to the pretrained model", score("pretrain")),
-        ("full_sft", "Fine-tune: learn to answer", train("3-full_sft.py", "full_sft", "sft", "pretrain", SFT)),
+        ("full_sft", "Fine-tune: learn to answer", train("3-full_sft.py", "full_sft", "sft", "pretrain")),
         ("score_full_sft", "Put the same questions again", score("full_sft")),
         ("identity_before", "Ask who it is", score("full_sft", identity)),
-        ("lora_sft", "LoRA: learn a new name", train("4-lora_sft.py", "lora_sft", "identity", "full_sft", LORA)),
+        ("lora_sft", "LoRA: learn a new name", train("4-lora_sft.py", "lora_sft", "identity", "full_sft")),
         ("identity_after", "Ask again who it is", score("lora_sft", identity)),
         ("score_lora_sft", "And the old questions: what was forgotten?", score("lora_sft")),
-        ("dpo", "DPO: prefer the better answer", train("5-dpo_train.py", "dpo", "dpo", "lora_sft", DPO)),
+        ("dpo", "DPO: prefer the better answer", train("5-dpo_train.py", "dpo", "dpo", "lora_sft")),
         ("score_dpo", "Put the questions for the last time", score("dpo")),
     ]
     return [Step(name, title, *command) for name, title, command in steps]
