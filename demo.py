@@ -88,13 +88,8 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         return ["2-eval.py", *asked], [answers]
 
     identity = "identity_questions"
-    tokenizer_command = [
-        "train_tokenizer.py",
-        str(files["words"]),
-        *FLAGS["tokenizer"].split(),
-        "--out_dir",
-        str(tokenizer),
-    ]
+    words = [str(files["words"]), "--out_dir", str(tokenizer)]
+    tokenizer_command = ["train_tokenizer.py", *words, *FLAGS["tokenizer"].split()]
     world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed), *FLAGS["world"].split()]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
         ("world", "Compose the demo world", (world_command, list(files.values()))),
