@@ -24,6 +24,7 @@ from trainer.loss import IGNORE
 # input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: their numbers
 # pairs: the chosen answers' rows, then the rejected ones'; and reference (rows, seq), the frozen parent's log p(label)
 Batch = dict[str, torch.Tensor]
+WIDTHS = 16  # batches of chats are as wide as a multiple of this: a CPU keeps memory for every shape that it has met
 POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
 
 
@@ -78,10 +79,11 @@ class Windows:
 
 
 class Chats:
-    """Conversations with their masks; a batch is as wide as its longest row."""
+    """Conversations with their masks; a batch is as wide as its longest row, or a little wider."""
 
     def __init__(self, folder: str, split: str, pad_id: int) -> None:
         self.tokens, self.pad_id = open_split(folder, split), pad_id
+        self.widest = int(self.tokens.lengths().max(initial=1)) - 1
 
     def __len__(self) -> int:
         return self.tokens.documents
@@ -92,6 +94,7 @@ class Chats:
     def batch(self, rows: np.ndarray) -> Batch:
         chats = [self.tokens.document(int(row)) for row in rows]
         width = max(len(ids) for ids, _ in chats) - 1
+        width = min(-(-width // WIDTHS) * WIDTHS, self.widest)
         input_ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         real = np.zeros((len(rows), width), dtype=bool)

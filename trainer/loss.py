@@ -21,6 +21,7 @@ from model.checkpoint import unwrap
 
 IGNORE = -100  # the label of a position that is not trained
 CHUNK = 1024  # positions whose logits exist at one time
+WHOLE = 128  # positions are filled up to a multiple of this: a CPU keeps memory for every shape of product it has met
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -34,11 +35,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK):
             h, y = hidden[start : start + CHUNK].to(dtype), labels[start : start + CHUNK]
             log_probs = F.log_softmax((h @ low_weight.T).float(), dim=-1)
-            loss += F.nll_loss(log_probs, y, reduction="sum")
+            loss += F.nll_loss(log_probs, y, reduction="sum", ignore_index=IGNORE)
             if not (need_hidden or need_weight):
                 continue
             grad_logits = log_probs.exp_()
-            grad_logits[torch.arange(len(y), device=y.device), y] -= 1
+            grad_logits[torch.arange(len(y), device=y.device), y.clamp(min=0)] -= 1
             grad_logits = grad_logits.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + CHUNK] = grad_logits @ low_weight
@@ -65,11 +66,21 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
     labels: (batch, seq), IGNORE where nothing is trained. Logits are made at trained positions only.
     A batch without any trained position gives 0 with zero gradients.
     """
-    trained = labels != IGNORE
-    hidden, labels = hidden[trained], labels[trained]
+    rows, wanted, count = trained_positions(hidden, labels)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, dtype), len(labels)
+    return _ChunkedCrossEntropy.apply(rows, weight, wanted, dtype), count
+
+
+def trained_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Hidden states (n, dim) and labels (n,) of the trained positions, and how many they are.
+
+    n is that number filled up to a multiple of WHOLE with zeros and IGNORE. Zeros give the weight no gradient.
+    """
+    trained = labels != IGNORE
+    hidden, labels = hidden[trained], labels[trained]
+    count, missing = len(labels), -len(labels) % WHOLE
+    return F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=IGNORE), count
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -77,15 +88,14 @@ def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
     What a position weighs is not known before the backward pass, so a chunk's logits are made once more there.
     """
-    trained = labels != IGNORE
-    rows, wanted = hidden[trained], labels[trained]
+    rows, wanted, count = trained_positions(hidden, labels)
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
-        return (h @ weight.T).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]
+        return (h @ weight.T).float().log_softmax(-1).gather(-1, y.clamp(min=0)[:, None])[:, 0]
 
     starts = range(0, max(len(wanted), 1), CHUNK)  # an empty chunk still gives everything a gradient: zero
     pieces = [(rows[start : start + CHUNK], wanted[start : start + CHUNK]) for start in starts]
     found = [checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pieces]
     log_probs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    log_probs[trained] = torch.cat(found)
+    log_probs[labels != IGNORE] = torch.cat(found)[:count]
     return log_probs
