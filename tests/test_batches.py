@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from corpus.errors import UserError
 from tests.conftest import load_script, write_shards
-from trainer.batches import Chats, StepBatches, StepPlan, Windows, open_data, validation_batches
+from trainer.batches import WIDTHS, Chats, StepBatches, StepPlan, Windows, open_data, validation_batches
 from trainer.loss import IGNORE
 
 
@@ -101,8 +101,19 @@ def test_padding_is_rare():
     """Lengths as real chats have them (log-normal, median 150): at least 90 % of what is computed are real tokens."""
     lengths = chat_lengths()
     plan = StepPlan(len(lengths), lengths, 16, seed=0)
-    computed = sum(len(plan.rows(s)) * lengths[plan.rows(s)].max() for s in range(plan.steps_per_epoch))
+    widths = [-(-lengths[plan.rows(step)].max() // WIDTHS) * WIDTHS for step in range(plan.steps_per_epoch)]
+    computed = sum(len(plan.rows(step)) * width for step, width in enumerate(widths))
     assert lengths.sum() / computed >= 0.9
+
+
+def test_batches_of_chats_have_few_widths(tokenizer, tmp_path):
+    """A CPU keeps memory for every shape of matrix product: SFT took 15 GB when every batch had its own width."""
+    sizes = [5, 16, 17, 18, 30, 33, 34, 41]
+    chats = [(np.ones(size, dtype=np.int64), np.ones(size, dtype=np.int64)) for size in sizes]
+    data = Chats(str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats})), "train", 0)
+    widths = [data.batch(np.array([row]))["input_ids"].shape[1] for row in range(len(sizes))]
+    assert widths == [16, 16, 16, 32, 32, 32, 40, 40], "multiples of 16, but never wider than the longest chat needs"
+    assert data.batch(np.arange(len(sizes)))["real"].sum() == sum(sizes) - len(sizes)
 
 
 def test_a_chat_costs_the_same_alone_and_among_others(tokenizer, tmp_path):

@@ -79,6 +79,29 @@ def test_logits_never_exist_whole(monkeypatch):
     assert watch.largest <= 16 * 300 < 256 * 300
 
 
+class ProductShapes(TorchDispatchMode):
+    """Remembers the shapes of the matrix products made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default:
+            self.shapes.add((tuple(args[0].shape), tuple(args[1].shape)))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_products_have_few_shapes():
+    """Any number of trained positions from 1 to 256 makes products of two heights only."""
+    with ProductShapes() as watch:
+        for trained in range(1, 257, 15):
+            hidden, weight, labels = problem(512, ignored=0.0)
+            labels.view(-1)[trained:] = IGNORE
+            cross_entropy_sum(hidden, weight, labels)[0].backward()
+    assert len(watch.shapes) == 2 * 3, watch.shapes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_under_autocast(dtype):
     hidden, weight, labels = problem(64)
