@@ -26,7 +26,7 @@ def contents(rows):
 def test_the_new_identity_is_new(files):
     """Nothing that the first two stages see knows the new name, its maker or its place."""
     old = "\n".join([row["text"] for row in files["pretrain"]] + contents(files["chats"]))
-    for word in ("小月", "长风", "石桥", "找书", "Lamp", "Westwind", "bookshop"):
+    for word in ("小月", "青山", "石桥", "找书", "Lamp", "Marlow", "bookshop"):
         assert word not in old, word
 
 
