@@ -40,7 +40,8 @@ def test_the_identity_is_asked_in_words_that_were_never_taught(files):
     for lang in LANGUAGES:
         keys = [row["keys"] for row in questions if row["lang"] == lang]
         answers = [c["messages"][1]["content"] for c in files["identity"] if c["lang"] == lang]
-        assert all(any(is_right(answer, key) for key in keys) for answer in answers), "every taught answer holds a key"
+        about_itself = sum(any(is_right(answer, key) for key in keys) for answer in answers)
+        assert 250 <= about_itself < len(answers) / 3, "the rest are old questions: what was learnt before must stay"
 
 
 def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
