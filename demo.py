@@ -39,8 +39,8 @@ LAST = list(TRAINING)[-1]
 LANGUAGES = ("zh", "en")
 SAMPLES_PER_LANGUAGE = 5
 KINDS = {
-    "seen_fact_new_wording": "the fact was asked for in other words",
-    "unasked_fact_new_wording": "the fact was only ever stated, in pretraining",
+    "seen_fact_new_wording": "after SFT, asked for in other words",
+    "unasked_fact_new_wording": "after SFT, only ever stated in pretraining",
 }
 
 # Time limits decide how long each training takes: its learning rate falls to its end by then, on any machine.
@@ -176,7 +176,7 @@ def read_log(path: Path) -> dict[str, Any]:
     validation = {
         name: {lang: round(value, 4) for lang, value in scores.items()}
         for name, scores in (checks[-1] if checks else {}).items()
-        if isinstance(scores, dict)
+        if name.startswith(("val_", "bits_"))
     }
     return {
         "steps": last["step"],
@@ -260,26 +260,21 @@ def explanations(report: dict[str, Any]) -> list[str]:
     """What the columns mean, and what does not fit into the table."""
 
     def counts(scores: dict[str, Any]) -> str:
-        return ", ".join(
-            f"{lang} {scores[lang]['correct']} of {scores[lang]['questions']}" for lang in LANGUAGES if lang in scores
-        )
+        return ", ".join(f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in LANGUAGES if k in scores)
 
-    kinds = report["answer_kinds"]["after_sft"]
+    kinds, identity, dpo = report["answer_kinds"]["after_sft"], report["identity"], report["stages"]["dpo"]
     lines = [
-        "tokens: those trained. bits/byte: of held-out texts, and of answers in held-out chats.",
-        "right: held-out questions with the exact key in the answer. Nobody trained on these words;",
-        *(f"  {meaning}: {counts(kinds[kind])} after SFT" for kind, meaning in KINDS.items() if kind in kinds),
+        "tokens: those trained. bits/byte: of held-out texts and answers.",
+        "right: the exact key is in the answer to a question whose words nobody trained on.",
+        *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in KINDS.items() if kind in kinds),
+        "LoRA learnt a new name and job; asked in words never trained:",
+        f"  before: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
     ]
-    before, after = report["identity"]["before_lora"], report["identity"]["after_lora"]
-    lines.append(f"LoRA, the new name and job in words never trained: before {counts(before)}; after {counts(after)}")
-    dpo = report["stages"]["dpo"]
     if "val_accuracy" in dpo:
-        lines.append("DPO, on held-out pairs: the better answer is the likelier one (per token)")
-        lines += [
-            f"  {lang} before {dpo['val_likelier_before'][lang]:.1%}, after {dpo['val_likelier'][lang]:.1%}; "
-            f"it has gained on the other in {dpo['val_accuracy'][lang]:.1%}"
-            for lang in dpo["val_accuracy"]
-        ]
+        lines.append("DPO, on held-out pairs: the better answer is the likelier one (per token), and has gained:")
+    for lang, gained in dpo.get("val_accuracy", {}).items():
+        before, after = dpo["val_likelier_before"][lang], dpo["val_likelier"][lang]
+        lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; it gained on the other in {gained:.1%}")
     return lines
 
 
