@@ -1,4 +1,4 @@
-# make demo    the whole path on the built-in data, offline: about ten minutes on two CPU cores
+# make demo    the whole path on the built-in data, offline: under ten minutes on two CPU cores
 # make test    the tests;   make check    format, lint, types, tests
 # Windows has no make: README.md gives the plain commands.
 
