@@ -49,7 +49,7 @@ FLAGS = {
     "tokenizer": "--vocab_size 4096",
     "pretrain": "--preset demo --epochs 2 --batch_size 16 --learning_rate 8e-3 --max_minutes 3.75",
     "full_sft": "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2",
-    "lora_sft": "--rank 16 --alpha 32 --epochs 3 --batch_size 16 --learning_rate 2.5e-3 --max_minutes 0.7 --log_interval 10",
+    "lora_sft": "--rank 16 --alpha 32 --epochs 3 --batch_size 16 --learning_rate 2.5e-3 --max_minutes 0.7",
     "dpo": "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7 --log_interval 2 --eval_interval 15",
     "training": "--log_interval 25 --eval_interval 250 --eval_tokens 4096",
 }
