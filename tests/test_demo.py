@@ -1,0 +1,37 @@
+"""`make demo` holds together: every step runs, the report says what it promises, and a second run only reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*flags):
+    command = [sys.executable, str(ROOT / "demo.py"), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=400)
+
+
+def test_the_whole_path_in_two_steps_a_stage(tmp_path):
+    out = tmp_path / "demo"
+    done = run("--out_dir", out, "--max_steps", 2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert report["answer_accuracy"].keys() == {"before_sft", "after_sft", "after_lora", "after_dpo"}
+    assert all(scores.keys() == {"zh", "en"} for scores in report["answer_accuracy"].values())
+    assert report["stages"].keys() == set(demo.TRAINING) and report["bits_per_byte"]["pretrain"].keys() == {"zh", "en"}
+    assert len(report["samples"]) == 10 and report["seconds"].keys() >= set(demo.TRAINING)
+    assert all(Path(curve).read_bytes().startswith(b"\x89PNG") for curve in report["curves"])
+    assert report["identity"].keys() == {"before_lora", "after_lora"}
+    assert "val_likelier_before" in report["stages"]["dpo"]
+    for line in ("what each stage achieved", "ten of the held-out questions", "go on chatting:  "):
+        assert line in done.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = run("--out_dir", out, "--max_steps", 2)
+    assert again.returncode == 0 and again.stdout.count("already there") == again.stdout.count("\n[") > 10
+    changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
+    assert changed == {"report.json"}, "a second run reuses what is there"
