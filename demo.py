@@ -51,6 +51,7 @@ FLAGS = {
     "full_sft": "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2",
     "lora_sft": "--rank 16 --alpha 32 --epochs 3 --batch_size 16 --learning_rate 2.5e-3 --max_minutes 0.7",
     "dpo": "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7 --log_interval 2 --eval_interval 15",
+    "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # a smaller world for --max_steps
     "training": "--log_interval 25 --eval_interval 250 --eval_tokens 4096",
 }
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
@@ -90,7 +91,8 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     identity = "identity_questions"
     words = [str(files["words"]), "--out_dir", str(tokenizer)]
     tokenizer_command = ["train_tokenizer.py", *words, *FLAGS["tokenizer"].split()]
-    world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed), *FLAGS["world"].split()]
+    world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed)]
+    world_command += FLAGS["try" if max_steps else "world"].split()
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
         ("world", "Compose the demo world", (world_command, list(files.values()))),
         ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
