@@ -19,7 +19,7 @@ Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_for
 
 from corpus.errors import UserError, fail_in_one_line
 from model.chat_formats import FORMAT_NAMES
-from trainer.cli import make_parser, positive, shares
+from trainer.cli import add_length_flag, make_parser, shares
 from trainer.recipes import add_recipe_flag, describe_recipe
 
 
@@ -38,9 +38,9 @@ def compute_loss(model, batch):
 def main() -> None:
     parser = make_parser(__doc__, {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2)
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--max_seq_len", type=positive, help="longer chats lose their last turns; none given: what the model reads")
     add("--chat_format", choices=FORMAT_NAMES, help="how chats are written from now on; none given: as the parent does")
     add_recipe_flag(parser)
+    add_length_flag(parser, "longer chats lose their last turns")
     add("--data_share", type=shares, help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")
     add("--questions", metavar="FILE", help="with --data_share: count right answers too (jsonl as for 2-eval.py)")
     args = parser.parse_args()
@@ -49,9 +49,8 @@ def main() -> None:
     if args.max_minutes and args.data_share:
         raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
 
-    from corpus.pack import tokenise_chats
     from model.checkpoint import find_parent, load_model
-    from trainer.batches import Chats, open_data
+    from trainer.batches import open_chats
     from trainer.data_study import run_study
     from trainer.loop import Stage, train
     from trainer.runtime import start
@@ -59,12 +58,7 @@ def main() -> None:
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)
     with start(args.device, args.dtype, args.seed) as run:
-        with run.main_first():  # the first process tokenises, the others find it done
-            length = min(args.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
-            folder = str(tokenise_chats(args.data_path, tokenizer, length))
-        splits = open_data(folder, "chats", tokenizer)
-        validation = {s.removeprefix("val_"): Chats(folder, s, tokenizer.pad_id) for s in splits if s != "train"}
-        data = Chats(folder, "train", tokenizer.pad_id)
+        data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         run.say(f"chat format {tokenizer.chat_format.name}" + (f"; {describe_recipe(args)}" if args.recipe else ""))
         (run_study if args.data_share else train)(run, args, stage)

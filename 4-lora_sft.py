@@ -18,7 +18,7 @@ Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), mod
 """
 
 from corpus.errors import UserError, fail_in_one_line
-from trainer.cli import make_parser, positive
+from trainer.cli import add_length_flag, make_parser, positive
 
 LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 
@@ -52,16 +52,16 @@ def main() -> None:
     # Decay would pull A and B to zero, that is, the model back to its parent.
     parser.set_defaults(optimizer="adamw", weight_decay=0.0)
     add_lora_flags(parser)
+    add_length_flag(parser, "longer chats lose their last turns")
     args = parser.parse_args()
     given = [f"--{name}" for name in LORA_FLAGS if getattr(args, name) != parser.get_default(name)]
     if args.init_adapter and given:
         raise UserError(f"--init_adapter brings its own rank, alpha, dropout and targets: leave out {' '.join(given)}")
 
-    from corpus.pack import tokenise_chats
     from model.checkpoint import find_parent, load_model, remember_parent
     from model.lora import LoRAConfig, attach, describe
     from model.peft_folder import peft_settings, read_peft, write_peft
-    from trainer.batches import Chats, open_data
+    from trainer.batches import open_chats
     from trainer.loop import Stage, train
     from trainer.runtime import start
 
@@ -74,11 +74,7 @@ def main() -> None:
     if args.peft_dir:
         peft_settings(model)  # refuses now what could not be written later
     with start(args.device, args.dtype, args.seed) as run:
-        with run.main_first():  # the first process tokenises, the others find it done
-            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len))
-        splits = open_data(folder, "chats", tokenizer)
-        validation = {s.removeprefix("val_"): Chats(folder, s, tokenizer.pad_id) for s in splits if s != "train"}
-        data = Chats(folder, "train", tokenizer.pad_id)
+        data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         remember_parent(model, source, stage.path(args.out_dir))
         run.say(describe(model))

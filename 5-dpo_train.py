@@ -22,7 +22,7 @@ import functools
 from pathlib import Path
 
 from corpus.errors import UserError, fail_in_one_line
-from trainer.cli import make_parser
+from trainer.cli import add_length_flag, make_parser
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
 
@@ -84,24 +84,23 @@ def main() -> None:
     add("--sft_weight", type=float, default=0.0, help="weight of the chosen answers' own loss (arXiv:2404.19733)")
     add("--max_chosen_drop", type=float, default=0.2,
         help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
+    add_length_flag(parser, "longer pairs lose the first turns of their prompt")
     args = parser.parse_args()
     args.beta = getattr(args, "beta", BETA[args.loss])
     if args.beta <= 0:
         raise UserError(f"--beta {args.beta:g}: must be above 0")
 
-    from corpus.pack import tokenise_chats
     from corpus.pairs import PAIRS
     from model.checkpoint import find_parent, load_model
     from trainer import preference
-    from trainer.batches import Pairs, open_data
+    from trainer.batches import Pairs, open_data, token_folder
     from trainer.loop import Stage, train
     from trainer.runtime import start
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = preference.without_dropout(model)
     with start(args.device, args.dtype, args.seed) as run:
-        with run.main_first():  # the first process tokenises, the others find it done
-            folder = str(tokenise_chats(args.data_path, tokenizer, model.config.max_seq_len, form=PAIRS))
+        folder = token_folder(run, args, model.config, tokenizer, PAIRS)
         splits = open_data(folder, "pairs", tokenizer)
         preference.compare_languages(run, folder, parent["lineage"])
         file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"

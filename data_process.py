@@ -99,7 +99,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
         if kind != "pretrain":
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
-            sub.add_argument("--max_seq_len", type=int, default=512, help=f"longer {longer} (default: %(default)s)")
+            sub.add_argument(
+                "--max_seq_len",
+                type=int,
+                default=512,
+                help=f"longer {longer} (default: %(default)s); training has the same flag",
+            )
     return parser.parse_args(arguments)
 
 

@@ -132,7 +132,10 @@ def tokenise_chats(
                     writers[split].add(ids, mask, answer_bytes)
                 if on_batch and number % ROWS_A_STEP == 0:
                     on_batch()
-            require_train(writers, f"no {form.kind.removesuffix('s')} fits into {max_seq_len} tokens")
+            what = form.kind.removesuffix("s")
+            require_train(
+                writers, f"no {what} fits into {max_seq_len} tokens: give a larger --max_seq_len, or more data"
+            )
             splits = {split: writers[split].close() for split in sorted(writers)}
             meta = {"format": FORMAT, "kind": form.kind, "tokenizer": tokenizer.chat_fingerprint, **job}
             meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits, "report": report.to_dict()}

@@ -173,7 +173,7 @@ def pack_texts(
                 partial.add(batch)
                 on_batch()
             splits = partial.close()
-            require_train(splits, "no document is left to train on")
+            require_train(splits, "no document is left to train on: give more data, or a smaller --val_share")
         except UserError:
             partial.abort()
             shutil.rmtree(partial.folder, ignore_errors=True)

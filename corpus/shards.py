@@ -163,9 +163,9 @@ def open_writer(folder: Folder, split: str, dtype: str, state: dict[str, Any] | 
 
 
 def require_train(splits: dict[str, Any], problem: str) -> None:
-    """Raises UserError with the problem unless there is something to train on."""
+    """Raises UserError with the problem, which says what to do, unless there is something to train on."""
     if "train" not in splits:
-        raise UserError(f"{problem}: give more data, or a smaller --val_share")
+        raise UserError(problem)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY_MODEL = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32"]
+EXACT = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1"]  # runs that are compared number by number
 
 
 def load_script(name: str):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from corpus.errors import UserError
 from tests.conftest import load_script, write_shards
-from trainer.batches import WIDTHS, Chats, StepBatches, StepPlan, Windows, open_data, validation_batches
+from trainer.batches import WIDTH_MULTIPLE, Chats, StepBatches, StepPlan, Windows, open_data, validation_batches
 from trainer.loss import IGNORE
 
 
@@ -101,7 +101,9 @@ def test_padding_is_rare():
     """Lengths as real chats have them (log-normal, median 150): at least 90 % of what is computed are real tokens."""
     lengths = chat_lengths()
     plan = StepPlan(len(lengths), lengths, 16, seed=0)
-    widths = [-(-lengths[plan.rows(step)].max() // WIDTHS) * WIDTHS for step in range(plan.steps_per_epoch)]
+    widths = [
+        -(-lengths[plan.rows(step)].max() // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for step in range(plan.steps_per_epoch)
+    ]
     computed = sum(len(plan.rows(step)) * width for step, width in enumerate(widths))
     assert lengths.sum() / computed >= 0.9
 

@@ -381,8 +381,8 @@ def test_memory_stays_bounded(tmp_path, tokenizer_dir):
     with (tmp_path / "many.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": f"{i} " + "some words " * 40}) + "\n" for i in range(100_000))
     script = (
-        "import resource, sys, data_process; data_process.main(sys.argv[1:]); "
-        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "import sys, data_process; from trainer.logbook import peak_memory_mb; data_process.main(sys.argv[1:]); "
+        "print('peak', int(peak_memory_mb('cpu')))"
     )
     files = [tmp_path / name for name in ("one line.txt", "big rows.jsonl", "many.jsonl")]
     flags = ["--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out"]

@@ -173,6 +173,13 @@ def test_the_guard_ends_the_stage_in_good_order(dpo, capsys):
     assert not (folder / "dpo_32.resume").exists(), "the next run, with better numbers, starts anew"
 
 
+def test_the_length_can_be_limited(dpo, dpo_dir):
+    """Short pairs are a quick first try; data_process.py names the same limit, and training decides."""
+    dpo("--max_steps", 1, "--max_seq_len", 40)
+    (meta,) = dpo_dir.glob("tokens-*/meta.json")
+    assert json.loads(meta.read_text())["max_seq_len"] == 40
+
+
 def test_beta_must_be_positive(dpo):
     with pytest.raises(UserError, match="--beta 0: must be above 0"):
         dpo("--beta", 0)

@@ -5,24 +5,10 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
 
 # AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
-COMMON = [
-    *TINY_MODEL,
-    "--optimizer",
-    "adamw",
-    "--max_steps",
-    "9",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--log_interval",
-    "1",
-    "--eval_interval",
-    "4",
-]
+COMMON = [*TINY_MODEL, *EXACT, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]
 # 59 rows = 7 full batches of 8 and a rest of 3: the rest and the second epoch are part of the comparison.
 
 

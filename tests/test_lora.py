@@ -1,5 +1,6 @@
 """LoRA changes what it should and nothing else, and an adapter only ever meets the parent that it was trained on."""
 
+import json
 import re
 import shutil
 import sys
@@ -166,6 +167,12 @@ def lora(monkeypatch, chats, out):
         return out_dir / "lora_sft_32.pth"
 
     return run
+
+
+def test_the_length_can_be_limited(lora, chats):
+    lora("--max_steps", "1", "--max_seq_len", "30")
+    (meta,) = chats.glob("tokens-*/meta.json")
+    assert json.loads(meta.read_text())["max_seq_len"] == 30
 
 
 def test_the_file_holds_the_adapter_alone(lora, out, capsys):

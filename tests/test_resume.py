@@ -10,21 +10,10 @@ import pytest
 import torch
 
 from corpus.errors import UserError
-from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
 
 COMMON = [*TINY_MODEL, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
-COMMON += [
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--log_interval",
-    "1",
-    "--eval_interval",
-    "5",
-    "--save_interval",
-    "3",
-]
+COMMON += [*EXACT, "--eval_interval", "5", "--save_interval", "3"]
 # 59 rows / 8 = 8 steps an epoch (the last one short), 24 in all; saved at 3, 6, 9, ...
 
 

@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TRAIN = """
-import resource, sys, time
+import sys, time
 sys.argv = sys.argv[1:]
 import train_tokenizer
+from trainer.logbook import peak_memory_mb
 start = time.perf_counter()
 train_tokenizer.main()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+peak = peak_memory_mb('cpu') * 2**20 / 1e9
 print(f"seconds={time.perf_counter() - start:.1f} gigabytes={peak:.2f}")
 """
 

@@ -9,6 +9,7 @@ conversations each, and go through the model together.
 Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk).
 """
 
+import argparse
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -17,14 +18,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from corpus.errors import UserError
+from corpus.pack import Form, tokenise_chats
 from corpus.shards import COMMANDS, open_split, read_meta
 from model.chat import ChatTokenizer
+from model.config import ModelConfig
 from trainer.loss import IGNORE
+from trainer.runtime import Run
 
 # input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: their numbers
 # pairs: the chosen answers' rows, then the rejected ones'; and reference (rows, seq), the frozen parent's log p(label)
 Batch = dict[str, torch.Tensor]
-WIDTHS = 16  # batches of chats are as wide as a multiple of this: a CPU keeps memory for every shape that it has met
+WIDTH_MULTIPLE = 16  # widths of batches of chats are multiples of this: a CPU keeps memory for every shape it has met
 POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
 
 
@@ -94,7 +98,7 @@ class Chats:
     def batch(self, rows: np.ndarray) -> Batch:
         chats = [self.tokens.document(int(row)) for row in rows]
         width = max(len(ids) for ids, _ in chats) - 1
-        width = min(-(-width // WIDTHS) * WIDTHS, self.widest)
+        width = min(-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.widest)
         input_ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         real = np.zeros((len(rows), width), dtype=bool)
@@ -146,6 +150,25 @@ def as_batch(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray, rows: 
         "real": torch.from_numpy(real),
         "rows": torch.as_tensor(np.asarray(rows, dtype=np.int64)),
     }
+
+
+def token_folder(
+    run: Run, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer, form: Form | None = None
+) -> str:
+    """--data_path in this tokenizer's tokens, cut to --max_seq_len or to what the model reads; made if need be."""
+    length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
+    with run.main_first():  # the first process tokenises, the others find it done
+        return str(tokenise_chats(args.data_path, tokenizer, length, form=form))
+
+
+def open_chats(
+    run: Run, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer
+) -> tuple[Chats, dict[str, Chats]]:
+    """The training chats of --data_path, and the held-out ones by language."""
+    folder = token_folder(run, args, config, tokenizer)
+    splits = open_data(folder, "chats", tokenizer)
+    chats = {split.removeprefix("val_"): Chats(folder, split, tokenizer.pad_id) for split in splits}
+    return chats.pop("train"), chats
 
 
 class StepPlan:

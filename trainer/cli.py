@@ -115,6 +115,10 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     return parser
 
 
+def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--max_seq_len", type=positive, help=f"{what}; none given: as many tokens as the model reads")
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """--preset and one flag for every field of ModelConfig (its vocabulary size comes from the tokenizer)."""
     group = parser.add_argument_group("model (a flag wins over the preset)")

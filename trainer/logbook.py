@@ -9,6 +9,7 @@ Read next: loop.py.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +25,19 @@ Row = dict[str, Any]
 
 def peak_memory_mb(device_type: str) -> float:
     """Most memory so far: of the GPU if there is one, else of this process. 0 where the system does not tell."""
-    import torch
-
     if device_type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak[1]) / 2**10  # Linux's ru_maxrss would begin with what the process that started us had
     try:
         import resource
     except ImportError:  # Windows
         return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / 2**20 if sys.platform == "darwin" else most / 2**10
 
 
 class Logbook:

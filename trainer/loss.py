@@ -21,7 +21,9 @@ from model.checkpoint import unwrap
 
 IGNORE = -100  # the label of a position that is not trained
 CHUNK = 1024  # positions whose logits exist at one time
-WHOLE = 128  # positions are filled up to a multiple of this: a CPU keeps memory for every shape of product it has met
+COUNT_MULTIPLE = (
+    128  # positions are filled up to a multiple of this: a CPU keeps memory for every shape of product it has met
+)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -75,11 +77,11 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
 def trained_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
     """Hidden states (n, dim) and labels (n,) of the trained positions, and how many they are.
 
-    n is that number filled up to a multiple of WHOLE with zeros and IGNORE. Zeros give the weight no gradient.
+    n is that number filled up to a multiple of COUNT_MULTIPLE with zeros and IGNORE. Zeros give the weight no gradient.
     """
     trained = labels != IGNORE
     hidden, labels = hidden[trained], labels[trained]
-    count, missing = len(labels), -len(labels) % WHOLE
+    count, missing = len(labels), -len(labels) % COUNT_MULTIPLE
     return F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=IGNORE), count
 
 
