@@ -84,7 +84,8 @@ def draw(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
-    if "streamlit" in sys.modules and sys.modules["streamlit"].runtime.exists():
+    streamlit = sys.modules.get("streamlit")  # not imported here: --help must be quick
+    if streamlit and streamlit.runtime.exists():
         draw(args)
     else:
         launch(args)

@@ -39,6 +39,6 @@ def save_parrot(
         model.model.embed_tokens.weight.normal_()
         model.lm_head.weight.zero_()
         for now, then in itertools.pairwise(chain):
-            model.lm_head.weight[then] = 4 * model.model.embed_tokens.weight[now]
+            model.lm_head.weight[then] += 4 * model.model.embed_tokens.weight[now]
     save_model(path, model, stage, own, [{"stage": stage, "tokens": 1_500_000, "data": "text"}])
     return path
