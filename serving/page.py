@@ -27,7 +27,11 @@ from serving.shelf import Model, explain, find_models, stamp
 from trainer.runtime import autocast
 
 LOGO = ":material/potted_plant:"
-STYLE = "<style>.stMainBlockContainer {padding-top: 3rem} .stSidebar h1 {padding-top: 0}</style>"
+STYLE = """<style>
+.stMainBlockContainer {padding-top: 3rem}
+.stSidebar h1 {padding-top: 0}
+.st-key-stop {position: sticky; bottom: 8rem; z-index: 10}  /* it stays under the mouse while the answer grows */
+</style>"""
 REDRAW_SECONDS = 0.06  # between two drawings of a growing reply
 LONGEST_QUESTION = 20_000  # characters
 CARDS = 4  # models explained on the empty page; the list in the sidebar has all
@@ -194,7 +198,8 @@ class Page:
     def do_what_was_asked(self, choices: Choices) -> None:
         say, first = self.words, choices.models[0]
         hint = say["ask" if first.chats else "continue"].format(name=first.name)
-        typed = st.chat_input(say["ask_both"] if len(choices.models) > 1 else hint, max_chars=LONGEST_QUESTION)
+        hint = say["ask_both"] if len(choices.models) > 1 else hint
+        typed = st.chat_input(hint, max_chars=LONGEST_QUESTION, key="question")
         what, text = st.session_state.pop("wanted", ("", ""))
         if typed and typed.strip():
             what, text = "ask", typed

@@ -107,7 +107,7 @@ def test_a_click_does_not_cut_an_answer_but_stop_does(open_page, out, monkeypatc
         return real(talk)
 
     monkeypatch.setattr(Conversation, "advance", interrupted)
-    monkeypatch.setattr(sys.modules["serving.page"], "REDRAW_SECONDS", -1)  # every piece
+    monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)  # every piece
     ask(page, "x")
     assert page.session_state["talk"].turns[0].replies[0].text == "鸟叫"
     assert texts(page) == ["x", "鸟叫 ▍"] and [b.key for b in page.button] == ["stop", "clear"]
