@@ -103,9 +103,11 @@ class Page:
         if choices is None:
             return self.no_model()
         self.do_what_was_asked(choices)
-        if not self.talk.turns:
+        place = st.empty()  # what is not drawn anew stays visible while an answer grows: an empty place replaces it
+        if self.talk.turns:
+            return self.conversation(choices)
+        with place.container():
             return self.welcome(list(models.values()), choices)
-        return self.conversation(choices)
 
     # ---------------------------------------------------------------------------------------------- the sidebar
     def sidebar(self, models: dict[str, Model]) -> Choices:
@@ -158,7 +160,10 @@ class Page:
             say["clear"], icon=":material/add:", on_click=self.clear, disabled=not self.talk.turns, width="stretch",
             key="clear",
         )  # fmt: skip
-        sampling = Sampling(warm, top_k, top_p, min_p, penalty, longest, seed=seed)
+        sampling = Sampling(
+            temperature=warm, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty,
+            max_new_tokens=longest, seed=seed,
+        )  # fmt: skip
         return Choices(chosen, sampling, system if answers else "", markdown)
 
     def facts(self, model: Model, scores: int = 1) -> str:

@@ -98,6 +98,7 @@ def test_a_conversation(address, browser, request):
         time.sleep(0.3)
     assert lengths[0] < lengths[1] < lengths[2], "it grows while one looks"
     page.screenshot(path=pictures / "2_answering.png")
+    assert not page.get_by_text("可以这样开始").count(), "nothing of the first page is left below the answer"
     page.get_by_role("button", name="停止").click()
     page.get_by_text("已停止").wait_for()
     stopped = answer.inner_text()

@@ -152,13 +152,14 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
         return real(talk, question, speakers, settings, system, attempt)
 
     monkeypatch.setattr(Conversation, "ask", spy)
-    for key, value in {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}.items():
+    wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
+    for key, value in wanted.items():
         page.slider(key=key).set_value(value)
     page.slider(key="max_new_tokens_128").set_value(9)
     page.number_input(key="seed").set_value(3)
     page.text_area(key="system").set_value("Be kind.")
     ask(page.run(), "x")
-    assert seen == [(Sampling(1.2, 7, 0.5, 0.1, 1.5, 9, seed=3), "Be kind.")]
+    assert seen == [(Sampling(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
     page.slider(key="temperature").set_value(0.0).run()
     assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy draws nothing"
 
