@@ -29,12 +29,7 @@ class Speaker:
     name: str
     model: Transformer
     tokenizer: ChatTokenizer
-    stage: str
-
-    @property
-    def chats(self) -> bool:
-        """A pretrained model goes on with a text; the others answer."""
-        return self.stage != "pretrain" and self.tokenizer.format is not None
+    chats: bool  # a pretrained model goes on with a text; the others answer
 
     def prompt(self, messages: list[Message], max_new_tokens: int) -> tuple[list[int], bool]:
         """What the model reads, and whether old turns had to be left out of it."""
@@ -47,7 +42,7 @@ class Speaker:
 
 @dataclass
 class Reply:
-    """One side's answer. `end`: "" while it grows, then stop, length (cut at the limit), stopped (by the reader), error."""
+    """One side's answer. `end`: "" while it grows, then stop, length, stopped (by the reader) or error."""
 
     speaker: str  # its name
     text: str = ""
@@ -67,12 +62,13 @@ class _Growing:
     """A reply under way."""
 
     def __init__(self, reply: Reply, speaker: Speaker, messages: list[Message], settings: Sampling) -> None:
-        self.reply, self.answer, self.pieces = reply, Answer(), iter(())
+        self.reply, self.answer = reply, Answer()
+        self.pieces: Iterator[str] = iter(())
         started = time.perf_counter()
         try:
             ids, reply.shortened = speaker.prompt(messages, settings.max_new_tokens)
             settings = replace(settings, stop=speaker.tokenizer.stop_strings if speaker.chats else ())
-            self.pieces: Iterator[str] = stream(speaker.model, ids, settings, speaker.tokenizer, self.answer)
+            self.pieces = stream(speaker.model, ids, settings, speaker.tokenizer, self.answer)
         except ValueError as error:  # the question alone is too long for the model
             reply.end, reply.problem = "error", str(error)
         reply.seconds += time.perf_counter() - started
@@ -109,7 +105,9 @@ class Conversation:
     def is_going(self) -> bool:
         return bool(self._growing)
 
-    def ask(self, question: str, speakers: list[Speaker], settings: Sampling, system: str = "", attempt: int = 0) -> None:
+    def ask(
+        self, question: str, speakers: list[Speaker], settings: Sampling, system: str = "", attempt: int = 0
+    ) -> None:
         """Begin a turn. What still grew is stopped first. Raises UserError for an empty question."""
         self.stop()
         turn = Turn(sound(question, "the question"), attempt=attempt)

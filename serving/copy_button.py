@@ -9,8 +9,8 @@ import streamlit as st
 
 HTML = '<button type="button"></button>'
 CSS = """
-button { border: 0; background: none; padding: 0; line-height: 1.5; cursor: pointer; color: var(--st-text-color); opacity: 0.55;
-         font: inherit; font-size: 0.875rem; }
+button { border: 0; background: none; padding: 0; cursor: pointer; color: var(--st-text-color); opacity: 0.55;
+         font: inherit; font-size: 0.875rem; line-height: 1.5; }
 button:hover, button:focus-visible { opacity: 1; color: var(--st-primary-color); }
 """
 JAVASCRIPT = """

@@ -60,7 +60,7 @@ WORDS = {
         "no_system": "A pretrained model has no system prompt.",
         "sampling": "How it answers",
         "temperature": "Temperature",
-        "temperature_help": "0: always the likeliest token, the same answer every time. Higher: more variety, more errors.",
+        "temperature_help": "0: always the likeliest token, the same answer each time. Higher: more variety, errors.",
         "max_new_tokens": "Longest answer (tokens)",
         "more": "More controls",
         "top_p": "top-p",

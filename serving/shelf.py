@@ -26,7 +26,7 @@ class Model:
     """A model on the shelf. Where the file could not be read `problem` says why, and the rest is empty."""
 
     path: Path
-    name: str  # as the page calls it: the path inside out/, without .pth
+    name: str  # as the page calls it: the path inside out/, without .pth; of a folder with a / behind it
     problem: str = ""
     about: dict[str, Any] = field(default_factory=dict)  # see model/lineage.py
 
@@ -37,7 +37,7 @@ class Model:
     @property
     def chats(self) -> bool:
         """A pretrained model goes on with a text; the others answer."""
-        return self.stage != "pretrain"
+        return self.stage != "pretrain" and bool(self.about.get("chat_format"))
 
     @property
     def max_seq_len(self) -> int:
@@ -45,7 +45,7 @@ class Model:
 
     @property
     def scores(self) -> list[tuple[str, dict[str, float]]]:
-        """(what, {language: value}): "accuracy:NAME" of each report beside the model, the longest first, else its validation."""
+        """(what, {language: value}): "accuracy:NAME" of the reports beside it, longest first, or its validation."""
         reports = sorted(self.about.get("scores", ()), key=lambda score: -sum(score["questions"].values()))
         if reports:
             return [(f"accuracy:{score['name']}", score["accuracy"]) for score in reports]
@@ -82,7 +82,7 @@ def explain(path: Path, root: Path) -> Model:
     """A model as it stands on the shelf. Raises nothing for a bad file: see `problem`."""
     path = Path(path)
     shown = path.relative_to(root) if path.is_relative_to(root) else path
-    name = str(shown.with_suffix("") if path.suffix == ".pth" else shown)
+    name = str(shown).removesuffix(".pth") + "/" * path.is_dir()
     try:
         reports = tuple(sorted((str(report), stamp(report)) for report in path.parent.glob("*.json")))
         return _explain(path, name, (stamp(path), reports))

@@ -32,7 +32,9 @@ def address(tokenizer, tmp_path_factory):
     """The page as a user starts it, from another folder, over three models."""
     folder = tmp_path_factory.mktemp("web")
     out = folder / "out"
-    save_parrot(out / "dpo_64.pth", tokenizer, ["春", "眠", "不", "觉", "晓", "\n"], "dpo", ends=False, max_seq_len=8192)
+    save_parrot(
+        out / "dpo_64.pth", tokenizer, ["春", "眠", "不", "觉", "晓", "\n"], "dpo", ends=False, max_seq_len=8192
+    )
     save_parrot(out / "full_sft_64.pth", tokenizer, [NASTY], "full_sft")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]

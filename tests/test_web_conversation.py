@@ -21,7 +21,7 @@ GREEDY = Sampling(max_new_tokens=20)
 
 def speaker(path) -> Speaker:
     model, tokenizer, checkpoint = load_model(path)
-    return Speaker(path.stem, model, tokenizer, checkpoint["stage"])
+    return Speaker(path.stem, model, tokenizer, checkpoint["stage"] != "pretrain")
 
 
 @pytest.fixture(scope="module")

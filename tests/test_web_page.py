@@ -1,9 +1,9 @@
-"""The chat page, driven by streamlit's own AppTest: what is drawn, what a click does, what is said when things are amiss.
+"""The chat page, driven by streamlit's own AppTest: what is drawn, what a click does, what is said when things fail.
 
-Promises: the page answers, in several turns, alone and side by side; a click in the middle of an answer does not cut it,
-unless it is Stop; again, edit and new conversation do what they say; the controls reach the generator and have sensible
-limits; all of it in both languages; without a model it says what to run; a bad file is named and harms nothing; text
-is drawn as text; the script says in one line what is missing.
+Promises: the page answers, in several turns, alone and side by side; a click in the middle of an answer does not cut
+it, unless it is Stop; again, edit and new conversation do what they say; the controls reach the generator and have
+sensible limits; all of it in both languages; without a model it says what to run; a bad file is named and harms
+nothing; text is drawn as text; the script says in one line what is missing.
 """
 
 import re
@@ -69,7 +69,7 @@ def test_it_answers_in_several_turns(open_page, out):
     ask(page, "   ")
     ask(page, "and now?")
     assert texts(page) == ["hello?", "鸟叫!", "and now?", "鸟叫!"]
-    assert [b.label for b in page.button][:2] == ["Again", "Edit"] and not page.warning and not page.error
+    assert [b.label for b in page.button][:2] == ["Again", "Edit"] and not page.error
 
 
 def test_every_model_is_explained(open_page, out):
@@ -214,6 +214,13 @@ def test_a_bad_file_is_named_and_harms_nothing(open_page, tmp_path, tokenizer):
     assert page.header[0].value == "No model yet"
 
 
+def test_a_model_that_trains_on_is_loaded_anew(open_page, tokenizer, tmp_path):
+    path = save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["young"])
+    page = ask(open_page("--out_dir", tmp_path), "x")
+    save_parrot(path, tokenizer, ["grown", "up"])
+    assert texts(ask(page, "y")) == ["x", "young", "y", "grownup"]
+
+
 def test_an_adapter_without_its_parent_is_one_line(open_page, tokenizer, tmp_path):
     from model.checkpoint import load_model, remember_parent, save_model
     from model.lora import LoRAConfig, attach
@@ -232,7 +239,7 @@ def test_an_adapter_without_its_parent_is_one_line(open_page, tokenizer, tmp_pat
 
 def test_too_long_a_question_is_said_with_its_numbers(open_page, out):
     page = ask(open_page("--out_dir", out), "x" * 300)
-    assert "128" in page.warning[0].value and button(page, "edit_last")
+    assert "at most 128" in captions(page) and button(page, "edit_last")
 
 
 def test_the_script_says_what_is_missing(tmp_path):

@@ -53,7 +53,7 @@ def test_scores_are_those_of_this_file(out):
         (out / f"{name}.json").write_text(json.dumps({**report, "counts": counts}))
     assert explain(path, out).scores == [("accuracy:many", report["accuracy"]), ("accuracy:few", report["accuracy"])]
     assert explain(out / "pretrain_64.pth", out).scores == []
-    later = os.stat(out / "many.json").st_mtime + 10
+    later = (out / "many.json").stat().st_mtime + 10
     os.utime(path, (later, later))
     assert explain(path, out).scores == [], "the reports tell of the model that stood here before"
 
