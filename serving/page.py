@@ -88,9 +88,9 @@ class Page:
     def sidebar(self, models: dict[str, Model], unreadable: list[Model]) -> Choices | None:
         say = self.words
         st.title(f":primary[{LOGO}] {say['title']}")
-        st.segmented_control(
-            say["language"], list(LANGUAGES), format_func=lambda lang: LANGUAGES[lang], default=self.lang, key="lang",
-            label_visibility="collapsed",
+        st.radio(
+            say["language"], list(LANGUAGES), list(LANGUAGES).index(self.lang), key="lang", horizontal=True,
+            format_func=lambda lang: LANGUAGES[lang], label_visibility="collapsed",
         )  # fmt: skip
         choices = None
         if models:

@@ -178,7 +178,7 @@ def test_both_languages(open_page, out):
     page = ask(open_page("--out_dir", out, lang="zh"), "你好")
     assert button(page, "again").label == "重新回答" and "词元" in captions(page)
     page.slider(key="temperature").set_value(0.25).run()
-    page.get("button_group")[0].set_value("en").run()
+    page.radio(key="lang").set_value("en").run()
     assert not page.exception and button(page, "again").label == "Again"
     assert page.slider(key="temperature").value == 0.25 and texts(page) == ["你好", "鸟叫!"], "only the words change"
 
