@@ -29,7 +29,7 @@ LOGO = ":material/potted_plant:"
 STYLE = """<style>
 .stMainBlockContainer {padding-top: 3rem}
 .stSidebar h1 {padding-top: 0}
-.st-key-stop {position: sticky; bottom: 8rem; z-index: 10}  /* it stays under the mouse while the answer grows */
+.st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10}  /* it stays under the mouse while the answer grows */
 </style>"""
 REDRAW_SECONDS = 0.06  # between two drawings of a growing reply
 LONGEST_QUESTION = 20_000  # characters
