@@ -147,7 +147,8 @@ def machines_table(utilisation: float = 0.4, step_tokens: float = 2**19) -> None
             hours = 20 * sizes.total / step_tokens * max(found.compute, found.traffic) / 3600
             if found.fits:
                 how = f"{found.parallel} | {found.rows} | {found.memory / 1e9:.1f}"
-                spent = f"{found.compute:.3f} s | {found.traffic:.3f} s | {found.bound_by} | {hours:,.1f} h"
+                whole = f"{hours:,.0f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+                spent = f"{found.compute:.3f} s | {found.traffic:.3f} s | {found.bound_by} | {whole}"
             else:
                 how, spent = f"nothing fits | 1 | {found.memory / 1e9:.1f}", "| | memory |"
             print(f"| {name}, {sizes.total / 1e6:,.0f} M | {machine.name} | {how} | {spent} |")
