@@ -60,7 +60,7 @@ class ChatServer:
                 self.answered = True
                 return self._content(raw)
             except urllib.error.HTTPError as error:
-                problem, wait = self._judge_error(error, text), _retry_after(error)
+                problem, wait = self._judge_error(error), _retry_after(error)
                 if error.code == 400:
                     continue  # without the option that it refused
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
@@ -88,7 +88,7 @@ class ChatServer:
             raise UserError(f"--judge {self.url}: this is not OpenAI's protocol: {shown}") from None
         return content if isinstance(content, str) else ""  # null when a server's filter said nothing
 
-    def _judge_error(self, error: urllib.error.HTTPError, text: str) -> str:
+    def _judge_error(self, error: urllib.error.HTTPError) -> str:
         """What the server said. Raises UserError where asking again cannot help."""
         said = _message(error)
         where = f"--judge {self.url}: {error.code}"

@@ -128,15 +128,15 @@ def judge(
     print(f"judge: {server.model} at {server.url}, {len(questions)} requests", flush=True)
     try:
         verdicts.parent.mkdir(parents=True, exist_ok=True)
+        torn = verdicts.exists() and verdicts.read_bytes()[-1:] not in (b"", b"\n")  # a run was killed while it wrote
         with verdicts.open("a", encoding="utf-8", newline="\n") as file:
+            file.write("\n" * torn)
             for question in track(questions, "judge", console=console, disable=not console.is_terminal, transient=True):
                 key = hashlib.sha256(f"{server.url}\n{server.model}\n{question.text}".encode()).hexdigest()[:24]
                 if key not in known:
-                    reply = server.ask(question.text)
-                    known[key] = reply
-                    row: dict[str, Any] = {"id": key, "judge": server.model, "task": question.task, "prompt": prompts[question.prompt]}
-                    row |= {"models": question.models, "request": question.text, "reply": reply}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    known[key] = server.ask(question.text)
+                    about = {"id": key, "judge": server.model, **vars(question), "prompt": prompts[question.prompt]}
+                    file.write(json.dumps({**about, "reply": known[key]}, ensure_ascii=False) + "\n")
                     file.flush()
                 rows.append((question, read_verdict(question.task, known[key])))
     except OSError as error:

@@ -35,7 +35,7 @@ def is_loop(ids: Sequence[Any], at_end: bool = False) -> bool:
     """
     for period in range(1, LONGEST_PERIOD + 1):
         same = [a == b for a, b in zip(ids, ids[period:], strict=False)]
-        needed = max(3 * period, 7)
+        needed = 3 * period if period > 1 else 7
         if at_end:
             if len(same) >= needed and all(same[-needed:]):
                 return True
