@@ -105,11 +105,9 @@ def test_the_judge_is_asked_about_these_answers(report, monkeypatch):
 
     def ask(server, text):
         assert server.url == "http://localhost:9/v1" and "64" not in text
-        return (
-            '{"score": 9}'
-            if "Answer B" not in text
-            else f'{{"better": "{"AB"[text.index("A巴") > text.index("Answer B")]}"}}'
-        )
+        if "Answer B" not in text:
+            return '{"score": 9}'
+        return '{"better": "B"}' if text.index("A巴") > text.index("Answer B") else '{"better": "A"}'
 
     monkeypatch.setattr(http_judge.ChatServer, "ask", ask)
     found, page = report("--judge", "http://localhost:9/v1/", "--judge_model", "wise|one")
@@ -178,7 +176,7 @@ def test_a_model_with_broken_weights_gets_a_page_that_programs_can_read(report, 
     checkpoint = torch.load(parrots / "full_sft_64.pth", weights_only=True)
     checkpoint["model"]["model.norm.weight"] *= float("nan")
     torch.save(checkpoint, tmp_path / "nan.pth")
-    found, _ = report("--temperature", 0, models=[tmp_path / "nan.pth"])
+    found, _ = report(models=[tmp_path / "nan.pth"])
     assert found["models"][0]["bits_per_byte"]["zh"]["bits_per_byte"] is None
     assert "NaN" not in (tmp_path / "page" / "r.json").read_text(encoding="utf-8")
 

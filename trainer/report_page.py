@@ -2,9 +2,9 @@
 
     python 2-eval.py --report A.pth B.pth --texts zh=FILE en=FILE --chats FILE
 
-Models are opened one after the other, so that memory holds one. Everything that a user may have got wrong (a file that
-is not there, a prompt that is too long) is looked at before the first one computes. Equal arguments give equal answers:
-the seed is 0 unless --seed says otherwise. Prompt i is drawn with seed + i for every model.
+Models are opened one after the other, so that memory holds one. Every file that is named is looked at before the first
+model computes. Equal arguments give equal answers: the seed is 0 unless --seed says otherwise, and prompt i is drawn
+with seed + i for every model.
 Writes  out/eval/report.md and .json (or what --json names), with --judge also .verdicts.jsonl beside them.
 Read next: bits.py and repetition.py (the measures), judge.py, markdown_page.py (how the page is written).
 """
