@@ -6,7 +6,7 @@
     python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
-    python 2-eval.py --report --judge http://localhost:8998/v1 --judge_model NAME
+    python 2-eval.py --report --judge http://localhost:8000/v1 --judge_model NAME
 
 A pretrained model goes on with the text as it is; a model of a chat stage gets it as a question, in the chat format.
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--texts", nargs="+", default=[], metavar="NAME=FILE", help="held-out text for bits per byte, as zh=FILE")
     add("--chats", metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
     add("--max_bytes", type=int, default=100_000, help="read of a text, and of the chats' answers (default: 100000)")
-    add("--judge", metavar="BASE_URL", help="a model that scores and ranks the answers, as http://localhost:8998/v1")
+    add("--judge", metavar="BASE_URL", help="a model that scores and ranks the answers, as http://localhost:8000/v1")
     add("--judge_model", metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")

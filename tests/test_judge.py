@@ -39,6 +39,9 @@ class Stub(http.server.ThreadingHTTPServer):
         self.reply, self.errors, self.seen, self.headers = reply, [], [], []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
+    def handle_error(self, *_) -> None:
+        pass  # a client that did not wait
+
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
@@ -57,6 +60,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(raw)
+
+    def do_GET(self) -> None:
+        assert self.path == "/v1/models"
+        self.send_response(self.server.errors.pop(0)[0])
+        self.end_headers()
 
     def log_message(self, *_) -> None:
         pass
@@ -216,11 +224,21 @@ def test_what_asking_again_cannot_help_is_one_line(stub, error, says):
     assert says in str(raised.value) and "\n" not in str(raised.value) and len(stub.seen) == 1 and not slept
 
 
+def test_a_look_before_the_work(stub):
+    stub.errors = [(200, {}, ""), (404, {}, ""), (500, {}, ""), (401, {}, "")]
+    for _ in range(3):
+        ChatServer(stub.url, "stub").check()
+    with pytest.raises(UserError, match="set OPENAI_API_KEY"):
+        ChatServer(stub.url, "stub").check()
+
+
 def test_no_server_and_no_address(stub):
     stub.shutdown()
     stub.server_close()
     with pytest.raises(UserError, match=r"no answer .*: is the server running\?"):
         ChatServer(stub.url, "stub").ask("hello")
+    with pytest.raises(UserError, match=r"no answer .*: is the server running\?"):
+        ChatServer(stub.url, "stub").check()
     for url in ("localhost:8998", "ftp://a/v1", "http://", "http://a:b/v1", "", "http://a:99999/v1"):
         with pytest.raises(UserError, match="not an address"):
             ChatServer(url, "stub")

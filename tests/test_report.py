@@ -109,6 +109,7 @@ def test_the_judge_is_asked_about_these_answers(report, monkeypatch):
             return '{"score": 9}'
         return '{"better": "B"}' if text.index("A巴") > text.index("Answer B") else '{"better": "A"}'
 
+    monkeypatch.setattr(http_judge.ChatServer, "check", lambda server: None)
     monkeypatch.setattr(http_judge.ChatServer, "ask", ask)
     found, page = report("--judge", "http://localhost:9/v1/", "--judge_model", "wise|one")
     assert list(found["judge"]["models"]) == ["full_sft_64", "pretrain_64"]
@@ -125,6 +126,7 @@ def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
     def ask(server, text):
         raise UserError("--judge: gave up")
 
+    monkeypatch.setattr(http_judge.ChatServer, "check", lambda server: None)
     monkeypatch.setattr(http_judge.ChatServer, "ask", ask)
     with pytest.raises(UserError, match="gave up"):
         report("--judge", "http://localhost:9/v1", "--judge_model", "m")
@@ -141,6 +143,7 @@ def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
         (["--questions", "q.jsonl"], "--questions does not go with --report"),
         (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME go together"),
         (["--judge", "nowhere", "--judge_model", "m"], "--judge nowhere: not an address"),
+        (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "is the server running?"),
         (["--prompt", "x" * 200], "the model reads at most 96"),
         (["--temperature", "-1"], "--temperature must be at least 0"),
     ],

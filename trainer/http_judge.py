@@ -42,7 +42,7 @@ class ChatServer:
         except ValueError:
             good = False
         if not good:
-            raise UserError(f"--judge {url}: not an address; it looks like http://localhost:8998/v1")
+            raise UserError(f"--judge {url}: not an address; it looks like http://localhost:8000/v1")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise UserError("--judge: only the address, please; a key goes into the variable OPENAI_API_KEY")
         self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
@@ -50,35 +50,52 @@ class ChatServer:
         self.answered = False
         self.opener = urllib.request.build_opener(_NoRedirect())
 
+    def check(self) -> None:
+        """Is anybody there who takes the key? Asks for the list of models, before any work goes into answers.
+
+        A server without such a list is left in peace. Raises UserError where there is none, or one with another key.
+        """
+        try:
+            self.opener.open(self._request("/models"), timeout=self.timeout).close()
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                self._refusal(error)
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(self._nobody(_reason(error))) from None
+
     def ask(self, text: str) -> str:
         """The reply to one user message. Raises UserError when the server cannot, or not in time."""
         problem = ""
         for attempt in range(TRIES):
             try:
-                with self.opener.open(self._request(text), timeout=self.timeout) as response:
+                with self.opener.open(self._request("/chat/completions", text), timeout=self.timeout) as response:
                     raw = response.read(MAX_REPLY)
                 self.answered = True
                 return self._content(raw)
             except urllib.error.HTTPError as error:
-                problem, wait = self._judge_error(error), _retry_after(error)
+                problem, wait = self._refusal(error), _retry_after(error)
                 if error.code == 400:
                     continue  # without the option that it refused
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                problem, wait = str(getattr(error, "reason", "") or error or type(error).__name__), None
-                if not self.answered and not isinstance(error, TimeoutError) and "timed out" not in problem:
-                    raise UserError(f"--judge {self.url}: no answer ({problem}): is the server running?") from None
+                problem, wait = _reason(error), None
+                if not self.answered and "timed out" not in problem:
+                    raise UserError(self._nobody(problem)) from None
             if attempt < TRIES - 1:
                 time.sleep(min(2.0**attempt if wait is None else wait, LONGEST_WAIT))
         raise UserError(
             f"--judge {self.url}: gave up after {TRIES} tries ({problem}): run the same command again to go on"
         )
 
-    def _request(self, text: str) -> urllib.request.Request:
+    def _request(self, path: str, text: str | None = None) -> urllib.request.Request:
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], **self.options}
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "mengya"}
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             headers["Authorization"] = f"Bearer {key}"
-        return urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+        data = json.dumps(body).encode() if text is not None else None
+        return urllib.request.Request(self.url + path, data, headers)
+
+    def _nobody(self, problem: str) -> str:
+        return f"--judge {self.url}: no answer ({problem}): is the server running?"
 
     def _content(self, raw: bytes) -> str:
         try:
@@ -88,7 +105,7 @@ class ChatServer:
             raise UserError(f"--judge {self.url}: this is not OpenAI's protocol: {shown}") from None
         return content if isinstance(content, str) else ""  # null when a server's filter said nothing
 
-    def _judge_error(self, error: urllib.error.HTTPError) -> str:
+    def _refusal(self, error: urllib.error.HTTPError) -> str:
         """What the server said. Raises UserError where asking again cannot help."""
         said = _message(error)
         where = f"--judge {self.url}: {error.code}"
@@ -122,6 +139,11 @@ def _message(error: urllib.error.HTTPError) -> str:
     except (ValueError, LookupError, TypeError):
         said = raw.decode(errors="replace") or error.reason
     return " ".join(str(said).split())[:200]
+
+
+def _reason(error: Exception) -> str:
+    """Why nothing came, in the system's words. A URLError wraps the reason."""
+    return str(getattr(error, "reason", "") or error or type(error).__name__)
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float | None:

@@ -29,7 +29,7 @@ from trainer.http_judge import ChatServer
 from trainer.judge import judge
 from trainer.markdown_page import page
 from trainer.repetition import describe
-from trainer.speaker import Speaker, stages_in
+from trainer.speaker import SAMPLING, Speaker, stages_in
 
 SFT_CHATS = Path("dataset/sft/val.jsonl")  # what data_process.py sft holds out
 SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # the speed of a conversation is that of so many tokens, from so many prompts
@@ -51,6 +51,8 @@ def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
     chats_file = args.chats or (str(SFT_CHATS) if SFT_CHATS.is_file() else None)
     chats = read_chats(chats_file, args.max_bytes) if chats_file else {}
     server = ChatServer(args.judge, args.judge_model) if args.judge else None
+    if server:
+        server.check()
 
     report: Report = {
         "prompts": [{"lang": lang, "kind": kind, "prompt": prompt} for lang, kind, prompt in asked],
@@ -62,8 +64,7 @@ def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
     }
     for path, label in zip(paths, labels, strict=True):
         speaker = Speaker(path, args)
-        report["settings"] = {name: value for name, value in vars(speaker.settings).items() if name != "stop"}
-        report["settings"]["system"] = args.system
+        report["settings"] = {name: getattr(speaker.settings, name) for name in SAMPLING} | {"system": args.system}
         report["models"].append({"label": label, **measure(speaker, report["prompts"], texts, chats)})
         del speaker  # before the next one is opened
     write_pages(report, place)
