@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--report", nargs="*", metavar="MODEL", help="compare these models (default: every stage in --out_dir)")
     add("--texts", nargs="+", default=[], metavar="NAME=FILE", help="held-out text for bits per byte, as zh=FILE")
     add("--chats", metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
-    add("--max_bytes", type=int, default=100_000, help="read of a text, and of the chats' answers (default: 100000)")
+    add("--max_bytes", type=int, default=100_000, help="read from the start of a text, and of chats (default: 100000)")
     add("--judge", metavar="BASE_URL", help="a model that scores and ranks the answers, as http://localhost:8000/v1")
     add("--judge_model", metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument

@@ -34,7 +34,7 @@ from trainer.loss import IGNORE, token_log_probs
 
 BATCH = 16  # windows that go through the model together
 BATCH_TOKENS = 16_384  # and at most so many tokens, but for a single window
-MAX_BYTES = 100_000  # read of a text, and of the answers in one language
+MAX_BYTES = 100_000  # read from the start of a text, and of the answers in one language
 
 
 @dataclass(frozen=True)
