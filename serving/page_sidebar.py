@@ -108,6 +108,6 @@ def short(number: float) -> str:
 
 
 def by_language(values: dict[str, float], kind: str) -> str:
-    """`zh 93.0% · en 92.3%`; bits per byte are no shares."""
+    """`zh 93.0% · en 92.3%`, zh first; bits per byte are no shares."""
     form = "{} {:.2f}" if kind == "bits_per_byte" else "{} {:.1%}"
-    return " · ".join(form.format(plain(lang), value) for lang, value in values.items())
+    return " · ".join(form.format(plain(lang), values[lang]) for lang in sorted(values, reverse=True))

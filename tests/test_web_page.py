@@ -18,6 +18,7 @@ from streamlit.testing.v1 import AppTest
 from model.generate import Sampling
 from serving import page_words
 from serving.conversation import Conversation
+from serving.page_sidebar import by_language, short
 from tests.conftest import ROOT, load_script, run_process
 from tests.parrot import save_parrot
 
@@ -85,6 +86,12 @@ def test_every_model_is_explained(open_page, out):
     assert page.text_area(key="system").disabled
     page.slider(key="max_new_tokens_128").set_value(4).run()
     assert texts(ask(page, "so")) == ["so", "and on and on"] and "reached the longest answer" in captions(page)
+
+
+def test_scores_are_shown_as_what_they_are():
+    assert by_language({"en": 0.923, "zh": 0.93}, "accuracy") == "zh 93.0% · en 92.3%"
+    assert by_language({"zh": 2.214}, "bits_per_byte") == "zh 2.21"
+    assert [short(n) for n in (0, 999, 1_500, 26_878_464, 2e9)] == ["0", "999", "1.5 k", "26.9 M", "2.0 G"]
 
 
 def test_two_models_side_by_side(open_page, out):
