@@ -56,16 +56,20 @@ def launch(args: argparse.Namespace) -> None:
     for path in args.checkpoint:
         if not Path(path).exists():
             raise UserError(f"--checkpoint {path}: there is nothing of that name")
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((args.host, args.port))
         except (OSError, OverflowError) as error:
-            raise UserError(f"cannot listen on {args.host}:{args.port} ({error}): try --port {args.port + 1}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot listen on {args.host}:{args.port} ({reason}): try another --port or --host"
+            ) from None
     from trainer.runtime import pick_device, pick_dtype
 
     device = pick_device(args.device)
-    print(f"models in {out_dir(args)}, {device}, {pick_dtype(args.dtype, device)}; Ctrl-C ends the page", flush=True)
+    where = ", ".join(args.checkpoint) or f"models in {out_dir(args)}"
+    print(f"{where}, {device}, {pick_dtype(args.dtype, device)}; Ctrl-C ends the page", flush=True)
     from streamlit.web import cli
 
     flags = {**SETTINGS, "server.address": args.host, "server.port": args.port}

@@ -22,14 +22,15 @@ from serving.conversation import Conversation, Reply, Speaker, Turn
 from serving.copy_button import copy_button
 from serving.page_sidebar import Choices, choose, facts, plain
 from serving.page_words import LANGUAGES, STARTS, WORDS
-from serving.shelf import Model, explain, find_models, stamp
+from serving.shelf import Model, fill_shelf, stamp
 from trainer.runtime import autocast
 
 LOGO = ":material/potted_plant:"
 STYLE = """<style>
 .stMainBlockContainer {padding-top: 3rem}
 .stSidebar h1 {padding-top: 0}
-.st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10}  /* it stays under the mouse while the answer grows */
+.st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10; align-self: flex-end}
+/* Stop stays under the mouse while the answer grows */
 </style>"""
 REDRAW_SECONDS = 0.06  # between two drawings of a growing reply
 LONGEST_QUESTION = 20_000  # characters
@@ -69,8 +70,7 @@ class Page:
         layout: Any = "wide" if self.state.get("second") else "centered"
         st.set_page_config(self.words["title"], page_icon="🌱", layout=layout)
         st.html(STYLE)
-        root = self.options.out_dir
-        shelf = [explain(path, root) for path in self.options.files or find_models(root)]
+        shelf = fill_shelf(self.options.out_dir, self.options.files)
         models = {model.name: model for model in shelf if not model.problem}
         with st.sidebar:
             choices = self.sidebar(models, [model for model in shelf if model.problem])

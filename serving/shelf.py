@@ -10,6 +10,7 @@ Called by page.py. Read next: ../model/lineage.py (where the numbers come from).
 """
 
 import functools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,18 @@ def is_model(path: Path) -> bool:
     if path.is_dir():
         return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     return path.suffix == ".pth" and path.is_file()
+
+
+def fill_shelf(out_dir: Path, files: tuple[Path, ...] = ()) -> list[Model]:
+    """The models in `out_dir`, or those files and folders, each called by what tells it from the others."""
+    if not files:
+        return [explain(path, out_dir) for path in find_models(out_dir)]
+    paths = list(dict.fromkeys(path.absolute() for path in files))
+    try:
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+    except ValueError:  # Windows: on different drives
+        root = out_dir
+    return [explain(path, root) for path in paths]
 
 
 def explain(path: Path, root: Path) -> Model:

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from serving.shelf import explain, find_models, is_model
+from serving.shelf import explain, fill_shelf, find_models, is_model
 from tests.parrot import save_parrot
 
 
@@ -36,6 +36,13 @@ def test_what_is_a_model(out):
     found = [str(path.relative_to(out)) for path in find_models(out)]
     assert found == ["full_sft_64.pth", "pretrain_64.pth", "exported", "own.pth", "demo/dpo_64.pth"]
     assert find_models(out / "nowhere") == []
+
+
+def test_named_files_are_called_by_what_tells_them_apart(out):
+    sft, dpo, pretrain = out / "full_sft_64.pth", out / "demo" / "dpo_64.pth", out / "pretrain_64.pth"
+    assert [model.name for model in fill_shelf(out, (sft,))] == ["full_sft_64"]
+    assert [model.name for model in fill_shelf(out, (pretrain, dpo, pretrain))] == ["pretrain_64", "demo/dpo_64"]
+    assert [model.name for model in fill_shelf(out)] == ["full_sft_64", "pretrain_64", "demo/dpo_64"]
 
 
 def test_what_is_said(out):
