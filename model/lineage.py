@@ -178,18 +178,15 @@ def read_note(folder: Path) -> Facts | None:
 
 def note(known: Facts) -> str:
     """The text of an exported folder's lineage.json. What the folder is called is not part of it."""
-    return json.dumps({name: v for name, v in known.items() if name != "file"}, ensure_ascii=False, indent=1) + "\n"
+    content = {name: value for name, value in known.items() if name != "file"}
+    return json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
 def _foreign(folder: Path) -> Facts:
     """Somebody else's transformers folder: its size, and where it lies."""
     from model.chat import load_tokenizer
-    from model.checkpoint import FORMAT
-    from model.stock import STAGE, model_config, read_json
+    from model.stock import describe_folder, model_config, read_json
 
     settings = read_json(folder, "config.json")
     config = model_config(folder, settings, bool(settings.get("tie_word_embeddings")))
-    lineage = [{"stage": STAGE, "source": str(folder), "model_type": settings["model_type"]}]
-    files = {"files": load_tokenizer(folder).files}
-    checkpoint = {"format": FORMAT, "stage": STAGE, "config": config.to_dict(), "tokenizer": files, "lineage": lineage}
-    return describe(checkpoint, folder.name)
+    return describe(describe_folder(folder, settings, config, load_tokenizer(folder)), folder.name)
