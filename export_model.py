@@ -57,7 +57,6 @@ def check_flags(args: argparse.Namespace) -> None:
         "--base names the parent of a kept adapter: add --adapter": args.base and not args.adapter,
         "--private and --dry_run belong to --push_to_hub": (args.private or args.dry_run) and not args.push_to_hub,
         "--max_shard_gb must be above 0": not args.max_shard_gb > 0,
-        "--license is an identifier such as apache-2.0": not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", args.license or "x"),
     }.items():
         if wrong:
             raise UserError(problem)
@@ -71,7 +70,10 @@ def main() -> None:
 
     from model import export, gguf_file, hub
     from model.checkpoint import load_model
-    from model.lineage import facts
+    from model.lineage import LICENSE, facts
+
+    if args.license and not re.fullmatch(LICENSE, args.license):
+        raise UserError(f"--license {args.license!r}: an identifier such as apache-2.0 or cc-by-4.0")
 
     if args.push_to_hub:
         hub.check_name(args.push_to_hub, needs_token=not args.dry_run)

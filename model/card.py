@@ -97,7 +97,9 @@ def training(known: Facts) -> str:
         loss = f"{number(entry.get('loss')):.3f}" if entry.get("loss") else ""
         stage = str(entry.get("stage"))
         data = entry.get("data") or entry.get("source") or ""
-        rows.append([stage, WHAT.get(stage, ""), plain(data), seen, minutes, loss, validation_figures(validation)])
+        rows.append(
+            [plain(stage), WHAT.get(stage, ""), plain(data), seen, minutes, loss, validation_figures(validation)]
+        )
     if not rows:
         return "Nothing is known about it.\n"
     heads = ("stage", "what", "data", "trained on", "minutes", "last loss", "held-out")

@@ -25,7 +25,7 @@ import torch
 from corpus.errors import UserError
 from model.chat import ChatTokenizer
 from model.gguf_file import gguf_package, gguf_tensors, storage, write_gguf
-from model.stock_check import CHAT, GREEDY_TOKENS, TEXTS, greedy, same_answer
+from model.stock_check import GREEDY_TOKENS, TEXTS, chat_ids, greedy, same_answer
 from model.transformer import Transformer
 
 ROUNDING = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-7, "q8_0": 1 / 127}  # of a tensor's largest number
@@ -103,10 +103,9 @@ def check_tokens(their: Any, tokenizer: ChatTokenizer) -> None:
     for text in TEXTS:
         if their.tokenize(text.encode(), add_bos=False, special=False) != tokenizer.encode(text):
             raise UserError(f"llama.cpp reads the text {text!r} as other tokens")
-    if tokenizer.format:
-        ids, _ = tokenizer.render(list(CHAT), add_generation_prompt=True)
-        if their.tokenize(tokenizer.decode(ids).encode(), add_bos=False, special=True) != ids:
-            raise UserError("llama.cpp reads a rendered chat as other tokens")
+    chat = chat_ids(tokenizer)
+    if chat and their.tokenize(tokenizer.decode(chat).encode(), add_bos=False, special=True) != chat:
+        raise UserError("llama.cpp reads a rendered chat as other tokens")
 
 
 @torch.inference_mode()
@@ -115,10 +114,7 @@ def compare(their: Any, model: Transformer, tokenizer: ChatTokenizer, number_for
     limit, tolerance = model.config.max_seq_len, LOGIT_TOLERANCE[number_format]
     if model.config.use_moe and number_format != "f32":
         tolerance = math.inf
-    prompt = (
-        tokenizer.render(list(CHAT), add_generation_prompt=True)[0] if tokenizer.format else tokenizer.encode(TEXTS[0])
-    )
-    prompt = prompt[: max(1, limit - GREEDY_TOKENS - 1)]
+    prompt = (chat_ids(tokenizer) or tokenizer.encode(TEXTS[0]))[: max(1, limit - GREEDY_TOKENS - 1)]
     number = min(GREEDY_TOKENS, limit - len(prompt) - 1)
     ours, logits = greedy(model, prompt, number)
     their.reset()
@@ -134,10 +130,10 @@ def compare(their: Any, model: Transformer, tokenizer: ChatTokenizer, number_for
         answer.append(int(their.scores[len(prompt) + len(answer) - 1].argmax()))
         their.eval(answer[-1:])
     compared = same_answer(ours, logits, answer, tolerance)
+    allowed = f"allowed {tolerance:g}" if tolerance < math.inf else "the router's; equal in f32"
     alike = int((theirs.argmax(-1) == logits.argmax(-1)).sum())
-    return (
-        f"the same tokens; logits differ by at most {difference:.1e} (allowed {tolerance:g}), {compared} greedy tokens "
-        f"equal" + (f", then a tie; along ours {alike} of {number} equal" if compared < number else "")
+    return f"the same tokens; logits differ by at most {difference:.1e} ({allowed}), {compared} greedy tokens equal" + (
+        f", then a tie; along ours {alike} of {number} equal" if compared < number else ""
     )
 
 

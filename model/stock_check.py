@@ -48,11 +48,18 @@ def rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
     return copied
 
 
+def chat_ids(tokenizer: ChatTokenizer) -> list[int]:
+    """The chat as tokens; [] where there is no chat template, or a foreign one that refuses such a chat."""
+    try:
+        return tokenizer.render(list(CHAT), add_generation_prompt=True)[0]
+    except UserError:
+        return []
+
+
 def prompts(model: Transformer, tokenizer: ChatTokenizer) -> list[list[int]]:
     """Ids to compare on: the texts and the chat (as much as the model reads), and two rows of random ids."""
     found = [tokenizer.encode(text) for text in TEXTS]
-    if tokenizer.format:
-        found.append(tokenizer.render(list(CHAT), add_generation_prompt=True)[0])
+    found.append(chat_ids(tokenizer))
     random = torch.Generator().manual_seed(0)
     length = min(128, model.config.max_seq_len)
     found += torch.randint(0, model.config.vocab_size, (2, length), generator=random).tolist()
@@ -137,10 +144,10 @@ def check_tokens(theirs: Any, ours: ChatTokenizer) -> None:
     for text in TEXTS:
         if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
             raise UserError(f"transformers reads the text {text!r} as other tokens")
-    if ours.format:
+    if chat := chat_ids(ours):
         found = theirs.apply_chat_template(list(CHAT), add_generation_prompt=True, tokenize=True)
         found = found if isinstance(found, list) else found["input_ids"]
-        if list(found) != ours.render(list(CHAT), add_generation_prompt=True)[0]:
+        if list(found) != chat:
             raise UserError("the chat template gives other tokens in transformers than here")
 
 
@@ -153,8 +160,7 @@ def compare(model: Transformer, stock: Any, tokenizer: ChatTokenizer, name: str)
         if not difference <= LOGIT_TOLERANCE:  # NaN is a difference too
             raise UserError(f"{name}'s logits differ by {difference:.2g}, more than {LOGIT_TOLERANCE:g}")
         largest = max(largest, difference)
-    prompt = rows[-3] if tokenizer.format else rows[0]
-    prompt = prompt[: max(1, model.config.max_seq_len - GREEDY_TOKENS)]
+    prompt = (chat_ids(tokenizer) or rows[0])[: max(1, model.config.max_seq_len - GREEDY_TOKENS)]
     number = min(GREEDY_TOKENS, model.config.max_seq_len - len(prompt))
     ours, logits = greedy(model, prompt, number)
     stock.generation_config.eos_token_id = None  # go on, whatever comes
