@@ -12,6 +12,7 @@ Read next: card.py, checkpoint.py.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 
 NOTE = "lineage.json"  # the file of an exported folder
+LICENSE = r"[a-z0-9][a-z0-9.+-]*"  # an identifier of the hub or of SPDX, in small letters
 LANGUAGES = ("zh", "en")
 BIGGEST_REPORT = 64 * 2**20  # bytes; larger .json files beside a model are no reports
 
@@ -90,7 +92,8 @@ def summary(chain: list[dict[str, Any]]) -> Facts:
     """The figures of a whole chain: sums over its stages, and the last stage's losses."""
     last = chain[-1] if chain else {}
     validations = [entry.get("validation") for entry in chain]
-    split = {name for found in validations if isinstance(found, dict) for name in found.get("val_loss") or ()}
+    losses = [found.get("val_loss") for found in validations if isinstance(found, dict)]
+    split = {name for found in losses if isinstance(found, dict) for name in found}
     return {
         **{name: sum(number(entry.get(name)) for entry in chain) for name in ("tokens", "pairs", "seconds")},
         "loss": last.get("loss"),
@@ -167,29 +170,46 @@ def read_note(folder: Path) -> Facts | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {folder / NOTE} ({error}): export the model again, or delete this file") from None
-    wanted = {"stage": str, "size": str, "config": dict, "chain": list, "scores": list, "parameters": int}
-    wrong = [n for n, kind in wanted.items() if not isinstance(content, dict) or not isinstance(content.get(n), kind)]
-    if not wrong and not all(isinstance(row, dict) for row in [*content["chain"], *content["scores"]]):
-        wrong = ["chain or scores"]
-    if wrong:
-        raise UserError(f"{folder / NOTE} lacks {', '.join(wrong)}: export the model again, or delete this file")
-    return {**dict.fromkeys(("license", "parent", "adapter", "loss")), **content, "file": folder.name}
+    if wrong := wrong_fields(content):
+        raise UserError(f"{folder / NOTE}: {wrong} is wrong: export the model again, or delete this file")
+    absent = dict.fromkeys(("license", "parent", "adapter"))
+    return {**absent, **content, **summary(content["chain"]), "file": folder.name}
+
+
+def wrong_fields(content: Any) -> str:
+    """The names of the fields of a lineage.json that nobody could have written; "" if it is sound."""
+    if not isinstance(content, dict):
+        return "everything"
+    texts, numbers, lists = ("stage", "size", "chat_format"), ("parameters", "active_parameters"), ("chain", "scores")
+    wrong = [name for name in texts if not isinstance(content.get(name), str)]
+    wrong += [name for name in numbers if type(content.get(name)) is not int]
+    for name in lists:
+        rows = content.get(name)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            wrong.append(name)
+    for name, kind in (("license", str), ("parent", str), ("adapter", dict)):
+        if not isinstance(content.get(name), (kind, type(None))):
+            wrong.append(name)
+    if isinstance(content.get("license"), str) and not re.fullmatch(LICENSE, content["license"]):
+        wrong.append("license")
+    try:
+        ModelConfig(**content["config"])
+    except (TypeError, ValueError, KeyError, ArithmeticError):
+        wrong.append("config")
+    return ", ".join(wrong)
 
 
 def note(known: Facts) -> str:
     """The text of an exported folder's lineage.json. What the folder is called is not part of it."""
-    return json.dumps({name: v for name, v in known.items() if name != "file"}, ensure_ascii=False, indent=1) + "\n"
+    content = {name: value for name, value in known.items() if name != "file"}
+    return json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
 def _foreign(folder: Path) -> Facts:
     """Somebody else's transformers folder: its size, and where it lies."""
     from model.chat import load_tokenizer
-    from model.checkpoint import FORMAT
-    from model.stock import STAGE, model_config, read_json
+    from model.stock import describe_folder, model_config, read_json
 
     settings = read_json(folder, "config.json")
     config = model_config(folder, settings, bool(settings.get("tie_word_embeddings")))
-    lineage = [{"stage": STAGE, "source": str(folder), "model_type": settings["model_type"]}]
-    files = {"files": load_tokenizer(folder).files}
-    checkpoint = {"format": FORMAT, "stage": STAGE, "config": config.to_dict(), "tokenizer": files, "lineage": lineage}
-    return describe(checkpoint, folder.name)
+    return describe(describe_folder(folder, settings, config, load_tokenizer(folder)), folder.name)
