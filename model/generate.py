@@ -124,7 +124,7 @@ class Row:
 class Batch:
     """Rows that are decoded together in the first places of one cache, which grows with them.
 
-    An autocast context around the calls decides the number format. The caller sees to it that the model is in eval mode.
+    An autocast context around the calls decides the number format; the model is to be in eval mode.
     """
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
@@ -164,7 +164,7 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
-        """Take a row out; the last one moves to its place. Keys carry their position, so moving them changes nothing."""
+        """Take a row out; the last one moves to its place. Keys carry their position: moved, they are the same."""
         place, last = self.rows.index(row), self.rows.pop()
         if last is not row:
             self.rows[place] = last
