@@ -4,7 +4,7 @@
     data: [DONE]
 
 `ChatReply` and `TextReply` differ in names only. Log-probabilities come out with the text: a token is told once its
-first byte is, so that tokens behind a stop string are not.
+first character is, so that tokens behind a stop string are not.
 Called by app.py. Read next: schemas.py (the shapes), engine.py (where the text comes from).
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from model.chat import ChatTokenizer
 from model.generate import Answer, TokenProbability
-from model.text_stream import token_bytes
+from model.text_stream import TextStream, token_bytes
 from serving import schemas
 from serving.engine import News, Ticket
 
@@ -29,10 +29,12 @@ def event(content: dict[str, Any]) -> str:
 
 
 class _Told:
-    """How much of an answer's log-probabilities has been told, of how much text."""
+    """How much of an answer's log-probabilities has been told, and of how much text."""
 
-    def __init__(self) -> None:
-        self.tokens, self.token_bytes, self.text_bytes, self.characters = 0, 0, 0, 0
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokens = self.text_sent = 0
+        self.text = TextStream(tokenizer)  # of the tokens told, no matter which stop string was found
+        self.told_text = 0
 
 
 class Reply:
@@ -47,7 +49,7 @@ class Reply:
             "created": int(time.time()),
             "model": model,
         }
-        self.told = [_Told() for _ in tickets]
+        self.told = [_Told(tokenizer) for _ in tickets]
 
     def usage(self) -> schemas.Usage:
         """Prompts count once, however many answers are drawn to each."""
@@ -81,16 +83,14 @@ class Reply:
     def _new_tokens(self, ticket: Ticket, text: str, count: int, ends: bool) -> list[tuple[TokenProbability, int]]:
         """The tokens that `text` brings, each with the number of characters before it. `count`: drawn so far."""
         answer, told = ticket.row.answer, self.told[ticket.index]
-        told.text_bytes += len(text.encode())
+        told.text_sent += len(text)
         to_the_end = ends and not ticket.row.text.stopped
         new = []
-        while told.tokens < min(count, len(answer.logprobs)) and (to_the_end or told.token_bytes < told.text_bytes):
+        while told.tokens < min(count, len(answer.logprobs)) and (to_the_end or told.told_text < told.text_sent):
             token = answer.logprobs[told.tokens]
-            new.append((token, told.characters))
-            spelled = token_bytes(self.tokenizer, token.id)
+            new.append((token, told.told_text))
             told.tokens += 1
-            told.token_bytes += len(spelled)
-            told.characters += len(spelled.decode(errors="ignore"))
+            told.told_text += len(told.text.push(token.id))
         return new
 
     def _spelled(self, token_id: int, logprob: float) -> schemas.TokenLogprob:
@@ -166,11 +166,19 @@ class TextReply(Reply):
             return None
         new = self._new_tokens(ticket, text, count, ends)
         return schemas.TextLogprobs(
-            tokens=[self._spelled(token.id, 0).token for token, _ in new],
+            tokens=[self._named(token.id) for token, _ in new],
             token_logprobs=[token.logprob for token, _ in new],
-            top_logprobs=[{self._spelled(*pair).token: pair[1] for pair in token.likeliest} for token, _ in new],
+            top_logprobs=[{self._named(i): logprob for i, logprob in token.likeliest} for token, _ in new],
             text_offset=[characters for _, characters in new],
         )
+
+    def _named(self, token_id: int) -> str:
+        """The token's text; where it is a part of a character, its bytes, so that two tokens never share a name."""
+        spelled = token_bytes(self.tokenizer, token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def reason(answer: Answer) -> schemas.FinishReason:

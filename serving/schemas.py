@@ -19,12 +19,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)  # behind the bounds, which would be left out of the description otherwise
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[Whole, Field(ge=1, le=1_000_000)]
+Count = Annotated[int, Field(ge=1, le=1_000_000), WHOLE]
 StopString = Annotated[str, Field(max_length=200)]
-Alternatives = Annotated[Whole, Field(ge=0, le=20)]
+Alternatives = Annotated[int, Field(ge=0, le=20), WHOLE]
 
 
 class Open(BaseModel):
@@ -43,11 +43,11 @@ class Request(Open):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy (default: 0.7)")
     top_p: Share | None = Field(None, description="draw among the likeliest that sum to p (default: 0.9)")
-    top_k: Annotated[Whole, Field(ge=-1, le=1_000_000)] | None = Field(None, description="0 or -1: all (default)")
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000), WHOLE] | None = Field(None, description="0 or -1: all (default)")
     min_p: Share | None = Field(None, description="drop tokens below this share of the likeliest (default: 0)")
-    n: Annotated[Whole, Field(ge=1, le=16)] | None = Field(None, description="answers to each prompt (default: 1)")
+    n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = Field(None, description="answers to each prompt (default: 1)")
     stop: StopString | Annotated[list[StopString], Field(max_length=8)] | None = None
-    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**63)] | None = Field(
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = Field(
         None, description="the same seed, the same draw"
     )
     presence_penalty: Penalty | None = None
@@ -92,7 +92,7 @@ class ChatRequest(Request):
         return self.top_logprobs or 0 if self.logprobs or self.top_logprobs else None
 
 
-TokenIds = Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
 
 
 class CompletionRequest(Request):
