@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,6 @@ from model.chat import ChatTokenizer
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from serving.app import Counter, Limits, make_app
-from serving.served import open_models
 
 CPU = torch.device("cpu")
 
@@ -39,7 +38,7 @@ def make_file(path: Path, tokenizer: ChatTokenizer, stage: str = "full_sft", **c
 @dataclass
 class Running:
     url: str  # without a slash at the end
-    counter: Counter
+    counter: Any  # serving.app.Counter
 
     def status(self, name: str | None = None) -> dict[str, int]:
         status = self.counter.engine.status()
@@ -55,8 +54,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(checkpoints: list[str], limits: Limits | None = None, max_context: int = 4096) -> Iterator[Running]:
+def running(checkpoints: list[str], limits: Any = None, max_context: int = 4096) -> Iterator[Running]:
+    """`limits`: a serving.app.Limits. FastAPI is imported here, so that the engine's tests run without it."""
     import uvicorn
+
+    from serving.app import Limits, make_app
+    from serving.served import open_models
 
     app = make_app(open_models(checkpoints, max_context, CPU), limits or Limits(), contextlib.nullcontext)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))

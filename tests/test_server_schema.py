@@ -54,7 +54,7 @@ def test_the_description_has_every_route(api):
 def test_the_server_is_as_it_describes_itself(api, label, mode):
     (operation,) = (found.ok() for found in api.get_all_operations() if found.ok().label == label)
 
-    @settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=GenerationMode[mode]))
     def answered_as_described(case):
         case.call_and_validate()
