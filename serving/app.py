@@ -250,7 +250,7 @@ def add_routes(app: FastAPI, counter: Counter) -> None:
     refusals = {400: "wrong request", 401: "no or wrong key", 404: "no such model", 413: "too large", 415: "no JSON"}
     refusals |= {429: "no place free", 500: "the model failed"}
     errors: dict[int | str, Any] = {k: {"model": schemas.ErrorBody, "description": v} for k, v in refusals.items()}
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    events: dict[str, Any] = {"text/event-stream": {}}
 
     def posted(model: type) -> dict[int | str, Any]:
         return {200: {"model": model, "content": events, "description": "the answer, or events of it"}, **errors}

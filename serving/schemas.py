@@ -47,9 +47,7 @@ class Request(Open):
     min_p: Share | None = Field(None, description="drop tokens below this share of the likeliest (default: 0)")
     n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = Field(None, description="answers to each prompt (default: 1)")
     stop: StopString | Annotated[list[StopString], Field(max_length=8)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = Field(
-        None, description="the same seed, the same draw"
-    )
+    seed: Annotated[int, WHOLE] | None = Field(None, description="the same seed, the same draw")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
