@@ -95,17 +95,15 @@ def run(args: argparse.Namespace, exam: Any) -> None:
         "mean_examples": sum(one.examples for one in asked) / len(asked),
         "cut": sum(one.cut for one in asked),
     }
-    print(
-        f"{path}: {checkpoint['stage']}, {model.count_parameters()[0] / 1e6:.1f} M parameters, {device}, {about['dtype']}"
-    )
+    size = f"{model.count_parameters()[0] / 1e6:.1f} M parameters"
+    print(f"{path}: {checkpoint['stage']}, {size}, {device}, {about['dtype']}")
     print(
         f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {asking.name}, as {about['style']}",
         flush=True,
     )
     if args.prompt:
-        print(
-            f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {exam_pages.write_prompts(folder, asked, tokenizer)}"
-        )
+        file = exam_pages.write_prompts(folder, asked, tokenizer)
+        print(f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {file}", flush=True)
     started = time.perf_counter()
     batches = answer(
         model, tokenizer, asked, args.method, lambda: autocast(device, dtype), args.batch_tokens or BATCH_TOKENS

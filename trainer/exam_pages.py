@@ -2,7 +2,7 @@
 
     <subject>.csv     every question and the prediction          summary.csv       all scores, one a row
     summary.md        the same as a table, with what it means    summary.png       bars, intervals, the chance line
-    prompts.txt       (--prompt) what the model was given        submission.json   C-Eval's form, where answers are secret
+    prompts.txt       (--prompt) what the model was given        submission.json   answers to hand in
 
 Every file is written under a temporary name and renamed. Read next: exam_score.py (what the numbers are).
 """
@@ -85,9 +85,7 @@ def notes(about: dict[str, Any]) -> list[str]:
 
 def write_pages(folder: Path, result: Result, about: dict[str, Any]) -> None:
     """All files of a scored exam but the prompts."""
-    for subject in result.subjects:
-        rows = [one for one in result.marked if one.item.subject == subject.name]
-        write(folder / f"{subject.name}.csv", _csv(_question_rows(rows)))
+    _write_questions(folder, result.marked)
     scores = [*result.subjects, *result.categories, result.total]
     kinds = ["subject"] * len(result.subjects) + ["category"] * len(result.categories) + ["all"]
     rows = [{"kind": kind, **score.to_dict()} for kind, score in zip(kinds, scores, strict=True)]
@@ -101,9 +99,7 @@ def write_submission(folder: Path, marked: list[Marked]) -> Path:
     answers: dict[str, dict[str, str]] = {}
     for one in marked:
         answers.setdefault(one.item.subject, {})[one.item.number] = one.prediction
-    for subject in answers:
-        rows = [one for one in marked if one.item.subject == subject]
-        write(folder / f"{subject}.csv", _csv(_question_rows(rows)))
+    _write_questions(folder, marked)
     path = folder / "submission.json"
     write(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
     return path
@@ -145,19 +141,23 @@ def write(path: Path, text: str | bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}: choose another place or make room") from None
 
 
-def _question_rows(marked: Iterable[Marked]) -> list[dict[str, Any]]:
-    return [
-        {
-            "id": one.item.number,
-            "question": one.item.question,
-            **dict(zip(LETTERS, one.item.options, strict=True)),
-            "answer": one.item.answer,
-            "prediction": one.prediction,
-            "correct": f"{one.correct:.4g}" if one.item.answer else "",
-            **{f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(LETTERS, one.scores, strict=True)},
-        }
-        for one in marked
-    ]
+def _write_questions(folder: Path, marked: list[Marked]) -> None:
+    """A csv for each subject."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in marked:
+        rows.setdefault(one.item.subject, []).append(
+            {
+                "id": one.item.number,
+                "question": one.item.question,
+                **dict(zip(LETTERS, one.item.options, strict=True)),
+                "answer": one.item.answer,
+                "prediction": one.prediction,
+                "correct": f"{one.correct:.4g}" if one.item.answer else "",
+                **{f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(LETTERS, one.scores, strict=True)},
+            }
+        )
+    for subject, of_subject in rows.items():
+        write(folder / f"{subject}.csv", _csv(of_subject))
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -195,8 +195,9 @@ def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
     below = [value - 100 * low for value, (low, _) in zip(values, bounds, strict=True)]
     above = [100 * high - value for value, (_, high) in zip(values, bounds, strict=True)]
     strong = [row.category != row.name and row.name != "all" for row in rows]
-    bars = axes.barh(range(len(rows)), values, xerr=(below, above), ecolor="0.35", height=0.72)
-    bars.errorbar.lines[2][0].set_linewidth(1)
+    bars = axes.barh(
+        range(len(rows)), values, xerr=(below, above), ecolor="0.35", height=0.72, error_kw={"elinewidth": 1}
+    )
     for bar, row, is_subject in zip(bars, rows, strong, strict=True):
         bar.set_color(colours.get(row.category, "0.4"))
         bar.set_alpha(0.55 if is_subject else 1)
