@@ -46,7 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write all scores to this file too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--batch_tokens", type=int, default=0, help="positions computed at once (default: 4096; 1: one question)")
+    add(
+        "--batch_tokens",
+        type=int,
+        default=0,
+        help="positions computed at once (default: 1024 on a CPU; 1: one question)",
+    )
     return parser
 
 
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
     from model.checkpoint import load_model
     from trainer import exam_pages
-    from trainer.exam import BATCH_TOKENS, Asking, answer, ask
+    from trainer.exam import Asking, answer, ask
     from trainer.exam_score import mark, result_of
     from trainer.runtime import autocast, pick_device, pick_dtype
 
@@ -105,9 +110,7 @@ def run(args: argparse.Namespace, exam: Any) -> None:
         file = exam_pages.write_prompts(folder, asked, tokenizer)
         print(f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {file}", flush=True)
     started = time.perf_counter()
-    batches = answer(
-        model, tokenizer, asked, args.method, lambda: autocast(device, dtype), args.batch_tokens or BATCH_TOKENS
-    )
+    batches = answer(model, tokenizer, asked, args.method, lambda: autocast(device, dtype), args.batch_tokens)
     exam_pages.follow(batches, len(asked))
     about["seconds"] = round(time.perf_counter() - started, 1)
     marked = mark(asked)

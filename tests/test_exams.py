@@ -13,7 +13,7 @@ from corpus.errors import UserError
 from corpus.exams import LETTERS, read_exam, read_items
 
 HEAD = "id,question,A,B,C,D,answer\n"
-GOOD = HEAD + "0,一加一等于____。,1,2,3,4,B\n1,\"逗号，和 comma, here\",a,\"b, b\",\"c\nc\",d,d\n"
+GOOD = HEAD + '0,一加一等于____。,1,2,3,4,B\n1,"逗号，和 comma, here",a,"b, b","c\nc",d,d\n'
 
 
 def ceval(folder, text=GOOD, subject="logic", split="val"):
@@ -43,7 +43,12 @@ def test_both_layouts_from_folders_and_archives(tmp_path):
         read = read_exam(path)
         first, second = read.items
         assert (read.split, read.subjects, read.categories) == ("val", ["logic"], {"logic": "Humanities"})
-        assert (first.number, first.question, first.options, first.answer) == ("0", "一加一等于____。", tuple("1234"), "B")
+        assert (first.number, first.question, first.options, first.answer) == (
+            "0",
+            "一加一等于____。",
+            tuple("1234"),
+            "B",
+        )
         assert second.question == "逗号，和 comma, here" and second.options == ("a", "b, b", "c\nc", "d")
         assert second.answer == "D" and second.where.endswith("logic_val.csv:3")
     assert len(read_exam(exam).examples["logic"]) == 2 and not read_exam(exam / "val").examples
@@ -108,9 +113,9 @@ def test_a_wrong_place_says_what_was_expected(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=said):
             read_exam(path)
-    with pytest.raises(UserError, match="no split 'test'.* val"):
+    with pytest.raises(UserError, match=r"no split 'test'.* val"):
         read_exam(exam, "test")
-    with pytest.raises(UserError, match="no subject 'lore'.*logic"):
+    with pytest.raises(UserError, match=r"no subject 'lore'.*logic"):
         read_exam(exam, subjects=["lore"])
     (tmp_path / "exam" / "old" / "val").mkdir(parents=True)
     (tmp_path / "exam" / "old" / "val" / "logic_val.csv").write_text(GOOD, encoding="utf-8")

@@ -192,8 +192,8 @@ def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.21 * len(rows)), layout="constrained")
     values = [100 * row.accuracy for row in rows]
     bounds = [row.interval for row in rows]
-    below = [value - 100 * low for value, (low, _) in zip(values, bounds, strict=True)]
-    above = [100 * high - value for value, (_, high) in zip(values, bounds, strict=True)]
+    below = [100 * (row.accuracy - low) for row, (low, _) in zip(rows, bounds, strict=True)]
+    above = [100 * (high - row.accuracy) for row, (_, high) in zip(rows, bounds, strict=True)]
     strong = [row.category != row.name and row.name != "all" for row in rows]
     bars = axes.barh(
         range(len(rows)), values, xerr=(below, above), ecolor="0.35", height=0.72, error_kw={"elinewidth": 1}

@@ -81,7 +81,8 @@ def wilson(correct: float, questions: int) -> tuple[float, float]:
     """Bounds of the 95 % interval of a share, formula on the door plate."""
     share, square = correct / questions, Z * Z / questions
     middle, spread = share + square / 2, Z * math.sqrt(share * (1 - share) / questions + square / (4 * questions))
-    return max(0.0, (middle - spread) / (1 + square)), min(1.0, (middle + spread) / (1 + square))
+    low, high = (middle - spread) / (1 + square), (middle + spread) / (1 + square)
+    return max(0.0, min(share, low)), min(1.0, max(share, high))  # at 0 and 1 rounding may step over the share
 
 
 def guessing_reaches(correct: float, questions: int, chance: float = CHANCE) -> float:
