@@ -10,7 +10,7 @@
 
 Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
 Reads C-Eval's and CMMLU's layouts (corpus/exams.py), any out/*.pth (an adapter with its parent) or a transformers
-folder. Writes <out_dir>/ceval/<model>_<split>_<method>…/: a csv for each subject, summary.csv, .md and .png.
+folder. Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
 Read next: trainer/exam.py (how it asks), trainer/exam_score.py (how sure the score is).
 """
 
@@ -76,6 +76,11 @@ def model_path(args: argparse.Namespace) -> Path:
     return find_checkpoint(args.out_dir, (there or ["pretrain"])[-1])
 
 
+def exam_name(data: str) -> str:
+    """ceval of ../data/ceval.tar.xz."""
+    return Path(data).resolve().name.split(".")[0] or "exam"
+
+
 def run(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
     from model.checkpoint import load_model
@@ -87,14 +92,14 @@ def run(args: argparse.Namespace, exam: Any) -> None:
     path, device = model_path(args), pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer, checkpoint = load_model(path, device)
-    chat = args.style == "chat" or (args.style == "auto" and checkpoint["stage"] != "pretrain")
-    chat = chat and (tokenizer.format is not None or args.style == "chat")  # without a template, --style chat says so
+    is_chat_stage = checkpoint["stage"] != "pretrain" and tokenizer.format is not None
+    chat = args.style == "chat" or (args.style == "auto" and is_chat_stage)
     asking = Asking(args.method, args.shots, args.shuffle_options, chat)
     asked = list(ask(exam, tokenizer, asking, model.config.max_seq_len))
-    name = f"{path.resolve().stem}_{exam.split}_{asking.name}"
+    name = f"{path.resolve().name.removesuffix('.pth')}_{exam_name(args.data)}_{exam.split}_{asking.name}"
     folder = Path(args.out_dir) / "ceval" / name
     about = {
-        **{"model": str(path), "stage": checkpoint["stage"], "exam": Path(args.data).name, "split": exam.split},
+        **{"model": str(path), "stage": checkpoint["stage"], "exam": exam_name(args.data), "split": exam.split},
         **{"method": args.method, "shots": args.shots, "orders": args.shuffle_options},
         **{"style": "chat" if chat else "plain", "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
         "mean_examples": sum(one.examples for one in asked) / len(asked),

@@ -112,7 +112,7 @@ def test_who_always_says_c_scores_the_share_of_c(monkeypatch, exam, out, capsys)
 
 def test_the_files_it_writes(monkeypatch, exam, out, capsys):
     scores = sit(monkeypatch, exam, out, "--prompt", "--subjects", "law", "--shots", 1)
-    folder = out / "ceval" / "pretrain_32_val_letter_1shot"
+    folder = out / "ceval" / f"pretrain_32_{exam.name}_val_letter_1shot"
     assert {file.name for file in folder.iterdir()} == {
         *("law.csv", "summary.csv", "summary.md", "summary.png", "prompts.txt")
     }
@@ -132,7 +132,7 @@ def test_the_files_it_writes(monkeypatch, exam, out, capsys):
 
 def test_the_test_split_becomes_a_submission(monkeypatch, exam, out, capsys):
     scores = sit(monkeypatch, exam, out, "--split", "test", "--method", "text")
-    content = json.loads((out / "ceval" / "pretrain_32_test_text_0shot" / "submission.json").read_text())
+    content = json.loads((out / "ceval" / f"pretrain_32_{exam.name}_test_text_0shot" / "submission.json").read_text())
     assert content.keys() == RIGHT.keys() and content["law"].keys() == {"0", "1", "2", "3"}
     assert {letter for answers in content.values() for letter in answers.values()} <= set(LETTERS)
     assert "accuracy" not in scores and "secret" in capsys.readouterr().out

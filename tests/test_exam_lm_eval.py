@@ -107,7 +107,7 @@ def compare(monkeypatch, exam, checkpoint, tmp_path, method, shots, subjects):
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     folder = as_transformers(checkpoint, tmp_path / "folder")
-    ours = tmp_path / "ceval" / f"{checkpoint.stem}_val_{method}_{shots}shot"
+    ours = tmp_path / "ceval" / f"{checkpoint.stem}_{exam.name}_val_{method}_{shots}shot"
     languages = {name: "Answer:" if name.endswith("_en") else "答案：" for name in names}
     compared = 0
     for answer in set(languages.values()):
