@@ -85,7 +85,8 @@ def run(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
     from model.checkpoint import load_model
     from trainer import exam_pages
-    from trainer.exam import Asking, answer, ask
+    from trainer.exam import Asking, ask
+    from trainer.exam_answers import answer
     from trainer.exam_score import mark, result_of
     from trainer.runtime import autocast, pick_device, pick_dtype
 

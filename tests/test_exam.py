@@ -10,7 +10,8 @@ from corpus.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
 from model.config import ModelConfig
 from model.transformer import Transformer
-from trainer.exam import Asking, answer, ask
+from trainer.exam import Asking, ask
+from trainer.exam_answers import answer
 
 EXAMPLES = [Item("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[i % 4], f"dev:{i}") for i in range(3)]
 
@@ -105,10 +106,13 @@ def test_log_probabilities_equal_transformers_one_by_one(model, theirs, tokenize
     torch.testing.assert_close(ours, by_hand(theirs, tokenizer, MIXED, chat, method, shots), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["letter", "text"])
-def test_batches_change_nothing(model, tokenizer, method):
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("method", "shots"), [("letter", 0), ("text", 0), ("letter", 3), ("text", 1)])
+def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, shots, chat):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
-    asked = list(ask(exam(texts), tokenizer, Asking(method), 256))
+    texts += [(f"{question} {'long ' * (20 + i)}", options) for i in range(2) for question, options in MIXED]
+    asked = list(ask(exam(texts), tokenizer, Asking(method, shots, 1, chat), 350))
+    assert shots != 3 or len({one.examples for one in asked}) > 1, "some fit, some do not"
     alone = put(model, tokenizer, asked, method, 1)
     for batch_tokens in (300, 4096):
         torch.testing.assert_close(put(model, tokenizer, asked, method, batch_tokens), alone, atol=1e-5, rtol=1e-5)

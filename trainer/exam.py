@@ -7,36 +7,23 @@
 for what it might really have learnt, an answer in words. The largest of the four is the model's answer; nothing is
 drawn. A chat model gets question and examples as turns of a conversation, any other as plain text.
 
-Questions of similar length are batched. Four options share one pass over their prompt, and logits are computed only
-where an option is read. Several orders of the options: the four rotations put each option once under each letter.
+Several orders of the options: the four rotations put each option once under each letter.
 
-Called by ../eval_ceval.py. Read next: exam_score.py (what the answers are worth), ../corpus/exams.py.
+Called by ../eval_ceval.py. Read next: exam_answers.py (how the log-probabilities are computed), ../corpus/exams.py.
 """
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from corpus.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
 from corpus.language import language_of
 from model.chat import ChatTokenizer
-from model.transformer import KVCache, Transformer
 
 METHODS = ("letter", "text")
 ANSWER = {"zh": "答案：", "en": "Answer:"}
 INSTRUCTION = {"zh": "请直接回答选项的字母。", "en": "Answer with the letter of the right option."}
-BATCH_TOKENS = {"cpu": 1024}  # positions computed at once; more overflow a CPU's caches (measured: 4096 a third slower)
-MORE_BATCH_TOKENS = 16384  # elsewhere
-WIDTH_STEP = 16  # widths are multiples of it: a CPU's kernels are prepared for each shape anew
-LARGEST_LOGITS = 1 << 24  # numbers in one block of logits
 
 Order = tuple[int, int, int, int]  # the option that stands under A, under B, …
 
@@ -84,7 +71,7 @@ def option_orders(count: int) -> list[Order]:
 
 
 def ask(exam: Exam, tokenizer: ChatTokenizer, asking: Asking, max_seq_len: int) -> Iterator[Asked]:
-    """Every question of the exam in every order, ready for `answer`. Raises UserError where one cannot fit."""
+    """Every question of the exam in every order, for exam_answers.answer. Raises UserError where one cannot fit."""
     for subject in exam.subjects:
         if len(exam.examples.get(subject, ())) < asking.shots:
             there = len(exam.examples.get(subject, ()))
@@ -161,100 +148,3 @@ class _Prompt:
     def _without_start(self, text: str, tokens: int) -> str:
         """The text without its first tokens; half a character that this leaves goes too."""
         return self.tokenizer.decode(self.tokenizer.encode(text)[tokens:]).lstrip("\ufffd")
-
-
-@torch.inference_mode()
-def answer(
-    model: Transformer,
-    tokenizer: ChatTokenizer,
-    asked: list[Asked],
-    method: str,
-    number_format: Callable[[], AbstractContextManager[Any]],
-    batch_tokens: int = 0,
-) -> Iterator[int]:
-    """Fill `log_probs` of all questions, batch after batch; yields how many each batch held.
-
-    batch_tokens: positions computed at once, 0: what suits the device, 1: one question at a time.
-    Raises UserError when the model computes no number.
-    """
-    batch_tokens = batch_tokens or BATCH_TOKENS.get(model.lm_head.weight.device.type, MORE_BATCH_TOKENS)
-    for batch in _batches(asked, batch_tokens, model.config.max_seq_len):
-        with number_format():
-            sums = _log_probs(model, batch, tokenizer.pad_id)
-        for one, found in zip(batch, sums.tolist(), strict=True):
-            own = [0.0] * 4
-            for place, option in enumerate(one.order):
-                own[option] = found[place] / (len(one.item.options[option]) if method == "text" else 1)
-            if not all(map(math.isfinite, own)):
-                raise UserError(f"the model computes no number for {one.item.where}: its weights are damaged")
-            one.log_probs = tuple(own)
-        yield len(batch)
-
-
-def _batches(asked: list[Asked], batch_tokens: int, max_seq_len: int) -> Iterator[list[Asked]]:
-    """Questions of similar length, longest first, `batch_tokens` positions at once or one question."""
-    batch: list[Asked] = []
-    prompt = rest = 0  # the longest of the batch
-    for one in sorted(asked, key=lambda one: (len(one.prompt), one.rest), reverse=True):
-        longest = max(prompt, len(one.prompt)), max(rest, one.rest)
-        positions = (len(batch) + 1) * (_padded(longest[0]) + 4 * longest[1])
-        if batch and (positions > batch_tokens or sum(longest) > max_seq_len):
-            yield batch
-            batch, longest = [], (len(one.prompt), one.rest)
-        batch.append(one)
-        prompt, rest = longest
-    yield batch
-
-
-def _padded(length: int) -> int:
-    return -(-length // WIDTH_STEP) * WIDTH_STEP
-
-
-def _log_probs(model: Transformer, batch: list[Asked], pad: int) -> Tensor:
-    """Log-probabilities of the options as shown: (questions, 4)."""
-    device, limit = model.lm_head.weight.device, model.config.max_seq_len
-    width = min(_padded(max(len(one.prompt) for one in batch)), limit)
-    rest = max(one.rest for one in batch)
-    firsts = torch.tensor([[option[0] for option in one.options] for one in batch], device=device)
-    if not rest:  # one token an option: pads on the right, where no real token looks, and no cache
-        rows = [one.prompt + [pad] * (width - len(one.prompt)) for one in batch]
-        hidden, _ = model(torch.tensor(rows, device=device))
-        last = torch.tensor([len(one.prompt) - 1 for one in batch], device=device)
-        hidden = hidden[torch.arange(len(batch), device=device), last]
-        return _log_softmax(model, hidden).gather(1, firsts)
-
-    width = max(len(one.prompt) for one in batch) if width + rest > limit else width
-    lead = torch.tensor([width - len(one.prompt) for one in batch], device=device)
-    rows = [[pad] * (width - len(one.prompt)) + one.prompt for one in batch]
-    dtype = (
-        torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.lm_head.weight.dtype
-    )
-    cache = KVCache(model.config, len(batch), width, device, dtype)
-    hidden, _ = model(torch.tensor(rows, device=device), cache, lead)
-    sums = _log_softmax(model, hidden[:, -1]).gather(1, firsts)
-
-    many = KVCache(model.config, 4 * len(batch), width + rest, device, dtype)  # every prompt once for each option
-    many.length = width
-    many.keys[:, :, :, :width] = cache.keys.repeat_interleave(4, 1)
-    many.values[:, :, :, :width] = cache.values.repeat_interleave(4, 1)
-    options = [option for one in batch for option in one.options]
-    padded = torch.tensor([option + [pad] * (rest + 1 - len(option)) for option in options], device=device)
-    hidden, _ = model(padded[:, :-1], many, lead.repeat_interleave(4))
-    real = torch.tensor([[i < len(option) for i in range(1, rest + 1)] for option in options], device=device)
-    found = torch.zeros(real.shape, device=device)
-    if real.any():
-        found[real] = _picked(model, hidden[real], padded[:, 1:][real])
-    return sums + found.sum(1).view(len(batch), 4)
-
-
-def _picked(model: Transformer, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token behind its hidden state, in blocks: (n, dim), (n,) -> (n,)."""
-    rows = max(LARGEST_LOGITS // model.config.vocab_size, 1)
-    pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
-    return torch.cat([_log_softmax(model, h).gather(1, t[:, None])[:, 0] for h, t in pairs])
-
-
-def _log_softmax(model: Transformer, hidden: Tensor) -> Tensor:
-    """fp32 whatever the number format: in bf16, letters tie that are not equal. (n, dim) -> (n, vocab)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), model.lm_head.weight.float()).log_softmax(-1)
