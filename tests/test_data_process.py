@@ -18,7 +18,8 @@ from corpus.errors import UserError
 from corpus.items import Item, content_key, split_validation
 from corpus.pack import render_chat, tokenise_chats
 from corpus.report import DataReport
-from corpus.shards import open_split, read_meta
+from corpus.shard_reader import open_split
+from corpus.shards import read_meta
 from tests.conftest import ROOT, SHARED_DATA, run_process
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from corpus.errors import UserError
 from corpus.pack import Form, tokenise_chats
-from corpus.shards import COMMANDS, open_split, read_meta
+from corpus.shard_reader import open_split
+from corpus.shards import COMMANDS, read_meta
 from model.chat import ChatTokenizer
 from model.config import ModelConfig
 from trainer.loss import IGNORE
