@@ -59,7 +59,7 @@ def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch:
     from corpus.pack_texts import pack_texts
 
     if args.kind == "pretrain":
-        return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch)
+        return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch, args.source_key)
     form = form_of(args.kind)
     return pack_chats(args.files, tokenizer, args.out_dir, args.max_seq_len, args.val_share, report, on_batch, form)
 
@@ -97,7 +97,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
-        if kind != "pretrain":
+        if kind == "pretrain":
+            sub.add_argument(
+                "--source_key",
+                default="",
+                metavar="KEY",
+                help="key of a row that names its source, or `file`: 1-pretrain.py --mix can then mix sources",
+            )
+        else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
             sub.add_argument(
                 "--max_seq_len",

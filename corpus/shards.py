@@ -3,6 +3,8 @@
     folder/  meta.json                        which splits and shards there are, written last
              train_000.bin  train_001.bin     token ids one after the other: little-endian uint16, or uint32
                                               when the vocabulary has more than 65,535 entries
+             train_zh_000.bin  …              the same where each shard holds one language (and one source):
+                                              its entry in meta.json says which, so that they can be mixed
              train_000.idx.npy                int64, where each document starts; one more entry than documents
              train_000.mask                   chats only: uint8, one byte a token, 1 where it is trained
              val_zh.bin  val_en.bin  ...      the same for the validation splits
@@ -158,7 +160,7 @@ class ShardWriter:
 
 def open_writer(folder: Folder, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
     """The writer of a split as our folders have it: training data in shards, a validation split in one file."""
-    return ShardWriter(folder, split, dtype, SHARD_TOKENS if split == "train" else 0, state)
+    return ShardWriter(folder, split, dtype, SHARD_TOKENS if split.startswith("train") else 0, state)
 
 
 def require_train(splits: dict[str, Any], problem: str) -> None:
