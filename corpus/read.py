@@ -76,7 +76,8 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
 def read_texts(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Document]:
     """The documents of all files, in order. A chat counts as one document: its words, without markers.
 
-    `source_key`: the key under which a row names its source. Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
+    `source_key`: the key under which a row names its source.
+    Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
     for file, line, row in all_rows(paths, report, EXPECTED_TEXT):
         try:

@@ -40,7 +40,7 @@ class Shuffle:
 
 
 def _scramble(numbers: np.ndarray) -> np.ndarray:
-    """The finisher of splitmix64: every bit of the result depends on every bit of the number. Wraps around on purpose."""
+    """The finisher of splitmix64: every bit of a result depends on every bit of a number. Meant to overflow."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
