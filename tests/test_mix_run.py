@@ -1,4 +1,4 @@
-"""Promise: a run with two mixtures, killed before or after the switch, ends with the very same weights; and it is told."""
+"""Promise: a run with two mixtures, killed before or after the switch, ends with the very same weights."""
 
 import json
 
