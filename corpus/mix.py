@@ -45,6 +45,10 @@ class Group:
     share: float
     passes: float = 0.0  # what was asked for, where passes were
 
+    def holds(self, shard: dict[str, Any]) -> bool:
+        """Whether a shard, by its entry in meta.json, belongs to it."""
+        return (shard["language"], shard["source"]) in self.labels
+
 
 def parse_mix(text: str) -> Wish:
     """The wish behind --mix. Raises UserError that shows how one is written."""

@@ -73,12 +73,7 @@ class Mixture:
     def __init__(self, folder: str, recipe: Recipe, seq_len: int) -> None:
         self.recipe, self.seq_len = recipe, seq_len
         groups = {group.name: group for stage in recipe.stages for group in stage}
-        self.parts = {
-            name: Windows(
-                folder, "train", seq_len, lambda shard, g=group: (shard["language"], shard["source"]) in g.labels
-            )
-            for name, group in groups.items()
-        }
+        self.parts = {name: Windows(folder, "train", seq_len, group.holds) for name, group in groups.items()}
         for name, part in self.parts.items():
             if part.tokens.tokens < 2:
                 raise UserError(f"--mix: {name} has no training tokens: leave it out")
