@@ -128,6 +128,14 @@ class Choice:
             band = next((b for b in reversed(bands) if b.language in ("", language)), None)
             if len(own):
                 self.limits[language] = interval(own, band, keep_share)
+        if self.limits and not any(self.keeps(language).any() for language in self.limits):
+            ranges = (f"{k} from {scores.of(k).min():.2f} to {scores.of(k).max():.2f}" for k in self.limits)
+            raise UserError(f"--keep_entropy keeps no chat: the scores are, in nats a token, {', '.join(ranges)}")
+
+    def keeps(self, language: str) -> np.ndarray:
+        """Which of a language's scores are kept, shape (chats,), bool."""
+        scores, (low, high) = self.scores.of(language), self.limits[language]
+        return (scores >= low) & (scores <= high)
 
     def objection(self, item: Item) -> str:
         """Why a chat is left out, or "" when it is kept. A chat that could not be scored is kept."""
@@ -219,9 +227,8 @@ def print_histogram(choice: Choice, examples: Examples) -> None:
 
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=140)
-    for language, (low, high) in choice.limits.items():
-        scores, edges = choice.scores.of(language), examples.edges[language]
-        kept = (scores >= low) & (scores <= high)
+    for language in choice.limits:
+        scores, edges, kept = choice.scores.of(language), examples.edges[language], choice.keeps(language)
         counts = np.bincount([bin_of(edges, nats) for nats in scores], minlength=BINS)
         inside = np.bincount([bin_of(edges, nats) for nats in scores[kept]], minlength=BINS)
         title = f"{language}: {len(scores):,} chats, median {np.median(scores):.2f} nats a token of the answers; "
