@@ -28,14 +28,17 @@ TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.kind == "download":
+        fetch(args)
+        return
     from corpus.shards import check_replaceable, partial_folder
     from corpus.sources import check_input
 
     for file in args.files:
         check_input(file)
     tokenizer = open_tokenizer(args.tokenizer)
-    report = DataReport(args.max_bad_share)
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
+    report = DataReport(args.max_bad_share)
     if args.check:
         check(args, tokenizer, report, form)
         if choosing:
@@ -95,6 +98,15 @@ def choose(args: argparse.Namespace) -> tuple[Any, Any]:
     return choosing.form, choosing
 
 
+def fetch(args: argparse.Namespace) -> None:
+    from corpus.download import download, print_catalogue
+
+    if args.name:
+        download(args.name, args.file, args.mirror, args.out_dir)
+    else:
+        print_catalogue()
+
+
 def form_of(kind: str) -> Any:
     """Chats or pairs: how their rows are read and rendered."""
     from corpus.pack import CHATS
@@ -105,7 +117,7 @@ def form_of(kind: str) -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo|download")
     for kind, what in (
         ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py"),
         ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py"),
@@ -145,7 +157,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         if kind == "sft":
             add_choosing_flags(sub)
+    add_download_flags(kinds)
     return parser.parse_args(arguments)
+
+
+def add_download_flags(kinds: Any) -> None:
+    what = "a public data set -> dataset/raw/NAME; without a name: which there are"
+    sub = kinds.add_parser("download", help=what, description=what)
+    sub.add_argument("name", nargs="?", metavar="NAME", help="a name from the list that the bare command shows")
+    sub.add_argument("--file", action="append", default=[], help="another file of the same repository; may be repeated")
+    sub.add_argument(
+        "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
+    )
+    sub.add_argument("--out_dir", default="dataset/raw", help="folder to write (default: %(default)s)")
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
