@@ -25,7 +25,7 @@ from model.chat import ChatTokenizer
 from model.config import ModelConfig
 from trainer.loss import IGNORE
 from trainer.runtime import Run
-from trainer.shuffle import Shuffle
+from trainer.shuffle import Passes
 
 # input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: their numbers
 # pairs: the chosen answers' rows, then the rejected ones'; and reference (rows, seq), the frozen parent's log p(label)
@@ -197,13 +197,14 @@ class StepPlan:
     def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch: int, seed: int) -> None:
         self.n_rows, self.lengths, self.global_batch, self.seed = n_rows, lengths, global_batch, seed
         self.steps_per_epoch = max(1, -(-n_rows // global_batch))
+        self._passes = Passes(max(n_rows, 1), seed)
         self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
 
     def rows(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.lengths is None:
             start = index * self.global_batch
-            return Shuffle(self.n_rows, self.seed, epoch)(np.arange(start, min(start + self.global_batch, self.n_rows)))
+            return self._passes.rows(epoch * self.n_rows + start, min(self.global_batch, self.n_rows - start))
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._by_length(epoch, self.lengths)
         return self._batches[index]

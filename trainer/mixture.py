@@ -23,7 +23,7 @@ from corpus.errors import UserError
 from corpus.mix import Group, groups_of, left_out
 from corpus.shards import read_meta
 from trainer.batches import Batch, Rows, StepPlan, Windows
-from trainer.shuffle import Shuffle
+from trainer.shuffle import Passes
 
 ROUND = 10_000  # rows in which the shares come out exactly
 MANY_PASSES = 4  # beyond them repeated text teaches little: Muennighoff et al., arXiv:2305.16264
@@ -149,6 +149,8 @@ class MixPlan(StepPlan):
                 f"--stage2_at {data.recipe.stage2_at:g}: step {self.switch} is not inside the run of "
                 f"{self.total_steps} steps: give a share between 0 and 1, or a step before the last"
             )
+        sizes = data.sizes.items()
+        self.passes = {name: Passes(size, seed, zlib.crc32(name.encode())) for name, size in sizes}
         self.names = [[group.name for group in groups] for groups in data.recipe.stages]
         self.orders = [
             Interleave([group.share for group in groups], seed, stage)
@@ -161,8 +163,8 @@ class MixPlan(StepPlan):
         groups = self.orders[stage].groups(first, self.global_batch)
         rows = np.zeros(self.global_batch, np.int64)
         for k, name in enumerate(self.names[stage]):
-            places = before[name] + np.arange((groups == k).sum())
-            rows[groups == k] = self.data.starts[name] + self._shuffled(name, places)
+            here = groups == k
+            rows[here] = self.data.starts[name] + self.passes[name].rows(before[name], int(here.sum()))
         return rows
 
     def rows_of(self, step: int) -> dict[str, int]:
@@ -177,16 +179,6 @@ class MixPlan(StepPlan):
 
     def _stage(self, step: int) -> int:
         return int(step >= self.switch)
-
-    def _shuffled(self, name: str, places: np.ndarray) -> np.ndarray:
-        """Rows of a group by their place in its endless order: one shuffled pass after the other."""
-        size, key = self.data.sizes[name], zlib.crc32(name.encode())
-        passes, places = np.divmod(places, size)
-        rows = np.zeros(len(places), np.int64)
-        for number in np.unique(passes).tolist():
-            here = passes == number
-            rows[here] = Shuffle(size, self.seed, key, number)(places[here])
-        return rows
 
     # ---- what is told ----
     def news(self, step: int) -> str:

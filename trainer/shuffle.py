@@ -1,6 +1,7 @@
 """A shuffled order of n rows that is never written down: any place of it can be asked for at once.
 
-    order = Shuffle(n, seed, epoch);   order(np.arange(0, 8)) -> the first eight rows of that epoch
+    Shuffle(n, seed, epoch)(np.arange(0, 8))    the first eight rows of that epoch
+    Passes(n, seed).rows(n - 3, 8)              the last three rows of the first pass and the first five of the second
 
 A list of shuffled numbers grows with the data: 40 MB and half a second for 5 GB of tokens, in every process. A Feistel
 network is a permutation by construction: it splits a number into two halves and adds to each a scrambled copy of the
@@ -12,6 +13,7 @@ Read next: batches.py (which rows make up which step).
 
 import numpy as np
 
+BLOCK = 1024  # places that are worked out together: numpy is slow in small pieces
 ROUNDS = 6  # four are enough against an observer, but not for a few bits: small n stays uneven
 
 
@@ -44,3 +46,28 @@ def _scramble(numbers: np.ndarray) -> np.ndarray:
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
+
+
+class Passes:
+    """An endless order: one shuffled pass over n rows after the other. Keeps the last places that were asked for."""
+
+    def __init__(self, n: int, *keys: int) -> None:
+        self.n, self.keys = n, keys
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """The rows at places first ... first + count - 1, shape (count,), int64."""
+        numbers = range(first // BLOCK, (first + max(count, 1) - 1) // BLOCK + 1)
+        return np.concatenate([self._block(number) for number in numbers])[first - numbers[0] * BLOCK :][:count]
+
+    def _block(self, number: int) -> np.ndarray:
+        if number not in self._blocks:
+            passes, places = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK), self.n)
+            rows = np.zeros(BLOCK, np.int64)
+            for which in np.unique(passes).tolist():
+                here = passes == which
+                rows[here] = Shuffle(self.n, *self.keys, which)(places[here])
+            if len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = rows
+        return self._blocks[number]
