@@ -76,9 +76,7 @@ def test_forked_workers_do_not_disturb_each_other(pretrain_dir):
     plan = StepPlan(len(data), None, 8, 42)
     alone = [batch[0]["input_ids"].tolist() for batch in iterate(StepBatches(data, plan, 8, 0, 1), 0, 40)]
     data.batch(np.arange(4))  # the files are open now
-    shared = [
-        batch[0]["input_ids"].tolist() for batch in iterate(StepBatches(data, plan, 8, 0, 1), 0, 40, 2)
-    ]
+    shared = [batch[0]["input_ids"].tolist() for batch in iterate(StepBatches(data, plan, 8, 0, 1), 0, 40, 2)]
     assert shared == alone
 
 
