@@ -173,18 +173,22 @@ def add_download_flags(kinds: Any) -> None:
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
-    from corpus.choose import parse_band
-
     add = sub.add_argument_group("choosing by a model's cross-entropy (corpus/choose.py says why)").add_argument
     add("--scorer", metavar="MODEL", help="pretrained model that scores every chat, for example out/pretrain_512.pth")
     add(
         "--keep_entropy",
-        type=parse_band,
+        type=band,
         action="append",
         metavar="LOW,HIGH",
         help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
     )
     add("--keep_share", type=share, default=1.0, help="keep this share, nearest to the middle of the band (default: 1)")
+
+
+def band(text: str) -> Any:
+    from corpus.choose import parse_band
+
+    return parse_band(text)
 
 
 def share(text: str) -> float:

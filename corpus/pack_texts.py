@@ -181,7 +181,7 @@ def source_label(item: Item, source_key: str) -> str:
     if not source_key:
         return ""
     name = Path(item.file).name.split(".")[0] if source_key == FILE else item.source
-    return re.sub(r"[\s=,:]+", "_", name.strip())[:60] or OTHER
+    return re.sub(r"[^\w./+-]+", "_", name).strip("_")[:60] or OTHER
 
 
 def pack_texts(
