@@ -66,9 +66,11 @@ def pack_chats(
     report: DataReport,
     on_batch: Callable[[], None],
     form: Form,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write train.jsonl, val.jsonl and the token folder of the chats in `paths` to `out_dir`, complete or not at all.
 
+    `about`: what else meta.json should remember.
     Returns the token folder's meta.json; raises as `pack_texts`.
     """
     check_replaceable(out_dir)
@@ -91,7 +93,7 @@ def pack_chats(
                         on_batch()
             tokens = tokenise_chats(partial, tokenizer, max_seq_len, report, on_batch, form)
             meta = {"format": FORMAT, "kind": "messages", "rows": {"train": rows[False], "val": rows[True]}}
-            meta |= {"tokens": tokens.name, "val_share": val_share, "report": report.to_dict()}
+            meta |= {"tokens": tokens.name, "val_share": val_share, "report": report.to_dict(), **(about or {})}
             write_json(partial / "meta.json", meta)
             publish(partial, out_dir)
         finally:  # a moment's work for chats, so a run that ended early starts anew

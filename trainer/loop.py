@@ -30,6 +30,7 @@ from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validat
 from trainer.clock import Clock, Watch
 from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.loss import IGNORE
+from trainer.mixture import step_plan
 from trainer.optim import make_optimizers, set_schedule
 from trainer.report import announce
 from trainer.resume import Progress, global_batch, load_progress, resume_path, save_progress
@@ -52,6 +53,7 @@ class Stage:
     unit: str = "token"  # what losses are summed over and divided by: "pair" for DPO
     guard: Callable[[Row], str] | None = None  # asked after every step: why the stage should end here, or ""
     examine: Callable[[], Row] | None = None  # what else is measured with the final validation
+    mix: dict[str, Any] = field(default_factory=dict)  # the shares of a mixture, for the lineage
 
     def path(self, out_dir: str) -> Path:
         return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
@@ -70,10 +72,12 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     )
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     rows_per_step = global_batch(run, args, path)
-    plan = StepPlan(len(stage.data), stage.data.row_lengths(), rows_per_step, args.seed)
+    plan = step_plan(stage.data, rows_per_step, args)
     total = args.max_steps or args.epochs * plan.steps_per_epoch
     progress = load_progress(run, args, stage, path, optimizers, scaler, rows_per_step)
     announce(run, args, stage, plan, total, progress)
+    if plan.about():
+        run.say(plan.about())
 
     model = wrap(run, args, stage.model)
     batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
@@ -94,6 +98,8 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
+                if news := plan.news(progress.step):
+                    log.say(news)
                 lr = set_schedule(args, optimizers, progress.step, max(progress.step / total, clock.share))
                 torch.manual_seed(hash((args.seed, progress.step, run.rank)) % 2**63)  # dropout of this step
                 clock.step_begins()
@@ -267,6 +273,7 @@ def training_row(
         "tokens_per_second": result["real"] / max(clock.step_seconds, 1e-9),
         "real_token_share": result["real"] / max(result["positions"], 1),
         "grad_norm": result["grad_norm"],
+        **plan.facts(progress.step),
         "seconds": progress.seconds,
         "seconds_left": clock.seconds_left(total - progress.step),
         "peak_memory_mb": peak_memory_mb(device_type),
@@ -279,6 +286,7 @@ def entry(args: argparse.Namespace, stage: Stage, progress: Progress, objection:
     return {
         "stage": stage.name,
         "data": str(args.data_path),
+        **stage.mix,
         "steps": progress.step,
         units: progress.tokens,
         "seconds": progress.seconds,
