@@ -5,9 +5,14 @@
     python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, of a chosen and a rejected answer
     python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
 
+    python data_process.py clean FILES…        text -> dataset/clean/      what was taken is counted, with examples
+    python data_process.py dedup FILES…        text -> dataset/dedup/      without copies and near-copies
+    python data_process.py decontaminate FILES… --against EXAM…            without the questions of an exam
+
 FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
-Needs a tokenizer (train_tokenizer.py).
-Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it).
+The first three need a tokenizer (train_tokenizer.py).
+Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it),
+corpus/prepare.py (clean, dedup, decontaminate).
 """
 
 import argparse
@@ -17,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from corpus import prepare
 from corpus.errors import UserError, fail_in_one_line
 from corpus.report import DataReport
 
@@ -25,6 +31,8 @@ TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.kind in prepare.COMMANDS:
+        return prepare.run(args, progress_bar)
     from corpus.shards import check_replaceable, partial_folder
     from corpus.sources import check_input
 
@@ -74,7 +82,7 @@ def form_of(kind: str) -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate")
     for kind, what in (
         ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py"),
         ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py"),
@@ -105,6 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 default=512,
                 help=f"longer {longer} (default: %(default)s); training has the same flag",
             )
+    prepare.add_commands(kinds)
     return parser.parse_args(arguments)
 
 

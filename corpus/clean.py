@@ -50,6 +50,9 @@ class Clean:
         for rule in self.rules:
             rule.function(SAMPLE) if rule.edits else rule.function(Page(SAMPLE), self.limits)
 
+    def pass_over(self, row: Row) -> None:
+        pass
+
     def judge(self, rows: list[Row]) -> list[Verdict]:
         return [self.judge_row(row) for row in rows]
 
@@ -85,7 +88,9 @@ class Clean:
 
 def difference(before: str, after: str) -> str:
     """The first place where two texts differ, on two lines, with control characters made visible."""
-    same = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+    )
     start = max(0, same - AROUND // 2)
     shown = [repr(text[start : same + AROUND])[1:-1] for text in (before, after)]
     return f"- {shown[0]}\n+ {shown[1]}"

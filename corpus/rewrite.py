@@ -12,7 +12,6 @@ judged again. `workers` processes judge, one reads and writes; the result is the
 Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the counts).
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -49,6 +48,11 @@ class Row:
     row: Any
     text: str
 
+    def dropped_line(self, verdict: Verdict) -> bytes:
+        """Its line in dropped.tsv: file:line, rule, why, beginning."""
+        cells = (f"{self.file}:{self.line}", verdict.marks[-1].rule, verdict.marks[-1].detail, self.text[:120])
+        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode()
+
 
 class Step(Protocol):
     """What is done with the rows. Must be picklable when it is to run in several processes."""
@@ -64,12 +68,14 @@ class Step(Protocol):
     def about(self) -> dict[str, Any]:
         """What later steps should know was done: an entry of the history."""
 
+    def pass_over(self, row: Row) -> None:
+        """A row that an earlier, killed run has dealt with."""
+
     def judge(self, rows: list[Row]) -> list[Verdict]: ...
 
 
-def numbered_rows(paths: list[Path_], report: DataReport) -> Iterator[Row]:
-    """All rows with a text; others are counted as bad. Raises UserError as `all_rows` does."""
-    number = 0
+def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0) -> Iterator[Row]:
+    """All rows with a text, numbered from `number`; others are counted as bad. Raises UserError as `all_rows` does."""
     for file, line, row in all_rows(paths, report, EXPECTED):
         try:
             text = text_of(row)
@@ -162,9 +168,7 @@ class _Output:
             if verdict.kept is not None:
                 self.kept.write(verdict.kept)
             else:
-                reason = verdict.marks[-1]
-                cells = (f"{row.file}:{row.line}", reason.rule, reason.detail, row.text[:120])
-                self.dropped.write(("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode())
+                self.dropped.write(row.dropped_line(verdict))
         self.rows += len(rows)
         if self.kept.tell() >= FILE_BYTES:
             self.kept.close()
@@ -216,10 +220,11 @@ def rewrite(
     with writing(out_dir):
         output = _Output(folder, job, tally)
         try:
-            rows = itertools.islice(numbered_rows(paths, report), output.rows, None)
+            rows = _new_rows(numbered_rows(paths, report), step, output.rows)
             for batch, verdicts in in_order(step.judge, batches(rows), workers):
                 output.add(batch, verdicts)
-                tally.watch(report)
+                report.kept = tally.kept
+                report.text_bytes += sum(len(row.text.encode()) for row in batch)
                 on_batch()
             output.close()
             finish(step, paths, folder, tally, report)
@@ -231,6 +236,14 @@ def rewrite(
             output.close()
         publish(folder, out_dir)
     return tally
+
+
+def _new_rows(rows: Iterator[Row], step: Step, done: int) -> Iterator[Row]:
+    for row in rows:
+        if row.number >= done:
+            yield row
+        else:
+            step.pass_over(row)
 
 
 def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: DataReport) -> None:

@@ -109,10 +109,26 @@ def language(page: Page, limits: Limits) -> str:
 
 
 # Languages that are told apart: those that share a script with Chinese or English, and the most frequent on the web.
-_CANDIDATES = (
-    "CHINESE ENGLISH JAPANESE KOREAN FRENCH GERMAN SPANISH PORTUGUESE ITALIAN DUTCH POLISH TURKISH VIETNAMESE INDONESIAN "
-    "RUSSIAN ARABIC THAI HINDI"
-).split()
+_CANDIDATES = [
+    "CHINESE",
+    "ENGLISH",
+    "JAPANESE",
+    "KOREAN",
+    "FRENCH",
+    "GERMAN",
+    "SPANISH",
+    "PORTUGUESE",
+    "ITALIAN",
+    "DUTCH",
+    "POLISH",
+    "TURKISH",
+    "VIETNAMESE",
+    "INDONESIAN",
+    "RUSSIAN",
+    "ARABIC",
+    "THAI",
+    "HINDI",
+]
 
 
 @functools.cache
@@ -121,7 +137,7 @@ def _lingua() -> Any:
         import lingua
     except ImportError:
         raise UserError(
-            'the rule `language` needs one more package (models inside, no download later): '
+            "the rule `language` needs one more package (models inside, no download later): "
             'pip install "lingua-language-detector>=2,<3", or --skip language'
         ) from None
     candidates = [getattr(lingua.Language, name) for name in _CANDIDATES]

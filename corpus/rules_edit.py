@@ -35,7 +35,9 @@ def _ftfy() -> Any:
     try:
         import ftfy
     except ImportError:
-        raise UserError('the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair') from None
+        raise UserError(
+            'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
+        ) from None
     return ftfy
 
 
@@ -82,17 +84,23 @@ _TAGS = (
     "small|span|strike|strong|sub|sup|svg|table|tbody|td|textarea|tfoot|th|thead|tr|tt|u|ul"
 )
 # Names that also stand in angle brackets in manuals ("<option>"): tags only when closing, or with an attribute.
-_WORDS = "audio|button|code|input|label|link|main|mark|object|option|param|section|select|source|summary|time|title|video"
+_WORDS = (
+    "audio|button|code|input|label|link|main|mark|object|option|param|section|select|source|summary|time|title|video"
+)
 _HIDDEN = tuple(
     (re.compile(opening, re.I), re.compile(closing, re.I))
     for opening, closing in (("<!--", "-->"), (r"<script\b", r"</script\s{0,9}>"), (r"<style\b", r"</style\s{0,9}>"))
 )
-_TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>]{{0,2000}})?/?>|</(?:{_WORDS})>|<(?:{_WORDS})\s[^<>=]{{1,30}}=[^<>]{{0,2000}}>", re.I)
+_TAG = re.compile(
+    rf"</?(?:{_TAGS})(?:\s[^<>]{{0,2000}})?/?>|</(?:{_WORDS})>|<(?:{_WORDS})\s[^<>=]{{1,30}}=[^<>]{{0,2000}}>", re.I
+)
 _BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\b[^<>]{0,200}>", re.I)
 _ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-fA-F]{1,5}|[a-zA-Z]{2,31}\d{0,2});")
 _IMAGE = re.compile(r"!\[([^\[\]]{0,300})\]\([^()\s]{0,2000}(?:\s\"[^\"]{0,300}\")?\)")
 _LINK = re.compile(r"(?<!!)\[([^\[\]]{1,300})\]\((?:https?:|/|#|\./|mailto:)[^()\s]{0,2000}(?:\s\"[^\"]{0,300}\")?\)")
-_BBCODE = re.compile(r"\[(b|i|u|url|img|color|size|font|quote|center)(?:=[^\[\]]{0,300})?\]([^\[\]]{0,2000})\[/\1\]", re.I)
+_BBCODE = re.compile(
+    r"\[(b|i|u|url|img|color|size|font|quote|center)(?:=[^\[\]]{0,300})?\]([^\[\]]{0,2000})\[/\1\]", re.I
+)
 _WIKI = re.compile(r"\[\[(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
 _MARKED = re.compile(r"[<\[]|&[#a-zA-Z]")
 
@@ -137,7 +145,7 @@ def boilerplate(text: str) -> str:
     small = text.lower()
     here = [phrase for phrase in BOILERPLATE_ZH if phrase in text]
     also = [phrase for phrase in BOILERPLATE_EN if phrase in small]
-    if not here and not also or "\n" not in text:
+    if (not here and not also) or "\n" not in text:
         return text
     lines = text.split("\n")
     kept = [line for line in lines if not _is_boilerplate(line, here, also)]
@@ -150,9 +158,13 @@ def _is_boilerplate(line: str, here: list[str], also: list[str]) -> bool:
     return len(line) <= _LONGEST_EN and any(phrase in line.lower() for phrase in also)
 
 
-_EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?![A-Za-z0-9])")
+_EMAIL = re.compile(
+    r"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?![A-Za-z0-9])"
+)
 _ACCOUNT = re.compile(r"((?:微信号?|薇信|wechat|QQ群?号?)[ :：]{1,3})[A-Za-z0-9_-]{5,20}", re.I)
-_IDENTITY = re.compile(r"(?<![0-9A-Za-z.])[1-9]\d{5}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[0-9Xx](?![0-9A-Za-z])")
+_IDENTITY = re.compile(
+    r"(?<![0-9A-Za-z.])[1-9]\d{5}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[0-9Xx](?![0-9A-Za-z])"
+)
 _PHONE = re.compile(
     r"(?<![\d.-])(?:"
     r"(?:\+?86[ -]?)?1[3-9]\d[ -]?\d{4}[ -]?\d{4}"  # mobile, mainland China

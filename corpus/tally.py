@@ -10,12 +10,12 @@ Read next: rewrite.py (who counts), clean.py (who marks).
 """
 
 import bisect
+import json
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-from corpus.report import DataReport
 
 EXAMPLES = 10
 
@@ -88,10 +88,6 @@ class Tally:
             bisect.insort(rule["examples"], entry, key=lambda other: other[0])
             del rule["examples"][EXAMPLES:]
 
-    def watch(self, report: DataReport) -> None:
-        """Let the reader's report know how much text went through, for the speed that it shows."""
-        report.kept = self.kept
-
     def main_reason(self) -> str:
         drops = {name: rule["dropped"] for name, rule in self.rules.items() if rule["dropped"]}
         if not drops:
@@ -107,6 +103,27 @@ class Tally:
         for name, value in content.items():
             setattr(self, name, value)
 
+    def merge(self, content: dict[str, Any]) -> None:
+        """Add the counts of another tally, as its `to_dict` gave them."""
+        for name in ("read", "kept", "characters_read", "characters_dropped"):
+            setattr(self, name, getattr(self, name) + content[name])
+        for language, mix in content["languages"].items():
+            ours = self.languages.setdefault(language, dict.fromkeys(mix, 0))
+            for name in mix:
+                ours[name] += mix[name]
+        for name, rule in content["rules"].items():
+            mine = self.rules.setdefault(name, _nothing())
+            for count in ("rows", "dropped", "characters"):
+                mine[count] += rule[count]
+            mine["examples"] = sorted(mine["examples"] + rule["examples"], key=lambda entry: entry[0])[:EXAMPLES]
+
+    @classmethod
+    def of_report(cls, path: Path) -> "Tally":
+        """The counts in a report.json."""
+        tally = cls()
+        tally.merge(json.loads(path.read_text(encoding="utf-8")))
+        return tally
+
     # ---- showing ----
     def print(self) -> None:
         """The counts as tables (rich; plain text when not a terminal)."""
@@ -117,7 +134,9 @@ class Tally:
             console = Console(highlight=False, width=120)
         console.print(self._rules_table())
         said = [f"{language} {mix['rows']:,} rows" for language, mix in sorted(self.languages.items(), reverse=True)]
-        console.print(f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%}): {', '.join(said)}")
+        console.print(
+            f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%}): {', '.join(said)}"
+        )
 
     def _rules_table(self) -> Any:
         from rich.table import Table
@@ -143,7 +162,9 @@ class Tally:
         lines = [f"# {step}: {self.kept:,} of {self.read:,} rows kept", "", "| rule | mended | dropped | characters |"]
         lines.append("|---|---|---|---|")
         for name, rule in self.rules.items():
-            lines.append(f"| {name} | {rule['rows'] - rule['dropped']:,} | {rule['dropped']:,} | {rule['characters']:,} |")
+            lines.append(
+                f"| {name} | {rule['rows'] - rule['dropped']:,} | {rule['dropped']:,} | {rule['characters']:,} |"
+            )
         for name in self.rules:
             lines += ["", f"## {name}", ""]
             for where, detail, shown in self.examples(name):
