@@ -19,7 +19,10 @@ from corpus.rules_drop import Limits, Page
 from corpus.tally import Chooser, Mark, Verdict, rank_of
 
 AROUND = 30  # characters shown before and after a change
-SAMPLE = "\xc3\xa9 is what the letter looks like when a text of some words was decoded with the wrong code page."
+SAMPLES = (  # between them they ask every rule's package something
+    "\xc3\xa9 is what the letter looks like when a text of some words was decoded with the wrong code page.",
+    "Dieser Satz ist weder auf Chinesisch noch auf Englisch geschrieben.",
+)
 
 
 @dataclass
@@ -48,7 +51,8 @@ class Clean:
     def check(self) -> None:
         """Ask every rule once. Raises UserError for a package that one of them lacks, before any work is done."""
         for rule in self.rules:
-            rule.function(SAMPLE) if rule.edits else rule.function(Page(SAMPLE), self.limits)
+            for sample in SAMPLES:
+                rule.function(sample) if rule.edits else rule.function(Page(sample), self.limits)
 
     def pass_over(self, row: Row) -> None:
         pass

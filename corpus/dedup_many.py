@@ -16,10 +16,10 @@ when the command is repeated.
 Read next: dedup.py (the idea), rewrite.py (the folder that is written).
 """
 
+import contextlib
 import json
 import os
 import shutil
-import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +42,6 @@ try:
     from datatrove.pipeline.base import PipelineStep
     from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
     from datatrove.utils.hashing import HashConfig
-    from datatrove.utils.logging import logger
 except ImportError:
     raise UserError('--executor needs one more package: pip install "datatrove>=0.6,<0.11"') from None
 
@@ -204,8 +203,6 @@ def deduplicate_many(
     job = Job([str(Path(path).resolve()) for path in paths], str(Path(out_dir).absolute()), str(folder), max_bad_share)
     with writing(out_dir):
         _continue_or_clear(folder, paths)
-    if "--verbose" not in sys.argv:
-        logger.remove()  # its log files in the folder say everything
     if executor == "slurm":
         _submit(job, workers, slurm)
         return None
@@ -214,9 +211,25 @@ def deduplicate_many(
     for name, pipeline, tasks in stages(job):
         kind = LocalPipelineExecutor if executor == "local" else RayPipelineExecutor
         at_once = min(workers, tasks)
-        kind(pipeline, tasks=tasks, workers=at_once, logging_dir=str(job.cluster / "log" / name)).run()
+        with _messages_to(folder / "cluster" / "log.txt"):
+            kind(pipeline, tasks=tasks, workers=at_once, logging_dir=str(job.cluster / "log" / name)).run()
+        if name != "finish" and len(list((job.cluster / "log" / name / "completions").glob("*"))) < tasks:
+            raise UserError(f"{name}: not every task succeeded: see {job.cluster}/log, then repeat the command")
         print(f"{name}: {tasks} tasks done", flush=True)
     return Tally.of_report(Path(out_dir) / "report.json")
+
+
+@contextlib.contextmanager
+def _messages_to(path: Path) -> Iterator[None]:
+    """What datatrove writes to the screen goes to a file, also from its processes."""
+    screen = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
 
 
 def _continue_or_clear(folder: Path, paths: list[Path_]) -> None:
@@ -256,5 +269,5 @@ def _start_ray(workers: int) -> None:
         raise UserError('--executor ray needs one more package: pip install "ray>=2.9,<3"') from None
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     if not ray.is_initialized():
-        here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(runtime_env=environment, log_to_driver=False, **here)
+        cpus = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster that is there knows its own
+        ray.init(runtime_env=environment, log_to_driver=False, num_cpus=cpus)

@@ -39,10 +39,8 @@ def ngram_hashes(codes: np.ndarray, n: int) -> np.ndarray:
     covered = 0
     while True:
         if n & size:
-            if done is None:
-                done = block
-            else:  # what is done stands before the block
-                done = done[: len(block) - covered] * np.uint64(power) + block[covered:]
+            # What is done stands before the block.
+            done = block if done is None else done[: len(block) - covered] * np.uint64(power) + block[covered:]
             covered += size
         size *= 2
         if size > n:

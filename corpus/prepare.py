@@ -129,7 +129,7 @@ def _step(args: argparse.Namespace) -> Any:
     from corpus.clean import Clean
     from corpus.rules_drop import UNSAFE, Limits
 
-    unsafe = UNSAFE
+    unsafe: tuple[str, ...] = UNSAFE
     if args.unsafe_words:
         try:
             lines = Path(args.unsafe_words).read_text(encoding="utf-8").split("\n")

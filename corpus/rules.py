@@ -51,7 +51,7 @@ RULES = (
     _edit("boilerplate", "short lines of navigation, copyright, sharing and cookie notices go", f"{C4}; phrases ours"),
     _edit("personal", "phone, identity card, e-mail and messenger numbers are masked", "GB 11643-1999; patterns ours"),
     _drop("mojibake", "more than one undecodable place in 200 characters", OURS, of_chats=True),
-    _drop("too_short", "fewer than --min_words words; 1.5 Chinese characters are a word", f"{GOPHER} has 50; number ours"),
+    _drop("too_short", "fewer than --min_words words (1.5 Chinese characters)", f"{GOPHER} has 50; number ours"),
     _drop("too_long", "more than 100,000 words", GOPHER),
     _drop("language", "neither of --languages (lingua, offline)", "lingua", of_chats=True),
     _drop("few_letters", "< 30 % Chinese characters, or < 80 % of English words with a letter",

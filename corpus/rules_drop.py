@@ -219,7 +219,7 @@ def repeated_ngrams(page: Page, limits: Limits) -> str:
     for n, most in TOP_NGRAMS:
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
         top = max(counts, key=counts.__getitem__, default=())
-        if (share := len(" ".join(top)) * counts[top] / len(page.text)) > most:
+        if counts[top] > 1 and (share := len(" ".join(top)) * counts[top] / len(page.text)) > most:
             return f"one {n}-gram is {share:.0%} of the text"
     for n, most in REPEATED_NGRAMS:
         if n == 5 and _covered(words, 5) <= REPEATED_NGRAMS[-1][1] * len(page.text):

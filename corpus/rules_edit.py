@@ -159,7 +159,7 @@ def _is_boilerplate(line: str, here: list[str], also: list[str]) -> bool:
 
 
 _EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?![A-Za-z0-9])"
+    r"(?<![A-Za-z0-9_.+-])[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?![A-Za-z0-9])"
 )
 _ACCOUNT = re.compile(r"((?:微信号?|薇信|wechat|QQ群?号?)[ :：]{1,3})[A-Za-z0-9_-]{5,20}", re.I)
 _IDENTITY = re.compile(
