@@ -7,8 +7,9 @@ Thirteen words are what GPT-3 took (Brown et al. 2020, arXiv 2005.14165, appendi
 (--overlap 0), save for those in many places, which are phrases. Measured on laws and textbooks: names of authorities
 and formulas of thirteen characters take ten times as many documents as questions do, so by default half of the
 question has to be there, much as Llama 2 judges by the share of the sample (Touvron et al. 2023, arXiv 2307.09288,
-A.6). An n-gram of three or more questions ("which of the following is right") is a phrase as well. A question shorter
-than an n-gram is continued by its choices, as it would be in a leak; what is too short even so is counted, and said.
+A.6). An n-gram of three or more questions ("which of the following is right") is a phrase as well. A question
+shorter than an n-gram, or made of phrases, is continued by its choices, as it would be in a leak; what is too short
+even so is counted, and said.
 
 Exams are folders or files in any format that read.py reads, with a row for each question: C-Eval's and CMMLU's csv
 files (question, A, B, C, D), chats (the first message of the user), or plain text (a question a block).
@@ -91,7 +92,7 @@ def read_exam(paths: list[str]) -> Exam:
     files = exam_files(paths)
     exam = Exam([Path(path).resolve().name for path in paths], files)
     report = DataReport(max_bad_share=1.0)
-    collected: dict[str, list[tuple[np.ndarray, int]]] = {language: [] for language in NGRAM}
+    collected: dict[str, list[_Grams]] = {language: [] for language in NGRAM}
     seen: set[str] = set()
     for file in files:
         for line, row in read_rows(file, report):
@@ -105,7 +106,8 @@ def read_exam(paths: list[str]) -> Exam:
             if not len(grams):
                 exam.too_short += 1
                 continue
-            collected[language].append((grams, len(exam.questions)))
+            inner = max(0, len(start) - NGRAM[language] + 1)
+            collected[language].append(_Grams(grams, inner, len(exam.questions)))
             exam.questions.append((f"{file}:{line}", question))
             exam.lengths.append(0)
     if not exam.questions:
@@ -119,14 +121,21 @@ def read_exam(paths: list[str]) -> Exam:
     return exam
 
 
-def _index(exam: Exam, language: str, lists: list[tuple[np.ndarray, int]]) -> Index:
-    """Leaves the phrases out, unless a question has nothing else."""
+class _Grams(NamedTuple):
+    hashes: np.ndarray  # of the n-grams that begin in a question, in their order
+    inner: int  # so many of them end in it, too
+    owner: int
+
+
+def _index(exam: Exam, language: str, lists: list[_Grams]) -> Index:
+    """Of each question the n-grams inside it that are no phrases; else those that go on into its choices."""
     n = NGRAM[language]
-    unique, counts = np.unique(np.concatenate([np.unique(grams) for grams, _ in lists]), return_counts=True)
+    unique, counts = np.unique(np.concatenate([np.unique(grams) for grams, *_ in lists]), return_counts=True)
     phrases = unique[counts >= PHRASE]
     hashes, owners, places = [], [], []
-    for grams, owner in lists:
+    for grams, inner, owner in lists:
         rare = np.flatnonzero(~np.isin(grams, phrases))
+        rare = rare[rare < inner] if (rare < inner).any() else rare
         rare = rare if len(rare) else np.arange(len(grams))
         exam.lengths[owner] = n + int(np.minimum(np.diff(rare), n).sum())
         hashes.append(grams[rare])
