@@ -8,9 +8,14 @@
                                                only the chats that the model finds neither trivial nor noise
     python data_process.py download NAME       a public data set, resumed where it broke off; without a name: which
 
+    python data_process.py clean FILES…        text -> dataset/clean/      what was taken is counted, with examples
+    python data_process.py dedup FILES…        text -> dataset/dedup/      without copies and near-copies
+    python data_process.py decontaminate FILES… --against EXAM…            without the questions of an exam
+
 FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
-Needs a tokenizer (train_tokenizer.py).
-Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it).
+The first three need a tokenizer (train_tokenizer.py).
+Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it),
+corpus/prepare.py (clean, dedup, decontaminate).
 """
 
 import argparse
@@ -20,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from corpus import prepare
 from corpus.errors import UserError, fail_in_one_line
 from corpus.report import DataReport
 
@@ -31,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.kind == "download":
         fetch(args)
         return
+    if args.kind in prepare.COMMANDS:
+        return prepare.run(args, progress_bar)
     from corpus.shards import check_replaceable, partial_folder
     from corpus.sources import check_input
 
@@ -117,7 +125,9 @@ def form_of(kind: str) -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo|download")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
+    )
     for kind, what in (
         ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py"),
         ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py"),
@@ -158,6 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if kind == "sft":
             add_choosing_flags(sub)
     add_download_flags(kinds)
+    prepare.add_commands(kinds)
     return parser.parse_args(arguments)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from corpus.chats import Message, chat_text
 from corpus.errors import UserError
+from corpus.history import history_of
 from corpus.items import Item, chat_items, split_validation
 from corpus.read import Path_
 from corpus.report import DataReport
@@ -93,7 +94,8 @@ def pack_chats(
                         on_batch()
             tokens = tokenise_chats(partial, tokenizer, max_seq_len, report, on_batch, form)
             meta = {"format": FORMAT, "kind": "messages", "rows": {"train": rows[False], "val": rows[True]}}
-            meta |= {"tokens": tokens.name, "val_share": val_share, "report": report.to_dict(), **(about or {})}
+            meta |= {"tokens": tokens.name, "val_share": val_share, "report": report.to_dict()}
+            meta |= {"history": history_of(paths), **(about or {})}
             write_json(partial / "meta.json", meta)
             publish(partial, out_dir)
         finally:  # a moment's work for chats, so a run that ended early starts anew

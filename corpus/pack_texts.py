@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from corpus.errors import UserError
+from corpus.history import history_of
 from corpus.items import Item, split_validation, text_items
 from corpus.language import LANGUAGES
 from corpus.read import Path_
@@ -221,6 +222,7 @@ def pack_texts(
             partial.abort()
         meta = {"format": FORMAT, "kind": "pretrain", "tokenizer": tokenizer.fingerprint}
         meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "val_share": val_share}
+        meta |= {"history": history_of(paths)}
         meta |= {"splits": splits, "report": report.to_dict()}
         write_json(partial.folder / "meta.json", meta)
         publish(partial.folder, out_dir)

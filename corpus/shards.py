@@ -196,17 +196,17 @@ def _place(out_dir: Folder) -> Path:
     return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
-def check_replaceable(out_dir: Folder) -> bool:
+def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> bool:
     """True when `out_dir` holds an older data set, which `publish` will replace.
 
-    Raises UserError when it holds files that are not ours: they would be lost.
+    Raises UserError when it holds files that are not ours (by their names): they would be lost.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir} is a file: choose another --out_dir")
     if not out_dir.is_dir():
         return False
-    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in OUR_FILES)]
+    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in ours)]
     if names:
         raise UserError(
             f"{out_dir} holds files that are not ours ({names[0].name}): move them or choose another --out_dir"

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from corpus.errors import UserError
+from corpus.history import history_in_words, history_of_data
 from model.chat import ChatTokenizer
 from model.checkpoint import save_model, unwrap
 from model.transformer import Transformer
@@ -287,6 +288,7 @@ def entry(args: argparse.Namespace, stage: Stage, progress: Progress, objection:
         "stage": stage.name,
         "data": str(args.data_path),
         **stage.mix,
+        **({"data_history": known} if (known := history_in_words(history_of_data(args.data_path))) else {}),
         "steps": progress.step,
         units: progress.tokens,
         "seconds": progress.seconds,

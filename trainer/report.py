@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from corpus.history import history_in_words, history_of_data
 from trainer.batches import StepPlan
 from trainer.plan import training_memory
 from trainer.resume import Progress
@@ -33,6 +34,8 @@ def announce(
         f"{stage.name}: {shown}, vocabulary {config.vocab_size}, {run.world} process(es) on {run.device}, "
         f"{str(run.dtype).removeprefix('torch.')}, {args.optimizer}, peak lr {args.learning_rate:g}"
     )
+    if known := history_in_words(history_of_data(args.data_path)):
+        run.say(f"data: {known}")
     lengths = stage.data.row_lengths()
     mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
     rows = "rows" if stage.unit == "token" else f"{stage.unit}s"
