@@ -7,23 +7,19 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-import torch
-
 from model.config import ModelConfig
 from trainer.batches import StepPlan
-from trainer.resume import Progress
 from trainer.runtime import Run
 
 if TYPE_CHECKING:
     from trainer.loop import Stage
+    from trainer.parallel import Engine
 
 FIRST_LOSS_BAND = 0.15  # nats around ln(vocab)
 
 
-def announce(
-    run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, total_steps: int, progress: Progress
-) -> None:
-    """Print parameters, tokens per step, steps, memory; check the first loss of a model that starts from nothing."""
+def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, total_steps: int) -> None:
+    """Print parameters, tokens per step, steps, memory."""
     if not run.is_main:
         return
     config = stage.model.config
@@ -47,17 +43,13 @@ def announce(
         config, parameters, trained, args.batch_size * longest, args.optimizer, args.checkpoint_activations
     )
     run.say(f"estimated memory {estimate / 2**30:.1f} GiB per process")
-    if not stage.lineage and progress.step == 0:
-        check_first_loss(run, args, stage, plan)
 
 
-def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan) -> None:
+def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, engine: "Engine") -> None:
     """An untrained model knows nothing, so its loss is ln(vocabulary); anything else is a mistake in model or data."""
     batch = stage.data.batch(plan.rows(0)[: args.batch_size])
-    stage.model.eval()
-    with torch.no_grad(), run.autocast():
-        batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
-        loss, count, *_ = stage.compute_loss(stage.model, batch)
+    with engine.evaluating():
+        loss, count, _ = engine.evaluate({name: tensor.to(run.device) for name, tensor in batch.items()})
     first, expected = loss.item() / max(count, 1), math.log(stage.model.config.vocab_size)
     verdict = (
         "as it should be" if abs(first - expected) <= FIRST_LOSS_BAND else "SUSPICIOUS: look at the data and the model"
