@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,9 @@ from trainer.runtime import Run
 if TYPE_CHECKING:
     from trainer.loop import Stage
     from trainer.parallel import Engine, State
+
+# One process alone is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass

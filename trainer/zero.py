@@ -82,6 +82,7 @@ class Zero(Engine):
 
         state: State = {}
         steps = self.steps_taken()
+        self.link_state()
         for number, (name, parameter) in enumerate(self.trained().items()):
             found = {f"model.{name}": safe_get_full_fp32_param(parameter)}
             if steps is not None:
@@ -94,6 +95,14 @@ class Zero(Engine):
     def steps_taken(self) -> Tensor | None:
         """AdamW's count, as a tensor; None before its first step."""
         return next((values["step"] for values in self.optimizers[0].state.values() if "step" in values), None)
+
+    def link_state(self) -> None:
+        """Have every parameter find its state. DeepSpeed 0.19 does so after the first parameter group's first step,
+        when the other groups have none yet, so that only the first group is found."""
+        zero = self.engine.optimizer
+        if self.level < 3 and self.steps_taken() is not None:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
 
     def load(self, folder: Path, saved: set[str]) -> None:
         from trainer.resume import load_tensors
@@ -120,6 +129,7 @@ class Zero(Engine):
             group["lr"] = 0.0
         self.learn(to_device(nothing(self.stage.data), self.run.device), 1.0, last=True)
         self.step(0.0, True)
+        self.link_state()
 
     def put(self, parameter: torch.nn.Parameter, key: str, whole: Tensor) -> None:
         """Keep this process's part of the state of a parameter."""
