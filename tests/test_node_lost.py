@@ -19,8 +19,9 @@ def agent(node, port, arguments):
     """One machine: an agent of its own that meets the other one at a port, and starts one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "lost"]
-    command += ["--max_restarts", "3", ROOT / "1-pretrain.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--rdzv_conf", f"is_host={int(node == 0)}", "--max_restarts", "3", ROOT / "1-pretrain.py", *arguments]
+    # Else an agent that stays keeps the address of the first meeting to itself, and the one that comes back waits.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = (arguments[-1].parent / f"agent{node}.txt").open("a")
     return subprocess.Popen(
         [*map(str, command)], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True

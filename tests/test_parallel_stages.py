@@ -42,7 +42,7 @@ def write_parent(folder, tokenizer):
     torch.manual_seed(0)
     moe = {"use_moe": True, "n_routed_experts": 8, "n_active_experts": 1}
     model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64, **moe))
-    save_model(folder / "full_sft_32_moe.pth", model, "full_sft", tokenizer, [{"stage": "full_sft"}])
+    save_model(folder / "full_sft_32_moe.pth", model, "full_sft", tokenizer, [{"stage": "pretrain"}])
 
 
 @pytest.mark.parametrize("script", ["4-lora_sft.py", "5-dpo_train.py"])
