@@ -43,8 +43,10 @@ def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:
 
 
 def main() -> None:
+    from trainer import logbook
     from trainer.runtime import start
 
+    logbook.draw_curves = lambda *_: None  # pictures take longer than these trainings
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with start("cpu", "float32") as run:
         for job in plan["jobs"]:

