@@ -89,16 +89,12 @@ def unwrap(model: torch.nn.Module) -> Transformer:
     return inner
 
 
-def save_model(
-    path: str | os.PathLike[str],
-    model: torch.nn.Module,
-    stage: str,
-    tokenizer: ChatTokenizer,
-    lineage: list[dict[str, Any]],
-) -> None:
-    """Write a model with everything that is needed to use it. `lineage` tells one dict per stage, this one last.
+def model_content(
+    model: torch.nn.Module, stage: str, tokenizer: ChatTokenizer, lineage: list[dict[str, Any]]
+) -> Checkpoint:
+    """What the .pth of a model holds: everything that is needed to use it. `lineage`: a dict per stage, this one last.
 
-    Of a model that carries an adapter only the adapter is written: `remember_parent` has said whose it is.
+    Of a model that carries an adapter only the adapter is in it: `remember_parent` has said whose it is.
     """
     raw = unwrap(model)
     checkpoint = {
@@ -112,7 +108,18 @@ def save_model(
     if raw.adapter:
         assert "parent" in raw.adapter, "an adapter without its parent is of no use: call remember_parent"
         checkpoint["adapter"] = raw.adapter
-    atomic_save(checkpoint, path)
+    return checkpoint
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    stage: str,
+    tokenizer: ChatTokenizer,
+    lineage: list[dict[str, Any]],
+) -> None:
+    """Write a model with everything that is needed to use it; see `model_content`."""
+    atomic_save(model_content(model, stage, tokenizer, lineage), path)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

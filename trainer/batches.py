@@ -274,7 +274,10 @@ def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -
 
 
 def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_tokens: int) -> Iterator[Batch]:
-    """This process's part of batches that hold about `max_tokens` tokens in all: always the same rows."""
+    """This process's part of batches that hold about `max_tokens` tokens in all: always the same rows.
+
+    All processes get equally many, the last ones maybe an empty one: shared weights are put together by everybody.
+    """
     lengths, taken, number = data.row_lengths(), 0, 0
     order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
     for start in range(0, len(data), batch_size):
@@ -286,5 +289,5 @@ def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_t
         if number % world == rank:
             yield batch
         number += 1
-    if number <= rank:  # fewer batches than processes: still everybody knows what there is to be summed
+    if number == 0 or rank >= number % world > 0:
         yield nothing(data)

@@ -7,6 +7,7 @@ Read next: runtime.py.
 
 import argparse
 import dataclasses
+import importlib.util
 from typing import Any
 
 from corpus.errors import UserError
@@ -59,7 +60,28 @@ class Parser(argparse.ArgumentParser):
         args = parse_with_recipe(self, super().parse_args, *arguments)
         if not hasattr(args, "learning_rate"):
             args.learning_rate = self.learning_rates[args.optimizer]
+        check_parallel(args)
         return args
+
+
+PARALLEL = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+
+
+def check_parallel(args: argparse.Namespace) -> None:
+    """Raises UserError for what --parallel cannot do, before anything is read."""
+    if not args.parallel.startswith("zero"):
+        return
+    if args.optimizer == "muon":
+        raise UserError(
+            f"--parallel {args.parallel} cuts the weights into flat pieces, Muon turns whole matrices: "
+            "add --optimizer adamw, or take --parallel fsdp"
+        )
+    if args.compile:
+        raise UserError(f"--parallel {args.parallel} goes without --compile; ddp and fsdp go with it")
+    if args.dtype == "float16":
+        raise UserError(f"--parallel {args.parallel} trains in bfloat16 or float32; ddp and fsdp do float16 too")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f'--parallel {args.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
 
 
 def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stage_defaults: Any) -> Parser:
@@ -100,6 +122,9 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
         help="number format of the matrix products; auto: bf16 where the hardware has it")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory, slower")
+    add("--parallel", choices=PARALLEL, default="ddp",
+        help="how torchrun's processes share the model: ddp: each has all of it; fsdp, zero3: each a piece; "
+        "zero1, zero2: pieces of the optimizer, and of the gradients")  # fmt: skip
     add("--num_workers", type=int, default=0, help="processes that prepare batches ahead")
     add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
 

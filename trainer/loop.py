@@ -1,17 +1,16 @@
 """The one training loop. A script says what is learnt (its loss and data), this file says when things happen.
 
     for each step:
-        for each micro-batch:   sum of losses, number of trained tokens = compute_loss(model, batch);   backward
-        sum over all processes; divide once, by the number of tokens that everybody saw
+        count the trained tokens of all micro-batches of all processes
+        for each micro-batch:   sum of losses = compute_loss(model, batch);   backward of it / that number
         clip; step; log; validate; save
 
 So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning
-rate and the seed of dropout: a run that was killed goes on from its resume file and ends with the very same weights.
-Read next: batches.py, loss.py, resume.py.
+rate and the seed of dropout: a run that was killed goes on from its last save and ends with the very same weights.
+Read next: batches.py, loss.py, parallel.py, resume.py.
 """
 
 import argparse
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,21 +19,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from corpus.errors import UserError
 from corpus.history import history_in_words, history_of_data
 from model.chat import ChatTokenizer
-from model.checkpoint import save_model, unwrap
+from model.checkpoint import model_content
 from model.transformer import Transformer
 from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validation_batches
 from trainer.clock import Clock, Watch
 from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.loss import IGNORE
 from trainer.mixture import step_plan
-from trainer.optim import make_optimizers, set_schedule
-from trainer.report import announce
-from trainer.resume import Progress, global_batch, load_progress, resume_path, save_progress
+from trainer.optim import set_schedule
+from trainer.parallel import Engine, share_out
+from trainer.report import announce, check_first_loss
+from trainer.resume import Progress, Saver, detached, global_batch, load_progress, saved_names
 from trainer.runtime import Run
 
 ComputeLoss = Callable[[nn.Module, Batch], tuple[Any, ...]]  # -> (sum of losses, how many[, {name: sum to be logged}])
@@ -59,6 +57,11 @@ class Stage:
     def path(self, out_dir: str) -> Path:
         return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
 
+    def count(self, batch: Batch) -> int:
+        """How many tokens (or pairs) of a batch are trained: what compute_loss will say, known before it runs."""
+        trained = batch["labels"] != IGNORE
+        return int(trained.sum() if self.unit == "token" else trained.any(1).chunk(2)[0].sum())
+
 
 def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     """Run the stage to its end (steps, minutes, or a polite stop) and save; returns the path of the model.
@@ -66,45 +69,46 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     Raises UserError when losses stay non-finite, or when a resume file belongs to another run.
     """
     path = stage.path(args.out_dir)
-    stage.model.to(run.device)
     stage.model.activation_checkpointing = args.checkpoint_activations
-    optimizers = make_optimizers(
-        stage.model, args.optimizer, args.learning_rate, args.weight_decay, fused=run.device.type != "mps"
-    )
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     rows_per_step = global_batch(run, args, path)
     plan = step_plan(stage.data, rows_per_step, args)
     total = args.max_steps or args.epochs * plan.steps_per_epoch
-    progress = load_progress(run, args, stage, path, optimizers, scaler, rows_per_step)
-    announce(run, args, stage, plan, total, progress)
+    progress, saved = load_progress(run, args, stage, path, rows_per_step)
+    announce(run, args, stage, plan, total)
     if plan.about():
         run.say(plan.about())
-
-    model = wrap(run, args, stage.model)
+    engine = share_out(run, args, stage)
+    if saved:
+        engine.load(saved, saved_names(saved))
+        engine.scaler.load_state_dict(progress.scaler)
+    elif not stage.lineage:
+        check_first_loss(run, args, stage, plan, engine)
     batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
     log = Logbook(path.with_suffix(".jsonl"), stage.name, total, run.is_main, keep_until=progress.step)
     if args.use_wandb and run.is_main:
         log.send_elsewhere = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
 
+    saver = Saver(run, path, going_on=saved is not None)
+
     def save() -> None:
-        if run.is_main:
-            lineage = [*stage.lineage, entry(args, stage, progress, objection)]
-            save_model(path, stage.model, stage.name, stage.tokenizer, lineage)
-            save_progress(path, stage.model, optimizers, scaler, progress)
-        run.wait()
+        saver.finish()  # the one before
+        engine.refresh()
+        lineage = [*stage.lineage, entry(args, stage, progress, objection)]
+        content = detached(model_content(stage.model, stage.name, stage.tokenizer, lineage)) if run.is_main else None
+        saver.begin(progress, engine, content)
 
     clock = Clock(args.max_minutes, progress.step / max(total, 1), progress.seconds)
-    watch = Watch(log, scaler.is_enabled())
+    watch = Watch(log, engine.scaler.is_enabled())
     reason = objection = ""  # why the run ends early: for now, or because the guard will have no more of it
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
                 if news := plan.news(progress.step):
                     log.say(news)
-                lr = set_schedule(args, optimizers, progress.step, max(progress.step / total, clock.share))
+                lr = set_schedule(args, engine.optimizers, progress.step, max(progress.step / total, clock.share))
                 torch.manual_seed(hash((args.seed, progress.step, run.rank)) % 2**63)  # dropout of this step
                 clock.step_begins()
-                result = train_step(run, args, model, stage, optimizers, scaler, step_batches)
+                result = train_step(run, args, engine, stage, step_batches)
                 clock.step_ends(run)
                 progress.advance(result, clock.seconds)
                 watch.check(progress.step, result, step_batches)
@@ -118,77 +122,41 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 if last:
                     break  # the final validation and save come below
                 if progress.step % args.eval_interval == 0:
-                    log.validation(validate(run, args, model, stage, progress, args.eval_tokens))
+                    log.validation(validate(run, args, engine, stage, progress, args.eval_tokens))
                 if progress.step % args.save_interval == 0:
                     save()
         save()
         if stage.validation and "SIG" not in reason:
-            progress.validation = validate(run, args, model, stage, progress, 8 * args.eval_tokens)
+            progress.validation = validate(run, args, engine, stage, progress, 8 * args.eval_tokens)
             progress.validation |= stage.examine() if stage.examine else {}
             log.validation(progress.validation)
             save()  # once more, with the final scores in the lineage
+        saver.close(complete=not reason)
     finally:
+        saver.abandon()
+        engine.close()
         log.close()
-    if run.is_main and not reason:
-        resume_path(path).unlink(missing_ok=True)  # the stage is complete: nothing to go on with
     early = f" ({reason}, step {progress.step} of {total}; run again to go on)" if reason else ""
     run.say(f"saved {path}" + (f" (stopped at step {progress.step} of {total}: {objection})" if objection else early))
     return path
 
 
-def wrap(run: Run, args: argparse.Namespace, model: Transformer) -> nn.Module:
-    """The model as this run computes it: compiled if asked, shared between processes if there are several."""
-    wrapped: Any = model.train()
-    if args.compile:
-        import shutil
-
-        if run.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
-            raise UserError("--compile on a CPU needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
-        wrapped = torch.compile(wrapped)
-    if run.world > 1:
-        wrapped = DistributedDataParallel(wrapped, device_ids=[run.device] if run.device.type == "cuda" else None)
-    return wrapped
-
-
 def train_step(
-    run: Run,
-    args: argparse.Namespace,
-    model: nn.Module,
-    stage: Stage,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    batches: list[Batch],
+    run: Run, args: argparse.Namespace, engine: Engine, stage: Stage, batches: list[Batch]
 ) -> dict[str, float]:
     """One optimizer step over this process's micro-batches. Returns what all processes saw together."""
-    # Gradients are of sums over tokens. This constant keeps them near those of a mean (fp16 has no room for more);
-    # the exact division comes below, once the number of tokens that everybody saw is known.
-    nominal = float(args.batch_size * args.accumulation_steps * run.world)
-    nominal *= stage.model.config.max_seq_len if stage.unit == "token" else 1
+    units = run.sum([float(sum(map(stage.count, batches)))])[0]
+    share = run.world / max(units, 1.0)  # of the summed loss of everybody; engines average over processes
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real": 0.0, "positions": 0.0}
     for i, batch in enumerate(batches):
-        sync = run.world == 1 or i == len(batches) - 1
-        with no_sync(model, sync):
-            with run.autocast():
-                loss, count, *extras = stage.compute_loss(model, to_device(batch, run.device))
-            scaler.scale(loss / nominal).backward()
+        loss, count, extras = engine.learn(to_device(batch, run.device), share, last=i == len(batches) - 1)
         add(sums, {"loss": loss, "tokens": count, "real": batch["real"].sum(), "positions": batch["real"].numel()})
-        add(sums, *extras)
+        add(sums, extras)
     sums["stop"] = float(bool(run.stop_asked))
     total = dict(zip(sums, run.sum(list(sums.values())), strict=True))
-
-    parameters = [p for p in stage.model.parameters() if p.requires_grad]
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(grads, nominal * run.world / max(total["tokens"], 1.0))  # DDP has averaged over processes
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf).item()
-    total["grad_norm"] = norm
-    total["skipped"] = float(not math.isfinite(total["loss"]) or not math.isfinite(norm))
-    for optimizer in optimizers:
-        if scaler.is_enabled() or not total["skipped"]:
-            scaler.step(optimizer)  # an fp16 step with non-finite gradients is skipped inside
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()
+    assert total["tokens"] == units, "compute_loss counts otherwise than Stage.count"
+    total["grad_norm"] = engine.step(args.grad_clip, math.isfinite(total["loss"]))
+    total["skipped"] = float(not math.isfinite(total["loss"]) or not math.isfinite(total["grad_norm"]))
     return total
 
 
@@ -198,20 +166,14 @@ def add(sums: dict[str, float], values: dict[str, Any] | None = None) -> None:
         sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item()
 
 
-def no_sync(model: nn.Module, sync: bool) -> Any:
-    """Exchange gradients only with the last micro-batch."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else contextlib.nullcontext()
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-@torch.no_grad()
 def validate(
-    run: Run, args: argparse.Namespace, model: nn.Module, stage: Stage, progress: Progress, max_tokens: int
+    run: Run, args: argparse.Namespace, engine: Engine, stage: Stage, progress: Progress, max_tokens: int
 ) -> Row:
     """Loss and extras per trained token (or pair) of every validation split, by the very loss that is trained.
 
@@ -219,24 +181,21 @@ def validate(
     """
     bytes_of = torch.from_numpy(stage.tokenizer.byte_lengths())
     row: Row = {"step": progress.step, f"{stage.unit}s": progress.tokens, "val_loss": {}}
-    raw = unwrap(model)  # no gradients to exchange here, and processes may hold different numbers of batches
-    raw.eval()
     for split, data in stage.validation.items():
         sums = {"loss": 0.0, "count": 0.0, "bytes": 0.0}
-        for batch in validation_batches(data, args.batch_size, run.rank, run.world, max_tokens):
-            with run.autocast():
-                loss, count, *extras = stage.compute_loss(raw, to_device(batch, run.device))
-            labels = batch["labels"]
-            add(sums, {"loss": loss, "count": count, "bytes": bytes_of[labels[labels != IGNORE]].sum()})
-            add(sums, *extras)
+        with engine.evaluating():
+            for batch in validation_batches(data, args.batch_size, run.rank, run.world, max_tokens):
+                loss, count, extras = engine.evaluate(to_device(batch, run.device))
+                labels = batch["labels"]
+                add(sums, {"loss": loss, "count": count, "bytes": bytes_of[labels[labels != IGNORE]].sum()})
+                add(sums, extras)
         total = dict(zip(sums, run.sum(list(sums.values())), strict=True))
-        loss_sum, count, n_bytes = (total.pop(name) for name in ("loss", "count", "bytes"))
-        row["val_loss"][split] = loss_sum / max(count, 1)
+        loss_sum, trained, n_bytes = (total.pop(name) for name in ("loss", "count", "bytes"))
+        row["val_loss"][split] = loss_sum / max(trained, 1)
         if stage.unit == "token":
             row.setdefault("bits_per_byte", {})[split] = loss_sum / math.log(2) / max(n_bytes, 1)
-        for name, value in averages(total, count).items():
+        for name, value in averages(total, trained).items():
             row.setdefault(f"val_{name}", {})[split] = value
-    raw.train()
     return row
 
 

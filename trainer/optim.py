@@ -9,6 +9,7 @@ Read next: loop.py.
 
 import argparse
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,9 +61,42 @@ def make_optimizers(
         return optimizers
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"torch {torch.__version__} has no Muon: pip install -U 'torch>=2.9', or --optimizer adamw")
+    if hasattr(matrices[0], "full_tensor"):
+        return [ShardedMuon(matrices, learning_rate, weight_decay), *optimizers]
     # match_rms_adamw scales the update so that the learning rate means what it means for AdamW.
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, *optimizers]
+
+
+class ShardedMuon(torch.optim.Optimizer):
+    """Muon on matrices of which every process holds some rows (FSDP2's DTensors): what torch's does, to rounding.
+
+    Momentum is kept in pieces. To be turned, the update is gathered, one matrix at a time, in bf16, in which torch's
+    Muon turns it anyway: given it as the gradient of a matrix of zeros, without momentum and decay, that leaves there
+    what is to be added.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        from torch.distributed.tensor import distribute_tensor
+
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                momentum, state = group["momentum"], self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
+                whole = nn.Parameter(torch.zeros(matrix.shape, device=matrix.device))
+                whole.grad = matrix.grad.lerp(average, momentum).bfloat16().full_tensor().float()
+                options: dict[str, Any] = {"lr": group["lr"], "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+                torch.optim.Muon([whole], adjust_lr_fn="match_rms_adamw", **options).step()
+                mine = distribute_tensor(whole.detach(), matrix.device_mesh, matrix.placements, src_data_rank=None)
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(mine)
 
 
 def muon_momentum(step: int) -> float:

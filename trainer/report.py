@@ -7,32 +7,29 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-import torch
-
 from corpus.history import history_in_words, history_of_data
 from trainer.batches import StepPlan
 from trainer.plan import training_memory
-from trainer.resume import Progress
 from trainer.runtime import Run
 
 if TYPE_CHECKING:
     from trainer.loop import Stage
+    from trainer.parallel import Engine
 
 FIRST_LOSS_BAND = 0.15  # nats around ln(vocab)
 
 
-def announce(
-    run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, total_steps: int, progress: Progress
-) -> None:
-    """Print parameters, tokens per step, steps, memory; check the first loss of a model that starts from nothing."""
+def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, total_steps: int) -> None:
+    """Print parameters, tokens per step, steps, memory."""
     if not run.is_main:
         return
     config = stage.model.config
     parameters, active = stage.model.count_parameters()
     shown = f"{parameters / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != parameters else "")
+    how = f"{args.parallel}, " if run.world > 1 else ""
     run.say(
         f"{stage.name}: {shown}, vocabulary {config.vocab_size}, {run.world} process(es) on {run.device}, "
-        f"{str(run.dtype).removeprefix('torch.')}, {args.optimizer}, peak lr {args.learning_rate:g}"
+        f"{str(run.dtype).removeprefix('torch.')}, {how}{args.optimizer}, peak lr {args.learning_rate:g}"
     )
     if known := history_in_words(history_of_data(args.data_path)):
         run.say(f"data: {known}")
@@ -48,20 +45,17 @@ def announce(
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     estimate = training_memory(
         config, args.batch_size, longest, optimizer=args.optimizer, compute_bytes=run.dtype.itemsize,
-        processes=run.world, recompute=args.checkpoint_activations, device=run.device.type, trained=trained,
+        parallel=args.parallel, processes=run.world, recompute=args.checkpoint_activations, device=run.device.type,
+        trained=trained,
     )  # fmt: skip
     run.say(f"estimated memory {estimate.total / 2**30:.1f} GiB per process")
-    if not stage.lineage and progress.step == 0:
-        check_first_loss(run, args, stage, plan)
 
 
-def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan) -> None:
+def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, engine: "Engine") -> None:
     """An untrained model knows nothing, so its loss is ln(vocabulary); anything else is a mistake in model or data."""
     batch = stage.data.batch(plan.rows(0)[: args.batch_size])
-    stage.model.eval()
-    with torch.no_grad(), run.autocast():
-        batch = {name: tensor.to(run.device) for name, tensor in batch.items()}
-        loss, count, *_ = stage.compute_loss(stage.model, batch)
+    with engine.evaluating():
+        loss, count, _ = engine.evaluate({name: tensor.to(run.device) for name, tensor in batch.items()})
     first, expected = loss.item() / max(count, 1), math.log(stage.model.config.vocab_size)
     verdict = (
         "as it should be" if abs(first - expected) <= FIRST_LOSS_BAND else "SUSPICIOUS: look at the data and the model"

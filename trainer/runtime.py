@@ -73,6 +73,7 @@ class Run:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    save_group: Any = None  # processes that write checkpoints talk apart from those that train
     stop_asked: str = ""  # the name of the signal that asked this process to stop
 
     @property
@@ -148,6 +149,7 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Iterator[
     run = Run(chosen, pick_dtype(dtype, chosen), rank, world)
     if world > 1:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        run.save_group = dist.new_group(backend="gloo")
     try:
         yield run
         run.wait()  # without it, a process that leaves early aborts the others now and then
