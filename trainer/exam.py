@@ -13,17 +13,18 @@ Called by ../eval_ceval.py. Read next: exam_answers.py (how the log-probabilitie
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corpus.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
-from corpus.language import language_of
 from model.chat import ChatTokenizer
 
 METHODS = ("letter", "text")
 ANSWER = {"zh": "答案：", "en": "Answer:"}
 INSTRUCTION = {"zh": "请直接回答选项的字母。", "en": "Answer with the letter of the right option."}
+CHINESE = re.compile("[\u4e00-\u9fff]")
 
 Order = tuple[int, int, int, int]  # the option that stands under A, under B, …
 
@@ -79,8 +80,9 @@ def ask(exam: Exam, tokenizer: ChatTokenizer, asking: Asking, max_seq_len: int) 
     orders = option_orders(asking.orders)
     for subject in exam.subjects:
         items = [item for item in exam.items if item.subject == subject]
-        # One language for the whole subject: a question made of program code is still part of a Chinese exam.
-        lang = language_of("\n".join(item.question for item in items))
+        # One language for the whole subject: a question made of formulas is still part of a Chinese exam.
+        chinese = sum(bool(CHINESE.search(item.question)) for item in items)
+        lang = "zh" if 2 * chinese >= len(items) else "en"
         prompt = _Prompt(tokenizer, asking, exam.examples.get(subject, [])[: asking.shots], lang)
         yield from (prompt.of(item, order, max_seq_len) for item in items for order in orders)
 
