@@ -17,14 +17,21 @@ EXAMPLES = [Item("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[i % 
 
 
 def exam(texts, examples=EXAMPLES):
-    items = [Item("s", str(i), question, options, "A", f"val:{i}") for i, (question, options) in enumerate(texts)]
-    return Exam("val", items, {"s": examples}, {"s": "Other"})
+    """Chinese questions are one subject, English ones another."""
+    subjects = ["zh" if is_chinese(question) else "en" for question, _ in texts]
+    items = [Item(s, str(i), *text, "A", f"val:{i}") for i, (s, text) in enumerate(zip(subjects, texts, strict=True))]
+    items.sort(key=lambda item: item.subject)
+    return Exam("val", items, {"zh": examples, "en": examples}, {"zh": "Other", "en": "Other"})
 
 
-MIXED = [
-    ("一加一等于____。", ("一", "二二", "三三三", "四")),
+def is_chinese(text):
+    return any("\u4e00" <= c <= "\u9fff" for c in text)
+
+
+MIXED = [  # English first, as subjects are sorted
     ("what?", ("1", "22", "3", "a long answer, longer than the question")),
     ("a much longer question about nothing at all, asked in English?", ("x", "yy", "z", "w")),
+    ("一加一等于____。", ("一", "二二", "三三三", "四")),
     ("中文", ("是", "否", "也许", "不知道")),
 ]
 
@@ -68,7 +75,7 @@ def by_hand(theirs, tokenizer, texts, chat, method, shots):
     """As little code as possible: one option at a time, no cache, no padding, prompts written out here."""
     rows = []
     for question, options in texts:
-        zh = any("\u4e00" <= c <= "\u9fff" for c in question)
+        zh = is_chinese(question)
         tail, gap = ("\n答案：", "") if zh else ("\nAnswer:", " ")
         instruction = "\n请直接回答选项的字母。" if zh else "\nAnswer with the letter of the right option."
 
@@ -110,8 +117,8 @@ def test_log_probabilities_equal_transformers_one_by_one(model, theirs, tokenize
 @pytest.mark.parametrize(("method", "shots"), [("letter", 0), ("text", 0), ("letter", 3), ("text", 1)])
 def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, shots, chat):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
-    texts += [(f"{question} {'long ' * (20 + i)}", options) for i in range(2) for question, options in MIXED]
-    asked = list(ask(exam(texts), tokenizer, Asking(method, shots, 1, chat), 350))
+    texts += [(f"{question} {'long ' * (30 + i)}", options) for i in range(2) for question, options in MIXED]
+    asked = list(ask(exam(texts), tokenizer, Asking(method, shots, 1, chat), 420 if chat else 340))
     assert shots != 3 or len({one.examples for one in asked}) > 1, "some fit, some do not"
     alone = put(model, tokenizer, asked, method, 1)
     for batch_tokens in (300, 4096):
@@ -119,11 +126,11 @@ def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, sh
 
 
 def test_orders_move_the_options_and_the_numbers_come_back(model, tokenizer):
-    asked = list(ask(exam(MIXED[:1]), tokenizer, Asking(orders=4), 256))
+    asked = list(ask(exam(MIXED[2:3]), tokenizer, Asking(orders=4), 256))
     texts = [tokenizer.decode(one.prompt) for one in asked]
     assert "A. 一\nB. 二二" in texts[0] and "A. 二二\nB. 三三三\nC. 四\nD. 一" in texts[1]
     found = put(model, tokenizer, asked, "letter")
-    rotated = exam([(MIXED[0][0], ("二二", "三三三", "四", "一"))])
+    rotated = exam([(MIXED[2][0], ("二二", "三三三", "四", "一"))])
     plain = put(model, tokenizer, list(ask(rotated, tokenizer, Asking(), 256)), "letter")
     torch.testing.assert_close(found[1][[1, 2, 3, 0]], plain[0])
 
@@ -134,9 +141,9 @@ def test_examples_go_first_and_then_the_beginning_of_the_question(tokenizer):
         assert len(one.prompt) + one.rest <= limit
         return one, tokenizer.decode(one.prompt)
 
-    whole, text = only(MIXED[1:2], Asking(shots=3), 500)
+    whole, text = only(MIXED[:1], Asking(shots=3), 500)
     assert whole.examples == 3 and text.startswith("example 0?\nA. a") and "Answer: A\n\nexample 1?" in text
-    fewer, text = only(MIXED[1:2], Asking(shots=3), len(whole.prompt) - 1)
+    fewer, text = only(MIXED[:1], Asking(shots=3), len(whole.prompt) - 1)
     assert (fewer.examples, fewer.cut) == (2, False) and text.startswith("example 1?"), "the oldest went"
     for chat in (False, True):
         long = [("long " * 60 + "end?", ("1", "2", "3", "4"))]
@@ -150,8 +157,16 @@ def test_examples_go_first_and_then_the_beginning_of_the_question(tokenizer):
         only([("q", ("1", "2", "3", "x" * 200))], Asking("text", chat=True), 100)
 
 
+def test_a_subject_has_one_language(tokenizer):
+    items = [
+        Item("s", str(i), q, ("1", "2", "3", "4"), "A", f"v:{i}") for i, q in enumerate(("中文问题", "int main() {}"))
+    ]
+    asked = ask(Exam("val", items, {}, {"s": "Other"}), tokenizer, Asking(), 256)
+    assert all(tokenizer.decode(one.prompt).endswith("答案：") for one in asked), "code in a Chinese exam"
+
+
 def test_too_few_examples_are_said(tokenizer):
-    with pytest.raises(UserError, match="--shots 5: s has 3 examples in dev"):
+    with pytest.raises(UserError, match="--shots 5: en has 3 examples in dev"):
         list(ask(exam(MIXED), tokenizer, Asking(shots=5), 256))
 
 

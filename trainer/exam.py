@@ -13,17 +13,18 @@ Called by ../eval_ceval.py. Read next: exam_answers.py (how the log-probabilitie
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corpus.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
-from corpus.language import language_of
 from model.chat import ChatTokenizer
 
 METHODS = ("letter", "text")
 ANSWER = {"zh": "答案：", "en": "Answer:"}
 INSTRUCTION = {"zh": "请直接回答选项的字母。", "en": "Answer with the letter of the right option."}
+CHINESE = re.compile("[\u4e00-\u9fff]")
 
 Order = tuple[int, int, int, int]  # the option that stands under A, under B, …
 
@@ -78,28 +79,29 @@ def ask(exam: Exam, tokenizer: ChatTokenizer, asking: Asking, max_seq_len: int) 
             raise UserError(f"--shots {asking.shots}: {subject} has {there} examples in dev; ask with fewer")
     orders = option_orders(asking.orders)
     for subject in exam.subjects:
-        prompt = _Prompt(tokenizer, asking, exam.examples.get(subject, [])[: asking.shots])
-        for item in exam.items:
-            if item.subject == subject:
-                yield from (prompt.of(item, order, max_seq_len) for order in orders)
+        items = [item for item in exam.items if item.subject == subject]
+        # One language for the whole subject: a question made of formulas is still part of a Chinese exam.
+        chinese = sum(bool(CHINESE.search(item.question)) for item in items)
+        lang = "zh" if 2 * chinese >= len(items) else "en"
+        prompt = _Prompt(tokenizer, asking, exam.examples.get(subject, [])[: asking.shots], lang)
+        yield from (prompt.of(item, order, max_seq_len) for item in items for order in orders)
 
 
 class _Prompt:
     """Builds prompts behind the examples of one subject."""
 
-    def __init__(self, tokenizer: ChatTokenizer, asking: Asking, examples: list[Item]) -> None:
-        self.tokenizer, self.asking, self.examples = tokenizer, asking, examples
+    def __init__(self, tokenizer: ChatTokenizer, asking: Asking, examples: list[Item], lang: str) -> None:
+        self.tokenizer, self.asking, self.examples, self.lang = tokenizer, asking, examples, lang
 
     def of(self, item: Item, order: Order, max_seq_len: int) -> Asked:
         """The prompt in at most as many tokens as leave room for the longest option: examples go first, oldest
         first, then the beginning of the question."""
-        lang = language_of(item.question)
         shown = [item.options[i] for i in order]
         texts = list(LETTERS) if self.asking.method == "letter" else shown
-        question = self._question(item, shown, lang)
+        question = self._question(item, shown)
         for first in range(len(self.examples) + 1):
             examples = self.examples[first:]
-            prompt, options = self._encode(examples, question, texts, lang)
+            prompt, options = self._encode(examples, question, texts)
             room = max_seq_len + 1 - max(map(len, options))
             if len(prompt) <= room:
                 return Asked(item, order, prompt, options, len(examples), False)
@@ -108,22 +110,20 @@ class _Prompt:
             return Asked(item, order, prompt[:start] + prompt[len(prompt) - room + start :], options, 0, True)
         while room > 0 and question and len(prompt) > room:
             question = self._without_start(question, len(prompt) - room)
-            prompt, options = self._encode([], question, texts, lang)
+            prompt, options = self._encode([], question, texts)
         if not question or room <= 0:
             raise UserError(f"{item.where}: the options do not fit into the model's {max_seq_len} tokens")
         return Asked(item, order, prompt, options, 0, True)
 
-    def _question(self, item: Item, shown: list[str], lang: str) -> str:
+    def _question(self, item: Item, shown: list[str]) -> str:
         if self.asking.method == "text":
             return item.question
         lines = [item.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, shown, strict=True))]
-        return "\n".join(lines + ([INSTRUCTION[lang]] if self.asking.chat else []))
+        return "\n".join(lines + ([INSTRUCTION[self.lang]] if self.asking.chat else []))
 
-    def _encode(
-        self, examples: list[Item], question: str, texts: list[str], lang: str
-    ) -> tuple[list[int], list[list[int]]]:
+    def _encode(self, examples: list[Item], question: str, texts: list[str]) -> tuple[list[int], list[list[int]]]:
         """Tokens of the prompt, and of each option behind it."""
-        asked = [(self._question(item, list(item.options), lang), self._answer(item)) for item in examples]
+        asked = [(self._question(item, list(item.options)), self._answer(item)) for item in examples]
         if self.asking.chat:
             messages = []
             for text, reply in asked:
@@ -131,9 +131,9 @@ class _Prompt:
             messages.append({"role": "user", "content": question})
             prompt, _ = self.tokenizer.render(messages, add_generation_prompt=True)
             return prompt, [self.tokenizer.encode(text) for text in texts]
-        gap = "" if lang == "zh" else " "  # Answer: A
-        blocks = [f"{text}\n{ANSWER[lang]}{gap}{answer}\n\n" for text, answer in asked]
-        start = "".join(blocks) + f"{question}\n{ANSWER[lang]}"
+        gap = "" if self.lang == "zh" else " "  # Answer: A
+        blocks = [f"{text}\n{ANSWER[self.lang]}{gap}{answer}\n\n" for text, answer in asked]
+        start = "".join(blocks) + f"{question}\n{ANSWER[self.lang]}"
         prompt = self.tokenizer.encode_start(start)
         # An option's tokens are what it adds: behind a colon a letter may be another token than at the start of a text.
         return prompt, [

@@ -40,9 +40,10 @@ def show(result: Result, about: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("subject", "questions", "right", "accuracy", "95 % interval", "p"):
-        table.add_column(name, justify="left" if name == "subject" else "right", no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("subject", max_width=34, no_wrap=True, overflow="ellipsis")  # all fits 80 columns
+    for name in ("asked", "right", "accuracy", "95 % interval", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
     for category in result.categories:
         for subject in result.subjects:
             if subject.category == category.name:
