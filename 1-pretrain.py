@@ -5,6 +5,7 @@
     python 1-pretrain.py                                        all defaults: 26.9 M parameters, dataset/pretrain
     python 1-pretrain.py --max_minutes 20                       as much as fits into 20 minutes
     python 1-pretrain.py --preset base --epochs 2               a larger model, two passes
+    python 1-pretrain.py --plan --preset mindllm-1.3b           trains nothing: memory, time and cost, on paper
     torchrun --nproc_per_node 2 1-pretrain.py                   two processes; deepspeed --num_gpus 2 does as well
 
 Reads   dataset/pretrain (made by data_process.py pretrain) and model/tokenizer.
@@ -14,6 +15,7 @@ Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trai
 
 from corpus.errors import UserError, fail_in_one_line
 from trainer.cli import add_model_flags, given_model_flags, make_parser, model_config
+from trainer.plan import add_plan_flags, steps_for
 
 
 def compute_loss(model, batch):
@@ -35,13 +37,21 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", default="model/tokenizer", help="folder written by train_tokenizer.py")
     add_model_flags(parser)
+    add_plan_flags(parser)
     args = parser.parse_args()
+    if args.tokens_per_param and args.max_steps:
+        raise UserError("--tokens_per_param and --max_steps both say how long to train: leave one out")
+    if args.plan:
+        from trainer.plan_report import print_plan
+
+        return print_plan(args)
 
     from model.chat import load_tokenizer
     from model.checkpoint import load_model
     from model.transformer import Transformer
     from trainer.batches import Windows, open_data
     from trainer.loop import Stage, train
+    from trainer.resume import global_batch
     from trainer.runtime import start
 
     tokenizer = load_tokenizer(args.tokenizer)
@@ -59,7 +69,11 @@ def main() -> None:
         seq_len = model.config.max_seq_len
         validation = {s.removeprefix("val_"): Windows(args.data_path, s, seq_len) for s in splits if s != "train"}
         data = Windows(args.data_path, "train", seq_len)
-        train(run, args, Stage("pretrain", model, tokenizer, compute_loss, data, validation, lineage))
+        stage = Stage("pretrain", model, tokenizer, compute_loss, data, validation, lineage)
+        if args.tokens_per_param:
+            rows = global_batch(run, args, stage.path(args.out_dir))
+            args.max_steps = steps_for(args.tokens_per_param, model.config, rows)
+        train(run, args, stage)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def load_model(
     state = checkpoint.pop("model")
     if "adapter" in checkpoint:
         model = open_adapter(path, checkpoint["adapter"], state, parent)
+        merge(model)
     elif parent:
         raise UserError(f"{path} is a whole model, not an adapter: it takes no parent")
     else:
@@ -222,7 +223,8 @@ def open_adapter(
     state: dict[str, torch.Tensor],
     parent: str | os.PathLike[str] | None = None,
 ) -> Transformer:
-    """The parent with the adapter merged in (on the CPU, in fp32). A parent may be an adapter with a parent of its own.
+    """The parent with the adapter beside its matrices (on the CPU, in fp32), not merged yet. A parent may be an adapter
+    with a parent of its own.
 
     Looked for beside the adapter, then under the path that the adapter remembers; or only at `parent`, if given.
     Raises UserError when it is missing, or when every file of that name holds another model.
@@ -246,7 +248,6 @@ def open_adapter(
     model, _, _ = load_model(next(place for place in places if found[place] == wanted))
     attach(model, lora)
     load_state(model, state, path)
-    merge(model)
     return model
 
 

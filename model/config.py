@@ -77,9 +77,21 @@ FIELD_HELP = {
     "balance_loss_coef": "weight of the balance loss of the router",
 }
 
+# A vocabulary named here is what --plan counts with; a model that is trained takes its tokenizer's.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128},
     "small": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8},
     "small-moe": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "use_moe": True},
     "base": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8},
-}
+    # The size of MindLLM-1.3B (arXiv:2310.15777; its hub page says gpt_neo: GPT-Neo 1.3B's layers, width, heads and
+    # vocabulary). Theirs has learned positions, GELU, LayerNorm with biases; ours RoPE, SwiGLU of equal size, RMSNorm.
+    "mindllm-1.3b": {
+        "dim": 2048, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "max_seq_len": 1024, "vocab_size": 50_257,
+    },
+    # The size of Xiangxin-3B (its card: Phi-2's architecture, 2.78 B parameters from scratch). Phi-2 puts attention and
+    # feed-forward side by side, turns 32 of 80 dimensions by RoPE, has GELU and biases; ours is our own decoder.
+    "xiangxin-3b": {
+        "dim": 2560, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "max_seq_len": 2048, "vocab_size": 51_200,
+        "tie_embeddings": False,
+    },
+}  # fmt: skip

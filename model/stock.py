@@ -1,17 +1,20 @@
-"""Somebody else's model: a transformers folder of the Llama or Qwen3 kind becomes a model of this house.
+"""Somebody else's model: a transformers folder of the Llama, Qwen3 or GraniteMoeShared kind becomes one of this house.
 
     config.json, model*.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja  ->  model, tokenizer
 
 The architecture is the same and so are the names of the parameters (transformer.py), so the tensors are read as they
 are, in fp32, and logits equal transformers'. What this model cannot do (scaled RoPE, biases, sliding windows, heads of
-another size, quantised weights) is refused by name, never left out silently.
+another size, quantised weights) is refused by name, never left out silently. A folder that was exported from here
+(stock_export.py) comes back with its stage and its lineage.
 
 Used by checkpoint.load_model for a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
 Read next: checkpoint.py (our own files), chat_formats.py (its chat template).
 """
 
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ from corpus.errors import UserError
 from model.chat import ChatTokenizer, load_tokenizer
 from model.checkpoint import FORMAT, Checkpoint, load_state
 from model.config import ModelConfig
+from model.granite import MODEL_TYPE as MOE
+from model.granite import from_granite, multipliers
+from model.lineage import read_note
 from model.transformer import Transformer
 
-KINDS = {"llama": False, "qwen3": True}  # model_type -> whether queries and keys are normalised
+KINDS = {"llama": False, "qwen3": True, MOE: False}  # model_type -> whether queries and keys are normalised
 STAGE = "transformers"
 
 
@@ -52,11 +58,24 @@ def open_folder(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size}"
         )
     model = Transformer(config)
-    load_state(model, state, folder)
-    lineage = [{"stage": STAGE, "source": str(folder), "model_type": settings["model_type"]}]
-    files = {"fingerprint": tokenizer.fingerprint, "files": tokenizer.files}
-    checkpoint = {"format": FORMAT, "stage": STAGE, "config": config.to_dict(), "tokenizer": files, "lineage": lineage}
+    load_state(model, from_granite(state, config) if config.use_moe else state, folder)
+    checkpoint = describe_folder(folder, settings, config, tokenizer)
     return model.to(device).eval(), tokenizer, checkpoint
+
+
+def describe_folder(
+    folder: Path, settings: dict[str, Any], config: ModelConfig, tokenizer: ChatTokenizer
+) -> Checkpoint:
+    """A checkpoint's entries beside the tensors; stage and lineage are those of the model that was exported, if any."""
+    note = read_note(folder) or {}
+    foreign = [{"stage": STAGE, "source": str(folder), "model_type": settings["model_type"]}]
+    return {
+        "format": FORMAT,
+        "stage": note.get("stage", STAGE),
+        "config": config.to_dict(),
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer.files},
+        "lineage": note.get("chain", foreign),
+    }
 
 
 def model_config(folder: Path, settings: dict[str, Any], tied: bool) -> ModelConfig:
@@ -78,6 +97,7 @@ def model_config(folder: Path, settings: dict[str, Any], tied: bool) -> ModelCon
         f"head_dim {settings.get('head_dim')} (only hidden_size / num_attention_heads)": isinstance(dim, int)
         and isinstance(heads, int)
         and (settings.get("head_dim") or dim // max(heads, 1)) * heads != dim,
+        **unusual_multipliers(settings),
     }.items():
         if refused:
             raise UserError(
@@ -104,9 +124,41 @@ def model_config(folder: Path, settings: dict[str, Any], tied: bool) -> ModelCon
             norm_eps=float(number("rms_norm_eps", 1e-6)),
             tie_embeddings=tied,
             qk_norm=KINDS[str(kind)],
+            **(moe_fields(folder, settings, number) if kind == MOE else {}),
         )
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{folder}/config.json: {error}") from None
+
+
+def unusual_multipliers(settings: dict[str, Any]) -> dict[str, Any]:
+    """Granite's factors that are not what a plain decoder has, by name."""
+    heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
+    if settings.get("model_type") != MOE or not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim):
+        return {}
+    plain = multipliers(dim // heads)
+    given = {name: settings.get(name, 1.0) for name in plain}
+    return {f"{name} {value!r}": not same(value, plain[name]) for name, value in given.items()}
+
+
+def same(value: Any, wanted: float) -> bool:
+    return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-6)
+
+
+def moe_fields(folder: Path, settings: dict[str, Any], number: Callable[..., Any]) -> dict[str, Any]:
+    """The experts of a GraniteMoeShared: its one shared feed-forward is as many of ours as it is wide."""
+    width, shared = number("intermediate_size"), settings.get("shared_intermediate_size", 0)
+    if not isinstance(shared, int) or shared < 0 or shared % width:
+        raise UserError(
+            f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: a multiple of "
+            f"intermediate_size {width} is"
+        )
+    return {
+        "use_moe": True,
+        "n_shared_experts": shared // width,
+        "n_routed_experts": number("num_local_experts"),
+        "n_active_experts": number("num_experts_per_tok"),
+        "balance_loss_coef": float(settings.get("router_aux_loss_coef") or 0.0),
+    }
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

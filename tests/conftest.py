@@ -1,6 +1,7 @@
 """A tiny world for the tests: a tokenizer, text and chats made here in a second, and scripts run in-process."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -140,3 +141,33 @@ def tiny_parent(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("parent") / "pretrain_32.pth"
     save_model(path, model, "pretrain", tokenizer, [{"stage": "pretrain"}])
     return path
+
+
+@pytest.fixture(scope="session")
+def parrots(tokenizer, tmp_path_factory):
+    """A folder with a model of each stage; the chat model answers A巴 to everything, the other Paris!."""
+    import torch
+
+    from model.checkpoint import save_model
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+
+    folder = tmp_path_factory.mktemp("out")
+    torch.manual_seed(0)
+    config = ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, max_seq_len=96, tie_embeddings=False)
+    for stage, chain in (
+        ("full_sft", [*tokenizer.encode("\nA巴"), tokenizer.im_end_id]),
+        ("pretrain", [*tokenizer.encode("\nParis!\n")]),
+    ):
+        model = Transformer(config)
+        with torch.no_grad():  # nothing but embeddings: each token has one successor
+            for name, weight in model.named_parameters():
+                if "layers" in name:
+                    weight.zero_()
+            model.model.embed_tokens.weight.normal_()
+            model.lm_head.weight.zero_()
+            for now, then in itertools.pairwise(chain):
+                model.lm_head.weight[then] = model.model.embed_tokens.weight[now]
+        save_model(folder / f"{stage}_64.pth", model, stage, tokenizer, [{"stage": stage}])
+    os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
+    return folder

@@ -2,11 +2,10 @@
 
 Promises: the last stage of the chain is taken, never the newest file; a chat model gets the rendered question, a
 pretrained one the bare text; a score counts what the model itself said, by the rule that --help states; the
-conversation keeps its history, and Ctrl-C stops the answer only; bad input is one line and exit code 2.
+bad input is one line and exit code 2. The conversation: test_talk.py, the report: test_report.py.
 """
 
 import io
-import itertools
 import json
 import os
 import subprocess
@@ -14,11 +13,12 @@ import sys
 import time
 
 import pytest
-import torch
 
 from corpus.errors import UserError
+from corpus.prompts import FIRST, PROMPTS
 from corpus.questions import is_right
 from tests.conftest import ROOT, load_script, run_process, run_script
+from trainer.speaker import find_model
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +27,8 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def out(tokenizer, tmp_path_factory):
-    """A folder with a model of each stage; the chat model answers A巴 to everything, the other Paris!."""
-    from model.checkpoint import save_model
-    from model.config import ModelConfig
-    from model.transformer import Transformer
-
-    folder = tmp_path_factory.mktemp("out")
-    torch.manual_seed(0)
-    config = ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, max_seq_len=96, tie_embeddings=False)
-    for stage, chain in (
-        ("full_sft", [*tokenizer.encode("\nA巴"), tokenizer.im_end_id]),
-        ("pretrain", [*tokenizer.encode("\nParis!\n")]),
-    ):
-        model = Transformer(config)
-        with torch.no_grad():  # nothing but embeddings: each token has one successor
-            for name, weight in model.named_parameters():
-                if "layers" in name:
-                    weight.zero_()
-            model.model.embed_tokens.weight.normal_()
-            model.lm_head.weight.zero_()
-            for now, then in itertools.pairwise(chain):
-                model.lm_head.weight[then] = model.model.embed_tokens.weight[now]
-        save_model(folder / f"{stage}_64.pth", model, stage, tokenizer, [{"stage": stage}])
-    os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
-    return folder
+def out(parrots):
+    return parrots
 
 
 def write(path, *rows):
@@ -86,11 +63,42 @@ def test_prompts_file(out, monkeypatch, capsys, tmp_path):
     assert "> 一\nA巴\n" in shown and "> two\u2028three\nA巴\n" in shown and shown.count("\n> ") == 2
 
 
-def test_in_a_script_it_answers_the_fixed_prompts(out, script, monkeypatch, capsys):
+def test_in_a_script_it_answers_the_fixed_prompts(out, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     run_script(monkeypatch, "2-eval.py", "--out_dir", out)
     shown = capsys.readouterr().out
-    assert all(f"> {prompt}\nA巴\n" in shown for prompt in script.PROMPTS) and len(script.PROMPTS) == 10
+    assert all(f"> {prompt}\nA巴\n" in shown for prompt in FIRST) and len(FIRST) == 16
+
+
+def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
+    import trainer.speaker as speaker
+
+    heard = []
+
+    def stream(model, ids, settings, tokenizer, answer):
+        heard.append(tokenizer.decode(ids))
+        answer.text = "ok"
+        yield "ok"
+
+    monkeypatch.setattr(speaker, "stream", stream)
+    prompts = write(tmp_path / "p.txt", "a", "b", "c")
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts)
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts, "--history", 1)
+
+    assert [text.count("user") for text in heard] == [1, 1, 1, 1, 2, 2]
+    assert "user\na<" not in heard[5] and "user\nb<" in heard[5]
+
+
+def test_the_fixed_prompts_are_of_every_kind_in_both_languages():
+    from corpus.language import language_of
+
+    kinds = {kind for _, kind, _ in PROMPTS}
+    assert kinds == {"facts", "geography", "science", "writing", "code", "identity", "small_talk", "translation"}
+    for lang in ("zh", "en"):
+        assert sorted(kind for named, kind, _ in PROMPTS if named == lang) == sorted([*kinds, *kinds])
+    assert len({text for *_, text in PROMPTS}) == len(PROMPTS) == 32
+    odd = {text for lang, kind, text in PROMPTS if language_of(text) != lang and kind != "translation"}
+    assert not odd and {kind for _, kind, text in PROMPTS if text in FIRST} == kinds
 
 
 def test_questions_are_counted(out, monkeypatch, capsys, tmp_path):
@@ -150,13 +158,16 @@ def test_a_pretrained_model_is_asked_in_plain_text(out, monkeypatch, tmp_path):
         ("abc", ["a.c"], False),
     ],
 )
-def test_rule_of_a_right_answer(script, answer, keys, right):
+def test_rule_of_a_right_answer(answer, keys, right):
     assert is_right(answer, keys) is right
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--prompt", "a", "--history", "-1"], "--history -1"),
+        (["--prompt", "a", "--judge_model", "x"], "--judge_model belongs to --report"),
+        (["--chats", "x"], "--chats belongs to --report"),
         (["--prompt", "  "], "--prompt is empty"),
         (["--prompts", "absent.txt"], "cannot read absent.txt"),
         (["--prompt", "a", "--stage", "nonsense"], "choose from pretrain"),
@@ -208,7 +219,7 @@ def test_bad_lines_are_named(out, monkeypatch, tmp_path, line, says):
 
 def test_which_model_is_taken(out, script, tmp_path):
     def find(*arguments):
-        return script.find_model(script.make_parser().parse_args(["--out_dir", str(tmp_path), *arguments])).name
+        return find_model(script.make_parser().parse_args(["--out_dir", str(tmp_path), *arguments])).name
 
     with pytest.raises(UserError, match=r"python 1-pretrain\.py"):
         find()
@@ -228,66 +239,6 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
     options = ["--stage", "pretrain", "--prompt", "a", "--checkpoint", out / "full_sft_64.pth"]
     with pytest.raises(UserError, match="is of stage full_sft, not pretrain"):
         run_script(monkeypatch, "2-eval.py", *options)
-
-
-def test_conversation(out, script, monkeypatch, capsys):
-    """History grows and is forgotten, a question that is too long is refused and not remembered."""
-    heard = []
-    lines = iter(["你好", "再说", "/help", "", "x" * 300, "/reset", "new"])
-
-    def say(speaker, messages, may_be_stopped=False, original=script.Speaker.say):
-        heard.append([message["content"] for message in messages])
-        return original(speaker, messages, may_be_stopped)
-
-    def typed(_):
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", typed)
-    monkeypatch.setattr(script.Speaker, "say", say)
-    speaker = script.Speaker(script.make_parser().parse_args(["--out_dir", str(out), "--temperature", "0"]))
-    script.talk(speaker)
-    assert heard == [["你好"], ["你好", "A巴", "再说"], ["你好", "A巴", "再说", "A巴", "x" * 300], ["new"]]
-    shown = capsys.readouterr().out
-    assert shown.count("A巴\n") == 3 and "the model reads at most 96 (max_seq_len)]" in shown
-
-
-def test_history_leaves_room_for_an_answer(out, script):
-    speaker = script.Speaker(script.make_parser().parse_args(["--out_dir", str(out), "--system", "S"]))
-    turns = [{"role": role, "content": "说" * 3} for _ in range(4) for role in ("user", "assistant")]
-    ids = speaker.prompt_ids([*turns, {"role": "user", "content": "q"}])
-    assert len(ids) <= 96 - 24
-    assert speaker.tokenizer.decode(ids).startswith("<|im_start|>system\nS<|im_end|>")
-
-
-def test_ctrl_c_stops_the_answer_not_the_program(out, script, monkeypatch, capsys):
-    import model.generate as generator
-
-    def interrupted(*arguments):
-        answer = arguments[-1]
-        answer.text = "half"
-        yield "half"
-        raise KeyboardInterrupt
-
-    speaker = script.Speaker(script.make_parser().parse_args(["--out_dir", str(out)]))
-    monkeypatch.setattr(generator, "stream", interrupted)
-    assert speaker.say([{"role": "user", "content": "a"}], may_be_stopped=True) == "half"
-    assert "half [stopped]" in capsys.readouterr().out
-    with pytest.raises(KeyboardInterrupt):
-        speaker.say([{"role": "user", "content": "a"}])
-    events = iter([KeyboardInterrupt, "a", EOFError])
-
-    def typed(_):
-        event = next(events)
-        if isinstance(event, str):
-            return event
-        raise event
-
-    monkeypatch.setattr("builtins.input", typed)
-    script.talk(speaker)
-    assert "half [stopped]" in capsys.readouterr().out
 
 
 def test_help_is_quick_and_errors_are_one_line(tmp_path):

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from corpus.files import write_text
 from corpus.questions import read_questions
 from model.checkpoint import load_model, load_state, plain_state
 from trainer.batches import Batch, Rows
@@ -180,10 +181,3 @@ def draw(rows: list[dict[str, Any]], splits: list[str], languages: list[str], pa
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

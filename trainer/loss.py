@@ -21,9 +21,8 @@ from model.checkpoint import unwrap
 
 IGNORE = -100  # the label of a position that is not trained
 CHUNK = 1024  # positions whose logits exist at one time
-COUNT_MULTIPLE = (
-    128  # positions are filled up to a multiple of this: a CPU keeps memory for every shape of product it has met
-)
+# Positions are filled up to a multiple of this: a CPU keeps memory for every shape of product that it has met.
+COUNT_MULTIPLE = 128
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -12,7 +12,6 @@ Read next: ../5-dpo_train.py (the formula), batches.py (Pairs), loop.py (who ask
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from trainer.batches import Batch, Chats, Pairs
 from trainer.logbook import Row
 from trainer.loop import to_device
 from trainer.loss import IGNORE, output_weight, token_log_probs
+from trainer.repetition import is_loop
 from trainer.runtime import Run
 
 FIRST_LOSS_BAND, ROUNDED_BAND = 0.01, 0.05  # how far the first loss may be off: in fp32 (or TF32), in bf16 and fp16
@@ -201,16 +201,6 @@ def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Call
 
 
 # ---- answers that repeat themselves ----------------------------------------------------------------------------------
-def is_loop(ids: list[int]) -> bool:
-    """Do some 1 to 32 tokens stand four times in a row? A single token must do so eight times ("……" is no loop)."""
-    for period in range(1, 33):
-        same = (a == b for a, b in zip(ids, ids[period:], strict=False))
-        longest = max((sum(1 for _ in run) for equal, run in itertools.groupby(same) if equal), default=0)
-        if longest >= max(3 * period, 7):
-            return True
-    return False
-
-
 def loop_rate(run: Run, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, Pairs]) -> dict[str, float]:
     """Share of looping answers (greedy, at most 128 tokens) to the first 32 held-out prompts of each split."""
     rates, settings = {}, Sampling(max_new_tokens=LOOP_TOKENS)

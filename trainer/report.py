@@ -7,8 +7,8 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from model.config import ModelConfig
 from trainer.batches import StepPlan
+from trainer.plan import training_memory
 from trainer.runtime import Run
 
 if TYPE_CHECKING:
@@ -40,10 +40,12 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
     )
     longest = config.max_seq_len if lengths is None else int(lengths.max())
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
-    estimate = estimate_memory(
-        config, parameters, trained, args.batch_size * longest, args.optimizer, args.checkpoint_activations
-    )
-    run.say(f"estimated memory {estimate / 2**30:.1f} GiB per process")
+    estimate = training_memory(
+        config, args.batch_size, longest, optimizer=args.optimizer, compute_bytes=run.dtype.itemsize,
+        parallel=args.parallel, processes=run.world, recompute=args.checkpoint_activations,
+        device=run.device.type, trained=trained,
+    )  # fmt: skip
+    run.say(f"estimated memory {estimate.total / 2**30:.1f} GiB per process")
 
 
 def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, engine: "Engine") -> None:
@@ -56,18 +58,3 @@ def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: S
         "as it should be" if abs(first - expected) <= FIRST_LOSS_BAND else "SUSPICIOUS: look at the data and the model"
     )
     run.say(f"first loss {first:.3f}, ln(vocabulary) {expected:.3f} ± {FIRST_LOSS_BAND}: {verdict}")
-
-
-def estimate_memory(
-    config: ModelConfig, parameters: int, trained: int, tokens: int, optimizer: str, recompute: bool
-) -> float:
-    """Bytes of one process: weights, gradients and optimizer in fp32, and the activations of `tokens` tokens.
-
-    Activations per layer and token: about 4 bytes x (10 dim + 4 hidden) and two attention matrices of 2 bytes.
-    """
-    states = parameters * 4 + trained * (4 + (8 if optimizer == "adamw" else 5))
-    active_experts = config.n_shared_experts + config.n_active_experts if config.use_moe else 1
-    per_layer = 4 * (10 * config.dim + 4 * config.hidden_dim * active_experts)
-    per_layer += 2 * 2 * config.n_heads * config.max_seq_len // 2
-    layers = 1 if recompute else config.n_layers
-    return states + tokens * (per_layer * layers + 4 * config.dim * config.n_layers)

@@ -2,12 +2,13 @@
 
     answer = greedy continuation of the rendered question;  right = it contains a key (corpus/questions.py)
 
-Read next: ../model/generate.py (how an answer is drawn), ../corpus/questions.py (the rule).
+Read next: ../model/generate.py (how an answer is drawn), ../corpus/questions.py (the rule), speaker.py (who is asked).
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corpus.errors import UserError
 from corpus.questions import is_right
@@ -15,6 +16,9 @@ from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.generate import Sampling, fit_chat, generate
 from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from trainer.speaker import Speaker
 
 BATCH = 128  # questions answered at once
 MAX_NEW_TOKENS = 48  # of a chat model's answer
@@ -83,3 +87,28 @@ def chat_accuracy(
         row["ids"] = chat_prompt(model, tokenizer, [{"role": "user", "content": row["question"]}], MAX_NEW_TOKENS)
     answer_questions(model, tokenizer, rows, settings, number_format)
     return {lang: counts["accuracy"] for lang, counts in count_right(rows).items()}
+
+
+def put_questions(speaker: "Speaker", questions: list[Question]) -> dict[str, Any]:
+    """Answer all questions in batches of similar length; prints the table and returns its numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    started = time.perf_counter()
+    for row in questions:
+        text = row["question"] + ("" if speaker.chats else "\n")
+        row["ids"] = speaker.prompt_ids([{"role": "user", "content": text}])
+    speaker.tokens = answer_questions(
+        speaker.model, speaker.tokenizer, questions, speaker.settings, speaker.number_format
+    )
+    speaker.seconds = time.perf_counter() - started
+    fields = ("question", "answer", "keys", "correct", "lang", "kind")
+    speaker.answers = [{name: row[name] for name in fields} for row in questions]
+    kinds = {kind: count_right(questions, kind) for kind in sorted({row["kind"] for row in questions} - {""})}
+    total = count_right(questions)
+    table = Table("answered right", *total)
+    for name, counts in {**kinds, "all": total}.items():
+        cells = (counts.get(lang) for lang in total)
+        table.add_row(name, *(f"{c['accuracy']:.1%} ({c['correct']} of {c['questions']})" if c else "" for c in cells))
+    Console().print(table)
+    return {"accuracy": {lang: counts["accuracy"] for lang, counts in total.items()}, "counts": total, "kinds": kinds}

@@ -1,0 +1,108 @@
+"""The way out: a model becomes a folder that stock transformers opens, a GGUF file for llama.cpp, a page on a hub.
+
+    python export_model.py out/dpo_512.pth small-chat                          a transformers folder, no code of ours
+    python export_model.py out/dpo_512.pth small-chat --gguf q8_0              and a GGUF, with a Modelfile for Ollama
+    python export_model.py out/lora_sft_512.pth small-chat                     an adapter is merged into its parent
+    python export_model.py out/lora_sft_512.pth adapter --adapter              or kept apart, for the peft library
+    python export_model.py out/dpo_512.pth small-chat --push_to_hub me/small-chat --dry_run
+
+Dense models are Llama there, or Qwen3 with QK-norm; a mixture of experts is GraniteMoeShared. What was written is
+opened by the real program (transformers, peft; llama.cpp where llama-cpp-python is installed) and compared: the same
+tokens, the same logits within a stated tolerance, the same greedy answer. A difference is an error, and no folder is
+left.
+The way back: `--init_from small-chat` in 3-full_sft.py, `--checkpoint small-chat` in 2-eval.py.
+
+Reads   a .pth, or a folder that transformers wrote.
+Writes  DIR: config, weights, tokenizer, the model card README.md, lineage.json; all of it or nothing.
+Next:   model/stock_export.py (the folder), model/gguf_file.py (the GGUF), model/card.py (the card).
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from corpus.errors import UserError, fail_in_one_line
+
+NUMBER_FORMATS = ("float32", "bfloat16", "float16")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="out/*.pth, or a transformers folder")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; it must not be there yet")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--dtype", choices=NUMBER_FORMATS, help="number format of the weights (default: float32)")
+    add("--max_shard_gb", type=float, default=4.0, help="weights are split into files of this size (default: 4)")
+    add("--gguf", choices=("f32", "f16", "bf16", "q8_0"), help="also a GGUF file in this format, and a Modelfile")
+    add("--adapter", action="store_true", help="write a LoRA adapter alone, as a peft folder")
+    add("--base", metavar="NAME", help="with --adapter: where its parent is found (default: the parent's name)")
+    add(
+        "--license",
+        metavar="ID",
+        help="licence of the weights, for the card: apache-2.0, … (default: unknown)",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier export in DIR")
+    add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the real programs")
+    add = parser.add_argument_group("model hub (token from `hf auth login` or HF_TOKEN)").add_argument
+    add("--push_to_hub", metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
+    add("--private", action="store_true", help="make the repository a private one")
+    add("--dry_run", action="store_true", help="list the files that would be uploaded, and upload nothing")
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not go together, before anything is read."""
+    for problem, wrong in {
+        "--adapter takes neither --dtype nor --gguf": args.adapter and (args.dtype or args.gguf),
+        "--base names the parent of a kept adapter: add --adapter": args.base and not args.adapter,
+        "--private and --dry_run belong to --push_to_hub": (args.private or args.dry_run) and not args.push_to_hub,
+        "--max_shard_gb must be above 0": not args.max_shard_gb > 0,
+    }.items():
+        if wrong:
+            raise UserError(problem)
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    check_flags(args)
+
+    import torch
+
+    from model import export, gguf_file, hub
+    from model.checkpoint import load_model
+    from model.lineage import LICENSE, facts
+
+    if args.license and not re.fullmatch(LICENSE, args.license):
+        raise UserError(f"--license {args.license!r}: an identifier such as apache-2.0 or cc-by-4.0")
+
+    if args.push_to_hub:
+        hub.check_name(args.push_to_hub, needs_token=not args.dry_run)
+    known = facts(args.checkpoint)
+    if args.adapter and not known["adapter"]:
+        raise UserError(f"{args.checkpoint} is no adapter: leave out --adapter")
+    license = args.license or known["license"] or "unknown"
+    base = (args.base or Path(known["parent"] or "").stem) if args.adapter else ""
+    model, tokenizer, _ = load_model(args.checkpoint)
+    if args.gguf:
+        gguf_file.refuse_early(tokenizer)
+    print(f"{args.checkpoint}: {known['stage']}, {known['parameters'] / 1e6:.1f} M parameters", flush=True)
+    with export.place(args.folder, args.overwrite) as folder:
+        if args.adapter:
+            model, line = export.export_adapter(folder, args.checkpoint, tokenizer, base, args.verify)
+        else:
+            dtype = getattr(torch, args.dtype or "float32")
+            line = export.export_model(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
+        print(line, flush=True)
+        if args.gguf:
+            print(export.export_gguf(folder, model, tokenizer, args.gguf, known, args.verify), flush=True)
+        export.write_card(folder, model, known, license, args.push_to_hub or "", base)
+    print(f"saved {args.folder}:", *hub.listing(args.folder), sep="\n")
+    if args.push_to_hub and args.dry_run:
+        print(f"these files would go to {args.push_to_hub}; nothing was uploaded (--dry_run)")
+    elif args.push_to_hub:
+        print(f"pushed to {hub.push_to_hub(args.folder, args.push_to_hub, args.private)}")
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

@@ -1,0 +1,45 @@
+"""An exported folder to the model hub, through huggingface_hub: the token, the address and the cache are where that
+library looks for them (`hf auth login`, HF_TOKEN, HF_ENDPOINT).
+
+    push_to_hub(folder, "me/small-chat", private=True)      creates the repository if need be, and uploads every file
+
+Read next: ../export_model.py.
+"""
+
+import re
+from pathlib import Path
+
+from corpus.errors import UserError
+
+
+def check_name(name: str, needs_token: bool) -> None:
+    """Before any work: is this a repository's name, and is there somebody to push as? Raises UserError."""
+    import huggingface_hub
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"--push_to_hub {name}: a name is USER/MODEL, of letters, digits, - _ and .") from None
+    if needs_token and not huggingface_hub.get_token():
+        raise UserError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN; --dry_run needs none")
+
+
+def listing(folder: Path) -> list[str]:
+    """A line for each file: its size and name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [f"{path.stat().st_size:>15,} bytes  {path.relative_to(folder).as_posix()}" for path in files]
+
+
+def push_to_hub(folder: Path, name: str, private: bool) -> str:
+    """Upload all files in one commit; returns the repository's address. Raises UserError with the hub's own reason."""
+    import huggingface_hub
+
+    hub = huggingface_hub.HfApi()
+    try:
+        repository = hub.create_repo(name, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload the exported model")
+    except Exception as error:  # network libraries differ by version; whatever it is, the folder is there
+        reason = re.sub(r"\s+", " ", str(error))[:300] or type(error).__name__
+        raise UserError(f"cannot push to {name} ({reason}): {folder} itself is complete") from None
+    return str(repository)

@@ -1,0 +1,132 @@
+"""A model of this house as a transformers folder that stock transformers opens, without any code of ours.
+
+    config.json  generation_config.json  model*.safetensors  tokenizer.json  tokenizer_config.json  ...  lineage.json
+
+    dense                 LlamaForCausalLM              tensors as they are
+    dense with QK-norm    Qwen3ForCausalLM              tensors as they are
+    mixture of experts    GraniteMoeSharedForCausalLM   experts stacked (granite.py)
+
+The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
+written here, not by that library. stock.py reads such a folder back.
+Read next: granite.py, stock_check.py (is it really the same model?), ../export_model.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corpus.errors import UserError
+from model.chat import ChatTokenizer
+from model.checkpoint import plain_state
+from model.config import ModelConfig
+from model.granite import MODEL_TYPE, granite_settings, to_granite
+from model.transformer import Transformer
+
+ANSWER_TOKENS = 256  # how long a stock program lets an answer get, when the model reads more than that
+
+
+def architecture(config: ModelConfig) -> tuple[str, str]:
+    """(class, model_type) of the stock architecture that computes the same.
+
+    Raises UserError for the one combination that none of them holds.
+    """
+    if config.use_moe and config.qk_norm:
+        raise UserError(
+            "a mixture of experts with --qk_norm true fits no stock architecture: train it without one of the two"
+        )
+    if config.use_moe:
+        return "GraniteMoeSharedForCausalLM", MODEL_TYPE
+    return ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
+
+
+def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json, for transformers 4 and 5 alike."""
+    name, model_type = architecture(config)
+    number_format = str(dtype).removeprefix("torch.")
+    more: dict[str, Any] = {"llama": {"mlp_bias": False}, "qwen3": {"use_sliding_window": False}}.get(model_type, {})
+    return {
+        "architectures": [name],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 the next
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": bos_id(tokenizer),
+        "eos_token_id": tokenizer.close_id,
+        "pad_token_id": tokenizer.pad_id,
+        "torch_dtype": number_format,  # transformers 4 reads this one, 5 the next
+        "dtype": number_format,
+        **more,
+        **(granite_settings(config) if config.use_moe else {}),
+    }
+
+
+def bos_id(tokenizer: ChatTokenizer) -> int | None:
+    """The token that a text begins with, in those tokenizers that have one."""
+    token = tokenizer.config.get("bos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
+
+
+def generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """How stock programs draw an answer, and which tokens end it. What a foreign parent said of drawing stays."""
+    usual = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    usual["max_new_tokens"] = min(ANSWER_TOKENS, config.max_seq_len // 2)
+    said = json.loads(tokenizer.files.get("generation_config.json", "null")) or usual
+    return {
+        **said,
+        "bos_token_id": bos_id(tokenizer),
+        "eos_token_id": tokenizer.stop_ids,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def folder_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a folder under stock names, in `dtype`; tied output weights once."""
+    state = plain_state(model)
+    state = to_granite(state, model.config) if model.config.use_moe else state
+    return {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
+
+
+def write_folder(
+    folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    """Write all that stock transformers needs into an existing folder; model.safetensors is split above a size."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    settings = folder_config(model.config, tokenizer, dtype)
+    state = folder_state(model, dtype)
+    split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_bytes)
+    for name, tensors in split.filename_to_tensors.items():
+        save_file({tensor: state[tensor] for tensor in tensors}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+    tokenizer.save(folder)
+    write_json(folder / "config.json", settings)
+    for name in split.filename_to_tensors:
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
+    write_json(folder / "generation_config.json", generation_config(model.config, tokenizer))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", newline="\n")

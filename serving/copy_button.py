@@ -1,0 +1,41 @@
+"""A small button that puts an answer on the clipboard.
+
+The text travels as data and is never part of the page's HTML. Where the browser has no clipboard for pages that came
+over plain http from another machine, the old way (a selected text field) is taken.
+Called by page.py.
+"""
+
+import streamlit as st
+
+HTML = '<button type="button"></button>'
+CSS = """
+button { border: 0; background: none; padding: 0; cursor: pointer; color: var(--st-text-color); opacity: 0.55;
+         font: inherit; font-size: 0.875rem; line-height: 1.5; }
+button:hover, button:focus-visible { opacity: 1; color: var(--st-primary-color); }
+"""
+JAVASCRIPT = """
+export default function ({ parentElement, data }) {
+    const button = parentElement.querySelector("button")
+    button.textContent = data.label
+    button.onclick = async () => {
+        if (navigator.clipboard) {
+            await navigator.clipboard.writeText(data.text)
+        } else {
+            const field = document.createElement("textarea")
+            field.value = data.text
+            document.body.append(field)
+            field.select()
+            document.execCommand("copy")
+            field.remove()
+        }
+        button.textContent = data.done
+        setTimeout(() => { button.textContent = data.label }, 1500)
+    }
+}
+"""
+
+
+def copy_button(text: str, label: str, done: str, key: str) -> None:
+    """`label` becomes `done` for a moment after the click."""
+    mount = st.components.v2.component("copy_button", html=HTML, css=CSS, js=JAVASCRIPT)
+    mount(data={"text": text, "label": label, "done": done}, key=key, width="content", height="content")

@@ -1,0 +1,128 @@
+"""The chat page in a real Chromium, without a window: what AppTest cannot see.
+
+Promises: a typed question is answered while one looks; Stop stops it; the next question is answered; a model's text
+never becomes part of the page; Copy copies; the page asks nothing of anybody but its own server; Ctrl-C ends it.
+Needs chromium and Python's playwright, and is skipped where they are not. Screenshots stay in .pytest_cache/d/web.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.parrot import save_parrot
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM or importlib.util.find_spec("playwright") is None, reason="chromium or Python's playwright is missing"
+)
+NASTY = "<script>window.pwned=1</script>\n\n<img/src=x/onerror=window.pwned=1>\n\n![x](http://example.com/x.png)"
+
+
+@pytest.fixture(scope="module")
+def address(tokenizer, tmp_path_factory):
+    """The page as a user starts it, from another folder, over three models."""
+    folder = tmp_path_factory.mktemp("web")
+    out = folder / "out"
+    save_parrot(
+        out / "dpo_64.pth", tokenizer, ["春", "眠", "不", "觉", "晓", "\n"], "dpo", ends=False, max_seq_len=8192
+    )
+    save_parrot(out / "full_sft_64.pth", tokenizer, [NASTY], "full_sft")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    log = (folder / "log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "web_demo.py", "--port", str(port), "--device", "cpu"],
+        cwd=folder, env=environment, stdout=log, stderr=log,
+    )  # fmt: skip
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(20)
+        finally:
+            server.kill()
+            log.close()
+    said = (folder / "log").read_text()
+    assert "models in out, cpu" in said and "Traceback" not in said, said
+
+
+@pytest.fixture
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def test_a_conversation(address, browser, request):
+    pictures = request.config.cache.mkdir("web")
+    context = browser.new_context(locale="zh-CN", viewport={"width": 1200, "height": 860})
+    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+    page = context.new_page()
+    elsewhere, broken = [], []
+    page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or elsewhere.append(r.url))
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    page.goto(address)
+    question = page.get_by_test_id("stChatInputTextArea")
+    question.wait_for(timeout=60_000)
+    page.get_by_text("可以这样开始").wait_for()
+    page.screenshot(path=pictures / "1_welcome.png")
+
+    page.get_by_role("slider", name="最长回答").press("End")
+    page.get_by_text("8192", exact=True).first.wait_for()
+    question.fill("背一首诗？")
+    question.press("Enter")
+    answer = page.get_by_test_id("stChatMessage").nth(1).get_by_test_id("stText")
+    page.get_by_text("春眠不觉晓").first.wait_for()
+    lengths = []
+    for _ in range(3):
+        lengths.append(len(answer.inner_text()))
+        time.sleep(0.3)
+    assert lengths[0] < lengths[1] < lengths[2], "it grows while one looks"
+    page.screenshot(path=pictures / "2_answering.png")
+    assert not page.get_by_text("可以这样开始").count(), "nothing of the first page is left below the answer"
+    page.get_by_role("button", name="停止").click()
+    page.get_by_text("已停止").wait_for()
+    stopped = answer.inner_text()
+    assert "▍" not in stopped and stopped.startswith("春眠不觉晓")
+    page.get_by_role("button", name="复制").click()
+    page.get_by_role("button", name="已复制").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == stopped.strip()
+    page.screenshot(path=pictures / "3_stopped.png")
+    assert answer.inner_text() == stopped, "and it stays stopped"
+
+    page.get_by_role("combobox", name="并排比较").click()
+    page.get_by_role("option", name="full_sft_64").click()
+    page.get_by_placeholder("同时向两个模型提问").wait_for()
+    question.fill("再来一次")
+    question.press("Enter")
+    page.get_by_text(NASTY).wait_for()
+    page.get_by_role("button", name="停止").click()
+    page.get_by_role("button", name="重新回答").wait_for()
+    page.get_by_text("更多设置").click()
+    page.get_by_text("按 Markdown 排版").click()
+    page.get_by_text("window.pwned=1").first.wait_for()
+    page.get_by_role("link", name="x").wait_for()
+    page.screenshot(path=pictures / "4_side_by_side.png")
+    assert page.evaluate("window.pwned") is None and page.locator("img[src='x']").count() == 0
+    assert not elsewhere and not broken

@@ -1,0 +1,147 @@
+"""A loaded model and how it is spoken to: whatever asks it something asks through here.
+
+    Speaker(path, args).say(messages)             one answer, printed while it grows
+    Speaker(path, args).answer_all(prompts)       many answers in one batch
+
+A model of a chat stage gets the chat in its format, a pretrained one goes on with the bare text.
+Called by 2-eval.py. Read next: talk.py (a conversation), scoring.py (questions with keys), report_page.py (several
+models side by side), ../model/generate.py (how an answer is drawn).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from corpus.errors import UserError
+from corpus.files import write_text
+from corpus.questions import sound
+from model.chat_formats import Message
+from model.checkpoint import PARENTS, find_checkpoint, load_model
+from model.generate import Answer, Sampling, generate, stream
+from trainer.runtime import autocast, pick_device, pick_dtype
+from trainer.scoring import MAX_NEW_TOKENS, chat_prompt
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+
+
+def find_model(args: argparse.Namespace) -> Path:
+    """--checkpoint, else the one model of --stage, else that of the last stage of the chain that has any."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    if args.stage and args.stage not in PARENTS:
+        raise UserError(f"--stage {args.stage}: there is no such stage; choose from {', '.join(PARENTS)}")
+    there = stages_in(args.out_dir)
+    return find_checkpoint(args.out_dir, args.stage or (there or list(PARENTS)[:1])[-1])
+
+
+def stages_in(out_dir: str) -> list[str]:
+    """The stages of the chain that have a model in `out_dir`, in the order of the chain."""
+    return [stage for stage in PARENTS if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
+
+
+class Speaker:
+    """A model, its tokenizer, and how it answers. Remembers its answers, and what they cost.
+
+    `settings` may be replaced at any time; so may `system`, a list with at most one message.
+    Raises UserError for a model that is not there or not of the wanted stage, and for numbers that make no sense.
+    """
+
+    def __init__(self, path: str | Path, args: argparse.Namespace) -> None:
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        self.model, self.tokenizer, checkpoint = load_model(path, device)
+        self.path, self.stage, self.device, self.dtype = Path(path), checkpoint["stage"], device, dtype
+        self.lineage: list[dict[str, Any]] = checkpoint.get("lineage", [])
+        if args.stage and args.stage != self.stage:
+            raise UserError(
+                f"{path} is of stage {self.stage}, not {args.stage}: leave out --stage or name another file"
+            )
+        self.chats = self.stage != "pretrain" and self.tokenizer.format is not None
+        self.system: list[Message] = []
+        if args.system:
+            self.system = [{"role": "system", "content": sound(args.system, "--system")}]
+        self.settings = self._settings(args)
+        self.answers: list[dict[str, Any]] = []
+        self.tokens, self.seconds = 0, 1e-9
+        self.last = (0, 1e-9)  # tokens and seconds of the last answer
+        print(self.introduction(), flush=True)
+
+    def _settings(self, args: argparse.Namespace) -> Sampling:
+        """Greedy for questions with keys; else what the flags say."""
+        longest = args.max_new_tokens
+        if longest is None:
+            longest = 200 if not args.questions else MAX_NEW_TOKENS if self.chats else 24
+        stop = self.tokenizer.stop_strings if self.chats else ()
+        try:
+            if args.questions:  # a pretrained model knows no marker that ends an answer, so its line ends it
+                return Sampling(max_new_tokens=longest, stop=stop if self.chats else ("\n",))
+            chosen = {name: getattr(args, name) for name in SAMPLING} | {"max_new_tokens": longest}
+            return Sampling(**chosen, stop=stop)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
+    def introduction(self) -> str:
+        """The file, its stage, the number of parameters, device and number format, in one line."""
+        total, active = self.model.count_parameters()
+        size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
+        return f"{self.path}: {self.stage}, {size}, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+
+    def number_format(self) -> Any:
+        """The context in which answers are drawn: matrix products in --dtype."""
+        return autocast(self.device, self.dtype)
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        """What the model reads: the bare text, or the chat with as many of its last turns as leave room to answer."""
+        if not self.chats:
+            return self.tokenizer.encode_start(messages[-1]["content"])
+        return chat_prompt(self.model, self.tokenizer, self.system + messages, self.settings.max_new_tokens)
+
+    def say(self, messages: list[Message], may_be_stopped: bool = False) -> str:
+        """Print the answer while it grows, and return it; where Ctrl-C may stop it, what there is until then."""
+        answer, started = Answer(), time.perf_counter()
+        try:
+            with self.number_format():
+                for piece in stream(self.model, self.prompt_ids(messages), self.settings, self.tokenizer, answer):
+                    print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not may_be_stopped:
+                raise
+            answer.finish_reason = "stopped"
+            print(" [stopped]", end="")
+        except ValueError as error:  # the prompt is too long
+            raise UserError(str(error)) from None
+        print(flush=True)
+        self.last = (len(answer.ids), max(time.perf_counter() - started, 1e-9))
+        self.tokens, self.seconds = self.tokens + self.last[0], self.seconds + self.last[1]
+        prompt = messages[-1]["content"]
+        self.answers.append({"prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason})
+        return answer.text
+
+    def answer_all(self, prompts: list[str]) -> list[dict[str, Any]]:
+        """{"answer", "finish_reason", "tokens"} for each prompt, each a conversation of its own, in one batch.
+
+        Raises UserError naming the prompt that is too long.
+        """
+        ids = [self.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+        limit, started = self.model.config.max_seq_len, time.perf_counter()
+        for prompt, prompt_ids in zip(prompts, ids, strict=True):
+            if len(prompt_ids) >= limit:
+                raise UserError(
+                    f"{self.path}: the prompt “{prompt[:40]}” has {len(prompt_ids)} tokens, the model reads at most "
+                    f"{limit} (max_seq_len): shorten it"
+                )
+        with self.number_format():
+            answers = generate(self.model, ids, self.settings, self.tokenizer)
+        self.seconds += time.perf_counter() - started
+        self.tokens += sum(len(answer.ids) for answer in answers)
+        return [{"answer": a.text.strip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
+
+    def report(self, path: str | None, **scores: Any) -> None:
+        """The closing line, and the json file if one is wanted."""
+        speed = self.tokens / self.seconds
+        print(f"{self.tokens} tokens, {speed:.0f} tokens/s")
+        if path:
+            about = {"checkpoint": str(self.path), "stage": self.stage, "tokens_per_second": round(speed, 1)}
+            write_text(path, json.dumps(about | {**scores, "answers": self.answers}, ensure_ascii=False, indent=1))

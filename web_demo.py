@@ -1,0 +1,100 @@
+"""A chat page in the browser for the models that you trained: alone or two side by side, in Chinese and English.
+
+    python web_demo.py                                 the models in out/; prints the address to open
+    python web_demo.py --out_dir elsewhere --port 8600
+    python web_demo.py --checkpoint out/dpo_512.pth ../Qwen3-0.6B       these instead: .pth files, transformers folders
+
+It needs streamlit: pip install "streamlit>=1.51,<2". Runs from any folder, asks nothing of the network, and listens on
+this machine only unless --host says otherwise; it has no password. Reads out/, writes nothing.
+Read next: serving/page.py (what is drawn), serving/conversation.py (how answers grow), model/generate.py.
+"""
+
+import argparse
+import importlib.util
+import socket
+import sys
+from pathlib import Path
+
+from corpus.errors import UserError, fail_in_one_line
+
+HERE = Path(__file__).resolve().parent
+SETTINGS = {
+    "server.headless": "true",  # no browser is opened, no e-mail address asked for
+    "server.fileWatcherType": "none",
+    "browser.gatherUsageStats": "false",
+    "client.toolbarMode": "minimal",
+    "theme.light.primaryColor": "#4b7f5b",
+    "theme.light.sidebar.backgroundColor": "#f6f7f3",
+    "theme.dark.primaryColor": "#7fb58e",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("which models").add_argument
+    add("--out_dir", help="where the models are (default: out, here or in the project's folder)")
+    add("--checkpoint", nargs="+", default=[], metavar="FILE", help=".pth files or transformers folders, instead")
+    add = parser.add_argument_group("page").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in (default: 127.0.0.1)")
+    add("--port", type=int, default=8501, help="default: 8501")
+    add("--lang", choices=("auto", "zh", "en"), default="auto", help="first language (auto: the browser's)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    return parser
+
+
+def out_dir(args: argparse.Namespace) -> Path:
+    """--out_dir, else out/ here, else out/ beside this script."""
+    return Path(args.out_dir) if args.out_dir else next((p for p in (Path("out"),) if p.is_dir()), HERE / "out")
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Check what can be checked, then let streamlit serve this same file."""
+    if importlib.util.find_spec("streamlit") is None:
+        raise UserError('the chat page needs streamlit: pip install "streamlit>=1.51,<2"')
+    for path in args.checkpoint:
+        if not Path(path).exists():
+            raise UserError(f"--checkpoint {path}: there is nothing of that name")
+    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((args.host, args.port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"cannot listen on {args.host}:{args.port} ({reason}): try another --port or --host"
+            ) from None
+    from trainer.runtime import pick_device, pick_dtype
+
+    device = pick_device(args.device)
+    where = ", ".join(args.checkpoint) or f"models in {out_dir(args)}"
+    print(f"{where}, {device}, {pick_dtype(args.dtype, device)}; Ctrl-C ends the page", flush=True)
+    from streamlit.web import cli
+
+    flags = {**SETTINGS, "server.address": args.host, "server.port": args.port}
+    cli.main(["run", __file__, *(f"--{name}={value}" for name, value in flags.items()), "--", *sys.argv[1:]])
+
+
+def draw(args: argparse.Namespace) -> None:
+    """One drawing of the page, inside streamlit."""
+    from serving.page import Options, show
+    from trainer.runtime import pick_device, pick_dtype
+
+    device = pick_device(args.device)
+    files = tuple(Path(path) for path in args.checkpoint)
+    show(Options(out_dir(args), files, device, pick_dtype(args.dtype, device), args.lang))
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    streamlit = sys.modules.get("streamlit")  # not imported here: --help must be quick
+    if streamlit and streamlit.runtime.exists():
+        draw(args)
+    else:
+        launch(args)
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()
