@@ -63,6 +63,11 @@ class Job:
     def cluster(self) -> Path:
         return Path(self.folder) / "cluster"
 
+    @property
+    def logs(self) -> Path:
+        """datatrove's notes on which tasks are done; beside the folder, because the last task renames that."""
+        return Path(self.out_dir + ".log")
+
 
 # ---- the steps: called as step(data, rank, world_size) ---------------------------------------------------------------
 @dataclass
@@ -202,7 +207,7 @@ def deduplicate_many(
     folder = partial_folder(out_dir).absolute()
     job = Job([str(Path(path).resolve()) for path in paths], str(Path(out_dir).absolute()), str(folder), max_bad_share)
     with writing(out_dir):
-        _continue_or_clear(folder, paths)
+        _continue_or_clear(job, paths)
     if executor == "slurm":
         _submit(job, workers, slurm)
         return None
@@ -211,11 +216,12 @@ def deduplicate_many(
     for name, pipeline, tasks in stages(job):
         kind = LocalPipelineExecutor if executor == "local" else RayPipelineExecutor
         at_once = min(workers, tasks)
-        with _messages_to(folder / "cluster" / "log.txt"):
-            kind(pipeline, tasks=tasks, workers=at_once, logging_dir=str(job.cluster / "log" / name)).run()
-        if name != "finish" and len(list((job.cluster / "log" / name / "completions").glob("*"))) < tasks:
-            raise UserError(f"{name}: not every task succeeded: see {job.cluster}/log, then repeat the command")
+        with _messages_to(job.logs / "messages.txt"):
+            kind(pipeline, tasks=tasks, workers=at_once, logging_dir=str(job.logs / name)).run()
+        if len(list((job.logs / name / "completions").glob("*"))) < tasks:
+            raise UserError(f"{name}: not every task succeeded: see {job.logs}, then repeat the command")
         print(f"{name}: {tasks} tasks done", flush=True)
+    shutil.rmtree(job.logs)
     return Tally.of_report(Path(out_dir) / "report.json")
 
 
@@ -223,23 +229,25 @@ def deduplicate_many(
 def _messages_to(path: Path) -> Iterator[None]:
     """What datatrove writes to the screen goes to a file, also from its processes."""
     screen = os.dup(2)
-    with path.open("ab") as file:
+    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(screen, 2)
-        os.close(screen)
+        try:
+            yield
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
 
 
-def _continue_or_clear(folder: Path, paths: list[Path_]) -> None:
+def _continue_or_clear(job: Job, paths: list[Path_]) -> None:
     """Leftovers of other files go; those of the same files stay, and so the tasks that are done."""
-    job = {"inputs": inputs_of(paths), "bands": [BANDS, ROWS]}
-    known = folder / "cluster" / "job.json"
-    if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(job)):
-        shutil.rmtree(folder, ignore_errors=True)
-        known.parent.mkdir(parents=True)
-        write_json(known, job)
+    content = {"inputs": inputs_of(paths), "bands": [BANDS, ROWS]}
+    known = job.cluster / "job.json"
+    if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
+        shutil.rmtree(job.folder, ignore_errors=True)
+        shutil.rmtree(job.logs, ignore_errors=True)
+        job.cluster.mkdir(parents=True)
+        write_json(known, content)
+    job.logs.mkdir(exist_ok=True)
 
 
 def _submit(job: Job, workers: int, slurm: dict[str, str]) -> None:
@@ -254,12 +262,12 @@ def _submit(job: Job, workers: int, slurm: dict[str, str]) -> None:
             partition=slurm["partition"],
             qos="",
             job_name=f"dedup_{name}",
-            logging_dir=str(job.cluster / "log" / name),
+            logging_dir=str(job.logs / name),
             env_command=f'export PYTHONPATH="{ROOT}:$PYTHONPATH" PATH="{programs}:$PATH"',
             depends=before,
         )
         before.run()
-    print(f"submitted: five job arrays; {job.out_dir} appears when the last one is done, logs in {job.cluster}/log")
+    print(f"submitted: five job arrays; {job.out_dir} appears when the last one is done, logs in {job.logs}")
 
 
 def _start_ray(workers: int) -> None:

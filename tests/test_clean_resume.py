@@ -114,11 +114,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
     exam = tmp_path / "exam.txt"
     exam.write_text("哪一条河流经过的国家首都最多，请选出正确的一项来回答？")
     peaks = []
-    for count in (1000, 12_000):
+    for count in (500, 6000):
         path = tmp_path / f"{count}.jsonl"
         rows = (json.dumps({"text": f"{i}。" + "".join(f"{ZH}{i * k}" for k in range(30))}) for i in range(count))
         path.write_text("\n".join(rows))
-        flags = ["--against", str(exam)] if kind == "decontaminate" else []
+        flags = {"decontaminate": ["--against", str(exam)], "clean": ["--skip", "repeated_ngrams"], "dedup": []}[kind]
         arguments = [kind, str(path), "--out_dir", str(tmp_path / f"out{count}"), *flags]
         code = (
             f"import data_process; from trainer.logbook import peak_memory_mb as p; data_process.main({arguments!r}); "
@@ -126,4 +126,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path, kind):
         done = run_process(sys.executable, "-c", code + "print('peak', p('cpu'))")
         assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout.split("peak ")[-1]))
-    assert path.stat().st_size > 60e6 and peaks[1] - peaks[0] < 25, peaks
+    assert path.stat().st_size > 25e6 and peaks[1] - peaks[0] < 25, peaks
