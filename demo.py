@@ -7,6 +7,7 @@
     sft        3-full_sft.py            the model learns to answer; 2-eval.py puts the same questions again
     lora       4-lora_sft.py            a new name and job, in a few thin matrices; what was learnt before stays
     dpo        5-dpo_train.py           of two answers, the right, short, polite one
+    exam       eval_ceval.py            multiple choice in C-Eval's layout, with an interval and the chance line
 
     python demo.py                      (`make demo` does the same in its own environment)
     python demo.py --out_dir out/demo2 --seed 1
@@ -51,9 +52,11 @@ FLAGS = {
     "full_sft": "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2",
     "lora_sft": "--rank 16 --alpha 32 --epochs 3 --batch_size 16 --learning_rate 2.5e-3 --max_minutes 0.7",
     "dpo": "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7 --log_interval 2 --eval_interval 15",
+    "exam": "--method text",  # so small a model has not learnt to answer with a letter: it always says the same one
     "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # a smaller world for --max_steps
     "training": "--log_interval 25 --eval_interval 250 --eval_tokens 4096",
 }
+EXAM_FIELDS = ("questions", "accuracy", "low", "high", "chance", "sentence")
 WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_questions", "pairs")
 
 
@@ -93,6 +96,10 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     tokenizer_command = ["train_tokenizer.py", *words, *FLAGS["tokenizer"].split()]
     world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed)]
     world_command += FLAGS["try" if max_steps else "world"].split()
+    exam = out / "exam"
+    exam_command = ["-m", "corpus.demo_exam", "--out_dir", str(exam), "--seed", str(seed)]
+    sit_command = ["eval_ceval.py", "--data", str(exam), "--checkpoint", str(models[LAST]), *FLAGS["exam"].split()]
+    sit_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
         ("world", "Compose the demo world", (world_command, list(files.values()))),
         ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
@@ -110,6 +117,8 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         ("score_lora_sft", "And the old questions: what was forgotten?", score("lora_sft")),
         ("dpo", "DPO: prefer the better answer", train("5-dpo_train.py", "dpo", "dpo", "lora_sft")),
         ("score_dpo", "Put the questions for the last time", score("dpo")),
+        ("exam", "Make an exam of the demo world", (exam_command, [exam / "subject_mapping.json"])),
+        ("score_exam", "Sit the exam: which of four answers is the likeliest?", (sit_command, [out / "exam.json"])),
     ]
     return [Step(name, title, *command) for name, title, command in steps]
 
@@ -215,6 +224,7 @@ def make_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, An
         "answer_accuracy": {moment: score[stage]["accuracy"] for stage, moment in TRAINING.items()},
         "answer_kinds": {moment: score[stage]["kinds"] for stage, moment in TRAINING.items()},
         "identity": identity,
+        "exam": {name: read_json(out / "exam.json")[name] for name in EXAM_FIELDS},
         "curves": [str(out / f"{stage}_{DIM}.png") for stage in TRAINING],
         "samples": samples,
     }
@@ -265,6 +275,7 @@ def explanations(report: dict[str, Any]) -> list[str]:
         return ", ".join(f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in LANGUAGES if k in scores)
 
     kinds, identity, dpo = report["answer_kinds"]["after_sft"], report["identity"], report["stages"]["dpo"]
+    exam = report["exam"]
     lines = [
         "tokens: those trained. bits/byte: of held-out texts and answers.",
         "right: the exact key is in the answer to a question whose words nobody trained on.",
@@ -277,7 +288,7 @@ def explanations(report: dict[str, Any]) -> list[str]:
     for lang, gained in dpo.get("val_accuracy", {}).items():
         before, after = dpo["val_likelier_before"][lang], dpo["val_likelier"][lang]
         lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; it gained on the other in {gained:.1%}")
-    return lines
+    return [*lines, f"Exam, {exam['questions']} questions with four answers each:", f"  {exam['sentence']}"]
 
 
 def interpreter() -> str:

@@ -27,6 +27,9 @@ def test_the_whole_path_in_two_steps_a_stage(tmp_path):
     assert all(Path(curve).read_bytes().startswith(b"\x89PNG") for curve in report["curves"])
     assert report["identity"].keys() == {"before_lora", "after_lora"}
     assert "val_likelier_before" in report["stages"]["dpo"]
+    exam = report["exam"]
+    assert exam["questions"] == 300 and exam["chance"] == 0.25 and exam["low"] < exam["accuracy"] < exam["high"]
+    assert exam["sentence"] in " ".join(done.stdout.split())
     for line in ("what each stage achieved", "ten of the held-out questions", "go on chatting:  "):
         assert line in done.stdout
 
