@@ -15,7 +15,7 @@ may be missing. Answers are greedy, and right when they contain any of the keys 
 by side, bits per byte of --texts, loss on --chats, how often answers loop, speed. Nothing leaves the machine unless
 --judge names a server (OpenAI's protocol; its key in OPENAI_API_KEY): it gets the prompts and answers, not the names.
 Reads out/*.pth; writes --json, a report to out/eval/, and what /save says.
-Read next: trainer/speaker.py and trainer/talk.py, model/generate.py (how an answer is drawn), 3-full_sft.py.
+Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how an answer is drawn), 3-full_sft.py.
 """
 
 import argparse
@@ -93,15 +93,15 @@ def main() -> None:
     if args.prompt is not None:
         prompts = [sound(args.prompt, "--prompt")]
     if args.report is not None:
-        from trainer.report_page import make_report
+        from evaluation.report_page import make_report
 
         return make_report(args, prompts)
     if not questions and not prompts and not sys.stdin.isatty():
         prompts = list(FIRST)
 
-    from trainer.scoring import put_questions
-    from trainer.speaker import Speaker, find_model
-    from trainer.talk import Conversation, talk
+    from evaluation.scoring import put_questions
+    from evaluation.speaker import Speaker, find_model
+    from evaluation.talk import Conversation, talk
 
     speaker = Speaker(find_model(args), args)
     scores = put_questions(speaker, questions) if questions else {}

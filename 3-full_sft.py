@@ -14,7 +14,7 @@ Reads   dataset/sft (made by data_process.py sft) and the parent, which carries 
 Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume;
         with --data_share out/data_study/ instead.
 Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_formats.py (how turns are written),
-        trainer/batches.py (why padding is rare), trainer/data_study.py.
+        trainer/batches.py (why padding is rare), evaluation/data_study.py.
 """
 
 from corpus.errors import UserError, fail_in_one_line
@@ -49,9 +49,9 @@ def main() -> None:
     if args.max_minutes and args.data_share:
         raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
 
+    from evaluation.data_study import run_study
     from model.checkpoint import find_parent, load_model
     from trainer.batches import open_chats
-    from trainer.data_study import run_study
     from trainer.loop import Stage, train
     from trainer.runtime import start
 

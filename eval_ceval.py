@@ -11,7 +11,7 @@
 Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
 Reads C-Eval's and CMMLU's layouts (corpus/exams.py), any out/*.pth (an adapter with its parent) or a transformers
 folder. Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
-Read next: trainer/exam.py (how it asks), trainer/exam_score.py (how sure the score is).
+Read next: evaluation/exam.py (how it asks), evaluation/exam_score.py (how sure the score is).
 """
 
 import argparse
@@ -83,11 +83,11 @@ def exam_name(data: str) -> str:
 
 def run(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
+    from evaluation import exam_pages
+    from evaluation.exam import Asking, ask
+    from evaluation.exam_answers import answer
+    from evaluation.exam_score import mark, result_of
     from model.checkpoint import load_model
-    from trainer import exam_pages
-    from trainer.exam import Asking, ask
-    from trainer.exam_answers import answer
-    from trainer.exam_score import mark, result_of
     from trainer.runtime import autocast, pick_device, pick_dtype
 
     path, device = model_path(args), pick_device(args.device)

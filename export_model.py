@@ -14,7 +14,7 @@ The way back: `--init_from small-chat` in 3-full_sft.py, `--checkpoint small-cha
 
 Reads   a .pth, or a folder that transformers wrote.
 Writes  DIR: config, weights, tokenizer, the model card README.md, lineage.json; all of it or nothing.
-Next:   model/stock_export.py (the folder), model/gguf_file.py (the GGUF), model/card.py (the card).
+Next:   export/stock_folder.py (the folder), export/gguf_file.py (the GGUF), export/card.py (the card).
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
     import torch
 
-    from model import export, gguf_file, hub
+    from export import gguf_file, hub, write
     from model.checkpoint import load_model
     from model.lineage import LICENSE, facts
 
@@ -86,16 +86,16 @@ def main() -> None:
     if args.gguf:
         gguf_file.refuse_early(tokenizer)
     print(f"{args.checkpoint}: {known['stage']}, {known['parameters'] / 1e6:.1f} M parameters", flush=True)
-    with export.place(args.folder, args.overwrite) as folder:
+    with write.place(args.folder, args.overwrite) as folder:
         if args.adapter:
-            model, line = export.export_adapter(folder, args.checkpoint, tokenizer, base, args.verify)
+            model, line = write.export_adapter(folder, args.checkpoint, tokenizer, base, args.verify)
         else:
             dtype = getattr(torch, args.dtype or "float32")
-            line = export.export_model(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
+            line = write.export_model(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
         print(line, flush=True)
         if args.gguf:
-            print(export.export_gguf(folder, model, tokenizer, args.gguf, known, args.verify), flush=True)
-        export.write_card(folder, model, known, license, args.push_to_hub or "", base)
+            print(write.export_gguf(folder, model, tokenizer, args.gguf, known, args.verify), flush=True)
+        write.write_card(folder, model, known, license, args.push_to_hub or "", base)
     print(f"saved {args.folder}:", *hub.listing(args.folder), sep="\n")
     if args.push_to_hub and args.dry_run:
         print(f"these files would go to {args.push_to_hub}; nothing was uploaded (--dry_run)")

@@ -8,7 +8,7 @@ either read whole or not at all: a question left out in silence would change the
 the last line is an error with its line number.
 Layouts: github.com/hkust-nlp/ceval and github.com/haonan-li/CMMLU.
 
-Called by ../eval_ceval.py. Read next: exam_subjects.py (which subject belongs where), ../trainer/exam.py (who asks).
+Called by ../eval_ceval.py. Read next: exam_subjects.py (which subject belongs where), ../evaluation/exam.py (who asks).
 """
 
 import csv

@@ -5,7 +5,7 @@
 They ask what small models are usually shown with. They are no exam: nobody counts right answers here, and a model that
 has seen them in training has only been taught its own demonstration. `FIRST` has one of each kind: what 2-eval.py asks
 when nobody is at the keyboard.
-Read next: ../2-eval.py (who asks), ../trainer/report_page.py (the page on which the answers stand together).
+Read next: ../2-eval.py (who asks), ../evaluation/report_page.py (the page on which the answers stand together).
 """
 
 PROMPTS: tuple[tuple[str, str, str], ...] = (

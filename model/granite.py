@@ -10,7 +10,7 @@
 The sum of S shared feed-forwards is one feed-forward S times as wide, so their matrices lie side by side. Softmax over
 the top k logits is the softmax over all, divided by the sum of its top k: moe.py's weights. Granite's four multipliers
 are set to what makes them disappear. Source: transformers, models/granitemoeshared and conversion_mapping.py.
-Read next: moe.py, stock.py (reading such a folder), stock_export.py (writing one).
+Read next: moe.py, stock.py (reading such a folder), ../export/stock_folder.py (writing one).
 """
 
 from typing import Any

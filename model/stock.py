@@ -5,7 +5,7 @@
 The architecture is the same and so are the names of the parameters (transformer.py), so the tensors are read as they
 are, in fp32, and logits equal transformers'. What this model cannot do (scaled RoPE, biases, sliding windows, heads of
 another size, quantised weights) is refused by name, never left out silently. A folder that was exported from here
-(stock_export.py) comes back with its stage and its lineage.
+(../export/stock_folder.py) comes back with its stage and its lineage.
 
 Used by checkpoint.load_model for a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
 Read next: checkpoint.py (our own files), chat_formats.py (its chat template).

@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from corpus.questions import sound
+from evaluation.scoring import chat_prompt
 from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.generate import Answer, Sampling, stream
 from model.transformer import Transformer
-from trainer.scoring import chat_prompt
 
 
 @dataclass

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from corpus.errors import UserError
+from evaluation.scoring import chat_prompt
 from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
 from model.transformer import Transformer
 from serving.schemas import ChatMessage
-from trainer.scoring import chat_prompt
 
 
 class TooLong(Exception):

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.errors import UserError
+from evaluation import bits as room
+from evaluation.bits import Row, bits_per_byte, ratio, read_chats, read_named_texts, sft_loss, windows
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from trainer import bits as room
 from trainer import loss as loss_room
-from trainer.bits import Row, bits_per_byte, ratio, read_chats, read_named_texts, sft_loss, windows
 from trainer.loss import IGNORE
 
 TEXTS = ["ab", "今天天气很好。", "The river is long and the moon is far away, and so on and so on. " * 3, "x"]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corpus.errors import UserError
-from model.card import card
+from export.card import card
 from model.checkpoint import load_model, remember_parent, save_model
 from model.config import ModelConfig
 from model.lineage import NOTE, facts, note, read_note

@@ -17,8 +17,8 @@ import pytest
 from corpus.errors import UserError
 from corpus.prompts import FIRST, PROMPTS
 from corpus.questions import is_right
+from evaluation.speaker import find_model
 from tests.conftest import ROOT, load_script, run_process, run_script
-from trainer.speaker import find_model
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_in_a_script_it_answers_the_fixed_prompts(out, monkeypatch, capsys):
 
 
 def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
-    import trainer.speaker as speaker
+    import evaluation.speaker as speaker
 
     heard = []
 

@@ -8,10 +8,10 @@ import torch
 
 from corpus.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
+from evaluation.exam import Asking, ask
+from evaluation.exam_answers import answer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from trainer.exam import Asking, ask
-from trainer.exam_answers import answer
 
 EXAMPLES = [Item("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[i % 4], f"dev:{i}") for i in range(3)]
 

@@ -6,8 +6,8 @@ from itertools import product
 import pytest
 
 from corpus.exams import Exam, Item
-from trainer.exam import Asked, option_orders
-from trainer.exam_score import guessing_reaches, mark, result_of, score, sentence, wilson
+from evaluation.exam import Asked, option_orders
+from evaluation.exam_score import guessing_reaches, mark, result_of, score, sentence, wilson
 
 
 def item(number, answer="A", options=("1", "2", "3", "4"), subject="logic"):

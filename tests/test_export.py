@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from corpus.errors import UserError
+from export.stock_check import TEXTS
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
-from model.stock_check import TEXTS
 from model.transformer import Transformer
 from tests.conftest import run_process, run_script
 from tests.test_stock_folder import edit, make_folder
@@ -233,7 +233,7 @@ def test_nothing_half_written(failure, monkeypatch, saved, tmp_path):
     def fail(*arguments, **options):
         raise failure
 
-    monkeypatch.setattr("model.export.check_folder", fail)
+    monkeypatch.setattr("export.write.check_folder", fail)
     with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else UserError):
         export(monkeypatch, source, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

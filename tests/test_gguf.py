@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from corpus.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
+from export.gguf_check import check_gguf
+from export.gguf_file import crossing_piece, go_template, interleave, modelfile, pre_tokenizer, write_gguf
 from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from model.chat_formats import FORMAT_NAMES
 from model.checkpoint import save_model
 from model.config import ModelConfig
-from model.gguf_check import check_gguf
-from model.gguf_file import crossing_piece, go_template, interleave, modelfile, pre_tokenizer, write_gguf
 from tests.conftest import run_script
 from tests.test_export import CASES, LINEAGE, rough
 from tests.test_stock_folder import make_tokenizer
@@ -108,7 +108,7 @@ def test_llama_cpp_computes_the_same(llama_cpp, case, number, chats, tmp_path):
 def test_llama_cpp_would_tell(llama_cpp, chats, tmp_path, monkeypatch):
     model, path = tiny(chats), tmp_path / "m.gguf"
     with monkeypatch.context() as patch:
-        patch.setattr("model.gguf_file.interleave", lambda matrix, heads: matrix)
+        patch.setattr("export.gguf_file.interleave", lambda matrix, heads: matrix)
         write_gguf(path, model, chats, "f32", KNOWN)
         with pytest.raises(UserError, match="logits differ"):
             check_gguf(path, model, chats, "f32")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from corpus.errors import UserError
-from model.hub import check_name
+from export.hub import check_name
 from tests.conftest import run_process
 
 

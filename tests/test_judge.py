@@ -18,9 +18,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from pydantic import TypeAdapter
 
 from corpus.errors import UserError
-from trainer import http_judge
-from trainer.http_judge import ChatServer
-from trainer.judge import judge, questions_for, read_verdict
+from evaluation import http_judge
+from evaluation.http_judge import ChatServer
+from evaluation.judge import judge, questions_for, read_verdict
 
 REQUEST = TypeAdapter(CompletionCreateParamsNonStreaming)
 ANSWERS = {

@@ -109,7 +109,7 @@ def test_a_study_is_a_table_and_a_plot(study, capsys):
 
 
 def test_a_study_goes_on_share_by_share(study, monkeypatch, capsys):
-    import trainer.data_study as room
+    import evaluation.data_study as room
 
     folder = study("0.5")
     first = (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns
@@ -137,7 +137,7 @@ def test_a_study_goes_on_share_by_share(study, monkeypatch, capsys):
 
 
 def test_subsets_are_nested():
-    from trainer.data_study import Share
+    from evaluation.data_study import Share
 
     class Rows:
         def __len__(self):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.repetition import describe, distinct, is_loop, units
+from model.repetition import describe, distinct, is_loop, units
 
 
 def test_units_are_characters_words_and_signs():

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from corpus.errors import UserError
 from corpus.prompts import PROMPTS
+from evaluation.markdown_page import _fenced, _plain
+from evaluation.report_page import labels_of
 from tests.conftest import run_process, run_script
-from trainer.markdown_page import _fenced, _plain
-from trainer.report_page import labels_of
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_nothing_leaves_the_machine(report, monkeypatch):
 
 
 def test_the_judge_is_asked_about_these_answers(report, monkeypatch):
-    from trainer import http_judge
+    from evaluation import http_judge
 
     def ask(server, text):
         assert server.url == "http://localhost:9/v1" and "64" not in text
@@ -121,7 +121,7 @@ def test_the_judge_is_asked_about_these_answers(report, monkeypatch):
 
 
 def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
-    from trainer import http_judge
+    from evaluation import http_judge
 
     def ask(server, text):
         raise UserError("--judge: gave up")

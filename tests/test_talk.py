@@ -16,10 +16,10 @@ import pytest
 from corpus.errors import UserError
 from corpus.read import read_chats, read_texts
 from corpus.report import DataReport
+from evaluation import speaker as speaker_room
+from evaluation.speaker import Speaker, find_model
+from evaluation.talk import Conversation, talk
 from tests.conftest import ROOT, load_script
-from trainer import speaker as speaker_room
-from trainer.speaker import Speaker, find_model
-from trainer.talk import Conversation, talk
 
 
 @pytest.fixture

@@ -25,12 +25,12 @@ from corpus.shards import read_meta
 from model.chat import ChatTokenizer
 from model.checkpoint import atomic_save, plain_state, state_fingerprint
 from model.generate import Sampling, generate
+from model.repetition import is_loop
 from model.transformer import Transformer
 from trainer.batches import Batch, Chats, Pairs
 from trainer.logbook import Row
 from trainer.loop import to_device
 from trainer.loss import IGNORE, output_weight, token_log_probs
-from trainer.repetition import is_loop
 from trainer.runtime import Run
 
 FIRST_LOSS_BAND, ROUNDED_BAND = 0.01, 0.05  # how far the first loss may be off: in fp32 (or TF32), in bf16 and fp16

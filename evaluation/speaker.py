@@ -17,11 +17,11 @@ from typing import Any
 from corpus.errors import UserError
 from corpus.files import write_text
 from corpus.questions import sound
+from evaluation.scoring import MAX_NEW_TOKENS, chat_prompt
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
 from model.generate import Answer, Sampling, generate, stream
 from trainer.runtime import autocast, pick_device, pick_dtype
-from trainer.scoring import MAX_NEW_TOKENS, chat_prompt
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
 

@@ -1,7 +1,7 @@
 """The steps of an export: a place to write in, the folder or the adapter, the GGUF, the card; each checked where it is
 made. Either all of it ends up under the name that was asked for, or nothing does.
 
-Read next: stock_export.py, stock_check.py, gguf_file.py, gguf_check.py, card.py; ../export_model.py calls.
+Read next: stock_folder.py, stock_check.py, gguf_file.py, gguf_check.py, card.py; ../export_model.py calls.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from corpus.errors import UserError
-from model.card import card, name_of
+from export.card import card, name_of
+from export.gguf_check import check_gguf
+from export.gguf_file import modelfile, write_gguf
+from export.stock_check import check_adapter, check_folder
+from export.stock_folder import architecture, write_folder
 from model.chat import ChatTokenizer
 from model.checkpoint import load_state, open_adapter, read_checkpoint
-from model.gguf_check import check_gguf
-from model.gguf_file import modelfile, write_gguf
 from model.lineage import NOTE, Facts, note
 from model.peft_folder import write_peft
-from model.stock_check import check_adapter, check_folder
-from model.stock_export import architecture, write_folder
 from model.transformer import Transformer
 
 

@@ -5,7 +5,7 @@
     answer    GREEDY_TOKENS greedy tokens of generate(): the same, unless two tokens are a tie within the tolerance
 
 Anything else is an error: the folder is not left behind. Of an adapter the same is asked of the peft library.
-Read next: stock_export.py (what is checked here), gguf_check.py (the same for llama.cpp).
+Read next: stock_folder.py (what is checked here), gguf_check.py (the same for llama.cpp).
 """
 
 import contextlib
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from corpus.errors import UserError
+from export.stock_folder import folder_state
 from model.chat import ChatTokenizer
-from model.stock_export import folder_state
 from model.transformer import KVCache, Transformer
 
 LOGIT_TOLERANCE = 1e-4  # largest absolute difference, fp32

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corpus.errors import UserError
+from evaluation.exam import Asked
 from model.chat import ChatTokenizer
 from model.transformer import KVCache, Transformer
-from trainer.exam import Asked
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 16384  # a larger batch overflows a CPU's caches: 4096 took half as long again
 WIDTH_STEP = 16  # widths are multiples of it: a CPU's kernels are prepared for each shape anew

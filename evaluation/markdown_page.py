@@ -1,7 +1,7 @@
 """The report as a page of markdown: one table of figures, then prompt by prompt what each model said.
 
 What a model said stands in a fence that is longer than any run of backticks in it, so no answer can break the page.
-Called by report_page.py, which makes the figures. Read next: repetition.py and bits.py (what they mean).
+Called by report_page.py, which makes the figures. Read next: ../model/repetition.py, bits.py (what they mean).
 """
 
 import re

@@ -6,7 +6,7 @@ Models are opened one after the other, so that memory holds one. Every file that
 model computes. Equal arguments give equal answers: the seed is 0 unless --seed says otherwise, and prompt i is drawn
 with seed + i for every model.
 Writes  out/eval/report.md and .json (or what --json names), with --judge also .verdicts.jsonl beside them.
-Read next: bits.py and repetition.py (the measures), judge.py, markdown_page.py (how the page is written).
+Read next: bits.py, ../model/repetition.py (the measures), judge.py, markdown_page.py (how the page is written).
 """
 
 import argparse
@@ -22,14 +22,14 @@ from corpus.errors import UserError
 from corpus.files import write_text
 from corpus.language import language_of
 from corpus.prompts import PROMPTS
+from evaluation.bits import bits_per_byte, read_chats, read_named_texts, sft_loss
+from evaluation.http_judge import ChatServer
+from evaluation.judge import judge
+from evaluation.markdown_page import page
+from evaluation.speaker import SAMPLING, Speaker, stages_in
 from model.chat_formats import Message
 from model.checkpoint import find_checkpoint, read_checkpoint
-from trainer.bits import bits_per_byte, read_chats, read_named_texts, sft_loss
-from trainer.http_judge import ChatServer
-from trainer.judge import judge
-from trainer.markdown_page import page
-from trainer.repetition import describe
-from trainer.speaker import SAMPLING, Speaker, stages_in
+from model.repetition import describe
 
 SFT_CHATS = Path("dataset/sft/val.jsonl")  # what data_process.py sft holds out
 SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # the speed of a conversation is that of so many tokens, from so many prompts

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from corpus.errors import UserError
+from export.gguf_file import gguf_package, gguf_tensors, storage, write_gguf
+from export.stock_check import GREEDY_TOKENS, TEXTS, chat_ids, greedy, same_answer
 from model.chat import ChatTokenizer
-from model.gguf_file import gguf_package, gguf_tensors, storage, write_gguf
-from model.stock_check import GREEDY_TOKENS, TEXTS, chat_ids, greedy, same_answer
 from model.transformer import Transformer
 
 ROUNDING = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-7, "q8_0": 1 / 127}  # of a tensor's largest number

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import UserError
-from trainer.http_judge import ChatServer
+from evaluation.http_judge import ChatServer
 
 SCORE = """A small language model was given a request. How good is its answer? Is it correct, does it help, is it in \
 the language that the request asks for, is it well written? 1 is useless, 10 could not be better.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corpus.exams import LETTERS, Exam, Item
-from trainer.exam import Asked
+from evaluation.exam import Asked
 
 CHANCE = 0.25
 Z = 1.959964  # 95 % of a normal distribution lie within

@@ -8,7 +8,7 @@
 
 The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
 written here, not by that library. stock.py reads such a folder back.
-Read next: granite.py, stock_check.py (is it really the same model?), ../export_model.py.
+Read next: ../model/granite.py, stock_check.py (is it really the same model?), ../export_model.py.
 """
 
 import json

@@ -13,7 +13,7 @@ digits and "<" alone; "superbpe" cuts at numbers alone, and since no piece of ou
 both end with the same tokens. That is looked at in the vocabulary before a file is written.
 
 Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
-Read next: gguf_check.py (is it really the same model?), stock_export.py.
+Read next: gguf_check.py (is it really the same model?), stock_folder.py.
 """
 
 import json
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from corpus.errors import UserError
 from corpus.tokenizer_training import token_bytes
+from export.stock_folder import architecture, bos_id
 from model.chat import ChatTokenizer
 from model.chat_formats import NamedFormat
 from model.checkpoint import plain_state
 from model.config import ModelConfig
 from model.granite import to_granite
 from model.lineage import Facts
-from model.stock_export import architecture, bos_id
 from model.transformer import Transformer
 
 NUMBER_FORMATS = ("f32", "f16", "bf16", "q8_0")

@@ -17,9 +17,9 @@ from typing import Any
 
 from corpus.errors import UserError
 from corpus.exams import LETTERS
+from evaluation.exam import Asked
+from evaluation.exam_score import CHANCE, Marked, Result, Score, sentence
 from model.chat import ChatTokenizer
-from trainer.exam import Asked
-from trainer.exam_score import CHANCE, Marked, Result, Score, sentence
 
 
 def follow(batches: Iterable[int], total: int) -> None:

@@ -9,7 +9,7 @@ more steps.
 
 Writes  out/data_study/data_study.md, .csv, .json, .png, and in share_*/ each model with its log. A share that is done
 is not trained again; an interrupted one goes on.
-Read next: loop.py (how each is trained), scoring.py (how answers are counted).
+Read next: ../trainer/loop.py (how each is trained), scoring.py (how answers are counted).
 """
 
 import argparse
@@ -25,12 +25,12 @@ import numpy as np
 
 from corpus.files import write_text
 from corpus.questions import read_questions
+from evaluation.scoring import chat_accuracy
 from model.checkpoint import load_model, load_state, plain_state
 from trainer.batches import Batch, Rows
 from trainer.loop import Stage, train
 from trainer.resume import resume_path, run_identity
 from trainer.runtime import Run
-from trainer.scoring import chat_accuracy
 
 # The flags that a share's result depends on; with the identity of model and data they say whether it is done.
 NUMBERS = (

@@ -18,7 +18,7 @@ from model.generate import Sampling, fit_chat, generate
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from trainer.speaker import Speaker
+    from evaluation.speaker import Speaker
 
 BATCH = 128  # questions answered at once
 MAX_NEW_TOKENS = 48  # of a chat model's answer

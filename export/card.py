@@ -2,7 +2,7 @@
 use it. Written from the lineage (lineage.py) and nothing else: what was not measured is not there.
 
 The block between the dashes is YAML for the model hub; its fields: https://huggingface.co/docs/hub/model-cards
-Read next: lineage.py, ../export_model.py.
+Read next: ../model/lineage.py, ../export_model.py.
 """
 
 import json

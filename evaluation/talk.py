@@ -21,8 +21,8 @@ from typing import Any
 from corpus.errors import UserError
 from corpus.files import write_text
 from corpus.questions import sound
+from evaluation.speaker import SAMPLING, Speaker
 from model.chat_formats import Message
-from trainer.speaker import SAMPLING, Speaker
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, /exit ends"
 HELP = """/reset              forget the conversation
