@@ -6,6 +6,8 @@
     python 1-pretrain.py --max_minutes 20                       as much as fits into 20 minutes
     python 1-pretrain.py --preset base --epochs 2               a larger model, two passes
     python 1-pretrain.py --plan --preset mindllm-1.3b           trains nothing: memory, time and cost, on paper
+    python 1-pretrain.py --mix zh=0.25,en=0.75                  shares of the languages (or sources)
+    python 1-pretrain.py --mix zh=0.25,en=0.75 --stage2_mix zh=0.6,en=0.4 --stage2_at 0.7     then another mixture
     torchrun --nproc_per_node 2 1-pretrain.py                   two processes; deepspeed --num_gpus 2 does as well
 
 Reads   dataset/pretrain (made by data_process.py pretrain) and model/tokenizer.
@@ -14,7 +16,7 @@ Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trai
 """
 
 from corpus.errors import UserError, fail_in_one_line
-from trainer.cli import add_model_flags, given_model_flags, make_parser, model_config
+from trainer.cli import add_mix_flags, add_model_flags, given_model_flags, make_parser, model_config
 from trainer.plan import add_plan_flags, steps_for
 
 
@@ -36,6 +38,7 @@ def main() -> None:
         __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
     )
     parser.add_argument("--tokenizer", default="model/tokenizer", help="folder written by train_tokenizer.py")
+    add_mix_flags(parser)
     add_model_flags(parser)
     add_plan_flags(parser)
     args = parser.parse_args()
@@ -51,11 +54,14 @@ def main() -> None:
     from model.transformer import Transformer
     from trainer.batches import Windows, open_data
     from trainer.loop import Stage, train
+    from trainer.mixture import Mixture, read_recipe
     from trainer.resume import global_batch
     from trainer.runtime import start
 
     tokenizer = load_tokenizer(args.tokenizer)
     splits = open_data(args.data_path, "pretrain", tokenizer)
+    mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
+    recipe = read_recipe(args) if mixed else None
     with start(args.device, args.dtype, args.seed) as run:
         if args.init_from:  # go on from an earlier model, for example with other data
             if args.preset or given_model_flags(args):
@@ -73,6 +79,8 @@ def main() -> None:
         if args.tokens_per_param:
             rows = global_batch(run, args, stage.path(args.out_dir))
             args.max_steps = steps_for(args.tokens_per_param, model.config, rows)
+        if recipe:
+            stage.data, stage.mix = Mixture(args.data_path, recipe, seq_len), recipe.to_dict(args)
         train(run, args, stage)
 
 

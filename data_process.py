@@ -4,10 +4,18 @@
     python data_process.py sft FILES…          chats -> dataset/sft/       train.jsonl, val.jsonl, token shards + masks
     python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, of a chosen and a rejected answer
     python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
+    python data_process.py sft FILES… --scorer out/pretrain_512.pth --keep_entropy 10%,90%
+                                               only the chats that the model finds neither trivial nor noise
+    python data_process.py download NAME       a public data set, resumed where it broke off; without a name: which
+
+    python data_process.py clean FILES…        text -> dataset/clean/      what was taken is counted, with examples
+    python data_process.py dedup FILES…        text -> dataset/dedup/      without copies and near-copies
+    python data_process.py decontaminate FILES… --against EXAM…            without the questions of an exam
 
 FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
-Needs a tokenizer (train_tokenizer.py).
-Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it).
+The first three need a tokenizer (train_tokenizer.py).
+Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it),
+corpus/prepare.py (clean, dedup, decontaminate).
 """
 
 import argparse
@@ -17,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from corpus import prepare
 from corpus.errors import UserError, fail_in_one_line
 from corpus.report import DataReport
 
@@ -25,15 +34,23 @@ TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.kind == "download":
+        fetch(args)
+        return
+    if args.kind in prepare.COMMANDS:
+        return prepare.run(args, progress_bar)
     from corpus.shards import check_replaceable, partial_folder
     from corpus.sources import check_input
 
     for file in args.files:
         check_input(file)
     tokenizer = open_tokenizer(args.tokenizer)
+    form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share)
     if args.check:
-        check(args, tokenizer, report)
+        check(args, tokenizer, report, form)
+        if choosing:
+            choosing.show()
         return
     if check_replaceable(args.out_dir):
         print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
@@ -42,26 +59,60 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{partial} holds unfinished work: it is continued if it is of the same files, else replaced")
     try:
         with progress_bar(args.files, report) as on_batch:
-            meta = pack(args, tokenizer, report, on_batch)
+            meta = pack(args, tokenizer, report, on_batch, form, choosing)
     except (UserError, KeyboardInterrupt):
         if (partial / "progress.json").is_file():
             print(f"unfinished work is kept in {partial}: the same command continues it; delete it to free the space")
         raise
     report.print()
+    if choosing:
+        choosing.show()
     say_what_did_not_fit(args, report)
     summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
     print(f"written: {args.out_dir} (tokens: {summary})")
     print(f"next: python {TRAINED_BY[args.kind]} --data_path {args.out_dir}")
 
 
-def pack(args: argparse.Namespace, tokenizer: Any, report: DataReport, on_batch: Callable[[], None]) -> dict[str, Any]:
+def pack(
+    args: argparse.Namespace,
+    tokenizer: Any,
+    report: DataReport,
+    on_batch: Callable[[], None],
+    form: Any,
+    choosing: Any,
+) -> dict[str, Any]:
     from corpus.pack import pack_chats
     from corpus.pack_texts import pack_texts
 
     if args.kind == "pretrain":
-        return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch)
+        return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch, args.source_key)
+    about = choosing.about() if choosing else None
+    length, val_share = args.max_seq_len, args.val_share
+    return pack_chats(args.files, tokenizer, args.out_dir, length, val_share, report, on_batch, form, about)
+
+
+def choose(args: argparse.Namespace) -> tuple[Any, Any]:
+    """How rows are read, and with --scorer what chooses among them."""
     form = form_of(args.kind)
-    return pack_chats(args.files, tokenizer, args.out_dir, args.max_seq_len, args.val_share, report, on_batch, form)
+    if args.kind != "sft":
+        return form, None
+    if not args.scorer:
+        if args.keep_entropy or args.keep_share != 1:
+            raise UserError("--keep_entropy and --keep_share need --scorer MODEL: the pretrained model that scores")
+        return form, None
+    from trainer.choose import Choosing
+
+    choosing = Choosing(args, form, progress_bar)
+    return choosing.form, choosing
+
+
+def fetch(args: argparse.Namespace) -> None:
+    from corpus.download import download, print_catalogue
+
+    if args.name:
+        download(args.name, args.file, args.mirror, args.out_dir)
+    else:
+        print_catalogue()
 
 
 def form_of(kind: str) -> Any:
@@ -74,7 +125,9 @@ def form_of(kind: str) -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="pretrain|sft|dpo")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
+    )
     for kind, what in (
         ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py"),
         ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py"),
@@ -97,7 +150,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
-        if kind != "pretrain":
+        if kind == "pretrain":
+            sub.add_argument(
+                "--source_key",
+                default="",
+                metavar="KEY",
+                help="key of a row that names its source, or `file`: 1-pretrain.py --mix can then mix sources",
+            )
+        else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
             sub.add_argument(
                 "--max_seq_len",
@@ -105,7 +165,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 default=512,
                 help=f"longer {longer} (default: %(default)s); training has the same flag",
             )
+        if kind == "sft":
+            add_choosing_flags(sub)
+    add_download_flags(kinds)
+    prepare.add_commands(kinds)
     return parser.parse_args(arguments)
+
+
+def add_download_flags(kinds: Any) -> None:
+    what = "a public data set -> dataset/raw/NAME; without a name: which there are"
+    sub = kinds.add_parser("download", help=what, description=what)
+    sub.add_argument("name", nargs="?", metavar="NAME", help="a name from the list that the bare command shows")
+    sub.add_argument("--file", action="append", default=[], help="another file of the same repository; may be repeated")
+    sub.add_argument(
+        "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
+    )
+    sub.add_argument("--out_dir", default="dataset/raw", help="folder to write (default: %(default)s)")
+
+
+def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
+    add = sub.add_argument_group("choosing by a model's cross-entropy (corpus/choose.py says why)").add_argument
+    add("--scorer", metavar="MODEL", help="pretrained model that scores every chat, for example out/pretrain_512.pth")
+    add(
+        "--keep_entropy",
+        type=band,
+        action="append",
+        metavar="LOW,HIGH",
+        help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
+    )
+    add("--keep_share", type=share, default=1.0, help="keep this share, nearest to the middle of the band (default: 1)")
+
+
+def band(text: str) -> Any:
+    from corpus.choose import parse_band
+
+    return parse_band(text)
 
 
 def share(text: str) -> float:
@@ -154,7 +248,7 @@ def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
 
 
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
-def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
+def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any) -> None:
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
     from corpus.items import text_items
     from corpus.pack_texts import tokenise_texts
@@ -170,7 +264,6 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport) -> None:
 
     with progress_bar(args.files, report) as on_batch:
         if args.kind != "pretrain":
-            form = form_of(args.kind)
             for number, item in enumerate(form.items(args.files, report)):
                 if documents := form.render(item, tokenizer, args.max_seq_len, report):
                     consider(item, documents)

@@ -32,6 +32,7 @@ PAIR_KEYS = (
     ("prompt", "response"),
     ("query", "response"),
     ("prompt", "completion"),
+    ("input", "target"),
 )
 ROLES = {
     "system": "system",

@@ -33,6 +33,7 @@ class Item:
     file: str
     line: int
     answers: tuple[list[Message], ...] = ()  # pairs only: the better answer, the worse one
+    source: str = ""  # texts only, where they are labelled
 
 
 def content_key(text: str) -> int:
@@ -40,17 +41,17 @@ def content_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def text_items(paths: Iterable[Path_], report: DataReport) -> Iterator[Item]:
+def text_items(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Item]:
     """All documents of the files, without exact duplicates. Memory: about 80 bytes a document, for the hashes."""
     seen: set[int] = set()
-    for document in read_texts(paths, report):
+    for document in read_texts(paths, report, source_key):
         key = content_key(document.text)
         if key in seen:
             report.drop("exact duplicate", document.source_file, document.line)
             continue
         seen.add(key)
         language = language_of(document.text)
-        yield Item(document.text, [], language, key, document.source_file, document.line)
+        yield Item(document.text, [], language, key, document.source_file, document.line, source=document.source)
 
 
 def chat_items(paths: Iterable[Path_], report: DataReport) -> Iterator[Item]:

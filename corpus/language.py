@@ -32,6 +32,12 @@ def language_of(text: str) -> str:
     return "zh" if chinese and chinese >= ZH_SHARE * (chinese + letters) else "en"
 
 
+def chinese_characters(text: str) -> int:
+    """How many of the characters are Chinese (the unified ideographs, U+4000 to U+9FFF)."""
+    raw = text.encode("utf-8", "surrogatepass")
+    return len(raw) - len(raw.translate(None, _CJK_FIRST))
+
+
 def is_missing(value: Any) -> bool:
     """True for what files use to say "nothing here": null and NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))

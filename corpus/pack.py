@@ -24,6 +24,7 @@ from typing import Any
 
 from corpus.chats import Message, chat_text
 from corpus.errors import UserError
+from corpus.history import history_of
 from corpus.items import Item, chat_items, split_validation
 from corpus.read import Path_
 from corpus.report import DataReport
@@ -66,9 +67,11 @@ def pack_chats(
     report: DataReport,
     on_batch: Callable[[], None],
     form: Form,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write train.jsonl, val.jsonl and the token folder of the chats in `paths` to `out_dir`, complete or not at all.
 
+    `about`: what else meta.json should remember.
     Returns the token folder's meta.json; raises as `pack_texts`.
     """
     check_replaceable(out_dir)
@@ -92,6 +95,7 @@ def pack_chats(
             tokens = tokenise_chats(partial, tokenizer, max_seq_len, report, on_batch, form)
             meta = {"format": FORMAT, "kind": "messages", "rows": {"train": rows[False], "val": rows[True]}}
             meta |= {"tokens": tokens.name, "val_share": val_share, "report": report.to_dict()}
+            meta |= {"history": history_of(paths), **(about or {})}
             write_json(partial / "meta.json", meta)
             publish(partial, out_dir)
         finally:  # a moment's work for chats, so a run that ended early starts anew

@@ -2,6 +2,7 @@
 
     text -> ids + <|endoftext|> -> splits train, val_zh, val_en
 
+Each training shard holds one language, and where sources are labelled one source: training can mix them as it likes.
 The data set appears under its name only when it is complete. A killed run can be continued: the rows are read again
 (fast, and every decision is repeated exactly), but what is already tokenised is not tokenised again.
 
@@ -11,6 +12,7 @@ for chats), ../data_process.py (the command).
 
 import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from corpus.errors import UserError
+from corpus.history import history_of
 from corpus.items import Item, split_validation, text_items
 from corpus.language import LANGUAGES
 from corpus.read import Path_
@@ -41,6 +44,8 @@ from corpus.sources import check_input
 BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
 PIECE_CHARACTERS = 50_000  # longer documents are tokenised in pieces, which bounds memory
 CHECKPOINT_SECONDS = 20.0
+FILE = "file"  # as a source_key: the file's name is the source
+MOST_SOURCES, OTHER = 100, "other"  # each has files of its own; later ones, and texts without any, are put together
 
 Packed = tuple[str, Item, np.ndarray]  # split, document, ids of shape (tokens,)
 
@@ -105,36 +110,50 @@ class _Partial:
         self.folder, self.job, self.dtype, self.report = folder, job, dtype, report
         self.documents = 0  # items that are tokenised and written
         self.writers: dict[str, ShardWriter] = {}
+        self.sources = [""]  # "" and then each label; its place is in the names of its shards
         self.saved = time.perf_counter()
         try:
             progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
             if progress["job"] == job:
-                for split, state in progress["writers"].items():
-                    self._open(split, state)
+                self.sources = progress["sources"]
+                for name, state in progress["writers"].items():
+                    self._open(name, state)
                 self.documents = int(progress["documents"])
                 report.restore(progress["report"])
         except (OSError, ValueError, KeyError, TypeError):
             self.abort()
-            self.documents, self.writers = 0, {}
+            self.documents, self.writers, self.sources = 0, {}, [""]
         if not self.documents:  # another job's leftovers, or none
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
 
-    def _open(self, split: str, state: dict[str, Any] | None = None) -> None:
-        self.writers[split] = open_writer(self.folder, split, self.dtype, state)
+    def _open(self, name: str, state: dict[str, Any] | None = None) -> None:
+        self.writers[name] = open_writer(self.folder, name, self.dtype, state)
+
+    def _writer_of(self, split: str, item: Item) -> str:
+        """The split, for training texts with the language and the number of the source."""
+        if split != "train":
+            return split
+        source = source_label(item, self.job["source_key"])
+        if source not in self.sources:
+            source = source if len(self.sources) <= MOST_SOURCES else OTHER
+            self.sources += [] if source in self.sources else [source]
+        return "_".join([split, item.language, *([f"s{self.sources.index(source):02d}"] if source else [])])
 
     def add(self, batch: list[Packed]) -> None:
         for split, item, ids in batch:
-            if split not in self.writers:
-                self._open(split)
-            self.writers[split].add(ids, utf8_bytes=len(item.text.encode()))
+            name = self._writer_of(split, item)
+            if name not in self.writers:
+                self._open(name)
+            self.writers[name].add(ids, utf8_bytes=len(item.text.encode()))
         self.documents += len(batch)
         if time.perf_counter() - self.saved >= CHECKPOINT_SECONDS:
             self.checkpoint()
 
     def checkpoint(self) -> None:
-        writers = {split: writer.state() for split, writer in self.writers.items()}
+        writers = {name: writer.state() for name, writer in self.writers.items()}
         progress = {"job": self.job, "documents": self.documents, "report": self.report.counts(), "writers": writers}
+        progress["sources"] = self.sources
         write_json(self.folder / "progress.json", progress)
         self.saved = time.perf_counter()
 
@@ -143,9 +162,27 @@ class _Partial:
             writer.abort()
 
     def close(self) -> dict[str, Any]:
-        order = ("train", *(f"val_{language}" for language in LANGUAGES))
+        """The splits' entries of meta.json, train first; each shard of it with its language and source."""
         (self.folder / "progress.json").unlink(missing_ok=True)
-        return {split: self.writers[split].close() for split in order if split in self.writers}
+        closed = {name: writer.close() for name, writer in sorted(self.writers.items())}
+        splits = {f"val_{language}": closed.pop(f"val_{language}", None) for language in LANGUAGES}
+        train: dict[str, Any] = {"shards": [], "tokens": 0, "documents": 0, "bytes": 0}
+        for name, entry in closed.items():
+            _, language, *number = name.split("_")
+            label = {"language": language, "source": self.sources[int(number[0][1:])] if number else ""}
+            train["shards"] += [{**shard, **label} for shard in entry["shards"]]
+            for total in ("tokens", "documents", "bytes"):
+                train[total] += entry[total]
+        splits = {"train": train if closed else None, **splits}
+        return {split: entry for split, entry in splits.items() if entry}
+
+
+def source_label(item: Item, source_key: str) -> str:
+    """The source of a text: "" where none is wanted, else what its row says (or its file's name), fit for --mix."""
+    if not source_key:
+        return ""
+    name = Path(item.file).name.split(".")[0] if source_key == FILE else item.source
+    return re.sub(r"[^\w./+-]+", "_", name).strip("_")[:60] or OTHER
 
 
 def pack_texts(
@@ -155,19 +192,22 @@ def pack_texts(
     val_share: float,
     report: DataReport,
     on_batch: Callable[[], None],
+    source_key: str = "",
 ) -> dict[str, Any]:
     """Write the pretraining shards of `paths` to `out_dir` (complete or not at all) and return their meta.json.
 
+    `source_key`: the key of a row that names its source, or "file"; "" where sources do not matter.
     A run that was killed is continued: what its progress file vouches for is not tokenised again. `on_batch` is called
     after every batch. Raises UserError for data or a disk that cannot be used; bad data leaves nothing behind.
     """
     check_replaceable(out_dir)
     check_replaceable(partial_folder(out_dir))
     job = {"inputs": _inputs(paths), "tokenizer": tokenizer.fingerprint, "val_share": val_share, "format": FORMAT}
+    job["source_key"] = source_key
     dtype = token_dtype(tokenizer.vocab_size)
     with writing(out_dir):
         partial = _Partial(partial_folder(out_dir), job, dtype, report)
-        items = split_validation(text_items(paths, report), val_share)
+        items = split_validation(text_items(paths, report, source_key), val_share)
         try:
             for batch in tokenise_texts(items, tokenizer, report, skip=partial.documents):
                 partial.add(batch)
@@ -182,6 +222,7 @@ def pack_texts(
             partial.abort()
         meta = {"format": FORMAT, "kind": "pretrain", "tokenizer": tokenizer.fingerprint}
         meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "val_share": val_share}
+        meta |= {"history": history_of(paths)}
         meta |= {"splits": splits, "report": report.to_dict()}
         write_json(partial.folder / "meta.json", meta)
         publish(partial.folder, out_dir)

@@ -39,6 +39,7 @@ class Document:
     text: str
     source_file: str
     line: int
+    source: str = ""  # where it comes from, as its row says it
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
         report.unreadable(EMPTY_FILE, file, 1)
 
 
-def read_texts(paths: Iterable[Path_], report: DataReport) -> Iterator[Document]:
+def read_texts(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Document]:
     """The documents of all files, in order. A chat counts as one document: its words, without markers.
 
+    `source_key`: the key under which a row names its source.
     Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
     for file, line, row in all_rows(paths, report, EXPECTED_TEXT):
@@ -84,7 +86,7 @@ def read_texts(paths: Iterable[Path_], report: DataReport) -> Iterator[Document]
             report.bad_row(str(reason), file, line)
             continue
         report.good_row(file)
-        yield Document(text, file, line)
+        yield Document(text, file, line, _source_of(row, source_key))
 
 
 def read_chats(paths: Iterable[Path_], report: DataReport) -> Iterator[Chat]:
@@ -114,6 +116,11 @@ def all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Itera
             raise
         report.check_file(file, expected)
     report.check_cap()
+
+
+def _source_of(row: Any, key: str) -> str:
+    value = row.get(key) if isinstance(row, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def _text_of(row: Any) -> str:

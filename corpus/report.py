@@ -165,6 +165,15 @@ class DataReport:
         names = ("kept", "trained_tokens", "languages", "histogram")
         return {name: getattr(self, name) for name in names}
 
+    def merge_bad(self, bad: dict[str, Any]) -> None:
+        """Add the bad rows of another report, as its `to_dict` gave them."""
+        for name, reason in bad.items():
+            self.bad_rows += reason["count"]
+            mine = self.bad.setdefault(name, Reason())
+            mine.count += reason["count"]
+            places = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in reason["first"]]
+            mine.first = [*mine.first, *places][:EXAMPLES]
+
     def restore(self, counts: dict[str, Any]) -> None:
         for name, value in counts.items():
             setattr(self, name, value)
@@ -198,6 +207,11 @@ class DataReport:
         if self.text_bytes:
             console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
                           f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
+
+    def print_bad(self) -> None:
+        """Only the bad rows, a line for each reason: for steps that have a report of their own."""
+        for name, reason in sorted(self.bad.items(), key=lambda item: -item[1].count):
+            print(f"bad, left out: {reason.count:,} x {name} (first: {reason.places()})")
 
     def _rows_table(self) -> Any:
         from rich.table import Table

@@ -3,6 +3,8 @@
     folder/  meta.json                        which splits and shards there are, written last
              train_000.bin  train_001.bin     token ids one after the other: little-endian uint16, or uint32
                                               when the vocabulary has more than 65,535 entries
+             train_zh_000.bin  …              the same where each shard holds one language (and one source):
+                                              its entry in meta.json says which, so that they can be mixed
              train_000.idx.npy                int64, where each document starts; one more entry than documents
              train_000.mask                   chats only: uint8, one byte a token, 1 where it is trained
              val_zh.bin  val_en.bin  ...      the same for the validation splits
@@ -13,18 +15,17 @@ Writing is append-only and the folder appears under its name only when it is com
 `<folder>.partial`, and `publish` renames. `ShardWriter.state` says how much of each file counts, so that a killed run
 can be continued.
 
-Read next: pack_texts.py and pack.py (who writes), ../trainer/batches.py (who reads).
+Read next: pack_texts.py and pack.py (who writes), shard_reader.py (reading).
 """
 
 import array
 import contextlib
-import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -159,7 +160,7 @@ class ShardWriter:
 
 def open_writer(folder: Folder, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
     """The writer of a split as our folders have it: training data in shards, a validation split in one file."""
-    return ShardWriter(folder, split, dtype, SHARD_TOKENS if split == "train" else 0, state)
+    return ShardWriter(folder, split, dtype, SHARD_TOKENS if split.startswith("train") else 0, state)
 
 
 def require_train(splits: dict[str, Any], problem: str) -> None:
@@ -195,17 +196,17 @@ def _place(out_dir: Folder) -> Path:
     return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
-def check_replaceable(out_dir: Folder) -> bool:
+def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> bool:
     """True when `out_dir` holds an older data set, which `publish` will replace.
 
-    Raises UserError when it holds files that are not ours: they would be lost.
+    Raises UserError when it holds files that are not ours (by their names): they would be lost.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir} is a file: choose another --out_dir")
     if not out_dir.is_dir():
         return False
-    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in OUR_FILES)]
+    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in ours)]
     if names:
         raise UserError(
             f"{out_dir} holds files that are not ours ({names[0].name}): move them or choose another --out_dir"
@@ -228,7 +229,7 @@ def publish(partial: Folder, out_dir: Folder) -> None:
 def read_meta(folder: Folder) -> dict[str, Any]:
     """The folder's meta.json. Raises UserError naming the command to run when there is none, or one of another kind."""
     path = Path(folder) / "meta.json"
-    command = _command_for(Path(folder))
+    command = command_for(Path(folder))
     if not path.is_file():
         raise UserError(f"no training data in {folder}: run `{command}` first")
     try:
@@ -240,104 +241,8 @@ def read_meta(folder: Folder) -> dict[str, Any]:
         raise UserError(f"{path} is not the meta.json of a data folder: run `{command}` again") from None
 
 
-def _command_for(folder: Path, masked: bool = False) -> str:
+def command_for(folder: Path, masked: bool = False) -> str:
     """The command that makes such a folder, told from its name."""
     names = (folder.name, folder.absolute().parent.name)
     kind = "pairs" if any(name.startswith("dpo") for name in names) else "chats"
     return COMMANDS[kind if masked or folder.name.startswith(("sft", "dpo", "tokens-")) else "pretrain"]
-
-
-def open_split(folder: Folder, split: str) -> "TokenSplit":
-    """One split of a data folder, memory-mapped. Raises UserError when it is missing or its files are damaged."""
-    meta = read_meta(folder)
-    if split not in meta["splits"]:
-        raise UserError(f"{folder} has no split {split!r} (it has {', '.join(meta['splits']) or 'none'})")
-    return TokenSplit(folder, meta["splits"][split]["shards"], meta["dtype"])
-
-
-class _Shard(NamedTuple):
-    ids: np.ndarray  # (tokens,) uint16 or uint32
-    starts: np.ndarray  # (documents + 1,) int64
-    mask: np.ndarray | None  # (tokens,) uint8
-
-
-class TokenSplit:
-    """All documents of a split as one long stream. `tokens` and `documents` are totals over its shards.
-
-    The files are opened at the first use, again in every worker process: copying the object copies no data.
-    """
-
-    def __init__(self, folder: Folder, shards: list[dict[str, Any]], dtype: str) -> None:
-        self.folder, self.dtype = Path(folder), dtype
-        self.names = [shard["file"] for shard in shards]
-        self._shards: list[_Shard] | None = None
-        self._token_ends = np.cumsum([0, *(shard["tokens"] for shard in shards)])
-        self._document_ends = np.cumsum([0, *(shard["documents"] for shard in shards)])
-        self.tokens, self.documents = int(self._token_ends[-1]), int(self._document_ends[-1])
-        for shard in shards:
-            self._check(shard)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Token ids start..stop of the stream, shape (stop - start,), in the dtype on disk, across shards."""
-        return self._slice(start, stop, "ids")
-
-    def read_mask(self, start: int, stop: int) -> np.ndarray:
-        """The mask of the same tokens, uint8; ones where the split has none (every token is trained)."""
-        return self._slice(start, stop, "mask")
-
-    def document(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(ids, mask) of document i; mask is None for plain text."""
-        which = int(np.searchsorted(self._document_ends, i, side="right")) - 1
-        shard, at = self._open()[which], i - self._document_ends[which]
-        start, stop = shard.starts[at], shard.starts[at + 1]
-        return shard.ids[start:stop], None if shard.mask is None else shard.mask[start:stop]
-
-    def lengths(self) -> np.ndarray:
-        """Tokens of every document, shape (documents,), int64."""
-        return np.concatenate([np.diff(shard.starts) for shard in self._open()] or [np.zeros(0, np.int64)])
-
-    def starts(self) -> np.ndarray:
-        """Where every document starts in the stream, and where the last one ends: shape (documents + 1,), int64."""
-        return np.concatenate([[0], np.cumsum(self.lengths())]).astype(np.int64)
-
-    def _slice(self, start: int, stop: int, what: str) -> np.ndarray:
-        if not 0 <= start <= stop <= self.tokens:
-            raise IndexError(f"tokens {start}..{stop} of {self.tokens}")
-        pieces = []
-        for shard, (first, end) in zip(self._open(), itertools.pairwise(self._token_ends.tolist()), strict=True):
-            if start < end and stop > first:
-                inside = slice(max(start, first) - first, min(stop, end) - first)
-                source = shard.mask if what == "mask" else shard.ids
-                pieces.append(source[inside] if source is not None else np.ones(inside.stop - inside.start, np.uint8))
-        if len(pieces) == 1:
-            return pieces[0]
-        empty = np.zeros(0, dtype=np.uint8 if what == "mask" else self.dtype)
-        return np.concatenate(pieces) if pieces else empty
-
-    def _open(self) -> list[_Shard]:
-        if self._shards is None:
-            dtype = np.dtype(self.dtype).newbyteorder("<")
-            self._shards = []
-            for name in self.names:
-                ids = _map(self.folder / f"{name}.bin", dtype)
-                mask_path = self.folder / f"{name}.mask"
-                mask = _map(mask_path, np.dtype(np.uint8)) if mask_path.is_file() else None
-                self._shards.append(_Shard(ids, np.load(self.folder / f"{name}.idx.npy", mmap_mode="r"), mask))
-        return self._shards
-
-    def _check(self, shard: dict[str, Any]) -> None:
-        """Sizes must be what meta.json says: a copy that was cut short is noticed before training, not amid it."""
-        path = self.folder / (shard["file"] + ".bin")
-        index = path.with_name(shard["file"] + ".idx.npy")
-        want = shard["tokens"] * np.dtype(self.dtype).itemsize
-        found = path.stat().st_size if path.is_file() else -1
-        if found != want or not index.is_file() or index.stat().st_size < 8 * (shard["documents"] + 1):
-            command = _command_for(self.folder, path.with_suffix(".mask").exists())
-            raise UserError(f"{path} is damaged or incomplete ({found:,} of {want:,} bytes): run `{command}` again")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)  # no empty maps

@@ -10,6 +10,7 @@ them, so a dense checkpoint opens as LlamaForCausalLM, or with `qk_norm` as Qwen
 Read next: moe.py (the other feed-forward), generate.py (the cache in use), ../trainer/loss.py (what it is trained for).
 """
 
+import copy
 import math
 from typing import Any
 
@@ -56,25 +57,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens already seen, owned by the caller and passed in: the model itself keeps no state.
 
-    Room for `max_len` tokens in each of `batch` rows; `length` of them are filled.
+    Room for `max_len` tokens in each of `batch` rows; `length` of them are filled. Where rows differ (see `part`),
+    `lengths` (batch,) tells how many of each row, and `length` is the most.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        # Zeros, because a masked place is multiplied by 0, and 0 times what memory happened to hold may be NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.lengths: Tensor | None = None
 
     @property
     def max_len(self) -> int:
         return self.keys.shape[3]
 
+    def part(self, first: int, end: int, lengths: list[int] | None = None) -> "KVCache":
+        """The rows from `first` to before `end`, in the same memory; `lengths` of them are filled (None: none)."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, first:end], self.values[:, first:end]
+        part.length = max(lengths) if lengths else 0
+        part.lengths = torch.tensor(lengths, device=self.keys.device) if lengths else None
+        return part
+
+    def positions(self, new: int) -> Tensor:
+        """Where the next `new` tokens go: (new,), or (batch, new) where rows differ."""
+        ahead = torch.arange(new, device=self.keys.device)
+        return self.length + ahead if self.lengths is None else self.lengths[:, None] + ahead
+
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values (batch, kv_heads, new, head_dim) behind the old ones; returns all of them."""
         end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
+        if self.lengths is None:
+            self.keys[layer, :, :, self.length : end] = keys
+            self.values[layer, :, :, self.length : end] = values
+        else:
+            row = torch.arange(len(keys), device=keys.device)[:, None]
+            slot = self.positions(keys.shape[2])
+            self.keys[layer][row, :, slot] = keys.transpose(1, 2).to(self.keys.dtype)
+            self.values[layer][row, :, slot] = values.transpose(1, 2).to(self.values.dtype)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, new: int) -> None:
+        """Count `new` tokens that every layer has stored."""
+        self.length += new
+        if self.lengths is not None:
+            self.lengths = self.lengths + new
 
 
 def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -233,17 +262,18 @@ class Transformer(nn.Module):
         room = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
         if start + seq > room:
             raise ValueError(f"{start + seq} tokens do not fit: the limit is {room} (max_seq_len or the cache's room)")
-        positions = torch.arange(start, start + seq, device=input_ids.device)
-        mask = None
-        if cache is not None or padding is not None:
+        positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
+        mask = None  # nothing before x: plain causal attention
+        if start or padding is not None:
             keys = torch.arange(start + seq, device=input_ids.device)
-            mask = keys <= positions[:, None]  # (seq, keys)
+            mask = keys <= positions[..., None]  # (seq, keys), or (batch, seq, keys) where rows of the cache differ
             if padding is not None:  # a pad token sees only itself: an empty row of the softmax would be NaN
                 mask = mask & (keys >= padding[:, None, None]) | (keys == positions[:, None])
-                mask = mask[:, None]  # (batch, 1, seq, keys)
                 positions = (positions - padding[:, None]).clamp(min=0)
+            if mask.dim() == 3:
+                mask = mask[:, None]  # (batch, 1, seq, keys)
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq, head_dim) or (batch, seq, head_dim)
-        if padding is not None:
+        if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]
 
         x = self.model.embed_tokens(input_ids)
@@ -255,7 +285,7 @@ class Transformer(nn.Module):
                 x, layer_balance = layer(x, cos, sin, mask, cache, real)
             balance = balance + layer_balance
         if cache is not None:
-            cache.length += seq
+            cache.advance(seq)
         weight = self.config.balance_loss_coef / len(self.model.layers) if self.training else 0.0
         return self.model.norm(x), balance * weight
 

@@ -16,17 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from model.config import ModelConfig
-from model.generate import (
-    Answer,
-    Sampling,
-    TextStream,
-    choose,
-    fit_chat,
-    generate,
-    keep_likely,
-    penalise_repetition,
-    stream,
-)
+from model.generate import Answer, fit_chat, generate, stream
+from model.sampling import Sampling, choose, keep_likely, penalise_repetition
+from model.text_stream import TextStream
 from model.transformer import Transformer
 
 

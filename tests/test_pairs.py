@@ -13,7 +13,8 @@ from corpus.items import Item
 from corpus.pack import tokenise_chats
 from corpus.pairs import PAIRS, normalise_pair, render_pair
 from corpus.report import BadRow, DataReport, UnfitRow
-from corpus.shards import open_split, read_meta
+from corpus.shard_reader import open_split
+from corpus.shards import read_meta
 from model.chat_formats import FORMAT_NAMES
 from tests.conftest import SHARED_DATA
 

@@ -15,10 +15,10 @@ from corpus.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from tests.conftest import EXACT, ROOT, read_log, run_script
+from trainer.cli import PARALLEL
 from trainer.plan import (
     GPUS,
     MACHINES,
-    PARALLEL,
     bounds,
     count,
     flops_per_token,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.errors import UserError
+from corpus.shard_reader import open_split
 from corpus.shards import (
     FORMAT,
     ShardWriter,
     check_replaceable,
-    open_split,
     partial_folder,
     publish,
     read_meta,

@@ -148,7 +148,7 @@ def test_a_tokenizer_that_writes_spaces_as_marks(tmp_path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    from model.generate import TextStream
+    from model.text_stream import TextStream
 
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b", "1", "+", "<|", "|>"]
     merges = [("▁", "a"), ("▁", "b")]

@@ -10,7 +10,7 @@ Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk)
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from corpus.errors import UserError
 from corpus.pack import Form, tokenise_chats
-from corpus.shards import COMMANDS, open_split, read_meta
+from corpus.shard_reader import open_split
+from corpus.shards import COMMANDS, read_meta
 from model.chat import ChatTokenizer
 from model.config import ModelConfig
 from trainer.loss import IGNORE
 from trainer.runtime import Run
+from trainer.shuffle import Passes
 
 # input_ids, labels (IGNORE where nothing is trained), real (False at pads), each (rows, seq); rows: their numbers
 # pairs: the chosen answers' rows, then the rejected ones'; and reference (rows, seq), the frozen parent's log p(label)
@@ -52,6 +54,10 @@ def open_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
     return list(meta["splits"])
 
 
+def _all(shard: dict[str, Any]) -> bool:
+    return True
+
+
 class Rows(Protocol):
     """What a data set offers: rows that can be asked for by number."""
 
@@ -61,10 +67,13 @@ class Rows(Protocol):
 
 
 class Windows:
-    """A token stream cut into rows of seq_len; row i predicts tokens i*seq_len+1 ... (i+1)*seq_len."""
+    """A token stream cut into rows of seq_len; row i predicts tokens i*seq_len+1 ... (i+1)*seq_len.
 
-    def __init__(self, folder: str, split: str, seq_len: int) -> None:
-        self.tokens, self.seq_len = open_split(folder, split), seq_len
+    `chosen`: which shards make the stream, by their entry in meta.json; all, if it is not given.
+    """
+
+    def __init__(self, folder: str, split: str, seq_len: int, chosen: Callable[[dict[str, Any]], bool] = _all) -> None:
+        self.tokens, self.seq_len = open_split(folder, split, chosen), seq_len
 
     def __len__(self) -> int:
         return -(-(self.tokens.tokens - 1) // self.seq_len)
@@ -72,11 +81,19 @@ class Windows:
     def row_lengths(self) -> None:
         return None  # all alike
 
+    def window(self, row: int) -> np.ndarray:
+        """The row's tokens and the one after them: shape (seq_len + 1,), the last row's shorter."""
+        return self.tokens.read(row * self.seq_len, min((row + 1) * self.seq_len + 1, self.tokens.tokens))
+
     def batch(self, rows: np.ndarray) -> Batch:
-        ids = np.zeros((len(rows), self.seq_len + 1), dtype=np.int64)
-        labels = np.full((len(rows), self.seq_len), IGNORE, dtype=np.int64)
-        for i, row in enumerate(rows):
-            window = self.tokens.read(row * self.seq_len, min((row + 1) * self.seq_len + 1, self.tokens.tokens))
+        return self.together([self.window(int(row)) for row in rows], self.seq_len, rows)
+
+    @staticmethod
+    def together(windows: list[np.ndarray], seq_len: int, rows: np.ndarray) -> Batch:
+        """The batch that these windows make; `rows`: their numbers."""
+        ids = np.zeros((len(windows), seq_len + 1), dtype=np.int64)
+        labels = np.full((len(windows), seq_len), IGNORE, dtype=np.int64)
+        for i, window in enumerate(windows):
             ids[i, : len(window)] = window
             labels[i, : len(window) - 1] = window[1:]
         return as_batch(ids[:, :-1], labels, labels != IGNORE, rows)
@@ -172,31 +189,48 @@ def open_chats(
 
 
 class StepPlan:
-    """The rows of every step: each epoch is one shuffled pass over all rows, the last batch being what is left."""
+    """The rows of every step: each epoch is one shuffled pass over all rows, the last batch being what is left.
+
+    The order is never written down, unless rows of similar length are to come together.
+    """
 
     def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch: int, seed: int) -> None:
         self.n_rows, self.lengths, self.global_batch, self.seed = n_rows, lengths, global_batch, seed
         self.steps_per_epoch = max(1, -(-n_rows // global_batch))
+        self._passes = Passes(max(n_rows, 1), seed)
         self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
 
     def rows(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)
+        if self.lengths is None:
+            start = index * self.global_batch
+            return self._passes.rows(epoch * self.n_rows + start, min(self.global_batch, self.n_rows - start))
         if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._epoch_batches(epoch)
+            self._epoch, self._batches = epoch, self._by_length(epoch, self.lengths)
         return self._batches[index]
 
-    def _epoch_batches(self, epoch: int) -> list[np.ndarray]:
+    def _by_length(self, epoch: int, lengths: np.ndarray) -> list[np.ndarray]:
+        """Shuffled, sorted by length within pools, and the batches shuffled again."""
         random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(self.n_rows)
-        lengths = self.lengths
-        if lengths is not None:  # sort by length within pools, then shuffle the batches
-            pool = POOL * self.global_batch
-            pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
-            order = np.concatenate([rows[lengths[rows].argsort(kind="stable")] for rows in pools])
+        order, pool = random.permutation(self.n_rows), POOL * self.global_batch
+        pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
+        order = np.concatenate([rows[lengths[rows].argsort(kind="stable")] for rows in pools])
         batches = [order[start : start + self.global_batch] for start in range(0, self.n_rows, self.global_batch)]
-        if lengths is not None:
-            random.shuffle(batches)
+        random.shuffle(batches)
         return batches
+
+    # ---- what is told; a mixture has more to say (mixture.py) ----
+    def about(self) -> str:
+        """Lines for the start of the run."""
+        return ""
+
+    def news(self, step: int) -> str:
+        """A line to be said before this step."""
+        return ""
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What the log should hold after so many steps."""
+        return {}
 
 
 class StepBatches(Dataset[list[Batch]]):
@@ -245,11 +279,12 @@ def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_t
     All processes get equally many, the last ones maybe an empty one: shared weights are put together by everybody.
     """
     lengths, taken, number = data.row_lengths(), 0, 0
-    order = np.arange(len(data)) if lengths is None else np.random.default_rng(0).permutation(len(data))
+    order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
     for start in range(0, len(data), batch_size):
         if taken >= max_tokens:
             break
-        batch = data.batch(order[start : start + batch_size])
+        places = np.arange(start, min(start + batch_size, len(data)))
+        batch = data.batch(places if order is None else order[places])
         taken += batch["input_ids"].numel()
         if number % world == rank:
             yield batch

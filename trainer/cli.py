@@ -11,6 +11,7 @@ import importlib.util
 from typing import Any
 
 from corpus.errors import UserError
+from corpus.mix import parse_mix
 from model.config import FIELD_HELP, PRESETS, ModelConfig
 from trainer.recipes import parse_with_recipe
 
@@ -63,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-PARALLEL = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+PARALLEL = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 def check_parallel(args: argparse.Namespace) -> None:
@@ -155,6 +156,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         if isinstance(field.default, bool):
             options |= {"type": yes_or_no, "nargs": "?", "const": True}
         group.add_argument(f"--{field.name}", **options)
+
+
+def add_mix_flags(parser: argparse.ArgumentParser) -> None:
+    """--mix and what goes with it: which part of the data gives how much of the training."""
+    add = parser.add_argument_group("mixture (none given: everything, as often as it is there)").add_argument
+    add("--mix", type=parse_mix, metavar="MIX",
+        help="zh=0.25,en=0.75: shares, by language or source; zh=1x,en=2x: passes; or language, source")  # fmt: skip
+    add("--mix_temperature", type=float, default=1.0, help="shares to the power of 1/T: above 1 evens them out")
+    add("--stage2_mix", type=parse_mix, metavar="MIX", help="another mixture for the rest of the run")
+    add("--stage2_at", type=float, default=0.0, help="where it begins: a share of the steps, as 0.7, or a step number")
 
 
 def given_model_flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from corpus.history import history_in_words, history_of_data
 from model.chat import ChatTokenizer
 from model.checkpoint import model_content
 from model.transformer import Transformer
@@ -27,6 +28,7 @@ from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validat
 from trainer.clock import Clock, Watch
 from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.loss import IGNORE
+from trainer.mixture import step_plan
 from trainer.optim import set_schedule
 from trainer.parallel import Engine, share_out
 from trainer.report import announce, check_first_loss
@@ -50,6 +52,7 @@ class Stage:
     unit: str = "token"  # what losses are summed over and divided by: "pair" for DPO
     guard: Callable[[Row], str] | None = None  # asked after every step: why the stage should end here, or ""
     examine: Callable[[], Row] | None = None  # what else is measured with the final validation
+    mix: dict[str, Any] = field(default_factory=dict)  # the shares of a mixture, for the lineage
 
     def path(self, out_dir: str) -> Path:
         return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
@@ -68,10 +71,12 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     path = stage.path(args.out_dir)
     stage.model.activation_checkpointing = args.checkpoint_activations
     rows_per_step = global_batch(run, args, path)
-    plan = StepPlan(len(stage.data), stage.data.row_lengths(), rows_per_step, args.seed)
+    plan = step_plan(stage.data, rows_per_step, args)
     total = args.max_steps or args.epochs * plan.steps_per_epoch
     progress, saved = load_progress(run, args, stage, path, rows_per_step)
     announce(run, args, stage, plan, total)
+    if plan.about():
+        run.say(plan.about())
     engine = share_out(run, args, stage)
     if saved:
         engine.load(saved, saved_names(saved))
@@ -98,6 +103,8 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
+                if news := plan.news(progress.step):
+                    log.say(news)
                 lr = set_schedule(args, engine.optimizers, progress.step, max(progress.step / total, clock.share))
                 torch.manual_seed(hash((args.seed, progress.step, run.rank)) % 2**63)  # dropout of this step
                 clock.step_begins()
@@ -226,6 +233,7 @@ def training_row(
         "tokens_per_second": result["real"] / max(clock.step_seconds, 1e-9),
         "real_token_share": result["real"] / max(result["positions"], 1),
         "grad_norm": result["grad_norm"],
+        **plan.facts(progress.step),
         "seconds": progress.seconds,
         "seconds_left": clock.seconds_left(total - progress.step),
         "peak_memory_mb": peak_memory_mb(device_type),
@@ -238,6 +246,8 @@ def entry(args: argparse.Namespace, stage: Stage, progress: Progress, objection:
     return {
         "stage": stage.name,
         "data": str(args.data_path),
+        **stage.mix,
+        **({"data_history": known} if (known := history_in_words(history_of_data(args.data_path))) else {}),
         "steps": progress.step,
         units: progress.tokens,
         "seconds": progress.seconds,

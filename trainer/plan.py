@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 
-PARALLEL = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 CUDA_CONTEXT = 0.8e9  # bytes that CUDA itself takes: what MindLLM's two inference figures leave beside the weights
 LOSS_CHUNK = 1024  # positions whose logits exist at one time (trainer/loss.py)
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)

@@ -14,11 +14,10 @@ from rich.table import Table
 from corpus.errors import UserError
 from model.chat import load_tokenizer
 from model.config import PRESETS, ModelConfig
-from trainer.cli import model_config
+from trainer.cli import PARALLEL, model_config
 from trainer.plan import (
     GPUS,
     MACHINES,
-    PARALLEL,
     bounds,
     count,
     flops_per_token,

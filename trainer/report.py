@@ -7,6 +7,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from corpus.history import history_in_words, history_of_data
 from trainer.batches import StepPlan
 from trainer.plan import training_memory
 from trainer.runtime import Run
@@ -30,6 +31,8 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
         f"{stage.name}: {shown}, vocabulary {config.vocab_size}, {run.world} process(es) on {run.device}, "
         f"{str(run.dtype).removeprefix('torch.')}, {how}{args.optimizer}, peak lr {args.learning_rate:g}"
     )
+    if known := history_in_words(history_of_data(args.data_path)):
+        run.say(f"data: {known}")
     lengths = stage.data.row_lengths()
     mean_length = config.max_seq_len if lengths is None else float(lengths.mean())
     rows = "rows" if stage.unit == "token" else f"{stage.unit}s"
@@ -42,8 +45,8 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
     estimate = training_memory(
         config, args.batch_size, longest, optimizer=args.optimizer, compute_bytes=run.dtype.itemsize,
-        parallel=args.parallel, processes=run.world, recompute=args.checkpoint_activations,
-        device=run.device.type, trained=trained,
+        parallel=args.parallel, processes=run.world, recompute=args.checkpoint_activations, device=run.device.type,
+        trained=trained,
     )  # fmt: skip
     run.say(f"estimated memory {estimate.total / 2**30:.1f} GiB per process")
 

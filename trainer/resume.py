@@ -110,6 +110,7 @@ def run_identity(args: argparse.Namespace, stage: "Stage") -> dict[str, Any]:
         "data rows": len(stage.data),
         "--optimizer": args.optimizer,
         "--seed": args.seed,
+        "--mix": stage.mix or None,
         **{f"the adapter's {name}": value for name, value in stage.model.adapter.items() if name != "parent"},
     }
 

@@ -1,0 +1,270 @@
+"""Rows -> fewer or better rows: what `clean`, `dedup` and `decontaminate` have in common.
+
+    out_dir/  text_000.jsonl ...   the kept rows, in their order, in files of about 512 MB
+              dropped.tsv          every row that was left out: file:line, rule, why, its beginning
+              report.json          the counts, examples, and what was done to these rows before (history.py)
+              report.md            the same for people
+
+Everything streams: memory holds a few batches, whatever the size of the files. The folder appears under its name only
+when it is complete; a killed run is continued by the same command: rows that are dealt with are read again, but not
+judged again. `workers` processes judge, one reads and writes; the result is the same for any number of them.
+
+Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the counts).
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from corpus.errors import UserError
+from corpus.history import history_of
+from corpus.read import Path_, all_rows
+from corpus.report import BadRow, DataReport
+from corpus.rows import text_of
+from corpus.shards import check_replaceable, partial_folder, publish, write_json, writing
+from corpus.tally import Tally, Verdict
+
+BATCH_ROWS, BATCH_CHARACTERS = 500, 500_000
+FILE_BYTES = 512 << 20
+CHECKPOINT_SECONDS = 20.0
+OUR_FILES = ("text_*.jsonl", "dropped.tsv", "report.json", "report.md", "progress.json", "*.keys", "cluster")
+EXPECTED = "a row needs text, or the keys of a chat or of a pair of answers"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row on its way: `number` counts from 0 over all files."""
+
+    number: int
+    file: str
+    line: int
+    row: Any
+    text: str
+
+    def dropped_line(self, verdict: Verdict) -> bytes:
+        """Its line in dropped.tsv: file:line, rule, why, beginning."""
+        cells = (f"{self.file}:{self.line}", verdict.marks[-1].rule, verdict.marks[-1].detail, self.text[:120])
+        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode()
+
+
+class Step(Protocol):
+    """What is done with the rows. Must be picklable when it is to run in several processes."""
+
+    name: str
+
+    def rule_names(self) -> list[str]:
+        """Its rules, in the order of the report."""
+
+    def job(self) -> dict[str, Any]:
+        """What the result depends on, besides the files: a run is continued only if it is the same."""
+
+    def about(self) -> dict[str, Any]:
+        """What later steps should know was done: an entry of the history."""
+
+    def pass_over(self, row: Row) -> None:
+        """A row that an earlier, killed run has dealt with."""
+
+    def judge(self, rows: list[Row]) -> list[Verdict]: ...
+
+
+def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0) -> Iterator[Row]:
+    """All rows with a text, numbered from `number`; others are counted as bad. Raises UserError as `all_rows` does."""
+    for file, line, row in all_rows(paths, report, EXPECTED):
+        try:
+            text = text_of(row)
+        except BadRow as reason:
+            report.bad_row(str(reason), file, line)
+            continue
+        report.good_row(file)
+        yield Row(number, file, line, row, text)
+        number += 1
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text)
+        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+_work: Callable[[Any], Any]  # of a worker process
+
+
+def _set_work(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+
+
+def _do_work(item: Any) -> Any:
+    return _work(item)
+
+
+def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """(item, work(item)) in the order of the items; a few of them at a time are on their way to `workers` processes."""
+    if workers <= 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+    with ProcessPoolExecutor(workers, initializer=_set_work, initargs=(work,)) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(_do_work, item)))
+                if len(waiting) > 2 * workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+class _Output:
+    """The growing folder: kept rows, dropped rows, and a progress file that says how much of each counts."""
+
+    def __init__(self, folder: Path, job: dict[str, Any], tally: Tally) -> None:
+        self.folder, self.job, self.tally = folder, job, tally
+        self.rows, self.files, self.sizes = 0, 0, [0, 0]  # rows dealt with; files of kept rows; bytes of the open two
+        self.saved = time.perf_counter()
+        try:
+            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            if progress["job"] == job:
+                tally.restore(progress["tally"])
+                self.rows, self.files, self.sizes = progress["rows"], progress["files"], progress["sizes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        if not self.rows:
+            for pattern in ("text_*.jsonl", "dropped.tsv"):
+                for path in folder.glob(pattern):
+                    path.unlink()
+            folder.mkdir(parents=True, exist_ok=True)
+        self.dropped = self._open("dropped.tsv", self.sizes[1])
+        self.kept = self._open(f"text_{self.files:03d}.jsonl", self.sizes[0])
+
+    def _open(self, name: str, size: int) -> Any:
+        file = (self.folder / name).open("ab")
+        if file.tell() < size:
+            raise OSError(f"{name} is shorter than its progress file says")
+        file.truncate(size)
+        return file
+
+    def add(self, rows: list[Row], verdicts: list[Verdict]) -> None:
+        for row, verdict in zip(rows, verdicts, strict=True):
+            self.tally.add(row.file, row.line, verdict)
+            if verdict.kept is not None:
+                self.kept.write(verdict.kept)
+            else:
+                self.dropped.write(row.dropped_line(verdict))
+        self.rows += len(rows)
+        if self.kept.tell() >= FILE_BYTES:
+            self.kept.close()
+            self.files += 1
+            self.kept = self._open(f"text_{self.files:03d}.jsonl", 0)
+        if time.perf_counter() - self.saved >= CHECKPOINT_SECONDS:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        for file in (self.kept, self.dropped):
+            file.flush()
+            os.fsync(file.fileno())
+        self.sizes = [self.kept.tell(), self.dropped.tell()]
+        progress = {"job": self.job, "rows": self.rows, "files": self.files, "sizes": self.sizes}
+        write_json(self.folder / "progress.json", {**progress, "tally": self.tally.to_dict()})
+        self.saved = time.perf_counter()
+
+    def close(self) -> None:
+        self.kept.close()
+        self.dropped.close()
+
+
+def check_out_dir(out_dir: Path_, paths: list[Path_]) -> bool:
+    """True when `out_dir` holds an older result. Raises UserError when it holds other things, or the input itself."""
+    for path in paths:
+        if Path(path).resolve().parent == Path(out_dir).resolve():
+            raise UserError(f"{path} lies in the output folder {out_dir}: choose another --out_dir")
+    check_replaceable(partial_folder(out_dir), OUR_FILES)
+    check_replaceable(out_dir, OUR_FILES)
+    return (Path(out_dir) / "report.json").is_file()
+
+
+def rewrite(
+    step: Step,
+    paths: list[Path_],
+    out_dir: Path_,
+    report: DataReport,
+    on_batch: Callable[[], None],
+    workers: int = 1,
+) -> Tally:
+    """Pass the rows of all files through the step into `out_dir`, complete or not at all; returns the counts.
+
+    Raises UserError for files or a disk that cannot be used, too many bad rows, or nothing kept.
+    """
+    check_out_dir(out_dir, paths)
+    folder = partial_folder(out_dir)
+    job = {"step": step.name, "inputs": inputs_of(paths), **step.job()}
+    tally = Tally(step.rule_names())
+    with writing(out_dir):
+        output = _Output(folder, job, tally)
+        try:
+            rows = _new_rows(numbered_rows(paths, report), step, output.rows)
+            for batch, verdicts in in_order(step.judge, batches(rows), workers):
+                output.add(batch, verdicts)
+                report.kept = tally.kept
+                report.text_bytes += sum(len(row.text.encode()) for row in batch)
+                on_batch()
+            output.close()
+            finish(step, paths, folder, tally, report)
+        except UserError:
+            output.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            output.close()
+        publish(folder, out_dir)
+    return tally
+
+
+def _new_rows(rows: Iterator[Row], step: Step, done: int) -> Iterator[Row]:
+    for row in rows:
+        if row.number >= done:
+            yield row
+        else:
+            step.pass_over(row)
+
+
+def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: DataReport) -> None:
+    """Write the reports beside the rows. Raises UserError when no row is left."""
+    if not tally.kept:
+        raise UserError(f"{step.name} leaves none of the {tally.read:,} rows: {tally.main_reason()}")
+    done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
+    content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
+    (folder / "report.md").write_text(tally.markdown(step.name), encoding="utf-8")
+    write_json(folder / "report.json", content)
+    for left in (*folder.glob("*.keys"), folder / "progress.json"):
+        left.unlink(missing_ok=True)
+
+
+def inputs_of(paths: list[Path_]) -> list[list[Any]]:
+    """What tells the files from others or later ones of the same names."""
+    found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+
+def as_line(row: Any) -> bytes:
+    """A row as a line of jsonl; a plain text becomes {"text": ...}."""
+    row = {"text": row} if isinstance(row, str) else row
+    return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")

@@ -1,0 +1,149 @@
+"""How much of an exam does a model know? Multiple choice, four options, with error bars and the chance line.
+
+    python eval_ceval.py --data ceval.tar.xz                       the latest stage in out/, C-Eval's validation split
+    python eval_ceval.py --data ceval --checkpoint out/full_sft_512.pth --method text --shots 5
+    python eval_ceval.py --data cmmlu.zip --model ../Qwen3-0.6B --json out/cmmlu.json
+    python eval_ceval.py --data ceval.tar.xz --split test          answers are secret: writes C-Eval's submission file
+
+    --method letter   the largest of the four next-token probabilities of A, B, C, D
+    --method text     the largest log-probability per character of an option's full text, the options not shown
+
+Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
+Reads C-Eval's and CMMLU's layouts (corpus/exams.py), any out/*.pth (an adapter with its parent) or a transformers
+folder. Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
+Read next: trainer/exam.py (how it asks), trainer/exam_score.py (how sure the score is).
+"""
+
+import argparse
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from corpus.errors import UserError, fail_in_one_line
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("the exam").add_argument
+    add("--data", required=True, help="folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/*.csv")
+    add("--split", default="", help="dev, val or test (default: val, or test where there is no val)")
+    add("--subjects", default="", help="only these, separated by commas (default: all)")
+    group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--checkpoint", help="a .pth file")
+    add("--model", metavar="DIR", help="the folder of a transformers model (Llama, Qwen3)")
+    add = parser.add_argument_group("how to ask").add_argument
+    add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
+    add("--shots", type=int, default=0, help="examples from dev in front of each question (default: 0)")
+    add("--shuffle_options", type=int, default=1, metavar="K", help="average over K orders, 4: each letter once each")
+    add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for the chat stages")
+    add("--prompt", action="store_true", help="show one prompt of each subject and save all")
+    add = parser.add_argument_group("machine").add_argument
+    add("--out_dir", default="out", help="where the models are, and the results go (default: out)")
+    add("--json", metavar="FILE", help="write all scores to this file too")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add(
+        "--batch_tokens",
+        type=int,
+        default=0,
+        help="positions computed at once (default: 1024 on a CPU; 1: one question)",
+    )
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    for name, good, rule in (
+        ("shots", args.shots >= 0, "at least 0"),
+        ("shuffle_options", 1 <= args.shuffle_options <= 24, "from 1 to 24, the number of orders of four options"),
+        ("batch_tokens", args.batch_tokens >= 0, "at least 0"),
+    ):
+        if not good:
+            raise UserError(f"--{name} must be {rule}, not {getattr(args, name)}")
+    if args.method == "text" and args.shuffle_options > 1:
+        raise UserError("--shuffle_options changes nothing with --method text: the options are not shown")
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    from model.checkpoint import PARENTS, find_checkpoint
+
+    if args.checkpoint or args.model:
+        return Path(args.checkpoint or args.model)
+    there = [stage for stage in PARENTS if list(Path(args.out_dir).glob(f"{stage}_[0-9]*.pth"))]
+    return find_checkpoint(args.out_dir, (there or ["pretrain"])[-1])
+
+
+def exam_name(data: str) -> str:
+    """ceval of ../data/ceval.tar.xz."""
+    return Path(data).resolve().name.split(".")[0] or "exam"
+
+
+def run(args: argparse.Namespace, exam: Any) -> None:
+    """Load the model, put the questions, show and write the result."""
+    from model.checkpoint import load_model
+    from trainer import exam_pages
+    from trainer.exam import Asking, ask
+    from trainer.exam_answers import answer
+    from trainer.exam_score import mark, result_of
+    from trainer.runtime import autocast, pick_device, pick_dtype
+
+    path, device = model_path(args), pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer, checkpoint = load_model(path, device)
+    is_chat_stage = checkpoint["stage"] != "pretrain" and tokenizer.format is not None
+    chat = args.style == "chat" or (args.style == "auto" and is_chat_stage)
+    asking = Asking(args.method, args.shots, args.shuffle_options, chat)
+    asked = list(ask(exam, tokenizer, asking, model.config.max_seq_len))
+    name = f"{path.resolve().name.removesuffix('.pth')}_{exam_name(args.data)}_{exam.split}_{asking.name}"
+    folder = Path(args.out_dir) / "ceval" / name
+    about = {
+        **{"model": str(path), "stage": checkpoint["stage"], "exam": exam_name(args.data), "split": exam.split},
+        **{"method": args.method, "shots": args.shots, "orders": args.shuffle_options},
+        **{"style": "chat" if chat else "plain", "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        "mean_examples": sum(one.examples for one in asked) / len(asked),
+        "cut": sum(one.cut for one in asked),
+    }
+    size = f"{model.count_parameters()[0] / 1e6:.1f} M parameters"
+    print(f"{path}: {checkpoint['stage']}, {size}, {device}, {about['dtype']}")
+    print(
+        f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {asking.name}, as {about['style']}",
+        flush=True,
+    )
+    if args.prompt:
+        file = exam_pages.write_prompts(folder, asked, tokenizer)
+        print(f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {file}", flush=True)
+    started = time.perf_counter()
+    batches = answer(model, tokenizer, asked, args.method, lambda: autocast(device, dtype), args.batch_tokens)
+    exam_pages.follow(batches, len(asked))
+    about["seconds"] = round(time.perf_counter() - started, 1)
+    marked = mark(asked)
+    if all(item.answer for item in exam.items):
+        result = result_of(exam, marked)
+        exam_pages.show(result, about)
+        exam_pages.write_pages(folder, result, about)
+        scores = exam_pages.as_json(result, about)
+        print(f"{about['seconds']} s for the questions; written to {folder}/")
+    else:
+        scores = about | {"submission": str(exam_pages.write_submission(folder, marked))}
+        print(f"{about['seconds']} s for the questions; their answers are secret: hand in {scores['submission']}")
+    if args.json:
+        exam_pages.write(Path(args.json), json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console in another encoding shows "?" instead of failing
+            stream.reconfigure(errors="replace")
+    check(args)
+    from corpus.exams import read_exam
+
+    run(args, read_exam(args.data, args.split, [name.strip() for name in args.subjects.split(",") if name.strip()]))
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

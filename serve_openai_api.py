@@ -1,0 +1,107 @@
+"""Serve models over HTTP as OpenAI's API: its clients, OpenWebUI, FastGPT and curl talk to them as they are.
+
+    python serve_openai_api.py                                            the latest stage in out/, at 127.0.0.1:8000
+    python serve_openai_api.py --checkpoint out/dpo_512.pth out/lora_sft_512.pth ../Qwen3-0.6B    several, by name
+    python serve_openai_api.py --host 0.0.0.0 --api_key KEY               for the network; the key is required there
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
+         -d '{"messages": [{"role": "user", "content": "你好"}]}'
+
+Requests are decoded together, new ones join between two tokens. Routes: /v1/chat/completions, /v1/completions,
+/v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
+Reads the checkpoints, writes nothing.
+Read next: serving/app.py (a request's way), serving/engine.py (decoding together), model/generate.py (one token).
+"""
+
+import argparse
+import ipaddress
+import os
+import socket
+
+from corpus.errors import UserError, fail_in_one_line
+
+PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("which models").add_argument
+    add("--checkpoint", nargs="+", metavar="FILE", help=".pth files or transformers folders; NAME=FILE names one")
+    add("--out_dir", default="out", help="where the latest stage is looked for otherwise (default: out)")
+    add("--max_context", type=int, default=4096, help="longest prompt and answer together (default: 4096)")
+    add = parser.add_argument_group("who may ask").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    add("--api_key", metavar="KEY", help="clients must send it (default: $MENGYA_API_KEY, else none)")
+    add("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may ask, as https://chat.example.org")
+    add = parser.add_argument_group("how much").add_argument
+    add("--seats", type=int, default=16, help="answers per model that are decoded together (default: 16)")
+    add("--queue", type=int, default=64, help="answers per model that may wait; then 429 (default: 64)")
+    add("--max_request_bytes", type=int, default=2**20, help="larger requests get 413 (default: 1048576)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
+    add("--dtype", default="float32", help=dtype)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for numbers that make no sense, and for a door that would be open to the network."""
+    for name, least in {"seats": 1, "queue": 0, "max_request_bytes": 1, "max_context": 8}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port must be from 0 to 65535, not {args.port}")
+    args.api_key = args.api_key or os.environ.get("MENGYA_API_KEY") or None
+    if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
+        raise UserError("--api_key: use letters, digits and signs of ASCII, without spaces")
+    try:
+        is_local = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
+    except ValueError:  # a name
+        is_local = False
+    if not is_local and not args.api_key:
+        raise UserError(f"--host {args.host} lets other machines ask: set --api_key KEY as well")
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Bound before the models are read, so that a taken port is known at once."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port} ({error.strerror}): choose another --port") from None
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    check(args)
+    try:
+        import uvicorn
+
+        from serving.app import Limits, make_app
+    except ImportError as error:
+        if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
+            raise
+        raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
+    from serving.served import latest, open_models
+    from trainer.runtime import autocast, pick_device, pick_dtype
+
+    with open_socket(args.host, args.port) as door:
+        device = pick_device(args.device)
+        dtype = pick_dtype(args.dtype, device)
+        models = open_models(args.checkpoint or [latest(args.out_dir)], args.max_context, device)
+        for served in models.values():
+            size = served.model.count_parameters()[0] / 1e6
+            about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
+            print(f"{served.name}: {about}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+        limits = Limits(args.seats, args.queue, args.max_request_bytes, args.api_key, tuple(args.cors))
+        app = make_app(models, limits, lambda: autocast(device, dtype))
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"listening on http://{host}:{door.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+        uvicorn.Server(config).run(sockets=[door])
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

@@ -1,0 +1,304 @@
+"""The HTTP side: OpenAI's routes over the engine.
+
+    GET /v1/models  /v1/models/NAME  /health  /openapi.json        POST /v1/chat/completions  /v1/completions
+
+A request is checked, turned into token ids (in a thread: the loop stays free), handed to the engine, and answered from
+its inbox, whole or as a stream. Whoever hangs up frees the place at once. Errors have OpenAI's shape.
+Called by ../serve_openai_api.py. Read next: schemas.py, engine.py, replies.py, gate.py.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from corpus.errors import UserError
+from model.generate import Answer, Row
+from model.sampling import Sampling
+from serving import schemas
+from serving.engine import Engine, Full, News, Ticket
+from serving.gate import Gate, error_body
+from serving.replies import ChatReply, Reply, TextReply, event
+from serving.schemas import ChatRequest, CompletionRequest
+from serving.served import Served, TooLong
+
+CANNOT = "the model failed on this request; the server's log says why"
+NAMES_SHOWN = 20  # of ignored fields, in the header
+
+
+class ApiError(Exception):
+    """Becomes a response in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.body, self.headers = status, error_body(status, message, param, code), headers
+
+    def response(self) -> Response:
+        return Response(self.body, self.status, self.headers, "application/json")
+
+
+@dataclass
+class Limits:
+    """What one server gives. `cors`: origins of web pages that may ask it; none by default."""
+
+    seats: int = 16
+    queue: int = 64
+    max_bytes: int = 2**20
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()
+
+
+class Counter:
+    """Where requests are taken in and answers handed out."""
+
+    def __init__(
+        self, models: dict[str, Served], limits: Limits, number_format: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.models = models
+        self.loop: asyncio.AbstractEventLoop | None = None
+        pairs = {name: (served.model, served.tokenizer) for name, served in models.items()}
+        self.engine = Engine(pairs, limits.seats, limits.queue, number_format, self._deliver)
+
+    def _deliver(self, news: list[News]) -> None:
+        """From the engine's thread into the inboxes, which belong to the loop's."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there any more
+            assert self.loop is not None
+            self.loop.call_soon_threadsafe(lambda: [item.ticket.inbox.put_nowait(item) for item in news])
+
+    def find(self, name: str | None) -> Served:
+        name = name or next(iter(self.models))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"there is no model {name!r} here: use {known}", "model", "model_not_found")
+        return self.models[name]
+
+    def tickets(self, body: ChatRequest | CompletionRequest, served: Served) -> list[Ticket]:
+        """Checked and tokenised, not yet waiting. Slow for long prompts: call it in a thread."""
+        param = "messages" if isinstance(body, ChatRequest) else "prompt"
+        try:
+            if isinstance(body, ChatRequest):
+                if served.why_no_chat:
+                    raise ApiError(400, served.why_no_chat, "model")
+                prompts = [served.chat_ids(body.messages, body.longest)]
+            else:
+                prompts = [served.text_ids(prompt) for prompt in prompts_of(body)]
+            settings = sampling(body, served)
+            model, tokenizer = served.model, served.tokenizer
+            wanted = [prompt for prompt in prompts for _ in range(body.n or 1)]
+            rows = [Row(model, tokenizer, prompt, settings, Answer(), i) for i, prompt in enumerate(wanted)]
+        except TooLong as error:
+            raise ApiError(400, str(error), param, "context_length_exceeded") from None
+        except (UserError, ValueError) as error:
+            raise ApiError(400, str(error), param) from None
+        return [Ticket(row, index) for index, row in enumerate(rows)]
+
+    async def answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        served = self.find(body.model)
+        tickets = await run_in_threadpool(self.tickets, body, served)
+        inbox: asyncio.Queue[News | None] = asyncio.Queue()
+        for ticket in tickets:
+            ticket.inbox = inbox
+        try:
+            self.engine.submit(served.name, tickets)
+        except Full as full:
+            headers = {"Retry-After": str(full.retry_after)}
+            raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
+        except ValueError as error:
+            raise ApiError(400, str(error), "n") from None
+        kind = ChatReply if isinstance(body, ChatRequest) else TextReply
+        reply = kind(served.name, served.tokenizer, tickets, body.wants_usage)
+        headers = ignored(body)
+        if body.stream:
+            return EventStream(self, request, reply, inbox, headers)
+        with self.watched(request, reply.tickets, inbox):
+            async for news in finished(inbox, len(tickets)):
+                if news is None:
+                    return Response(status_code=499)  # nobody reads it
+                if news.finish_reason == "error":
+                    raise ApiError(500, CANNOT)
+            return Response(reply.whole(), headers=headers, media_type="application/json")
+
+    @contextlib.contextmanager
+    def watched(self, request: Request, tickets: list[Ticket], inbox: "asyncio.Queue[News | None]") -> Any:
+        """Inside, a client that hangs up frees its places, and None comes into the inbox. Behind it they are free."""
+
+        async def wait_for_the_end() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.engine.cancel(tickets)
+            inbox.put_nowait(None)
+
+        watcher = asyncio.ensure_future(wait_for_the_end())
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            self.engine.cancel(tickets)
+
+
+async def finished(inbox: "asyncio.Queue[News | None]", answers: int) -> AsyncIterator[News | None]:
+    """The news until all answers have ended, one has failed, or nobody reads them any more."""
+    while answers:
+        news = await inbox.get()
+        yield news
+        if news is None or news.finish_reason == "error":
+            return
+        answers -= bool(news.finish_reason)
+
+
+class EventStream(StreamingResponse):
+    """An answer as it grows. The places are freed however the sending ends, even if it never begins."""
+
+    def __init__(
+        self, counter: Counter, request: Request, reply: Reply, inbox: "asyncio.Queue[News | None]", headers: Any
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(self._events(reply, inbox), headers=headers, media_type="text/event-stream")
+        self.watched = lambda: counter.watched(request, reply.tickets, inbox)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self.watched():
+            await super().__call__(scope, receive, send)
+
+    async def _events(self, reply: Reply, inbox: "asyncio.Queue[News | None]") -> AsyncIterator[str]:
+        yield "".join(reply.opening())
+        async for news in finished(inbox, len(reply.tickets)):
+            if news is None:
+                return
+            if news.finish_reason == "error":
+                yield event({"error": {"message": CANNOT, "type": "server_error", "param": None, "code": None}})
+                return
+            if text := "".join(reply.piece(news)):
+                yield text
+        yield "".join(reply.closing())
+
+
+def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
+    """The prompts one by one: a text, several, token ids, or several lists of them."""
+    prompt: Any = body.prompt
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return prompt if several else [prompt]
+
+
+def sampling(body: ChatRequest | CompletionRequest, served: Served) -> Sampling:
+    """The request's numbers; what it leaves open is as in 2-eval.py, and the answer may fill the context."""
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    is_chat = isinstance(body, ChatRequest)
+    return Sampling(
+        temperature=schemas.TEMPERATURE if body.temperature is None else body.temperature,
+        top_k=max(0, body.top_k or 0),
+        top_p=schemas.TOP_P if body.top_p is None else max(body.top_p, 1e-9),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        max_new_tokens=body.longest or served.limit,
+        stop=(*(text for text in stop if text), *(served.tokenizer.stop_strings if is_chat else ())),
+        seed=body.seed,
+        logprobs=body.alternatives,
+    )
+
+
+def ignored(body: ChatRequest | CompletionRequest) -> dict[str, str]:
+    """A header that names the fields that changed nothing."""
+    names = [name for name in (body.model_extra or {}) if name.isascii() and name.replace("-", "_").isidentifier()]
+    return {"x-ignored-fields": ", ".join(names[:NAMES_SHOWN])[:1000]} if names else {}
+
+
+def make_app(
+    models: dict[str, Served], limits: Limits, number_format: Callable[[], AbstractContextManager[Any]]
+) -> FastAPI:
+    """The application; its engine runs while the server does."""
+    counter = Counter(models, limits, number_format)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        counter.loop = asyncio.get_running_loop()
+        counter.engine.start()
+        yield
+        await run_in_threadpool(counter.engine.stop)
+
+    middleware = [Middleware(Gate, api_key=limits.api_key, max_bytes=limits.max_bytes)]
+    if limits.cors:
+        allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
+        middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(limits.cors), **allow))
+    app = FastAPI(title="Mengya", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, middleware=middleware)
+    app.state.counter = counter
+    add_routes(app, counter)
+    add_error_shapes(app)
+    return app
+
+
+def add_routes(app: FastAPI, counter: Counter) -> None:
+    refusals = {400: "wrong request", 401: "no or wrong key", 404: "no such model", 413: "too large", 415: "no JSON"}
+    refusals |= {429: "no place free", 500: "the model failed"}
+    errors: dict[int | str, Any] = {k: {"model": schemas.ErrorBody, "description": v} for k, v in refusals.items()}
+    events: dict[str, Any] = {"text/event-stream": {}}
+
+    def posted(model: type) -> dict[int | str, Any]:
+        return {200: {"model": model, "content": events, "description": "the answer, or events of it"}, **errors}
+
+    @app.post("/v1/chat/completions", response_class=Response, responses=posted(schemas.ChatCompletion))
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        return await counter.answer(request, body)
+
+    @app.post("/v1/completions", response_class=Response, responses=posted(schemas.TextCompletion))
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await counter.answer(request, body)
+
+    def card(served: Served) -> schemas.ModelCard:
+        about: dict[str, Any] = {"stage": served.stage, "parameters": served.model.count_parameters()[0]}
+        return schemas.ModelCard(id=served.name, created=served.created, max_model_len=served.limit, **about)
+
+    @app.get("/v1/models", responses={401: errors[401]})
+    async def models() -> schemas.ModelList:
+        return schemas.ModelList(data=[card(served) for served in counter.models.values()])
+
+    @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
+    async def model(name: str) -> schemas.ModelCard:
+        return card(counter.find(name))
+
+    @app.get("/health")
+    async def health() -> schemas.Health:
+        return schemas.Health(models=counter.engine.status())
+
+
+def add_error_shapes(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # Of the branches of a union, the one that got furthest is the one that was meant.
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
+        if first["type"] == "json_invalid":
+            return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}"[:500]).response()
+        where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained")))
+        return ApiError(400, f"{where or 'body'}: {first['msg']}"[:500], where or None).response()
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"[:500]
+        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Exception)
+    async def fault(_: Request, error: Exception) -> Response:
+        return ApiError(500, "a fault of this server; its log says which").response()

@@ -1,0 +1,207 @@
+"""Answers for many at once: one thread that decodes whatever waits, row beside row.
+
+    waiting ->  join: their prompts are read in one pass  ->  step, step, step: one token for every row  ->  done
+                      (new ones join between two tokens)            (who ends or leaves frees the place at once)
+
+A weight that was fetched from memory for one row serves all of them: that is where the speed comes from. Each model has
+a `Batch` (model/generate.py) with a bounded number of places and a bounded queue; the models take turns, token by
+token. Knows nothing of HTTP: requests come in by `submit`, and every turn's news goes out in one call of `deliver`.
+Called by app.py. Read next: ../model/generate.py (Batch), app.py (who waits).
+"""
+
+import math
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from model.chat import ChatTokenizer
+from model.generate import Batch, Row
+from model.transformer import Transformer
+
+PREFILL_TOKENS = 2048  # read in one pass before those who are being answered get their next token
+LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
+
+
+class Full(Exception):
+    """The queue has no room. `retry_after`: seconds after which it should."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"all places are taken and the queue is full: try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One answer that somebody waits for. `inbox` is the caller's own: the engine only carries it along."""
+
+    row: Row
+    index: int  # among the answers of its request
+    inbox: Any = None
+    gone: bool = False  # nobody waits any longer
+    started: float = 0.0
+
+
+@dataclass
+class News:
+    """What a turn brought for a ticket. `finish_reason`: "" while it goes on, "error" when the model failed."""
+
+    ticket: Ticket
+    text: str
+    finish_reason: str
+    tokens: int  # of the answer so far
+
+
+class _Table:
+    """A model, its batch, and who waits for a place in it."""
+
+    def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
+        self.batch = Batch(model, tokenizer)
+        self.seated: dict[Row, Ticket] = {}
+        self.waiting: deque[Ticket] = deque()
+
+
+class Engine:
+    """`seats` rows per model are decoded at once, `queue` more may wait."""
+
+    def __init__(
+        self,
+        models: dict[str, tuple[Transformer, ChatTokenizer]],
+        seats: int,
+        queue: int,
+        number_format: Callable[[], AbstractContextManager[Any]],
+        deliver: Callable[[list[News]], None],
+    ) -> None:
+        """`deliver` is called from the engine's thread; `number_format` gives the autocast context to compute in."""
+        self.tables = {name: _Table(*pair) for name, pair in models.items()}
+        self.seats, self.queue = seats, queue
+        self.number_format, self.deliver = number_format, deliver
+        self.changed = threading.Condition()
+        self.stopping = False
+        self.seconds_each = 1.0  # that an answer took, on average of late
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread between two tokens; whoever still waits is told "error"."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def submit(self, name: str, tickets: list[Ticket]) -> None:
+        """Take a request's answers in, all or none.
+
+        Raises Full when they find no place, ValueError when there are more of them than the house has places.
+        """
+        table = self.tables[name]
+        with self.changed:
+            places = self.seats + self.queue
+            if len(tickets) > places:
+                raise ValueError(f"{len(tickets)} answers at once are asked for, at most {places} are given")
+            if self.stopping or len(table.seated) + len(table.waiting) + len(tickets) > places:
+                rounds = (len(table.waiting) + len(tickets)) / self.seats
+                raise Full(min(LONGEST_WAIT, max(1, math.ceil(rounds * self.seconds_each))))
+            table.waiting.extend(tickets)
+            self.changed.notify()
+
+    def cancel(self, tickets: list[Ticket]) -> None:
+        """Nobody waits for these any longer: their places are free before the next token. Finished ones do not mind."""
+        with self.changed:
+            for ticket in tickets:
+                ticket.gone = True
+            for table in self.tables.values():
+                if any(ticket.gone for ticket in table.waiting):
+                    table.waiting = deque(ticket for ticket in table.waiting if not ticket.gone)
+
+    def status(self) -> dict[str, dict[str, int]]:
+        """Per model: rows being answered, rows waiting, and how many of each there may be."""
+        with self.changed:
+            return {
+                name: {
+                    "running": sum(not ticket.gone for ticket in table.seated.values()),
+                    "waiting": len(table.waiting),
+                    "seats": self.seats,
+                    "queue": self.queue,
+                }
+                for name, table in self.tables.items()
+            }
+
+    def _run(self) -> None:
+        with self.number_format():
+            while self._work_or_stop():
+                for table in self.tables.values():
+                    if table.seated or table.waiting:
+                        self._tell(self._turn(table))
+            for table in self.tables.values():
+                self._tell(self._fail(table, [*table.seated.values(), *table.waiting]))
+
+    def _work_or_stop(self) -> bool:
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopping or any(t.seated or t.waiting for t in self.tables.values()))
+            return not self.stopping
+
+    def _turn(self, table: _Table) -> list[News]:
+        """Let the gone leave and the next ones join; one more token for everybody."""
+        with self.changed:
+            gone = [ticket for ticket in table.seated.values() if ticket.gone]
+            for ticket in gone:
+                del table.seated[ticket.row]
+            arrived = self._admit(table)
+        try:
+            for ticket in gone:
+                table.batch.leave(ticket.row)
+            pieces = table.batch.join([ticket.row for ticket in arrived]) if arrived else []
+            pieces += table.batch.step() if table.batch.rows else []
+        except Exception:  # a fault of ours, or no memory: the requests fail, the server stays
+            traceback.print_exc()
+            table.batch = Batch(table.batch.model, table.batch.tokenizer)
+            return self._fail(table, list(table.seated.values()))
+        return self._news(table, pieces)
+
+    def _admit(self, table: _Table) -> list[Ticket]:
+        """Those who get a place now: in order, as many as there are places, and not too much to read at once."""
+        arrived: list[Ticket] = []
+        width = 0
+        while table.waiting and len(table.seated) < self.seats:
+            width = max(width, len(table.waiting[0].row.prompt))
+            if arrived and width * (len(arrived) + 1) > PREFILL_TOKENS:
+                break
+            ticket = table.waiting.popleft()
+            ticket.started = time.monotonic()
+            table.seated[ticket.row] = ticket
+            arrived.append(ticket)
+        return arrived
+
+    def _news(self, table: _Table, pieces: list[tuple[Row, str]]) -> list[News]:
+        """One entry per row, though one that has just joined has drawn two tokens."""
+        texts: dict[Row, str] = {}
+        for row, text in pieces:
+            texts[row] = texts.get(row, "") + text
+        news = []
+        for row, text in texts.items():
+            ticket, reason = table.seated[row], row.answer.finish_reason
+            if reason:
+                self.seconds_each += 0.1 * (time.monotonic() - ticket.started - self.seconds_each)
+                with self.changed:
+                    del table.seated[row]
+            news.append(News(ticket, text, reason, len(row.answer.ids)))
+        return news
+
+    def _fail(self, table: _Table, tickets: list[Ticket]) -> list[News]:
+        with self.changed:
+            table.seated.clear()
+            if self.stopping:
+                table.waiting.clear()
+        return [News(ticket, "", "error", len(ticket.row.answer.ids)) for ticket in tickets]
+
+    def _tell(self, news: list[News]) -> None:
+        if news:
+            self.deliver([item for item in news if not item.ticket.gone])

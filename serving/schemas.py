@@ -1,0 +1,213 @@
+"""What clients send and get back, field by field, as OpenAI's API has them: the source of /openapi.json.
+
+Fields that this server does not know are let through and named in the response header `x-ignored-fields`; so are those
+that it knows and cannot honour (tools, response_format, logit_bias, ...). Types are strict: "0.7" is no number.
+The names and shapes: OpenAI's API reference, "Chat" and "Completions"; top_k, min_p and repetition_penalty as vLLM.
+Called by app.py. Read next: replies.py (how a response is filled).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+# The defaults of 2-eval.py: small models wander off at temperature 1.
+TEMPERATURE, TOP_P = 0.7, 0.9
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 5.0 is 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)  # behind the bounds, which would be left out of the description otherwise
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=1, le=1_000_000), WHOLE]
+StopString = Annotated[str, Field(max_length=200)]
+Alternatives = Annotated[int, Field(ge=0, le=20), WHOLE]
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Open):
+    include_usage: bool | None = Field(None, description="end with a chunk that counts the tokens")
+
+
+class Request(Open):
+    """What both kinds of request share. null means the default everywhere."""
+
+    model: str | None = Field(None, description="a name from /v1/models (default: the first)")
+    stream: bool | None = Field(None, description="send the answer as it grows, as server-sent events")
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy (default: 0.7)")
+    top_p: Share | None = Field(None, description="draw among the likeliest that sum to p (default: 0.9)")
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000), WHOLE] | None = Field(None, description="0 or -1: all (default)")
+    min_p: Share | None = Field(None, description="drop tokens below this share of the likeliest (default: 0)")
+    n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = Field(None, description="answers to each prompt (default: 1)")
+    stop: StopString | Annotated[list[StopString], Field(max_length=8)] | None = None
+    seed: Annotated[int, WHOLE] | None = Field(None, description="the same seed, the same draw")
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    user: str | None = Field(None, description="accepted; nothing is kept")
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextPart(Open):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Open):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs or self.top_logprobs else None
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
+
+
+class CompletionRequest(Request):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+    )
+    max_tokens: Count | None = Field(None, description="default: 16")
+    logprobs: Alternatives | None = None
+    echo: Literal[False] | None = Field(None, description="the prompt is not repeated")
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens or 16
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TokenLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ContentLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class TextCompletion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "mengya"
+    stage: str
+    parameters: int
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+    models: dict[str, dict[str, int]]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail

@@ -1,0 +1,117 @@
+"""A model that is served: its name, what it can do, and how a request becomes token ids.
+
+    chat:  the messages in the model's chat format; where they are too long, whole turns go, oldest first
+    text:  the prompt as it is; too long is an error with the numbers
+
+Called by app.py. Read next: ../model/chat.py (how a chat is written), engine.py (where the ids go).
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corpus.errors import UserError
+from model.chat import ChatTokenizer
+from model.chat_formats import Message
+from model.checkpoint import PARENTS, find_checkpoint, load_model
+from model.transformer import Transformer
+from serving.schemas import ChatMessage
+from trainer.scoring import chat_prompt
+
+
+class TooLong(Exception):
+    """A prompt that leaves no room for an answer; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Served:
+    name: str
+    model: Transformer
+    tokenizer: ChatTokenizer
+    stage: str
+    created: int  # seconds since 1970
+
+    @property
+    def limit(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.model.config.max_seq_len
+
+    @property
+    def why_no_chat(self) -> str:
+        """What to tell somebody who wants to chat; "" where that is possible."""
+        if self.stage == "pretrain":
+            return f"{self.name} is a pretrained model, which goes on with a text: use /v1/completions"
+        if self.tokenizer.format is None:
+            return f"{self.name} has no chat template: use /v1/completions"
+        return ""
+
+    def chat_ids(self, messages: list[ChatMessage], longest: int | None) -> list[int]:
+        """Token ids up to where the assistant speaks, with room for `longest` tokens or a quarter of the limit.
+
+        Raises TooLong when the system message and the last question alone leave no room, UserError for a role that
+        the chat format cannot write.
+        """
+        ids = chat_prompt(self.model, self.tokenizer, plain(messages), longest or self.limit)
+        if len(ids) >= self.limit:
+            raise TooLong(
+                f"this model's context is {self.limit} tokens, and the system message with the last question has "
+                f"{len(ids)}: shorten them"
+            )
+        return ids
+
+    def text_ids(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a text, or the given ones. Raises TooLong, and ValueError for ids that the model lacks."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode_start(sound(prompt)) or [self.tokenizer.eos_id]
+        else:
+            ids = prompt
+            if max(ids) >= self.tokenizer.vocab_size:
+                raise ValueError(f"token id {max(ids)}: this model's ids end at {self.tokenizer.vocab_size - 1}")
+        if len(ids) >= self.limit:
+            raise TooLong(f"this model's context is {self.limit} tokens, and the prompt has {len(ids)}: shorten it")
+        return ids
+
+
+def sound(text: str) -> str:
+    """Without half characters, which JSON can spell and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def plain(messages: list[ChatMessage]) -> list[Message]:
+    """Role and text; a developer's word is the system's, and several of them in front are one."""
+    roles = ["system" if message.role == "developer" else message.role for message in messages]
+    first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    written = [{"role": r, "content": sound(message.text)} for r, message in zip(roles, messages, strict=True)]
+    if first > 1:
+        joined = "\n\n".join(message["content"] for message in written[:first])
+        written[:first] = [{"role": "system", "content": joined}]
+    return written
+
+
+def latest(out_dir: str) -> str:
+    """The model of the last stage of the chain that has one. Raises UserError where there is none, or several."""
+    there = [stage for stage in PARENTS if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
+    return str(find_checkpoint(out_dir, (there or list(PARENTS)[:1])[-1]))
+
+
+def open_models(checkpoints: list[str], max_context: int, device: torch.device) -> dict[str, Served]:
+    """The models by name: that of the file without .pth, that of the folder, or NAME as in NAME=FILE.
+
+    Raises UserError for a file that cannot be read and for two of the same name.
+    """
+    models: dict[str, Served] = {}
+    for checkpoint in checkpoints:
+        name, _, file = checkpoint.partition("=") if not Path(checkpoint).exists() else ("", "", checkpoint)
+        path = Path(file or name)
+        name = name if file and name else path.resolve().name.removesuffix(".pth")
+        if name in models:
+            raise UserError(f"two models are called {name}: write --checkpoint OTHER_NAME={path} for one of them")
+        model, tokenizer, about = load_model(path, device)
+        limit = min(model.config.max_seq_len, max_context)
+        model.config = dataclasses.replace(model.config, max_seq_len=limit)
+        created = int(path.stat().st_mtime) if path.exists() else int(time.time())
+        models[name] = Served(name, model, tokenizer, about["stage"], created)
+    return models

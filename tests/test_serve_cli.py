@@ -1,0 +1,151 @@
+"""serve_openai_api.py as it is started: what it refuses in one line, and a whole life from start to Ctrl-C.
+
+Promises: wrong numbers, files, names and ports are one line and exit code 2; nothing but this machine without a key; a
+missing package is one line with the pip command; an adapter and a transformers folder are served beside a checkpoint;
+8 clients at once get at least 3 times the tokens per second of 8 in a row, and the same greedy text (slow).
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+
+from corpus.errors import UserError
+from tests.conftest import ROOT, run_process, run_script
+from tests.server_help import make_file, running
+
+SCRIPT = "serve_openai_api.py"
+
+
+@pytest.fixture
+def checkpoint(tokenizer, tmp_path):
+    return make_file(tmp_path / "full_sft_32.pth", tokenizer)
+
+
+def test_what_cannot_be_is_said_in_one_line(monkeypatch, checkpoint, tmp_path):
+    monkeypatch.delenv("MENGYA_API_KEY", raising=False)
+    twin = shutil.copytree(tmp_path, tmp_path / "other") / "full_sft_32.pth"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for flags, message in (
+            (["--seats", "0"], "--seats must be at least 1, not 0"),
+            (["--queue", "-1"], "--queue must be at least 0"),
+            (["--port", "70000"], "--port must be from 0 to 65535"),
+            (["--host", "0.0.0.0"], r"--host 0\.0\.0\.0 lets other machines ask: set --api_key KEY"),
+            (["--host", "::"], "set --api_key KEY"),
+            (["--host", "example.org"], "set --api_key KEY"),
+            (["--api_key", "schlüssel"], "--api_key: use letters, digits"),
+            (["--host", "not a host", "--api_key", "k"], "cannot listen on not a host"),
+            (["--port", port], f"cannot listen on 127.0.0.1 port {port} .*in use.*: choose another --port"),
+            (["--checkpoint", tmp_path / "no.pth"], r"no checkpoint at .*no\.pth"),
+            (["--checkpoint", tmp_path], "is no transformers model"),
+            (["--checkpoint", checkpoint, twin], "two models are called full_sft_32: write --checkpoint OTHER_NAME="),
+            (["--out_dir", tmp_path / "nothing"], r"run `python 1-pretrain\.py` first"),
+            (["--device", "abacus"], "--device abacus: not a device"),
+            (["--dtype", "int3"], "--dtype int3: unknown"),
+        ):
+            with pytest.raises(UserError, match=message) as error:
+                run_script(monkeypatch, SCRIPT, *([] if "--port" in flags else ["--port", "0"]), *flags)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_a_missing_package_is_named_with_its_command(monkeypatch, checkpoint, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == package or name == "serving.app"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f'{package} is not installed: pip install "fastapi>='):
+        run_script(monkeypatch, SCRIPT, "--checkpoint", checkpoint, "--port", "0")
+
+
+def test_help_is_quick_and_needs_nothing():
+    started = time.monotonic()
+    result = run_process(sys.executable, "-S", SCRIPT, "--help")  # -S: without any installed package
+    assert result.returncode == 0 and "--api_key" in result.stdout and time.monotonic() - started < 2
+
+
+def test_a_whole_life(checkpoint, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MENGYA_API_KEY": "from-the-environment"}
+    command = [sys.executable, SCRIPT, "--out_dir", str(tmp_path), "--port", "0", "--max_context", "100"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        about, listening = process.stdout.readline(), process.stdout.readline()
+        assert about == "full_sft_32: full_sft, 0.0 M parameters, 100 tokens of context, cpu, float32\n"
+        url = listening.split()[2]
+        body = json.dumps({"messages": [{"role": "user", "content": "你好"}], "max_tokens": 3}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer from-the-environment"}
+        request = urllib.request.Request(f"{url}/chat/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert json.load(response)["usage"]["completion_tokens"] <= 3
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        assert (process.returncode, errors) == (130, "interrupted\n")
+    finally:
+        process.kill()
+
+
+def test_adapters_and_transformers_folders_are_served_too(tokenizer, checkpoint, tmp_path):
+    import httpx
+
+    from model.checkpoint import load_model, remember_parent, save_model
+    from model.lora import LoRAConfig, attach
+    from tests.test_stock_folder import make_folder
+
+    model, _, _ = load_model(checkpoint)
+    attach(model, LoRAConfig(rank=2))
+    for name, tensor in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.3)
+    remember_parent(model, checkpoint, tmp_path / "lora_sft_32.pth")
+    save_model(tmp_path / "lora_sft_32.pth", model, "lora_sft", tokenizer, [])
+    make_folder(tmp_path / "theirs")
+    names = ["full_sft_32", "lora_sft_32", "theirs"]
+    paths = [checkpoint, str(tmp_path / "lora_sft_32.pth"), str(tmp_path / "theirs")]
+    with running(paths) as server:
+        texts = {}
+        for name in names:
+            body = {"model": name, "messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 20}
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+            texts[name] = answer["choices"][0]["message"]["content"]
+        assert len(set(texts.values())) == 3
+
+
+@pytest.mark.slow
+def test_eight_at_once_are_three_times_as_fast_as_eight_in_a_row(tokenizer, tmp_path):
+    """On a model of the usual size, untrained: the work is the same."""
+    import asyncio
+
+    import httpx
+
+    from model.config import PRESETS
+
+    path = make_file(tmp_path / "full_sft_512.pth", tokenizer, **PRESETS["small"])
+    questions = [[{"role": "user", "content": f"question {i} 问题"}] for i in range(8)]
+    bodies = [{"messages": messages, "temperature": 0, "max_tokens": 48} for messages in questions]
+    with running([path]) as server:
+        url = f"{server.url}/v1/chat/completions"
+
+        async def at_once():
+            async with httpx.AsyncClient(timeout=120) as client:
+                return [r.json() for r in await asyncio.gather(*(client.post(url, json=body) for body in bodies))]
+
+        def measure():
+            started = time.perf_counter()
+            row = [httpx.post(url, json=body, timeout=120).json() for body in bodies]
+            between = time.perf_counter()
+            together = asyncio.run(at_once())
+            assert [a["choices"][0]["message"] for a in row] == [a["choices"][0]["message"] for a in together]
+            return (between - started) / (time.perf_counter() - between)
+
+        measure()
+        assert max(measure() for _ in range(3)) >= 3

@@ -1,0 +1,176 @@
+"""The log-probabilities of an exam's options, with as little work as possible.
+
+    * questions of similar length are computed together, a batch of `batch_tokens` positions at once
+    * the examples in front of a subject's questions are read once, not before every question
+    * the four options share one pass over their prompt, and an option of one token needs no pass of its own
+    * logits are computed only where an option is read
+
+Keys and values of what is shared lie in a KVCache that is copied to every row; the results equal those of one option at
+a time (tests/test_exam.py). Read next: exam.py (what is asked), ../model/transformer.py (the cache).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corpus.errors import UserError
+from model.chat import ChatTokenizer
+from model.transformer import KVCache, Transformer
+from trainer.exam import Asked
+
+CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 16384  # a larger batch overflows a CPU's caches: 4096 took half as long again
+WIDTH_STEP = 16  # widths are multiples of it: a CPU's kernels are prepared for each shape anew
+WORTH_SHARING = 32  # tokens that a group of questions has in common
+LARGEST_LOGITS = 1 << 24  # numbers in one block of logits
+
+
+@torch.inference_mode()
+def answer(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    asked: list[Asked],
+    method: str,
+    number_format: Callable[[], AbstractContextManager[Any]],
+    batch_tokens: int = 0,
+) -> Iterator[int]:
+    """Fill `log_probs` of all questions, batch after batch; yields how many each batch held.
+
+    batch_tokens: positions computed at once, 0: what suits the device, 1: one question at a time, nothing shared.
+    Raises UserError when the model computes no number.
+    """
+    if not batch_tokens:
+        batch_tokens = CPU_BATCH_TOKENS if model.lm_head.weight.device.type == "cpu" else BATCH_TOKENS
+    for group, start in _groups(asked, batch_tokens):
+        shared = None
+        if start:
+            with number_format():
+                shared = _read(model, [group[0].prompt[:start]])[0]
+        for batch in _batches(group, start, batch_tokens, model.config.max_seq_len):
+            with number_format():
+                if any(one.rest for one in batch):
+                    sums = _of_texts(model, batch, tokenizer.pad_id)
+                else:
+                    sums = _of_tokens(model, batch, tokenizer.pad_id, shared)
+            for one, found in zip(batch, sums.tolist(), strict=True):
+                _note(one, found, method)
+            yield len(batch)
+
+
+def _note(one: Asked, found: list[float], method: str) -> None:
+    """Put the sums of the options as shown where they belong."""
+    own = [0.0] * 4
+    for place, option in enumerate(one.order):
+        own[option] = found[place] / (len(one.item.options[option]) if method == "text" else 1)
+    if not all(map(math.isfinite, own)):
+        raise UserError(f"the model computes no number for {one.item.where}: its weights are damaged")
+    one.log_probs = tuple(own)
+
+
+def _groups(asked: list[Asked], batch_tokens: int) -> Iterator[tuple[list[Asked], int]]:
+    """Questions that begin alike, and how many tokens they share: those behind the same examples."""
+    groups: dict[tuple[str, int], list[Asked]] = {}
+    for one in asked:
+        alike = one.examples and not one.rest and batch_tokens > 1
+        groups.setdefault((one.item.subject, one.examples) if alike else ("", 0), []).append(one)
+    for group in groups.values():
+        start = 0
+        if group[0].examples and len(group) > 1 and batch_tokens > 1 and not any(one.rest for one in group):
+            first, last = min(one.prompt for one in group), max(one.prompt for one in group)
+            shortest = min(len(one.prompt) for one in group)
+            differs = (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
+            start = min(next(differs, shortest), shortest - 1)  # what comes behind the last token is needed
+        yield group, start if start >= WORTH_SHARING else 0
+
+
+def _batches(asked: list[Asked], start: int, batch_tokens: int, max_seq_len: int) -> Iterator[list[Asked]]:
+    """Questions of similar length, longest first; what fits into `batch_tokens`, or one. `start`: tokens shared."""
+    batch: list[Asked] = []
+    prompt = rest = 0  # the longest of the batch
+    for one in sorted(asked, key=lambda one: (len(one.prompt), one.rest), reverse=True):
+        longest = max(prompt, len(one.prompt)), max(rest, one.rest)
+        positions = (len(batch) + 1) * (_padded(longest[0] - start) + 4 * longest[1])
+        if batch and (positions > batch_tokens or sum(longest) > max_seq_len):
+            yield batch
+            batch, longest = [], (len(one.prompt), one.rest)
+        batch.append(one)
+        prompt, rest = longest
+    yield batch
+
+
+def _padded(length: int) -> int:
+    return -(-length // WIDTH_STEP) * WIDTH_STEP
+
+
+def _of_tokens(model: Transformer, batch: list[Asked], pad: int, shared: KVCache | None) -> Tensor:
+    """Where every option is one token: log-probabilities of the options as shown, (questions, 4).
+
+    Pads stand on the right, where no real token looks.
+    """
+    device, start = model.lm_head.weight.device, shared.length if shared else 0
+    tails = [one.prompt[start:] for one in batch]
+    width = min(_padded(max(map(len, tails))), model.config.max_seq_len - start)
+    cache = _copied(model, shared, len(batch), start + width) if shared else None
+    hidden, _ = model(torch.tensor([tail + [pad] * (width - len(tail)) for tail in tails], device=device), cache)
+    last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
+    firsts = torch.tensor([[option[0] for option in one.options] for one in batch], device=device)
+    return _log_softmax(model, hidden[torch.arange(len(batch), device=device), last]).gather(1, firsts)
+
+
+def _of_texts(model: Transformer, batch: list[Asked], pad: int) -> Tensor:
+    """The same for options of several tokens, summed: one pass over the prompts, one over the options behind them.
+
+    Pads stand on the left of the prompts, so that every option begins where its prompt ends.
+    """
+    device, limit = model.lm_head.weight.device, model.config.max_seq_len
+    rest, longest = max(one.rest for one in batch), max(len(one.prompt) for one in batch)
+    width = min(_padded(longest), limit - rest)
+    rows = [[pad] * (width - len(one.prompt)) + one.prompt for one in batch]
+    lead = torch.tensor([width - len(one.prompt) for one in batch], device=device)
+    cache, hidden = _read(model, rows, lead)
+    firsts = torch.tensor([[option[0] for option in one.options] for one in batch], device=device)
+    sums = _log_softmax(model, hidden[:, -1]).gather(1, firsts)
+
+    options = [option for one in batch for option in one.options]
+    padded = torch.tensor([option + [pad] * (rest + 1 - len(option)) for option in options], device=device)
+    hidden, _ = model(padded[:, :-1], _copied(model, cache, 4, width + rest), lead.repeat_interleave(4))
+    real = torch.tensor([[i < len(option) for i in range(1, rest + 1)] for option in options], device=device)
+    found = torch.zeros(real.shape, device=device)
+    found[real] = _picked(model, hidden[real], padded[:, 1:][real])
+    return sums + found.sum(1).view(len(batch), 4)
+
+
+def _read(model: Transformer, rows: list[list[int]], lead: Tensor | None = None) -> tuple[KVCache, Tensor]:
+    """A cache that holds the rows, and their hidden states; `lead`: pads on the left of each."""
+    weight = model.lm_head.weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+    cache = KVCache(model.config, len(rows), len(rows[0]), weight.device, dtype)
+    hidden, _ = model(torch.tensor(rows, device=weight.device), cache, lead)
+    return cache, hidden
+
+
+def _copied(model: Transformer, cache: KVCache, times: int, room: int) -> KVCache:
+    """A cache with every row of `cache` so many times, and room for more tokens."""
+    many = KVCache(model.config, cache.keys.shape[1] * times, room, cache.keys.device, cache.keys.dtype)
+    many.length = cache.length
+    many.keys[:, :, :, : cache.length] = cache.keys.repeat_interleave(times, 1)
+    many.values[:, :, :, : cache.length] = cache.values.repeat_interleave(times, 1)
+    return many
+
+
+def _picked(model: Transformer, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of each token behind its hidden state, in blocks: (n, dim), (n,) -> (n,)."""
+    rows = max(LARGEST_LOGITS // model.config.vocab_size, 1)
+    pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
+    return torch.cat([_log_softmax(model, h).gather(1, t[:, None])[:, 0] for h, t in pairs])
+
+
+def _log_softmax(model: Transformer, hidden: Tensor) -> Tensor:
+    """fp32 whatever the number format: in bf16, letters tie that are not equal. (n, dim) -> (n, vocab)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), model.lm_head.weight.float()).log_softmax(-1)

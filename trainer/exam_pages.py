@@ -1,0 +1,218 @@
+"""How an exam's result is shown and kept: a table on the screen, and files.
+
+    <subject>.csv     every question and the prediction          summary.csv       all scores, one a row
+    summary.md        the same as a table, with what it means    summary.png       bars, intervals, the chance line
+    prompts.txt       (--prompt) what the model was given        submission.json   answers to hand in
+
+Every file is written under a temporary name and renamed. Read next: exam_score.py (what the numbers are).
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from corpus.errors import UserError
+from corpus.exams import LETTERS
+from model.chat import ChatTokenizer
+from trainer.exam import Asked
+from trainer.exam_score import CHANCE, Marked, Result, Score, sentence
+
+
+def follow(batches: Iterable[int], total: int) -> None:
+    """Work through the batches, with a progress bar where somebody watches."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("questions", total=total)
+        for count in batches:
+            progress.advance(task, count)
+
+
+def show(result: Result, about: dict[str, Any]) -> None:
+    """The table on the screen, the baselines, and the sentence."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("subject", max_width=34, no_wrap=True, overflow="ellipsis")  # all fits 80 columns
+    for name in ("asked", "right", "accuracy", "95 % interval", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for category in result.categories:
+        for subject in result.subjects:
+            if subject.category == category.name:
+                table.add_row(*_cells(subject))
+        table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(category)), end_section=True)
+    table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(result.total)))
+    console.print(table)
+    for line in (*baselines(result), *notes(about), "", sentence(result)):
+        console.print(line, highlight=False, markup=False)
+
+
+def _cells(score: Score) -> list[str]:
+    low, high = score.interval
+    right = f"{score.correct:.4g}"
+    return [
+        *(score.name, f"{score.questions:,}", right, f"{score.accuracy:.1%}", f"{low:.1%} - {high:.1%}"),
+        f"{score.p_value:.2g}",
+    ]
+
+
+def baselines(result: Result) -> list[str]:
+    total = result.total
+    said = ", ".join(f"{letter} {share:.1%}" for letter, share in result.said.items())
+    return [
+        f"guessing {CHANCE:.1%} (the chance line); always {total.always_letter} {total.always:.1%}; "
+        f"always the longest option {total.longest:.1%}",
+        f"the model chose {said}; mean of the subjects {result.mean_of_subjects:.1%}",
+    ]
+
+
+def notes(about: dict[str, Any]) -> list[str]:
+    """What was done to the questions, where something was."""
+    found = []
+    if about["shots"]:
+        found.append(f"{about['mean_examples']:.1f} of {about['shots']} examples fitted into the context, on average")
+    if about["cut"]:
+        found.append(f"{about['cut']} prompts lost the beginning of the question: too long for the model")
+    return found
+
+
+def write_pages(folder: Path, result: Result, about: dict[str, Any]) -> None:
+    """All files of a scored exam but the prompts."""
+    _write_questions(folder, result.marked)
+    scores = [*result.subjects, *result.categories, result.total]
+    kinds = ["subject"] * len(result.subjects) + ["category"] * len(result.categories) + ["all"]
+    rows = [{"kind": kind, **score.to_dict()} for kind, score in zip(kinds, scores, strict=True)]
+    write(folder / "summary.csv", _csv(rows))
+    write(folder / "summary.md", _markdown(result, about))
+    draw(folder / "summary.png", result, about)
+
+
+def write_submission(folder: Path, marked: list[Marked]) -> Path:
+    """C-Eval's submission: {subject: {number: letter}} (github.com/hkust-nlp/ceval). Returns the json file."""
+    answers: dict[str, dict[str, str]] = {}
+    for one in marked:
+        answers.setdefault(one.item.subject, {})[one.item.number] = one.prediction
+    _write_questions(folder, marked)
+    path = folder / "submission.json"
+    write(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
+    return path
+
+
+def write_prompts(folder: Path, asked: list[Asked], tokenizer: ChatTokenizer) -> Path:
+    """Every prompt, special tokens included, with what was compared behind it."""
+    parts = []
+    for one in asked:
+        head = f"==== {one.item.subject} {one.item.number}, {len(one.prompt)} tokens, {one.examples} examples"
+        options = " | ".join(tokenizer.decode(option) for option in one.options)
+        parts.append(f"{head}\n{tokenizer.decode(one.prompt)}\n---- {options}\n")
+    path = folder / "prompts.txt"
+    write(path, "\n".join(parts))
+    return path
+
+
+def as_json(result: Result, about: dict[str, Any]) -> dict[str, Any]:
+    """Everything but the single questions, for --json."""
+    return {
+        **about,
+        **{name: value for name, value in result.total.to_dict().items() if name not in ("name", "category")},
+        "mean_of_subjects": round(result.mean_of_subjects, 6),
+        "said": {letter: round(share, 6) for letter, share in result.said.items()},
+        "sentence": sentence(result),
+        "categories": [score.to_dict() for score in result.categories],
+        "subjects": [score.to_dict() for score in result.subjects],
+    }
+
+
+def write(path: Path, text: str | bytes) -> None:
+    """The whole file or none. Raises UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}: choose another place or make room") from None
+
+
+def _write_questions(folder: Path, marked: list[Marked]) -> None:
+    """A csv for each subject."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for one in marked:
+        rows.setdefault(one.item.subject, []).append(
+            {
+                "id": one.item.number,
+                "question": one.item.question,
+                **dict(zip(LETTERS, one.item.options, strict=True)),
+                "answer": one.item.answer,
+                "prediction": one.prediction,
+                "correct": f"{one.correct:.4g}" if one.item.answer else "",
+                **{f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(LETTERS, one.scores, strict=True)},
+            }
+        )
+    for subject, of_subject in rows.items():
+        write(folder / f"{subject}.csv", _csv(of_subject))
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """With a byte order mark, by which spreadsheets know that it is UTF-8."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return "\ufeff" + text.getvalue()
+
+
+def _markdown(result: Result, about: dict[str, Any]) -> str:
+    title = f"# {about['exam']}, {about['split']}: {about['model']}"
+    setting = f"{about['method']}, {about['shots']}-shot, {about['orders']} order(s) of the options, {about['style']}"
+    lines = [title, "", sentence(result), "", setting + ".", ""]
+    lines += ["| | questions | right | accuracy | 95 % interval | p |", "|---|---|---|---|---|---|"]
+    lines += [f"| **{s.name}** | " + " | ".join(_cells(s)[1:]) + " |" for s in (result.total, *result.categories)]
+    lines += [f"| {s.name} | " + " | ".join(_cells(s)[1:]) + " |" for s in result.subjects]
+    lines += ["", *(f"* {line}" for line in (*baselines(result), *notes(about)))]
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
+    """A bar for each subject with its interval, coloured by category, and the chance line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [*result.subjects, *result.categories, result.total][::-1]
+    colours = {category.name: f"C{i}" for i, category in enumerate(result.categories)}
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.21 * len(rows)), layout="constrained")
+    values = [100 * row.accuracy for row in rows]
+    bounds = [row.interval for row in rows]
+    below = [100 * (row.accuracy - low) for row, (low, _) in zip(rows, bounds, strict=True)]
+    above = [100 * (high - row.accuracy) for row, (_, high) in zip(rows, bounds, strict=True)]
+    strong = [row.category != row.name and row.name != "all" for row in rows]
+    bars = axes.barh(
+        range(len(rows)), values, xerr=(below, above), ecolor="0.35", height=0.72, error_kw={"elinewidth": 1}
+    )
+    for bar, row, is_subject in zip(bars, rows, strong, strict=True):
+        bar.set_color(colours.get(row.category, "0.4"))
+        bar.set_alpha(0.55 if is_subject else 1)
+    axes.axvline(100 * CHANCE, color="black", linestyle="--", linewidth=1, label=f"guessing, {CHANCE:.0%}")
+    total = result.total
+    always = f"always {total.always_letter}, {total.always:.1%}"
+    axes.axvline(100 * total.always, color="crimson", linestyle=":", linewidth=1, label=always)
+    axes.set_yticks(range(len(rows)), [f"{row.name} ({row.questions})" for row in rows], fontsize=7)
+    for label, is_subject in zip(axes.get_yticklabels(), strong, strict=True):
+        label.set_fontweight("normal" if is_subject else "bold")
+    axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="% right, with 95 % interval")
+    axes.set_title(f"{about['model']}: {total.accuracy:.1%} of {total.questions:,} ({about['split']})", fontsize=10)
+    axes.legend(loc="upper right", fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    plt.close(figure)
+    write(path, picture.getvalue())

@@ -1,0 +1,73 @@
+"""A shuffled order of n rows that is never written down: any place of it can be asked for at once.
+
+    Shuffle(n, seed, epoch)(np.arange(0, 8))    the first eight rows of that epoch
+    Passes(n, seed).rows(n - 3, 8)              the last three rows of the first pass and the first five of the second
+
+A list of shuffled numbers grows with the data: 40 MB and half a second for 5 GB of tokens, in every process. A Feistel
+network is a permutation by construction: it splits a number into two halves and adds to each a scrambled copy of the
+other, which can be undone, so no two numbers meet. It permutes a power of four; a result beyond n is put in again until
+it falls inside ("cycle walking": Black & Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
+
+Read next: batches.py (which rows make up which step).
+"""
+
+import numpy as np
+
+BLOCK = 1024  # places that are worked out together: numpy is slow in small pieces
+ROUNDS = 6  # four are enough against an observer, but not for a few bits: small n stays uneven
+
+
+class Shuffle:
+    """Row numbers 0 ... n - 1 in an order that n and the keys decide."""
+
+    def __init__(self, n: int, *keys: int) -> None:
+        self.n = n
+        self.half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)  # bits of each half
+        self.mask = np.uint64((1 << self.half) - 1)
+        self.keys = np.random.default_rng(keys).integers(0, 2**64, ROUNDS, dtype=np.uint64)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """The rows at these places of the order, each place in 0 ... n - 1; shape and meaning as `places`, int64."""
+        rows = self._network(np.asarray(places).astype(np.uint64))
+        while (outside := rows >= self.n).any():
+            rows[outside] = self._network(rows[outside])
+        return rows.astype(np.int64)
+
+    def _network(self, numbers: np.ndarray) -> np.ndarray:
+        half = np.uint64(self.half)
+        left, right = numbers >> half, numbers & self.mask
+        for key in self.keys:
+            left, right = right, left ^ (_scramble(right ^ key) & self.mask)
+        return (left << half) | right
+
+
+def _scramble(numbers: np.ndarray) -> np.ndarray:
+    """The finisher of splitmix64: every bit of a result depends on every bit of a number. Meant to overflow."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+class Passes:
+    """An endless order: one shuffled pass over n rows after the other. Keeps the last places that were asked for."""
+
+    def __init__(self, n: int, *keys: int) -> None:
+        self.n, self.keys = n, keys
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """The rows at places first ... first + count - 1, shape (count,), int64."""
+        numbers = range(first // BLOCK, (first + max(count, 1) - 1) // BLOCK + 1)
+        return np.concatenate([self._block(number) for number in numbers])[first - numbers[0] * BLOCK :][:count]
+
+    def _block(self, number: int) -> np.ndarray:
+        if number not in self._blocks:
+            passes, places = np.divmod(np.arange(number * BLOCK, (number + 1) * BLOCK), self.n)
+            rows = np.zeros(BLOCK, np.int64)
+            for which in np.unique(passes).tolist():
+                here = passes == which
+                rows[here] = Shuffle(self.n, *self.keys, which)(places[here])
+            if len(self._blocks) > 1:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[number] = rows
+        return self._blocks[number]
