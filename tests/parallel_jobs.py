@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/parallel_jobs.py JOBS.json
 
-A job is {"out": folder, "flags": [flags of 1-pretrain.py], "stop": step after which to stop politely, or none}.
+A job is {"out": folder, "flags": [flags of 1-pretrain.py], "stop": step after which to stop politely, or none,
+"double": whether in float64, where a rounding is too small to hide a mistake or to look like one}.
 """
 
 import json
@@ -26,6 +27,7 @@ def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:
     add_model_flags(parser)
     args = parser.parse_args([*job["flags"], "--out_dir", job["out"]])
     run.dtype, run.stop_asked = pick_dtype(args.dtype, run.device), ""
+    torch.set_default_dtype(torch.float64 if job.get("double") else torch.float32)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(tokenizer_path)
     model = Transformer(model_config(args, tokenizer.vocab_size))

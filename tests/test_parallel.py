@@ -33,7 +33,8 @@ def job(out, mode, *flags, **more):
 def trained(tokenizer_dir, pretrain_dir, tmp_path_factory):
     """All jobs of this file, trained by one pair of processes."""
     root = tmp_path_factory.mktemp("parallel")
-    jobs = [job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name]) for name in MODELS for mode in MODES]
+    pairs = [(name, mode) for name in MODELS for mode in MODES]
+    jobs = [job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name], double=True) for name, mode in pairs]
     for mode in ("ddp", "zero3"):
         jobs.append(job(root / f"bf16-{mode}", mode, *COMMON, *MODELS["dense"], *UNTIED, "--dtype", "bfloat16"))
     for mode in ("ddp", "fsdp"):
@@ -61,15 +62,12 @@ def file(folder):
 
 
 def assert_same_losses(ours, theirs, rel):
-    """Equal to the last digits at first; later AdamW, which looks at signs, and a router make more of a rounding."""
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, their in zip(ours, theirs, strict=True):
         assert mine["tokens"] == their["tokens"]
         for name in ("loss", "grad_norm"):
             if name in mine:
                 assert mine[name] == pytest.approx(their[name], rel=10 * rel), (name, mine["step"])
-                if rel < 2e-3 and mine["step"] <= 4:
-                    assert mine[name] == pytest.approx(their[name], rel=1e-5), (name, mine["step"])
         for split, value in mine.get("val_loss", {}).items():
             assert value == pytest.approx(their["val_loss"][split], rel=rel)
 
@@ -78,15 +76,18 @@ def assert_same_losses(ours, theirs, rel):
 @pytest.mark.parametrize("mode", SHARED)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_losses_are_those_of_ddp(trained, name, mode):
-    """With accumulation, clipping, a short last step, validation; in the MoE some expert of a process has no token."""
+    """With accumulation, clipping, a short last step, validation; in the MoE some expert of a process has no token.
+
+    In float64: in float32 AdamW divides gradients near 0 by their own size, which makes much of a rounding.
+    """
     whole, shared = trained[0] / f"{name}-ddp", trained[0] / f"{name}-{mode}"
-    assert_same_losses(rows(shared), rows(whole), rel=1e-3)
+    assert_same_losses(rows(shared), rows(whole), rel=1e-7)
     norms = [row["grad_norm"] for row in rows(whole) if "grad_norm" in row]
     assert min(norms) > 0.3, "so that clipping matters"
     ours, theirs = weights(file(shared)), weights(file(whole))
     assert ours.keys() == theirs.keys()
     for tensor in ours:
-        torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-5, atol=1e-6)
 
 
 @NEEDS
