@@ -68,12 +68,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model_path(args: argparse.Namespace) -> Path:
-    from model.checkpoint import PARENTS, find_checkpoint
+    from model.checkpoint import find_checkpoint
+    from trainer.speaker import stages_in
 
     if args.checkpoint or args.model:
         return Path(args.checkpoint or args.model)
-    there = [stage for stage in PARENTS if list(Path(args.out_dir).glob(f"{stage}_[0-9]*.pth"))]
-    return find_checkpoint(args.out_dir, (there or ["pretrain"])[-1])
+    return find_checkpoint(args.out_dir, (stages_in(args.out_dir) or ["pretrain"])[-1])
 
 
 def exam_name(data: str) -> str:
@@ -112,6 +112,7 @@ def run(args: argparse.Namespace, exam: Any) -> None:
         f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {asking.name}, as {about['style']}",
         flush=True,
     )
+    exam_pages.make_room(folder)
     if args.prompt:
         file = exam_pages.write_prompts(folder, asked, tokenizer)
         print(f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {file}", flush=True)

@@ -192,7 +192,7 @@ def _files(path: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
         yield from _zipped(path) if zipfile.is_zipfile(path) else _tarred(path)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise UserError(f"cannot read {path} as a tar or zip archive ({reason[:80]}): damaged or no archive") from None
     except (RuntimeError, NotImplementedError) as error:  # zip: a password, an unknown method
         raise UserError(f"cannot read {path}: {error}: unpack it and give the folder") from None

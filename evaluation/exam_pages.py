@@ -84,6 +84,14 @@ def notes(about: dict[str, Any]) -> list[str]:
     return found
 
 
+def make_room(folder: Path) -> None:
+    """The folder for all files, before the work begins: a place that cannot be written shall be said at once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}: choose another --out_dir") from None
+
+
 def write_pages(folder: Path, result: Result, about: dict[str, Any]) -> None:
     """All files of a scored exam but the prompts."""
     _write_questions(folder, result.marked)
@@ -210,7 +218,9 @@ def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
     for label, is_subject in zip(axes.get_yticklabels(), strong, strict=True):
         label.set_fontweight("normal" if is_subject else "bold")
     axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="% right, with 95 % interval")
-    axes.set_title(f"{about['model']}: {total.accuracy:.1%} of {total.questions:,} ({about['split']})", fontsize=10)
+    axes.set_title(
+        f"{Path(about['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({about['split']})", fontsize=10
+    )
     axes.legend(loc="upper right", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)

@@ -196,8 +196,6 @@ def sentence(result: Result) -> str:
         text += f" But always choosing the longest option gives {total.longest:.1%}, which is within the interval."
     lucky = [subject.name for subject in result.subjects if subject.p_value < LEVEL]
     if len(result.subjects) >= 10:
-        text += (
-            f" By itself {len(lucky)} of {len(result.subjects)} subjects is above chance at the {LEVEL:.0%} level; "
-            f"up to {LEVEL * len(result.subjects):.1f} would be by luck alone."
-        )
+        text += f" Above chance by themselves (p < {LEVEL}): {len(lucky)} of {len(result.subjects)} subjects"
+        text += f"; luck alone would make it about {LEVEL * len(result.subjects):.1f}."
     return text

@@ -177,12 +177,14 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
         (["--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["--model", "nowhere"], "nowhere"),
         (["--device", "quantum"], "--device quantum"),
+        (["--checkpoint", "{c}", "--out_dir", "{c}"], "cannot make the folder"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
     from corpus.errors import fail_in_one_line
 
+    flags = [flag.format(c=out / "pretrain_32.pth") for flag in flags]
     arguments = ["--data", exam, "--out_dir", out, *flags]
     monkeypatch.setattr(sys, "argv", ["eval_ceval.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended, fail_in_one_line():

@@ -111,8 +111,9 @@ def test_a_wrong_place_says_what_was_expected(tmp_path):
         (tmp_path / "empty", "holds no exam"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=said) as error:
             read_exam(path)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no split 'test'.* val"):
         read_exam(exam, "test")
     with pytest.raises(UserError, match=r"no subject 'lore'.*logic"):
@@ -127,8 +128,9 @@ def test_a_damaged_archive_is_said(tmp_path):
     for path in list(archives(tmp_path, ceval(tmp_path, HEAD + "0,q,1,2,3,4,A\n" * 1))):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 3])
-        with pytest.raises(UserError, match="e\\."):
+        with pytest.raises(UserError, match="e\\.") as error:
             read_exam(path)
+        assert "\n" not in str(error.value)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).filter(lambda t: t.strip() == t)
