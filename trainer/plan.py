@@ -181,7 +181,7 @@ def training_memory(
         if parallel in ("zero2", "zero3", "fsdp"):
             gradients /= processes
         if parallel in ("zero3", "fsdp"):
-            weights = weights / processes + 2 * a_layer * compute_bytes
+            weights = weights / processes + 2 * a_layer * state_bytes[0]
     tokens = rows * seq
     per_layer = saved_bytes(config, seq, compute_bytes, device)
     kept = per_layer * config.n_layers
@@ -253,10 +253,10 @@ class Bound:
 def traffic_bytes(config: ModelConfig, parallel: str, processes: int) -> float:
     """Bytes that each process sends in one optimizer step. Ring algorithms (ZeRO, arXiv:1910.02054, section 7).
 
-    ddp and zero1, zero2: gradients in fp32 once reduced, once spread: 2 x 4 bytes. zero3, fsdp: weights gathered in
-    forward and in backward (bf16), gradients reduced (fp32).
+    ddp and zero1, zero2: gradients once reduced, once spread. zero3, fsdp: weights gathered in forward and in backward,
+    gradients reduced. All of it in fp32, 4 bytes each.
     """
-    each = 8 if parallel in ("ddp", "zero1", "zero2") else 2 + 2 + 4
+    each = 8 if parallel in ("ddp", "zero1", "zero2") else 12
     return each * count(config).total * (processes - 1) / processes
 
 
@@ -281,7 +281,7 @@ def bounds(config: ModelConfig, machine: Machine, step_tokens: float, utilisatio
 def _choices() -> Iterator[tuple[str, bool]]:
     """From the simplest on."""
     for recompute in (False, True):
-        for parallel in ("ddp", "zero1", "fsdp"):
+        for parallel in ("ddp", "fsdp"):  # those that Muon works with
             yield parallel, recompute
 
 

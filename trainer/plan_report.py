@@ -109,7 +109,7 @@ def _launch(args: argparse.Namespace, config: ModelConfig, tokens: float) -> lis
     """The line to type on the machine that was asked about, with the simplest --parallel that fits."""
     gpu = GPUS[args.gpu]
     for recompute in (False, True):
-        for parallel in ("ddp", "zero1", "zero2", "fsdp"):
+        for parallel in ("ddp", "fsdp") if args.optimizer == "muon" else PARALLEL:
             needs = training_memory(
                 config, args.batch_size, config.max_seq_len, optimizer=args.optimizer, parallel=parallel,
                 processes=args.gpus, recompute=recompute,
