@@ -37,7 +37,7 @@ $(VENV)/.core: requirements.txt
 $(VENV)/.dev: $(VENV)/.core requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check -q setuptools wheel
-	$(RUN) -m pip install --disable-pip-version-check -q --no-build-isolation "deepspeed>=0.16,<0.20"
+	$(RUN) -m pip install --disable-pip-version-check -q --no-build-isolation "deepspeed>=0.19,<0.20"
 	touch $@
 
 clean: demo-clean

@@ -68,8 +68,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model_path(args: argparse.Namespace) -> Path:
+    from evaluation.speaker import stages_in
     from model.checkpoint import find_checkpoint
-    from trainer.speaker import stages_in
 
     if args.checkpoint or args.model:
         return Path(args.checkpoint or args.model)
