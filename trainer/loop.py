@@ -75,8 +75,6 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     total = args.max_steps or args.epochs * plan.steps_per_epoch
     progress, saved = load_progress(run, args, stage, path, rows_per_step)
     announce(run, args, stage, plan, total)
-    if plan.about():
-        run.say(plan.about())
     engine = share_out(run, args, stage)
     if saved:
         engine.load(saved, saved_names(saved))

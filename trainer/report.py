@@ -49,6 +49,8 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
         trained=trained,
     )  # fmt: skip
     run.say(f"estimated memory {estimate.total / 2**30:.1f} GiB per process")
+    if plan.about():
+        run.say(plan.about())
 
 
 def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, engine: "Engine") -> None:
