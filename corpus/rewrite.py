@@ -13,6 +13,7 @@ Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the count
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import time
@@ -119,7 +120,8 @@ def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> 
         yield from ((item, work(item)) for item in items)
         return
     waiting: deque[tuple[Any, Future[Any]]] = deque()
-    with ProcessPoolExecutor(workers, initializer=_set_work, initargs=(work,)) as pool:
+    fresh = multiprocessing.get_context("spawn")  # a forked child waits forever for the threads of a library in use
+    with ProcessPoolExecutor(workers, fresh, initializer=_set_work, initargs=(work,)) as pool:
         try:
             for item in items:
                 waiting.append((item, pool.submit(_do_work, item)))
