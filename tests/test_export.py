@@ -171,24 +171,24 @@ def test_lora_is_merged_or_kept(monkeypatch, capsys, adapter, tmp_path):
 
 # ---- what is refused, and what is left behind ------------------------------------------------------------------------
 def other_weights(monkeypatch):
-    from model import stock_export
+    from export import stock_folder
 
-    true = stock_export.folder_state
+    true = stock_folder.folder_state
 
     def false(model, dtype):
         state, name = true(model, dtype), "model.layers.1.self_attn.q_proj.weight"
         return state | {name: state[name] + 0.01}
 
-    monkeypatch.setattr(stock_export, "folder_state", false)
+    monkeypatch.setattr(stock_folder, "folder_state", false)
     return "logits differ"
 
 
 def other_rope(monkeypatch):
-    from model import stock_export
+    from export import stock_folder
 
-    true = stock_export.folder_config
+    true = stock_folder.folder_config
     monkeypatch.setattr(
-        stock_export,
+        stock_folder,
         "folder_config",
         lambda *a: true(*a) | {"rope_theta": 9e3, "rope_parameters": {"rope_type": "default", "rope_theta": 9e3}},
     )
@@ -196,11 +196,11 @@ def other_rope(monkeypatch):
 
 
 def lost_tensor(monkeypatch):
-    from model import stock_export
+    from export import stock_folder
 
-    true = stock_export.folder_state
+    true = stock_folder.folder_state
     missing = "model.layers.0.mlp.up_proj.weight"
-    monkeypatch.setattr(stock_export, "folder_state", lambda *a: {n: t for n, t in true(*a).items() if n != missing})
+    monkeypatch.setattr(stock_folder, "folder_state", lambda *a: {n: t for n, t in true(*a).items() if n != missing})
     return "does not load every tensor"
 
 
