@@ -19,7 +19,6 @@ Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how 
 """
 
 import argparse
-import io
 import sys
 
 from corpus.errors import UserError, fail_in_one_line
@@ -84,9 +83,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
-    for out in (sys.stdout, sys.stderr):
-        if isinstance(out, io.TextIOWrapper):  # a console in another encoding shows "?" instead of failing
-            out.reconfigure(errors="replace")
     check_arguments(args)
     questions = read_questions(args.questions) if args.questions else []
     prompts = [text for _, text in read_lines(args.prompts)] if args.prompts else []

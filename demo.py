@@ -18,7 +18,6 @@ Read next: README.md (the same steps on real text), 1-pretrain.py.
 """
 
 import argparse
-import io
 import json
 import os
 import random
@@ -303,9 +302,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the world, the weights and the order (default: 0)")
     parser.add_argument("--max_steps", type=int, default=0, help="try the path: stop each training after so many steps")
     args = parser.parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console in another encoding shows "?" instead of failing
-            stream.reconfigure(errors="replace")
     out = Path(args.out_dir)
     if Path.cwd() != ROOT:  # the commands run in the project's folder
         out = out.resolve()

@@ -15,9 +15,7 @@ Read next: evaluation/exam.py (how it asks), evaluation/exam_score.py (how sure 
 """
 
 import argparse
-import io
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,9 +134,6 @@ def run(args: argparse.Namespace, exam: Any) -> None:
 
 def main() -> None:
     args = make_parser().parse_args()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console in another encoding shows "?" instead of failing
-            stream.reconfigure(errors="replace")
     check(args)
     from corpus.exams import read_exam
 

@@ -5,6 +5,7 @@ exceptions and keep their traceback. Every script runs its main() inside `fail_i
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 
@@ -15,7 +16,13 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def fail_in_one_line() -> Iterator[None]:
-    """Turn `UserError` into one line on stderr and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn `UserError` into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
+
+    A console in another encoding shows "?" instead of failing.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except UserError as error:

@@ -2,7 +2,8 @@
 
     * questions of similar length are computed together, a batch of `batch_tokens` positions at once
     * the examples in front of a subject's questions are read once, not before every question
-    * the four options share one pass over their prompt, and an option of one token needs no pass of its own
+    * the four options share one pass over their prompt; their first tokens need no other, and the rest of them goes
+      with options of similar length
     * logits are computed only where an option is read
 
 Keys and values of what is shared lie in a KVCache that is copied to every row; the results equal those of one option at
@@ -40,7 +41,8 @@ def answer(
 ) -> Iterator[int]:
     """Fill `log_probs` of all questions, batch after batch; yields how many each batch held.
 
-    batch_tokens: positions computed at once, 0: what suits the device, 1: one question at a time, nothing shared.
+    batch_tokens: positions computed at once, 0: what suits the device, 1: one question at a time, which shares nothing
+        with others.
     Raises UserError when the model computes no number.
     """
     if not batch_tokens:
@@ -49,13 +51,11 @@ def answer(
         shared = None
         if start:
             with number_format():
-                shared = _read(model, [group[0].prompt[:start]])[0]
+                shared = _empty(model, 1, start)
+                model(torch.tensor([group[0].prompt[:start]], device=model.lm_head.weight.device), shared)
         for batch in _batches(group, start, batch_tokens, model.config.max_seq_len):
             with number_format():
-                if any(one.rest for one in batch):
-                    sums = _of_texts(model, batch, tokenizer.pad_id)
-                else:
-                    sums = _of_tokens(model, batch, tokenizer.pad_id, shared)
+                sums = _sums(model, batch, tokenizer.pad_id, shared, batch_tokens)
             for one, found in zip(batch, sums.tolist(), strict=True):
                 _note(one, found, method)
             yield len(batch)
@@ -75,11 +75,11 @@ def _groups(asked: list[Asked], batch_tokens: int) -> Iterator[tuple[list[Asked]
     """Questions that begin alike, and how many tokens they share: those behind the same examples."""
     groups: dict[tuple[str, int], list[Asked]] = {}
     for one in asked:
-        alike = one.examples and not one.rest and batch_tokens > 1
+        alike = one.examples and batch_tokens > 1
         groups.setdefault((one.item.subject, one.examples) if alike else ("", 0), []).append(one)
     for group in groups.values():
         start = 0
-        if group[0].examples and len(group) > 1 and batch_tokens > 1 and not any(one.rest for one in group):
+        if group[0].examples and len(group) > 1 and batch_tokens > 1:
             first, last = min(one.prompt for one in group), max(one.prompt for one in group)
             shortest = min(len(one.prompt) for one in group)
             differs = (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
@@ -93,7 +93,7 @@ def _batches(asked: list[Asked], start: int, batch_tokens: int, max_seq_len: int
     prompt = rest = 0  # the longest of the batch
     for one in sorted(asked, key=lambda one: (len(one.prompt), one.rest), reverse=True):
         longest = max(prompt, len(one.prompt)), max(rest, one.rest)
-        positions = (len(batch) + 1) * (_padded(longest[0] - start) + 4 * longest[1])
+        positions = (len(batch) + 1) * _padded(longest[0] - start)
         if batch and (positions > batch_tokens or sum(longest) > max_seq_len):
             yield batch
             batch, longest = [], (len(one.prompt), one.rest)
@@ -106,60 +106,73 @@ def _padded(length: int) -> int:
     return -(-length // WIDTH_STEP) * WIDTH_STEP
 
 
-def _of_tokens(model: Transformer, batch: list[Asked], pad: int, shared: KVCache | None) -> Tensor:
-    """Where every option is one token: log-probabilities of the options as shown, (questions, 4).
+def _sums(model: Transformer, batch: list[Asked], pad: int, shared: KVCache | None, batch_tokens: int) -> Tensor:
+    """Log-probabilities of the options as shown, summed over their tokens, (questions, 4).
 
     Pads stand on the right, where no real token looks.
     """
     device, start = model.lm_head.weight.device, shared.length if shared else 0
     tails = [one.prompt[start:] for one in batch]
     width = min(_padded(max(map(len, tails))), model.config.max_seq_len - start)
-    cache = _copied(model, shared, len(batch), start + width) if shared else None
-    hidden, _ = model(torch.tensor([tail + [pad] * (width - len(tail)) for tail in tails], device=device), cache)
+    ids = torch.tensor([tail + [pad] * (width - len(tail)) for tail in tails], device=device)
+    cache = _copied(model, shared, [0] * len(batch), start, start + width) if shared else None
+    if cache is None and any(one.rest for one in batch):
+        cache = _empty(model, len(batch), width)
+    hidden, _ = model(ids, cache)
     last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
     firsts = torch.tensor([[option[0] for option in one.options] for one in batch], device=device)
-    return _log_softmax(model, hidden[torch.arange(len(batch), device=device), last]).gather(1, firsts)
+    sums = _log_softmax(model, hidden[torch.arange(len(batch), device=device), last]).gather(1, firsts)
+    return sums + _rests(model, batch, pad, cache, batch_tokens) if cache and any(one.rest for one in batch) else sums
 
 
-def _of_texts(model: Transformer, batch: list[Asked], pad: int) -> Tensor:
-    """The same for options of several tokens, summed: one pass over the prompts, one over the options behind them.
+def _rests(model: Transformer, batch: list[Asked], pad: int, cache: KVCache, batch_tokens: int) -> Tensor:
+    """What the options' tokens behind their first add, (questions, 4). Options of similar length go together.
 
-    Pads stand on the left of the prompts, so that every option begins where its prompt ends.
+    `cache` holds the prompts. The pads behind them are overwritten: every option begins where its own prompt ends.
     """
-    device, limit = model.lm_head.weight.device, model.config.max_seq_len
-    rest, longest = max(one.rest for one in batch), max(len(one.prompt) for one in batch)
-    width = min(_padded(longest), limit - rest)
-    rows = [[pad] * (width - len(one.prompt)) + one.prompt for one in batch]
-    lead = torch.tensor([width - len(one.prompt) for one in batch], device=device)
-    cache, hidden = _read(model, rows, lead)
-    firsts = torch.tensor([[option[0] for option in one.options] for one in batch], device=device)
-    sums = _log_softmax(model, hidden[:, -1]).gather(1, firsts)
-
+    device, lengths = model.lm_head.weight.device, [len(one.prompt) for one in batch]
     options = [option for one in batch for option in one.options]
-    padded = torch.tensor([option + [pad] * (rest + 1 - len(option)) for option in options], device=device)
-    hidden, _ = model(padded[:, :-1], _copied(model, cache, 4, width + rest), lead.repeat_interleave(4))
-    real = torch.tensor([[i < len(option) for i in range(1, rest + 1)] for option in options], device=device)
-    found = torch.zeros(real.shape, device=device)
-    found[real] = _picked(model, hidden[real], padded[:, 1:][real])
-    return sums + found.sum(1).view(len(batch), 4)
+    sums = torch.zeros(len(options), device=device)
+    for places in _alike([len(option) - 1 for option in options], batch_tokens):
+        rows = [place // 4 for place in places]
+        rest, longest = len(options[places[0]]) - 1, max(lengths[row] for row in rows)
+        many = _copied(model, cache, rows, longest, longest + rest)
+        many.lengths = torch.tensor([lengths[row] for row in rows], device=device)
+        padded = [options[place] + [pad] * (rest + 1 - len(options[place])) for place in places]
+        tokens = torch.tensor(padded, device=device)
+        hidden, _ = model(tokens[:, :-1], many)
+        real = torch.tensor([[i < len(options[place]) for i in range(1, rest + 1)] for place in places], device=device)
+        found = torch.zeros(real.shape, device=device)
+        found[real] = _picked(model, hidden[real], tokens[:, 1:][real])
+        sums[places] = found.sum(1)
+    return sums.view(len(batch), 4)
 
 
-def _read(model: Transformer, rows: list[list[int]], lead: Tensor | None = None) -> tuple[KVCache, Tensor]:
-    """A cache that holds the rows, and their hidden states; `lead`: pads on the left of each."""
+def _alike(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of similar lengths, the longest of each part first; what fits into `batch_tokens`. Zeros are left out."""
+    order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__, reverse=True)
+    while order:
+        count = max(batch_tokens // lengths[order[0]], 1)
+        while count > 1 and 3 * lengths[order[min(count, len(order)) - 1]] < 2 * lengths[order[0]]:
+            count -= 1  # shorter ones would be mostly pads
+        yield order[:count]
+        del order[:count]
+
+
+def _empty(model: Transformer, rows: int, room: int) -> KVCache:
+    """A cache in the number format in which the model computes."""
     weight = model.lm_head.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    cache = KVCache(model.config, len(rows), len(rows[0]), weight.device, dtype)
-    hidden, _ = model(torch.tensor(rows, device=weight.device), cache, lead)
-    return cache, hidden
+    return KVCache(model.config, rows, room, weight.device, dtype)
 
 
-def _copied(model: Transformer, cache: KVCache, times: int, room: int) -> KVCache:
-    """A cache with every row of `cache` so many times, and room for more tokens."""
-    many = KVCache(model.config, cache.keys.shape[1] * times, room, cache.keys.device, cache.keys.dtype)
-    many.length = cache.length
-    many.keys[:, :, :, : cache.length] = cache.keys.repeat_interleave(times, 1)
-    many.values[:, :, :, : cache.length] = cache.values.repeat_interleave(times, 1)
+def _copied(model: Transformer, cache: KVCache, rows: list[int], length: int, room: int) -> KVCache:
+    """A cache with these rows of `cache`, the first `length` tokens of each, and room for more."""
+    many = KVCache(model.config, len(rows), room, cache.keys.device, cache.keys.dtype)
+    many.length = length
+    many.keys[:, :, :, :length] = cache.keys[:, rows, :, :length]
+    many.values[:, :, :, :length] = cache.values[:, rows, :, :length]
     return many
 
 

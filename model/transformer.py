@@ -107,23 +107,24 @@ class KVCache:
 
 
 def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Exactly softmax(q k^T / sqrt(head_dim) + causal mask) v, in blocks of queries.
+    """Exactly softmax(q k^T / sqrt(head_dim) + causal mask) v, in blocks of queries; the last query sees every key.
 
     The library kernel's backward takes a third of a CPU training step at head size 32. Here the query heads that share
     a key head become one tall matrix product, and a block of queries never touches the keys after it.
-    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim) -> as q.
+    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys >= seq, head_dim) -> as q.
     """
     batch, heads, seq, head_dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, before = k.shape[1], k.shape[2] - seq  # keys that every query sees: those of a cache
     q = (q * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, seq, head_dim)
     blocks = []
     for start in range(0, seq, CPU_QUERY_BLOCK):
         end = min(start + CPU_QUERY_BLOCK, seq)
+        seen = before + end
         rows = q[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
-        scores = (rows @ k[:, :, :end].transpose(-1, -2)).view(batch, heads, end - start, end)
-        future = torch.full((end - start, end), -math.inf, dtype=scores.dtype, device=q.device).triu(1 + start)
-        weights = F.dropout((scores + future).softmax(-1), dropout, training=dropout > 0)
-        block = weights.view(batch, kv_heads, -1, end) @ v[:, :, :end]
+        scores = (rows @ k[:, :, :seen].transpose(-1, -2)).view(batch, heads, end - start, seen)
+        future = torch.full((end - start, seen), -math.inf, dtype=scores.dtype, device=q.device)
+        weights = F.dropout((scores + future.triu(1 + before + start)).softmax(-1), dropout, training=dropout > 0)
+        block = weights.view(batch, kv_heads, -1, seen) @ v[:, :, :seen]
         blocks.append(block.view(batch, heads, end - start, head_dim))
     return torch.cat(blocks, dim=2)
 
@@ -143,7 +144,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (batch, seq, dim) -> the same shape. `mask` None means plain causal attention over x alone."""
+        """x (batch, seq, dim) -> the same shape. `mask` None means causal attention, the last of x seeing every key."""
         batch, seq, dim = x.shape
         heads = (batch, seq, -1, self.config.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
@@ -263,8 +264,9 @@ class Transformer(nn.Module):
         if start + seq > room:
             raise ValueError(f"{start + seq} tokens do not fit: the limit is {room} (max_seq_len or the cache's room)")
         positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
-        mask = None  # nothing before x: plain causal attention
-        if start or padding is not None:
+        mask = None  # causal attention, which the kernels of a GPU know only where nothing comes before x
+        known = not cache or not start or (cache.lengths is None and input_ids.device.type == "cpu")
+        if padding is not None or not known:
             keys = torch.arange(start + seq, device=input_ids.device)
             mask = keys <= positions[..., None]  # (seq, keys), or (batch, seq, keys) where rows of the cache differ
             if padding is not None:  # a pad token sees only itself: an empty row of the softmax would be NaN

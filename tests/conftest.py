@@ -1,7 +1,6 @@
 """A tiny world for the tests: a tokenizer, text and chats made here in a second, and scripts run in-process."""
 
 import importlib.util
-import itertools
 import json
 import os
 import signal
@@ -155,6 +154,7 @@ def parrots(tokenizer, tmp_path_factory):
     from model.checkpoint import save_model
     from model.config import ModelConfig
     from model.transformer import Transformer
+    from tests.parrot import rig
 
     folder = tmp_path_factory.mktemp("out")
     torch.manual_seed(0)
@@ -164,14 +164,7 @@ def parrots(tokenizer, tmp_path_factory):
         ("pretrain", [*tokenizer.encode("\nParis!\n")]),
     ):
         model = Transformer(config)
-        with torch.no_grad():  # nothing but embeddings: each token has one successor
-            for name, weight in model.named_parameters():
-                if "layers" in name:
-                    weight.zero_()
-            model.model.embed_tokens.weight.normal_()
-            model.lm_head.weight.zero_()
-            for now, then in itertools.pairwise(chain):
-                model.lm_head.weight[then] = model.model.embed_tokens.weight[now]
+        rig(model, chain, sureness=1)
         save_model(folder / f"{stage}_64.pth", model, stage, tokenizer, [{"stage": stage}])
     os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
     return folder

@@ -32,13 +32,18 @@ def save_parrot(
     model = Transformer(ModelConfig(own.vocab_size, 64, 1, 2, 2, max_seq_len=max_seq_len, tie_embeddings=False))
     says = [backend.token_to_id(piece) for piece in pieces]
     chain = [*own.encode(after), *says, own.im_end_id if ends else says[0]]
-    with torch.no_grad():  # nothing but embeddings
-        for name, weight in model.named_parameters():
-            if "layers" in name:
-                weight.zero_()
-        model.model.embed_tokens.weight.normal_()
-        model.lm_head.weight.zero_()
-        for now, then in itertools.pairwise(chain):
-            model.lm_head.weight[then] += 4 * model.model.embed_tokens.weight[now]
+    rig(model, chain)
     save_model(path, model, stage, own, [{"stage": stage, "tokens": 1_500_000, "data": "text"}])
     return path
+
+
+@torch.no_grad()
+def rig(model: Transformer, chain: list[int], sureness: float = 4) -> None:
+    """Each token of the chain is followed by the next one, the surer the larger `sureness`: nothing but embeddings."""
+    for name, weight in model.named_parameters():
+        if "layers" in name:
+            weight.zero_()
+    model.model.embed_tokens.weight.normal_()
+    model.lm_head.weight.zero_()
+    for now, then in itertools.pairwise(chain):
+        model.lm_head.weight[then] += sureness * model.model.embed_tokens.weight[now]

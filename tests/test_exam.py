@@ -114,7 +114,7 @@ def test_log_probabilities_equal_transformers_one_by_one(model, theirs, tokenize
 
 
 @pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize(("method", "shots"), [("letter", 0), ("text", 0), ("letter", 3), ("text", 1)])
+@pytest.mark.parametrize(("method", "shots"), [("letter", 0), ("text", 0), ("letter", 3), ("text", 1), ("text", 2)])
 def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, shots, chat):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
     texts += [(f"{question} {'long ' * (30 + i)}", options) for i in range(2) for question, options in MIXED]

@@ -52,6 +52,16 @@ def test_cpu_attention_equals_the_library(seq, heads, kv_heads):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("before", "seq"), [(1, 1), (200, 1), (130, 129), (5, 300)])
+def test_cpu_attention_sees_all_keys_of_a_cache(before, seq):
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, seq, 16)
+    k, v = torch.randn(2, 2, 2, before + seq, 16)
+    seen = torch.arange(before + seq) <= before + torch.arange(seq)[:, None]
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    torch.testing.assert_close(causal_attention_cpu(q, k, v, 0.0), theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_cpu_attention_drops_what_it_is_told():
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 256, 2)
