@@ -106,12 +106,13 @@ class KVCache:
             self.lengths = self.lengths + new
 
 
-def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Exactly softmax(q k^T / sqrt(head_dim) + causal mask) v, in blocks of queries; the last query sees every key.
+def attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
+    """Exactly softmax(q k^T / sqrt(head_dim) + mask) v, in blocks of queries; without `mask` the last sees every key.
 
-    The library kernel's backward takes a third of a CPU training step at head size 32. Here the query heads that share
-    a key head become one tall matrix product, and a block of queries never touches the keys after it.
-    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys >= seq, head_dim) -> as q.
+    The library kernel's backward takes a third of a CPU training step at head size 32, and in bf16 it is four times
+    slower where a single token asks. Here the query heads that share a key head become one tall matrix product, and a
+    block of queries never touches the keys after it.
+    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys >= seq, head_dim), mask as in `Attention` -> as q.
     """
     batch, heads, seq, head_dim = q.shape
     kv_heads, before = k.shape[1], k.shape[2] - seq  # keys that every query sees: those of a cache
@@ -122,8 +123,12 @@ def causal_attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Ten
         seen = before + end
         rows = q[:, :, :, start:end].reshape(batch, kv_heads, -1, head_dim)
         scores = (rows @ k[:, :, :seen].transpose(-1, -2)).view(batch, heads, end - start, seen)
-        future = torch.full((end - start, seen), -math.inf, dtype=scores.dtype, device=q.device)
-        weights = F.dropout((scores + future.triu(1 + before + start)).softmax(-1), dropout, training=dropout > 0)
+        if mask is None:
+            future = torch.full((end - start, seen), -math.inf, dtype=scores.dtype, device=q.device)
+            scores = scores + future.triu(1 + before + start)
+        else:
+            scores = scores.masked_fill(~mask[..., start:end, :seen], -math.inf)
+        weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0)
         block = weights.view(batch, kv_heads, -1, seen) @ v[:, :, :seen]
         blocks.append(block.view(batch, heads, end - start, head_dim))
     return torch.cat(blocks, dim=2)
@@ -144,7 +149,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (batch, seq, dim) -> the same shape. `mask` None means causal attention, the last of x seeing every key."""
+        """x (batch, seq, dim) -> the same shape.
+
+        mask: ([batch, 1,] seq, keys) bool, True where a query sees a key. None: causal attention over x alone, or one
+        token that sees everything.
+        """
         batch, seq, dim = x.shape
         heads = (batch, seq, -1, self.config.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
@@ -154,11 +163,12 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         q, k, v = q.to(v.dtype), k.to(v.dtype), v
         dropout = self.config.dropout if self.training else 0.0
-        if mask is None and x.device.type == "cpu":
-            out = causal_attention_cpu(q, k, v, dropout)
+        if x.device.type == "cpu" and (mask is None or seq == 1):
+            out = attention_cpu(q, k, v, dropout, mask)
         else:
+            causal = mask is None and seq > 1
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=True
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=True
             )
         return self.o_proj(out.transpose(1, 2).reshape(batch, seq, dim))
 
@@ -264,9 +274,8 @@ class Transformer(nn.Module):
         if start + seq > room:
             raise ValueError(f"{start + seq} tokens do not fit: the limit is {room} (max_seq_len or the cache's room)")
         positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
-        mask = None  # causal attention, which the kernels of a GPU know only where nothing comes before x
-        known = not cache or not start or (cache.lengths is None and input_ids.device.type == "cpu")
-        if padding is not None or not known:
+        mask = None  # x alone, or one token that sees all before it: every kernel knows these
+        if padding is not None or (cache and cache.lengths is not None) or (start and seq > 1):
             keys = torch.arange(start + seq, device=input_ids.device)
             mask = keys <= positions[..., None]  # (seq, keys), or (batch, seq, keys) where rows of the cache differ
             if padding is not None:  # a pad token sees only itself: an empty row of the softmax would be NaN

@@ -1,6 +1,6 @@
 """The parts of attention: rotation by position, the CPU's own exact attention, memory saved by recomputing.
 
-Promises: RoPE depends on distance alone; causal_attention_cpu equals the library's kernel, forward and backward;
+Promises: RoPE depends on distance alone; attention_cpu equals the library's kernel, forward and backward;
 activation checkpointing changes no gradient; tied embeddings stay one tensor.
 """
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.transformer import RMSNorm, Transformer, causal_attention_cpu, rope_table, rotate
+from model.transformer import RMSNorm, Transformer, attention_cpu, rope_table, rotate
 
 
 def test_rope_depends_on_distance_alone():
@@ -40,7 +40,7 @@ def test_rms_norm_is_its_formula():
 def test_cpu_attention_equals_the_library(seq, heads, kv_heads):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, seq, 16, requires_grad=True) for n in (heads, kv_heads, kv_heads))
-    ours = causal_attention_cpu(q, k, v, 0.0)
+    ours = attention_cpu(q, k, v, 0.0)
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     weights = torch.randn_like(ours)
@@ -59,13 +59,24 @@ def test_cpu_attention_sees_all_keys_of_a_cache(before, seq):
     k, v = torch.randn(2, 2, 2, before + seq, 16)
     seen = torch.arange(before + seq) <= before + torch.arange(seq)[:, None]
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-    torch.testing.assert_close(causal_attention_cpu(q, k, v, 0.0), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention_cpu(q, k, v, 0.0), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seq", [1, 150])
+def test_cpu_attention_looks_where_the_mask_says(seq):
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, seq, 16)
+    k, v = torch.randn(2, 3, 2, 70 + seq, 16)
+    ends = torch.tensor([20, 60, 71])  # rows of different lengths, as in a cache of several conversations
+    mask = (torch.arange(70 + seq) < ends[:, None, None] + torch.arange(seq)[:, None])[:, None]
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attention_cpu(q, k, v, 0.0, mask), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_cpu_attention_drops_what_it_is_told():
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 256, 2)
-    out = causal_attention_cpu(q, k, torch.ones(1, 1, 256, 2), 0.5)
+    out = attention_cpu(q, k, torch.ones(1, 1, 256, 2), 0.5)
     assert out.std() > 0.01 and abs(out[:, :, 64:].mean() - 1) < 0.1  # noisy, but right on average
 
 
