@@ -12,12 +12,16 @@ shorter than an n-gram, or made of phrases, is continued by its choices, as it w
 even so is counted, and said.
 
 Exams are folders or files in any format that read.py reads, with a row for each question: C-Eval's and CMMLU's csv
-files (question, A, B, C, D), chats (the first message of the user), or plain text (a question a block).
+files (question, A, B, C, D; also as one tar or zip), chats (the first message of the user), or plain text (a question
+a block).
 
 Read next: ngrams.py (the hashes), rewrite.py (how rows come and go).
 """
 
+import csv
+import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +30,7 @@ import numpy as np
 
 from corpus.chats import normalise_chat
 from corpus.errors import UserError
+from corpus.exams import files_of
 from corpus.language import language_of
 from corpus.ngrams import codes_of, ngram_hashes, skeleton
 from corpus.read import read_rows
@@ -36,6 +41,7 @@ from corpus.tally import Mark, Verdict, rank_of
 NGRAM = {"zh": 13, "en": 50}
 PHRASE = 3  # an n-gram in this many questions is a phrase
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+ARCHIVES = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tgz", ".txz", ".tbz2", ".zip")
 QUESTION_KEYS = ("question", "题目", "problem", "query", "prompt", "instruction", "q")
 CHOICE_KEYS = ("a", "b", "c", "d", "e", "f")
 _LOW = np.uint64(2**22 - 1)
@@ -95,7 +101,7 @@ def read_exam(paths: list[str]) -> Exam:
     collected: dict[str, list[_Grams]] = {language: [] for language in NGRAM}
     seen: set[str] = set()
     for file in files:
-        for line, row in read_rows(file, report):
+        for where, row in _rows(file, report):
             question, more = question_of(row)
             start, whole = skeleton(question), skeleton(question + more)
             if not start or whole in seen:  # the same question in another split
@@ -108,7 +114,7 @@ def read_exam(paths: list[str]) -> Exam:
                 continue
             inner = max(0, len(start) - NGRAM[language] + 1)
             collected[language].append(_Grams(grams, inner, len(exam.questions)))
-            exam.questions.append((f"{file}:{line}", question))
+            exam.questions.append((where, question))
             exam.lengths.append(0)
     if not exam.questions:
         raise UserError(
@@ -119,6 +125,17 @@ def read_exam(paths: list[str]) -> Exam:
         if lists:
             exam.indexes[language] = _index(exam, language, lists)
     return exam
+
+
+def _rows(file: str, report: DataReport) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) of a file, or of every csv file in an archive."""
+    if not file.lower().endswith(ARCHIVES):
+        yield from ((f"{file}:{line}", row) for line, row in read_rows(file, report))
+        return
+    for where, inside, data in files_of(Path(file)):
+        if inside.lower().endswith(".csv"):
+            rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig", "replace").replace("\0", ""), newline=""))
+            yield from ((f"{where}:{rows.line_num}", row) for row in rows)
 
 
 class _Grams(NamedTuple):

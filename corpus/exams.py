@@ -65,7 +65,7 @@ def read_exam(path: str | os.PathLike[str], split: str = "", subjects: Iterable[
     """
     found: dict[str, dict[str, tuple[str, str]]] = {name: {} for name in SPLITS}  # split -> subject -> (where, text)
     mapping: dict[str, str] = {}
-    for where, inside, data in _files(Path(path)):
+    for where, inside, data in files_of(Path(path)):
         if PurePosixPath(inside).name == "subject_mapping.json":
             mapping = _mapping(where, data)
             continue
@@ -175,8 +175,8 @@ def _mapping(where: str, data: bytes) -> dict[str, str]:
         raise UserError(f"{where}: expected {{subject: [English, Chinese, category]}}") from None
 
 
-def _files(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(what to call it, path inside, content) of every .csv and the mapping."""
+def files_of(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(what to call it, path inside, content) of every .csv and the mapping in a folder or archive, or UserError."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if _is_wanted(file.name) and file.is_file():

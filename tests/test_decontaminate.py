@@ -1,6 +1,7 @@
 """Promise: a document that holds an exam question is found, named, left out; ordinary text stays; the log says so."""
 
 import json
+import shutil
 
 import pytest
 
@@ -70,6 +71,15 @@ def test_what_is_in_many_questions_is_no_leak_unless_it_is_all_there_is(exam_dir
     rows = [{"question": phrase, "A": f"开头都是一样的很长很长的说法{i}", "B": "乙"} for i in range(4)]
     same.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert judge(read_exam([str(same)]), PROSE + phrase, PROSE) == [True, False]
+
+
+@pytest.mark.parametrize("form", ["zip", "xztar", "tar"])
+def test_an_archive_is_as_good_as_its_folder(exam_dir, tmp_path, form):
+    archive = shutil.make_archive(str(tmp_path / "myexam"), form, exam_dir.parent, "myexam")
+    from_folder, from_archive = read_exam([str(exam_dir)]), read_exam([archive])
+    assert [text for _, text in from_archive.questions] == [text for _, text in from_folder.questions]
+    assert from_archive.questions[0][0] == f"{archive}/myexam/val/all_val.csv:2"
+    assert judge(from_archive, PROSE + ZH + PROSE) == [True]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +161,12 @@ def test_errors_are_one_line(tmp_path, exam_dir):
     path = write(tmp_path / "a.jsonl", [{"text": PROSE}])
     (tmp_path / "empty").mkdir()
     (tmp_path / "none.csv").write_text("id,name\n1,x\n")
+    (tmp_path / "broken.zip").write_text("no archive")
     for against, flags, words in (
         (tmp_path / "nowhere", {}, "no such file or folder"),
         (tmp_path / "empty", {}, "no .csv, .tsv"),
         (tmp_path / "none.csv", {}, "no question found in 1 files: a row needs one of the keys question"),
+        (tmp_path / "broken.zip", {}, "cannot read .*broken.zip as a tar or zip archive"),
         (exam_dir, {"overlap": 2}, "--overlap is a number between 0"),
     ):
         with pytest.raises(UserError, match=words):
