@@ -13,7 +13,9 @@ folder of somebody else's model is read too (stock.py).
 Read next: chat_formats.py (how turns are written), transformer.py (what the ids meet), ../train_tokenizer.py.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from corpus.errors import UserError
 from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, TemplateFormat, named_format
@@ -224,18 +226,44 @@ class ChatTokenizer:
         that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
         Raises UserError when the format cannot write these messages.
         """
+        return self.render_batch([messages], add_generation_prompt)[0]
+
+    def render_batch(
+        self, chats: list[list[Message]], add_generation_prompt: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """`render` of several conversations, which the tokenizer reads on all cores."""
+        written = [self._write(messages, add_generation_prompt) for messages in chats]
+        encodings = iter(
+            self._marked.encode_batch([part for parts, _ in written for part in parts], add_special_tokens=False)
+        )
+        return [self._join([next(encodings) for _ in parts], parts, answers) for parts, answers in written]
+
+    def _write(self, messages: list[Message], add_generation_prompt: bool) -> tuple[list[str], list[tuple[int, int]]]:
+        """The text of a chat in the parts that are tokenised by themselves, and where its answers are: (start, end)."""
         cut, messages = self._guard(messages)
         spans = self.chat_format.spans(messages, add_generation_prompt)
+        ends = list(itertools.accumulate(len(text) for text, _ in spans))
+        answers = [(end - len(text), end) for (text, trained), end in zip(spans, ends, strict=True) if trained]
         text = "".join(text for text, _ in spans)
-        trained = b"".join(bytes([flag]) * len(text) for text, flag in spans)  # one byte a character
+        return text.split(cut) if cut else [text], answers
+
+    @staticmethod
+    def _join(
+        encodings: list[Encoding], parts: list[str], answers: list[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
+        """Ids of all parts, and the mask: 1 for the tokens that begin inside an answer."""
         ids: list[int] = []
         mask: list[int] = []
-        start = 0
-        for part in text.split(cut) if cut else [text]:
-            encoding = self._marked.encode(part, add_special_tokens=False)
+        place = 0  # of the part in the chat; between two parts one character, the cut, was left out
+        for encoding, part in zip(encodings, parts, strict=True):
+            tokens = range(len(encoding))
+            begins = lambda token, encoding=encoding, place=place: place + encoding.token_to_chars(token)[0]
+            mask += [0] * len(tokens)
+            for answer in answers:
+                first, last = (len(ids) + bisect.bisect_left(tokens, edge, key=begins) for edge in answer)
+                mask[first:last] = [1] * (last - first)
             ids += encoding.ids
-            mask += [int(trained[start + a : start + a + 1] == b"\1") for a, _ in encoding.offsets]
-            start += len(part) + len(cut)
+            place += len(part) + 1
         return ids, mask
 
     def _guard(self, messages: list[Message]) -> tuple[str, list[Message]]:

@@ -160,6 +160,24 @@ def test_answers_are_what_is_trained(both, contents, system):
         assert control == sum(i in tokenizer.special_ids for i in alone)
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(several=st.lists(_CHAT, min_size=1, max_size=5), prompt=st.booleans())
+def test_a_batch_is_each_chat_by_itself(both, several, prompt):
+    """And the mask, which is found by halving, is that of looking at every token: does it begin in an answer?"""
+    chats = [chat_of(contents, False) for contents in several]
+    for tokenizer, _ in both:
+        batch = tokenizer.render_batch(chats, prompt)
+        assert batch == [tokenizer.render(chat, prompt) for chat in chats]
+        for chat, (_, mask) in zip(chats, batch, strict=True):
+            parts, answers = tokenizer._write(chat, prompt)
+            starts, place = [], 0
+            for part in parts:
+                encoding = tokenizer._marked.encode(part, add_special_tokens=False)
+                starts += [place + start for start, _ in encoding.offsets]
+                place += len(part) + 1
+            assert mask == [int(any(first <= start < end for first, end in answers)) for start in starts]
+
+
 def test_each_answer_is_one_run(both):
     """Also where question and answer grow together into one token, as they may in a format without roles."""
     parts = [
