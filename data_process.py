@@ -234,7 +234,7 @@ def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], 
         task = bar.add_task("reading", total=total)
 
         def on_batch() -> None:
-            speed = f"{report.megabytes_per_second:.1f} MB/s" if report.kept else "reading"
+            speed = f"{report.megabytes_per_second:.1f} MB/s" if report.text_bytes else "reading"
             bar.update(task, completed=report.position(), description=f"{report.read:,} rows  {speed}")
 
         yield on_batch
@@ -250,7 +250,7 @@ def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
 def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any) -> None:
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
-    from corpus.items import text_items
+    from corpus.items import in_batches, text_items
     from corpus.pack_texts import tokenise_texts
 
     samples: list[tuple[int, int, str, list[Any]]] = []
@@ -264,13 +264,14 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: An
 
     with progress_bar(args.files, report) as on_batch:
         if args.kind != "pretrain":
-            for number, item in enumerate(form.items(args.files, report)):
-                if documents := form.render(item, tokenizer, args.max_seq_len, report):
-                    consider(item, documents)
-                if number % 1000 == 0:
-                    on_batch()
+            for chats in in_batches(("", item) for item in form.items(args.files, report)):
+                items = [item for _, item in chats]
+                for item, documents in zip(items, form.render(items, tokenizer, args.max_seq_len, report), strict=True):
+                    if documents:
+                        consider(item, documents)
+                on_batch()
         else:
-            for batch in tokenise_texts(((False, item) for item in text_items(args.files, report)), tokenizer, report):
+            for batch in tokenise_texts((("", item) for item in text_items(args.files, report)), tokenizer, report):
                 for _, item, ids in batch:
                     consider(item, [(ids[:120].tolist(), [], 0)])
                 on_batch()

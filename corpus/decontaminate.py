@@ -33,9 +33,10 @@ from corpus.errors import UserError
 from corpus.exams import files_of
 from corpus.language import language_of
 from corpus.ngrams import codes_of, ngram_hashes, skeleton
+from corpus.progress import inputs_of
 from corpus.read import read_rows
 from corpus.report import BadRow, DataReport
-from corpus.rewrite import Row, as_line, inputs_of
+from corpus.rewrite import Row, as_line
 from corpus.tally import Mark, Verdict, rank_of
 
 NGRAM = {"zh": 13, "en": 50}

@@ -18,9 +18,6 @@ Read next: ngrams.py (the hashes), rewrite.py (the writing).
 """
 
 import hashlib
-import json
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,20 +28,19 @@ import numpy as np
 from corpus.errors import UserError
 from corpus.language import language_of
 from corpus.ngrams import codes_of, mix, ngram_hashes, skeleton
+from corpus.progress import Progress, inputs_of
 from corpus.read import Path_
 from corpus.report import DataReport
 from corpus.rewrite import (
-    CHECKPOINT_SECONDS,
     Row,
     as_line,
     batches,
     check_out_dir,
     in_order,
-    inputs_of,
     numbered_rows,
     rewrite,
 )
-from corpus.shards import partial_folder, write_json, writing
+from corpus.shards import partial_folder, writing
 from corpus.tally import EXAMPLES, Mark, Tally, Verdict
 
 BANDS, ROWS = 14, 8
@@ -113,39 +109,22 @@ def sign_all(
 ) -> Path:
     """Write the keys of every row to a file in the partial folder and return its path; continues an earlier run's."""
     folder = partial_folder(out_dir)
-    path, state = folder / "documents.keys", folder / "signing.keys"
+    path = folder / "documents.keys"
     job = {"inputs": inputs_of(paths), "exact_only": signer.exact_only, "seed": SEED, "shingle": SHINGLE}
-    done = 0
-    try:
-        content = json.loads(state.read_text(encoding="utf-8"))
-        done = (
-            content["documents"]
-            if content["job"] == job and path.stat().st_size >= content["documents"] * KEYS * 8
-            else 0
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    progress = Progress(folder, job, "signing.keys")
+    done = progress.load().get("documents", 0)
     folder.mkdir(parents=True, exist_ok=True)
-    saved = time.perf_counter()
-    with path.open("ab") as file:
-        file.truncate(done * KEYS * 8)
+    with path.open("ab" if done else "wb") as file:
         rows = (row for row in numbered_rows(paths, report) if row.number >= done)
         for batch, keys in in_order(signer, batches(rows), workers):
             file.write(keys.tobytes())
             done += len(batch)
             report.kept = done
-            if time.perf_counter() - saved >= CHECKPOINT_SECONDS:
-                _save(file, state, job, done)
-                saved = time.perf_counter()
+            if progress.due():
+                progress.save({"documents": done}, file)
             on_batch()
-        _save(file, state, job, done)
+        progress.save({"documents": done}, file)
     return path
-
-
-def _save(file: Any, state: Path, job: dict[str, Any], documents: int) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    write_json(state, {"job": job, "documents": documents})
 
 
 def first_of_cluster(path: Path, exact_only: bool = False) -> np.ndarray:

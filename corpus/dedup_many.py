@@ -30,9 +30,10 @@ import numpy as np
 
 from corpus.dedup import BANDS, ROWS, Clusters, KeepFirst, join, shingles, signatures_of_shingles, text_hash
 from corpus.errors import UserError
+from corpus.progress import inputs_of
 from corpus.read import Path_
 from corpus.report import DataReport
-from corpus.rewrite import as_line, batches, check_out_dir, finish, inputs_of, numbered_rows
+from corpus.rewrite import as_line, batches, check_out_dir, finish, numbered_rows
 from corpus.shards import partial_folder, publish, write_json, writing
 from corpus.tally import Tally
 
@@ -141,7 +142,7 @@ class Write:
                         kept.write(as_line(row.row))
                     else:
                         dropped.write(row.dropped_line(verdict))
-        content = {"tally": tally.to_dict(), "bad": report.to_dict()["bad"]}
+        content = {"tally": tally.to_dict(), "report": report.to_dict()}
         write_json(self.job.cluster / f"tally_{rank:05d}.json", content)
 
 
@@ -169,7 +170,7 @@ class Finish:
             for i in range(len(self.job.paths)):
                 content = json.loads((self.job.cluster / f"tally_{i:05d}.json").read_text(encoding="utf-8"))
                 tally.merge(content["tally"])
-                report.merge_bad(content["bad"])
+                report.merge(content["report"])
                 dropped.write((self.job.cluster / f"dropped_{i:05d}.tsv").read_bytes())
         step = KeepFirst(Clusters(np.zeros(0, np.int64), []), exact_only=False)
         finish(step, list(self.job.paths), folder, tally, report)

@@ -20,6 +20,7 @@ from corpus.read import Path_, read_chats, read_texts
 from corpus.report import DataReport
 
 ENOUGH_FOR_VALIDATION = 20
+BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Item:
     file: str
     line: int
     answers: tuple[list[Message], ...] = ()  # pairs only: the better answer, the worse one
+    identity: int = 0  # chats and pairs: 64-bit hash of all messages
     source: str = ""  # texts only, where they are labelled
 
 
@@ -71,7 +73,28 @@ def chat_items(paths: Iterable[Path_], report: DataReport) -> Iterator[Item]:
             report.shorten("without its last question, which has no answer", chat.source_file, chat.line)
         question = next(message["content"] for message in messages if message["role"] == "user")
         text = chat_text(messages)
-        yield Item(text, messages, language_of(text), content_key(question), chat.source_file, chat.line)
+        place = (chat.source_file, chat.line)
+        yield Item(text, messages, language_of(text), content_key(question), *place, identity=identity)
+
+
+def in_batches(items: Iterable[tuple[str, Item]]) -> Iterator[list[tuple[str, Item]]]:
+    """Lists of (split, item) of bounded size, in their order."""
+    batch: list[tuple[str, Item]] = []
+    characters = 0
+    for split, item in items:
+        batch.append((split, item))
+        characters += len(item.text)
+        if len(batch) >= BATCH_ITEMS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def in_splits(items: Iterable[Item], val_share: float) -> Iterator[tuple[str, Item]]:
+    """(split, item), by the rule at the top of this file: the split is train, val_zh or val_en."""
+    for is_validation, item in split_validation(items, val_share):
+        yield (f"val_{item.language}" if is_validation else "train"), item
 
 
 def split_validation(items: Iterable[Item], val_share: float) -> Iterator[tuple[bool, Item]]:

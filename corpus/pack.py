@@ -6,31 +6,33 @@
 What pairs of answers do in their own way is a `Form`, see pairs.py.
 
 The jsonl files are the source of truth: `tokenise_chats` builds the token folder again for another tokenizer or length.
-Everything appears under its name only when it is complete.
+Everything appears under its name only when it is complete. A killed `pack_chats` goes on where it was: the rows are
+read again, but what is written and tokenised stays.
 
-Writes through shards.py. Read next: items.py (what is left out and set aside), shards.py (the files),
-pack_texts.py (the same for plain text), ../data_process.py (the command).
+Writes through shards.py. Read next: items.py (what is left out and set aside), progress.py (after a kill), shards.py
+(the files), pack_texts.py (the same for plain text), ../data_process.py (the command).
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from corpus.chats import Message, chat_text
 from corpus.errors import UserError
 from corpus.history import history_of
-from corpus.items import Item, chat_items, split_validation
+from corpus.items import Item, chat_items, in_batches, in_splits
+from corpus.progress import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.read import Path_
 from corpus.report import DataReport
 from corpus.shards import (
     FORMAT,
-    ShardWriter,
     check_replaceable,
     open_writer,
     partial_folder,
@@ -42,9 +44,8 @@ from corpus.shards import (
     writing,
 )
 
-ROWS_A_STEP = 1000  # rows between two movements of the progress bar
-
 Document = tuple[list[int], list[int], int]  # ids, mask, UTF-8 bytes of the answers
+Batch = list[tuple[str, Item]]  # each with its split
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ class Form:
     command: str  # of data_process.py
     fields: tuple[str, ...]  # of a stored row: what of an item stands in `messages`, then its answers
     items: Callable[[Iterable[Path_], DataReport], Iterator[Item]]
-    render: Callable[[Item, Any, int, DataReport], list[Document]]  # no document: the item does not fit
+    render: Callable[[list[Item], Any, int, DataReport], list[list[Document]]]  # of an item that does not fit: none
+    choice: dict[str, Any] = field(default_factory=dict)  # what `items` depends on besides the files
+
+    def row(self, item: Item) -> bytes:
+        """The line of an item in train.jsonl or val.jsonl."""
+        row = dict(zip(self.fields, (item.messages, *item.answers), strict=True)) | {"lang": item.language}
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def pack_chats(
@@ -71,98 +78,168 @@ def pack_chats(
 ) -> dict[str, Any]:
     """Write train.jsonl, val.jsonl and the token folder of the chats in `paths` to `out_dir`, complete or not at all.
 
-    `about`: what else meta.json should remember.
+    `about`: what else meta.json should remember. A run that was killed is continued, as by `pack_texts`.
     Returns the token folder's meta.json; raises as `pack_texts`.
     """
     check_replaceable(out_dir)
     check_replaceable(partial_folder(out_dir))
-    partial = partial_folder(out_dir)
-    with writing(out_dir):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    job = {"inputs": inputs_of(paths), "kind": form.kind, "choice": form.choice, "val_share": val_share}
+    job |= {"tokenizer": tokenizer.chat_fingerprint, "max_seq_len": max_seq_len, "format": FORMAT}
+    folder = partial_folder(out_dir)
+    with writing(out_dir), unfinished(folder):
+        partial = _Partial(Progress(folder, job), tokenizer, max_seq_len, form)
         try:
-            rows = {True: 0, False: 0}
-            with (
-                (partial / "train.jsonl").open("w", encoding="utf-8", newline="\n") as train,
-                (partial / "val.jsonl").open("w", encoding="utf-8", newline="\n") as val,
-            ):
-                for is_validation, item in split_validation(form.items(paths, report), val_share):
-                    row = dict(zip(form.fields, (item.messages, *item.answers), strict=True)) | {"lang": item.language}
-                    (val if is_validation else train).write(json.dumps(row, ensure_ascii=False) + "\n")
-                    rows[is_validation] += 1
-                    if sum(rows.values()) % ROWS_A_STEP == 0:
-                        on_batch()
-            tokens = tokenise_chats(partial, tokenizer, max_seq_len, report, on_batch, form)
-            meta = {"format": FORMAT, "kind": "messages", "rows": {"train": rows[False], "val": rows[True]}}
-            meta |= {"tokens": tokens.name, "val_share": val_share, "report": report.to_dict()}
-            meta |= {"history": history_of(paths), **(about or {})}
-            write_json(partial / "meta.json", meta)
-            publish(partial, out_dir)
-        finally:  # a moment's work for chats, so a run that ended early starts anew
-            shutil.rmtree(partial, ignore_errors=True)
-    return read_meta(Path(out_dir) / tokens.name)
+            for batch in in_batches(behind(partial.items, in_splits(form.items(paths, report), val_share), on_batch)):
+                partial.add(batch)
+                report.text_bytes = partial.tokens.report.text_bytes
+                on_batch()
+            report.merge(partial.tokens.report.to_dict())
+            partial.close(report)
+        finally:
+            partial.abort()
+        meta = {"format": FORMAT, "kind": "messages", "rows": partial.rows}
+        meta |= {"tokens": partial.tokens.folder.name, "val_share": val_share, "report": report.to_dict()}
+        meta |= {"history": history_of(paths), **(about or {})}
+        write_json(folder / "meta.json", meta)
+        publish(folder, out_dir)
+    return read_meta(Path(out_dir) / partial.tokens.folder.name)
 
 
-def tokenise_chats(
-    folder: Path_,
-    tokenizer: Any,
-    max_seq_len: int,
-    report: DataReport | None = None,
-    on_batch: Callable[[], None] | None = None,
-    form: Form | None = None,
-) -> Path:
+class _Partial:
+    """The unfinished data set in `<out_dir>.partial`, continued from where its progress file vouches for it."""
+
+    def __init__(self, progress: Progress, tokenizer: Any, max_seq_len: int, form: Form) -> None:
+        self.progress, self.form = progress, form
+        found = progress.start()
+        self.items = found.get("items", 0)  # written and tokenised
+        self.rows = found.get("rows", {"train": 0, "val": 0})
+        self.files = {name: (progress.folder / f"{name}.jsonl").open("ab") for name in self.rows}
+        self.tokens = _Tokens(
+            progress.folder / token_folder_name(tokenizer), tokenizer, max_seq_len, form, found.get("tokens")
+        )
+
+    def add(self, batch: Batch) -> None:
+        for split, item in batch:
+            name = split.partition("_")[0]  # both languages of a validation split share a file
+            self.files[name].write(self.form.row(item))
+            self.rows[name] += 1
+        self.tokens.add(batch)
+        self.items += len(batch)
+        if self.progress.due():
+            state = {"items": self.items, "rows": self.rows, "tokens": self.tokens.state()}
+            self.progress.save(state, *self.files.values())
+
+    def close(self, report: DataReport) -> None:
+        """From here on it is seconds to the end, and a run that is killed in them starts anew."""
+        (self.progress.folder / PROGRESS).unlink(missing_ok=True)
+        for file in self.files.values():
+            file.close()
+        self.tokens.close(_token_job(self.progress.folder, self.tokens.max_seq_len, self.form), report)
+
+    def abort(self) -> None:
+        self.tokens.abort()
+        for file in self.files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def token_folder_name(tokenizer: Any) -> str:
+    return f"tokens-{tokenizer.chat_fingerprint}"
+
+
+def tokenise_chats(folder: Path_, tokenizer: Any, max_seq_len: int, form: Form | None = None) -> Path:
     """The token folder of `folder`'s train.jsonl and val.jsonl for this tokenizer and length; built unless it is there.
 
-    `tokenizer` needs .render, .chat_fingerprint and .vocab_size. Returns `folder/tokens-<chat_fingerprint>`, in the
-    format of shards.py with masks. Raises UserError when the jsonl files are missing or no chat fits into `max_seq_len`
-    tokens.
+    `tokenizer` needs .render, .render_batch, .chat_fingerprint and .vocab_size. Returns
+    `folder/tokens-<chat_fingerprint>`, in the format of shards.py with masks. Raises UserError when the jsonl files are
+    missing or no chat fits into `max_seq_len` tokens.
     """
     folder, form = Path(folder), form or CHATS
-    target = folder / f"tokens-{tokenizer.chat_fingerprint}"
-    job = {"max_seq_len": max_seq_len, "source": _fingerprint_source(folder, form)}
+    target = folder / token_folder_name(tokenizer)
+    job = _token_job(folder, max_seq_len, form)
     if _is_current(target, job):
         return target
-    report = report or DataReport()
     partial = folder / f"{target.name}.partial-{os.getpid()}"  # processes that start together must not share it
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers: dict[str, ShardWriter] = {}
     with writing(partial):
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+        tokens = _Tokens(partial, tokenizer, max_seq_len, form)
         try:
-            partial.mkdir()
-            for number, (split, item) in enumerate(_stored_items(folder, form), start=1):
-                for ids, mask, answer_bytes in form.render(item, tokenizer, max_seq_len, report):
-                    if split not in writers:
-                        writers[split] = open_writer(partial, split, dtype)
-                    writers[split].add(ids, mask, answer_bytes)
-                if on_batch and number % ROWS_A_STEP == 0:
-                    on_batch()
-            what = form.kind.removesuffix("s")
-            require_train(
-                writers, f"no {what} fits into {max_seq_len} tokens: give a larger --max_seq_len, or more data"
-            )
-            splits = {split: writers[split].close() for split in sorted(writers)}
-            meta = {"format": FORMAT, "kind": form.kind, "tokenizer": tokenizer.chat_fingerprint, **job}
-            meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits, "report": report.to_dict()}
-            write_json(partial / "meta.json", meta)
+            for batch in in_batches(_stored_items(folder, form)):
+                tokens.add(batch)
+            tokens.close(job, tokens.report)
             try:
                 publish(partial, target)
             except OSError:  # another process was faster
                 if not _is_current(target, job):
                     raise
         finally:
-            for writer in writers.values():
-                writer.abort()
+            tokens.abort()
             shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def render_chat(item: Item, tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
-    """The one document of as many whole first turns as fit; none when not even one does.
+class _Tokens:
+    """A growing token folder: one writer a split, and a report of what became of the items.
+
+    `state` of an earlier one continues its files where that state was taken.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, max_seq_len: int, form: Form, state: dict[str, Any] | None = None
+    ) -> None:
+        self.folder, self.tokenizer, self.max_seq_len, self.form = folder, tokenizer, max_seq_len, form
+        self.dtype, self.report = token_dtype(tokenizer.vocab_size), DataReport()
+        folder.mkdir(exist_ok=True)
+        states = state["writers"] if state else {}
+        self.writers = {split: open_writer(folder, split, self.dtype, writer) for split, writer in states.items()}
+        if state:
+            self.report.merge(state["report"])
+
+    def add(self, batch: Batch) -> None:
+        rendered = self.form.render([item for _, item in batch], self.tokenizer, self.max_seq_len, self.report)
+        for (split, _), documents in zip(batch, rendered, strict=True):
+            for ids, mask, answer_bytes in documents:
+                if split not in self.writers:
+                    self.writers[split] = open_writer(self.folder, split, self.dtype)
+                self.writers[split].add(ids, mask, answer_bytes)
+
+    def state(self) -> dict[str, Any]:
+        writers = {split: writer.state() for split, writer in self.writers.items()}
+        return {"writers": writers, "report": self.report.to_dict()}
+
+    def close(self, job: dict[str, Any], report: DataReport) -> None:
+        """Finish the files and write meta.json; raises UserError when there is nothing to train on."""
+        what = self.form.kind.removesuffix("s")
+        require_train(
+            self.writers,
+            f"no {what} fits into {self.max_seq_len} tokens: give a larger --max_seq_len, or more data",
+        )
+        splits = {split: self.writers[split].close() for split in sorted(self.writers)}
+        meta = {"format": FORMAT, "kind": self.form.kind, "tokenizer": self.tokenizer.chat_fingerprint, **job}
+        meta |= {"vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype, "splits": splits}
+        write_json(self.folder / "meta.json", meta | {"report": report.to_dict()})
+
+    def abort(self) -> None:
+        for writer in self.writers.values():
+            writer.abort()
+
+
+def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[list[Document]]:
+    """Of each chat the one document of as many whole first turns as fit; none when not even one does.
 
     A turn is never cut inside: half an answer would teach to stop in the middle of a sentence.
     """
+    whole = tokenizer.render_batch([item.messages for item in items])
+    return [
+        _fit(item, ids, mask, tokenizer, max_seq_len, report) for item, (ids, mask) in zip(items, whole, strict=True)
+    ]
+
+
+def _fit(
+    item: Item, ids: list[int], mask: list[int], tokenizer: Any, max_seq_len: int, report: DataReport
+) -> list[Document]:
+    """`ids` and `mask` are those of the whole chat."""
     messages = item.messages
-    ids, mask = tokenizer.render(messages)
     while len(ids) > max_seq_len:
         # Each run of trained tokens is one answer; no turn whose answer ends beyond the limit can stay.
         ends = [i + 1 for i, trained in enumerate(mask) if trained and not (i + 1 < len(mask) and mask[i + 1])]
@@ -189,7 +266,7 @@ def answer_bytes(messages: list[Message]) -> int:
     return sum(len(message["content"].encode()) for message in messages if message["role"] == "assistant")
 
 
-CHATS = Form("chats", "sft", ("messages",), chat_items, render_chat)
+CHATS = Form("chats", "sft", ("messages",), chat_items, render_chats)
 
 
 def _stored_items(folder: Path, form: Form) -> Iterator[tuple[str, Item]]:
@@ -207,6 +284,11 @@ def _stored_items(folder: Path, form: Form) -> Iterator[tuple[str, Item]]:
                     command = f"data_process.py {form.command}"
                     raise UserError(f"{path}:{number}: not a row of ours: run {command} again") from None
                 yield ("train" if name == "train" else f"val_{language}"), item
+
+
+def _token_job(folder: Path, max_seq_len: int, form: Form) -> dict[str, Any]:
+    """What a token folder depends on, besides its tokenizer."""
+    return {"max_seq_len": max_seq_len, "source": _fingerprint_source(folder, form)}
 
 
 def _fingerprint_source(folder: Path, form: Form) -> dict[str, str]:

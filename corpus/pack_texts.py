@@ -11,25 +11,21 @@ for chats), ../data_process.py (the command).
 """
 
 import itertools
-import json
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
 from corpus.history import history_of
-from corpus.items import Item, split_validation, text_items
+from corpus.items import BATCH_CHARACTERS, Item, in_batches, in_splits, text_items
 from corpus.language import LANGUAGES
+from corpus.progress import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.read import Path_
 from corpus.report import DataReport
 from corpus.shards import (
     FORMAT,
-    ShardWriter,
     check_replaceable,
     open_writer,
     partial_folder,
@@ -39,32 +35,17 @@ from corpus.shards import (
     write_json,
     writing,
 )
-from corpus.sources import check_input
 
-BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
 PIECE_CHARACTERS = 50_000  # longer documents are tokenised in pieces, which bounds memory
-CHECKPOINT_SECONDS = 20.0
 FILE = "file"  # as a source_key: the file's name is the source
 MOST_SOURCES, OTHER = 100, "other"  # each has files of its own; later ones, and texts without any, are put together
 
 Packed = tuple[str, Item, np.ndarray]  # split, document, ids of shape (tokens,)
 
 
-def tokenise_texts(
-    items: Iterable[tuple[bool, Item]], tokenizer: Any, report: DataReport, skip: int = 0
-) -> Iterator[list[Packed]]:
-    """Batches of (split, item, ids with the closing <|endoftext|>); the first `skip` items are only read."""
-    batch: list[tuple[str, Item]] = []
-    characters = 0
-    for number, (is_validation, item) in enumerate(items):
-        if number < skip:
-            continue
-        batch.append((f"val_{item.language}" if is_validation else "train", item))
-        characters += len(item.text)
-        if len(batch) >= BATCH_ITEMS or characters >= BATCH_CHARACTERS:
-            yield _encode(batch, tokenizer, report)
-            batch, characters = [], 0
-    if batch:
+def tokenise_texts(items: Iterable[tuple[str, Item]], tokenizer: Any, report: DataReport) -> Iterator[list[Packed]]:
+    """Batches of (split, item, ids with the closing <|endoftext|>) of all (split, item)."""
+    for batch in in_batches(items):
         yield _encode(batch, tokenizer, report)
 
 
@@ -106,29 +87,16 @@ def _pieces(text: str) -> Iterator[str]:
 class _Partial:
     """The unfinished data set in `<out_dir>.partial`: one writer a split, and a progress file to continue from."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], dtype: str, report: DataReport) -> None:
-        self.folder, self.job, self.dtype, self.report = folder, job, dtype, report
-        self.documents = 0  # items that are tokenised and written
-        self.writers: dict[str, ShardWriter] = {}
-        self.sources = [""]  # "" and then each label; its place is in the names of its shards
-        self.saved = time.perf_counter()
-        try:
-            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-            if progress["job"] == job:
-                self.sources = progress["sources"]
-                for name, state in progress["writers"].items():
-                    self._open(name, state)
-                self.documents = int(progress["documents"])
-                report.restore(progress["report"])
-        except (OSError, ValueError, KeyError, TypeError):
-            self.abort()
-            self.documents, self.writers, self.sources = 0, {}, [""]
-        if not self.documents:  # another job's leftovers, or none
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-
-    def _open(self, name: str, state: dict[str, Any] | None = None) -> None:
-        self.writers[name] = open_writer(self.folder, name, self.dtype, state)
+    def __init__(self, folder: Path, job: dict[str, Any], dtype: str) -> None:
+        self.folder, self.job, self.dtype, self.progress = folder, job, dtype, Progress(folder, job)
+        found = self.progress.start()
+        self.documents = found.get("documents", 0)  # items that are tokenised and written
+        self.sources = found.get("sources", [""])  # "" and then each label; its place is in the names of its shards
+        self.report = DataReport()  # of what is tokenised; what is only read is counted again by reading
+        if found:
+            self.report.merge(found["report"])
+        states = found.get("writers", {})
+        self.writers = {name: open_writer(folder, name, dtype, state) for name, state in states.items()}
 
     def _writer_of(self, split: str, item: Item) -> str:
         """The split, for training texts with the language and the number of the source."""
@@ -144,18 +112,13 @@ class _Partial:
         for split, item, ids in batch:
             name = self._writer_of(split, item)
             if name not in self.writers:
-                self._open(name)
+                self.writers[name] = open_writer(self.folder, name, self.dtype)
             self.writers[name].add(ids, utf8_bytes=len(item.text.encode()))
         self.documents += len(batch)
-        if time.perf_counter() - self.saved >= CHECKPOINT_SECONDS:
-            self.checkpoint()
-
-    def checkpoint(self) -> None:
-        writers = {name: writer.state() for name, writer in self.writers.items()}
-        progress = {"job": self.job, "documents": self.documents, "report": self.report.counts(), "writers": writers}
-        progress["sources"] = self.sources
-        write_json(self.folder / "progress.json", progress)
-        self.saved = time.perf_counter()
+        if self.progress.due():
+            state = {"documents": self.documents, "sources": self.sources, "report": self.report.to_dict()}
+            state["writers"] = {name: writer.state() for name, writer in self.writers.items()}
+            self.progress.save(state)
 
     def abort(self) -> None:
         for writer in self.writers.values():
@@ -163,7 +126,7 @@ class _Partial:
 
     def close(self) -> dict[str, Any]:
         """The splits' entries of meta.json, train first; each shard of it with its language and source."""
-        (self.folder / "progress.json").unlink(missing_ok=True)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
         closed = {name: writer.close() for name, writer in sorted(self.writers.items())}
         splits = {f"val_{language}": closed.pop(f"val_{language}", None) for language in LANGUAGES}
         train: dict[str, Any] = {"shards": [], "tokens": 0, "documents": 0, "bytes": 0}
@@ -202,35 +165,27 @@ def pack_texts(
     """
     check_replaceable(out_dir)
     check_replaceable(partial_folder(out_dir))
-    job = {"inputs": _inputs(paths), "tokenizer": tokenizer.fingerprint, "val_share": val_share, "format": FORMAT}
+    job = {"inputs": inputs_of(paths), "tokenizer": tokenizer.fingerprint, "val_share": val_share, "format": FORMAT}
     job["source_key"] = source_key
     dtype = token_dtype(tokenizer.vocab_size)
-    with writing(out_dir):
-        partial = _Partial(partial_folder(out_dir), job, dtype, report)
-        items = split_validation(text_items(paths, report, source_key), val_share)
+    folder = partial_folder(out_dir)
+    with writing(out_dir), unfinished(folder):
+        partial = _Partial(folder, job, dtype)
+        items = behind(partial.documents, in_splits(text_items(paths, report, source_key), val_share), on_batch)
         try:
-            for batch in tokenise_texts(items, tokenizer, report, skip=partial.documents):
+            for batch in tokenise_texts(items, tokenizer, partial.report):
                 partial.add(batch)
+                report.text_bytes = partial.report.text_bytes
                 on_batch()
             splits = partial.close()
             require_train(splits, "no document is left to train on: give more data, or a smaller --val_share")
-        except UserError:
-            partial.abort()
-            shutil.rmtree(partial.folder, ignore_errors=True)
-            raise
         finally:
             partial.abort()
+        report.merge(partial.report.to_dict())
         meta = {"format": FORMAT, "kind": "pretrain", "tokenizer": tokenizer.fingerprint}
         meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "val_share": val_share}
         meta |= {"history": history_of(paths)}
         meta |= {"splits": splits, "report": report.to_dict()}
-        write_json(partial.folder / "meta.json", meta)
-        publish(partial.folder, out_dir)
+        write_json(folder / "meta.json", meta)
+        publish(folder, out_dir)
     return meta
-
-
-def _inputs(paths: list[Path_]) -> list[list[Any]]:
-    for path in paths:
-        check_input(path)
-    found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]

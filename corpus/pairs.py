@@ -10,7 +10,7 @@ the same words are still two answers. Only answers are compared; what the assist
 
     pair -> two documents of the token folder, one after the other: prompt + chosen, prompt + rejected
 
-Read next: chats.py (the messages), pack.py (who calls `render_pair`), ../5-dpo_train.py (who learns from it).
+Read next: chats.py (the messages), pack.py (who calls `render_pairs`), ../5-dpo_train.py (who learns from it).
 """
 
 import itertools
@@ -111,27 +111,32 @@ def pair_items(paths: Iterable[Path_], report: DataReport) -> Iterator[Item]:
         seen.add(identity)
         text = chat_text([*prompt, *itertools.chain(*answers)])
         question = next(message["content"] for message in prompt if message["role"] == "user")
-        yield Item(text, prompt, language_of(text), content_key(question), file, line, tuple(answers))
+        place = (file, line)
+        yield Item(text, prompt, language_of(text), content_key(question), *place, tuple(answers), identity)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
-def render_pair(item: Item, tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
-    """The documents of chosen and rejected, both with the same prompt; none when the longer one does not fit.
+def render_pairs(items: list[Item], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[list[Document]]:
+    """Of each pair the documents of chosen and rejected, both with the same prompt; none when the longer one does not
+    fit.
 
     A prompt that is too long loses its oldest whole turns, for both answers alike; an answer is never cut.
     """
+    whole = _render_answers([(item.messages, item.answers) for item in items], tokenizer)
+    return [_fit(item, documents, tokenizer, max_seq_len, report) for item, documents in zip(items, whole, strict=True)]
+
+
+def _fit(item: Item, documents: list[Document], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
+    """`documents` are those of the whole pair."""
     prompt = item.messages
-    while True:
-        documents = [_render_answer(prompt, answer, tokenizer) for answer in item.answers]
-        longest = max(len(ids) for ids, _, _ in documents)
-        if longest <= max_seq_len:
-            break
+    while (longest := max(len(ids) for ids, _, _ in documents)) > max_seq_len:
         first = int(prompt[0]["role"] == "system")
         next_question = next((i for i in range(first + 1, len(prompt)) if prompt[i]["role"] == "user"), None)
         if next_question is None:
             report.drop(f"question and longer answer exceed {max_seq_len} tokens", item.file, item.line)
             return []
         prompt = prompt[:first] + prompt[next_question:]
+        (documents,) = _render_answers([(prompt, item.answers)], tokenizer)
     if len(prompt) < len(item.messages):
         report.shorten(f"without the oldest turns of its prompt, to fit {max_seq_len} tokens", item.file, item.line)
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
@@ -140,13 +145,22 @@ def render_pair(item: Item, tokenizer: Any, max_seq_len: int, report: DataReport
     return documents
 
 
-def _render_answer(prompt: list[Message], answer: list[Message], tokenizer: Any) -> Document:
-    """One conversation; its mask holds the answer alone, without what the assistant said in the prompt."""
-    ids, mask = tokenizer.render([*prompt, *answer])
-    asked, _ = tokenizer.render(prompt, add_generation_prompt=True)
-    # Where they part, the answer begins; a token may hold the end of the prompt and the beginning of the answer.
-    start = _common(ids, asked)
-    return ids, [0] * start + mask[start:], answer_bytes(answer)
+def _render_answers(
+    pairs: list[tuple[list[Message], tuple[list[Message], ...]]], tokenizer: Any
+) -> list[list[Document]]:
+    """Each prompt with each of its answers; the masks hold these alone, without what the assistant said before."""
+    asked = tokenizer.render_batch([prompt for prompt, _ in pairs], add_generation_prompt=True)
+    rendered = iter(tokenizer.render_batch([[*prompt, *answer] for prompt, answers in pairs for answer in answers]))
+    result = []
+    for (_, answers), (question, _) in zip(pairs, asked, strict=True):
+        documents = []
+        for answer in answers:
+            ids, mask = next(rendered)
+            # Where they part, the answer begins; a token may hold the prompt's end and the answer's beginning.
+            start = _common(ids, question)
+            documents.append((ids, [0] * start + mask[start:], answer_bytes(answer)))
+        result.append(documents)
+    return result
 
 
-PAIRS = Form("pairs", "dpo", ("prompt", *SIDES), pair_items, render_pair)
+PAIRS = Form("pairs", "dpo", ("prompt", *SIDES), pair_items, render_pairs)

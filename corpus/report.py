@@ -160,23 +160,19 @@ class DataReport:
         """Megabytes of UTF-8 text that became tokens, a second of this run."""
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
 
-    def counts(self) -> dict[str, Any]:
-        """What `keep` counted, to be stored in a progress file and given back to `restore`."""
-        names = ("kept", "trained_tokens", "languages", "histogram")
-        return {name: getattr(self, name) for name in names}
-
-    def merge_bad(self, bad: dict[str, Any]) -> None:
-        """Add the bad rows of another report, as its `to_dict` gave them."""
-        for name, reason in bad.items():
-            self.bad_rows += reason["count"]
-            mine = self.bad.setdefault(name, Reason())
-            mine.count += reason["count"]
-            places = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in reason["first"]]
-            mine.first = [*mine.first, *places][:EXAMPLES]
-
-    def restore(self, counts: dict[str, Any]) -> None:
-        for name, value in counts.items():
-            setattr(self, name, value)
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add what another report counted, as its `to_dict` gave it: of other rows, or what became of these later."""
+        self.read += other["read"]
+        self.kept += other["kept"]
+        self.trained_tokens += other.get("trained_tokens", 0)
+        self.bad_rows += _merge(self.bad, other["bad"])
+        self.dropped_rows += _merge(self.dropped, other["dropped"])
+        _merge(self.shortened, other.get("shortened", {}))
+        for language, counts in other["languages"].items():
+            mine = self.languages.setdefault(language, dict.fromkeys(counts, 0))
+            for name, amount in counts.items():
+                mine[name] += amount
+        self.histogram = [a + b for a, b in zip(self.histogram, other["lengths"].values(), strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for meta.json; contains no time, so that equal data gives equal reports."""
@@ -263,6 +259,16 @@ class DataReport:
 def histogram_labels() -> list[str]:
     """Names of the length bins: "<= 16" ... "<= 65536", "more"."""
     return [f"<= {FIRST_BIN << i}" for i in range(BINS)] + ["more"]
+
+
+def _merge(reasons: dict[str, Reason], others: dict[str, Any]) -> int:
+    """Add reasons as `to_dict` gave them; returns how many rows they stand for."""
+    for name, other in others.items():
+        mine = reasons.setdefault(name, Reason())
+        mine.count += other["count"]
+        places = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in other["first"]]
+        mine.first = [*mine.first, *places][:EXAMPLES]
+    return sum(other["count"] for other in others.values())
 
 
 def _count(reasons: dict[str, Reason], reason: str, file: str, line: int) -> None:

@@ -9,14 +9,12 @@ Everything streams: memory holds a few batches, whatever the size of the files. 
 when it is complete; a killed run is continued by the same command: rows that are dealt with are read again, but not
 judged again. `workers` processes judge, one reads and writes; the result is the same for any number of them.
 
-Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the counts).
+Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the counts), progress.py (after a kill).
 """
 
 import json
 import multiprocessing
-import os
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +24,7 @@ from typing import Any, Protocol
 
 from corpus.errors import UserError
 from corpus.history import history_of
+from corpus.progress import PROGRESS, Progress, inputs_of
 from corpus.read import Path_, all_rows
 from corpus.report import BadRow, DataReport
 from corpus.rows import text_of
@@ -34,8 +33,17 @@ from corpus.tally import Tally, Verdict
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 500_000
 FILE_BYTES = 512 << 20
-CHECKPOINT_SECONDS = 20.0
-OUR_FILES = ("text_*.jsonl", "dropped.tsv", "report.json", "report.md", "progress.json", "*.keys", "cluster")
+OUR_FILES = (
+    "text_*.jsonl",
+    "dropped.tsv",
+    "report.json",
+    "report.md",
+    PROGRESS,
+    "*.keys",
+    "*.json.tmp",
+    "*.keys.tmp",
+    "cluster",
+)
 EXPECTED = "a row needs text, or the keys of a chat or of a pair of answers"
 
 
@@ -136,33 +144,24 @@ def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 class _Output:
-    """The growing folder: kept rows, dropped rows, and a progress file that says how much of each counts."""
+    """The growing folder: kept rows and dropped rows, continued from where the progress file vouches for them."""
 
     def __init__(self, folder: Path, job: dict[str, Any], tally: Tally) -> None:
-        self.folder, self.job, self.tally = folder, job, tally
-        self.rows, self.files, self.sizes = 0, 0, [0, 0]  # rows dealt with; files of kept rows; bytes of the open two
-        self.saved = time.perf_counter()
-        try:
-            progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-            if progress["job"] == job:
-                tally.restore(progress["tally"])
-                self.rows, self.files, self.sizes = progress["rows"], progress["files"], progress["sizes"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        if not self.rows:
+        self.folder, self.tally, self.progress = folder, tally, Progress(folder, job)
+        found = self.progress.load()
+        self.rows, self.files = found.get("rows", 0), found.get("files", 0)  # dealt with; full files of kept rows
+        if found:
+            tally.restore(found["tally"])
+        else:
             for pattern in ("text_*.jsonl", "dropped.tsv"):
                 for path in folder.glob(pattern):
                     path.unlink()
             folder.mkdir(parents=True, exist_ok=True)
-        self.dropped = self._open("dropped.tsv", self.sizes[1])
-        self.kept = self._open(f"text_{self.files:03d}.jsonl", self.sizes[0])
+        self.dropped = (folder / "dropped.tsv").open("ab")
+        self.kept = self._open_kept("ab")
 
-    def _open(self, name: str, size: int) -> Any:
-        file = (self.folder / name).open("ab")
-        if file.tell() < size:
-            raise OSError(f"{name} is shorter than its progress file says")
-        file.truncate(size)
-        return file
+    def _open_kept(self, mode: str) -> Any:
+        return (self.folder / f"text_{self.files:03d}.jsonl").open(mode)
 
     def add(self, rows: list[Row], verdicts: list[Verdict]) -> None:
         for row, verdict in zip(rows, verdicts, strict=True):
@@ -175,18 +174,10 @@ class _Output:
         if self.kept.tell() >= FILE_BYTES:
             self.kept.close()
             self.files += 1
-            self.kept = self._open(f"text_{self.files:03d}.jsonl", 0)
-        if time.perf_counter() - self.saved >= CHECKPOINT_SECONDS:
-            self.checkpoint()
-
-    def checkpoint(self) -> None:
-        for file in (self.kept, self.dropped):
-            file.flush()
-            os.fsync(file.fileno())
-        self.sizes = [self.kept.tell(), self.dropped.tell()]
-        progress = {"job": self.job, "rows": self.rows, "files": self.files, "sizes": self.sizes}
-        write_json(self.folder / "progress.json", {**progress, "tally": self.tally.to_dict()})
-        self.saved = time.perf_counter()
+            self.kept = self._open_kept("wb")
+        if self.progress.due():
+            state = {"rows": self.rows, "files": self.files, "tally": self.tally.to_dict()}
+            self.progress.save(state, self.kept, self.dropped)
 
     def close(self) -> None:
         self.kept.close()
@@ -256,14 +247,8 @@ def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: D
     content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
     (folder / "report.md").write_text(tally.markdown(step.name), encoding="utf-8")
     write_json(folder / "report.json", content)
-    for left in (*folder.glob("*.keys"), folder / "progress.json"):
+    for left in (*folder.glob("*.keys"), folder / PROGRESS):
         left.unlink(missing_ok=True)
-
-
-def inputs_of(paths: list[Path_]) -> list[list[Any]]:
-    """What tells the files from others or later ones of the same names."""
-    found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
 
 def as_line(row: Any) -> bytes:

@@ -41,6 +41,7 @@ COMMANDS = {  # by the kind of data
 OUR_FILES = (
     "meta.json",
     "progress.json",
+    "*.json.tmp",  # of a kill in `write_json`
     "*.bin",
     "*.mask",
     "*.idx",

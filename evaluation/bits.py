@@ -25,7 +25,7 @@ from corpus.chats import Message
 from corpus.errors import UserError
 from corpus.items import Item, chat_items
 from corpus.language import language_of
-from corpus.pack import render_chat
+from corpus.pack import render_chats
 from corpus.read import read_texts
 from corpus.report import DataReport
 from model.chat import ChatTokenizer
@@ -116,11 +116,10 @@ def sft_loss(
 ) -> dict[str, Any]:
     """loss (nats per trained token), its standard error, bits_per_byte of the answers, tokens, chats, and `dropped`:
     chats whose first turn is longer than the context. What is trained, and where a long chat is cut, is as in SFT."""
-    rows, dropped = [], 0
-    for messages in chats:
-        rendered = render_chat(Item("", messages, "", 0, "", 0), tokenizer, model.config.max_seq_len, DataReport())
-        rows += [Row(ids, mask, utf8_bytes) for ids, mask, utf8_bytes in rendered]
-        dropped += not rendered
+    items = [Item("", messages, "", 0, "", 0) for messages in chats]
+    rendered = render_chats(items, tokenizer, model.config.max_seq_len, DataReport())
+    rows = [Row(ids, mask, utf8_bytes) for documents in rendered for ids, mask, utf8_bytes in documents]
+    dropped = sum(not documents for documents in rendered)
     if not rows:
         return {"loss": None, "error": None, "bits_per_byte": None, "tokens": 0, "chats": 0, "dropped": dropped}
     nats, tokens = negative_log_probs(model, rows, batch_size), [sum(row.scored[1:]) for row in rows]

@@ -37,7 +37,7 @@ def clean(path, out_dir, *flags):
 @pytest.mark.parametrize("killed_at", [1, 3, 6])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, path, monkeypatch, killed_at, capsys):
     monkeypatch.setattr(rewrite, "BATCH_ROWS", 100)
-    monkeypatch.setattr(rewrite, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(rewrite, "FILE_BYTES", 20_000)
     whole = clean(path, tmp_path / "whole")
     assert "text_003.jsonl" in whole
@@ -60,7 +60,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, path, monkeypatch, kil
 
 
 def test_sigkill_at_any_moment(tmp_path, path):
-    setup = "import data_process, corpus.rewrite as r; r.BATCH_ROWS = 50; r.CHECKPOINT_SECONDS = 0; "
+    setup = (
+        "import data_process, corpus.rewrite as r, corpus.progress as p; r.BATCH_ROWS = 50; p.CHECKPOINT_SECONDS = 0; "
+    )
     call = f"data_process.main(['clean', {str(path)!r}, '--out_dir', {str(tmp_path / 'out')!r}])"
     child = subprocess.Popen([sys.executable, "-c", setup + call], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "out.partial" / "progress.json").exists() and child.poll() is None:
@@ -72,7 +74,7 @@ def test_sigkill_at_any_moment(tmp_path, path):
 
 def test_other_rules_or_files_start_anew(tmp_path, path, monkeypatch):
     monkeypatch.setattr(rewrite, "BATCH_ROWS", 100)
-    monkeypatch.setattr(rewrite, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as broken:
         broken.setattr(rewrite, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

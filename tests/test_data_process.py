@@ -16,7 +16,7 @@ import data_process
 from corpus import pack_texts
 from corpus.errors import UserError
 from corpus.items import Item, content_key, split_validation
-from corpus.pack import render_chat, tokenise_chats
+from corpus.pack import render_chats, tokenise_chats
 from corpus.report import DataReport
 from corpus.shard_reader import open_split
 from corpus.shards import read_meta
@@ -137,7 +137,7 @@ def test_long_documents_in_pieces_give_the_ids_of_the_whole(monkeypatch):
     text = "\n\n".join(EN[:60] + ZH[:60]) + "\r\n \n" + EN[0]
     monkeypatch.setattr(pack_texts, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(pack_texts, "BATCH_CHARACTERS", 500)
-    stream = ((False, item) for item in items([text, *EN[:20]]))
+    stream = (("train", item) for item in items([text, *EN[:20]]))
     packed = [ids.tolist() for batch in pack_texts.tokenise_texts(stream, tokenizer, DataReport()) for *_, ids in batch]
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
@@ -149,8 +149,8 @@ def content(folder) -> dict:
 
 @pytest.mark.parametrize("killed_at", [1, 4, 9])
 def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, process, monkeypatch, killed_at, capsys):
-    monkeypatch.setattr(pack_texts, "BATCH_ITEMS", 100)
-    monkeypatch.setattr(pack_texts, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.items.BATCH_ITEMS", 100)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr("corpus.shards.SHARD_TOKENS", 5000)
     path = write_rows(tmp_path / "a.jsonl", [*EN, *ZH, *EN[:9], {"text": 5}])
     whole = content(process("pretrain", path, max_bad_share=0.1))
@@ -174,11 +174,11 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, process, monkeypa
 
 
 def test_leftovers_of_other_files_are_not_continued(tmp_path, process, monkeypatch):
-    monkeypatch.setattr(pack_texts, "BATCH_ITEMS", 50)
-    monkeypatch.setattr(pack_texts, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.items.BATCH_ITEMS", 50)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
     path = write_rows(tmp_path / "a.jsonl", EN)
     with monkeypatch.context() as broken:
-        broken.setattr(pack_texts._Partial, "close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr("corpus.pack_texts._Partial.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             process("pretrain", path)
     assert (tmp_path / "pretrain.partial" / "progress.json").is_file()
@@ -188,7 +188,9 @@ def test_leftovers_of_other_files_are_not_continued(tmp_path, process, monkeypat
 
 def test_sigkill_at_any_moment(tmp_path, tokenizer_dir):
     path = write_rows(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(30) for text in EN + ZH])
-    setup = "import data_process, corpus.pack_texts as p; p.BATCH_ITEMS = 500; p.CHECKPOINT_SECONDS = 0; "
+    setup = (
+        "import data_process, corpus.items as i, corpus.progress as p; i.BATCH_ITEMS = 500; p.CHECKPOINT_SECONDS = 0; "
+    )
     run = f"data_process.main(['pretrain', {str(path)!r}, '--tokenizer', {str(tokenizer_dir)!r}, '--out_dir', "
     child = subprocess.Popen([sys.executable, "-c", setup + run + f"{str(tmp_path / 'out')!r}])"], cwd=ROOT)
     while not (tmp_path / "out.partial" / "progress.json").exists() and child.poll() is None:
@@ -314,7 +316,7 @@ def test_long_chats_are_cut_at_whole_turns(tokenizer, turns, system, limit):
     messages = chat(*itertools.chain(*turns))["messages"]
     messages = [{"role": "system", "content": "s"}, *messages] if system else messages
     report = DataReport()
-    rendered = render_chat(Item("", messages, "en", 0, "f", 1), tokenizer, limit, report)
+    (rendered,) = render_chats([Item("", messages, "en", 0, "f", 1)], tokenizer, limit, report)
     prefixes = [messages[:end] for end in range(len(messages), 1, -1) if messages[end - 1]["role"] == "assistant"]
     fitting = next((p for p in prefixes if len(tokenizer.render(p)[0]) <= limit), None)
     if fitting is None:
@@ -335,7 +337,8 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     assert open_split(tokens, "train").lengths().max() <= 70
 
     class Other:
-        render, vocab_size, chat_fingerprint = tokenizer.render, 100_000, "other"
+        render, render_batch = tokenizer.render, tokenizer.render_batch
+        vocab_size, chat_fingerprint = 100_000, "other"
 
     other = tokenise_chats(folder, Other(), 512)
     assert read_meta(other)["dtype"] == "uint32" and tokens.is_dir()
@@ -349,13 +352,6 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     assert not list(folder.glob("*partial*"))
     with pytest.raises(UserError, match=r"data_process\.py sft"):
         tokenise_chats(tmp_path / "nothing", tokenizer, 512)
-
-
-def test_an_interrupted_sft_run_leaves_nothing(tmp_path, process, monkeypatch):
-    monkeypatch.setattr("corpus.pack.tokenise_chats", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        process("sft", write_rows(tmp_path / "a.jsonl", CHATS))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 # ---- --check ---------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_chats_and_pairs_are_rows_too(tmp_path):
 
 # ---- killed, several processes, bytes a document ---------------------------------------------------------------------
 def test_a_killed_run_signs_no_document_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(dedup, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
     path = write(tmp_path / "a.jsonl", planted_rows(3000, 0.3))
     whole = run(path, out_dir=tmp_path / "whole")
     sign, calls = dedup.Signer.__call__, []

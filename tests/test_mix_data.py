@@ -67,8 +67,8 @@ def test_endless_sources_are_put_together(tokenizer, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_same_labels(tokenizer, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack_texts, "BATCH_ITEMS", 10)
-    monkeypatch.setattr(pack_texts, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("corpus.items.BATCH_ITEMS", 10)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0.0)
     pack(files, tokenizer, tmp_path / "whole", source_key="source")
     calls = iter(range(100))
 

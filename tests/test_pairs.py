@@ -11,7 +11,7 @@ import data_process
 from corpus.errors import UserError
 from corpus.items import Item
 from corpus.pack import tokenise_chats
-from corpus.pairs import PAIRS, normalise_pair, render_pair
+from corpus.pairs import PAIRS, normalise_pair, render_pairs
 from corpus.report import BadRow, DataReport, UnfitRow
 from corpus.shard_reader import open_split
 from corpus.shards import read_meta
@@ -121,7 +121,7 @@ def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, ans
     assert pair == (prompt, *([bot(text)] for text in answers))
     item = Item("", pair[0], "en", 0, "f", 1, pair[1:])
     shared, _ = tokenizer.render(prompt, add_generation_prompt=True)
-    for (ids, mask, size), text in zip(render_pair(item, tokenizer, 10_000, DataReport()), answers, strict=True):
+    for (ids, mask, size), text in zip(render_pairs([item], tokenizer, 10_000, DataReport())[0], answers, strict=True):
         assert ids[: len(shared)] == shared and ids == tokenizer.render([*prompt, bot(text)])[0]
         assert tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained]) == text + "<|im_end|>"
         assert not any(mask[: len(shared)]) and size == len(text.encode())
@@ -132,7 +132,7 @@ def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
     tokenizer, answers = tokenizer.with_format(name), ("2。", "2, or 3")
     for prompt in (QUESTION, [user("Hi"), bot("Hello."), *QUESTION]):
         item = Item("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
-        for (ids, mask, _), text in zip(render_pair(item, tokenizer, 500, DataReport()), answers, strict=True):
+        for (ids, mask, _), text in zip(render_pairs([item], tokenizer, 500, DataReport())[0], answers, strict=True):
             trained = tokenizer.decode([i for i, one in zip(ids, mask, strict=True) if one])
             assert trained in (text + "<|im_end|>", text + "<|endoftext|>")
 
@@ -143,9 +143,8 @@ def test_long_prompts_lose_their_oldest_turns_for_both_alike(tokenizer, turns, s
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user("q")]
     whole = [SYSTEM, *prompt] if system else prompt
     report = DataReport()
-    documents = render_pair(
-        Item("", whole, "en", 0, "f", 1, ([bot("a")], [bot("a longer one")])), tokenizer, limit, report
-    )
+    item = Item("", whole, "en", 0, "f", 1, ([bot("a")], [bot("a longer one")]))
+    (documents,) = render_pairs([item], tokenizer, limit, report)
     starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     candidates = [whole[: int(system)] + prompt[i:] for i in starts]
     fits = [p for p in candidates if len(tokenizer.render([*p, bot("a longer one")])[0]) <= limit]
@@ -263,7 +262,7 @@ def test_bad_rows_are_capped_and_nothing_is_half_written(tmp_path, process, monk
         process(path)
     with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
         process(write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
-    monkeypatch.setattr("corpus.pack.tokenise_chats", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("corpus.pack._Tokens.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         process(path, max_bad_share=0.1)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]

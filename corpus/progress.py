@@ -1,0 +1,106 @@
+"""Going on after a kill: a small file says which job is under way and how much of every growing file counts.
+
+    {"job": what is made of which files, and how,  "state": how far it is,  "files": {name: bytes that count}}
+
+    progress = Progress(folder, job)          folder: where the result grows, <out_dir>.partial
+    state = progress.load()                   of an earlier run of the same job: its files are cut to what counts; or {}
+    if progress.due():                        every CHECKPOINT_SECONDS
+        progress.save(state, *open_files)     first the files are safely on disk, then the progress file says so
+
+The rows of a job are read again from their beginning, which is fast, so that every decision is repeated exactly; what
+is done with them is not done again: see `behind`.
+
+Read next: pack.py, pack_texts.py, rewrite.py and dedup.py (who use it), shards.py (writers with a state of their own).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from corpus.errors import UserError
+from corpus.read import Path_
+from corpus.shards import write_json
+from corpus.sources import check_input
+
+PROGRESS = "progress.json"
+CHECKPOINT_SECONDS = 20.0
+MOVE_ROWS = 1000  # rows that are only read between two movements of the progress bar
+
+Anything = TypeVar("Anything")
+
+
+class Progress:
+    """The progress file of a job. A job is whatever the result depends on, as plain values."""
+
+    def __init__(self, folder: Path, job: dict[str, Any], name: str = PROGRESS) -> None:
+        self.folder, self.path = folder, folder / name
+        self.job = json.loads(json.dumps(job))  # as it comes back from the file
+        self.saved = time.perf_counter()
+
+    def load(self) -> dict[str, Any]:
+        """What `save` was last given for this job, its files cut to what they were then; {} when there is none."""
+        try:
+            self.path.with_name(self.path.name + ".tmp").unlink(missing_ok=True)  # of a kill in `save`
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            sizes = {self.folder / name: size for name, size in found["files"].items()}
+            if found["job"] != self.job or any(path.stat().st_size < size for path, size in sizes.items()):
+                return {}
+            for path, size in sizes.items():
+                os.truncate(path, size)
+            return found["state"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def start(self) -> dict[str, Any]:
+        """`load`, in a folder that exists and that holds nothing when there is nothing to go on with."""
+        found = self.load()
+        if not found:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        return found
+
+    def due(self) -> bool:
+        return time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+
+    def save(self, state: dict[str, Any], *files: IO[bytes]) -> None:
+        """Vouch for `state` and for everything in `files`, which lie in the folder and are open for appending."""
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {Path(file.name).name: file.tell() for file in files}
+        write_json(self.path, {"job": self.job, "state": state, "files": sizes})
+        self.saved = time.perf_counter()
+
+
+def inputs_of(paths: Iterable[Path_]) -> list[list[Any]]:
+    """What tells the files from others or later ones of the same names. Raises UserError for one that is not there."""
+    paths = list(paths)
+    for path in paths:
+        check_input(path)
+    found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+
+def behind(done: int, items: Iterable[Anything], on_batch: Callable[[], None]) -> Iterator[Anything]:
+    """The items behind the first `done`, which an earlier run has dealt with: they are only read."""
+    for number, item in enumerate(items):
+        if number >= done:
+            yield item
+        elif number % MOVE_ROWS == 0:
+            on_batch()
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path) -> Iterator[None]:
+    """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with."""
+    try:
+        yield
+    except BaseException as problem:
+        if isinstance(problem, UserError) or not (folder / PROGRESS).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
