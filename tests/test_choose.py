@@ -1,6 +1,11 @@
 """Promise: chats are chosen by the cross-entropy of their answers, scored once, and the validation chats stay whole."""
 
+import contextlib
 import json
+import random
+import tempfile
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,7 +206,61 @@ def test_foreign_lines_in_the_scores_file_mean_nothing(tmp_path):
     foreign = ["nonsense", "[1]", '{"a": 1}', '[2, "x", 3, "en"]', '[3, 1.0, 4, "fr"]', ""]
     path.write_text("\n".join(['[1, 2.5, 3, "zh"]', *foreign, '[4, 1.0, 2, "en"]']))
     scores = Scores(path)
-    assert scores.known == {1: (2.5, "zh"), 4: (1.0, "en")}
+    assert looked_up(scores, range(9)) == {1: (2.5, "zh"), 4: (1.0, "en")}
     scores.add([(5, 3.0, 1, "en")])
     scores.close()
-    assert Scores(path).known == {1: (2.5, "zh"), 4: (1.0, "en"), 5: (3.0, "en")}
+    for again in (scores, Scores(path)):
+        assert looked_up(again, range(9)) == {1: (2.5, "zh"), 4: (1.0, "en"), 5: (3.0, "en")}
+
+
+def looked_up(scores, keys):
+    return {key: found for key in keys if (found := scores.get(key))}
+
+
+KEYS = st.one_of(st.integers(0, 6), st.integers(2**64 - 4, 2**64 - 1), st.integers(0, 2**64 - 1))
+LINES = st.tuples(KEYS, st.floats(0, 50), st.integers(1, 99), st.sampled_from(["zh", "en"]))
+
+
+@settings(max_examples=80, deadline=None)
+@given(old=st.lists(LINES, max_size=30), new=st.lists(LINES, max_size=30), cut=st.integers(0, 40))
+def test_a_lookup_finds_the_last_line_of_a_chat(old, new, cut):
+    """Against a dict of the lines; the last of the old ones is perhaps cut by a kill."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "s.jsonl"
+        text = "".join(json.dumps([key, round(nats, 4), *rest]) + "\n" for key, nats, *rest in old)
+        text = text[: max(0, len(text) - cut)]
+        path.write_text(text)
+        wanted = {}
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError, TypeError):
+                key, nats, _, language = json.loads(line)
+                wanted[key] = (nats, language)
+        scores = Scores(path)
+        asked = [key for key, *_ in old + new] + [3, 2**63]
+        assert looked_up(scores, asked) == wanted
+        scores.add(new)
+        scores.close()
+        wanted |= {key: (round(nats, 4), language) for key, nats, _, language in new}
+        assert looked_up(scores, asked) == wanted
+        for language in ("zh", "en"):
+            assert sorted(scores.of(language)) == sorted(nats for nats, own in wanted.values() if own == language)
+        again = Scores(path)
+        again.close()
+        assert again.digest() == scores.digest()
+
+
+def test_scores_take_thirteen_bytes_a_chat(tmp_path):
+    path, count = tmp_path / "s.jsonl", 200_000
+    pick = random.Random(0)
+    with path.open("w") as file:
+        file.writelines(
+            json.dumps([pick.getrandbits(64), round(pick.uniform(0, 9), 4), 50, ("zh", "en")[i % 2]]) + "\n"
+            for i in range(count)
+        )
+    tracemalloc.start()
+    scores = Scores(path)
+    now, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    scores.close()
+    assert len(scores.keys) == count
+    assert now / count < 14 and peak / count < 45, (now / count, peak / count)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from corpus.choose import Choice, Examples, Scores, chat_key, print_histogram, scores_path, summary
+from corpus.choose import Choice, Examples, Scores, print_histogram, scores_path, summary
 from corpus.items import Item, chat_items
 from corpus.pack import Form
 from corpus.report import DataReport
@@ -99,22 +99,18 @@ def batches_of(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def score_items(items: Iterable[Item], scorer: Scorer, scores: Scores, on_batch: Callable[[int], None]) -> int:
-    """Score every chat that `scores` does not know yet; returns how many were scored.
-
-    `on_batch` hears the number of scored tokens after each pool. Memory: one pool of chats.
-    """
-    new = (item for item in items if chat_key(item) not in scores.known)
+def score_items(items: Iterable[Item], scorer: Scorer, scores: Scores) -> int:
+    """Score every chat that `scores` does not know yet, each once; returns how many. Memory: one pool of chats."""
+    new = (item for item in items if scores.get(item.identity) is None)
     done = 0
     while pool := list(itertools.islice(new, POOL)):
         found = scorer.scores([item.messages for item in pool])
         scores.add(
-            (chat_key(item), nats, count, item.language)
+            (item.identity, nats, count, item.language)
             for item, (nats, count) in zip(pool, found, strict=True)
             if count
         )
         done += len(pool)
-        on_batch(sum(count for _, count in found))
     return done
 
 
@@ -131,16 +127,21 @@ class Choosing:
         self.scores = Scores(scores_path(args.out_dir, scorer.name))
         report = DataReport(args.max_bad_share)
         with progress(args.files, report) as on_batch:
-            items = counted(chat_items(args.files, report), report)
-            new = score_items(items, scorer, self.scores, lambda tokens: on_batch())
-        self.scores.close()
+            items = counted(chat_items(args.files, report), report, on_batch)
+            try:
+                new = score_items(items, scorer, self.scores)
+            except KeyboardInterrupt:
+                print(f"the scores so far are kept in {self.scores.path}: the same command goes on behind them")
+                raise
+            finally:
+                self.scores.close()
         known = f", {report.kept - new:,} were scored before" if report.kept > new else ""
         print(f"scored {new:,} chats with {args.scorer} on {scorer.device} in {report.seconds:.0f} s{known}; "
               f"scores in {self.scores.path}")  # fmt: skip
         self.choice = Choice(self.scores, args.keep_entropy or [], args.keep_share)
         self.examples = Examples(self.scores, 2)
         chosen = self.choice.chosen(form.items, args.val_share, self.examples.consider)
-        self.form = dataclasses.replace(form, items=chosen)
+        self.form = dataclasses.replace(form, items=chosen, choice=self.choice.job())
 
     def show(self) -> None:
         print_histogram(self.choice, self.examples)
@@ -149,9 +150,11 @@ class Choosing:
         return {"chosen": summary(self.choice)}
 
 
-def counted(items: Iterable[Item], report: DataReport) -> Iterator[Item]:
+def counted(items: Iterable[Item], report: DataReport, on_batch: Callable[[], None]) -> Iterator[Item]:
     """The same items; the report's speed is of them."""
     for item in items:
         report.kept += 1
         report.text_bytes += len(item.text.encode())
+        if report.kept % POOL == 0:
+            on_batch()
         yield item
