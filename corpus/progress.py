@@ -43,18 +43,23 @@ class Progress:
         self.saved = time.perf_counter()
 
     def load(self) -> dict[str, Any]:
-        """What `save` was last given for this job, its files cut to what they were then; {} when there is none."""
+        """What `save` was last given for this job, its files cut to what they were then.
+
+        {} when there is none; what another job left is forgotten, or its next run would take our files for its own.
+        """
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        temporary.unlink(missing_ok=True)  # of a kill in `save`
         try:
-            self.path.with_name(self.path.name + ".tmp").unlink(missing_ok=True)  # of a kill in `save`
             found = json.loads(self.path.read_text(encoding="utf-8"))
             sizes = {self.folder / name: size for name, size in found["files"].items()}
-            if found["job"] != self.job or any(path.stat().st_size < size for path, size in sizes.items()):
-                return {}
-            for path, size in sizes.items():
-                os.truncate(path, size)
-            return found["state"]
+            if found["job"] == self.job and all(path.stat().st_size >= size for path, size in sizes.items()):
+                for path, size in sizes.items():
+                    os.truncate(path, size)
+                return found["state"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+            pass
+        self.path.unlink(missing_ok=True)
+        return {}
 
     def start(self) -> dict[str, Any]:
         """`load`, in a folder that exists and that holds nothing when there is nothing to go on with."""

@@ -83,6 +83,18 @@ def test_other_rules_or_files_start_anew(tmp_path, path, monkeypatch):
     assert clean(path, tmp_path / "out", "--skip", "personal") == clean(path, tmp_path / "whole", "--skip", "personal")
 
 
+def test_a_third_run_does_not_take_the_second_ones_files_for_the_firsts(tmp_path, path, monkeypatch):
+    monkeypatch.setattr(rewrite, "BATCH_ROWS", 100)
+    whole = clean(path, tmp_path / "whole")
+    for seconds, flags in ((0, ()), (20, ("--skip", "personal"))):  # the second is killed before it saves
+        with monkeypatch.context() as broken:
+            broken.setattr("corpus.progress.CHECKPOINT_SECONDS", seconds)
+            broken.setattr(rewrite, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                clean(path, tmp_path / "out", *flags)
+    assert clean(path, tmp_path / "out") == whole
+
+
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path):
     assert clean(path, tmp_path / "one") == clean(path, tmp_path / "three", "--workers", "3")
 
