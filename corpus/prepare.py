@@ -57,7 +57,8 @@ def _dedup_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _decontaminate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--against", nargs="+", required=True, metavar="EXAM", help="folders, archives or files of questions")
+    sub.add_argument("--against", nargs="+", required=True, metavar="EXAM",
+                     help="folders, archives or files of questions")  # fmt: skip
     sub.add_argument("--overlap", type=float, default=0.5,
                      help="share of a question that must be there; 0: one n-gram (default: %(default)s)")  # fmt: skip
 
