@@ -1,6 +1,7 @@
 """Documents that hold exam questions are found and left out: the step behind `data_process.py decontaminate`.
 
-    n-gram    13 letters and digits of a Chinese question, 50 of an English one (about 13 words, without the spaces)
+    n-gram    13 letters and digits of a Chinese question, 50 of an English one (about 13 words, without the spaces);
+              a short question of formulas is Chinese if a word of it is
     leak      the n-grams that document and question share cover half of the question (--overlap 0.5)
 
 Thirteen words are what GPT-3 took (Brown et al. 2020, arXiv 2005.14165, appendix C). There one n-gram was enough
@@ -31,7 +32,7 @@ import numpy as np
 from corpus.chats import normalise_chat
 from corpus.errors import UserError
 from corpus.exams import files_of
-from corpus.language import language_of
+from corpus.language import chinese_characters, language_of
 from corpus.ngrams import codes_of, ngram_hashes, skeleton
 from corpus.progress import inputs_of
 from corpus.read import read_rows
@@ -109,6 +110,8 @@ def read_exam(paths: list[str]) -> Exam:
                 continue
             seen.add(whole)
             language = language_of(question)
+            if len(start) < NGRAM[language] and chinese_characters(question):
+                language = "zh"  # short and full of formulas
             grams = ngram_hashes(codes_of(whole[: len(start) + NGRAM[language] - 1]), NGRAM[language])
             if not len(grams):
                 exam.too_short += 1

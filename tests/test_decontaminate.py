@@ -73,6 +73,13 @@ def test_what_is_in_many_questions_is_no_leak_unless_it_is_all_there_is(exam_dir
     assert judge(read_exam([str(same)]), PROSE + phrase, PROSE) == [True, False]
 
 
+def test_a_short_question_of_formulas_is_found_without_its_choices(tmp_path):
+    question = "求极限：$\\lim_{n\\rightarrow\\infty}\\sum_{k=1}^n{\\frac{k}{(k+1)!}}=$____"
+    (tmp_path / "math.csv").write_text(f"question,A,B,C,D\n{question},$0$,$1$,$2$,$e$\n", encoding="utf-8")
+    exam = read_exam([str(tmp_path / "math.csv")])
+    assert judge(exam, PROSE + question + PROSE, PROSE + "$\\sum_{k=1}^n k$ 求极限") == [True, False]
+
+
 @pytest.mark.parametrize("form", ["zip", "xztar", "tar"])
 def test_an_archive_is_as_good_as_its_folder(exam_dir, tmp_path, form):
     archive = shutil.make_archive(str(tmp_path / "myexam"), form, exam_dir.parent, "myexam")
