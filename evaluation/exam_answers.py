@@ -22,12 +22,14 @@ from torch import Tensor
 from corpus.errors import UserError
 from evaluation.exam import Asked
 from model.chat import ChatTokenizer
+from model.config import ModelConfig
 from model.transformer import KVCache, Transformer
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 16384  # a larger batch overflows a CPU's caches: 4096 took half as long again
 WIDTH_STEP = 16  # widths are multiples of it: a CPU's kernels are prepared for each shape anew
 WORTH_SHARING = 32  # tokens that a group of questions has in common
 LARGEST_LOGITS = 1 << 24  # numbers in one block of logits
+LARGEST_CACHE = 1 << 30  # bytes of keys and values
 
 
 @torch.inference_mode()
@@ -53,7 +55,7 @@ def answer(
             with number_format():
                 shared = _empty(model, 1, start)
                 model(torch.tensor([group[0].prompt[:start]], device=model.lm_head.weight.device), shared)
-        for batch in _batches(group, start, batch_tokens, model.config.max_seq_len):
+        for batch in _batches(group, start, batch_tokens, model.config):
             with number_format():
                 sums = _sums(model, batch, tokenizer.pad_id, shared, batch_tokens)
             for one, found in zip(batch, sums.tolist(), strict=True):
@@ -87,19 +89,27 @@ def _groups(asked: list[Asked], batch_tokens: int) -> Iterator[tuple[list[Asked]
         yield group, start if start >= WORTH_SHARING else 0
 
 
-def _batches(asked: list[Asked], start: int, batch_tokens: int, max_seq_len: int) -> Iterator[list[Asked]]:
+def _batches(asked: list[Asked], start: int, batch_tokens: int, config: ModelConfig) -> Iterator[list[Asked]]:
     """Questions of similar length, longest first; what fits into `batch_tokens`, or one. `start`: tokens shared."""
     batch: list[Asked] = []
     prompt = rest = 0  # the longest of the batch
     for one in sorted(asked, key=lambda one: (len(one.prompt), one.rest), reverse=True):
         longest = max(prompt, len(one.prompt)), max(rest, one.rest)
-        positions = (len(batch) + 1) * _padded(longest[0] - start)
-        if batch and (positions > batch_tokens or sum(longest) > max_seq_len):
+        width = _padded(longest[0] - start)
+        rows = batch_tokens // width
+        if start or longest[1]:
+            rows = min(rows, _cached_rows(config, start + width))
+        if batch and (len(batch) >= rows or sum(longest) > config.max_seq_len):
             yield batch
             batch, longest = [], (len(one.prompt), one.rest)
         batch.append(one)
         prompt, rest = longest
     yield batch
+
+
+def _cached_rows(config: ModelConfig, length: int) -> int:
+    """How many rows of so many tokens a cache may have (of 16-bit numbers)."""
+    return LARGEST_CACHE // (length * 4 * config.n_layers * config.n_kv_heads * config.head_dim)
 
 
 def _padded(length: int) -> int:
@@ -133,7 +143,8 @@ def _rests(model: Transformer, batch: list[Asked], pad: int, cache: KVCache, bat
     device, lengths = model.lm_head.weight.device, [len(one.prompt) for one in batch]
     options = [option for one in batch for option in one.options]
     sums = torch.zeros(len(options), device=device)
-    for places in _alike([len(option) - 1 for option in options], batch_tokens):
+    rows_at_once = _cached_rows(model.config, model.config.max_seq_len)
+    for places in _alike([len(option) - 1 for option in options], batch_tokens, rows_at_once):
         rows = [place // 4 for place in places]
         rest, longest = len(options[places[0]]) - 1, max(lengths[row] for row in rows)
         many = _copied(model, cache, rows, longest, longest + rest)
@@ -148,11 +159,12 @@ def _rests(model: Transformer, batch: list[Asked], pad: int, cache: KVCache, bat
     return sums.view(len(batch), 4)
 
 
-def _alike(lengths: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of similar lengths, the longest of each part first; what fits into `batch_tokens`. Zeros are left out."""
+def _alike(lengths: list[int], batch_tokens: int, rows: int) -> Iterator[list[int]]:
+    """Places of similar lengths, the longest of each part first; what fits into `batch_tokens` and so many rows, or
+    one. Zeros are left out."""
     order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__, reverse=True)
     while order:
-        count = max(batch_tokens // lengths[order[0]], 1)
+        count = max(min(batch_tokens // lengths[order[0]], rows), 1)
         while count > 1 and 3 * lengths[order[min(count, len(order)) - 1]] < 2 * lengths[order[0]]:
             count -= 1  # shorter ones would be mostly pads
         yield order[:count]

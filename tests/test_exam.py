@@ -8,6 +8,7 @@ import torch
 
 from corpus.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
+from evaluation import exam_answers
 from evaluation.exam import Asking, ask
 from evaluation.exam_answers import answer
 from model.config import ModelConfig
@@ -123,6 +124,26 @@ def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, sh
     alone = put(model, tokenizer, asked, method, 1)
     for batch_tokens in (300, 4096):
         torch.testing.assert_close(put(model, tokenizer, asked, method, batch_tokens), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_of_many_questions_stays_within_bounds(model, tokenizer, monkeypatch):
+    texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
+    asked = list(ask(exam(texts), tokenizer, Asking("text", 1), 340))
+    alone, positions = put(model, tokenizer, asked, "text", 1), []
+    making = exam_answers.KVCache.__init__
+
+    def note(self, config, batch, max_len, *rest):
+        positions.append(batch * max_len)
+        making(self, config, batch, max_len, *rest)
+
+    monkeypatch.setattr(exam_answers.KVCache, "__init__", note)
+    put(model, tokenizer, asked, "text")
+    assert max(positions) > 3 * 512
+    token = 4 * model.config.n_layers * model.config.n_kv_heads * model.config.head_dim  # bytes of one in a cache
+    monkeypatch.setattr(exam_answers, "LARGEST_CACHE", 3 * 512 * token)
+    positions.clear()
+    torch.testing.assert_close(put(model, tokenizer, asked, "text"), alone, atol=1e-5, rtol=1e-5)
+    assert max(positions) <= 3 * 512
 
 
 def test_orders_move_the_options_and_the_numbers_come_back(model, tokenizer):
