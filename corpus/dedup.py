@@ -28,7 +28,7 @@ import numpy as np
 from corpus.errors import UserError
 from corpus.language import language_of
 from corpus.ngrams import codes_of, mix, ngram_hashes, skeleton
-from corpus.progress import Progress, inputs_of
+from corpus.progress import SIGNING, Progress, inputs_of
 from corpus.read import Path_
 from corpus.report import DataReport
 from corpus.rewrite import (
@@ -111,7 +111,7 @@ def sign_all(
     folder = partial_folder(out_dir)
     path = folder / "documents.keys"
     job = {"inputs": inputs_of(paths), "exact_only": signer.exact_only, "seed": SEED, "shingle": SHINGLE}
-    progress = Progress(folder, job, "signing.keys")
+    progress = Progress(folder, job, SIGNING)
     done = progress.load().get("documents", 0)
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("ab" if done else "wb") as file:

@@ -10,6 +10,7 @@ Read next: clean.py, dedup.py, dedup_many.py, decontaminate.py (the steps), rewr
 """
 
 import argparse
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -81,6 +82,7 @@ def _names(text: str) -> list[str]:
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     """Run one of the commands. Raises UserError for what the user can mend."""
+    from corpus.progress import PROGRESS, SIGNING
     from corpus.rewrite import check_out_dir, rewrite
     from corpus.shards import partial_folder
     from corpus.sources import check_input
@@ -106,8 +108,11 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
             else:
                 tally = rewrite(step, args.files, args.out_dir, report, on_batch, args.workers)
     except (UserError, KeyboardInterrupt):
-        if partial_folder(args.out_dir).exists():
-            print(f"unfinished work is kept in {partial_folder(args.out_dir)}: the same command continues it")
+        partial = partial_folder(args.out_dir)
+        if any((partial / name).is_file() for name in (PROGRESS, SIGNING)):
+            print(f"unfinished work is kept in {partial}: the same command continues it")
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     report.print_bad()
     tally.print()

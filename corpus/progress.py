@@ -27,7 +27,7 @@ from corpus.read import Path_
 from corpus.shards import write_json
 from corpus.sources import check_input
 
-PROGRESS = "progress.json"
+PROGRESS, SIGNING = "progress.json", "signing.keys"  # the second of dedup's first pass
 CHECKPOINT_SECONDS = 20.0
 MOVE_ROWS = 1000  # rows that are only read between two movements of the progress bar
 

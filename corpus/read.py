@@ -16,10 +16,10 @@ import codecs
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from corpus.chats import EXPECTED_CHAT, Message, chat_text, is_chat, normalise_chat
 from corpus.errors import UserError
@@ -30,6 +30,7 @@ from corpus.sources import PIECE, TEXT_KEYS, Source, check_input, open_source, s
 MAX_LINE = 64 << 20  # bytes of one line of jsonl or csv; longer ones are bad rows
 EXPECTED_TEXT = f"a text row needs one of the keys {', '.join(TEXT_KEYS)}, or those of a chat"
 
+Taken = TypeVar("Taken")
 Path_ = str | os.PathLike[str]
 Rows = Iterator[tuple[int, Any]]
 
@@ -79,25 +80,13 @@ def read_texts(paths: Iterable[Path_], report: DataReport, source_key: str = "")
     `source_key`: the key under which a row names its source.
     Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
-    for file, line, row in all_rows(paths, report, EXPECTED_TEXT):
-        try:
-            text = _text_of(row)
-        except BadRow as reason:
-            report.bad_row(str(reason), file, line)
-            continue
-        report.good_row(file)
+    for file, line, row, text in taken_rows(paths, report, EXPECTED_TEXT, _text_of):
         yield Document(text, file, line, _source_of(row, source_key))
 
 
 def read_chats(paths: Iterable[Path_], report: DataReport) -> Iterator[Chat]:
     """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
-    for file, line, row in all_rows(paths, report, EXPECTED_CHAT):
-        try:
-            messages = normalise_chat(row)
-        except BadRow as reason:
-            report.bad_row(str(reason), file, line)
-            continue
-        report.good_row(file)
+    for file, line, _, messages in taken_rows(paths, report, EXPECTED_CHAT, normalise_chat):
         yield Chat(messages, file, line)
 
 
@@ -116,6 +105,20 @@ def all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Itera
             raise
         report.check_file(file, expected)
     report.check_cap()
+
+
+def taken_rows(
+    paths: Iterable[Path_], report: DataReport, expected: str, take: Callable[[Any], Taken]
+) -> Iterator[tuple[str, int, Any, Taken]]:
+    """(file, line, row, take(row)) of all rows; those for which `take` raises BadRow are counted and left out."""
+    for file, line, row in all_rows(paths, report, expected):
+        try:
+            taken = take(row)
+        except BadRow as reason:
+            report.bad_row(str(reason), file, line)
+            continue
+        report.good_row(file)
+        yield file, line, row, taken
 
 
 def _source_of(row: Any, key: str) -> str:

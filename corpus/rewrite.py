@@ -25,8 +25,8 @@ from typing import Any, Protocol
 from corpus.errors import UserError
 from corpus.history import history_of
 from corpus.progress import PROGRESS, Progress, inputs_of
-from corpus.read import Path_, all_rows
-from corpus.report import BadRow, DataReport
+from corpus.read import Path_, taken_rows
+from corpus.report import DataReport
 from corpus.rows import text_of
 from corpus.shards import check_replaceable, partial_folder, publish, write_json, writing
 from corpus.tally import Tally, Verdict
@@ -84,14 +84,8 @@ class Step(Protocol):
 
 
 def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0) -> Iterator[Row]:
-    """All rows with a text, numbered from `number`; others are counted as bad. Raises UserError as `all_rows` does."""
-    for file, line, row in all_rows(paths, report, EXPECTED):
-        try:
-            text = text_of(row)
-        except BadRow as reason:
-            report.bad_row(str(reason), file, line)
-            continue
-        report.good_row(file)
+    """All rows with a text, numbered from `number`; others are counted as bad. Raises UserError as `read_texts`."""
+    for file, line, row, text in taken_rows(paths, report, EXPECTED, text_of):
         yield Row(number, file, line, row, text)
         number += 1
 
