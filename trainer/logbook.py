@@ -185,7 +185,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     left.plot([row[unit] / scale for row in train], [row["loss"] for row in train], label="train", linewidth=1)
     validations = [row for row in rows if "val_loss" in row]
     seen = [row[unit] / scale for row in validations]
-    for i, split in enumerate(validations[-1]["val_loss"] if validations else (), start=1):
+    for i, split in enumerate(sorted(validations[-1]["val_loss"]) if validations else (), start=1):
         style = {"marker": ".", "color": f"C{i}", "label": f"validation {split}"}
         left.plot(seen, [row["val_loss"][split] for row in validations], **style)
         right.plot(seen, [row[score][split] for row in validations], **style)

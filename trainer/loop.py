@@ -82,10 +82,7 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     elif not stage.lineage:
         check_first_loss(run, args, stage, plan, engine)
     batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
-    log = Logbook(path.with_suffix(".jsonl"), stage.name, total, run.is_main, keep_until=progress.step)
-    if args.use_wandb and run.is_main:
-        log.send_elsewhere = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
-
+    log = open_log(run, args, stage, path, total, progress.step)
     saver = Saver(run, path, going_on=saved is not None)
 
     def save() -> None:
@@ -134,9 +131,23 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
         saver.abandon()
         engine.close()
         log.close()
-    early = f" ({reason}, step {progress.step} of {total}; run again to go on)" if reason else ""
-    run.say(f"saved {path}" + (f" (stopped at step {progress.step} of {total}: {objection})" if objection else early))
+    run.say(f"saved {path}{ending(progress.step, total, reason, objection)}")
     return path
+
+
+def open_log(run: Run, args: argparse.Namespace, stage: Stage, path: Path, total: int, keep_until: int) -> Logbook:
+    """The run's log beside its model, continued behind step `keep_until`; with --use_wandb it is sent there too."""
+    log = Logbook(path.with_suffix(".jsonl"), stage.name, total, run.is_main, keep_until=keep_until)
+    if args.use_wandb and run.is_main:
+        log.send_elsewhere = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
+    return log
+
+
+def ending(step: int, total: int, reason: str, objection: str) -> str:
+    """Why a run ended before its last step, in brackets; nothing when it did not."""
+    if objection:
+        return f" (stopped at step {step} of {total}: {objection})"
+    return f" ({reason}, step {step} of {total}; run again to go on)" if reason else ""
 
 
 def train_step(
