@@ -6,6 +6,7 @@
     python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
     python data_process.py sft FILES… --scorer out/pretrain_512.pth --keep_entropy 10%,90%
                                                only the chats that the model finds neither trivial nor noise
+    python data_process.py --list_layouts      the layouts of rows that are read; --keys prompt=KEY,… names others
     python data_process.py download NAME       a public data set, resumed where it broke off; without a name: which
 
     python data_process.py clean FILES…        text -> dataset/clean/      what was taken is counted, with examples
@@ -20,6 +21,8 @@ corpus/prepare.py (clean, dedup, decontaminate).
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import heapq
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +30,9 @@ from typing import Any
 
 from corpus import prepare
 from corpus.errors import UserError, fail_in_one_line
+from corpus.layouts import parse_keys, print_layouts
 from corpus.report import DataReport
+from corpus.rows import READER, RowReader
 
 TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
 
@@ -85,7 +90,10 @@ def pack(
     from corpus.pack_texts import pack_texts
 
     if args.kind == "pretrain":
-        return pack_texts(args.files, tokenizer, args.out_dir, args.val_share, report, on_batch, args.source_key)
+        reader = RowReader(parse_keys(args.keys))
+        return pack_texts(
+            args.files, tokenizer, args.out_dir, args.val_share, report, on_batch, args.source_key, reader
+        )
     about = choosing.about() if choosing else None
     length, val_share = args.max_seq_len, args.val_share
     return pack_chats(args.files, tokenizer, args.out_dir, length, val_share, report, on_batch, form, about)
@@ -93,7 +101,7 @@ def pack(
 
 def choose(args: argparse.Namespace) -> tuple[Any, Any]:
     """How rows are read, and with --scorer what chooses among them."""
-    form = form_of(args.kind)
+    form = form_of(args.kind, RowReader(parse_keys(args.keys)), getattr(args, "only", ""))
     if args.kind != "sft":
         return form, None
     if not args.scorer:
@@ -115,16 +123,19 @@ def fetch(args: argparse.Namespace) -> None:
         print_catalogue()
 
 
-def form_of(kind: str) -> Any:
-    """Chats or pairs: how their rows are read and rendered."""
+def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
+    """Chats or pairs: how their rows are read and rendered; `only`: chats of one turn ("single") or of several."""
     from corpus.pack import CHATS
     from corpus.pairs import PAIRS
 
-    return PAIRS if kind == "dpo" else CHATS
+    form, choice = PAIRS if kind == "dpo" else CHATS, {"only": only} if only else {}
+    items = functools.partial(form.items, reader=reader, **choice)
+    return dataclasses.replace(form, items=items, choice={**reader.job(), **choice})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and end")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
     )
@@ -150,6 +161,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
+        sub.add_argument(
+            "--keys",
+            default="",
+            metavar="FIELD=KEY,…",
+            help="keys of another layout, for example prompt=ask,answer=reply; fields: --list_layouts",
+        )
         if kind == "pretrain":
             sub.add_argument(
                 "--source_key",
@@ -166,10 +183,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 help=f"longer {longer} (default: %(default)s); training has the same flag",
             )
         if kind == "sft":
+            sub.add_argument(
+                "--only", choices=("single", "multi"), default="", help="only chats of one turn, or of several"
+            )
             add_choosing_flags(sub)
     add_download_flags(kinds)
     prepare.add_commands(kinds)
     return parser.parse_args(arguments)
+
+
+class ListLayouts(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print_layouts()
+        parser.exit()
 
 
 def add_download_flags(kinds: Any) -> None:
@@ -271,7 +297,8 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: An
                         consider(item, documents)
                 on_batch()
         else:
-            for batch in tokenise_texts((("", item) for item in text_items(args.files, report)), tokenizer, report):
+            texts = text_items(args.files, report, args.source_key, RowReader(parse_keys(args.keys)))
+            for batch in tokenise_texts((("", item) for item in texts), tokenizer, report):
                 for _, item, ids in batch:
                     consider(item, [(ids[:120].tolist(), [], 0)])
                 on_batch()

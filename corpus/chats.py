@@ -1,82 +1,56 @@
-"""One shape for every chat: a row of whatever file -> [{"role", "content"}, ...].
+"""Turns -> messages: every way in which a row writes a conversation becomes [{"role", "content"}, ...].
 
-    conversations / messages   lists of {"role", "content"} or of {"from", "value"} (ShareGPT: human, gpt, ...)
-    instruction, input, output [, history, system]         Alpaca
-    q, a [, history]  and  question/answer, prompt/response, ...   csv files of minimind v1 and their relatives
+    messages_of(value)       a list of messages, of strings, of {human, assistant}, of [question, answer]; text that
+                             spells such a list in JSON or Python notation; text marked with Human: and Assistant:
+    apply_turn_rules(...)    system first, then user and assistant in turn (layouts.TURN_RULES says what is done)
 
-`history` may be a list, or text in JSON or Python notation. It is parsed, never evaluated: a data file cannot run code.
-A sound chat is an optional system message, then user and assistant in turn. The last turn may lack its answer; who
-wants whole turns calls `whole_turns`.
+A message has the keys role and content, and `"weight": 0` where the row excludes it from training. Text that spells a
+list is parsed, never evaluated: a data file cannot run code. The last turn may lack its answer; `whole_turns` removes
+it.
 
-Read next: read.py (files -> rows), pack.py (chats -> tokens).
+Read next: layouts.py (keys and roles), rows.py (rows -> chats), pack.py (chats -> tokens).
 """
 
 import ast
 import itertools
 import json
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from corpus.language import is_missing, sound_text
-from corpus.report import BadRow
+from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS
+from corpus.report import BadRow, UnfitRow
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
-LIST_KEYS = ("conversations", "messages", "conversation", "dialogue", "dialog")
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
-PAIR_KEYS = (
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("q", "a"),
-    ("question", "answer"),
-    ("prompt", "response"),
-    ("query", "response"),
-    ("prompt", "completion"),
-    ("input", "target"),
-)
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
-}
-EXPECTED_CHAT = (
-    "a chat row needs conversations or messages (lists of role/content or from/value), instruction/output, q/a, "
-    "question/answer or prompt/response"
-)
+OPENING = "without the assistant's opening message"
+JOINED = "with messages of one role in a row joined"
+CUT = "cut before an empty message"
+NO_TOOLS = "tool turns are not trained yet"
+
+_READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, "weight", "train", "loss", "recipient", "end_turn"))
+_TURN_ROLES = {**dict.fromkeys(KEYS["prompt"], "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES}
+_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:###[ \t]*|<\|)?(Human|User|Assistant|用户|助手)(?:\|>)?[ \t]*[:：]")
+_MARKED = re.compile(r"\s*(?:###\s*|<\|)?(?:Human|User|用户)(?:\|>)?\s*[:：]")
+_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.DOTALL)
 
 
-def is_chat(row: Any) -> bool:
-    """True when the row has the keys of one of the chat formats (its content may still be bad)."""
-    return isinstance(row, dict) and (any(key in row for key in LIST_KEYS) or _pair_keys(row) is not None)
+class Notes:
+    """What a row loses on its way to messages: `changes` are reasons, `unused` are keys that have a value."""
+
+    def __init__(self) -> None:
+        self.changes: dict[str, None] = {}
+        self.unused: dict[str, None] = {}
 
 
-def normalise_chat(row: Any) -> list[Message]:
-    """The messages of a row, checked.
-
-    Raises BadRow with the reason when it is no chat, or one that cannot teach: a wrong type, an empty message, an
-    unknown role, roles that do not alternate, an assistant that speaks first.
-    """
-    if not isinstance(row, dict):
-        raise BadRow("plain text, not a chat")
-    turns: Any = next((row[key] for key in LIST_KEYS if key in row), None)
-    pair = _pair_keys(row)
-    if not is_missing(turns):
-        messages = messages_from_list(turns)
-    elif pair:
-        messages = _from_pair(row, *pair)
-    elif is_chat(row):
-        raise BadRow("the list of messages is null")
-    else:
-        raise BadRow("none of the keys of a chat")
-    system = row.get("system")
-    if not is_blank(system) and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": sound_text(system, "system")})
-    check_turns(messages)
-    return messages
+def message(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
 
 
 def whole_turns(messages: list[Message]) -> list[Message]:
-    """The chat up to its last answer: a question that nobody answers at the end is left out. May be empty."""
+    """The chat up to its last answer: a last question without an answer is left out. May be empty."""
     end = max((i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     return messages[:end]
 
@@ -86,93 +60,273 @@ def chat_text(messages: list[Message]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def _pair_keys(row: dict[str, Any]) -> tuple[str, str] | None:
-    return next(((ask, answer) for ask, answer in PAIR_KEYS if ask in row and answer in row), None)
+def is_trained(message: Message) -> bool:
+    """True for an answer that the row does not exclude from training."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def is_blank(value: Any) -> bool:
-    """True for null, NaN and text without a letter in it."""
+    """True for null, NaN and text of white space only."""
     return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
-def messages_from_list(turns: Any) -> list[Message]:
-    """The messages of a list, or of text that spells one; each sound by itself. Raises BadRow with the reason."""
-    if isinstance(turns, str):  # a csv or parquet cell
-        turns = _parse(turns, "the list of messages")
-    if not isinstance(turns, (list, tuple)):
+def is_filled(value: Any) -> bool:
+    """False for null, NaN, blank text, empty lists and objects, and text that spells an empty list."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}")
+    return not (is_missing(value) or (isinstance(value, (list, tuple, dict)) and not value))
+
+
+# ---- a value -> messages ---------------------------------------------------------------------------------------------
+def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -> list[Message]:
+    """The messages that `value` holds; their text is not checked yet. Raises BadRow, or UnfitRow for tool turns."""
+    if isinstance(value, str):
+        marked = marked_turns(value)
+        if marked:
+            return marked
+        value = parse_list(value, field)
+    if isinstance(value, dict):
+        value = _turns_of_object(value)
+    if not isinstance(value, (list, tuple)):
         raise BadRow("the messages are not a list")
-    if not turns:
+    if not value:
         raise BadRow("no messages")
-    messages = [message_of(turn) for turn in turns]
-    if is_blank(messages[0]["content"]) and messages[0]["role"] == "system":
-        del messages[0]  # many files carry an empty system message everywhere: it says nothing
-    return [{"role": m["role"], "content": sound_text(m["content"], m["role"] + " message")} for m in messages]
+    if all(isinstance(turn, str) for turn in value):
+        return [message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)]
+    return [message for turn in value for message in _messages_of_turn(turn, notes)]
 
 
-def message_of(turn: Any) -> dict[str, Any]:
-    """{"role", "content"} of one entry, whatever its keys are called; the content is not looked at yet."""
+def _turns_of_object(value: dict[str, Any]) -> Any:
+    """The turns in an object: one message, one {human, assistant}, {"messages": [...]}, or {"turn_1": {...}, ...}."""
+    inner = next((value[key] for key in KEYS["messages"] if is_filled(value.get(key))), None)
+    if inner is not None:
+        return inner
+    if value and all(isinstance(turn, dict) for turn in value.values()):
+        return list(value.values())
+    return [value]
+
+
+def _messages_of_turn(turn: Any, notes: Notes) -> list[Message]:
+    if isinstance(turn, (list, tuple)) and len(turn) == 2:
+        role = ROLES.get(turn[0].strip().lower()) if isinstance(turn[0], str) else None
+        return [message(role, turn[1])] if role else [message("user", turn[0]), message("assistant", turn[1])]
     if not isinstance(turn, dict):
         raise BadRow("a message is not an object")
-    role = next((turn[key] for key in ROLE_KEYS if key in turn), None)
-    content = next((turn[key] for key in CONTENT_KEYS if key in turn), None)
-    if not isinstance(role, str):
+    role = role_of(turn)
+    if role:
+        return [_message_of(turn, role, notes)]
+    texts = turn_texts(turn)
+    if not texts:
         raise BadRow("a message without a role")
-    if role.strip().lower() not in ROLES:
-        raise BadRow(f"unknown role {role[:20]!r}")
-    if isinstance(content, list):  # OpenAI's parts: [{"type": "text", "text": "..."}]
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise BadRow("a message with parts that are not text")
-        content = "".join(part["text"] for part in content)
-    return {"role": ROLES[role.strip().lower()], "content": content}
-
-
-def _from_pair(row: dict[str, Any], ask: str, answer: str) -> list[Message]:
-    question = sound_text(row[ask], ask)
-    if not is_blank(row.get("input")):
-        question += "\n" + sound_text(row["input"], "input")
-    pairs = [*_history(row.get("history")), (question, sound_text(row[answer], answer))]
+    if "tool" in texts.values():
+        raise UnfitRow(NO_TOOLS)
+    _note_keys(turn, set(texts), notes)
     return [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(("user", "assistant"), pair, strict=True)
+        message(role, _text_of(turn[key]))
+        for role in ("system", "user", "assistant")
+        for key, held in texts.items()
+        if held == role
     ]
 
 
-def _history(value: Any) -> list[tuple[str, str]]:
-    """Earlier turns [[question, answer], ...] of a row, given as a list or as text in JSON or Python notation."""
-    if is_blank(value):
+def role_of(turn: dict[str, Any]) -> str | None:
+    """user, assistant, system or tool; None for an object without a role. Raises BadRow for an unknown role."""
+    for key in ROLE_KEYS:
+        name = turn.get(key)
+        if isinstance(name, str):
+            role = ROLES.get(name) or ROLES.get(name.strip().lower())
+            if role:
+                return role
+            if key != "type":
+                raise BadRow(f"unknown role {name[:20]!r}")
+    return None
+
+
+def turn_texts(turn: dict[str, Any]) -> dict[str, str]:
+    """{key: role} of a turn object without a role, such as {human, assistant}, {q, a} or {user}."""
+    roles = {key: _TURN_ROLES.get(key) or _TURN_ROLES.get(str(key).lower(), "") for key in turn}
+    return {key: role for key, role in roles.items() if role and is_filled(turn[key])}
+
+
+def _message_of(turn: dict[str, Any], role: str, notes: Notes) -> Message:
+    call = next((key for key in TOOL_KEYS if is_filled(turn.get(key))), None)
+    if role == "tool" or call:
+        raise UnfitRow(f"{NO_TOOLS} ({call or 'role ' + str(next(turn[k] for k in ROLE_KEYS if k in turn))})")
+    key = content_key_of(turn)
+    result = message(role, _text_of(turn[key]) if key else None)
+    if len(turn) > 2:
+        for thought in THOUGHT_KEYS:
+            if is_filled(turn.get(thought)):
+                notes.changes[f"without its `{thought}`: thoughts are not trained yet"] = None
+        if turn.get("weight") in (0, False) or turn.get("train") is False or turn.get("loss") is False:
+            result["weight"] = 0
+        _note_keys(turn, {key}, notes)
+    return result
+
+
+def content_key_of(turn: dict[str, Any]) -> str | None:
+    """The key that holds the text of a message with a role: the first filled one, else the first."""
+    present = [key for key in CONTENT_KEYS if key in turn]
+    return next((key for key in present if is_filled(turn[key])), present[0] if present else None)
+
+
+def _note_keys(turn: dict[str, Any], used: set[Any], notes: Notes) -> None:
+    for key, value in turn.items():
+        if key not in used and key not in _READ_KEYS and key not in HARMLESS and is_filled(value):
+            notes.unused[f"messages.{key}"] = None
+
+
+def _text_of(value: Any) -> Any:
+    """The text of a message that may be given in OpenAI's parts: [{"type": "text", "text": "..."}]."""
+    if isinstance(value, str):
+        if value.startswith("[{") and "text" in value[:40]:
+            parts = _parsed(value)
+            if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+                return _text_of(parts)
+        return value
+    parts = [value] if isinstance(value, dict) else value
+    if not isinstance(parts, list):
+        return value
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnfitRow("a message with parts that are not text")
+    return "".join(texts)
+
+
+# ---- text that holds turns -------------------------------------------------------------------------------------------
+def marked_turns(text: str) -> list[Message]:
+    """The turns of text marked with Human:/Assistant:, 用户：/助手： or ChatML; [] where it does not begin with a user.
+
+    A last marker of the assistant with nothing behind it is the question's end, as BELLE's multi-turn set writes it.
+    """
+    if text.startswith("<|im_start|>"):
+        turns = [(ROLES.get(name.lower(), ""), content) for name, content in _CHATML.findall(text)]
+        return [message(role, content) for role, content in turns if role] if all(role for role, _ in turns) else []
+    if not is_marked(text):
+        return []
+    pieces = _MARKER.split(text)
+    roles = ["assistant" if name in ("Assistant", "助手") else "user" for name in pieces[1::2]]
+    if pieces[0].strip() or "assistant" not in roles:
+        return []
+    turns = [message(role, content.strip()) for role, content in zip(roles, pieces[2::2], strict=True)]
+    return turns[:-1] if roles[-1] == "assistant" and not turns[-1]["content"] else turns
+
+
+def edit_marked(text: str, edit: Callable[[str], str]) -> str:
+    """Marked text with the words of every turn edited; the markers and the white space around the words stay."""
+    pieces, start = [], 0
+    for marker in _MARKER.finditer(text):
+        pieces += [_edit_words(text[start : marker.start()], edit), marker[0]]
+        start = marker.end()
+    return "".join([*pieces, _edit_words(text[start:], edit)])
+
+
+def _edit_words(piece: str, edit: Callable[[str], str]) -> str:
+    words = piece.strip()
+    return piece.replace(words, edit(words), 1) if words else piece
+
+
+def is_marked(text: str) -> bool:
+    """True for text that begins with the marker of a user."""
+    return bool(_MARKED.match(text))
+
+
+def is_open_question(text: str) -> bool:
+    """True for marked text that ends with the marker of the answer to come."""
+    if not is_marked(text):
+        return False
+    *_, speaker, behind = _MARKER.split(text)
+    return speaker in ("Assistant", "助手") and not behind.strip()
+
+
+def spells_messages(value: Any) -> bool:
+    """True for text that spells a list of messages with roles, as a csv or parquet cell may."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return False
+    turns = _parsed(value)
+    return isinstance(turns, list) and all(isinstance(turn, dict) and _names_a_role(turn) for turn in turns)
+
+
+def _names_a_role(turn: dict[str, Any]) -> bool:
+    return any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLES for key in ROLE_KEYS)
+
+
+def history_of(value: Any, notes: Notes) -> list[Message]:
+    """Earlier turns: [[question, answer], ...], or messages, as a list or as text in JSON or Python notation."""
+    if not is_filled(value):
         return []
     if isinstance(value, str):
-        value = _parse(value, "history")
+        value = marked_turns(value) or parse_list(value, "history")
     if not isinstance(value, (list, tuple)):
         raise BadRow("history is not a list")
-    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+    pairs = all(isinstance(turn, dict) or (isinstance(turn, (list, tuple)) and len(turn) == 2) for turn in value)
+    strings = len(value) % 2 == 0 and all(isinstance(turn, str) for turn in value)
+    if not (pairs or strings):
         raise BadRow("history is not a list of [question, answer] pairs")
-    return [(sound_text(ask, "history"), sound_text(answer, "history")) for ask, answer in value]
+    return [
+        {**turn, "content": sound_text(turn["content"], "history")} for turn in messages_of(value, notes, "history")
+    ]
 
 
-def _parse(text: str, field: str) -> Any:
+def parse_list(text: str, field: str) -> Any:
     """The list that `text` spells in JSON or as a Python literal. No name is looked up and nothing is called."""
+    value = _parsed(text)
+    if value is None:
+        raise BadRow(f"{field} is neither JSON nor a Python list")
+    return value
+
+
+def _parsed(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
-            with warnings.catch_warnings():  # '\d' inside a Python literal is somebody's text, not our mistake
+            with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, no mistake of ours
                 warnings.simplefilter("ignore")
                 return parse(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    raise BadRow(f"{field} is neither JSON nor a Python list")
+    return None
 
 
-def check_turns(messages: list[Message]) -> None:
-    """Raises BadRow unless user and assistant speak in turn, after at most one system message."""
-    roles = [message["role"] for message in messages]
-    if roles and roles[0] == "system":
-        roles = roles[1:]
-    if not roles:
-        raise BadRow("no messages")
-    if roles[0] == "assistant":
-        raise BadRow("the assistant speaks first")
-    if "system" in roles:
-        raise BadRow("a system message after the start")
-    if any(role == before for before, role in itertools.pairwise(roles)):
-        raise BadRow("two messages of one role in a row")
+# ---- the rules of turns ----------------------------------------------------------------------------------------------
+def apply_turn_rules(messages: list[Message], notes: Notes, cut: bool = True) -> list[Message]:
+    """`messages` with system first, then user and assistant in turn: layouts.TURN_RULES, one after the other.
+
+    `cut`: the chat ends before its first empty message; without it an empty message is an error. Raises BadRow or
+    UnfitRow with the reason.
+    """
+    kept: list[Message] = []
+    for new in messages:
+        role, before = new["role"], kept[-1]["role"] if kept else ""
+        if role == "system" and before not in ("", "system"):
+            raise UnfitRow("a system message after the start")
+        if role == "system" and is_blank(new["content"]):
+            continue  # many files carry an empty system message everywhere
+        if role == "assistant" and before in ("", "system"):
+            notes.changes[OPENING] = None
+        elif role == before:
+            kept[-1] = _joined(kept[-1], new, notes)
+        else:
+            kept.append(new)
+    if not any(turn["role"] == "user" for turn in kept):
+        raise UnfitRow("only the assistant speaks") if OPENING in notes.changes else BadRow("no messages")
+    empty = next((i for i, turn in enumerate(kept) if is_blank(turn["content"])), None)
+    if empty is not None and cut:
+        before_it = whole_turns(kept[:empty])
+        if not before_it and kept[empty]["role"] == "assistant":
+            raise UnfitRow("an empty answer")
+        if before_it:
+            notes.changes[CUT] = None
+            kept = before_it
+    for turn in kept:
+        sound_text(turn["content"], turn["role"] + " message")
+    return kept
+
+
+def _joined(one: Message, other: Message, notes: Notes) -> Message:
+    """Two messages of one role as one; what is not trained in one of them is not trained at all."""
+    filled = [turn["content"] for turn in (one, other) if not is_blank(turn["content"])]
+    if len(filled) == 2:
+        notes.changes[JOINED] = None
+        filled = ["\n".join(sound_text(text, one["role"] + " message") for text in filled)]
+    untrained = {"weight": 0} if 0 in (one.get("weight"), other.get("weight")) else {}
+    return {**message(one["role"], filled[0] if filled else one["content"]), **untrained}

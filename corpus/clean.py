@@ -13,7 +13,7 @@ from typing import Any
 from corpus.language import language_of
 from corpus.report import BadRow
 from corpus.rewrite import Row, as_line
-from corpus.rows import edit_texts, is_text_row, text_of
+from corpus.rows import READER, RowReader
 from corpus.rules import Rule, choose_rules
 from corpus.rules_drop import Limits, Page
 from corpus.tally import Chooser, Mark, Verdict, rank_of
@@ -32,6 +32,7 @@ class Clean:
     skip: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
     limits: Limits = field(default_factory=Limits)
+    reader: RowReader = READER
     name: str = "clean"
 
     def __post_init__(self) -> None:
@@ -62,12 +63,12 @@ class Clean:
 
     def judge_row(self, row: Row) -> Verdict:
         marks: list[Mark] = []
-        mended = edit_texts(row.row, lambda text: self._mend(text, marks))
-        language, characters, is_text = language_of(row.text), len(row.text), is_text_row(row.row)
+        mended = self.reader.edit(row.row, lambda text: self._mend(text, marks))
+        language, characters, is_text = language_of(row.text), len(row.text), row.kind == "text"
         try:
-            text = text_of(mended)
-        except BadRow:
-            marks.append(Mark("empty", characters, "nothing is left"))
+            text = self.reader.content(mended).text
+        except BadRow as reason:
+            marks.append(Mark("empty", characters, f"nothing is left: {reason}"))
             return Verdict(None, language, characters, marks)
         page = Page(text)
         for rule in self.rules:

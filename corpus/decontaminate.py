@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.chats import normalise_chat
 from corpus.errors import UserError
 from corpus.exams import files_of
 from corpus.language import chinese_characters, language_of
@@ -38,6 +37,7 @@ from corpus.progress import inputs_of
 from corpus.read import read_rows
 from corpus.report import BadRow, DataReport
 from corpus.rewrite import Row, as_line
+from corpus.rows import READER, RowReader
 from corpus.tally import Mark, Verdict, rank_of
 
 NGRAM = {"zh": 13, "en": 50}
@@ -196,7 +196,7 @@ def question_of(row: Any) -> tuple[str, str]:
     key = next((key for key in QUESTION_KEYS if isinstance(row.get(key), str) and row[key].strip()), None)
     if key is None:
         try:
-            return next((m["content"] for m in normalise_chat(row) if m["role"] == "user"), ""), ""
+            return next((m["content"] for m in READER.chat(row).messages if m["role"] == "user"), ""), ""
         except BadRow:
             return str(row["text"]) if isinstance(row.get("text"), str) else "", ""
     choices = row.get("choices")
@@ -210,6 +210,7 @@ class Decontaminate:
 
     exam: Exam
     overlap: float = 0.5
+    reader: RowReader = READER
     name: str = "decontaminate"
 
     def rule_names(self) -> list[str]:

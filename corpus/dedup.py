@@ -40,6 +40,7 @@ from corpus.rewrite import (
     numbered_rows,
     rewrite,
 )
+from corpus.rows import READER, RowReader
 from corpus.shards import partial_folder, writing
 from corpus.tally import EXAMPLES, Mark, Tally, Verdict
 
@@ -105,17 +106,24 @@ class Signer:
 
 # ---- all documents ---------------------------------------------------------------------------------------------------
 def sign_all(
-    paths: list[Path_], out_dir: Path_, signer: Signer, on_batch: Callable[[], None], workers: int, report: DataReport
+    paths: list[Path_],
+    out_dir: Path_,
+    signer: Signer,
+    on_batch: Callable[[], None],
+    workers: int,
+    report: DataReport,
+    reader: RowReader = READER,
 ) -> Path:
     """Write the keys of every row to a file in the partial folder and return its path; continues an earlier run's."""
     folder = partial_folder(out_dir)
     path = folder / "documents.keys"
     job = {"inputs": inputs_of(paths), "exact_only": signer.exact_only, "seed": SEED, "shingle": SHINGLE}
+    job |= reader.job()
     progress = Progress(folder, job, SIGNING)
     done = progress.load().get("documents", 0)
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("ab" if done else "wb") as file:
-        rows = (row for row in numbered_rows(paths, report) if row.number >= done)
+        rows = (row for row in numbered_rows(paths, report, reader=reader) if row.number >= done)
         for batch, keys in in_order(signer, batches(rows), workers):
             file.write(keys.tobytes())
             done += len(batch)
@@ -186,6 +194,7 @@ class KeepFirst:
 
     clusters: Clusters
     exact_only: bool
+    reader: RowReader = READER
     name: str = "dedup"
     places: dict[int, str] = field(default_factory=dict)  # where the first document of a cluster of several stands
     shown: dict[int, str] = field(default_factory=dict)  # its text, for the examples only
@@ -240,6 +249,7 @@ def deduplicate(
     on_batch: Callable[[], None],
     workers: int = 1,
     exact_only: bool = False,
+    reader: RowReader = READER,
 ) -> Tally:
     """Write the rows that are no copies to `out_dir` and return the counts. Raises UserError as `rewrite` does."""
     check_out_dir(out_dir, paths)
@@ -248,7 +258,7 @@ def deduplicate(
     with writing(out_dir):
         signing = DataReport(report.max_bad_share)
         report.position = lambda: signing.position()
-        keys = sign_all(paths, out_dir, Signer(exact_only), on_batch, workers, signing)
+        keys = sign_all(paths, out_dir, Signer(exact_only), on_batch, workers, signing, reader)
         first = first_of_cluster(keys, exact_only)
         hashes = _column(keys, BANDS, len(first))
-    return rewrite(KeepFirst(Clusters(first, hashes), exact_only), paths, out_dir, report, on_batch)
+    return rewrite(KeepFirst(Clusters(first, hashes), exact_only, reader), paths, out_dir, report, on_batch)

@@ -22,7 +22,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from corpus.progress import inputs_of
 from corpus.read import Path_
 from corpus.report import DataReport
 from corpus.rewrite import as_line, batches, check_out_dir, finish, numbered_rows
+from corpus.rows import READER, RowReader
 from corpus.shards import partial_folder, publish, write_json, writing
 from corpus.tally import Tally
 
@@ -59,6 +60,11 @@ class Job:
     out_dir: str
     folder: str
     max_bad_share: float
+    keys: dict[str, str] = field(default_factory=dict)  # --keys
+
+    @property
+    def reader(self) -> RowReader:
+        return RowReader(self.keys)
 
     @property
     def cluster(self) -> Path:
@@ -79,7 +85,7 @@ class Read:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Document]:
         hashes = []
-        for row in numbered_rows([self.job.paths[rank]], DataReport(self.job.max_bad_share)):
+        for row in numbered_rows([self.job.paths[rank]], DataReport(self.job.max_bad_share), 0, self.job.reader):
             hashes.append(text_hash(row.text))
             yield Document(text=row.text, id=str(row.number))
         np.save(self.job.cluster / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
@@ -135,7 +141,7 @@ class Write:
         tally, report = Tally(step.rule_names()), DataReport(self.job.max_bad_share)
         name = Path(self.job.folder) / f"text_{rank:03d}.jsonl"
         with name.open("wb") as kept, (self.job.cluster / f"dropped_{rank:05d}.tsv").open("wb") as dropped:
-            for batch in batches(numbered_rows([self.job.paths[rank]], report, start)):
+            for batch in batches(numbered_rows([self.job.paths[rank]], report, start, self.job.reader)):
                 for row, verdict in zip(batch, step.judge(batch), strict=True):
                     tally.add(row.file, row.line, verdict)
                     if verdict.kept is not None:
@@ -193,7 +199,13 @@ def stages(job: Job) -> list[tuple[str, list[Any], int]]:
 
 
 def deduplicate_many(
-    paths: list[Path_], out_dir: Path_, executor: str, workers: int, max_bad_share: float, slurm: dict[str, str]
+    paths: list[Path_],
+    out_dir: Path_,
+    executor: str,
+    workers: int,
+    max_bad_share: float,
+    slurm: dict[str, str],
+    reader: RowReader = READER,
 ) -> Tally | None:
     """Run or submit the five stages; the counts, or None when the jobs were only submitted (Slurm).
 
@@ -206,7 +218,8 @@ def deduplicate_many(
         )
     signatures_of_shingles([shingles("is rensa installed?")])
     folder = partial_folder(out_dir).absolute()
-    job = Job([str(Path(path).resolve()) for path in paths], str(Path(out_dir).absolute()), str(folder), max_bad_share)
+    files = [str(Path(path).resolve()) for path in paths]
+    job = Job(files, str(Path(out_dir).absolute()), str(folder), max_bad_share, reader.keys)
     with writing(out_dir):
         _continue_or_clear(job, paths)
     if executor == "slurm":
@@ -241,7 +254,7 @@ def _messages_to(path: Path) -> Iterator[None]:
 
 def _continue_or_clear(job: Job, paths: list[Path_]) -> None:
     """Leftovers of other files go; those of the same files stay, and so the tasks that are done."""
-    content = {"inputs": inputs_of(paths), "bands": [BANDS, ROWS]}
+    content = {"inputs": inputs_of(paths), "bands": [BANDS, ROWS], **job.reader.job()}
     known = job.cluster / "job.json"
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
         shutil.rmtree(job.folder, ignore_errors=True)

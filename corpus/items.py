@@ -3,8 +3,9 @@
     validation if blake2b(content) / 2^64 < val_share, for each language by itself
 
 The side depends on the content alone, never on the order of the files: the same text is on the same side in every data
-set. For chats the content is the first question, so that no question is both trained and tested. A language with 20
-items or more of which none has so low a hash gives the lowest one, so that small data has a validation split too.
+set. For chats the content is the first question, so that no question is both trained and tested; only where one
+question opens more than 20 chats ("Hi"), the whole chat decides for those after the 20th. Small data gives more: of n
+items of a language at least min(20, n / 20) are validation items, those of lowest hash.
 
 Read next: read.py (where rows come from), pairs.py (pairs of answers), pack_texts.py and pack.py (where they go).
 """
@@ -14,12 +15,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from corpus.chats import Message, chat_text, whole_turns
+from corpus.chats import Message, chat_text, is_trained, whole_turns
 from corpus.language import LANGUAGES, language_of
 from corpus.read import Path_, read_chats, read_texts
 from corpus.report import DataReport
+from corpus.rows import READER, RowReader
 
-ENOUGH_FOR_VALIDATION = 20
+ENOUGH = 20  # validation items of a language; with fewer, a twentieth of its items
+COMMON = 20  # chats with one first question, beyond which it decides no longer alone
 BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
 
 
@@ -43,10 +46,12 @@ def content_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def text_items(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Item]:
+def text_items(
+    paths: Iterable[Path_], report: DataReport, source_key: str = "", reader: RowReader = READER
+) -> Iterator[Item]:
     """All documents of the files, without exact duplicates. Memory: about 80 bytes a document, for the hashes."""
     seen: set[int] = set()
-    for document in read_texts(paths, report, source_key):
+    for document in read_texts(paths, report, source_key, reader):
         key = content_key(document.text)
         if key in seen:
             report.drop("exact duplicate", document.source_file, document.line)
@@ -56,25 +61,39 @@ def text_items(paths: Iterable[Path_], report: DataReport, source_key: str = "")
         yield Item(document.text, [], language, key, document.source_file, document.line, source=document.source)
 
 
-def chat_items(paths: Iterable[Path_], report: DataReport) -> Iterator[Item]:
-    """All chats of the files that have an answer, up to their last answer, without exact duplicates."""
+def chat_items(
+    paths: Iterable[Path_], report: DataReport, reader: RowReader = READER, only: str = ""
+) -> Iterator[Item]:
+    """All chats of the files that have an answer, up to their last answer, without exact duplicates.
+
+    `only`: "single" keeps chats of one turn, "multi" those of several.
+    """
     seen: set[int] = set()
-    for chat in read_chats(paths, report):
+    for chat in read_chats(paths, report, reader):
+        place = (chat.source_file, chat.line)
         messages = whole_turns(chat.messages)
-        if not messages:
-            report.drop("no answer, so nothing to train on", chat.source_file, chat.line)
+        if not any(map(is_trained, messages)):
+            report.drop("no answer, so nothing to train on", *place)
+            continue
+        turns = sum(message["role"] == "user" for message in messages)
+        if only and (only == "single") != (turns == 1):
+            report.drop("of one turn (--only multi)" if turns == 1 else "of several turns (--only single)", *place)
             continue
         identity = content_key(json.dumps(messages, ensure_ascii=False))
         if identity in seen:
-            report.drop("exact duplicate", chat.source_file, chat.line)
+            report.drop("exact duplicate", *place)
             continue
         seen.add(identity)
+        report.note(chat.content.changes, chat.content.unused, *place)
         if len(messages) < len(chat.messages):
-            report.shorten("without its last question, which has no answer", chat.source_file, chat.line)
-        question = next(message["content"] for message in messages if message["role"] == "user")
+            report.shorten("without its last question, which has no answer", *place)
         text = chat_text(messages)
-        place = (chat.source_file, chat.line)
-        yield Item(text, messages, language_of(text), content_key(question), *place, identity=identity)
+        yield Item(text, messages, language_of(text), question_key(messages), *place, identity=identity)
+
+
+def question_key(messages: list[Message]) -> int:
+    """The hash of a chat's first question."""
+    return content_key(next(message["content"] for message in messages if message["role"] == "user"))
 
 
 def in_batches(items: Iterable[tuple[str, Item]]) -> Iterator[list[tuple[str, Item]]]:
@@ -98,30 +117,71 @@ def in_splits(items: Iterable[Item], val_share: float) -> Iterator[tuple[str, It
 
 
 def split_validation(items: Iterable[Item], val_share: float) -> Iterator[tuple[bool, Item]]:
-    """Yields (is_validation, item), by the rule at the top of this file.
+    """Yields (is_validation, item), by the rule at the top of this file, in one pass.
 
-    Until a language has its first validation item, the item with the lowest hash so far is held back: at the end it
-    may be the one. So the choice needs neither a second pass nor memory for more than one item.
+    Until a language has ENOUGH validation items, the ENOUGH groups of lowest hash are held back: at the end some of
+    them may be needed. Memory: at most ENOUGH * COMMON items of each language.
     """
     limit = val_share * 2.0**64
-    held: dict[str, list[Item]] = {}  # several only when chats share their question
-    settled: set[str] = set()
-    count = dict.fromkeys(LANGUAGES, 0)
+    opened = bytearray(1 << 24 if val_share else 1)  # how many items have a hash like this: 16 MB, not exact
+    sides = {language: _Held() for language in LANGUAGES}
     for item in items:
-        count[item.language] += 1
-        lowest = held.get(item.language, [])
-        if item.key < limit:
-            settled.add(item.language)
-            yield from ((False, other) for other in held.pop(item.language, []))
+        held = sides[item.language]
+        held.count += 1
+        key = item.key
+        if limit and item.identity:  # chats and pairs may share their question
+            slot = key % len(opened)
+            if opened[slot] >= COMMON:
+                key = item.identity
+            else:
+                opened[slot] += 1
+        if key < limit:
+            held.found += 1
             yield True, item
-        elif item.language in settled or not limit:
+        elif not limit or held.found >= ENOUGH:
             yield False, item
-        elif not lowest or item.key < lowest[0].key:
-            yield from ((False, other) for other in lowest)
-            held[item.language] = [item]
-        elif item.key == lowest[0].key:
-            lowest.append(item)
         else:
-            yield False, item
-    for language, rest in held.items():
-        yield from ((count[language] >= ENOUGH_FOR_VALIDATION, item) for item in rest)
+            yield from ((False, other) for other in held.add(key, item))
+        if held.found >= ENOUGH and held.groups:
+            yield from ((False, other) for other in held.release())
+    for held in sides.values():
+        chosen = held.choose()
+        yield from ((id(item) in chosen, item) for item in held.release())
+
+
+class _Held:
+    """Of one language: the items held back, in groups of one hash, because they may become validation items."""
+
+    def __init__(self) -> None:
+        self.count = self.found = 0  # all items; those that are in the validation split
+        self.groups: dict[int, list[Item]] = {}
+
+    def add(self, key: int, item: Item) -> list[Item]:
+        """Hold an item back; returns the items that are training items for certain."""
+        if key not in self.groups and len(self.groups) >= ENOUGH:
+            highest = max(self.groups)
+            if key > highest:
+                return [item]
+            released = self.groups.pop(highest)
+        else:
+            released = []
+        self.groups.setdefault(key, []).append(item)
+        return released
+
+    def release(self) -> list[Item]:
+        items = [item for group in self.groups.values() for item in group]
+        self.groups.clear()
+        return items
+
+    def choose(self) -> set[int]:
+        """The ids of the held items that go to the validation split, lowest hash first, whole groups where they fit."""
+        wanted = min(ENOUGH, self.count // ENOUGH) - self.found
+        chosen: set[int] = set()
+        for key in sorted(self.groups):
+            group = self.groups[key]
+            if len(chosen) + len(group) <= wanted:
+                chosen.update(map(id, group))
+        if wanted > 0 and not chosen:  # every group is larger than what is wanted: one question opens many chats
+            group = min(self.groups.values(), key=len, default=[])
+            chosen.update(id(item) for item in sorted(group, key=lambda item: item.identity)[:wanted])
+        return chosen

@@ -24,6 +24,7 @@ from corpus.language import LANGUAGES
 from corpus.progress import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.read import Path_
 from corpus.report import DataReport
+from corpus.rows import READER, RowReader
 from corpus.shards import (
     FORMAT,
     check_replaceable,
@@ -156,6 +157,7 @@ def pack_texts(
     report: DataReport,
     on_batch: Callable[[], None],
     source_key: str = "",
+    reader: RowReader = READER,
 ) -> dict[str, Any]:
     """Write the pretraining shards of `paths` to `out_dir` (complete or not at all) and return their meta.json.
 
@@ -166,12 +168,13 @@ def pack_texts(
     check_replaceable(out_dir)
     check_replaceable(partial_folder(out_dir))
     job = {"inputs": inputs_of(paths), "tokenizer": tokenizer.fingerprint, "val_share": val_share, "format": FORMAT}
-    job["source_key"] = source_key
+    job |= {"source_key": source_key, **reader.job()}
     dtype = token_dtype(tokenizer.vocab_size)
     folder = partial_folder(out_dir)
     with writing(out_dir), unfinished(folder):
         partial = _Partial(folder, job, dtype)
-        items = behind(partial.documents, in_splits(text_items(paths, report, source_key), val_share), on_batch)
+        items = in_splits(text_items(paths, report, source_key, reader), val_share)
+        items = behind(partial.documents, items, on_batch)
         try:
             for batch in tokenise_texts(items, tokenizer, partial.report):
                 partial.add(batch)

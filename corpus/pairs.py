@@ -1,118 +1,41 @@
-"""One shape for every preference pair: a row of whatever file -> a prompt, the better answer and the worse one.
-
-    {"chosen": […], "rejected": […]}                               whole conversations, as messages
-    {"prompt": "…" or […], "chosen": …, "rejected": …}             answers as text, as messages, or whole conversations
-    {"conversations": […], "chosen": {…}, "rejected": {…}}         answers as one message each
-    prompt,chosen,rejected                                         csv
-
-The prompt is what both conversations share, message by message and never letter by letter: two answers that begin with
-the same words are still two answers. Only answers are compared; what the assistant said inside the prompt is read.
+"""Pairs of answers -> DPO data: without duplicates, rendered with the same prompt for both answers.
 
     pair -> two documents of the token folder, one after the other: prompt + chosen, prompt + rejected
 
-Read next: chats.py (the messages), pack.py (who calls `render_pairs`), ../5-dpo_train.py (who learns from it).
+Only answers are compared; what the assistant said inside the prompt is read.
+
+Read next: rows.py (row -> pair), pack.py (who calls `render_pairs`), ../5-dpo_train.py (who learns from it).
 """
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from corpus.chats import LIST_KEYS, Message, chat_text, check_turns, is_blank, message_of, messages_from_list
-from corpus.items import Item, content_key
-from corpus.language import is_missing, language_of, sound_text
+from corpus.chats import Message, chat_text
+from corpus.items import Item, content_key, question_key
+from corpus.language import language_of
 from corpus.pack import Document, Form, answer_bytes
-from corpus.read import Path_, all_rows
-from corpus.report import BadRow, DataReport, UnfitRow
-
-SIDES = ("chosen", "rejected")
-PROMPT_KEYS = ("prompt", "question", *LIST_KEYS)
-EXPECTED_PAIR = "a pair row needs chosen and rejected: whole conversations, or the answers to its prompt"
-
-Pair = tuple[list[Message], list[Message], list[Message]]  # prompt, chosen, rejected
+from corpus.pair_answers import SIDES, common_length
+from corpus.read import Path_, taken_rows
+from corpus.report import DataReport
+from corpus.rows import READER, RowReader
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-def normalise_pair(row: Any) -> Pair:
-    """(prompt, chosen, rejected) of a row, checked: prompt + either answer is a sound chat that ends with an answer.
-
-    Raises UnfitRow for a sound row that compares nothing (an empty answer, two equal ones, two prompts, an answer that
-    the assistant did not give), BadRow for one that cannot be used.
-    """
-    if not isinstance(row, dict) or not row.keys() >= set(SIDES):
-        raise BadRow("none of the keys of a pair")
-    chosen, rejected = (_conversation(row, side) for side in SIDES)
-    shared = _common(chosen, rejected)
-    answers = chosen[shared:], rejected[shared:]
-    if not any(answers):
-        raise UnfitRow("chosen and rejected are the same")
-    if not all(answers):
-        raise UnfitRow("one conversation is only the beginning of the other")
-    if any(answer[0]["role"] != "assistant" for answer in answers):
-        raise UnfitRow("chosen and rejected have different prompts")
-    return chosen[:shared], *answers
-
-
-def _common(one: list[Any], other: list[Any]) -> int:
-    """How many entries both begin with."""
-    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
-
-
-def _conversation(row: dict[str, Any], side: str) -> list[Message]:
-    """The whole conversation of one side."""
-    answer, prompt = row[side], next((row[key] for key in PROMPT_KEYS if not is_missing(row.get(key))), None)
-    if isinstance(answer, dict):
-        answer = [answer]
-    if is_blank(answer) or answer == [] or (isinstance(answer, list) and is_blank(message_of(answer[-1])["content"])):
-        raise UnfitRow(f"an empty answer ({side})")
-    before = _as_messages(prompt, "user") if prompt is not None else []
-    messages = messages_from_list(answer) if prompt is None else _as_messages(answer, "assistant")
-    if messages and messages[-1]["role"] != "assistant":
-        raise UnfitRow("an answer that is not the assistant's")
-    if messages and messages[0]["role"] == "assistant":
-        messages = before + messages
-    elif before and not any(messages[i : i + len(before)] == before for i in range(len(messages))):
-        raise UnfitRow("chosen and rejected have different prompts")
-    system = row.get("system")
-    if not is_blank(system) and (not messages or messages[0]["role"] != "system"):
-        messages.insert(0, {"role": "system", "content": sound_text(system, "system")})
-    check_turns(messages)
-    return messages
-
-
-def _as_messages(value: Any, role: str) -> list[Message]:
-    """Messages as they are, or text as the one message of this role."""
-    if isinstance(value, str):
-        return [{"role": role, "content": sound_text(value, role + " message")}]
-    return messages_from_list(value)
-
-
-def pair_items(paths: Iterable[Path_], report: DataReport) -> Iterator[Item]:
+def pair_items(paths: Iterable[Path_], report: DataReport, reader: RowReader = READER) -> Iterator[Item]:
     """All pairs of the files, without exact duplicates; what compares nothing is dropped and counted.
 
-    The first question decides the side, as for chats: what SFT held out is held out here as well.
+    The first question decides the split, as for chats: what SFT held out is held out here as well.
     """
     seen: set[int] = set()
-    for file, line, row in all_rows(paths, report, EXPECTED_PAIR):
-        try:
-            prompt, *answers = normalise_pair(row)
-        except UnfitRow as reason:
-            report.good_row(file)
-            report.drop(str(reason), file, line)
-            continue
-        except BadRow as reason:
-            report.bad_row(str(reason), file, line)
-            continue
-        report.good_row(file)
+    for file, line, _, content in taken_rows(paths, report, "pair", reader.pair):
+        prompt, answers = content.messages, content.answers
         identity = content_key(json.dumps([prompt, *answers], ensure_ascii=False))
         if identity in seen:
             report.drop("exact duplicate", file, line)
             continue
         seen.add(identity)
-        text = chat_text([*prompt, *itertools.chain(*answers)])
-        question = next(message["content"] for message in prompt if message["role"] == "user")
-        place = (file, line)
-        yield Item(text, prompt, language_of(text), content_key(question), *place, tuple(answers), identity)
+        report.note(content.changes, content.unused, file, line)
+        yield Item(content.text, prompt, language_of(content.text), question_key(prompt), file, line, answers, identity)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -157,7 +80,7 @@ def _render_answers(
         for answer in answers:
             ids, mask = next(rendered)
             # Where they part, the answer begins; a token may hold the prompt's end and the answer's beginning.
-            start = _common(ids, question)
+            start = common_length(ids, question)
             documents.append((ids, [0] * start + mask[start:], answer_bytes(answer)))
         result.append(documents)
     return result

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import UserError
+from corpus.layouts import parse_keys
 from corpus.report import DataReport
+from corpus.rows import RowReader
 
 COMMANDS = {
     "clean": "mend texts and leave bad ones out, by rules that are listed, switchable and counted",
@@ -35,6 +37,7 @@ def add_commands(kinds: Any) -> None:
         sub.add_argument("files", nargs="+", metavar="FILES", help="as for `pretrain`: text, chats or pairs of answers")
         sub.add_argument("--out_dir", default=f"dataset/{name}", help="folder to write (default: %(default)s)")
         sub.add_argument("--max_bad_share", type=float, default=0.01, help="share of unusable rows to put up with")
+        sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
         sub.add_argument("--workers", type=int, default=1, help="processes; the result is the same (default: 1)")
         ADD_FLAGS[name](sub)
 
@@ -93,7 +96,8 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
         raise UserError("--workers is a whole number from 1, --max_bad_share a number between 0 and 1")
     if args.kind == "dedup" and args.executor != "here":
         return _run_many(args)
-    step = None if args.kind == "dedup" else _step(args)
+    reader = RowReader(parse_keys(args.keys))
+    step = None if args.kind == "dedup" else _step(args, reader)
     report = DataReport(args.max_bad_share)
     if args.kind == "clean" and args.check:
         return _check(step, args, report, progress_bar)
@@ -104,7 +108,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
             if step is None:
                 from corpus.dedup import deduplicate
 
-                tally = deduplicate(args.files, args.out_dir, report, on_batch, args.workers, args.exact_only)
+                tally = deduplicate(args.files, args.out_dir, report, on_batch, args.workers, args.exact_only, reader)
             else:
                 tally = rewrite(step, args.files, args.out_dir, report, on_batch, args.workers)
     except (UserError, KeyboardInterrupt):
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    report.print_bad()
+    report.print_left_out()
     tally.print()
     print(
         f"{report.text_bytes / 1e6:,.1f} MB of text in {report.seconds:.1f} s: {report.megabytes_per_second:.2f} MB/s"
@@ -122,7 +126,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     _say_next(args)
 
 
-def _step(args: argparse.Namespace) -> Any:
+def _step(args: argparse.Namespace, reader: Any) -> Any:
     if args.kind == "decontaminate":
         from corpus.decontaminate import Decontaminate, read_exam
 
@@ -131,7 +135,7 @@ def _step(args: argparse.Namespace) -> Any:
         exam = read_exam(args.against)
         short = f"; {exam.too_short:,} too short to look for" if exam.too_short else ""
         print(f"looking for {len(exam.questions):,} questions of {', '.join(exam.names)}{short}")
-        return Decontaminate(exam, args.overlap)
+        return Decontaminate(exam, args.overlap, reader)
     from corpus.clean import Clean
     from corpus.rules_drop import UNSAFE, Limits
 
@@ -142,7 +146,7 @@ def _step(args: argparse.Namespace) -> Any:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--unsafe_words {args.unsafe_words}: cannot be read as UTF-8 text ({error})") from None
         unsafe = (*UNSAFE, *(line.strip().lower() for line in lines if line.strip()))
-    step = Clean(args.skip, args.also, Limits(args.min_words, tuple(args.languages), unsafe))
+    step = Clean(args.skip, args.also, Limits(args.min_words, tuple(args.languages), unsafe), reader)
     step.check()
     return step
 
@@ -153,13 +157,14 @@ def _check(step: Any, args: argparse.Namespace, report: DataReport, progress_bar
 
     tally = Tally(step.rule_names())
     with progress_bar(args.files, report) as on_batch:
-        for batch, verdicts in in_order(step.judge, batches(numbered_rows(args.files, report)), args.workers):
+        rows = numbered_rows(args.files, report, reader=step.reader)
+        for batch, verdicts in in_order(step.judge, batches(rows), args.workers):
             for row, verdict in zip(batch, verdicts, strict=True):
                 tally.add(row.file, row.line, verdict)
             report.kept = tally.kept
             on_batch()
     print(tally.markdown(step.name))
-    report.print_bad()
+    report.print_left_out()
     tally.print()
 
 
@@ -171,7 +176,8 @@ def _run_many(args: argparse.Namespace) -> None:
     from corpus.dedup_many import deduplicate_many
 
     slurm = {"partition": args.partition, "time": args.time}
-    tally = deduplicate_many(args.files, args.out_dir, args.executor, args.workers, args.max_bad_share, slurm)
+    reader = RowReader(parse_keys(args.keys))
+    tally = deduplicate_many(args.files, args.out_dir, args.executor, args.workers, args.max_bad_share, slurm, reader)
     if tally is not None:
         tally.print()
         _say_next(args)

@@ -8,7 +8,7 @@ The format is told from the content first and from the name second. What cannot 
 NUL, wrong types, half an archive) is counted in the report with its line and skipped; nothing is raised in the middle
 but the report's own verdict that too much is bad. Memory stays bounded: lines and paragraphs are read in pieces.
 
-Read next: readers.py (one reader a format), sources.py (opening, telling the format), chats.py (the chat formats),
+Read next: readers.py (one reader a format), sources.py (opening, telling the format), rows.py (row -> text or chat),
 report.py (the verdict), items.py (what becomes of the rows).
 """
 
@@ -16,18 +16,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from corpus.chats import EXPECTED_CHAT, Message, chat_text, is_chat, normalise_chat
+from corpus.chats import Message
 from corpus.errors import UserError
-from corpus.language import sound_text
 from corpus.readers import READERS, Rows
-from corpus.report import EMPTY_FILE, BadRow, DataReport
-from corpus.sources import TEXT_KEYS, check_input, open_source, sniff
+from corpus.report import EMPTY_FILE, BadRow, DataReport, UnfitRow
+from corpus.rows import READER, Content, RowReader
+from corpus.sources import check_input, open_source, sniff
 
-EXPECTED_TEXT = f"a text row needs one of the keys {', '.join(TEXT_KEYS)}, or those of a chat"
-
-Taken = TypeVar("Taken")
 Path_ = str | os.PathLike[str]
 
 
@@ -44,6 +41,7 @@ class Chat:
     messages: list[Message]
     source_file: str
     line: int
+    content: Content
 
 
 # ---- the three readers -----------------------------------------------------------------------------------------------
@@ -70,24 +68,27 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
         report.unreadable(EMPTY_FILE, file, 1)
 
 
-def read_texts(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Document]:
+def read_texts(
+    paths: Iterable[Path_], report: DataReport, source_key: str = "", reader: RowReader = READER
+) -> Iterator[Document]:
     """The documents of all files, in order. A chat counts as one document: its words, without markers.
 
     `source_key`: the key under which a row names its source.
     Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
-    for file, line, row, text in taken_rows(paths, report, EXPECTED_TEXT, _text_of):
-        yield Document(text, file, line, _source_of(row, source_key))
+    for file, line, row, content in taken_rows(paths, report, "text", reader.text):
+        report.note(content.changes, [key for key in content.unused if key != source_key], file, line)
+        yield Document(content.text, file, line, _source_of(row, source_key))
 
 
-def read_chats(paths: Iterable[Path_], report: DataReport) -> Iterator[Chat]:
+def read_chats(paths: Iterable[Path_], report: DataReport, reader: RowReader = READER) -> Iterator[Chat]:
     """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
-    for file, line, _, messages in taken_rows(paths, report, EXPECTED_CHAT, normalise_chat):
-        yield Chat(messages, file, line)
+    for file, line, _, content in taken_rows(paths, report, "chat", reader.chat):
+        yield Chat(content.messages, file, line, content)
 
 
-def all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Iterator[tuple[str, int, Any]]:
-    """Rows of all files; after each file, and at the end, the report judges."""
+def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[tuple[str, int, Any]]:
+    """Rows of all files; after each file, and at the end, the report judges. `kind`: as layouts.expected_keys."""
     files = [os.fspath(path) for path in paths]
     for file in files:
         check_input(file)
@@ -97,37 +98,32 @@ def all_rows(paths: Iterable[Path_], report: DataReport, expected: str) -> Itera
             for line, row in read_rows(file, report):
                 yield file, line, row
         except UserError:
-            report.check_file(file, expected)  # "none of its rows" says more than "too many are bad"
+            report.check_file(file, kind)  # "none of its rows" says more than "too many are bad"
             raise
-        report.check_file(file, expected)
+        report.check_file(file, kind)
     report.check_cap()
 
 
 def taken_rows(
-    paths: Iterable[Path_], report: DataReport, expected: str, take: Callable[[Any], Taken]
-) -> Iterator[tuple[str, int, Any, Taken]]:
-    """(file, line, row, take(row)) of all rows; those for which `take` raises BadRow are counted and left out."""
-    for file, line, row in all_rows(paths, report, expected):
+    paths: Iterable[Path_], report: DataReport, kind: str, take: Callable[[Any], Content]
+) -> Iterator[tuple[str, int, Any, Content]]:
+    """(file, line, row, take(row)) of all rows.
+
+    Rows for which `take` raises UnfitRow are dropped, those for which it raises BadRow are bad; both are counted.
+    """
+    for file, line, row in all_rows(paths, report, kind):
         try:
-            taken = take(row)
+            content = take(row)
+        except UnfitRow as reason:
+            report.good_row(file)
+            report.drop(str(reason), file, line)
         except BadRow as reason:
             report.bad_row(str(reason), file, line)
-            continue
-        report.good_row(file)
-        yield file, line, row, taken
+        else:
+            report.good_row(file)
+            yield file, line, row, content
 
 
 def _source_of(row: Any, key: str) -> str:
     value = row.get(key) if isinstance(row, dict) else None
     return value if isinstance(value, str) else ""
-
-
-def _text_of(row: Any) -> str:
-    if isinstance(row, str):
-        return sound_text(row, "text")
-    key = next((key for key in TEXT_KEYS if key in row), None)
-    if key is not None:
-        return sound_text(row[key], key)
-    if is_chat(row):
-        return chat_text(normalise_chat(row))
-    raise BadRow("no text key")

@@ -1,8 +1,8 @@
 """What happened to every row of the data: read, kept, left out (why, and where first), languages, lengths, speed.
 
 Nothing is cleaned silently. A row is in the end exactly one of
-    kept      it is in the data set
-    dropped   sound, but left out on purpose: an exact duplicate, a chat that does not fit
+    kept      it is in the data set, perhaps changed or without some of its keys: both are counted by name
+    dropped   sound, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
     bad       unusable: broken JSON, a number where text should be, half an archive, ...
 so that read = kept + dropped + bad. Bad rows are skipped up to `max_bad_share`; above it the run ends with one line.
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from corpus.errors import UserError
+from corpus.layouts import expected_keys
 
 EXAMPLES = 3  # places kept for each reason
 MAX_REASONS = 40  # a file can be wrong in endless ways; the report stays one screen
@@ -64,7 +65,8 @@ class DataReport:
         self.languages: dict[str, dict[str, int]] = {}
         self.histogram = [0] * (BINS + 1)
         self.trained_tokens = 0  # chats only
-        self.shortened: dict[str, Reason] = {}  # chats that are kept without their last turns
+        self.shortened: dict[str, Reason] = {}  # rows that are kept, but changed: without their last turns, …
+        self.unused: dict[str, Reason] = {}  # keys with a value that rows have and no reader uses
         self.input_total = 0  # bytes of all input files, as far as known
         self.position: Callable[[], int] = lambda: 0  # how many of them are read
         self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
@@ -100,8 +102,15 @@ class DataReport:
         _count(self.dropped, reason, file, line)
 
     def shorten(self, reason: str, file: str, line: int) -> None:
-        """A chat is kept, but lost its last turns."""
+        """A row is kept, but changed."""
         _count(self.shortened, reason, file, line)
+
+    def note(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
+        """A row is kept; how it was changed, and which of its keys have a value that is not used."""
+        for reason in changes:
+            _count(self.shortened, reason, file, line)
+        for key in unused:
+            _count(self.unused, key, file, line)
 
     def keep(
         self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
@@ -132,15 +141,16 @@ class DataReport:
                 f"{self.max_bad_share:.1%}): {reasons}: mend the data or raise --max_bad_share"
             )
 
-    def check_file(self, file: str, expected: str) -> None:
-        """Raises UserError when not one row of the file was good; `expected` says which keys a row should have."""
+    def check_file(self, file: str, kind: str) -> None:
+        """Raises UserError when not one row of the file was good; `kind` as expected_keys has it."""
         count = self.files.get(file, _File())
         empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, Reason()).first)
         if count.good or not count.rows or empty:
             return
-        found = f"found the keys {', '.join(count.keys)}" if count.keys else "found no object with keys"
         reasons = "; ".join(f"{name} ({reason.places()})" for name, reason in self._bad_in(file)[:3])
-        raise UserError(f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {expected}; {found}")
+        raise UserError(
+            f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {expected_keys(kind, count.keys)}"
+        )
 
     def _bad_in(self, file: str) -> list[tuple[str, Reason]]:
         here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
@@ -168,6 +178,7 @@ class DataReport:
         self.bad_rows += _merge(self.bad, other["bad"])
         self.dropped_rows += _merge(self.dropped, other["dropped"])
         _merge(self.shortened, other.get("shortened", {}))
+        _merge(self.unused, other.get("unused", {}))
         for language, counts in other["languages"].items():
             mine = self.languages.setdefault(language, dict.fromkeys(counts, 0))
             for name, amount in counts.items():
@@ -184,7 +195,11 @@ class DataReport:
         report |= {"bad": table(self.bad), "languages": self.languages, "tokens": self.tokens}
         report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
         if self.trained_tokens:
-            report |= {"trained_tokens": self.trained_tokens, "shortened": table(self.shortened)}
+            report |= {"trained_tokens": self.trained_tokens}
+        if self.trained_tokens or self.shortened:
+            report |= {"shortened": table(self.shortened)}
+        if self.unused:
+            report |= {"unused": table(self.unused)}
         return report
 
     def print(self) -> None:
@@ -195,6 +210,7 @@ class DataReport:
         if not console.is_terminal:
             console = Console(highlight=False, width=120)
         console.print(self._rows_table())
+        self.print_unused()
         if self.kept:
             console.print(self._languages_table())
             console.print(self._lengths_table())
@@ -204,10 +220,17 @@ class DataReport:
             console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
                           f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
 
-    def print_bad(self) -> None:
-        """Only the bad rows, a line for each reason: for steps that have a report of their own."""
-        for name, reason in sorted(self.bad.items(), key=lambda item: -item[1].count):
-            print(f"bad, left out: {reason.count:,} x {name} (first: {reason.places()})")
+    def print_left_out(self) -> None:
+        """What reading did, a line for each reason: for steps that have a report of their own."""
+        for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.shortened)):
+            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
+                print(f"{kind}: {reason.count:,} x {name} (first: {reason.places()})")
+        self.print_unused()
+
+    def print_unused(self) -> None:
+        """A line for every key that rows have a value for and that is not used."""
+        for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
+            print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.places()})")
 
     def _rows_table(self) -> Any:
         from rich.table import Table

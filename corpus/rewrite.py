@@ -27,7 +27,7 @@ from corpus.history import history_of
 from corpus.progress import PROGRESS, Progress, inputs_of
 from corpus.read import Path_, taken_rows
 from corpus.report import DataReport
-from corpus.rows import text_of
+from corpus.rows import READER, RowReader
 from corpus.shards import check_replaceable, partial_folder, publish, write_json, writing
 from corpus.tally import Tally, Verdict
 
@@ -44,7 +44,6 @@ OUR_FILES = (
     "*.keys.tmp",
     "cluster",
 )
-EXPECTED = "a row needs text, or the keys of a chat or of a pair of answers"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ class Row:
     file: str
     line: int
     row: Any
-    text: str
+    text: str  # everything that training would read of it
+    kind: str = "text"  # or "chat", "pair"
 
     def dropped_line(self, verdict: Verdict) -> bytes:
         """Its line in dropped.tsv: file:line, rule, why, beginning."""
@@ -67,6 +67,7 @@ class Step(Protocol):
     """What is done with the rows. Must be picklable when it is to run in several processes."""
 
     name: str
+    reader: RowReader
 
     def rule_names(self) -> list[str]:
         """Its rules, in the order of the report."""
@@ -83,10 +84,11 @@ class Step(Protocol):
     def judge(self, rows: list[Row]) -> list[Verdict]: ...
 
 
-def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0) -> Iterator[Row]:
-    """All rows with a text, numbered from `number`; others are counted as bad. Raises UserError as `read_texts`."""
-    for file, line, row, text in taken_rows(paths, report, EXPECTED, text_of):
-        yield Row(number, file, line, row, text)
+def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0, reader: RowReader = READER) -> Iterator[Row]:
+    """All rows that a training command would read, numbered from `number`. Raises UserError as `read_texts`."""
+    for file, line, row, content in taken_rows(paths, report, "any", reader.content):
+        report.note(content.changes, content.unused, file, line)
+        yield Row(number, file, line, row, content.text, content.kind)
         number += 1
 
 
@@ -202,12 +204,12 @@ def rewrite(
     """
     check_out_dir(out_dir, paths)
     folder = partial_folder(out_dir)
-    job = {"step": step.name, "inputs": inputs_of(paths), **step.job()}
+    job = {"step": step.name, "inputs": inputs_of(paths), **step.job(), **step.reader.job()}
     tally = Tally(step.rule_names())
     with writing(out_dir):
         output = _Output(folder, job, tally)
         try:
-            rows = _new_rows(numbered_rows(paths, report), step, output.rows)
+            rows = _new_rows(numbered_rows(paths, report, reader=step.reader), step, output.rows)
             for batch, verdicts in in_order(step.judge, batches(rows), workers):
                 output.add(batch, verdicts)
                 report.kept = tally.kept
@@ -239,6 +241,7 @@ def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: D
         raise UserError(f"{step.name} leaves none of the {tally.read:,} rows: {tally.main_reason()}")
     done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
     content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
+    content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
     (folder / "report.md").write_text(tally.markdown(step.name), encoding="utf-8")
     write_json(folder / "report.json", content)
     for left in (*folder.glob("*.keys"), folder / PROGRESS):

@@ -1,75 +1,390 @@
-"""The texts inside a row, whatever its format, so that a step can read or mend them and leave the rest as it is.
+"""A row of any layout -> what it says: a text, a chat or a pair of answers. Every command reads rows here.
 
-    text_of(row)            -> all that a reader of the row would read, as one text
-    edit_texts(row, mend)   -> the same row, every text replaced by mend(text)
+    READER.text(row)            pretrain: the text of a document, or the words of a chat
+    READER.chat(row)            sft: the messages
+    READER.pair(row)            dpo: the prompt and two answers
+    READER.content(row)         clean, dedup, decontaminate: everything that one of the others would read
+    READER.edit(row, edit)      the same row, every text that one of the others would read replaced by edit(text)
 
-A row may be plain text, an object with one of the text keys, a chat in any of the formats of chats.py, or a pair of
-answers; other keys (source, url, id, ...) are never looked at, and stay.
+    RowReader({"prompt": "ask"})   reads the question of a chat from the key `ask` (--keys prompt=ask)
 
-Read next: rewrite.py (who passes rows on), chats.py (the chat formats).
+A layout is chosen by the keys that have a value, row by row: a null or empty key hides nothing. What a row says and the
+reader does not use is listed in `Content.changes` and `Content.unused`, and counted in the report.
+
+Read next: layouts.py (keys), chats.py (turns), read.py (files -> rows), report.py (the counts).
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from corpus.chats import CONTENT_KEYS, LIST_KEYS, PAIR_KEYS
-from corpus.language import sound_text
-from corpus.report import BadRow
-from corpus.sources import TEXT_KEYS
+from corpus.chats import (
+    Message,
+    Notes,
+    apply_turn_rules,
+    chat_text,
+    edit_marked,
+    history_of,
+    is_blank,
+    is_filled,
+    is_marked,
+    is_open_question,
+    marked_turns,
+    message,
+    messages_of,
+    parse_list,
+    role_of,
+    spells_messages,
+    turn_texts,
+)
+from corpus.language import is_missing, sound_text
+from corpus.layouts import COMPARISONS, CONTENT_KEYS, HARMLESS, KEYS, THOUGHT_KEYS
+from corpus.pair_answers import SIDES, conversation_of, split_pair
+from corpus.report import BadRow, UnfitRow
 
-_INNER = (*LIST_KEYS, *CONTENT_KEYS, *(key for pair in PAIR_KEYS for key in pair))
-_KEYS = frozenset((*_INNER, "input", "system", "history", "chosen", "rejected"))
+_NO_TEXT = ("label", "weight")  # fields whose keys hold no text
+_COMPARED = frozenset(key for first, second, _, _ in COMPARISONS for key in (first, second))
+_NO_CHAT = "none of the keys of a chat"
 
-
-def is_text_row(row: Any) -> bool:
-    """True for plain text and for objects with a text key: documents, not chats."""
-    return isinstance(row, str) or (isinstance(row, dict) and any(key in row for key in TEXT_KEYS))
-
-
-def text_of(row: Any) -> str:
-    """The text of a row; of a chat or pair all its messages, a line each. Raises BadRow when there is none."""
-    if isinstance(row, str):
-        return sound_text(row, "text")
-    key = next((key for key in TEXT_KEYS if key in row), None)
-    if key is not None:
-        return sound_text(row[key], key)
-    found = [sound_text(text, "a message") for text in _texts(row) if text.strip()]
-    if not found:
-        raise BadRow("no text key, and no chat")
-    return "\n".join(found)
-
-
-def edit_texts(row: Any, mend: Callable[[str], str]) -> Any:
-    """A copy of the row with every text mended; a plain text becomes {"text": ...}."""
-    if isinstance(row, str):
-        return {"text": mend(row)}
-    key = next((key for key in TEXT_KEYS if key in row), None)
-    if key is not None:
-        return {**row, key: mend(row[key])}
-    return {key: _edited(value, mend) if key in _KEYS else value for key, value in row.items()}
+Fields = dict[str, list[str]]  # field of layouts.KEYS -> the row's filled keys, first choice first
 
 
-def _texts(row: dict[str, Any]) -> Iterator[str]:
-    for key, value in row.items():
-        if key in _KEYS:
-            yield from _inner_texts(value)
+@dataclass
+class Content:
+    """What a row says. `messages` are those of a chat, or the prompt of a pair; a text has none."""
+
+    kind: str  # "text", "chat" or "pair"
+    text: str  # all of it, without markers
+    messages: list[Message] = field(default_factory=list)
+    answers: tuple[list[Message], ...] = ()  # of a pair: the better one, the worse one
+    changes: list[str] = field(default_factory=list)  # "without ...", "with ...": how the row was changed
+    unused: list[str] = field(default_factory=list)  # keys with a value that was not read
 
 
-def _inner_texts(value: Any) -> Iterator[str]:
+class RowReader:
+    """Reads rows by the keys of layouts.KEYS; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
+
+    def __init__(self, keys: dict[str, str] | None = None) -> None:
+        self.keys = dict(keys or {})
+        self._table: dict[str, list[tuple[str, int]]] = {}
+        for name, usual in KEYS.items():
+            own = self.keys.get(name)
+            for rank, key in enumerate((own,) if own else usual):
+                if own or key not in self.keys.values():
+                    self._table.setdefault(key, []).append((name, rank))
+
+    def job(self) -> dict[str, Any]:
+        """The user's own keys as a part of what a result depends on; nothing where there are none."""
+        return {"keys": self.keys} if self.keys else {}
+
+    def fields(self, row: dict[str, Any]) -> Fields:
+        """The filled keys of every field."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for key, value in row.items():
+            for name, rank in self._roles(key):
+                if is_filled(value):
+                    found.setdefault(name, []).append((rank, key))
+        return {
+            name: [key for _, key in sorted(keys)] if len(keys) > 1 else [keys[0][1]] for name, keys in found.items()
+        }
+
+    def _roles(self, key: str) -> list[tuple[str, int]]:
+        return self._table.get(key) or self._table.get(str(key).strip().lower(), [])
+
+    # ---- text ----
+    def text(self, row: Any) -> Content:
+        """The document that `pretrain` trains on. Raises BadRow when there is none."""
+        if isinstance(row, str):
+            return Content("text", sound_text(row, "text"))
+        if not isinstance(row, dict):
+            return self.chat(row)
+        fields = self.fields(row)
+        key = self._text_key(row, fields)
+        if key is not None:
+            content = Content("text", sound_text(row[key], key))
+            content.unused = self._unused(row, {key}, Notes(), [content.text])
+            return content
+        if "messages" in fields or "answer" in fields:
+            return self.chat(row)
+        empty = next((key for key in row if any(name == "text" for name, _ in self._roles(key))), None)
+        if empty is not None:
+            sound_text(row[empty], empty)  # raises the reason
+        raise BadRow("no text key")
+
+    def _text_key(self, row: dict[str, Any], fields: Fields) -> str | None:
+        """The key of the document; a passage or a completion belongs to the chat where the row is one."""
+        is_chat = (
+            "answer" in fields and len({*fields["answer"], *fields.get("prompt", ()), *fields.get("context", ())}) > 1
+        )
+        of_chat = {*fields.get("answer", ()), *fields.get("context", ())} if is_chat else ()
+        return next((key for key in fields.get("text", ()) if key not in of_chat), None)
+
+    # ---- chats ----
+    def chat(self, row: Any) -> Content:
+        """The messages that `sft` trains on, by the rules of turns. Raises BadRow or UnfitRow with the reason."""
+        notes, used = Notes(), set[str]()
+        if isinstance(row, dict):
+            raw = self._chat_of(row, self.fields(row), used, notes)
+        elif isinstance(row, str):
+            raw = marked_turns(row)
+            if not raw:
+                raise BadRow("plain text, not a chat")
+        else:
+            raw = messages_of(row, notes)
+        messages = apply_turn_rules(raw, notes)
+        content = Content("chat", chat_text(messages), messages, (), list(notes.changes))
+        if isinstance(row, dict):
+            content.unused = self._unused(row, used, notes, [turn["content"] for turn in messages])
+        return content
+
+    def _chat_of(self, row: dict[str, Any], fields: Fields, used: set[str], notes: Notes) -> list[Message]:
+        self._skip_unwanted(row, fields, used)
+        turns = self._turns_key(row, fields)
+        answers = fields.get("answer", [])
+        if turns is not None:
+            used.add(turns)
+            messages = messages_of(row[turns], notes)
+            if answers and messages and messages[-1]["role"] == "user":
+                used.add(answers[0])
+                messages += self._answer(row, answers[0], notes)
+        elif answers and (asked := self._prompt(row, fields, set(answers[:1]), used, notes)):
+            used.add(answers[0])
+            messages = [*asked, *self._answer(row, answers[0], notes)]
+        else:
+            messages = self._marked_text(row, fields, used)
+        return self._with_system(row, fields, messages, used)
+
+    def _turns_key(self, row: dict[str, Any], fields: Fields) -> str | None:
+        """The key of the list of turns; plain text under such a key is an error where nothing else is a chat."""
+        keys = fields.get("messages", [])
+        lists = [key for key in keys if not isinstance(row[key], str) or row[key].lstrip()[:1] in ("[", "{")]
+        lists += [key for key in keys if isinstance(row[key], str) and marked_turns(row[key])]
+        if lists or (keys and "answer" not in fields):
+            return (lists or keys)[0]
+        return None
+
+    def _skip_unwanted(self, row: dict[str, Any], fields: Fields, used: set[str]) -> None:
+        """Raises UnfitRow for a row that is marked as not to be trained."""
+        for key in fields.get("label", ()):
+            if isinstance(row[key], bool) or str(row[key]).strip().lower() in ("true", "false"):
+                used.add(key)
+                if str(row[key]).strip().lower() == "false":
+                    raise UnfitRow(f"an answer that is marked as bad ({key} is false)")
+        for key in fields.get("weight", ()):
+            if row[key] in (0, 0.0, "0"):
+                raise UnfitRow(f"a row with {key} 0")
+
+    def _prompt(
+        self, row: dict[str, Any], fields: Fields, taken: set[str], used: set[str], notes: Notes
+    ) -> list[Message]:
+        """History and question, the context behind it on a new line; [] where the row has no question."""
+        key = next((key for key in fields.get("prompt", ()) if key not in taken), None)
+        contexts = [key for key in fields.get("context", ()) if key not in taken]
+        if key is None and contexts:
+            key, contexts = contexts[0], contexts[1:]
+        if key is None:
+            return []
+        value = row[key]
+        used.update((key, *contexts))
+        turns: list[Message] = []
+        for past in fields.get("history", ())[:1]:
+            used.add(past)
+            turns += history_of(row[past], notes)
+        holds_turns = isinstance(value, (list, dict)) and not _is_texts(value)
+        if holds_turns or spells_messages(value) or (isinstance(value, str) and is_open_question(value)):
+            asked = messages_of(value, notes)
+        else:
+            asked = [message("user", "\n".join(value) if _is_texts(value) else sound_text(value, key))]
+        if contexts:
+            more = [_joined_text(row[key], key) for key in contexts]
+            asked = [*asked[:-1], {**asked[-1], "content": "\n".join([asked[-1]["content"], *more])}]
+        return turns + asked
+
+    def _answer(self, row: dict[str, Any], key: str, notes: Notes) -> list[Message]:
+        value = row[key]
+        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]
+        if isinstance(value, (list, dict)) or spells_messages(value):
+            if _is_texts(value):
+                raise BadRow(f"several answers in {key}: data_process.py dpo reads ranked ones")
+            return messages_of(value, notes)
+        return [message("assistant", sound_text(value, key))]
+
+    def _marked_text(self, row: dict[str, Any], fields: Fields, used: set[str]) -> list[Message]:
+        """A chat written into one text with Human: and Assistant: or with ChatML's markers."""
+        for key in (*fields.get("text", ()), *fields.get("prompt", ())):
+            turns = marked_turns(row[key]) if isinstance(row[key], str) else []
+            if turns:
+                used.add(key)
+                return turns
+        if "chosen" in fields and "rejected" in fields:
+            raise BadRow("a pair of answers: data_process.py dpo reads it")
+        prompt, answer = (self._present(row, name) for name in ("prompt", "answer"))
+        if answer is not None and answer not in fields.get("answer", ()) and (prompt or "context" in fields):
+            if is_missing(row[answer]):
+                raise BadRow(f"{answer} is null")
+            raise UnfitRow("an empty answer")
+        if prompt is not None and "answer" in fields and prompt not in fields.get("prompt", ()):
+            sound_text(row[prompt], prompt)
+        turns_key = self._present(row, "messages")
+        if turns_key is not None:
+            raise BadRow("the list of messages is null" if is_missing(row[turns_key]) else "no messages")
+        raise BadRow(_NO_CHAT)
+
+    def _present(self, row: dict[str, Any], name: str) -> str | None:
+        """The first key of a field that the row has, filled or not."""
+        present = [(rank, key) for key in row for other, rank in self._roles(key) if other == name]
+        return min(present)[1] if present else None
+
+    def _with_system(
+        self, row: dict[str, Any], fields: Fields, messages: list[Message], used: set[str]
+    ) -> list[Message]:
+        keys = fields.get("system", [])
+        if not keys or (messages and messages[0]["role"] == "system" and not is_blank(messages[0]["content"])):
+            return messages
+        used.add(keys[0])
+        return [message("system", sound_text(row[keys[0]], keys[0])), *messages]
+
+    # ---- pairs ----
+    def pair(self, row: Any) -> Content:
+        """The prompt and two answers that `dpo` compares. Raises UnfitRow where nothing is compared."""
+        if not isinstance(row, dict):
+            raise BadRow("none of the keys of a pair")
+        fields, notes, used = self.fields(row), Notes(), set[str]()
+        values = self._sides(row, fields, used)
+        before = self._prompt(row, fields, used, used, notes)
+        if not before and "messages" in fields:
+            used.add(fields["messages"][0])
+            before = messages_of(row[fields["messages"][0]], notes)
+        if not before and (blank := self._present(row, "prompt")) is not None and isinstance(values[0], str):
+            sound_text(row[blank], blank)  # raises the reason
+        conversations = []
+        for side, value in zip(SIDES, values, strict=True):
+            whole = conversation_of(side, value, before, notes)
+            whole = self._with_system(row, fields, whole, used)
+            conversations.append(apply_turn_rules(whole, notes, cut=False))
+        prompt, *answers = split_pair(*conversations)
+        texts = [turn["content"] for turn in (*prompt, *answers[0], *answers[1])]
+        return Content(
+            "pair", "\n".join(texts), prompt, tuple(answers), list(notes.changes), self._unused(row, used, notes, texts)
+        )
+
+    def _sides(self, row: dict[str, Any], fields: Fields, used: set[str]) -> tuple[Any, Any]:
+        """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
+        keys = [fields.get(side, [self._present(row, side)])[0] for side in SIDES]
+        if None not in keys and (keys[0] in fields.get("chosen", ()) or keys[1] in fields.get("rejected", ())):
+            used.update(keys)
+            return row[keys[0]], row[keys[1]]
+        for first, second, mark, (one, other) in COMPARISONS:
+            if first in row and second in row and mark in row:
+                used.update((first, second, mark))
+                said = str(row[mark]).strip().lower()
+                if said not in (str(one), str(other)):
+                    raise UnfitRow(f"no answer is marked as the better one ({mark})")
+                return (row[first], row[second]) if said == str(one) else (row[second], row[first])
+        for key in fields.get("answer", ()):
+            if isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
+                used.add(key)
+                return row[key][0], row[key][-1]
+        raise BadRow("none of the keys of a pair")
+
+    # ---- everything ----
+    def content(self, row: Any) -> Content:
+        """Everything that text(), chat() or pair() would read, each text once; `kind` is the most specific of them."""
+        found: list[Content] = []
+        reasons: list[BadRow] = []
+        for read in (self.pair, self.chat, self.text):
+            try:
+                found.append(read(row))
+            except BadRow as reason:
+                reasons.append(reason)
+        if not found:
+            raise next((reason for reason in reasons if isinstance(reason, UnfitRow)), self._reason(row, reasons))
+        if len(found) == 1 or all(other.text == found[0].text for other in found):
+            best = found[0]
+            return Content(best.kind, best.text, best.messages, best.answers, best.changes, self._common_unused(found))
+        texts: dict[str, None] = {}
+        for other in found:
+            turns = [*other.messages, *(turn for answer in other.answers for turn in answer)]
+            texts.update(dict.fromkeys([turn["content"] for turn in turns] or [other.text]))
+        best = found[0]
+        return Content(
+            best.kind, "\n".join(texts), best.messages, best.answers, best.changes, self._common_unused(found)
+        )
+
+    @staticmethod
+    def _common_unused(found: list[Content]) -> list[str]:
+        return [key for key in found[0].unused if all(key in other.unused for other in found)]
+
+    @staticmethod
+    def _reason(row: Any, reasons: list[BadRow]) -> BadRow:
+        """The reason that says most: not that one kind of keys is missing."""
+        missing = ("none of the keys of a pair", _NO_CHAT, "no text key")
+        return next((reason for reason in reasons if str(reason) not in missing), BadRow("no text key, and no chat"))
+
+    def edit(self, row: Any, edit: Callable[[str], str]) -> Any:
+        """A copy of the row with every text edited; a plain text becomes {"text": ...}."""
+        if isinstance(row, str):
+            return {"text": edit(row)}
+        if not isinstance(row, dict):
+            return _edited(row, edit)
+        return {key: _edited(value, edit) if self._holds_text(key) else value for key, value in row.items()}
+
+    def _holds_text(self, key: str) -> bool:
+        return key in _COMPARED or any(name not in _NO_TEXT for name, _ in self._roles(key))
+
+    def _unused(self, row: dict[str, Any], used: set[str], notes: Notes, texts: list[str]) -> list[str]:
+        """The keys with a value that was not read, which is not a mere description and stands nowhere else."""
+        unused = [
+            str(key)
+            for key, value in row.items()
+            if key not in used
+            and key not in HARMLESS
+            and str(key).lower() not in HARMLESS
+            and is_filled(value)
+            and not (isinstance(value, str) and value in texts)
+        ]
+        return [*unused, *notes.unused]
+
+
+def _is_texts(value: Any) -> bool:
+    """True for a list of texts that is no chat by itself: the paragraphs of a context, ranked answers."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _joined_text(value: Any, key: str) -> str:
+    return "\n".join(value) if _is_texts(value) else sound_text(value, key)
+
+
+def _edited(value: Any, edit: Callable[[str], str]) -> Any:
+    """`value` with its texts edited. Roles stay; text that spells a list of turns is written as JSON again."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _inner_texts(inner)
-    elif isinstance(value, dict):
-        yield from _texts(value)
-
-
-def _edited(value: Any, mend: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return mend(value)
-    if isinstance(value, list):
-        return [_edited(inner, mend) for inner in value]
+        if value.lstrip()[:1] == "[":
+            try:
+                spelled = parse_list(value, "")
+            except BadRow:
+                return edit(value)
+            if isinstance(spelled, list) and spelled and all(isinstance(turn, (dict, list, tuple)) for turn in spelled):
+                done = _edited(spelled, edit)
+                return value if done == spelled else json.dumps(done, ensure_ascii=False)
+        return edit_marked(value, edit) if is_marked(value) and marked_turns(value) else edit(value)
+    if isinstance(value, (list, tuple)):
+        return [_edited(inner, edit) for inner in value]
     if isinstance(value, dict):
-        return {key: _edited(inner, mend) if key in _KEYS else inner for key, inner in value.items()}
+        return {key: _edited(inner, edit) if key in _text_keys(value) else inner for key, inner in value.items()}
     return value
+
+
+def _text_keys(turn: dict[str, Any]) -> set[str]:
+    """The keys of an object inside a list of turns that hold text."""
+    try:
+        role = role_of(turn)
+    except BadRow:
+        role = None
+    if role:
+        return {key for key in (*CONTENT_KEYS, *THOUGHT_KEYS) if key in turn}
+    return {*turn_texts(turn), *(key for key in turn if key in CONTENT_KEYS or isinstance(turn[key], (dict, list)))}
+
+
+READER = RowReader()

@@ -119,7 +119,9 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 def judge(row, **options):
-    return Clean(**options).judge([Row(0, "f", 1, row, row if isinstance(row, str) else json.dumps(row))])[0]
+    text = row if isinstance(row, str) else json.dumps(row)
+    kind = "text" if isinstance(row, str) or "text" in row or "content" in row else "chat"
+    return Clean(**options).judge([Row(0, "f", 1, row, text, kind)])[0]
 
 
 def test_rows_keep_their_format_and_their_other_keys():

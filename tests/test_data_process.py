@@ -211,7 +211,7 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
     before = sorted(path.name for path in tmp_path.iterdir())
     for kind, file, words in (
         ("pretrain", broken, "1 of 51 rows read are bad .2.0%, allowed are 1.0%.: 1 x broken JSON .*broken.jsonl:51"),
-        ("sft", plain, "plain text, not a chat.*a chat row needs conversations or messages"),
+        ("sft", plain, "plain text, not a chat.*a chat row needs a list of turns"),
         ("sft", write_rows(tmp_path / "texts.jsonl", EN), "none of its 600 rows.*found the keys text"),
         ("pretrain", tmp_path / "nowhere.txt", "no such file"),
     ):

@@ -11,12 +11,18 @@ import data_process
 from corpus.errors import UserError
 from corpus.items import Item
 from corpus.pack import tokenise_chats
-from corpus.pairs import PAIRS, normalise_pair, render_pairs
+from corpus.pairs import PAIRS, render_pairs
 from corpus.report import BadRow, DataReport, UnfitRow
+from corpus.rows import READER
 from corpus.shard_reader import open_split
 from corpus.shards import read_meta
 from model.chat_formats import FORMAT_NAMES
 from tests.conftest import SHARED_DATA
+
+
+def normalise_pair(row):
+    content = READER.pair(row)
+    return (content.messages, *content.answers)
 
 
 def user(text):
@@ -91,11 +97,11 @@ def test_what_compares_nothing_is_dropped_with_its_reason(row, reason):
         ({"prompt": "q", "chosen": "a"}, "none of the keys of a pair"),
         ({"chosen": "good", "rejected": "bad"}, "the list of messages is neither JSON nor a Python list"),
         ({"prompt": "q", "chosen": 5, "rejected": "a"}, "the messages are not a list"),
-        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "the messages are not a list"),
-        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "user message is empty"),
+        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "prompt is a number, not a string"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
         ({"prompt": "q", "chosen": "a\0", "rejected": "b"}, "NUL character in assistant message"),
-        ({"chosen": GOOD, "rejected": BAD}, "the assistant speaks first"),
-        ({"prompt": [user("q"), bot("r")], "chosen": "a", "rejected": "b"}, "two messages of one role in a row"),
+        ({"chosen": GOOD, "rejected": BAD}, "answers without a prompt"),
+        ({"prompt": [user("q"), bot("r")], "chosen": "a", "rejected": "b"}, "the prompt ends with an answer"),
     ],
 )
 def test_what_cannot_be_used_is_bad(row, reason):

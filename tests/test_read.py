@@ -207,10 +207,10 @@ def test_empty_files(tmp_path):
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 def test_a_file_without_a_good_row_names_the_keys(tmp_path):
     with pytest.raises(
-        UserError, match=r"none of its 2 rows.*needs one of the keys text.*found the keys prompt_zh, id"
+        UserError, match=r"none of its 2 rows.*needs a text.*found the keys prompt_zh, id; nearest.*--list_layouts"
     ):
         read(tmp_path, "a.jsonl", lines([{"prompt_zh": "x", "id": 1}] * 2), max_bad_share=1)
-    with pytest.raises(UserError, match=r"plain text, not a chat.*a chat row needs conversations or messages"):
+    with pytest.raises(UserError, match=r"plain text, not a chat.*a chat row needs a list of turns"):
         read(tmp_path, "a.txt", b"some text", reader=read_chats)
     with pytest.raises(UserError, match="UTF-16"):
         read(tmp_path, "b.txt", "hello".encode("utf-16"))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from corpus.choose import Choice, Examples, Scores, print_histogram, scores_path, summary
-from corpus.items import Item, chat_items
+from corpus.items import Item
 from corpus.pack import Form
 from corpus.report import DataReport
 from model.chat import ChatTokenizer
@@ -127,7 +127,7 @@ class Choosing:
         self.scores = Scores(scores_path(args.out_dir, scorer.name))
         report = DataReport(args.max_bad_share)
         with progress(args.files, report) as on_batch:
-            items = counted(chat_items(args.files, report), report, on_batch)
+            items = counted(form.items(args.files, report), report, on_batch)
             try:
                 new = score_items(items, scorer, self.scores)
             except KeyboardInterrupt:
@@ -141,7 +141,7 @@ class Choosing:
         self.choice = Choice(self.scores, args.keep_entropy or [], args.keep_share)
         self.examples = Examples(self.scores, 2)
         chosen = self.choice.chosen(form.items, args.val_share, self.examples.consider)
-        self.form = dataclasses.replace(form, items=chosen, choice=self.choice.job())
+        self.form = dataclasses.replace(form, items=chosen, choice=form.choice | self.choice.job())
 
     def show(self) -> None:
         print_histogram(self.choice, self.examples)

@@ -1,0 +1,230 @@
+"""The layouts of rows that are read: which keys hold a question, an answer, a list of turns, a system prompt, …
+
+    KEYS       field -> the keys that hold it, first choice first; per row the first *filled* key of a field counts
+    ROLES      the names of speakers -> user, assistant, system, tool
+    LAYOUTS    one example row for each layout that is documented and tested
+
+A new key is one more entry in KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md shows the same
+table (tests/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` names the keys of any other layout.
+
+Read next: chats.py (turns -> messages), rows.py (row -> text, chat or pair).
+"""
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from corpus.errors import UserError
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "text": (
+        "text", "content", "contents", "raw_content", "document", "passage", "article", "body", "completion", "story",
+        "markdown", "正文", "文本", "内容",
+    ),
+    "messages": (
+        "messages", "conversations", "conversation", "dialogue", "dialogues", "dialog", "dialogs", "chat", "chats",
+        "turns", "data", "items", "对话", "会话",
+    ),
+    "prompt": (
+        "instruction", "question", "prompt", "query", "q", "problem", "human", "user", "ask",
+        "指令", "问题", "提问", "提示", "题目", "问",
+    ),
+    "answer": (
+        "output", "response", "solution", "answer", "a", "completion", "target", "reply", "assistant", "gpt", "bot",
+        "输出", "回答", "回复", "答案", "答复", "答",
+    ),
+    "context": ("input", "context", "passage", "document", "article", "输入", "上下文", "背景"),
+    "system": ("system", "system_prompt", "system_message", "meta_instruction", "系统提示", "系统"),
+    "history": ("history", "历史", "历史对话"),
+    "chosen": (
+        "chosen", "choose", "chosen_response", "response_chosen", "chosen_answer", "answer_chosen", "preferred_output",
+        "preferred", "accepted", "accept", "better", "win", "response_j", "优选", "好回答",
+    ),
+    "rejected": (
+        "rejected", "reject", "rejected_response", "response_rejected", "rejected_answer", "answer_rejected",
+        "non_preferred_output", "dispreferred", "worse", "lose", "response_k", "劣选", "差回答",
+    ),
+    "label": ("label", "kto_tag"),
+    "weight": ("weight",),
+}  # fmt: skip
+
+# Two answers beside each other, the key that says which is better, and its values for the first and the second.
+COMPARISONS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
+    ("response_0", "response_1", "better_response_id", (0, 1)),
+    ("conversation_a", "conversation_b", "winner", ("model_a", "model_b")),
+    ("response_a", "response_b", "winner", ("model_a", "model_b")),
+    ("human_ref_A", "human_ref_B", "labels", (1, 0)),
+)
+
+ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
+ROLES = {
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "customer", "用户", "提问者"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "model", "ai", "bing", "bard", "claude",
+                     "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_call", "function_response", "tool_call",
+                     "tool_response", "tool_result", "ipython", "工具"), "tool"),
+}  # fmt: skip
+TOOL_KEYS = ("tool_calls", "function_call")  # of a message: a call instead of an answer
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
+
+# Keys that describe a row and are no part of what it teaches; every other key that is not used is reported.
+HARMLESS = frozenset((
+    "author", "batch", "category", "categories", "chosen_model", "chosen_score", "cluster", "conversation_hash",
+    "conversation_id", "count", "country", "created", "created_at", "dataset", "dataset_name", "date", "dialog_id",
+    "dialogue_id", "difficulty", "domain", "dump", "file", "file_path", "filename", "generation_model", "generator",
+    "hash", "hashed_ip", "id", "idx", "index", "info", "is_safe", "kind", "label_name", "lang", "language", "length",
+    "level", "license", "licence", "line", "link", "margin", "meta", "metadata", "model", "model_name", "msg_id",
+    "name", "num_tokens", "num_turns", "origin", "page", "prompt_hash", "prompt_id", "quality", "rank", "rating",
+    "rejected_model", "rejected_score", "safety", "score", "score_chosen", "score_rejected", "scores", "sha", "shard",
+    "source", "source_dataset", "source_file", "split", "src", "subject", "subset", "tag", "tags", "task", "task_id",
+    "task_name", "task_type", "time", "timestamp", "topic", "toxic", "turn", "turn_id", "type", "uid", "updated", "url",
+    "user_id", "uuid", "version", "weight", "year", "编号", "序号", "分类", "类别", "来源",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A documented layout: an example row, and the projects or data sets that write it."""
+
+    name: str
+    kind: str  # "text", "chat" or "pair"
+    example: Any
+    used_by: str
+
+
+_ASKED, _SAID = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+_WRONG = {"role": "assistant", "content": "3"}
+
+LAYOUTS = (
+    Layout("text", "text", {"text": "…"}, "most corpora; also content, document, article, body, completion, …"),
+    Layout("messages", "chat", {"messages": [_ASKED, _SAID]}, "OpenAI, minimind, nanochat, trl, axolotl"),
+    Layout("ShareGPT", "chat", {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
+                                "system": "…"}, "ShareGPT, FastChat, LLaMA-Factory"),
+    Layout("list", "chat", [_ASKED, _SAID], "nanochat's CustomJSON: a line is a list of messages"),
+    Layout("turns", "chat", {"conversation": [{"human": "1+1?", "assistant": "2"}]}, "Firefly, MOSS, ShareGPT-zh"),
+    Layout("strings", "chat", {"conversations": ["1+1?", "2"]}, "LIMA, UltraChat (key data)"),
+    Layout("Alpaca", "chat", {"instruction": "Add.", "input": "1+1", "output": "2", "history": [["Hi", "Hello"]],
+                              "system": "…"}, "Alpaca, BELLE, LLaMA-Factory; input, history, system optional"),
+    Layout("question, answer", "chat", {"question": "1+1?", "answer": "2"},
+           "any key of a question with any key of an answer: prompt, query, q, 问题 / response, output, a, 回答, …"),
+    Layout("input, output", "chat", {"input": "1+1?", "output": "2"}, "Firefly (input, target), medical sets"),
+    Layout("context", "chat", {"instruction": "Who?", "context": "Li wrote it.", "response": "Li."},
+           "Dolly; the context follows the question on a new line"),
+    Layout("history", "chat", {"history": "[['Hi', 'Hello']]", "q": "1+1?", "a": "2"},
+           "minimind v1's csv, ChatGLM: pairs or messages, as a list or as text"),
+    Layout("marked text", "chat", {"instruction": "Human: Hi\nAssistant: Hello\nHuman: 1+1?\nAssistant:",
+                                   "output": "2"}, "BELLE's multi-turn set, HH-RLHF"),
+    Layout("labelled", "chat", {"prompt": "1+1?", "completion": "2", "label": True},
+           "KTO; rows with label false are skipped"),
+    Layout("whole conversations", "pair", {"chosen": [_ASKED, _SAID], "rejected": [_ASKED, _WRONG]},
+           "minimind, trl, UltraFeedback"),
+    Layout("prompt and answers", "pair", {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
+           "trl, LLaMA-Factory; prompt, chosen and rejected as text, a message or messages"),
+    Layout("Alpaca pair", "pair", {"instruction": "Add.", "input": "1+1", "chosen": "2", "rejected": "3"},
+           "LLaMA-Factory; with history and system"),
+    Layout("ranked", "pair", {"instruction": "1+1?", "output": ["2", "3"]}, "LLaMA-Factory: the better answer first"),
+    Layout("Huozi", "pair", {"q": "1+1?", "choose": "2", "reject": "3"},
+           "Huozi; also accepted, better, win, response_j, …"),
+    Layout("preferred_output", "pair", {"input": {"messages": [_ASKED]}, "preferred_output": [_SAID],
+                                        "non_preferred_output": [_WRONG]}, "OpenAI"),
+    Layout("HH-RLHF", "pair", {"chosen": "\n\nHuman: 1+1?\n\nAssistant: 2",
+                               "rejected": "\n\nHuman: 1+1?\n\nAssistant: 3"}, "Anthropic's HH-RLHF"),
+    Layout("comparison", "pair", {"prompt": "1+1?", "response_0": "2", "response_1": "3", "better_response_id": 0},
+           "PKU-SafeRLHF; Chatbot Arena (conversation_a, conversation_b, winner); SHP"),
+)  # fmt: skip
+
+# What is done with turns, in every command: (what is found, what is done with it), in English and in Chinese.
+TURN_RULES = (
+    ("developer", "is system", "developer 角色", "等同于 system"),
+    ("several system messages at the start", "joined", "开头有多条 system 消息", "合并"),
+    ("a system message later on", "row skipped, counted", "中途出现 system 消息", "跳过该行并计数"),
+    ("the assistant speaks first", "its opening message is left out, counted",
+     "助手先发言", "去掉开头的助手消息并计数"),
+    ("two messages of one role in a row", "joined with a line end, counted", "同一角色连续发言", "用换行合并并计数"),
+    ("an empty answer, or an empty message later on", "the chat ends before that turn, counted",
+     "空回答，或后面出现空消息", "对话在该轮之前结束并计数"),
+    ("no answer left", "row skipped, counted", "没有剩下任何回答", "跳过该行并计数"),
+    ("a last question without an answer", "left out, counted", "最后一个问题没有回答", "去掉该问题并计数"),
+    ("tool calls, tool results", "row skipped, counted (not trained yet)",
+     "工具调用与工具结果", "跳过该行并计数（暂不训练）"),
+    ("thoughts: reasoning_content, …", "left out, counted (not trained yet)",
+     "思考内容：reasoning_content 等", "去掉并计数（暂不训练）"),
+    ("a message with weight 0, train false", "read as context, not trained", "消息的 weight 为 0 或 train 为 false",
+     "作为上文保留，不训练"),
+    ("a row with label false, or weight 0", "row skipped, counted",
+     "label 为 false 或 weight 为 0 的行", "跳过该行并计数"),
+    ("any other key with a value", "not used, counted by name", "其他有值的键", "不使用，按键名计数"),
+)  # fmt: skip
+
+
+def parse_keys(text: str) -> dict[str, str]:
+    """`--keys prompt=KEY,answer=KEY,…` as {field: key}. Raises UserError naming the fields that exist."""
+    keys: dict[str, str] = {}
+    fields = [field for field in KEYS if field not in ("label", "weight")]
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        field, equals, key = (piece.strip() for piece in part.partition("="))
+        if field not in fields or not equals or not key:
+            raise UserError(f"--keys {text}: write FIELD=KEY,…; the fields are {', '.join(fields)}")
+        if field in keys:
+            raise UserError(f"--keys {text}: {field} is named twice")
+        keys[field] = key
+    return keys
+
+
+def expected_keys(kind: str, found: Iterable[str]) -> str:
+    """What a row of this kind ("text", "chat", "pair" or "any") needs, and the layouts nearest to the keys found."""
+    found = list(found)
+    needs = {
+        "text": "a text row needs a text (text, content, …), or a chat",
+        "chat": "a chat row needs a list of turns (messages, conversations, …), or a question with an answer "
+        "(instruction/output, question/answer, …)",
+        "pair": "a pair row needs chosen and rejected: whole conversations, or answers to its prompt",
+        "any": "a row needs text, a chat or a pair of answers",
+    }[kind]
+    if not found:
+        return f"{needs}; found no object with keys"
+    nearest = ", ".join(json.dumps(layout.example, ensure_ascii=False) for layout in nearest_layouts(kind, found))
+    fields = {"text": "text=KEY", "pair": "prompt=KEY,chosen=KEY,rejected=KEY"}.get(kind, "prompt=KEY,answer=KEY")
+    return (
+        f"{needs}; found the keys {', '.join(found)}; nearest: {nearest}; "
+        f"--keys {fields} names them, data_process.py --list_layouts shows all"
+    )
+
+
+def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
+    """The two layouts of this kind whose keys, or keys of the same fields, are most like those found."""
+
+    def likeness(layout: Layout) -> float:
+        keys = list(layout.example) if isinstance(layout.example, dict) else []
+        score = 0.0
+        for key in found:
+            same_field = {other for names in KEYS.values() if key.lower() in names for other in names}
+            ratios = [difflib.SequenceMatcher(None, key.lower(), wanted).ratio() for wanted in keys]
+            score += 1.0 if same_field & set(keys) else max([ratio for ratio in ratios if ratio > 0.6], default=0.0)
+        return score / (1 + len(keys))
+
+    choices = [layout for layout in LAYOUTS if kind in ("any", layout.kind)]
+    return sorted(choices, key=lambda layout: -likeness(layout))[:2]
+
+
+def layout_table() -> list[tuple[str, str, str, str]]:
+    """(kind, name, example, used by) of every layout, for --list_layouts and dataset/README.md."""
+    return [
+        (layout.kind, layout.name, json.dumps(layout.example, ensure_ascii=False), layout.used_by) for layout in LAYOUTS
+    ]
+
+
+def print_layouts() -> None:
+    """The layouts, the keys of every field and the turn rules, as text."""
+    for kind, name, example, used_by in layout_table():
+        print(f"{kind:5} {name}: {used_by}\n      {example}")
+    print("\nkeys of each field (--keys FIELD=KEY,… names others):")
+    for field, keys in KEYS.items():
+        print(f"  {field:9} {', '.join(keys)}")
+    print("\nturns, the same in every command:")
+    for found, done, *_ in TURN_RULES:
+        print(f"  {found}: {done}")

@@ -1,0 +1,61 @@
+"""Two answers to one prompt: each side as a whole conversation, and the prompt that both share.
+
+The prompt is what both conversations share, message by message and never letter by letter: two answers that begin with
+the same words are still two answers.
+
+Read next: rows.py (who calls this), pairs.py (what becomes of a pair).
+"""
+
+import itertools
+from typing import Any
+
+from corpus.chats import Message, Notes, is_blank, is_filled, message, messages_of, spells_messages
+from corpus.report import BadRow, UnfitRow
+
+SIDES = ("chosen", "rejected")
+
+
+def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) -> list[Message]:
+    """The conversation of one side: `before` and its answer, or the conversation as it is written.
+
+    Raises UnfitRow for an answer that compares nothing, BadRow for one that cannot be used.
+    """
+    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if is_blank(value) or not is_filled(value):
+        raise UnfitRow(f"an empty answer ({side})")
+    if isinstance(value, str) and before and not spells_messages(value):
+        messages = [message("assistant", value)]
+    else:
+        messages = messages_of(value, notes)
+    if messages[-1]["role"] != "assistant":
+        raise UnfitRow("an answer that is not the assistant's")
+    if is_blank(messages[-1]["content"]):
+        raise UnfitRow(f"an empty answer ({side})")
+    if messages[0]["role"] == "assistant":
+        if not before:
+            raise BadRow("answers without a prompt")
+        if before[-1]["role"] == "assistant":
+            raise BadRow("the prompt ends with an answer")
+        return before + messages
+    if before and not any(messages[i : i + len(before)] == before for i in range(len(messages))):
+        raise UnfitRow("chosen and rejected have different prompts")
+    return messages
+
+
+def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
+    """(prompt, better answer, worse answer) of two whole conversations. Raises UnfitRow where they compare nothing."""
+    shared = common_length(chosen, rejected)
+    answers = chosen[shared:], rejected[shared:]
+    if not any(answers):
+        raise UnfitRow("chosen and rejected are the same")
+    if not all(answers):
+        raise UnfitRow("one conversation is only the beginning of the other")
+    if any(answer[0]["role"] != "assistant" for answer in answers):
+        raise UnfitRow("chosen and rejected have different prompts")
+    return chosen[:shared], *answers
+
+
+def common_length(one: list[Any], other: list[Any]) -> int:
+    """How many entries both begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
