@@ -51,6 +51,8 @@ def message(role: str, content: Any) -> Message:
 
 def whole_turns(messages: list[Message]) -> list[Message]:
     """The chat up to its last answer: a last question without an answer is left out. May be empty."""
+    if messages and messages[-1]["role"] == "assistant":
+        return messages
     end = max((i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
     return messages[:end]
 
@@ -67,13 +69,13 @@ def is_trained(message: Message) -> bool:
 
 def is_blank(value: Any) -> bool:
     """True for null, NaN and text of white space only."""
-    return is_missing(value) or (isinstance(value, str) and not value.strip())
+    return (not value or value.isspace()) if isinstance(value, str) else is_missing(value)
 
 
 def is_filled(value: Any) -> bool:
     """False for null, NaN, blank text, empty lists and objects, and text that spells an empty list."""
     if isinstance(value, str):
-        return value.strip() not in ("", "[]", "{}")
+        return not is_blank(value) and (len(value) > 9 or value.strip() not in ("[]", "{}"))
     return not (is_missing(value) or (isinstance(value, (list, tuple, dict)) and not value))
 
 
@@ -93,7 +95,22 @@ def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -
         raise BadRow("no messages")
     if all(isinstance(turn, str) for turn in value):
         return [message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)]
-    return [message for turn in value for message in _messages_of_turn(turn, notes)]
+    messages = []
+    for turn in value:
+        usual = _usual_message(turn)
+        messages += [usual] if usual else _messages_of_turn(turn, notes)
+    return messages
+
+
+def _usual_message(turn: Any) -> Message | None:
+    """The message of {"role", "content"} or {"from", "value"} with text and nothing else: nearly all turns are such."""
+    if not isinstance(turn, dict) or len(turn) != 2:
+        return None
+    name, content = (turn["role"], turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if not role or role == "tool" or not isinstance(content, str) or content.startswith("[{"):
+        return None
+    return {"role": role, "content": content}
 
 
 def _turns_of_object(value: dict[str, Any]) -> Any:
@@ -294,6 +311,23 @@ def apply_turn_rules(messages: list[Message], notes: Notes, cut: bool = True) ->
     `cut`: the chat ends before its first empty message; without it an empty message is an error. Raises BadRow or
     UnfitRow with the reason.
     """
+    if not _in_turn(messages):
+        messages = _put_in_turn(messages, notes, cut)
+    for turn in messages:
+        sound_text(turn["content"], turn["role"] + " message")
+    return messages
+
+
+def _in_turn(messages: list[Message]) -> bool:
+    """True for a chat that is as it should be: an optional system message, then user and assistant, none empty."""
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    roles = itertools.cycle(("user", "assistant"))
+    return len(messages) > start and all(
+        turn["role"] == role for turn, role in zip(messages[start:], roles, strict=False)
+    ) and not any(is_blank(turn["content"]) for turn in messages)  # fmt: skip
+
+
+def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Message]:
     kept: list[Message] = []
     for new in messages:
         role, before = new["role"], kept[-1]["role"] if kept else ""
@@ -317,8 +351,6 @@ def apply_turn_rules(messages: list[Message], notes: Notes, cut: bool = True) ->
         if before_it:
             notes.changes[CUT] = None
             kept = before_it
-    for turn in kept:
-        sound_text(turn["content"], turn["role"] + " message")
     return kept
 
 

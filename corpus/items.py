@@ -87,7 +87,7 @@ def chat_items(
         report.note(chat.content.changes, chat.content.unused, *place)
         if len(messages) < len(chat.messages):
             report.shorten("without its last question, which has no answer", *place)
-        text = chat_text(messages)
+        text = chat.content.text if messages is chat.messages else chat_text(messages)
         yield Item(text, messages, language_of(text), question_key(messages), *place, identity=identity)
 
 

@@ -80,33 +80,32 @@ class RowReader:
 
     def fields(self, row: dict[str, Any]) -> Fields:
         """The filled keys of every field."""
-        found: dict[str, list[tuple[int, str]]] = {}
+        ranked: dict[str, list[tuple[int, str]]] = {}
         for key, value in row.items():
-            for name, rank in self._roles(key):
-                if is_filled(value):
-                    found.setdefault(name, []).append((rank, key))
-        return {
-            name: [key for _, key in sorted(keys)] if len(keys) > 1 else [keys[0][1]] for name, keys in found.items()
-        }
+            if (roles := self._roles(key)) and is_filled(value):
+                for name, rank in roles:
+                    ranked.setdefault(name, []).append((rank, key))
+        return {name: [key for _, key in sorted(keys)] for name, keys in ranked.items()}
 
     def _roles(self, key: str) -> list[tuple[str, int]]:
+        """The fields that a key may hold, each with its rank among the keys of that field."""
         return self._table.get(key) or self._table.get(str(key).strip().lower(), [])
 
     # ---- text ----
-    def text(self, row: Any) -> Content:
+    def text(self, row: Any, fields: Fields | None = None) -> Content:
         """The document that `pretrain` trains on. Raises BadRow when there is none."""
         if isinstance(row, str):
             return Content("text", sound_text(row, "text"))
         if not isinstance(row, dict):
             return self.chat(row)
-        fields = self.fields(row)
+        fields = self.fields(row) if fields is None else fields
         key = self._text_key(row, fields)
         if key is not None:
             content = Content("text", sound_text(row[key], key))
-            content.unused = self._unused(row, {key}, Notes(), [content.text])
+            content.unused = self._unused(row, {key}, Notes(), [message("user", content.text)])
             return content
         if "messages" in fields or "answer" in fields:
-            return self.chat(row)
+            return self.chat(row, fields)
         empty = next((key for key in row if any(name == "text" for name, _ in self._roles(key))), None)
         if empty is not None:
             sound_text(row[empty], empty)  # raises the reason
@@ -121,11 +120,11 @@ class RowReader:
         return next((key for key in fields.get("text", ()) if key not in of_chat), None)
 
     # ---- chats ----
-    def chat(self, row: Any) -> Content:
+    def chat(self, row: Any, fields: Fields | None = None) -> Content:
         """The messages that `sft` trains on, by the rules of turns. Raises BadRow or UnfitRow with the reason."""
         notes, used = Notes(), set[str]()
         if isinstance(row, dict):
-            raw = self._chat_of(row, self.fields(row), used, notes)
+            raw = self._chat_of(row, self.fields(row) if fields is None else fields, used, notes)
         elif isinstance(row, str):
             raw = marked_turns(row)
             if not raw:
@@ -135,7 +134,7 @@ class RowReader:
         messages = apply_turn_rules(raw, notes)
         content = Content("chat", chat_text(messages), messages, (), list(notes.changes))
         if isinstance(row, dict):
-            content.unused = self._unused(row, used, notes, [turn["content"] for turn in messages])
+            content.unused = self._unused(row, used, notes, messages)
         return content
 
     def _chat_of(self, row: dict[str, Any], fields: Fields, used: set[str], notes: Notes) -> list[Message]:
@@ -247,11 +246,12 @@ class RowReader:
         return [message("system", sound_text(row[keys[0]], keys[0])), *messages]
 
     # ---- pairs ----
-    def pair(self, row: Any) -> Content:
+    def pair(self, row: Any, fields: Fields | None = None) -> Content:
         """The prompt and two answers that `dpo` compares. Raises UnfitRow where nothing is compared."""
         if not isinstance(row, dict):
             raise BadRow("none of the keys of a pair")
-        fields, notes, used = self.fields(row), Notes(), set[str]()
+        fields = self.fields(row) if fields is None else fields
+        notes, used = Notes(), set[str]()
         values = self._sides(row, fields, used)
         before = self._prompt(row, fields, used, used, notes)
         if not before and "messages" in fields:
@@ -263,12 +263,12 @@ class RowReader:
         for side, value in zip(SIDES, values, strict=True):
             whole = conversation_of(side, value, before, notes)
             whole = self._with_system(row, fields, whole, used)
-            conversations.append(apply_turn_rules(whole, notes, cut=False))
+            messages = apply_turn_rules(whole, notes, cut=False)
+            conversations.append([message(turn["role"], turn["content"]) for turn in messages])  # weights are for SFT
         prompt, *answers = split_pair(*conversations)
-        texts = [turn["content"] for turn in (*prompt, *answers[0], *answers[1])]
-        return Content(
-            "pair", "\n".join(texts), prompt, tuple(answers), list(notes.changes), self._unused(row, used, notes, texts)
-        )
+        turns = [*prompt, *answers[0], *answers[1]]
+        unused = self._unused(row, used, notes, turns)
+        return Content("pair", chat_text(turns), prompt, tuple(answers), list(notes.changes), unused)
 
     def _sides(self, row: dict[str, Any], fields: Fields, used: set[str]) -> tuple[Any, Any]:
         """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
@@ -294,24 +294,35 @@ class RowReader:
         """Everything that text(), chat() or pair() would read, each text once; `kind` is the most specific of them."""
         found: list[Content] = []
         reasons: list[BadRow] = []
-        for read in (self.pair, self.chat, self.text):
+        fields = self.fields(row) if isinstance(row, dict) else {}
+        for read in self._readers(row, fields):
             try:
-                found.append(read(row))
+                found.append(read(row, fields))
             except BadRow as reason:
                 reasons.append(reason)
         if not found:
             raise next((reason for reason in reasons if isinstance(reason, UnfitRow)), self._reason(row, reasons))
-        if len(found) == 1 or all(other.text == found[0].text for other in found):
-            best = found[0]
-            return Content(best.kind, best.text, best.messages, best.answers, best.changes, self._common_unused(found))
+        best = found[0]
+        if len(found) == 1:
+            return best
         texts: dict[str, None] = {}
         for other in found:
             turns = [*other.messages, *(turn for answer in other.answers for turn in answer)]
             texts.update(dict.fromkeys([turn["content"] for turn in turns] or [other.text]))
-        best = found[0]
-        return Content(
-            best.kind, "\n".join(texts), best.messages, best.answers, best.changes, self._common_unused(found)
-        )
+        unused = self._common_unused(found)
+        return Content(best.kind, "\n".join(texts), best.messages, best.answers, best.changes, unused)
+
+    def _readers(self, row: Any, fields: Fields) -> list[Callable[[Any, Fields], Content]]:
+        """Those of pair(), chat() and text() that may read this row, the most specific first."""
+        if not isinstance(row, dict):
+            return [self.chat, self.text] if isinstance(row, str) else [self.chat]
+        text = self._text_key(row, fields)
+        ranked = any(isinstance(row[key], (list, tuple)) for key in fields.get("answer", ()))
+        pair = "chosen" in fields or "rejected" in fields or ranked or not _COMPARED.isdisjoint(row)
+        marked = text is not None and isinstance(row[text], str) and bool(marked_turns(row[text]))
+        chat = "messages" in fields or "answer" in fields or marked
+        readers = [self.pair] * pair + [self.chat] * chat + [self.text] * (text is not None)
+        return readers or [self.chat, self.text]
 
     @staticmethod
     def _common_unused(found: list[Content]) -> list[str]:
@@ -334,17 +345,14 @@ class RowReader:
     def _holds_text(self, key: str) -> bool:
         return key in _COMPARED or any(name not in _NO_TEXT for name, _ in self._roles(key))
 
-    def _unused(self, row: dict[str, Any], used: set[str], notes: Notes, texts: list[str]) -> list[str]:
-        """The keys with a value that was not read, which is not a mere description and stands nowhere else."""
-        unused = [
-            str(key)
-            for key, value in row.items()
-            if key not in used
-            and key not in HARMLESS
-            and str(key).lower() not in HARMLESS
-            and is_filled(value)
-            and not (isinstance(value, str) and value in texts)
-        ]
+    def _unused(self, row: dict[str, Any], used: set[str], notes: Notes, messages: list[Message]) -> list[str]:
+        """The keys with a value that was not read, which is no mere description and stands in no message."""
+        unused = []
+        for key, value in row.items():
+            if key in used or key in HARMLESS or str(key).lower() in HARMLESS or not is_filled(value):
+                continue
+            if not isinstance(value, str) or not any(value == turn["content"] for turn in messages):
+                unused.append(str(key))
         return [*unused, *notes.unused]
 
 
