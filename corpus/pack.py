@@ -209,11 +209,7 @@ class _Tokens:
 
     def close(self, job: dict[str, Any], report: DataReport) -> None:
         """Finish the files and write meta.json; raises UserError when there is nothing to train on."""
-        what = self.form.kind.removesuffix("s")
-        require_train(
-            self.writers,
-            f"no {what} fits into {self.max_seq_len} tokens: give a larger --max_seq_len, or more data",
-        )
+        require_train(self.writers, _nothing_left(self.form.kind.removesuffix("s"), report))
         splits = {split: self.writers[split].close() for split in sorted(self.writers)}
         meta = {"format": FORMAT, "kind": self.form.kind, "tokenizer": self.tokenizer.chat_fingerprint, **job}
         meta |= {"vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype, "splits": splits}
@@ -222,6 +218,18 @@ class _Tokens:
     def abort(self) -> None:
         for writer in self.writers.values():
             writer.abort()
+
+
+def _nothing_left(what: str, report: DataReport) -> str:
+    """Why there is nothing to train on, from the counts of what was left out, and what to do."""
+    reasons = sorted(report.dropped.items(), key=lambda reason: -reason[1].count)[:3]
+    why = ", ".join(f"{reason.count:,} x {name}" for name, reason in reasons)
+    if report.kept:
+        return (
+            f"no {what} is left to train on: all {report.kept:,} are held out: give a smaller --val_share or more data"
+        )
+    remedy = "a larger --max_seq_len, or " if reasons and reasons[0][0].endswith(" tokens") else ""
+    return f"no {what} is left to train on: {why or 'there is none'}: give {remedy}more data"
 
 
 def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[list[Document]]:

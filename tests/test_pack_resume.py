@@ -74,7 +74,7 @@ def interrupted(process, monkeypatch):
                 raise KeyboardInterrupt
             return form.render(items, *rest)
 
-        monkeypatch.setattr(data_process, "form_of", lambda kind: dataclasses.replace(form, render=render))
+        monkeypatch.setattr(data_process, "form_of", lambda kind, *_: dataclasses.replace(form, render=render))
         with pytest.raises(KeyboardInterrupt):
             process(kind, file, *flags)
         return sizes
