@@ -14,16 +14,13 @@ Read next: layouts.py (keys and roles), rows.py (rows -> chats), pack.py (chats 
 import ast
 import itertools
 import json
-import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from corpus.language import is_missing, sound_text
 from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS
+from corpus.marked_text import Message, marked_turns, message
 from corpus.report import BadRow, UnfitRow
-
-Message = dict[str, Any]
 
 OPENING = "without the assistant's opening message"
 JOINED = "with messages of one role in a row joined"
@@ -32,9 +29,6 @@ NO_TOOLS = "tool turns are not trained yet"
 
 _READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, "weight", "train", "loss", "recipient", "end_turn"))
 _TURN_ROLES = {**dict.fromkeys(KEYS["prompt"], "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES}
-_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:###[ \t]*|<\|)?(Human|User|Assistant|用户|助手)(?:\|>)?[ \t]*[:：]")
-_MARKED = re.compile(r"\s*(?:###\s*|<\|)?(?:Human|User|用户)(?:\|>)?\s*[:：]")
-_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.DOTALL)
 
 
 class Notes:
@@ -43,10 +37,6 @@ class Notes:
     def __init__(self) -> None:
         self.changes: dict[str, None] = {}
         self.unused: dict[str, None] = {}
-
-
-def message(role: str, content: Any) -> Message:
-    return {"role": role, "content": content}
 
 
 def whole_turns(messages: list[Message]) -> list[Message]:
@@ -205,57 +195,12 @@ def _text_of(value: Any) -> Any:
     if not isinstance(parts, list):
         return value
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise UnfitRow("a message with parts that are not text")
-    return "".join(texts)
+    if all(isinstance(text, str) for text in texts):
+        return "".join(map(str, texts))
+    raise UnfitRow("a message with parts that are not text")
 
 
-# ---- text that holds turns -------------------------------------------------------------------------------------------
-def marked_turns(text: str) -> list[Message]:
-    """The turns of text marked with Human:/Assistant:, 用户：/助手： or ChatML; [] where it does not begin with a user.
-
-    A last marker of the assistant with nothing behind it is the question's end, as BELLE's multi-turn set writes it.
-    """
-    if text.startswith("<|im_start|>"):
-        turns = [(ROLES.get(name.lower(), ""), content) for name, content in _CHATML.findall(text)]
-        return [message(role, content) for role, content in turns if role] if all(role for role, _ in turns) else []
-    if not is_marked(text):
-        return []
-    pieces = _MARKER.split(text)
-    roles = ["assistant" if name in ("Assistant", "助手") else "user" for name in pieces[1::2]]
-    if pieces[0].strip() or "assistant" not in roles:
-        return []
-    turns = [message(role, content.strip()) for role, content in zip(roles, pieces[2::2], strict=True)]
-    return turns[:-1] if roles[-1] == "assistant" and not turns[-1]["content"] else turns
-
-
-def edit_marked(text: str, edit: Callable[[str], str]) -> str:
-    """Marked text with the words of every turn edited; the markers and the white space around the words stay."""
-    pieces, start = [], 0
-    for marker in _MARKER.finditer(text):
-        pieces += [_edit_words(text[start : marker.start()], edit), marker[0]]
-        start = marker.end()
-    return "".join([*pieces, _edit_words(text[start:], edit)])
-
-
-def _edit_words(piece: str, edit: Callable[[str], str]) -> str:
-    words = piece.strip()
-    return piece.replace(words, edit(words), 1) if words else piece
-
-
-def is_marked(text: str) -> bool:
-    """True for text that begins with the marker of a user."""
-    return bool(_MARKED.match(text))
-
-
-def is_open_question(text: str) -> bool:
-    """True for marked text that ends with the marker of the answer to come."""
-    if not is_marked(text):
-        return False
-    *_, speaker, behind = _MARKER.split(text)
-    return speaker in ("Assistant", "助手") and not behind.strip()
-
-
+# ---- text that spells turns ------------------------------------------------------------------------------------------
 def spells_messages(value: Any) -> bool:
     """True for text that spells a list of messages with roles, as a csv or parquet cell may."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):

@@ -12,7 +12,7 @@ Read next: chats.py (turns -> messages), rows.py (row -> text, chat or pair).
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,53 +88,68 @@ HARMLESS = frozenset((
 
 @dataclass(frozen=True)
 class Layout:
-    """A documented layout: an example row, and the projects or data sets that write it."""
+    """A documented layout: an example row, and the projects or data sets that write it, in English and in Chinese."""
 
     name: str
     kind: str  # "text", "chat" or "pair"
     example: Any
     used_by: str
+    used_by_zh: str = ""  # "": as in English
 
 
 _ASKED, _SAID = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
 _WRONG = {"role": "assistant", "content": "3"}
 
 LAYOUTS = (
-    Layout("text", "text", {"text": "…"}, "most corpora; also content, document, article, body, completion, …"),
+    Layout("text", "text", {"text": "…"}, "most corpora; also content, document, article, body, completion, …",
+           "大多数语料；也可以是 content、document、article、body、completion、正文 等"),
     Layout("messages", "chat", {"messages": [_ASKED, _SAID]}, "OpenAI, minimind, nanochat, trl, axolotl"),
     Layout("ShareGPT", "chat", {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
                                 "system": "…"}, "ShareGPT, FastChat, LLaMA-Factory"),
-    Layout("list", "chat", [_ASKED, _SAID], "nanochat's CustomJSON: a line is a list of messages"),
+    Layout("list", "chat", [_ASKED, _SAID], "nanochat's CustomJSON: a line is a list of messages",
+           "nanochat 的 CustomJSON：一行就是一个消息列表"),
     Layout("turns", "chat", {"conversation": [{"human": "1+1?", "assistant": "2"}]}, "Firefly, MOSS, ShareGPT-zh"),
     Layout("strings", "chat", {"conversations": ["1+1?", "2"]}, "LIMA, UltraChat (key data)"),
     Layout("Alpaca", "chat", {"instruction": "Add.", "input": "1+1", "output": "2", "history": [["Hi", "Hello"]],
-                              "system": "…"}, "Alpaca, BELLE, LLaMA-Factory; input, history, system optional"),
+                              "system": "…"}, "Alpaca, BELLE, LLaMA-Factory; input, history, system optional",
+           "Alpaca、BELLE、LLaMA-Factory；input、history、system 可省略"),
     Layout("question, answer", "chat", {"question": "1+1?", "answer": "2"},
-           "any key of a question with any key of an answer: prompt, query, q, 问题 / response, output, a, 回答, …"),
-    Layout("input, output", "chat", {"input": "1+1?", "output": "2"}, "Firefly (input, target), medical sets"),
+           "any key of a question with any key of an answer: prompt, query, q, 问题 / response, output, a, 回答, …",
+           "问题键与回答键任意组合：prompt、query、q、问题 / response、output、a、回答 等"),
+    Layout("input, output", "chat", {"input": "1+1?", "output": "2"}, "Firefly (input, target), medical sets",
+           "Firefly（input、target）、医疗数据集"),
     Layout("context", "chat", {"instruction": "Who?", "context": "Li wrote it.", "response": "Li."},
-           "Dolly; the context follows the question on a new line"),
+           "Dolly; the context follows the question on a new line",
+           "Dolly；上下文另起一行接在问题之后"),
     Layout("history", "chat", {"history": "[['Hi', 'Hello']]", "q": "1+1?", "a": "2"},
-           "minimind v1's csv, ChatGLM: pairs or messages, as a list or as text"),
+           "minimind v1's csv, ChatGLM: pairs or messages, as a list or as text",
+           "minimind v1 的 csv、ChatGLM：问答对或消息，写成列表或文本"),
     Layout("marked text", "chat", {"instruction": "Human: Hi\nAssistant: Hello\nHuman: 1+1?\nAssistant:",
-                                   "output": "2"}, "BELLE's multi-turn set, HH-RLHF"),
+                                   "output": "2"}, "BELLE's multi-turn set, HH-RLHF",
+           "BELLE 多轮数据、HH-RLHF"),
     Layout("labelled", "chat", {"prompt": "1+1?", "completion": "2", "label": True},
-           "KTO; rows with label false are skipped"),
+           "KTO; rows with label false are skipped",
+           "KTO；label 为 false 的行被跳过"),
     Layout("whole conversations", "pair", {"chosen": [_ASKED, _SAID], "rejected": [_ASKED, _WRONG]},
            "minimind, trl, UltraFeedback"),
     Layout("prompt and answers", "pair", {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
-           "trl, LLaMA-Factory; prompt, chosen and rejected as text, a message or messages"),
+           "trl, LLaMA-Factory; prompt, chosen and rejected as text, a message or messages",
+           "trl、LLaMA-Factory；prompt、chosen、rejected 可以是文本、一条消息或多条消息"),
     Layout("Alpaca pair", "pair", {"instruction": "Add.", "input": "1+1", "chosen": "2", "rejected": "3"},
-           "LLaMA-Factory; with history and system"),
-    Layout("ranked", "pair", {"instruction": "1+1?", "output": ["2", "3"]}, "LLaMA-Factory: the better answer first"),
+           "LLaMA-Factory; with history and system",
+           "LLaMA-Factory；可带 history 与 system"),
+    Layout("ranked", "pair", {"instruction": "1+1?", "output": ["2", "3"]}, "LLaMA-Factory: the better answer first",
+           "LLaMA-Factory：较好的回答在前"),
     Layout("Huozi", "pair", {"q": "1+1?", "choose": "2", "reject": "3"},
-           "Huozi; also accepted, better, win, response_j, …"),
+           "Huozi; also accepted, better, win, response_j, …",
+           "活字；也可以是 accepted、better、win、response_j 等"),
     Layout("preferred_output", "pair", {"input": {"messages": [_ASKED]}, "preferred_output": [_SAID],
                                         "non_preferred_output": [_WRONG]}, "OpenAI"),
     Layout("HH-RLHF", "pair", {"chosen": "\n\nHuman: 1+1?\n\nAssistant: 2",
                                "rejected": "\n\nHuman: 1+1?\n\nAssistant: 3"}, "Anthropic's HH-RLHF"),
     Layout("comparison", "pair", {"prompt": "1+1?", "response_0": "2", "response_1": "3", "better_response_id": 0},
-           "PKU-SafeRLHF; Chatbot Arena (conversation_a, conversation_b, winner); SHP"),
+           "PKU-SafeRLHF; Chatbot Arena (conversation_a, conversation_b, winner); SHP",
+           "PKU-SafeRLHF；Chatbot Arena（conversation_a、conversation_b、winner）；SHP"),
 )  # fmt: skip
 
 # What is done with turns, in every command: (what is found, what is done with it), in English and in Chinese.
@@ -211,20 +226,40 @@ def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
     return sorted(choices, key=lambda layout: -likeness(layout))[:2]
 
 
-def layout_table() -> list[tuple[str, str, str, str]]:
-    """(kind, name, example, used by) of every layout, for --list_layouts and dataset/README.md."""
-    return [
-        (layout.kind, layout.name, json.dumps(layout.example, ensure_ascii=False), layout.used_by) for layout in LAYOUTS
-    ]
-
-
 def print_layouts() -> None:
-    """The layouts, the keys of every field and the turn rules, as text."""
-    for kind, name, example, used_by in layout_table():
-        print(f"{kind:5} {name}: {used_by}\n      {example}")
+    """The layouts, the keys of every field and the rules of turns, as text."""
+    for layout in LAYOUTS:
+        print(
+            f"{layout.kind:5} {layout.name}: {layout.used_by}\n      {json.dumps(layout.example, ensure_ascii=False)}"
+        )
     print("\nkeys of each field (--keys FIELD=KEY,… names others):")
     for field, keys in KEYS.items():
         print(f"  {field:9} {', '.join(keys)}")
     print("\nturns, the same in every command:")
     for found, done, *_ in TURN_RULES:
         print(f"  {found}: {done}")
+
+
+def markdown_tables(chinese: bool = False) -> str:
+    """The same as Markdown, for dataset/README.md and dataset/README_zh.md."""
+    heads = ("种类", "示例", "使用者") if chinese else ("kind", "example", "written by")
+    rows = [
+        (
+            layout.kind,
+            f"`{json.dumps(layout.example, ensure_ascii=False)}`",
+            (chinese and layout.used_by_zh) or layout.used_by,
+        )
+        for layout in LAYOUTS
+    ]
+    fields = [(f"`{field}`", ", ".join(f"`{key}`" for key in keys)) for field, keys in KEYS.items()]
+    rules = [(rule[2], rule[3]) if chinese else (rule[0], rule[1]) for rule in TURN_RULES]
+    return "\n\n".join((
+        _markdown(heads, rows),
+        _markdown(("字段", "键（靠前者优先）") if chinese else ("field", "keys, first choice first"), fields),
+        _markdown(("轮次中的情况", "处理方式") if chinese else ("in the turns", "what is done"), rules),
+    ))  # fmt: skip
+
+
+def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -14,7 +14,6 @@ reader does not use is listed in `Content.changes` and `Content.unused`, and cou
 Read next: layouts.py (keys), chats.py (turns), read.py (files -> rows), report.py (the counts).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,30 +23,22 @@ from corpus.chats import (
     Notes,
     apply_turn_rules,
     chat_text,
-    edit_marked,
     history_of,
     is_blank,
     is_filled,
-    is_marked,
-    is_open_question,
-    marked_turns,
     message,
     messages_of,
-    parse_list,
-    role_of,
     spells_messages,
-    turn_texts,
 )
 from corpus.language import is_missing, sound_text
-from corpus.layouts import COMPARISONS, CONTENT_KEYS, HARMLESS, KEYS, THOUGHT_KEYS
+from corpus.layouts import COMPARISONS, HARMLESS
+from corpus.marked_text import is_open_question, marked_turns
 from corpus.pair_answers import SIDES, conversation_of, split_pair
 from corpus.report import BadRow, UnfitRow
+from corpus.row_edit import edit_value
+from corpus.row_keys import COMPARED_KEYS, Fields, RowKeys
 
-_NO_TEXT = ("label", "weight")  # fields whose keys hold no text
-_COMPARED = frozenset(key for first, second, _, _ in COMPARISONS for key in (first, second))
 _NO_CHAT = "none of the keys of a chat"
-
-Fields = dict[str, list[str]]  # field of layouts.KEYS -> the row's filled keys, first choice first
 
 
 @dataclass
@@ -62,34 +53,8 @@ class Content:
     unused: list[str] = field(default_factory=list)  # keys with a value that was not read
 
 
-class RowReader:
+class RowReader(RowKeys):
     """Reads rows by the keys of layouts.KEYS; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
-
-    def __init__(self, keys: dict[str, str] | None = None) -> None:
-        self.keys = dict(keys or {})
-        self._table: dict[str, list[tuple[str, int]]] = {}
-        for name, usual in KEYS.items():
-            own = self.keys.get(name)
-            for rank, key in enumerate((own,) if own else usual):
-                if own or key not in self.keys.values():
-                    self._table.setdefault(key, []).append((name, rank))
-
-    def job(self) -> dict[str, Any]:
-        """The user's own keys as a part of what a result depends on; nothing where there are none."""
-        return {"keys": self.keys} if self.keys else {}
-
-    def fields(self, row: dict[str, Any]) -> Fields:
-        """The filled keys of every field."""
-        ranked: dict[str, list[tuple[int, str]]] = {}
-        for key, value in row.items():
-            if (roles := self._roles(key)) and is_filled(value):
-                for name, rank in roles:
-                    ranked.setdefault(name, []).append((rank, key))
-        return {name: [key for _, key in sorted(keys)] for name, keys in ranked.items()}
-
-    def _roles(self, key: str) -> list[tuple[str, int]]:
-        """The fields that a key may hold, each with its rank among the keys of that field."""
-        return self._table.get(key) or self._table.get(str(key).strip().lower(), [])
 
     # ---- text ----
     def text(self, row: Any, fields: Fields | None = None) -> Content:
@@ -106,7 +71,7 @@ class RowReader:
             return content
         if "messages" in fields or "answer" in fields:
             return self.chat(row, fields)
-        empty = next((key for key in row if any(name == "text" for name, _ in self._roles(key))), None)
+        empty = next((key for key in row if any(name == "text" for name, _ in self.roles_of(key))), None)
         if empty is not None:
             sound_text(row[empty], empty)  # raises the reason
         raise BadRow("no text key")
@@ -219,22 +184,17 @@ class RowReader:
                 return turns
         if "chosen" in fields and "rejected" in fields:
             raise BadRow("a pair of answers: data_process.py dpo reads it")
-        prompt, answer = (self._present(row, name) for name in ("prompt", "answer"))
+        prompt, answer = (self.present(row, name) for name in ("prompt", "answer"))
         if answer is not None and answer not in fields.get("answer", ()) and (prompt or "context" in fields):
             if is_missing(row[answer]):
                 raise BadRow(f"{answer} is null")
             raise UnfitRow("an empty answer")
         if prompt is not None and "answer" in fields and prompt not in fields.get("prompt", ()):
             sound_text(row[prompt], prompt)
-        turns_key = self._present(row, "messages")
+        turns_key = self.present(row, "messages")
         if turns_key is not None:
             raise BadRow("the list of messages is null" if is_missing(row[turns_key]) else "no messages")
         raise BadRow(_NO_CHAT)
-
-    def _present(self, row: dict[str, Any], name: str) -> str | None:
-        """The first key of a field that the row has, filled or not."""
-        present = [(rank, key) for key in row for other, rank in self._roles(key) if other == name]
-        return min(present)[1] if present else None
 
     def _with_system(
         self, row: dict[str, Any], fields: Fields, messages: list[Message], used: set[str]
@@ -257,7 +217,7 @@ class RowReader:
         if not before and "messages" in fields:
             used.add(fields["messages"][0])
             before = messages_of(row[fields["messages"][0]], notes)
-        if not before and (blank := self._present(row, "prompt")) is not None and isinstance(values[0], str):
+        if not before and (blank := self.present(row, "prompt")) is not None and isinstance(values[0], str):
             sound_text(row[blank], blank)  # raises the reason
         conversations = []
         for side, value in zip(SIDES, values, strict=True):
@@ -272,10 +232,10 @@ class RowReader:
 
     def _sides(self, row: dict[str, Any], fields: Fields, used: set[str]) -> tuple[Any, Any]:
         """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
-        keys = [fields.get(side, [self._present(row, side)])[0] for side in SIDES]
-        if None not in keys and (keys[0] in fields.get("chosen", ()) or keys[1] in fields.get("rejected", ())):
-            used.update(keys)
-            return row[keys[0]], row[keys[1]]
+        better, worse = (fields.get(side, [None])[0] or self.present(row, side) for side in SIDES)
+        if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
+            used.update((better, worse))
+            return row[better], row[worse]
         for first, second, mark, (one, other) in COMPARISONS:
             if first in row and second in row and mark in row:
                 used.update((first, second, mark))
@@ -312,17 +272,17 @@ class RowReader:
         unused = self._common_unused(found)
         return Content(best.kind, "\n".join(texts), best.messages, best.answers, best.changes, unused)
 
-    def _readers(self, row: Any, fields: Fields) -> list[Callable[[Any, Fields], Content]]:
+    def _readers(self, row: Any, fields: Fields) -> list[Callable[[Any, Fields | None], Content]]:
         """Those of pair(), chat() and text() that may read this row, the most specific first."""
         if not isinstance(row, dict):
             return [self.chat, self.text] if isinstance(row, str) else [self.chat]
         text = self._text_key(row, fields)
         ranked = any(isinstance(row[key], (list, tuple)) for key in fields.get("answer", ()))
-        pair = "chosen" in fields or "rejected" in fields or ranked or not _COMPARED.isdisjoint(row)
+        pair = "chosen" in fields or "rejected" in fields or ranked or not COMPARED_KEYS.isdisjoint(row)
         marked = text is not None and isinstance(row[text], str) and bool(marked_turns(row[text]))
         chat = "messages" in fields or "answer" in fields or marked
-        readers = [self.pair] * pair + [self.chat] * chat + [self.text] * (text is not None)
-        return readers or [self.chat, self.text]
+        applies = ((pair, self.pair), (chat, self.chat), (text is not None, self.text))
+        return [read for may_read, read in applies if may_read] or [self.chat, self.text]
 
     @staticmethod
     def _common_unused(found: list[Content]) -> list[str]:
@@ -339,11 +299,8 @@ class RowReader:
         if isinstance(row, str):
             return {"text": edit(row)}
         if not isinstance(row, dict):
-            return _edited(row, edit)
-        return {key: _edited(value, edit) if self._holds_text(key) else value for key, value in row.items()}
-
-    def _holds_text(self, key: str) -> bool:
-        return key in _COMPARED or any(name not in _NO_TEXT for name, _ in self._roles(key))
+            return edit_value(row, edit)
+        return {key: edit_value(value, edit) if self.holds_text(key) else value for key, value in row.items()}
 
     def _unused(self, row: dict[str, Any], used: set[str], notes: Notes, messages: list[Message]) -> list[str]:
         """The keys with a value that was not read, which is no mere description and stands in no message."""
@@ -363,36 +320,6 @@ def _is_texts(value: Any) -> bool:
 
 def _joined_text(value: Any, key: str) -> str:
     return "\n".join(value) if _is_texts(value) else sound_text(value, key)
-
-
-def _edited(value: Any, edit: Callable[[str], str]) -> Any:
-    """`value` with its texts edited. Roles stay; text that spells a list of turns is written as JSON again."""
-    if isinstance(value, str):
-        if value.lstrip()[:1] == "[":
-            try:
-                spelled = parse_list(value, "")
-            except BadRow:
-                return edit(value)
-            if isinstance(spelled, list) and spelled and all(isinstance(turn, (dict, list, tuple)) for turn in spelled):
-                done = _edited(spelled, edit)
-                return value if done == spelled else json.dumps(done, ensure_ascii=False)
-        return edit_marked(value, edit) if is_marked(value) and marked_turns(value) else edit(value)
-    if isinstance(value, (list, tuple)):
-        return [_edited(inner, edit) for inner in value]
-    if isinstance(value, dict):
-        return {key: _edited(inner, edit) if key in _text_keys(value) else inner for key, inner in value.items()}
-    return value
-
-
-def _text_keys(turn: dict[str, Any]) -> set[str]:
-    """The keys of an object inside a list of turns that hold text."""
-    try:
-        role = role_of(turn)
-    except BadRow:
-        role = None
-    if role:
-        return {key for key in (*CONTENT_KEYS, *THOUGHT_KEYS) if key in turn}
-    return {*turn_texts(turn), *(key for key in turn if key in CONTENT_KEYS or isinstance(turn[key], (dict, list)))}
 
 
 READER = RowReader()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corpus.errors import UserError
-from corpus.items import ENOUGH_FOR_VALIDATION, content_key
+from corpus.items import ENOUGH, content_key
 from corpus.language import LANGUAGES, language_of
 from corpus.read import read_texts
 from corpus.report import DataReport
@@ -115,6 +115,6 @@ def sample_texts(
         rest = sum(short.values()) - short[language]
         sample.texts[language] = chosen[language].texts(SHARE[language] * byte_budget + rest)
         sample.held_out[language] = held_out[language].texts(HELD_OUT_BYTES)
-        if not sample.held_out[language] and sample.documents[language] >= ENOUGH_FOR_VALIDATION:
+        if not sample.held_out[language] and sample.documents[language] >= ENOUGH:
             sample.held_out[language] = [sample.texts[language].pop(0)]
     return sample

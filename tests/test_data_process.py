@@ -348,7 +348,7 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     assert read_meta(tokenise_chats(folder, Other(), 512))["splits"]["train"]["documents"] == before + 1
     assert not list(folder.glob("*partial*")) and not list(folder.glob("*.old"))
     with pytest.raises(
-        UserError, match="no chat is left to train on: .*first turn longer than 5 tokens: give a larger --max_seq_len"
+        UserError, match=r"no chat is left to train on: .*first turn longer than 5 tokens: give a larger --max_seq_len"
     ):
         tokenise_chats(folder, tokenizer, 5)
     assert not list(folder.glob("*partial*"))

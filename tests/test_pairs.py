@@ -286,7 +286,7 @@ def test_other_data_names_the_command(tmp_path, process, tokenizer, sft_dir):
         tokenise_chats(sft_dir, tokenizer, 500, form=PAIRS)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
         tokenise_chats(tmp_path / "none", tokenizer, 500, form=PAIRS)
-    with pytest.raises(UserError, match="no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
+    with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
         tokenise_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, form=PAIRS)
 
 

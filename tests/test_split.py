@@ -1,4 +1,4 @@
-"""Promise: the content decides the split, small data has a validation split too, and one common question breaks nothing."""
+"""Promise: the content decides the split, small data has a validation split, and one common question breaks nothing."""
 
 import random
 

@@ -1,0 +1,45 @@
+"""Editing the texts inside a row without changing its layout: what `clean` does to chats and pairs.
+
+    edit_value(value, edit)    every text in a value that rows.py reads replaced by edit(text)
+
+Read next: rows.py (RowReader.edit), clean.py (the rules).
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from corpus.chats import parse_list, role_of, turn_texts
+from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
+from corpus.marked_text import edit_marked, is_marked, marked_turns
+from corpus.report import BadRow
+
+
+def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
+    """`value` with its texts edited. Roles stay; text that spells a list of turns is written as JSON again."""
+    if isinstance(value, str):
+        if value.lstrip()[:1] == "[":
+            try:
+                spelled = parse_list(value, "")
+            except BadRow:
+                return edit(value)
+            if isinstance(spelled, list) and spelled and all(isinstance(turn, (dict, list, tuple)) for turn in spelled):
+                done = edit_value(spelled, edit)
+                return value if done == spelled else json.dumps(done, ensure_ascii=False)
+        return edit_marked(value, edit) if is_marked(value) and marked_turns(value) else edit(value)
+    if isinstance(value, (list, tuple)):
+        return [edit_value(inner, edit) for inner in value]
+    if isinstance(value, dict):
+        return {key: edit_value(inner, edit) if key in _text_keys(value) else inner for key, inner in value.items()}
+    return value
+
+
+def _text_keys(turn: dict[str, Any]) -> set[str]:
+    """The keys of an object inside a list of turns that hold text."""
+    try:
+        role = role_of(turn)
+    except BadRow:
+        role = None
+    if role:
+        return {key for key in (*CONTENT_KEYS, *THOUGHT_KEYS) if key in turn}
+    return {*turn_texts(turn), *(key for key in turn if key in CONTENT_KEYS or isinstance(turn[key], (dict, list)))}

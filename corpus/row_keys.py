@@ -1,0 +1,53 @@
+"""Which keys of a row hold which field: layouts.KEYS turned around, with the user's own keys in their place.
+
+Read next: layouts.py (the keys), rows.py (what is read from them).
+"""
+
+from typing import Any
+
+from corpus.chats import is_filled
+from corpus.layouts import COMPARISONS, KEYS
+
+COMPARED_KEYS = frozenset(key for first, second, _, _ in COMPARISONS for key in (first, second))
+_NO_TEXT = ("label", "weight")  # fields whose keys hold no text
+
+Fields = dict[str, list[str]]  # field of layouts.KEYS -> the row's filled keys, first choice first
+
+
+class RowKeys:
+    """The fields that the keys of a row hold; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
+
+    def __init__(self, keys: dict[str, str] | None = None) -> None:
+        self.keys = dict(keys or {})
+        self._table: dict[str, list[tuple[str, int]]] = {}
+        for name, usual in KEYS.items():
+            own = self.keys.get(name)
+            for rank, key in enumerate((own,) if own else usual):
+                if own or key not in self.keys.values():
+                    self._table.setdefault(key, []).append((name, rank))
+
+    def job(self) -> dict[str, Any]:
+        """The user's own keys as a part of what a result depends on; nothing where there are none."""
+        return {"keys": self.keys} if self.keys else {}
+
+    def fields(self, row: dict[str, Any]) -> Fields:
+        """The filled keys of every field."""
+        ranked: dict[str, list[tuple[int, str]]] = {}
+        for key, value in row.items():
+            if (roles := self.roles_of(key)) and is_filled(value):
+                for name, rank in roles:
+                    ranked.setdefault(name, []).append((rank, key))
+        return {name: [key for _, key in sorted(keys)] for name, keys in ranked.items()}
+
+    def roles_of(self, key: str) -> list[tuple[str, int]]:
+        """The fields that a key may hold, each with its rank among the keys of that field."""
+        return self._table.get(key) or self._table.get(str(key).strip().lower(), [])
+
+    def present(self, row: dict[str, Any], name: str) -> str | None:
+        """The first key of a field that the row has, filled or not."""
+        present = [(rank, key) for key in row for other, rank in self.roles_of(key) if other == name]
+        return min(present)[1] if present else None
+
+    def holds_text(self, key: str) -> bool:
+        """True for a key whose value a command may train on."""
+        return key in COMPARED_KEYS or any(name not in _NO_TEXT for name, _ in self.roles_of(key))
