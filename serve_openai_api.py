@@ -96,8 +96,8 @@ def main() -> None:
             size = served.model.count_parameters()[0] / 1e6
             about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
             print(f"{served.name}: {about}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
-        limits = Limits(args.seats, args.queue, args.max_request_bytes, args.api_key, tuple(args.cors))
-        limits.strict_model_names = args.strict_model_names
+        bounds = (args.seats, args.queue, args.max_request_bytes)
+        limits = Limits(*bounds, args.api_key, tuple(args.cors), args.strict_model_names)
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"listening on http://{host}:{door.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)

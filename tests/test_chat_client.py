@@ -1,8 +1,7 @@
-"""chat_openai_api.py against this project's server and against servers that are none.
+"""chat_openai_api.py against this project's server and against servers of another protocol.
 
-Promises: one question is answered and that is all; a conversation is sent with its history and the system message; the
-first model is taken where none is named; Ctrl-C stops an answer and not the conversation; what goes wrong is one line
-and exit code 2.
+Promises: --prompt prints one answer; a conversation is sent with its history and the system message; the first model is
+the default; Ctrl-C stops an answer and not the conversation; errors are one line and exit code 2.
 """
 
 import http.server
@@ -55,7 +54,7 @@ def chat(monkeypatch, server, *flags, lines=()):
 
 @pytest.fixture
 def requests(server, monkeypatch):
-    """The bodies that the server gets, drawn greedily, so that answers can be foretold."""
+    """The bodies that the server gets, answered greedily, so that tests know the text."""
     got = []
     tickets = server.counter.tickets
 
@@ -92,7 +91,7 @@ def test_the_end_of_the_input_ends_the_conversation(monkeypatch, server, request
     assert len(requests) == 1
 
 
-def test_what_goes_wrong_is_one_line(monkeypatch, server):
+def test_errors_are_one_line(monkeypatch, server):
     url = f"{server.url}/v1"
     for flags, message in (
         (
@@ -119,7 +118,7 @@ def test_what_goes_wrong_is_one_line(monkeypatch, server):
 
 
 class Other(http.server.BaseHTTPRequestHandler):
-    """A server of something else: `server.reply` is its content type and body, cut off after `server.sent` bytes."""
+    """A server of another protocol: `server.reply` is its content type and body, cut off after `server.sent` bytes."""
 
     def do_GET(self):
         kind, body, cut = self.server.reply
@@ -152,7 +151,7 @@ FAULT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error
         (("text/event-stream", f"data: {FAULT}\n\n".encode(), 0), ["--model", "m"], "out of memory"),
     ],
 )
-def test_servers_that_are_none_and_answers_that_break_off(monkeypatch, reply, flags, message):
+def test_other_servers_and_broken_streams(monkeypatch, reply, flags, message):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
         other.reply = reply
         threading.Thread(target=other.serve_forever, daemon=True).start()

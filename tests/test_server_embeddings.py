@@ -2,7 +2,8 @@
 
 Promises: the vector is the mean over the input's tokens of the states after the final norm; a batch gives what each
 input gives alone; texts and ids, floats and base64 agree; wrong inputs are one line with numbers; a large request is
-computed in bounded batches between the tokens of a running answer and changes none of them; who hangs up is forgotten.
+computed in bounded batches between the tokens of a running answer and changes none of them; a request whose client
+has disconnected is dropped.
 """
 
 import base64
@@ -189,7 +190,7 @@ def test_jobs_take_turns_and_places_in_the_queue(engine, news):
     assert engine.status()["m"]["waiting"] == 0
 
 
-def test_who_hangs_up_is_not_computed_any_further(server, engine, news):
+def test_a_disconnected_client_ends_its_job(server, engine, news):
     job = EmbeddingJob([[5] * 250] * 60)
     engine.submit("m", [job])
     engine.cancel([job])
@@ -222,7 +223,7 @@ def test_a_failing_job_fails_alone(engine, news, capsys):
     assert "IndexError" in capsys.readouterr().err
 
 
-def test_the_end_is_told_to_jobs_too(engine, news):
+def test_stopping_the_engine_ends_its_jobs_with_an_error(engine, news):
     jobs = [EmbeddingJob([[5] * 250] * 200) for _ in range(2)]
     for job in jobs:
         engine.submit("m", [job])

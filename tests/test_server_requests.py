@@ -1,8 +1,8 @@
-"""Requests as clients really send them: nulls, -1, names of other models, last messages that are to be continued.
+"""Requests as clients send them: nulls, -1, unknown model names, a partial answer as the last message.
 
-Promises: null is the default everywhere; max_tokens -1 and null fill the context, and another wrong number is one clear
-400; the only model answers to any name and says so, unless names are strict; a last answer is continued with the ids of
-the rendered chat up to there, in every chat format and with other people's templates.
+Promises: null is the default; max_tokens -1 and null fill the context, and every other wrong value is one clear 400; a
+server with one model answers unknown names with it and a header, unless names are strict; continue_final_message uses
+the ids of the rendered chat up to the end of the partial answer, in every chat format and with foreign templates.
 """
 
 import httpx
@@ -50,7 +50,7 @@ def text(response):
 
 
 def test_the_request_of_minimind_is_answered(server):
-    """Its client sends this name and this number, whatever is served."""
+    """Its client sends this model name and max_tokens -1 for any model."""
     response = httpx.post(f"{server.url}/v1/chat/completions", json=MINIMIND, timeout=30)
     answer = response.json()
     assert response.status_code == 200 and answer["model"] == "模型/m 1"
@@ -120,7 +120,7 @@ def test_wrong_lengths_are_one_clear_refusal(server, path, least, value):
 
 
 def test_the_same_answer_with_every_field_at_its_default(server):
-    """What SDKs and pages send though nobody has set it. Nothing of it is ignored, so no header names it."""
+    """Clients send these without being asked to. None is reported as ignored."""
     plain = text(post(server, max_tokens=12))
     for body in (
         {"stop": None}, {"stop": []}, {"stop": ""}, {"n": None}, {"n": 1}, {"temperature": 0.0}, {"top_p": None},
@@ -257,7 +257,7 @@ def test_a_long_history_before_a_continued_answer_is_cut_by_whole_turns(server):
     assert len(last) <= answer["usage"]["prompt_tokens"] <= 128 - 4
 
 
-def test_what_cannot_be_continued_is_said(server):
+def test_continuing_something_else_is_refused(server):
     said = [*HELLO, {"role": "assistant", "content": "A"}]
     for body, message in (
         ({"messages": said, "add_generation_prompt": True}, "and add_generation_prompt cannot both be true"),
