@@ -119,10 +119,12 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
     print(f"{args.model} at {args.base_url}: Ctrl-C stops an answer, an empty line ends", flush=True)
-    with contextlib.suppress(EOFError):
+    try:
         while question := input("> ").strip():
             messages.append({"role": "user", "content": sound(question, "the question")})
             messages.append({"role": "assistant", "content": answer(client, args, messages)})
+    except EOFError:
+        print()
 
 
 if __name__ == "__main__":

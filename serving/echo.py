@@ -40,7 +40,7 @@ def text_offsets(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int]) -> li
     added = tokenizer.special_ids if isinstance(prompt, str) else frozenset()
     text, offsets, characters = TextStream(tokenizer), [], 0
     for i in ids:
-        offsets.append(characters)
+        offsets.append(characters + len(text.before(i)))
         characters += 0 if i in added else len(text.push(i))
     return offsets
 

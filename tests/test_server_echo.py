@@ -11,8 +11,9 @@ import httpx
 import pytest
 import torch
 
+from model.chat import load_tokenizer
 from model.generate import Answer, Batch, Row, generate
-from model.logprobs import prompt_logprobs
+from model.logprobs import TokenProbability, prompt_logprobs
 from model.sampling import Sampling
 from serving.echo import echoed_logprobs, echoed_text
 from tests.server_help import make_file, make_model, running
@@ -88,6 +89,30 @@ def test_a_bos_that_the_tokenizer_adds_has_no_characters(tokenizer):
     assert echoed_logprobs(tokenizer, text, ids, told).text_offset == [0, 0, 1]
     assert echoed_text(tokenizer, ids) == "<|endoftext|>ab"
     assert echoed_logprobs(tokenizer, ids, ids, told).text_offset == [0, 13, 14]
+
+
+def test_offsets_of_a_tokenizer_that_writes_spaces_as_marks(tmp_path):
+    """As Llama 2's: a bos and a space in front of the text that are no part of it, rare characters in bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab, [("▁", "a"), ("▁", "b")], unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    marks = decoders.Replace("▁", " ")
+    backend.decoder = decoders.Sequence([marks, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", len(pieces))])
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    ids = ours.encode_start("a b 好b")
+    logprobs = [TokenProbability(i, -1.0, [(i, -1.0)]) for i in ids[1:]]
+    told = echoed_logprobs(ours, "a b 好b", ids, logprobs)
+    assert told.tokens[:3] == ["<s>", "a", "b"] and told.tokens[4:7] == [
+        f"bytes:\\x{byte:02x}" for byte in "好".encode()
+    ]
+    assert told.text_offset == [0, 0, 1, 3, 4, 4, 4, 5]
 
 
 def test_the_chunks_of_a_long_prompt_are_the_whole(tokenizer, monkeypatch):
