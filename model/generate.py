@@ -14,13 +14,14 @@ become text), transformer.py (KVCache), chat.py (who renders a prompt).
 import bisect
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from model.chat import ChatTokenizer, Message
+from model.logprobs import TokenProbability, prompt_logprobs, token_logprob
 from model.sampling import Sampling, choose_each, penalise_counts, penalise_repetition
 from model.text_stream import TextStream
 from model.transformer import KVCache, Transformer
@@ -29,29 +30,20 @@ FIRST_ROOM = 64  # tokens that a fresh cache has room for; it doubles when they 
 
 
 @dataclass
-class TokenProbability:
-    """log p of a drawn token, and the likeliest tokens there, likeliest first, as (id, log p).
-
-    They are the model's own: before penalties, temperature and filters, over the tokens that may be drawn at all.
-    """
-
-    id: int
-    logprob: float
-    likeliest: list[tuple[int, float]]
-
-
-@dataclass
 class Answer:
     """`ids`: the new tokens without the closing marker. `text`: what they say, cut before a stop string.
 
     `finish_reason`: "stop" (closing marker or stop string) or "length" (max_new_tokens or max_seq_len); "" until then.
-    `logprobs`: one entry per id, where the settings ask for them.
+    `logprobs`: one entry per id, where the settings ask for them; `stop_logprob`: that of the closing marker, if the
+    answer ends with it. `prompt_logprobs`: one entry per token of the prompt but the first, where the settings ask.
     """
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
     logprobs: list[TokenProbability] = field(default_factory=list)
+    stop_logprob: TokenProbability | None = None
+    prompt_logprobs: list[TokenProbability] = field(default_factory=list)
 
 
 class Row:
@@ -149,7 +141,16 @@ class Batch:
         for row in rows:
             row.cached = len(row.prompt)
         self.rows += rows
-        return self._draw(rows, hidden[torch.arange(len(rows), device=self.device), last])
+        for row, states in zip(rows, hidden, strict=True):
+            if row.settings.prompt_logprobs is not None:
+                row.answer.prompt_logprobs = prompt_logprobs(
+                    self.model.lm_head, states, row.prompt, row.settings.prompt_logprobs
+                )
+        drawing = [i for i, row in enumerate(rows) if row.left]
+        pieces = [(row, "") for row in rows if not row.left]  # only their prompts were to be read
+        for row, _ in pieces:
+            self.leave(row)
+        return pieces + self._draw([rows[i] for i in drawing], hidden[drawing, last[drawing]]) if drawing else pieces
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, str]]:
@@ -204,24 +205,21 @@ class Batch:
         pieces = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             is_stop = token in self.stop_ids
-            if row.settings.logprobs is not None and not is_stop:
-                row.answer.logprobs.append(_probability(own[i], token, row.settings.logprobs))
+            if row.settings.logprobs is not None:
+                probability = token_logprob(own[i], token, row.settings.logprobs)
+                if is_stop:
+                    row.answer.stop_logprob = probability
+                else:
+                    row.answer.logprobs.append(probability)
             pieces.append((row, row.take(token, is_stop)))
             if row.answer.finish_reason:
                 self.leave(row)
         return pieces
 
 
-def _probability(logits: Tensor, token: int, count: int) -> TokenProbability:
-    """logits (vocab,) -> the log-probability of the token and of the `count` likeliest ones."""
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(count)
-    return TokenProbability(token, logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
 def _run(model: Transformer, rows: list[Row], tokenizer: ChatTokenizer) -> Iterator[list[tuple[Row, str]]]:
     """Answer all rows; each step yields the new text of every row still going."""
-    rows = [row for row in rows if not row.answer.finish_reason]
+    rows = [row for row in rows if row.left or row.settings.prompt_logprobs is not None]
     if not rows:
         return
     was_training = model.training
@@ -266,18 +264,25 @@ def stream(
     return (piece for pieces in _run(model, [row], tokenizer) for _, piece in pieces if piece)
 
 
-def fit_chat(tokenizer: ChatTokenizer, messages: list[Message], limit: int) -> list[int]:
+def fit_chat(
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    limit: int,
+    render: Callable[[list[Message]], list[int]] | None = None,
+) -> list[int]:
     """The rendered chat up to where the assistant speaks, in at most `limit` tokens.
 
     Whole turns are dropped, oldest first; a system message and the last question stay, even where they alone exceed
-    the limit (then `generate` says so).
+    the limit (then `generate` says so). `render` turns messages into ids in another way, for example with the last
+    answer left open.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     starts = [0, *(i for i, message in enumerate(turns) if i and message["role"] == "user")]
 
     def rendered(start: int) -> list[int]:
-        return tokenizer.render([*system, *turns[start:]], add_generation_prompt=True)[0]
+        kept = [*system, *turns[start:]]
+        return render(kept) if render else tokenizer.render(kept, add_generation_prompt=True)[0]
 
     whole = rendered(0)
     if len(whole) <= limit:

@@ -1,0 +1,142 @@
+"""/v1/embeddings: one vector per input, the mean of the model's last hidden states over its tokens.
+
+    vector = mean over tokens of norm(x)        (dim,), fp32, not scaled to length 1
+
+norm(x) is the hidden state after the final norm, which lm_head reads. A model that was trained to continue text gives
+usable but modest embeddings; compare them by cosine. Inputs are computed in padded batches of bounded size in the
+engine's thread, one batch between two tokens of the running answers, so that no two threads use the model at once.
+Called by app.py. Read next: engine.py (when a step is due), served.py (text to ids).
+"""
+
+import base64
+import struct
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from model.transformer import Transformer
+from serving.engine import PREFILL_TOKENS
+from serving.errors import ApiError
+from serving.schemas import Open, TokenIds
+from serving.served import Served, TooLong
+
+MOST_INPUTS = 2048  # of one embeddings request, as OpenAI
+
+
+def _nothing_empty(value: Any) -> Any:
+    """One error for an empty input; the branches of the union would each give their own."""
+    if value in ("", []):
+        raise PydanticCustomError("empty", "must not be empty: a text, token ids, or a list of either")
+    if isinstance(value, list):
+        empty = [str(i) for i, item in enumerate(value) if item in ("", [])]
+        if empty:
+            raise PydanticCustomError("empty", "number {numbers} is empty (counted from 0)", {"numbers": empty[0]})
+        if len(value) > MOST_INPUTS and not isinstance(value[0], (int, float)):
+            numbers = {"given": len(value), "most": MOST_INPUTS}
+            raise PydanticCustomError("too_many", "{given} inputs in one request, at most {most}", numbers)
+    return value
+
+
+def _full_size(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("dimensions", "the vectors have the model's full size only: leave this field out")
+    return value
+
+
+class EmbeddingRequest(Open):
+    model: str | None = Field(None, description="a name from /v1/models (default: the first)")
+    input: Annotated[
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)],
+        BeforeValidator(_nothing_empty),
+    ]
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32")
+    dimensions: Annotated[None, BeforeValidator(_full_size)] = None
+    user: str | None = Field(None, description="accepted; nothing is kept")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class EmbeddingJob:
+    """Inputs (token ids) and their vectors, as far as they are computed. A `Job` of engine.py."""
+
+    def __init__(self, inputs: list[list[int]]) -> None:
+        self.inputs = inputs
+        self.vectors: list[list[float]] = [[] for _ in inputs]
+        self.batches = list(batches_of(inputs))
+        self.inbox: Any = None
+        self.gone = False
+
+    @torch.inference_mode()
+    def step(self, model: Transformer) -> bool:
+        """Compute the next batch; returns whether it was the last."""
+        batch = self.batches.pop()
+        rows = [torch.tensor(self.inputs[i]) for i in batch]
+        # Padding on the right needs no mask: no token sees what comes after it. Which id it is does not matter.
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)
+        hidden, _ = model(ids)
+        for i, states, row in zip(batch, hidden, rows, strict=True):
+            self.vectors[i] = states[: len(row)].float().mean(0).tolist()
+        return not self.batches
+
+
+def batches_of(inputs: list[list[int]]) -> Iterator[list[int]]:
+    """Indices of inputs of similar length, at most PREFILL_TOKENS tokens together, padding included; a longer input
+    is a batch of its own."""
+    batch: list[int] = []
+    for i in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
+        if batch and len(inputs[i]) * (len(batch) + 1) > PREFILL_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
+
+
+def embedding_job(body: EmbeddingRequest, served: Served) -> EmbeddingJob:
+    """Checked and tokenised. Raises ApiError 400 for an input that is too long or has unknown ids."""
+    given: Any = body.input
+    inputs = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    found = []
+    for i, each in enumerate(inputs):
+        try:
+            found.append(served.text_ids(each, answered=False))
+        except TooLong as error:
+            raise ApiError(400, f"input {i}: {error}", "input", "context_length_exceeded") from None
+        except ValueError as error:
+            raise ApiError(400, f"input {i}: {error}", "input") from None
+    return EmbeddingJob(found)
+
+
+def embedding_list(body: EmbeddingRequest, served: Served, job: EmbeddingJob) -> str:
+    """The JSON of a finished job."""
+    tokens = sum(map(len, job.inputs))
+    packed = body.encoding_format == "base64"
+    data = [Embedding(index=i, embedding=pack(v) if packed else v) for i, v in enumerate(job.vectors)]
+    usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return EmbeddingList(data=data, model=served.name, usage=usage).model_dump_json()
+
+
+def pack(vector: list[float]) -> str:
+    """Little-endian fp32 in base64, as OpenAI's clients unpack it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
