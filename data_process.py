@@ -28,6 +28,7 @@ from typing import Any
 from corpus import prepare
 from corpus.errors import UserError, fail_in_one_line
 from corpus.report import DataReport
+from model.chat_formats import FORMAT_NAMES
 
 TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     for file in args.files:
         check_input(file)
-    tokenizer = open_tokenizer(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share)
     if args.check:
@@ -164,6 +165,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 type=int,
                 default=512,
                 help=f"longer {longer} (default: %(default)s); training has the same flag",
+            )
+            sub.add_argument(
+                "--chat_format",
+                choices=FORMAT_NAMES,
+                help="how chats are written; none given: as the tokenizer's folder says",
             )
         if kind == "sft":
             add_choosing_flags(sub)

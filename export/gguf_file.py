@@ -244,9 +244,10 @@ def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
 
 
 def go_template(chat: NamedFormat) -> str:
-    """The chat format over Ollama's .Messages; what stands before an answer comes last."""
+    """The chat format over Ollama's .Messages; what stands before an answer comes last, so each answer is followed."""
     turns = []
     for role, (before, behind) in chat.turns.items():
+        behind = chat.between if role == "assistant" and chat.between is not None else behind
         turn = f"{before.replace('{role}', '{{ .Role }}')}{{{{ .Content }}}}{behind}"
         turns.append(turn if role == "*" else f'{{{{ if eq .Role "{role}" }}}}{turn}{{{{ end }}}}')
     before, _ = chat._turn("assistant")

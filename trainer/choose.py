@@ -69,8 +69,13 @@ class Scorer:
         return result
 
     def _tokens(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Ids and the mask of the answers, cut to what the model reads."""
-        ids, mask = bare_chat(self.tokenizer, messages) if self.bare else self.tokenizer.render(messages)
+        """Ids and the mask of the answers, cut to what the model reads. Of a chat that its format cannot write nothing
+        is scored."""
+        if self.bare:
+            ids, mask = bare_chat(self.tokenizer, messages)
+        else:
+            samples, refusal = self.tokenizer.render_each([messages])[0]
+            ids, mask = ([self.tokenizer.eos_id], [0]) if refusal else samples[-1][:2]
         return ids[: self.limit], mask[: self.limit]
 
 
