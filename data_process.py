@@ -33,6 +33,7 @@ from corpus.errors import UserError, fail_in_one_line
 from corpus.layouts import parse_keys, print_layouts
 from corpus.report import DataReport
 from corpus.rows import READER, RowReader
+from model.chat_formats import FORMAT_NAMES
 
 TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     for file in args.files:
         check_input(file)
-    tokenizer = open_tokenizer(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share)
     if args.check:
@@ -181,6 +182,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 type=int,
                 default=512,
                 help=f"longer {longer} (default: %(default)s); training has the same flag",
+            )
+            sub.add_argument(
+                "--chat_format",
+                choices=FORMAT_NAMES,
+                help="how chats are written; none given: as the tokenizer's folder says",
             )
         if kind == "sft":
             sub.add_argument(

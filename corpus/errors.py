@@ -9,6 +9,8 @@ import io
 import sys
 from collections.abc import Iterator
 
+ANOTHER_FORMAT = "name another format: --chat_format of data_process.py and 3-full_sft.py"
+
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do."""

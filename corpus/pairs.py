@@ -41,7 +41,7 @@ def pair_items(paths: Iterable[Path_], report: DataReport, reader: RowReader = R
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 def render_pairs(items: list[Item], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[list[Document]]:
     """Of each pair the documents of chosen and rejected, both with the same prompt; none when the longer one does not
-    fit.
+    fit, or when the tokenizer's chat format cannot write one of them.
 
     A prompt that is too long loses its oldest whole turns, for both answers alike; an answer is never cut.
     """
@@ -49,10 +49,12 @@ def render_pairs(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
     return [_fit(item, documents, tokenizer, max_seq_len, report) for item, documents in zip(items, whole, strict=True)]
 
 
-def _fit(item: Item, documents: list[Document], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
-    """`documents` are those of the whole pair."""
-    prompt = item.messages
-    while (longest := max(len(ids) for ids, _, _ in documents)) > max_seq_len:
+def _fit(
+    item: Item, documents: list[Document] | str, tokenizer: Any, max_seq_len: int, report: DataReport
+) -> list[Document]:
+    """`documents` are those of the whole pair, or why there are none."""
+    prompt, longest = item.messages, 0
+    while not isinstance(documents, str) and (longest := max(len(ids) for ids, _, _ in documents)) > max_seq_len:
         first = int(prompt[0]["role"] == "system")
         next_question = next((i for i in range(first + 1, len(prompt)) if prompt[i]["role"] == "user"), None)
         if next_question is None:
@@ -60,6 +62,9 @@ def _fit(item: Item, documents: list[Document], tokenizer: Any, max_seq_len: int
             return []
         prompt = prompt[:first] + prompt[next_question:]
         (documents,) = _render_answers([(prompt, item.answers)], tokenizer)
+    if isinstance(documents, str):
+        report.drop(documents, item.file, item.line)
+        return []
     if len(prompt) < len(item.messages):
         report.shorten(f"without the oldest turns of its prompt, to fit {max_seq_len} tokens", item.file, item.line)
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
@@ -70,17 +75,22 @@ def _fit(item: Item, documents: list[Document], tokenizer: Any, max_seq_len: int
 
 def _render_answers(
     pairs: list[tuple[list[Message], tuple[list[Message], ...]]], tokenizer: Any
-) -> list[list[Document]]:
-    """Each prompt with each of its answers; the masks hold these alone, without what the assistant said before."""
-    asked = tokenizer.render_batch([prompt for prompt, _ in pairs], add_generation_prompt=True)
-    rendered = iter(tokenizer.render_batch([[*prompt, *answer] for prompt, answers in pairs for answer in answers]))
-    result = []
-    for (_, answers), (question, _) in zip(pairs, asked, strict=True):
+) -> list[list[Document] | str]:
+    """Each prompt with each of its answers; the masks hold these alone, without what the assistant said before. Of a
+    pair that the chat format cannot write the reason."""
+    asked = tokenizer.render_each([prompt for prompt, _ in pairs], add_generation_prompt=True)
+    rendered = iter(tokenizer.render_each([[*prompt, *answer] for prompt, answers in pairs for answer in answers]))
+    result: list[list[Document] | str] = []
+    for (_, answers), question in zip(pairs, asked, strict=True):
+        whole = [next(rendered) for _ in answers]
+        if refusal := next((one.refusal for one in (question, *whole) if one.refusal), ""):
+            result.append(refusal)
+            continue
         documents = []
-        for answer in answers:
-            ids, mask = next(rendered)
+        for answer, one in zip(answers, whole, strict=True):
+            ids, mask, _ = one.samples[-1]
             # Where they part, the answer begins; a token may hold the prompt's end and the answer's beginning.
-            start = common_length(ids, question)
+            start = common_length(ids, question.samples[-1].ids)
             documents.append((ids, [0] * start + mask[start:], answer_bytes(answer)))
         result.append(documents)
     return result

@@ -24,7 +24,8 @@ import torch
 
 from corpus.errors import UserError
 from export.gguf_file import gguf_package, gguf_tensors, storage, write_gguf
-from export.stock_check import GREEDY_TOKENS, TEXTS, chat_ids, greedy, same_answer
+from export.gguf_sentencepiece import caveat
+from export.stock_check import GREEDY_TOKENS, TEXTS, chat_ids, chat_text, greedy, same_answer
 from model.chat import ChatTokenizer
 from model.transformer import Transformer
 
@@ -40,7 +41,7 @@ def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_
         with silence():
             import llama_cpp
     except ImportError:
-        return f"{path.name}: tensors as they should be; not run in llama.cpp: {INSTALL}"
+        return f"{path.name}: tensors as they should be; not run in llama.cpp: {INSTALL}{caveat(tokenizer)}"
     if model.config.use_moe and number_format != "f32":
         exact = path.with_name(f"{path.name}.f32")
         try:
@@ -48,7 +49,8 @@ def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_
             run(llama_cpp, exact, model, tokenizer, "f32")
         finally:
             exact.unlink(missing_ok=True)
-    return f"{path.name} in llama.cpp: {run(llama_cpp, path, rounded(model, number_format), tokenizer, number_format)}"
+    same = run(llama_cpp, path, rounded(model, number_format), tokenizer, number_format)
+    return f"{path.name} in llama.cpp: {same}{caveat(tokenizer)}"
 
 
 def run(llama_cpp: Any, path: Path, model: Transformer, tokenizer: ChatTokenizer, number_format: str) -> str:
@@ -104,7 +106,7 @@ def check_tokens(their: Any, tokenizer: ChatTokenizer) -> None:
         if their.tokenize(text.encode(), add_bos=False, special=False) != tokenizer.encode(text):
             raise UserError(f"llama.cpp reads the text {text!r} as other tokens")
     chat = chat_ids(tokenizer)
-    if chat and their.tokenize(tokenizer.decode(chat).encode(), add_bos=False, special=True) != chat:
+    if chat and their.tokenize(chat_text(tokenizer).encode(), add_bos=False, special=True) != chat:
         raise UserError("llama.cpp reads a rendered chat as other tokens")
 
 

@@ -8,17 +8,12 @@
 RoPE turns dimension i together with i + head_dim / 2 here and in qwen3, but 2i together with 2i + 1 in the other two:
 there the rows of q_proj and k_proj change places inside each head, which changes no score (q and k move alike).
 
-llama.cpp knows how text is cut into words before byte-pair merges by a name, not by a pattern. Ours cuts at line ends,
-digits and "<" alone; "superbpe" cuts at numbers alone, and since no piece of ours reaches across a place where we cut,
-both end with the same tokens. That is looked at in the vocabulary before a file is written.
-
 Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
-Read next: gguf_check.py (is it really the same model?), stock_folder.py.
+Read next: gguf_tokenizer.py, gguf_check.py (is it really the same model?), stock_folder.py.
 """
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from corpus.errors import UserError
-from corpus.tokenizer_training import token_bytes
-from export.stock_folder import architecture, bos_id
+from export.gguf_tokenizer import pre_tokenizer, write_tokenizer
+from export.stock_folder import architecture
 from model.chat import ChatTokenizer
 from model.chat_formats import NamedFormat
 from model.checkpoint import plain_state
@@ -38,16 +33,6 @@ from model.transformer import Transformer
 
 NUMBER_FORMATS = ("f32", "f16", "bf16", "q8_0")
 ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "granitemoeshared": "granitemoe"}
-# How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-OUR_CUT = r"\n|\p{N}|<|[^\n\p{N}<]+"
-CUTS = {
-    OUR_CUT: "superbpe",
-    _WORDS + r"\p{N}" + _MARKS: "qwen2",
-    _WORDS + r"\p{N}{1,3}" + _MARKS: "llama-bpe",
-    "": "gpt-2",  # ByteLevel's own pattern
-}
 NAMES = {  # of the tensors
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -78,39 +63,6 @@ def refuse_early(tokenizer: ChatTokenizer) -> None:
     """Raises UserError, before any work, for what `write_gguf` would refuse."""
     gguf_package()
     pre_tokenizer(tokenizer)
-
-
-def pre_tokenizer(tokenizer: ChatTokenizer) -> str:
-    """llama.cpp's name for how this tokenizer cuts text. Raises UserError where there is none."""
-    content = json.loads(tokenizer.files["tokenizer.json"])
-    kind, cut = content["model"].get("type"), content.get("pre_tokenizer") or {}
-    steps = cut.get("pretokenizers", [cut])
-    byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space")
-    if kind != "BPE" or not byte_level or content.get("normalizer", None) not in (None, {"type": "NFC"}):
-        hint = (
-            "llama.cpp writes no lone bytes for it"
-            if kind == "Unigram"
-            else "llama.cpp has no name for how it cuts text"
-        )
-        raise UserError(f"--gguf: a {kind} tokenizer of this kind fits no GGUF ({hint}): byte-level BPE does")
-    patterns = [step.get("pattern", {}).get("Regex", "?") for step in steps[:-1]]
-    pattern = patterns[0] if len(patterns) == 1 else "?" if patterns or not steps[-1].get("use_regex", True) else ""
-    if pattern not in CUTS:
-        raise UserError(f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]})")
-    if pattern == OUR_CUT and (bad := crossing_piece(tokenizer)):
-        raise UserError(f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<': llama.cpp would use it")
-    return CUTS[pattern]
-
-
-def crossing_piece(tokenizer: ChatTokenizer) -> str:
-    """A piece of the vocabulary that our own cut would never give, or ""."""
-    special = tokenizer.special_ids
-    for index, raw in enumerate(token_bytes(tokenizer.backend)):
-        piece = raw.decode("utf-8", "replace")
-        cut = any(character in "\n<" or unicodedata.category(character).startswith("N") for character in piece)
-        if cut and len(piece) > 1 and index not in special:
-            return piece
-    return ""
 
 
 def interleave(matrix: Tensor, heads: int) -> Tensor:
@@ -206,31 +158,6 @@ def write_sizes(writer: Any, config: ModelConfig) -> None:
         writer.add_logit_scale(1.0)
 
 
-def write_tokenizer(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig, pre: str) -> None:
-    """Pieces, merges, special tokens and the chat template."""
-    names: dict[int, str] = {i: piece for piece, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    added = tokenizer.backend.get_added_tokens_decoder()
-    kinds = {i: gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED for i, token in added.items()}
-    pieces = [names.get(i, f"[unused{i}]") for i in range(config.vocab_size)]
-    types = [kinds.get(i, gguf.TokenType.NORMAL) if i in names else gguf.TokenType.UNUSED for i in range(len(pieces))]
-    merges = json.loads(tokenizer.files["tokenizer.json"])["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(pieces)
-    writer.add_token_types(types)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    bos = bos_id(tokenizer)
-    writer.add_bos_token_id(tokenizer.eos_id if bos is None else bos)  # llama.cpp would take token 11
-    writer.add_eos_token_id(tokenizer.eos_id)
-    if tokenizer.close_id != tokenizer.eos_id:
-        writer.add_eot_token_id(tokenizer.close_id)
-    writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(bos is not None and tokenizer.encode_start("a")[:1] == [bos])
-    writer.add_add_space_prefix(False)
-    if tokenizer.format:
-        writer.add_chat_template(tokenizer.format.template)
-
-
 def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
     """Ollama's Modelfile. Its TEMPLATE is in Go's template language; for a foreign chat template Ollama is left to read
     the one in the file."""
@@ -244,9 +171,10 @@ def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
 
 
 def go_template(chat: NamedFormat) -> str:
-    """The chat format over Ollama's .Messages; what stands before an answer comes last."""
+    """The chat format over Ollama's .Messages; what stands before an answer comes last, so each answer is followed."""
     turns = []
     for role, (before, behind) in chat.turns.items():
+        behind = chat.between if role == "assistant" and chat.between is not None else behind
         turn = f"{before.replace('{role}', '{{ .Role }}')}{{{{ .Content }}}}{behind}"
         turns.append(turn if role == "*" else f'{{{{ if eq .Role "{role}" }}}}{turn}{{{{ end }}}}')
     before, _ = chat._turn("assistant")

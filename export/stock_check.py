@@ -56,6 +56,11 @@ def chat_ids(tokenizer: ChatTokenizer) -> list[int]:
         return []
 
 
+def chat_text(tokenizer: ChatTokenizer) -> str:
+    """The text that `chat_ids` reads: decoding need not give it back, a SentencePiece decoder drops a space."""
+    return "".join(text for text, _ in tokenizer.chat_format.spans(list(CHAT), True))
+
+
 def prompts(model: Transformer, tokenizer: ChatTokenizer) -> list[list[int]]:
     """Ids to compare on: the texts and the chat (as much as the model reads), and two rows of random ids."""
     found = [tokenizer.encode(text) for text in TEXTS]

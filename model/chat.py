@@ -13,9 +13,7 @@ folder of somebody else's model is read too (stock.py).
 Read next: chat_formats.py (how turns are written), transformer.py (what the ids meet), ../train_tokenizer.py.
 """
 
-import bisect
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -24,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from corpus.errors import UserError
-from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, TemplateFormat, named_format
+from corpus.errors import ANOTHER_FORMAT, UserError
+from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, RefusedChat, named_format
+from model.chat_templates import TemplateFormat
+from model.render import Rendered, guard, render_chats
 
 PAD = "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
@@ -65,6 +65,8 @@ class ChatTokenizer:
         self.eos_id = self._id(self.eos)
         self.pad_id = self._id(self._special("pad_token") or self.eos)
         self.format = self._find_format()
+        if isinstance(self.format, NamedFormat) and self.config.get("chat_format"):
+            self._write_format(self.format)  # files of an earlier version hold the template of that version
 
     def _open(self) -> Tokenizer:
         backend = Tokenizer.from_str(self.files["tokenizer.json"])
@@ -107,14 +109,20 @@ class ChatTokenizer:
         """
         if name is None or name == self.format_name:
             return self
-        chosen = named_format(name, self.eos)
+        named_format(name, self.eos)  # is there one?
         for marker in (IM_START, IM_END) if name == "chatml" else ():
             if self.backend.token_to_id(marker) is None:
                 raise UserError(f"--chat_format {name}: this tokenizer has no {marker} token; choose another format")
-        config = {**self.config, "chat_template": chosen.template, "chat_format": name}
-        files = {**self.files, "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2)}
-        files.pop("chat_template.jinja", None)
-        return ChatTokenizer(files)
+        renamed = json.dumps({**self.config, "chat_format": name}, ensure_ascii=False, indent=2)
+        return ChatTokenizer({**self.files, "tokenizer_config.json": renamed})
+
+    def _write_format(self, chosen: NamedFormat) -> None:
+        """Put the template of a named format into the files, for transformers."""
+        if self.config.get("chat_template") == chosen.template and "chat_template.jinja" not in self.files:
+            return
+        self.config = {**self.config, "chat_template": chosen.template, "chat_format": chosen.name}
+        self.files = {**self.files, "tokenizer_config.json": json.dumps(self.config, ensure_ascii=False, indent=2)}
+        self.files.pop("chat_template.jinja", None)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -144,14 +152,16 @@ class ChatTokenizer:
         """Names what a chat becomes: pieces and format. That of chatml is the plain fingerprint."""
         if self.format_name in ("chatml", ""):
             return self.fingerprint
-        is_named = isinstance(self.format, NamedFormat)
-        return f"{self.fingerprint}-{self.format_name if is_named else digest(self.chat_format.template)[:8]}"
+        if not isinstance(self.format, NamedFormat):
+            return f"{self.fingerprint}-{digest(self.chat_format.template)[:8]}"
+        revision = f"-{self.format.revision}" if self.format.revision > 1 else ""
+        return f"{self.fingerprint}-{self.format_name}{revision}"
 
     @property
     def chat_format(self) -> NamedFormat | TemplateFormat:
         """The format, where there must be one."""
         if self.format is None:
-            raise UserError("this tokenizer has no chat template: say how chats are written with --chat_format")
+            raise UserError(f"this tokenizer has no chat template that says how chats are written; {ANOTHER_FORMAT}")
         return self.format
 
     @property
@@ -224,6 +234,7 @@ class ChatTokenizer:
         With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. Each
         answer is one run of ones. A token that begins in the prompt is not trained, even if it reaches into the answer;
         that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
+        Answers that the format writes otherwise once more follows are not marked: `render_each` gives their samples.
         Raises UserError when the format cannot write these messages.
         """
         return self.render_batch([messages], add_generation_prompt)[0]
@@ -237,8 +248,12 @@ class ChatTokenizer:
         """
         typed = "".join(message["content"] for message in messages)
         end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)
-        cut, marked = self._guard([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}])
-        text, found, _ = self.chat_format.text(marked).rpartition(end)
+        open_end = {**messages[-1], "content": messages[-1]["content"] + end}
+        cut, marked = guard(self._markers, [*messages[:-1], open_end])
+        try:
+            text, found, _ = self.chat_format.text(marked).rpartition(end)
+        except RefusedChat as refusal:
+            raise UserError(f"{refusal}; {ANOTHER_FORMAT}") from None
         if not found:
             raise UserError("the chat template leaves out the last message: it cannot be continued")
         parts = text.split(cut) if cut else [text]
@@ -248,51 +263,20 @@ class ChatTokenizer:
         self, chats: list[list[Message]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
         """`render` of several conversations, which the tokenizer reads on all cores."""
-        written = [self._write(messages, add_generation_prompt) for messages in chats]
-        encodings = iter(
-            self._marked.encode_batch([part for parts, _ in written for part in parts], add_special_tokens=False)
-        )
-        return [self._join([next(encodings) for _ in parts], parts, answers) for parts, answers in written]
+        rendered = self.render_each(chats, add_generation_prompt)
+        for chat in rendered:
+            if chat.refusal:
+                raise UserError(f"{chat.refusal}; {ANOTHER_FORMAT}")
+        return [(chat.samples[-1].ids, chat.samples[-1].mask) for chat in rendered]
 
-    def _write(self, messages: list[Message], add_generation_prompt: bool) -> tuple[list[str], list[tuple[int, int]]]:
-        """The text of a chat in the parts that are tokenised by themselves, and where its answers are: (start, end)."""
-        cut, messages = self._guard(messages)
-        spans = self.chat_format.spans(messages, add_generation_prompt)
-        ends = list(itertools.accumulate(len(text) for text, _ in spans))
-        answers = [(end - len(text), end) for (text, trained), end in zip(spans, ends, strict=True) if trained]
-        text = "".join(text for text, _ in spans)
-        return text.split(cut) if cut else [text], answers
+    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[Rendered]:
+        """The samples of several conversations; the last one of each is the whole conversation, as `render` gives it.
 
-    @staticmethod
-    def _join(
-        encodings: list[Encoding], parts: list[str], answers: list[tuple[int, int]]
-    ) -> tuple[list[int], list[int]]:
-        """Ids of all parts, and the mask: 1 for the tokens that begin inside an answer."""
-        ids: list[int] = []
-        mask: list[int] = []
-        place = 0  # of the part in the chat; between two parts one character, the cut, was left out
-        for encoding, part in zip(encodings, parts, strict=True):
-            tokens = range(len(encoding))
-            begins = lambda token, encoding=encoding, place=place: place + encoding.token_to_chars(token)[0]
-            mask += [0] * len(tokens)
-            for answer in answers:
-                first, last = (len(ids) + bisect.bisect_left(tokens, edge, key=begins) for edge in answer)
-                mask[first:last] = [1] * (last - first)
-            ids += encoding.ids
-            place += len(part) + 1
-        return ids, mask
-
-    def _guard(self, messages: list[Message]) -> tuple[str, list[Message]]:
-        """The messages with a cut inside every marker that somebody typed, and the character that stands for a cut."""
-        typed = "".join(message["content"] for message in messages)
-        if not self._markers.search(typed):
-            return "", messages
-        cut = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in typed)
-
-        def split(found: re.Match[str]) -> str:
-            return found[0][0] + cut + found[0][1:]
-
-        return cut, [{**message, "content": self._markers.sub(split, message["content"])} for message in messages]
+        Several where the format writes an answer otherwise once more follows (chat_templates.py): each of the others
+        ends at an answer, and every answer is trained in one of them. A chat that the format cannot write ends
+        nothing: it has no sample, and a refusal. Raises UserError for a format that can write no chat at all.
+        """
+        return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from corpus.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
 from model.chat import OLD_TEMPLATE, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
 from model.chat_formats import FORMAT_NAMES
+from model.render import write_chat
 from tests.conftest import run_process, run_script, weights
 from tests.test_tokenizer import made_up_text
 
@@ -32,12 +33,12 @@ GOLDEN = {
     ("mindllm", "one"): "<|endoftext|><user>\n你好？\n<assistant>\n[[Hi.\n<|endoftext|>]]",
     ("mindllm", "three"): "<|endoftext|>Be kind.\n"
     "<user>\n你好？\n<assistant>\n[[Hi.\n<|endoftext|>]]"
-    "<user>\n1+1\n<assistant>\n[[ 2<|endoftext|>]]"
-    "<user>\nBye\n<assistant>\n[[再见<|endoftext|>]]",
+    "\n<|endoftext|><user>\n1+1\n<assistant>\n[[ 2<|endoftext|>]]"
+    "\n<|endoftext|><user>\nBye\n<assistant>\n[[再见<|endoftext|>]]",
     ("belle", "one"): "Human: 你好？ \n\nAssistant:[[Hi.\n<|endoftext|>]]",
     ("belle", "three"): "Be kind.\n\n"
-    "Human: 你好？ \n\nAssistant:[[Hi.\n<|endoftext|>]]"
-    "Human: 1+1 \n\nAssistant:[[ 2<|endoftext|>]]"
+    "Human: 你好？ \n\nAssistant:[[Hi.\n]]"
+    "Human: 1+1 \n\nAssistant:[[ 2]]"
     "Human: Bye \n\nAssistant:[[再见<|endoftext|>]]",
     ("text", "one"): " 你好？[[Hi.\n<|endoftext|>]]",
     ("text", "three"): "Be kind.\n 你好？[[Hi.\n<|endoftext|>]]1+1[[ 2<|endoftext|>]]Bye\n[[再见<|endoftext|>]]",
@@ -82,6 +83,45 @@ def test_golden_prompts_and_stops(tokenizer, name):
     assert sorted(stops) == sorted([*STOP[name], "<|endoftext|>"])
     # Role markers that are ordinary text: a model that writes the next question itself is stopped there.
     assert formatted.stop_strings == {"mindllm": ("<user>\n",), "belle": ("Human: ",)}.get(name, ())
+
+
+def test_the_two_prompts_on_the_card_of_mindllm(tokenizer):
+    """To the letter, and what is asked in the second turn is how the trained chat begins."""
+    formatted = tokenizer.with_format("mindllm")
+    asked = {
+        "<|endoftext|><user>\n你知道电动车相对传统汽油车有哪些优点吗?\n<assistant>\n": [
+            ("user", "你知道电动车相对传统汽油车有哪些优点吗?")
+        ],
+        "<|endoftext|><user>\n你好,请问你叫什么名字?\n<assistant>\n嗨,我是一个AI助手。<|endoftext|>\n"
+        "<|endoftext|><user>\n请问你如何看待AI助手?\n<assistant>\n": [
+            ("user", "你好,请问你叫什么名字?"),
+            ("assistant", "嗨,我是一个AI助手。"),
+            ("user", "请问你如何看待AI助手?"),
+        ],
+    }
+    for text, turns in asked.items():
+        ids, _ = formatted.render(messages_of(turns), add_generation_prompt=True)
+        assert formatted.decode(ids) == text
+        trained, _ = formatted.render(messages_of([*turns, ("assistant", "好。")]))
+        assert trained[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_each_question_is_asked_as_it_was_trained(tokenizer, name):
+    formatted = tokenizer.with_format(name)
+    whole, mask = formatted.render(messages_of(THREE))
+    for end in (2, 4, 6):  # behind each question
+        prompt, _ = formatted.render(messages_of(THREE[:end]), add_generation_prompt=True)
+        assert whole[: len(prompt)] == prompt and mask[len(prompt)] == 1 and mask[len(prompt) - 1] == 0
+
+
+def test_belle_joins_turns_by_concatenation_alone(tokenizer):
+    formatted = tokenizer.with_format("belle")
+    ids, _ = formatted.render(messages_of(THREE[1:]), add_generation_prompt=True)
+    assert (
+        formatted.decode(ids)
+        == "Human: 你好？ \n\nAssistant:Hi.\nHuman: 1+1 \n\nAssistant: 2Human: Bye \n\nAssistant:再见Assistant:"
+    )
 
 
 def test_chatml_has_tools_and_spare_roles(tokenizer):
@@ -148,6 +188,9 @@ def test_answers_are_what_is_trained(both, contents, system):
         ids, mask = tokenizer.render(chat)
         trained = [i for i, m in zip(ids, mask, strict=True) if m]
         closed = [i for i, id_ in enumerate(trained) if id_ == tokenizer.close_id]
+        if tokenizer.format_name == "belle":  # the eos closes the last answer alone
+            assert closed == [len(trained) - 1] * (chat[-1]["role"] == "assistant")
+            continue
         assert len(closed) == len(answers) and closed[-1:] == [len(trained) - 1] * bool(answers)
         for answer, start, end in zip(answers, [-1, *closed], closed, strict=False):
             learnt = tokenizer.decode(trained[start + 1 : end])
@@ -169,7 +212,7 @@ def test_a_batch_is_each_chat_by_itself(both, several, prompt):
         batch = tokenizer.render_batch(chats, prompt)
         assert batch == [tokenizer.render(chat, prompt) for chat in chats]
         for chat, (_, mask) in zip(chats, batch, strict=True):
-            parts, answers = tokenizer._write(chat, prompt)
+            ((parts, answers, _),) = write_chat(tokenizer.format, tokenizer._markers, chat, prompt)
             starts, place = [], 0
             for part in parts:
                 encoding = tokenizer._marked.encode(part, add_special_tokens=False)
@@ -218,6 +261,19 @@ def test_tokenizers_made_before_formats_had_names(tokenizer):
     config["chat_template"] = OLD_TEMPLATE
     old = ChatTokenizer({**tokenizer.files, "tokenizer_config.json": json.dumps(config)})
     assert old.format_name == "chatml" and old.chat_fingerprint == tokenizer.fingerprint
+
+
+def test_tokenizers_of_an_earlier_rendering(tokenizer, tmp_path):
+    """They open, speak as this version does and say so in their template; token folders of theirs are made anew."""
+    for name in ("mindllm", "belle"):
+        now = tokenizer.with_format(name)
+        config = {**json.loads(now.files["tokenizer_config.json"]), "chat_template": "{{ 'as it was' }}"}
+        files = {**now.files, "tokenizer_config.json": json.dumps(config)}
+        for old in (files, {**files, "chat_template.jinja": "{{ 'as it was' }}"}):
+            opened = ChatTokenizer(old)
+            assert opened.files == now.files and opened.render(messages_of(THREE)) == now.render(messages_of(THREE))
+            assert opened.chat_fingerprint == now.chat_fingerprint != f"{tokenizer.fingerprint}-{name}"
+    assert tokenizer.with_format("text").chat_fingerprint == f"{tokenizer.fingerprint}-text"
 
 
 def test_an_unknown_format_is_refused(tokenizer):
@@ -298,3 +354,14 @@ def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
                "--json", tmp_path / "a.json")  # fmt: skip
     answers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
     assert answers == [{"prompt": "你好", "answer": "A巴", "finish_reason": "stop"}]
+
+
+def test_a_format_carries_the_settings_of_its_card(tokenizer):
+    assert tokenizer.with_format("belle").format.sampling == {
+        "top_k": 30,
+        "top_p": 0.85,
+        "temperature": 0.35,
+        "repetition_penalty": 1.2,
+    }
+    assert tokenizer.with_format("mindllm").format.sampling == {"num_beams": 4, "no_repeat_ngram_size": 5}
+    assert tokenizer.format.sampling == tokenizer.with_format("text").format.sampling == {}

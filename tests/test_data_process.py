@@ -337,7 +337,7 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     assert open_split(tokens, "train").lengths().max() <= 70
 
     class Other:
-        render, render_batch = tokenizer.render, tokenizer.render_batch
+        render_each = tokenizer.render_each
         vocab_size, chat_fingerprint = 100_000, "other"
 
     other = tokenise_chats(folder, Other(), 512)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from corpus.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
 from export.gguf_check import check_gguf
-from export.gguf_file import crossing_piece, go_template, interleave, modelfile, pre_tokenizer, write_gguf
+from export.gguf_file import go_template, interleave, modelfile, write_gguf
+from export.gguf_tokenizer import crossing_piece, pre_tokenizer
 from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from model.chat_formats import FORMAT_NAMES
 from model.checkpoint import save_model

@@ -194,13 +194,9 @@ def test_its_own_ids(both, contents):
     assert control == plain, "a typed marker stays text"
 
 
-def test_a_template_that_changes_its_mind_is_refused(monkeypatch, sft_dir, tmp_path):
+def test_a_template_that_changes_its_mind_can_be_replaced(tmp_path):
     make_tokenizer(tmp_path / "tok", UNSTABLE)
     tokenizer = load_tokenizer(tmp_path / "tok")
-    with pytest.raises(UserError, match=r"message 3 .* differently"):
-        tokenizer.render(CHAT)
-    ids, _ = tokenizer.render(CHAT[:-1], add_generation_prompt=True)  # asking it still works
-    assert tokenizer.decode(ids).endswith("<|assistant|>")
     belle = tokenizer.with_format("belle")
     assert shown(belle, *belle.render(CHAT[1:3])) == "Human: 1+1? \n\nAssistant:[[ 2\n</s>]]"
     with pytest.raises(UserError, match=r"<\|im_start\|>"):

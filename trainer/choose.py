@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from corpus.chats import is_trained
 from corpus.choose import Choice, Examples, Scores, print_histogram, scores_path, summary
 from corpus.items import Item
 from corpus.pack import Form
@@ -69,8 +70,13 @@ class Scorer:
         return result
 
     def _tokens(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Ids and the mask of the answers, cut to what the model reads."""
-        ids, mask = bare_chat(self.tokenizer, messages) if self.bare else self.tokenizer.render(messages)
+        """Ids and the mask of the answers, cut to what the model reads. Of a chat that its format cannot write nothing
+        is scored."""
+        if self.bare:
+            ids, mask = bare_chat(self.tokenizer, messages)
+        else:
+            samples, refusal = self.tokenizer.render_each([messages])[0]
+            ids, mask = ([self.tokenizer.eos_id], [0]) if refusal else samples[-1][:2]
         return ids[: self.limit], mask[: self.limit]
 
 
@@ -82,7 +88,7 @@ def bare_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[i
         new = tokenizer.encode_start(message["content"]) if not number else tokenizer.encode("\n" + message["content"])
         ids += new
         skipped = len(tokenizer.encode("\n")) if number else 0
-        answer = int(message["role"] == "assistant")
+        answer = int(is_trained(message))
         mask += [0] * skipped + [answer] * (len(new) - skipped)
     return ids, mask
 

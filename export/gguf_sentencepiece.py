@@ -1,0 +1,196 @@
+"""A SentencePiece BPE tokenizer (Llama 2, TinyLlama, Mistral 7B) as llama.cpp's `llama` tokenizer, and whether it fits.
+
+    tokenizer.json                                          GGUF
+    merges, the first one first                             scores: minus the rank of the merge that makes a piece
+    Prepend ▁, or Metaspace that prepends                   add_space_prefix
+    <unk>, <s> and other control tokens, <0x00> ... <0xFF>  types unknown, control, byte
+
+llama.cpp joins any two neighbours whose text is a piece, the highest score first, then the leftmost; characters that
+are no piece become bytes. tokenizer.json lists the pairs that may be joined. Both are the same where every pair that
+makes a piece is listed, as the conversion of a SentencePiece model lists them. Trained elsewhere, a tokenizer may lack
+some: `check` cuts all pieces, pairs of them and a chat in both ways, and refuses the first difference. That is a large
+sample, no proof. A control token that a user types stays text here; in llama.cpp only where no two pieces join to it.
+
+Source: llama.cpp's src/llama-vocab.cpp (llm_tokenizer_spm); Kudo and Richardson 2018 (SentencePiece).
+Called by gguf_tokenizer.py.
+"""
+
+import heapq
+import json
+import random
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from corpus.errors import UserError
+from export.stock_check import TEXTS, chat_ids, chat_text
+from model.chat import ChatTokenizer
+
+SPACE = "▁"
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+PAIRS = 4000  # random pairs of pieces that `check` cuts
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the file holds of the tokenizer; the index is the token id."""
+
+    pieces: list[str]
+    scores: list[float]
+    types: list[int]
+    add_space_prefix: bool
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """Token ids as llama.cpp gives them without a bos. `parse_special`: control tokens in the text are such."""
+        pattern = self._all_tokens if parse_special else self._user_defined
+        ids: list[int] = []
+        for i, part in enumerate(pattern.split(text)):  # every other part is a token
+            if i % 2:
+                ids.append(self._ids[part])
+            elif part:
+                ids += self._merge((" " if self.add_space_prefix else "") + part)
+        return ids
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self.pieces)}
+
+    @cached_property
+    def _all_tokens(self) -> re.Pattern[str]:
+        return self._pattern(USER_DEFINED, CONTROL, UNKNOWN)
+
+    @cached_property
+    def _user_defined(self) -> re.Pattern[str]:
+        return self._pattern(USER_DEFINED)
+
+    def _pattern(self, *kinds: int) -> re.Pattern[str]:
+        """Finds the tokens of these kinds in text, the longest first."""
+        found = [piece for piece, kind in zip(self.pieces, self.types, strict=True) if kind in kinds]
+        return re.compile("(" + ("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)") + ")")
+
+    def _merge(self, text: str) -> list[int]:
+        known = self._ids
+        symbols = list(text.replace(" ", SPACE))
+        following = [*range(1, len(symbols)), -1]
+        before = list(range(-1, len(symbols) - 1))
+        queue: list[tuple[float, int, int, str]] = []
+
+        def consider(left: int, right: int) -> None:
+            joined = symbols[left] + symbols[right] if left >= 0 <= right else ""
+            if joined in known:
+                heapq.heappush(queue, (-self.scores[known[joined]], left, right, joined))
+
+        for i in range(len(symbols) - 1):
+            consider(i, i + 1)
+        while queue:
+            _, left, right, joined = heapq.heappop(queue)
+            if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != joined:
+                continue  # one of them was joined with another neighbour
+            symbols[left], symbols[right] = joined, ""
+            following[left] = following[right]
+            if following[right] >= 0:
+                before[following[right]] = left
+            consider(before[left], left)
+            consider(left, following[left])
+        ids: list[int] = []
+        for symbol in filter(None, symbols):
+            found = known.get(symbol)
+            ids += [found] if found is not None else [known[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        return ids
+
+
+def is_sentencepiece(tokenizer: ChatTokenizer) -> bool:
+    """A BPE over characters that writes a space as ▁."""
+    content = json.loads(tokenizer.files["tokenizer.json"])
+    steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], ensure_ascii=False)
+    return content["model"].get("type") == "BPE" and SPACE in steps and "ByteLevel" not in steps
+
+
+def vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Vocabulary:
+    """The tokenizer for llama.cpp, not checked. Raises UserError for a step of it that llama.cpp does not have."""
+    content = json.loads(tokenizer.files["tokenizer.json"])
+    model = content["model"]
+    prefix = space_prefix(content)
+    ids: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
+    if not model.get("byte_fallback") or not BYTES.keys() <= ids.keys():
+        refuse("llama.cpp spells unknown characters in bytes, and it has no byte fallback")
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if any(part in BYTES for merge in merges for part in merge):
+        refuse("llama.cpp never merges bytes of unknown characters, and it does")
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), rank)
+    names = {i: piece for piece, i in ids.items()}
+    pieces = [names.get(i, f"[unused{i}]") for i in range(vocab_size)]
+    scores = [-float(ranks.get(piece, len(merges))) for piece in pieces]
+    added = tokenizer.backend.get_added_tokens_decoder()
+    types = []
+    for i, piece in enumerate(pieces):
+        kind = NORMAL if i in names else UNUSED
+        if i in added:
+            kind = CONTROL if added[i].special else USER_DEFINED
+        types.append(BYTE if piece in BYTES else UNKNOWN if piece == model.get("unk_token") else kind)
+    return Vocabulary(pieces, scores, types, prefix)
+
+
+def space_prefix(content: dict[str, Any]) -> bool:
+    """Is a ▁ put in front of text? Raises UserError for a step before the merges that llama.cpp does not have."""
+    normalizer, cut = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    prepends = False
+    for step in [*steps, *(cut.get("pretokenizers", [cut]) if cut else [])]:
+        kind = step.get("type")
+        if kind == "Prepend" and step.get("prepend") == SPACE:
+            prepends = True
+        elif kind == "Metaspace" and step.get("replacement") == SPACE:
+            scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+            prepends = prepends or scheme != "never"
+            if step.get("split", True) and any(SPACE in piece[1:] for piece in content["model"]["vocab"]):
+                refuse("llama.cpp merges across words, and it does not")
+        elif not (kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE):
+            refuse(f"llama.cpp has no {kind} before the merges")
+    return prepends
+
+
+def metaspace_scheme(tokenizer: ChatTokenizer) -> str:
+    """Where a Metaspace step prepends a ▁: always, first (only at the start of a text), never, or "" without one."""
+    cut = json.loads(tokenizer.files["tokenizer.json"]).get("pre_tokenizer") or {}
+    for step in cut.get("pretokenizers", [cut]):
+        if step.get("type") == "Metaspace":
+            return str(step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never"))
+    return ""
+
+
+def caveat(tokenizer: ChatTokenizer) -> str:
+    """What is said of text that llama.cpp reads differently, or ""."""
+    if is_sentencepiece(tokenizer) and metaspace_scheme(tokenizer) in ("always", "first"):
+        return "; text that begins with a space has one ▁ more in llama.cpp"
+    return ""
+
+
+def check(tokenizer: ChatTokenizer) -> None:
+    """Raises UserError with the reason where the tokenizer does not fit, or the first text that is cut differently."""
+    made = vocabulary(tokenizer, tokenizer.vocab_size)
+    plain = [piece for piece, kind in zip(made.pieces, made.types, strict=True) if kind == NORMAL]
+    draw = random.Random(0)
+    texts = [*TEXTS, *plain, *("".join(draw.choices(plain, k=2)) for _ in range(PAIRS if plain else 0))]
+    texts = [text.replace(SPACE, " ") for text in texts]
+    if caveat(tokenizer):
+        texts = [text.lstrip(" ") for text in texts]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        if made.encode(text) != ids:
+            refuse(f"llama.cpp, which joins any two neighbours that make a piece, cuts {text[:40]!r} differently")
+    chat = chat_ids(tokenizer)
+    if chat and made.encode(chat_text(tokenizer), parse_special=True) != chat:
+        prefixed = metaspace_scheme(tokenizer) == "first"
+        refuse(
+            "llama.cpp puts a ▁ behind each control token of a chat, it only in front of a text"
+            if prefixed
+            else "llama.cpp cuts a rendered chat differently"
+        )
+
+
+def refuse(reason: str) -> None:
+    raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}")

@@ -1,0 +1,115 @@
+"""The tokenizer of a GGUF file: the same ids in llama.cpp for every text.
+
+    byte-level BPE             tokenizer.ggml.model gpt2, with merges and a name for how text is cut
+    BPE over characters and ▁  tokenizer.ggml.model llama, with scores (gguf_sentencepiece.py)
+
+llama.cpp knows how text is cut into words before byte-pair merges by a name, not by a pattern. Ours cuts at line ends,
+digits and "<" alone; "superbpe" cuts at numbers alone, and since no piece of ours reaches across a place where we cut,
+both end with the same tokens. That is looked at in the vocabulary before a file is written.
+
+Source: llama.cpp's src/llama-vocab.cpp, the gguf package.
+Called by gguf_file.py. Read next: gguf_sentencepiece.py, gguf_check.py.
+"""
+
+import json
+import unicodedata
+from typing import Any
+
+from corpus.errors import UserError
+from corpus.tokenizer_training import token_bytes
+from export.gguf_sentencepiece import UNKNOWN, check, is_sentencepiece, vocabulary
+from export.stock_folder import bos_id
+from model.chat import ChatTokenizer
+from model.config import ModelConfig
+
+# How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+OUR_CUT = r"\n|\p{N}|<|[^\n\p{N}<]+"
+SENTENCEPIECE = "default"  # llama.cpp's name where nothing cuts text before the merges
+CUTS = {
+    OUR_CUT: "superbpe",
+    _WORDS + r"\p{N}" + _MARKS: "qwen2",
+    _WORDS + r"\p{N}{1,3}" + _MARKS: "llama-bpe",
+    "": "gpt-2",  # ByteLevel's own pattern
+}
+
+
+def pre_tokenizer(tokenizer: ChatTokenizer) -> str:
+    """llama.cpp's name for how this tokenizer cuts text. Raises UserError where there is none, or it would not fit."""
+    if is_sentencepiece(tokenizer):
+        check(tokenizer)
+        return SENTENCEPIECE
+    content = json.loads(tokenizer.files["tokenizer.json"])
+    kind, cut = content["model"].get("type"), content.get("pre_tokenizer") or {}
+    steps = cut.get("pretokenizers", [cut])
+    byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space")
+    normalizer = content.get("normalizer")
+    if kind != "BPE" or not byte_level or normalizer not in (None, {"type": "NFC"}):
+        hint = "llama.cpp has no name for how it cuts text"
+        if kind == "Unigram":
+            hint = "llama.cpp writes no lone bytes for it"
+        elif kind == "BPE" and byte_level:
+            hint = f"llama.cpp has no {normalizer.get('type')} in front of it"
+        raise UserError(f"--gguf: a {kind} tokenizer of this kind fits no GGUF ({hint}): byte-level BPE does")
+    patterns = [step.get("pattern", {}).get("Regex", "?") for step in steps[:-1]]
+    pattern = patterns[0] if len(patterns) == 1 else "?" if patterns or not steps[-1].get("use_regex", True) else ""
+    if pattern not in CUTS:
+        raise UserError(f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]})")
+    if pattern == OUR_CUT and (bad := crossing_piece(tokenizer)):
+        raise UserError(f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<': llama.cpp would use it")
+    return CUTS[pattern]
+
+
+def crossing_piece(tokenizer: ChatTokenizer) -> str:
+    """A piece of the vocabulary that our own cut would never give, or ""."""
+    special = tokenizer.special_ids
+    for index, raw in enumerate(token_bytes(tokenizer.backend)):
+        piece = raw.decode("utf-8", "replace")
+        cut = any(character in "\n<" or unicodedata.category(character).startswith("N") for character in piece)
+        if cut and len(piece) > 1 and index not in special:
+            return piece
+    return ""
+
+
+def write_tokenizer(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig, pre: str) -> None:
+    """Pieces, merges, special tokens and the chat template."""
+    if pre == SENTENCEPIECE:
+        add_sentencepiece(writer, tokenizer, config)
+    else:
+        add_byte_level(gguf, writer, tokenizer, config)
+    writer.add_tokenizer_pre(pre)
+    bos = bos_id(tokenizer)
+    writer.add_bos_token_id(tokenizer.eos_id if bos is None else bos)  # llama.cpp would take token 11
+    writer.add_eos_token_id(tokenizer.eos_id)
+    if tokenizer.close_id != tokenizer.eos_id:
+        writer.add_eot_token_id(tokenizer.close_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    writer.add_add_bos_token(bos is not None and tokenizer.encode_start("a")[:1] == [bos])
+    if tokenizer.format:
+        writer.add_chat_template(tokenizer.format.template)
+
+
+def add_byte_level(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
+    names: dict[int, str] = {i: piece for piece, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    added = tokenizer.backend.get_added_tokens_decoder()
+    kinds = {i: gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED for i, token in added.items()}
+    pieces = [names.get(i, f"[unused{i}]") for i in range(config.vocab_size)]
+    types = [kinds.get(i, gguf.TokenType.NORMAL) if i in names else gguf.TokenType.UNUSED for i in range(len(pieces))]
+    merges = json.loads(tokenizer.files["tokenizer.json"])["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(pieces)
+    writer.add_token_types(types)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_space_prefix(False)
+
+
+def add_sentencepiece(writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
+    made = vocabulary(tokenizer, config.vocab_size)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(made.pieces)
+    writer.add_token_scores(made.scores)
+    writer.add_token_types(made.types)
+    writer.add_add_space_prefix(made.add_space_prefix)
+    if UNKNOWN in made.types:
+        writer.add_unk_token_id(made.types.index(UNKNOWN))

@@ -1,0 +1,118 @@
+"""Other people's chat templates: what a jinja template writes, where its answers are, and which samples it gives.
+
+What an answer is, is found by rendering the chat up to it (with the generation prompt) and behind it. A template may
+write an answer differently once more follows, as Qwen3's does, which keeps the thoughts of the last turn alone:
+
+    asked     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n
+    answered  <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n2<|im_end|>\\n
+    later     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n2<|im_end|>\\n<|im_start|>user\\n…
+
+Trained is what is generated: such a chat becomes several samples, each ending at an answer and training it there, with
+the earlier turns written as they are once more follows. A template that never changes its mind gives one sample.
+Rendering is bounded (template_sandbox.py). A chat that cannot be written raises RefusedChat.
+Read next: template_sandbox.py, chat.py (samples become ids and masks).
+"""
+
+import re
+from functools import cached_property
+from typing import Any
+
+from corpus.errors import ANOTHER_FORMAT, UserError
+from model.chat_formats import Message, RefusedChat, Span, Written, answers_of
+
+MAX_EXCEEDED = 3  # chats that may exceed the bound before the template itself is given up
+
+
+class TemplateFormat:
+    """A jinja template over `messages`, `add_generation_prompt` and the special tokens."""
+
+    name = "template"
+    stop: tuple[str, ...] = ()
+    sampling: dict[str, Any] = {}  # noqa: RUF012  # never changed; a foreign folder's settings lie in its own files
+
+    def __init__(self, template: str, special: dict[str, str], markers: re.Pattern[str]) -> None:
+        """`special`: bos_token, eos_token, ... for the template. `markers` finds the tokenizer's control tokens."""
+        self.template, self.special, self.markers = template, special, markers
+        self._exceeded = 0
+
+    @cached_property
+    def close(self) -> str:
+        """The control token that ends an answer; "" where the template cannot write a plain chat of two messages."""
+        try:
+            spans, _ = self.samples([{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}])[-1]
+        except UserError:
+            return ""
+        return next((self.markers.findall(text)[-1] for text, trained in spans if trained), "")
+
+    @cached_property
+    def _compiled(self) -> tuple[Any, Any]:
+        """(environment, template). Raises UserError for text that is no jinja."""
+        from jinja2 import TemplateError
+
+        from model.template_sandbox import BoundedEnvironment
+
+        environment = BoundedEnvironment()
+        try:
+            return environment, environment.from_string(self.template)
+        except TemplateError as error:
+            raise UserError(f"the model's chat template is no jinja ({error}): {ANOTHER_FORMAT}") from None
+        except RecursionError:
+            raise UserError(f"the model's chat template is nested too deeply: {ANOTHER_FORMAT}") from None
+
+    def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The rendered chat. Raises RefusedChat with the template's own words where it refuses or fails."""
+        from jinja2 import TemplateError, UndefinedError
+
+        from model.template_sandbox import StepsExceeded
+
+        known: dict[str, Any] = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        environment, template = self._compiled
+        try:
+            return environment.render(template, {**known, "tools": None, "documents": None, **self.special})
+        except StepsExceeded as bound:
+            self._exceeded += 1
+            refused = f"the model's chat template takes {bound} for one chat"
+            if self._exceeded >= MAX_EXCEEDED:
+                raise UserError(f"{refused}, the bound: it may have no end; {ANOTHER_FORMAT}") from None
+            raise RefusedChat(refused) from None
+        except Exception as error:  # jinja's, and whatever the template's own expressions raise
+            said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            is_refusal = isinstance(error, TemplateError) and not isinstance(error, UndefinedError)
+            raise RefusedChat(
+                f"the model's chat template {'refuses it: ' if is_refusal else 'fails: '}{said}"
+            ) from None
+
+    def spans(self, messages: list[Message], add_generation_prompt: bool) -> list[Span]:
+        """The whole chat piece by piece; before a generation prompt nothing is marked: nothing is trained there."""
+        if add_generation_prompt:
+            return [(self.text(messages, True), False)]
+        return self.samples(messages)[-1][0]
+
+    def samples(self, messages: list[Message]) -> list[Written]:
+        """What is trained, shortest first; the last one is the whole chat. Each answer is trained in one of them.
+
+        Raises RefusedChat when an answer does not begin where it is asked for, or ends with no control token.
+        """
+        found: list[tuple[str, list[tuple[int, int]], list[int]]] = [(self.text(messages), [], [])]
+        for i in reversed(answers_of(messages)):
+            prompt, answered = self.text(messages[:i], True), self.text(messages[: i + 1])
+            if not answered.startswith(prompt):
+                raise RefusedChat("the model's chat template writes an answer in another place than it asks for it")
+            closing = [match.end() for match in self.markers.finditer(answered, len(prompt))]
+            if not closing:
+                raise RefusedChat("the model's chat template ends answers with no token of its own")
+            if not found[-1][0].startswith(answered):
+                found.append((answered, [], []))
+            _, places, trained = found[-1]
+            places.insert(0, (len(prompt), closing[-1]))
+            trained.insert(0, i)
+        return [(_spans(text, places), trained) for text, places, trained in reversed(found)]
+
+
+def _spans(text: str, answers: list[tuple[int, int]]) -> list[Span]:
+    """The text cut at its answers, given as (start, end)."""
+    spans, done = [], 0
+    for start, end in answers:
+        spans += [(text[done:start], False), (text[start:end], True)]
+        done = end
+    return [*spans, (text[done:], False)]
