@@ -84,7 +84,8 @@ def out(tokenizer, tmp_path_factory):
 
 
 def sit(monkeypatch, exam, out, *flags):
-    run_script(monkeypatch, "eval_ceval.py", "--data", exam, "--out_dir", out, "--json", out / "s.json", *flags)
+    """`flags` may begin with further files of the exam."""
+    run_script(monkeypatch, "eval_ceval.py", "--data", exam, *flags, "--out_dir", out, "--json", out / "s.json")
     return json.loads((out / "s.json").read_text(encoding="utf-8"))
 
 
@@ -130,6 +131,20 @@ def test_the_files_it_writes(monkeypatch, exam, out, capsys):
     prompts = (folder / "prompts.txt").read_text(encoding="utf-8")
     assert prompts.count("====") == 4 and "law dev 0?" in prompts and "law val 3?" in prompts
     assert "law dev 0?" in capsys.readouterr().out, "--prompt also shows one"
+
+
+def test_own_files_are_scored(monkeypatch, knowing, tmp_path, capsys):
+    law = "题目;选项A;选项B;答案\n一?;错;对;2\n二?;对;错;1\n".encode("gb18030")
+    (tmp_path / "law.csv").write_bytes(law)
+    (tmp_path / "logic.csv").write_text("q?,错1,错2,错3,错4,对,E\nr?,错1,对,错3,错4,错5,b\n", encoding="utf-8")
+    flags = ["--checkpoint", "k.pth", "--shuffle_options", 2]
+    scores = sit(monkeypatch, tmp_path / "law.csv", tmp_path, tmp_path / "logic.csv", *flags)
+    assert (scores["exam"], scores["split"], scores["questions"], scores["correct"]) == ("law_and_1_more", "all", 4, 4)
+    assert scores["chance"] == 0.35 and scores["p_value"] == 0.01, "2 * 2 * 5 * 5 ways to guess"
+    assert list(scores["said"]) == list("ABCDE") and scores["options"] == [2, 5]
+    assert "questions have 2 to 5 options" in capsys.readouterr().out
+    rows = table(tmp_path / "ceval" / "k_law_and_1_more_all_letter_0shot_2orders" / "law.csv")
+    assert (rows[0]["A"], rows[0]["B"], rows[0]["C"], rows[0]["log_prob_E"]) == ("错", "对", "", "")
 
 
 def test_the_test_split_becomes_a_submission(monkeypatch, exam, out, capsys):
@@ -179,6 +194,7 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
         (["--device", "quantum"], "--device quantum"),
         (["--checkpoint", "{c}", "--out_dir", "{c}"], "cannot make the folder"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--data", "{c}"], "pretrain_32.pth holds no exam: expected a .csv"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
