@@ -12,7 +12,8 @@
 Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
 Reads C-Eval's and CMMLU's layouts (corpus/exams.py) and your own csv and jsonl files: question, A, B, C, D, answer, or
 题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (corpus/exam_table.py).
-Reads any out/*.pth (an adapter with its parent) or a transformers folder. Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
+Reads any out/*.pth (an adapter with its parent) or a transformers folder.
+Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
 Read next: evaluation/exam.py (how it asks), evaluation/exam_score.py (how sure the score is).
 """
 

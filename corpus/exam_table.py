@@ -1,6 +1,6 @@
 """One file of multiple-choice questions: bytes -> text -> rows of question, options, answer.
 
-    csv        question, A, B, C, D, answer    in any order and case; also 题目/问题, 选项A, 答案; , ; or tab between them
+    csv        question, A, B, C, D, answer    any order and case; also 题目/问题, 选项A, 答案; comma, ; or tab
     csv        what is 1+1?,1,2,3,4,B          without a header, as MMLU: the last cell of the first row is a letter
     jsonl      {"question": …, "A": …, "B": …, "answer": "B"}  or {"question": …, "choices": ["…", "…"], "answer": 1}
 
