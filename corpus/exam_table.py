@@ -70,10 +70,18 @@ def _decoded(data: bytes) -> str | None:
             names = ["utf-16-be" if even > odd else "utf-16-le"]
     for name in names:
         try:
-            return data.decode(name)
+            text = data.decode(name)
         except UnicodeDecodeError:
             continue
+        if name != "gb18030" or _is_chinese(text):
+            return text
     return None
+
+
+def _is_chinese(text: str) -> bool:
+    """Whether nearly all characters beyond ASCII are in GB 2312: those of misread Western text ("Müller") are not."""
+    wide = [character for character in text if character > "\x7f"]
+    return sum(len(character.encode("gb2312", "ignore")) > 0 for character in wide) >= 0.9 * len(wide)
 
 
 def plain(name: str) -> str:

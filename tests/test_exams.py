@@ -88,7 +88,7 @@ def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_pa
         (HEAD, "no questions"),
         ("", "no column question, A, B"),
         (HEAD + "0,q\0,1,2,3,4,A\n", ":2: a NUL character"),
-        ((HEAD + "0,caf\xe9,1,2,3,4,A\n").encode("latin-1"), "neither UTF-8 nor UTF-16 nor GB18030"),
+        ((HEAD + "0,Who is M\xfcller?,1,2,3,4,A\n").encode("latin-1"), "neither UTF-8 nor UTF-16 nor GB18030"),
     ],
 )
 def test_a_broken_file_is_one_line_with_its_place(tmp_path, text, said):
