@@ -20,6 +20,7 @@ from corpus.errors import UserError
 from corpus.exam_table import OPTION_LETTERS
 from evaluation.exam import Asked
 from evaluation.exam_score import Marked, Result, Score, sentence
+from evaluation.subject_tests import strengths_of, strengths_sentence
 from model.chat import ChatTokenizer
 
 
@@ -52,8 +53,13 @@ def show(result: Result, about: dict[str, Any]) -> None:
         table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(category)), end_section=True)
     table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(result.total)))
     console.print(table)
-    for line in (*baselines(result), *notes(about), "", sentence(result)):
+    for line in (*baselines(result), *notes(about), "", *sentences(result)):
         console.print(line, highlight=False, markup=False)
+
+
+def sentences(result: Result) -> list[str]:
+    """What the score means, and which subjects are strong or weak."""
+    return [text for text in (sentence(result), strengths_sentence(strengths_of(result))) if text]
 
 
 def _cells(score: Score) -> list[str]:
@@ -140,6 +146,8 @@ def as_json(result: Result, about: dict[str, Any]) -> dict[str, Any]:
         "mean_of_subjects": round(result.mean_of_subjects, 6),
         "said": {letter: round(share, 6) for letter, share in result.said.items()},
         "sentence": sentence(result),
+        "strengths": strengths_of(result).to_dict(),
+        "strengths_sentence": strengths_sentence(strengths_of(result)),
         "categories": [score.to_dict() for score in result.categories],
         "subjects": [score.to_dict() for score in result.subjects],
     }
@@ -190,7 +198,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def _markdown(result: Result, about: dict[str, Any]) -> str:
     title = f"# {about['exam']}, {about['split']}: {about['model']}"
     setting = f"{about['method']}, {about['shots']}-shot, {about['orders']} order(s) of the options, {about['style']}"
-    lines = [title, "", sentence(result), "", setting + ".", ""]
+    lines = [title, "", "\n\n".join(sentences(result)), "", setting + ".", ""]
     lines += ["| | questions | right | accuracy | 95 % interval | p |", "|---|---|---|---|---|---|"]
     lines += [f"| **{s.name}** | " + " | ".join(_cells(s)[1:]) + " |" for s in (result.total, *result.categories)]
     lines += [f"| {s.name} | " + " | ".join(_cells(s)[1:]) + " |" for s in result.subjects]

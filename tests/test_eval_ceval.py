@@ -147,6 +147,33 @@ def test_own_files_are_scored(monkeypatch, knowing, tmp_path, capsys):
     assert (rows[0]["A"], rows[0]["B"], rows[0]["C"], rows[0]["log_prob_E"]) == ("错", "对", "", "")
 
 
+def test_who_knows_one_subject_is_said_to_be_strong_in_it(monkeypatch, knowing, tmp_path, capsys):
+    rows = [(f"q{i}", *("对" if x == i % 4 else f"错{x}" for x in range(4)), "ABCD"[i % 4]) for i in range(20)]
+    other = [(*row[:5], "BCDA"[i % 4] if i % 4 else "A") for i, row in enumerate(rows)]  # the marked option is wrong
+    for name, content in (("law", rows), *((name, other) for name in ("logic", "arts", "history"))):
+        with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(content)
+    scores = sit(monkeypatch, tmp_path, tmp_path, "--checkpoint", "k.pth")
+    assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {
+        "law": 1,
+        "logic": 0.25,
+        "arts": 0.25,
+        "history": 0.25,
+    }
+    assert scores["strengths"]["strong"] == scores["strengths"]["above_guessing"] == ["law"]
+    assert scores["strengths_sentence"].startswith(
+        "Strong subjects: law 100.0% (83.9% to 100.0%). Weak subjects: none."
+    )
+    page = next((tmp_path / "ceval").glob("*/summary.md")).read_text(encoding="utf-8")
+    assert scores["strengths_sentence"] in page and "Strong subjects: law" in capsys.readouterr().out
+
+
+def test_who_knows_nothing_has_no_strong_subject(monkeypatch, exam, out, capsys):
+    scores = sit(monkeypatch, exam, out)
+    assert scores["strengths"]["strong"] == scores["strengths"]["weak"] == []
+    assert "No subject differs from the others; 0 of 2 subjects are above guessing" in capsys.readouterr().out
+
+
 def test_the_test_split_becomes_a_submission(monkeypatch, exam, out, capsys):
     scores = sit(monkeypatch, exam, out, "--split", "test", "--method", "text")
     content = json.loads((out / "ceval" / f"pretrain_32_{exam.name}_test_text_0shot" / "submission.json").read_text())
