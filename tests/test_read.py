@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from corpus.errors import UserError
 from corpus.language import language_of
-from corpus.read import PIECE, read_chats, read_rows, read_texts
+from corpus.read import read_chats, read_rows, read_texts
 from corpus.report import DataReport
+from corpus.sources import PIECE
 
 GOOD = [{"text": f"good row {i}"} for i in range(400)]
 
