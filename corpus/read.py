@@ -1,6 +1,6 @@
-"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, each also as .gz .xz .zst .bz2.
+"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, arrow; also as .gz .xz .zst .bz2.
 
-    read_rows(path, report)    -> (line, row): an object, or a piece of plain text, whatever the format
+    read_rows(path, report)    -> (line, row): an object, or a piece of plain text (str)
     read_texts(paths, report)  -> Document(text, source_file, line)
     read_chats(paths, report)  -> Chat(messages, source_file, line)
 
@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 from corpus.chats import EXPECTED_CHAT, Message, chat_text, is_chat, normalise_chat
 from corpus.errors import UserError
 from corpus.language import sound_text
+from corpus.markers import STRONG, has_marker, split_documents
 from corpus.readers import READERS, Rows
 from corpus.report import EMPTY_FILE, BadRow, DataReport
-from corpus.sources import TEXT_KEYS, check_input, open_source, sniff
+from corpus.sniff import sniff
+from corpus.sources import TEXT_KEYS, check_input, open_source
 
 EXPECTED_TEXT = f"a text row needs one of the keys {', '.join(TEXT_KEYS)}, or those of a chat"
 
@@ -56,10 +58,15 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
     before = report.position()
     with open_source(Path(file)) as source:
         report.position = lambda: before + source.position()
+        if source.encoding.codec != "utf-8":
+            report.note(f"{file}: read as {source.encoding.name}")
         form = sniff(source)
         for line, row in READERS[form](source, report):
             if not isinstance(row, str if form == "txt" else dict):
                 report.unreadable("a row that is not an object", file, line)
+                continue
+            if "<" in (row if form == "txt" else _document_text(row)):
+                yield from ((line, part) for part in _without_markers(row, file, line, report))
                 continue
             report.saw_row(file, row)
             yield line, row
@@ -68,6 +75,32 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
         report.position = lambda: before + source.size
     if file not in report.files:
         report.unreadable(EMPTY_FILE, file, 1)
+
+
+def _document_text(row: Any) -> str:
+    """The text of a row that is a document; "" of others."""
+    if isinstance(row, str):
+        return row
+    for key in TEXT_KEYS:
+        if key in row:
+            return row[key] if isinstance(row[key], str) else ""
+    return ""
+
+
+def _without_markers(row: Any, file: str, line: int, report: DataReport) -> Iterator[Any]:
+    """The rows of a row whose text may hold document separators, each counted as read."""
+    texts = split_documents(_document_text(row))
+    if not texts and _document_text(row).strip():
+        report.saw_row(file, row)
+        report.drop("only a document separator", file, line)
+        return
+    key = None if isinstance(row, str) else next(key for key in TEXT_KEYS if key in row)
+    for text in texts:
+        part = text if key is None else {**row, key: text}
+        report.saw_row(file, part)
+        if has_marker(text):
+            report.shorten(f"holds {' or '.join(m for m in STRONG if m in text)} as text", file, line)
+        yield part
 
 
 def read_texts(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Document]:
