@@ -10,8 +10,9 @@ the embedding: 6,400 x 512 is 3.3 M of the small model's 26.9 M weights. So the 
     python train_tokenizer.py --inspect "从零开始 train a model"   # how the tokenizer cuts this text
     python train_tokenizer.py --compare model/tokenizer ../Qwen3-0.6B --compare_on held_out.jsonl --out table.md
 
-Reads txt, jsonl, csv, parquet (and .gz .xz .zst .bz2 of them), plain texts and chats. Writes the folder --out_dir:
-tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json; transformers opens it as well.
+Reads txt, jsonl, json, csv, parquet and arrow files (also .gz .xz .zst .bz2), and folders of them: texts and chats.
+Writes the folder --out_dir: tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json;
+transformers opens it as well.
 
 Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat_formats.py (how a chat is written), then
 data_process.py (text -> numbers on disk).
@@ -95,8 +96,10 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
     from rich.progress import Progress
 
     from corpus.report import DataReport
+    from corpus.sources import expand_inputs
     from corpus.tokenizer_sample import sample_texts
 
+    args.files = expand_inputs(args.files)
     report = DataReport(args.max_bad_share)
     size = sum(Path(file).stat().st_size for file in args.files if Path(file).is_file())
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -111,6 +114,7 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
               f" train on {taken:,.1f} MB, measure on {held_out:,.2f} MB held out")  # fmt: skip
     for file in sample.unfinished:
         print(f"{file}: only its beginning was read; a larger --read_budget reads more")
+    report.print_notes()
     if report.bad_rows:
         reasons = "; ".join(
             f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in report.bad.items()

@@ -1,6 +1,6 @@
-"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, each also as .gz .xz .zst .bz2.
+"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, arrow; also as .gz .xz .zst .bz2.
 
-    read_rows(path, report)    -> (line, row): an object, or a piece of plain text, whatever the format
+    read_rows(path, report)    -> (line, row): an object, or a piece of plain text (str)
     read_texts(paths, report)  -> Document(text, source_file, line)
     read_chats(paths, report)  -> Chat(messages, source_file, line)
 
@@ -8,13 +8,10 @@ The format is told from the content first and from the name second. What cannot 
 NUL, wrong types, half an archive) is counted in the report with its line and skipped; nothing is raised in the middle
 but the report's own verdict that too much is bad. Memory stays bounded: lines and paragraphs are read in pieces.
 
-Read next: sources.py (opening, telling the format), chats.py (the chat formats), report.py (the verdict), items.py
-(what becomes of the rows).
+Read next: readers.py (one reader a format), sources.py (opening, telling the format), chats.py (the chat formats),
+report.py (the verdict), items.py (what becomes of the rows).
 """
 
-import codecs
-import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,15 +21,16 @@ from typing import Any, TypeVar
 from corpus.chats import EXPECTED_CHAT, Message, chat_text, is_chat, normalise_chat
 from corpus.errors import UserError
 from corpus.language import sound_text
+from corpus.markers import STRONG, has_marker, split_documents
+from corpus.readers import READERS, Rows
 from corpus.report import EMPTY_FILE, BadRow, DataReport
-from corpus.sources import PIECE, TEXT_KEYS, Source, check_input, open_source, sniff
+from corpus.sniff import sniff
+from corpus.sources import TEXT_KEYS, check_input, open_source
 
-MAX_LINE = 64 << 20  # bytes of one line of jsonl or csv; longer ones are bad rows
 EXPECTED_TEXT = f"a text row needs one of the keys {', '.join(TEXT_KEYS)}, or those of a chat"
 
 Taken = TypeVar("Taken")
 Path_ = str | os.PathLike[str]
-Rows = Iterator[tuple[int, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,15 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
     before = report.position()
     with open_source(Path(file)) as source:
         report.position = lambda: before + source.position()
+        if source.encoding.codec != "utf-8":
+            report.note(f"{file}: read as {source.encoding.name}")
         form = sniff(source)
-        for line, row in _READERS[form](source, report):
+        for line, row in READERS[form](source, report):
             if not isinstance(row, str if form == "txt" else dict):
                 report.unreadable("a row that is not an object", file, line)
+                continue
+            if "<" in (row if form == "txt" else _document_text(row)):
+                yield from ((line, part) for part in _without_markers(row, file, line, report))
                 continue
             report.saw_row(file, row)
             yield line, row
@@ -72,6 +75,32 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
         report.position = lambda: before + source.size
     if file not in report.files:
         report.unreadable(EMPTY_FILE, file, 1)
+
+
+def _document_text(row: Any) -> str:
+    """The text of a row that is a document; "" of others."""
+    if isinstance(row, str):
+        return row
+    for key in TEXT_KEYS:
+        if key in row:
+            return row[key] if isinstance(row[key], str) else ""
+    return ""
+
+
+def _without_markers(row: Any, file: str, line: int, report: DataReport) -> Iterator[Any]:
+    """The rows of a row whose text may hold document separators, each counted as read."""
+    texts = split_documents(_document_text(row))
+    if not texts and _document_text(row).strip():
+        report.saw_row(file, row)
+        report.drop("only a document separator", file, line)
+        return
+    key = None if isinstance(row, str) else next(key for key in TEXT_KEYS if key in row)
+    for text in texts:
+        part = text if key is None else {**row, key: text}
+        report.saw_row(file, part)
+        if has_marker(text):
+            report.shorten(f"holds {' or '.join(m for m in STRONG if m in text)} as text", file, line)
+        yield part
 
 
 def read_texts(paths: Iterable[Path_], report: DataReport, source_key: str = "") -> Iterator[Document]:
@@ -135,161 +164,3 @@ def _text_of(row: Any) -> str:
     if is_chat(row):
         return chat_text(normalise_chat(row))
     raise BadRow("no text key")
-
-
-# ---- one reader a format ---------------------------------------------------------------------------------------------
-def _lines(source: Source, report: DataReport) -> Iterator[tuple[int, bytes]]:
-    """(line number, line with its end); a line above MAX_LINE is a bad row."""
-    number = 0
-    while line := source.readline(MAX_LINE):
-        number += 1
-        source.line = number
-        if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            while (rest := source.readline(1 << 20)) and not rest.endswith(b"\n"):
-                pass
-            report.unreadable(f"a line longer than {MAX_LINE >> 20} MB", source.name, number)
-            continue
-        yield number, line
-
-
-def _read_jsonl(source: Source, report: DataReport) -> Rows:
-    for number, line in _lines(source, report):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            report.unreadable("malformed UTF-8", source.name, number)
-        except (ValueError, RecursionError):
-            report.unreadable("NUL character" if b"\0" in line else "broken JSON", source.name, number)
-        else:
-            yield number, row
-
-
-def _read_json(source: Source, report: DataReport) -> Rows:
-    """A JSON array, or objects one after the other over any number of lines, without holding the whole file."""
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # a bad byte spoils its row only
-    parse = json.JSONDecoder(strict=False).raw_decode
-    buffer, size, more, first, in_array = "", PIECE, True, True, False
-    while True:
-        stripped = buffer.lstrip(" \t\r\n,")
-        source.line += buffer.count("\n", 0, len(buffer) - len(stripped))
-        buffer = stripped
-        if buffer.startswith("[") and first:
-            buffer, first, in_array = buffer[1:], False, True
-            continue
-        if buffer.startswith("]") and in_array:
-            return
-        try:
-            value, end = parse(buffer)
-            whole = end < len(buffer) or isinstance(value, (dict, list, str)) or not more  # "12" may go on as "123"
-        except (ValueError, RecursionError):
-            whole = False
-        if whole:
-            first, size = False, PIECE
-            yield source.line, value
-            source.line += buffer.count("\n", 0, end)
-            buffer = buffer[end:]
-        elif more and len(buffer) < MAX_LINE:
-            piece = source.read(size)
-            more, size = bool(piece), min(2 * size, MAX_LINE)
-            buffer += decode(piece, not piece)
-        else:
-            if buffer or (in_array and not source.damage):
-                report.unreadable("broken JSON: the rest of the file is lost", source.name, source.line)
-            return
-
-
-def _read_csv(source: Source, report: DataReport) -> Rows:
-    """Rows as {column: text}. Quotes double, backslashes are text, line ends inside quotes stay as they are."""
-    csv.field_size_limit(MAX_LINE)
-    lines = (line.decode("utf-8", "surrogateescape") for _, line in _lines(source, report))
-    first = next(lines, "")
-    delimiter = "\t" if first.count("\t") > first.count(",") else ","
-    columns = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        number = rows.line_num + 2  # the row's first line; the header was line 1
-        try:
-            cells = next(rows, None)
-        except csv.Error as error:
-            report.unreadable("NUL character" if "NUL" in str(error) else "broken csv quoting", source.name, number)
-            continue
-        if cells is None:
-            break
-        if len(cells) != len(columns):
-            if cells:
-                report.unreadable("wrong number of csv columns", source.name, number)
-            continue
-        yield number, dict(zip(columns, cells, strict=True))
-
-
-def _read_txt(source: Source, report: DataReport) -> Rows:
-    """Documents are separated by blank lines; longer ones than PIECE come in several, cut at a line or sentence end."""
-    start, block = 1, bytearray()
-    for number, line in _text_lines(source):
-        blank = line.isspace()
-        if block and (blank or len(block) + len(line) > PIECE):
-            yield from _text_block(block, source, start, report)
-            block = bytearray()
-        if not block:
-            start = number
-        if not blank:
-            block += line
-    if block:
-        yield from _text_block(block, source, start, report)
-
-
-def _text_lines(source: Source) -> Iterator[tuple[int, bytes]]:
-    """(line number, line or piece of a very long line); pieces end after a sentence, or at least between characters."""
-    number, pending = 1, b""
-    while line := source.readline(PIECE - len(pending)):
-        source.line = number
-        line = pending + line
-        pending = b""
-        if not line.endswith(b"\n") and len(line) == PIECE:
-            ends = [line.rfind(mark) + len(mark) for mark in (b". ", "。".encode(), "！".encode(), "？".encode())]
-            cut = max(end for end in [*ends, 0])
-            if cut < PIECE // 2:
-                cut = next((i for i in range(PIECE - 1, PIECE - 5, -1) if line[i] & 0xC0 != 0x80), PIECE)
-            line, pending = line[:cut], line[cut:]
-        yield number, line
-        number += line.endswith(b"\n")
-    if pending:
-        yield number, pending
-
-
-def _text_block(block: bytearray, source: Source, line: int, report: DataReport) -> Rows:
-    try:
-        yield line, block.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        report.unreadable("malformed UTF-8", source.name, line)
-
-
-def _read_parquet(source: Source, report: DataReport) -> Rows:
-    """Rows by batches of 1,000; the line is the row's number."""
-    if source.packed:
-        source.damage = "a packed parquet file: unpack it first"
-        return
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError("reading parquet files needs one more package: pip install pyarrow") from None
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(source.raw).iter_batches(1000):
-            for i in range(batch.num_rows):
-                number += 1
-                source.line = number
-                try:
-                    row = batch.slice(i, 1).to_pylist()[0]
-                except (ValueError, OverflowError):
-                    report.unreadable("malformed UTF-8 or a value out of range", source.name, number)
-                else:
-                    yield number, row
-    except (pyarrow.ArrowException, OSError, EOFError):
-        source.damage = "truncated or damaged parquet file"
-
-
-_READERS = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "txt": _read_txt, "parquet": _read_parquet}

@@ -65,6 +65,7 @@ class DataReport:
         self.histogram = [0] * (BINS + 1)
         self.trained_tokens = 0  # chats only
         self.shortened: dict[str, Reason] = {}  # chats that are kept without their last turns
+        self.notes: list[str] = []  # what else a reader of the report should know, one line each
         self.input_total = 0  # bytes of all input files, as far as known
         self.position: Callable[[], int] = lambda: 0  # how many of them are read
         self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
@@ -102,6 +103,11 @@ class DataReport:
     def shorten(self, reason: str, file: str, line: int) -> None:
         """A chat is kept, but lost its last turns."""
         _count(self.shortened, reason, file, line)
+
+    def note(self, text: str) -> None:
+        """A line under the table, about a file; a second one that is the same is left out."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def keep(
         self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
@@ -185,6 +191,8 @@ class DataReport:
         report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
         if self.trained_tokens:
             report |= {"trained_tokens": self.trained_tokens, "shortened": table(self.shortened)}
+        if self.notes:
+            report["notes"] = self.notes
         return report
 
     def print(self) -> None:
@@ -195,6 +203,7 @@ class DataReport:
         if not console.is_terminal:
             console = Console(highlight=False, width=120)
         console.print(self._rows_table())
+        self.print_notes()
         if self.kept:
             console.print(self._languages_table())
             console.print(self._lengths_table())
@@ -204,8 +213,13 @@ class DataReport:
             console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
                           f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
 
+    def print_notes(self) -> None:
+        for note in self.notes:
+            print(f"note: {note}")
+
     def print_bad(self) -> None:
-        """Only the bad rows, a line for each reason: for steps that have a report of their own."""
+        """Notes, and the bad rows, a line for each reason: for steps that have a report of their own."""
+        self.print_notes()
         for name, reason in sorted(self.bad.items(), key=lambda item: -item[1].count):
             print(f"bad, left out: {reason.count:,} x {name} (first: {reason.places()})")
 
