@@ -7,13 +7,12 @@
 Two to ten options. Options at the end of a row may be empty: the question then has fewer. An answer is a letter (b,
 (B), Ｂ) or a number. Numbers count from 0 where the file has a 0, from 1 where one of them equals the number of
 options; where the file has neither, the numbering is unknown, which is an error. Other columns (id, explanation, …) are
-not used. Text is UTF-8, UTF-16 or GB18030.
+not used. Encodings: text_encoding.py.
 MMLU's layout: github.com/hendrycks/test.
 
 Read next: exams.py (which file is which subject and split).
 """
 
-import codecs
 import csv
 import io
 import json
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from corpus.errors import UserError
+from corpus.text_encoding import SAMPLE, detect_encoding
 
 OPTION_LETTERS = "ABCDEFGHIJ"
 LARGEST = 64 << 20  # bytes of one file; real ones have less than one
@@ -51,35 +51,31 @@ class Row:
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 def decode(where: str, data: bytes) -> str:
-    """The text of a file in UTF-8, UTF-16 or GB18030, without a byte order mark. Raises UserError for anything else."""
+    """The text of a file in any encoding of text_encoding.py, without a byte order mark. Raises UserError."""
     text = _decoded(data)
     if text is None:
         raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
     if "\0" in text:
         raise UserError(f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character: damaged")
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def _decoded(data: bytes) -> str | None:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        names = ["utf-16"]
-    else:
-        names = ["utf-8-sig", "gb18030"]
-        even, odd = data[:2000:2].count(0), data[1:2000:2].count(0)
-        if even + odd > len(data[:2000]) // 20:  # every ASCII character of UTF-16 has a zero byte
-            names = ["utf-16-be" if even > odd else "utf-16-le"]
-    for name in names:
+    for codec in (detect_encoding(data[:SAMPLE]).codec, "gb18030"):
         try:
-            text = data.decode(name)
+            text = data.decode(codec)
         except UnicodeDecodeError:
             continue
-        if name != "gb18030" or _is_chinese(text):
+        if codec != "gb18030" or _is_chinese(text):
             return text
     return None
 
 
 def _is_chinese(text: str) -> bool:
-    """Whether nearly all characters beyond ASCII are in GB 2312: those of misread Western text ("Müller") are not."""
+    """Whether nearly all characters beyond ASCII are in GB 2312: those of misread Western text ("Müller") are not.
+
+    A file with a handful of Chinese characters is too short for detect_encoding.
+    """
     wide = [character for character in text if character > "\x7f"]
     return sum(len(character.encode("gb2312", "ignore")) > 0 for character in wide) >= 0.9 * len(wide)
 

@@ -88,7 +88,7 @@ def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_pa
         (HEAD, "no questions"),
         ("", "no column question, A, B"),
         (HEAD + "0,q\0,1,2,3,4,A\n", ":2: a NUL character"),
-        ((HEAD + "0,Who is M\xfcller?,1,2,3,4,A\n").encode("latin-1"), "neither UTF-8 nor UTF-16 nor GB18030"),
+        (HEAD.encode() + b"0,q\x8f\xff\x81,1,2,3,4,A\n", "neither UTF-8 nor UTF-16 nor GB18030"),
     ],
 )
 def test_a_broken_file_is_one_line_with_its_place(tmp_path, text, said):
@@ -209,6 +209,17 @@ def test_one_csv_is_an_exam_of_one_subject(tmp_path, head, delimiter, encoding):
     assert (exam.split, exam.subjects, exam.categories) == ("all", ["mine"], {"mine": "Other"})
     assert read_own(path) == RIGHT * (3 if head is None else 1)
     assert exam.items[1].where == f"{path}:{3 if head else 2}"
+
+
+def test_short_files_are_read_in_their_encoding(tmp_path):
+    for text, encoding in (
+        ("首都?", "gb18030"),
+        ("Who is Müller?", "cp1252"),
+        ("首都?", "utf-16"),
+        ("一?", "utf-16-le"),
+    ):
+        path = own(tmp_path, table_text(ENGLISH, [(text, *"1234", "A")]).encode(encoding))
+        assert read_exam(path).items[0].question == text, encoding
 
 
 def test_columns_may_stand_in_any_order_beside_others(tmp_path):
