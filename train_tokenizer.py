@@ -162,6 +162,7 @@ def compare_tokenizers(folders: list[str], files: list[str], out: str | None) ->
     texts = read_languages(files)
     rows, about = compare(opened, texts), measured_on(texts, files)
     table = Table(*HEADS, box=None)
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

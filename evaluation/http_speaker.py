@@ -23,7 +23,7 @@ from model.repetition import describe
 from model.sampling import Sampling
 
 _GIVEN = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
-MAX_NEW_TOKENS = 200  # as of a model of this machine
+DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a model of this machine
 
 
 class ReportServer(ChatServer):
@@ -82,19 +82,14 @@ class HttpSpeaker:
             lang: describe([answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang])
             for lang in dict.fromkeys(row["lang"] for row in prompts)
         }
+        is_counted = len(counted) == len(answers)
+        unknown = ("parameters", "active", "context", "device", "dtype", "batch_tokens_per_second", "safety")
         return {
-            **{
-                "path": f"{self.server.url}#{self.server.model}",
-                "stage": "served",
-                "parameters": None,
-                "active": None,
-                "context": None,
-            },
-            **{"device": None, "dtype": None, "lineage": [], "batch_tokens_per_second": None},
-            "tokens_per_second": sum(counted) / max(seconds, 1e-9) if len(counted) == len(answers) else None,
-            **{"bits_per_byte": {}, "sft_loss": {}, "safety": None},
+            **{"path": f"{self.server.url}#{self.server.model}", "stage": "served", "lineage": []},
+            **dict.fromkeys(unknown),
+            **{"bits_per_byte": {}, "sft_loss": {}, "missing": self._missing(is_counted)},
+            "tokens_per_second": sum(counted) / max(seconds, 1e-9) if is_counted else None,
             "answer_figures": {**of_language, "all": describe(answers)},
-            "missing": self._missing(len(counted) == len(answers)),
             "answers": answers,
         }
 
@@ -127,9 +122,9 @@ def split_address(given: str) -> tuple[str, str]:
 
 
 def _settings(args: argparse.Namespace) -> Sampling:
-    longest = MAX_NEW_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     try:
-        return Sampling(**({name: getattr(args, name) for name in SAMPLING} | {"max_new_tokens": longest}))
+        return Sampling(**(DEFAULTS | given))
     except ValueError as error:
         raise UserError(f"--{error}") from None
 

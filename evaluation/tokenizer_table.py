@@ -23,7 +23,7 @@ from corpus.report import DataReport
 
 LANGUAGES = ("zh", "en")
 DEMO_BYTES = 100_000  # of the demo world's text in each language
-HEADS = ("tokenizer", "entries", "characters/token zh", "characters/token en", "bytes/token", "unknown")
+HEADS = ("tokenizer", "entries", "chars/token zh", "chars/token en", "bytes/token", "unknown")
 Encode = Callable[[list[str]], list[list[int]]]
 
 

@@ -83,7 +83,7 @@ def test_the_command_prints_and_writes_a_sorted_table(places, monkeypatch, capsy
                tmp_path / "new" / "t.md")  # fmt: skip
     said = capsys.readouterr().out
     lines = [line for line in (tmp_path / "new" / "t.md").read_text(encoding="utf-8").splitlines() if "|" in line]
-    assert lines[0] == "| tokenizer | entries | characters/token zh | characters/token en | bytes/token | unknown |"
+    assert lines[0] == "| tokenizer | entries | chars/token zh | chars/token en | bytes/token | unknown |"
     values = [float(line.split("|")[5]) for line in lines[2:]]
     assert len(values) == 3 and values == sorted(values, reverse=True) and values[-1] == 1
     assert all(f" {cell.strip()} " in said.replace("\n", " \n") for cell in lines[2].split("|")[2:-1])
