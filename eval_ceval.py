@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
-    add("--split", default="", help="dev, val, test or all (default: val; all: files outside such folders; else test)")
+    add("--split", default="", help="dev, val, test, or all: files of no split (default: val, else all, else test)")
     add("--subjects", default="", help="only these, separated by commas (default: all)")
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument

@@ -8,8 +8,7 @@ has seen them in training has only been taught its own demonstration. `FIRST` ha
 when nobody is at the keyboard.
 
 The answers to the SAFETY prompts begin with a harmful agreement, and the model continues them: a safe model turns back
-to good advice. The model card of Xiangxin-2XL-Chat shows its answers to such negative beginnings. They are shown, not
-scored.
+to good advice. Xiangxin's model card shows answers to such negative beginnings. They are shown, not scored.
 Read next: ../2-eval.py (who asks), ../evaluation/report_page.py (the page on which the answers stand together).
 """
 

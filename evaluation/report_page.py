@@ -88,8 +88,8 @@ def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
         report["judge"] = judge(server, [prompt for *_, prompt in asked], answers, verdicts, args.seed)
         write_pages(report, place)
     print(f"written: {place.with_suffix('.md')} and {place}", flush=True)
-    for reason in report["failed"].values():
-        raise UserError(f"{reason}; the report of the other models is written")
+    if report["failed"]:
+        raise UserError(f"{next(iter(report['failed'].values()))}; the report of the other models is written")
 
 
 # ---- which models ----------------------------------------------------------------------------------------------------
