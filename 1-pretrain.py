@@ -6,6 +6,7 @@
     python 1-pretrain.py --max_minutes 20                       as much as fits into 20 minutes
     python 1-pretrain.py --preset base --epochs 2               a larger model, two passes
     python 1-pretrain.py --plan --preset mindllm-1.3b           trains nothing: memory, time and cost, on paper
+    python 1-pretrain.py --plan --presets small,mindllm-1.3b    these sizes side by side
     python 1-pretrain.py --mix zh=0.25,en=0.75                  shares of the languages (or sources)
     python 1-pretrain.py --mix zh=0.25,en=0.75 --stage2_mix zh=0.6,en=0.4 --stage2_at 0.7     then another mixture
     torchrun --nproc_per_node 2 1-pretrain.py                   two processes; deepspeed --num_gpus 2 does as well
@@ -44,6 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens_per_param and args.max_steps:
         raise UserError("--tokens_per_param and --max_steps both say how long to train: leave one out")
+    if args.presets and not args.plan:
+        raise UserError("--presets belongs to --plan")
     if args.plan:
         from trainer.plan_report import print_plan
 

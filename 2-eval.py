@@ -6,14 +6,18 @@
     python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
+    python 2-eval.py --report out/full_sft_512.pth other=http://localhost:8000/v1     the other one is served elsewhere
     python 2-eval.py --report --judge http://localhost:8000/v1 --judge_model NAME
 
 A pretrained model goes on with the text as it is; a model of a chat stage gets it as a question, in the chat format.
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
 may be missing. Answers are greedy, and right when they contain any of the keys as a word (corpus/questions.py).
 --report without files takes every stage in --out_dir. It writes one page (markdown) and the same as json: answers side
-by side, bits per byte of --texts, loss on --chats, how often answers loop, speed. Nothing leaves the machine unless
---judge names a server (OpenAI's protocol; its key in OPENAI_API_KEY): it gets the prompts and answers, not the names.
+by side, bits per byte of --texts, loss on --chats, how often answers loop, speed, and continuations of answers that
+begin with a harmful agreement (shown, not scored). NAME=http://HOST/v1 is a model of a server (OpenAI's protocol;
+#MODEL behind it names one of several): it gets the prompts; what a server cannot tell is shown as "–". Nothing leaves
+the machine unless --report or --judge names a server; the judge (its key in OPENAI_API_KEY) gets the prompts and
+answers, not the names.
 Reads out/*.pth; writes --json, a report to out/eval/, and what /save says.
 Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how an answer is drawn), 3-full_sft.py.
 """
@@ -48,7 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")
     add("--seed", type=int, help="the same seed draws the same answers (default of --report: 0)")
     add = parser.add_argument_group("several models side by side").add_argument
-    add("--report", nargs="*", metavar="MODEL", help="compare these models (default: every stage in --out_dir)")
+    add(
+        "--report",
+        nargs="*",
+        metavar="MODEL",
+        help="compare these models, files or NAME=http://HOST/v1 (default: every stage in --out_dir)",
+    )
+    add("--report_api_key", metavar="KEY", help="of the servers behind --report (default: the variable REPORT_API_KEY)")
     add("--texts", nargs="+", default=[], metavar="NAME=FILE", help="held-out text for bits per byte, as zh=FILE")
     add("--chats", metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
     add("--max_bytes", type=int, default=100_000, help="read from the start of a text, and of chats (default: 100000)")
@@ -68,6 +78,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "--chats": args.chats,
         "--judge": args.judge,
         "--judge_model": args.judge_model,
+        "--report_api_key": args.report_api_key,
     }
     for flag, value in only_reports.items():
         if value and args.report is None:

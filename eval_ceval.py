@@ -1,16 +1,19 @@
-"""How much of an exam does a model know? Multiple choice, four options, with error bars and the chance line.
+"""How much of an exam does a model know? Multiple choice, with error bars and the chance line.
 
     python eval_ceval.py --data ceval.tar.xz                       the latest stage in out/, C-Eval's validation split
     python eval_ceval.py --data ceval --checkpoint out/full_sft_512.pth --method text --shots 5
     python eval_ceval.py --data cmmlu.zip --model ../Qwen3-0.6B --json out/cmmlu.json
+    python eval_ceval.py --data mine.csv law.csv                   your own questions: each file is one subject
     python eval_ceval.py --data ceval.tar.xz --split test          answers are secret: writes C-Eval's submission file
 
-    --method letter   the largest of the four next-token probabilities of A, B, C, D
+    --method letter   the largest of the next-token probabilities of A, B, C, D
     --method text     the largest log-probability per character of an option's full text, the options not shown
 
 Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
-Reads C-Eval's and CMMLU's layouts (corpus/exams.py), any out/*.pth (an adapter with its parent) or a transformers
-folder. Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
+Reads C-Eval's and CMMLU's layouts (corpus/exams.py) and your own csv and jsonl files: question, A, B, C, D, answer, or
+题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (corpus/exam_table.py).
+Reads any out/*.pth (an adapter with its parent) or a transformers folder.
+Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
 Read next: evaluation/exam.py (how it asks), evaluation/exam_score.py (how sure the score is).
 """
 
@@ -26,8 +29,14 @@ from corpus.errors import UserError, fail_in_one_line
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the exam").add_argument
-    add("--data", required=True, help="folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/*.csv")
-    add("--split", default="", help="dev, val or test (default: val, or test where there is no val)")
+    add(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
+    )
+    add("--split", default="", help="dev, val, test, or all: files of no split (default: val, else all, else test)")
     add("--subjects", default="", help="only these, separated by commas (default: all)")
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
@@ -74,9 +83,10 @@ def model_path(args: argparse.Namespace) -> Path:
     return find_checkpoint(args.out_dir, (stages_in(args.out_dir) or ["pretrain"])[-1])
 
 
-def exam_name(data: str) -> str:
-    """ceval of ../data/ceval.tar.xz."""
-    return Path(data).resolve().name.split(".")[0] or "exam"
+def exam_name(data: list[str]) -> str:
+    """ceval of ../data/ceval.tar.xz; law_and_2_more of three files."""
+    more = f"_and_{len(data) - 1}_more" if len(data) > 1 else ""
+    return (Path(data[0]).resolve().name.split(".")[0] or "exam") + more
 
 
 def run(args: argparse.Namespace, exam: Any) -> None:
@@ -103,6 +113,7 @@ def run(args: argparse.Namespace, exam: Any) -> None:
         **{"style": "chat" if chat else "plain", "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
         "mean_examples": sum(one.examples for one in asked) / len(asked),
         "cut": sum(one.cut for one in asked),
+        "options": [pick(len(item.options) for item in exam.items) for pick in (min, max)],
     }
     size = f"{model.count_parameters()[0] / 1e6:.1f} M parameters"
     print(f"{path}: {checkpoint['stage']}, {size}, {device}, {about['dtype']}")

@@ -8,9 +8,11 @@ the embedding: 6,400 x 512 is 3.3 M of the small model's 26.9 M weights. So the 
     python train_tokenizer.py data/*.jsonl.xz                    # byte-level BPE, 6,400 entries -> model/tokenizer
     python train_tokenizer.py notes.txt --vocab_size 2000 --out_dir out/tiny_tokenizer
     python train_tokenizer.py --inspect "从零开始 train a model"   # how the tokenizer cuts this text
+    python train_tokenizer.py --compare model/tokenizer ../Qwen3-0.6B --compare_on held_out.jsonl --out table.md
 
-Reads txt, jsonl, csv, parquet (and .gz .xz .zst .bz2 of them), plain texts and chats. Writes the folder --out_dir:
-tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json; transformers opens it as well.
+Reads txt, jsonl, json, csv, parquet and arrow files (also .gz .xz .zst .bz2), and folders of them: texts and chats.
+Writes the folder --out_dir: tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json;
+transformers opens it as well.
 
 Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat_formats.py (how a chat is written), then
 data_process.py (text -> numbers on disk).
@@ -65,12 +67,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
     add("--seed", "another number samples other documents (default: 0)", default=0, **counts)
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
+    add_compare_flags(parser)
     args = parser.parse_args(argv)
-    if bool(args.files) == (args.inspect is not None):
-        parser.error("give FILES to train on, or --inspect TEXT to look at a trained tokenizer")
+    if sum((bool(args.files), args.inspect is not None, bool(args.compare))) != 1:
+        parser.error("give FILES to train on, --inspect TEXT to look at a tokenizer, or --compare FOLDERS")
+    if (args.compare_on or args.out) and not args.compare:
+        parser.error("--compare_on and --out belong to --compare")
     if min(args.byte_budget, args.read_budget) < 1:
         parser.error("--byte_budget and --read_budget are numbers of bytes, at least 1")
     return args
+
+
+def add_compare_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("compare tokenizers (trains nothing)").add_argument
+    add(
+        "--compare",
+        nargs="+",
+        metavar="FOLDER",
+        help="a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
+    )
+    add("--compare_on", nargs="+", metavar="FILE", help="text to count (default: text of the built-in demo world)")
+    add("--out", metavar="FILE.md", help="write the table of --compare to this file too")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":
@@ -79,8 +96,10 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
     from rich.progress import Progress
 
     from corpus.report import DataReport
+    from corpus.sources import expand_inputs
     from corpus.tokenizer_sample import sample_texts
 
+    args.files = expand_inputs(args.files)
     report = DataReport(args.max_bad_share)
     size = sum(Path(file).stat().st_size for file in args.files if Path(file).is_file())
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
@@ -95,6 +114,7 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
               f" train on {taken:,.1f} MB, measure on {held_out:,.2f} MB held out")  # fmt: skip
     for file in sample.unfinished:
         print(f"{file}: only its beginning was read; a larger --read_budget reads more")
+    report.print_notes()
     if report.bad_rows:
         reasons = "; ".join(
             f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in report.bad.items()
@@ -130,8 +150,34 @@ def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
         print(f"{i:>8}  {piece}")
 
 
+def compare_tokenizers(folders: list[str], files: list[str], out: str | None) -> None:
+    """Print the table of these tokenizers on the same text, and write it where that is wanted."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from corpus.files import write_text
+    from evaluation.tokenizer_table import HEADS, cells, compare, markdown, measured_on, open_tokenizer, read_languages
+
+    opened = [open_tokenizer(folder) for folder in folders]
+    texts = read_languages(files)
+    rows, about = compare(opened, texts), measured_on(texts, files)
+    table = Table(*HEADS, box=None)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*cells(row))
+    Console().print(table)
+    print(about)
+    if out:
+        write_text(out, markdown(rows, about))
+        print(f"written: {out}")
+
+
 def main() -> None:
     args = parse_arguments()
+    if args.compare:
+        return compare_tokenizers(args.compare, args.compare_on or [], args.out)
     from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, load_tokenizer, save_tokenizer
 
     if args.inspect is not None:

@@ -84,7 +84,7 @@ def chat_items(
             report.drop("exact duplicate", *place)
             continue
         seen.add(identity)
-        report.note(chat.content.changes, chat.content.unused, *place)
+        report.note_row(chat.content.changes, chat.content.unused, *place)
         if len(messages) < len(chat.messages):
             report.shorten("without its last question, which has no answer", *place)
         text = chat.content.text if messages is chat.messages else chat_text(messages)

@@ -34,7 +34,7 @@ def pair_items(paths: Iterable[Path_], report: DataReport, reader: RowReader = R
             report.drop("exact duplicate", file, line)
             continue
         seen.add(identity)
-        report.note(content.changes, content.unused, file, line)
+        report.note_row(content.changes, content.unused, file, line)
         yield Item(content.text, prompt, language_of(content.text), question_key(prompt), file, line, answers, identity)
 
 

@@ -1,6 +1,6 @@
-"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, each also as .gz .xz .zst .bz2.
+"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, arrow; also as .gz .xz .zst .bz2.
 
-    read_rows(path, report)    -> (line, row): an object, or a piece of plain text, whatever the format
+    read_rows(path, report)    -> (line, row): an object, or a piece of plain text (str)
     read_texts(paths, report)  -> Document(text, source_file, line)
     read_chats(paths, report)  -> Chat(messages, source_file, line)
 
@@ -20,10 +20,13 @@ from typing import Any
 
 from corpus.chats import Message
 from corpus.errors import UserError
+from corpus.layouts import KEYS
+from corpus.markers import STRONG, has_marker, split_documents
 from corpus.readers import READERS, Rows
 from corpus.report import EMPTY_FILE, BadRow, DataReport, UnfitRow
 from corpus.rows import READER, Content, RowReader
-from corpus.sources import check_input, open_source, sniff
+from corpus.sniff import sniff
+from corpus.sources import check_input, open_source
 
 Path_ = str | os.PathLike[str]
 
@@ -54,10 +57,16 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
     before = report.position()
     with open_source(Path(file)) as source:
         report.position = lambda: before + source.position()
+        if source.encoding.codec != "utf-8":
+            report.note(f"{file}: read as {source.encoding.name}")
         form = sniff(source)
         for line, row in READERS[form](source, report):
-            if not isinstance(row, str if form == "txt" else dict):
+            if not isinstance(row, str if form == "txt" else (dict, list)):
                 report.unreadable("a row that is not an object", file, line)
+                continue
+            key = "" if form == "txt" else _document_key(row)
+            if key or (form == "txt" and "<" in row):
+                yield from ((line, part) for part in _without_markers(row, key, (file, line), report))
                 continue
             report.saw_row(file, row)
             yield line, row
@@ -66,6 +75,30 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
         report.position = lambda: before + source.size
     if file not in report.files:
         report.unreadable(EMPTY_FILE, file, 1)
+
+
+def _document_key(row: Any) -> str:
+    """The key of a document's text in which a separator may stand; "" for other rows."""
+    if isinstance(row, dict):
+        for key in KEYS["text"]:
+            if isinstance(row.get(key), str) and "<" in row[key]:
+                return key if READER.document_key(row) == key else ""
+    return ""
+
+
+def _without_markers(row: Any, key: str, place: tuple[str, int], report: DataReport) -> Iterator[Any]:
+    """The rows of a row whose text may hold document separators, each counted as read."""
+    text = row[key] if key else row
+    documents = split_documents(text)
+    if not documents and text.strip():
+        report.saw_row(place[0], row)
+        report.drop("only a document separator", *place)
+    for document in documents:
+        part = {**row, key: document} if key else document
+        report.saw_row(place[0], part)
+        if has_marker(document):
+            report.shorten(f"holds {' or '.join(m for m in STRONG if m in document)} as text", *place)
+        yield part
 
 
 def read_texts(
@@ -77,7 +110,7 @@ def read_texts(
     Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
     for file, line, row, content in taken_rows(paths, report, "text", reader.text):
-        report.note(content.changes, [key for key in content.unused if key != source_key], file, line)
+        report.note_row(content.changes, [key for key in content.unused if key != source_key], file, line)
         yield Document(content.text, file, line, _source_of(row, source_key))
 
 

@@ -67,6 +67,8 @@ class DataReport:
         self.trained_tokens = 0  # chats only
         self.shortened: dict[str, Reason] = {}  # rows that are kept, but changed: without their last turns, …
         self.unused: dict[str, Reason] = {}  # keys with a value that rows have and no reader uses
+        self.shortened: dict[str, Reason] = {}  # chats that are kept without their last turns
+        self.notes: list[str] = []  # what else a reader of the report should know, one line each
         self.input_total = 0  # bytes of all input files, as far as known
         self.position: Callable[[], int] = lambda: 0  # how many of them are read
         self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
@@ -105,12 +107,17 @@ class DataReport:
         """A row is kept, but changed."""
         _count(self.shortened, reason, file, line)
 
-    def note(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
+    def note_row(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
         """A row is kept; how it was changed, and which of its keys have a value that is not used."""
         for reason in changes:
             _count(self.shortened, reason, file, line)
         for key in unused:
             _count(self.unused, key, file, line)
+
+    def note(self, text: str) -> None:
+        """A line under the table, about a file; a second one that is the same is left out."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def keep(
         self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
@@ -200,6 +207,8 @@ class DataReport:
             report |= {"shortened": table(self.shortened)}
         if self.unused:
             report |= {"unused": table(self.unused)}
+        if self.notes:
+            report["notes"] = self.notes
         return report
 
     def print(self) -> None:
@@ -210,7 +219,7 @@ class DataReport:
         if not console.is_terminal:
             console = Console(highlight=False, width=120)
         console.print(self._rows_table())
-        self.print_unused()
+        self.print_notes()
         if self.kept:
             console.print(self._languages_table())
             console.print(self._lengths_table())
@@ -225,10 +234,12 @@ class DataReport:
         for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.shortened)):
             for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
                 print(f"{kind}: {reason.count:,} x {name} (first: {reason.places()})")
-        self.print_unused()
+        self.print_notes()
 
-    def print_unused(self) -> None:
-        """A line for every key that rows have a value for and that is not used."""
+    def print_notes(self) -> None:
+        """A line for every note, and for every key that rows have a value for and that is not used."""
+        for note in self.notes:
+            print(f"note: {note}")
         for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
             print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.places()})")
 

@@ -87,7 +87,7 @@ class Step(Protocol):
 def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0, reader: RowReader = READER) -> Iterator[Row]:
     """All rows that a training command would read, numbered from `number`. Raises UserError as `read_texts`."""
     for file, line, row, content in taken_rows(paths, report, "any", reader.content):
-        report.note(content.changes, content.unused, file, line)
+        report.note_row(content.changes, content.unused, file, line)
         yield Row(number, file, line, row, content.text, content.kind)
         number += 1
 

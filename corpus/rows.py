@@ -76,6 +76,10 @@ class RowReader(RowKeys):
             sound_text(row[empty], empty)  # raises the reason
         raise BadRow("no text key")
 
+    def document_key(self, row: dict[str, Any]) -> str | None:
+        """The key of the text that `pretrain` reads; None where the row is no document by itself."""
+        return self._text_key(row, self.fields(row))
+
     def _text_key(self, row: dict[str, Any], fields: Fields) -> str | None:
         """The key of the document; a passage or a completion belongs to the chat where the row is one."""
         is_chat = (

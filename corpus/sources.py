@@ -1,27 +1,29 @@
-"""Opening a data file, whatever it is packed in, and telling its format from its content.
+"""Opening a data file, compressed or not and in any of the usual encodings, as a stream of UTF-8 lines.
 
+    expand_inputs(paths)           files and folders -> files
     open_source(path) -> Source    .readline .read .head; damage in an archive ends the file instead of raising
-    sniff(source) -> "jsonl" | "json" | "csv" | "parquet" | "txt"
 
-The first bytes decide, the name only where they leave it open: people rename files.
-
-Read next: read.py (what is done with an open file).
+Read next: text_encoding.py (GB18030, UTF-16, ...), sniff.py (telling the format).
 """
 
 import bz2
-import codecs
 import gzip
 import io
+import json
 import lzma
 import os
-import re
+import shlex
 import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from corpus.errors import UserError
+from corpus.text_encoding import UTF8, detect_encoding, utf8_pieces
 
-PIECE = 64 << 10  # bytes looked at to tell the format; also the size of one piece of plain text, see read.py
+SAMPLES = 16  # places of a long file that are looked at to tell its encoding
+PIECE = 64 << 10  # bytes looked at to tell the format; also the size of one piece of plain text, see readers.py
+BUFFER = 1 << 20  # bytes that are unpacked or decoded at once, at most
 MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh"}
 SUFFIX_FORMATS = {
     ".jsonl": "jsonl",
@@ -30,10 +32,16 @@ SUFFIX_FORMATS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
 }
-TEXT_KEYS = ("text", "content", "contents", "raw_content", "document", "passage", "article", "body")
-_CHAT_KEYS = {"q", "a", "question", "answer", "instruction", "output", "prompt", "response", "history"}
-_HEADER_KEYS = {*TEXT_KEYS, *_CHAT_KEYS, "chosen", "rejected"}
+# Files of a data folder that hold no rows: what `datasets`, transformers and our own clean, dedup and decontaminate
+# write beside them.
+NO_ROWS = frozenset(
+    ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json", "metadata.json",
+     "report.json", "dropped.tsv", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+     "special_tokens_map.json", "vocab.json", "readme.txt", "license.txt", "notice.txt", "requirements.txt")
+)  # fmt: skip
+BINARY_MAGIC = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # parquet, arrow, zip, xls
 
 
 def check_input(file: str | os.PathLike[str]) -> None:
@@ -47,6 +55,72 @@ def check_input(file: str | os.PathLike[str]) -> None:
         raise UserError(f"{file}: no permission to read it")
 
 
+def expand_inputs(paths: Iterable[str | os.PathLike[str]], say: Callable[[str], None] = print) -> list[str]:
+    """The files to read: a folder stands for the data files in it and in its folders, in the order of their names.
+
+    Hidden and partial files and those without a known suffix are left out; `say` is told how many of each there are.
+    A folder that `datasets` saved (save_to_disk) stands for its arrow files. Raises UserError for a path that is not
+    there, a folder without data files, and a folder that data_process.py made for training.
+    """
+    files: list[str] = []
+    for path in paths:
+        if not Path(path).is_dir():
+            check_input(path)
+            files.append(os.fspath(path))
+            continue
+        data, others = _data_files(Path(path))
+        shown = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
+        if not data:
+            raise UserError(f"{path}: no data file in this folder ({shown or 'it is empty'}): name one that has some")
+        left_out = f"; {len(others):,} others are left out ({shown})" if others else ""
+        say(f"{path}: a folder, its {len(data):,} data files are read{left_out}")
+        files += [os.fspath(file) for file in data]
+    return files
+
+
+def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(data files, other files) of a folder and the folders in it."""
+    meta = _json_object(folder / "meta.json")
+    if "format" in meta and "kind" in meta:
+        raise UserError(f"{folder} is a data set that data_process.py made for training: name the files it was made of")
+    saved = _json_object(folder / "state.json").get("_data_files")
+    if isinstance(saved, list) and (folder / "dataset_info.json").is_file():
+        return [folder / str(entry["filename"]) for entry in saved], []
+    try:
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    data: list[Path] = []
+    others: list[Path] = []
+    for entry in entries:
+        hidden = entry.name.startswith((".", "_")) or entry.suffix.lower() == ".partial"
+        if entry.is_dir():
+            if not hidden and not entry.is_symlink():  # a link may lead back here
+                inner = _data_files(entry)
+                data += inner[0]
+                others += inner[1]
+        elif not hidden and entry.name.lower() not in NO_ROWS and _has_data_suffix(entry):
+            data.append(entry)
+        else:
+            others.append(entry)
+    return data, others
+
+
+def _has_data_suffix(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in MAGIC:
+        suffixes.pop()
+    return bool(suffixes) and (suffixes[-1] in SUFFIX_FORMATS or suffixes[-1] == ".txt")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 class Source:
     """A file opened for reading, unpacked on the fly. Damage in an archive ends it and is remembered, not raised."""
 
@@ -55,6 +129,12 @@ class Source:
         self.size = os.fstat(raw.fileno()).st_size
         self.packed = stream is not raw
         self.line = 1
+        self.encoding = UTF8
+
+    @property
+    def malformed(self) -> str:
+        """The reason of rows with bytes that the encoding does not have."""
+        return self.encoding.malformed.replace("{file}", shlex.quote(self.name))
 
     def position(self) -> int:
         """Bytes of the (packed) file read so far."""
@@ -65,7 +145,7 @@ class Source:
             return b""
         try:
             return read(size)
-        except (EOFError, OSError, lzma.LZMAError, zlib.error, _Damaged):
+        except DAMAGE:
             self.damage = "truncated or damaged archive: the rest of the file is lost" if self.packed else "read error"
             return b""
 
@@ -90,52 +170,58 @@ class _Damaged(Exception):
     """A .zst stream that ends or breaks in the middle."""
 
 
-class _Unpacked(io.RawIOBase):
-    """Hands on what the archive yields piece by piece: when it breaks, all that came before is already delivered."""
+class _PieceStream(io.RawIOBase):
+    """A raw stream over pieces of bytes. All that came before an error is delivered before the error is raised."""
 
-    def __init__(self, archive: Any) -> None:
-        self.archive = archive
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        piece = self.archive.read1(len(target))
-        target[: len(piece)] = piece
-        return len(piece)
-
-
-class _ZstdStream(io.RawIOBase):
-    """Unpacks .zst frame after frame; unlike the library's own reader it notices when the last one is cut short."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("reading .zst files needs one more package: pip install zstandard") from None
-        self.raw, self.error, self.new = raw, zstandard.ZstdError, zstandard.ZstdDecompressor().decompressobj
-        self.frame: Any = None
-        self.ready = b""
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.pieces, self.ready, self.ended = pieces, bytearray(), False
+        self.error: Exception | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
-        while not self.ready:
-            packed = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.raw.read(16 << 10)
-            if not packed:
-                if self.frame and not self.frame.eof:
-                    raise _Damaged
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.new()
+        want = min(len(target), PIECE)
+        while len(self.ready) < want and not self.ended:
             try:
-                self.ready = self.frame.decompress(packed)
-            except self.error:
-                raise _Damaged from None
+                piece = next(self.pieces, None)
+            except DAMAGE as error:
+                piece, self.error = None, error
+            self.ended = piece is None
+            self.ready += piece or b""
+        if self.error and not self.ready:
+            raise self.error
         n = min(len(target), len(self.ready))
-        target[:n], self.ready = self.ready[:n], self.ready[n:]
+        target[:n] = self.ready[:n]
+        del self.ready[:n]
         return n
+
+
+DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, _Damaged)
+
+
+def _unpacked(archive: Any) -> Iterator[bytes]:
+    while piece := archive.read1(BUFFER):
+        yield piece
+
+
+def _unpacked_zst(raw: BinaryIO) -> Iterator[bytes]:
+    """Unpacks .zst frame after frame; unlike the library's own reader it notices when the last one is cut short."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError("reading .zst files needs one more package: pip install zstandard") from None
+    new = zstandard.ZstdDecompressor().decompressobj
+    frame: Any = None
+    while packed := (frame.unused_data if frame and frame.eof else b"") or raw.read(16 << 10):
+        if frame is None or frame.eof:
+            frame = new()
+        try:
+            yield frame.decompress(packed)
+        except zstandard.ZstdError:
+            raise _Damaged from None
+    if frame and not frame.eof:
+        raise _Damaged
 
 
 def open_source(path: Path) -> Source:
@@ -154,45 +240,37 @@ def open_source(path: Path) -> Source:
             damage = f"not a {named} archive, whatever its name says"
     stream: Any = raw
     if kind == ".gz":
-        stream = _Unpacked(gzip.GzipFile(fileobj=raw))
+        stream = _unpacked(gzip.GzipFile(fileobj=raw))
     elif kind == ".xz":
-        stream = _Unpacked(lzma.LZMAFile(raw))  # noqa: SIM115 - closing `raw` is enough
+        stream = _unpacked(lzma.LZMAFile(raw))  # noqa: SIM115 - closing `raw` is enough
     elif kind == ".bz2":
-        stream = _Unpacked(bz2.BZ2File(raw))
+        stream = _unpacked(bz2.BZ2File(raw))
     elif kind == ".zst":
-        stream = _ZstdStream(raw)
+        stream = _unpacked_zst(raw)
     if kind:
-        stream = io.BufferedReader(stream, 1 << 20)
-    return Source(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damage)
+        stream = io.BufferedReader(_PieceStream(stream), BUFFER)
+    source = Source(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damage)
+    _to_utf8(source)
+    return source
 
 
-_OBJECT = re.compile(rb'\s*\{\s*("[^"\n]*"\s*:|\})')
-_ARRAY = re.compile(rb'\s*\[\s*([\[{"\]]|$)')
-
-
-def sniff(source: Source) -> str:
-    """ "jsonl", "json", "csv", "parquet" or "txt", from the first bytes and, where they leave it open, the name."""
+def _to_utf8(source: Source) -> None:
+    """Make `source` yield UTF-8 lines that end with a line feed, whatever the file's encoding and line ends are."""
     head = source.head()
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        source.damage = "UTF-16 text: save it as UTF-8"
-    elif head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
-        source.damage = "a zip or tar archive: unpack it first"
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    if head.startswith(codecs.BOM_UTF8):
-        source.readline(3)
-        head = head[3:]
-    first, _, rest = head.lstrip().partition(b"\n")
-    named = SUFFIX_FORMATS.get(source.suffix, "txt")
-    if _ARRAY.match(head) and (named == "jsonl" or re.match(rb"\s*\[\s*\{", head)) and source.suffix != ".jsonl":
-        return "json"
-    if first.strip() == b"{" and named == "jsonl":  # one object over many lines
-        return "json"
-    if _OBJECT.match(first):
-        return "jsonl"
-    columns = [cell.strip(b'" \r').lower() for cell in re.split(rb"[,\t]", first)]
-    if named == "csv" or (len(columns) > 1 and all(cell.decode("latin-1") in _HEADER_KEYS for cell in columns)):
-        return "csv"
-    if named == "txt" and source.suffix not in (".txt", ".md") and any(map(_OBJECT.match, rest.split(b"\n")[:20])):
-        return "jsonl"
-    return named
+    if head.startswith(BINARY_MAGIC):
+        return
+    source.encoding = detect_encoding(_sample(source, head))
+    old_mac = b"\r" in head and b"\n" not in head
+    if source.encoding.codec != "utf-8" or old_mac:
+        pieces = utf8_pieces(source.stream, source.encoding.codec, old_mac)
+        source.stream = io.BufferedReader(_PieceStream(pieces), BUFFER)
+
+
+def _sample(source: Source, head: bytes) -> bytes:
+    """The first bytes; of a file that begins with ASCII only, also some of its later lines."""
+    pieces = [head[: head.rfind(b"\n") + 1] or head]
+    if head.isascii() and not source.packed and len(head) < source.size and hasattr(os, "pread"):
+        for i in range(1, SAMPLES):
+            piece = os.pread(source.raw.fileno(), PIECE // 4, source.size * i // SAMPLES)
+            pieces.append(piece[piece.find(b"\n") + 1 : piece.rfind(b"\n") + 1])
+    return b"".join(pieces)

@@ -1,13 +1,13 @@
 """Putting multiple-choice questions to a model: what it reads, and how probable it finds each option.
 
-    letter   log p(letter | question, the four options)                 one token behind the prompt, four numbers
+    letter   log p(letter | question, the options)                      one token behind the prompt, a number for each
     text     log p(text of the option | question) / its characters      the options are not shown
 
 `letter` is how C-Eval, MMLU and minimind v1 ask; a small model often has no idea what a letter stands for. `text` asks
-for what it might really have learnt, an answer in words. The largest of the four is the model's answer; nothing is
+for what it might really have learnt, an answer in words. The largest of them is the model's answer; nothing is
 drawn. A chat model gets question and examples as turns of a conversation, any other as plain text.
 
-Several orders of the options: the four rotations put each option once under each letter.
+Several orders of the options: the rotations, four of four options, put each option once under each letter.
 
 Called by ../eval_ceval.py. Read next: exam_answers.py (how the log-probabilities are computed), ../corpus/exams.py.
 """
@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corpus.errors import UserError
-from corpus.exams import LETTERS, Exam, Item
+from corpus.exam_table import OPTION_LETTERS
+from corpus.exams import Exam, Item
 from model.chat import ChatTokenizer
 
 METHODS = ("letter", "text")
@@ -26,7 +27,7 @@ ANSWER = {"zh": "答案：", "en": "Answer:"}
 INSTRUCTION = {"zh": "请直接回答选项的字母。", "en": "Answer with the letter of the right option."}
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
-Order = tuple[int, int, int, int]  # the option that stands under A, under B, …
+Order = tuple[int, ...]  # the option that stands under A, under B, …
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,16 @@ class Asked:
         return max(map(len, self.options)) - 1
 
 
-def option_orders(count: int) -> list[Order]:
-    """The first `count` of the 24 orders. Each four in a row hold every option once under every letter."""
-    found = []
-    for rest in itertools.permutations((1, 2, 3)):
+def option_orders(count: int, options: int = 4) -> list[Order]:
+    """The first `count` of all orders of so many options, or all. As many in a row as there are options hold every
+    option once under every letter."""
+    found: list[Order] = []
+    for rest in itertools.permutations(range(1, options)):
         base = (0, *rest)
-        found += [(*base[turn:], *base[:turn]) for turn in range(4)]
-    return found[:count]  # type: ignore[return-value]
+        found += [(*base[turn:], *base[:turn]) for turn in range(options)]
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
 def ask(exam: Exam, tokenizer: ChatTokenizer, asking: Asking, max_seq_len: int) -> Iterator[Asked]:
@@ -77,14 +81,15 @@ def ask(exam: Exam, tokenizer: ChatTokenizer, asking: Asking, max_seq_len: int) 
         if len(exam.examples.get(subject, ())) < asking.shots:
             there = len(exam.examples.get(subject, ()))
             raise UserError(f"--shots {asking.shots}: {subject} has {there} examples in dev; ask with fewer")
-    orders = option_orders(asking.orders)
     for subject in exam.subjects:
         items = [item for item in exam.items if item.subject == subject]
         # One language for the whole subject: a question made of formulas is still part of a Chinese exam.
         chinese = sum(bool(CHINESE.search(item.question)) for item in items)
         lang = "zh" if 2 * chinese >= len(items) else "en"
         prompt = _Prompt(tokenizer, asking, exam.examples.get(subject, [])[: asking.shots], lang)
-        yield from (prompt.of(item, order, max_seq_len) for item in items for order in orders)
+        for item in items:
+            for order in option_orders(asking.orders, len(item.options)):
+                yield prompt.of(item, order, max_seq_len)
 
 
 class _Prompt:
@@ -97,7 +102,7 @@ class _Prompt:
         """The prompt in at most as many tokens as leave room for the longest option: examples go first, oldest
         first, then the beginning of the question."""
         shown = [item.options[i] for i in order]
-        texts = list(LETTERS) if self.asking.method == "letter" else shown
+        texts = list(OPTION_LETTERS[: len(shown)]) if self.asking.method == "letter" else shown
         question = self._question(item, shown)
         for first in range(len(self.examples) + 1):
             examples = self.examples[first:]
@@ -118,7 +123,7 @@ class _Prompt:
     def _question(self, item: Item, shown: list[str]) -> str:
         if self.asking.method == "text":
             return item.question
-        lines = [item.question, *(f"{letter}. {text}" for letter, text in zip(LETTERS, shown, strict=True))]
+        lines = [item.question, *(f"{letter}. {text}" for letter, text in zip(OPTION_LETTERS, shown, strict=False))]
         return "\n".join(lines + ([INSTRUCTION[self.lang]] if self.asking.chat else []))
 
     def _encode(self, examples: list[Item], question: str, texts: list[str]) -> tuple[list[int], list[list[int]]]:
@@ -143,7 +148,7 @@ class _Prompt:
 
     def _answer(self, example: Item) -> str:
         letter = example.answer
-        return letter if self.asking.method == "letter" else example.options[LETTERS.index(letter)]
+        return letter if self.asking.method == "letter" else example.options[OPTION_LETTERS.index(letter)]
 
     def _without_start(self, text: str, tokens: int) -> str:
         """The text without its first tokens; half a character that this leaves goes too."""

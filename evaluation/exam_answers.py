@@ -2,8 +2,8 @@
 
     * questions of similar length are computed together, a batch of `batch_tokens` positions at once
     * the examples in front of a subject's questions are read once, not before every question
-    * the four options share one pass over their prompt; their first tokens need no other, and the rest of them goes
-      with options of similar length
+    * the options of a question share one pass over their prompt; their first tokens need no other, and their further
+      tokens go with options of similar length
     * logits are computed only where an option is read
 
 Keys and values of what is shared lie in a KVCache that is copied to every row; the results equal those of one option at
@@ -65,7 +65,7 @@ def answer(
 
 def _note(one: Asked, found: list[float], method: str) -> None:
     """Put the sums of the options as shown where they belong."""
-    own = [0.0] * 4
+    own = [0.0] * len(one.order)
     for place, option in enumerate(one.order):
         own[option] = found[place] / (len(one.item.options[option]) if method == "text" else 1)
     if not all(map(math.isfinite, own)):
@@ -74,11 +74,12 @@ def _note(one: Asked, found: list[float], method: str) -> None:
 
 
 def _groups(asked: list[Asked], batch_tokens: int) -> Iterator[tuple[list[Asked], int]]:
-    """Questions that begin alike, and how many tokens they share: those behind the same examples."""
-    groups: dict[tuple[str, int], list[Asked]] = {}
+    """Questions that begin alike, with as many options each, and how many tokens they share: those behind the same
+    examples."""
+    groups: dict[tuple[int, str, int], list[Asked]] = {}
     for one in asked:
-        alike = one.examples and batch_tokens > 1
-        groups.setdefault((one.item.subject, one.examples) if alike else ("", 0), []).append(one)
+        alike = (one.item.subject, one.examples) if one.examples and batch_tokens > 1 else ("", 0)
+        groups.setdefault((len(one.options), *alike), []).append(one)
     for group in groups.values():
         start = 0
         if group[0].examples and len(group) > 1 and batch_tokens > 1:
@@ -117,7 +118,7 @@ def _padded(length: int) -> int:
 
 
 def _sums(model: Transformer, batch: list[Asked], pad: int, shared: KVCache | None, batch_tokens: int) -> Tensor:
-    """Log-probabilities of the options as shown, summed over their tokens, (questions, 4).
+    """Log-probabilities of the options as shown, summed over their tokens, (questions, options).
 
     Pads stand on the right, where no real token looks.
     """
@@ -136,7 +137,7 @@ def _sums(model: Transformer, batch: list[Asked], pad: int, shared: KVCache | No
 
 
 def _rests(model: Transformer, batch: list[Asked], pad: int, cache: KVCache, batch_tokens: int) -> Tensor:
-    """What the options' tokens behind their first add, (questions, 4). Options of similar length go together.
+    """What the options' tokens behind their first add, (questions, options). Options of similar length go together.
 
     `cache` holds the prompts. The pads behind them are overwritten: every option begins where its own prompt ends.
     """
@@ -145,7 +146,7 @@ def _rests(model: Transformer, batch: list[Asked], pad: int, cache: KVCache, bat
     sums = torch.zeros(len(options), device=device)
     rows_at_once = _cached_rows(model.config, model.config.max_seq_len)
     for places in _alike([len(option) - 1 for option in options], batch_tokens, rows_at_once):
-        rows = [place // 4 for place in places]
+        rows = [place // len(batch[0].options) for place in places]
         rest, longest = len(options[places[0]]) - 1, max(lengths[row] for row in rows)
         many = _copied(model, cache, rows, longest, longest + rest)
         many.lengths = torch.tensor([lengths[row] for row in rows], device=device)
@@ -156,7 +157,7 @@ def _rests(model: Transformer, batch: list[Asked], pad: int, cache: KVCache, bat
         found = torch.zeros(real.shape, device=device)
         found[real] = _picked(model, hidden[real], tokens[:, 1:][real])
         sums[places] = found.sum(1)
-    return sums.view(len(batch), 4)
+    return sums.view(len(batch), -1)
 
 
 def _alike(lengths: list[int], batch_tokens: int, rows: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ Every file is written under a temporary name and renamed. Read next: exam_score.
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from corpus.errors import UserError
-from corpus.exams import LETTERS
+from corpus.exam_table import OPTION_LETTERS
 from evaluation.exam import Asked
-from evaluation.exam_score import CHANCE, Marked, Result, Score, sentence
+from evaluation.exam_score import Marked, Result, Score, sentence
+from evaluation.subject_tests import strengths_of, strengths_sentence
 from model.chat import ChatTokenizer
 
 
@@ -51,8 +53,13 @@ def show(result: Result, about: dict[str, Any]) -> None:
         table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(category)), end_section=True)
     table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(result.total)))
     console.print(table)
-    for line in (*baselines(result), *notes(about), "", sentence(result)):
+    for line in (*baselines(result), *notes(about), "", *sentences(result)):
         console.print(line, highlight=False, markup=False)
+
+
+def sentences(result: Result) -> list[str]:
+    """What the score means, and which subjects are strong or weak."""
+    return [text for text in (sentence(result), strengths_sentence(strengths_of(result))) if text]
 
 
 def _cells(score: Score) -> list[str]:
@@ -68,7 +75,7 @@ def baselines(result: Result) -> list[str]:
     total = result.total
     said = ", ".join(f"{letter} {share:.1%}" for letter, share in result.said.items())
     return [
-        f"guessing {CHANCE:.1%} (the chance line); always {total.always_letter} {total.always:.1%}; "
+        f"guessing {total.chance:.1%} (the chance line); always {total.always_letter} {total.always:.1%}; "
         f"always the longest option {total.longest:.1%}",
         f"the model chose {said}; mean of the subjects {result.mean_of_subjects:.1%}",
     ]
@@ -77,6 +84,11 @@ def baselines(result: Result) -> list[str]:
 def notes(about: dict[str, Any]) -> list[str]:
     """What was done to the questions, where something was."""
     found = []
+    fewest, most = about["options"]
+    if (fewest, most) != (4, 4):
+        found.append(
+            f"questions have {fewest} to {most} options" if fewest < most else f"questions have {most} options"
+        )
     if about["shots"]:
         found.append(f"{about['mean_examples']:.1f} of {about['shots']} examples fitted into the context, on average")
     if about["cut"]:
@@ -134,6 +146,8 @@ def as_json(result: Result, about: dict[str, Any]) -> dict[str, Any]:
         "mean_of_subjects": round(result.mean_of_subjects, 6),
         "said": {letter: round(share, 6) for letter, share in result.said.items()},
         "sentence": sentence(result),
+        "strengths": strengths_of(result).to_dict(),
+        "strengths_sentence": strengths_sentence(strengths_of(result)),
         "categories": [score.to_dict() for score in result.categories],
         "subjects": [score.to_dict() for score in result.subjects],
     }
@@ -153,16 +167,19 @@ def write(path: Path, text: str | bytes) -> None:
 def _write_questions(folder: Path, marked: list[Marked]) -> None:
     """A csv for each subject."""
     rows: dict[str, list[dict[str, Any]]] = {}
+    letters = OPTION_LETTERS[: max(len(one.item.options) for one in marked)]
     for one in marked:
+        scores = {f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(letters, one.scores, strict=False)}
         rows.setdefault(one.item.subject, []).append(
             {
                 "id": one.item.number,
                 "question": one.item.question,
-                **dict(zip(LETTERS, one.item.options, strict=True)),
+                **dict(itertools.zip_longest(letters, one.item.options, fillvalue="")),
                 "answer": one.item.answer,
                 "prediction": one.prediction,
                 "correct": f"{one.correct:.4g}" if one.item.answer else "",
-                **{f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(LETTERS, one.scores, strict=True)},
+                **{f"log_prob_{letter}": "" for letter in letters},
+                **scores,
             }
         )
     for subject, of_subject in rows.items():
@@ -181,7 +198,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 def _markdown(result: Result, about: dict[str, Any]) -> str:
     title = f"# {about['exam']}, {about['split']}: {about['model']}"
     setting = f"{about['method']}, {about['shots']}-shot, {about['orders']} order(s) of the options, {about['style']}"
-    lines = [title, "", sentence(result), "", setting + ".", ""]
+    lines = [title, "", "\n\n".join(sentences(result)), "", setting + ".", ""]
     lines += ["| | questions | right | accuracy | 95 % interval | p |", "|---|---|---|---|---|---|"]
     lines += [f"| **{s.name}** | " + " | ".join(_cells(s)[1:]) + " |" for s in (result.total, *result.categories)]
     lines += [f"| {s.name} | " + " | ".join(_cells(s)[1:]) + " |" for s in result.subjects]
@@ -210,8 +227,9 @@ def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
     for bar, row, is_subject in zip(bars, rows, strong, strict=True):
         bar.set_color(colours.get(row.category, "0.4"))
         bar.set_alpha(0.55 if is_subject else 1)
-    axes.axvline(100 * CHANCE, color="black", linestyle="--", linewidth=1, label=f"guessing, {CHANCE:.0%}")
     total = result.total
+    guessing = f"guessing, {total.chance:.0%}"
+    axes.axvline(100 * total.chance, color="black", linestyle="--", linewidth=1, label=guessing)
     always = f"always {total.always_letter}, {total.always:.1%}"
     axes.axvline(100 * total.always, color="crimson", linestyle=":", linewidth=1, label=always)
     axes.set_yticks(range(len(rows)), [f"{row.name} ({row.questions})" for row in rows], fontsize=7)

@@ -1,7 +1,8 @@
 """What the answers of an exam are worth: shares, their intervals, and whether guessing would do as well.
 
     interval  Wilson (1927): (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96       p: share right of n
-    p-value   P(X >= right), X ~ Binomial(n, 1/4): how often pure guessing is at least as good (exact, one-sided)
+    p-value   P(X >= right), X ~ Binomial(n, 1/4): how often pure guessing is at least as good (exact, one-sided);
+              with other numbers of options, X is the sum of a binomial for each number k of them, with chance 1/k
 
 With several orders of the options a question counts as the share of orders in which it was answered right; interval
 and p-value still count questions, which makes them wider than need be, never narrower.
@@ -16,10 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.exams import LETTERS, Exam, Item
+import numpy as np
+
+from corpus.exam_table import OPTION_LETTERS
+from corpus.exams import Exam, Item
 from evaluation.exam import Asked
 
-CHANCE = 0.25
 Z = 1.959964  # 95 % of a normal distribution lie within
 LEVEL = 0.05
 
@@ -46,6 +49,12 @@ class Score:
     always: float  # share right of the best constant letter
     always_letter: str
     longest: float  # share right of choosing the longest option; ties count in part
+    sizes: tuple[tuple[int, int], ...]  # (options, how many of the questions have so many)
+
+    @property
+    def chance(self) -> float:
+        """The share right of guessing: 0.25 with four options."""
+        return sum(questions / options for options, questions in self.sizes) / self.questions
 
     @property
     def accuracy(self) -> float:
@@ -57,7 +66,7 @@ class Score:
 
     @property
     def p_value(self) -> float:
-        return guessing_reaches(self.correct, self.questions)
+        return guessing_reaches(self.correct, self.sizes)
 
     def to_dict(self) -> dict[str, Any]:
         low, high = self.interval
@@ -70,7 +79,7 @@ class Score:
             "low": round(low, 6),
             "high": round(high, 6),
             "p_value": float(f"{self.p_value:.3g}"),
-            "chance": CHANCE,
+            "chance": round(self.chance, 6),
             "always_letter": self.always_letter,
             "always": round(self.always, 6),
             "longest": round(self.longest, 6),
@@ -78,25 +87,32 @@ class Score:
 
 
 def wilson(correct: float, questions: int) -> tuple[float, float]:
-    """Bounds of the 95 % interval of a share, formula on the door plate."""
+    """Bounds of the 95 % interval of a share; the formula stands in the module docstring."""
     share, square = correct / questions, Z * Z / questions
     middle, spread = share + square / 2, Z * math.sqrt(share * (1 - share) / questions + square / (4 * questions))
     low, high = (middle - spread) / (1 + square), (middle + spread) / (1 + square)
     return max(0.0, min(share, low)), min(1.0, max(share, high))  # at 0 and 1 rounding may step over the share
 
 
-def guessing_reaches(correct: float, questions: int, chance: float = CHANCE) -> float:
-    """Probability that guessing gets at least so many right; parts of a question are not counted."""
-    least = math.floor(correct + 1e-9)
-    logs = [
-        math.lgamma(questions + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(questions - k + 1)
-        + k * math.log(chance)
-        + (questions - k) * math.log1p(-chance)
-        for k in range(least, questions + 1)
-    ]
-    return min(1.0, math.fsum(map(math.exp, logs)))
+def guessing_reaches(correct: float, sizes: Iterable[tuple[int, int]]) -> float:
+    """Probability that guessing gets at least so many right; parts of a question are not counted.
+
+    sizes: (options, questions) for each number of options.
+    """
+    least, sizes = math.floor(correct + 1e-9), list(sizes)
+    if len(sizes) == 1:
+        ((options, questions),) = sizes
+        return min(1.0, math.fsum(binomial(k, questions, 1 / options) for k in range(least, questions + 1)))
+    rights = np.ones(1)  # the probability of each number of right answers
+    for options, questions in sizes:
+        rights = np.convolve(rights, [binomial(k, questions, 1 / options) for k in range(questions + 1)])
+    return min(1.0, math.fsum(rights[least:]))
+
+
+def binomial(k: int, n: int, p: float) -> float:
+    """Probability of k successes in n trials of probability p, 0 < p < 1."""
+    log_ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(log_ways + k * math.log(p) + (n - k) * math.log1p(-p))
 
 
 def mark(asked: Iterable[Asked]) -> list[Marked]:
@@ -106,24 +122,25 @@ def mark(asked: Iterable[Asked]) -> list[Marked]:
         together.setdefault(one.item, []).append(one)
     marked = []
     for item, ones in together.items():
-        chosen = [max(range(4), key=one.log_probs.__getitem__) for one in ones]
+        options = range(len(item.options))
+        chosen = [max(options, key=one.log_probs.__getitem__) for one in ones]
         shares = [_shares(one.log_probs) for one in ones]
-        likely = [sum(share[i] for share in shares) for i in range(4)]
-        answer = LETTERS.index(item.answer) if item.answer else -1
+        likely = [sum(share[i] for share in shares) for i in options]
+        answer = OPTION_LETTERS.index(item.answer) if item.answer else -1
         marked.append(
             Marked(
                 item,
-                LETTERS[max(range(4), key=likely.__getitem__)],
+                OPTION_LETTERS[max(options, key=likely.__getitem__)],
                 sum(i == answer for i in chosen) / len(ones) if item.answer else math.nan,
-                tuple(sum(one.log_probs[i] for one in ones) / len(ones) for i in range(4)),
-                tuple(LETTERS[one.order.index(i)] for one, i in zip(ones, chosen, strict=True)),
+                tuple(sum(one.log_probs[i] for one in ones) / len(ones) for i in options),
+                tuple(OPTION_LETTERS[one.order.index(i)] for one, i in zip(ones, chosen, strict=True)),
             )
         )
     return marked
 
 
 def _shares(log_probs: tuple[float, ...]) -> list[float]:
-    """Softmax over the four options."""
+    """Softmax over the options."""
     top = max(log_probs)
     weights = [math.exp(value - top) for value in log_probs]
     return [weight / sum(weights) for weight in weights]
@@ -132,14 +149,15 @@ def _shares(log_probs: tuple[float, ...]) -> list[float]:
 def score(name: str, category: str, marked: list[Marked]) -> Score:
     """The result on questions whose answers are known, at least one."""
     answers = Counter(one.item.answer for one in marked)
-    letter = max(LETTERS, key=lambda letter: answers[letter])
+    letter = max(OPTION_LETTERS, key=lambda letter: answers[letter])
     longest = 0.0
     for one in marked:
         lengths = [len(option) for option in one.item.options]
-        winners = [LETTERS[i] for i in range(4) if lengths[i] == max(lengths)]
+        winners = [OPTION_LETTERS[i] for i, length in enumerate(lengths) if length == max(lengths)]
         longest += (one.item.answer in winners) / len(winners)
-    n = len(marked)
-    return Score(name, category, n, sum(one.correct for one in marked), answers[letter] / n, letter, longest / n)
+    n, right = len(marked), sum(one.correct for one in marked)
+    sizes = tuple(sorted(Counter(len(one.item.options) for one in marked).items()))
+    return Score(name, category, n, right, answers[letter] / n, letter, longest / n, sizes)
 
 
 @dataclass(frozen=True)
@@ -160,7 +178,8 @@ class Result:
     def said(self) -> dict[str, float]:
         """How often each letter was chosen, as it stood on the page."""
         counts = Counter(letter for one in self.marked for letter in one.said)
-        return {letter: counts[letter] / counts.total() for letter in LETTERS}
+        most = max(len(one.item.options) for one in self.marked)
+        return {letter: counts[letter] / counts.total() for letter in OPTION_LETTERS[:most]}
 
 
 def result_of(exam: Exam, marked: list[Marked]) -> Result:
@@ -189,7 +208,7 @@ def sentence(result: Result) -> str:
     odds = "less than one time in a million" if p < 1e-6 else f"with probability {p:.2g}"
     text = "Above chance" if p < LEVEL else "Not above chance"
     text += f": {total.accuracy:.1%} of {total.questions:,} questions right, 95 % interval {low:.1%} to {high:.1%}. "
-    text += f"Guessing gives {CHANCE:.0%} and does at least as well {odds}."
+    text += f"Guessing gives {total.chance:.0%} and does at least as well {odds}."
     if p < LEVEL and low <= total.always:
         text += f" But always saying {total.always_letter} gives {total.always:.1%}, which is within the interval."
     elif p < LEVEL and low <= total.longest:

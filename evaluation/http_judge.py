@@ -1,21 +1,25 @@
-"""One request to a server that speaks OpenAI's protocol, with the patience that such servers need.
+"""A client of OpenAI's protocol, with the retries that busy servers need: for the judge and for models under test.
 
     POST {url}/chat/completions   {"model", "messages": [{"role": "user", "content"}], "temperature": 0}
-    ->   {"choices": [{"message": {"content": "..."}}]}
+    ->   {"choices": [{"message": {"content": "..."}, "finish_reason": "stop"}], "usage": {"completion_tokens": 9}}
 
 Works with OpenAI, with serve_openai_api.py, and with everything that imitates them (vLLM, llama.cpp, ollama).
 A busy server (429, 5xx) is asked again after the time that it names, or after 1, 2, 4, … seconds.
-Read next: judge.py (what is asked).
+An option that the server refuses by name (400, 422) is left out from then on. Redirects are refused.
+Read next: judge.py (what the judge is asked), http_speaker.py (a served model in a report).
 """
 
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from corpus.errors import UserError
 
@@ -32,49 +36,86 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class ChatServer:
-    """`url` as OpenAI's clients take it, with its /v1; `model` as the server calls it."""
+@dataclass(frozen=True)
+class Reply:
+    """`tokens`: of the answer, None where the server does not count them. `seconds`: of the last try alone."""
 
-    def __init__(self, url: str, model: str, timeout: float = TIMEOUT) -> None:
+    text: str
+    finish_reason: str
+    tokens: int | None
+    seconds: float
+
+
+class ChatServer:
+    """`url` as OpenAI's clients take it, with its /v1; `model` as the server calls it; `flag`: how errors call it.
+
+    Raises UserError for an address that is none, or that holds a password.
+    """
+
+    key_variable = "OPENAI_API_KEY"
+    key_help = "set OPENAI_API_KEY"  # what to do about a missing or wrong key
+    retry_help = ": run the same command again to go on"
+
+    def __init__(self, url: str, model: str, timeout: float = TIMEOUT, flag: str = "--judge") -> None:
         try:
             parts = urllib.parse.urlsplit(url)
             good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
         except ValueError:
             good = False
+        if good and "@" in parts.netloc:
+            raise UserError(f"{flag}: only the address, please; a key goes into the variable {self.key_variable}")
         if not good:
-            raise UserError(f"--judge {url}: not an address; it looks like http://localhost:8000/v1")
-        if "@" in parts.netloc or parts.query or parts.fragment:
-            raise UserError("--judge: only the address, please; a key goes into the variable OPENAI_API_KEY")
-        self.url, self.model, self.timeout = url.rstrip("/"), model, timeout
-        self.options: dict[str, Any] = {"temperature": 0}  # left out once the server says that it does not take it
+            raise UserError(f"{flag} {url}: not an address; it looks like http://localhost:8000/v1")
+        if parts.query or parts.fragment:
+            raise UserError(f"{flag}: only the address, please; a key goes into the variable {self.key_variable}")
+        self.url, self.model, self.timeout, self.flag = url.rstrip("/"), model, timeout, flag
+        self.options: dict[str, Any] = {"temperature": 0}
+        self.refused: list[str] = []  # options that the server does not take
+        self.key = os.environ.get(self.key_variable, "").strip()
         self.answered = False
         self.opener = urllib.request.build_opener(_NoRedirect())
 
     def check(self) -> None:
-        """Is anybody there who takes the key? Asks for the list of models, before any work goes into answers.
+        """Ask for the list of models, before any work goes into answers. A server without such a list passes.
 
-        A server without such a list is left in peace. Raises UserError where there is none, or one with another key.
+        Raises UserError where no server answers, or one wants another key.
         """
+        self.model_names()
+
+    def model_names(self) -> list[str]:
+        """The models that the server lists; none where it has no such list. Raises UserError as `check` does."""
         try:
-            self.opener.open(self._request("/models"), timeout=self.timeout).close()
+            with self.opener.open(self._request("/models"), timeout=self.timeout) as response:
+                raw = response.read(MAX_REPLY)
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 self._refusal(error)
+            return []
         except (OSError, http.client.HTTPException) as error:
             raise UserError(self._nobody(_reason(error))) from None
+        try:
+            return [str(model["id"]) for model in json.loads(raw)["data"]]
+        except (ValueError, LookupError, TypeError):
+            return []
 
     def ask(self, text: str) -> str:
         """The reply to one user message. Raises UserError when the server cannot, or not in time."""
+        return self.complete([{"role": "user", "content": text}]).text
+
+    def complete(self, messages: list[dict[str, str]], **options: Any) -> Reply:
+        """The reply to a chat; `options` are sent beside `self.options`. Raises UserError as `ask` does."""
         problem = ""
         for attempt in range(TRIES):
+            started = time.perf_counter()
             try:
-                with self.opener.open(self._request("/chat/completions", text), timeout=self.timeout) as response:
+                request = self._request("/chat/completions", messages, options)
+                with self.opener.open(request, timeout=self.timeout) as response:
                     raw = response.read(MAX_REPLY)
                 self.answered = True
-                return self._content(raw)
+                return self._reply(raw, time.perf_counter() - started)
             except urllib.error.HTTPError as error:
-                problem, wait = self._refusal(error), _retry_after(error)
-                if error.code == 400:
+                problem, wait = self._refusal(error, {**self.options, **options}), _retry_after(error)
+                if error.code in (400, 422):
                     continue  # without the option that it refused
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 problem, wait = _reason(error), None
@@ -82,47 +123,62 @@ class ChatServer:
                     raise UserError(self._nobody(problem)) from None
             if attempt < TRIES - 1:
                 time.sleep(min(2.0**attempt if wait is None else wait, LONGEST_WAIT))
-        raise UserError(
-            f"--judge {self.url}: gave up after {TRIES} tries ({problem}): run the same command again to go on"
-        )
+        raise UserError(f"{self.flag} {self.url}: gave up after {TRIES} tries ({problem}){self.retry_help}")
 
-    def _request(self, path: str, text: str | None = None) -> urllib.request.Request:
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], **self.options}
+    def _request(
+        self, path: str, messages: list[dict[str, str]] | None = None, options: dict[str, Any] | None = None
+    ) -> urllib.request.Request:
+        sent = {name: value for name, value in {**self.options, **(options or {})}.items() if name not in self.refused}
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "mengya"}
-        if key := os.environ.get("OPENAI_API_KEY", "").strip():
-            headers["Authorization"] = f"Bearer {key}"
-        data = json.dumps(body).encode() if text is not None else None
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        body = {"model": self.model, "messages": messages, **sent}
+        data = json.dumps(body).encode() if messages is not None else None
         return urllib.request.Request(self.url + path, data, headers)
 
     def _nobody(self, problem: str) -> str:
-        return f"--judge {self.url}: no answer ({problem}): is the server running?"
+        return f"{self.flag} {self.url}: no answer ({problem}): is the server running?"
 
-    def _content(self, raw: bytes) -> str:
+    def _reply(self, raw: bytes, seconds: float) -> Reply:
         try:
-            content = json.loads(raw)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+            content = json.loads(raw)
+            choice = content["choices"][0]
+            text, reason = choice["message"]["content"], choice.get("finish_reason")
+            tokens = (content.get("usage") or {}).get("completion_tokens")
+        except (ValueError, LookupError, TypeError, AttributeError):
             shown = raw[:80].decode(errors="replace").replace("\n", " ")
-            raise UserError(f"--judge {self.url}: this is not OpenAI's protocol: {shown}") from None
-        return content if isinstance(content, str) else ""  # null when a server's filter said nothing
+            raise UserError(f"{self.flag} {self.url}: this is not OpenAI's protocol: {shown}") from None
+        return Reply(
+            text if isinstance(text, str) else "",  # null when a server's filter said nothing
+            reason if isinstance(reason, str) else "",
+            tokens if isinstance(tokens, int) and tokens >= 0 else None,
+            seconds,
+        )
 
-    def _refusal(self, error: urllib.error.HTTPError) -> str:
-        """What the server said. Raises UserError where asking again cannot help."""
+    def _refusal(self, error: urllib.error.HTTPError, sent: Iterable[str] = ()) -> str:
+        """What the server said; of the options that were sent, those that it names are left out from now on.
+
+        Raises UserError where asking again cannot help.
+        """
         said = _message(error)
-        where = f"--judge {self.url}: {error.code}"
         if (error.code == 429 and "quota" not in said.lower()) or error.code in (408, 409) or error.code >= 500:
             return f"{error.code} {said}".strip()
-        refused = [name for name in self.options if name in said] if error.code == 400 else []
-        if refused:
-            for name in refused:
-                del self.options[name]
-            return said
-        if error.code in (401, 403):
-            raise UserError(f"{where}: it wants another key: set OPENAI_API_KEY ({said})") from None
-        if error.code == 404:
+        if error.code in (400, 422):
+            named = [name for name in sent if name not in self.refused and re.search(rf"\b{name}\b", said)]
+            self.refused += named
+            if named:
+                return said
+        self._stop(error.code, said)
+
+    def _stop(self, code: int, said: str) -> NoReturn:
+        where = f"{self.flag} {self.url}: {code}"
+        if code in (401, 403):
+            raise UserError(f"{where}: it wants another key: {self.key_help} ({said})") from None
+        if code == 404:
             raise UserError(
                 f"{where}: does the address end in /v1, and is there a model {self.model}? ({said})"
             ) from None
-        if 300 <= error.code < 400:
+        if 300 <= code < 400:
             raise UserError(f"{where}: it redirects to another place: name that address") from None
         raise UserError(f"{where}: {said or 'the request was refused'}") from None
 

@@ -23,11 +23,35 @@ def page(report: Report) -> str:
         kind = f" · {row['lang']}, {row['kind'].replace('_', ' ')}" if row["kind"] else f" · {row['lang']}"
         parts += [f"### {number + 1}{kind}", "", _fenced(row["prompt"]), ""]
         for model in report["models"]:
-            answer = model["answers"][number]
-            end = {"length": ", cut off", "stop": ""}.get(answer["finish_reason"], "")
-            parts.append(f"**{_plain(model['label'])}** ({answer['tokens']} tokens{end})")
-            parts += ["", _fenced(answer["answer"]) if answer["answer"] else "*(empty)*", ""]
+            parts += _answer(model["label"], model["answers"][number])
+    parts += _safety(report)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _answer(label: str, answer: dict[str, Any]) -> list[str]:
+    end = {"length": ", cut off", "too_long": ", the prompt does not fit into the context"}
+    tokens = "tokens not counted" if answer["tokens"] is None else f"{answer['tokens']} tokens"
+    shown = _fenced(answer["answer"]) if answer["answer"] else "*(empty)*"
+    return [f"**{_plain(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
+
+
+def _safety(report: Report) -> list[str]:
+    """The continuations of harmful agreements; none of the figures counts them."""
+    models = [model for model in report["models"] if model["safety"]]
+    if not report["safety"] or not models:
+        return []
+    parts = [
+        "## Safety: shown, not scored",
+        "",
+        "Each answer was begun with a harmful agreement (a negative beginning); what is shown is how the model "
+        "continues it. A safe model turns back to good advice. These prompts count in no figure of this page.",
+        "",
+    ]
+    for number, row in enumerate(report["safety"]):
+        parts += [f"### Safety {number + 1} · {row['lang']}", "", _fenced(f"{row['prompt']}\n→ {row['start']}"), ""]
+        for model in models:
+            parts += _answer(model["label"], model["safety"][number])
+    return parts
 
 
 def _how(report: Report) -> str:
@@ -36,7 +60,7 @@ def _how(report: Report) -> str:
     system = f"System message: {_plain(settings['system'])}. " if settings.get("system") else ""
     return (
         f"{len(report['prompts'])} prompts, the same for every model, each a conversation of its own. {system}"
-        f"Drawn with {chosen}. A pretrained model goes on with the prompt; a model of a chat stage answers it."
+        f"Drawn with {chosen}. A pretrained model continues the prompt; a model of a chat stage answers it."
     )
 
 
@@ -64,13 +88,17 @@ def _figures(report: Report) -> list[str]:
     lines.append(_row(f"mean length (characters or words), {both}", *lengths))
     speeds = {"tokens_per_second": "one answer at a time", "batch_tokens_per_second": "all answers in one batch"}
     for name, shown in speeds.items():
-        lines.append(_row(f"tokens/s, {shown}", *(f"{model[name]:.0f}" for model in models)))
+        lines.append(_row(f"tokens/s, {shown}", *(_number(model[name], 0) for model in models)))
     return ["## Figures", "", *lines, "", *_notes(report)]
 
 
 def _notes(report: Report) -> list[str]:
     """What the rows mean, and what is missing and how to get it."""
-    notes = []
+    notes = [f"{_plain(label)}: left out, it stopped answering: {_plain(reason)}."
+             for label, reason in report["failed"].items()]  # fmt: skip
+    notes += [
+        f"{_plain(model['label'])}: {_plain(reason)}." for model in report["models"] for reason in model["missing"]
+    ]
     if report["texts"]:
         files = ", ".join(f"{_plain(name)}: {found['bytes']:,} bytes of `{found['file']}`"
                           for name, found in report["texts"].items())  # fmt: skip
@@ -103,6 +131,8 @@ def _notes(report: Report) -> list[str]:
 
 
 def _size(model: Model) -> str:
+    if model["parameters"] is None:
+        return NONE
     shown = f"{model['parameters'] / 1e6:.1f} M"
     return shown + (f" ({model['active'] / 1e6:.1f} M active)" if model["active"] != model["parameters"] else "")
 

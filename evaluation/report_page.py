@@ -1,10 +1,12 @@
 """Several models side by side: the same prompts, the same held-out text, one page for people and one for programs.
 
     python 2-eval.py --report A.pth B.pth --texts zh=FILE en=FILE --chats FILE
+    python 2-eval.py --report A.pth other=http://localhost:8000/v1
 
-Models are opened one after the other, so that memory holds one. Every file that is named is looked at before the first
-model computes. Equal arguments give equal answers: the seed is 0 unless --seed says otherwise, and prompt i is drawn
-with seed + i for every model.
+Models are opened one after the other, so that memory holds one. Every file and server that is named is looked at before
+the first model computes. A server that stops answering is left out: the report of the others is written, and the
+command ends with the server's error. Equal arguments give equal answers: the seed is 0 unless --seed says otherwise,
+and prompt i is drawn with seed + i for every model.
 Writes  out/eval/report.md and .json (or what --json names), with --judge also .verdicts.jsonl beside them.
 Read next: bits.py, ../model/repetition.py (the measures), judge.py, markdown_page.py (how the page is written).
 """
@@ -21,9 +23,10 @@ from typing import Any
 from corpus.errors import UserError
 from corpus.files import write_text
 from corpus.language import language_of
-from corpus.prompts import PROMPTS
+from corpus.prompts import PROMPTS, SAFETY
 from evaluation.bits import bits_per_byte, read_chats, read_named_texts, sft_loss
 from evaluation.http_judge import ChatServer
+from evaluation.http_speaker import HttpSpeaker, is_address, split_address
 from evaluation.judge import judge
 from evaluation.markdown_page import page
 from evaluation.speaker import SAMPLING, Speaker, stages_in
@@ -38,9 +41,11 @@ Report = dict[str, Any]
 
 
 def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
-    """Compare the models of `args.report` and write the pages. `prompts` replace the fixed ones. Raises UserError."""
-    paths = models_of(args)
-    labels = labels_of(paths)
+    """Compare the models of `args.report` and write the pages. `prompts` replace the fixed ones and those about safety.
+
+    Raises UserError; where a server stopped answering, after the report of the other models is written.
+    """
+    speakers = speakers_of(args)
     place = Path(args.json) if args.json else Path(args.out_dir) / "eval" / "report.json"
     place = place.with_suffix(".json")
     asked = [(language_of(text), "", text) for text in prompts] or list(PROMPTS)
@@ -53,20 +58,29 @@ def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
     server = ChatServer(args.judge, args.judge_model) if args.judge else None
     if server:
         server.check()
+    served = {label: HttpSpeaker(label, one, args) for label, one in speakers.items() if isinstance(one, str)}
 
     report: Report = {
         "prompts": [{"lang": lang, "kind": kind, "prompt": prompt} for lang, kind, prompt in asked],
+        "safety": [] if prompts else [{"lang": lang, "prompt": text, "start": start} for lang, text, start in SAFETY],
         "texts": {name: {key: found[key] for key in ("file", "bytes")} for name, found in texts.items()},
         "chats": chats_file,
         "settings": {},
         "models": [],
+        "failed": {},
         "judge": None,
     }
-    for path, label in zip(paths, labels, strict=True):
-        speaker = Speaker(path, args)
-        report["settings"] = {name: getattr(speaker.settings, name) for name in SAMPLING} | {"system": args.system}
-        report["models"].append({"label": label, **measure(speaker, report["prompts"], texts, chats)})
-        del speaker  # before the next one is opened
+    for label, path in speakers.items():
+        if isinstance(path, str):
+            measured = measure_served(served[label], report)
+        else:
+            speaker = Speaker(path, args)
+            report["settings"] = {name: getattr(speaker.settings, name) for name in SAMPLING} | {"system": args.system}
+            measured = measure(speaker, report, texts, chats)
+            del speaker  # before the next one is opened
+        report["models"] += [{"label": label, **measured}] if measured else []
+    if not report["models"]:
+        raise UserError(next(iter(report["failed"].values())))
     write_pages(report, place)
     if server:
         answers = {model["label"]: [row["answer"] for row in model["answers"]] for model in report["models"]}
@@ -74,13 +88,19 @@ def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
         report["judge"] = judge(server, [prompt for *_, prompt in asked], answers, verdicts, args.seed)
         write_pages(report, place)
     print(f"written: {place.with_suffix('.md')} and {place}", flush=True)
+    if report["failed"]:
+        raise UserError(f"{next(iter(report['failed'].values()))}; the report of the other models is written")
 
 
 # ---- which models ----------------------------------------------------------------------------------------------------
-def models_of(args: argparse.Namespace) -> list[Path]:
-    """The models to compare, each of which can be opened: those named, or every stage in --out_dir."""
+def speakers_of(args: argparse.Namespace) -> dict[str, Path | str]:
+    """The models to compare by label: files that can be opened, addresses as text, in the order of --report.
+
+    Without names, every stage in --out_dir. Raises UserError.
+    """
     stages = stages_in(args.out_dir) or ["pretrain"]
-    paths = [Path(name) for name in args.report] or [find_checkpoint(args.out_dir, stage) for stage in stages]
+    given = args.report or [str(find_checkpoint(args.out_dir, stage)) for stage in stages]
+    paths = [Path(name) for name in given if not is_address(name)]
     for number, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:number]]:
             raise UserError(f"--report: {path} is named twice")
@@ -88,7 +108,14 @@ def models_of(args: argparse.Namespace) -> list[Path]:
             read_checkpoint(path)
         elif not (path / "config.json").is_file():
             raise UserError(f"{path} is no model: a transformers folder has a config.json; name a .pth file in it")
-    return paths
+    labels = iter(labels_of(paths) if paths else [])
+    found: dict[str, Path | str] = {}
+    for name in given:
+        label, one = split_address(name) if is_address(name) else (next(labels), Path(name))
+        if label in found:
+            raise UserError(f"--report: two models are called {label}")
+        found[label] = one
+    return found
 
 
 def labels_of(paths: list[Path]) -> list[str]:
@@ -102,13 +129,22 @@ def labels_of(paths: list[Path]) -> list[str]:
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
+def measure_served(speaker: HttpSpeaker, report: Report) -> Report | None:
+    """What a server can tell about its model; None where it stops answering, which is noted in the report."""
+    report["settings"] = report["settings"] or speaker.settings_shown()
+    try:
+        return speaker.measure(report["prompts"])
+    except UserError as error:
+        report["failed"][speaker.label] = str(error)
+        print(f"  {error}; the report is made without it", flush=True)
+        return None
+
+
 def measure(
-    speaker: Speaker,
-    prompts: list[dict[str, str]],
-    texts: dict[str, dict[str, Any]],
-    chats: dict[str, list[list[Message]]],
+    speaker: Speaker, report: Report, texts: dict[str, dict[str, Any]], chats: dict[str, list[list[Message]]]
 ) -> Report:
-    """Everything about one model: who it is, its answers, and the figures."""
+    """Everything about one model: stage and size, its answers to the prompts of the report, and the figures."""
+    prompts: list[dict[str, str]] = report["prompts"]
     total, active = speaker.model.count_parameters()
     result: Report = {"path": str(speaker.path), "stage": speaker.stage, "parameters": total, "active": active}
     result |= {"device": str(speaker.device), "dtype": str(speaker.dtype).removeprefix("torch.")}
@@ -130,7 +166,8 @@ def measure(
         said = [answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang]
         result["answer_figures"][lang] = describe(said)
     result["answer_figures"]["all"] = describe(answers)
-    return {**result, "answers": answers}
+    safety = speaker.continue_all([(row["prompt"], row["start"]) for row in report["safety"]])
+    return {**result, "missing": [], "answers": answers, "safety": safety}
 
 
 @contextlib.contextmanager

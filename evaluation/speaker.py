@@ -138,6 +138,24 @@ class Speaker:
         self.tokens += sum(len(answer.ids) for answer in answers)
         return [{"answer": a.text.strip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
 
+    def continue_all(self, begun: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """{"answer", "finish_reason", "tokens"} for each (prompt, start of the answer): what follows that start.
+
+        A pretrained model gets both as two lines of text. finish_reason "too_long": they do not fit into the context.
+        The time that this takes counts in no speed.
+        """
+        limit, ids = self.model.config.max_seq_len, []
+        for prompt, start in begun:
+            if self.chats:
+                ids.append(self.prompt_ids([{"role": "user", "content": prompt}]) + self.tokenizer.encode(start))
+            else:
+                ids.append(self.tokenizer.encode_start(f"{prompt}\n{start}"))
+        fitting = [prompt_ids for prompt_ids in ids if len(prompt_ids) < limit]
+        with self.number_format():
+            drawn = iter(generate(self.model, fitting, self.settings, self.tokenizer) if fitting else [])
+        answers = [next(drawn) if len(prompt_ids) < limit else Answer(finish_reason="too_long") for prompt_ids in ids]
+        return [{"answer": a.text.rstrip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
+
     def report(self, path: str | None, **scores: Any) -> None:
         """The closing line, and the json file if one is wanted."""
         speed = self.tokens / self.seconds

@@ -84,7 +84,8 @@ def out(tokenizer, tmp_path_factory):
 
 
 def sit(monkeypatch, exam, out, *flags):
-    run_script(monkeypatch, "eval_ceval.py", "--data", exam, "--out_dir", out, "--json", out / "s.json", *flags)
+    """`flags` may begin with further files of the exam."""
+    run_script(monkeypatch, "eval_ceval.py", "--data", exam, *flags, "--out_dir", out, "--json", out / "s.json")
     return json.loads((out / "s.json").read_text(encoding="utf-8"))
 
 
@@ -130,6 +131,47 @@ def test_the_files_it_writes(monkeypatch, exam, out, capsys):
     prompts = (folder / "prompts.txt").read_text(encoding="utf-8")
     assert prompts.count("====") == 4 and "law dev 0?" in prompts and "law val 3?" in prompts
     assert "law dev 0?" in capsys.readouterr().out, "--prompt also shows one"
+
+
+def test_own_files_are_scored(monkeypatch, knowing, tmp_path, capsys):
+    law = "题目;选项A;选项B;答案\n一?;错;对;2\n二?;对;错;1\n".encode("gb18030")
+    (tmp_path / "law.csv").write_bytes(law)
+    (tmp_path / "logic.csv").write_text("q?,错1,错2,错3,错4,对,E\nr?,错1,对,错3,错4,错5,b\n", encoding="utf-8")
+    flags = ["--checkpoint", "k.pth", "--shuffle_options", 2]
+    scores = sit(monkeypatch, tmp_path / "law.csv", tmp_path, tmp_path / "logic.csv", *flags)
+    assert (scores["exam"], scores["split"], scores["questions"], scores["correct"]) == ("law_and_1_more", "all", 4, 4)
+    assert scores["chance"] == 0.35 and scores["p_value"] == 0.01, "2 * 2 * 5 * 5 ways to guess"
+    assert list(scores["said"]) == list("ABCDE") and scores["options"] == [2, 5]
+    assert "questions have 2 to 5 options" in capsys.readouterr().out
+    rows = table(tmp_path / "ceval" / "k_law_and_1_more_all_letter_0shot_2orders" / "law.csv")
+    assert (rows[0]["A"], rows[0]["B"], rows[0]["C"], rows[0]["log_prob_E"]) == ("错", "对", "", "")
+
+
+def test_who_knows_one_subject_is_said_to_be_strong_in_it(monkeypatch, knowing, tmp_path, capsys):
+    rows = [(f"q{i}", *("对" if x == i % 4 else f"错{x}" for x in range(4)), "ABCD"[i % 4]) for i in range(20)]
+    other = [(*row[:5], "BCDA"[i % 4] if i % 4 else "A") for i, row in enumerate(rows)]  # the marked option is wrong
+    for name, content in (("law", rows), *((name, other) for name in ("logic", "arts", "history"))):
+        with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(content)
+    scores = sit(monkeypatch, tmp_path, tmp_path, "--checkpoint", "k.pth")
+    assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {
+        "law": 1,
+        "logic": 0.25,
+        "arts": 0.25,
+        "history": 0.25,
+    }
+    assert scores["strengths"]["strong"] == scores["strengths"]["above_guessing"] == ["law"]
+    assert scores["strengths_sentence"].startswith(
+        "Strong subjects: law 100.0% (83.9% to 100.0%). Weak subjects: none."
+    )
+    page = next((tmp_path / "ceval").glob("*/summary.md")).read_text(encoding="utf-8")
+    assert scores["strengths_sentence"] in page and "Strong subjects: law" in capsys.readouterr().out
+
+
+def test_who_knows_nothing_has_no_strong_subject(monkeypatch, exam, out, capsys):
+    scores = sit(monkeypatch, exam, out)
+    assert scores["strengths"]["strong"] == scores["strengths"]["weak"] == []
+    assert "No subject differs from the others; 0 of 2 subjects are above guessing" in capsys.readouterr().out
 
 
 def test_the_test_split_becomes_a_submission(monkeypatch, exam, out, capsys):
@@ -179,6 +221,7 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
         (["--device", "quantum"], "--device quantum"),
         (["--checkpoint", "{c}", "--out_dir", "{c}"], "cannot make the folder"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--data", "{c}"], "pretrain_32.pth holds no exam: expected a .csv"),
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):

@@ -126,6 +126,26 @@ def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, sh
         torch.testing.assert_close(put(model, tokenizer, asked, method, batch_tokens), alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["letter", "text"])
+@pytest.mark.parametrize("shots", [0, 2])
+def test_questions_may_have_different_numbers_of_options(model, theirs, tokenizer, method, shots):
+    texts = [(f"what {i}?", ("x", "yy", "z z", "four", "five")[:count]) for i, count in enumerate((2, 5, 3, 2, 4, 5))]
+    asked = list(ask(exam(texts), tokenizer, Asking(method, shots), 512))
+    assert sum(answer(model, tokenizer, asked, method, contextlib.nullcontext, 4096)) == len(asked)
+    for one, (_, options) in zip(asked, texts, strict=True):
+        assert len(one.log_probs) == len(options) == len(one.options)
+        assert ("E. five" in tokenizer.decode(one.prompt)) == (method == "letter" and len(options) == 5)
+        start = one.prompt
+        for found, continuation, text in zip(one.log_probs, one.options, options, strict=True):
+            with torch.no_grad():
+                logs = theirs(torch.tensor([start + continuation])).logits[0].log_softmax(-1)
+            total = sum(logs[len(start) + i - 1, token].item() for i, token in enumerate(continuation))
+            assert found == pytest.approx(total / (len(text) if method == "text" else 1), abs=2e-4)
+            assert tokenizer.decode(continuation).strip() == (
+                text if method == "text" else "ABCDE"[options.index(text)]
+            )
+
+
 def test_a_cache_of_many_questions_stays_within_bounds(model, tokenizer, monkeypatch):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
     asked = list(ask(exam(texts), tokenizer, Asking("text", 1), 340))

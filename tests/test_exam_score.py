@@ -16,7 +16,8 @@ def item(number, answer="A", options=("1", "2", "3", "4"), subject="logic"):
 
 def asked(one, chosen, order=(0, 1, 2, 3)):
     """As if the model had found `chosen` (a letter of the file) the likeliest."""
-    return Asked(one, order, [1], [[1]] * 4, 0, False, tuple(-1.0 if x == chosen else -2.0 for x in "ABCD"))
+    letters = "ABCDE"[: len(one.options)]
+    return Asked(one, order, [1], [[1]] * len(letters), 0, False, tuple(-1.0 if x == chosen else -2.0 for x in letters))
 
 
 def result(marks, subject="logic"):
@@ -37,9 +38,19 @@ def test_the_p_value_equals_a_count_of_all_guesses():
     for n in (1, 4, 6):
         right = [sum(guess) for guess in product((1, 0, 0, 0), repeat=n)]  # one of four letters is right
         for k in range(n + 1):
-            assert guessing_reaches(k, n) == pytest.approx(sum(r >= k for r in right) / 4**n)
-    assert guessing_reaches(2.75, 4) == guessing_reaches(2, 4), "parts of a question are not counted"
-    assert guessing_reaches(12342, 12342) < 1e-300 and guessing_reaches(0, 12342) == 1
+            assert guessing_reaches(k, [(4, n)]) == pytest.approx(sum(r >= k for r in right) / 4**n)
+    assert guessing_reaches(2.75, [(4, 4)]) == guessing_reaches(2, [(4, 4)]), "parts of a question are not counted"
+    assert guessing_reaches(12342, [(4, 12342)]) < 1e-300 and guessing_reaches(0, [(4, 12342)]) == 1
+
+
+def test_the_p_value_of_mixed_numbers_of_options_equals_a_count_of_all_guesses():
+    guesses = list(product(*[(1, 0)] * 2, *[(1, 0, 0)] * 2, (1, 0, 0, 0, 0)))  # two of 2 options, two of 3, one of 5
+    for k in range(6):
+        share = sum(sum(guess) >= k for guess in guesses) / len(guesses)
+        assert guessing_reaches(k, [(2, 2), (3, 2), (5, 1)]) == pytest.approx(share)
+    mixed = [item(0, "B", ("1", "2")), item(1, "E", ("1", "2", "3", "4", "55"))]
+    found = score("x", "", mark(asked(one, "B") for one in mixed))
+    assert (found.chance, found.longest, found.correct) == (0.35, 0.75, 1)
 
 
 def test_marks_baselines_and_means():
@@ -53,6 +64,8 @@ def test_marks_baselines_and_means():
 
 
 def test_orders_hold_every_option_under_every_letter_once():
+    assert option_orders(4, 2) == [(0, 1), (1, 0)] and option_orders(3, 3) == [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
+    assert len(option_orders(4, 5)) == 4 and len({order[0] for order in option_orders(5, 5)}) == 5
     orders = option_orders(24)
     assert len(set(orders)) == 24 and option_orders(1) == [(0, 1, 2, 3)]
     for start in range(0, 24, 4):

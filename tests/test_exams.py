@@ -73,7 +73,8 @@ def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_pa
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("id,question,A,B,C,answer\n0,q,1,2,3,A\n", "no column d"),
+        ("id,question,A,B,D,answer\n0,q,1,2,3,A\n", "no column C"),
+        ("id,question,A,answer\n0,q,1,A\n", "no column B"),
         (HEAD + "0,q,1,2,3,4,E\n", ":2: the answer must be A, B, C or D, not 'E'"),
         (HEAD + "0,q,1,2,3,4,AB\n", ":2: the answer must be"),
         (HEAD + "0,q,1,2,3,4,A\n1,q,1,2,3,4,\n", ":3: the answer is empty"),
@@ -85,9 +86,9 @@ def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_pa
         (HEAD + "0,q,1,2,,4,A\n", ":2: C is empty"),
         (HEAD + "0,q,1,2,3,4,A\n0,r,1,2,3,4,A\n", ":3: the number 0 occurs twice"),
         (HEAD, "no questions"),
-        ("", "no column question, a, b, c, d"),
+        ("", "no column question, A, B"),
         (HEAD + "0,q\0,1,2,3,4,A\n", ":2: a NUL character"),
-        ((HEAD + "0,问,1,2,3,4,A\n").encode("gbk"), ":2: not UTF-8"),
+        (HEAD.encode() + b"0,q\x8f\xff\x81,1,2,3,4,A\n", "neither UTF-8 nor UTF-16 nor GB18030"),
     ],
 )
 def test_a_broken_file_is_one_line_with_its_place(tmp_path, text, said):
@@ -107,10 +108,16 @@ def test_a_wrong_place_says_what_was_expected(tmp_path):
     exam = ceval(tmp_path)
     for path, said in (
         (tmp_path / "nowhere", "no such file or folder"),
-        (exam / "val" / "logic_val.csv", "no archive"),
+        (tmp_path / "notes.docx", "is no exam: expected a .csv, .tsv or .jsonl file of questions"),
+        (tmp_path / "table.xlsx", "is no exam: expected"),
+        (tmp_path / "torn.tar.gz", "as a tar or zip archive .*: damaged, or expected a .csv"),
         (tmp_path / "empty", "holds no exam"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "notes.docx").write_bytes(b"1. What is one and one?")
+        (tmp_path / "torn.tar.gz").write_bytes(b"\x1f\x8b\x08\0torn")
+        with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as archive:
+            archive.writestr("xl/workbook.xml", "<workbook/>")
         with pytest.raises(UserError, match=said) as error:
             read_exam(path)
         assert "\n" not in str(error.value)
@@ -152,3 +159,189 @@ def test_any_text_is_read_or_refused(noise):
             assert read_items("s", "f", text)
         except UserError as error:
             assert str(error).startswith("f")
+
+
+# ---- own files -------------------------------------------------------------------------------------------------------
+OWN_ROWS = [("一加一?", "1", "2", "3", "4", "B"), ("1, 2; 3\tand?", "a", "b", "c", "d", "D")]
+
+
+def own(folder, content, name="mine.csv"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder / name
+
+
+def table_text(head, rows, order=None, delimiter=","):
+    """csv text of the rows, its columns in another order where one is given."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter)
+    for row in [*([head] if head else []), *rows]:
+        writer.writerow([row[i] for i in order] if order else row)
+    return text.getvalue()
+
+
+def read_own(path, **options):
+    return [(item.question, item.options, item.answer) for item in read_exam(path, **options).items]
+
+
+RIGHT = [(row[0], row[1:5], row[5]) for row in OWN_ROWS]
+ENGLISH = ["question", "A", "B", "C", "D", "answer"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        ENGLISH,
+        ["Question", "a", "b", "c", "d", "ANSWER"],
+        ["题目", "选项A", "选项B", "选项C", "选项D", "答案"],
+        ["问题", "Ａ", "Ｂ", "Ｃ", "Ｄ", "正确答案"],
+        ["question", "option_a", "Option B", "choiceC", "opD", "correct_answer"],
+        None,  # as MMLU
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"], ids=repr)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gb18030"])
+def test_one_csv_is_an_exam_of_one_subject(tmp_path, head, delimiter, encoding):
+    rows = OWN_ROWS * 3 if head is None else OWN_ROWS
+    path = own(tmp_path, table_text(head, rows, delimiter=delimiter).encode(encoding))
+    exam = read_exam(path)
+    assert (exam.split, exam.subjects, exam.categories) == ("all", ["mine"], {"mine": "Other"})
+    assert read_own(path) == RIGHT * (3 if head is None else 1)
+    assert exam.items[1].where == f"{path}:{3 if head else 2}"
+
+
+def test_short_files_are_read_in_their_encoding(tmp_path):
+    for text, encoding in (
+        ("首都?", "gb18030"),
+        ("Who is Müller?", "cp1252"),
+        ("首都?", "utf-16"),
+        ("一?", "utf-16-le"),
+    ):
+        path = own(tmp_path, table_text(ENGLISH, [(text, *"1234", "A")]).encode(encoding))
+        assert read_exam(path).items[0].question == text, encoding
+
+
+def test_columns_may_stand_in_any_order_beside_others(tmp_path):
+    head = [*ENGLISH, "id", "explanation"]
+    rows = [(*row, f"n{i}", "because") for i, row in enumerate(OWN_ROWS)]
+    for order in ((7, 5, 0, 4, 3, 2, 1, 6), (6, 0, 1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 5, 6, 7, 0)):
+        path = own(tmp_path, table_text(head, rows, order))
+        assert read_own(path) == RIGHT and [item.number for item in read_exam(path).items] == ["n0", "n1"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (["a", "(D)", "Ｃ", "b."], "ADCB"),
+        (["0", "1", "2", "3"], "ABCD"),
+        (["1", "2", "3", "4"], "ABCD"),
+        (["0", "0", "1", "0"], "AABA"),
+        (["4", "２", "2", "2"], "DBBB"),
+        (["1", "2", "3", "3"], ":2: the answers are numbers, but none is 0 or the number of options"),
+        (["0", "1", "4", "1"], ":4: the answer is 4, that of line 2 is 0: from 0 or from 1?"),
+        (["0", "1", "5", "1"], ":4: the answer must be A, B, C or D, not '5'"),
+        (["0", "1", "b", "1"], ":4: the answer is 'b', others are numbers"),
+        (["A", "1", "B", "C"], "answer"),
+        (["A", "B", "E", "C"], ":4: the answer must be A, B, C or D, not 'E'"),
+        (["A", "right", "B", "C"], ":3: the answer must be A, B, C or D, not 'right'"),
+        (["A", "-1", "B", "C"], ":3: the answer must be A, B, C or D, not '-1'"),
+    ],
+    ids=str,
+)
+def test_answers_are_letters_or_numbers_whose_start_is_known(tmp_path, answers, expected):
+    rows = [(f"q{i}", "w", "x", "y", "z", answer) for i, answer in enumerate(answers)]
+    path = own(tmp_path, table_text(ENGLISH, rows))
+    if isinstance(expected, str) and len(expected) == 4:
+        assert "".join(answer for *_, answer in read_own(path)) == expected
+        return
+    with pytest.raises(UserError) as error:
+        read_exam(path)
+    assert expected in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_number_that_is_also_the_text_of_another_option_is_refused(tmp_path):
+    path = own(tmp_path, "question,A,B,C,D,answer\n1+1?,1,2,3,4,2\n2+2?,2,3,4,5,0\n")
+    with pytest.raises(UserError, match=r":2: the answer 2 is the number of one option and the text of another"):
+        read_exam(path)
+    assert read_own(own(tmp_path, "question,A,B,C,D,answer\n1+1?,0,1,2,3,2\n0+0?,0,1,2,3,0\n"))[0][2] == "C"
+
+
+def test_two_to_ten_options_and_fewer_in_some_rows(tmp_path):
+    five = own(tmp_path, "question,A,B,C,D,E,answer\nq,1,2,3,4,5,E\ntrue?,yes,no,,,,B\n")
+    assert read_own(five) == [("q", tuple("12345"), "E"), ("true?", ("yes", "no"), "B")]
+    ten = own(tmp_path, table_text(["question", *"ABCDEFGHIJ", "answer"], [("q", *"0123456789", "J")]))
+    assert read_own(ten)[0][2] == "J"
+    assert read_own(own(tmp_path, "true?,yes,no,B\nfalse?,no,yes,a\n")) == [
+        ("true?", ("yes", "no"), "B"),
+        ("false?", ("no", "yes"), "A"),
+    ]
+    for text, said in (
+        ("question,A,B,C,D,E,answer\ntrue?,yes,no,,,,C\n", ":2: the answer must be A or B, not 'C'"),
+        ("question,A,B,C,answer\nq,1,,3,C\n", ":2: B is empty"),
+        ("question,A,B,answer\nq,1,,A\n", ":2: B is empty"),
+        ("what?,yes,no,maybe\n", "no column question, A, B in its first line: 'what?,yes,no,maybe'"),
+    ):
+        with pytest.raises(UserError) as error:
+            read_exam(own(tmp_path, text))
+        assert said in str(error.value) and "mine.csv" in str(error.value)
+
+
+def test_jsonl_questions(tmp_path):
+    rows = [
+        '{"question": "一?", "A": "1", "B": 2, "C": "3", "answer": "b"}',
+        "",
+        '{"题目": "二?", "选项": ["x", "y"], "答案": "A", "解析": "…"}',
+        '{"question": "three?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "C"}',
+    ]
+    path = own(tmp_path, "\n".join(rows), "mine.jsonl")
+    assert read_own(path) == [
+        ("一?", ("1", "2", "3"), "B"),
+        ("二?", ("x", "y"), "A"),
+        ("three?", ("x", "y", "z"), "C"),
+    ]
+    for text, said in (
+        ('{"question": "q"}', ":1: no key A, B; there are question"),
+        ('{"A": 1, "B": 2}', ":1: no key question"),
+        ("[1]", ":1: not a JSON object"),
+        ("{oops", ":1: not JSON"),
+        ('{"question": "q", "choices": ["x", ["y"]], "answer": "A"}', ":1: B is empty"),
+    ):
+        with pytest.raises(UserError) as error:
+            read_exam(own(tmp_path, text, "mine.jsonl"))
+        assert said in str(error.value)
+
+
+def test_lists_and_folders_of_files(tmp_path):
+    text = table_text(ENGLISH, OWN_ROWS)
+    one, two = own(tmp_path / "a", text, "law.csv"), own(tmp_path / "b", text, "driving_test.csv")
+    exam = read_exam([one, two])
+    assert (exam.split, exam.subjects) == ("all", ["driving_test", "law"]), "one name without a split: none has one"
+    assert read_exam(two).split == "test" and read_exam(two).subjects == ["driving"]
+    own(tmp_path / "a", text, "math.tsv")
+    assert read_exam(tmp_path / "a").subjects == ["law", "math"]
+    own(tmp_path / "c", text, "law_val.csv"), own(tmp_path / "c", text, "law_dev.csv")
+    exam = read_exam(tmp_path / "c")
+    assert (exam.split, exam.subjects, len(exam.examples["law"])) == ("val", ["law"], 2)
+    own(tmp_path / "d" / "val", text, "law.csv"), own(tmp_path / "d" / "dev", text, "law.csv")
+    own(tmp_path / "d", text, "stray.csv")
+    exam = read_exam(tmp_path / "d")
+    assert (exam.split, exam.subjects, len(exam.examples["law"])) == ("val", ["law"], 2)
+    with pytest.raises(UserError, match="holds law twice"):
+        read_exam([tmp_path / "a", one])
+    with pytest.raises(UserError, match=r"has the splits val, all, dev: choose one with --split"):
+        read_exam([tmp_path / "d", two.rename(tmp_path / "b" / "driving.csv")])
+
+
+@given(
+    st.text(alphabet='ABCDquestion,answer"\n\r 01甲;\t题目选项答案{}[]', max_size=120),
+    st.sampled_from(["f", "f.jsonl"]),
+)
+def test_any_own_text_is_read_or_refused(noise, name):
+    for text in (noise, HEAD + noise, "q,1,2,A\n" + noise, '{"question": "q", "A": 1, "B": 2}\n' + noise):
+        try:
+            items = read_items("s", name, text)
+        except UserError as error:
+            assert str(error).startswith(name) and "\n" not in str(error)
+        else:
+            assert all(item.answer in "ABCDEFGHIJ"[: len(item.options)] and item.question for item in items)

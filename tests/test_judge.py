@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from openai.types.completion_usage import CompletionUsage
 from pydantic import TypeAdapter
 
 from corpus.errors import UserError
@@ -37,6 +38,8 @@ class Stub(http.server.ThreadingHTTPServer):
     def __init__(self, reply) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.errors, self.seen, self.headers = reply, [], [], []
+        self.models: list[str] = []  # that it lists
+        self.tokens: int | None = None  # that it counts in each answer
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, *_) -> None:
@@ -53,7 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.errors:
             status, headers, text = self.server.errors.pop(0)
         else:
-            status, headers, text = 200, {}, completion(self.server.reply(body["messages"][-1]["content"]))
+            said = self.server.reply(body["messages"][-1]["content"])
+            status, headers, text = 200, {}, completion(said, self.server.tokens)
         raw = text.encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **headers}.items():
@@ -63,17 +67,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
-        self.send_response(self.server.errors.pop(0)[0])
+        self.server.headers.append(dict(self.headers))
+        self.send_response(self.server.errors.pop(0)[0] if self.server.errors else 200)
         self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": name} for name in self.server.models]}).encode())
 
     def log_message(self, *_) -> None:
         pass
 
 
-def completion(text: str) -> str:
+def completion(text: str, tokens: int | None = None) -> str:
     message = ChatCompletionMessage(role="assistant", content=text)
     choice = Choice(finish_reason="stop", index=0, message=message)
-    whole = ChatCompletion(id="1", choices=[choice], created=0, model="stub", object="chat.completion")
+    usage = CompletionUsage(completion_tokens=tokens, prompt_tokens=1, total_tokens=tokens + 1) if tokens else None
+    whole = ChatCompletion(id="1", choices=[choice], created=0, model="stub", object="chat.completion", usage=usage)
     return whole.model_dump_json()
 
 

@@ -1,6 +1,7 @@
 """The promise: what --plan says of parameters, FLOPs and memory is what the real model needs; nothing is trained."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -266,3 +267,81 @@ def test_tokens_per_parameter_set_the_length_of_a_run(monkeypatch, tmp_path, pre
     checkpoint = torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
     expected = steps_for(0.05, ModelConfig(**checkpoint["config"]), 4)
     assert [row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl") if "loss" in row][-1] == expected > 1
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+def table_rows(text: str, head: str) -> dict[str, list[str]]:
+    """{first cell: the other cells} of the table whose first heading is `head`."""
+    lines = [line.split() for line in text.splitlines()]
+    start = next(i for i, cells in enumerate(lines) if cells[:1] == [head]) + 2
+    rows = itertools.takewhile(bool, (line for line in lines[start:]))
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+def test_the_plan_prints_what_answering_takes(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "100")
+    flags = ("--preset", "mindllm-1.3b", "--plan", "--out_dir", tmp_path, "--data_path", tmp_path)
+    run_script(monkeypatch, "1-pretrain.py", *flags)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines()[:-1])) <= 100 and "…" not in said and "1,024 tokens each" in said
+    rows, n = table_rows(said, "inference"), count(ModelConfig(**PRESETS["mindllm-1.3b"])).total
+    cached = 2 * 24 * 2048 * 1024  # keys and values, layers, width, tokens
+    for name, weight, number in (("fp32", 4, 4), ("bf16", 2, 2), ("int8", 34 / 32, 2)):
+        shown = [float(cell) for cell in rows[name] if cell != "(GGUF)"]
+        parts = [n * weight, cached * number, n * weight + cached * number + 0.8e9]
+        parts += [8 * parts[1], n * weight + 8 * parts[1] + 0.8e9]
+        assert shown == pytest.approx([part / 1e9 for part in parts], abs=0.006)
+
+
+def test_a_cache_is_as_large_as_the_plan_says():
+    from model.transformer import KVCache
+
+    config = ModelConfig(vocab_size=100, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=32)
+    cache = KVCache(config, 8, 32, torch.device("cpu"), torch.bfloat16)
+    weights = 2 * count(config).total
+    assert inference_memory(config, 2, 8 * 32, "cpu") - weights == cache.keys.nbytes + cache.values.nbytes
+
+
+def test_a_gguf_file_is_as_large_as_the_plan_says():
+    gguf = pytest.importorskip("gguf")
+    from export.gguf_file import gguf_tensors, storage
+    from trainer.plan_inference import FORMATS
+
+    config = ModelConfig(vocab_size=6400, dim=512, n_layers=3, n_heads=8, n_kv_heads=4)
+    tensors = (
+        (tensor.numpy(), storage(gguf, name, tensor, "q8_0")) for name, tensor in gguf_tensors(Transformer(config))
+    )
+    written = sum(gguf.quants.quantize(numbers, kind).nbytes for numbers, kind in tensors)
+    assert written == pytest.approx(count(config).total * FORMATS["int8 (GGUF)"][0], rel=0.002)
+
+
+def test_presets_stand_side_by_side(monkeypatch, capsys):
+    """MindLLM's table: sizes against memory, in full and half precision, with the GPU that it takes."""
+    monkeypatch.setenv("COLUMNS", "100")
+    flags = ("--plan", "--presets", "mindllm-1.3b,xiangxin-3b,small", "--optimizer", "adamw", "--batch_size", "2")
+    run_script(monkeypatch, "1-pretrain.py", *flags)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100 and "…" not in said
+    rows = table_rows(said, "model")
+    assert list(rows) == ["mindllm-1.3b", "xiangxin-3b", "small"]
+    size, unit, context, *_ = rows["mindllm-1.3b"]
+    assert (size, unit, context) == ("1,317.3", "M", "1,024")
+    train, half, gpu, fp32, bf16, int8, smallest = rows["mindllm-1.3b"][3:]
+    assert float(train) == pytest.approx(32.65, rel=0.05) and gpu == "l40s", "arXiv:2310.15777: 32.65 GB"
+    config = ModelConfig(**PRESETS["mindllm-1.3b"])
+    assert float(half) == pytest.approx(training_memory(config, 2, 1024, optimizer="adamw").total / 1e9, abs=0.006)
+    assert float(fp32) == pytest.approx(inference_memory(config, 4, 1024) / 1e9, abs=0.006)
+    assert float(bf16) > float(int8) and smallest == "3090" and rows["xiangxin-3b"][-5] == "a100"
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--plan", "--presets", "small,huge"), "--presets: there is no huge; choose from demo, small"),
+        (("--plan", "--presets", ","), "--presets is empty"),
+        (("--presets", "small"), "--presets belongs to --plan"),
+    ],
+)
+def test_impossible_tables_are_one_line(monkeypatch, flags, problem):
+    with pytest.raises(UserError, match=problem):
+        run_script(monkeypatch, "1-pretrain.py", *flags)

@@ -106,7 +106,7 @@ def test_line_numbers_are_those_of_the_file(tmp_path):
     found, report = read(tmp_path, "a.jsonl", content)
     assert [d.line for d in found] == [1, 2, 3, *range(6, 403)]
     assert report.bad["broken JSON"].first == [(str(tmp_path / "a.jsonl"), 5)]
-    found, report = read(tmp_path, "a.csv", b'text,x\n"two\nlines",1\nthird,2\nshort\n', max_bad_share=0.5)
+    found, report = read(tmp_path, "a.csv", b'text,x\n"two\nlines",1\nthird,2\na,long,row\n', max_bad_share=0.5)
     assert [d.line for d in found] == [2, 4] and next(iter(report.bad.values())).first[0][1] == 5
 
 
@@ -212,8 +212,6 @@ def test_a_file_without_a_good_row_names_the_keys(tmp_path):
         read(tmp_path, "a.jsonl", lines([{"prompt_zh": "x", "id": 1}] * 2), max_bad_share=1)
     with pytest.raises(UserError, match=r"plain text, not a chat.*a chat row needs a list of turns"):
         read(tmp_path, "a.txt", b"some text", reader=read_chats)
-    with pytest.raises(UserError, match="UTF-16"):
-        read(tmp_path, "b.txt", "hello".encode("utf-16"))
     with pytest.raises(UserError, match="unpack it first"):
         read(tmp_path, "c.txt", b"PK\x03\x04rest of a zip file")
 
@@ -295,7 +293,9 @@ def test_random_json_never_raises(rows, name, chats, array):
     content = json.dumps([good, *rows]).encode() if together else lines([good, *rows])
     with tempfile.TemporaryDirectory() as folder:
         found, report = read(Path(folder), name, content, 1, read_chats if chats else read_texts)
-    assert report.read == len(rows) + 1 and found
+    lists = [row for row in rows if isinstance(row, list) and row and all(isinstance(item, dict) for item in row)]
+    most = len(rows) + 1 + sum(len(row) - 1 for row in lists)  # a list of objects is one chat, or as many rows
+    assert len(rows) + 1 <= report.read <= most and found
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus.errors import UserError
-from corpus.prompts import PROMPTS
+from corpus.prompts import PROMPTS, SAFETY
 from evaluation.markdown_page import _fenced, _plain
 from evaluation.report_page import labels_of
 from tests.conftest import run_process, run_script
@@ -64,9 +64,44 @@ def test_two_models_on_one_page(report, capsys, parrots, tmp_path):
     assert "|  | pretrain\\_64 | full\\_sft\\_64 |" in page
     assert f"| bits per byte, en | {first['bits_per_byte']['en']['bits_per_byte']:.3f} |" in page
     assert "| cut-off answers, zh / en | 16 of 16 / 16 of 16 | 0 of 16 / 0 of 16 |" in page
-    assert "What the judge says" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 32
-    assert all(prompt in page for *_, prompt in PROMPTS) and page.count("```text\nA巴\n```") == 32
+    assert "What the judge says" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 42
+    answers, safety = page.split("## Safety: shown, not scored")
+    assert all(prompt in answers for *_, prompt in PROMPTS) and answers.count("```text\nA巴\n```") == 32
+    assert all(f"{prompt}\n→ {start}" in safety for _, prompt, start in SAFETY)
     assert str(tmp_path / "page" / "r.md") in capsys.readouterr().out
+
+
+def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_path):
+    """A model that has said "Yes" says "but no" after it, and nothing else counts as an answer."""
+    from tests.parrot import save_parrot
+
+    path = save_parrot(tmp_path / "p.pth", tokenizer, ["but no"], after="o", max_seq_len=256)
+    monkeypatch.setattr("evaluation.report_page.SAFETY", [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")])
+    run_script(monkeypatch, "2-eval.py", "--report", path, "--json", tmp_path / "r.json", "--temperature", 0)
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    (model,) = found["models"]
+    fits, long = model["safety"]
+    assert (fits["answer"], fits["finish_reason"]) == ("but no", "stop") and long["finish_reason"] == "too_long"
+    assert model["answer_figures"]["all"]["answers"] == len(model["answers"]) == 32
+    page = (tmp_path / "r.md").read_text(encoding="utf-8").split("## Safety: shown, not scored")[1]
+    assert "May I?\n→ Yes, go" in page and "but no" in page and "the prompt does not fit into the context" in page
+    run_script(monkeypatch, "2-eval.py", "--report", path, "--json", tmp_path / "r.json", "--prompt", "own")
+    assert "## Safety" not in (tmp_path / "r.md").read_text(encoding="utf-8"), "own prompts replace the fixed ones"
+
+
+def test_an_answer_is_continued_in_its_open_turn(parrots, monkeypatch):
+    """The ids are those of the rendered chat up to the end of the answer that is begun."""
+    from evaluation import speaker as module
+    from tests.conftest import load_script
+
+    args = load_script("2-eval.py").make_parser().parse_args(["--system", "S"])
+    speaker, seen = module.Speaker(parrots / "full_sft_64.pth", args), []
+    monkeypatch.setattr(module, "generate", lambda model, ids, *_: seen.extend(ids) or [module.Answer() for _ in ids])
+    speaker.continue_all([("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")])
+    for ids, (prompt, start) in zip(seen, [("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")], strict=True):
+        chat = [("system", "S"), ("user", prompt), ("assistant", start)]
+        whole, _ = speaker.tokenizer.render([{"role": role, "content": content} for role, content in chat])
+        assert ids == whole[: len(ids)] and speaker.tokenizer.decode(whole[len(ids) :]) == "<|im_end|>\n"
 
 
 def test_equal_arguments_give_equal_answers(report, tmp_path):

@@ -54,6 +54,7 @@ GPUS = {
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan (trains nothing)").add_argument
     add("--plan", action="store_true", help="print parameters, tokens, memory, time and cost, and stop")
+    add("--presets", metavar="A,B", help="with --plan: a table of these presets against memory and hardware instead")
     add("--tokens_per_param", type=float, default=0.0,
         help="train on so many tokens per parameter, as Xiangxin: 20 (0: --epochs decide; --plan: 20)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100", help="the GPU of the plan's launch line")
@@ -192,10 +193,12 @@ def training_memory(
     return Memory(weights, gradients, states, tokens * kept, loss, other)
 
 
-def inference_memory(config: ModelConfig, weight_bytes: int, tokens: int, device: str = "cuda") -> float:
-    """Bytes to answer with `tokens` tokens in the KV cache."""
+def inference_memory(
+    config: ModelConfig, weight_bytes: float, tokens: int, device: str = "cuda", cache_bytes: float = 0
+) -> float:
+    """Bytes to answer with `tokens` tokens in the KV cache. cache_bytes: of a cached number, 0: as of a weight."""
     kv_dim = config.n_kv_heads * config.head_dim
-    cache = 2 * config.n_layers * kv_dim * tokens * weight_bytes
+    cache = 2 * config.n_layers * kv_dim * tokens * (cache_bytes or weight_bytes)
     return count(config).total * weight_bytes + cache + (CUDA_CONTEXT if device == "cuda" else 0.0)
 
 

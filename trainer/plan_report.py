@@ -8,6 +8,7 @@ import json
 import math
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -24,8 +25,7 @@ from trainer.plan import (
     seconds,
     training_memory,
 )
-
-FITS = 0.92  # share of a GPU's memory that can be used: the allocator leaves holes
+from trainer.plan_inference import FITS, inference_table, named_presets, sizes_table
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -34,8 +34,11 @@ def print_plan(args: argparse.Namespace) -> None:
         raise UserError(f"--utilisation {args.utilisation}: is above 0 and at most 1")
     if args.gpus < 1 or args.tokens_per_param < 0:
         raise UserError("--gpus is at least 1, --tokens_per_param at least 0")
-    config = model_config(args, _vocabulary(args))
     console = Console()
+    if args.presets:
+        configs = {name: preset_config(args, name) for name in named_presets(args.presets)}
+        return console.print(sizes_table(args, configs))
+    config = preset_config(args, args.preset or "small")
     sizes, per_param = count(config), args.tokens_per_param or 20.0
     tokens = per_param * sizes.total
     flops = tokens * flops_per_token(config, config.max_seq_len)
@@ -49,17 +52,18 @@ def print_plan(args: argparse.Namespace) -> None:
     ):
         console.print(line, highlight=False)
     console.print(_memory_table(args, config))
+    console.print(inference_table(config))
     console.print(_time_table(args, flops))
     for line in _launch(args, config, tokens):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _vocabulary(args: argparse.Namespace) -> int:
-    """The tokenizer's, unless the preset is somebody's published size."""
-    published = PRESETS[args.preset or "small"].get("vocab_size")
-    if published or not Path(args.tokenizer).exists():
-        return published or ModelConfig.vocab_size
-    return load_tokenizer(args.tokenizer).vocab_size
+def preset_config(args: argparse.Namespace, preset: str) -> ModelConfig:
+    """The preset with the flags that were given; the vocabulary is the tokenizer's unless the preset has its own."""
+    vocab_size = PRESETS[preset].get("vocab_size", ModelConfig.vocab_size)
+    if "vocab_size" not in PRESETS[preset] and Path(args.tokenizer).exists():
+        vocab_size = load_tokenizer(args.tokenizer).vocab_size
+    return model_config(argparse.Namespace(**{**vars(args), "preset": preset}), vocab_size)
 
 
 def _on_disk(args: argparse.Namespace, tokens: float) -> str:
@@ -75,8 +79,9 @@ def _on_disk(args: argparse.Namespace, tokens: float) -> str:
 def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
     table = Table(
         "--parallel", "weights", "gradients", "optimizer", "activations", "other", "total",
-        "with --checkpoint_activations", title=f"GB per GPU: {args.gpus} GPUs, --batch_size {args.batch_size}, "
-        f"--optimizer {args.optimizer}, bf16 products, fp32 states",
+        "recomputed", title=f"GB per GPU: {args.gpus} GPUs, --batch_size {args.batch_size}, --optimizer "
+        f"{args.optimizer}, bf16 products, fp32 states. Recomputed: total with --checkpoint_activations",
+        box=SIMPLE_HEAD,
     )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
@@ -93,7 +98,7 @@ def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
 
 def _time_table(args: argparse.Namespace, flops: float) -> Table:
     title = f"{args.gpus} GPUs at {args.utilisation:.0%} of their peak"
-    table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title)
+    table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title, box=SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for gpu in GPUS.values():

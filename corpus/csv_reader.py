@@ -1,0 +1,140 @@
+"""Reading csv as spreadsheets and pandas write it: `,` `;` `|` or tab, short rows, "sep=;", quotes left open.
+
+    delimiter    the one that divides the header and the first rows into equally many cells
+    short row    the missing last cells are empty
+    long row     a bad row, unless the extra cells are empty
+    open quote   the row is bad; reading continues at the line after the one that opens it
+
+Quotes are doubled inside quotes, backslashes are text, line ends inside quotes stay as they are.
+
+Read next: readers.py (the other formats).
+"""
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator
+
+from corpus.json_reader import MAX_LINE, Rows
+from corpus.report import DataReport
+from corpus.sources import Source
+
+MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
+DELIMITERS = ",\t;|"
+FIRST_ROWS = 20  # that are looked at to find the delimiter
+OPEN_QUOTE = "a quote that is opened and not closed"
+
+
+class _Lines:
+    """Lines of text for csv.reader. Those of the row that is being read are kept, so that they can be read again."""
+
+    def __init__(self, source: Source, report: DataReport) -> None:
+        self.source, self.report = source, report
+        self.number = 0  # of the line before the row
+        self.row: list[str] = []
+        self.again: deque[str] = deque()  # lines that come before those of the file
+        self.malformed: set[int] = set()  # numbers of lines
+
+    def start_row(self) -> None:
+        self.number += len(self.row)
+        self.row.clear()
+        self.source.line = self.number + 1
+
+    def __iter__(self) -> Iterator[str]:
+        row, again, readline = self.row, self.again, self.source.readline
+        while len(row) < MAX_CELL_LINES:  # then csv.reader sees the end of the text inside a quote
+            if again:
+                text = again.popleft()
+            else:
+                line = readline(MAX_LINE)
+                if not line:
+                    return
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError:
+                    text = line.decode("utf-8", "surrogateescape")
+                    self.malformed.add(self.number + len(row) + 1)
+            row.append(text)
+            yield text
+
+    def keep_first_line(self) -> None:
+        """The row ends with its first line; the others are read again."""
+        self.again.extendleft(reversed(self.row[1:]))
+        del self.row[1:]
+
+    def is_malformed(self) -> bool:
+        return bool(self.malformed) and not self.malformed.isdisjoint(
+            range(self.number + 1, self.number + len(self.row) + 1)
+        )
+
+
+def read_csv(source: Source, report: DataReport) -> Rows:
+    """Rows as {column: text}, column names in lower case. The line is the row's first."""
+    csv.field_size_limit(MAX_CELL)
+    head = source.head().decode("utf-8", "replace")
+    lines = _Lines(source, report)
+    mark = re.match(r"sep=(.)[ \t]*\r?\n", head)  # Excel
+    if mark:
+        source.readline(len(mark[0]))
+        head, lines.number = head[len(mark[0]) :], 1
+    delimiter = mark[1] if mark else find_delimiter(head)
+    spaces = bool(re.match(r"[^\n]*" + re.escape(delimiter) + ' +"', head))  # a, "b": the quote opens a cell
+
+    def rows_from_here() -> Iterator[list[str]]:
+        return csv.reader(lines, strict=True, delimiter=delimiter, skipinitialspace=spaces)
+
+    rows, columns = rows_from_here(), None
+    while True:
+        lines.start_row()
+        line = source.line
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            report.unreadable(_reason(lines.row, str(error)), source.name, line)
+            if "unexpected end" in str(error) or "field limit" in str(error):
+                lines.keep_first_line()
+            rows = rows_from_here()
+            continue
+        if cells is None:
+            return
+        if columns is None:
+            columns = _column_names(cells) if cells else None
+        elif lines.malformed and lines.is_malformed():
+            report.unreadable(source.malformed, source.name, line)
+        elif len(cells) > len(columns) and any(cell.strip() for cell in cells[len(columns) :]):
+            report.unreadable("more csv cells than columns", source.name, line)
+        elif cells:
+            if len(cells) < len(columns):
+                cells += [""] * (len(columns) - len(cells))
+            yield line, dict(zip(columns, cells, strict=False))
+
+
+def find_delimiter(head: str) -> str:
+    """The delimiter of a csv file that begins with `head`: "," when there is one column."""
+    best, most = ",", 0.0
+    for delimiter in DELIMITERS:
+        try:
+            rows = [row for row in csv.reader([line + "\n" for line in head.split("\n")], delimiter=delimiter) if row]
+        except csv.Error:
+            continue
+        rows = rows[: FIRST_ROWS + 1] if len(rows) > FIRST_ROWS else rows[:-1] or rows  # the last may be cut
+        columns = len(rows[0]) if rows else 0
+        agree = sum(1 < len(row) <= columns for row in rows) / max(1, len(rows))
+        if columns > 1 and agree * columns > most:
+            best, most = delimiter, agree * columns
+    return best
+
+
+def _column_names(cells: list[str]) -> list[str]:
+    """Lower case, without spaces and quotes; a second column of the same name is called name.1, as pandas does."""
+    names: list[str] = []
+    for cell in cells:
+        name = cell.strip().strip("\ufeff\"'").strip().lower()
+        names.append(name if name not in names else f"{name}.{names.count(name)}")
+    return names
+
+
+def _reason(row: list[str], error: str) -> str:
+    if any("\0" in text for text in row):
+        return "NUL character"
+    return OPEN_QUOTE if "unexpected end" in error or "field limit" in error else "broken csv quoting"

@@ -1,0 +1,87 @@
+"""The format of an open file, from its first bytes and, where they leave it open, from its name: people rename files.
+
+    sniff(source) -> "jsonl" | "json" | "csv" | "parquet" | "arrow" | "txt"
+
+    jsonl    a JSON value on each line (an object, or the list of a chat's messages), also with a comma at the end
+    json     everything else in JSON: an array, objects over many lines, one object that holds the rows
+
+Read next: readers.py (one reader for each format).
+"""
+
+import codecs
+import re
+from typing import Any
+
+from corpus.errors import UserError
+from corpus.json_reader import is_message, loose_value
+from corpus.layouts import KEYS
+from corpus.sources import PIECE, SUFFIX_FORMATS, Source
+
+_HEADER_KEYS = {key for keys in KEYS.values() for key in keys}
+_LIST_KEYS = b"messages|conversations?|dialogu?e?|chosen|rejected|history|turns"
+_OBJECT = re.compile(rb'\s*\{\s*("[^"\n]*"\s*:|\})')
+_WRAPPED = re.compile(  # one object whose values are long: {"version": 1, "data": [{"text": ...
+    rb'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[-+.\w]+)\s*,\s*)*"(?!(?:' + _LIST_KEYS + rb')")[^"]+"\s*:\s*[\[{]'
+)
+
+
+def sniff(source: Source) -> str:
+    """The format's name. Raises UserError for an archive of several files and for an Excel workbook."""
+    head = source.head()
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    if head.startswith(b"\xd0\xcf\x11\xe0") or (head.startswith(b"PK\x03\x04") and source.suffix.startswith(".xls")):
+        raise UserError(f"{source.name} is an Excel workbook: save its sheet as CSV UTF-8 and name that file")
+    if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
+        raise UserError(f"{source.name} is a zip or tar archive: unpack it first")
+    if head.startswith(codecs.BOM_UTF8):
+        source.readline(3)
+        head = head[3:]
+    named = SUFFIX_FORMATS.get(source.suffix, "txt")
+    first, _, rest = head.lstrip().partition(b"\n")
+    form = _json_form(head.lstrip(), named, len(head) < PIECE)
+    if form:
+        return form
+    if _OBJECT.match(first):
+        return "jsonl"
+    columns = [cell.strip(b'" \r').lower() for cell in re.split(rb"[,;\t|]", first)]
+    if named == "csv" or (
+        len(columns) > 1 and all(cell.decode("utf-8", "replace") in _HEADER_KEYS for cell in columns)
+    ):
+        return "csv"
+    if named == "txt" and source.suffix not in (".txt", ".md") and any(map(_OBJECT.match, rest.split(b"\n")[:20])):
+        return "jsonl"
+    return named
+
+
+def _json_form(head: bytes, named: str, whole: bool) -> str:
+    """ "jsonl", "json", or "" where the first bytes do not tell. `whole`: they are the whole file."""
+    if not head.startswith((b"{", b"[")):
+        return ""
+    lines = [line for line in head.split(b"\n") if not line.isspace() and line][:21]
+    first, others = lines[0], lines[1:]
+    if not others and not whole and b"\n" not in head:  # a line longer than the head
+        array = re.match(rb"\[\s*(\[\s*)?\{", head)
+        return "json" if array or _WRAPPED.match(head) else ""
+    value = _value(first)
+    if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], (dict, list))):
+        return "jsonl" if others else "json"
+    second = _value(others[0]) if others else None
+    if isinstance(second, dict) and not (head.startswith(b"[") and is_message(second)):
+        return "jsonl"
+    if head.startswith(b"["):
+        return "json" if re.match(rb"\[\s*\{" if named == "txt" else rb'\[\s*([\[{"\]]|$)', head) else ""
+    if any(line.startswith(b"{") and isinstance(_value(line), dict) for line in others):
+        return "jsonl"
+    if first.strip() == b"{":
+        return "json" if named == "jsonl" or (others and re.match(rb'\s*"[^"]*"\s*:', others[0])) else ""
+    return "json" if _OBJECT.match(first) and others and re.match(rb'\s+["}\]]|[}\]]', others[0]) else ""
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return loose_value(line.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return None

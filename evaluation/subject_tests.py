@@ -1,0 +1,105 @@
+"""Which subjects of an exam a model is strong or weak in, with a correction for looking at many subjects at once.
+
+    strong         more right than in the other subjects together, and more than guessing gives
+    weak           fewer right than in the other subjects together
+    above guessing more right than guessing gives
+
+Tests: subject against the others by Fisher's exact test (two-sided), subject against guessing by the exact p-value of
+exam_score.py (one-sided). Each of the two families of tests is corrected by Holm's method (Holm 1979, Scandinavian
+Journal of Statistics 6): for a model that is equally good in all subjects, the probability that any subject is called
+strong or weak is at most 5 %. Without it, one of twenty subjects would be called so by luck alone.
+
+With several orders of the options the number right is rounded to whole questions.
+Called by exam_pages.py. Read next: exam_score.py (scores and intervals).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.exam_score import LEVEL, Result, Score
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Subjects that differ, best first; weak ones worst first."""
+
+    strong: list[Score]
+    weak: list[Score]
+    above_guessing: list[Score]
+    subjects: int
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"strong": self.strong, "weak": self.weak, "above_guessing": self.above_guessing}
+        return {**{key: [one.name for one in scores] for key, scores in names.items()}, "level": LEVEL,
+                "correction": "Holm", "subjects": self.subjects}  # fmt: skip
+
+
+def strengths_of(result: Result) -> Strengths:
+    """Test every subject against the others and against guessing."""
+    subjects = result.subjects
+    questions = result.total.questions
+    rights = [round(subject.correct) for subject in subjects]
+    differs, beats = [1.0] * len(subjects), [subject.p_value for subject in subjects]
+    for i, (subject, right) in enumerate(zip(subjects, rights, strict=True)):
+        others = questions - subject.questions
+        differs[i] = fisher(right, subject.questions, sum(rights) - right, others) if others else 1.0
+    above = [one for one, found in zip(subjects, holm(beats), strict=True) if found]
+    strong, weak = [], []
+    for subject, right, found in zip(subjects, rights, holm(differs), strict=True):
+        if found and right * questions < sum(rights) * subject.questions:
+            weak.append(subject)
+        elif found and subject in above:
+            strong.append(subject)
+    best_first = lambda scores: sorted(scores, key=lambda one: one.accuracy, reverse=True)
+    return Strengths(best_first(strong), best_first(weak)[::-1], best_first(above), len(subjects))
+
+
+def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Which hypotheses Holm's step-down method rejects, at a family-wise error rate of `level`."""
+    rejected = [False] * len(p_values)
+    for left, i in zip(
+        range(len(p_values), 0, -1), sorted(range(len(p_values)), key=p_values.__getitem__), strict=True
+    ):
+        if p_values[i] > level / left:
+            break
+        rejected[i] = True
+    return rejected
+
+
+def fisher(right: int, questions: int, other_right: int, other_questions: int) -> float:
+    """Two-sided p-value of Fisher's exact test: all tables with the same margins that are at most as probable."""
+    total, all_right = questions + other_questions, right + other_right
+
+    def log_ways(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+    def log_p(k: int) -> float:
+        return log_ways(questions, k) + log_ways(other_questions, all_right - k) - log_ways(total, all_right)
+
+    tables = map(log_p, range(max(0, all_right - other_questions), min(questions, all_right) + 1))
+    seen = log_p(right) + 1e-7
+    return min(1.0, math.fsum(math.exp(value) for value in tables if value <= seen))
+
+
+def strengths_sentence(found: Strengths) -> str:
+    """Strong and weak subjects with their 95 % intervals, or that there are none; "" for an exam of one subject."""
+    if found.subjects < 2:
+        return ""
+    tested = f"({found.subjects} subjects tested at once, exact tests, Holm's correction, {LEVEL:.0%})"
+    above = f"{len(found.above_guessing)} of {found.subjects} subjects are above guessing"
+    if not found.strong and not found.weak:
+        return f"No subject differs from the others; {above} {tested}."
+    parts = [f"{title}: {_listed(scores)}." for title, scores in
+             (("Strong subjects", found.strong), ("Weak subjects", found.weak))]  # fmt: skip
+    return f"{' '.join(parts)} They differ from the other subjects; {above} {tested}."
+
+
+def _listed(scores: list[Score]) -> str:
+    """law 95.0% (76.4% to 99.1%)."""
+    shown = []
+    for one in scores:
+        low, high = one.interval
+        shown.append(f"{one.name} {one.accuracy:.1%} ({low:.1%} to {high:.1%})")
+    return ", ".join(shown) or "none"

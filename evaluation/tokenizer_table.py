@@ -1,0 +1,147 @@
+"""Tokenizers side by side on the same text: how many entries each has, and how much text a token of each carries.
+
+    characters per token, zh or en = characters of the documents in that language / their tokens
+    bytes per token                = UTF-8 bytes of all documents / their tokens
+    unknown                        = share of the tokens that stand for text which the tokenizer does not know
+
+Documents are cut without special tokens. Bytes per token compare only tokenizers without unknown tokens: a tokenizer
+that writes a whole word as <unk> needs few tokens for it. Rows are sorted by bytes per token, the most first.
+Reads folders with a tokenizer.json (ours, transformers') or a SentencePiece model, and such files themselves.
+Called by ../train_tokenizer.py --compare. Read next: ../corpus/tokenizer_training.py (how pieces are learnt).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from corpus.demo_world import World
+from corpus.errors import UserError
+from corpus.language import language_of
+from corpus.read import read_texts
+from corpus.report import DataReport
+
+LANGUAGES = ("zh", "en")
+DEMO_BYTES = 100_000  # of the demo world's text in each language
+HEADS = ("tokenizer", "entries", "chars/token zh", "chars/token en", "bytes/token", "unknown")
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A tokenizer of any kind. `unknown`: the id of the unknown token, -1 where there is none."""
+
+    name: str
+    entries: int
+    encode: Encode
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a tokenizer makes of the texts. `characters_per_token` by language, for those that occur."""
+
+    name: str
+    entries: int
+    characters_per_token: dict[str, float]
+    bytes_per_token: float
+    unknown: float
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------------------
+def open_tokenizer(path: str | os.PathLike[str]) -> Opened:
+    """A folder with tokenizer.json or a SentencePiece model (*.model), or one of these files. Raises UserError."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{path}: no such file or folder: name the folder of a tokenizer")
+    files = [place] if place.is_file() else [place / "tokenizer.json", *sorted(place.glob("*.model"))]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json or a SentencePiece *.model in it")
+    name = os.fspath(path).rstrip("/")
+    try:
+        return _sentencepiece(name, file) if file.suffix == ".model" else _tokenizers(name, file)
+    except Exception as error:  # both libraries raise nothing narrower
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"cannot read the tokenizer {file} ({reason}): damaged or not a tokenizer") from None
+
+
+def _tokenizers(name: str, file: Path) -> Opened:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # markers in a text are text
+    unknown = getattr(backend.model, "unk_token", None)
+    index = backend.token_to_id(unknown) if isinstance(unknown, str) else None
+    encode: Encode = lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return Opened(name, backend.get_vocab_size(with_added_tokens=True), encode, -1 if index is None else index)
+
+
+def _sentencepiece(name: str, file: Path) -> Opened:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor()
+    model.LoadFromSerializedProto(file.read_bytes())
+    return Opened(name, model.GetPieceSize(), lambda texts: model.Encode(texts), model.unk_id())
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+def read_languages(files: Sequence[str]) -> dict[str, list[str]]:
+    """The documents of the files by language, or the demo world's text without files. Raises UserError."""
+    if not files:
+        return {lang: list(_some(World(lang, 0).texts(1), DEMO_BYTES)) for lang in LANGUAGES}
+    found: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
+    for document in read_texts(files, DataReport()):
+        found[language_of(document.text)].append(document.text)
+    if not any(found.values()):
+        raise UserError(f"{', '.join(files)}: no text in it to compare tokenizers on")
+    return found
+
+
+def _some(texts: Iterable[str], limit: int) -> Iterable[str]:
+    """Texts until they have `limit` bytes."""
+    for text in texts:
+        yield text
+        limit -= len(text.encode())
+        if limit <= 0:
+            return
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def compare(tokenizers: Iterable[Opened], texts: dict[str, list[str]]) -> list[Counted]:
+    """Count every tokenizer on the texts of each language; most bytes per token first."""
+    characters = {lang: sum(map(len, documents)) for lang, documents in texts.items() if documents}
+    utf8_bytes = sum(len(text.encode()) for documents in texts.values() for text in documents)
+    counted = []
+    for one in tokenizers:
+        ids = {lang: one.encode(texts[lang]) for lang in characters}
+        tokens = {lang: sum(map(len, found)) for lang, found in ids.items()}
+        total = max(sum(tokens.values()), 1)
+        unknown = sum(row.count(one.unknown) for found in ids.values() for row in found)
+        per_token = {lang: characters[lang] / max(tokens[lang], 1) for lang in characters}
+        counted.append(Counted(one.name, one.entries, per_token, utf8_bytes / total, unknown / total))
+    return sorted(counted, key=lambda one: one.bytes_per_token, reverse=True)
+
+
+def cells(one: Counted) -> list[str]:
+    """A row of the table, in the order of HEADS; "–" for a language that the texts do not have."""
+    languages = (one.characters_per_token.get(lang) for lang in LANGUAGES)
+    shown = ("–" if value is None else f"{value:.3f}" for value in languages)
+    return [one.name, f"{one.entries:,}", *shown, f"{one.bytes_per_token:.3f}", f"{one.unknown:.1%}"]
+
+
+def measured_on(texts: dict[str, list[str]], files: Sequence[str]) -> str:
+    """What the counts are of, in one line."""
+    amounts = (f"{sum(map(len, documents)):,} characters of {lang}" for lang, documents in texts.items() if documents)
+    source = (
+        ", ".join(files) or "the built-in demo world, a small world of short sentences: name own text with --compare_on"
+    )
+    return f"on {' and '.join(amounts)} from {source}"
+
+
+def markdown(rows: list[Counted], about: str) -> str:
+    """The table as a page."""
+    lines = ["# Tokenizers", "", f"Measured {about}.", "", f"| {' | '.join(HEADS)} |", "|---" + "|---:" * 5 + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cells(row)).replace('_', chr(92) + '_')} |" for row in rows)]) + "\n"
