@@ -67,7 +67,6 @@ class DataReport:
         self.trained_tokens = 0  # chats only
         self.shortened: dict[str, Reason] = {}  # rows that are kept, but changed: without their last turns, …
         self.unused: dict[str, Reason] = {}  # keys with a value that rows have and no reader uses
-        self.shortened: dict[str, Reason] = {}  # chats that are kept without their last turns
         self.notes: list[str] = []  # what else a reader of the report should know, one line each
         self.input_total = 0  # bytes of all input files, as far as known
         self.position: Callable[[], int] = lambda: 0  # how many of them are read

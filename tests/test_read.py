@@ -29,7 +29,7 @@ def read(folder: Path, name: str, content: bytes, max_bad_share: float = 0.01, r
     path.write_bytes(content)
     report = DataReport(max_bad_share)
     found = list(reader([path], report))
-    assert report.read == len(found) + report.bad_rows
+    assert report.read == len(found) + report.bad_rows + report.dropped_rows
     return found, report
 
 
