@@ -18,7 +18,7 @@ Read next: chat.py (who turns spans into ids and a mask).
 import contextlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,11 @@ Message = dict[str, str]
 Span = tuple[str, bool]  # a piece of the rendered text, and whether it is trained
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# The generation call on the card of bit-dny/MindLLM-1b3-chat-zh-v2.0. Its repetition_penalty of 0.5 is left out: below 1
+# transformers makes repeated tokens more likely, not less.
+MINDLLM_SAMPLING = {"num_beams": 4, "no_repeat_ngram_size": 5}
+# The generation call on the card of BelleGroup/BELLE-7B-2M.
+BELLE_SAMPLING = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
 FORMAT_NAMES = ("chatml", "mindllm", "belle", "text")
 ANY = "*"  # every other role, {role} being its name
 
@@ -35,7 +40,8 @@ ANY = "*"  # every other role, {role} being its name
 @dataclass(frozen=True)
 class NamedFormat:
     """`turns` maps a role to what stands before and behind its messages. `close` is what stands first behind an answer:
-    the token that ends it, trained with it."""
+    the token that ends it, trained with it. `sampling`: the generation settings that the format's model card recommends,
+    named as in transformers' GenerationConfig; empty where its card names none."""
 
     name: str
     start: str  # before the first message
@@ -43,6 +49,7 @@ class NamedFormat:
     close: str
     stop: tuple[str, ...] = ()  # text that ends an answer: the next turn's beginning, where it is no token of its own
     strip: bool = False  # white space around everything but answers goes
+    sampling: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def spans(self, messages: list[Message], add_generation_prompt: bool) -> list[Span]:
         """The chat piece by piece. Raises UserError for a role that the format does not know."""
@@ -95,10 +102,10 @@ def named_format(name: str, eos: str = END_OF_TEXT) -> NamedFormat:
         return NamedFormat(name, "", {ANY: (f"{IM_START}{{role}}\n", f"{IM_END}\n")}, IM_END)
     if name == "mindllm":
         turns = {"system": ("", "\n"), "user": ("<user>\n", "\n"), "assistant": ("<assistant>\n", eos)}
-        return NamedFormat(name, eos, turns, eos, stop=("<user>\n",), strip=True)
+        return NamedFormat(name, eos, turns, eos, stop=("<user>\n",), strip=True, sampling=MINDLLM_SAMPLING)
     if name == "belle":
         turns = {"system": ("", "\n\n"), "user": ("Human: ", " \n\n"), "assistant": ("Assistant:", eos)}
-        return NamedFormat(name, "", turns, eos, stop=("Human: ",), strip=True)
+        return NamedFormat(name, "", turns, eos, stop=("Human: ",), strip=True, sampling=BELLE_SAMPLING)
     if name == "text":
         return NamedFormat(name, "", {"system": ("", "\n"), "user": ("", ""), "assistant": ("", eos)}, eos)
     raise UserError(f"there is no chat format {name}: choose from {', '.join(FORMAT_NAMES)}")
@@ -109,6 +116,7 @@ class TemplateFormat:
 
     name = "template"
     stop: tuple[str, ...] = ()
+    sampling: dict[str, Any] = {}  # noqa: RUF012  # never changed; a foreign folder's settings lie in its own files
 
     def __init__(self, template: str, special: dict[str, str], markers: re.Pattern[str]) -> None:
         """`special`: bos_token, eos_token, ... for the template. `markers` finds the tokenizer's control tokens."""

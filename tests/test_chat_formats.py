@@ -298,3 +298,14 @@ def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
                "--json", tmp_path / "a.json")  # fmt: skip
     answers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
     assert answers == [{"prompt": "你好", "answer": "A巴", "finish_reason": "stop"}]
+
+
+def test_a_format_carries_the_settings_of_its_card(tokenizer):
+    assert tokenizer.with_format("belle").format.sampling == {
+        "top_k": 30,
+        "top_p": 0.85,
+        "temperature": 0.35,
+        "repetition_penalty": 1.2,
+    }
+    assert tokenizer.with_format("mindllm").format.sampling == {"num_beams": 4, "no_repeat_ngram_size": 5}
+    assert tokenizer.format.sampling == tokenizer.with_format("text").format.sampling == {}
