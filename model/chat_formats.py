@@ -28,8 +28,8 @@ Message = dict[str, str]
 Span = tuple[str, bool]  # a piece of the rendered text, and whether it is trained
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# The generation call on the card of bit-dny/MindLLM-1b3-chat-zh-v2.0. Its repetition_penalty of 0.5 is left out: below 1
-# transformers makes repeated tokens more likely, not less.
+# The generation call on the card of bit-dny/MindLLM-1b3-chat-zh-v2.0. Its repetition_penalty of 0.5 is left out: a
+# penalty below 1 makes repeated tokens more likely, not less.
 MINDLLM_SAMPLING = {"num_beams": 4, "no_repeat_ngram_size": 5}
 # The generation call on the card of BelleGroup/BELLE-7B-2M.
 BELLE_SAMPLING = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
@@ -40,8 +40,8 @@ ANY = "*"  # every other role, {role} being its name
 @dataclass(frozen=True)
 class NamedFormat:
     """`turns` maps a role to what stands before and behind its messages. `close` is what stands first behind an answer:
-    the token that ends it, trained with it. `sampling`: the generation settings that the format's model card recommends,
-    named as in transformers' GenerationConfig; empty where its card names none."""
+    the token that ends it, trained with it. `sampling`: the generation settings that the format's model card
+    recommends, named as in transformers' GenerationConfig; empty where its card names none."""
 
     name: str
     start: str  # before the first message
