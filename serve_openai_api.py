@@ -8,7 +8,7 @@
          -d '{"messages": [{"role": "user", "content": "你好"}]}'
 
 Requests are decoded together, new ones join between two tokens. Routes: /v1/chat/completions, /v1/completions,
-/v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
+/v1/embeddings, /v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
 Reads the checkpoints, writes nothing.
 Read next: serving/app.py (a request's way), serving/engine.py (decoding together), model/generate.py (one token).
 """
@@ -29,6 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", nargs="+", metavar="FILE", help=".pth files or transformers folders; NAME=FILE names one")
     add("--out_dir", default="out", help="where the latest stage is looked for otherwise (default: out)")
     add("--max_context", type=int, default=4096, help="longest prompt and answer together (default: 4096)")
+    strict = "404 for unknown model names; a server of one model answers them with it otherwise"
+    add("--strict_model_names", action="store_true", help=strict)
     add = parser.add_argument_group("who may ask").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
@@ -95,6 +97,7 @@ def main() -> None:
             about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
             print(f"{served.name}: {about}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
         limits = Limits(args.seats, args.queue, args.max_request_bytes, args.api_key, tuple(args.cors))
+        limits.strict_model_names = args.strict_model_names
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"listening on http://{host}:{door.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)

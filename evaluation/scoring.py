@@ -27,11 +27,15 @@ Question = dict[str, Any]  # corpus.questions.read_questions makes them
 
 
 def chat_prompt(
-    model: Transformer, tokenizer: ChatTokenizer, messages: list[Message], max_new_tokens: int
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    max_new_tokens: int,
+    render: Callable[[list[Message]], list[int]] | None = None,
 ) -> list[int]:
-    """The rendered chat, with as many of its last turns as leave room to answer."""
+    """The rendered chat, with as many of its last turns as leave room to answer. `render`: see fit_chat."""
     limit = model.config.max_seq_len
-    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4))
+    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4), render)
 
 
 def answer_questions(

@@ -9,21 +9,10 @@ from dataclasses import dataclass, field
 
 from model.beams import BeamSearch
 from model.chat import ChatTokenizer
+from model.logprobs import TokenProbability
 from model.sampling import Penalties, Sampling
 from model.text_stream import TextStream
 from model.transformer import Transformer
-
-
-@dataclass
-class TokenProbability:
-    """log p of a drawn token, and the likeliest tokens there, likeliest first, as (id, log p).
-
-    They are the model's own: before penalties, temperature and filters, over the tokens that may be drawn at all.
-    """
-
-    id: int
-    logprob: float
-    likeliest: list[tuple[int, float]]
 
 
 @dataclass
@@ -31,13 +20,16 @@ class Answer:
     """`ids`: the new tokens without the closing marker. `text`: what they say, cut before a stop string.
 
     `finish_reason`: "stop" (closing marker or stop string) or "length" (max_new_tokens or max_seq_len); "" until then.
-    `logprobs`: one entry per id, where the settings ask for them.
+    `logprobs`: one entry per id, where the settings ask for them; `stop_logprob`: that of the closing marker, if the
+    answer ends with it. `prompt_logprobs`: one entry per token of the prompt but the first, where the settings ask.
     """
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
     logprobs: list[TokenProbability] = field(default_factory=list)
+    stop_logprob: TokenProbability | None = None
+    prompt_logprobs: list[TokenProbability] = field(default_factory=list)
 
 
 @dataclass(eq=False)

@@ -228,6 +228,21 @@ class ChatTokenizer:
         """
         return self.render_batch([messages], add_generation_prompt)[0]
 
+    def render_unfinished(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation whose last message is an answer that is to be continued: its turn stays open.
+
+        The ids are those of the rendered chat up to the end of that message; whatever the format writes behind an
+        answer is left out. Raises UserError when the format cannot write these messages or leaves the last one out.
+        """
+        typed = "".join(message["content"] for message in messages)
+        end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)
+        cut, marked = self._guard([*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + end}])
+        text, found, _ = self.chat_format.text(marked).rpartition(end)
+        if not found:
+            raise UserError("the chat template leaves out the last message: it cannot be continued")
+        parts = text.split(cut) if cut else [text]
+        return [i for part in self._marked.encode_batch(parts, add_special_tokens=False) for i in part.ids]
+
     def render_batch(
         self, chats: list[list[Message]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:

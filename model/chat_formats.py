@@ -65,6 +65,10 @@ class NamedFormat:
             spans.append((self._turn("assistant")[0], False))
         return spans
 
+    def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The rendered chat."""
+        return "".join(text for text, _ in self.spans(messages, add_generation_prompt))
+
     def _turn(self, role: str) -> tuple[str, str]:
         if role in self.turns:
             return self.turns[role]

@@ -14,14 +14,15 @@ Called by 2-eval.py and every other front end. Read next: answers.py (Row), samp
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from model.answers import Answer, Row, Slot, TokenProbability
+from model.answers import Answer, Row, Slot
 from model.beams import BeamSearch
 from model.chat import ChatTokenizer, Message
+from model.logprobs import prompt_logprobs, token_logprob
 from model.sampling import Sampling, choose_each
 from model.transformer import KVCache, Transformer
 
@@ -61,12 +62,23 @@ class Batch:
         for row in rows:
             row.cached = len(row.prompt)
         self.slots += [row.slots[0] for row in rows] + others
-        which = [i for i, row in enumerate(rows) for _ in row.slots]
         if others:
             sources = [first + i for i, row in enumerate(rows) for _ in row.slots[1:]]
             cache.copy_rows(sources, list(range(end, end + len(others))), width)
+        for row, states in zip(rows, hidden, strict=True):
+            if row.settings.prompt_logprobs is not None:
+                row.answer.prompt_logprobs = prompt_logprobs(
+                    self.model.lm_head, states, row.prompt, row.settings.prompt_logprobs
+                )
+        pieces = [(row, "") for row in rows if not row.left]  # only their prompts were to be read
+        for row, _ in pieces:
+            self.leave(row)
+        which = [i for i, row in enumerate(rows) for _ in row.slots if row.left]
+        if not which:
+            return pieces
         last = torch.tensor([[i, len(rows[i].prompt) - 1] for i in which], device=self.device)
-        return self._draw([slot for row in rows for slot in row.slots], hidden[last[:, 0], last[:, 1]])
+        drawn = [slot for row in rows for slot in row.slots if row.left]
+        return pieces + self._draw(drawn, hidden[last[:, 0], last[:, 1]])
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, str]]:
@@ -136,8 +148,12 @@ class Batch:
         pieces = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             is_stop = token in self.stop_ids
-            if row.settings.logprobs is not None and not is_stop:
-                row.answer.logprobs.append(_probability(own[i], token, row.settings.logprobs))
+            if row.settings.logprobs is not None:
+                probability = token_logprob(own[i], token, row.settings.logprobs)
+                if is_stop:
+                    row.answer.stop_logprob = probability
+                else:
+                    row.answer.logprobs.append(probability)
             pieces.append((row, row.take(token, is_stop)))
             if row.answer.finish_reason:
                 self.leave(row)
@@ -166,16 +182,9 @@ class Batch:
         return ""
 
 
-def _probability(logits: Tensor, token: int, count: int) -> TokenProbability:
-    """logits (vocab,) -> the log-probability of the token and of the `count` likeliest ones."""
-    logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(count)
-    return TokenProbability(token, logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
 def _run(model: Transformer, rows: list[Row], tokenizer: ChatTokenizer) -> Iterator[list[tuple[Row, str]]]:
     """Answer all rows; each step yields the new text of every row still going."""
-    rows = [row for row in rows if not row.answer.finish_reason]
+    rows = [row for row in rows if row.left or row.settings.prompt_logprobs is not None]
     if not rows:
         return
     was_training = model.training
@@ -222,18 +231,25 @@ def stream(
     return (piece for pieces in _run(model, [row], tokenizer) for row, piece in pieces if piece or row.search)
 
 
-def fit_chat(tokenizer: ChatTokenizer, messages: list[Message], limit: int) -> list[int]:
+def fit_chat(
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    limit: int,
+    render: Callable[[list[Message]], list[int]] | None = None,
+) -> list[int]:
     """The rendered chat up to where the assistant speaks, in at most `limit` tokens.
 
     Whole turns are dropped, oldest first; a system message and the last question stay, even where they alone exceed
-    the limit (then `generate` says so).
+    the limit (then `generate` says so). `render` turns messages into ids in another way, for example with the last
+    answer left open.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = messages[len(system) :]
     starts = [0, *(i for i, message in enumerate(turns) if i and message["role"] == "user")]
 
     def rendered(start: int) -> list[int]:
-        return tokenizer.render([*system, *turns[start:]], add_generation_prompt=True)[0]
+        kept = [*system, *turns[start:]]
+        return render(kept) if render else tokenizer.render(kept, add_generation_prompt=True)[0]
 
     whole = rendered(0)
     if len(whole) <= limit:

@@ -37,6 +37,7 @@ class Sampling:
     stop: tuple[str, ...] = ()  # strings that end an answer and are not part of it
     seed: int | None = None  # None: different each time. Row i of a batch draws as prompt i would alone with seed + i
     logprobs: int | None = None  # note each token's log-probability, and those of so many likeliest ones beside it
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt; then max_new_tokens may be 0
 
     def __post_init__(self) -> None:
         for name, good, rule in (
@@ -52,9 +53,14 @@ class Sampling:
             ("length_penalty", math.isfinite(self.length_penalty), "a number"),
             ("temperature", self.num_beams == 1 or self.temperature == 0, "0 with num_beams above 1"),
             ("logprobs", self.num_beams == 1 or self.logprobs is None, "left out with num_beams above 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= (self.prompt_logprobs is None), "at least 1"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MOST_LOGPROBS,
+                f"from 0 to {MOST_LOGPROBS}",
+            ),
         ):
             if not good:
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")

@@ -1,24 +1,24 @@
 """The HTTP side: OpenAI's routes over the engine.
 
-    GET /v1/models  /v1/models/NAME  /health  /openapi.json        POST /v1/chat/completions  /v1/completions
+    GET /v1/models  /v1/models/NAME  /health  /openapi.json
+    POST /v1/chat/completions  /v1/completions  /v1/embeddings
 
 A request is checked, turned into token ids (in a thread: the loop stays free), handed to the engine, and answered from
 its inbox, whole or as a stream. Whoever hangs up frees the place at once. Errors have OpenAI's shape.
-Called by ../serve_openai_api.py. Read next: schemas.py, engine.py, replies.py, gate.py.
+Called by ../serve_openai_api.py. Read next: schemas.py, engine.py, replies.py, embeddings.py, gate.py.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -26,43 +26,33 @@ from corpus.errors import UserError
 from model.generate import Answer, Row
 from model.sampling import Sampling
 from serving import schemas
-from serving.engine import Engine, Full, News, Ticket
-from serving.gate import Gate, error_body
+from serving.embeddings import embedding_job, embedding_list
+from serving.engine import Engine, Full, News, Ticket, Work
+from serving.errors import CANNOT, ApiError, add_error_shapes
+from serving.gate import Gate
 from serving.replies import ChatReply, Reply, TextReply, event
-from serving.schemas import ChatRequest, CompletionRequest
+from serving.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
 from serving.served import Served, TooLong
 
-CANNOT = "the model failed on this request; the server's log says why"
 NAMES_SHOWN = 20  # of ignored fields, in the header
-
-
-class ApiError(Exception):
-    """Becomes a response in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.body, self.headers = status, error_body(status, message, param, code), headers
-
-    def response(self) -> Response:
-        return Response(self.body, self.status, self.headers, "application/json")
+DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are ignored: nothing is lost
+AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
 @dataclass
 class Limits:
-    """What one server gives. `cors`: origins of web pages that may ask it; none by default."""
+    """What one server gives.
+
+    `cors`: origins of web pages that may ask it; none by default. `strict_model_names`: a server of one model refuses
+    unknown model names instead of answering them with that model.
+    """
 
     seats: int = 16
     queue: int = 64
     max_bytes: int = 2**20
     api_key: str | None = None
     cors: tuple[str, ...] = ()
+    strict_model_names: bool = False
 
 
 class Counter:
@@ -71,7 +61,7 @@ class Counter:
     def __init__(
         self, models: dict[str, Served], limits: Limits, number_format: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        self.models = models
+        self.models, self.strict_model_names = models, limits.strict_model_names
         self.loop: asyncio.AbstractEventLoop | None = None
         pairs = {name: (served.model, served.tokenizer) for name, served in models.items()}
         self.engine = Engine(pairs, limits.seats, limits.queue, number_format, self._deliver)
@@ -89,6 +79,17 @@ class Counter:
             raise ApiError(404, f"there is no model {name!r} here: use {known}", "model", "model_not_found")
         return self.models[name]
 
+    def choose(self, body: AnyRequest) -> tuple[Served, dict[str, str]]:
+        """The model that answers a request, and the response headers that say what was not taken literally.
+
+        The only model of a server answers whatever name clients were configured with, unless names are strict.
+        """
+        headers = ignored(body)
+        if body.model and body.model not in self.models and len(self.models) == 1 and not self.strict_model_names:
+            served = self.find(None)
+            return served, {**headers, "x-served-model": urllib.parse.quote(served.name)}
+        return self.find(body.model), headers
+
     def tickets(self, body: ChatRequest | CompletionRequest, served: Served) -> list[Ticket]:
         """Checked and tokenised, not yet waiting. Slow for long prompts: call it in a thread."""
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
@@ -96,35 +97,30 @@ class Counter:
             if isinstance(body, ChatRequest):
                 if served.why_no_chat:
                     raise ApiError(400, served.why_no_chat, "model")
-                prompts = [served.chat_ids(body.messages, body.longest)]
+                prompts = [served.chat_ids(body)]
+                echoes: list[Any] = [None]
             else:
-                prompts = [served.text_ids(prompt) for prompt in prompts_of(body)]
+                if body.max_tokens == 0 and not body.echo:
+                    raise ApiError(400, "max_tokens: 0 is only for requests with echo", "max_tokens")
+                given = prompts_of(body)
+                prompts = [served.text_ids(prompt, answered=body.max_tokens != 0) for prompt in given]
+                echoes = given if body.echo else [None] * len(given)
             settings = sampling(body, served)
             model, tokenizer = served.model, served.tokenizer
-            wanted = [prompt for prompt in prompts for _ in range(body.n or 1)]
-            rows = [Row(model, tokenizer, prompt, settings, Answer(), i) for i, prompt in enumerate(wanted)]
+            wanted = [pair for pair in zip(prompts, echoes, strict=True) for _ in range(body.n or 1)]
+            rows = [Row(model, tokenizer, prompt, settings, Answer(), i) for i, (prompt, _) in enumerate(wanted)]
         except TooLong as error:
             raise ApiError(400, str(error), param, "context_length_exceeded") from None
         except (UserError, ValueError) as error:
             raise ApiError(400, str(error), param) from None
-        return [Ticket(row, index) for index, row in enumerate(rows)]
+        return [Ticket(row, i, echo=echo) for i, (row, (_, echo)) in enumerate(zip(rows, wanted, strict=True))]
 
     async def answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
-        served = self.find(body.model)
+        served, headers = self.choose(body)
         tickets = await run_in_threadpool(self.tickets, body, served)
-        inbox: asyncio.Queue[News | None] = asyncio.Queue()
-        for ticket in tickets:
-            ticket.inbox = inbox
-        try:
-            self.engine.submit(served.name, tickets)
-        except Full as full:
-            headers = {"Retry-After": str(full.retry_after)}
-            raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
-        except ValueError as error:
-            raise ApiError(400, str(error), "n") from None
+        inbox = self.submit(served, tickets)
         kind = ChatReply if isinstance(body, ChatRequest) else TextReply
         reply = kind(served.name, served.tokenizer, tickets, body.wants_usage)
-        headers = ignored(body)
         if body.stream:
             return EventStream(self, request, reply, inbox, headers)
         with self.watched(request, reply.tickets, inbox):
@@ -133,10 +129,38 @@ class Counter:
                     return Response(status_code=499)  # nobody reads it
                 if news.finish_reason == "error":
                     raise ApiError(500, CANNOT)
-            return Response(reply.whole(), headers=headers, media_type="application/json")
+            whole = await run_in_threadpool(reply.whole)
+            return Response(whole, headers=headers, media_type="application/json")
+
+    async def embed(self, request: Request, body: EmbeddingRequest) -> Response:
+        served, headers = self.choose(body)
+        job = await run_in_threadpool(embedding_job, body, served)
+        inbox = self.submit(served, [job])
+        with self.watched(request, [job], inbox):
+            news = await inbox.get()
+        if news is None:
+            return Response(status_code=499)
+        if news.finish_reason == "error":
+            raise ApiError(500, CANNOT)
+        whole = await run_in_threadpool(embedding_list, body, served, job)
+        return Response(whole, headers=headers, media_type="application/json")
+
+    def submit(self, served: Served, work: Sequence[Work]) -> "asyncio.Queue[News | None]":
+        """Hand work to the engine; returns the inbox that its news comes into."""
+        inbox: asyncio.Queue[News | None] = asyncio.Queue()
+        for item in work:
+            item.inbox = inbox
+        try:
+            self.engine.submit(served.name, work)
+        except Full as full:
+            headers = {"Retry-After": str(full.retry_after)}
+            raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
+        except ValueError as error:
+            raise ApiError(400, str(error), "n") from None
+        return inbox
 
     @contextlib.contextmanager
-    def watched(self, request: Request, tickets: list[Ticket], inbox: "asyncio.Queue[News | None]") -> Any:
+    def watched(self, request: Request, tickets: Sequence[Work], inbox: "asyncio.Queue[News | None]") -> Any:
         """Inside, a client that hangs up frees its places, and None comes into the inbox. Behind it they are free."""
 
         async def wait_for_the_end() -> None:
@@ -209,16 +233,18 @@ def sampling(body: ChatRequest | CompletionRequest, served: Served) -> Sampling:
         repetition_penalty=body.repetition_penalty or 1.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        max_new_tokens=body.longest or served.limit,
+        max_new_tokens=served.limit if body.longest is None else body.longest,
         stop=(*(text for text in stop if text), *(served.tokenizer.stop_strings if is_chat else ())),
-        seed=body.seed,
+        seed=None if body.seed == -1 else body.seed,  # as vLLM
         logprobs=body.alternatives,
+        prompt_logprobs=body.prompt_alternatives,
     )
 
 
-def ignored(body: ChatRequest | CompletionRequest) -> dict[str, str]:
-    """A header that names the fields that changed nothing."""
-    names = [name for name in (body.model_extra or {}) if name.isascii() and name.replace("-", "_").isidentifier()]
+def ignored(body: AnyRequest) -> dict[str, str]:
+    """A header that names the fields that changed nothing, but for those that ask for nothing."""
+    asked = [name for name, value in (body.model_extra or {}).items() if value not in DEFAULTS]
+    names = [name for name in asked if name.isascii() and name.replace("-", "_").isidentifier()]
     return {"x-ignored-fields": ", ".join(names[:NAMES_SHOWN])[:1000]} if names else {}
 
 
@@ -238,6 +264,7 @@ def make_app(
     middleware = [Middleware(Gate, api_key=limits.api_key, max_bytes=limits.max_bytes)]
     if limits.cors:
         allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
+        allow["expose_headers"] = ["x-ignored-fields", "x-served-model"]
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(limits.cors), **allow))
     app = FastAPI(title="Mengya", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, middleware=middleware)
     app.state.counter = counter
@@ -263,6 +290,12 @@ def add_routes(app: FastAPI, counter: Counter) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await counter.answer(request, body)
 
+    answers = {200: {"model": schemas.EmbeddingList, "description": "one vector per input"}, **errors}
+
+    @app.post("/v1/embeddings", response_class=Response, responses=answers)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        return await counter.embed(request, body)
+
     def card(served: Served) -> schemas.ModelCard:
         about: dict[str, Any] = {"stage": served.stage, "parameters": served.model.count_parameters()[0]}
         return schemas.ModelCard(id=served.name, created=served.created, max_model_len=served.limit, **about)
@@ -278,27 +311,3 @@ def add_routes(app: FastAPI, counter: Counter) -> None:
     @app.get("/health")
     async def health() -> schemas.Health:
         return schemas.Health(models=counter.engine.status())
-
-
-def add_error_shapes(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def known(_: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # Of the branches of a union, the one that got furthest is the one that was meant.
-        first = max(error.errors(), key=lambda each: len(each["loc"]))
-        if first["type"] == "json_invalid":
-            return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}"[:500]).response()
-        where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained")))
-        return ApiError(400, f"{where or 'body'}: {first['msg']}"[:500], where or None).response()
-
-    @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"[:500]
-        return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
-
-    @app.exception_handler(Exception)
-    async def fault(_: Request, error: Exception) -> Response:
-        return ApiError(500, "a fault of this server; its log says which").response()

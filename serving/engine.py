@@ -5,7 +5,8 @@
 
 A weight that was fetched from memory for one row serves all of them: that is where the speed comes from. Each model has
 a `Batch` (model/generate.py) with a bounded number of places and a bounded queue; the models take turns, token by
-token. Knows nothing of HTTP: requests come in by `submit`, and every turn's news goes out in one call of `deliver`.
+token. A job (embeddings.py) does one step between two tokens. Knows nothing of HTTP: requests come in by `submit`, and
+every turn's news goes out in one call of `deliver`.
 Called by app.py. Read next: ../model/generate.py (Batch), app.py (who waits).
 """
 
@@ -14,10 +15,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from model.chat import ChatTokenizer
 from model.generate import Batch, Row
@@ -44,13 +45,27 @@ class Ticket:
     inbox: Any = None
     gone: bool = False  # nobody waits any longer
     started: float = 0.0
+    echo: str | list[int] | None = None  # the prompt as it was sent, where the answer is to begin with it
+
+
+class Job(Protocol):
+    """Work on a model that is no answer, in steps that are short enough to come between two tokens."""
+
+    inbox: Any
+    gone: bool
+
+    def step(self, model: Transformer) -> bool:
+        """Do the next part, in the engine's thread; returns whether it was the last."""
+
+
+Work = Ticket | Job
 
 
 @dataclass
 class News:
     """What a turn brought for a ticket. `finish_reason`: "" while it goes on, "error" when the model failed."""
 
-    ticket: Ticket
+    ticket: Any  # a Ticket or a Job
     text: str
     finish_reason: str
     tokens: int  # of the answer so far
@@ -63,6 +78,11 @@ class _Table:
         self.batch = Batch(model, tokenizer)
         self.seated: dict[Row, Ticket] = {}
         self.waiting: deque[Ticket] = deque()
+        self.jobs: deque[Job] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.seated or self.waiting or self.jobs)
 
 
 class Engine:
@@ -96,23 +116,24 @@ class Engine:
         if self.thread.is_alive():
             self.thread.join()
 
-    def submit(self, name: str, tickets: list[Ticket]) -> None:
-        """Take a request's answers in, all or none.
+    def submit(self, name: str, work: Sequence[Work]) -> None:
+        """Take a request's answers or jobs in, all or none. A job takes a place in the queue.
 
         Raises Full when they find no place, ValueError when there are more of them than the house has places.
         """
         table = self.tables[name]
         with self.changed:
             places = self.seats + self.queue
-            if len(tickets) > places:
-                raise ValueError(f"{len(tickets)} answers at once are asked for, at most {places} are given")
-            if self.stopping or len(table.seated) + len(table.waiting) + len(tickets) > places:
-                rounds = (len(table.waiting) + len(tickets)) / self.seats
-                raise Full(min(LONGEST_WAIT, max(1, math.ceil(rounds * self.seconds_each))))
-            table.waiting.extend(tickets)
+            if len(work) > places:
+                raise ValueError(f"{len(work)} answers at once are asked for, at most {places} are given")
+            queued = len(table.waiting) + len(table.jobs) + len(work)
+            if self.stopping or len(table.seated) + queued > places:
+                raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))
+            table.waiting.extend(item for item in work if isinstance(item, Ticket))
+            table.jobs.extend(item for item in work if not isinstance(item, Ticket))
             self.changed.notify()
 
-    def cancel(self, tickets: list[Ticket]) -> None:
+    def cancel(self, tickets: Sequence[Work]) -> None:
         """Nobody waits for these any longer: their places are free before the next token. Finished ones do not mind."""
         with self.changed:
             for ticket in tickets:
@@ -120,6 +141,8 @@ class Engine:
             for table in self.tables.values():
                 if any(ticket.gone for ticket in table.waiting):
                     table.waiting = deque(ticket for ticket in table.waiting if not ticket.gone)
+                if any(job.gone for job in table.jobs):
+                    table.jobs = deque(job for job in table.jobs if not job.gone)
 
     def status(self) -> dict[str, dict[str, int]]:
         """Per model: rows being answered, rows waiting, and how many of each there may be."""
@@ -127,7 +150,7 @@ class Engine:
             return {
                 name: {
                     "running": sum(not ticket.gone for ticket in table.seated.values()),
-                    "waiting": len(table.waiting),
+                    "waiting": len(table.waiting) + len(table.jobs),
                     "seats": self.seats,
                     "queue": self.queue,
                 }
@@ -140,12 +163,14 @@ class Engine:
                 for table in self.tables.values():
                     if table.seated or table.waiting:
                         self._tell(self._turn(table))
+                    if table.jobs:
+                        self._tell(self._step_job(table))
             for table in self.tables.values():
-                self._tell(self._fail(table, [*table.seated.values(), *table.waiting]))
+                self._tell(self._fail(table, [*table.seated.values(), *table.waiting, *table.jobs]))
 
     def _work_or_stop(self) -> bool:
         with self.changed:
-            self.changed.wait_for(lambda: self.stopping or any(t.seated or t.waiting for t in self.tables.values()))
+            self.changed.wait_for(lambda: self.stopping or any(t.busy for t in self.tables.values()))
             return not self.stopping
 
     def _turn(self, table: _Table) -> list[News]:
@@ -165,6 +190,23 @@ class Engine:
             table.batch = Batch(table.batch.model, table.batch.tokenizer)
             return self._fail(table, list(table.seated.values()))
         return self._news(table, pieces)
+
+    def _step_job(self, table: _Table) -> list[News]:
+        """The next step of the first job; then the others have theirs."""
+        with self.changed:
+            job = table.jobs[0] if table.jobs else None
+        if job is None:  # its client has left
+            return []
+        try:
+            ended = "stop" if job.step(table.batch.model) else ""
+        except Exception:  # as in _turn, but answers are not touched by it
+            traceback.print_exc()
+            ended = "error"
+        with self.changed:
+            table.jobs = deque(other for other in table.jobs if other is not job)
+            if not ended and not job.gone:
+                table.jobs.append(job)
+        return [News(job, "", ended, 0)] if ended else []
 
     def _admit(self, table: _Table) -> list[Ticket]:
         """Those who get a place now: in order, as many as there are places, and not too much to read at once."""
@@ -195,12 +237,13 @@ class Engine:
             news.append(News(ticket, text, reason, len(row.answer.ids)))
         return news
 
-    def _fail(self, table: _Table, tickets: list[Ticket]) -> list[News]:
+    def _fail(self, table: _Table, tickets: Sequence[Work]) -> list[News]:
         with self.changed:
             table.seated.clear()
             if self.stopping:
                 table.waiting.clear()
-        return [News(ticket, "", "error", len(ticket.row.answer.ids)) for ticket in tickets]
+                table.jobs.clear()
+        return [News(ticket, "", "error", 0) for ticket in tickets]
 
     def _tell(self, news: list[News]) -> None:
         if news:

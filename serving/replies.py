@@ -3,8 +3,8 @@
     data: {"id": "chatcmpl-…", "object": "chat.completion.chunk", "choices": [{"delta": {"content": "…"}, …}], …}
     data: [DONE]
 
-`ChatReply` and `TextReply` differ in names only. Log-probabilities come out with the text: a token is told once its
-first character is, so that tokens behind a stop string are not.
+`ChatReply` and `TextReply` differ in names, and a text may begin with its prompt (echo.py). Log-probabilities come out
+with the text: a token is told once its first character is, so that tokens behind a stop string are not.
 Called by app.py. Read next: schemas.py (the shapes), engine.py (where the text comes from).
 """
 
@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from model.chat import ChatTokenizer
-from model.generate import Answer, TokenProbability
+from model.generate import Answer
+from model.logprobs import TokenProbability
 from model.text_stream import TextStream, token_bytes
 from serving import schemas
+from serving.echo import alternatives, echoed_logprobs, echoed_text, token_name
 from serving.engine import News, Ticket
 
 DONE = "data: [DONE]\n\n"
@@ -143,42 +145,55 @@ class ChatReply(Reply):
 class TextReply(Reply):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, model: str, tokenizer: ChatTokenizer, tickets: list[Ticket], wants_usage: bool) -> None:
+        super().__init__(model, tokenizer, tickets, wants_usage)
+        self.echoes: dict[int, str] = {}  # prompts that are still to be sent, by the ticket's index
+        for ticket in tickets:
+            if ticket.echo is not None:
+                self.echoes[ticket.index] = text = echoed_text(tokenizer, ticket.echo)
+                told = self.told[ticket.index]
+                told.told_text = told.text_sent = len(text)  # where the answer's tokens begin
+
     def whole(self) -> str:
         choices = []
         for ticket in self.tickets:
             answer = ticket.row.answer
-            logprobs = self._logprobs(ticket, answer.text, len(answer.ids), True)
+            text, logprobs = self._next(ticket, answer.text, len(answer.ids), True)
             choices.append(
-                schemas.TextChoice(
-                    index=ticket.index, text=answer.text, logprobs=logprobs, finish_reason=reason(answer)
-                )
+                schemas.TextChoice(index=ticket.index, text=text, logprobs=logprobs, finish_reason=reason(answer))
             )
         return schemas.TextCompletion(**self.head, choices=choices, usage=self.usage()).model_dump_json()
 
     def piece(self, news: News) -> Iterator[str]:
-        logprobs = self._logprobs(news.ticket, news.text, news.tokens, bool(news.finish_reason))
-        if news.text or news.finish_reason or (logprobs and logprobs.tokens):
-            choice = {"index": news.ticket.index, "text": news.text, "finish_reason": news.finish_reason or None}
+        text, logprobs = self._next(news.ticket, news.text, news.tokens, bool(news.finish_reason))
+        if text or news.finish_reason or (logprobs and logprobs.tokens):
+            choice = {"index": news.ticket.index, "text": text, "finish_reason": news.finish_reason or None}
             yield self._chunk([{**choice, "logprobs": logprobs.model_dump() if logprobs else None}])
+
+    def _next(self, ticket: Ticket, text: str, count: int, ends: bool) -> tuple[str, schemas.TextLogprobs | None]:
+        """New text and its log-probabilities; the first time, behind those of an echoed prompt."""
+        logprobs = self._logprobs(ticket, text, count, ends)
+        if ticket.echo is None or ticket.index not in self.echoes:
+            return text, logprobs
+        if logprobs:
+            told = ticket.row.answer.prompt_logprobs
+            prompt = echoed_logprobs(self.tokenizer, ticket.echo, ticket.row.prompt, told)
+            logprobs = schemas.TextLogprobs(**{k: v + getattr(logprobs, k) for k, v in prompt.model_dump().items()})
+        return self.echoes.pop(ticket.index) + text, logprobs
 
     def _logprobs(self, ticket: Ticket, text: str, count: int, ends: bool) -> schemas.TextLogprobs | None:
         if ticket.row.settings.logprobs is None:
             return None
         new = self._new_tokens(ticket, text, count, ends)
+        closing = ticket.row.answer.stop_logprob
+        if ends and closing:  # as OpenAI and vLLM: one more entry, of no text
+            new.append((closing, self.told[ticket.index].text_sent))
         return schemas.TextLogprobs(
-            tokens=[self._named(token.id) for token, _ in new],
+            tokens=[token_name(self.tokenizer, token.id) for token, _ in new],
             token_logprobs=[token.logprob for token, _ in new],
-            top_logprobs=[{self._named(i): logprob for i, logprob in token.likeliest} for token, _ in new],
+            top_logprobs=[alternatives(self.tokenizer, token) for token, _ in new],
             text_offset=[characters for _, characters in new],
         )
-
-    def _named(self, token_id: int) -> str:
-        """The token's text; where it is a part of a character, its bytes, so that two tokens never share a name."""
-        spelled = token_bytes(self.tokenizer, token_id)
-        try:
-            return spelled.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def reason(answer: Answer) -> schemas.FinishReason:

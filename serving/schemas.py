@@ -8,10 +8,13 @@ Called by app.py. Read next: replies.py (how a response is filled).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 # The defaults of 2-eval.py: small models wander off at temperature 1.
 TEMPERATURE, TOP_P = 0.7, 0.9
+MOST_TOKENS = 1_000_000
+SHORT_COMPLETION = 16  # max_tokens of /v1/completions where a request does not have the field
 
 
 def _whole(value: Any) -> Any:
@@ -22,7 +25,34 @@ def _whole(value: Any) -> Any:
 WHOLE = BeforeValidator(_whole)  # behind the bounds, which would be left out of the description otherwise
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[int, Field(ge=1, le=1_000_000), WHOLE]
+
+
+def _limit_rule(least: int) -> BeforeValidator:
+    """What max_tokens may be: a number from `least`, or -1 (as in llama.cpp) or null for as much as fits."""
+    rule = f"must be a whole number from {least} to {MOST_TOKENS}, or -1 or null for as much as fits into the context"
+
+    def check(value: Any) -> Any:
+        value = _whole(value)
+        if value is None or (type(value) is int and (value == -1 or least <= value <= MOST_TOKENS)):
+            return value
+        raise PydanticCustomError("token_limit", "{rule}", {"rule": rule})
+
+    return BeforeValidator(check)
+
+
+def _limit_schema(least: int) -> WithJsonSchema:
+    whole = {"type": "integer", "minimum": least, "maximum": MOST_TOKENS}
+    return WithJsonSchema({"anyOf": [whole, {"const": -1}, {"type": "null"}]})
+
+
+TokenLimit = Annotated[int | None, _limit_rule(1), _limit_schema(1)]
+TokenLimitOrZero = Annotated[int | None, _limit_rule(0), _limit_schema(0)]
+MinP = Annotated[
+    float,
+    Field(ge=0, le=1),
+    BeforeValidator(lambda value: 0.0 if value == -1 else value),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": -1}]}),
+]
 StopString = Annotated[str, Field(max_length=200)]
 Alternatives = Annotated[int, Field(ge=0, le=20), WHOLE]
 
@@ -44,10 +74,10 @@ class Request(Open):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy (default: 0.7)")
     top_p: Share | None = Field(None, description="draw among the likeliest that sum to p (default: 0.9)")
     top_k: Annotated[int, Field(ge=-1, le=1_000_000), WHOLE] | None = Field(None, description="0 or -1: all (default)")
-    min_p: Share | None = Field(None, description="drop tokens below this share of the likeliest (default: 0)")
+    min_p: MinP | None = Field(None, description="drop tokens below this share of the likeliest (0 or -1: off)")
     n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = Field(None, description="answers to each prompt (default: 1)")
     stop: StopString | Annotated[list[StopString], Field(max_length=8)] | None = None
-    seed: Annotated[int, WHOLE] | None = Field(None, description="the same seed, the same draw")
+    seed: Annotated[int, WHOLE] | None = Field(None, description="the same seed, the same draw (-1: none)")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -76,21 +106,52 @@ class ChatMessage(Open):
 
 class ChatRequest(Request):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
-    max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
+    max_completion_tokens: TokenLimit = Field(None, description="longest answer (-1, null: as much as fits)")
+    max_tokens: TokenLimit = Field(None, description="older name of max_completion_tokens")
+    add_generation_prompt: bool | None = Field(None, description="false: no assistant turn is opened (default: true)")
+    continue_final_message: bool | None = Field(
+        None, description="continue the last message, the assistant's, instead of opening a new turn"
+    )
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
 
     @property
     def longest(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return None if given == -1 else given
 
     @property
     def alternatives(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs or self.top_logprobs else None
 
+    @property
+    def prompt_alternatives(self) -> None:
+        """Log-probabilities of the prompt belong to /v1/completions."""
+        return None
+
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
+MOST_INPUTS = 2048  # of one embeddings request, as OpenAI
+
+
+def _nothing_empty(value: Any) -> Any:
+    """One error for an empty input; the branches of the union would each give their own."""
+    if value in ("", []):
+        raise PydanticCustomError("empty", "must not be empty: a text, token ids, or a list of either")
+    if isinstance(value, list):
+        empty = [str(i) for i, item in enumerate(value) if item in ("", [])]
+        if empty:
+            raise PydanticCustomError("empty", "number {numbers} is empty (counted from 0)", {"numbers": empty[0]})
+        if len(value) > MOST_INPUTS and not isinstance(value[0], (int, float)):
+            numbers = {"given": len(value), "most": MOST_INPUTS}
+            raise PydanticCustomError("too_many", "{given} inputs in one request, at most {most}", numbers)
+    return value
+
+
+def _full_size(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("dimensions", "the vectors have the model's full size only: leave this field out")
+    return value
 
 
 class CompletionRequest(Request):
@@ -100,17 +161,24 @@ class CompletionRequest(Request):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
     )
-    max_tokens: Count | None = Field(None, description="default: 16")
+    max_tokens: TokenLimitOrZero = Field(SHORT_COMPLETION, description="-1, null: as much as fits; 0: only with echo")
     logprobs: Alternatives | None = None
-    echo: Literal[False] | None = Field(None, description="the prompt is not repeated")
+    echo: bool | None = Field(None, description="begin with the prompt, its log-probabilities included")
 
     @property
     def longest(self) -> int | None:
-        return self.max_tokens or 16
+        return None if self.max_tokens == -1 else self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """As `alternatives`, for the tokens of the prompt; 0 where nothing but the prompt is asked for."""
+        if self.echo and self.logprobs is not None:
+            return self.logprobs
+        return 0 if self.max_tokens == 0 else None
 
 
 class Usage(BaseModel):
@@ -161,8 +229,8 @@ class ChatCompletion(BaseModel):
 
 class TextLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # null: the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -211,3 +279,35 @@ class ErrorDetail(BaseModel):
 
 class ErrorBody(BaseModel):
     error: ErrorDetail
+
+
+class EmbeddingRequest(Open):
+    model: str | None = Field(None, description="a name from /v1/models (default: the first)")
+    input: Annotated[
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)],
+        BeforeValidator(_nothing_empty),
+    ]
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32")
+    dimensions: Annotated[None, BeforeValidator(_full_size)] = None
+    user: str | None = Field(None, description="accepted; nothing is kept")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage

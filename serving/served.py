@@ -19,7 +19,7 @@ from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
 from model.transformer import Transformer
-from serving.schemas import ChatMessage
+from serving.schemas import ChatMessage, ChatRequest
 
 
 class TooLong(Exception):
@@ -48,13 +48,25 @@ class Served:
             return f"{self.name} has no chat template: use /v1/completions"
         return ""
 
-    def chat_ids(self, messages: list[ChatMessage], longest: int | None) -> list[int]:
-        """Token ids up to where the assistant speaks, with room for `longest` tokens or a quarter of the limit.
+    def chat_ids(self, body: ChatRequest) -> list[int]:
+        """Token ids up to where the assistant speaks, with room for the longest answer or a quarter of the limit.
 
         Raises TooLong when the system message and the last question alone leave no room, UserError for a role that
-        the chat format cannot write.
+        the chat format cannot write and for a last message that cannot be continued.
         """
-        ids = chat_prompt(self.model, self.tokenizer, plain(messages), longest or self.limit)
+        messages, continues = plain(body.messages), bool(body.continue_final_message)
+        if continues and body.add_generation_prompt:
+            raise UserError("continue_final_message and add_generation_prompt cannot both be true")
+        if continues and messages[-1]["role"] != "assistant":
+            role = messages[-1]["role"]
+            raise UserError(f"continue_final_message: the last message must be the assistant's, not the {role}'s")
+
+        def render(kept: list[Message]) -> list[int]:
+            if continues:
+                return self.tokenizer.render_unfinished(kept)
+            return self.tokenizer.render(kept, body.add_generation_prompt is not False)[0]
+
+        ids = chat_prompt(self.model, self.tokenizer, messages, body.longest or self.limit, render)
         if len(ids) >= self.limit:
             raise TooLong(
                 f"this model's context is {self.limit} tokens, and the system message with the last question has "
@@ -62,16 +74,20 @@ class Served:
             )
         return ids
 
-    def text_ids(self, prompt: str | list[int]) -> list[int]:
-        """Token ids of a text, or the given ones. Raises TooLong, and ValueError for ids that the model lacks."""
+    def text_ids(self, prompt: str | list[int], answered: bool = True) -> list[int]:
+        """Token ids of a text, or the given ones; `answered`: at least one more token has to fit behind them.
+
+        Raises TooLong, and ValueError for ids that the model lacks.
+        """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode_start(sound(prompt)) or [self.tokenizer.eos_id]
         else:
             ids = prompt
             if max(ids) >= self.tokenizer.vocab_size:
                 raise ValueError(f"token id {max(ids)}: this model's ids end at {self.tokenizer.vocab_size - 1}")
-        if len(ids) >= self.limit:
-            raise TooLong(f"this model's context is {self.limit} tokens, and the prompt has {len(ids)}: shorten it")
+        if len(ids) + answered > self.limit:
+            what = "the prompt" if answered else "this text"
+            raise TooLong(f"this model's context is {self.limit} tokens, and {what} has {len(ids)}: shorten it")
         return ids
 
 

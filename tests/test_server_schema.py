@@ -35,12 +35,20 @@ def before_call(context, case, kwargs):
         case.body |= {"prompt": small_ids(case.body["prompt"])} if "prompt" in case.body else {}
         if isinstance(case.body.get("model"), str):
             case.body["model"] = "m"
+        if "input" in case.body:
+            case.body["input"] = small_ids(case.body["input"])
+        if case.body.get("max_tokens") == 0 and (case.body.get("echo") is None or case.body["echo"] is False):
+            case.body["echo"] = True
+        if case.body.get("continue_final_message") is True:  # needs an answer to continue, and no other turn opened
+            case.body["continue_final_message"] = False
         for name in ("max_tokens", "max_completion_tokens"):
+            if name in case.body and case.body[name] in (None, -1):  # as much as fits
+                case.body[name] = 2
             if type(case.body.get(name)) in (int, float) and case.body[name] > 2:
                 case.body[name] = 2 if float(case.body[name]).is_integer() else 2.5
 
 
-ASKED = ["POST /v1/chat/completions", "POST /v1/completions"]
+ASKED = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings"]
 READ = ["GET /health", "GET /v1/models", "GET /v1/models/{name}"]
 
 

@@ -1,0 +1,116 @@
+"""Chat in the terminal with any server that speaks OpenAI's API: serve_openai_api.py, vLLM, llama.cpp, OpenAI itself.
+
+    python chat_openai_api.py                                     the server on this machine, its first model
+    python chat_openai_api.py --base_url http://127.0.0.1:11434/v1 --model qwen3:0.6b
+    python chat_openai_api.py --prompt "What is the capital of France?"              one answer, then it ends
+
+Answers are printed as they come, and every question is sent with the conversation so far. Ctrl-C stops an answer; an
+empty line or Ctrl-D ends the conversation. A line that is piped in is a question as well.
+Needs: pip install "openai>=2,<4". Reads and writes no files.
+Read next: serve_openai_api.py (the server), 2-eval.py (a conversation without one).
+"""
+
+import argparse
+import contextlib
+import os
+from typing import Any
+
+from corpus.errors import UserError, fail_in_one_line
+from corpus.questions import sound
+
+Message = dict[str, str]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base_url", default="http://127.0.0.1:8000/v1", help="with its /v1 (default: http://127.0.0.1:8000/v1)")
+    add("--model", metavar="NAME", help="as the server calls it (default: the first that it lists)")
+    add("--api_key", metavar="KEY", help="sent with every request (default: $OPENAI_API_KEY, else none)")
+    add("--system", metavar="TEXT", help="system message in front of the conversation")
+    add("--max_tokens", type=int, metavar="N", help="longest answer (default: the server's)")
+    add("--prompt", metavar="TEXT", help="one question, instead of a conversation")
+    return parser
+
+
+def connect(args: argparse.Namespace) -> Any:
+    """An `openai.OpenAI` for the server. Raises UserError without the package, for a bad address and a bad key."""
+    try:
+        import openai
+    except ImportError:
+        raise UserError('openai is not installed: pip install "openai>=2,<4"') from None
+    if not args.base_url.startswith(("http://", "https://")):
+        raise UserError(f"--base_url {args.base_url}: an address is needed, as http://127.0.0.1:8000/v1")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UserError(f"--max_tokens must be at least 1, not {args.max_tokens}")
+    key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise UserError("--api_key: a key has letters, digits and signs of ASCII, without spaces")
+    return openai.OpenAI(base_url=args.base_url, api_key=key)
+
+
+@contextlib.contextmanager
+def one_line_errors(base_url: str, model: str | None) -> Any:
+    """Turn what the server refuses, and what is no OpenAI server, into a UserError."""
+    import openai
+
+    try:
+        yield
+    except openai.APIConnectionError as error:
+        why = error.__cause__ or error
+        raise UserError(f"no answer from {base_url} ({why}): is the server running? see --base_url") from None
+    except openai.AuthenticationError:
+        raise UserError(f"{base_url} refuses the key: set --api_key or the variable OPENAI_API_KEY") from None
+    except openai.NotFoundError as error:
+        raise UserError(f"{base_url} has no model {model} or no such route ({error.message}): see --model") from None
+    except openai.APIError as error:
+        raise UserError(f"{base_url}: {' '.join(error.message.split())[:500]}") from None
+    except (AttributeError, ValueError):  # the package's own, where the body is not what the API has
+        raise UserError(f"{base_url} does not answer as OpenAI's API does: see --base_url") from None
+
+
+def first_model(client: Any, base_url: str) -> str:
+    with one_line_errors(base_url, None):
+        names = [model.id for model in client.models.list()]
+    if not names:
+        raise UserError(f"{base_url} lists no models: name one with --model")
+    return names[0]
+
+
+def answer(client: Any, args: argparse.Namespace, messages: list[Message]) -> str:
+    """Print the answer to the messages as it comes, and return it. Ctrl-C ends it early; what has come is returned."""
+    options = {"max_tokens": args.max_tokens} if args.max_tokens else {}
+    text, chunks = "", 0
+    with one_line_errors(args.base_url, args.model), contextlib.suppress(KeyboardInterrupt):
+        with client.chat.completions.create(model=args.model, messages=messages, stream=True, **options) as stream:
+            for chunk in stream:
+                chunks += 1
+                piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                print(piece, end="", flush=True)
+                text += piece
+        if not chunks:
+            raise ValueError("no event")
+    print(flush=True)
+    return text
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    client = connect(args)
+    args.model = args.model or first_model(client, args.base_url)
+    messages = [{"role": "system", "content": sound(args.system, "--system")}] if args.system else []
+    if args.prompt is not None:
+        answer(client, args, [*messages, {"role": "user", "content": sound(args.prompt, "--prompt")}])
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
+    print(f"{args.model} at {args.base_url}: Ctrl-C stops an answer, an empty line ends", flush=True)
+    with contextlib.suppress(EOFError):
+        while question := input("> ").strip():
+            messages.append({"role": "user", "content": sound(question, "the question")})
+            messages.append({"role": "assistant", "content": answer(client, args, messages)})
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

@@ -1,0 +1,62 @@
+"""Echoed prompts of /v1/completions, with the log-probability of every token: what scores a given text.
+
+    tokens          "The"   " sky"   ...
+    token_logprobs  null    -2.31    ...     the first token has nothing before it
+    top_logprobs    null    {" sky": -2.31, " cat": -1.97}    the likeliest ones, and the token itself
+    text_offset     0       3        ...     characters before the token
+
+lm-evaluation-harness' `local-completions` scores with it (echo, logprobs 1, max_tokens 1, lists of token ids).
+Called by replies.py. Read next: ../model/logprobs.py (where the numbers come from).
+"""
+
+from model.chat import ChatTokenizer
+from model.logprobs import TokenProbability
+from model.text_stream import TextStream, token_bytes
+from serving.schemas import TextLogprobs
+from serving.served import sound
+
+Prompt = str | list[int]  # as it was sent
+
+
+def echoed_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
+    """The prompt as text: as it was sent, or what its ids say, control tokens included."""
+    return sound(prompt) if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+
+def echoed_logprobs(
+    tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], told: list[TokenProbability]
+) -> TextLogprobs:
+    """ids: the prompt's tokens; told: of all but the first."""
+    return TextLogprobs(
+        tokens=[token_name(tokenizer, i) for i in ids],
+        token_logprobs=[None, *(token.logprob for token in told)],
+        top_logprobs=[None, *(alternatives(tokenizer, token) for token in told)],
+        text_offset=text_offsets(tokenizer, prompt, ids),
+    )
+
+
+def text_offsets(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int]) -> list[int]:
+    """Characters of the echoed text before each token. What the tokenizer adds to a text (a bos) has no characters."""
+    added = tokenizer.special_ids if isinstance(prompt, str) else frozenset()
+    text, offsets, characters = TextStream(tokenizer), [], 0
+    for i in ids:
+        offsets.append(characters)
+        characters += 0 if i in added else len(text.push(i))
+    return offsets
+
+
+def alternatives(tokenizer: ChatTokenizer, token: TokenProbability) -> dict[str, float]:
+    """The likeliest tokens by name, and the token itself; of two with the same name the likelier one."""
+    named: dict[str, float] = {}
+    for i, logprob in [*token.likeliest, (token.id, token.logprob)]:
+        named.setdefault(token_name(tokenizer, i), logprob)
+    return named
+
+
+def token_name(tokenizer: ChatTokenizer, token_id: int) -> str:
+    """The token's text; where it is a part of a character, its bytes, so that two tokens never share a name."""
+    spelled = token_bytes(tokenizer, token_id)
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
