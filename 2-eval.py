@@ -4,6 +4,7 @@
     python 2-eval.py --stage pretrain --prompt "The sky is"
     python 2-eval.py --checkpoint ../Qwen        somebody else's model: a transformers folder (Llama, Qwen3)
     python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
+    python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search; no five tokens in a row come twice
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
     python 2-eval.py --report --judge http://localhost:8000/v1 --judge_model NAME
@@ -48,15 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, help="draw among the likeliest that sum to p (default: 0.9)")
     add("--min_p", type=float, help="drop tokens below this share of the likeliest (default: 0)")
     add("--repetition_penalty", type=float, help="above 1: repeat less, try 1.1 (default: 1)")
-    add(
-        "--no_repeat_ngram_size",
-        type=int,
-        metavar="N",
-        help="no N tokens come twice, the prompt counts (default: 0, off)",
-    )
-    beams = (
-        "beam search with K beams, up to 8; temperature 0; the answer is shown when it is complete (default: 1, off)"
-    )
+    ngrams = "no N tokens in a row come twice, the prompt included (default: 0, off)"
+    add("--no_repeat_ngram_size", type=int, metavar="N", help=ngrams)
+    beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
     add("--num_beams", type=int, metavar="K", help=beams)
     add("--length_penalty", type=float, help="a beam's score: log-probability / length ** this (default: 1)")
     add("--max_new_tokens", type=int, help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")

@@ -19,7 +19,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-UNUSED = -1e9  # score of the beams that the first step lacks: all k hold the same prompt
+UNUSED = -1e9  # first score of all beams but one: they hold the same prompt, and only one of them counts
 
 
 class BeamSearch:

@@ -50,7 +50,7 @@ class Sampling:
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 0"),
             ("num_beams", 1 <= self.num_beams <= MOST_BEAMS, f"from 1 to {MOST_BEAMS}"),
-            ("length_penalty", math.isfinite(self.length_penalty), "a number"),
+            ("length_penalty", -10 <= self.length_penalty <= 10, "from -10 to 10"),
             ("temperature", self.num_beams == 1 or self.temperature == 0, "0 with num_beams above 1"),
             ("logprobs", self.num_beams == 1 or self.logprobs is None, "left out with num_beams above 1"),
             ("max_new_tokens", self.max_new_tokens >= (self.prompt_logprobs is None), "at least 1"),

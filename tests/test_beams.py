@@ -49,6 +49,8 @@ def stopping_model(tokenizer, seed, sureness):
 def of_transformers(model, tokenizer, prompts, **options):
     """[(ids without the stop token, finish reason)] as transformers' generate has them."""
     transformers = pytest.importorskip("transformers")
+    if "num_beams" in options and not hasattr(transformers.GenerationMixin, "_check_early_stop_heuristic"):
+        pytest.skip("this transformers has the older beam search, which ends at another step in some cases")
     stock = transformers.LlamaForCausalLM(transformers.LlamaConfig(**stock_settings(model.config))).eval()
     stock.load_state_dict(model.state_dict())
     width = max(map(len, prompts))
@@ -241,7 +243,8 @@ def test_what_a_search_cannot_do_is_refused():
         ({"num_beams": 9}, "num_beams must be from 1 to 8, not 9"),
         ({"num_beams": 2, "temperature": 0.7}, "temperature must be 0 with num_beams above 1, not 0.7"),
         ({"num_beams": 2, "logprobs": 0}, "logprobs must be left out with num_beams above 1"),
-        ({"length_penalty": math.nan}, "length_penalty"),
+        ({"length_penalty": math.nan}, "length_penalty must be from -10 to 10"),
+        ({"length_penalty": 11.0}, "length_penalty must be from -10 to 10"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -96,7 +96,7 @@ def test_flags_that_do_not_go_together_are_one_line(make):
         (["--num_beams", 9], "--num_beams must be from 1 to 8, not 9"),
         (["--num_beams", 0], "--num_beams must be from 1 to 8, not 0"),
         (["--no_repeat_ngram_size", -1], "--no_repeat_ngram_size must be at least 0, not -1"),
-        (["--length_penalty", "nan"], "--length_penalty must be a number, not nan"),
+        (["--length_penalty", "nan"], "--length_penalty must be from -10 to 10, not nan"),
     ):
         with pytest.raises(UserError, match=message):
             make("chatml", *flags)
