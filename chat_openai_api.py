@@ -39,14 +39,17 @@ def connect(args: argparse.Namespace) -> Any:
         import openai
     except ImportError:
         raise UserError('openai is not installed: pip install "openai>=2,<4"') from None
-    if not args.base_url.startswith(("http://", "https://")):
-        raise UserError(f"--base_url {args.base_url}: an address is needed, as http://127.0.0.1:8000/v1")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f"--max_tokens must be at least 1, not {args.max_tokens}")
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError("--api_key: a key has letters, digits and signs of ASCII, without spaces")
-    return openai.OpenAI(base_url=args.base_url, api_key=key)
+    try:
+        if not args.base_url.startswith(("http://", "https://")):
+            raise ValueError
+        return openai.OpenAI(base_url=args.base_url, api_key=key)
+    except Exception:  # the package passes on what its HTTP library raises for a bad address
+        raise UserError(f"--base_url {args.base_url}: no address; it looks like http://127.0.0.1:8000/v1") from None
 
 
 @contextlib.contextmanager
@@ -62,11 +65,22 @@ def one_line_errors(base_url: str, model: str | None) -> Any:
     except openai.AuthenticationError:
         raise UserError(f"{base_url} refuses the key: set --api_key or the variable OPENAI_API_KEY") from None
     except openai.NotFoundError as error:
-        raise UserError(f"{base_url} has no model {model} or no such route ({error.message}): see --model") from None
+        mend = f"--model {model}" if model else "--base_url, which usually ends with /v1"
+        raise UserError(f"{base_url}: {server_message(error)}: see {mend}") from None
     except openai.APIError as error:
-        raise UserError(f"{base_url}: {' '.join(error.message.split())[:500]}") from None
+        raise UserError(f"{base_url}: {server_message(error)}") from None
     except (AttributeError, ValueError):  # the package's own, where the body is not what the API has
         raise UserError(f"{base_url} does not answer as OpenAI's API does: see --base_url") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2"):
+            raise
+        raise UserError(f"{base_url} broke off ({error}): ask again") from None  # in the middle of an answer
+
+
+def server_message(error: Any) -> str:
+    """What the server says is wrong, in one line."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return " ".join(str(body.get("message") or error.message).split())[:500]
 
 
 def first_model(client: Any, base_url: str) -> str:
@@ -105,10 +119,12 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
     print(f"{args.model} at {args.base_url}: Ctrl-C stops an answer, an empty line ends", flush=True)
-    with contextlib.suppress(EOFError):
+    try:
         while question := input("> ").strip():
             messages.append({"role": "user", "content": sound(question, "the question")})
             messages.append({"role": "assistant", "content": answer(client, args, messages)})
+    except EOFError:
+        print()
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def main() -> None:
             if served.preset.get("num_beams", 1) > args.seats:
                 few = f"--seats {args.seats} is less than the num_beams of {served.name}'s sampling preset"
                 raise UserError(f"{few}: set --seats {served.preset['num_beams']} or --sampling_preset none")
-        limits = Limits(args.seats, args.queue, args.max_request_bytes, args.api_key, tuple(args.cors))
-        limits.strict_model_names = args.strict_model_names
+        bounds = (args.seats, args.queue, args.max_request_bytes)
+        limits = Limits(*bounds, args.api_key, tuple(args.cors), args.strict_model_names)
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"listening on http://{host}:{door.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)

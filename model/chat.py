@@ -229,10 +229,11 @@ class ChatTokenizer:
         return self.render_batch([messages], add_generation_prompt)[0]
 
     def render_unfinished(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation whose last message is an answer that is to be continued: its turn stays open.
+        """Token ids of a conversation whose last message is a partial answer: its turn stays open.
 
-        The ids are those of the rendered chat up to the end of that message; whatever the format writes behind an
-        answer is left out. Raises UserError when the format cannot write these messages or leaves the last one out.
+        The ids are those of the rendered chat up to the end of that message, without the text that the format writes
+        after an answer (`continue_final_message` of transformers). Raises UserError when the format cannot write these
+        messages or leaves the last one out.
         """
         typed = "".join(message["content"] for message in messages)
         end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)

@@ -61,6 +61,12 @@ class TextStream:
         self.run.append(token_id)
         return "" if _is_lone_byte(piece) or self._decode_run().endswith("\ufffd") else self._release(self._take_run())
 
+    def before(self, token_id: int) -> str:
+        """The text of earlier tokens that this one completes, if it comes next: a character spelt in lone bytes."""
+        if self.byte_level or _is_lone_byte(self.backend.id_to_token(token_id) or ""):
+            return ""
+        return self._decode_run()[len(self.out) :]
+
     def finish(self) -> str:
         """What was held back, once no token follows; half a character becomes U+FFFD."""
         return self._release(self.utf8.decode(b"", final=True) + self._take_run(), final=True)

@@ -25,17 +25,17 @@ from starlette.middleware.cors import CORSMiddleware
 from corpus.errors import UserError
 from model.generate import Answer, Row
 from serving import schemas
-from serving.embeddings import embedding_job, embedding_list
+from serving.embeddings import EmbeddingList, EmbeddingRequest, embedding_job, embedding_list
 from serving.engine import Engine, Full, News, Ticket, Work
 from serving.errors import CANNOT, ApiError, add_error_shapes
 from serving.gate import Gate
 from serving.replies import ChatReply, Reply, TextReply, event
-from serving.schemas import ChatRequest, CompletionRequest, EmbeddingRequest
+from serving.schemas import ChatRequest, CompletionRequest
 from serving.served import Served, TooLong
 from serving.settings import sampling
 
 NAMES_SHOWN = 20  # of ignored fields, in the header
-DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are ignored: nothing is lost
+DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are not supported
 AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
@@ -80,9 +80,9 @@ class Counter:
         return self.models[name]
 
     def choose(self, body: AnyRequest) -> tuple[Served, dict[str, str]]:
-        """The model that answers a request, and the response headers that say what was not taken literally.
+        """The model that answers a request, and the response headers that name ignored fields and another model.
 
-        The only model of a server answers whatever name clients were configured with, unless names are strict.
+        A server with one model answers unknown model names with it, unless names are strict.
         """
         headers = ignored(body)
         if body.model and body.model not in self.models and len(self.models) == 1 and not self.strict_model_names:
@@ -222,7 +222,7 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def ignored(body: AnyRequest) -> dict[str, str]:
-    """A header that names the fields that changed nothing, but for those that ask for nothing."""
+    """A header that names the fields that are not supported; those at their default value are left out."""
     asked = [name for name, value in (body.model_extra or {}).items() if value not in DEFAULTS]
     names = [name for name in asked if name.isascii() and name.replace("-", "_").isidentifier()]
     return {"x-ignored-fields": ", ".join(names[:NAMES_SHOWN])[:1000]} if names else {}
@@ -270,7 +270,7 @@ def add_routes(app: FastAPI, counter: Counter) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         return await counter.answer(request, body)
 
-    answers = {200: {"model": schemas.EmbeddingList, "description": "one vector per input"}, **errors}
+    answers = {200: {"model": EmbeddingList, "description": "one vector per input"}, **errors}
 
     @app.post("/v1/embeddings", response_class=Response, responses=answers)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:

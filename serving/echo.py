@@ -24,13 +24,13 @@ def echoed_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
 
 
 def echoed_logprobs(
-    tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], told: list[TokenProbability]
+    tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logprobs: list[TokenProbability]
 ) -> TextLogprobs:
-    """ids: the prompt's tokens; told: of all but the first."""
+    """ids: the prompt's tokens; logprobs: of all but the first."""
     return TextLogprobs(
         tokens=[token_name(tokenizer, i) for i in ids],
-        token_logprobs=[None, *(token.logprob for token in told)],
-        top_logprobs=[None, *(alternatives(tokenizer, token) for token in told)],
+        token_logprobs=[None, *(token.logprob for token in logprobs)],
+        top_logprobs=[None, *(alternatives(tokenizer, token) for token in logprobs)],
         text_offset=text_offsets(tokenizer, prompt, ids),
     )
 
@@ -40,7 +40,7 @@ def text_offsets(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int]) -> li
     added = tokenizer.special_ids if isinstance(prompt, str) else frozenset()
     text, offsets, characters = TextStream(tokenizer), [], 0
     for i in ids:
-        offsets.append(characters)
+        offsets.append(characters + len(text.before(i)))
         characters += 0 if i in added else len(text.push(i))
     return offsets
 

@@ -3,23 +3,79 @@
     vector = mean over tokens of norm(x)        (dim,), fp32, not scaled to length 1
 
 norm(x) is the hidden state after the final norm, which lm_head reads. A model that was trained to continue text gives
-usable but modest embeddings; compare them by cosine. Inputs are computed in padded batches of bounded size, one between
-two tokens of the running answers, in the engine's thread: nothing else touches the model meanwhile.
+usable but modest embeddings; compare them by cosine. Inputs are computed in padded batches of bounded size in the
+engine's thread, one batch between two tokens of the running answers, so that no two threads use the model at once.
 Called by app.py. Read next: engine.py (when a step is due), served.py (text to ids).
 """
 
 import base64
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from model.transformer import Transformer
 from serving.engine import PREFILL_TOKENS
 from serving.errors import ApiError
-from serving.schemas import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
+from serving.schemas import Open, TokenIds
 from serving.served import Served, TooLong
+
+MOST_INPUTS = 2048  # of one embeddings request, as OpenAI
+
+
+def _nothing_empty(value: Any) -> Any:
+    """One error for an empty input; the branches of the union would each give their own."""
+    if value in ("", []):
+        raise PydanticCustomError("empty", "must not be empty: a text, token ids, or a list of either")
+    if isinstance(value, list):
+        empty = [str(i) for i, item in enumerate(value) if item in ("", [])]
+        if empty:
+            raise PydanticCustomError("empty", "number {numbers} is empty (counted from 0)", {"numbers": empty[0]})
+        if len(value) > MOST_INPUTS and not isinstance(value[0], (int, float)):
+            numbers = {"given": len(value), "most": MOST_INPUTS}
+            raise PydanticCustomError("too_many", "{given} inputs in one request, at most {most}", numbers)
+    return value
+
+
+def _full_size(value: Any) -> Any:
+    if value is not None:
+        raise PydanticCustomError("dimensions", "the vectors have the model's full size only: leave this field out")
+    return value
+
+
+class EmbeddingRequest(Open):
+    model: str | None = Field(None, description="a name from /v1/models (default: the first)")
+    input: Annotated[
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)],
+        BeforeValidator(_nothing_empty),
+    ]
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32")
+    dimensions: Annotated[None, BeforeValidator(_full_size)] = None
+    user: str | None = Field(None, description="accepted; nothing is kept")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class EmbeddingJob:

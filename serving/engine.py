@@ -50,13 +50,13 @@ class Ticket:
 
 
 class Job(Protocol):
-    """Work on a model that is no answer, in steps that are short enough to come between two tokens."""
+    """Work on a model other than decoding (embeddings), in steps short enough to run between two tokens."""
 
     inbox: Any
     gone: bool
 
     def step(self, model: Transformer) -> bool:
-        """Do the next part, in the engine's thread; returns whether it was the last."""
+        """Compute the next part, in the engine's thread; returns whether it was the last."""
 
 
 Work = Ticket | Job
@@ -202,14 +202,14 @@ class Engine:
         return self._news(table, pieces)
 
     def _step_job(self, table: _Table) -> list[News]:
-        """The next step of the first job; then the others have theirs."""
+        """One step of the first job, which then goes to the end of the line."""
         with self.changed:
             job = table.jobs[0] if table.jobs else None
-        if job is None:  # its client has left
+        if job is None:  # cancelled
             return []
         try:
             ended = "stop" if job.step(table.batch.model) else ""
-        except Exception:  # as in _turn, but answers are not touched by it
+        except Exception:  # only this job fails
             traceback.print_exc()
             ended = "error"
         with self.changed:

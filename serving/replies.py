@@ -171,13 +171,13 @@ class TextReply(Reply):
             yield self._chunk([{**choice, "logprobs": logprobs.model_dump() if logprobs else None}])
 
     def _next(self, ticket: Ticket, text: str, count: int, ends: bool) -> tuple[str, schemas.TextLogprobs | None]:
-        """New text and its log-probabilities; the first time, behind those of an echoed prompt."""
+        """New text and its log-probabilities; the first call for a ticket puts an echoed prompt in front of them."""
         logprobs = self._logprobs(ticket, text, count, ends)
         if ticket.echo is None or ticket.index not in self.echoes:
             return text, logprobs
         if logprobs:
-            told = ticket.row.answer.prompt_logprobs
-            prompt = echoed_logprobs(self.tokenizer, ticket.echo, ticket.row.prompt, told)
+            row = ticket.row
+            prompt = echoed_logprobs(self.tokenizer, ticket.echo, row.prompt, row.answer.prompt_logprobs)
             logprobs = schemas.TextLogprobs(**{k: v + getattr(logprobs, k) for k, v in prompt.model_dump().items()})
         return self.echoes.pop(ticket.index) + text, logprobs
 

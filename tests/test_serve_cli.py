@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -75,6 +76,7 @@ def test_help_is_quick_and_needs_nothing():
 def test_a_whole_life(checkpoint, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MENGYA_API_KEY": "from-the-environment"}
     command = [sys.executable, SCRIPT, "--out_dir", str(tmp_path), "--port", "0", "--max_context", "100"]
+    command.append("--strict_model_names")
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -87,6 +89,9 @@ def test_a_whole_life(checkpoint, tmp_path):
         request = urllib.request.Request(f"{url}/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=30) as response:
             assert json.load(response)["usage"]["completion_tokens"] <= 3
+        unknown = urllib.request.Request(f"{url}/chat/completions", body[:-1] + b', "model": "gpt-4"}', headers)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(unknown, timeout=30)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
         assert (process.returncode, errors) == (130, "interrupted\n")

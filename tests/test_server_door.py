@@ -86,6 +86,7 @@ def test_pages_of_listed_origins_only(guarded, small):
         for response in (preflight, refused):
             assert response.headers.get("access-control-allow-origin") == (origin if allowed else None)
         assert (preflight.status_code == 200) == allowed
+        assert ("x-served-model" in refused.headers.get("access-control-expose-headers", "")) == (server is guarded)
 
 
 def test_bodies_of_another_kind_or_size_are_not_read(guarded):
