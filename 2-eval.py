@@ -4,6 +4,7 @@
     python 2-eval.py --stage pretrain --prompt "The sky is"
     python 2-eval.py --checkpoint ../Qwen        somebody else's model: a transformers folder (Llama, Qwen3)
     python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
+    python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search; no five tokens in a row come twice
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
     python 2-eval.py --report out/full_sft_512.pth other=http://localhost:8000/v1     the other one is served elsewhere
@@ -28,6 +29,7 @@ import sys
 from corpus.errors import UserError, fail_in_one_line
 from corpus.prompts import FIRST
 from corpus.questions import read_lines, read_questions, sound
+from model.presets import CHOICES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,11 +46,18 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message in front of every conversation")
     add("--history", type=int, metavar="N", help="turns the model is told again (default: all; 0 with --prompts)")
-    add("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
-    add("--top_k", type=int, default=0, help="draw among the k likeliest tokens (default: 0, all)")
-    add("--top_p", type=float, default=0.9, help="draw among the likeliest that sum to p (default: 0.9)")
-    add("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest (default: 0)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less, try 1.1 (default: 1)")
+    preset = "where these flags are not given: settings of the model's chat format (auto), none, or of another format"
+    add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset}; none in a --report (default: auto)")
+    add("--temperature", type=float, help="0: always the likeliest token (default: 0.7)")
+    add("--top_k", type=int, help="draw among the k likeliest tokens (default: 0, all)")
+    add("--top_p", type=float, help="draw among the likeliest that sum to p (default: 0.9)")
+    add("--min_p", type=float, help="drop tokens below this share of the likeliest (default: 0)")
+    add("--repetition_penalty", type=float, help="above 1: repeat less, try 1.1 (default: 1)")
+    ngrams = "no N tokens in a row come twice, the prompt included (default: 0, off)"
+    add("--no_repeat_ngram_size", type=int, metavar="N", help=ngrams)
+    beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
+    add("--num_beams", type=int, metavar="K", help=beams)
+    add("--length_penalty", type=float, help="a beam's score: log-probability / length ** this (default: 1)")
     add("--max_new_tokens", type=int, help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")
     add("--seed", type=int, help="the same seed draws the same answers (default of --report: 0)")
     add = parser.add_argument_group("several models side by side").add_argument

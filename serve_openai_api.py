@@ -19,6 +19,7 @@ import os
 import socket
 
 from corpus.errors import UserError, fail_in_one_line
+from model.presets import CHOICES
 
 PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
@@ -31,6 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_context", type=int, default=4096, help="longest prompt and answer together (default: 4096)")
     strict = "404 for unknown model names; a server of one model answers them with it otherwise"
     add("--strict_model_names", action="store_true", help=strict)
+    preset = "sampling of chats whose request names none: that of the model's chat format (auto), none, or a format's"
+    add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset} (default: auto)")
     add = parser.add_argument_group("who may ask").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
@@ -85,17 +88,24 @@ def main() -> None:
         if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
             raise
         raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
+    from model.presets import spell
     from serving.served import latest, open_models
     from trainer.runtime import autocast, pick_device, pick_dtype
 
     with open_socket(args.host, args.port) as door:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
-        models = open_models(args.checkpoint or [latest(args.out_dir)], args.max_context, device)
+        chosen = args.checkpoint or [latest(args.out_dir)]
+        models = open_models(chosen, args.max_context, device, args.sampling_preset)
         for served in models.values():
             size = served.model.count_parameters()[0] / 1e6
             about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
             print(f"{served.name}: {about}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+            if served.preset:
+                print(f"    sampling of chats that name none: {spell(served.preset)}", flush=True)
+            if served.preset.get("num_beams", 1) > args.seats:
+                few = f"--seats {args.seats} is less than the num_beams of {served.name}'s sampling preset"
+                raise UserError(f"{few}: set --seats {served.preset['num_beams']} or --sampling_preset none")
         bounds = (args.seats, args.queue, args.max_request_bytes)
         limits = Limits(*bounds, args.api_key, tuple(args.cors), args.strict_model_names)
         app = make_app(models, limits, lambda: autocast(device, dtype))

@@ -21,9 +21,13 @@ from evaluation.scoring import MAX_NEW_TOKENS, chat_prompt
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
 from model.generate import Answer, Sampling, generate, stream
+from model.presets import DEFAULTS, find_preset, merge_settings, spell
 from trainer.runtime import autocast, pick_device, pick_dtype
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams",
+    "length_penalty", "max_new_tokens", "seed",
+)  # fmt: skip
 
 
 def find_model(args: argparse.Namespace) -> Path:
@@ -62,14 +66,18 @@ class Speaker:
         self.system: list[Message] = []
         if args.system:
             self.system = [{"role": "system", "content": sound(args.system, "--system")}]
+        self.preset = ""  # what the introduction says of the chat format's settings
         self.settings = self._settings(args)
         self.answers: list[dict[str, Any]] = []
         self.tokens, self.seconds = 0, 1e-9
         self.last = (0, 1e-9)  # tokens and seconds of the last answer
-        print(self.introduction(), flush=True)
+        print(self.introduction(), *filter(None, [self.preset]), sep="\n", flush=True)
 
     def _settings(self, args: argparse.Namespace) -> Sampling:
-        """Greedy for questions with keys; else what the flags say."""
+        """Greedy for questions with keys; else what the flags say, over the preset of the model's chat format.
+
+        A report takes no preset: its models are compared with the same settings.
+        """
         longest = args.max_new_tokens
         if longest is None:
             longest = 200 if not args.questions else MAX_NEW_TOKENS if self.chats else 24
@@ -77,8 +85,13 @@ class Speaker:
         try:
             if args.questions:  # a pretrained model knows no marker that ends an answer, so its line ends it
                 return Sampling(max_new_tokens=longest, stop=stop if self.chats else ("\n",))
-            chosen = {name: getattr(args, name) for name in SAMPLING} | {"max_new_tokens": longest}
-            return Sampling(**chosen, stop=stop)
+            named = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+            choice = args.sampling_preset if self.chats and args.report is None else "none"
+            name, preset = find_preset(choice, self.tokenizer.format)
+            chosen = merge_settings(named, preset, DEFAULTS)
+            if taken := {key: value for key, value in preset.items() if key not in named and chosen[key] == value}:
+                self.preset = f"sampling: {name} preset: {spell(taken)} (--sampling_preset none: without it)"
+            return Sampling(**{**chosen, "max_new_tokens": longest}, stop=stop)
         except ValueError as error:
             raise UserError(f"--{error}") from None
 

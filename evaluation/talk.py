@@ -23,6 +23,7 @@ from corpus.files import write_text
 from corpus.questions import sound
 from evaluation.speaker import SAMPLING, Speaker
 from model.chat_formats import Message
+from model.presets import merge_settings, spell
 
 HINT = "/help lists the commands, Ctrl-C stops an answer, /exit ends"
 HELP = """/reset              forget the conversation
@@ -30,7 +31,9 @@ HELP = """/reset              forget the conversation
 /save [FILE]        write the conversation to a jsonl file (data_process.py sft reads it)
 /system [TEXT]      put a system message in front; without TEXT take it away
 /history [N]        remember the last N turns (0: each question stands alone); without N all
-/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /max_new_tokens /seed; without a number: show them
+/temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /no_repeat_ngram_size /max_new_tokens /seed;
+                    without a number: show them
+/num_beams 4        beam search: draws nothing (temperature 0), shows complete answers; also /length_penalty
 /exit               end"""
 
 
@@ -143,11 +146,12 @@ def _whole(value: str) -> int:
 def _sampling(speaker: Speaker, name: str, value: str) -> str:
     """Change one number of the settings, or show them all."""
     if value:
-        whole = name in ("top_k", "max_new_tokens", "seed")
+        whole = name in ("top_k", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
+        now = {key: getattr(speaker.settings, key) for key in SAMPLING}
         try:
             number: Any = None if (name, value) == ("seed", "none") else int(value) if whole else float(value)
-            speaker.settings = dataclasses.replace(speaker.settings, **{name: number})
+            speaker.settings = dataclasses.replace(speaker.settings, **merge_settings({name: number}, now))
         except ValueError as error:
             reason = str(error) if str(error).startswith(name) else f"{value} is no {'whole ' * whole}number"
             raise UserError(f"/{name}: {reason.removeprefix(name + ' ')}") from None
-    return ", ".join(f"{name} {getattr(speaker.settings, name)}" for name in SAMPLING)
+    return spell({name: getattr(speaker.settings, name) for name in SAMPLING})

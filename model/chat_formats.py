@@ -53,9 +53,7 @@ class NamedFormat:
     close: str
     stop: tuple[str, ...] = ()  # text that ends an answer: the next turn's beginning, where it is no token of its own
     strip: bool = False  # white space around everything but answers goes
-    between: str | None = (
-        None  # stands behind an answer that something follows, where that is not the same as at the end
-    )
+    between: str | None = None  # stands behind an answer that something follows, where that differs from the end
     sampling: dict[str, Any] = field(default_factory=dict, compare=False)
     revision: int = 1
 

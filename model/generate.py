@@ -4,113 +4,29 @@
     step     the drawn tokens in, one more token of every row out; a row that has ended leaves
 
 `Batch` holds the rows that are decoded together: they may join and leave between any two tokens, each draws for itself
-and is answered as if it were alone. `generate` answers a list of prompts with it, `stream` yields the text of one
-answer as it grows, and the server (serving/engine.py) lets rows join as requests come.
+and is answered as if it were alone. A row with num_beams > 1 takes so many slots of the cache, one per beam; its text
+is known, and comes out as one piece, when the search has ended. `generate` answers a list of prompts with it, `stream`
+yields the text of one answer as it grows, and the server (serving/engine.py) lets rows join as requests come.
 
-Called by 2-eval.py and every other front end. Read next: sampling.py (how a token is drawn), text_stream.py (how ids
-become text), transformer.py (KVCache), chat.py (who renders a prompt).
+Called by 2-eval.py and every other front end. Read next: answers.py (Row), sampling.py (how a token is drawn), beams.py
+(beam search), text_stream.py (how ids become text), transformer.py (KVCache), chat.py (who renders a prompt).
 """
 
 import bisect
 import math
-import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from model.answers import Answer, Row, Slot
+from model.beams import BeamSearch
 from model.chat import ChatTokenizer, Message
-from model.logprobs import TokenProbability, prompt_logprobs, token_logprob
-from model.sampling import Sampling, choose_each, penalise_counts, penalise_repetition
-from model.text_stream import TextStream
+from model.logprobs import prompt_logprobs, token_logprob
+from model.sampling import Sampling, choose_each
 from model.transformer import KVCache, Transformer
 
 FIRST_ROOM = 64  # tokens that a fresh cache has room for; it doubles when they are full
-
-
-@dataclass
-class Answer:
-    """`ids`: the new tokens without the closing marker. `text`: what they say, cut before a stop string.
-
-    `finish_reason`: "stop" (closing marker or stop string) or "length" (max_new_tokens or max_seq_len); "" until then.
-    `logprobs`: one entry per id, where the settings ask for them; `stop_logprob`: that of the closing marker, if the
-    answer ends with it. `prompt_logprobs`: one entry per token of the prompt but the first, where the settings ask.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    logprobs: list[TokenProbability] = field(default_factory=list)
-    stop_logprob: TokenProbability | None = None
-    prompt_logprobs: list[TokenProbability] = field(default_factory=list)
-
-
-class Row:
-    """One prompt, how it is to be answered, and what has become of it."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        tokenizer: ChatTokenizer,
-        prompt: list[int],
-        settings: Sampling,
-        answer: Answer,
-        number: int = 0,
-    ) -> None:
-        """`number`: of this row among those with the same settings; it is added to their seed.
-
-        Raises ValueError for a prompt that is empty or longer than max_seq_len; one that fills it has ended already.
-        """
-        limit, seed = model.config.max_seq_len, settings.seed
-        if not prompt:
-            raise ValueError("the prompt is empty: there is no token to go on from")
-        if len(prompt) > limit:
-            raise ValueError(f"the prompt has {len(prompt)} tokens, the model reads at most {limit} (max_seq_len)")
-        self.prompt, self.settings, self.answer = prompt, settings, answer
-        self.text = TextStream(tokenizer, settings.stop)
-        self.draws = random.Random(None if seed is None else seed + number)
-        self.left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be drawn
-        self.cached = 0  # tokens whose keys and values are in the cache
-        self.last = prompt[-1]  # the token that the next step reads
-        weight = model.lm_head.weight
-        self.seen: Tensor | None = None  # (vocab,) bool: tokens of prompt and answer
-        self.counts: Tensor | None = None  # (vocab,) how often the answer has each token
-        if settings.repetition_penalty != 1:
-            self.seen = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
-            self.seen[prompt] = True
-            self.seen[tokenizer.stop_ids] = False  # the marker that ends a turn is no repeated word
-        if settings.counts_repeats:
-            self.counts = torch.zeros(weight.shape[0], device=weight.device)
-        if not self.left:
-            answer.finish_reason = "length"
-
-    def penalised(self, logits: Tensor) -> Tensor:
-        """Logits (1, vocab) after this row's own penalties."""
-        if self.seen is not None:
-            logits = penalise_repetition(logits, self.seen, self.settings.repetition_penalty)
-        if self.counts is not None:
-            presence, frequency = self.settings.presence_penalty, self.settings.frequency_penalty
-            logits = penalise_counts(logits, self.counts, presence, frequency)
-        return logits
-
-    def take(self, token: int, is_stop: bool) -> str:
-        """Note a drawn token; returns the text that it released."""
-        self.left -= 1
-        self.last = token
-        piece = ""
-        if not is_stop:
-            self.answer.ids.append(token)
-            piece = self.text.push(token)
-            if self.seen is not None:
-                self.seen[token] = True
-            if self.counts is not None:
-                self.counts[token] += 1
-        if is_stop or self.text.stopped or not self.left:
-            piece += self.text.finish()
-            self.answer.finish_reason = "stop" if is_stop or self.text.stopped else "length"
-        self.answer.text += piece
-        return piece
 
 
 class Batch:
@@ -121,60 +37,74 @@ class Batch:
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.rows: list[Row] = []
+        self.slots: list[Slot] = []  # slot i lies in row i of the cache
         self.cache: KVCache | None = None
         self.device, entries = model.lm_head.weight.device, model.lm_head.weight.shape[0]
         self.stop_ids = frozenset(tokenizer.stop_ids)
         self.forbidden = torch.zeros(entries, dtype=torch.bool, device=self.device)  # other markers, spare rows
         self.forbidden[[*(tokenizer.special_ids - self.stop_ids), *range(tokenizer.vocab_size, entries)]] = True
 
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that are being answered."""
+        return list(dict.fromkeys(slot.row for slot in self.slots))
+
     @torch.inference_mode()
     def join(self, rows: list[Row]) -> list[tuple[Row, str]]:
         """Read the prompts and draw each row's first token; returns each row's first text."""
-        first, end = len(self.rows), len(self.rows) + len(rows)
+        first, end = len(self.slots), len(self.slots) + len(rows)
+        others = [slot for row in rows for slot in row.slots[1:]]  # the beams' own, which share the prompt
         width = max(len(row.prompt) for row in rows)
-        cache = self._make_room(end, width)
+        cache = self._make_room(end + len(others), width)
         # Padding on the right needs no mask, and the row's next tokens are written over it.
         ids = [row.prompt + [self.tokenizer.pad_id] * (width - len(row.prompt)) for row in rows]
         hidden, _ = self.model(torch.tensor(ids, device=self.device), cache.part(first, end))
-        last = torch.tensor([len(row.prompt) - 1 for row in rows], device=self.device)
         for row in rows:
             row.cached = len(row.prompt)
-        self.rows += rows
+        self.slots += [row.slots[0] for row in rows] + others
+        if others:
+            sources = [first + i for i, row in enumerate(rows) for _ in row.slots[1:]]
+            cache.copy_rows(sources, list(range(end, end + len(others))), width)
         for row, states in zip(rows, hidden, strict=True):
             if row.settings.prompt_logprobs is not None:
                 row.answer.prompt_logprobs = prompt_logprobs(
                     self.model.lm_head, states, row.prompt, row.settings.prompt_logprobs
                 )
-        drawing = [i for i, row in enumerate(rows) if row.left]
         pieces = [(row, "") for row in rows if not row.left]  # only their prompts were to be read
         for row, _ in pieces:
             self.leave(row)
-        return pieces + self._draw([rows[i] for i in drawing], hidden[drawing, last[drawing]]) if drawing else pieces
+        which = [i for i, row in enumerate(rows) for _ in row.slots if row.left]
+        if not which:
+            return pieces
+        last = torch.tensor([[i, len(rows[i].prompt) - 1] for i in which], device=self.device)
+        drawn = [slot for row in rows for slot in row.slots if row.left]
+        return pieces + self._draw(drawn, hidden[last[:, 0], last[:, 1]])
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, str]]:
         """Draw one more token of every row; returns the text that each released. Rows that have ended are gone then."""
-        rows, cached = list(self.rows), [row.cached for row in self.rows]
-        cache = self._make_room(len(rows), max(cached) + 1)
-        ids = torch.tensor([[row.last] for row in rows], device=self.device)
-        hidden, _ = self.model(ids, cache.part(0, len(rows), cached))
-        for row in rows:
+        slots, cached = list(self.slots), [slot.row.cached for slot in self.slots]
+        cache = self._make_room(len(slots), max(cached) + 1)
+        ids = torch.tensor([[slot.last] for slot in slots], device=self.device)
+        hidden, _ = self.model(ids, cache.part(0, len(slots), cached))
+        for row in self.rows:
             row.cached += 1
-        return self._draw(rows, hidden[:, -1])
+        return self._draw(slots, hidden[:, -1])
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
-        """Take a row out; the last one moves to its place. Keys carry their position: moved, they are the same."""
-        place, last = self.rows.index(row), self.rows.pop()
-        if last is not row:
-            self.rows[place] = last
-        if not self.rows:
+        """Take a row out; the last slots move to its places. Keys carry their position: moved, they are the same."""
+        cache = self.cache
+        assert cache
+        for slot in row.slots:
+            place, last = self.slots.index(slot), self.slots.pop()
+            if last is not slot:
+                self.slots[place] = last
+                cache.copy_rows([len(self.slots)], [place], last.row.cached)
+            for kept in (cache.keys, cache.values):
+                kept[:, len(self.slots)] = 0  # nothing of one conversation stays for the next
+        if not self.slots:
             self.cache = None
-        for kept in (self.cache.keys, self.cache.values) if self.cache else ():
-            if last is not row:
-                kept[:, place, :, : last.cached] = kept[:, len(self.rows), :, : last.cached]
-            kept[:, len(self.rows)] = 0  # nothing of one conversation stays for the next
 
     def _make_room(self, rows: int, tokens: int) -> KVCache:
         """The cache, large enough for so many rows of so many tokens."""
@@ -189,17 +119,30 @@ class Batch:
             room = old.max_len if old.max_len >= tokens else max(tokens, 2 * old.max_len)
         self.cache = KVCache(self.model.config, rows, min(room, limit), self.device, dtype)
         if old:
-            taken, filled = len(self.rows), max((row.cached for row in self.rows), default=0)
+            taken, filled = len(self.slots), max((slot.row.cached for slot in self.slots), default=0)
             self.cache.keys[:, :taken, :, :filled] = old.keys[:, :taken, :, :filled]
             self.cache.values[:, :taken, :, :filled] = old.values[:, :taken, :, :filled]
         return self.cache
 
-    def _draw(self, rows: list[Row], hidden: Tensor) -> list[tuple[Row, str]]:
-        """hidden (rows, dim), after each row's last token -> the text that each row's next token released."""
-        logits = self.model.lm_head(hidden).float().masked_fill(self.forbidden, -math.inf)
-        own = logits
-        if any(row.seen is not None or row.counts is not None for row in rows):
-            logits = torch.cat([row.penalised(logits[i : i + 1]) for i, row in enumerate(rows)])
+    def _draw(self, slots: list[Slot], hidden: Tensor) -> list[tuple[Row, str]]:
+        """hidden (slots, dim), after each slot's last token -> the text that each row's next token released."""
+        logits = self.model.lm_head(hidden).float()
+        rows = [slot.row for slot in slots if slot.row.search is None]
+        if len(rows) == len(slots):
+            return self._draw_plain(rows, logits)
+        where = {slot: i for i, slot in enumerate(slots)}
+        pieces = self._draw_plain(rows, logits[[where[row.slots[0]] for row in rows]]) if rows else []
+        for row in dict.fromkeys(slot.row for slot in slots):
+            if row.search:
+                pieces.append((row, self._advance(row, row.search, logits[[where[slot] for slot in row.slots]])))
+        return pieces
+
+    def _draw_plain(self, rows: list[Row], logits: Tensor) -> list[tuple[Row, str]]:
+        """logits (rows, vocab) -> the text that each row's next token released."""
+        own = logits = logits.masked_fill(self.forbidden, -math.inf)
+        if any(row.penalties for row in rows):
+            parts = [(row.penalties, logits[i : i + 1]) for i, row in enumerate(rows)]
+            logits = torch.cat([penalties.apply(part) if penalties else part for penalties, part in parts])
         draws = [row.draws.random() for row in rows]
         tokens = choose_each(logits, [row.settings for row in rows], draws).tolist()
         pieces = []
@@ -215,6 +158,28 @@ class Batch:
             if row.answer.finish_reason:
                 self.leave(row)
         return pieces
+
+    def _advance(self, row: Row, search: BeamSearch, logits: Tensor) -> str:
+        """One more token of each beam, logits (beams, vocab); the text of the answer if it is complete, else ""."""
+        scores = logits.log_softmax(-1).masked_fill(self.forbidden, -math.inf)  # the order of transformers
+        if row.penalties:
+            scores = row.penalties.apply(scores)
+        parents, tokens = search.advance(scores)
+        if search.done:
+            self.leave(row)
+            return row.take_all(search.best, self.stop_ids)
+        if row.penalties:
+            row.penalties.reorder(parents)
+            row.penalties.push(tokens)
+        moved = [(parent, beam) for beam, parent in enumerate(parents) if parent != beam]
+        if moved:
+            places = [self.slots.index(slot) for slot in row.slots]
+            sources, targets = ([places[beam] for beam in beams] for beams in zip(*moved, strict=True))
+            assert self.cache
+            self.cache.copy_rows(sources, targets, row.cached)
+        for slot, token in zip(row.slots, tokens, strict=True):
+            slot.last = token
+        return ""
 
 
 def _run(model: Transformer, rows: list[Row], tokenizer: ChatTokenizer) -> Iterator[list[tuple[Row, str]]]:
@@ -258,10 +223,12 @@ def stream(
 ) -> Iterator[str]:
     """The text of one answer as it grows, in whole characters. `answer` is filled on the way, for its finish reason.
 
+    A beam search yields "" after each token, so that the caller can stop it, and the whole text at its end.
+
     Raises ValueError at once (not at the first piece) for a prompt that is empty or too long.
     """
     row = Row(model, tokenizer, prompt, settings, answer if answer is not None else Answer())
-    return (piece for pieces in _run(model, [row], tokenizer) for _, piece in pieces if piece)
+    return (piece for pieces in _run(model, [row], tokenizer) for row, piece in pieces if piece or row.search)
 
 
 def fit_chat(

@@ -1,8 +1,11 @@
 """How the next token is drawn: logits in, one token a row out.
 
-    logits -> repetition, presence and frequency penalties -> temperature -> top-k -> top-p -> min-p -> draw
+    logits -> repetition, presence and frequency penalties -> no repeated n-grams
+           -> temperature -> top-k -> top-p -> min-p -> draw
 
-Called by generate.py. Read next: generate.py (where the logits come from).
+The order is that of transformers' logits processors (GenerationMixin._get_logits_processor). A beam search applies the
+first line to log-probabilities and draws nothing (beams.py).
+Called by generate.py. Read next: beams.py (the other way to decode), generate.py (where the logits come from).
 """
 
 import math
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 MOST_LOGPROBS = 20  # alternatives that may be told per token
+MOST_BEAMS = 8  # each beam takes a row of the cache
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Sampling:
     repetition_penalty: float = 1.0  # > 1: tokens seen in prompt or answer become less likely (Keskar et al. 2019, 4.1)
     presence_penalty: float = 0.0  # taken off the logit of every token that the answer has already (OpenAI's API)
     frequency_penalty: float = 0.0  # the same, once for each time that it has it
+    no_repeat_ngram_size: int = 0  # n: no n tokens of prompt and answer come twice (Paulus et al. 2017, 2.5); 0: off
+    num_beams: int = 1  # > 1: beam search with so many beams, which draws nothing (beams.py)
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()  # strings that end an answer and are not part of it
     seed: int | None = None  # None: different each time. Row i of a batch draws as prompt i would alone with seed + i
@@ -41,6 +48,11 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "at least 0"),
+            ("num_beams", 1 <= self.num_beams <= MOST_BEAMS, f"from 1 to {MOST_BEAMS}"),
+            ("length_penalty", -10 <= self.length_penalty <= 10, "from -10 to 10"),
+            ("temperature", self.num_beams == 1 or self.temperature == 0, "0 with num_beams above 1"),
+            ("logprobs", self.num_beams == 1 or self.logprobs is None, "left out with num_beams above 1"),
             ("max_new_tokens", self.max_new_tokens >= (self.prompt_logprobs is None), "at least 1"),
             ("stop", all(self.stop), "strings that are not empty"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
@@ -58,6 +70,11 @@ class Sampling:
         """Whether an answer's own tokens change what follows."""
         return bool(self.presence_penalty or self.frequency_penalty)
 
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens of prompt or answer change what follows."""
+        return self.repetition_penalty != 1 or self.counts_repeats or self.no_repeat_ngram_size > 0
+
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make seen tokens less likely whatever the sign of their logit. logits, seen (bool): (batch, vocab)."""
@@ -67,6 +84,89 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def penalise_counts(logits: Tensor, counts: Tensor, presence: float, frequency: float) -> Tensor:
     """logits - presence * [count > 0] - frequency * count. logits, counts: (batch, vocab)."""
     return logits - presence * (counts > 0) - frequency * counts
+
+
+class NGrams:
+    """The n-grams of a sequence of token ids: which tokens would complete one of them a second time.
+
+    The same tokens as transformers' NoRepeatNGramLogitsProcessor bans: prompt and answer count alike, and so do the
+    tokens that end a turn.
+    """
+
+    def __init__(self, size: int, ids: list[int]) -> None:
+        self.size = size
+        self.prefix: tuple[int, ...] = ()  # the last n - 1 tokens
+        self.followers: dict[tuple[int, ...], tuple[int, ...]] = {}  # n - 1 tokens -> the tokens that followed them
+        for token in ids:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """Append a token."""
+        if len(self.prefix) == self.size - 1:
+            self.followers[self.prefix] = (*self.followers.get(self.prefix, ()), token)
+        self.prefix = (*self.prefix, token)[max(0, len(self.prefix) + 2 - self.size) :]
+
+    def banned(self) -> tuple[int, ...]:
+        """The tokens that would repeat an n-gram."""
+        return self.followers.get(self.prefix, ())
+
+    def fork(self) -> "NGrams":
+        """An independent copy."""
+        other = NGrams(self.size, [])
+        other.prefix, other.followers = self.prefix, self.followers.copy()
+        return other
+
+
+class Penalties:
+    """What the tokens of prompt and answer change in the scores of the next one, for one row or for each beam."""
+
+    def __init__(self, settings: Sampling, prompt: list[int], stop_ids: list[int], like: Tensor) -> None:
+        """`like`: (vocab, ...), a tensor on the device of the scores. Tokens in `stop_ids` are no repeated words."""
+        self.settings, self.stop_ids, rows = settings, stop_ids, settings.num_beams
+        self.seen: Tensor | None = None  # (rows, vocab) bool: tokens of prompt and answer
+        self.counts: Tensor | None = None  # (rows, vocab): how often the answer has each token
+        self.ngrams: list[NGrams] = []  # one per row
+        if settings.repetition_penalty != 1:
+            self.seen = torch.zeros(rows, like.shape[0], dtype=torch.bool, device=like.device)
+            self.seen[:, prompt] = True
+            self.seen[:, stop_ids] = False
+        if settings.counts_repeats:
+            self.counts = torch.zeros(rows, like.shape[0], device=like.device)
+        if settings.no_repeat_ngram_size:
+            ngrams = NGrams(settings.no_repeat_ngram_size, prompt)
+            self.ngrams = [ngrams, *(ngrams.fork() for _ in range(rows - 1))]
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """Scores (rows, vocab), logits or log-probabilities, after the penalties."""
+        if self.seen is not None:
+            scores = penalise_repetition(scores, self.seen, self.settings.repetition_penalty)
+        if self.counts is not None:
+            presence, frequency = self.settings.presence_penalty, self.settings.frequency_penalty
+            scores = penalise_counts(scores, self.counts, presence, frequency)
+        banned = [(row, token) for row, ngrams in enumerate(self.ngrams) for token in ngrams.banned()]
+        if banned:
+            index = torch.tensor(banned, device=scores.device).T
+            scores = scores.index_put((index[0], index[1]), scores.new_tensor(-math.inf))
+            # A row without any token left ends: its stop tokens are allowed again.
+            empty = (scores == -math.inf).all(-1, keepdim=True)
+            scores[:, self.stop_ids] = scores[:, self.stop_ids].masked_fill(empty, 0.0)
+        return scores
+
+    def push(self, tokens: list[int]) -> None:
+        """Count one more token of every row."""
+        rows = range(len(tokens))
+        if self.seen is not None:
+            self.seen[rows, tokens] = True
+        if self.counts is not None:
+            self.counts[rows, tokens] += 1
+        for ngrams, token in zip(self.ngrams, tokens, strict=False):
+            ngrams.push(token)
+
+    def reorder(self, parents: list[int]) -> None:
+        """Row i becomes a copy of row parents[i]."""
+        self.seen = None if self.seen is None else self.seen[parents]
+        self.counts = None if self.counts is None else self.counts[parents]
+        self.ngrams = [self.ngrams[parent].fork() for parent in parents] if self.ngrams else []
 
 
 def keep_likely(logits: Tensor, settings: Sampling) -> Tensor:

@@ -99,6 +99,11 @@ class KVCache:
             self.values[layer][row, :, slot] = values.transpose(1, 2).to(self.values.dtype)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Row targets[i] becomes a copy of row sources[i], which holds `length` tokens. All are read first."""
+        for kept in (self.keys, self.values):
+            kept[:, targets, :, :length] = kept[:, sources, :, :length]
+
     def advance(self, new: int) -> None:
         """Count `new` tokens that every layer has stored."""
         self.length += new

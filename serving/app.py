@@ -24,7 +24,6 @@ from starlette.middleware.cors import CORSMiddleware
 
 from corpus.errors import UserError
 from model.generate import Answer, Row
-from model.sampling import Sampling
 from serving import schemas
 from serving.embeddings import EmbeddingList, EmbeddingRequest, embedding_job, embedding_list
 from serving.engine import Engine, Full, News, Ticket, Work
@@ -33,6 +32,7 @@ from serving.gate import Gate
 from serving.replies import ChatReply, Reply, TextReply, event
 from serving.schemas import ChatRequest, CompletionRequest
 from serving.served import Served, TooLong
+from serving.settings import sampling
 
 NAMES_SHOWN = 20  # of ignored fields, in the header
 DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are not supported
@@ -156,7 +156,7 @@ class Counter:
             headers = {"Retry-After": str(full.retry_after)}
             raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
         except ValueError as error:
-            raise ApiError(400, str(error), "n") from None
+            raise ApiError(400, str(error), "num_beams" if str(error).startswith("num_beams") else "n") from None
         return inbox
 
     @contextlib.contextmanager
@@ -219,26 +219,6 @@ def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
     prompt: Any = body.prompt
     several = isinstance(prompt, list) and not isinstance(prompt[0], int)
     return prompt if several else [prompt]
-
-
-def sampling(body: ChatRequest | CompletionRequest, served: Served) -> Sampling:
-    """The request's numbers; what it leaves open is as in 2-eval.py, and the answer may fill the context."""
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    is_chat = isinstance(body, ChatRequest)
-    return Sampling(
-        temperature=schemas.TEMPERATURE if body.temperature is None else body.temperature,
-        top_k=max(0, body.top_k or 0),
-        top_p=schemas.TOP_P if body.top_p is None else max(body.top_p, 1e-9),
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        max_new_tokens=served.limit if body.longest is None else body.longest,
-        stop=(*(text for text in stop if text), *(served.tokenizer.stop_strings if is_chat else ())),
-        seed=None if body.seed == -1 else body.seed,  # as vLLM
-        logprobs=body.alternatives,
-        prompt_logprobs=body.prompt_alternatives,
-    )
 
 
 def ignored(body: AnyRequest) -> dict[str, str]:

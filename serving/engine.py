@@ -5,8 +5,9 @@
 
 A weight that was fetched from memory for one row serves all of them: that is where the speed comes from. Each model has
 a `Batch` (model/generate.py) with a bounded number of places and a bounded queue; the models take turns, token by
-token. A job (embeddings.py) does one step between two tokens. Knows nothing of HTTP: requests come in by `submit`, and
-every turn's news goes out in one call of `deliver`.
+token. A beam search takes a place per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
+does one step between two tokens. Knows nothing of HTTP: requests come in by `submit`, and every turn's news goes out in
+one call of `deliver`.
 Called by app.py. Read next: ../model/generate.py (Batch), app.py (who waits).
 """
 
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,6 +72,11 @@ class News:
     tokens: int  # of the answer so far
 
 
+def rows_of(work: Iterable[Work]) -> int:
+    """The rows of a batch that answers take: one each, one per beam of a beam search. A job counts as one."""
+    return sum(len(item.row.slots) if isinstance(item, Ticket) else 1 for item in work)
+
+
 class _Table:
     """A model, its batch, and who waits for a place in it."""
 
@@ -86,7 +92,7 @@ class _Table:
 
 
 class Engine:
-    """`seats` rows per model are decoded at once, `queue` more may wait."""
+    """`seats` rows per model are decoded at once, `queue` more may wait. A beam search counts as one row per beam."""
 
     def __init__(
         self,
@@ -119,15 +125,19 @@ class Engine:
     def submit(self, name: str, work: Sequence[Work]) -> None:
         """Take a request's answers or jobs in, all or none. A job takes a place in the queue.
 
-        Raises Full when they find no place, ValueError when there are more of them than the house has places.
+        Raises Full when they find no place, ValueError when they never will: more beams than `seats`, or more rows than
+        may be decoded and wait.
         """
         table = self.tables[name]
         with self.changed:
-            places = self.seats + self.queue
-            if len(work) > places:
-                raise ValueError(f"{len(work)} answers at once are asked for, at most {places} are given")
-            queued = len(table.waiting) + len(table.jobs) + len(work)
-            if self.stopping or len(table.seated) + queued > places:
+            places, wanted = self.seats + self.queue, rows_of(work)
+            most_beams = max((rows_of([item]) for item in work), default=0)
+            if most_beams > self.seats:
+                raise ValueError(f"num_beams {most_beams}: at most {self.seats} rows are decoded at once here")
+            if wanted > places:
+                raise ValueError(f"{wanted} answers at once are asked for, at most {places} are given")
+            queued = rows_of(table.waiting) + len(table.jobs) + wanted
+            if self.stopping or rows_of(table.seated.values()) + queued > places:
                 raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))
             table.waiting.extend(item for item in work if isinstance(item, Ticket))
             table.jobs.extend(item for item in work if not isinstance(item, Ticket))
@@ -149,8 +159,8 @@ class Engine:
         with self.changed:
             return {
                 name: {
-                    "running": sum(not ticket.gone for ticket in table.seated.values()),
-                    "waiting": len(table.waiting) + len(table.jobs),
+                    "running": rows_of(ticket for ticket in table.seated.values() if not ticket.gone),
+                    "waiting": rows_of(table.waiting) + len(table.jobs),
                     "seats": self.seats,
                     "queue": self.queue,
                 }
@@ -212,7 +222,7 @@ class Engine:
         """Those who get a place now: in order, as many as there are places, and not too much to read at once."""
         arrived: list[Ticket] = []
         width = 0
-        while table.waiting and len(table.seated) < self.seats:
+        while table.waiting and rows_of(table.seated.values()) + rows_of([table.waiting[0]]) <= self.seats:
             width = max(width, len(table.waiting[0].row.prompt))
             if arrived and width * (len(arrived) + 1) > PREFILL_TOKENS:
                 break

@@ -9,7 +9,9 @@ from typing import Any
 
 import streamlit as st
 
-from model.generate import Sampling
+from model.chat_formats import FORMAT_NAMES
+from model.presets import DEFAULTS, find_preset, merge_settings, spell
+from model.sampling import MOST_BEAMS, Sampling
 from serving.page_words import SCORES, STAGES, WORDS
 from serving.shelf import Model
 
@@ -47,32 +49,52 @@ def choose(models: dict[str, Model], lang: str) -> Choices:
         placeholder=say["system_hint" if answers else "no_system"],
     )  # fmt: skip
     st.caption(say["sampling"])
-    sampling = controls(say, min(model.max_seq_len for model in chosen))
+    sampling = controls(say, min(model.max_seq_len for model in chosen), preset_of(first, say))
     markdown = st.toggle(say["markdown"], key="markdown", help=say["markdown_help"])
     return Choices(chosen, sampling, system if answers else "", markdown)
 
 
-def controls(say: dict[str, str], limit: int) -> Sampling:
-    """How the next token is drawn. `limit`: tokens that the models read."""
+def preset_of(model: Model, say: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Draw the switch of the chat format's preset where there is one; returns (name, settings), empty without it."""
+    name = model.about["chat_format"] if model.chats else ""
+    name, settings = find_preset(name if name in FORMAT_NAMES else "none", None)
+    if not settings:
+        return "", {}
+    label, help_text = say["preset"].format(format=name), say["preset_help"].format(settings=plain(spell(settings)))
+    return (name, settings) if st.toggle(label, True, key=f"preset_{name}", help=help_text) else ("", {})
+
+
+def controls(say: dict[str, str], limit: int, preset: tuple[str, dict[str, Any]]) -> Sampling:
+    """How the next token is drawn. `limit`: tokens that the models read. `preset`: a name and what it sets.
+
+    Each preset has controls of its own, which begin with its settings.
+    """
+    name, settings = preset
+    suffix = f"_{name}" if name else ""
+    first = merge_settings(settings, DEFAULTS)
 
     def slider(name: str, low: Any, high: Any, value: Any, step: Any, key: str = "", disabled: bool = False) -> Any:
-        help_text = say.get(f"{name}_help")
-        return st.slider(say[name], low, high, value, step, key=key or name, help=help_text, disabled=disabled)
+        help_text, value = say.get(f"{name}_help"), first.get(name, value)
+        return st.slider(say[name], low, high, value, step, key=key or name + suffix, help=help_text, disabled=disabled)
 
-    temperature = slider("temperature", 0.0, 2.0, 0.7, 0.05)
+    # Beam search draws nothing: the temperature counts only without it.
+    searches = st.session_state.get(f"num_beams{suffix}", first.get("num_beams", 1)) > 1
+    temperature = slider("temperature", 0.0, 2.0, 0.7, 0.05, disabled=searches)
     longest = slider("max_new_tokens", 1, max(limit, 2), min(200, limit), 1, key=f"max_new_tokens_{limit}")
     with st.expander(say["more"]):
-        greedy = temperature == 0  # the likeliest token is taken, whatever these say
+        greedy = searches or temperature == 0  # the likeliest token is taken, whatever these say
         top_p = slider("top_p", 0.05, 1.0, 0.9, 0.05, disabled=greedy)
         top_k = slider("top_k", 0, 200, 0, 1, disabled=greedy)
         min_p = slider("min_p", 0.0, 0.5, 0.0, 0.01, disabled=greedy)
         penalty = slider("repetition_penalty", 1.0, 2.0, 1.0, 0.05)
+        ngrams = slider("no_repeat_ngram_size", 0, 20, 0, 1)
+        beams = slider("num_beams", 1, MOST_BEAMS, 1, 1)
         seed = st.number_input(
             say["seed"], 0, 2**31, None, key="seed", help=say["seed_help"], disabled=greedy, step=1
         )  # fmt: skip
     return Sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty,
-        max_new_tokens=longest, seed=seed,
+        temperature=0.0 if searches else temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=penalty, no_repeat_ngram_size=ngrams, num_beams=beams, max_new_tokens=longest, seed=seed,
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from model.chat import ChatTokenizer
-from model.generate import Answer, TokenProbability
+from model.generate import Answer
+from model.logprobs import TokenProbability
 from model.text_stream import TextStream, token_bytes
 from serving import schemas
 from serving.echo import alternatives, echoed_logprobs, echoed_text, token_name

@@ -2,7 +2,8 @@
 
 Fields that this server does not know are let through and named in the response header `x-ignored-fields`; so are those
 that it knows and cannot honour (tools, response_format, logit_bias, ...). Types are strict: "0.7" is no number.
-The names and shapes: OpenAI's API reference, "Chat" and "Completions"; top_k, min_p and repetition_penalty as vLLM.
+The names and shapes: OpenAI's API reference, "Chat" and "Completions"; top_k, min_p and repetition_penalty as vLLM;
+num_beams, length_penalty and no_repeat_ngram_size as transformers' GenerationConfig.
 Called by app.py. Read next: replies.py (how a response is filled).
 """
 
@@ -11,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-# The defaults of 2-eval.py: small models wander off at temperature 1.
-TEMPERATURE, TOP_P = 0.7, 0.9
+from model.sampling import MOST_BEAMS
+
 MOST_TOKENS = 1_000_000
 SHORT_COMPLETION = 16  # max_tokens of /v1/completions where a request does not have the field
 
@@ -81,6 +82,15 @@ class Request(Open):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000), WHOLE] | None = Field(
+        None, description="no n tokens come twice, those of the prompt count; 0: off (default)"
+    )
+    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS), WHOLE] | None = Field(
+        None, description="beam search: temperature 0, one answer, streamed as one piece (default: 1, off)"
+    )
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
+        None, description="a beam's score is its log-probability / length ** length_penalty (default: 1)"
+    )
     user: str | None = Field(None, description="accepted; nothing is kept")
 
     @property

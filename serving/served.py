@@ -8,8 +8,9 @@ Called by app.py. Read next: ../model/chat.py (how a chat is written), engine.py
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from evaluation.scoring import chat_prompt
 from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
+from model.presets import find_preset
 from model.transformer import Transformer
 from serving.schemas import ChatMessage, ChatRequest
 
@@ -33,6 +35,7 @@ class Served:
     tokenizer: ChatTokenizer
     stage: str
     created: int  # seconds since 1970
+    preset: dict[str, Any] = field(default_factory=dict)  # sampling settings of chats that name none (presets.py)
 
     @property
     def limit(self) -> int:
@@ -113,8 +116,12 @@ def latest(out_dir: str) -> str:
     return str(find_checkpoint(out_dir, (there or list(PARENTS)[:1])[-1]))
 
 
-def open_models(checkpoints: list[str], max_context: int, device: torch.device) -> dict[str, Served]:
+def open_models(
+    checkpoints: list[str], max_context: int, device: torch.device, sampling_preset: str = "auto"
+) -> dict[str, Served]:
     """The models by name: that of the file without .pth, that of the folder, or NAME as in NAME=FILE.
+
+    `sampling_preset`: one of model.presets.CHOICES.
 
     Raises UserError for a file that cannot be read and for two of the same name.
     """
@@ -129,5 +136,6 @@ def open_models(checkpoints: list[str], max_context: int, device: torch.device) 
         limit = min(model.config.max_seq_len, max_context)
         model.config = dataclasses.replace(model.config, max_seq_len=limit)
         created = int(path.stat().st_mtime) if path.exists() else int(time.time())
-        models[name] = Served(name, model, tokenizer, about["stage"], created)
+        _, preset = find_preset(sampling_preset, tokenizer.format)
+        models[name] = Served(name, model, tokenizer, about["stage"], created, preset)
     return models

@@ -27,11 +27,11 @@ def save_parrot(
     """Says `pieces` after `after` (a single byte; a chat prompt ends with a newline); without `ends`, for ever."""
     backend = Tokenizer.from_str(tokenizer.files["tokenizer.json"])
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
-    own = ChatTokenizer(tokenizer_files(backend))
+    own = ChatTokenizer(tokenizer_files(backend)).with_format(tokenizer.format_name or None)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(own.vocab_size, 64, 1, 2, 2, max_seq_len=max_seq_len, tie_embeddings=False))
     says = [backend.token_to_id(piece) for piece in pieces]
-    chain = [*own.encode(after), *says, own.im_end_id if ends else says[0]]
+    chain = [*own.encode(after), *says, own.close_id if ends else says[0]]
     rig(model, chain)
     save_model(path, model, stage, own, [{"stage": stage, "tokens": 1_500_000, "data": "text"}])
     return path

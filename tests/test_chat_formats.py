@@ -351,7 +351,7 @@ def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
             model.lm_head.weight[then] += model.model.embed_tokens.weight[now]
     save_model(tmp_path / "full_sft_64.pth", model, "full_sft", formatted, [{"stage": "full_sft"}])
     run_script(monkeypatch, "2-eval.py", "--out_dir", tmp_path, "--prompt", "你好", "--temperature", 0,
-               "--json", tmp_path / "a.json")  # fmt: skip
+               "--sampling_preset", "none", "--json", tmp_path / "a.json")  # fmt: skip
     answers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["answers"]
     assert answers == [{"prompt": "你好", "answer": "A巴", "finish_reason": "stop"}]
 

@@ -241,6 +241,52 @@ def test_a_failing_model_fails_its_requests_and_not_the_engine(desk, monkeypatch
     assert after.row.answer == generate(desk.model, [[60]], Sampling(max_new_tokens=5), desk.tokenizer)[0]
 
 
+def test_a_beam_search_beside_plain_answers_is_that_of_a_search_alone(desk):
+    """It takes 3 of the 4 places; those who come meanwhile are answered, and nobody's text changes."""
+    prompts, asked = PROMPTS[:4], []
+    for prompt, options in zip(prompts, ({}, {"num_beams": 3}, {}, {"num_beams": 2}), strict=True):
+        asked += desk.ask([prompt], max_new_tokens=30, no_repeat_ngram_size=3, **options)
+    desk.wait(lambda: all(map(desk.ended, asked)))
+    for ticket in asked:
+        (alone,) = generate(desk.model, [ticket.row.prompt], ticket.row.settings, desk.tokenizer)
+        assert ticket.row.answer == alone and desk.text(ticket) == alone.text
+    assert all(table["running"] == table["waiting"] == 0 for table in desk.engine.status().values())
+
+
+def test_a_beam_search_counts_as_its_beams(model, tokenizer):
+    desk = Desk(model, tokenizer, seats=4, queue=4)  # it does not run: nobody is seated yet
+    with pytest.raises(ValueError, match="num_beams 5: at most 4 rows are decoded at once"):
+        desk.ask([[50]], num_beams=5)
+    (search,) = desk.ask([[50]], num_beams=4)
+    desk.ask([[50], [60]])
+    assert desk.engine.status()["one"]["waiting"] == 6
+    with pytest.raises(Full):
+        desk.ask([[50]], num_beams=3)
+    table = desk.engine.tables["one"]
+    assert desk.engine._admit(table) == [search] and desk.engine.status()["one"]["running"] == 4
+    assert desk.engine._admit(table) == [], "the two others wait for a place"
+
+
+def test_plain_answers_get_a_token_for_each_step_of_a_beam_search(desk):
+    """One pass serves all rows: a long search holds nobody up."""
+    (search,) = desk.ask([[50]], max_new_tokens=200, num_beams=3, stop=("\0",))
+    desk.wait(lambda: desk.news)
+    (plain,) = desk.ask([[60]], max_new_tokens=20)
+    desk.wait(lambda: desk.ended(plain))
+    steps = [item.ticket for item in desk.news]
+    between = steps[steps.index(plain) : len(steps) - steps[::-1].index(plain)]
+    assert between.count(search) <= between.count(plain) + 1
+
+
+def test_a_beam_search_that_nobody_waits_for_frees_all_its_places(desk):
+    (search,) = desk.ask([[50]], max_new_tokens=240, num_beams=4)
+    desk.wait(lambda: desk.news)
+    desk.engine.cancel([search])
+    after = desk.ask([[60]] * 4, max_new_tokens=3)
+    desk.wait(lambda: all(map(desk.ended, after)))
+    assert not desk.ended(search) and search.row.answer.ids == []
+
+
 def test_the_end_is_told_to_everybody(model, tokenizer):
     desk = Desk(model, tokenizer, seats=2)
     desk.engine.start()

@@ -9,6 +9,7 @@ nothing; text is drawn as text; the script says in one line what is missing.
 import re
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 import streamlit as st
@@ -169,6 +170,37 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
     assert seen == [(Sampling(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
     page.slider(key="temperature").set_value(0.0).run()
     assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy draws nothing"
+
+
+def test_beam_search_on_the_page(open_page, out, monkeypatch):
+    page, seen = open_page("--out_dir", out), []
+    real = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    page.slider(key="num_beams").set_value(4)
+    page.slider(key="no_repeat_ngram_size").set_value(5)
+    assert texts(ask(page.run(), "x")) == ["x", "鸟叫!"]
+    assert seen[0].num_beams == 4 and seen[0].no_repeat_ngram_size == 5 and seen[0].temperature == 0
+    assert page.slider(key="temperature").disabled and page.slider(key="top_k").disabled
+    page.slider(key="num_beams").set_value(1).run()
+    assert not page.slider(key="temperature").disabled and page.slider(key="temperature").value == 0.7
+
+
+@pytest.mark.parametrize("lang", page_words.LANGUAGES)
+def test_a_chat_format_brings_its_settings(open_page, tokenizer, tmp_path, lang, monkeypatch):
+    save_parrot(tmp_path / "full_sft_64.pth", tokenizer.with_format("belle"), ["hi"], after=":")
+    page, seen = open_page("--out_dir", tmp_path, lang=lang), []
+    real = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    toggle = page.toggle(key="preset_belle")
+    assert toggle.value and "belle" in toggle.label and "1.2" in toggle.help
+    ask(page, "x")
+    page.slider(key="temperature_belle").set_value(0.5).run()
+    ask(page, "x")
+    page.toggle(key="preset_belle").set_value(False).run()
+    ask(page, "x")
+    preset = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+    base = Sampling(max_new_tokens=128, **preset)
+    assert seen == [base, replace(base, temperature=0.5), Sampling(temperature=0.7, top_p=0.9, max_new_tokens=128)]
 
 
 def test_what_a_model_wrote_is_text(open_page, out):

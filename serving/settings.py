@@ -1,0 +1,44 @@
+"""How a request's answer is drawn: its fields over the model's preset over the defaults of the command line.
+
+Called by app.py. Read next: ../model/presets.py (the order), ../model/sampling.py (what the settings do).
+"""
+
+from model.presets import DEFAULTS, merge_settings
+from model.sampling import Sampling
+from serving.errors import ApiError
+from serving.schemas import ChatRequest, CompletionRequest
+from serving.served import Served
+
+FIELDS = (  # fields that become a Sampling's as they are
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "no_repeat_ngram_size", "num_beams", "length_penalty",
+)  # fmt: skip
+
+
+def sampling(body: ChatRequest | CompletionRequest, served: Served) -> Sampling:
+    """The request's numbers; what it leaves open is as in 2-eval.py, and the answer may fill the context.
+
+    Raises ApiError for numbers that do not go together.
+    """
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    is_chat, several = isinstance(body, ChatRequest), (body.n or 1) > 1
+    preset = dict(served.preset) if is_chat else {}
+    if several or body.alternatives is not None:
+        preset.pop("num_beams", None)  # one answer, without log-probabilities: the request asks for more
+    named = {name: value for name in FIELDS if (value := getattr(body, name)) is not None}
+    chosen = merge_settings(named, preset, DEFAULTS)
+    chosen |= {"top_k": max(0, chosen.get("top_k", 0)), "top_p": max(chosen["top_p"], 1e-9)}
+    try:
+        settings = Sampling(
+            **chosen,
+            max_new_tokens=served.limit if body.longest is None else body.longest,
+            stop=(*(text for text in stop if text), *(served.tokenizer.stop_strings if is_chat else ())),
+            seed=None if body.seed == -1 else body.seed,  # as vLLM
+            logprobs=body.alternatives,
+            prompt_logprobs=body.prompt_alternatives,
+        )
+    except ValueError as error:  # its message begins with the field's name
+        raise ApiError(400, str(error), str(error).partition(" ")[0]) from None
+    if several and settings.num_beams > 1:
+        raise ApiError(400, "n must be 1 with num_beams above 1: a beam search gives one answer", "n")
+    return settings
