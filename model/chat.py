@@ -10,7 +10,7 @@ a user types stay ordinary text.
 
 Reads and writes a folder of tokenizer.json + tokenizer_config.json that `transformers.AutoTokenizer` opens as well; a
 folder of somebody else's model is read too (stock.py).
-Read next: chat_formats.py (how turns are written), transformer.py (what the ids meet), ../train_tokenizer.py.
+Read next: chat_formats.py (how turns are written), render.py (their ids and masks), transformer.py.
 """
 
 import hashlib
@@ -273,8 +273,8 @@ class ChatTokenizer:
         """The samples of several conversations; the last one of each is the whole conversation, as `render` gives it.
 
         Several where the format writes an answer otherwise once more follows (chat_templates.py): each of the others
-        ends at an answer, and every answer is trained in one of them. A chat that the format cannot write ends
-        nothing: it has no sample, and a refusal. Raises UserError for a format that can write no chat at all.
+        ends at an answer, and every answer is trained in one of them. For a chat that the format cannot write there is
+        no sample, and `refusal` says why. Raises UserError for a format that can write no chat at all.
         """
         return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
 

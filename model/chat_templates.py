@@ -8,7 +8,7 @@ write an answer differently once more follows, as Qwen3's does, which keeps the 
     later     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n2<|im_end|>\\n<|im_start|>user\\n…
 
 Trained is what is generated: such a chat becomes several samples, each ending at an answer and training it there, with
-the earlier turns written as they are once more follows. A template that never changes its mind gives one sample.
+the earlier turns written as they are once more follows. A template that writes every answer the same gives one sample.
 Rendering is bounded (template_sandbox.py). A chat that cannot be written raises RefusedChat.
 Read next: template_sandbox.py, chat.py (samples become ids and masks).
 """
@@ -93,9 +93,11 @@ class TemplateFormat:
 
         Raises RefusedChat when an answer does not begin where it is asked for, or ends with no control token.
         """
-        found: list[tuple[str, list[tuple[int, int]], list[int]]] = [(self.text(messages), [], [])]
+        whole = self.text(messages)
+        found: list[tuple[str, list[tuple[int, int]], list[int]]] = [(whole, [], [])]
         for i in reversed(answers_of(messages)):
-            prompt, answered = self.text(messages[:i], True), self.text(messages[: i + 1])
+            prompt = self.text(messages[:i], True)
+            answered = self.text(messages[: i + 1]) if i + 1 < len(messages) else whole
             if not answered.startswith(prompt):
                 raise RefusedChat("the model's chat template writes an answer in another place than it asks for it")
             closing = [match.end() for match in self.markers.finditer(answered, len(prompt))]
