@@ -9,7 +9,7 @@
 
 Arrays of any size are streamed.
 
-Read next: sniff.py (which of the two readers a file gets), read.py (what becomes of the rows).
+Read next: sniff.py (which of the two readers a file gets), read.py (rows -> documents and chats).
 """
 
 import codecs
