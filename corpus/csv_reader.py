@@ -1,6 +1,6 @@
 """Reading csv as spreadsheets and pandas write it: `,` `;` `|` or tab, short rows, "sep=;", quotes left open.
 
-    delimiter    the one that divides the header and the first rows into equally many cells
+    delimiter    the one that divides the header into most cells, and the first rows into no more
     short row    the missing last cells are empty
     long row     a bad row, unless the extra cells are empty
     open quote   a bad row; reading continues at the line after the one that opens it
@@ -22,6 +22,7 @@ from corpus.sources import Source
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
 DELIMITERS = ",\t;|"
 FIRST_ROWS = 20  # that are looked at to find the delimiter
+TOO_LONG = f"a line longer than {MAX_LINE >> 20} MB"
 OPEN_QUOTE = "a quote that is opened and not closed"
 
 
@@ -49,6 +50,12 @@ class _Lines:
                 line = readline(MAX_LINE)
                 if not line:
                     return
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    while (rest := readline(1 << 20)) and not rest.endswith(b"\n"):
+                        pass
+                    self.number += 1
+                    self.report.unreadable(TOO_LONG, self.source.name, self.number + len(row))
+                    continue
                 try:
                     text = line.decode()
                 except UnicodeDecodeError:

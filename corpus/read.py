@@ -52,6 +52,7 @@ class Chat:
 def read_rows(path: Path_, report: DataReport) -> Rows:
     """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
 
+    A bare list of messages is a row {"messages": [...]}; a text with separators such as <|endoftext|> is several rows.
     Raises UserError for a file that cannot be opened, and when the report's cap of bad rows is exceeded.
     """
     file = os.fspath(path)
@@ -65,8 +66,9 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
             if not isinstance(row, str if form == "txt" else dict):
                 report.unreadable("a row that is not an object", file, line)
                 continue
-            if "<" in (row if form == "txt" else _document_text(row)):
-                yield from ((line, part) for part in _without_markers(row, file, line, report))
+            key = "" if form == "txt" else _document_key(row)
+            if (key or form == "txt") and "<" in (row[key] if key else row):
+                yield from ((line, part) for part in _without_markers(row, key, (file, line), report))
                 continue
             report.saw_row(file, row)
             yield line, row
@@ -77,29 +79,26 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
         report.unreadable(EMPTY_FILE, file, 1)
 
 
-def _document_text(row: Any) -> str:
-    """The text of a row that is a document; "" of others."""
-    if isinstance(row, str):
-        return row
+def _document_key(row: dict[str, Any]) -> str:
+    """The key of the text of a row that is a document; "" for other rows."""
     for key in TEXT_KEYS:
-        if key in row:
-            return row[key] if isinstance(row[key], str) else ""
+        if key in row and row[key] and isinstance(row[key], str):
+            return key
     return ""
 
 
-def _without_markers(row: Any, file: str, line: int, report: DataReport) -> Iterator[Any]:
+def _without_markers(row: Any, key: str, place: tuple[str, int], report: DataReport) -> Iterator[Any]:
     """The rows of a row whose text may hold document separators, each counted as read."""
-    texts = split_documents(_document_text(row))
-    if not texts and _document_text(row).strip():
-        report.saw_row(file, row)
-        report.drop("only a document separator", file, line)
-        return
-    key = None if isinstance(row, str) else next(key for key in TEXT_KEYS if key in row)
-    for text in texts:
-        part = text if key is None else {**row, key: text}
-        report.saw_row(file, part)
-        if has_marker(text):
-            report.shorten(f"holds {' or '.join(m for m in STRONG if m in text)} as text", file, line)
+    text = row[key] if key else row
+    documents = split_documents(text)
+    if not documents and text.strip():
+        report.saw_row(place[0], row)
+        report.drop("only a document separator", *place)
+    for document in documents:
+        part = {**row, key: document} if key else document
+        report.saw_row(place[0], part)
+        if has_marker(document):
+            report.shorten(f"holds {' or '.join(m for m in STRONG if m in document)} as text", *place)
         yield part
 
 

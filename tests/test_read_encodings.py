@@ -219,6 +219,12 @@ def test_a_marker_is_found_wherever_a_long_line_is_cut(tmp_path):
         assert "".join(found) == "one" + "x" * (length - 16) + "two" and found[-1] == "two"
 
 
+def test_markers_are_found_under_the_key_that_is_filled(tmp_path):
+    row = {"text": None, "content": "one<|endoftext|>two"}
+    found, _ = rows_of(tmp_path, "a.jsonl", json.dumps(row).encode())
+    assert [row["content"] for row in found] == ["one", "two"]
+
+
 def test_markers_beyond_the_first_bytes_end_documents_too(tmp_path):
     content = "a line\n\n" * 20_000 + "one<|endoftext|>two\n"
     found, _ = rows_of(tmp_path, "a.txt", content.encode())
