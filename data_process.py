@@ -13,7 +13,8 @@
     python data_process.py dedup FILES…        text -> dataset/dedup/      without copies and near-copies
     python data_process.py decontaminate FILES… --against EXAM…            without the questions of an exam
 
-FILES are txt, jsonl, json, csv or parquet, also packed as .gz .xz .zst .bz2; dataset/README.md describes the formats.
+FILES are txt, jsonl, json, csv, parquet or arrow, also packed as .gz .xz .zst .bz2, or folders of them;
+dataset/README.md describes the formats.
 The first three need a tokenizer (train_tokenizer.py).
 Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it),
 corpus/prepare.py (clean, dedup, decontaminate).
@@ -43,13 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     if args.kind == "download":
         fetch(args)
         return
+    from corpus.sources import expand_inputs
+
+    args.files = expand_inputs(args.files)
     if args.kind in prepare.COMMANDS:
         return prepare.run(args, progress_bar)
     from corpus.shards import check_replaceable, partial_folder
-    from corpus.sources import check_input
 
-    for file in args.files:
-        check_input(file)
     tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share)
@@ -148,7 +149,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         held_out = 0.05 if kind == "dpo" else 0.01  # pairs are few, and each gives one bit: which answer won
         sub = kinds.add_parser(kind, help=what, description=what)
         sub.add_argument(
-            "files", nargs="+", metavar="FILES", help="txt, jsonl, json, csv, parquet; also .gz .xz .zst .bz2"
+            "files",
+            nargs="+",
+            metavar="FILES",
+            help="txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
         )
         sub.add_argument(
             "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"

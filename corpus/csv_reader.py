@@ -1,9 +1,9 @@
 """Reading csv as spreadsheets and pandas write it: `,` `;` `|` or tab, short rows, "sep=;", quotes left open.
 
-    delimiter    the one that divides the header and the first rows into equally many cells
+    delimiter    the one that divides the header into most cells, and the first rows into no more
     short row    the missing last cells are empty
     long row     a bad row, unless the extra cells are empty
-    open quote   the row is bad; reading continues at the line after the one that opens it
+    open quote   a bad row; reading continues at the line after the one that opens it
 
 Quotes are doubled inside quotes, backslashes are text, line ends inside quotes stay as they are.
 
@@ -13,7 +13,7 @@ Read next: readers.py (the other formats).
 import csv
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from corpus.json_reader import MAX_LINE, Rows
 from corpus.report import DataReport
@@ -22,6 +22,7 @@ from corpus.sources import Source
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
 DELIMITERS = ",\t;|"
 FIRST_ROWS = 20  # that are looked at to find the delimiter
+TOO_LONG = f"a line longer than {MAX_LINE >> 20} MB"
 OPEN_QUOTE = "a quote that is opened and not closed"
 
 
@@ -49,6 +50,12 @@ class _Lines:
                 line = readline(MAX_LINE)
                 if not line:
                     return
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    while (rest := readline(1 << 20)) and not rest.endswith(b"\n"):
+                        pass
+                    self.number += 1
+                    self.report.unreadable(TOO_LONG, self.source.name, self.number + len(row))
+                    continue
                 try:
                     text = line.decode()
                 except UnicodeDecodeError:
@@ -80,25 +87,32 @@ def read_csv(source: Source, report: DataReport) -> Rows:
     delimiter = mark[1] if mark else find_delimiter(head)
     spaces = bool(re.match(r"[^\n]*" + re.escape(delimiter) + ' +"', head))  # a, "b": the quote opens a cell
 
-    def rows_from_here() -> Iterator[list[str]]:
-        return csv.reader(lines, strict=True, delimiter=delimiter, skipinitialspace=spaces)
+    def parse(text: Iterable[str], strict: bool = True) -> Iterator[list[str]]:
+        return csv.reader(text, strict=strict, delimiter=delimiter, skipinitialspace=spaces)
 
-    rows, columns = rows_from_here(), None
+    rows = parse(lines)
+    columns: list[str] = []
     while True:
         lines.start_row()
         line = source.line
         try:
             cells = next(rows, None)
         except csv.Error as error:
-            report.unreadable(_reason(lines.row, str(error)), source.name, line)
-            if "unexpected end" in str(error) or "field limit" in str(error):
+            rows = parse(lines)
+            if not columns:  # a header is read as it is
                 lines.keep_first_line()
-            rows = rows_from_here()
+                columns = _column_names(next(parse([lines.row[0].rstrip("\r\n")], strict=False), []))
+                continue
+            row_follows = len(lines.row) > 1 and _width(parse(lines.row[1:2], False)) == len(columns) > 1
+            is_open = row_follows or "unexpected end" in str(error) or "field limit" in str(error)
+            report.unreadable(_reason(lines.row, is_open), source.name, line)
+            if is_open:
+                lines.keep_first_line()
             continue
         if cells is None:
             return
-        if columns is None:
-            columns = _column_names(cells) if cells else None
+        if not columns:
+            columns = _column_names(cells)
         elif lines.malformed and lines.is_malformed():
             report.unreadable(source.malformed, source.name, line)
         elif len(cells) > len(columns) and any(cell.strip() for cell in cells[len(columns) :]):
@@ -107,6 +121,10 @@ def read_csv(source: Source, report: DataReport) -> Rows:
             if len(cells) < len(columns):
                 cells += [""] * (len(columns) - len(cells))
             yield line, dict(zip(columns, cells, strict=False))
+
+
+def _width(rows: Iterator[list[str]]) -> int:
+    return len(next(rows, []))
 
 
 def find_delimiter(head: str) -> str:
@@ -134,7 +152,7 @@ def _column_names(cells: list[str]) -> list[str]:
     return names
 
 
-def _reason(row: list[str], error: str) -> str:
+def _reason(row: list[str], is_open: bool) -> str:
     if any("\0" in text for text in row):
         return "NUL character"
-    return OPEN_QUOTE if "unexpected end" in error or "field limit" in error else "broken csv quoting"
+    return OPEN_QUOTE if is_open else "broken csv quoting"

@@ -9,7 +9,7 @@
 
 Arrays of any size are streamed.
 
-Read next: sniff.py (which of the two readers a file gets), read.py (what becomes of the rows).
+Read next: sniff.py (which of the two readers a file gets), read.py (rows -> documents and chats).
 """
 
 import codecs
@@ -140,9 +140,9 @@ class _Buffer:
             raise _Broken("broken JSON: the rest of the file is lost")
         self.skip(self.start + 1)
 
-    def value(self, limit: int = MAX_LINE) -> Any:
-        """The next value, of at most `limit` characters. Raises _Broken when there is none; nothing is lost then."""
-        size = PIECE
+    def value(self, limit: int = 0) -> Any:
+        """The next value, of at most `limit` characters, or MAX_LINE. Raises _Broken when there is none, and stays."""
+        size, limit = PIECE, limit or MAX_LINE
         while True:
             try:
                 value, end = self.parse(self.text, self.start)

@@ -88,10 +88,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     from corpus.progress import PROGRESS, SIGNING
     from corpus.rewrite import check_out_dir, rewrite
     from corpus.shards import partial_folder
-    from corpus.sources import check_input
 
-    for file in args.files:
-        check_input(file)
     if args.workers < 1 or not 0 <= args.max_bad_share <= 1:
         raise UserError("--workers is a whole number from 1, --max_bad_share a number between 0 and 1")
     if args.kind == "dedup" and args.executor != "here":

@@ -51,6 +51,7 @@ class Chat:
 def read_rows(path: Path_, report: DataReport) -> Rows:
     """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
 
+    A bare list of messages is a row, too; a text with separators such as <|endoftext|> is several rows.
     Raises UserError for a file that cannot be opened, and when the report's cap of bad rows is exceeded.
     """
     file = os.fspath(path)

@@ -58,9 +58,9 @@ def check_input(file: str | os.PathLike[str]) -> None:
 def expand_inputs(paths: Iterable[str | os.PathLike[str]], say: Callable[[str], None] = print) -> list[str]:
     """The files to read: a folder stands for the data files in it and in its folders, in the order of their names.
 
-    Hidden and partial files and those without a known suffix are left out; `say` is told how many of each there are.
-    A folder that `datasets` saved (save_to_disk) stands for its arrow files. Raises UserError for a path that is not
-    there, a folder without data files, and a folder that data_process.py made for training.
+    Hidden and partial files and those without a known suffix are left out; `say` gets a line with both numbers. A
+    folder that `datasets` saved (save_to_disk) stands for its arrow files. Raises UserError for a path that does not
+    exist, a folder without data files, and a folder that data_process.py made for training.
     """
     files: list[str] = []
     for path in paths:
@@ -71,9 +71,12 @@ def expand_inputs(paths: Iterable[str | os.PathLike[str]], say: Callable[[str], 
         data, others = _data_files(Path(path))
         shown = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
         if not data:
-            raise UserError(f"{path}: no data file in this folder ({shown or 'it is empty'}): name one that has some")
-        left_out = f"; {len(others):,} others are left out ({shown})" if others else ""
-        say(f"{path}: a folder, its {len(data):,} data files are read{left_out}")
+            found = f"it holds {shown}" if shown else "it is empty"
+            raise UserError(
+                f"{path}: no data file in this folder, {found}: name a folder with txt, jsonl, csv, ... files"
+            )
+        left_out = f", {len(others):,} other files are left out ({shown})" if others else ""
+        say(f"{path} is a folder: {len(data):,} data files are read{left_out}")
         files += [os.fspath(file) for file in data]
     return files
 

@@ -7,7 +7,7 @@ UTF-8 is preferred: a sample that is UTF-8 but for a few bytes stays UTF-8, with
 charset-normalizer names an encoding, and its guess is used only if the decoded text consists of frequent characters.
 Else the file stays UTF-8, and the reason of its malformed rows, `Encoding.malformed`, holds the command to convert it.
 
-Read next: sources.py (who opens files).
+Read next: sources.py (opening files).
 """
 
 import codecs
@@ -75,14 +75,15 @@ def detect_encoding(sample: bytes) -> Encoding:
     if sum(not _is_utf8(line) for line in lines) <= FEW_LINES * sample.count(b"\n"):
         return UTF8
     foreign = b"\n".join(lines)[:SAMPLE]
-    guess = from_bytes(foreign, cp_isolation=_GUESSES).best()
-    if guess is None:
+    guess = from_bytes(foreign, cp_isolation=_GUESSES).best()  # None when a byte is wrong in each of them
+    codec = guess.encoding if guess else ""
+    if codec in ("cp1252", "cp1250") and _is_western(foreign):  # the two differ little in such text
+        return _known("cp1252")
+    for chinese in ("gb18030", "cp950"):
+        if _is_chinese(foreign, chinese):
+            return _known(chinese)
+    if not codec:
         return UTF8
-    codec = guess.encoding
-    if codec == "cp1250" and _is_western(foreign):
-        codec = "cp1252"  # the two differ little in such text
-    if (codec == "cp1252" and _is_western(foreign)) or (codec in ("gb18030", "cp950") and _is_chinese(foreign, codec)):
-        return _known(codec)
     name = NAMES[codec]
     return Encoding("utf-8", f"malformed UTF-8, perhaps {name}: iconv -f {name} -t UTF-8 {{file}} > NEW_FILE")
 

@@ -1,4 +1,4 @@
-"""Other people's chat templates: samples where an answer is written differently later, chats that are refused, templates without end.
+"""Other people's chat templates: answers written differently later, refused chats, templates without end.
 
 Promises: every answer is trained once, in the context in which it is generated and with the ids that transformers
 gives; a chat that a template refuses is dropped and counted, and ends no run; a template that takes any time or memory
