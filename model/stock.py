@@ -8,7 +8,7 @@ another size, quantised weights) is refused by name, never left out silently. A 
 (../export/stock_folder.py) comes back with its stage and its lineage.
 
 Used by checkpoint.load_model for a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
-Read next: checkpoint.py (our own files), chat_formats.py (its chat template).
+Read next: checkpoint.py (our own files), chat_templates.py (its chat template).
 """
 
 import json

@@ -1,12 +1,11 @@
-"""Other people's chat templates: answers written differently later, refused chats, templates without end.
+"""Other people's chat templates: samples where an answer is written differently later, and chats that are refused.
 
 Promises: every answer is trained once, in the context in which it is generated and with the ids that transformers
-gives; a chat that a template refuses is dropped and counted, and ends no run; a template that takes any time or memory
-is stopped in a second; what transformers gives a template is there.
+gives; a chat that a template refuses is dropped and counted, and ends no run; only a template that can write no chat,
+or has no end, is an error.
 """
 
 import json
-import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +18,6 @@ from corpus.report import DataReport
 from corpus.shard_reader import open_split
 from data_process import main
 from model.chat import ChatTokenizer, load_tokenizer
-from tests.conftest import run_process
 from tests.test_chat_formats import messages_of, shown
 from tests.test_stock_folder import make_tokenizer
 
@@ -48,6 +46,7 @@ NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
     "{% for m in messages %}{{ " + TURN + " }}{% endfor %}" + ASK
 )
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 CHAT = messages_of(
     [("system", "S"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"), ("user", "s"),
      ("assistant", "c")]
@@ -233,108 +232,15 @@ def test_roles_that_a_named_format_does_not_know_are_counted(opened, tmp_path):
     assert [len(chat.samples) for chat in rendered] == [1, 1, 1, 0] and "no role 'tool'" in rendered[3].refusal
 
 
-# ---- templates without end -------------------------------------------------------------------------------------------
-GROW = "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = "
-ENDLESS = {
-    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "loops that skip": "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
-    "loops over lists": "{% set l = range(99999) | list %}{% for a in l %}{% for b in l %}{% for c in l %}x"
-    "{% endfor %}{% endfor %}{% endfor %}",
-    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
-    "recursive loops": "{% for a in range(99999) recursive %}{{ loop(range(99999)) if loop.depth < 5 }}{% endfor %}",
-    "joined": GROW + "ns.x ~ ns.x %}{% endfor %}",
-    "added": GROW + "ns.x + ns.x %}{% endfor %}",
-    "lists": GROW.replace("'ab'", "[1]") + "ns.x + ns.x %}{% endfor %}",
-    "times": "{{ 'x' * 999999999 }}",
-    "lists times": "{{ ([0] * 9999999) * 9999999 }}",
-    "powers": "{{ 9 ** 999999999 }}",
-    "squares": GROW.replace("'ab'", "9") + "ns.x * ns.x %}{% endfor %}",
-    "centred": "{{ 'x' | center(999999999) }}",
-    "padded": "{{ 'x'.ljust(999999999) }}",
-    "replaced": GROW + "ns.x.replace('a', 'aab').replace('b', 'baa') %}{% endfor %}",
-    "filtered": GROW + "ns.x | replace('a', 'aab') | replace('b', 'baa') %}{% endfor %}",
-    "percent": "{{ '%999999999d' % 1 }}",
-    "percent star": "{{ '%*d' % (999999999, 1) }}",
-    "format filter": "{{ '%999999999d' | format(1) }}",
-    "format": "{{ '{:>999999999}'.format(1) }}",
-    "format item": "{{ '{:>999999999}'['format'](1) }}",
-    "format argument": "{{ '{:>{w}}'.format(1, w=999999999) }}",
-    "printed": "{% set x = 'x' * 999999 %}{% for a in range(99999) %}{{ x }}{% endfor %}",
-    "json": "{{ messages | tojson(indent=99999999) }}",
-    "lipsum": "{{ lipsum(999999) }}",
-}
-
-
-@pytest.fixture(scope="module")
-def ends():
-    """name -> (seconds, what is said), in a process that may not grow by more than half a gigabyte."""
-    code = (
-        "import json, re, resource, sys, time\n"
-        "import model.template_sandbox\n"
-        "from model.chat_templates import TemplateFormat\n"
-        "chat, templates = json.loads(sys.argv[1])\n"
-        "limit = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + (1 << 29)\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "ends = {}\n"
-        "for name, template in templates.items():\n"
-        "    start = time.process_time()\n"
-        "    try: said = TemplateFormat(template, {}, re.compile('</s>')).text(chat)\n"
-        "    except Exception as error: said = f'{type(error).__name__}: {error}'\n"
-        "    ends[name] = (time.process_time() - start, said[:200])\n"
-        "print(json.dumps(ends))\n"
-    )
-    done = run_process(sys.executable, "-c", code, json.dumps([CHAT, ENDLESS]))
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", ENDLESS)
-def test_rendering_is_bounded(ends, name):
-    seconds, said = ends[name]
-    what = "fails: 'lipsum' is undefined" if name == "lipsum" else "takes "
-    assert said.startswith(f"RefusedChat: the model's chat template {what}") and seconds < 10
-
-
 def test_an_endless_template_ends_the_run(opened, tmp_path):
-    tokenizer, _ = opened(ENDLESS["loops"] + NO_SYSTEM)
+    tokenizer, _ = opened(ENDLESS + NO_SYSTEM)
     with pytest.raises(UserError, match=r"takes more than 200,000 steps for one chat, the bound.*--chat_format"):
         packed(tmp_path, tokenizer, chats_of(5))
 
 
 def test_one_chat_that_is_too_much_is_counted(opened, tmp_path):
-    template = "{% if messages[0].content == '1?' %}" + ENDLESS["loops"] + "{% endif %}" + NO_SYSTEM
+    template = "{% if messages[0].content == '1?' %}" + ENDLESS + "{% endif %}" + NO_SYSTEM
     tokenizer, _ = opened(template)
     report, _, _ = packed(tmp_path, tokenizer, chats_of(5))
     assert report.kept == 4
     assert report.dropped["the model's chat template takes more than 200,000 steps for one chat"].count == 1
-
-
-def test_long_chats_are_far_from_the_bound(opened):
-    tokenizer, theirs = opened(THINKS)
-    chat = messages_of([("user", "好" * 1000), ("assistant", "太阳" * 1000)] * 200)
-    assert tokenizer.format.text(chat) == theirs.apply_chat_template(chat, tokenize=False)
-
-
-# ---- what transformers gives a template ------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% if tools %}{{ tools | length }}{% endif %}{% if documents is defined and documents %}d{% endif %}"
-        "{{ enable_thinking is defined and enable_thinking }}{{ thinking_budget }}{{ x is defined and x.y }}",
-        "{{ bos_token }}{{ strftime_now('%Y') }}{{ eos_token }}{{ pad_token is defined }}",
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ loop.length, loop.revindex, "
-        "loop.nextitem, loop.previtem, loop.last }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-        "{{ messages | tojson }}{{ messages[1:] | tojson(indent=2) }}{{ messages[0] | items | list }}",
-        "{% for m in messages[::-1] if m.role == 'user' %}{{ loop.index }}{{ m.content ~ '-' ~ loop.index0 }}"
-        "{% else %}none{% endfor %}{{ '%s: %5d' % ('a', 3) }}{{ 'x' * 3 }}{{ '{:>4}'.format(7) }}{{ 2 ** 8 }}",
-        "{% macro say(m) %}{{ m.role }}{{ caller() if caller }}{% endmacro %}{{ say(messages[0]) }}"
-        "{% call say(messages[1]) %}!{% endcall %}{% filter upper %}abc{% endfilter %}{% set b %}q{% endset %}{{ b }}",
-        "{{ [1, 2] + [3] }}{{ (1, 2) + (3,) }}{{ messages | selectattr('role', 'equalto', 'user') | map(attribute="
-        "'content') | join(', ') }}{{ messages | groupby('role') | length }}{{ dict(a=1700000000) }}",
-        "{% for m in messages recursive %}{{ m.role if m is mapping else m }}{% if m is mapping %}"
-        "{{ loop([m.content]) }}{% endif %}{% endfor %}",
-    ],
-)
-def test_templates_render_as_in_transformers(opened, template):
-    tokenizer, theirs = opened(template)
-    assert tokenizer.format.text(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False)
