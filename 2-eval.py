@@ -21,6 +21,7 @@ Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how 
 import argparse
 import sys
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from corpus.prompts import FIRST
 from corpus.questions import read_lines, read_questions, sound
@@ -28,7 +29,7 @@ from corpus.questions import read_lines, read_questions, sound
 
 def make_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in FIRST)
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
     add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
     add("--checkpoint", help="a .pth file or the folder of a transformers model, instead of --stage")
@@ -39,19 +40,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--questions", metavar="FILE", help="jsonl file of questions with keys: prints the share answered right")
     add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message in front of every conversation")
-    add("--history", type=int, metavar="N", help="turns the model is told again (default: all; 0 with --prompts)")
-    add("--temperature", type=float, default=0.7, help="0: always the likeliest token (default: 0.7)")
-    add("--top_k", type=int, default=0, help="draw among the k likeliest tokens (default: 0, all)")
-    add("--top_p", type=float, default=0.9, help="draw among the likeliest that sum to p (default: 0.9)")
-    add("--min_p", type=float, default=0.0, help="drop tokens below this share of the likeliest (default: 0)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: repeat less, try 1.1 (default: 1)")
-    add("--max_new_tokens", type=int, help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")
-    add("--seed", type=int, help="the same seed draws the same answers (default of --report: 0)")
+    add("--history", type=flags.non_negative_int, metavar="N",
+        help="turns the model is told again (default: all; 0 with --prompts)")  # fmt: skip
+    add("--temperature", type=flags.non_negative_float, default=0.7,
+        help="0: always the likeliest token (default: 0.7)")  # fmt: skip
+    add("--top_k", type=flags.non_negative_int, default=0, help="draw among the k likeliest tokens (default: 0, all)")
+    add("--top_p", type=flags.positive_fraction, default=0.9,
+        help="draw among the likeliest that sum to p (default: 0.9)")  # fmt: skip
+    add("--min_p", type=flags.fraction, default=0.0, help="drop tokens below this share of the likeliest (default: 0)")
+    add("--repetition_penalty", type=flags.positive_float, default=1.0,
+        help="above 1: repeat less, try 1.1 (default: 1)")  # fmt: skip
+    add("--max_new_tokens", type=flags.positive_int,
+        help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")  # fmt: skip
+    add("--seed", type=flags.seed, help="the same seed draws the same answers (default of --report: 0)")
     add = parser.add_argument_group("several models side by side").add_argument
     add("--report", nargs="*", metavar="MODEL", help="compare these models (default: every stage in --out_dir)")
     add("--texts", nargs="+", default=[], metavar="NAME=FILE", help="held-out text for bits per byte, as zh=FILE")
     add("--chats", metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
-    add("--max_bytes", type=int, default=100_000, help="read from the start of a text, and of chats (default: 100000)")
+    add("--max_bytes", type=flags.positive_int, default=100_000,
+        help="read from the start of a text, and of chats (default: 100000)")  # fmt: skip
     add("--judge", metavar="BASE_URL", help="a model that scores and ranks the answers, as http://localhost:8000/v1")
     add("--judge_model", metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument
@@ -77,8 +84,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} does not go with --report: name the models behind --report")
     if bool(args.judge) != bool(args.judge_model):
         raise UserError("--judge BASE_URL and --judge_model NAME go together")
-    if args.history is not None and args.history < 0:
-        raise UserError(f"--history {args.history}: a number of turns is needed, 0 or more")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus import prepare
+from corpus import flags, prepare
 from corpus.errors import UserError, fail_in_one_line
 from corpus.report import DataReport
 
@@ -124,7 +124,7 @@ def form_of(kind: str) -> Any:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
     )
@@ -142,14 +142,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
         )
         sub.add_argument("--out_dir", default=f"dataset/{kind}", help="folder to write (default: %(default)s)")
-        sub.add_argument(
-            "--val_share", type=share, default=held_out, help="share held out for validation (default: %(default)s)"
-        )
-        sub.add_argument(
-            "--max_bad_share", type=share, default=0.01, help="share of unusable rows to put up with (default: 0.01)"
-        )
+        sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
+            help="share held out for validation (default: %(default)s)")  # fmt: skip
+        sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
+            help="share of unusable rows to put up with (default: 0.01)")  # fmt: skip
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
-        sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
+        sub.add_argument("--samples", type=flags.non_negative_int, default=3,
+            help="samples that --check shows (default: %(default)s)")  # fmt: skip
         if kind == "pretrain":
             sub.add_argument(
                 "--source_key",
@@ -159,12 +158,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
-            sub.add_argument(
-                "--max_seq_len",
-                type=int,
-                default=512,
-                help=f"longer {longer} (default: %(default)s); training has the same flag",
-            )
+            sub.add_argument("--max_seq_len", type=flags.positive_int, default=512,
+                help=f"longer {longer} (default: %(default)s); training has the same flag")  # fmt: skip
         if kind == "sft":
             add_choosing_flags(sub)
     add_download_flags(kinds)
@@ -193,20 +188,14 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
     )
-    add("--keep_share", type=share, default=1.0, help="keep this share, nearest to the middle of the band (default: 1)")
+    add("--keep_share", type=flags.positive_fraction, default=1.0,
+        help="keep this share, nearest to the middle of the band (default: 1)")  # fmt: skip
 
 
 def band(text: str) -> Any:
     from corpus.choose import parse_band
 
     return parse_band(text)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("a share is a number between 0 and 1, for example 0.01")
-    return value
 
 
 def open_tokenizer(folder: str) -> Any:

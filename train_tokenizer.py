@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from model.chat_formats import FORMAT_NAMES
 
@@ -33,7 +34,7 @@ LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         description="Learn how to cut text into tokens from your own text, in less than a minute.",
         epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
         '           python train_tokenizer.py --inspect "从零开始 train a model"',
@@ -50,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["bpe", "unigram"],
         default="bpe",
     )
-    counts: dict[str, Any] = {"type": int, "metavar": "N"}
+    counts: dict[str, Any] = {"type": flags.positive_int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
     add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
     add(
@@ -62,14 +63,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
     add("--read_budget", "bytes of text to choose from, at most (default: 1000000000)", default=1_000_000_000, **counts)
-    add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
-    add("--seed", "another number samples other documents (default: 0)", default=0, **counts)
+    add(
+        "--max_bad_share",
+        "rows that may be unusable (default: 0.01)",
+        default=0.01,
+        type=flags.fraction,
+        metavar="SHARE",
+    )
+    add("--seed", "another number samples other documents (default: 0)", default=0, type=flags.seed, metavar="N")
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
     args = parser.parse_args(argv)
     if bool(args.files) == (args.inspect is not None):
         parser.error("give FILES to train on, or --inspect TEXT to look at a trained tokenizer")
-    if min(args.byte_budget, args.read_budget) < 1:
-        parser.error("--byte_budget and --read_budget are numbers of bytes, at least 1")
     return args
 
 

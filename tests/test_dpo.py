@@ -181,7 +181,7 @@ def test_the_length_can_be_limited(dpo, dpo_dir):
 
 
 def test_beta_must_be_positive(dpo):
-    with pytest.raises(UserError, match="--beta 0: must be above 0"):
+    with pytest.raises(UserError, match="--beta: 0 is not a number above 0"):
         dpo("--beta", 0)
 
 
