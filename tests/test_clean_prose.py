@@ -1,5 +1,5 @@
-"""Promise: clean takes neither sentences about accounts nor formulas, code and tables for noise, and what is bad without
-its formulas stays bad with them."""
+"""Promise: clean takes neither sentences about accounts nor formulas, code and tables for noise; a page that is bad
+without its formulas stays bad with them."""
 
 import itertools
 import json

@@ -158,8 +158,9 @@ def test_subsets_are_nested():
 
 @pytest.mark.parametrize(("shares", "said"), [("0", "0"), ("1.5", "1.5"), ("a", "a"), ("", "--data_share")])
 def test_bad_shares(study, shares, said):
-    with pytest.raises(UserError, match=f"argument --data_share.*{said}"):
+    with pytest.raises(UserError, match="argument --data_share: ") as error:
         study(shares)
+    assert said in str(error.value)
 
 
 def test_a_study_has_no_time_box(study):
