@@ -3,6 +3,7 @@ without its formulas stays bad with them."""
 
 import itertools
 import json
+import lzma
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from corpus import rules_drop, rules_edit
 from corpus.rules_prose import Limits, Page, prose_of
+from tests.conftest import SHARED_DATA
 from tests.test_clean import PROSE, ZH, judge
 
 ABOUT_ACCOUNTS_EN = """How do I change my password?
@@ -132,3 +134,22 @@ def test_prose_of_hostile_text_is_quick():
         prose_of(piece * (60_000 // len(piece)))
         prose_of((piece * 30 + "\n") * (60_000 // (30 * len(piece))))
     assert time.process_time() - start < 20
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real data in ../shared/data")
+def test_real_exercises_and_instructions_are_kept():
+    """Every Chinese chat with a fraction in LaTeX is kept as it is, and no chat loses a line as boilerplate."""
+    exercises = 0
+    for name, signs in (("sft_zh", ("\\frac", "登录", "密码", "下一页")), ("sft_en", ("\\frac", "log in", "password"))):
+        with lzma.open(SHARED_DATA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
+            for line in itertools.islice(lines, 20_000):
+                text = json.dumps(json.loads(line), ensure_ascii=False).replace("\\\\", "\\")
+                if not any(sign in text for sign in signs):
+                    continue
+                verdict = judge(json.loads(line), skip=["personal", "markup", "characters"])
+                assert "boilerplate" not in {mark.rule for mark in verdict.marks}
+                if "\\frac" in text and name == "sft_zh":
+                    exercises += 1
+                    assert verdict.kept, (line, verdict.marks)
+    assert exercises > 100
