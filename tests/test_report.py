@@ -145,7 +145,7 @@ def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
         (["--judge", "nowhere", "--judge_model", "m"], "--judge nowhere: not an address"),
         (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "is the server running?"),
         (["--prompt", "x" * 200], "the model reads at most 96"),
-        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--temperature", "-1"], "--temperature: -1 is not a number of at least 0"),
     ],
     ids=lambda value: str(value)[:30],
 )
