@@ -138,7 +138,7 @@ def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
     [
         (["--texts", "absent.txt"], "absent.txt"),
         (["--chats", "absent.jsonl"], "absent.jsonl"),
-        (["--max_bytes", "0"], "--max_bytes 0"),
+        (["--max_bytes", "0"], "--max_bytes: 0 is not"),
         (["--stage", "pretrain"], "--stage does not go with --report"),
         (["--questions", "q.jsonl"], "--questions does not go with --report"),
         (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME go together"),
