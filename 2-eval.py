@@ -26,6 +26,7 @@ Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how 
 import argparse
 import sys
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from corpus.prompts import FIRST
 from corpus.questions import read_lines, read_questions, sound
@@ -34,7 +35,7 @@ from model.presets import CHOICES
 
 def make_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in FIRST)
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
     add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
     add("--checkpoint", help="a .pth file or the folder of a transformers model, instead of --stage")
@@ -45,21 +46,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--questions", metavar="FILE", help="jsonl file of questions with keys: prints the share answered right")
     add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message in front of every conversation")
-    add("--history", type=int, metavar="N", help="turns the model is told again (default: all; 0 with --prompts)")
+    add("--history", type=flags.non_negative_int, metavar="N",
+        help="turns the model is told again (default: all; 0 with --prompts)")  # fmt: skip
     preset = "where these flags are not given: settings of the model's chat format (auto), none, or of another format"
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset}; none in a --report (default: auto)")
-    add("--temperature", type=float, help="0: always the likeliest token (default: 0.7)")
-    add("--top_k", type=int, help="draw among the k likeliest tokens (default: 0, all)")
-    add("--top_p", type=float, help="draw among the likeliest that sum to p (default: 0.9)")
-    add("--min_p", type=float, help="drop tokens below this share of the likeliest (default: 0)")
-    add("--repetition_penalty", type=float, help="above 1: repeat less, try 1.1 (default: 1)")
+    add("--temperature", type=flags.non_negative_float, help="0: always the likeliest token (default: 0.7)")
+    add("--top_k", type=flags.non_negative_int, help="draw among the k likeliest tokens (default: 0, all)")
+    add("--top_p", type=flags.positive_fraction, help="draw among the likeliest that sum to p (default: 0.9)")
+    add("--min_p", type=flags.fraction, help="drop tokens below this share of the likeliest (default: 0)")
+    add("--repetition_penalty", type=flags.positive_float, help="above 1: repeat less, try 1.1 (default: 1)")
     ngrams = "no N tokens in a row come twice, the prompt included (default: 0, off)"
-    add("--no_repeat_ngram_size", type=int, metavar="N", help=ngrams)
+    add("--no_repeat_ngram_size", type=flags.non_negative_int, metavar="N", help=ngrams)
     beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
-    add("--num_beams", type=int, metavar="K", help=beams)
+    add("--num_beams", type=flags.between(1, 8), metavar="K", help=beams)
     add("--length_penalty", type=float, help="a beam's score: log-probability / length ** this (default: 1)")
-    add("--max_new_tokens", type=int, help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")
-    add("--seed", type=int, help="the same seed draws the same answers (default of --report: 0)")
+    add("--max_new_tokens", type=flags.positive_int,
+        help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")  # fmt: skip
+    add("--seed", type=flags.seed, help="the same seed draws the same answers (default of --report: 0)")
     add = parser.add_argument_group("several models side by side").add_argument
     add(
         "--report",
@@ -70,7 +73,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--report_api_key", metavar="KEY", help="of the servers behind --report (default: the variable REPORT_API_KEY)")
     add("--texts", nargs="+", default=[], metavar="NAME=FILE", help="held-out text for bits per byte, as zh=FILE")
     add("--chats", metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
-    add("--max_bytes", type=int, default=100_000, help="read from the start of a text, and of chats (default: 100000)")
+    add("--max_bytes", type=flags.positive_int, default=100_000,
+        help="read from the start of a text, and of chats (default: 100000)")  # fmt: skip
     add("--judge", metavar="BASE_URL", help="a model that scores and ranks the answers, as http://localhost:8000/v1")
     add("--judge_model", metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument
@@ -97,8 +101,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} does not go with --report: name the models behind --report")
     if bool(args.judge) != bool(args.judge_model):
         raise UserError("--judge BASE_URL and --judge_model NAME go together")
-    if args.history is not None and args.history < 0:
-        raise UserError(f"--history {args.history}: a number of turns is needed, 0 or more")
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_for
 """
 
 from corpus.errors import UserError, fail_in_one_line
+from corpus.flags import NameList
 from model.chat_formats import FORMAT_NAMES
 from trainer.cli import add_length_flag, make_parser, shares
 from trainer.recipes import add_recipe_flag, describe_recipe
@@ -41,7 +42,8 @@ def main() -> None:
     add("--chat_format", choices=FORMAT_NAMES, help="how chats are written from now on; none given: as the parent does")
     add_recipe_flag(parser)
     add_length_flag(parser, "longer chats lose their last turns")
-    add("--data_share", type=shares, help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")
+    add("--data_share", action=NameList, read=shares, metavar="SHARE",
+        help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
     add("--questions", metavar="FILE", help="with --data_share: count right answers too (jsonl as for 2-eval.py)")
     args = parser.parse_args()
     if args.questions and not args.data_share:

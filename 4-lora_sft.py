@@ -17,8 +17,9 @@ Writes  out/lora_sft_512.pth, and beside it the log (.jsonl), the curves (.png) 
 Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), model/checkpoint.py (who finds the parent).
 """
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
-from trainer.cli import add_length_flag, make_parser, positive
+from trainer.cli import add_length_flag, make_parser
 
 LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 
@@ -37,11 +38,13 @@ def compute_loss(model, batch):
 
 def add_lora_flags(parser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=positive, default=8, help="r: rows of A and columns of B")
-    add("--alpha", type=float, default=16.0, help="the change is scaled by alpha / r")
-    add("--lora_dropout", type=float, default=0.0, help="dropout on what A sees")
-    add("--targets", nargs="+", default=["all"], metavar="NAME",
-        help="which matrices: all, attention, mlp, experts, shared_experts, q_proj, …")  # fmt: skip
+    add("--rank", type=flags.between(1, 65536), default=8, help="r: rows of A and columns of B")
+    add("--alpha", type=flags.Limit(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
+        help="the change is scaled by alpha / r")  # fmt: skip
+    add("--lora_dropout", type=flags.fraction_below_one, default=0.0, help="dropout on what A sees")
+    add("--targets", action=flags.NameList, default=["all"], metavar="NAME",
+        help="which matrices: all (or all-linear), attention, mlp, experts, shared_experts, q_proj, … "
+        "with commas or spaces between them")  # fmt: skip
     add("--init_adapter", metavar="DIR", help="start from a peft folder, with its rank, alpha, dropout and targets")
     add("--peft_dir", metavar="DIR", help="also write adapter_config.json and adapter_model.safetensors there")
 

@@ -21,7 +21,8 @@ import argparse
 import functools
 from pathlib import Path
 
-from corpus.errors import UserError, fail_in_one_line
+from corpus import flags
+from corpus.errors import fail_in_one_line
 from trainer.cli import add_length_flag, make_parser
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
@@ -78,17 +79,16 @@ def main() -> None:
     add = parser.add_argument_group("preferences").add_argument
     add("--loss", choices=tuple(BETA), default="dpo", help="what is made of the log-probabilities of a pair")
     betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
-    add("--beta", type=float, default=argparse.SUPPRESS,
+    add("--beta", type=flags.positive_float, default=argparse.SUPPRESS,
         help=f"strength of the tie to the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
-    add("--simpo_gamma", type=float, default=1.0, help="simpo: the margin that is asked for")
-    add("--sft_weight", type=float, default=0.0, help="weight of the chosen answers' own loss (arXiv:2404.19733)")
-    add("--max_chosen_drop", type=float, default=0.2,
+    add("--simpo_gamma", type=flags.non_negative_float, default=1.0, help="simpo: the margin that is asked for")
+    add("--sft_weight", type=flags.non_negative_float, default=0.0,
+        help="weight of the chosen answers' own loss (arXiv:2404.19733)")  # fmt: skip
+    add("--max_chosen_drop", type=flags.non_negative_float, default=0.2,
         help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
     add_length_flag(parser, "longer pairs lose the first turns of their prompt")
     args = parser.parse_args()
     args.beta = getattr(args, "beta", BETA[args.loss])
-    if args.beta <= 0:
-        raise UserError(f"--beta {args.beta:g}: must be above 0")
 
     from corpus.pairs import PAIRS
     from model.checkpoint import find_parent, load_model

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus import prepare
+from corpus import flags, prepare
 from corpus.errors import UserError, fail_in_one_line
 from corpus.layouts import parse_keys, print_layouts
 from corpus.report import DataReport
@@ -136,7 +136,7 @@ def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and end")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
@@ -158,20 +158,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
         )
         sub.add_argument("--out_dir", default=f"dataset/{kind}", help="folder to write (default: %(default)s)")
-        sub.add_argument(
-            "--val_share", type=share, default=held_out, help="share held out for validation (default: %(default)s)"
-        )
-        sub.add_argument(
-            "--max_bad_share", type=share, default=0.01, help="share of unusable rows to put up with (default: 0.01)"
-        )
+        sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
+            help="share held out for validation (default: %(default)s)")  # fmt: skip
+        sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
+            help="share of unusable rows to put up with (default: 0.01)")  # fmt: skip
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
-        sub.add_argument("--samples", type=int, default=3, help="samples that --check shows (default: %(default)s)")
-        sub.add_argument(
-            "--keys",
-            default="",
-            metavar="FIELD=KEY,…",
-            help="keys of another layout, for example prompt=ask,answer=reply; fields: --list_layouts",
-        )
+        sub.add_argument("--samples", type=flags.non_negative_int, default=3,
+            help="samples that --check shows (default: %(default)s)")  # fmt: skip
+        sub.add_argument("--keys", default="", metavar="FIELD=KEY,…",
+            help="keys of another layout, for example prompt=ask,answer=reply; fields: --list_layouts")  # fmt: skip
         if kind == "pretrain":
             sub.add_argument(
                 "--source_key",
@@ -181,17 +176,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
-            sub.add_argument(
-                "--max_seq_len",
-                type=int,
-                default=512,
-                help=f"longer {longer} (default: %(default)s); training has the same flag",
-            )
-            sub.add_argument(
-                "--chat_format",
-                choices=FORMAT_NAMES,
-                help="how chats are written; none given: as the tokenizer's folder says",
-            )
+            sub.add_argument("--max_seq_len", type=flags.positive_int, default=512,
+                help=f"longer {longer} (default: %(default)s); training has the same flag")  # fmt: skip
+            sub.add_argument("--chat_format", choices=FORMAT_NAMES,
+                help="how chats are written; none given: as the tokenizer's folder says")  # fmt: skip
         if kind == "sft":
             sub.add_argument(
                 "--only", choices=("single", "multi"), default="", help="only chats of one turn, or of several"
@@ -229,20 +217,14 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
     )
-    add("--keep_share", type=share, default=1.0, help="keep this share, nearest to the middle of the band (default: 1)")
+    add("--keep_share", type=flags.positive_fraction, default=1.0,
+        help="keep this share, nearest to the middle of the band (default: 1)")  # fmt: skip
 
 
 def band(text: str) -> Any:
     from corpus.choose import parse_band
 
     return parse_band(text)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("a share is a number between 0 and 1, for example 0.01")
-    return value
 
 
 def open_tokenizer(folder: str) -> Any:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from model.config import PRESETS
 
@@ -297,10 +298,12 @@ def interpreter() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/demo", help="everything goes here (default: out/demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, the weights and the order (default: 0)")
-    parser.add_argument("--max_steps", type=int, default=0, help="try the path: stop each training after so many steps")
+    parser.add_argument("--seed", type=flags.seed, default=0,
+        help="of the world, the weights and the order (default: 0)")  # fmt: skip
+    parser.add_argument("--max_steps", type=flags.max_steps, default=0,
+                        help="try the path: stop each training after so many steps (-1 or 0: no limit)")  # fmt: skip
     args = parser.parse_args()
     out = Path(args.out_dir)
     if Path.cwd() != ROOT:  # the commands run in the project's folder

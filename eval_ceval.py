@@ -23,11 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the exam").add_argument
     add(
         "--data",
@@ -37,15 +38,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
     add("--split", default="", help="dev, val, test, or all: files of no split (default: val, else all, else test)")
-    add("--subjects", default="", help="only these, separated by commas (default: all)")
+    add("--subjects", action=flags.NameList, default=[], metavar="NAME",
+        help="only these, separated by commas or spaces (default: all)")  # fmt: skip
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--checkpoint", help="a .pth file")
     add("--model", metavar="DIR", help="the folder of a transformers model (Llama, Qwen3)")
     add = parser.add_argument_group("how to ask").add_argument
     add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
-    add("--shots", type=int, default=0, help="examples from dev in front of each question (default: 0)")
-    add("--shuffle_options", type=int, default=1, metavar="K", help="average over K orders, 4: each letter once each")
+    add("--shots", type=flags.non_negative_int, default=0,
+        help="examples from dev in front of each question (default: 0)")  # fmt: skip
+    add("--shuffle_options", type=flags.between(1, 24), default=1, metavar="K",
+        help="average over K of the 24 orders of the options; 4: each letter once each")  # fmt: skip
     add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for the chat stages")
     add("--prompt", action="store_true", help="show one prompt of each subject and save all")
     add = parser.add_argument_group("machine").add_argument
@@ -53,23 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write all scores to this file too")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add(
-        "--batch_tokens",
-        type=int,
-        default=0,
-        help="positions computed at once (default: 1024 on a CPU; 1: one question)",
-    )
+    add("--batch_tokens", type=flags.non_negative_int, default=0,
+        help="positions computed at once (default: 1024 on a CPU; 1: one question)")  # fmt: skip
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    for name, good, rule in (
-        ("shots", args.shots >= 0, "at least 0"),
-        ("shuffle_options", 1 <= args.shuffle_options <= 24, "from 1 to 24, the number of orders of four options"),
-        ("batch_tokens", args.batch_tokens >= 0, "at least 0"),
-    ):
-        if not good:
-            raise UserError(f"--{name} must be {rule}, not {getattr(args, name)}")
     if args.method == "text" and args.shuffle_options > 1:
         raise UserError("--shuffle_options changes nothing with --method text: the options are not shown")
 
@@ -148,7 +141,7 @@ def main() -> None:
     check(args)
     from corpus.exams import read_exam
 
-    run(args, read_exam(args.data, args.split, [name.strip() for name in args.subjects.split(",") if name.strip()]))
+    run(args, read_exam(args.data, args.split, args.subjects))
 
 
 if __name__ == "__main__":

@@ -21,18 +21,20 @@ import argparse
 import re
 from pathlib import Path
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 
 NUMBER_FORMATS = ("float32", "bfloat16", "float16")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="out/*.pth, or a transformers folder")
     parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; it must not be there yet")
     add = parser.add_argument_group("what is written").add_argument
     add("--dtype", choices=NUMBER_FORMATS, help="number format of the weights (default: float32)")
-    add("--max_shard_gb", type=float, default=4.0, help="weights are split into files of this size (default: 4)")
+    add("--max_shard_gb", type=flags.positive_float, default=4.0,
+        help="weights are split into files of this size (default: 4)")  # fmt: skip
     add("--gguf", choices=("f32", "f16", "bf16", "q8_0"), help="also a GGUF file in this format, and a Modelfile")
     add("--adapter", action="store_true", help="write a LoRA adapter alone, as a peft folder")
     add("--base", metavar="NAME", help="with --adapter: where its parent is found (default: the parent's name)")
@@ -56,7 +58,6 @@ def check_flags(args: argparse.Namespace) -> None:
         "--adapter takes neither --dtype nor --gguf": args.adapter and (args.dtype or args.gguf),
         "--base names the parent of a kept adapter: add --adapter": args.base and not args.adapter,
         "--private and --dry_run belong to --push_to_hub": (args.private or args.dry_run) and not args.push_to_hub,
-        "--max_shard_gb must be above 0": not args.max_shard_gb > 0,
     }.items():
         if wrong:
             raise UserError(problem)

@@ -18,6 +18,7 @@ import ipaddress
 import os
 import socket
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from model.presets import CHOICES
 
@@ -25,24 +26,29 @@ PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
     add("--checkpoint", nargs="+", metavar="FILE", help=".pth files or transformers folders; NAME=FILE names one")
     add("--out_dir", default="out", help="where the latest stage is looked for otherwise (default: out)")
-    add("--max_context", type=int, default=4096, help="longest prompt and answer together (default: 4096)")
+    add("--max_context", type=flags.at_least(8), default=4096,
+        help="longest prompt and answer together (default: 4096)")  # fmt: skip
     strict = "404 for unknown model names; a server of one model answers them with it otherwise"
     add("--strict_model_names", action="store_true", help=strict)
     preset = "sampling of chats whose request names none: that of the model's chat format (auto), none, or a format's"
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset} (default: auto)")
     add = parser.add_argument_group("who may ask").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    add("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    add("--port", type=flags.between(0, 65535), default=8000, help="0: any that is free (default: 8000)")
     add("--api_key", metavar="KEY", help="clients must send it (default: $MENGYA_API_KEY, else none)")
-    add("--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may ask, as https://chat.example.org")
+    add("--cors", action=flags.NameList, default=[], metavar="ORIGIN",
+        help="web pages that may ask, as https://chat.example.org")  # fmt: skip
     add = parser.add_argument_group("how much").add_argument
-    add("--seats", type=int, default=16, help="answers per model that are decoded together (default: 16)")
-    add("--queue", type=int, default=64, help="answers per model that may wait; then 429 (default: 64)")
-    add("--max_request_bytes", type=int, default=2**20, help="larger requests get 413 (default: 1048576)")
+    add("--seats", type=flags.positive_int, default=16,
+        help="answers per model that are decoded together (default: 16)")  # fmt: skip
+    add("--queue", type=flags.non_negative_int, default=64,
+        help="answers per model that may wait; then 429 (default: 64)")  # fmt: skip
+    add("--max_request_bytes", type=flags.positive_int, default=2**20,
+        help="larger requests get 413 (default: 1048576)")  # fmt: skip
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
@@ -51,12 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers that make no sense, and for a door that would be open to the network."""
-    for name, least in {"seats": 1, "queue": 0, "max_request_bytes": 1, "max_context": 8}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if not 0 <= args.port < 2**16:
-        raise UserError(f"--port must be from 0 to 65535, not {args.port}")
+    """Raises UserError for a key that cannot be sent, and for a server without a key that the network would reach."""
     args.api_key = args.api_key or os.environ.get("MENGYA_API_KEY") or None
     if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
         raise UserError("--api_key: use letters, digits and signs of ASCII, without spaces")

@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from model.chat_formats import FORMAT_NAMES
 
@@ -35,7 +36,7 @@ LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         description="Learn how to cut text into tokens from your own text, in less than a minute.",
         epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
         '           python train_tokenizer.py --inspect "从零开始 train a model"',
@@ -52,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["bpe", "unigram"],
         default="bpe",
     )
-    counts: dict[str, Any] = {"type": int, "metavar": "N"}
+    counts: dict[str, Any] = {"type": flags.positive_int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
     add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
     add(
@@ -64,8 +65,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
     add("--read_budget", "bytes of text to choose from, at most (default: 1000000000)", default=1_000_000_000, **counts)
-    add("--max_bad_share", "rows that may be unusable (default: 0.01)", default=0.01, type=float, metavar="SHARE")
-    add("--seed", "another number samples other documents (default: 0)", default=0, **counts)
+    add(
+        "--max_bad_share",
+        "rows that may be unusable (default: 0.01)",
+        default=0.01,
+        type=flags.fraction,
+        metavar="SHARE",
+    )
+    add("--seed", "another number samples other documents (default: 0)", default=0, type=flags.seed, metavar="N")
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
     add_compare_flags(parser)
     args = parser.parse_args(argv)
@@ -73,8 +80,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give FILES to train on, --inspect TEXT to look at a tokenizer, or --compare FOLDERS")
     if (args.compare_on or args.out) and not args.compare:
         parser.error("--compare_on and --out belong to --compare")
-    if min(args.byte_budget, args.read_budget) < 1:
-        parser.error("--byte_budget and --read_budget are numbers of bytes, at least 1")
     return args
 
 

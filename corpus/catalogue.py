@@ -20,7 +20,7 @@ class Source:
     what: str
     repository: str
     files: tuple[str, ...]
-    size: int  # bytes of `files` together, roughly
+    size: int  # bytes of `files` together, roughly; 0: not known here
     licence: str
     command: str  # what to do with FILE once it is here
     revision: str = "main"
@@ -111,6 +111,26 @@ CATALOGUE: dict[str, Source] = {
             int(4.85 * GB),
             _BELLE,
             _SFT,
+        ),
+        Source(
+            "deepctrl-sft",
+            "about 10 million chats, Chinese; --file sft_data_en.jsonl: about 2 million, English",
+            "",
+            ("sft_data_zh.jsonl",),
+            0,
+            "see its page; collected from public sets, each row names its own",
+            _SFT,
+            modelscope="deepctrl/deepctrl-sft-data",
+        ),
+        Source(
+            "huozi-dpo",
+            "16,900 pairs of answers of the model Huozi, Chinese, compared by people (HIT-SCIR/huozi, as json)",
+            "Skepsun/huozi_rlhf_data_json",
+            ("huozi_rlhf_data.json",),
+            int(23.2 * MB),
+            "Apache-2.0 as stated there",
+            _DPO,
+            revision="e6eea0dacccad7acf7e1b8d4d4c8dc75eccce321",
         ),
         Source(
             "ceval",

@@ -15,7 +15,7 @@ from corpus.report import BadRow
 from corpus.rewrite import Row, as_line
 from corpus.rows import READER, RowReader
 from corpus.rules import Rule, choose_rules
-from corpus.rules_drop import Limits, Page
+from corpus.rules_prose import Limits, Page
 from corpus.tally import Chooser, Mark, Verdict, rank_of
 
 AROUND = 30  # characters shown before and after a change
@@ -63,8 +63,9 @@ class Clean:
 
     def judge_row(self, row: Row) -> Verdict:
         marks: list[Mark] = []
-        mended = self.reader.edit(row.row, lambda text: self._mend(text, marks))
-        language, characters, is_text = language_of(row.text), len(row.text), row.kind == "text"
+        is_text = row.kind == "text"
+        mended = self.reader.edit(row.row, lambda text: self._mend(text, marks, is_text))
+        language, characters = language_of(row.text), len(row.text)
         try:
             text = self.reader.content(mended).text
         except BadRow as reason:
@@ -76,9 +77,9 @@ class Clean:
                 return Verdict(None, language, characters, [*marks, self._drop(rule, text, why)])
         return Verdict(as_line(mended), language, characters, marks)
 
-    def _mend(self, text: str, marks: list[Mark]) -> str:
+    def _mend(self, text: str, marks: list[Mark], is_text: bool) -> str:
         for rule in self.rules:
-            if rule.edits and (mended := rule.function(text)) != text:
+            if rule.edits and (is_text or rule.of_chats) and (mended := rule.function(text)) != text:
                 rank = rank_of(rule.name, text)
                 example = difference(text, mended) if self.chooser.wants(rule.name, rank) else ""
                 marks.append(Mark(rule.name, max(len(text) - len(mended), 0), "", example, rank))

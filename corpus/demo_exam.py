@@ -22,9 +22,11 @@ import os
 import random
 from pathlib import Path
 
+from corpus import flags
 from corpus.demo_facts import Fact, Word
 from corpus.demo_grammar import fill
 from corpus.demo_world import LANGUAGES, World
+from corpus.errors import fail_in_one_line
 from corpus.exams import LETTERS
 from corpus.questions import is_right
 
@@ -114,13 +116,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/demo/exam", help="folder to write (default: out/demo/exam)")
-    parser.add_argument("--seed", type=int, default=0, help="that of the demo world (default: 0)")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="that of the demo world (default: 0)")
     args = parser.parse_args()
     counts = build(args.out_dir, args.seed)
     print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
 
 
 if __name__ == "__main__":
-    main()
+    with fail_in_one_line():
+        main()

@@ -32,10 +32,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from corpus import demo_wordings_en, demo_wordings_zh
+from corpus import demo_wordings_en, demo_wordings_zh, flags
 from corpus.demo_facts import Fact, facts_of
 from corpus.demo_grammar import fill, lines, options, read_wordings
 from corpus.demo_tuning import identity_chats, identity_questions, pairs
+from corpus.errors import fail_in_one_line
 from corpus.questions import is_right
 
 LANGUAGES = ("zh", "en")
@@ -284,16 +285,20 @@ def build(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/demo/world", help="folder to write (default: out/demo/world)")
-    parser.add_argument("--seed", type=int, default=0, help="decides every choice (default: 0)")
-    parser.add_argument("--statement_rounds", type=int, default=60, help="statements per fact (default: 60)")
-    parser.add_argument("--chat_rounds", type=int, default=8, help="taught questions per asked fact (default: 8)")
-    parser.add_argument("--questions", type=int, default=300, help="held-out questions per language (default: 300)")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="decides every choice (default: 0)")
+    parser.add_argument("--statement_rounds", type=flags.positive_int, default=60,
+        help="statements per fact (default: 60)")  # fmt: skip
+    parser.add_argument("--chat_rounds", type=flags.positive_int, default=8,
+        help="taught questions per asked fact (default: 8)")  # fmt: skip
+    parser.add_argument("--questions", type=flags.positive_int, default=300,
+        help="held-out questions per language (default: 300)")  # fmt: skip
     args = parser.parse_args()
     counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
     print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
 if __name__ == "__main__":
-    main()
+    with fail_in_one_line():
+        main()

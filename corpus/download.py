@@ -215,11 +215,16 @@ def unpack(archive: Path) -> list[Path]:
         raise UserError(f"{archive} cannot be unpacked ({error}): delete it and download it again") from None
 
 
-def _place(archive: Path, name: str, content: Any) -> Path:
+def leaves_folder(name: str) -> bool:
+    """Whether a relative POSIX path could name something outside the folder it is joined to, or the folder itself."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:|.*\\", name):
+    return not path.name or path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:|.*\\", name))
+
+
+def _place(archive: Path, name: str, content: Any) -> Path:
+    if leaves_folder(name):
         raise UserError(f"{archive} holds a file that would land outside its folder ({name}): nothing more is unpacked")
-    target = archive.parent.joinpath(*path.parts)
+    target = archive.parent.joinpath(*PurePosixPath(name).parts)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
     with temporary.open("wb") as file:
@@ -248,6 +253,9 @@ def download(name: str, files: list[str], mirror: str, out_dir: str) -> list[Pat
     if name not in CATALOGUE:
         raise UserError(f"{name}: no such data set; there are {', '.join(CATALOGUE)}")
     entry, folder = CATALOGUE[name], Path(out_dir) / name
+    for file in files:
+        if leaves_folder(file):
+            raise UserError(f"--file {file}: give the path of a file in the repository, as {entry.files[0]}")
     places = [folder / PurePosixPath(file).name for file in files or entry.files]
     if not files and not all(place.is_file() for place in places):
         require_space(folder, entry.size)
@@ -301,6 +309,8 @@ def require_space(folder: Path, size: int) -> None:
 
 
 def size_text(size: int) -> str:
+    if not size:
+        return "see its page"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

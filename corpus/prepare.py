@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from corpus import flags
 from corpus.errors import UserError
 from corpus.layouts import parse_keys
 from corpus.report import DataReport
@@ -36,18 +37,22 @@ def add_commands(kinds: Any) -> None:
         sub = kinds.add_parser(name, help=what, description=what)
         sub.add_argument("files", nargs="+", metavar="FILES", help="as for `pretrain`: text, chats or pairs of answers")
         sub.add_argument("--out_dir", default=f"dataset/{name}", help="folder to write (default: %(default)s)")
-        sub.add_argument("--max_bad_share", type=float, default=0.01, help="share of unusable rows to put up with")
+        sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
+                         help="share of unusable rows to put up with (default: 0.01)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
-        sub.add_argument("--workers", type=int, default=1, help="processes; the result is the same (default: 1)")
+        sub.add_argument("--workers", type=flags.positive_int, default=1,
+                         help="processes; the result is the same (default: 1)")  # fmt: skip
         ADD_FLAGS[name](sub)
 
 
 def _clean_flags(sub: argparse.ArgumentParser) -> None:
+    names: dict[str, Any] = {"action": flags.NameList, "nargs": None}  # one argument: FILES may follow
     sub.add_argument("--list_rules", action=_ListRules, nargs=0, help="show every rule with its source, and end")
-    sub.add_argument("--skip", type=_names, default=[], metavar="RULE,…", help="rules to leave out")
-    sub.add_argument("--also", type=_names, default=[], metavar="RULE,…", help="rules to add: simplify, …")
-    sub.add_argument("--min_words", type=int, default=10, help="shorter texts go (default: %(default)s; Gopher: 50)")
-    sub.add_argument("--languages", type=_names, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
+    sub.add_argument("--skip", **names, default=[], metavar="RULE,…", help="rules to leave out")
+    sub.add_argument("--also", **names, default=[], metavar="RULE,…", help="rules to add: simplify, …")
+    sub.add_argument("--min_words", type=flags.non_negative_int, default=10,
+                     help="shorter texts go (default: %(default)s; Gopher: 50)")  # fmt: skip
+    sub.add_argument("--languages", **names, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
     sub.add_argument("--unsafe_words", metavar="FILE", help="more phrases for the rule `unsafe`, one a line")
     sub.add_argument("--check", action="store_true", help="write nothing: only the report, with its examples")
 
@@ -63,7 +68,7 @@ def _dedup_flags(sub: argparse.ArgumentParser) -> None:
 def _decontaminate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--against", nargs="+", required=True, metavar="EXAM",
                      help="folders, archives or files of questions")  # fmt: skip
-    sub.add_argument("--overlap", type=float, default=0.5,
+    sub.add_argument("--overlap", type=flags.fraction, default=0.5,
                      help="share of a question that must be there; 0: one n-gram (default: %(default)s)")  # fmt: skip
 
 
@@ -78,10 +83,6 @@ class _ListRules(argparse.Action):
         parser.exit()
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     """Run one of the commands. Raises UserError for what the user can mend."""
@@ -89,8 +90,6 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     from corpus.rewrite import check_out_dir, rewrite
     from corpus.shards import partial_folder
 
-    if args.workers < 1 or not 0 <= args.max_bad_share <= 1:
-        raise UserError("--workers is a whole number from 1, --max_bad_share a number between 0 and 1")
     if args.kind == "dedup" and args.executor != "here":
         return _run_many(args)
     reader = RowReader(parse_keys(args.keys))
@@ -127,14 +126,13 @@ def _step(args: argparse.Namespace, reader: Any) -> Any:
     if args.kind == "decontaminate":
         from corpus.decontaminate import Decontaminate, read_exam
 
-        if not 0 <= args.overlap <= 1:
-            raise UserError("--overlap is a number between 0 (one n-gram is enough) and 1 (the whole question)")
         exam = read_exam(args.against)
         short = f"; {exam.too_short:,} too short to look for" if exam.too_short else ""
         print(f"looking for {len(exam.questions):,} questions of {', '.join(exam.names)}{short}")
         return Decontaminate(exam, args.overlap, reader)
     from corpus.clean import Clean
-    from corpus.rules_drop import UNSAFE, Limits
+    from corpus.rules_prose import Limits
+    from corpus.rules_words import UNSAFE
 
     unsafe: tuple[str, ...] = UNSAFE
     if args.unsafe_words:

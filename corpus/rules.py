@@ -35,8 +35,8 @@ class Rule:
     of_chats: bool = False
 
 
-def _edit(name: str, what: str, source: str, on: bool = True) -> Rule:
-    return Rule(name, what, source, getattr(rules_edit, name), edits=True, on=on, of_chats=True)
+def _edit(name: str, what: str, source: str, on: bool = True, of_chats: bool = True) -> Rule:
+    return Rule(name, what, source, getattr(rules_edit, name), edits=True, on=on, of_chats=of_chats)
 
 
 def _drop(name: str, what: str, source: str, on: bool = True, of_chats: bool = False) -> Rule:
@@ -48,12 +48,13 @@ RULES = (
     _edit("characters", "control and invisible characters go; full-width letters and digits become ASCII; NFC", OURS),
     _edit("simplify", "traditional characters become simplified ones", "OpenCC, t2s", on=False),
     _edit("markup", "HTML, markdown links, BBCode and wiki marks go, their text stays", OURS),
-    _edit("boilerplate", "short lines of navigation, copyright, sharing and cookie notices go", f"{C4}; phrases ours"),
+    _edit("boilerplate", "copyright and cookie notices, and rows of navigation links, go; sentences and chats stay",
+          f"{C4}; patterns ours", of_chats=False),
     _edit("personal", "phone, identity card, e-mail and messenger numbers are masked", "GB 11643-1999; patterns ours"),
     _drop("mojibake", "more than one undecodable place in 200 characters", OURS, of_chats=True),
     _drop("too_short", "fewer than --min_words words (1.5 Chinese characters)", f"{GOPHER} has 50; number ours"),
     _drop("too_long", "more than 100,000 words", GOPHER),
-    _drop("language", "neither of --languages (lingua, offline)", "lingua", of_chats=True),
+    _drop("language", "prose in neither of --languages (lingua, offline)", "lingua", of_chats=True),
     _drop("few_letters", "< 30 % Chinese characters, or < 80 % of English words with a letter",
           f"{CHINESE_WEB_TEXT}; {GOPHER}"),
     _drop("word_length", "English words shorter than 3 or longer than 10 characters on average", GOPHER),

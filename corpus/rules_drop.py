@@ -3,17 +3,16 @@
 The statistics are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1), of C4 (Raffel et
 al. 2020, arXiv 1910.10683, section 2.2) and of ChineseWebText (Chen et al. 2023, arXiv 2311.01149; the numbers are in
 its preprocess.py). Gopher counts words, and Chinese has no spaces: there a word counts as 1.5 characters, which is our
-choice, and rules that ask for English words do not ask Chinese pages.
+choice, and rules that ask for English words do not ask Chinese pages. Statistics of words and letters are those of the
+prose: see rules_prose.py.
 
-Read next: rules.py (the table and its sources), rules_words.py (the phrases).
+Read next: rules.py (the table and its sources), rules_prose.py (the page), rules_words.py (the phrases).
 """
 
 import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,56 +20,19 @@ import numpy as np
 from corpus.errors import UserError
 from corpus.language import chinese_characters, language_of
 from corpus.ngrams import codes_of, ngram_hashes
-from corpus.rules_words import ADVERTS, UNSAFE
-
-ZH_WORD = 1.5  # characters of a Chinese word, about
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The numbers that a user may change."""
-
-    min_words: int = 10  # Gopher: 50. Poems and entries of dictionaries are shorter, and they are good text
-    languages: tuple[str, ...] = ("zh", "en")
-    unsafe: tuple[str, ...] = UNSAFE  # in small letters
-
-
-@dataclass
-class Page:
-    """A document and what several rules ask about it, counted once."""
-
-    text: str
-
-    @cached_property
-    def language(self) -> str:
-        return language_of(self.text)
-
-    @cached_property
-    def small(self) -> str:
-        return self.text.lower()
-
-    @cached_property
-    def squeezed(self) -> str:
-        """Without white space, in small letters."""
-        return "".join(self.small.split())
-
-    @cached_property
-    def words(self) -> list[str]:
-        """Split at white space: English words with their punctuation, as Gopher counts them."""
-        return self.text.split()
-
-    @cached_property
-    def lines(self) -> list[str]:
-        return [line for line in self.text.split("\n") if line]
+from corpus.rules_prose import ZH_WORD, Limits, Page, of_prose
+from corpus.rules_words import ADVERTS
 
 
 def too_short(page: Page, limits: Limits) -> str:
-    count = len(page.squeezed) / ZH_WORD if page.language == "zh" else len(page.words)
+    count = page.word_count
+    if count < limits.min_words and language_of(page.prose.text) == "zh":  # Chinese, most of whose letters are formulas
+        count = len(page.squeezed) / ZH_WORD
     return f"{count:.0f} words" if count < limits.min_words else ""
 
 
 def too_long(page: Page, limits: Limits) -> str:
-    count = len(page.squeezed) / ZH_WORD if page.language == "zh" else len(page.words)
+    count = page.word_count
     return f"{count:,.0f} words" if count > 100_000 else ""
 
 
@@ -90,22 +52,40 @@ SURE = 20  # letters that a text needs before its language is asked for
 _OTHER_THAN_HAN = re.compile("[\u3040-\u30ff\uac00-\ud7af\u1100-\u11ff]")  # kana and Hangul
 
 
+_NAME_OF_CODE = re.compile(r"(?<!\S)(?=[!-~]*[^\sA-Za-z.,:!?'\"-])[!-~]+(?!\S)")  # f(x), a_b, x2: ASCII, not a word
+
+
 def language(page: Page, limits: Limits) -> str:
     """Asked of the beginning and the middle of the page; Chinese characters without kana or Hangul are Chinese,
     and a text with "the" and "of" and "and" is English: the detector, which is slow, is asked about the others.
+    It takes LaTeX for Polish and code for German: where it finds another language, it is asked again about the words of
+    the prose, each once.
     """
-    middle = len(page.text) // 2
-    sample = page.text if len(page.text) < 240 else page.text[:120] + " " + page.text[middle : middle + 120]
+    sample = _sample(page.text)
     if page.language == "zh" and not _OTHER_THAN_HAN.search(sample):
         name = "zh"
     elif len(STOP_WORDS.intersection(sample.lower().split())) >= 3:
         name = "en"  # no other language has three of them
-    elif sum(map(str.isalpha, sample)) < SURE:
-        return ""
     else:
-        found = _lingua().detect_language_of(sample)
-        name = found.iso_code_639_1.name.lower() if found else "none"
-    return f"looks like {name}" if name not in limits.languages and name != "none" else ""
+        name = _detected(sample)
+        if name and name not in limits.languages:
+            words = _NAME_OF_CODE.sub(" ", page.prose.text).split()
+            name = _detected(_sample(" ".join(dict.fromkeys(words))))
+    return f"looks like {name}" if name and name not in limits.languages else ""
+
+
+def _detected(sample: str) -> str:
+    """ISO 639-1 code of a sample's language; "" where it has too few letters or is in none of the candidates."""
+    if sum(map(str.isalpha, sample)) < SURE:
+        return ""
+    found = _lingua().detect_language_of(sample)
+    return found.iso_code_639_1.name.lower() if found else ""
+
+
+def _sample(text: str) -> str:
+    """The text, or of a long one the first 120 characters and 120 from its middle."""
+    middle = len(text) // 2
+    return text if len(text) < 240 else text[:120] + " " + text[middle : middle + 120]
 
 
 # Languages that are told apart: those that share a script with Chinese or English, and the most frequent on the web.
@@ -147,6 +127,7 @@ def _lingua() -> Any:
 _NO_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")  # a word without one
 
 
+@of_prose
 def few_letters(page: Page, limits: Limits) -> str:
     """Gopher: 80 % of the words hold a letter. ChineseWebText: 30 % of the characters are Chinese."""
     if page.language == "zh":
@@ -156,6 +137,7 @@ def few_letters(page: Page, limits: Limits) -> str:
     return f"{share:.0%} of the words have a letter" if share < 0.8 else ""
 
 
+@of_prose
 def word_length(page: Page, limits: Limits) -> str:
     """English words are 3 to 10 characters long on average (Gopher)."""
     if page.language == "zh":
@@ -164,9 +146,10 @@ def word_length(page: Page, limits: Limits) -> str:
     return f"mean word length {mean:.1f}" if not 3 <= mean <= 10 else ""
 
 
+@of_prose
 def symbols(page: Page, limits: Limits) -> str:
     """At most one hash sign or ellipsis to ten words (Gopher)."""
-    words = len(page.squeezed) / ZH_WORD if page.language == "zh" else len(page.words)
+    words = page.word_count
     hashes, dots = page.text.count("#"), page.text.count("...") + page.text.count("…")
     return f"{hashes} '#', {dots} ellipses" if max(hashes, dots) > 0.1 * words else ""
 
@@ -182,6 +165,7 @@ def list_of_lines(page: Page, limits: Limits) -> str:
     return f"{bullets:.0%} bullets, {dots:.0%} ellipses" if lines > 1 and (bullets > 0.9 or dots > 0.3) else ""
 
 
+@of_prose
 def stop_words(page: Page, limits: Limits) -> str:
     """English text holds at least two of: the, be, to, of, and, that, have, with (Gopher)."""
     if page.language == "zh":
@@ -210,6 +194,7 @@ def repeated_lines(page: Page, limits: Limits) -> str:
     return ""
 
 
+@of_prose
 def repeated_ngrams(page: Page, limits: Limits) -> str:
     """Gopher, table A1, on words; ChineseWebText on Chinese: half of the 13-character n-grams come more than once."""
     if page.language == "zh":

@@ -4,7 +4,7 @@
     characters  "ＡＢＣ\\x00" -> "ABC"             control characters, widths, composed accents, line ends
     simplify    漢語         -> 汉语              only when asked for
     markup      "<b>a</b>"  -> "a"               tags, entities, markdown links, wiki markup; never inside ``` fences
-    boilerplate lines of navigation, copyright and sharing buttons
+    boilerplate lines with a copyright or cookie notice, rows of navigation links
     personal    13800138000 -> [PHONE]           phone, identity card, e-mail, messenger account
 
 A rule that finds nothing returns the very same text. The patterns have bounded repeats: no text makes them slow.
@@ -19,7 +19,8 @@ import unicodedata
 from typing import Any
 
 from corpus.errors import UserError
-from corpus.rules_words import BOILERPLATE_EN, BOILERPLATE_ZH
+from corpus.language import chinese_characters
+from corpus.rules_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICES
 
 # What UTF-8 looks like when it was read as Latin-1 or cp1252: an accented letter, then a byte of a continuation.
 _WRONG_PAGE = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
@@ -79,10 +80,12 @@ def _opencc() -> Any:
 
 
 _TAGS = (
-    "a|abbr|article|aside|b|big|blockquote|body|br|canvas|center|cite|col|dd|div|dl|dt|em|embed|fieldset|figcaption|"
-    "figure|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|ins|kbd|li|meta|nav|noscript|ol|p|picture|pre|"
-    "small|span|strike|strong|sub|sup|svg|table|tbody|td|textarea|tfoot|th|thead|tr|tt|u|ul"
+    "abbr|article|aside|big|blockquote|body|br|canvas|center|cite|col|dd|div|dl|dt|em|embed|fieldset|figcaption|"
+    "figure|font|footer|form|h[1-6]|head|header|hr|html|iframe|img|ins|kbd|li|meta|nav|noscript|ol|picture|pre|"
+    "small|span|strike|strong|sub|sup|svg|table|tbody|td|textarea|tfoot|th|thead|tr|tt|ul"
 )
+# One letter is also a name of a variable: in "x <a and b> y" there is no attribute.
+_LETTER_TAG = r"</?[abipu](?:\s[^<>=]{1,30}=[^<>]{0,2000})?\s?/?>"
 # Names that also stand in angle brackets in manuals ("<option>"): tags only when closing, or with an attribute.
 _WORDS = (
     "audio|button|code|input|label|link|main|mark|object|option|param|section|select|source|summary|time|title|video"
@@ -92,7 +95,8 @@ _HIDDEN = tuple(
     for opening, closing in (("<!--", "-->"), (r"<script\b", r"</script\s{0,9}>"), (r"<style\b", r"</style\s{0,9}>"))
 )
 _TAG = re.compile(
-    rf"</?(?:{_TAGS})(?:\s[^<>]{{0,2000}})?/?>|</(?:{_WORDS})>|<(?:{_WORDS})\s[^<>=]{{1,30}}=[^<>]{{0,2000}}>", re.I
+    rf"{_LETTER_TAG}|</?(?:{_TAGS})(?:\s[^<>]{{0,2000}})?/?>|</(?:{_WORDS})>|<(?:{_WORDS})\s[^<>=]{{1,30}}=[^<>]{{0,2000}}>",
+    re.I,
 )
 _BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\b[^<>]{0,200}>", re.I)
 _ENTITY = re.compile(r"&(?:#\d{1,6}|#x[0-9a-fA-F]{1,5}|[a-zA-Z]{2,31}\d{0,2});")
@@ -101,7 +105,8 @@ _LINK = re.compile(r"(?<!!)\[([^\[\]]{1,300})\]\((?:https?:|/|#|\./|mailto:)[^()
 _BBCODE = re.compile(
     r"\[(b|i|u|url|img|color|size|font|quote|center)(?:=[^\[\]]{0,300})?\]([^\[\]]{0,2000})\[/\1\]", re.I
 )
-_WIKI = re.compile(r"\[\[(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
+# Not an index (x[[1]]) and not a matrix ([[1, 2]]): a page has a name.
+_WIKI = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
 _MARKED = re.compile(r"[<\[]|&[#a-zA-Z]")
 
 
@@ -135,27 +140,52 @@ def _without_hidden(text: str) -> str:
 
 
 _LONGEST_ZH, _LONGEST_EN = 30, 90  # characters of a line that may be boilerplate: longer ones say something
+_NOTICE = re.compile("|".join(NOTICES), re.I)
+_MENU = re.compile(
+    rf"(?:请|您?需要)?(?:{'|'.join(MENU_ZH)})[^。！？!?；;，,]{{0,25}}|[^。！？!?；;，,\d][^。！？!?；;，,]{{0,25}}(?:{'|'.join(MENU_ZH)})"
+    rf"|(?:{'|'.join(MENU_EN)})\b[^.!?;]{{0,40}}",
+    re.I,
+)
+_AROUND_LINKS = " \t\u3000>›»«‹·•|*#-–—[]【】()（）:：…"
 
 
 def boilerplate(text: str) -> str:
-    """Short lines of navigation, copyright, sharing and cookie notices go.
+    """Short lines go that are a notice (copyright, cookies, JavaScript), or links of the page's navigation.
 
-    C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and the like; the phrases are ours.
+    A line of links goes with its neighbours: two or more such lines in a row, or the last lines of the page. A sentence
+    about logging in is none. C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and the like; the
+    patterns are ours.
     """
+    if "\n" not in text:
+        return text
     small = text.lower()
-    here = [phrase for phrase in BOILERPLATE_ZH if phrase in text]
-    also = [phrase for phrase in BOILERPLATE_EN if phrase in small]
-    if (not here and not also) or "\n" not in text:
+    if not any(hint in small for hint in BOILERPLATE_HINTS):
         return text
     lines = text.split("\n")
-    kept = [line for line in lines if not _is_boilerplate(line, here, also)]
-    return "\n".join(kept) if len(kept) < len(lines) else text
+    kinds = [_kind_of_line(line) for line in lines]
+    removed: set[int] = set()
+    run: list[int] = []
+    for i, kind in enumerate([*kinds, "text"]):
+        if kind == "notice":
+            removed.add(i)
+        if kind in ("notice", "menu"):
+            run.append(i)
+        elif kind == "text":
+            removed.update(run if len(run) > 1 or i == len(lines) else ())
+            run = []
+    return "\n".join(line for i, line in enumerate(lines) if i not in removed) if removed else text
 
 
-def _is_boilerplate(line: str, here: list[str], also: list[str]) -> bool:
-    if len(line) <= _LONGEST_ZH and any(phrase in line for phrase in here):
-        return True
-    return len(line) <= _LONGEST_EN and any(phrase in line.lower() for phrase in also)
+def _kind_of_line(line: str) -> str:
+    """notice, menu, blank or text."""
+    if len(line) > _LONGEST_EN or (len(line) > _LONGEST_ZH and chinese_characters(line)):
+        return "text"
+    bare = line.strip(_AROUND_LINKS)
+    if not bare:
+        return "blank"
+    if _NOTICE.search(line):
+        return "notice"
+    return "menu" if _MENU.fullmatch(bare) else "text"
 
 
 _EMAIL = re.compile(

@@ -7,20 +7,35 @@ phrase: see `phrases_found` in rules_drop.py for how many it takes. `--unsafe_wo
 Read next: rules_drop.py (who looks for the phrases in the documents), rules_edit.py (who removes lines).
 """
 
-# Lines of a page that are not its text. Looked for in short lines only.
-BOILERPLATE_ZH = (
-    "版权所有", "未经授权", "转载请注明", "责任编辑", "责编：", "本文来源：", "文章来源：", "免责声明", "上一篇",
-    "下一篇", "上一页", "下一页", "相关阅读", "相关推荐", "推荐阅读", "延伸阅读", "热门推荐", "猜你喜欢", "点击查看",
-    "点击阅读", "阅读全文", "查看更多", "展开全文", "返回首页", "返回顶部", "打印本页", "关闭窗口", "加入收藏",
-    "设为首页", "网站地图", "联系我们", "关于我们", "分享到", "扫码关注", "扫一扫", "关注公众号", "微信公众号：",
-    "登录后", "注册登录", "备案号", "ICP备", "公网安备", "违法和不良信息举报", "当前位置：", "您的位置：",
-    "浏览次数：", "发表评论", "网友评论",
+# Short lines of a page that are not its text, as patterns. A notice is recognised wherever it stands.
+NOTICES = (
+    r"版权所有(?![者人权])", r"未经授权.{0,8}(?:不得|禁止|严禁|请勿).{0,3}(?:转载|复制|摘编|镜像)", r"转载请注明",
+    r"责任编辑[:：\s]", r"责编[:：]", r"(?:本文|文章)来源[:：]", r"备案号[:：]", r"ICP备\s?\d", r"公网安备\s?\d",
+    r"违法和不良信息举报", r"^\W*(?:当前位置|您的位置|浏览次数)[:：]",
+    r"^\W*(?:©|\(c\)\s?\d{4}|copyright\s{0,2}(?:©|\(c\)|\d{4}))", r"all rights reserved\W*$",
+    r"^\W*(?:please )?(?:enable|turn on|activate) javascript", r"javascript is (?:disabled|not enabled)",
+    r"(?:site|page|application) requires javascript", r"^\W*(?:this|our) (?:web)?site uses cookies",
+    r"^\W*we use cookies (?:to|on)\b", r"(?:subscribe to|sign up for) our (?:\w+ )?newsletter",
+    r"^\W*skip to (?:main )?content\W*$",
 )  # fmt: skip
-BOILERPLATE_EN = (
-    "all rights reserved", "privacy policy", "terms of service", "terms of use", "cookie policy", "use of cookies",
-    "uses cookies", "enable javascript", "javascript is disabled", "requires javascript", "click here", "read more",
-    "subscribe to our newsletter", "sign up for our", "log in to", "sign in to", "share this", "follow us on",
-    "skip to content", "back to top", "leave a reply", "leave a comment", "copyright ©", "© copyright", "powered by",
+# Links of a page's navigation: a line that begins or ends with one, without the marks of a sentence.
+MENU_ZH = (
+    "上一篇", "下一篇", "上一页", "下一页", "相关阅读", "相关推荐", "推荐阅读", "延伸阅读", "热门推荐", "猜你喜欢",
+    "点击查看", "点击阅读", "阅读全文", "查看更多", "展开全文", "返回首页", "返回顶部", "打印本页", "关闭窗口",
+    "加入收藏", "设为首页", "网站地图", "联系我们", "关于我们", "免责声明", "分享到", "扫码关注", "扫一扫",
+    "关注公众号", "微信公众号", "登录后查看", "登录后评论", "登录后发表", "登录后可", "注册登录", "发表评论",
+    "网友评论",
+)  # fmt: skip
+MENU_EN = (
+    "privacy policy", "terms of service", "terms of use", "cookie policy", "click here", "read more", "log in to",
+    "sign in to", "sign up for", "share this", "follow us on", "back to top", "leave a reply", "leave a comment",
+    "powered by",
+)  # fmt: skip
+# A text without any of these has no such line; in small letters.
+BOILERPLATE_HINTS = (
+    *MENU_ZH, *MENU_EN, "版权所有", "未经授权", "转载请注明", "责任编辑", "责编", "来源", "备案号", "icp备", "公网安备",
+    "不良信息举报", "当前位置", "您的位置", "浏览次数", "©", "(c)", "copyright", "all rights reserved", "javascript",
+    "cookies", "newsletter", "skip to",
 )  # fmt: skip
 
 ADVERTS = (

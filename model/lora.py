@@ -77,9 +77,12 @@ class LoRALinear(nn.Linear):
 
 
 def target_names(name: str) -> set[str]:
-    """What a matrix answers to: `model.layers.0.mlp.experts.3.up_proj` to all, mlp, experts and up_proj."""
+    """The names of a matrix: `model.layers.0.mlp.experts.3.up_proj` has all, all-linear, mlp, experts and up_proj.
+
+    all-linear is peft's name for all. As there, the output layer is not part of it.
+    """
     parts = name.replace("self_attn", "attention").split(".")[2:]
-    return {"all", *(part for part in parts if not part.isdigit())}
+    return {"all", "all-linear", *(part for part in parts if not part.isdigit())}
 
 
 def attach(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:

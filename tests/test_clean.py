@@ -13,7 +13,7 @@ from corpus.clean import Clean
 from corpus.errors import UserError
 from corpus.rewrite import Row
 from corpus.rules import NAMES, RULES, choose_rules
-from corpus.rules_drop import Limits, Page
+from corpus.rules_prose import Limits, Page
 from corpus.tally import Tally
 from tests.conftest import run_process
 
@@ -40,6 +40,16 @@ ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两�
         ("markup", "see\n```\n<b>code</b> [a](http://b)\n```\n", "see\n```\n<b>code</b> [a](http://b)\n```\n"),
         ("boilerplate", f"{ZH}\n责任编辑：小王\n上一篇：春天\n{ZH}", f"{ZH}\n{ZH}"),
         ("boilerplate", f"{PROSE}\nPlease enable JavaScript.\n{PROSE}", f"{PROSE}\n{PROSE}"),
+        ("boilerplate", f"{ZH}\n首页\n\n关于我们\n联系我们\n\n网站地图\n{ZH}", f"{ZH}\n首页\n\n\n{ZH}"),
+        ("boilerplate", f"{PROSE}\nRead more\nShare this\n", f"{PROSE}\n"),
+        ("boilerplate", f"{PROSE}\nPrivacy policy | Terms of use\n© 2019 A. All rights reserved.", PROSE),
+        ("boilerplate", f"{PROSE}\nRead more\n{PROSE}", f"{PROSE}\nRead more\n{PROSE}"),
+        (
+            "markup",
+            "m = [[1, 2]], x[[1]] + x[[i]], if i <b and c> d",
+            "m = [[1, 2]], x[[1]] + x[[i]], if i <b and c> d",
+        ),
+        ("markup", '<p class="a">x</p><a href="b">y</a> <i>z</i><br>w', "x\ny z\nw"),
         ("personal", "打13800138000或+86 139-1234-5678，010-12345678", "打[PHONE]或[PHONE]，[PHONE]"),
         ("personal", "身份证11010519491231002X，错的110105194912310021", "身份证[ID]，错的110105194912310021"),
         ("personal", "写信给zhang.san+a@mail.example.com。", "写信给[EMAIL]。"),
@@ -246,7 +256,7 @@ def test_the_command_line(tmp_path):
         ([tmp_path / "none.jsonl"], "no such file"),
         ([path, "--out_dir", tmp_path], "lies in the output folder"),
         ([path, "--skip", "x"], "no rule is called 'x'"),
-        ([path, "--workers", "0"], "--workers is a whole number"),
+        ([path, "--workers", "0"], "--workers: 0 is not a whole number of at least 1"),
     ):
         done = run_process(sys.executable, "data_process.py", "clean", *arguments)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

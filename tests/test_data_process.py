@@ -258,7 +258,7 @@ def test_help_and_defaults():
     assert (args.tokenizer, args.out_dir, args.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
     assert (args.val_share, args.max_bad_share, args.check) == (0.01, 0.01, False)
     assert data_process.parse(["pretrain", "x"]).out_dir == "dataset/pretrain"
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--val_share: 3 is not a number of at least 0 and below 1"):
         data_process.parse(["sft", "x", "--val_share", "3"])
 
 

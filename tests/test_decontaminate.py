@@ -174,7 +174,7 @@ def test_errors_are_one_line(tmp_path, exam_dir):
         (tmp_path / "empty", {}, "no .csv, .tsv"),
         (tmp_path / "none.csv", {}, "no question found in 1 files: a row needs one of the keys question"),
         (tmp_path / "broken.zip", {}, "broken.zip is no exam: expected"),
-        (exam_dir, {"overlap": 2}, "--overlap is a number between 0"),
+        (exam_dir, {"overlap": 2}, "--overlap: 2 is not a number from 0 to 1"),
     ):
         with pytest.raises(UserError, match=words):
             run(path, against=against, out_dir=tmp_path / "out", **flags)

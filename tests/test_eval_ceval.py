@@ -210,7 +210,7 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--shots", "-1"], "--shots must be at least 0"),
+        (["--shots", "-1"], "--shots: -1 is not a whole number of at least 0"),
         (["--shuffle_options", "25"], "from 1 to 24"),
         (["--method", "text", "--shuffle_options", "4"], "changes nothing"),
         (["--shots", "9"], "law has 4 examples in dev"),

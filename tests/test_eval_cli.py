@@ -165,15 +165,15 @@ def test_rule_of_a_right_answer(answer, keys, right):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--prompt", "a", "--history", "-1"], "--history -1"),
+        (["--prompt", "a", "--history", "-1"], "--history: -1 is not"),
         (["--prompt", "a", "--judge_model", "x"], "--judge_model belongs to --report"),
         (["--chats", "x"], "--chats belongs to --report"),
         (["--prompt", "  "], "--prompt is empty"),
         (["--prompts", "absent.txt"], "cannot read absent.txt"),
         (["--prompt", "a", "--stage", "nonsense"], "choose from pretrain"),
         (["--prompt", "a", "--checkpoint", "absent.pth"], "no checkpoint at absent.pth"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature must be at least 0"),
-        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens must be at least 1"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature: -1 is not a number of at least 0"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 is not a whole number of at least 1"),
         (["--prompt", "a" * 200], "the model reads at most 96"),
         (["--prompt", "a", "--device", "toaster"], "--device toaster"),
         (["--prompt", "a", "--dtype", "int3"], "--dtype int3"),

@@ -94,10 +94,18 @@ def attached(model, **config):
 
 def test_targets():
     experts = {"use_moe": True, "n_routed_experts": 3, "n_shared_experts": 2, "n_layers": 2}
-    per_layer = {"all": 4 + 5 * 3, "attention": 4, "mlp": 15, "experts": 9, "shared_experts": 6, "up_proj": 5}
+    per_layer = {
+        "all": 4 + 5 * 3,
+        "all-linear": 4 + 5 * 3,
+        "attention": 4,
+        "mlp": 15,
+        "experts": 9,
+        "shared_experts": 6,
+        "up_proj": 5,
+    }
     for target, count in per_layer.items():
         layers = lora_layers(attached(rough_model(**experts), targets=(target,)))
-        assert len(layers) == 2 * count and all(target in ("all", "attention", "mlp") or target in n for n in layers)
+        assert len(layers) == 2 * count and all(target[:3] in ("all", "att", "mlp") or target in n for n in layers)
     some = lora_layers(attached(rough_model(n_layers=1), targets=("attention", "down_proj")))
     assert {name.split(".")[-1] for name in some} == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
     for targets in (("gate",), ("lm_head",), ("embed_tokens",), ("q_proj", "0"), ("experts",)):
@@ -167,6 +175,14 @@ def lora(monkeypatch, chats, out):
         return out_dir / "lora_sft_32.pth"
 
     return run
+
+
+def test_targets_are_separated_by_commas_or_spaces(lora, out):
+    for written in (["q_proj,v_proj"], ["q_proj", "v_proj"], ["q_proj,", "v_proj"]):
+        path = lora("--max_steps", "1", "--targets", *written)
+        assert torch.load(path, weights_only=True)["adapter"]["targets"] == ["q_proj", "v_proj"]
+    with pytest.raises(UserError, match=r"no matrix here is called k, qproj: choose of all, .*v_proj$"):
+        lora("--targets", "qproj,k,v_proj")
 
 
 def test_the_length_can_be_limited(lora, chats):

@@ -127,7 +127,7 @@ def test_the_script_goes_both_ways(monkeypatch, sft_dir, tokenizer, tmp_path, ca
     theirs = PeftModel.from_pretrained(stock, tmp_path / "peft").eval()
     model, _, _ = load_model(parent.parent / "lora_sft_32.pth")
     torch.testing.assert_close(model.logits(IDS[:, :30]), theirs(IDS[:, :30]).logits, **TOLERANCE)
-    begin = ["--init_from", parent, "--init_adapter", tmp_path / "peft", "--learning_rate", "0"]
+    begin = ["--init_from", parent, "--init_adapter", tmp_path / "peft", "--learning_rate", "1e-30"]
     with pytest.raises(UserError, match=r"brings its own .* leave out --rank"):
         run_script(monkeypatch, "4-lora_sft.py", *flags, *begin, "--out_dir", tmp_path / "two")
     flags = [*FLAGS[: FLAGS.index("--rank")], "--max_steps", "2", "--data_path", chats]

@@ -241,7 +241,7 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (("--plan", "--utilisation", "1.5"), "--utilisation 1.5"),
+        (("--plan", "--utilisation", "1.5"), "--utilisation: 1.5 is not"),
         (("--plan", "--gpus", "0"), "--gpus"),
         (("--tokens_per_param", "1", "--max_steps", "3"), "--tokens_per_param and --max_steps"),
     ],

@@ -157,10 +157,10 @@ def test_subsets_are_nested():
 
 
 @pytest.mark.parametrize(("shares", "said"), [("0", "0"), ("1.5", "1.5"), ("a", "a"), ("", "--data_share")])
-def test_bad_shares(study, capsys, shares, said):
-    with pytest.raises(SystemExit) as stop:
+def test_bad_shares(study, shares, said):
+    with pytest.raises(UserError, match="argument --data_share: ") as error:
         study(shares)
-    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert said in str(error.value)
 
 
 def test_a_study_has_no_time_box(study):

@@ -173,14 +173,14 @@ def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
     [
         (["--texts", "absent.txt"], "absent.txt"),
         (["--chats", "absent.jsonl"], "absent.jsonl"),
-        (["--max_bytes", "0"], "--max_bytes 0"),
+        (["--max_bytes", "0"], "--max_bytes: 0 is not"),
         (["--stage", "pretrain"], "--stage does not go with --report"),
         (["--questions", "q.jsonl"], "--questions does not go with --report"),
         (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME go together"),
         (["--judge", "nowhere", "--judge_model", "m"], "--judge nowhere: not an address"),
         (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "is the server running?"),
         (["--prompt", "x" * 200], "the model reads at most 96"),
-        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--temperature", "-1"], "--temperature: -1 is not a number of at least 0"),
     ],
     ids=lambda value: str(value)[:30],
 )

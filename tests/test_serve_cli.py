@@ -37,9 +37,9 @@ def test_what_cannot_be_is_said_in_one_line(monkeypatch, checkpoint, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for flags, message in (
-            (["--seats", "0"], "--seats must be at least 1, not 0"),
-            (["--queue", "-1"], "--queue must be at least 0"),
-            (["--port", "70000"], "--port must be from 0 to 65535"),
+            (["--seats", "0"], "--seats: 0 is not a whole number of at least 1"),
+            (["--queue", "-1"], "--queue: -1 is not a whole number of at least 0"),
+            (["--port", "70000"], "--port: 70000 is not a whole number from 0 to 65535"),
             (["--host", "0.0.0.0"], r"--host 0\.0\.0\.0 lets other machines ask: set --api_key KEY"),
             (["--host", "::"], "set --api_key KEY"),
             (["--host", "example.org"], "set --api_key KEY"),

@@ -10,6 +10,7 @@ Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk)
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -199,6 +200,10 @@ class StepPlan:
         self.steps_per_epoch = max(1, -(-n_rows // global_batch))
         self._passes = Passes(max(n_rows, 1), seed)
         self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
+
+    def run_steps(self, max_steps: int, epochs: float) -> int:
+        """Steps of a run: `max_steps`, or where that is 0 those of the epochs, the last one begun in full."""
+        return max_steps or max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
     def rows(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 from typing import Any
 
+from corpus import flags
 from corpus.errors import UserError
 from corpus.mix import parse_mix
 from model.config import FIELD_HELP, PRESETS, ModelConfig
@@ -24,14 +25,8 @@ def yes_or_no(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text}: say true or false")
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return int(text)
-
-
 def shares(text: str) -> list[float]:
-    """0.1,0.3,1.0 -> the shares, smallest first, each once."""
+    """0.1,0.3,1.0 -> the shares, smallest first, each once. Raises argparse.ArgumentTypeError."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:
@@ -41,18 +36,12 @@ def shares(text: str) -> list[float]:
     return found
 
 
-def below_one(text: str) -> float:
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a share is at least 0 and below 1")
-    return float(text)
-
-
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the door plate's line breaks and shows the defaults."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but for a learning rate whose default depends on the optimizer, and for --recipe."""
+class Parser(flags.Parser):
+    """The parser of a training script: the default learning rate is that of the optimizer, --recipe sets defaults."""
 
     learning_rates: dict[str, float]
 
@@ -93,28 +82,32 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--init_from", help="checkpoint to start from")
     add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
         help="auto: go on where an interrupted run of this stage stopped; never: start anew")  # fmt: skip
-    add("--save_interval", type=positive, default=200, help="save every so many steps (and always at the end)")
+    add("--save_interval", type=flags.positive_int, default=200,
+        help="save every so many steps (and always at the end)")  # fmt: skip
 
     add = parser.add_argument_group("how long").add_argument
-    add("--epochs", type=positive, default=1, help="passes over the data")
-    add("--max_steps", type=int, default=0, help="stop after so many optimizer steps (0: the epochs decide)")
-    add("--max_minutes", type=float, default=0,
+    add("--epochs", type=flags.epochs, default=1, help="passes over the data; 0.5: half of one")
+    add("--max_steps", type=flags.max_steps, default=0,
+        help="stop after so many optimizer steps (-1 or 0: the epochs decide)")  # fmt: skip
+    add("--max_minutes", type=flags.non_negative_float, default=0,
         help="finish within so many minutes: the learning rate falls to its end by then (0: no limit)")  # fmt: skip
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=positive, default=8, help="rows per process and forward pass")
-    add("--accumulation_steps", type=positive, default=1, help="forward passes per optimizer step")
+    add("--batch_size", type=flags.positive_int, default=8, help="rows per process and forward pass")
+    add("--accumulation_steps", type=flags.positive_int, default=1, help="forward passes per optimizer step")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="muon: Muon for the layers' matrices, AdamW for the rest")  # fmt: skip
     rates = ", ".join(f"{rate:g} with {optimizer}" for optimizer, rate in learning_rates.items())
-    add("--learning_rate", type=float, default=argparse.SUPPRESS, help=f"peak learning rate (default: {rates})")
+    add("--learning_rate", type=flags.positive_float, default=argparse.SUPPRESS,
+        help=f"peak learning rate (default: {rates})")  # fmt: skip
     add("--schedule", choices=("linear", "cosine"), default="linear", help="how the rate falls after the warm-up")
-    add("--final_lr_share", type=float, default=0.0, help="share of the peak left at the end")
-    add("--warmup_iters", type=int, default=10, help="steps of linear warm-up")
-    add("--warmup_share", type=below_one, default=0.0, help="share of the run that warms up, instead of --warmup_iters")
-    add("--weight_decay", type=float, default=0.1, help="on matrices; never on norms and embeddings")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
-    add("--seed", type=int, default=42, help="of the weights, the order of the data and dropout")
+    add("--final_lr_share", type=flags.fraction, default=0.0, help="share of the peak left at the end")
+    add("--warmup_iters", type=flags.non_negative_int, default=10, help="steps of linear warm-up")
+    add("--warmup_share", type=flags.fraction_below_one, default=0.0,
+        help="share of the run that warms up, instead of --warmup_iters")  # fmt: skip
+    add("--weight_decay", type=flags.non_negative_float, default=0.1, help="on matrices; never on norms and embeddings")
+    add("--grad_clip", type=flags.non_negative_float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--seed", type=flags.seed, default=42, help="of the weights, the order of the data and dropout")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
@@ -125,13 +118,15 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--parallel", choices=PARALLEL, default="ddp",
         help="how torchrun's processes share the model: ddp: each has all of it; fsdp, zero3: each a piece; "
         "zero1, zero2: pieces of the optimizer, and of the gradients")  # fmt: skip
-    add("--num_workers", type=int, default=0, help="processes that prepare batches ahead")
-    add("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add("--num_workers", type=flags.non_negative_int, default=0, help="processes that prepare batches ahead")
+    add("--local_rank", "--local-rank", type=flags.at_least(-1), default=0,
+        help=argparse.SUPPRESS)  # fmt: skip  # the deepspeed launcher adds it
 
     add = parser.add_argument_group("what is shown").add_argument
-    add("--log_interval", type=positive, default=10, help="log every so many steps")
-    add("--eval_interval", type=positive, default=100, help="validate every so many steps (and always at the end)")
-    add("--eval_tokens", type=positive, default=16_384,
+    add("--log_interval", type=flags.positive_int, default=10, help="log every so many steps")
+    add("--eval_interval", type=flags.positive_int, default=100,
+        help="validate every so many steps (and always at the end)")  # fmt: skip
+    add("--eval_tokens", type=flags.positive_int, default=16_384,
         help="validation tokens per language each time; eight times as many at the end")  # fmt: skip
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
     add("--wandb_project", default="mengya")
@@ -142,7 +137,26 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
 
 
 def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--max_seq_len", type=positive, help=f"{what}; none given: as many tokens as the model reads")
+    parser.add_argument("--max_seq_len", type=flags.positive_int,
+        help=f"{what}; none given: as many tokens as the model reads")  # fmt: skip
+
+
+# Fields whose limit does not follow from the type and the default.
+MODEL_LIMITS = {
+    "rope_theta": flags.positive_float,
+    "norm_eps": flags.positive_float,
+    "dropout": flags.fraction_below_one,
+    "n_shared_experts": flags.non_negative_int,
+}
+
+
+def model_limit(field: "dataclasses.Field[Any]") -> Any:
+    """The argparse type of a field of ModelConfig. A count whose default is 0 may be 0; other counts begin at 1."""
+    if field.name in MODEL_LIMITS or isinstance(field.default, bool):
+        return MODEL_LIMITS.get(field.name, yes_or_no)
+    if isinstance(field.default, int):
+        return flags.positive_int if field.default else flags.non_negative_int
+    return flags.non_negative_float if isinstance(field.default, float) else type(field.default)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -152,20 +166,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(ModelConfig):
         if field.name == "vocab_size":
             continue
-        options: dict[str, Any] = {"type": type(field.default), "default": None, "help": FIELD_HELP[field.name]}
+        options: dict[str, Any] = {"type": model_limit(field), "default": None, "help": FIELD_HELP[field.name]}
         if isinstance(field.default, bool):
-            options |= {"type": yes_or_no, "nargs": "?", "const": True}
+            options |= {"nargs": "?", "const": True}
         group.add_argument(f"--{field.name}", **options)
 
 
 def add_mix_flags(parser: argparse.ArgumentParser) -> None:
     """--mix and what goes with it: which part of the data gives how much of the training."""
     add = parser.add_argument_group("mixture (none given: everything, as often as it is there)").add_argument
-    add("--mix", type=parse_mix, metavar="MIX",
+    add("--mix", action=flags.NameList, read=parse_mix, metavar="MIX",
         help="zh=0.25,en=0.75: shares, by language or source; zh=1x,en=2x: passes; or language, source")  # fmt: skip
-    add("--mix_temperature", type=float, default=1.0, help="shares to the power of 1/T: above 1 evens them out")
-    add("--stage2_mix", type=parse_mix, metavar="MIX", help="another mixture for the rest of the run")
-    add("--stage2_at", type=float, default=0.0, help="where it begins: a share of the steps, as 0.7, or a step number")
+    add("--mix_temperature", type=flags.positive_float, default=1.0,
+        help="shares to the power of 1/T: above 1 evens them out")  # fmt: skip
+    add("--stage2_mix", action=flags.NameList, read=parse_mix, metavar="MIX",
+        help="another mixture for the rest of the run")  # fmt: skip
+    add("--stage2_at", type=flags.non_negative_float, default=0.0,
+        help="where it begins: a share of the steps, as 0.7, or a step number")  # fmt: skip
 
 
 def given_model_flags(args: argparse.Namespace) -> dict[str, Any]:

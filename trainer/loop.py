@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from corpus.errors import UserError
 from corpus.history import history_in_words, history_of_data
 from model.chat import ChatTokenizer
 from model.checkpoint import model_content
@@ -66,13 +67,16 @@ class Stage:
 def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     """Run the stage to its end (steps, minutes, or a polite stop) and save; returns the path of the model.
 
-    Raises UserError when losses stay non-finite, or when a resume file belongs to another run.
+    Raises UserError when the run has no step, when losses stay non-finite, or when a resume file belongs to another
+    run.
     """
     path = stage.path(args.out_dir)
     stage.model.activation_checkpointing = args.checkpoint_activations
     rows_per_step = global_batch(run, args, path)
     plan = step_plan(stage.data, rows_per_step, args)
-    total = args.max_steps or args.epochs * plan.steps_per_epoch
+    total = plan.run_steps(args.max_steps, args.epochs)
+    if total < 1:  # an untrained model would replace the one at `path`
+        raise UserError(f"a run of {total} steps trains nothing: give --max_steps or --epochs above 0")
     progress, saved = load_progress(run, args, stage, path, rows_per_step)
     announce(run, args, stage, plan, total)
     engine = share_out(run, args, stage)

@@ -139,10 +139,10 @@ def apportion(shares: list[float], rows: int) -> np.ndarray:
 class MixPlan(StepPlan):
     """The rows of every step of a mixture. There are no epochs of the whole: each group has its own passes."""
 
-    def __init__(self, data: Mixture, global_batch: int, seed: int, max_steps: int, epochs: int) -> None:
+    def __init__(self, data: Mixture, global_batch: int, seed: int, max_steps: int, epochs: float) -> None:
         super().__init__(data.epoch_rows, None, global_batch, seed)
         self.data = data
-        self.total_steps = max_steps or epochs * self.steps_per_epoch
+        self.total_steps = self.run_steps(max_steps, epochs)
         self.switch = data.recipe.switch_step(self.total_steps)
         if len(data.recipe.stages) == 2 and not 0 < self.switch < self.total_steps:
             raise UserError(

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from corpus import flags
 from model.config import ModelConfig
 
 CUDA_CONTEXT = 0.8e9  # bytes that CUDA itself takes: what MindLLM's two inference figures leave beside the weights
@@ -55,14 +56,14 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan (trains nothing)").add_argument
     add("--plan", action="store_true", help="print parameters, tokens, memory, time and cost, and stop")
     add("--presets", metavar="A,B", help="with --plan: a table of these presets against memory and hardware instead")
-    add("--tokens_per_param", type=float, default=0.0,
+    add("--tokens_per_param", type=flags.non_negative_float, default=0.0,
         help="train on so many tokens per parameter, as Xiangxin: 20 (0: --epochs decide; --plan: 20)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100", help="the GPU of the plan's launch line")
-    add("--gpus", type=int, default=8, help="how many of them the plan has")
-    add("--utilisation", type=float, default=0.4, help="share of the GPUs' peak that the plan counts on")
-    add(
-        "--price_per_hour", type=float, default=0.0, help="of one GPU, in US dollars (0: the price in the plan's table)"
-    )
+    add("--gpus", type=flags.positive_int, default=8, help="how many of them the plan has")
+    add("--utilisation", type=flags.positive_fraction, default=0.4,
+        help="share of the GPUs' peak that the plan counts on")  # fmt: skip
+    add("--price_per_hour", type=flags.non_negative_float, default=0.0,
+        help="of one GPU, in US dollars (0: the price in the plan's table)")  # fmt: skip
 
 
 @dataclass(frozen=True)
