@@ -59,7 +59,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no_repeat_ngram_size", type=flags.non_negative_int, metavar="N", help=ngrams)
     beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
     add("--num_beams", type=flags.between(1, 8), metavar="K", help=beams)
-    add("--length_penalty", type=float, help="a beam's score: log-probability / length ** this (default: 1)")
+    add(
+        "--length_penalty",
+        type=flags.non_negative_float,
+        help="a beam's score: log-probability / length ** this (default: 1; 0: the sum)",
+    )
     add("--max_new_tokens", type=flags.positive_int,
         help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")  # fmt: skip
     add("--seed", type=flags.seed, help="the same seed draws the same answers (default of --report: 0)")

@@ -15,6 +15,7 @@ import contextlib
 import os
 from typing import Any
 
+from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from corpus.questions import sound
 
@@ -22,13 +23,13 @@ Message = dict[str, str]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base_url", default="http://127.0.0.1:8000/v1", help="with its /v1 (default: http://127.0.0.1:8000/v1)")
     add("--model", metavar="NAME", help="as the server calls it (default: the first that it lists)")
     add("--api_key", metavar="KEY", help="sent with every request (default: $OPENAI_API_KEY, else none)")
     add("--system", metavar="TEXT", help="system message in front of the conversation")
-    add("--max_tokens", type=int, metavar="N", help="longest answer (default: the server's)")
+    add("--max_tokens", type=flags.positive_int, metavar="N", help="longest answer (default: the server's)")
     add("--prompt", metavar="TEXT", help="one question, instead of a conversation")
     return parser
 
@@ -39,8 +40,6 @@ def connect(args: argparse.Namespace) -> Any:
         import openai
     except ImportError:
         raise UserError('openai is not installed: pip install "openai>=2,<4"') from None
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise UserError(f"--max_tokens must be at least 1, not {args.max_tokens}")
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError("--api_key: a key has letters, digits and signs of ASCII, without spaces")

@@ -76,13 +76,14 @@ HARMLESS = frozenset((
     "author", "batch", "category", "categories", "chosen_model", "chosen_score", "cluster", "conversation_hash",
     "conversation_id", "count", "country", "created", "created_at", "dataset", "dataset_name", "date", "dialog_id",
     "dialogue_id", "difficulty", "domain", "dump", "file", "file_path", "filename", "generation_model", "generator",
-    "hash", "hashed_ip", "id", "idx", "index", "info", "is_safe", "kind", "label_name", "lang", "language", "length",
-    "level", "license", "licence", "line", "link", "margin", "meta", "metadata", "model", "model_name", "msg_id",
-    "name", "num_tokens", "num_turns", "origin", "page", "prompt_hash", "prompt_id", "quality", "rank", "rating",
-    "rejected_model", "rejected_score", "safety", "score", "score_chosen", "score_rejected", "scores", "sha", "shard",
-    "source", "source_dataset", "source_file", "split", "src", "subject", "subset", "tag", "tags", "task", "task_id",
-    "task_name", "task_type", "time", "timestamp", "topic", "toxic", "turn", "turn_id", "type", "uid", "updated", "url",
-    "user_id", "uuid", "version", "weight", "year", "编号", "序号", "分类", "类别", "来源",
+    "hash", "hashed_ip", "id", "idx", "index", "info", "input_len", "is_safe", "kind", "label_name", "lang",
+    "language", "length", "level", "license", "licence", "line", "link", "margin", "meta", "metadata", "model",
+    "model_name", "msg_id", "name", "num_tokens", "num_turns", "num_utter", "origin", "page", "prompt_hash",
+    "prompt_id", "quality", "rank", "rating", "rejected_model", "rejected_score", "safety", "score", "score_chosen",
+    "score_rejected", "scores", "sha", "shard", "source", "source_dataset", "source_file", "split", "src", "subject",
+    "subset", "tag", "tags", "task", "task_id", "task_name", "task_type", "time", "timestamp", "topic", "toxic",
+    "turn", "turn_id", "type", "uid", "updated", "url", "user_id", "uuid", "version", "weight", "year", "output_len",
+    "type_keyword", "data_source", "编号", "序号", "分类", "类别", "来源",
 ))  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def test_errors_are_one_line(monkeypatch, server):
             "there is no model 'gpt-4' here: use first, second: see --model gpt-4",
         ),
         (["--base_url", server.url], "GET /models: Not Found: see --base_url, which usually ends with /v1"),
-        (["--base_url", url, "--max_tokens", "0"], "--max_tokens must be at least 1"),
+        (["--base_url", url, "--max_tokens", "0"], "argument --max_tokens: 0 is not a whole number"),
         (["--base_url", url, "--prompt", " "], "--prompt is empty"),
         (["--base_url", url, "--prompt", "x" * 5000], "context is 4096 tokens"),
     ):

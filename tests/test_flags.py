@@ -26,16 +26,25 @@ ZERO = {
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "queue": "none",
     "max_bad_share": "not one bad row", "val_share": "none", "samples": "none", "min_words": "no limit",
-    "overlap": "one n-gram",
+    "overlap": "one n-gram", "no_repeat_ngram_size": "off", "length_penalty": "the sum decides",
 }  # fmt: skip
 FRACTIONS = {
     "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
     "rope_theta", "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_share", "max_bad_share", "keep_share",
-    "overlap",
+    "overlap", "length_penalty",
 }  # fmt: skip
-PATHS = {"files", "checkpoint", "report", "texts", "against"}  # a path may hold a comma: separated by spaces only
+PATHS = {
+    "files",
+    "checkpoint",
+    "report",
+    "texts",
+    "against",
+    "compare",
+    "compare_on",
+    "data",
+}  # a path may hold a comma: separated by spaces only
 
 
 class _Captured(Exception):
