@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.transformer import RMSNorm, Transformer, attention_cpu, rope_table, rotate
+from model.rope import rope_table, rotate
+from model.transformer import RMSNorm, Transformer, attention_cpu
 
 
 def test_rope_depends_on_distance_alone():
