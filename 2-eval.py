@@ -2,7 +2,8 @@
 
     python 2-eval.py                             a conversation with the latest stage in out/; in a script: the prompts
     python 2-eval.py --stage pretrain --prompt "The sky is"
-    python 2-eval.py --checkpoint ../Qwen        somebody else's model: a transformers folder (Llama, Qwen3)
+    python 2-eval.py --checkpoint ../Qwen3-0.6B  a foreign model: a transformers folder (Llama, Mistral, Qwen2, Qwen3)
+    python 2-eval.py --rope_scaling yarn --rope_factor 4 --prompt "…"     reads 4 times as many tokens as in training
     python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
@@ -12,8 +13,9 @@ A pretrained model goes on with the text as it is; a model of a chat stage gets 
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
 may be missing. Answers are greedy, and right when they contain any of the keys as a word (corpus/questions.py).
 --report without files takes every stage in --out_dir. It writes one page (markdown) and the same as json: answers side
-by side, bits per byte of --texts, loss on --chats, how often answers loop, speed. Nothing leaves the machine unless
---judge names a server (OpenAI's protocol; its key in OPENAI_API_KEY): it gets the prompts and answers, not the names.
+by side, bits per byte of --texts, their loss by position up to 4 times the trained length, loss on --chats, how often
+answers loop, speed. Nothing leaves the machine unless --judge names a server (OpenAI's protocol; its key in
+OPENAI_API_KEY): it gets the prompts and answers, not the names.
 Reads out/*.pth; writes --json, a report to out/eval/, and what /save says.
 Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how an answer is drawn), 3-full_sft.py.
 """
@@ -24,6 +26,7 @@ import sys
 from corpus.errors import UserError, fail_in_one_line
 from corpus.prompts import FIRST
 from corpus.questions import read_lines, read_questions, sound
+from model.rope_flags import add_rope_flags, rope_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
     add("--checkpoint", help="a .pth file or the folder of a transformers model, instead of --stage")
     add("--out_dir", default="out", help="where the models are (default: out)")
+    add_rope_flags(parser)
     add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
     add("--prompts", metavar="FILE", help="text file, one prompt a line")
@@ -77,6 +81,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} does not go with --report: name the models behind --report")
     if bool(args.judge) != bool(args.judge_model):
         raise UserError("--judge BASE_URL and --judge_model NAME go together")
+    rope_of(args)
     if args.history is not None and args.history < 0:
         raise UserError(f"--history {args.history}: a number of turns is needed, 0 or more")
 

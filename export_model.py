@@ -7,9 +7,10 @@
     python export_model.py out/dpo_512.pth small-chat --push_to_hub me/small-chat --dry_run
 
 Dense models are Llama there, Qwen2 with biases on queries, keys and values, Qwen3 with QK-norm; a mixture of experts is
-Qwen3-MoE with QK-norm and no shared experts, else GraniteMoeShared. RoPE scaling goes along. What was written is opened
-by the real program (transformers, peft; llama.cpp where llama-cpp-python is installed) and compared: the same tokens, the
-same logits within a stated tolerance, the same greedy answer. A difference is an error, and no folder is left.
+Qwen3-MoE with QK-norm and no shared experts, else GraniteMoeShared. RoPE scaling is exported too. What was written is
+opened by the real program (transformers, peft; llama.cpp where llama-cpp-python is installed) and compared: the same
+tokens, the same logits within a stated tolerance, the same greedy answer. A difference is an error, and no folder is
+left.
 The way back: `--init_from small-chat` in 3-full_sft.py, `--checkpoint small-chat` in 2-eval.py.
 
 Reads   a .pth, or a folder that transformers wrote.

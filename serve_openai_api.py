@@ -19,6 +19,7 @@ import os
 import socket
 
 from corpus.errors import UserError, fail_in_one_line
+from model.rope_flags import add_rope_flags, rope_of
 
 PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
@@ -29,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--checkpoint", nargs="+", metavar="FILE", help=".pth files or transformers folders; NAME=FILE names one")
     add("--out_dir", default="out", help="where the latest stage is looked for otherwise (default: out)")
     add("--max_context", type=int, default=4096, help="longest prompt and answer together (default: 4096)")
+    add_rope_flags(parser)
     add = parser.add_argument_group("who may ask").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
@@ -47,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for numbers that make no sense, and for a door that would be open to the network."""
+    rope_of(args)
     for name, least in {"seats": 1, "queue": 0, "max_request_bytes": 1, "max_context": 8}.items():
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -83,17 +86,19 @@ def main() -> None:
         if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
             raise
         raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
+    from model.rope import describe
     from serving.served import latest, open_models
     from trainer.runtime import autocast, pick_device, pick_dtype
 
     with open_socket(args.host, args.port) as door:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
-        models = open_models(args.checkpoint or [latest(args.out_dir)], args.max_context, device)
+        models = open_models(args.checkpoint or [latest(args.out_dir)], args.max_context, device, rope_of(args))
         for served in models.values():
             size = served.model.count_parameters()[0] / 1e6
             about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
-            print(f"{served.name}: {about}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+            rope = f", RoPE {scaled}" if (scaled := describe(served.model.config)) else ""
+            print(f"{served.name}: {about}{rope}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
         limits = Limits(args.seats, args.queue, args.max_request_bytes, args.api_key, tuple(args.cors))
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host

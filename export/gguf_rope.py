@@ -6,7 +6,8 @@
     dynamic    refused: llama.cpp has one table for all lengths
 
 llama.cpp multiplies YaRN's default factor on cos and sin, 0.1 ln(factor) + 1, by attn_factor. It always rounds the ends
-of the ramp and reads no beta_fast and beta_slow in these architectures, so other values are refused. Source: llama.cpp, src/llama-context.cpp and ggml's rope_yarn.
+of the ramp and reads no beta_fast and beta_slow in these architectures, so other values are refused.
+Source: llama.cpp, src/llama-context.cpp and ggml's rope_yarn.
 Read next: ../model/rope.py, gguf_file.py.
 """
 

@@ -10,9 +10,9 @@
 
 The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
 written here, not by that library. stock.py reads such a folder back.
-RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). 4.50 takes max_position_embeddings
-for YaRN's original length, 4.53 divides it by original_max_position_embeddings; both, and 5, compute the same where it is
-the original length and the other key is left out.
+RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). YaRN's original length stands in
+max_position_embeddings alone: 4.50 reads it there, 4.53 divides by original_max_position_embeddings where that is
+given, 4.57 and 5 take either.
 Read next: ../model/granite.py, stock_check.py (is it really the same model?), ../export_model.py.
 """
 
@@ -103,12 +103,11 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
 def rope_settings(config: ModelConfig) -> dict[str, Any]:
     """max_position_embeddings, and RoPE in the spelling of transformers 5, with scaling also in that of 4."""
     scaling, length = dict(config.rope_scaling), config.max_seq_len
-    kind, original = scaling.get("rope_type", "default"), scaling.get("original_max_position_embeddings")
-    stretched = original and length == int(scaling["factor"] * original)
-    if kind in ("linear", "dynamic") or (kind == "yarn" and stretched):
-        scaling.pop("original_max_position_embeddings", None)
-    if kind == "dynamic" or (kind == "yarn" and stretched):
+    kind, original = scaling.get("rope_type"), scaling.get("original_max_position_embeddings", 0)
+    if kind == "dynamic" or (kind == "yarn" and length == int(scaling["factor"] * original)):
         length = original
+    if kind in ("linear", "dynamic") or length == original:
+        scaling.pop("original_max_position_embeddings", None)
     if kind == "yarn" and "mscale" in scaling:  # transformers 4.50 does not know it
         scaling = {name: value for name, value in scaling.items() if not name.startswith("mscale")}
         scaling["attention_factor"] = attention_factor(config.rope_scaling)

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from corpus.errors import UserError
 from model.config import ModelConfig
-
-MAX_FACTOR = 64  # of --rope_factor
+from model.rope_flags import check_factor
 
 
 def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -124,10 +123,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def longer_config(config: ModelConfig, kind: str, factor: float) -> ModelConfig:
     """The config with --rope_scaling KIND --rope_factor N: max_seq_len becomes N times the trained length.
 
-    Raises UserError for a factor that is not above 1 and at most MAX_FACTOR, and for a model that is scaled already.
+    Raises UserError for a factor out of range and for a model that is scaled already.
     """
-    if not 1 < factor <= MAX_FACTOR:  # NaN too
-        raise UserError(f"--rope_factor {factor:g}: must be above 1 and at most {MAX_FACTOR}")
+    check_factor(factor)
     if config.rope_scaling:
         raise UserError(f"--rope_scaling: this model has RoPE scaling of its own ({describe(config)}): leave it out")
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": config.max_seq_len}

@@ -6,8 +6,8 @@
     qwen3_moe          qk_norm, experts; every layer sparse, normalised weights
     granitemoeshared   experts and shared experts, with multipliers that leave a plain decoder (granite.py)
 
-RoPE scaling stands in `rope_parameters` (transformers 5) or `rope_scaling` (4): the latter wins where both are there, as
-in transformers 5. longrope and per-layer settings are refused.
+RoPE scaling stands in `rope_parameters` (transformers 5) or `rope_scaling` (4). Where both are there the latter wins,
+as in transformers 5. longrope and settings for each layer are refused.
 Read next: rope.py, stock.py (the tensors), ../export/stock_folder.py (the way back).
 """
 
@@ -196,7 +196,9 @@ def unusual_experts(settings: Settings) -> dict[str, Any]:
 def unusual_multipliers(settings: Settings) -> dict[str, Any]:
     """Granite's factors that are not what a plain decoder has, by name."""
     heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
-    if settings.get("model_type") != GRANITE or not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim):
+    if settings.get("model_type") != GRANITE or not (
+        isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim
+    ):
         return {}
     width, plain = head_dim(settings), multipliers(dim // heads)
     given = {name: settings.get(name, 1.0) for name in plain}

@@ -18,6 +18,7 @@ from evaluation.scoring import chat_prompt
 from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
+from model.rope_flags import Rope
 from model.transformer import Transformer
 from serving.schemas import ChatMessage
 
@@ -97,10 +98,13 @@ def latest(out_dir: str) -> str:
     return str(find_checkpoint(out_dir, (there or list(PARENTS)[:1])[-1]))
 
 
-def open_models(checkpoints: list[str], max_context: int, device: torch.device) -> dict[str, Served]:
+def open_models(
+    checkpoints: list[str], max_context: int, device: torch.device, rope: Rope | None = None
+) -> dict[str, Served]:
     """The models by name: that of the file without .pth, that of the folder, or NAME as in NAME=FILE.
 
-    Raises UserError for a file that cannot be read and for two of the same name.
+    rope: --rope_scaling and --rope_factor, for all of them. Raises UserError for a file that cannot be read, for two of
+    the same name, and for a model that has RoPE scaling of its own where `rope` is given.
     """
     models: dict[str, Served] = {}
     for checkpoint in checkpoints:
@@ -110,6 +114,8 @@ def open_models(checkpoints: list[str], max_context: int, device: torch.device) 
         if name in models:
             raise UserError(f"two models are called {name}: write --checkpoint OTHER_NAME={path} for one of them")
         model, tokenizer, about = load_model(path, device)
+        if rope:
+            model.scale_rope(*rope)
         limit = min(model.config.max_seq_len, max_context)
         model.config = dataclasses.replace(model.config, max_seq_len=limit)
         created = int(path.stat().st_mtime) if path.exists() else int(time.time())

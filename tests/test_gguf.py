@@ -1,9 +1,9 @@
 """--gguf: one file that llama.cpp runs as the same model.
 
-Promises: sizes, RoPE scaling, tensors and tokenizer of the file are the model's, the q and k rows in the order that each architecture
-turns them; in llama.cpp the ids of any text, the logits and the greedy answer are ours, in every number format and for
-every architecture; the chat template gives the ids that we train on; what llama.cpp cannot hold is refused by name; the
-Modelfile says what ends an answer.
+Promises: sizes, RoPE scaling, tensors and tokenizer of the file are the model's, the q and k rows in the order that
+each architecture rotates them; in llama.cpp the ids of any text, the logits and the greedy answer are ours, in every
+number format and for every architecture; the chat template gives the ids that we train on; what llama.cpp cannot hold
+is refused by name; the Modelfile says what ends an answer.
 """
 
 import json
@@ -133,7 +133,10 @@ def llama_cpp():
     return pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which a fresh machine must compile")
 
 
-FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if "-" in case else 2]] + [("llama", "f16"), ("llama", "bf16")]
+FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if "-" in case else 2]] + [
+    ("llama", "f16"),
+    ("llama", "bf16"),
+]
 
 
 @pytest.mark.parametrize(("case", "number"), FORMATS)

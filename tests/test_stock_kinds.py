@@ -1,9 +1,9 @@
 """Every architecture and every RoPE scaling that is read: the same numbers as in transformers, both ways.
 
 Promises: of each kind, logits and gradients equal transformers' (1e-5, fp32), also beyond the length before scaling; a
-greedy answer through the KV cache equals its generate(); rows of a batch are answered as if alone; a folder is exported,
-read and exported again with the same bytes; both spellings of RoPE in config.json give the same model; the published
-sizes of real models are met by their config.json.
+greedy answer through the KV cache equals its generate(); rows of a batch are answered as if alone; a folder that is
+exported, read and exported again has the same bytes; both spellings of RoPE in config.json give the same model; the
+config.json of published models give their published sizes.
 """
 
 import dataclasses
@@ -170,7 +170,7 @@ def test_experts_in_stacks_are_read_too(folders, tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-# ---- dynamic depends on the length of each sequence --------------------------------------------------------------------
+# ---- dynamic depends on the length of each sequence ------------------------------------------------------------------
 def test_rows_of_a_batch_are_answered_as_if_alone(folders):
     ours, tokenizer, _ = load_model(folders("dynamic")[0])
     prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (8, 31, 60)]
@@ -195,7 +195,7 @@ def test_rows_of_different_lengths_have_angles_of_their_own(folders):
             torch.testing.assert_close(both[row], alone[0], rtol=1e-5, atol=1e-5)
 
 
-# ---- our own models, read beyond their length --------------------------------------------------------------------------
+# ---- our own models, read beyond their length ------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_a_longer_model_is_what_transformers_computes_with_the_same_scaling(kind, folders, monkeypatch, tmp_path):
     """scale_rope on a plain model, and transformers with the scaling in its config.json."""
@@ -228,7 +228,7 @@ def test_scaling_is_applied_once_and_within_reason():
         longer_config(longer_config(config, "yarn", 4), "linear", 2)
 
 
-# ---- published sizes ---------------------------------------------------------------------------------------------------
+# ---- published sizes -------------------------------------------------------------------------------------------------
 def qwen3(dim, hidden, layers, heads):
     return {
         "model_type": "qwen3", "hidden_size": dim, "intermediate_size": hidden, "num_hidden_layers": layers,

@@ -146,7 +146,7 @@ def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--preset and one flag for every field of ModelConfig but the vocabulary size (the tokenizer's) and rope_scaling."""
+    """--preset and one flag for every field of ModelConfig but vocab_size (the tokenizer's) and rope_scaling."""
     group = parser.add_argument_group("model (a flag wins over the preset)")
     group.add_argument("--preset", choices=PRESETS, help="a size with a name (small when none is given)")
     for field in dataclasses.fields(ModelConfig):
