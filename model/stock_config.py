@@ -38,6 +38,13 @@ Number = Callable[..., Any]
 
 def model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
     """Our config for theirs. Raises UserError for every property that this model does not have."""
+    try:
+        return _model_config(folder, settings, tied)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json: {(str(error).splitlines() or ['?'])[0][:300]}") from None
+
+
+def _model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
     kind = settings.get("model_type")
     for name, refused in unsupported(settings).items():
         if refused:
@@ -45,34 +52,32 @@ def model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
                 f"{folder}/config.json: {name} is not supported: models of type {', '.join(KINDS)} are read"
             )
 
-    def number(name: str, default: Any = None) -> Any:
+    def number(name: str, default: Any = None, kinds: Any = int) -> Any:
         value = settings.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise UserError(f"{folder}/config.json: {name} must be a positive number, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            what = "number" if kinds is not int else "whole number"
+            raise UserError(f"{folder}/config.json: {name} must be a positive {what}, not {value!r}")
         return value
 
     dim, heads = number("hidden_size"), number("num_attention_heads")
-    try:
-        scaling, length = rope_scaling(settings, number("max_position_embeddings", 2048))
-        return ModelConfig(
-            vocab_size=number("vocab_size"),
-            dim=dim,
-            n_layers=number("num_hidden_layers"),
-            n_heads=heads,
-            n_kv_heads=number("num_key_value_heads", heads),
-            head_dim=head_dim(settings) or dim // heads,
-            hidden_dim=number("moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
-            max_seq_len=length,
-            rope_theta=float(rope_settings(settings).get("rope_theta") or number("rope_theta", 10_000.0)),
-            rope_scaling=scaling,
-            norm_eps=float(number("rms_norm_eps", 1e-6)),
-            tie_embeddings=tied,
-            **KINDS[str(kind)],
-            **experts(folder, settings, number),
-        )
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
+    scaling, length = rope_scaling(settings, number("max_position_embeddings", 2048))
+    return ModelConfig(
+        vocab_size=number("vocab_size"),
+        dim=dim,
+        n_layers=number("num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=number("num_key_value_heads", heads),
+        head_dim=head_dim(settings) or dim // heads,
+        hidden_dim=number("moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
+        max_seq_len=length,
+        rope_theta=float(rope_settings(settings).get("rope_theta") or number("rope_theta", 10_000.0, (int, float))),
+        rope_scaling=scaling,
+        norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
+        tie_embeddings=tied,
+        **KINDS[str(kind)],
+        **experts(folder, settings, number),
+    )
 
 
 def unsupported(settings: Settings) -> dict[str, Any]:
@@ -109,7 +114,10 @@ def has_sliding_window(settings: Settings) -> bool:
 
 def head_dim(settings: Settings) -> int:
     """The width of a head, 0 where config.json leaves it to hidden_size / num_attention_heads."""
-    return settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
+    width = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
+    if not isinstance(width, int):
+        raise ValueError(f"head_dim must be a whole number, not {width!r}")
+    return width
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ config.json of published models give their published sizes.
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from corpus.errors import UserError
 from export.stock_check import greedy
@@ -21,8 +24,10 @@ from model.generate import generate
 from model.rope import longer_config
 from model.sampling import Sampling
 from model.stock import unstacked
+from model.stock_config import KINDS as STOCK_KINDS
 from model.stock_config import model_config
 from model.transformer import KVCache
+from tests.conftest import run_script
 from tests.test_export import assert_same_folders, export
 from tests.test_stock_folder import edit, make_folder
 from trainer.plan import count
@@ -133,12 +138,24 @@ def test_exported_read_and_exported_again_the_bytes_are_equal(kind, folders, mon
     )
 
 
+@pytest.mark.parametrize("kind", ["qwen2 wide", "qwen3 moe", "dynamic", "llama3"])
+def test_training_starts_from_it_and_keeps_what_it_is(kind, folders, monkeypatch, sft_dir, capsys, tmp_path):
+    folder, out = folders(kind)[0], tmp_path / "out"
+    flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", 4, "--max_steps", 2, "--init_from", folder]
+    run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", out)
+    assert ("RoPE scaling: " in capsys.readouterr().out) == (kind in ("dynamic", "llama3"))
+    parent, (child, _, _) = load_model(folder)[0], load_model(next(out.glob("*.pth")))
+    assert child.config == parent.config
+    before = dict(parent.named_parameters())
+    assert all(not torch.equal(weight, before[name]) for name, weight in child.named_parameters()), "all weights move"
+
+
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
 def test_both_spellings_of_rope_are_the_same(kind, folders, tmp_path):
     folder, _ = folders(kind)
-    settings = json.loads((folder / "config.json").read_text())
+    theirs = json.loads((folder / "config.json").read_text())
     scaling = dict(KINDS[kind][1]["rope_scaling"])
-    plain = {n: v for n, v in settings.items() if n not in ("rope_parameters", "rope_scaling", "rope_theta")}
+    plain = {n: v for n, v in theirs.items() if n not in ("rope_parameters", "rope_scaling", "rope_theta")}
     old = {"type": scaling.pop("rope_type"), **scaling}
     spellings = [
         {**plain, "rope_theta": 5000.0, "rope_scaling": old},
@@ -174,9 +191,9 @@ def test_experts_in_stacks_are_read_too(folders, tmp_path):
 def test_rows_of_a_batch_are_answered_as_if_alone(folders):
     ours, tokenizer, _ = load_model(folders("dynamic")[0])
     prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (8, 31, 60)]
-    settings = Sampling(temperature=0, max_new_tokens=30)
-    alone = [generate(ours, [prompt], settings, tokenizer)[0].ids for prompt in prompts]
-    assert [answer.ids for answer in generate(ours, prompts, settings, tokenizer)] == alone
+    greedily = Sampling(temperature=0, max_new_tokens=30)
+    alone = [generate(ours, [prompt], greedily, tokenizer)[0].ids for prompt in prompts]
+    assert [answer.ids for answer in generate(ours, prompts, greedily, tokenizer)] == alone
 
 
 def test_rows_of_different_lengths_have_angles_of_their_own(folders):
@@ -226,6 +243,35 @@ def test_scaling_is_applied_once_and_within_reason():
             longer_config(config, "yarn", factor)
     with pytest.raises(UserError, match="of its own"):
         longer_config(longer_config(config, "yarn", 4), "linear", 2)
+
+
+# ---- any config.json ------------------------------------------------------------------------------------------------
+JUNK = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+ROPE_NAMES = ["rope_type", "type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+              "rope_theta", "truncate", "beta_fast"]  # fmt: skip
+ROPES = st.dictionaries(st.sampled_from(ROPE_NAMES), JUNK | st.sampled_from(["yarn", "llama3", "dynamic", "linear"]))
+SOUND = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 1e4,
+    "rms_norm_eps": 1e-5, "head_dim": 8, "layer_types": None, "sliding_window": None, "rope_scaling": None,
+    "shared_intermediate_size": 48, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24, "norm_topk_prob": True, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(STOCK_KINDS)),
+    changes=st.dictionaries(st.sampled_from(sorted(SOUND)), JUNK | ROPES, max_size=3),
+)
+def test_any_config_is_read_or_refused_in_one_line(kind, changes):
+    try:
+        config = model_config(Path("folder"), {**SOUND, "model_type": kind, **changes}, True)
+    except UserError as error:
+        assert str(error).startswith("folder/config.json: ") and "\n" not in str(error)
+    else:
+        sizes = (config.dim, config.n_layers, config.n_heads, config.n_kv_heads, config.hidden_dim, config.head_dim)
+        assert all(type(size) is int and size > 0 for size in (*sizes, config.max_seq_len, config.n_routed_experts))
 
 
 # ---- published sizes -------------------------------------------------------------------------------------------------
@@ -278,16 +324,14 @@ PUBLISHED = {  # config.json as it is on the hub, without what says nothing abou
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_has_the_published_parameters(name, tmp_path):
-    settings, parameters = PUBLISHED[name]
-    config = model_config(tmp_path, settings, settings["tie_word_embeddings"])
+    theirs, parameters = PUBLISHED[name]
+    config = model_config(tmp_path, theirs, theirs["tie_word_embeddings"])
     assert count(config).total == parameters
-    assert config.max_seq_len == settings["max_position_embeddings"]
+    assert config.max_seq_len == theirs["max_position_embeddings"]
 
 
 def test_qwen3_0_6b_scaled_down_opens_and_answers(monkeypatch, capsys, tmp_path):
     """Its proportions (16 heads of twice hidden_size / 16, 8 key heads, tied) with a hidden_size of 64."""
-    from tests.conftest import run_script
-
     make_folder(tmp_path / "Qwen3", "Qwen3", "1GB", hidden_size=64, num_attention_heads=16, num_key_value_heads=8,
                 head_dim=8, intermediate_size=192, tie_word_embeddings=True, max_position_embeddings=128)  # fmt: skip
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "Qwen3", "--prompt", "1?", "--max_new_tokens", 5)
