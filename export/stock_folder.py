@@ -2,11 +2,11 @@
 
     config.json  generation_config.json  model*.safetensors  tokenizer.json  tokenizer_config.json  ...  lineage.json
 
-    dense                            LlamaForCausalLM              tensors as they are
-    dense with qkv_bias              Qwen2ForCausalLM              tensors as they are
-    dense with QK-norm               Qwen3ForCausalLM              tensors as they are
-    experts with QK-norm, none shared  Qwen3MoeForCausalLM         tensors as they are
-    experts without QK-norm          GraniteMoeSharedForCausalLM   experts stacked (granite.py)
+    dense                                LlamaForCausalLM              tensors as they are
+    dense with qkv_bias                  Qwen2ForCausalLM              tensors as they are
+    dense with QK-norm                   Qwen3ForCausalLM              tensors as they are
+    experts with QK-norm, none shared    Qwen3MoeForCausalLM           tensors as they are
+    experts without QK-norm              GraniteMoeSharedForCausalLM   experts stacked (granite.py)
 
 The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
 written here, not by that library. stock.py reads such a folder back.
@@ -106,7 +106,7 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
     kind, original = scaling.get("rope_type"), scaling.get("original_max_position_embeddings", 0)
     if kind == "dynamic" or (kind == "yarn" and length == int(scaling["factor"] * original)):
         length = original
-    if kind in ("linear", "dynamic") or length == original:
+    if kind in ("linear", "dynamic") or (kind == "yarn" and length == original):
         scaling.pop("original_max_position_embeddings", None)
     if kind == "yarn" and "mscale" in scaling:  # transformers 4.50 does not know it
         scaling = {name: value for name, value in scaling.items() if not name.startswith("mscale")}

@@ -138,4 +138,6 @@ def describe(config: ModelConfig) -> str:
         return ""
     kind, factor = config.rope_scaling["rope_type"], config.rope_scaling["factor"]
     trained = f"trained with {config.trained_len}" if config.trained_len else "the length of training is not stated"
+    if kind == "llama3":  # it was trained with scaled RoPE too
+        trained = f"{config.trained_len} before scaling"
     return f"{kind} x {factor:g}, {config.max_seq_len} tokens, {trained}"

@@ -232,10 +232,7 @@ class Transformer(nn.Module):
             self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
 
     def scale_rope(self, kind: str, factor: float) -> None:
-        """Read `factor` times as many tokens as in training, without training: `kind` linear, dynamic or yarn.
-
-        Raises UserError for a factor that makes no sense and for a model that is scaled already.
-        """
+        """Read `factor` times as many tokens as in training; see rope.longer_config."""
         self.set_rope(longer_config(self.config, kind, factor))
 
     @torch.no_grad()
