@@ -288,6 +288,14 @@ def qwen3(dim, hidden, layers, heads):
 PUBLISHED = {  # config.json as it is on the hub, without what says nothing about the computation; parameters
     "Qwen3-0.6B": (qwen3(1024, 3072, 28, 16), 596_049_920),
     "Qwen3-4B": (qwen3(2560, 9728, 36, 32), 4_022_468_096),
+    "Qwen3-30B-A3B": (
+        {
+            **qwen3(2048, 6144, 48, 32), "model_type": "qwen3_moe", "num_key_value_heads": 4, "num_experts": 128,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "tie_word_embeddings": False,
+        },
+        30_532_122_624,
+    ),
     "Qwen2.5-0.5B": (
         {
             "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
