@@ -2,7 +2,8 @@
 
     python 2-eval.py                             a conversation with the latest stage in out/; in a script: the prompts
     python 2-eval.py --stage pretrain --prompt "The sky is"
-    python 2-eval.py --checkpoint ../Qwen        somebody else's model: a transformers folder (Llama, Qwen3)
+    python 2-eval.py --checkpoint ../Qwen3-0.6B  a foreign model: a transformers folder (Llama, Mistral, Qwen2, Qwen3)
+    python 2-eval.py --rope_scaling yarn --rope_factor 4 --prompt "…"     reads 4 times as many tokens as in training
     python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
     python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search; no five tokens in a row come twice
     python 2-eval.py --questions FILE.jsonl --json out/report.json
@@ -14,11 +15,11 @@ A pretrained model goes on with the text as it is; a model of a chat stage gets 
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
 may be missing. Answers are greedy, and right when they contain any of the keys as a word (corpus/questions.py).
 --report without files takes every stage in --out_dir. It writes one page (markdown) and the same as json: answers side
-by side, bits per byte of --texts, loss on --chats, how often answers loop, speed, and continuations of answers that
-begin with a harmful agreement (shown, not scored). NAME=http://HOST/v1 is a model of a server (OpenAI's protocol;
-#MODEL behind it names one of several): it gets the prompts; what a server cannot tell is shown as "–". Nothing leaves
-the machine unless --report or --judge names a server; the judge (its key in OPENAI_API_KEY) gets the prompts and
-answers, not the names.
+by side, bits per byte of --texts, their loss by position up to 4 times the trained length, loss on --chats, how often
+answers loop, speed, and continuations of answers that begin with a harmful agreement (shown, not scored).
+NAME=http://HOST/v1 is a model of a server (OpenAI's protocol; #MODEL behind it names one of several): it gets the
+prompts; what a server cannot tell is shown as "–". Nothing leaves the machine unless --report or --judge names a
+server; the judge (its key in OPENAI_API_KEY) gets the prompts and answers, not the names.
 Reads out/*.pth; writes --json, a report to out/eval/, and what /save says.
 Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how an answer is drawn), 3-full_sft.py.
 """
@@ -31,6 +32,7 @@ from corpus.errors import UserError, fail_in_one_line
 from corpus.prompts import FIRST
 from corpus.questions import read_lines, read_questions, sound
 from model.presets import CHOICES
+from model.rope_flags import add_rope_flags, rope_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
     add("--checkpoint", help="a .pth file or the folder of a transformers model, instead of --stage")
     add("--out_dir", default="out", help="where the models are (default: out)")
+    add_rope_flags(parser)
     add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
     add("--prompts", metavar="FILE", help="text file, one prompt a line")
@@ -105,6 +108,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} does not go with --report: name the models behind --report")
     if bool(args.judge) != bool(args.judge_model):
         raise UserError("--judge BASE_URL and --judge_model NAME go together")
+    rope_of(args)
 
 
 def main() -> None:

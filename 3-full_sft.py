@@ -6,7 +6,7 @@ The same loss as in lesson 1; only the labels differ: questions are read, answer
 
     python 3-full_sft.py                                            starts from the one out/pretrain_*.pth
     python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
-    python 3-full_sft.py --init_from ../Qwen --chat_format belle    a transformers folder (Llama, Qwen3), another format
+    python 3-full_sft.py --init_from ../Qwen3-0.6B --chat_format belle    a transformers folder (model/stock_config.py)
     python 3-full_sft.py --recipe belle --data_share 0.1,0.3,1.0    BELLE's numbers; what does more data bring?
     torchrun --nproc_per_node 2 3-full_sft.py                       two processes; deepspeed --num_gpus 2 does as well
 

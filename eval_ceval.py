@@ -4,6 +4,7 @@
     python eval_ceval.py --data ceval --checkpoint out/full_sft_512.pth --method text --shots 5
     python eval_ceval.py --data cmmlu.zip --model ../Qwen3-0.6B --json out/cmmlu.json
     python eval_ceval.py --data mine.csv law.csv                   your own questions: each file is one subject
+    python eval_ceval.py --data ceval --shots 5 --rope_scaling yarn --rope_factor 4     more examples than fit otherwise
     python eval_ceval.py --data ceval.tar.xz --split test          answers are secret: writes C-Eval's submission file
 
     --method letter   the largest of the next-token probabilities of A, B, C, D
@@ -25,6 +26,7 @@ from typing import Any
 
 from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
+from model.rope_flags import add_rope_flags, rope_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,7 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--checkpoint", help="a .pth file")
-    add("--model", metavar="DIR", help="the folder of a transformers model (Llama, Qwen3)")
+    add("--model", metavar="DIR", help="the folder of a transformers model (Llama, Mistral, Qwen2, Qwen3)")
+    add_rope_flags(group)
     add = parser.add_argument_group("how to ask").add_argument
     add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
     add("--shots", type=flags.non_negative_int, default=0,
@@ -63,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
+    rope_of(args)
     if args.method == "text" and args.shuffle_options > 1:
         raise UserError("--shuffle_options changes nothing with --method text: the options are not shown")
 
@@ -89,11 +93,14 @@ def run(args: argparse.Namespace, exam: Any) -> None:
     from evaluation.exam_answers import answer
     from evaluation.exam_score import mark, result_of
     from model.checkpoint import load_model
+    from model.rope import describe
     from trainer.runtime import autocast, pick_device, pick_dtype
 
     path, device = model_path(args), pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer, checkpoint = load_model(path, device)
+    if longer := rope_of(args):
+        model.scale_rope(*longer)
     is_chat_stage = checkpoint["stage"] != "pretrain" and tokenizer.format is not None
     chat = args.style == "chat" or (args.style == "auto" and is_chat_stage)
     asking = Asking(args.method, args.shots, args.shuffle_options, chat)
@@ -109,7 +116,9 @@ def run(args: argparse.Namespace, exam: Any) -> None:
         "options": [pick(len(item.options) for item in exam.items) for pick in (min, max)],
     }
     size = f"{model.count_parameters()[0] / 1e6:.1f} M parameters"
-    print(f"{path}: {checkpoint['stage']}, {size}, {device}, {about['dtype']}")
+    about["rope"] = describe(model.config)
+    rope = f", RoPE {about['rope']}" if about["rope"] else ""
+    print(f"{path}: {checkpoint['stage']}, {size}, {device}, {about['dtype']}{rope}")
     print(
         f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {asking.name}, as {about['style']}",
         flush=True,

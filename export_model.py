@@ -6,7 +6,8 @@
     python export_model.py out/lora_sft_512.pth adapter --adapter              or kept apart, for the peft library
     python export_model.py out/dpo_512.pth small-chat --push_to_hub me/small-chat --dry_run
 
-Dense models are Llama there, or Qwen3 with QK-norm; a mixture of experts is GraniteMoeShared. What was written is
+Dense models are Llama there, Qwen2 with biases on queries, keys and values, Qwen3 with QK-norm; a mixture of experts is
+Qwen3-MoE with QK-norm and no shared experts, else GraniteMoeShared. RoPE scaling is exported too. What was written is
 opened by the real program (transformers, peft; llama.cpp where llama-cpp-python is installed) and compared: the same
 tokens, the same logits within a stated tolerance, the same greedy answer. A difference is an error, and no folder is
 left.
@@ -85,7 +86,7 @@ def main() -> None:
     base = (args.base or Path(known["parent"] or "").stem) if args.adapter else ""
     model, tokenizer, _ = load_model(args.checkpoint)
     if args.gguf:
-        gguf_file.refuse_early(tokenizer)
+        gguf_file.refuse_early(model.config, tokenizer)
     print(f"{args.checkpoint}: {known['stage']}, {known['parameters'] / 1e6:.1f} M parameters", flush=True)
     with write.place(args.folder, args.overwrite) as folder:
         if args.adapter:

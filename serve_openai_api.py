@@ -21,6 +21,7 @@ import socket
 from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
 from model.presets import CHOICES
+from model.rope_flags import add_rope_flags, rope_of
 
 PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
@@ -36,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--strict_model_names", action="store_true", help=strict)
     preset = "sampling of chats whose request names none: that of the model's chat format (auto), none, or a format's"
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset} (default: auto)")
+    add_rope_flags(parser)
     add = parser.add_argument_group("who may ask").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=flags.between(0, 65535), default=8000, help="0: any that is free (default: 8000)")
@@ -58,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for a key that cannot be sent, and for a server without a key that the network would reach."""
+    rope_of(args)
     args.api_key = args.api_key or os.environ.get("MENGYA_API_KEY") or None
     if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
         raise UserError("--api_key: use letters, digits and signs of ASCII, without spaces")
@@ -90,6 +93,7 @@ def main() -> None:
             raise
         raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
     from model.presets import spell
+    from model.rope import describe
     from serving.served import latest, open_models
     from trainer.runtime import autocast, pick_device, pick_dtype
 
@@ -97,11 +101,12 @@ def main() -> None:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
         chosen = args.checkpoint or [latest(args.out_dir)]
-        models = open_models(chosen, args.max_context, device, args.sampling_preset)
+        models = open_models(chosen, args.max_context, device, args.sampling_preset, rope_of(args))
         for served in models.values():
             size = served.model.count_parameters()[0] / 1e6
             about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
-            print(f"{served.name}: {about}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+            rope = f", RoPE {scaled}" if (scaled := describe(served.model.config)) else ""
+            print(f"{served.name}: {about}{rope}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
             if served.preset:
                 print(f"    sampling of chats that name none: {spell(served.preset)}", flush=True)
             if served.preset.get("num_beams", 1) > args.seats:

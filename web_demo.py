@@ -17,6 +17,7 @@ from pathlib import Path
 
 from corpus import flags
 from corpus.errors import UserError, fail_in_one_line
+from model.rope_flags import add_rope_flags, rope_of
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = {
@@ -35,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("which models").add_argument
     add("--out_dir", help="where the models are (default: out, here or in the project's folder)")
     add("--checkpoint", nargs="+", default=[], metavar="FILE", help=".pth files or transformers folders, instead")
+    add_rope_flags(parser)
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in (default: 127.0.0.1)")
     add("--port", type=flags.between(1, 65535), default=8501, help="default: 8501")
@@ -54,6 +56,7 @@ def launch(args: argparse.Namespace) -> None:
     """Check what can be checked, then let streamlit serve this same file."""
     if importlib.util.find_spec("streamlit") is None:
         raise UserError('the chat page needs streamlit: pip install "streamlit>=1.51,<2"')
+    rope_of(args)
     for path in args.checkpoint:
         if not Path(path).exists():
             raise UserError(f"--checkpoint {path}: there is nothing of that name")
@@ -84,7 +87,7 @@ def draw(args: argparse.Namespace) -> None:
 
     device = pick_device(args.device)
     files = tuple(Path(path) for path in args.checkpoint)
-    show(Options(out_dir(args), files, device, pick_dtype(args.dtype, device), args.lang))
+    show(Options(out_dir(args), files, device, pick_dtype(args.dtype, device), args.lang, rope_of(args)))
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ Called by report_page.py, which makes the figures. Read next: ../model/repetitio
 import re
 from typing import Any
 
+from evaluation.length_loss import length_section
+
 Report = dict[str, Any]
 Model = dict[str, Any]
 NONE = "–"
@@ -15,7 +17,7 @@ SHARES = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_
 
 def page(report: Report) -> str:
     """The whole page."""
-    parts = ["# Models side by side", "", _how(report), "", *_figures(report), ""]
+    parts = ["# Models side by side", "", _how(report), "", *_figures(report), "", *length_section(report["models"])]
     if report["judge"]:
         parts += [*_judged(report["judge"]), ""]
     parts += ["## Answers", ""]

@@ -28,6 +28,7 @@ from evaluation.bits import bits_per_byte, read_chats, read_named_texts, sft_los
 from evaluation.http_judge import ChatServer
 from evaluation.http_speaker import HttpSpeaker, is_address, split_address
 from evaluation.judge import judge
+from evaluation.length_loss import length_loss
 from evaluation.markdown_page import page
 from evaluation.speaker import SAMPLING, Speaker, stages_in
 from model.chat_formats import Message
@@ -155,10 +156,12 @@ def measure(
     result["batch_tokens_per_second"] = speaker.tokens / speaker.seconds
     result["tokens_per_second"] = talking_speed(speaker, asked)
     model, tokenizer = speaker.model, speaker.tokenizer
-    result |= {"bits_per_byte": {}, "sft_loss": {}, "answer_figures": {}}
+    result |= {"bits_per_byte": {}, "length_loss": {}, "sft_loss": {}, "answer_figures": {}}
     for name, found in texts.items():
         with telling(f"bits per byte, {name}"):
             result["bits_per_byte"][name] = bits_per_byte(model, tokenizer, found["texts"])
+        with telling(f"loss by position, {name}"):
+            result["length_loss"][name] = length_loss(model, tokenizer, found["texts"])
     for lang, talks in chats.items() if tokenizer.format else ():
         with telling(f"SFT loss, {lang}"):
             result["sft_loss"][lang] = sft_loss(model, tokenizer, talks)

@@ -22,6 +22,8 @@ from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
 from model.generate import Answer, Sampling, generate, stream
 from model.presets import DEFAULTS, find_preset, merge_settings, spell
+from model.rope import describe
+from model.rope_flags import rope_of
 from trainer.runtime import autocast, pick_device, pick_dtype
 
 SAMPLING = (
@@ -55,7 +57,10 @@ class Speaker:
     def __init__(self, path: str | Path, args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
+        rope = rope_of(args)
         self.model, self.tokenizer, checkpoint = load_model(path, device)
+        if rope:
+            self.model.scale_rope(*rope)
         self.path, self.stage, self.device, self.dtype = Path(path), checkpoint["stage"], device, dtype
         self.lineage: list[dict[str, Any]] = checkpoint.get("lineage", [])
         if args.stage and args.stage != self.stage:
@@ -96,10 +101,11 @@ class Speaker:
             raise UserError(f"--{error}") from None
 
     def introduction(self) -> str:
-        """The file, its stage, the number of parameters, device and number format, in one line."""
+        """The file, its stage, the number of parameters, device, number format and RoPE scaling, in one line."""
         total, active = self.model.count_parameters()
         size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
-        return f"{self.path}: {self.stage}, {size}, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        rope = f", RoPE {about}" if (about := describe(self.model.config)) else ""
+        return f"{self.path}: {self.stage}, {size}, {self.device}, {str(self.dtype).removeprefix('torch.')}{rope}"
 
     def number_format(self) -> Any:
         """The context in which answers are drawn: matrix products in --dtype."""

@@ -8,7 +8,9 @@ Read next: ../model/lineage.py, ../export_model.py.
 import json
 from typing import Any
 
+from model.config import ModelConfig
 from model.lineage import Facts, number
+from model.rope import describe
 
 WHAT = {  # what a stage taught
     "transformers": "started from another model",
@@ -61,8 +63,11 @@ def foreign_base(known: Facts) -> str:
 
 
 def about(known: Facts, architecture: str, adapter_of: str) -> str:
+    rope = describe(ModelConfig(**known["config"]))
     config, total, active = known["config"], known["parameters"], known["active_parameters"]
     size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active a token)" if active != total else "")
+    wide = config.get("head_dim", 0) not in (0, config["dim"] // config["n_heads"])
+    more = f" of {config['head_dim']}" * wide + ", biases on q, k and v" * bool(config.get("qkv_bias"))
     if adapter_of:
         numbers = known["adapter"] or {}
         size = (
@@ -72,8 +77,8 @@ def about(known: Facts, architecture: str, adapter_of: str) -> str:
     languages = " and ".join(speaks[language] for language in known["languages"])
     rows = {
         "architecture": f"`{architecture}`, {config['n_layers']} layers of {config['dim']}, {config['n_heads']} heads, "
-        f"{config['n_kv_heads']} key/value heads",
-        "longest text": f"{config['max_seq_len']} tokens",
+        f"{config['n_kv_heads']} key/value heads{more}",
+        "longest text": f"{config['max_seq_len']} tokens" + (f" (RoPE scaling: {rope})" if rope else ""),
         "vocabulary": f"{config['vocab_size']:,} tokens",
         "chat format": plain(known["chat_format"] or "none: it continues text"),
     }

@@ -1,12 +1,16 @@
-"""A model of this house as one GGUF file, for llama.cpp and what is built on it, and a Modelfile for Ollama.
+"""One of our models as one GGUF file, for llama.cpp and what is built on it, and a Modelfile for Ollama.
 
     ours                                  GGUF
     dense                                 architecture llama      q and k rows of each head interleaved, see below
+    dense with qkv_bias                   architecture qwen2      q and k as they are; llama where qwen2 cannot hold it
     dense with QK-norm                    architecture qwen3      q and k as they are
-    mixture of experts                    architecture granitemoe q and k interleaved, experts stacked
+    experts with QK-norm                  architecture qwen3moe   q and k as they are, experts stacked
+    experts without QK-norm               architecture granitemoe q and k interleaved, experts stacked
 
-RoPE turns dimension i together with i + head_dim / 2 here and in qwen3, but 2i together with 2i + 1 in the other two:
-there the rows of q_proj and k_proj change places inside each head, which changes no score (q and k move alike).
+RoPE rotates dimension i together with i + head_dim / 2 here and in qwen2, qwen3 and qwen3moe, but 2i together with
+2i + 1 in the other two: there the rows (and biases) of q_proj and k_proj change places inside each head, which changes
+no score (q and k move alike). llama.cpp's qwen2 has neither a head_dim of its own nor llama3's RoPE scaling; its llama
+has both, and reads biases. RoPE scaling: gguf_rope.py.
 
 Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
 Read next: gguf_tokenizer.py, gguf_check.py (is it really the same model?), stock_folder.py.
@@ -18,9 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from corpus.errors import UserError
+from export.gguf_rope import refuse_rope, rope_factors, write_rope
 from export.gguf_tokenizer import pre_tokenizer, write_tokenizer
 from export.stock_folder import architecture
 from model.chat import ChatTokenizer
@@ -32,7 +38,14 @@ from model.lineage import Facts
 from model.transformer import Transformer
 
 NUMBER_FORMATS = ("f32", "f16", "bf16", "q8_0")
-ARCHITECTURES = {"llama": "llama", "qwen3": "qwen3", "granitemoeshared": "granitemoe"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "granitemoeshared": "granitemoe",
+}
+INTERLEAVED = ("llama", "granitemoe")
 NAMES = {  # of the tensors
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -48,6 +61,10 @@ NAMES = {  # of the tensors
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
@@ -59,34 +76,56 @@ def gguf_package() -> Any:
     return gguf
 
 
-def refuse_early(tokenizer: ChatTokenizer) -> None:
+def refuse_early(config: ModelConfig, tokenizer: ChatTokenizer) -> None:
     """Raises UserError, before any work, for what `write_gguf` would refuse."""
     gguf_package()
     pre_tokenizer(tokenizer)
+    refuse_rope(config, gguf_architecture(config))
+
+
+def gguf_architecture(config: ModelConfig) -> str:
+    """llama.cpp's name for it. Raises UserError where no stock architecture holds the model."""
+    name = ARCHITECTURES[architecture(config)[1]]
+    is_wide = config.n_heads * config.head_dim != config.dim
+    return "llama" if name == "qwen2" and (is_wide or config.rope_scaling.get("rope_type") == "llama3") else name
 
 
 def interleave(matrix: Tensor, heads: int) -> Tensor:
-    """Rows (heads * head_dim, dim): i and i + head_dim / 2 of each head become neighbours 2i and 2i + 1."""
-    rows, columns = matrix.shape
-    return matrix.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+    """Rows (heads * head_dim[, dim]): i and i + head_dim / 2 of each head become neighbours 2i and 2i + 1."""
+    rows = len(matrix) // heads // 2
+    return matrix.view(heads, 2, rows, *matrix.shape[1:]).transpose(1, 2).reshape(matrix.shape)
+
+
+def stack_experts(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Each layer's experts as one tensor (experts, out, in) per matrix."""
+    stacked = {name: tensor for name, tensor in state.items() if ".mlp.experts." not in name}
+    for layer in range(config.n_layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for part in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
+            matrices = [state[f"{prefix}{i}.{part}"] for i in range(config.n_routed_experts)]
+            stacked[prefix + part] = torch.stack(matrices)
+    return stacked
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its GGUF name, fp32."""
-    config = model.config
-    state = plain_state(model)
-    state = to_granite(state, config) if config.use_moe else state
-    for name, tensor in state.items():
-        name, tensor = name.removesuffix(".weight"), tensor.float()
+    config, state, target_kind = model.config, plain_state(model), gguf_architecture(model.config)
+    translate = {"granitemoe": to_granite, "qwen3moe": stack_experts}
+    state = translate[target_kind](state, config) if target_kind in translate else state
+    if config.rope_scaling.get("rope_type") == "llama3":
+        yield "rope_freqs.weight", rope_factors(config)
+    for full_name, tensor in state.items():
+        name, _, kind = full_name.rpartition(".")  # weight or bias
+        tensor = tensor.float()
         found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
         if not found:
-            yield f"{NAMES[name]}.weight", tensor
+            yield f"{NAMES[name]}.{kind}", tensor
             continue
         layer, part = found.groups()
-        if part in ("self_attn.q_proj", "self_attn.k_proj") and not config.qk_norm:
+        if part in ("self_attn.q_proj", "self_attn.k_proj") and target_kind in INTERLEAVED:
             tensor = interleave(tensor, config.n_heads if part == "self_attn.q_proj" else config.n_kv_heads)
         for target, matrix in [(NAMES[part], tensor)] if part in NAMES else moe_parts(part, tensor):
-            yield f"blk.{layer}.{target}.weight", matrix.contiguous()
+            yield f"blk.{layer}.{target}.{kind}", matrix.contiguous()
 
 
 def moe_parts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -106,13 +145,15 @@ def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_
     """Write the file. Raises UserError for a model or a tokenizer that llama.cpp cannot hold."""
     gguf = gguf_package()
     config, pre = model.config, pre_tokenizer(tokenizer)
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[architecture(config)[1]])
+    refuse_rope(config, gguf_architecture(config))
+    writer = gguf.GGUFWriter(path, gguf_architecture(config))
     try:
         writer.add_name(f"{known['stage']}_{known['size']}")
         writer.add_file_type(
             gguf.LlamaFileType[f"MOSTLY_{number_format.upper()}" if number_format != "f32" else "ALL_F32"]
         )
         write_sizes(writer, config)
+        write_rope(gguf, writer, config)
         write_tokenizer(gguf, writer, tokenizer, config, pre)
         for name, tensor in gguf_tensors(model):
             kind = storage(gguf, name, tensor, number_format)
@@ -151,6 +192,9 @@ def write_sizes(writer: Any, config: ModelConfig) -> None:
     if config.use_moe:
         writer.add_expert_count(config.n_routed_experts)
         writer.add_expert_used_count(config.n_active_experts)
+    if config.use_moe and config.qk_norm:
+        writer.add_expert_feed_forward_length(config.hidden_dim)
+    elif config.use_moe:
         writer.add_expert_shared_feed_forward_length(config.n_shared_experts * config.hidden_dim)
         writer.add_attention_scale(config.head_dim**-0.5)
         writer.add_embedding_scale(1.0)

@@ -161,6 +161,7 @@ def compare(model: Transformer, stock: Any, tokenizer: ChatTokenizer, name: str)
     """Logits and a greedy answer of both, on the CPU in fp32. Raises UserError for a difference."""
     largest, rows = 0.0, prompts(model, tokenizer)
     for ids in rows:
+        forget_length(model, stock)
         difference = float((model.logits(torch.tensor([ids])) - stock(torch.tensor([ids])).logits).abs().max())
         if not difference <= LOGIT_TOLERANCE:  # NaN is a difference too
             raise UserError(f"{name}'s logits differ by {difference:.2g}, more than {LOGIT_TOLERANCE:g}")
@@ -168,6 +169,7 @@ def compare(model: Transformer, stock: Any, tokenizer: ChatTokenizer, name: str)
     prompt = (chat_ids(tokenizer) or rows[0])[: max(1, model.config.max_seq_len - GREEDY_TOKENS)]
     number = min(GREEDY_TOKENS, model.config.max_seq_len - len(prompt))
     ours, logits = greedy(model, prompt, number)
+    forget_length(model, stock)
     stock.generation_config.eos_token_id = None  # go on, whatever comes
     found = stock.generate(
         input_ids=torch.tensor([prompt]),
@@ -183,6 +185,12 @@ def compare(model: Transformer, stock: Any, tokenizer: ChatTokenizer, name: str)
         f"{name}: logits at {positions} positions differ by at most {largest:.1e} (allowed {LOGIT_TOLERANCE:g}), "
         f"{compared} greedy tokens equal" + (", then a tie" if compared < number else "")
     )
+
+
+def forget_length(model: Transformer, stock: Any) -> None:
+    """transformers' dynamic RoPE keeps the angles of the longest sequence seen until a short one comes: send one."""
+    if model.config.rope_scaling.get("rope_type") == "dynamic":
+        stock(torch.zeros(1, 1, dtype=torch.long))
 
 
 @contextlib.contextmanager

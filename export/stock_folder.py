@@ -1,13 +1,18 @@
-"""A model of this house as a transformers folder that stock transformers opens, without any code of ours.
+"""One of our models as a transformers folder that stock transformers opens, without any code of ours.
 
     config.json  generation_config.json  model*.safetensors  tokenizer.json  tokenizer_config.json  ...  lineage.json
 
-    dense                 LlamaForCausalLM              tensors as they are
-    dense with QK-norm    Qwen3ForCausalLM              tensors as they are
-    mixture of experts    GraniteMoeSharedForCausalLM   experts stacked (granite.py)
+    dense                                LlamaForCausalLM              tensors as they are
+    dense with qkv_bias                  Qwen2ForCausalLM              tensors as they are
+    dense with QK-norm                   Qwen3ForCausalLM              tensors as they are
+    experts with QK-norm, none shared    Qwen3MoeForCausalLM           tensors as they are
+    experts without QK-norm              GraniteMoeSharedForCausalLM   experts stacked (granite.py)
 
 The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
 written here, not by that library. stock.py reads such a folder back.
+RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). YaRN's original length stands in
+max_position_embeddings alone: 4.50 reads it there, 4.53 divides by original_max_position_embeddings where that is
+given, 4.57 and 5 take either.
 Read next: ../model/granite.py, stock_check.py (is it really the same model?), ../export_model.py.
 """
 
@@ -23,23 +28,33 @@ from corpus.errors import UserError
 from model.chat import ChatTokenizer
 from model.checkpoint import plain_state
 from model.config import ModelConfig
-from model.granite import MODEL_TYPE, granite_settings, to_granite
+from model.granite import granite_settings, to_granite
+from model.rope import attention_factor
+from model.stock_config import GRANITE, QWEN3_MOE
 from model.transformer import Transformer
 
 ANSWER_TOKENS = 256  # how long a stock program lets an answer get, when the model reads more than that
 
 
 def architecture(config: ModelConfig) -> tuple[str, str]:
-    """(class, model_type) of the stock architecture that computes the same.
-
-    Raises UserError for the one combination that none of them holds.
-    """
-    if config.use_moe and config.qk_norm:
-        raise UserError(
-            "a mixture of experts with --qk_norm true fits no stock architecture: train it without one of the two"
-        )
+    """(class, model_type) of the stock architecture that computes the same. Raises UserError where none does."""
+    square = config.n_heads * config.head_dim == config.dim
+    for problem, wrong in {
+        "qkv_bias together with qk_norm": config.qkv_bias and config.qk_norm,
+        "a mixture of experts with qkv_bias": config.qkv_bias and config.use_moe,
+        "a mixture of experts with qk_norm and shared experts": config.use_moe
+        and config.qk_norm
+        and config.n_shared_experts > 0,
+        "a mixture of experts without qk_norm, with a head_dim that is not dim / n_heads": config.use_moe
+        and not config.qk_norm
+        and not square,
+    }.items():
+        if wrong:
+            raise UserError(f"{problem} fits no stock architecture: train it without one of the two")
     if config.use_moe:
-        return "GraniteMoeSharedForCausalLM", MODEL_TYPE
+        return ("Qwen3MoeForCausalLM", QWEN3_MOE) if config.qk_norm else ("GraniteMoeSharedForCausalLM", GRANITE)
+    if config.qkv_bias:
+        return "Qwen2ForCausalLM", "qwen2"
     return ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
 
 
@@ -47,8 +62,14 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
     """The content of config.json, for transformers 4 and 5 alike."""
     name, model_type = architecture(config)
     number_format = str(dtype).removeprefix("torch.")
-    more: dict[str, Any] = {"llama": {"mlp_bias": False}, "qwen3": {"use_sliding_window": False}}.get(model_type, {})
-    return {
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"mlp_bias": False},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False},
+        QWEN3_MOE: {"use_sliding_window": False, **qwen3_moe_settings(config)},
+        GRANITE: granite_settings(config),
+    }
+    settings = {
         "architectures": [name],
         "model_type": model_type,
         "vocab_size": config.vocab_size,
@@ -58,10 +79,9 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 the next
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 rope_parameters
+        **rope_settings(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -73,8 +93,41 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
         "pad_token_id": tokenizer.pad_id,
         "torch_dtype": number_format,  # transformers 4 reads this one, 5 the next
         "dtype": number_format,
-        **more,
-        **(granite_settings(config) if config.use_moe else {}),
+        **own[model_type],
+    }
+    if model_type == "qwen2":  # its biases are no option
+        del settings["attention_bias"]
+    return settings
+
+
+def rope_settings(config: ModelConfig) -> dict[str, Any]:
+    """max_position_embeddings, and RoPE in the spelling of transformers 5, with scaling also in that of 4."""
+    scaling, length = dict(config.rope_scaling), config.max_seq_len
+    kind, original = scaling.get("rope_type"), scaling.get("original_max_position_embeddings", 0)
+    if kind == "dynamic" or (kind == "yarn" and length == int(scaling["factor"] * original)):
+        length = original
+    if kind in ("linear", "dynamic") or (kind == "yarn" and length == original):
+        scaling.pop("original_max_position_embeddings", None)
+    if kind == "yarn" and "mscale" in scaling:  # transformers 4.50 does not know it
+        scaling = {name: value for name, value in scaling.items() if not name.startswith("mscale")}
+        scaling["attention_factor"] = attention_factor(config.rope_scaling)
+    return {
+        "max_position_embeddings": length,
+        "rope_parameters": {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
+        **({"rope_scaling": scaling} if scaling else {}),
+    }
+
+
+def qwen3_moe_settings(config: ModelConfig) -> dict[str, Any]:
+    """What config.json of a Qwen3-MoE says of its experts."""
+    return {
+        "moe_intermediate_size": config.hidden_dim,
+        "num_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.n_active_experts,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "router_aux_loss_coef": config.balance_loss_coef,
     }
 
 
@@ -101,7 +154,8 @@ def generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str
 def folder_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a folder under stock names, in `dtype`; tied output weights once."""
     state = plain_state(model)
-    state = to_granite(state, model.config) if model.config.use_moe else state
+    if architecture(model.config)[1] == GRANITE:
+        state = to_granite(state, model.config)
     return {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
 
 

@@ -1,11 +1,12 @@
 """What a model is, in numbers: one frozen dataclass that travels inside every .pth, and the sizes that have a name.
 
 The flags for these fields exist on 1-pretrain.py only; every later stage reads the config out of its parent.
-Read next: transformer.py.
+Read next: rope.py (rope_scaling), transformer.py.
 """
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -30,24 +31,38 @@ class ModelConfig:
     n_routed_experts: int = 4
     n_active_experts: int = 2
     balance_loss_coef: float = 0.01
+    head_dim: int = 0  # 0: dim / n_heads
+    qkv_bias: bool = False
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # {}: plain RoPE; else see ROPE_KEYS
 
     def __post_init__(self) -> None:
         if not self.hidden_dim:
             object.__setattr__(self, "hidden_dim", 64 * ((8 * self.dim // 3 + 63) // 64))
+        given, scaling = self.head_dim, wrong_scaling(self.rope_scaling)
+        if not given:
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         for problem, wrong in {
-            "dim must be a multiple of n_heads": self.dim % self.n_heads,
-            "dim / n_heads must be even (RoPE turns pairs)": self.dim // self.n_heads % 2,
+            "dim must be a multiple of n_heads, or head_dim given": not given and self.dim % self.n_heads,
+            "head_dim must be positive": self.head_dim < 1,
+            "head_dim (dim / n_heads) must be even: RoPE rotates pairs": self.head_dim % 2,
             "n_heads must be a multiple of n_kv_heads": self.n_heads % self.n_kv_heads,
             "n_active_experts must be from 1 to n_routed_experts": self.use_moe
             and not 1 <= self.n_active_experts <= self.n_routed_experts,
             "dropout must be in [0, 1)": not 0 <= self.dropout < 1,
+            "rope_theta must be above 1": not 1 < self.rope_theta < math.inf,
+            "rope_scaling dynamic needs a head_dim of at least 4": self.head_dim < 4
+            and bool(self.rope_scaling)
+            and not scaling
+            and self.rope_scaling["rope_type"] == "dynamic",
+            scaling: scaling,
         }.items():
             if wrong:
                 raise ValueError(f"model config: {problem} (got {self.to_dict()})")
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def trained_len(self) -> int | None:
+        """The length before RoPE was scaled: max_seq_len without scaling, None where a foreign folder does not say."""
+        return self.rope_scaling.get("original_max_position_embeddings") if self.rope_scaling else self.max_seq_len
 
     @property
     def name(self) -> str:
@@ -56,6 +71,47 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+# rope_scaling is a dict with the names that config.json of transformers has: rope_type -> the keys it needs, those that
+# it may have. original_max_position_embeddings is the length before scaling. Formulas: rope.py.
+ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": ({"factor"}, {"original_max_position_embeddings"}),
+    "dynamic": ({"factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": ({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}, set()),
+}
+
+
+def wrong_scaling(scaling: Any) -> str:
+    """What is wrong with a rope_scaling, in a few words; "" if nothing is."""
+    if not isinstance(scaling, dict):
+        return "rope_scaling must be a dict"
+    if not scaling:
+        return ""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_KEYS:
+        return f"rope_scaling must be of type {', '.join(ROPE_KEYS)}, not {kind!r}"
+    needed, optional = ROPE_KEYS[kind]
+    keys = scaling.keys() - {"rope_type"}
+    if keys - needed - optional or needed - keys:
+        return f"rope_scaling {kind} has the keys {', '.join(sorted(needed))}, not {', '.join(sorted(keys)) or 'none'}"
+    for name in sorted(keys - {"truncate"}):
+        value = scaling[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            return f"rope_scaling {kind}: {name} must be a positive number, not {value!r}"
+    if scaling["factor"] < 1:
+        return f"rope_scaling {kind}: factor must be at least 1, not {scaling['factor']!r}"
+    if not isinstance(scaling.get("original_max_position_embeddings", 1), int):
+        return f"rope_scaling {kind}: original_max_position_embeddings must be a whole number"
+    if not isinstance(scaling.get("truncate", True), bool):
+        return f"rope_scaling {kind}: truncate must be true or false"
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        return "rope_scaling llama3: low_freq_factor must be below high_freq_factor"
+    return ""
 
 
 FIELD_HELP = {
@@ -75,6 +131,8 @@ FIELD_HELP = {
     "n_routed_experts": "experts that the router chooses from",
     "n_active_experts": "routed experts per token (top-k)",
     "balance_loss_coef": "weight of the balance loss of the router",
+    "head_dim": "width of a head (0: dim / n_heads)",
+    "qkv_bias": "biases on queries, keys and values (as Qwen2)",
 }
 
 # A vocabulary named here is what --plan counts with; a model that is trained takes its tokenizer's.
@@ -93,5 +151,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xiangxin-3b": {
         "dim": 2560, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "max_seq_len": 2048, "vocab_size": 51_200,
         "tie_embeddings": False,
+    },
+    # The size of MindLLM-3B (arXiv:2310.15777: 3.1 B parameters, RoPE, RMSNorm, DeepNorm, GeGLU). Its layers, width and
+    # vocabulary are not copied from there: these are chosen to give 3.1 B, with the 24 layers of MindLLM-1.3B. Ours has
+    # SwiGLU and pre-normalisation instead of GeGLU and DeepNorm.
+    "mindllm-3b": {
+        "dim": 3072, "n_layers": 24, "n_heads": 24, "n_kv_heads": 24, "max_seq_len": 2048, "vocab_size": 125_700,
     },
 }  # fmt: skip

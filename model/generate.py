@@ -52,6 +52,9 @@ class Batch:
     @torch.inference_mode()
     def join(self, rows: list[Row]) -> list[tuple[Row, str]]:
         """Read the prompts and draw each row's first token; returns each row's first text."""
+        dynamic = self.model.config.rope_scaling.get("rope_type") == "dynamic"
+        if dynamic and len({len(row.prompt) for row in rows}) > 1:  # its angles depend on the length: no padding
+            return [piece for row in rows for piece in self.join([row])]
         first, end = len(self.slots), len(self.slots) + len(rows)
         others = [slot for row in rows for slot in row.slots[1:]]  # the beams' own, which share the prompt
         width = max(len(row.prompt) for row in rows)

@@ -208,7 +208,8 @@ def note(known: Facts) -> str:
 def _foreign(folder: Path) -> Facts:
     """Somebody else's transformers folder: its size, and where it lies."""
     from model.chat import load_tokenizer
-    from model.stock import describe_folder, model_config, read_json
+    from model.stock import describe_folder, read_json
+    from model.stock_config import model_config
 
     settings = read_json(folder, "config.json")
     config = model_config(folder, settings, bool(settings.get("tie_word_embeddings")))

@@ -47,11 +47,11 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that shares the parent's weight, and the two matrices that are trained beside it."""
+    """A linear layer that shares the parent's weight and bias, and the two matrices that are trained beside it."""
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig, random: torch.Generator) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
         self.scale = config.alpha / config.rank
         self.lora_dropout = nn.Dropout(config.dropout)
         options: dict[str, Any] = {"bias": False, "device": linear.weight.device}
@@ -73,6 +73,7 @@ class LoRALinear(nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         change = self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
         linear.weight = nn.Parameter((self.weight.float() + change).to(self.weight.dtype))
+        linear.bias = self.bias
         return linear
 
 

@@ -1,20 +1,18 @@
-"""Somebody else's model: a transformers folder of the Llama, Qwen3 or GraniteMoeShared kind becomes one of this house.
+"""A foreign model: a transformers folder of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GraniteMoeShared is opened.
 
     config.json, model*.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja  ->  model, tokenizer
 
 The architecture is the same and so are the names of the parameters (transformer.py), so the tensors are read as they
-are, in fp32, and logits equal transformers'. What this model cannot do (scaled RoPE, biases, sliding windows, heads of
-another size, quantised weights) is refused by name, never left out silently. A folder that was exported from here
-(../export/stock_folder.py) comes back with its stage and its lineage.
+are, in fp32, and logits equal transformers'. What this model does not compute (sliding windows, a bias on o_proj,
+longrope, quantised weights) is refused by name, never left out silently (stock_config.py). A folder that was exported
+from here (../export/stock_folder.py) comes back with its stage and its lineage.
 
 Used by checkpoint.load_model for a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
-Read next: checkpoint.py (our own files), chat_templates.py (its chat template).
+Read next: stock_config.py, checkpoint.py (our own files), chat_templates.py (its chat template).
 """
 
 import json
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,11 @@ from corpus.errors import UserError
 from model.chat import ChatTokenizer, load_tokenizer
 from model.checkpoint import FORMAT, Checkpoint, load_state
 from model.config import ModelConfig
-from model.granite import MODEL_TYPE as MOE
-from model.granite import from_granite, multipliers
+from model.granite import from_granite
 from model.lineage import read_note
+from model.stock_config import GRANITE, QWEN3_MOE, model_config
 from model.transformer import Transformer
 
-KINDS = {"llama": False, "qwen3": True, MOE: False}  # model_type -> whether queries and keys are normalised
 STAGE = "transformers"
 
 
@@ -57,8 +54,10 @@ def open_folder(
         raise UserError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size}"
         )
-    model = Transformer(config)
-    load_state(model, from_granite(state, config) if config.use_moe else state, folder)
+    model, translate = Transformer(config), {GRANITE: from_granite, QWEN3_MOE: unstacked}
+    if settings["model_type"] in translate:
+        state = translate[settings["model_type"]](state, config)
+    load_state(model, state, folder)
     checkpoint = describe_folder(folder, settings, config, tokenizer)
     return model.to(device).eval(), tokenizer, checkpoint
 
@@ -78,87 +77,20 @@ def describe_folder(
     }
 
 
-def model_config(folder: Path, settings: dict[str, Any], tied: bool) -> ModelConfig:
-    """Our config for theirs. Raises UserError for every property that this model does not have."""
-    kind, heads, dim = (settings.get(name) for name in ("model_type", "num_attention_heads", "hidden_size"))
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    sliding = settings.get("use_sliding_window") or (kind == "llama" and settings.get("sliding_window"))
-    layer_types = set(settings.get("layer_types") or ()) - {"full_attention"}
-    for name, refused in {
-        f"model_type {kind!r}": kind not in KINDS,
-        f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") != "silu",
-        "attention_bias": settings.get("attention_bias"),
-        "mlp_bias": settings.get("mlp_bias"),
-        f"RoPE scaling {rope_type!r}": rope_type != "default" or any(isinstance(v, dict) for v in rope.values()),
-        "a partial rotary factor": (settings.get("partial_rotary_factor") or 1) != 1,
-        "a sliding window": sliding or layer_types,
-        "quantised weights": settings.get("quantization_config"),
-        f"head_dim {settings.get('head_dim')} (only hidden_size / num_attention_heads)": isinstance(dim, int)
-        and isinstance(heads, int)
-        and (settings.get("head_dim") or dim // max(heads, 1)) * heads != dim,
-        **unusual_multipliers(settings),
-    }.items():
-        if refused:
-            raise UserError(
-                f"{folder}/config.json: {name} is not supported: models of type {', '.join(KINDS)} are read"
-            )
-
-    def number(name: str, default: Any = None) -> Any:
-        value = settings.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise UserError(f"{folder}/config.json: {name} must be a positive number, not {value!r}")
-        return value
-
-    try:
-        return ModelConfig(
-            vocab_size=number("vocab_size"),
-            dim=number("hidden_size"),
-            n_layers=number("num_hidden_layers"),
-            n_heads=number("num_attention_heads"),
-            n_kv_heads=number("num_key_value_heads", heads),
-            hidden_dim=number("intermediate_size"),
-            max_seq_len=number("max_position_embeddings", 2048),
-            rope_theta=float(rope.get("rope_theta") or number("rope_theta", 10_000.0)),
-            norm_eps=float(number("rms_norm_eps", 1e-6)),
-            tie_embeddings=tied,
-            qk_norm=KINDS[str(kind)],
-            **(moe_fields(folder, settings, number) if kind == MOE else {}),
-        )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
-
-
-def unusual_multipliers(settings: dict[str, Any]) -> dict[str, Any]:
-    """Granite's factors that are not what a plain decoder has, by name."""
-    heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
-    if settings.get("model_type") != MOE or not (isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim):
-        return {}
-    plain = multipliers(dim // heads)
-    given = {name: settings.get(name, 1.0) for name in plain}
-    return {f"{name} {value!r}": not same(value, plain[name]) for name, value in given.items()}
-
-
-def same(value: Any, wanted: float) -> bool:
-    return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-6)
-
-
-def moe_fields(folder: Path, settings: dict[str, Any], number: Callable[..., Any]) -> dict[str, Any]:
-    """The experts of a GraniteMoeShared: its one shared feed-forward is as many of ours as it is wide."""
-    width, shared = number("intermediate_size"), settings.get("shared_intermediate_size", 0)
-    if not isinstance(shared, int) or shared < 0 or shared % width:
-        raise UserError(
-            f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: a multiple of "
-            f"intermediate_size {width} is"
-        )
-    return {
-        "use_moe": True,
-        "n_shared_experts": shared // width,
-        "n_routed_experts": number("num_local_experts"),
-        "n_active_experts": number("num_experts_per_tok"),
-        "balance_loss_coef": float(settings.get("router_aux_loss_coef") or 0.0),
-    }
+def unstacked(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Qwen3-MoE's experts under their names in files of the hub, which are ours, where a file has them in stacks:
+    gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff)."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, stack = name.rpartition(".experts.")
+        if stack not in ("gate_up_proj", "down_proj") or tensor.dim() != 3:
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+        for i, expert in enumerate(tensor):
+            for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                found[f"{prefix}.experts.{i}.{part}.weight"] = matrix.contiguous()
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

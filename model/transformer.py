@@ -6,8 +6,10 @@
 
 RMSNorm (Zhang & Sennrich 2019), RoPE in the half-split layout (Su et al. 2021), grouped-query attention (Ainslie et al.
 2023), SwiGLU (Shazeer 2020): the LLaMA recipe (Touvron et al. 2023). Parameters carry the names that transformers gives
-them, so a dense checkpoint opens as LlamaForCausalLM, or with `qk_norm` as Qwen3ForCausalLM, and the other way round.
-Read next: moe.py (the other feed-forward), generate.py (the cache in use), ../trainer/loss.py (what it is trained for).
+them, so a dense checkpoint opens as LlamaForCausalLM, with `qkv_bias` as Qwen2ForCausalLM, with `qk_norm` as
+Qwen3ForCausalLM, and the other way round.
+Read next: rope.py (the angles), moe.py (the other feed-forward), generate.py (the cache in use), ../trainer/loss.py
+(what it is trained for).
 """
 
 import copy
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.moe import MoEFeedForward
+from model.rope import dynamic_rope, longer_config, rope_table, rotate
 
 CPU_QUERY_BLOCK = 128  # queries per block of the CPU attention; 64 and 256 measured slower at 512 tokens
 
@@ -35,23 +38,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each (max_seq_len, head_dim). arXiv:2104.09864, section 3.4.2.
-
-    Half-split layout: dimension i is turned together with dimension i + head_dim / 2, as transformers does.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), config.rope_theta**-exponents)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of x (batch, heads, seq, head_dim) by its position's angle; cos, sin end in (seq, head_dim)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class KVCache:
@@ -145,11 +131,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -159,7 +145,7 @@ class Attention(nn.Module):
         mask: ([batch, 1,] seq, keys) bool, True where a query sees a key. None: causal attention over x alone, or one
         token that sees everything.
         """
-        batch, seq, dim = x.shape
+        batch, seq, _ = x.shape
         heads = (batch, seq, -1, self.config.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
         k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
@@ -175,7 +161,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=True
             )
-        return self.o_proj(out.transpose(1, 2).reshape(batch, seq, dim))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -239,18 +225,29 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.activation_checkpointing = False  # recompute each layer in backward: less memory, about a third more time
-        cos, sin = rope_table(config)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.set_rope(config)
         self.init_weights()
+
+    def set_rope(self, config: ModelConfig) -> None:
+        """Compute the table of angles for a config that differs from the model's in max_seq_len and RoPE alone."""
+        self.config = config
+        for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
+            self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
+
+    def scale_rope(self, kind: str, factor: float) -> None:
+        """Read `factor` times as many tokens as in training; see rope.longer_config."""
+        self.set_rope(longer_config(self.config, kind, factor))
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02); what a layer adds to the residual stream is scaled down by sqrt(2 n_layers) (GPT-2, 2.3)."""
+        """Normal(0, 0.02); what a layer adds to the residual stream is scaled down by sqrt(2 n_layers) (GPT-2, 2.3).
+        Norms start at one, biases at zero."""
         for name, weight in self.named_parameters():
-            if weight.dim() < 2:
+            if name.endswith(".bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() < 2:
                 nn.init.ones_(weight)
             else:
                 adds_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -288,7 +285,7 @@ class Transformer(nn.Module):
                 positions = (positions - padding[:, None]).clamp(min=0)
             if mask.dim() == 3:
                 mask = mask[:, None]  # (batch, 1, seq, keys)
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (seq, head_dim) or (batch, seq, head_dim)
+        cos, sin = self._angles(positions, start + seq)  # (seq, head_dim) or (batch, seq, head_dim)
         if positions.dim() == 2:
             cos, sin = cos[:, None], sin[:, None]
 
@@ -304,6 +301,15 @@ class Transformer(nn.Module):
             cache.advance(seq)
         weight = self.config.balance_loss_coef / len(self.model.layers) if self.training else 0.0
         return self.model.norm(x), balance * weight
+
+    def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at positions (seq,) or (batch, seq), of sequences of at most `length` tokens."""
+        scaling = self.config.rope_scaling
+        if scaling.get("rope_type") != "dynamic" or length <= scaling["original_max_position_embeddings"]:
+            return self.rope_cos[positions], self.rope_sin[positions]
+        lengths = positions.amax(-1) + 1 if positions.dim() == 2 else positions.new_full((), length)
+        cos, sin = dynamic_rope(self.config, positions, lengths)
+        return cos.to(self.rope_cos.dtype), sin.to(self.rope_sin.dtype)
 
     def logits(self, input_ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab) of the token after each position; arguments as in `forward`."""

@@ -18,11 +18,12 @@ import torch
 
 from corpus.errors import UserError
 from model.checkpoint import load_model
+from model.rope_flags import Rope
 from serving.conversation import Conversation, Reply, Speaker, Turn
 from serving.copy_button import copy_button
 from serving.page_sidebar import Choices, choose, facts, plain
 from serving.page_words import LANGUAGES, STARTS, WORDS
-from serving.shelf import Model, fill_shelf, stamp
+from serving.shelf import Model, fill_shelf, scaled, stamp
 from trainer.runtime import autocast
 
 LOGO = ":material/potted_plant:"
@@ -39,19 +40,25 @@ CARDS = 4  # models explained on the first page; the list on the left has all
 
 @dataclass(frozen=True)
 class Options:
-    """What web_demo.py was started with. `files` stand instead of what is in `out_dir`; `lang`: auto, zh or en."""
+    """What web_demo.py was started with. `files` stand instead of what is in `out_dir`; `lang`: auto, zh or en; `rope`:
+    --rope_scaling and --rope_factor."""
 
     out_dir: Path
     files: tuple[Path, ...]
     device: torch.device
     dtype: torch.dtype
     lang: str = "auto"
+    rope: Rope | None = None
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def open_speaker(path: Path, name: str, chats: bool, version: tuple[int, int], device: torch.device) -> Speaker:
+def open_speaker(
+    path: Path, name: str, chats: bool, version: tuple[int, int], device: torch.device, rope: Rope | None
+) -> Speaker:
     """A loaded model, shared by everybody who looks at the page; a file that was replaced is loaded anew."""
     model, tokenizer, _ = load_model(path, device)
+    if rope:
+        model.scale_rope(*rope)
     return Speaker(name, model, tokenizer, chats)
 
 
@@ -71,6 +78,7 @@ class Page:
         st.set_page_config(self.words["title"], page_icon="🌱", layout=layout)
         st.html(STYLE)
         shelf = fill_shelf(self.options.out_dir, self.options.files)
+        shelf = [scaled(model, self.options.rope) for model in shelf]
         models = {model.name: model for model in shelf if not model.problem}
         with st.sidebar:
             choices = self.sidebar(models, [model for model in shelf if model.problem])
@@ -125,10 +133,10 @@ class Page:
             self.state["editing"] = False
         if not what:
             return
-        device = self.options.device
+        device, rope = self.options.device, self.options.rope
         try:
             with st.spinner(say["loading"].format(name=", ".join(plain(model.name) for model in models))):
-                speakers = [open_speaker(m.path, m.name, m.chats, stamp(m.path), device) for m in models]
+                speakers = [open_speaker(m.path, m.name, m.chats, stamp(m.path), device, rope) for m in models]
             if what == "again":
                 self.talk.answer_again(speakers, choices.sampling, choices.system)
             elif what == "edit":

@@ -20,6 +20,7 @@ from model.chat import ChatTokenizer
 from model.chat_formats import Message
 from model.checkpoint import PARENTS, find_checkpoint, load_model
 from model.presets import find_preset
+from model.rope_flags import Rope
 from model.transformer import Transformer
 from serving.schemas import ChatMessage, ChatRequest
 
@@ -117,13 +118,17 @@ def latest(out_dir: str) -> str:
 
 
 def open_models(
-    checkpoints: list[str], max_context: int, device: torch.device, sampling_preset: str = "auto"
+    checkpoints: list[str],
+    max_context: int,
+    device: torch.device,
+    sampling_preset: str = "auto",
+    rope: Rope | None = None,
 ) -> dict[str, Served]:
     """The models by name: that of the file without .pth, that of the folder, or NAME as in NAME=FILE.
 
-    `sampling_preset`: one of model.presets.CHOICES.
-
-    Raises UserError for a file that cannot be read and for two of the same name.
+    `sampling_preset`: one of model.presets.CHOICES. `rope`: --rope_scaling and --rope_factor, for all of them. Raises
+    UserError for a file that cannot be read, for two of the same name, and for a model that has RoPE scaling of its own
+    where `rope` is given.
     """
     models: dict[str, Served] = {}
     for checkpoint in checkpoints:
@@ -133,6 +138,8 @@ def open_models(
         if name in models:
             raise UserError(f"two models are called {name}: write --checkpoint OTHER_NAME={path} for one of them")
         model, tokenizer, about = load_model(path, device)
+        if rope:
+            model.scale_rope(*rope)
         limit = min(model.config.max_seq_len, max_context)
         model.config = dataclasses.replace(model.config, max_seq_len=limit)
         created = int(path.stat().st_mtime) if path.exists() else int(time.time())

@@ -11,13 +11,16 @@ Called by page.py. Read next: ../model/lineage.py (where the numbers come from).
 
 import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from corpus.errors import UserError
 from model.checkpoint import PARENTS
+from model.config import ModelConfig
 from model.lineage import facts
+from model.rope import longer_config
+from model.rope_flags import Rope
 
 STAGES = list(PARENTS)
 
@@ -58,6 +61,17 @@ def stamp(path: Path) -> tuple[int, int]:
     """Changes when a training run replaces the file. Raises OSError when it is gone."""
     status = (path / "config.json" if path.is_dir() else path).stat()
     return status.st_mtime_ns, status.st_size
+
+
+def scaled(model: Model, rope: Rope | None) -> Model:
+    """The model with the length that --rope_scaling gives it; with a problem where it cannot be scaled."""
+    if not rope or model.problem:
+        return model
+    try:
+        config = longer_config(ModelConfig(**model.about["config"]), *rope)
+    except UserError as error:
+        return replace(model, problem=f"{model.path}: {error}")
+    return replace(model, about={**model.about, "config": config.to_dict()})
 
 
 def find_models(out_dir: Path) -> list[Path]:

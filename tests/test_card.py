@@ -44,6 +44,16 @@ def model_file(tokenizer, tmp_path):
     return make
 
 
+def test_the_card_shows_heads_biases_and_the_length_that_was_trained(model_file):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    known = facts(model_file(CHAIN, head_dim=16, qkv_bias=True, rope_scaling=yarn))
+    text = card(known, "Qwen2ForCausalLM", "mit", "x", [])
+    assert "4 heads, 2 key/value heads of 16, biases on q, k and v |" in text
+    assert "| longest text | 64 tokens (RoPE scaling: yarn x 4, 64 tokens, trained with 16) |" in text
+    plain_text = card(facts(model_file(CHAIN)), "LlamaForCausalLM", "mit", "x", [])
+    assert "key/value heads |" in plain_text and "| longest text | 64 tokens |" in plain_text
+
+
 def test_facts_of_a_checkpoint(model_file):
     path = model_file(CHAIN)
     report = {"checkpoint": "elsewhere/dpo_32.pth", "accuracy": {"zh": 0.5, "en": 0.25}}

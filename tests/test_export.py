@@ -39,8 +39,9 @@ def rough(config):
     torch.manual_seed(1)
     model = Transformer(config)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * 0.15 if weight.dim() > 1 else 1 + 0.2 * torch.randn_like(weight))
+        for name, weight in model.named_parameters():
+            norm = weight.dim() == 1 and not name.endswith(".bias")
+            weight.copy_(1 + 0.2 * torch.randn_like(weight) if norm else torch.randn_like(weight) * 0.15)
     return model.eval()
 
 
@@ -269,9 +270,19 @@ def test_flags_that_do_not_go_together(flags, said, monkeypatch, tmp_path):
         export(monkeypatch, tmp_path / "none.pth", tmp_path / "a", *flags)
 
 
-def test_moe_with_qk_norm_fits_nothing(monkeypatch, saved, tmp_path):
-    with pytest.raises(UserError, match="fits no stock architecture"):
-        export(monkeypatch, saved(use_moe=True, qk_norm=True), tmp_path / "a")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_moe": True, "qk_norm": True}, "qk_norm and shared experts"),
+        ({"use_moe": True, "qkv_bias": True}, "experts with qkv_bias"),
+        ({"use_moe": True, "head_dim": 16}, "head_dim that is not dim / n_heads"),
+        ({"qkv_bias": True, "qk_norm": True}, "qkv_bias together with qk_norm"),
+    ],
+)
+def test_what_fits_no_stock_architecture(changes, said, monkeypatch, saved, tmp_path):
+    with pytest.raises(UserError, match=f"{said} fits no stock architecture"):
+        export(monkeypatch, saved(**changes), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_one_line_and_exit_code_2(tmp_path):

@@ -1,9 +1,9 @@
 """--gguf: one file that llama.cpp runs as the same model.
 
-Promises: sizes, tensors and tokenizer of the file are the model's, the q and k rows in the order that each architecture
-turns them; in llama.cpp the ids of any text, the logits and the greedy answer are ours, in every number format and for
-every architecture; the chat template gives the ids that we train on; what llama.cpp cannot hold is refused by name; the
-Modelfile says what ends an answer.
+Promises: sizes, RoPE scaling, tensors and tokenizer of the file are the model's, the q and k rows in the order that
+each architecture rotates them; in llama.cpp the ids of any text, the logits and the greedy answer are ours, in every
+number format and for every architecture; the chat template gives the ids that we train on; what llama.cpp cannot hold
+is refused by name; the Modelfile says what ends an answer.
 """
 
 import json
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from corpus.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
 from export.gguf_check import check_gguf
-from export.gguf_file import go_template, interleave, modelfile, write_gguf
+from export.gguf_file import go_template, interleave, modelfile, refuse_early, write_gguf
 from export.gguf_tokenizer import crossing_piece, pre_tokenizer
 from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from model.chat_formats import FORMAT_NAMES
@@ -28,6 +28,24 @@ from tests.conftest import run_script
 from tests.test_export import CASES, LINEAGE, rough
 from tests.test_stock_folder import make_tokenizer
 
+LENGTHS = {"factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", **LENGTHS}
+LLAMA3 = {"rope_type": "llama3", **LENGTHS, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = CASES | {
+    "llama-wide": {"head_dim": 32},
+    "qwen2": {"qkv_bias": True},
+    "qwen2-wide": {"qkv_bias": True, "head_dim": 32},
+    "qwen2-llama3": {"qkv_bias": True, "rope_scaling": LLAMA3},
+    "qwen3-wide": {"qk_norm": True, "head_dim": 32},
+    "qwen3moe": {"use_moe": True, "qk_norm": True, "n_shared_experts": 0, "head_dim": 32},
+    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-llama3": {"rope_scaling": LLAMA3},
+    "llama-yarn": {"rope_scaling": YARN},
+    "qwen3-yarn": {"qk_norm": True, "rope_scaling": {**YARN, "attention_factor": 1.3}},
+    "llama-yarn-mscale": {"rope_scaling": {**YARN, "mscale": 1.2, "mscale_all_dim": 0.6}},
+    "moe-llama3": {"use_moe": True, "rope_scaling": LLAMA3},
+}
+ARCHITECTURE = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3moe", "moe": "granitemoe"}
 KNOWN = {"stage": "full_sft", "size": "32"}
 TEXT = ["the sun and the moon and the river, of the sea < the sky\n 太阳和月亮，还有星星。太阳很大，月亮很小。\n"] * 40
 
@@ -62,10 +80,16 @@ def test_what_the_file_holds(case, chats, tmp_path):
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     kind = values["general.architecture"]
-    assert kind == {"llama": "llama", "qwen3": "qwen3"}.get(case.split("-")[0], "granitemoe")
+    assert kind == ("llama" if case in ("qwen2-wide", "qwen2-llama3") else ARCHITECTURE[case.split("-")[0]])
     config = model.config
     assert values[f"{kind}.embedding_length"] == config.dim and values[f"{kind}.context_length"] == config.max_seq_len
     assert values[f"{kind}.rope.freq_base"] == config.rope_theta
+    assert values[f"{kind}.attention.key_length"] == values[f"{kind}.attention.value_length"] == config.head_dim
+    scaling = config.rope_scaling.get("rope_type")
+    assert values.get(f"{kind}.rope.scaling.type") == (scaling if scaling in ("linear", "yarn") else None)
+    assert values.get(f"{kind}.rope.scaling.factor") == (4.0 if scaling in ("linear", "yarn") else None)
+    if scaling == "yarn":
+        assert values[f"{kind}.rope.scaling.original_context_length"] == 32
     assert values[f"{kind}.attention.layer_norm_rms_epsilon"] == pytest.approx(config.norm_eps)
     assert values["tokenizer.ggml.tokens"][: len(SPECIAL_TOKENS)] == SPECIAL_TOKENS
     assert len(values["tokenizer.ggml.tokens"]) == config.vocab_size
@@ -75,8 +99,17 @@ def test_what_the_file_holds(case, chats, tmp_path):
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     assert ("output.weight" in tensors) != config.tie_embeddings
     q = model.model.layers[1].self_attn.q_proj.weight.detach()
-    q = q if config.qk_norm else interleave(q, config.n_heads)
-    assert np.array_equal(tensors["blk.1.attn_q.weight"], q.numpy())
+    as_it_is = kind in ("qwen2", "qwen3", "qwen3moe")
+    assert np.array_equal(tensors["blk.1.attn_q.weight"], (q if as_it_is else interleave(q, config.n_heads)).numpy())
+    assert ("blk.1.attn_k.bias" in tensors) == config.qkv_bias and "blk.1.attn_output.bias" not in tensors
+    if config.qkv_bias:
+        k = model.model.layers[1].self_attn.k_proj.bias.detach()
+        k = k if as_it_is else interleave(k, config.n_kv_heads)
+        assert np.array_equal(tensors["blk.1.attn_k.bias"], k.numpy())
+    assert ("rope_freqs.weight" in tensors) == (scaling == "llama3")
+    if scaling == "llama3":
+        factors = tensors["rope_freqs.weight"]
+        assert factors.shape == (config.head_dim // 2,) and factors[0] == 1 and factors[-1] == pytest.approx(4)
     if config.use_moe:
         up = torch.stack([expert.up_proj.weight for expert in model.model.layers[0].mlp.experts])
         assert np.array_equal(tensors["blk.0.ffn_up_exps.weight"], up.detach().numpy())
@@ -93,7 +126,10 @@ def llama_cpp():
     return pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which a fresh machine must compile")
 
 
-FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")] + [("llama", "f16"), ("llama", "bf16")]
+FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if "-" in case else 2]] + [
+    ("llama", "f16"),
+    ("llama", "bf16"),
+]
 
 
 @pytest.mark.parametrize(("case", "number"), FORMATS)
@@ -147,6 +183,26 @@ def test_tokenizers_that_llama_cpp_has_no_name_for(tokenizer, tmp_path):
     from model.chat import load_tokenizer
 
     assert pre_tokenizer(load_tokenizer(tmp_path)) == "gpt-2"  # ByteLevel with its own pattern
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", **LENGTHS}}, "dynamic"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
+        ({"rope_scaling": {**YARN, "beta_fast": 16}}, "beta_fast"),
+        ({"rope_scaling": LLAMA3, "qk_norm": True}, "llama3 RoPE scaling in the architecture qwen3"),
+    ],
+)
+def test_rope_scaling_that_llama_cpp_does_not_compute(changes, said, chats, tmp_path):
+    model = tiny(chats, **changes)
+    for refuse in (
+        lambda: refuse_early(model.config, chats),
+        lambda: write_gguf(tmp_path / "m.gguf", model, chats, "f32", KNOWN),
+    ):
+        with pytest.raises(UserError, match=f"--gguf: llama.cpp does not compute .*{said}"):
+            refuse()
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_piece_across_a_cut(chats):

@@ -24,6 +24,7 @@ from trainer.optim import make_optimizers
 KINDS = {
     "dense": {},
     "qk_norm": {"qk_norm": True},
+    "biases, wide heads": {"qkv_bias": True, "head_dim": 16},
     "moe": {"use_moe": True, "n_routed_experts": 3, "n_shared_experts": 1},
 }
 CONFIG = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "dropout": 0.1}

@@ -20,7 +20,8 @@ IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 SHAPES = {
     "llama": {},
     "untied": {"tie_embeddings": False, "n_kv_heads": 1},
-    "qwen3": {"qk_norm": True},
+    "qwen3": {"qk_norm": True, "head_dim": 16},
+    "qwen2": {"qkv_bias": True, "head_dim": 16},
 }
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q_proj"]}
 
@@ -29,7 +30,7 @@ def stock_model(ours):
     """transformers' model with the weights of ours."""
     import transformers
 
-    family = "Qwen3" if ours.config.qk_norm else "Llama"
+    family = "Qwen3" if ours.config.qk_norm else "Qwen2" if ours.config.qkv_bias else "Llama"
     config = getattr(transformers, f"{family}Config")(**stock_settings(ours.config))
     stock = getattr(transformers, f"{family}ForCausalLM")(config)
     stock.load_state_dict(ours.state_dict(), strict=True)

@@ -48,6 +48,7 @@ def test_every_preset_has_the_parameters_that_the_plan_says(preset):
 
 def test_the_published_sizes_are_met():
     assert count(ModelConfig(**PRESETS["mindllm-1.3b"])).total == pytest.approx(1.3e9, rel=0.02)
+    assert count(ModelConfig(**PRESETS["mindllm-3b"])).total == pytest.approx(3.1e9, rel=0.01)
     assert count(ModelConfig(**PRESETS["xiangxin-3b"])).total == pytest.approx(2.78e9, rel=0.005)
 
 
@@ -59,15 +60,17 @@ def test_the_published_sizes_are_met():
     moe=st.booleans(),
     tie=st.booleans(),
     norm=st.booleans(),
+    width=st.sampled_from([0, 6, 24]),
+    bias=st.booleans(),
     routed=st.integers(1, 4),
     shared=st.integers(0, 2),
 )
 @settings(max_examples=15, deadline=None)
-def test_parameters_of_any_config(heads, head_dim, group, layers, moe, tie, norm, routed, shared):
+def test_parameters_of_any_config(heads, head_dim, group, layers, moe, tie, norm, width, bias, routed, shared):
     config = ModelConfig(
         vocab_size=50, dim=heads * group * head_dim, n_heads=heads * group, n_kv_heads=heads, n_layers=layers,
         use_moe=moe, tie_embeddings=tie, qk_norm=norm, n_routed_experts=routed, n_active_experts=max(1, routed - 1),
-        n_shared_experts=shared,
+        n_shared_experts=shared, head_dim=width, qkv_bias=bias,
     )  # fmt: skip
     assert (count(config).total, count(config).active) == counted(config)
 
@@ -77,6 +80,8 @@ def test_flops_by_hand():
     # q 8x8, k and v 8x4 each, o 8x8; gate, up, down 8x16 each; the output layer 100x8 (norms and the look-up are free)
     assert count(config).multiplied == 64 + 2 * 32 + 64 + 3 * 128 + 800
     assert flops_per_token(config, seq=10) == 6 * 1376 + 12 * 1 * 8 * 10
+    wide = dataclasses.replace(config, head_dim=8)  # two heads of 8: every matrix of the attention is twice as large
+    assert flops_per_token(wide, seq=10) == 6 * (1376 + 192) + 12 * 1 * 2 * 8 * 10
 
 
 def test_time_by_hand():
@@ -107,11 +112,18 @@ def kept_by_autograd(config: ModelConfig, rows: int, seq: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "change",
-    [{}, {"n_kv_heads": 4, "dim": 256, "hidden_dim": 512}, {"use_moe": True}, {"use_moe": True, "n_active_experts": 1}],
-)  # fmt: skip
+    [
+        {},
+        {"n_kv_heads": 4, "dim": 256, "hidden_dim": 512},
+        {"head_dim": 64, "qkv_bias": True},
+        {"head_dim": 16, "qk_norm": True},
+        {"use_moe": True},
+        {"use_moe": True, "n_active_experts": 1},
+    ],
+)
 def test_activations_are_what_autograd_keeps(change, dtype):
     rows, seq = 4, 256
-    config = dataclasses.replace(SMALL, **{"hidden_dim": 0, **change})
+    config = dataclasses.replace(SMALL, **{"hidden_dim": 0, "head_dim": 0, **change})
     layers = [dataclasses.replace(config, n_layers=n) for n in (2, 3)]
     measured = kept_by_autograd(layers[1], rows, seq, dtype) - kept_by_autograd(layers[0], rows, seq, dtype)
     if dtype == torch.bfloat16:  # autocast's copies of the matrices are counted apart

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.transformer import RMSNorm, Transformer, attention_cpu, rope_table, rotate
+from model.rope import rope_table, rotate
+from model.transformer import RMSNorm, Transformer, attention_cpu
 
 
 def test_rope_depends_on_distance_alone():
@@ -101,6 +102,38 @@ def test_config_refuses_what_cannot_be():
         {"n_heads": 16, "n_kv_heads": 3},
         {"use_moe": True, "n_active_experts": 5},
         {"dropout": 1.0},
+        {"head_dim": 15},
+        {"head_dim": -2},
+        {"rope_theta": 1.0},
+        {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+        {"rope_scaling": {"factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear"}},
+        {"rope_scaling": {"rope_type": "linear", "factor": True}},
+        {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8.5}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}, "head_dim": 2},
+        {"rope_scaling": "yarn"},
     ):
-        with pytest.raises(ValueError, match="model config"):
+        with pytest.raises(ValueError, match="model config") as error:
             ModelConfig(**wrong)
+        assert "\n" not in str(error.value)
+
+
+def test_a_head_is_as_wide_as_it_is_told():
+    config = ModelConfig(50, 32, 1, 4, 2, head_dim=24, qkv_bias=True, max_seq_len=16)
+    attention = Transformer(config).model.layers[0].self_attn
+    shapes = {name: tuple(weight.shape) for name, weight in attention.named_parameters()}
+    assert shapes["q_proj.weight"] == (96, 32) and shapes["o_proj.weight"] == (32, 96)
+    assert shapes["k_proj.weight"] == shapes["v_proj.weight"] == (48, 32)
+    biases = {name: weight for name, weight in attention.named_parameters() if name.endswith(".bias")}
+    assert sorted(biases) == ["k_proj.bias", "q_proj.bias", "v_proj.bias"]
+    assert all((weight == 0).all() for weight in biases.values())
+
+
+def test_a_config_of_an_older_checkpoint_is_the_same_model():
+    """Checkpoints of earlier versions have none of the three fields that came later."""
+    config = ModelConfig(50, 32, 1, 4, 2, max_seq_len=16)
+    old = {n: v for n, v in config.to_dict().items() if n not in ("head_dim", "qkv_bias", "rope_scaling")}
+    assert ModelConfig(**old) == config and config.head_dim == 8 and config.trained_len == 16 and config.name == "32"

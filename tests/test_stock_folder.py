@@ -1,6 +1,7 @@
 """Somebody else's model: opened from its transformers folder, trained on with its own chat template, saved as ours.
 
-Promises: logits equal transformers' before training (1e-5), for Llama and Qwen3, tied or not, in one file or several;
+Promises: logits equal transformers' before training (1e-5), for Llama and Qwen3, tied or not, in one file or several
+(the other architectures and RoPE scaling: test_stock_kinds.py);
 ids equal its own apply_chat_template, with the answers marked; the .pth alone is enough afterwards; what this
 architecture lacks, and every damaged folder, is refused in one line that names it.
 """
@@ -74,8 +75,9 @@ def make_folder(folder, family="Llama", shard="20KB", template=TEMPLATE, **chang
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * 0.15 if weight.dim() > 1 else 1 + 0.2 * torch.randn_like(weight))
+        for name, weight in model.named_parameters():
+            norm = weight.dim() == 1 and not name.endswith(".bias")
+            weight.copy_(1 + 0.2 * torch.randn_like(weight) if norm else torch.randn_like(weight) * 0.15)
     model.save_pretrained(folder, max_shard_size=shard)
     return model.eval(), tokenizer
 
@@ -241,15 +243,27 @@ def edit(folder, name, **changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "RoPE scaling 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "RoPE scaling 'linear'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "phi3"}, "model_type 'phi3'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "RoPE scaling 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "8"}}, "factor must be a positive number"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "has the keys factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers"),
+        ({"partial_rotary_factor": 0.5}, "partial rotary"),
+        ({"attention_bias": True}, "o_proj has a bias too"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_sliding_window": True}, "sliding window"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding window"),
+        ({"model_type": "mistral", "sliding_window": 95}, "sliding window"),  # of 96 positions
+        ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding window"),  # transformers' default: 4096
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"head_dim": 16}, "head_dim 16"),
+        ({"head_dim": 16}, "differences"),
+        ({"head_dim": 7}, "head_dim .* must be even"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": True, "decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": True}, "moe_intermediate_size must be"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_size": None}, "hidden_size must be"),
         ({"hidden_size": "x"}, "hidden_size must be"),

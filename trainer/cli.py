@@ -160,11 +160,11 @@ def model_limit(field: "dataclasses.Field[Any]") -> Any:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--preset and one flag for every field of ModelConfig (its vocabulary size comes from the tokenizer)."""
+    """--preset and one flag for every field of ModelConfig but vocab_size (the tokenizer's) and rope_scaling."""
     group = parser.add_argument_group("model (a flag wins over the preset)")
     group.add_argument("--preset", choices=PRESETS, help="a size with a name (small when none is given)")
     for field in dataclasses.fields(ModelConfig):
-        if field.name == "vocab_size":
+        if field.name in ("vocab_size", "rope_scaling"):
             continue
         options: dict[str, Any] = {"type": model_limit(field), "default": None, "help": FIELD_HELP[field.name]}
         if isinstance(field.default, bool):

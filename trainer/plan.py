@@ -1,6 +1,6 @@
 """What a training run will need, on paper: parameters, tokens, FLOPs, memory, time, money. Nothing is trained.
 
-    FLOPs per token      6 N + 12 layers dim seq                      (PaLM, arXiv:2204.02311, appendix B)
+    FLOPs per token      6 N + 12 layers heads head_dim seq           (PaLM, arXiv:2204.02311, appendix B)
     states per parameter 4 weights + 4 gradients + 8 AdamW (or 4 Muon, for the layers' matrices)           bytes
     activations          what autograd keeps per layer and token:  see `saved_bytes`
     time                 FLOPs / (GPUs x peak x utilisation)
@@ -77,9 +77,9 @@ class Parameters:
 def count(config: ModelConfig) -> Parameters:
     """The parameters of a config, without building it."""
     dim, hidden, layers = config.dim, config.hidden_dim, config.n_layers
-    kv_dim = config.n_kv_heads * config.head_dim
-    attention = 2 * dim * dim + 2 * dim * kv_dim
-    norms = 2 * dim + (2 * config.head_dim if config.qk_norm else 0)
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    attention = 2 * dim * q_dim + 2 * dim * kv_dim
+    norms = 2 * dim + (2 * config.head_dim if config.qk_norm else 0) + (q_dim + 2 * kv_dim if config.qkv_bias else 0)
     router = dim * config.n_routed_experts if config.use_moe else 0
     expert = 3 * dim * hidden
     experts, visited = 1, 1
@@ -100,7 +100,7 @@ def steps_for(tokens_per_param: float, config: ModelConfig, rows_per_step: int) 
 
 def flops_per_token(config: ModelConfig, seq: int) -> float:
     """Forward and backward of one token in a row of `seq`. As in PaLM, nothing is taken off for the causal mask."""
-    return 6 * count(config).multiplied + 12 * config.n_layers * config.dim * seq
+    return 6 * count(config).multiplied + 12 * config.n_layers * config.n_heads * config.head_dim * seq
 
 
 def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str = "cuda") -> float:
@@ -111,15 +111,16 @@ def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str =
     block of queries, with its copy of the keys and values for each block.
     """
     dim, hidden, b = config.dim, config.hidden_dim, compute_bytes
-    kv_dim = config.n_kv_heads * config.head_dim
-    # Two norms keep the stream before and after them in fp32, under autocast also the copies that products read.
-    stream = 32 * dim if b == 4 else 30 * dim
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    # Two norms keep the stream before and after them in fp32, under autocast also the copies that products read; then
+    # the queries and what o_proj reads, and with qk_norm queries and keys before and after it.
+    stream = (24 if b == 4 else 26) * dim + 2 * b * q_dim + (8 * (q_dim + kv_dim) if config.qk_norm else 0)
     if device == "cpu":
         ends = [min(seq, start + CPU_BLOCK) for start in range(0, seq, CPU_BLOCK)]
         scores = sum((end - start) * end for start, end in zip(range(0, seq, CPU_BLOCK), ends, strict=True)) / seq
         attention = b * (scores * config.n_heads + 2 * kv_dim * sum(ends) / seq)
     else:
-        attention = b * (dim + 2 * kv_dim) + 4 * config.n_heads
+        attention = b * (q_dim + 2 * kv_dim) + 4 * config.n_heads
     if not config.use_moe:
         return stream + attention + 4 * b * hidden
     visited = config.n_shared_experts + config.n_active_experts

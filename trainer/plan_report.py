@@ -48,7 +48,7 @@ def print_plan(args: argparse.Namespace) -> None:
         f"model        {sizes.total / 1e6:,.1f} M parameters{active}; vocabulary {config.vocab_size:,}, rows of "
         f"{config.max_seq_len:,} tokens",
         f"tokens       {tokens / 1e9:,.3g} G = {per_param:g} x {sizes.total / 1e6:,.1f} M{_on_disk(args, tokens)}",
-        f"FLOPs        {flops:.3g} = tokens x {flops / tokens:.3g} (6 N + 12 layers dim seq)",
+        f"FLOPs        {flops:.3g} = tokens x {flops / tokens:.3g} (6 N + 12 layers heads head_dim seq)",
     ):
         console.print(line, highlight=False)
     console.print(_memory_table(args, config))
@@ -143,7 +143,7 @@ def machines_table(utilisation: float = 0.4, step_tokens: float = 2**19) -> None
     print(f"{step_tokens:,.0f} tokens a step, {utilisation:.0%} of the peak while computing, bf16 products, Muon.\n")
     print("| model | machine | take | rows at a time | memory, GB | computing | network | bound by | 20 tokens/param |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name in ("small", "base", "mindllm-1.3b", "xiangxin-3b"):
+    for name in ("small", "base", "mindllm-1.3b", "mindllm-3b", "xiangxin-3b"):
         config = ModelConfig(**PRESETS[name])
         sizes = count(config)
         for machine in MACHINES:

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from corpus.history import history_in_words, history_of_data
+from model.rope import describe
 from trainer.batches import StepPlan
 from trainer.plan import training_memory
 from trainer.runtime import Run
@@ -31,6 +32,8 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
         f"{stage.name}: {shown}, vocabulary {config.vocab_size}, {run.world} process(es) on {run.device}, "
         f"{str(run.dtype).removeprefix('torch.')}, {how}{args.optimizer}, peak lr {args.learning_rate:g}"
     )
+    if scaling := describe(config):
+        run.say(f"RoPE scaling: {scaling}")
     if known := history_in_words(history_of_data(args.data_path)):
         run.say(f"data: {known}")
     lengths = stage.data.row_lengths()

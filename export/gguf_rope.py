@@ -1,0 +1,57 @@
+"""RoPE scaling in a GGUF file, where llama.cpp computes the same.
+
+    linear     rope.scaling.type linear, factor
+    yarn       rope.scaling.type yarn, factor, original_context_length, attn_factor
+    llama3     the tensor rope_freqs.weight: by how much each pair is slowed down; architectures llama and granitemoe
+    dynamic    refused: llama.cpp has one table for all lengths
+
+llama.cpp multiplies YaRN's default factor on cos and sin, 0.1 ln(factor) + 1, by attn_factor. It always rounds the ends
+of the ramp and reads no beta_fast and beta_slow in these architectures, so other values are refused.
+Source: llama.cpp, src/llama-context.cpp and ggml's rope_yarn.
+Read next: ../model/rope.py, gguf_file.py.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import Tensor
+
+from corpus.errors import UserError
+from model.config import ModelConfig
+from model.rope import attention_factor, frequencies
+
+
+def refuse_rope(config: ModelConfig, architecture: str) -> None:
+    """Raises UserError for a scaling that llama.cpp does not compute."""
+    kind, scaling = config.rope_scaling.get("rope_type"), config.rope_scaling
+    ramp = (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1), scaling.get("truncate", True))
+    for problem, wrong in {
+        "dynamic RoPE scaling": kind == "dynamic",
+        "YaRN with beta_fast, beta_slow and truncate other than 32, 1 and true": ramp != (32, 1, True),
+        f"llama3 RoPE scaling in the architecture {architecture}": kind == "llama3"
+        and architecture not in ("llama", "granitemoe"),
+    }.items():
+        if wrong:
+            raise UserError(f"--gguf: llama.cpp does not compute {problem}: leave out --gguf")
+
+
+def write_rope(gguf: Any, writer: Any, config: ModelConfig) -> None:
+    """The keys of linear and yarn."""
+    scaling = config.rope_scaling
+    kind = scaling.get("rope_type")
+    if kind not in ("linear", "yarn"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(float(scaling["factor"]))
+    if config.trained_len:
+        writer.add_rope_scaling_orig_ctx_len(config.trained_len)
+    if kind == "yarn":
+        usual = 0.1 * math.log(scaling["factor"]) + 1.0
+        writer.add_rope_scaling_attn_factors(attention_factor(scaling) / usual)
+
+
+def rope_factors(config: ModelConfig) -> Tensor:
+    """(head_dim / 2,): by how much llama3's scaling slows each pair down."""
+    plain, _ = frequencies(dataclasses.replace(config, rope_scaling={}))
+    return plain / frequencies(config)[0]

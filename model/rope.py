@@ -1,0 +1,143 @@
+"""RoPE and its scaling: the angle by which each pair of a head's dimensions is rotated at each position.
+
+    default    f_i = theta^(-2i / head_dim)                               angle = position * f_i
+    linear     f_i / factor                                               position interpolation, arXiv:2306.15595
+    dynamic    theta grows with the length of the sequence                NTK-aware scaling, see `dynamic_rope`
+    yarn       f_i / factor for slow pairs, f_i for fast ones, a ramp     arXiv:2309.00071, section 3.2; cos and sin are
+               between them                                               multiplied by `attention_factor`, section 3.3
+    llama3     f_i / factor for slow pairs, f_i for fast ones, a smooth   Llama 3.1's release (rope scaling of its
+               step between them                                          reference model); no factor on cos and sin
+
+Settings are ModelConfig.rope_scaling, with the names of config.json in transformers; the numbers equal transformers'.
+All but dynamic depend on the config alone: one table, computed once. `dynamic` leaves sequences up to the original
+length as they are. A longer one of n tokens gets a theta for n: in one forward pass all its positions; with a KV cache
+each new token gets the theta of the length reached so far, and keys already in the cache keep their rotation, as in
+transformers' generate. Rows of different lengths in one cache each get the theta of their own length.
+Read next: transformer.py (where it is applied).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corpus.errors import UserError
+from model.config import ModelConfig
+from model.rope_flags import check_factor
+
+
+def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Radians per position of each pair, (head_dim / 2,), and the factor on cos and sin. Of dynamic: those of short
+    sequences."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    plain, scaling = 1.0 / config.rope_theta**exponents, config.rope_scaling
+    kind = scaling.get("rope_type")
+    if kind == "linear":
+        return plain / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(plain, scaling), 1.0
+    if kind == "yarn":
+        return _yarn(config, config.rope_theta**exponents), attention_factor(scaling)
+    return plain, 1.0
+
+
+def _llama3(plain: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Pairs that turn less than low_freq_factor times in the original length are slowed down by factor, those that turn
+    more than high_freq_factor times are kept."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / plain
+    slow = torch.where(wavelength > original / low, plain / scaling["factor"], plain)
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * slow / scaling["factor"] + smooth * slow
+    is_between = (wavelength >= original / high) & (wavelength <= original / low)
+    return torch.where(is_between, between, slow)
+
+
+def _yarn(config: ModelConfig, periods: Tensor) -> Tensor:
+    """arXiv:2309.00071, eq. 17 to 19. periods: 1 / f_i, (head_dim / 2,)."""
+    scaling, dim = config.rope_scaling, config.head_dim
+    length = scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(turns: float) -> float:
+        """The index of the pair that turns so many times within the original length."""
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_that_turns(scaling.get("beta_fast", 32)), pair_that_turns(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high += 0.001 if low == high else 0
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return (1.0 / (scaling["factor"] * periods)) * (1 - kept) + (1.0 / periods) * kept
+
+
+def attention_factor(scaling: dict[str, Any]) -> float:
+    """YaRN's factor on cos and sin: as given, or 0.1 ln(factor) + 1, or a ratio of two such (mscale)."""
+    given, mscale, all_dim = (scaling.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+
+    def scaled(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if given is not None:
+        return float(given)
+    return scaled(mscale) / scaled(all_dim) if mscale and all_dim else scaled(1)
+
+
+def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (max_seq_len, head_dim). arXiv:2104.09864, section 3.4.2.
+
+    Half-split layout: dimension i is rotated together with dimension i + head_dim / 2, as transformers does.
+    """
+    speeds, factor = frequencies(config)
+    return _cos_sin(torch.arange(config.max_seq_len, dtype=torch.float32), speeds, factor)
+
+
+def dynamic_rope(config: ModelConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin at positions (seq,) or (batch, seq) of sequences of `lengths` tokens, () or (batch,); each ends in
+    (seq, head_dim). theta * (factor * n / original - factor + 1)^(head_dim / (head_dim - 2)), n at least the original.
+    """
+    dim, factor = config.head_dim, config.rope_scaling["factor"]
+    original = config.rope_scaling["original_max_position_embeddings"]
+    growth = factor * lengths.clamp(min=original) / original - (factor - 1)
+    theta = config.rope_theta * growth ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    speeds = 1.0 / theta[..., None] ** exponents  # (head_dim / 2,) or (batch, head_dim / 2)
+    return _cos_sin(positions, speeds[:, None] if speeds.dim() == 2 else speeds)
+
+
+def _cos_sin(positions: Tensor, speeds: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    angles = positions.float()[..., None] * speeds
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair of x (batch, heads, seq, head_dim) by its position's angle; cos, sin end in (seq, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def longer_config(config: ModelConfig, kind: str, factor: float) -> ModelConfig:
+    """The config with --rope_scaling KIND --rope_factor N: max_seq_len becomes N times the trained length.
+
+    Raises UserError for a factor out of range and for a model that is scaled already.
+    """
+    check_factor(factor)
+    if config.rope_scaling:
+        raise UserError(f"--rope_scaling: this model has RoPE scaling of its own ({describe(config)}): leave it out")
+    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": config.max_seq_len}
+    return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=int(factor * config.max_seq_len))
+
+
+def describe(config: ModelConfig) -> str:
+    """yarn x 4, 2048 tokens, trained with 512; "" without scaling."""
+    if not config.rope_scaling:
+        return ""
+    kind, factor = config.rope_scaling["rope_type"], config.rope_scaling["factor"]
+    trained = f"trained with {config.trained_len}" if config.trained_len else "the length of training is not stated"
+    if kind == "llama3":  # it was trained with scaled RoPE too
+        trained = f"{config.trained_len} before scaling"
+    return f"{kind} x {factor:g}, {config.max_seq_len} tokens, {trained}"
