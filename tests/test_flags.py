@@ -20,7 +20,7 @@ WRONG = ("-5", "nan", "inf", "1e400", "x", "")
 ZERO = {
     "max_steps": "the epochs decide", "max_minutes": "no limit", "final_lr_share": "to the end", "warmup_iters": "none",
     "warmup_share": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
-    "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "dropout": "none",
+    "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "head_dim": "dim / n_heads", "dropout": "none",
     "n_shared_experts": "none", "balance_loss_coef": "none", "stage2_at": "nowhere", "tokens_per_param": "--epochs",
     "price_per_hour": "the table's", "lora_dropout": "none", "simpo_gamma": "no margin", "sft_weight": "none",
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
