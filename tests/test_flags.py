@@ -20,13 +20,13 @@ WRONG = ("-5", "nan", "inf", "1e400", "x", "")
 ZERO = {
     "max_steps": "the epochs decide", "max_minutes": "no limit", "final_lr_share": "to the end", "warmup_iters": "none",
     "warmup_share": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
-    "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "head_dim": "dim / n_heads", "dropout": "none",
+    "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "dropout": "none",
     "n_shared_experts": "none", "balance_loss_coef": "none", "stage2_at": "nowhere", "tokens_per_param": "--epochs",
     "price_per_hour": "the table's", "lora_dropout": "none", "simpo_gamma": "no margin", "sft_weight": "none",
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "queue": "none",
     "max_bad_share": "not one bad row", "val_share": "none", "samples": "none", "min_words": "no limit",
-    "overlap": "one n-gram", "no_repeat_ngram_size": "off", "length_penalty": "the sum decides",
+    "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off", "length_penalty": "the sum decides",
 }  # fmt: skip
 FRACTIONS = {
     "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
