@@ -9,13 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data_process
 from corpus.errors import UserError
 from corpus.items import chat_items, text_items
-from corpus.layouts import COMPARISONS, KEYS, LAYOUTS, Layout, expected_keys, nearest_layouts, parse_keys
+from corpus.layouts import (
+    COMPARISONS,
+    KEYS,
+    LAYOUTS,
+    Layout,
+    expected_keys,
+    markdown_tables,
+    nearest_layouts,
+    parse_keys,
+)
 from corpus.pairs import pair_items
 from corpus.report import BadRow, DataReport
 from corpus.rewrite import numbered_rows
 from corpus.rows import READER, RowReader
+from tests.conftest import ROOT
 
 EXAMPLES = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 WORDS = {"1+1?", "2", "3", "Add.", "1+1", "Hi", "Hello", "Who?", "Li wrote it.", "Li.", "…"}
@@ -210,3 +221,20 @@ def test_no_field_names_a_key_twice_and_comparisons_are_no_other_answers():
         assert len(set(keys)) == len(keys), field
     compared = {key.lower() for first, second, *_ in COMPARISONS for key in (first, second)}
     assert not compared & {key for keys in KEYS.values() for key in keys}
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "chinese"), [("README.md", False), ("README_zh.md", True)])
+def test_the_tables_of_the_documentation_are_those_of_the_code(name, chinese):
+    text = (ROOT / "dataset" / name).read_text(encoding="utf-8")
+    begin, end = "<!-- layouts: ", "<!-- end of layouts -->"
+    tables = text[text.index(begin) : text.index(end)].partition("-->\n")[2].strip()
+    assert tables == markdown_tables(chinese), f"dataset/{name}: paste markdown_tables({chinese}) between its markers"
+
+
+def test_the_layouts_are_listed(capsys):
+    with pytest.raises(SystemExit) as done:
+        data_process.main(["--list_layouts"])
+    shown = capsys.readouterr().out
+    assert not done.value.code and all(layout.name in shown for layout in LAYOUTS)
+    assert all(key in shown for keys in KEYS.values() for key in keys)
