@@ -20,6 +20,7 @@ from corpus.report import DataReport
 from corpus.sources import Source
 
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
+MAX_HEADER = 1 << 16  # characters of a header that is read although it is malformed
 DELIMITERS = ",\t;|"
 FIRST_ROWS = 20  # that are looked at to find the delimiter
 TOO_LONG = f"a line longer than {MAX_LINE >> 20} MB"
@@ -90,6 +91,13 @@ def read_csv(source: Source, report: DataReport) -> Rows:
     def parse(text: Iterable[str], strict: bool = True) -> Iterator[list[str]]:
         return csv.reader(text, strict=strict, delimiter=delimiter, skipinitialspace=spaces)
 
+    def cells_of(text: str) -> list[str]:
+        """The cells of one line, quotes taken as they are; [] when it is no csv."""
+        try:
+            return next(parse([text], strict=False), [])
+        except csv.Error:
+            return []
+
     rows = parse(lines)
     columns: list[str] = []
     while True:
@@ -99,11 +107,12 @@ def read_csv(source: Source, report: DataReport) -> Rows:
             cells = next(rows, None)
         except csv.Error as error:
             rows = parse(lines)
-            if not columns:  # a header is read as it is
+            if not columns:  # the header: stray quotes do no harm
                 lines.keep_first_line()
-                columns = _column_names(next(parse([lines.row[0].rstrip("\r\n")], strict=False), []))
+                names = lines.row[0].replace("\r", " ").strip()[:MAX_HEADER]
+                columns = _column_names(cells_of(names)) or [""]
                 continue
-            row_follows = len(lines.row) > 1 and _width(parse(lines.row[1:2], False)) == len(columns) > 1
+            row_follows = len(lines.row) > 1 and len(cells_of(lines.row[1])) == len(columns) > 1
             is_open = row_follows or "unexpected end" in str(error) or "field limit" in str(error)
             report.unreadable(_reason(lines.row, is_open), source.name, line)
             if is_open:
@@ -121,10 +130,6 @@ def read_csv(source: Source, report: DataReport) -> Rows:
             if len(cells) < len(columns):
                 cells += [""] * (len(columns) - len(cells))
             yield line, dict(zip(columns, cells, strict=False))
-
-
-def _width(rows: Iterator[list[str]]) -> int:
-    return len(next(rows, []))
 
 
 def find_delimiter(head: str) -> str:

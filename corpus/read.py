@@ -29,6 +29,7 @@ from corpus.sniff import sniff
 from corpus.sources import check_input, open_source
 
 Path_ = str | os.PathLike[str]
+_TEXT_KEYS = frozenset(KEYS["text"])
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
 def _document_key(row: Any) -> str:
     """The key of a document's text in which a separator may stand; "" for other rows."""
     if isinstance(row, dict):
-        for key in KEYS["text"]:
-            if isinstance(row.get(key), str) and "<" in row[key]:
+        for key, value in row.items():
+            if isinstance(value, str) and "<" in value and key in _TEXT_KEYS:
                 return key if READER.document_key(row) == key else ""
     return ""
 

@@ -114,9 +114,9 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _is_utf16(sample: bytes, codec: str) -> bool:
-    """Whether nearly all characters are then Latin, Chinese or punctuation; misread ones lie anywhere."""
+    """Whether nearly all characters are of the scripts of Chinese and Western text; misread ones lie anywhere."""
     text = sample[: len(sample) // 2 * 2].decode(codec, "bad_byte")
-    usual = len(re.findall("[\t\n\r -~\xa0-\xff\u2010-\u2027\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]", text))
+    usual = len(re.findall("[\t\n\r -~\xa0-\u04ff\u2010-\u206f\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]", text))
     return len(text) > 1 and usual >= 0.95 * len(text)
 
 
