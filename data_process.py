@@ -137,7 +137,7 @@ def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and end")
+    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and exit")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
     )
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
             help="share held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
-            help="share of unusable rows to put up with (default: 0.01)")  # fmt: skip
+            help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=flags.non_negative_int, default=3,
             help="samples that --check shows (default: %(default)s)")  # fmt: skip

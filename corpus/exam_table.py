@@ -88,7 +88,7 @@ def plain(name: str) -> str:
 # ---- columns ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Columns:
-    """Where the parts of a question stand in a row. `options` in the order of their letters; -1: not there."""
+    """The column of each part of a question. `options` in the order of their letters; -1: no such column."""
 
     question: int
     options: tuple[int, ...]
@@ -262,13 +262,13 @@ def _number_base(where: str, rows: list[Row], options: list[tuple[str, ...]]) ->
     last = next((row for row, value, shown in found if value == len(shown)), None)
     if zero and last:
         raise UserError(
-            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: from 0 or from 1? "
-            "use letters"
+            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: it is unclear "
+            "whether options count from 0 or 1: use letters"
         )
     if not zero and not last:
         raise UserError(
-            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: from 0 or "
-            "from 1? use letters"
+            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: it is "
+            "unclear whether options count from 0 or 1: use letters"
         )
     for row, value, shown in found:
         if str(value) in shown and shown.index(str(value)) != value - (0 if zero else 1):

@@ -46,7 +46,7 @@ from corpus.shards import (
 
 Document = tuple[list[int], list[int], int]  # ids, mask, UTF-8 bytes of the answers
 Batch = list[tuple[str, Item]]  # each with its split
-REFUSALS = ("the model's chat template ", "the chat format ")  # how the reasons of chats begin that no format can write
+REFUSALS = ("the model's chat template ", "the chat format ")  # beginnings of the reasons of unwritable chats
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
     """Of each chat the documents of as many whole first turns as fit; none when not even one does, or when the
     tokenizer's chat format cannot write the chat.
 
-    That is one document, or several where the format writes an answer otherwise once more follows (model/chat.py,
-    `render_each`). A turn is never cut inside: half an answer would teach to stop in the middle of a sentence.
+    That is one document, or several where the format writes an answer differently when turns follow it
+    (model/chat.py, `render_each`). A turn is never cut inside: half an answer would train to stop inside a sentence.
     """
     whole = tokenizer.render_each([item.messages for item in items])
     return [_fit(item, rendered, tokenizer, max_seq_len, report) for item, rendered in zip(items, whole, strict=True)]
@@ -265,7 +265,7 @@ def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: Da
         report.shorten(f"cut at a whole turn to {max_seq_len} tokens", item.file, item.line)
     samples = [sample for sample in rendered.samples if sample.answers]
     text = item.text if messages is item.messages else chat_text(messages)
-    if len(samples) > 1:  # what these tokens say: the first turns several times
+    if len(samples) > 1:  # several samples repeat the first turns
         text = "".join(chat_text(messages[: sample.answers[-1] + 1]) for sample in samples)
     tokens = [len(sample.ids) for sample in samples]
     report.keep(item.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens))

@@ -1,9 +1,9 @@
 """Two answers to one prompt: each side as a whole conversation, and the prompt that both share.
 
-The prompt is what both conversations share, message by message and never letter by letter: two answers that begin with
-the same words are still two answers.
+The prompt is the common beginning of both conversations in whole messages, never in characters: two answers that begin
+with the same words are still two answers.
 
-Read next: rows.py (who calls this), pairs.py (what becomes of a pair).
+Called by rows.py. Read next: pairs.py (pairs -> documents).
 """
 
 import itertools
@@ -57,5 +57,5 @@ def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Mes
 
 
 def common_length(one: list[Any], other: list[Any]) -> int:
-    """How many entries both begin with."""
+    """Length of the common prefix of two lists."""
     return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))

@@ -1,4 +1,4 @@
-"""A row of any layout -> what it says: a text, a chat or a pair of answers. Every command reads rows here.
+"""A row of any layout -> its text, chat or pair of answers. Every command reads rows here.
 
     READER.text(row)            pretrain: the text of a document, or the words of a chat
     READER.chat(row)            sft: the messages
@@ -8,8 +8,8 @@
 
     RowReader({"prompt": "ask"})   reads the question of a chat from the key `ask` (--keys prompt=ask)
 
-A layout is chosen by the keys that have a value, row by row: a null or empty key hides nothing. What a row says and the
-reader does not use is listed in `Content.changes` and `Content.unused`, and counted in the report.
+A layout is chosen by the keys that have a value, row by row: a null or empty key is ignored. What is
+changed or not used is listed in `Content.changes` and `Content.unused`, and counted in the report.
 
 Read next: layouts.py (keys), chats.py (turns), read.py (files -> rows), report.py (the counts).
 """
@@ -43,7 +43,7 @@ _NO_CHAT = "none of the keys of a chat"
 
 @dataclass
 class Content:
-    """What a row says. `messages` are those of a chat, or the prompt of a pair; a text has none."""
+    """The content of a row. `messages` are those of a chat, or the prompt of a pair; a text has none."""
 
     kind: str  # "text", "chat" or "pair"
     text: str  # all of it, without markers
@@ -294,7 +294,7 @@ class RowReader(RowKeys):
 
     @staticmethod
     def _reason(row: Any, reasons: list[BadRow]) -> BadRow:
-        """The reason that says most: not that one kind of keys is missing."""
+        """The most specific reason: that a kind of keys is missing only if there is no other."""
         missing = ("none of the keys of a pair", _NO_CHAT, "no text key")
         return next((reason for reason in reasons if str(reason) not in missing), BadRow("no text key, and no chat"))
 
@@ -307,7 +307,7 @@ class RowReader(RowKeys):
         return {key: edit_value(value, edit) if self.holds_text(key) else value for key, value in row.items()}
 
     def _unused(self, row: dict[str, Any], used: set[str], notes: Notes, messages: list[Message]) -> list[str]:
-        """The keys with a value that was not read, which is no mere description and stands in no message."""
+        """The keys with a value that was not read, except metadata and text that a message repeats."""
         unused = []
         for key, value in row.items():
             if key in used or key in HARMLESS or str(key).lower() in HARMLESS or not is_filled(value):

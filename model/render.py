@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """What a chat becomes: usually one sample. Where its format cannot write it none, and `refusal` says why."""
+    """The samples of a chat, usually one; none where its format cannot write it, and then `refusal` is the reason."""
 
     samples: list[Sample]
     refusal: str = ""

@@ -212,7 +212,7 @@ def test_the_key_goes_into_one_header(stub, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ((401, {}, failure("Incorrect API key")), "401: it wants another key: set OPENAI_API_KEY (Incorrect API key)"),
+        ((401, {}, failure("Incorrect API key")), "401: it refuses the key: set OPENAI_API_KEY (Incorrect API key)"),
         ((404, {}, failure("no such model")), "does the address end in /v1, and is there a model stub?"),
         ((400, {}, failure("too\nlong")), "400: too long"),
         ((429, {}, failure("You exceeded your current quota")), "429: You exceeded your current quota"),

@@ -198,7 +198,7 @@ def test_own_keys_that_say_nothing_are_refused(text):
         parse_keys(text)
 
 
-def test_an_unknown_layout_is_told_the_nearest_ones():
+def test_the_error_for_an_unknown_layout_names_the_nearest_ones():
     assert nearest_layouts("chat", ["anwser", "question"])[0].name == "question, answer"
     assert nearest_layouts("pair", ["chosen", "prompts"])[0].name == "prompt and answers"
     message = expected_keys("chat", ["frage", "antwort"])

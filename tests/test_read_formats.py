@@ -233,7 +233,7 @@ def test_arrow_and_parquet_with_nested_columns(tmp_path):
 
 
 # ---- workbooks -------------------------------------------------------------------------------------------------------
-def test_a_workbook_is_told_to_be_saved_as_csv(tmp_path):
+def test_the_error_for_a_workbook_says_to_save_it_as_csv(tmp_path):
     for name, content in (("a.xlsx", b"PK\x03\x04[Content_Types].xml"), ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")):
         with pytest.raises(UserError, match="Excel workbook: save its sheet as CSV UTF-8"):
             rows_of(tmp_path, name, content)

@@ -40,7 +40,7 @@ def report(parrots, monkeypatch, tmp_path):
     return run
 
 
-def test_a_served_model_stands_beside_a_file(served, report, parrots, capsys):
+def test_a_served_model_and_a_file_are_in_one_report(served, report, parrots, capsys):
     found, page = report(parrots / "full_sft_64.pth", f"other={served.url}")
     ours, other = found["models"]
     assert (other["label"], other["stage"], other["path"]) == ("other", "served", f"{served.url}#first")
@@ -72,7 +72,7 @@ def test_the_model_may_be_named_and_extra_settings_are_sent(served, report):
     assert found["models"][0]["path"] == f"{served.url}#second"
 
 
-def test_what_the_server_refuses_is_left_out_and_said(served, report):
+def test_settings_that_the_server_refuses_are_left_out_and_named(served, report):
     served.errors = [(200, {}, ""), (422, {}, failure("body.top_k: extra inputs are not permitted"))]
     found, page = report(f"b={served.url}#m", flags=["--top_k", 5, "--prompt", "Hi"], texts=False)
     assert ["top_k" in body for body in served.seen] == [True, False]
@@ -145,7 +145,7 @@ def test_without_another_model_there_is_no_report(served, report, tmp_path):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bad_names_and_addresses_are_said_before_anything_computes(
+def test_bad_names_and_addresses_are_errors_before_anything_computes(
     served, report, parrots, tmp_path, capsys, models, says
 ):
     if "lists no models" in says:
@@ -157,9 +157,9 @@ def test_bad_names_and_addresses_are_said_before_anything_computes(
     assert not served.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_wrong_keys_and_settings_are_said_at_once(served, report):
+def test_wrong_keys_and_settings_are_errors_at_once(served, report):
     served.errors = [(401, {}, failure("no key"))]
-    with pytest.raises(UserError, match=r"401: it wants another key: give --report_api_key KEY or set REPORT_API_KEY"):
+    with pytest.raises(UserError, match=r"401: it refuses the key: give --report_api_key KEY or set REPORT_API_KEY"):
         report(f"a={served.url}")
     with pytest.raises(UserError, match="--temperature must be at least 0"):
         report(f"a={served.url}", flags=["--temperature", "-1"])
