@@ -31,9 +31,9 @@ from corpus.chats import (
     spells_messages,
 )
 from corpus.language import is_missing, sound_text
-from corpus.layouts import COMPARISONS, HARMLESS
+from corpus.layouts import HARMLESS
 from corpus.marked_text import is_open_question, marked_turns
-from corpus.pair_answers import SIDES, conversation_of, split_pair
+from corpus.pair_answers import NO_PAIR, SIDES, conversation_of, sides_of, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
 from corpus.row_keys import COMPARED_KEYS, Fields, RowKeys
@@ -163,7 +163,7 @@ class RowReader(RowKeys):
         if holds_turns or spells_messages(value) or (isinstance(value, str) and is_open_question(value)):
             asked = messages_of(value, notes)
         else:
-            asked = [message("user", "\n".join(value) if _is_texts(value) else sound_text(value, key))]
+            asked = [message("user", _joined_text(value, key))]
         if contexts:
             more = [_joined_text(row[key], key) for key in contexts]
             asked = [*asked[:-1], {**asked[-1], "content": "\n".join([asked[-1]["content"], *more])}]
@@ -213,10 +213,10 @@ class RowReader(RowKeys):
     def pair(self, row: Any, fields: Fields | None = None) -> Content:
         """The prompt and two answers that `dpo` compares. Raises UnfitRow where nothing is compared."""
         if not isinstance(row, dict):
-            raise BadRow("none of the keys of a pair")
+            raise BadRow(NO_PAIR)
         fields = self.fields(row) if fields is None else fields
         notes, used = Notes(), set[str]()
-        values = self._sides(row, fields, used)
+        values = sides_of(row, fields, self, used)
         before = self._prompt(row, fields, used, used, notes)
         if not before and "messages" in fields:
             used.add(fields["messages"][0])
@@ -233,25 +233,6 @@ class RowReader(RowKeys):
         turns = [*prompt, *answers[0], *answers[1]]
         unused = self._unused(row, used, notes, turns)
         return Content("pair", chat_text(turns), prompt, tuple(answers), list(notes.changes), unused)
-
-    def _sides(self, row: dict[str, Any], fields: Fields, used: set[str]) -> tuple[Any, Any]:
-        """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
-        better, worse = (fields.get(side, [None])[0] or self.present(row, side) for side in SIDES)
-        if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
-            used.update((better, worse))
-            return row[better], row[worse]
-        for first, second, mark, (one, other) in COMPARISONS:
-            if first in row and second in row and mark in row:
-                used.update((first, second, mark))
-                said = str(row[mark]).strip().lower()
-                if said not in (str(one), str(other)):
-                    raise UnfitRow(f"no answer is marked as the better one ({mark})")
-                return (row[first], row[second]) if said == str(one) else (row[second], row[first])
-        for key in fields.get("answer", ()):
-            if isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
-                used.add(key)
-                return row[key][0], row[key][-1]
-        raise BadRow("none of the keys of a pair")
 
     # ---- everything ----
     def content(self, row: Any) -> Content:
@@ -295,7 +276,7 @@ class RowReader(RowKeys):
     @staticmethod
     def _reason(row: Any, reasons: list[BadRow]) -> BadRow:
         """The most specific reason: that a kind of keys is missing only if there is no other."""
-        missing = ("none of the keys of a pair", _NO_CHAT, "no text key")
+        missing = (NO_PAIR, _NO_CHAT, "no text key")
         return next((reason for reason in reasons if str(reason) not in missing), BadRow("no text key, and no chat"))
 
     def edit(self, row: Any, edit: Callable[[str], str]) -> Any:
