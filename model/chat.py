@@ -25,9 +25,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from corpus.errors import ANOTHER_FORMAT, UserError
-from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, RefusedChat, named_format
+from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
 from model.chat_templates import TemplateFormat
-from model.render import Rendered, guard, render_chats
+from model.render import Rendered, render_chats, render_unfinished
 
 PAD = "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
@@ -246,18 +246,7 @@ class ChatTokenizer:
         after an answer (`continue_final_message` of transformers). Raises UserError when the format cannot write these
         messages or leaves the last one out.
         """
-        typed = "".join(message["content"] for message in messages)
-        end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)
-        open_end = {**messages[-1], "content": messages[-1]["content"] + end}
-        cut, marked = guard(self._markers, [*messages[:-1], open_end])
-        try:
-            text, found, _ = self.chat_format.text(marked).rpartition(end)
-        except RefusedChat as refusal:
-            raise UserError(f"{refusal}; {ANOTHER_FORMAT}") from None
-        if not found:
-            raise UserError("the chat template leaves out the last message: it cannot be continued")
-        parts = text.split(cut) if cut else [text]
-        return [i for part in self._marked.encode_batch(parts, add_special_tokens=False) for i in part.ids]
+        return render_unfinished(self._marked, self.chat_format, self._markers, messages)
 
     def render_batch(
         self, chats: list[list[Message]], add_generation_prompt: bool = False
