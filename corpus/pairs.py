@@ -14,9 +14,10 @@ from typing import Any
 from corpus.chats import Message, chat_text
 from corpus.items import Item, content_key, question_key
 from corpus.language import language_of
-from corpus.pack import Document, Form, answer_bytes
+from corpus.pack import Form
 from corpus.pair_answers import SIDES, common_length
 from corpus.read import Path_, taken_rows
+from corpus.render_chats import Document, answer_bytes
 from corpus.report import DataReport
 from corpus.rows import READER, RowReader
 
