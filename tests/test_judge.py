@@ -249,7 +249,7 @@ def test_no_server_and_no_address(stub):
     for url in ("localhost:8998", "ftp://a/v1", "http://", "http://a:b/v1", "", "http://a:99999/v1"):
         with pytest.raises(UserError, match="not an address"):
             ChatServer(url, "stub")
-    with pytest.raises(UserError, match="a key goes into the variable OPENAI_API_KEY") as raised:
+    with pytest.raises(UserError, match="a key, which belongs in OPENAI_API_KEY") as raised:
         ChatServer("http://me:sk-secret@localhost/v1", "stub")
     assert "sk-secret" not in str(raised.value)
 

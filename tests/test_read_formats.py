@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from corpus import csv_reader, json_reader
 from corpus.errors import UserError
 from corpus.json_reader import rows_of_list
-from corpus.read import read_chats, read_rows, read_texts
+from corpus.read import read_chats, read_texts
 from corpus.report import DataReport
+from tests.test_read_encodings import rows_of
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.ipc")
@@ -26,15 +27,6 @@ pytest.importorskip("pyarrow.parquet")
 
 ROWS = [{"text": f"第{i}行, row {i}", "n": i} for i in range(30)]
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-
-
-def rows_of(folder: Path, name: str, content: bytes, max_bad_share: float = 0.0) -> tuple[list, DataReport]:
-    path = Path(folder) / name
-    path.write_bytes(content)
-    report = DataReport(max_bad_share)
-    found = [row for _, row in read_rows(path, report)]
-    assert report.read == len(found) + report.bad_rows + report.dropped_rows
-    return found, report
 
 
 def dumps(value, **options) -> bytes:
