@@ -56,7 +56,9 @@ def decode(where: str, data: bytes) -> str:
     if text is None:
         raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
     if "\0" in text:
-        raise UserError(f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character: damaged")
+        raise UserError(
+            f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character, so the file is damaged"
+        )
     return text.removeprefix("\ufeff")
 
 
@@ -196,9 +198,9 @@ def _jsonl_rows(where: str, text: str) -> list[Row]:
         try:
             row = json.loads(written)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}:{line}: not JSON") from None
+            raise UserError(f"{where}:{line}: not JSON: write a JSON object on each line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}:{line}: not a JSON object")
+            raise UserError(f"{where}:{line}: not a JSON object: write one on each line")
         cells = {plain(str(name)): value for name, value in _with_options(row).items()}
         columns, missing = header_columns(list(cells))
         if missing:

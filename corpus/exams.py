@@ -230,7 +230,7 @@ def files_of(path: Path) -> Iterator[Named]:
 def _content(file: Path) -> bytes:
     try:
         if file.stat().st_size > LARGEST:
-            raise UserError(f"{file}: larger than {LARGEST >> 20} MB: not an exam file")
+            raise UserError(f"{file}: larger than {LARGEST >> 20} MB: not an exam file: leave it out")
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
@@ -261,4 +261,4 @@ def _zipped(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > LARGEST:
-        raise UserError(f"{path}/{name}: larger than {LARGEST >> 20} MB: not an exam file")
+        raise UserError(f"{path}/{name}: larger than {LARGEST >> 20} MB: not an exam file: leave it out")

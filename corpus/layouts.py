@@ -186,7 +186,7 @@ def parse_keys(text: str) -> dict[str, str]:
         if field not in fields or not equals or not key:
             raise UserError(f"--keys {text}: write FIELD=KEY,…; the fields are {', '.join(fields)}")
         if field in keys:
-            raise UserError(f"--keys {text}: {field} is named twice")
+            raise UserError(f"--keys {text}: {field} is named twice: give each field one key")
         keys[field] = key
     return keys
 

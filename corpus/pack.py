@@ -9,8 +9,9 @@ The jsonl files are the source of truth: `tokenise_chats` builds the token folde
 Everything appears under its name only when it is complete. A killed `pack_chats` goes on where it was: the rows are
 read again, but what is written and tokenised stays.
 
-Writes through shards.py. Read next: render_chats.py (chat -> tokens), items.py (what is left out and set aside), progress.py (after a kill), shards.py
-(the files), pack_texts.py (the same for plain text), ../data_process.py (the command).
+Writes through shards.py. Read next: render_chats.py (chat -> tokens), items.py (what is left out and set aside),
+progress.py (after a kill), shards.py (the files), pack_texts.py (the same for plain text), ../data_process.py (the
+command).
 """
 
 import contextlib

@@ -114,7 +114,7 @@ def speakers_of(args: argparse.Namespace) -> dict[str, Path | str]:
     for name in given:
         label, one = split_address(name) if is_address(name) else (next(labels), Path(name))
         if label in found:
-            raise UserError(f"--report: two models are called {label}")
+            raise UserError(f"--report: two models are called {label}: give one of them another NAME=")
         found[label] = one
     return found
 

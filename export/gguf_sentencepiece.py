@@ -193,4 +193,4 @@ def check(tokenizer: ChatTokenizer) -> None:
 
 
 def refuse(reason: str) -> None:
-    raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}")
+    raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}: leave out --gguf")

@@ -55,9 +55,15 @@ def pre_tokenizer(tokenizer: ChatTokenizer) -> str:
     patterns = [step.get("pattern", {}).get("Regex", "?") for step in steps[:-1]]
     pattern = patterns[0] if len(patterns) == 1 else "?" if patterns or not steps[-1].get("use_regex", True) else ""
     if pattern not in CUTS:
-        raise UserError(f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]})")
+        raise UserError(
+            f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]}): "
+            "leave out --gguf"
+        )
     if pattern == OUR_CUT and (bad := crossing_piece(tokenizer)):
-        raise UserError(f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<': llama.cpp would use it")
+        raise UserError(
+            f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<', and llama.cpp would use it: "
+            "leave out --gguf"
+        )
     return CUTS[pattern]
 
 

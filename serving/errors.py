@@ -42,7 +42,9 @@ def add_error_shapes(app: FastAPI) -> None:
         # A union reports the errors of every branch; the one that got furthest matches the request best.
         first = max(error.errors(), key=lambda each: len(each["loc"]))
         if first["type"] == "json_invalid":
-            return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}"[:500]).response()
+            return ApiError(
+                400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"[:500]
+            ).response()
         where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained")))
         return ApiError(400, f"{where or 'body'}: {first['msg']}"[:500], where or None).response()
 

@@ -151,7 +151,7 @@ def test_the_data_set_has_every_sample(opened, tmp_path):
 
 @pytest.mark.parametrize("template", [THINKS, NO_SYSTEM])
 def test_what_does_not_fit_is_cut_at_whole_turns(opened, tmp_path, template):
-    """Whatever the length, the kept samples are those of the chat cut to its first turns, and as many as fit."""
+    """At any length the kept samples are those of the chat cut to its first turns, and as many as fit."""
     tokenizer, _ = opened(template)
     (chat,) = chats_of(1)
     whole = [tokenizer.render_each([chat[:end]])[0].samples for end in (2, 4, 6)]

@@ -254,7 +254,7 @@ def test_a_beam_search_beside_plain_answers_is_that_of_a_search_alone(desk):
 
 
 def test_a_beam_search_counts_as_its_beams(model, tokenizer):
-    desk = Desk(model, tokenizer, seats=4, queue=4)  # it does not run: nobody is seated yet
+    desk = Desk(model, tokenizer, seats=4, queue=4)  # it does not run: no row is decoded yet
     with pytest.raises(ValueError, match="num_beams 5: at most 4 rows are decoded at once"):
         desk.ask([[50]], num_beams=5)
     (search,) = desk.ask([[50]], num_beams=4)

@@ -162,7 +162,7 @@ ODD = (
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(range(len(ODD) + len(LAYOUTS))), max_size=40))
 def test_every_row_is_kept_dropped_or_bad(numbers):
-    """Whatever the rows are, in every command: read = kept + dropped + bad, and nothing is counted without a name."""
+    """For any rows, in every command: read = kept + dropped + bad, and nothing is counted without a name."""
     rows = [[*ODD, *(layout.example for layout in LAYOUTS)][i] for i in numbers]
     rows = [row for row in rows if isinstance(row, (dict, list))]
     with tempfile.TemporaryDirectory() as folder:

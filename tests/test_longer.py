@@ -49,8 +49,8 @@ def test_a_conversation_is_longer_and_says_so(tiny_parent, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rope_scaling", "yarn"], "go together"),
-        (["--rope_factor", "2"], "go together"),
+        (["--rope_scaling", "yarn"], "give both or neither"),
+        (["--rope_factor", "2"], "give both or neither"),
         (["--rope_scaling", "yarn", "--rope_factor", "1"], "above 1 and at most 64"),
         (["--rope_scaling", "yarn", "--rope_factor", "-2"], "above 1 and at most 64"),
         (["--rope_scaling", "yarn", "--rope_factor", "nan"], "above 1 and at most 64"),
