@@ -135,7 +135,7 @@ class Engine:
             if most_beams > self.seats:
                 raise ValueError(f"num_beams {most_beams}: at most {self.seats} rows are decoded at once here")
             if wanted > places:
-                raise ValueError(f"{wanted} answers requested at once: at most {places} fit here (--seats and --queue)")
+                raise ValueError(f"{wanted} answers at once are too many: at most {places} are accepted")
             queued = rows_of(table.waiting) + len(table.jobs) + wanted
             if self.stopping or rows_of(table.seated.values()) + queued > places:
                 raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))

@@ -200,7 +200,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(desk):
         desk.ask([[50]])
     assert 1 <= full.value.retry_after <= 60
     assert desk.ask([[50]], "two", max_new_tokens=1)  # the other model has places of its own
-    with pytest.raises(ValueError, match="9 answers at once are asked for, at most 8"):
+    with pytest.raises(ValueError, match="9 answers at once are too many: at most 8"):
         desk.ask([[50]] * 9)
     desk.engine.cancel(tickets)
     desk.wait(lambda: True)
