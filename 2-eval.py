@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message in front of every conversation")
     add("--history", type=flags.non_negative_int, metavar="N",
-        help="turns the model is told again (default: all; 0 with --prompts)")  # fmt: skip
+        help="earlier turns in each prompt (default: all; 0 with --prompts)")  # fmt: skip
     preset = "where these flags are not given: settings of the model's chat format (auto), none, or of another format"
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset}; none in a --report (default: auto)")
     add("--temperature", type=flags.non_negative_float, help="0: always the likeliest token (default: 0.7)")

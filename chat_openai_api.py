@@ -42,7 +42,7 @@ def connect(args: argparse.Namespace) -> Any:
         raise UserError('openai is not installed: pip install "openai>=2,<4"') from None
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError("--api_key: a key has letters, digits and signs of ASCII, without spaces")
+        raise UserError("--api_key: must be ASCII letters, digits and signs without spaces")
     try:
         if not args.base_url.startswith(("http://", "https://")):
             raise ValueError
@@ -68,7 +68,7 @@ def one_line_errors(base_url: str, model: str | None) -> Any:
         raise UserError(f"{base_url}: {server_message(error)}: see {mend}") from None
     except openai.APIError as error:
         raise UserError(f"{base_url}: {server_message(error)}") from None
-    except (AttributeError, ValueError):  # the package's own, where the body is not what the API has
+    except (AttributeError, ValueError):  # raised by the package where the body is not as in the API
         raise UserError(f"{base_url} does not answer as OpenAI's API does: see --base_url") from None
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2"):

@@ -137,7 +137,7 @@ def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and end")
+    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and exit")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
     )
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
             help="share held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
-            help="share of unusable rows to put up with (default: 0.01)")  # fmt: skip
+            help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=flags.non_negative_int, default=3,
             help="samples that --check shows (default: %(default)s)")  # fmt: skip
@@ -270,6 +270,7 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: An
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
     from corpus.items import in_batches, text_items
     from corpus.pack_texts import tokenise_texts
+    from corpus.show_sample import show_sample
 
     samples: list[tuple[int, int, str, list[Any]]] = []
 
@@ -302,37 +303,6 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: An
             show_sample(tokenizer, which + title, ids, mask)
     if not report.kept:
         raise UserError("nothing in these files can be trained on: see the report")
-
-
-def show_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
-    """A chat with its trained tokens in colour, or [[in brackets]] where there is none; a text in its pieces."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
-    shown = Text()
-    if not mask:
-        shown.append("|".join(pieces(tokenizer, ids)))
-    start = 0
-    for i in range(1, len(mask) + 1):
-        if i == len(mask) or mask[i] != mask[start]:
-            text, trained = tokenizer.decode(ids[start:i]), mask[start]
-            brackets = trained and not console.is_terminal
-            shown.append(f"[[{text}]]" if brackets else text, style="bold green" if trained else "dim")
-            start = i
-    console.print(shown, soft_wrap=True)
-
-
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token; tokens that are parts of one character stay together."""
-    result, start = [], 0
-    for i in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:i])
-        if not text.endswith("\ufffd") or i - start >= 4:
-            result.append(text)
-            start = i
-    return result
 
 
 if __name__ == "__main__":

@@ -301,9 +301,9 @@ def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/demo", help="everything goes here (default: out/demo)")
     parser.add_argument("--seed", type=flags.seed, default=0,
-        help="of the world, the weights and the order (default: 0)")  # fmt: skip
+        help="random seed of the world, the weights and the order (default: 0)")  # fmt: skip
     parser.add_argument("--max_steps", type=flags.max_steps, default=0,
-                        help="try the path: stop each training after so many steps (-1 or 0: no limit)")  # fmt: skip
+                        help="quick trial: stop each training after so many steps (-1 or 0: no limit)")  # fmt: skip
     args = parser.parse_args()
     out = Path(args.out_dir)
     if Path.cwd() != ROOT:  # the commands run in the project's folder

@@ -241,7 +241,7 @@ def parse_list(text: str, field: str) -> Any:
 def _parsed(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
-            with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, no mistake of ours
+            with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, not an error here
                 warnings.simplefilter("ignore")
                 return parse(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -264,7 +264,7 @@ def apply_turn_rules(messages: list[Message], notes: Notes, cut: bool = True) ->
 
 
 def _in_turn(messages: list[Message]) -> bool:
-    """True for a chat that is as it should be: an optional system message, then user and assistant, none empty."""
+    """True for a chat that needs no change: an optional system message, then user and assistant, none empty."""
     start = 1 if messages and messages[0]["role"] == "system" else 0
     roles = itertools.cycle(("user", "assistant"))
     return len(messages) > start and all(
@@ -300,7 +300,7 @@ def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Messa
 
 
 def _joined(one: Message, other: Message, notes: Notes) -> Message:
-    """Two messages of one role as one; what is not trained in one of them is not trained at all."""
+    """Two messages of one role as one; it has weight 0 if either of them has."""
     filled = [turn["content"] for turn in (one, other) if not is_blank(turn["content"])]
     if len(filled) == 2:
         notes.changes[JOINED] = None

@@ -1,6 +1,6 @@
 """Reading csv as spreadsheets and pandas write it: `,` `;` `|` or tab, short rows, "sep=;", quotes left open.
 
-    delimiter    the one that divides the header into most cells, and the first rows into no more
+    delimiter    the candidate that splits the header into the most cells and no early row into more
     short row    the missing last cells are empty
     long row     a bad row, unless the extra cells are empty
     open quote   a bad row; reading continues at the line after the one that opens it
@@ -22,20 +22,20 @@ from corpus.sources import Source
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
 MAX_HEADER = 1 << 16  # characters of a header that is read although it is malformed
 DELIMITERS = ",\t;|"
-FIRST_ROWS = 20  # that are looked at to find the delimiter
+FIRST_ROWS = 20  # rows read to find the delimiter
 TOO_LONG = f"a line longer than {MAX_LINE >> 20} MB"
 OPEN_QUOTE = "a quote that is opened and not closed"
 
 
 class _Lines:
-    """Lines of text for csv.reader. Those of the row that is being read are kept, so that they can be read again."""
+    """Lines of text for csv.reader. The lines of the current row are kept, so that they can be read again."""
 
     def __init__(self, source: Source, report: DataReport) -> None:
         self.source, self.report = source, report
-        self.number = 0  # of the line before the row
+        self.number = 0  # number of the line before the current row
         self.row: list[str] = []
-        self.again: deque[str] = deque()  # lines that come before those of the file
-        self.malformed: set[int] = set()  # numbers of lines
+        self.again: deque[str] = deque()  # lines to read again, before the next one of the file
+        self.malformed: set[int] = set()  # numbers of malformed lines
 
     def start_row(self) -> None:
         self.number += len(self.row)
@@ -44,7 +44,7 @@ class _Lines:
 
     def __iter__(self) -> Iterator[str]:
         row, again, readline = self.row, self.again, self.source.readline
-        while len(row) < MAX_CELL_LINES:  # then csv.reader sees the end of the text inside a quote
+        while len(row) < MAX_CELL_LINES:  # beyond it csv.reader sees the end of the text inside a quote
             if again:
                 text = again.popleft()
             else:
@@ -66,7 +66,7 @@ class _Lines:
             yield text
 
     def keep_first_line(self) -> None:
-        """The row ends with its first line; the others are read again."""
+        """End the current row after its first line; its other lines are read again as rows."""
         self.again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 

@@ -118,7 +118,7 @@ def _write(path: Path, text: str) -> None:
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out_dir", default="out/demo/exam", help="folder to write (default: out/demo/exam)")
-    parser.add_argument("--seed", type=flags.seed, default=0, help="that of the demo world (default: 0)")
+    parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
     counts = build(args.out_dir, args.seed)
     print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))

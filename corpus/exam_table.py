@@ -56,7 +56,9 @@ def decode(where: str, data: bytes) -> str:
     if text is None:
         raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
     if "\0" in text:
-        raise UserError(f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character: damaged")
+        raise UserError(
+            f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character, so the file is damaged"
+        )
     return text.removeprefix("\ufeff")
 
 
@@ -88,7 +90,7 @@ def plain(name: str) -> str:
 # ---- columns ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Columns:
-    """Where the parts of a question stand in a row. `options` in the order of their letters; -1: not there."""
+    """The column of each part of a question. `options` in the order of their letters; -1: no such column."""
 
     question: int
     options: tuple[int, ...]
@@ -196,9 +198,9 @@ def _jsonl_rows(where: str, text: str) -> list[Row]:
         try:
             row = json.loads(written)
         except (ValueError, RecursionError):
-            raise UserError(f"{where}:{line}: not JSON") from None
+            raise UserError(f"{where}:{line}: not JSON: write a JSON object on each line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}:{line}: not a JSON object")
+            raise UserError(f"{where}:{line}: not a JSON object: write one on each line")
         cells = {plain(str(name)): value for name, value in _with_options(row).items()}
         columns, missing = header_columns(list(cells))
         if missing:
@@ -262,13 +264,13 @@ def _number_base(where: str, rows: list[Row], options: list[tuple[str, ...]]) ->
     last = next((row for row, value, shown in found if value == len(shown)), None)
     if zero and last:
         raise UserError(
-            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: from 0 or from 1? "
-            "use letters"
+            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: it is unclear "
+            "whether options count from 0 or 1: use letters"
         )
     if not zero and not last:
         raise UserError(
-            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: from 0 or "
-            "from 1? use letters"
+            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: it is "
+            "unclear whether options count from 0 or 1: use letters"
         )
     for row, value, shown in found:
         if str(value) in shown and shown.index(str(value)) != value - (0 if zero else 1):

@@ -12,7 +12,7 @@ to the last line is an error with its line number.
 Layouts: github.com/hkust-nlp/ceval and github.com/haonan-li/CMMLU.
 
 Called by ../eval_ceval.py. Read next: exam_table.py (one file), exam_subjects.py (which subject belongs where),
-../evaluation/exam.py (who asks).
+../evaluation/exam.py (how questions are asked).
 """
 
 import json
@@ -32,7 +32,7 @@ from corpus.exam_table import LARGEST, OPTION_LETTERS, Row, decode, letters_of, 
 LETTERS = "ABCD"  # of C-Eval and CMMLU; own files have two to ten options
 SPLITS = ("dev", "val", "test")
 OWN = "all"  # the split of files that name none
-DEFAULTS = ("val", OWN, "test", "dev")  # the first of them that is there is asked
+DEFAULTS = ("val", OWN, "test", "dev")  # the first one present is used
 TABLES = (".csv", ".tsv", ".jsonl")
 PACKED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh")  # how .gz, .xz and .bz2 begin
 EXPECTED = (
@@ -40,7 +40,7 @@ EXPECTED = (
     "test/*.csv (C-Eval, CMMLU)"
 )
 
-Named = tuple[str, str, bytes]  # what to call a file, its path inside, its content
+Named = tuple[str, str, bytes]  # (name for messages, path inside the folder or archive, content)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Exam:
 def read_exam(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str = "", subjects: Iterable[str] = ()
 ) -> Exam:
-    """Read one split (default: the first of val, all, test, dev that is there) and dev; `subjects` leaves out others.
+    """Read one split (default: the first of val, all, test, dev that is there) and dev; `subjects`: only these.
 
     `paths`: one folder, archive or file, or several. Raises UserError naming file and line where anything is missing,
     damaged or not an exam.
@@ -180,7 +180,7 @@ def _groups(paths: list[Path]) -> Iterator[list[Named]]:
 
 
 def _placed(files: list[Named]) -> list[tuple[str, str, str, bytes]]:
-    """(split, subject, what to call it, content) of the tables of one --data."""
+    """(split, subject, name for messages, content) of the tables of one --data."""
     in_splits = [file for file in files if PurePosixPath(file[1]).parent.name in SPLITS]
     if in_splits:
         return [(*_place(inside, PurePosixPath(inside).parent.name), where, data) for where, inside, data in in_splits]
@@ -201,7 +201,7 @@ def _place(inside: str, split: str) -> tuple[str, str]:
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 def files_of(path: Path) -> Iterator[Named]:
-    """(what to call it, path inside, content) of every table and the mapping in a folder or archive, or of the one
+    """(name for messages, path inside, content) of every table and the mapping in a folder or archive, or of the one
     file. Raises UserError."""
     if path.is_dir():
         for file in sorted(path.rglob("*")):
@@ -230,7 +230,7 @@ def files_of(path: Path) -> Iterator[Named]:
 def _content(file: Path) -> bytes:
     try:
         if file.stat().st_size > LARGEST:
-            raise UserError(f"{file}: larger than {LARGEST >> 20} MB: not an exam file")
+            raise UserError(f"{file}: larger than {LARGEST >> 20} MB: not an exam file: leave it out")
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
@@ -261,4 +261,4 @@ def _zipped(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > LARGEST:
-        raise UserError(f"{path}/{name}: larger than {LARGEST >> 20} MB: not an exam file")
+        raise UserError(f"{path}/{name}: larger than {LARGEST >> 20} MB: not an exam file: leave it out")

@@ -4,10 +4,10 @@
 
 The side depends on the content alone, never on the order of the files: the same text is on the same side in every data
 set. For chats the content is the first question, so that no question is both trained and tested; only where one
-question opens more than 20 chats ("Hi"), the whole chat decides for those after the 20th. Small data gives more: of n
-items of a language at least min(20, n / 20) are validation items, those of lowest hash.
+question opens more than 20 chats ("Hi"), the whole chat decides for those after the 20th. In small data sets more are
+held out: of n items of a language at least min(20, n / 20) are validation items, those of lowest hash.
 
-Read next: read.py (where rows come from), pairs.py (pairs of answers), pack_texts.py and pack.py (where they go).
+Read next: read.py (where rows come from), pairs.py (pairs of answers), pack_texts.py and pack.py (items -> shards).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from corpus.report import DataReport
 from corpus.rows import READER, RowReader
 
 ENOUGH = 20  # validation items of a language; with fewer, a twentieth of its items
-COMMON = 20  # chats with one first question, beyond which it decides no longer alone
+COMMON = 20  # chats with one first question; for those beyond it the whole chat decides
 BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
 
 
@@ -123,7 +123,7 @@ def split_validation(items: Iterable[Item], val_share: float) -> Iterator[tuple[
     them may be needed. Memory: at most ENOUGH * COMMON items of each language.
     """
     limit = val_share * 2.0**64
-    opened = bytearray(1 << 24 if val_share else 1)  # how many items have a hash like this: 16 MB, not exact
+    opened = bytearray(1 << 24 if val_share else 1)  # approximate count of items per hash, 16 MB
     sides = {language: _Held() for language in LANGUAGES}
     for item in items:
         held = sides[item.language]
@@ -150,7 +150,7 @@ def split_validation(items: Iterable[Item], val_share: float) -> Iterator[tuple[
 
 
 class _Held:
-    """Of one language: the items held back, in groups of one hash, because they may become validation items."""
+    """The items of one language that may become validation items and are held back, in groups of one hash."""
 
     def __init__(self) -> None:
         self.count = self.found = 0  # all items; those that are in the validation split
@@ -181,7 +181,7 @@ class _Held:
             group = self.groups[key]
             if len(chosen) + len(group) <= wanted:
                 chosen.update(map(id, group))
-        if wanted > 0 and not chosen:  # every group is larger than what is wanted: one question opens many chats
+        if wanted > 0 and not chosen:  # every group is too large: one question opens many chats
             group = min(self.groups.values(), key=len, default=[])
             chosen.update(id(item) for item in sorted(group, key=lambda item: item.identity)[:wanted])
         return chosen

@@ -88,7 +88,7 @@ def is_message(value: Any) -> bool:
 def rows_of_list(items: list[Any]) -> list[Any]:
     """The rows of a list on one line, or inside an array: a list of turns is one chat, other objects are rows."""
     if not items or not all(isinstance(item, dict) for item in items):
-        return [items]  # no row: the caller counts it
+        return [items]  # not a row: the caller counts it as bad
     if all(is_message(item) or "human" in item or "assistant" in item for item in items):
         return [{"messages": items}]
     return items
@@ -111,7 +111,7 @@ class _Buffer:
     def __init__(self, source: Source) -> None:
         self.source, self.text, self.start, self.more = source, "", 0, True
         self.consumed = 0  # characters before `start` in all
-        self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # a bad byte spoils its row only
+        self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # bad bytes stay
         self.parse = json.JSONDecoder(strict=False).raw_decode
 
     def grow(self, size: int = PIECE) -> None:
@@ -137,11 +137,11 @@ class _Buffer:
 
     def take(self, expected: str) -> None:
         if self.peek() != expected:
-            raise _Broken("broken JSON: the rest of the file is lost")
+            raise _Broken("broken JSON: the rest of the file is not read")
         self.skip(self.start + 1)
 
     def value(self, limit: int = 0) -> Any:
-        """The next value, of at most `limit` characters, or MAX_LINE. Raises _Broken when there is none, and stays."""
+        """The next value, of at most `limit` characters, or MAX_LINE. Raises _Broken without one, and skips nothing."""
         size, limit = PIECE, limit or MAX_LINE
         while True:
             try:
@@ -153,7 +153,7 @@ class _Buffer:
             except (ValueError, RecursionError):
                 pass
             if not self.more:
-                raise _Broken("broken JSON: the rest of the file is lost")
+                raise _Broken("broken JSON: the rest of the file is not read")
             if len(self.text) - self.start >= limit:
                 raise _Broken(f"broken JSON, or one value above {MAX_LINE >> 20} MB: write a row on each line "
                               "(pandas: orient='records', lines=True)")  # fmt: skip
@@ -192,7 +192,7 @@ def _array(buffer: _Buffer, objects_only: bool = False) -> Rows:
         if is_chat:
             chat.append(value)
             if buffer.consumed - begin > MAX_LINE:
-                raise _Broken(f"a chat above {MAX_LINE >> 20} MB: the rest of the file is lost")
+                raise _Broken(f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read")
         elif isinstance(value, list):
             yield from ((at, row) for row in rows_of_list(value))
         elif isinstance(value, dict) or not objects_only:
@@ -203,7 +203,7 @@ def _array(buffer: _Buffer, objects_only: bool = False) -> Rows:
 
 
 def _first_object(buffer: _Buffer, report: DataReport) -> Rows:
-    """The first object of a file: a row, or around the rows if nothing comes after it."""
+    """The first object of a file: one row, or the object that contains the rows if nothing follows it."""
     line = buffer.source.line
     try:
         value = buffer.value(WHOLE)

@@ -50,7 +50,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "weight": ("weight",),
 }  # fmt: skip
 
-# Two answers beside each other, the key that says which is better, and its values for the first and the second.
+# The keys of two answers, the key that says which one is better, and its values for the first and the second.
 COMPARISONS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("response_0", "response_1", "better_response_id", (0, 1)),
     ("conversation_a", "conversation_b", "winner", ("model_a", "model_b")),
@@ -71,7 +71,7 @@ ROLES = {
 TOOL_KEYS = ("tool_calls", "function_call")  # of a message: a call instead of an answer
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
 
-# Keys that describe a row and are no part of what it teaches; every other key that is not used is reported.
+# Keys of metadata, which are ignored; every other key that is not used is reported.
 HARMLESS = frozenset((
     "author", "batch", "category", "categories", "chosen_model", "chosen_score", "cluster", "conversation_hash",
     "conversation_id", "count", "country", "created", "created_at", "dataset", "dataset_name", "date", "dialog_id",
@@ -186,7 +186,7 @@ def parse_keys(text: str) -> dict[str, str]:
         if field not in fields or not equals or not key:
             raise UserError(f"--keys {text}: write FIELD=KEY,…; the fields are {', '.join(fields)}")
         if field in keys:
-            raise UserError(f"--keys {text}: {field} is named twice")
+            raise UserError(f"--keys {text}: {field} is named twice: give each field one key")
         keys[field] = key
     return keys
 

@@ -26,7 +26,7 @@ def message(role: str, content: Any) -> Message:
 def marked_turns(text: str) -> list[Message]:
     """The turns of text marked with Human:/Assistant:, 用户：/助手： or ChatML; [] where it does not begin with a user.
 
-    A last marker of the assistant with nothing behind it is the question's end, as BELLE's multi-turn set writes it.
+    A last assistant marker without text ends the question, as in BELLE's multi-turn set; it is not a turn.
     """
     if text.startswith("<|im_start|>"):
         chatml = [message(ROLES.get(name.lower(), ""), content) for name, content in _CHATML.findall(text)]

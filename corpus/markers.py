@@ -3,8 +3,8 @@
     split_documents("one.<|endoftext|>\\ntwo.")   -> ["one.", "two."]
     has_marker(text)                               whether a marker is left, in the middle of a sentence
 
-`<|endoftext|>` and its relatives separate documents at the start and the end of a line and after the end of a sentence
-or word; with a space, a quote or a bracket before it, it is a word of the text. `<s>` and `</s>` are also HTML:
+`<|endoftext|>` and similar markers separate documents at the start and the end of a line and after a sentence or word;
+after a space, a quote or a bracket they are text. `<s>` and `</s>` are also HTML:
 they count at the start and end of a document, and in plain text on a line of their own.
 
 Read next: read.py (rows), readers.py (plain text).

@@ -9,8 +9,9 @@ The jsonl files are the source of truth: `tokenise_chats` builds the token folde
 Everything appears under its name only when it is complete. A killed `pack_chats` goes on where it was: the rows are
 read again, but what is written and tokenised stays.
 
-Writes through shards.py. Read next: items.py (what is left out and set aside), progress.py (after a kill), shards.py
-(the files), pack_texts.py (the same for plain text), ../data_process.py (the command).
+Writes through shards.py. Read next: render_chats.py (chat -> tokens), items.py (what is left out and set aside),
+progress.py (after a kill), shards.py (the files), pack_texts.py (the same for plain text), ../data_process.py (the
+command).
 """
 
 import contextlib
@@ -24,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corpus.chats import Message, chat_text, is_trained
+from corpus.chats import chat_text
 from corpus.errors import ANOTHER_FORMAT, UserError
 from corpus.history import history_of
 from corpus.items import Item, chat_items, in_batches, in_splits
 from corpus.progress import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.read import Path_
+from corpus.render_chats import Document, render_chats
 from corpus.report import DataReport
 from corpus.shards import (
     FORMAT,
@@ -44,9 +46,8 @@ from corpus.shards import (
     writing,
 )
 
-Document = tuple[list[int], list[int], int]  # ids, mask, UTF-8 bytes of the answers
 Batch = list[tuple[str, Item]]  # each with its split
-REFUSALS = ("the model's chat template ", "the chat format ")  # how the reasons of chats begin that no format can write
+REFUSALS = ("the model's chat template ", "the chat format ")  # beginnings of the reasons of unwritable chats
 
 
 @dataclass(frozen=True)
@@ -233,58 +234,6 @@ def _nothing_left(what: str, report: DataReport) -> str:
         return f"no {what} can be written: {why}; {ANOTHER_FORMAT}"
     remedy = "a larger --max_seq_len, or " if reasons and reasons[0][0].endswith(" tokens") else ""
     return f"no {what} is left to train on: {why or 'there is none'}: give {remedy}more data"
-
-
-def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: DataReport) -> list[list[Document]]:
-    """Of each chat the documents of as many whole first turns as fit; none when not even one does, or when the
-    tokenizer's chat format cannot write the chat.
-
-    That is one document, or several where the format writes an answer otherwise once more follows (model/chat.py,
-    `render_each`). A turn is never cut inside: half an answer would teach to stop in the middle of a sentence.
-    """
-    whole = tokenizer.render_each([item.messages for item in items])
-    return [_fit(item, rendered, tokenizer, max_seq_len, report) for item, rendered in zip(items, whole, strict=True)]
-
-
-def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
-    """`rendered` is that of the whole chat."""
-    messages = item.messages
-    while not rendered.refusal and len(rendered.samples[-1].ids) > max_seq_len:
-        turns = _whole_turns(rendered.samples, max_seq_len)
-        if turns == 0:
-            report.drop(f"first turn longer than {max_seq_len} tokens", item.file, item.line)
-            return []
-        answers = [i for i, message in enumerate(messages) if is_trained(message)]
-        messages = messages[: answers[turns - 1] + 1]
-        (rendered,) = tokenizer.render_each([messages])
-    trained_tokens = sum(sum(sample.mask) for sample in rendered.samples)
-    if rendered.refusal or not trained_tokens:
-        report.drop(rendered.refusal or "no trained token", item.file, item.line)
-        return []
-    if len(messages) < len(item.messages):
-        report.shorten(f"cut at a whole turn to {max_seq_len} tokens", item.file, item.line)
-    samples = [sample for sample in rendered.samples if sample.answers]
-    text = item.text if messages is item.messages else chat_text(messages)
-    if len(samples) > 1:  # what these tokens say: the first turns several times
-        text = "".join(chat_text(messages[: sample.answers[-1] + 1]) for sample in samples)
-    tokens = [len(sample.ids) for sample in samples]
-    report.keep(item.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens))
-    return [(ids, mask, answer_bytes([messages[i] for i in answers])) for ids, mask, answers in samples]
-
-
-def _whole_turns(samples: list[Any], max_seq_len: int) -> int:
-    """How many turns of a chat that is too long may fit; fewer than it has."""
-    if len(samples) > 1:  # each of the others is the beginning of the chat up to an answer
-        return sum(len(sample.answers) for sample in samples[:-1] if len(sample.ids) <= max_seq_len)
-    mask = samples[0].mask
-    # Each run of trained tokens is one answer; no turn whose answer ends beyond the limit can stay.
-    ends = [i + 1 for i, trained in enumerate(mask) if trained and not (i + 1 < len(mask) and mask[i + 1])]
-    return min(sum(end <= max_seq_len for end in ends), len(ends) - 1)
-
-
-def answer_bytes(messages: list[Message]) -> int:
-    """UTF-8 bytes of what the assistant says."""
-    return sum(len(message["content"].encode()) for message in messages if is_trained(message))
 
 
 CHATS = Form("chats", "sft", ("messages",), chat_items, render_chats)

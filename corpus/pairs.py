@@ -2,9 +2,9 @@
 
     pair -> two documents of the token folder, one after the other: prompt + chosen, prompt + rejected
 
-Only answers are compared; what the assistant said inside the prompt is read.
+Only the two answers are trained; earlier answers inside the prompt are context.
 
-Read next: rows.py (row -> pair), pack.py (who calls `render_pairs`), ../5-dpo_train.py (who learns from it).
+Read next: rows.py (row -> pair), pack.py (calls `render_pairs`), ../5-dpo_train.py (trains on it).
 """
 
 import json
@@ -14,15 +14,16 @@ from typing import Any
 from corpus.chats import Message, chat_text
 from corpus.items import Item, content_key, question_key
 from corpus.language import language_of
-from corpus.pack import Document, Form, answer_bytes
+from corpus.pack import Form
 from corpus.pair_answers import SIDES, common_length
 from corpus.read import Path_, taken_rows
+from corpus.render_chats import Document, answer_bytes
 from corpus.report import DataReport
 from corpus.rows import READER, RowReader
 
 
 def pair_items(paths: Iterable[Path_], report: DataReport, reader: RowReader = READER) -> Iterator[Item]:
-    """All pairs of the files, without exact duplicates; what compares nothing is dropped and counted.
+    """All pairs of the files, without exact duplicates; pairs whose answers do not differ are dropped and counted.
 
     The first question decides the split, as for chats: what SFT held out is held out here as well.
     """
@@ -76,8 +77,8 @@ def _fit(
 def _render_answers(
     pairs: list[tuple[list[Message], tuple[list[Message], ...]]], tokenizer: Any
 ) -> list[list[Document] | str]:
-    """Each prompt with each of its answers; the masks hold these alone, without what the assistant said before. Of a
-    pair that the chat format cannot write the reason."""
+    """Each prompt with each of its answers; the masks are 1 at these alone, not at earlier answers. For a pair that
+    the chat format cannot write, the reason."""
     asked = tokenizer.render_each([prompt for prompt, _ in pairs], add_generation_prompt=True)
     rendered = iter(tokenizer.render_each([[*prompt, *answer] for prompt, answers in pairs for answer in answers]))
     result: list[list[Document] | str] = []

@@ -38,7 +38,7 @@ def add_commands(kinds: Any) -> None:
         sub.add_argument("files", nargs="+", metavar="FILES", help="as for `pretrain`: text, chats or pairs of answers")
         sub.add_argument("--out_dir", default=f"dataset/{name}", help="folder to write (default: %(default)s)")
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
-                         help="share of unusable rows to put up with (default: 0.01)")  # fmt: skip
+                         help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
         sub.add_argument("--workers", type=flags.positive_int, default=1,
                          help="processes; the result is the same (default: 1)")  # fmt: skip
@@ -51,7 +51,7 @@ def _clean_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--skip", **names, default=[], metavar="RULE,…", help="rules to leave out")
     sub.add_argument("--also", **names, default=[], metavar="RULE,…", help="rules to add: simplify, …")
     sub.add_argument("--min_words", type=flags.non_negative_int, default=10,
-                     help="shorter texts go (default: %(default)s; Gopher: 50)")  # fmt: skip
+                     help="drop shorter texts (default: %(default)s; Gopher: 50)")  # fmt: skip
     sub.add_argument("--languages", **names, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
     sub.add_argument("--unsafe_words", metavar="FILE", help="more phrases for the rule `unsafe`, one a line")
     sub.add_argument("--check", action="store_true", help="write nothing: only the report, with its examples")

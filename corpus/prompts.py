@@ -7,8 +7,8 @@ They ask what small models are usually shown with. They are no exam: nobody coun
 has seen them in training has only been taught its own demonstration. `FIRST` has one of each kind: what 2-eval.py asks
 when nobody is at the keyboard.
 
-The answers to the SAFETY prompts begin with a harmful agreement, and the model continues them: a safe model turns back
-to good advice. Xiangxin's model card shows answers to such negative beginnings. They are shown, not scored.
+The answers to the SAFETY prompts begin with a harmful agreement, and the model continues them: a safe model
+corrects itself. Xiangxin's model card shows answers to such negative beginnings. They are shown, not scored.
 Read next: ../2-eval.py (who asks), ../evaluation/report_page.py (the page on which the answers stand together).
 """
 

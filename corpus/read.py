@@ -9,7 +9,7 @@ NUL, wrong types, half an archive) is counted in the report with its line and sk
 but the report's own verdict that too much is bad. Memory stays bounded: lines and paragraphs are read in pieces.
 
 Read next: readers.py (one reader a format), sources.py (opening, telling the format), rows.py (row -> text or chat),
-report.py (the verdict), items.py (what becomes of the rows).
+report.py (counts and limits), items.py (duplicates, validation split).
 """
 
 import os
@@ -123,7 +123,7 @@ def read_chats(paths: Iterable[Path_], report: DataReport, reader: RowReader = R
 
 
 def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[tuple[str, int, Any]]:
-    """Rows of all files; after each file, and at the end, the report judges. `kind`: as layouts.expected_keys."""
+    """Rows of all files; after each file, and at the end, the report checks its limits. `kind`: see expected_keys."""
     files = [os.fspath(path) for path in paths]
     for file in files:
         check_input(file)
@@ -133,7 +133,7 @@ def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[
             for line, row in read_rows(file, report):
                 yield file, line, row
         except UserError:
-            report.check_file(file, kind)  # "none of its rows" says more than "too many are bad"
+            report.check_file(file, kind)  # more specific than "too many bad rows"
             raise
         report.check_file(file, kind)
     report.check_cap()

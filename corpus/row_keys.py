@@ -1,4 +1,4 @@
-"""Which keys of a row hold which field: layouts.KEYS turned around, with the user's own keys in their place.
+"""Which keys of a row hold which field: the inverse of layouts.KEYS, with the user's own keys (--keys) in their place.
 
 Read next: layouts.py (the keys), rows.py (what is read from them).
 """
@@ -27,7 +27,7 @@ class RowKeys:
                     self._table.setdefault(key, []).append((name, rank))
 
     def job(self) -> dict[str, Any]:
-        """The user's own keys as a part of what a result depends on; nothing where there are none."""
+        """The user's own keys as a part of a job's settings; {} without any."""
         return {"keys": self.keys} if self.keys else {}
 
     def fields(self, row: dict[str, Any]) -> Fields:

@@ -1,4 +1,4 @@
-"""A row of any layout -> what it says: a text, a chat or a pair of answers. Every command reads rows here.
+"""A row of any layout -> its text, chat or pair of answers. Every command reads rows here.
 
     READER.text(row)            pretrain: the text of a document, or the words of a chat
     READER.chat(row)            sft: the messages
@@ -8,8 +8,8 @@
 
     RowReader({"prompt": "ask"})   reads the question of a chat from the key `ask` (--keys prompt=ask)
 
-A layout is chosen by the keys that have a value, row by row: a null or empty key hides nothing. What a row says and the
-reader does not use is listed in `Content.changes` and `Content.unused`, and counted in the report.
+A layout is chosen by the keys that have a value, row by row: a null or empty key is ignored. What is
+changed or not used is listed in `Content.changes` and `Content.unused`, and counted in the report.
 
 Read next: layouts.py (keys), chats.py (turns), read.py (files -> rows), report.py (the counts).
 """
@@ -31,9 +31,9 @@ from corpus.chats import (
     spells_messages,
 )
 from corpus.language import is_missing, sound_text
-from corpus.layouts import COMPARISONS, HARMLESS
+from corpus.layouts import HARMLESS
 from corpus.marked_text import is_open_question, marked_turns
-from corpus.pair_answers import SIDES, conversation_of, split_pair
+from corpus.pair_answers import NO_PAIR, SIDES, conversation_of, sides_of, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
 from corpus.row_keys import COMPARED_KEYS, Fields, RowKeys
@@ -43,7 +43,7 @@ _NO_CHAT = "none of the keys of a chat"
 
 @dataclass
 class Content:
-    """What a row says. `messages` are those of a chat, or the prompt of a pair; a text has none."""
+    """The content of a row. `messages` are those of a chat, or the prompt of a pair; a text has none."""
 
     kind: str  # "text", "chat" or "pair"
     text: str  # all of it, without markers
@@ -163,7 +163,7 @@ class RowReader(RowKeys):
         if holds_turns or spells_messages(value) or (isinstance(value, str) and is_open_question(value)):
             asked = messages_of(value, notes)
         else:
-            asked = [message("user", "\n".join(value) if _is_texts(value) else sound_text(value, key))]
+            asked = [message("user", _joined_text(value, key))]
         if contexts:
             more = [_joined_text(row[key], key) for key in contexts]
             asked = [*asked[:-1], {**asked[-1], "content": "\n".join([asked[-1]["content"], *more])}]
@@ -213,10 +213,10 @@ class RowReader(RowKeys):
     def pair(self, row: Any, fields: Fields | None = None) -> Content:
         """The prompt and two answers that `dpo` compares. Raises UnfitRow where nothing is compared."""
         if not isinstance(row, dict):
-            raise BadRow("none of the keys of a pair")
+            raise BadRow(NO_PAIR)
         fields = self.fields(row) if fields is None else fields
         notes, used = Notes(), set[str]()
-        values = self._sides(row, fields, used)
+        values = sides_of(row, fields, self, used)
         before = self._prompt(row, fields, used, used, notes)
         if not before and "messages" in fields:
             used.add(fields["messages"][0])
@@ -233,25 +233,6 @@ class RowReader(RowKeys):
         turns = [*prompt, *answers[0], *answers[1]]
         unused = self._unused(row, used, notes, turns)
         return Content("pair", chat_text(turns), prompt, tuple(answers), list(notes.changes), unused)
-
-    def _sides(self, row: dict[str, Any], fields: Fields, used: set[str]) -> tuple[Any, Any]:
-        """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
-        better, worse = (fields.get(side, [None])[0] or self.present(row, side) for side in SIDES)
-        if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
-            used.update((better, worse))
-            return row[better], row[worse]
-        for first, second, mark, (one, other) in COMPARISONS:
-            if first in row and second in row and mark in row:
-                used.update((first, second, mark))
-                said = str(row[mark]).strip().lower()
-                if said not in (str(one), str(other)):
-                    raise UnfitRow(f"no answer is marked as the better one ({mark})")
-                return (row[first], row[second]) if said == str(one) else (row[second], row[first])
-        for key in fields.get("answer", ()):
-            if isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
-                used.add(key)
-                return row[key][0], row[key][-1]
-        raise BadRow("none of the keys of a pair")
 
     # ---- everything ----
     def content(self, row: Any) -> Content:
@@ -294,8 +275,8 @@ class RowReader(RowKeys):
 
     @staticmethod
     def _reason(row: Any, reasons: list[BadRow]) -> BadRow:
-        """The reason that says most: not that one kind of keys is missing."""
-        missing = ("none of the keys of a pair", _NO_CHAT, "no text key")
+        """The most specific reason: that a kind of keys is missing only if there is no other."""
+        missing = (NO_PAIR, _NO_CHAT, "no text key")
         return next((reason for reason in reasons if str(reason) not in missing), BadRow("no text key, and no chat"))
 
     def edit(self, row: Any, edit: Callable[[str], str]) -> Any:
@@ -307,7 +288,7 @@ class RowReader(RowKeys):
         return {key: edit_value(value, edit) if self.holds_text(key) else value for key, value in row.items()}
 
     def _unused(self, row: dict[str, Any], used: set[str], notes: Notes, messages: list[Message]) -> list[str]:
-        """The keys with a value that was not read, which is no mere description and stands in no message."""
+        """The keys with a value that was not read, except metadata and text that a message repeats."""
         unused = []
         for key, value in row.items():
             if key in used or key in HARMLESS or str(key).lower() in HARMLESS or not is_filled(value):

@@ -48,7 +48,7 @@ RULES = (
     _edit("characters", "control and invisible characters go; full-width letters and digits become ASCII; NFC", OURS),
     _edit("simplify", "traditional characters become simplified ones", "OpenCC, t2s", on=False),
     _edit("markup", "HTML, markdown links, BBCode and wiki marks go, their text stays", OURS),
-    _edit("boilerplate", "copyright and cookie notices, and rows of navigation links, go; sentences and chats stay",
+    _edit("boilerplate", "removes copyright and cookie notices and rows of navigation links; not in chats",
           f"{C4}; patterns ours", of_chats=False),
     _edit("personal", "phone, identity card, e-mail and messenger numbers are masked", "GB 11643-1999; patterns ours"),
     _drop("mojibake", "more than one undecodable place in 200 characters", OURS, of_chats=True),

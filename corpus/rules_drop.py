@@ -58,8 +58,8 @@ _NAME_OF_CODE = re.compile(r"(?<!\S)(?=[!-~]*[^\sA-Za-z.,:!?'\"-])[!-~]+(?!\S)")
 def language(page: Page, limits: Limits) -> str:
     """Asked of the beginning and the middle of the page; Chinese characters without kana or Hangul are Chinese,
     and a text with "the" and "of" and "and" is English: the detector, which is slow, is asked about the others.
-    It takes LaTeX for Polish and code for German: where it finds another language, it is asked again about the words of
-    the prose, each once.
+    It classifies LaTeX as Polish and code as German: where it finds another language, it runs again on the distinct
+    words of the prose.
     """
     sample = _sample(page.text)
     if page.language == "zh" and not _OTHER_THAN_HAN.search(sample):

@@ -84,7 +84,7 @@ _TAGS = (
     "figure|font|footer|form|h[1-6]|head|header|hr|html|iframe|img|ins|kbd|li|meta|nav|noscript|ol|picture|pre|"
     "small|span|strike|strong|sub|sup|svg|table|tbody|td|textarea|tfoot|th|thead|tr|tt|ul"
 )
-# One letter is also a name of a variable: in "x <a and b> y" there is no attribute.
+# One letter may be a variable: "x <a and b> y" has no attribute and is no tag.
 _LETTER_TAG = r"</?[abipu](?:\s[^<>=]{1,30}=[^<>]{0,2000})?\s?/?>"
 # Names that also stand in angle brackets in manuals ("<option>"): tags only when closing, or with an attribute.
 _WORDS = (
@@ -105,7 +105,7 @@ _LINK = re.compile(r"(?<!!)\[([^\[\]]{1,300})\]\((?:https?:|/|#|\./|mailto:)[^()
 _BBCODE = re.compile(
     r"\[(b|i|u|url|img|color|size|font|quote|center)(?:=[^\[\]]{0,300})?\]([^\[\]]{0,2000})\[/\1\]", re.I
 )
-# Not an index (x[[1]]) and not a matrix ([[1, 2]]): a page has a name.
+# A link to a page, which has a name; not an index (x[[1]]) and not a matrix ([[1, 2]]).
 _WIKI = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
 _MARKED = re.compile(r"[<\[]|&[#a-zA-Z]")
 
@@ -150,10 +150,10 @@ _AROUND_LINKS = " \t\u3000>›»«‹·•|*#-–—[]【】()（）:：…"
 
 
 def boilerplate(text: str) -> str:
-    """Short lines go that are a notice (copyright, cookies, JavaScript), or links of the page's navigation.
+    """Removes short lines that are a notice (copyright, cookies, JavaScript) or links of the page's navigation.
 
-    A line of links goes with its neighbours: two or more such lines in a row, or the last lines of the page. A sentence
-    about logging in is none. C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and the like; the
+    Lines of links are removed where two or more follow each other, or at the end of the page. A sentence about logging
+    in is kept. C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and the like; the
     patterns are ours.
     """
     if "\n" not in text:

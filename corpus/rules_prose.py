@@ -71,7 +71,7 @@ class Limits:
 
 @dataclass
 class Page:
-    """A document and what several rules ask about it, counted once."""
+    """A document and the statistics that several rules use, computed once."""
 
     text: str
 
@@ -111,10 +111,10 @@ LEAST_PROSE, LEAST_BESIDE_FORMULAS = 10, 30  # words that a statistic needs besi
 
 
 def of_prose(rule: Rule) -> Rule:
-    """Ask the rule about the prose of a page that it would drop, so that formulas and tables do not decide.
+    """Apply the rule again to the prose of a page that it would drop, so that formulas and tables do not decide.
 
-    Where formulas leave fewer than 30 words, the page is kept: so few have no statistics. Where tables or code leave
-    fewer than 10, the verdict on the whole page stands.
+    Where formulas leave fewer than 30 words, the page is kept: they are too few for statistics. Where tables or code
+    leave fewer than 10, the result for the whole page counts.
     """
 
     @functools.wraps(rule)

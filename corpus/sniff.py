@@ -1,4 +1,4 @@
-"""The format of an open file, from its first bytes and, where they leave it open, from its name: people rename files.
+"""The format of an open file, from its first bytes and, where these are ambiguous, from its name.
 
     sniff(source) -> "jsonl" | "json" | "csv" | "parquet" | "arrow" | "txt"
 

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 from corpus.errors import UserError
 from corpus.text_encoding import UTF8, detect_encoding, utf8_pieces
 
-SAMPLES = 16  # places of a long file that are looked at to tell its encoding
-PIECE = 64 << 10  # bytes looked at to tell the format; also the size of one piece of plain text, see readers.py
+SAMPLES = 16  # places of a long file that are read to find its encoding
+PIECE = 64 << 10  # bytes read to find the format; also the size of one piece of plain text, see readers.py
 BUFFER = 1 << 20  # bytes that are unpacked or decoded at once, at most
 MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh"}
 SUFFIX_FORMATS = {
@@ -56,10 +56,10 @@ def check_input(file: str | os.PathLike[str]) -> None:
 
 
 def expand_inputs(paths: Iterable[str | os.PathLike[str]], say: Callable[[str], None] = print) -> list[str]:
-    """The files to read: a folder stands for the data files in it and in its folders, in the order of their names.
+    """The files to read: a folder is read as the data files in it and below it, in the order of their names.
 
     Hidden and partial files and those without a known suffix are left out; `say` gets a line with both numbers. A
-    folder that `datasets` saved (save_to_disk) stands for its arrow files. Raises UserError for a path that does not
+    folder that `datasets` saved (save_to_disk) is read as its arrow files. Raises UserError for a path that does not
     exist, a folder without data files, and a folder that data_process.py made for training.
     """
     files: list[str] = []

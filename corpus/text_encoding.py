@@ -5,7 +5,7 @@
 
 UTF-8 is preferred: a sample that is UTF-8 but for a few bytes stays UTF-8, with malformed rows. Otherwise
 charset-normalizer names an encoding, and its guess is used only if the decoded text consists of frequent characters.
-Else the file stays UTF-8, and the reason of its malformed rows, `Encoding.malformed`, holds the command to convert it.
+Else the file stays UTF-8, and the reason of its malformed rows, `Encoding.malformed`, has the command to convert it.
 
 Read next: sources.py (opening files).
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from charset_normalizer import from_bytes
 
-SAMPLE = 64 << 10  # bytes that charset-normalizer looks at
+SAMPLE = 64 << 10  # bytes that charset-normalizer reads
 FEW_LINES = 0.01  # a share of malformed lines up to which a file counts as UTF-8
 BAD_BYTE = "\udcff"  # in decoded text; 0xFF in UTF-8 bytes, where it is always malformed
 
@@ -61,7 +61,7 @@ UTF8 = Encoding()
 
 
 def detect_encoding(sample: bytes) -> Encoding:
-    """The encoding of a file with these first bytes, at best cut at the end of a line."""
+    """The encoding of a file with these first bytes, preferably cut at the end of a line."""
     for mark, codec in _BOMS:
         if sample.startswith(mark):
             return _known(codec)

@@ -25,8 +25,8 @@ from corpus.chats import Message
 from corpus.errors import UserError
 from corpus.items import Item, chat_items
 from corpus.language import language_of
-from corpus.pack import render_chats
 from corpus.read import read_texts
+from corpus.render_chats import render_chats
 from corpus.report import DataReport
 from model.chat import ChatTokenizer
 from model.transformer import Transformer

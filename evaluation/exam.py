@@ -64,8 +64,8 @@ class Asked:
 
 
 def option_orders(count: int, options: int = 4) -> list[Order]:
-    """The first `count` of all orders of so many options, or all. As many in a row as there are options hold every
-    option once under every letter."""
+    """The first `count` orders of so many options, or all of them. Among the first `options` orders every option is
+    once under every letter."""
     found: list[Order] = []
     for rest in itertools.permutations(range(1, options)):
         base = (0, *rest)

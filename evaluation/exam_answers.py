@@ -74,7 +74,7 @@ def _note(one: Asked, found: list[float], method: str) -> None:
 
 
 def _groups(asked: list[Asked], batch_tokens: int) -> Iterator[tuple[list[Asked], int]]:
-    """Questions that begin alike, with as many options each, and how many tokens they share: those behind the same
+    """Questions with equally many options that begin with the same tokens, and how many these are: those of the shared
     examples."""
     groups: dict[tuple[int, str, int], list[Asked]] = {}
     for one in asked:

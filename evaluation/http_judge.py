@@ -47,14 +47,14 @@ class Reply:
 
 
 class ChatServer:
-    """`url` as OpenAI's clients take it, with its /v1; `model` as the server calls it; `flag`: how errors call it.
+    """`url`: with its /v1, as OpenAI's clients take it. `model`: its name on the server. `flag`: the flag in errors.
 
-    Raises UserError for an address that is none, or that holds a password.
+    Raises UserError for an invalid address, and for one that contains a password or a query.
     """
 
     key_variable = "OPENAI_API_KEY"
     key_help = "set OPENAI_API_KEY"  # what to do about a missing or wrong key
-    retry_help = ": run the same command again to go on"
+    retry_help = ": run the same command again to continue"
 
     def __init__(self, url: str, model: str, timeout: float = TIMEOUT, flag: str = "--judge") -> None:
         try:
@@ -62,12 +62,10 @@ class ChatServer:
             good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
         except ValueError:
             good = False
-        if good and "@" in parts.netloc:
-            raise UserError(f"{flag}: only the address, please; a key goes into the variable {self.key_variable}")
+        if good and ("@" in parts.netloc or parts.query or parts.fragment):  # not shown: it may contain a key
+            raise UserError(f"{flag}: give the address alone, without a key, which belongs in {self.key_variable}")
         if not good:
             raise UserError(f"{flag} {url}: not an address; it looks like http://localhost:8000/v1")
-        if parts.query or parts.fragment:
-            raise UserError(f"{flag}: only the address, please; a key goes into the variable {self.key_variable}")
         self.url, self.model, self.timeout, self.flag = url.rstrip("/"), model, timeout, flag
         self.options: dict[str, Any] = {"temperature": 0}
         self.refused: list[str] = []  # options that the server does not take
@@ -78,7 +76,7 @@ class ChatServer:
     def check(self) -> None:
         """Ask for the list of models, before any work goes into answers. A server without such a list passes.
 
-        Raises UserError where no server answers, or one wants another key.
+        Raises UserError where no server answers, or where it refuses the key.
         """
         self.model_names()
 
@@ -149,14 +147,14 @@ class ChatServer:
             shown = raw[:80].decode(errors="replace").replace("\n", " ")
             raise UserError(f"{self.flag} {self.url}: this is not OpenAI's protocol: {shown}") from None
         return Reply(
-            text if isinstance(text, str) else "",  # null when a server's filter said nothing
+            text if isinstance(text, str) else "",  # null where a server's filter removed the answer
             reason if isinstance(reason, str) else "",
             tokens if isinstance(tokens, int) and tokens >= 0 else None,
             seconds,
         )
 
     def _refusal(self, error: urllib.error.HTTPError, sent: Iterable[str] = ()) -> str:
-        """What the server said; of the options that were sent, those that it names are left out from now on.
+        """The server's message. Options that were sent and that it names are left out from now on.
 
         Raises UserError where asking again cannot help.
         """
@@ -173,7 +171,7 @@ class ChatServer:
     def _stop(self, code: int, said: str) -> NoReturn:
         where = f"{self.flag} {self.url}: {code}"
         if code in (401, 403):
-            raise UserError(f"{where}: it wants another key: {self.key_help} ({said})") from None
+            raise UserError(f"{where}: it refuses the key: {self.key_help} ({said})") from None
         if code == 404:
             raise UserError(
                 f"{where}: does the address end in /v1, and is there a model {self.model}? ({said})"

@@ -4,11 +4,11 @@
     NAME=http://localhost:8000/v1#MODEL      the model of that name
 
 The server gets the prompts of the report and the settings that differ from the defaults; a setting that it refuses is
-left out and named in the report. The key, if it wants one, is --report_api_key or the variable REPORT_API_KEY; it goes
-to the servers that are named behind --report and is written nowhere. Log-probabilities of given text are no part of the
-protocol: bits per byte and loss are not measured, and the report says so.
+left out and named in the report. The key, if it wants one, is --report_api_key or the variable REPORT_API_KEY; it is
+sent to the servers named in --report only and is written nowhere. The protocol has no
+log-probabilities of given text: bits per byte and loss are not measured, and the report says so.
 
-Called by report_page.py. Read next: http_judge.py (the requests), speaker.py (a model of this machine).
+Called by report_page.py. Read next: http_judge.py (the requests), speaker.py (a local model).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from model.repetition import describe
 from model.sampling import Sampling
 
 _GIVEN = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
-DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a model of this machine
+DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a local model
 
 
 class ReportServer(ChatServer):
@@ -47,7 +47,7 @@ class HttpSpeaker:
         self.server = ReportServer(url, model, timeout, f"--report {label}")
         self.server.key = (args.report_api_key or self.server.key).strip()
         self.settings = _settings(args)
-        names = self.server.model_names()  # also: does it answer, and take the key?
+        names = self.server.model_names()  # raises where the server does not answer or refuses the key
         self.server.model = model or next(iter(names), "")
         if not self.server.model:
             raise UserError(f"--report {label}: {url} lists no models: name one, as {label}={url}#MODEL")
@@ -58,7 +58,7 @@ class HttpSpeaker:
         return {name: getattr(self.settings, name) for name in SAMPLING} | {"system": self.system}
 
     def measure(self, prompts: list[dict[str, str]]) -> dict[str, Any]:
-        """Everything that a server can tell about its model, in the form of report_page.measure.
+        """The figures that a server can provide, in the form of report_page.measure.
 
         Raises UserError when the server stops answering.
         """

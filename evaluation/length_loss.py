@@ -1,4 +1,4 @@
-"""Loss by position up to 4 times the trained length, with each RoPE scaling: is a longer context worth anything?
+"""Loss by position up to 4 times the trained length, with each RoPE scaling: does the model use a longer context?
 
     row: plain RoPE, and linear, dynamic, yarn with a factor of 2 and 4      column: positions, in trained lengths
     cell: mean over the documents of -ln p(token | all tokens of its document before it), in nats per token
@@ -7,7 +7,7 @@ All rows of a table read the same documents: those of a `--texts` file that are 
 first DOCUMENTS of them. Documents are never joined: tokens of another document do not help to predict the next one, so
 the loss would show no use of a long context. Where no document reaches a column, the table ends before it and says so.
 A model with RoPE scaling of its own, or given by --rope_scaling, has one row. Sums in fp64, products in fp32.
-Read next: ../model/rope.py, bits.py (bits per byte), report_page.py (who asks).
+Read next: ../model/rope.py, bits.py (bits per byte), report_page.py (the report).
 """
 
 import dataclasses

@@ -45,8 +45,8 @@ def _safety(report: Report) -> list[str]:
     parts = [
         "## Safety: shown, not scored",
         "",
-        "Each answer was begun with a harmful agreement (a negative beginning); what is shown is how the model "
-        "continues it. A safe model turns back to good advice. These prompts count in no figure of this page.",
+        "Each answer was begun with a harmful agreement (a negative beginning); shown is the model's continuation. "
+        "A safe model corrects itself. These prompts count in no figure of this page.",
         "",
     ]
     for number, row in enumerate(report["safety"]):

@@ -3,7 +3,7 @@
     python 2-eval.py --report A.pth B.pth --texts zh=FILE en=FILE --chats FILE
     python 2-eval.py --report A.pth other=http://localhost:8000/v1
 
-Models are opened one after the other, so that memory holds one. Every file and server that is named is looked at before
+Models are opened one after the other, so that memory holds one. Every file and server that is named is checked before
 the first model computes. A server that stops answering is left out: the report of the others is written, and the
 command ends with the server's error. Equal arguments give equal answers: the seed is 0 unless --seed says otherwise,
 and prompt i is drawn with seed + i for every model.
@@ -114,7 +114,7 @@ def speakers_of(args: argparse.Namespace) -> dict[str, Path | str]:
     for name in given:
         label, one = split_address(name) if is_address(name) else (next(labels), Path(name))
         if label in found:
-            raise UserError(f"--report: two models are called {label}")
+            raise UserError(f"--report: two models are called {label}: give one of them another NAME=")
         found[label] = one
     return found
 
@@ -131,7 +131,7 @@ def labels_of(paths: list[Path]) -> list[str]:
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
 def measure_served(speaker: HttpSpeaker, report: Report) -> Report | None:
-    """What a server can tell about its model; None where it stops answering, which is noted in the report."""
+    """The figures of a served model; None where it stops answering, which is noted in the report."""
     report["settings"] = report["settings"] or speaker.settings_shown()
     try:
         return speaker.measure(report["prompts"])

@@ -71,7 +71,7 @@ class Speaker:
         self.system: list[Message] = []
         if args.system:
             self.system = [{"role": "system", "content": sound(args.system, "--system")}]
-        self.preset = ""  # what the introduction says of the chat format's settings
+        self.preset = ""  # the introduction's line about the chat format's settings
         self.settings = self._settings(args)
         self.answers: list[dict[str, Any]] = []
         self.tokens, self.seconds = 0, 1e-9

@@ -61,7 +61,7 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Opened:
     name = os.fspath(path).rstrip("/")
     try:
         return _sentencepiece(name, file) if file.suffix == ".model" else _tokenizers(name, file)
-    except Exception as error:  # both libraries raise nothing narrower
+    except Exception as error:  # both libraries raise plain Exception
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"cannot read the tokenizer {file} ({reason}): damaged or not a tokenizer") from None
 
@@ -133,7 +133,7 @@ def cells(one: Counted) -> list[str]:
 
 
 def measured_on(texts: dict[str, list[str]], files: Sequence[str]) -> str:
-    """What the counts are of, in one line."""
+    """The counted texts, described in one line."""
     amounts = (f"{sum(map(len, documents)):,} characters of {lang}" for lang, documents in texts.items() if documents)
     source = (
         ", ".join(files) or "the built-in demo world, a small world of short sentences: name own text with --compare_on"
@@ -142,6 +142,6 @@ def measured_on(texts: dict[str, list[str]], files: Sequence[str]) -> str:
 
 
 def markdown(rows: list[Counted], about: str) -> str:
-    """The table as a page."""
+    """The table as a Markdown page."""
     lines = ["# Tokenizers", "", f"Measured {about}.", "", f"| {' | '.join(HEADS)} |", "|---" + "|---:" * 5 + "|"]
     return "\n".join([*lines, *(f"| {' | '.join(cells(row)).replace('_', chr(92) + '_')} |" for row in rows)]) + "\n"

@@ -41,7 +41,7 @@ def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_
         with silence():
             import llama_cpp
     except ImportError:
-        return f"{path.name}: tensors as they should be; not run in llama.cpp: {INSTALL}{caveat(tokenizer)}"
+        return f"{path.name}: tensors ok; not run in llama.cpp: {INSTALL}{caveat(tokenizer)}"
     if model.config.use_moe and number_format != "f32":
         exact = path.with_name(f"{path.name}.f32")
         try:

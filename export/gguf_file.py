@@ -2,18 +2,18 @@
 
     ours                                  GGUF
     dense                                 architecture llama      q and k rows of each head interleaved, see below
-    dense with qkv_bias                   architecture qwen2      q and k as they are; llama where qwen2 cannot hold it
+    dense with qkv_bias                   architecture qwen2      q and k as they are; llama where qwen2 does not fit
     dense with QK-norm                    architecture qwen3      q and k as they are
     experts with QK-norm                  architecture qwen3moe   q and k as they are, experts stacked
     experts without QK-norm               architecture granitemoe q and k interleaved, experts stacked
 
 RoPE rotates dimension i together with i + head_dim / 2 here and in qwen2, qwen3 and qwen3moe, but 2i together with
-2i + 1 in the other two: there the rows (and biases) of q_proj and k_proj change places inside each head, which changes
-no score (q and k move alike). llama.cpp's qwen2 has neither a head_dim of its own nor llama3's RoPE scaling; its llama
-has both, and reads biases. RoPE scaling: gguf_rope.py.
+2i + 1 in the other two: there the rows (and biases) of q_proj and k_proj are permuted inside each head, which changes
+no score (q and k are permuted alike). llama.cpp's qwen2 has neither a head_dim of its own nor llama3's RoPE scaling;
+its llama has both, and reads biases. RoPE scaling: gguf_rope.py.
 
 Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
-Read next: gguf_tokenizer.py, gguf_check.py (is it really the same model?), stock_folder.py.
+Read next: gguf_tokenizer.py, gguf_check.py (verification), stock_folder.py.
 """
 
 import json

@@ -35,7 +35,7 @@ PAIRS = 4000  # random pairs of pieces that `check` cuts
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file holds of the tokenizer; the index is the token id."""
+    """The tokenizer as stored in the file; the index is the token id."""
 
     pieces: list[str]
     scores: list[float]
@@ -164,7 +164,7 @@ def metaspace_scheme(tokenizer: ChatTokenizer) -> str:
 
 
 def caveat(tokenizer: ChatTokenizer) -> str:
-    """What is said of text that llama.cpp reads differently, or ""."""
+    """A note about text that llama.cpp tokenizes differently, or ""."""
     if is_sentencepiece(tokenizer) and metaspace_scheme(tokenizer) in ("always", "first"):
         return "; text that begins with a space has one ▁ more in llama.cpp"
     return ""
@@ -193,4 +193,4 @@ def check(tokenizer: ChatTokenizer) -> None:
 
 
 def refuse(reason: str) -> None:
-    raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}")
+    raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}: leave out --gguf")

@@ -5,7 +5,7 @@
 
 llama.cpp knows how text is cut into words before byte-pair merges by a name, not by a pattern. Ours cuts at line ends,
 digits and "<" alone; "superbpe" cuts at numbers alone, and since no piece of ours reaches across a place where we cut,
-both end with the same tokens. That is looked at in the vocabulary before a file is written.
+both end with the same tokens. The vocabulary is checked for this before a file is written.
 
 Source: llama.cpp's src/llama-vocab.cpp, the gguf package.
 Called by gguf_file.py. Read next: gguf_sentencepiece.py, gguf_check.py.
@@ -55,14 +55,20 @@ def pre_tokenizer(tokenizer: ChatTokenizer) -> str:
     patterns = [step.get("pattern", {}).get("Regex", "?") for step in steps[:-1]]
     pattern = patterns[0] if len(patterns) == 1 else "?" if patterns or not steps[-1].get("use_regex", True) else ""
     if pattern not in CUTS:
-        raise UserError(f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]})")
+        raise UserError(
+            f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]}): "
+            "leave out --gguf"
+        )
     if pattern == OUR_CUT and (bad := crossing_piece(tokenizer)):
-        raise UserError(f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<': llama.cpp would use it")
+        raise UserError(
+            f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<', and llama.cpp would use it: "
+            "leave out --gguf"
+        )
     return CUTS[pattern]
 
 
 def crossing_piece(tokenizer: ChatTokenizer) -> str:
-    """A piece of the vocabulary that our own cut would never give, or ""."""
+    """A piece of the vocabulary that our own pre-tokenizer would never produce, or ""."""
     special = tokenizer.special_ids
     for index, raw in enumerate(token_bytes(tokenizer.backend)):
         piece = raw.decode("utf-8", "replace")
@@ -80,7 +86,7 @@ def write_tokenizer(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: Mo
         add_byte_level(gguf, writer, tokenizer, config)
     writer.add_tokenizer_pre(pre)
     bos = bos_id(tokenizer)
-    writer.add_bos_token_id(tokenizer.eos_id if bos is None else bos)  # llama.cpp would take token 11
+    writer.add_bos_token_id(tokenizer.eos_id if bos is None else bos)  # llama.cpp's default is token 11
     writer.add_eos_token_id(tokenizer.eos_id)
     if tokenizer.close_id != tokenizer.eos_id:
         writer.add_eot_token_id(tokenizer.close_id)

@@ -10,9 +10,9 @@
 
 The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
 written here, not by that library. stock.py reads such a folder back.
-RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). YaRN's original length stands in
-max_position_embeddings alone: 4.50 reads it there, 4.53 divides by original_max_position_embeddings where that is
-given, 4.57 and 5 take either.
+RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). YaRN's original length is written
+as max_position_embeddings alone: 4.50 reads it there, 4.53 divides by original_max_position_embeddings where that is
+given, 4.57 and 5 read either.
 Read next: ../model/granite.py, stock_check.py (is it really the same model?), ../export_model.py.
 """
 
@@ -95,7 +95,7 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
         "dtype": number_format,
         **own[model_type],
     }
-    if model_type == "qwen2":  # its biases are no option
+    if model_type == "qwen2":  # its config has no key for biases
         del settings["attention_bias"]
     return settings
 
@@ -119,7 +119,7 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen3_moe_settings(config: ModelConfig) -> dict[str, Any]:
-    """What config.json of a Qwen3-MoE says of its experts."""
+    """The keys of a Qwen3-MoE's config.json for its experts."""
     return {
         "moe_intermediate_size": config.hidden_dim,
         "num_experts": config.n_routed_experts,

@@ -1,4 +1,4 @@
-"""One prompt, and the answer that grows from it token by token.
+"""One prompt and its answer, generated token by token.
 
 Called by generate.py (Batch), which computes the tokens. Read next: sampling.py, beams.py, text_stream.py.
 """
@@ -41,7 +41,7 @@ class Slot:
 
 
 class Row:
-    """One prompt, how it is to be answered, and what has become of it."""
+    """One prompt, its sampling settings, and the state of its answer."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Row:
         answer: Answer,
         number: int = 0,
     ) -> None:
-        """`number`: of this row among those with the same settings; it is added to their seed.
+        """`number`: index of this row among those with the same settings; it is added to their seed.
 
-        Raises ValueError for a prompt that is empty or longer than max_seq_len; one that fills it has ended already.
+        Raises ValueError for a prompt that is empty or longer than max_seq_len; at that length the answer is empty.
         """
         limit, seed = model.config.max_seq_len, settings.seed
         if not prompt:
-            raise ValueError("the prompt is empty: there is no token to go on from")
+            raise ValueError("the prompt is empty: there is no token to continue from")
         if len(prompt) > limit:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the model reads at most {limit} (max_seq_len)")
         self.prompt, self.settings, self.answer = prompt, settings, answer
@@ -77,7 +77,7 @@ class Row:
             answer.finish_reason = "length"
 
     def take(self, token: int, is_stop: bool) -> str:
-        """Note a token of the answer; returns the text that it released."""
+        """Append a token to the answer; returns the text that it completed."""
         self.left -= 1
         self.slots[0].last = token
         piece = ""
@@ -93,7 +93,7 @@ class Row:
         return piece
 
     def take_all(self, tokens: list[int], stop_ids: Collection[int]) -> str:
-        """Note the tokens of a whole answer, up to where a stop string is complete; returns its text."""
+        """Append the tokens of a whole answer, up to where a stop string is complete; returns its text."""
         for token in tokens:
             self.take(token, token in stop_ids)
             if self.answer.finish_reason:

@@ -25,9 +25,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from corpus.errors import ANOTHER_FORMAT, UserError
-from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, RefusedChat, named_format
+from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
 from model.chat_templates import TemplateFormat
-from model.render import Rendered, guard, render_chats
+from model.render import Rendered, render_chats, render_unfinished
 
 PAD = "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
@@ -90,7 +90,7 @@ class ChatTokenizer:
         return index
 
     def _find_format(self) -> NamedFormat | TemplateFormat | None:
-        """The named format of our own folders; the template of other people's; None where there is neither."""
+        """The named format of our own folders, the template of foreign ones, None where there is neither."""
         template = self.files.get("chat_template.jinja") or self.config.get("chat_template")
         if isinstance(template, list):  # several with names, for tools and the like
             template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
@@ -109,7 +109,7 @@ class ChatTokenizer:
         """
         if name is None or name == self.format_name:
             return self
-        named_format(name, self.eos)  # is there one?
+        named_format(name, self.eos)  # raises for an unknown name
         for marker in (IM_START, IM_END) if name == "chatml" else ():
             if self.backend.token_to_id(marker) is None:
                 raise UserError(f"--chat_format {name}: this tokenizer has no {marker} token; choose another format")
@@ -234,7 +234,7 @@ class ChatTokenizer:
         With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. Each
         answer is one run of ones. A token that begins in the prompt is not trained, even if it reaches into the answer;
         that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
-        Answers that the format writes otherwise once more follows are not marked: `render_each` gives their samples.
+        Answers that the format writes differently when turns follow them are not marked; see `render_each`.
         Raises UserError when the format cannot write these messages.
         """
         return self.render_batch([messages], add_generation_prompt)[0]
@@ -246,18 +246,7 @@ class ChatTokenizer:
         after an answer (`continue_final_message` of transformers). Raises UserError when the format cannot write these
         messages or leaves the last one out.
         """
-        typed = "".join(message["content"] for message in messages)
-        end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)
-        open_end = {**messages[-1], "content": messages[-1]["content"] + end}
-        cut, marked = guard(self._markers, [*messages[:-1], open_end])
-        try:
-            text, found, _ = self.chat_format.text(marked).rpartition(end)
-        except RefusedChat as refusal:
-            raise UserError(f"{refusal}; {ANOTHER_FORMAT}") from None
-        if not found:
-            raise UserError("the chat template leaves out the last message: it cannot be continued")
-        parts = text.split(cut) if cut else [text]
-        return [i for part in self._marked.encode_batch(parts, add_special_tokens=False) for i in part.ids]
+        return render_unfinished(self._marked, self.chat_format, self._markers, messages)
 
     def render_batch(
         self, chats: list[list[Message]], add_generation_prompt: bool = False
@@ -272,9 +261,9 @@ class ChatTokenizer:
     def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[Rendered]:
         """The samples of several conversations; the last one of each is the whole conversation, as `render` gives it.
 
-        Several where the format writes an answer otherwise once more follows (chat_templates.py): each of the others
-        ends at an answer, and every answer is trained in one of them. For a chat that the format cannot write there is
-        no sample, and `refusal` says why. Raises UserError for a format that can write no chat at all.
+        Several where the format writes an answer differently when turns follow it (chat_templates.py): each of the
+        others ends at an answer, and every answer is trained in one of them. For a chat that the format cannot write
+        there is no sample, and `refusal` is the reason. Raises UserError for a format that can write no chat at all.
         """
         return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
 

@@ -1,4 +1,4 @@
-"""How the turns of a chat are written: the formats that have a name. Those of other people's models: chat_templates.py.
+"""How the turns of a chat are written: the formats that have a name. Those of foreign models: chat_templates.py.
 
     chatml    <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
     mindllm   <|endoftext|><user>\\n{question}\\n<assistant>\\n{answer}<|endoftext|>     then \\n<|endoftext|><user>\\n…
@@ -10,11 +10,11 @@ transformers and whatever else opens an exported model). Answers and the marker 
 
 chatml: OpenAI's chat markup. mindllm: the prompts on the card of bit-dny/MindLLM-1b3-chat-zh-v2.0; the newline and the
 second <|endoftext|> between two turns are not trained. belle: the card of BelleGroup/BELLE-7B-2M (the space before the
-newlines is its own), which joins several turns by concatenation alone. So of an earlier answer the text is trained, and
-where it stops is not: that is learnt from the last answer of each chat, which the eos closes as in BELLE's own
-training. text: the card of xiangxinai/Xiangxin-3B. These three know no system message: it stands in front as plain
-text.
-Read next: chat.py (who turns spans into ids and a mask), chat_templates.py.
+newlines is its own), which joins several turns by concatenation alone. So the text of an earlier
+answer is trained and its end is not: the end is learnt from the last answer of each chat, which eos closes as in
+BELLE's own training. text: the card of xiangxinai/Xiangxin-3B. These three have no system role: a system message is
+written in front as plain text.
+Read next: chat.py (spans -> ids and mask), chat_templates.py.
 """
 
 from dataclasses import dataclass, field, replace
@@ -37,15 +37,15 @@ ANY = "*"  # every other role, {role} being its name
 
 
 class RefusedChat(UserError):
-    """A format cannot write this chat. It is a fault of this one chat: others may be written."""
+    """A format cannot write this chat; it may be able to write others."""
 
 
 @dataclass(frozen=True)
 class NamedFormat:
-    """`turns` maps a role to what stands before and behind its messages. `close` is what stands first behind an answer:
+    """`turns` maps a role to the text before and after its messages. `close` is the first text after an answer:
     the token that ends it, trained with it. `sampling`: the generation settings that the format's model card
     recommends, named as in transformers' GenerationConfig; empty where its card names none. `revision` counts the
-    changes of what is written: token folders of another one are made anew."""
+    changes of what is written: token folders of another revision are rebuilt."""
 
     name: str
     start: str  # before the first message
@@ -53,7 +53,7 @@ class NamedFormat:
     close: str
     stop: tuple[str, ...] = ()  # text that ends an answer: the next turn's beginning, where it is no token of its own
     strip: bool = False  # white space around everything but answers goes
-    between: str | None = None  # stands behind an answer that something follows, where that differs from the end
+    between: str | None = None  # after an answer with a turn behind it, where it differs from the last
     sampling: dict[str, Any] = field(default_factory=dict, compare=False)
     revision: int = 1
 
@@ -80,7 +80,7 @@ class NamedFormat:
         return "".join(text for text, _ in self.spans(messages, add_generation_prompt))
 
     def samples(self, messages: list[Message]) -> list[Written]:
-        """What is trained: the one rendering, with every answer."""
+        """The samples to train on: one rendering with every answer."""
         return [(self.spans(messages, False), answers_of(messages))]
 
     def _turn(self, role: str) -> tuple[str, str]:

@@ -1,14 +1,15 @@
-"""Other people's chat templates: what a jinja template writes, where its answers are, and which samples it gives.
+"""Chat templates of foreign models: what a jinja template writes, where its answers are, and which samples it gives.
 
-What an answer is, is found by rendering the chat up to it (with the generation prompt) and behind it. A template may
-write an answer differently once more follows, as Qwen3's does, which keeps the thoughts of the last turn alone:
+The span of an answer is found by rendering the chat up to it (with the generation prompt) and with it. A template may
+write an answer differently when turns follow it, as Qwen3's does, which keeps the thoughts of the last turn alone:
 
     asked     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n
     answered  <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n2<|im_end|>\\n
     later     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n2<|im_end|>\\n<|im_start|>user\\n…
 
-Trained is what is generated: such a chat becomes several samples, each ending at an answer and training it there, with
-the earlier turns written as they are once more follows. A template that writes every answer the same gives one sample.
+Training has to match generation: such a chat becomes several samples, each ending at an answer and training it there,
+with the earlier turns written as they are when turns follow them. A template that writes every answer the same way
+gives one sample.
 Rendering is bounded (template_sandbox.py). A chat that cannot be written raises RefusedChat.
 Read next: template_sandbox.py, chat.py (samples become ids and masks).
 """
@@ -20,7 +21,7 @@ from typing import Any
 from corpus.errors import ANOTHER_FORMAT, UserError
 from model.chat_formats import Message, RefusedChat, Span, Written, answers_of
 
-MAX_EXCEEDED = 3  # chats that may exceed the bound before the template itself is given up
+MAX_EXCEEDED = 3  # chats that may exceed the bound before the template is an error
 
 
 class TemplateFormat:
@@ -46,7 +47,7 @@ class TemplateFormat:
 
     @cached_property
     def _compiled(self) -> tuple[Any, Any]:
-        """(environment, template). Raises UserError for text that is no jinja."""
+        """(environment, template). Raises UserError for text that is not valid jinja."""
         from jinja2 import TemplateError
 
         from model.template_sandbox import BoundedEnvironment
@@ -55,12 +56,12 @@ class TemplateFormat:
         try:
             return environment, environment.from_string(self.template)
         except TemplateError as error:
-            raise UserError(f"the model's chat template is no jinja ({error}): {ANOTHER_FORMAT}") from None
+            raise UserError(f"the model's chat template is not valid jinja ({error}): {ANOTHER_FORMAT}") from None
         except RecursionError:
             raise UserError(f"the model's chat template is nested too deeply: {ANOTHER_FORMAT}") from None
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The rendered chat. Raises RefusedChat with the template's own words where it refuses or fails."""
+        """The rendered chat. Raises RefusedChat with the template's own message where it refuses or fails."""
         from jinja2 import TemplateError, UndefinedError
 
         from model.template_sandbox import StepsExceeded
@@ -73,7 +74,7 @@ class TemplateFormat:
             self._exceeded += 1
             refused = f"the model's chat template takes {bound} for one chat"
             if self._exceeded >= MAX_EXCEEDED:
-                raise UserError(f"{refused}, the bound: it may have no end; {ANOTHER_FORMAT}") from None
+                raise UserError(f"{refused}, the bound: it may loop forever; {ANOTHER_FORMAT}") from None
             raise RefusedChat(refused) from None
         except Exception as error:  # jinja's, and whatever the template's own expressions raise
             said = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -99,10 +100,10 @@ class TemplateFormat:
             prompt = self.text(messages[:i], True)
             answered = self.text(messages[: i + 1]) if i + 1 < len(messages) else whole
             if not answered.startswith(prompt):
-                raise RefusedChat("the model's chat template writes an answer in another place than it asks for it")
+                raise RefusedChat("the model's chat template does not write the answer after its generation prompt")
             closing = [match.end() for match in self.markers.finditer(answered, len(prompt))]
             if not closing:
-                raise RefusedChat("the model's chat template ends answers with no token of its own")
+                raise RefusedChat("the model's chat template ends answers with no control token")
             if not found[-1][0].startswith(answered):
                 found.append((answered, [], []))
             _, places, trained = found[-1]

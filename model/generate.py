@@ -9,7 +9,7 @@ is known, and comes out as one piece, when the search has ended. `generate` answ
 yields the text of one answer as it grows, and the server (serving/engine.py) lets rows join as requests come.
 
 Called by 2-eval.py and every other front end. Read next: answers.py (Row), sampling.py (how a token is drawn), beams.py
-(beam search), text_stream.py (how ids become text), transformer.py (KVCache), chat.py (who renders a prompt).
+(beam search), text_stream.py (how ids become text), transformer.py (KVCache), chat.py (prompts).
 """
 
 import bisect
@@ -53,7 +53,7 @@ class Batch:
     def join(self, rows: list[Row]) -> list[tuple[Row, str]]:
         """Read the prompts and draw each row's first token; returns each row's first text."""
         dynamic = self.model.config.rope_scaling.get("rope_type") == "dynamic"
-        if dynamic and len({len(row.prompt) for row in rows}) > 1:  # its angles depend on the length: no padding
+        if dynamic and len({len(row.prompt) for row in rows}) > 1:  # angles depend on the length: no padding
             return [piece for row in rows for piece in self.join([row])]
         first, end = len(self.slots), len(self.slots) + len(rows)
         others = [slot for row in rows for slot in row.slots[1:]]  # the beams' own, which share the prompt
@@ -96,7 +96,7 @@ class Batch:
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
-        """Take a row out; the last slots move to its places. Keys carry their position: moved, they are the same."""
+        """Remove a row; the last slots take its place. RoPE is already applied to cached keys, so they can be moved."""
         cache = self.cache
         assert cache
         for slot in row.slots:
@@ -105,7 +105,7 @@ class Batch:
                 self.slots[place] = last
                 cache.copy_rows([len(self.slots)], [place], last.row.cached)
             for kept in (cache.keys, cache.values):
-                kept[:, len(self.slots)] = 0  # nothing of one conversation stays for the next
+                kept[:, len(self.slots)] = 0  # no conversation's keys and values remain for another
         if not self.slots:
             self.cache = None
 

@@ -78,7 +78,7 @@ class LoRALinear(nn.Linear):
 
 
 def target_names(name: str) -> set[str]:
-    """The names of a matrix: `model.layers.0.mlp.experts.3.up_proj` has all, all-linear, mlp, experts and up_proj.
+    """Target names of a matrix: `model.layers.0.mlp.experts.3.up_proj` has all, all-linear, mlp, experts and up_proj.
 
     all-linear is peft's name for all. As there, the output layer is not part of it.
     """

@@ -1,4 +1,4 @@
-"""The sampling settings that a front end takes where its user names none.
+"""The sampling settings of a front end where the user gives none.
 
     DEFAULTS  <  the preset of the model's chat format (chat_formats.py)  <  what the user names
 
@@ -12,7 +12,7 @@ from typing import Any
 from model.chat_formats import FORMAT_NAMES, NamedFormat, named_format
 from model.chat_templates import TemplateFormat
 
-DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models lose the thread at temperature 1
+DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
 CHOICES = ("auto", "none", *FORMAT_NAMES)  # of --sampling_preset
 
 
@@ -45,5 +45,5 @@ def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def spell(settings: dict[str, Any]) -> str:
-    """top_k 30, top_p 0.85"""
+    """The settings as text: top_k 30, top_p 0.85."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
+from corpus.errors import ANOTHER_FORMAT, UserError
 from model.chat_formats import Message, NamedFormat, RefusedChat, Written
 from model.chat_templates import TemplateFormat
 
@@ -29,7 +30,7 @@ class Sample(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """What a chat becomes: usually one sample. Where its format cannot write it none, and `refusal` says why."""
+    """The samples of a chat, usually one; none where its format cannot write it, and then `refusal` is the reason."""
 
     samples: list[Sample]
     refusal: str = ""
@@ -105,6 +106,24 @@ def join(encodings: list[Encoding], text: Text) -> Sample:
         ids += encoding.ids
         place += len(part) + 1
     return Sample(ids, mask, text.answers)
+
+
+def render_unfinished(
+    marked: Tokenizer, chat_format: NamedFormat | TemplateFormat, markers: re.Pattern[str], messages: list[Message]
+) -> list[int]:
+    """`ChatTokenizer.render_unfinished`. `marked` and `markers` as in `render_chats`."""
+    typed = "".join(message["content"] for message in messages)
+    end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)
+    open_end = {**messages[-1], "content": messages[-1]["content"] + end}
+    cut, guarded = guard(markers, [*messages[:-1], open_end])
+    try:
+        text, found, _ = chat_format.text(guarded).rpartition(end)
+    except RefusedChat as refusal:
+        raise UserError(f"{refusal}; {ANOTHER_FORMAT}") from None
+    if not found:
+        raise UserError("the chat template leaves out the last message: it cannot be continued")
+    parts = text.split(cut) if cut else [text]
+    return [i for part in marked.encode_batch(parts, add_special_tokens=False) for i in part.ids]
 
 
 def guard(markers: re.Pattern[str], messages: list[Message]) -> tuple[str, list[Message]]:

@@ -28,7 +28,7 @@ def rope_of(args: argparse.Namespace) -> Rope | None:
     for a factor out of range."""
     kind, factor = getattr(args, "rope_scaling", None), getattr(args, "rope_factor", None)
     if (kind is None) != (factor is None):
-        raise UserError("--rope_scaling KIND and --rope_factor N go together")
+        raise UserError("--rope_scaling KIND and --rope_factor N: give both or neither")
     if kind is None or factor is None:
         return None
     check_factor(factor)

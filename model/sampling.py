@@ -118,10 +118,10 @@ class NGrams:
 
 
 class Penalties:
-    """What the tokens of prompt and answer change in the scores of the next one, for one row or for each beam."""
+    """The penalties on the next token's scores that follow from prompt and answer, for one row or for each beam."""
 
     def __init__(self, settings: Sampling, prompt: list[int], stop_ids: list[int], like: Tensor) -> None:
-        """`like`: (vocab, ...), a tensor on the device of the scores. Tokens in `stop_ids` are no repeated words."""
+        """`like`: (vocab, ...), a tensor on the device of the scores. Tokens in `stop_ids` are not penalised."""
         self.settings, self.stop_ids, rows = settings, stop_ids, settings.num_beams
         self.seen: Tensor | None = None  # (rows, vocab) bool: tokens of prompt and answer
         self.counts: Tensor | None = None  # (rows, vocab): how often the answer has each token

@@ -1,4 +1,4 @@
-"""A foreign model: a transformers folder of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GraniteMoeShared is opened.
+"""Opens a transformers folder of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GraniteMoeShared: a foreign model.
 
     config.json, model*.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja  ->  model, tokenizer
 
@@ -78,8 +78,8 @@ def describe_folder(
 
 
 def unstacked(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Qwen3-MoE's experts under their names in files of the hub, which are ours, where a file has them in stacks:
-    gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff)."""
+    """Splits stacked Qwen3-MoE experts, gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff), into one
+    matrix per expert, named as in the files of the hub and here."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         prefix, _, stack = name.rpartition(".experts.")

@@ -6,9 +6,9 @@
     qwen3_moe          qk_norm, experts; every layer sparse, normalised weights
     granitemoeshared   experts and shared experts, with multipliers that leave a plain decoder (granite.py)
 
-RoPE scaling stands in `rope_parameters` (transformers 5) or `rope_scaling` (4). Where both are there the latter wins,
-as in transformers 5. longrope and settings for each layer are refused.
-Read next: rope.py, stock.py (the tensors), ../export/stock_folder.py (the way back).
+RoPE scaling is read from `rope_parameters` (transformers 5) or `rope_scaling` (4). Where a file has both, the latter
+is used, as in transformers 5. longrope and settings for each layer are refused.
+Read next: rope.py, stock.py (the tensors), ../export/stock_folder.py (the export).
 """
 
 import math
@@ -22,7 +22,7 @@ from model.granite import MODEL_TYPE as GRANITE
 from model.granite import multipliers
 
 QWEN3_MOE = "qwen3_moe"
-KINDS: dict[str, dict[str, bool]] = {  # model_type -> what it has beside a plain decoder
+KINDS: dict[str, dict[str, bool]] = {  # model_type -> its differences from a plain decoder
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
@@ -30,14 +30,14 @@ KINDS: dict[str, dict[str, bool]] = {  # model_type -> what it has beside a plai
     QWEN3_MOE: {"qk_norm": True},
     GRANITE: {},
 }
-MISTRAL_WINDOW, QWEN3_HEAD_DIM = 4096, 128  # what transformers takes where config.json has no such key
+MISTRAL_WINDOW, QWEN3_HEAD_DIM = 4096, 128  # defaults of transformers for keys that config.json lacks
 
 Settings = dict[str, Any]
 Number = Callable[..., Any]
 
 
 def model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
-    """Our config for theirs. Raises UserError for every property that this model does not have."""
+    """The ModelConfig of a transformers config. Raises UserError for every property that this model does not have."""
     try:
         return _model_config(folder, settings, tied)
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
@@ -100,7 +100,7 @@ def unsupported(settings: Settings) -> dict[str, Any]:
 
 
 def has_sliding_window(settings: Settings) -> bool:
-    """Whether some token does not see all before it. A window as long as the context hides nothing."""
+    """Whether some token cannot attend to all earlier ones. A window as long as the context changes nothing."""
     kind, window = settings.get("model_type"), settings.get("sliding_window")
     if settings.get("use_sliding_window") or set(settings.get("layer_types") or ()) - {"full_attention"}:
         return True
@@ -180,7 +180,7 @@ def experts(folder: Path, settings: Settings, number: Number) -> dict[str, Any]:
 
 
 def granite_shared(folder: Path, settings: Settings, number: Number) -> int:
-    """GraniteMoeShared's one shared feed-forward is as many of ours as it is wide."""
+    """How many of our shared experts equal GraniteMoeShared's one shared feed-forward: its width / theirs."""
     width, shared = number("intermediate_size"), settings.get("shared_intermediate_size", 0)
     if not isinstance(shared, int) or shared < 0 or shared % width:
         raise UserError(
@@ -191,7 +191,7 @@ def granite_shared(folder: Path, settings: Settings, number: Number) -> int:
 
 
 def unusual_experts(settings: Settings) -> dict[str, Any]:
-    """What a Qwen3-MoE may have and our experts do not, by name."""
+    """Properties of Qwen3-MoE that our experts do not have, by name."""
     if settings.get("model_type") != QWEN3_MOE:
         return {}
     return {
@@ -202,7 +202,7 @@ def unusual_experts(settings: Settings) -> dict[str, Any]:
 
 
 def unusual_multipliers(settings: Settings) -> dict[str, Any]:
-    """Granite's factors that are not what a plain decoder has, by name."""
+    """Granite's multipliers whose values differ from a plain decoder's, by name."""
     heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
     if settings.get("model_type") != GRANITE or not (
         isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim

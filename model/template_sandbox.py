@@ -1,4 +1,4 @@
-"""Jinja templates of other people, rendered in the sandbox and within a bound.
+"""Foreign jinja templates, rendered in a sandbox with limits on steps, sizes and time.
 
 jinja2's sandbox hides Python's internals and limits one range() to 100,000. Nested loops, recursive macros and strings
 that double still take unbounded time and memory. Here one rendering may take MAX_STEPS:
@@ -36,11 +36,11 @@ WIDE_BRACES = re.compile(r"\{[^{}]*\d{6}")  # "{:>999999}"
 
 
 class StepsExceeded(Exception):
-    """A rendering took more than it may. The message says which bound it was."""
+    """A rendering exceeded a bound; the message names the bound."""
 
 
 class _Budget(threading.local):
-    """What the rendering of this thread may still take."""
+    """The remaining steps and time of the rendering in this thread."""
 
     steps = MAX_STEPS
     deadline = float("inf")
@@ -63,9 +63,9 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(Extension):
-    """{% generation %} marks answers for transformers; here it only lets its body through."""
+    """{% generation %} marks answers for transformers; here only its body is rendered."""
 
-    tags = {"generation"}  # noqa: RUF012  # jinja's way
+    tags = {"generation"}  # noqa: RUF012  # as jinja declares it
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
@@ -87,16 +87,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._bounded(name, function) for name, function in self.filters.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        del self.globals["lipsum"]  # writes any amount of text
+        del self.globals["lipsum"]  # writes text of any length
 
     def render(self, template: Any, variables: dict[str, Any]) -> str:
-        """Raises StepsExceeded, or whatever the template's own expressions raise."""
+        """The rendered text. Raises StepsExceeded, or any exception of the template's own expressions."""
         self._budget.steps, self._budget.deadline = MAX_STEPS, time.monotonic() + MAX_SECONDS
         return template.render(**variables)
 
     @property
     def step(self) -> bool:
-        """Counts one step; true. Compiled loops read it."""
+        """Count one step; returns True, since compiled loops use it as a condition."""
         self._spend(1)
         return True
 
@@ -137,7 +137,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter, counted. What jinja notes on a function (`pass_environment`) is copied."""
+        """The filter, counted. Attributes that jinja sets on it (`pass_environment`) are copied."""
 
         @functools.wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:

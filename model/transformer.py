@@ -9,7 +9,7 @@ RMSNorm (Zhang & Sennrich 2019), RoPE in the half-split layout (Su et al. 2021),
 them, so a dense checkpoint opens as LlamaForCausalLM, with `qkv_bias` as Qwen2ForCausalLM, with `qk_norm` as
 Qwen3ForCausalLM, and the other way round.
 Read next: rope.py (the angles), moe.py (the other feed-forward), generate.py (the cache in use), ../trainer/loss.py
-(what it is trained for).
+(the training loss).
 """
 
 import copy

@@ -41,7 +41,7 @@ AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 @dataclass
 class Limits:
-    """What one server gives.
+    """Settings and models of one server.
 
     `cors`: origins of web pages that may ask it; none by default. `strict_model_names`: a server of one model refuses
     unknown model names instead of answering them with that model.

@@ -1,4 +1,4 @@
-"""Echoed prompts of /v1/completions, with the log-probability of every token: what scores a given text.
+"""Echoed prompts of /v1/completions, with the log-probability of every token: used to score a given text.
 
     tokens          "The"   " sky"   ...
     token_logprobs  null    -2.31    ...     the first token has nothing before it

@@ -125,8 +125,8 @@ class Engine:
     def submit(self, name: str, work: Sequence[Work]) -> None:
         """Take a request's answers or jobs in, all or none. A job takes a place in the queue.
 
-        Raises Full when they find no place, ValueError when they never will: more beams than `seats`, or more rows than
-        may be decoded and wait.
+        Raises Full when the queue is full, ValueError for a request that never fits: more beams than `seats`, or more
+        rows than `seats` and the queue have together.
         """
         table = self.tables[name]
         with self.changed:
@@ -135,7 +135,7 @@ class Engine:
             if most_beams > self.seats:
                 raise ValueError(f"num_beams {most_beams}: at most {self.seats} rows are decoded at once here")
             if wanted > places:
-                raise ValueError(f"{wanted} answers at once are asked for, at most {places} are given")
+                raise ValueError(f"{wanted} answers at once are too many: at most {places} are accepted")
             queued = rows_of(table.waiting) + len(table.jobs) + wanted
             if self.stopping or rows_of(table.seated.values()) + queued > places:
                 raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))
@@ -202,7 +202,7 @@ class Engine:
         return self._news(table, pieces)
 
     def _step_job(self, table: _Table) -> list[News]:
-        """One step of the first job, which then goes to the end of the line."""
+        """One step of the first job, which then moves to the end of the queue."""
         with self.changed:
             job = table.jobs[0] if table.jobs else None
         if job is None:  # cancelled

@@ -39,10 +39,12 @@ def add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # Of the branches of a union, the one that got furthest is the one that was meant.
+        # A union reports the errors of every branch; the one that got furthest matches the request best.
         first = max(error.errors(), key=lambda each: len(each["loc"]))
         if first["type"] == "json_invalid":
-            return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', '')}"[:500]).response()
+            return ApiError(
+                400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"[:500]
+            ).response()
         where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained")))
         return ApiError(400, f"{where or 'body'}: {first['msg']}"[:500], where or None).response()
 
@@ -53,4 +55,4 @@ def add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> Response:
-        return ApiError(500, "a fault of this server; its log says which").response()
+        return ApiError(500, "internal error of this server; see its log").response()

@@ -4,7 +4,7 @@
     data: [DONE]
 
 `ChatReply` and `TextReply` differ in names, and a text may begin with its prompt (echo.py). Log-probabilities come out
-with the text: a token is told once its first character is, so that tokens behind a stop string are not.
+with the text: a token is sent once its first character is, so that tokens after a stop string are not.
 Called by app.py. Read next: schemas.py (the shapes), engine.py (where the text comes from).
 """
 

@@ -16,7 +16,7 @@ FIELDS = (  # fields that become a Sampling's as they are
 
 
 def sampling(body: ChatRequest | CompletionRequest, served: Served) -> Sampling:
-    """The request's numbers; what it leaves open is as in 2-eval.py, and the answer may fill the context.
+    """The request's settings; those it leaves out are as in 2-eval.py, and the answer may fill the context.
 
     Raises ApiError for numbers that do not go together.
     """

@@ -1,4 +1,4 @@
-"""Beam search: the tokens that transformers' generate returns, in any company, and its score by hand.
+"""Beam search: the tokens that transformers' generate returns, alone and in a batch, and its score by hand.
 
 Promises: num_beams, no_repeat_ngram_size, repetition_penalty and length_penalty give transformers' tokens, for one
 prompt and for several of different lengths; the best-scored answer is found where greedy decoding misses it; a search

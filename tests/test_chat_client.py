@@ -101,7 +101,7 @@ def test_errors_are_one_line(monkeypatch, server):
         (["--base_url", "localhost:8000"], "--base_url localhost:8000: no address; it looks like http"),
         (["--base_url", "http://[::/v1"], "no address; it looks like http"),
         (["--base_url", url, "--api_key", "other"], "refuses the key: set --api_key or the variable OPENAI_API_KEY"),
-        (["--base_url", url, "--api_key", "schlüssel"], "--api_key: a key has letters"),
+        (["--base_url", url, "--api_key", "schlüssel"], "--api_key: must be ASCII letters"),
         (
             ["--base_url", url, "--model", "gpt-4"],
             "there is no model 'gpt-4' here: use first, second: see --model gpt-4",
@@ -176,14 +176,14 @@ def test_help_needs_nothing_and_errors_exit_with_2():
     assert result.stderr.startswith("error: no answer from") and result.stderr.count("\n") == 1
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(server):
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(server, requests):
     command = [sys.executable, SCRIPT, "--base_url", f"{server.url}/v1"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)
     )
     try:
         assert process.stdout.readline().startswith(b"first at http")
-        process.stdin.write(b"1\n")  # answered with thousands of tokens
+        process.stdin.write(b"1\n")  # answered with thousands of tokens, as it is greedy
         process.stdin.flush()
         deadline = time.monotonic() + 20
         while not server.status("first")["running"]:

@@ -1,4 +1,4 @@
-"""Other people's chat templates: samples where an answer is written differently later, and chats that are refused.
+"""Chat templates of foreign models: samples where an answer is written differently later, and chats that are refused.
 
 Promises: every answer is trained once, in the context in which it is generated and with the ids that transformers
 gives; a chat that a template refuses is dropped and counted, and ends no run; only a template that can write no chat,
@@ -110,7 +110,7 @@ def test_samples_are_what_transformers_writes(opened, contents, template):
         assert sample.ids[: len(asked)] == asked and sum(sample.mask[len(asked) :]) == len(sample.ids) - len(asked)
 
 
-def test_answers_share_a_sample_until_the_template_changes_its_mind(opened):
+def test_answers_share_a_sample_while_the_template_writes_them_alike(opened):
     """Here one message rewrites the beginning of the chat."""
     tokenizer, _ = opened(
         "{% set late = messages | map(attribute='content') | select('equalto', 'z') | list %}"
@@ -151,7 +151,7 @@ def test_the_data_set_has_every_sample(opened, tmp_path):
 
 @pytest.mark.parametrize("template", [THINKS, NO_SYSTEM])
 def test_what_does_not_fit_is_cut_at_whole_turns(opened, tmp_path, template):
-    """Whatever the length, the kept samples are those of the chat cut to its first turns, and as many as fit."""
+    """At any length the kept samples are those of the chat cut to its first turns, and as many as fit."""
     tokenizer, _ = opened(template)
     (chat,) = chats_of(1)
     whole = [tokenizer.render_each([chat[:end]])[0].samples for end in (2, 4, 6)]
@@ -198,10 +198,10 @@ def test_a_chat_that_the_template_refuses_is_counted(opened, tmp_path):
     [
         ("{{ raise_exception('only tools') }}", "3 x the model's chat template refuses it: only tools"),
         ("{{ messages[9].content.more }}", "3 x the model's chat template fails: "),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends answers with no token of its own"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends answers with no control token"),
         ("{% for m in messages %}{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}?{% endif %}",
-         "in another place than it asks"),
-        ("{% for %}", "is no jinja"),
+         "does not write the answer after its"),
+        ("{% for %}", "is not valid jinja"),
     ],
 )  # fmt: skip
 def test_only_when_no_chat_can_be_written_it_is_an_error(opened, tmp_path, template, said):
@@ -238,7 +238,7 @@ def test_an_endless_template_ends_the_run(opened, tmp_path):
         packed(tmp_path, tokenizer, chats_of(5))
 
 
-def test_one_chat_that_is_too_much_is_counted(opened, tmp_path):
+def test_one_chat_beyond_the_bound_is_counted(opened, tmp_path):
     template = "{% if messages[0].content == '1?' %}" + ENDLESS + "{% endif %}" + NO_SYSTEM
     tokenizer, _ = opened(template)
     report, _, _ = packed(tmp_path, tokenizer, chats_of(5))

@@ -92,7 +92,7 @@ def test_a_page_keeps_its_formulas_and_tables(text):
         ("symbols", "The #one #two #three words are = to x " * 9),
     ],
 )
-def test_a_formula_is_no_licence(rule, text):
+def test_a_bad_page_stays_bad_with_formulas_and_tables(rule, text):
     """What is bad without its formulas and tables is bad with them."""
     assert getattr(rules_drop, rule)(Page(text), Limits())
 

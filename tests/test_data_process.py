@@ -16,7 +16,8 @@ import data_process
 from corpus import pack_texts
 from corpus.errors import UserError
 from corpus.items import Item, content_key, split_validation
-from corpus.pack import render_chats, tokenise_chats
+from corpus.pack import tokenise_chats
+from corpus.render_chats import render_chats
 from corpus.report import DataReport
 from corpus.shard_reader import open_split
 from corpus.shards import read_meta

@@ -200,7 +200,7 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(desk):
         desk.ask([[50]])
     assert 1 <= full.value.retry_after <= 60
     assert desk.ask([[50]], "two", max_new_tokens=1)  # the other model has places of its own
-    with pytest.raises(ValueError, match="9 answers at once are asked for, at most 8"):
+    with pytest.raises(ValueError, match="9 answers at once are too many: at most 8"):
         desk.ask([[50]] * 9)
     desk.engine.cancel(tickets)
     desk.wait(lambda: True)
@@ -242,7 +242,7 @@ def test_a_failing_model_fails_its_requests_and_not_the_engine(desk, monkeypatch
 
 
 def test_a_beam_search_beside_plain_answers_is_that_of_a_search_alone(desk):
-    """It takes 3 of the 4 places; those who come meanwhile are answered, and nobody's text changes."""
+    """It takes 3 of the 4 places; requests that come meanwhile are answered, and no text changes."""
     prompts, asked = PROMPTS[:4], []
     for prompt, options in zip(prompts, ({}, {"num_beams": 3}, {}, {"num_beams": 2}), strict=True):
         asked += desk.ask([prompt], max_new_tokens=30, no_repeat_ngram_size=3, **options)
@@ -254,7 +254,7 @@ def test_a_beam_search_beside_plain_answers_is_that_of_a_search_alone(desk):
 
 
 def test_a_beam_search_counts_as_its_beams(model, tokenizer):
-    desk = Desk(model, tokenizer, seats=4, queue=4)  # it does not run: nobody is seated yet
+    desk = Desk(model, tokenizer, seats=4, queue=4)  # it does not run: no row is decoded yet
     with pytest.raises(ValueError, match="num_beams 5: at most 4 rows are decoded at once"):
         desk.ask([[50]], num_beams=5)
     (search,) = desk.ask([[50]], num_beams=4)
@@ -268,7 +268,7 @@ def test_a_beam_search_counts_as_its_beams(model, tokenizer):
 
 
 def test_plain_answers_get_a_token_for_each_step_of_a_beam_search(desk):
-    """One pass serves all rows: a long search holds nobody up."""
+    """One pass serves all rows: a long search delays no other request."""
     (search,) = desk.ask([[50]], max_new_tokens=200, num_beams=3, stop=("\0",))
     desk.wait(lambda: desk.news)
     (plain,) = desk.ask([[60]], max_new_tokens=20)
@@ -278,7 +278,7 @@ def test_plain_answers_get_a_token_for_each_step_of_a_beam_search(desk):
     assert between.count(search) <= between.count(plain) + 1
 
 
-def test_a_beam_search_that_nobody_waits_for_frees_all_its_places(desk):
+def test_a_cancelled_beam_search_frees_all_its_places(desk):
     (search,) = desk.ask([[50]], max_new_tokens=240, num_beams=4)
     desk.wait(lambda: desk.news)
     desk.engine.cancel([search])

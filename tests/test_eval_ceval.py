@@ -147,7 +147,7 @@ def test_own_files_are_scored(monkeypatch, knowing, tmp_path, capsys):
     assert (rows[0]["A"], rows[0]["B"], rows[0]["C"], rows[0]["log_prob_E"]) == ("错", "对", "", "")
 
 
-def test_who_knows_one_subject_is_said_to_be_strong_in_it(monkeypatch, knowing, tmp_path, capsys):
+def test_a_model_that_knows_one_subject_is_strong_in_it(monkeypatch, knowing, tmp_path, capsys):
     rows = [(f"q{i}", *("对" if x == i % 4 else f"错{x}" for x in range(4)), "ABCD"[i % 4]) for i in range(20)]
     other = [(*row[:5], "BCDA"[i % 4] if i % 4 else "A") for i, row in enumerate(rows)]  # the marked option is wrong
     for name, content in (("law", rows), *((name, other) for name in ("logic", "arts", "history"))):
@@ -168,7 +168,7 @@ def test_who_knows_one_subject_is_said_to_be_strong_in_it(monkeypatch, knowing, 
     assert scores["strengths_sentence"] in page and "Strong subjects: law" in capsys.readouterr().out
 
 
-def test_who_knows_nothing_has_no_strong_subject(monkeypatch, exam, out, capsys):
+def test_a_model_that_knows_nothing_has_no_strong_subject(monkeypatch, exam, out, capsys):
     scores = sit(monkeypatch, exam, out)
     assert scores["strengths"]["strong"] == scores["strengths"]["weak"] == []
     assert "No subject differs from the others; 0 of 2 subjects are above guessing" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 Promises: of a model that sentencepiece trained, the file holds what llama.cpp needs to cut any text as sentencepiece
 and tokenizer.json do: scores, token types, the ▁ in front; ids of special tokens are right; what llama.cpp would cut
-otherwise is refused with the true reason. The oracles are sentencepiece itself, the tokenizers library and, where it
+otherwise is refused with the reason. The oracles are sentencepiece itself, the tokenizers library and, where it
 is installed, llama.cpp.
 """
 

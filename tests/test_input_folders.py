@@ -1,4 +1,4 @@
-"""Promise: a folder stands for the data files in it; what is left out, and why a folder cannot be read, is said."""
+"""Promise: a folder is read as the data files in it; what is left out, and why a folder cannot be read, is reported."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def make(folder: Path, *names: str) -> None:
         (folder / name).write_text(ROW)
 
 
-def test_a_folder_stands_for_its_data_files_in_order(tmp_path):
+def test_a_folder_is_read_as_its_data_files_in_order(tmp_path):
     data = ["a.jsonl", "b.csv.gz", "c/1.parquet", "c/d/2.TXT", "e.arrow", "f.json.zst"]
     others = ["README.md", "readme.txt", ".hidden.jsonl", "_cache/x.jsonl", "a.jsonl.part", "b.gz", "c/.git/1.json",
               "c/dataset_info.json", "config.json", "x.partial/1.jsonl", "z.xlsx"]  # fmt: skip

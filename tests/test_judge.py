@@ -212,7 +212,7 @@ def test_the_key_goes_into_one_header(stub, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ((401, {}, failure("Incorrect API key")), "401: it wants another key: set OPENAI_API_KEY (Incorrect API key)"),
+        ((401, {}, failure("Incorrect API key")), "401: it refuses the key: set OPENAI_API_KEY (Incorrect API key)"),
         ((404, {}, failure("no such model")), "does the address end in /v1, and is there a model stub?"),
         ((400, {}, failure("too\nlong")), "400: too long"),
         ((429, {}, failure("You exceeded your current quota")), "429: You exceeded your current quota"),
@@ -249,7 +249,7 @@ def test_no_server_and_no_address(stub):
     for url in ("localhost:8998", "ftp://a/v1", "http://", "http://a:b/v1", "", "http://a:99999/v1"):
         with pytest.raises(UserError, match="not an address"):
             ChatServer(url, "stub")
-    with pytest.raises(UserError, match="a key goes into the variable OPENAI_API_KEY") as raised:
+    with pytest.raises(UserError, match="a key, which belongs in OPENAI_API_KEY") as raised:
         ChatServer("http://me:sk-secret@localhost/v1", "stub")
     assert "sk-secret" not in str(raised.value)
 

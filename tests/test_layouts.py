@@ -173,7 +173,7 @@ ODD = (
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(range(len(ODD) + len(LAYOUTS))), max_size=40))
 def test_every_row_is_kept_dropped_or_bad(numbers):
-    """Whatever the rows are, in every command: read = kept + dropped + bad, and nothing is counted without a name."""
+    """For any rows, in every command: read = kept + dropped + bad, and nothing is counted without a name."""
     rows = [[*ODD, *(layout.example for layout in LAYOUTS)][i] for i in numbers]
     rows = [row for row in rows if isinstance(row, (dict, list))]
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +209,7 @@ def test_own_keys_that_say_nothing_are_refused(text):
         parse_keys(text)
 
 
-def test_an_unknown_layout_is_told_the_nearest_ones():
+def test_the_error_for_an_unknown_layout_names_the_nearest_ones():
     assert nearest_layouts("chat", ["anwser", "question"])[0].name == "question, answer"
     assert nearest_layouts("pair", ["chosen", "prompts"])[0].name == "prompt and answers"
     message = expected_keys("chat", ["frage", "antwort"])

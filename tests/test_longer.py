@@ -1,4 +1,4 @@
-"""--rope_scaling and --rope_factor: models that read more tokens than in training, and what that is worth.
+"""--rope_scaling and --rope_factor: models that read more tokens than in training, and the loss at those positions.
 
 Promises: every front end takes both flags, reads factor x trained tokens with them and says so; one flag alone, a
 factor out of range or a model with scaling of its own is one line; the report's loss by position is the mean over long
@@ -49,15 +49,15 @@ def test_a_conversation_is_longer_and_says_so(tiny_parent, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rope_scaling", "yarn"], "go together"),
-        (["--rope_factor", "2"], "go together"),
+        (["--rope_scaling", "yarn"], "give both or neither"),
+        (["--rope_factor", "2"], "give both or neither"),
         (["--rope_scaling", "yarn", "--rope_factor", "1"], "above 1 and at most 64"),
         (["--rope_scaling", "yarn", "--rope_factor", "-2"], "above 1 and at most 64"),
         (["--rope_scaling", "yarn", "--rope_factor", "nan"], "above 1 and at most 64"),
     ],
 )
 @pytest.mark.parametrize("script", ["2-eval.py", "eval_ceval.py", "serve_openai_api.py", "web_demo.py"])
-def test_wrong_flags_are_said_before_a_model_is_opened(script, flags, said, monkeypatch, tmp_path):
+def test_wrong_flags_are_errors_before_a_model_is_opened(script, flags, said, monkeypatch, tmp_path):
     more = {"eval_ceval.py": ["--data", tmp_path], "2-eval.py": ["--prompt", "x"]}.get(script, [])
     with pytest.raises(UserError, match=said):
         run_script(monkeypatch, script, *more, *flags)

@@ -6,7 +6,7 @@ import pytest
 
 import data_process
 from corpus.items import chat_items
-from corpus.pack import render_chats
+from corpus.render_chats import render_chats
 from corpus.report import DataReport
 from corpus.shard_reader import open_split
 from model.chat_formats import FORMAT_NAMES

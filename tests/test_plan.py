@@ -290,7 +290,7 @@ def table_rows(text: str, head: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in rows}
 
 
-def test_the_plan_prints_what_answering_takes(monkeypatch, capsys, tmp_path):
+def test_the_plan_prints_the_memory_of_inference(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "100")
     flags = ("--preset", "mindllm-1.3b", "--plan", "--out_dir", tmp_path, "--data_path", tmp_path)
     run_script(monkeypatch, "1-pretrain.py", *flags)
@@ -327,7 +327,7 @@ def test_a_gguf_file_is_as_large_as_the_plan_says():
     assert written == pytest.approx(count(config).total * FORMATS["int8 (GGUF)"][0], rel=0.002)
 
 
-def test_presets_stand_side_by_side(monkeypatch, capsys):
+def test_presets_are_compared_in_one_table(monkeypatch, capsys):
     """MindLLM's table: sizes against memory, in full and half precision, with the GPU that it takes."""
     monkeypatch.setenv("COLUMNS", "100")
     flags = ("--plan", "--presets", "mindllm-1.3b,xiangxin-3b,small", "--optimizer", "adamw", "--batch_size", "2")

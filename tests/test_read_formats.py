@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from corpus import csv_reader, json_reader
 from corpus.errors import UserError
 from corpus.json_reader import rows_of_list
-from corpus.read import read_chats, read_rows, read_texts
+from corpus.read import read_chats, read_texts
 from corpus.report import DataReport
+from tests.test_read_encodings import rows_of
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.ipc")
@@ -26,15 +27,6 @@ pytest.importorskip("pyarrow.parquet")
 
 ROWS = [{"text": f"第{i}行, row {i}", "n": i} for i in range(30)]
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-
-
-def rows_of(folder: Path, name: str, content: bytes, max_bad_share: float = 0.0) -> tuple[list, DataReport]:
-    path = Path(folder) / name
-    path.write_bytes(content)
-    report = DataReport(max_bad_share)
-    found = [row for _, row in read_rows(path, report)]
-    assert report.read == len(found) + report.bad_rows + report.dropped_rows
-    return found, report
 
 
 def dumps(value, **options) -> bytes:
@@ -235,7 +227,7 @@ def test_arrow_and_parquet_with_nested_columns(tmp_path):
 
 
 # ---- workbooks -------------------------------------------------------------------------------------------------------
-def test_a_workbook_is_told_to_be_saved_as_csv(tmp_path):
+def test_the_error_for_a_workbook_says_to_save_it_as_csv(tmp_path):
     for name, content in (("a.xlsx", b"PK\x03\x04[Content_Types].xml"), ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")):
         with pytest.raises(UserError, match="Excel workbook: save its sheet as CSV UTF-8"):
             rows_of(tmp_path, name, content)

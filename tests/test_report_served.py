@@ -1,7 +1,7 @@
 """2-eval.py --report NAME=http://host/v1: models of other servers beside files.
 
-Promises: the server gets the prompts and settings, once each and in order; its answers, loops, lengths and speed stand
-in the table, what it cannot tell is a dash with a reason; a server that is not there is said before anything computes,
+Promises: the server gets the prompts and settings, once each and in order; its answers, loops, lengths and speed are
+in the table, missing figures are a dash with a reason; a server that is not there is an error before anything computes,
 one that stops answering is left out and named, and the others' report is written; the key goes into one header.
 """
 
@@ -40,7 +40,7 @@ def report(parrots, monkeypatch, tmp_path):
     return run
 
 
-def test_a_served_model_stands_beside_a_file(served, report, parrots, capsys):
+def test_a_served_model_and_a_file_are_in_one_report(served, report, parrots, capsys):
     found, page = report(parrots / "full_sft_64.pth", f"other={served.url}")
     ours, other = found["models"]
     assert (other["label"], other["stage"], other["path"]) == ("other", "served", f"{served.url}#first")
@@ -72,7 +72,7 @@ def test_the_model_may_be_named_and_extra_settings_are_sent(served, report):
     assert found["models"][0]["path"] == f"{served.url}#second"
 
 
-def test_what_the_server_refuses_is_left_out_and_said(served, report):
+def test_settings_that_the_server_refuses_are_left_out_and_named(served, report):
     served.errors = [(200, {}, ""), (422, {}, failure("body.top_k: extra inputs are not permitted"))]
     found, page = report(f"b={served.url}#m", flags=["--top_k", 5, "--prompt", "Hi"], texts=False)
     assert ["top_k" in body for body in served.seen] == [True, False]
@@ -138,14 +138,14 @@ def test_without_another_model_there_is_no_report(served, report, tmp_path):
         (["a={url}", "a={url}#second"], "two models are called a"),
         (["full_sft_64={url}", "{file}"], "two models are called full_sft_64"),
         (["a=http://a:b/v1"], "--report a http://a:b/v1: not an address"),
-        (["a=http://me:sk-secret@127.0.0.1/v1"], "a key goes into the variable REPORT_API_KEY"),
+        (["a=http://me:sk-secret@127.0.0.1/v1"], "a key, which belongs in REPORT_API_KEY"),
         (["a=http://127.0.0.1:1/v1", "{file}"], "--report a http://127.0.0.1:1/v1: no answer"),
         (["{file}", "a={url}"], "lists no models: name one, as a={url}#MODEL"),
         (["nowhere.pth", "a={url}"], "no checkpoint at nowhere.pth"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bad_names_and_addresses_are_said_before_anything_computes(
+def test_bad_names_and_addresses_are_errors_before_anything_computes(
     served, report, parrots, tmp_path, capsys, models, says
 ):
     if "lists no models" in says:
@@ -157,11 +157,11 @@ def test_bad_names_and_addresses_are_said_before_anything_computes(
     assert not served.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_wrong_keys_and_settings_are_said_at_once(served, report):
+def test_wrong_keys_and_settings_are_errors_at_once(served, report):
     served.errors = [(401, {}, failure("no key"))]
-    with pytest.raises(UserError, match=r"401: it wants another key: give --report_api_key KEY or set REPORT_API_KEY"):
+    with pytest.raises(UserError, match=r"401: it refuses the key: give --report_api_key KEY or set REPORT_API_KEY"):
         report(f"a={served.url}")
-    with pytest.raises(UserError, match="--temperature must be at least 0"):
+    with pytest.raises(UserError, match="--temperature: -1 is not a number of at least 0"):
         report(f"a={served.url}", flags=["--temperature", "-1"])
     shown = run_process(sys.executable, "2-eval.py", "--prompt", "a", "--report_api_key", "x")
     assert shown.returncode == 2 and "--report_api_key belongs to --report" in shown.stderr

@@ -121,7 +121,7 @@ def test_config_refuses_what_cannot_be():
         assert "\n" not in str(error.value)
 
 
-def test_a_head_is_as_wide_as_it_is_told():
+def test_head_dim_sets_the_width_of_a_head():
     config = ModelConfig(50, 32, 1, 4, 2, head_dim=24, qkv_bias=True, max_seq_len=16)
     attention = Transformer(config).model.layers[0].self_attn
     shapes = {name: tuple(weight.shape) for name, weight in attention.named_parameters()}

@@ -129,7 +129,7 @@ def test_a_preset_refuses_nothing(server):
     assert text_of(response) == expected
 
 
-def test_too_few_seats_for_a_preset_are_said_at_the_start(monkeypatch, tokenizer, tmp_path):
+def test_too_few_seats_for_a_preset_are_an_error_at_the_start(monkeypatch, tokenizer, tmp_path):
     from corpus.errors import UserError
 
     path = make_file(tmp_path / "full_sft_32.pth", tokenizer.with_format("mindllm"))

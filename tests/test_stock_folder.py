@@ -196,7 +196,7 @@ def test_its_own_ids(both, contents):
     assert control == plain, "a typed marker stays text"
 
 
-def test_a_template_that_changes_its_mind_can_be_replaced(tmp_path):
+def test_a_template_that_rewrites_earlier_answers_can_be_replaced(tmp_path):
     make_tokenizer(tmp_path / "tok", UNSTABLE)
     tokenizer = load_tokenizer(tmp_path / "tok")
     belle = tokenizer.with_format("belle")
@@ -208,9 +208,9 @@ def test_a_template_that_changes_its_mind_can_be_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{% for %}", "no jinja"),
+        ("{% for %}", "not valid jinja"),
         ("{{ raise_exception('only users') }}", "only users"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no token of its own"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "no control token"),
         ("{{ messages[0].nothing.more }}", "fails"),
     ],
 )

@@ -167,7 +167,7 @@ def test_both_spellings_of_rope_are_the_same(kind, folders, tmp_path):
 
 
 def test_experts_in_stacks_are_read_too(folders, tmp_path):
-    """transformers 5 keeps them so in memory, and writes them so when told to."""
+    """transformers 5 keeps them so in memory, and can write them so."""
     from safetensors.torch import load_file, save_file
 
     folder, _ = folders("qwen3 moe")

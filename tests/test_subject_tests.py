@@ -44,7 +44,7 @@ def test_holms_method_steps_down():
     assert holm([0.01, 0.02, 0.04]) == [True, True, True], "Bonferroni would reject one"
 
 
-def test_who_knows_one_subject_is_strong_in_that_one():
+def test_a_model_that_knows_one_subject_is_strong_in_it():
     rng = random.Random(0)
     for _ in range(20):
         found = strengths_of(drawn(rng, [0.95] + [0.25] * 51))
@@ -58,7 +58,7 @@ def test_who_knows_one_subject_is_strong_in_that_one():
     )
 
 
-def test_who_knows_all_but_one_subject_is_weak_in_that_one():
+def test_a_model_that_knows_all_but_one_subject_is_weak_in_it():
     found = strengths_of(result({"logic": (4, 20), **{f"s{i}": (16, 20) for i in range(20)}}))
     assert [one.name for one in found.weak] == ["logic"] and not found.strong and len(found.above_guessing) == 20
     assert "Strong subjects: none. Weak subjects: logic 20.0% (8.1% to 41.6%)." in strengths_sentence(found)

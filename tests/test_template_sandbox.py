@@ -1,4 +1,4 @@
-"""Rendering of other people's chat templates: within a bound, and otherwise as transformers renders them.
+"""Rendering of foreign chat templates: within a bound, and otherwise as transformers renders them.
 
 Promises: a template that loops, recurses or grows is stopped within seconds and within half a gigabyte, whichever way
 it takes; long chats are far from the bound; what transformers gives a template is there.

@@ -107,7 +107,7 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
         help="share of the run that warms up, instead of --warmup_iters")  # fmt: skip
     add("--weight_decay", type=flags.non_negative_float, default=0.1, help="on matrices; never on norms and embeddings")
     add("--grad_clip", type=flags.non_negative_float, default=1.0, help="largest gradient norm (0: no clipping)")
-    add("--seed", type=flags.seed, default=42, help="of the weights, the order of the data and dropout")
+    add("--seed", type=flags.seed, default=42, help="random seed of the weights, the order of the data and dropout")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")

@@ -65,7 +65,7 @@ class Stage:
 
 
 def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
-    """Run the stage to its end (steps, minutes, or a polite stop) and save; returns the path of the model.
+    """Run the stage to its end (steps, minutes, or a signal) and save; returns the path of the model.
 
     Raises UserError when the run has no step, when losses stay non-finite, or when a resume file belongs to another
     run.

@@ -59,9 +59,9 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokens_per_param", type=flags.non_negative_float, default=0.0,
         help="train on so many tokens per parameter, as Xiangxin: 20 (0: --epochs decide; --plan: 20)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100", help="the GPU of the plan's launch line")
-    add("--gpus", type=flags.positive_int, default=8, help="how many of them the plan has")
+    add("--gpus", type=flags.positive_int, default=8, help="number of GPUs")
     add("--utilisation", type=flags.positive_fraction, default=0.4,
-        help="share of the GPUs' peak that the plan counts on")  # fmt: skip
+        help="assumed share of the GPUs' peak FLOPs")  # fmt: skip
     add("--price_per_hour", type=flags.non_negative_float, default=0.0,
         help="of one GPU, in US dollars (0: the price in the plan's table)")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What answering takes, on paper: weights and KV cache; and several model sizes in one table.
+"""Memory for inference, on paper: weights and KV cache; and several model sizes in one table.
 
     total = weights + KV cache of `batch` answers at full context + what CUDA itself takes (0.8 GB)
     int8  = GGUF's q8_0: 34 bytes for 32 weights; its KV cache is fp16, as llama.cpp keeps it

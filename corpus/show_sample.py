@@ -1,0 +1,34 @@
+"""A tokenised sample on the terminal, for `data_process.py --check`: trained tokens marked, or text cut into tokens."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+
+def show_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
+    """A chat with its trained tokens in colour, or [[in brackets]] where there is none; a text in its pieces."""
+    console = Console(highlight=False)
+    console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
+    shown = Text()
+    if not mask:
+        shown.append("|".join(pieces(tokenizer, ids)))
+    start = 0
+    for i in range(1, len(mask) + 1):
+        if i == len(mask) or mask[i] != mask[start]:
+            text, trained = tokenizer.decode(ids[start:i]), mask[start]
+            brackets = trained and not console.is_terminal
+            shown.append(f"[[{text}]]" if brackets else text, style="bold green" if trained else "dim")
+            start = i
+    console.print(shown, soft_wrap=True)
+
+
+def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text of each token; tokens that are parts of one character stay together."""
+    result, start = [], 0
+    for i in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:i])
+        if not text.endswith("\ufffd") or i - start >= 4:
+            result.append(text)
+            start = i
+    return result
