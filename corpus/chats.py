@@ -17,18 +17,21 @@ import json
 import warnings
 from typing import Any
 
-from corpus.language import is_missing, sound_text
-from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS
+from corpus.language import as_text, is_missing, sound_text
+from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS, TRAINED_KEYS
 from corpus.marked_text import Message, marked_turns, message
 from corpus.report import BadRow, UnfitRow
 
 OPENING = "without the assistant's opening message"
 JOINED = "with messages of one role in a row joined"
 CUT = "cut before an empty message"
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's types of parts that are text
 NO_TOOLS = "tool turns are not trained yet"
 
-_READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, "weight", "train", "loss", "recipient", "end_turn"))
-_TURN_ROLES = {**dict.fromkeys(KEYS["prompt"], "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES}
+_READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, *TRAINED_KEYS, "recipient", "end_turn"))
+_TURN_ROLES = {
+    **dict.fromkeys((*KEYS["prompt"], *KEYS["context"]), "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES
+}  # fmt: skip
 
 
 class Notes:
@@ -84,6 +87,8 @@ def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -
     if not value:
         raise BadRow("no messages")
     if all(isinstance(turn, str) for turn in value):
+        if marked := marked_turns("\n".join(value)):
+            return marked
         return [message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)]
     messages = []
     for turn in value:
@@ -116,7 +121,9 @@ def _turns_of_object(value: dict[str, Any]) -> Any:
 def _messages_of_turn(turn: Any, notes: Notes) -> list[Message]:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         role = ROLES.get(turn[0].strip().lower()) if isinstance(turn[0], str) else None
-        return [message(role, turn[1])] if role else [message("user", turn[0]), message("assistant", turn[1])]
+        if role:
+            return [message(role, _text_of(turn[1]))]
+        return [message("user", as_text(turn[0])), message("assistant", as_text(turn[1]))]
     if not isinstance(turn, dict):
         raise BadRow("a message is not an object")
     role = role_of(turn)
@@ -128,12 +135,12 @@ def _messages_of_turn(turn: Any, notes: Notes) -> list[Message]:
     if "tool" in texts.values():
         raise UnfitRow(NO_TOOLS)
     _note_keys(turn, set(texts), notes)
-    return [
-        message(role, _text_of(turn[key]))
-        for role in ("system", "user", "assistant")
-        for key, held in texts.items()
-        if held == role
-    ]
+    held = {
+        role: [_text_of(turn[key]) for key in texts if texts[key] == role] for role in ("system", "user", "assistant")
+    }
+    if len(held["user"]) > 1 and all(isinstance(text, str) for text in held["user"]):  # a question and its context
+        held["user"] = ["\n".join(held["user"])]
+    return [message(role, text) for role, contents in held.items() for text in contents]
 
 
 def role_of(turn: dict[str, Any]) -> str | None:
@@ -150,9 +157,10 @@ def role_of(turn: dict[str, Any]) -> str | None:
 
 
 def turn_texts(turn: dict[str, Any]) -> dict[str, str]:
-    """{key: role} of a turn object without a role, such as {human, assistant}, {q, a} or {user}."""
+    """{key: role} of a turn object without a role, such as {human, assistant}, {q, a} or {user}; a context last."""
     roles = {key: _TURN_ROLES.get(key) or _TURN_ROLES.get(str(key).lower(), "") for key in turn}
-    return {key: role for key, role in roles.items() if role and is_filled(turn[key])}
+    filled = [key for key, role in roles.items() if role and is_filled(turn[key])]
+    return {key: roles[key] for key in sorted(filled, key=lambda key: str(key).lower() in KEYS["context"])}
 
 
 def _message_of(turn: dict[str, Any], role: str, notes: Notes) -> Message:
@@ -165,10 +173,19 @@ def _message_of(turn: dict[str, Any], role: str, notes: Notes) -> Message:
         for thought in THOUGHT_KEYS:
             if is_filled(turn.get(thought)):
                 notes.changes[f"without its `{thought}`: thoughts are not trained yet"] = None
-        if turn.get("weight") in (0, False) or turn.get("train") is False or turn.get("loss") is False:
+        if role == "assistant" and any(turn.get(mark) in (0, False) for mark in TRAINED_KEYS):
             result["weight"] = 0
         _note_keys(turn, {key}, notes)
     return result
+
+
+def plain_answer(value: Any) -> Any:
+    """The text of an answer that is a number, a list of one text, or an object with a text; else the value itself."""
+    if isinstance(value, dict) and (key := content_key_of(value)) and role_of(value) is None:
+        value = value[key]
+    if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict)):
+        value = value[0]
+    return as_text(value)
 
 
 def content_key_of(turn: dict[str, Any]) -> str | None:
@@ -188,12 +205,12 @@ def _text_of(value: Any) -> Any:
     if isinstance(value, str):
         if value.startswith("[{") and "text" in value[:40]:
             parts = _parsed(value)
-            if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+            if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts):
                 return _text_of(parts)
         return value
     parts = [value] if isinstance(value, dict) else value
     if not isinstance(parts, list):
-        return value
+        return as_text(value)
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if all(isinstance(text, str) for text in texts):
         return "".join(map(str, texts))
@@ -206,11 +223,19 @@ def spells_messages(value: Any) -> bool:
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return False
     turns = _parsed(value)
-    return isinstance(turns, list) and all(isinstance(turn, dict) and _names_a_role(turn) for turn in turns)
+    return isinstance(turns, list) and all(isinstance(turn, dict) and is_message(turn) for turn in turns)
 
 
-def _names_a_role(turn: dict[str, Any]) -> bool:
-    return any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLES for key in ROLE_KEYS)
+def is_message(turn: dict[str, Any]) -> bool:
+    """True for an object with a known role and a text, or a call of a tool."""
+    names_a_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLES for key in ROLE_KEYS)
+    return names_a_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
+
+
+def is_tool_call(value: Any) -> bool:
+    """True for text that spells calls of functions: [{"name": ..., "arguments": ...}]."""
+    calls = _parsed(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
+    return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
 
 
 def history_of(value: Any, notes: Notes) -> list[Message]:
@@ -239,7 +264,7 @@ def parse_list(text: str, field: str) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval, _of_numpy):
         try:
             with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, no mistake of ours
                 warnings.simplefilter("ignore")
@@ -247,6 +272,13 @@ def _parsed(text: str) -> Any:
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
     return None
+
+
+def _of_numpy(text: str) -> Any:
+    """A list of objects as numpy prints it, without commas: what pandas writes to csv for a list read from parquet."""
+    if "}\n {" not in text:
+        raise ValueError
+    return ast.literal_eval(text.replace("}\n {", "}, {"))
 
 
 # ---- the rules of turns ----------------------------------------------------------------------------------------------
@@ -278,6 +310,8 @@ def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Messa
         role, before = new["role"], kept[-1]["role"] if kept else ""
         if role == "system" and before not in ("", "system"):
             raise UnfitRow("a system message after the start")
+        if role == "tool":
+            raise UnfitRow(NO_TOOLS)
         if role == "system" and is_blank(new["content"]):
             continue  # many files carry an empty system message everywhere
         if role == "assistant" and before in ("", "system"):

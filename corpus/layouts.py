@@ -29,22 +29,27 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "prompt": (
         "instruction", "question", "prompt", "query", "q", "problem", "human", "user", "ask",
-        "指令", "问题", "提问", "提示", "题目", "问",
+        "指令", "问题", "提问", "提示", "题目", "问", "用户问题", "用户输入", "提示词", "问题描述", "用户", "title",
     ),
     "answer": (
         "output", "response", "solution", "answer", "a", "completion", "target", "reply", "assistant", "gpt", "bot",
-        "输出", "回答", "回复", "答案", "答复", "答",
+        "输出", "回答", "回复", "答案", "答复", "答", "参考答案", "标准答案", "模型回答", "助手", "answers",
+        "completions", "responses",
     ),
-    "context": ("input", "context", "passage", "document", "article", "输入", "上下文", "背景"),
-    "system": ("system", "system_prompt", "system_message", "meta_instruction", "系统提示", "系统"),
+    "context": ("input", "context", "passage", "document", "article", "desc", "输入", "上下文", "背景", "材料"),
+    "system": (
+        "system", "system_prompt", "system_message", "meta_instruction", "系统提示", "系统", "系统提示词", "系统消息",
+    ),
     "history": ("history", "历史", "历史对话"),
     "chosen": (
         "chosen", "choose", "chosen_response", "response_chosen", "chosen_answer", "answer_chosen", "preferred_output",
-        "preferred", "accepted", "accept", "better", "win", "response_j", "优选", "好回答",
+        "preferred", "accepted", "accept", "better", "win", "response_j", "chosen_messages", "preferred_response",
+        "winner_response", "positive", "good", "优选", "好回答", "好的回答", "更好的回答",
     ),
     "rejected": (
         "rejected", "reject", "rejected_response", "response_rejected", "rejected_answer", "answer_rejected",
-        "non_preferred_output", "dispreferred", "worse", "lose", "response_k", "劣选", "差回答",
+        "non_preferred_output", "dispreferred", "worse", "lose", "response_k", "rejected_messages",
+        "dispreferred_response", "loser_response", "negative", "bad", "劣选", "差回答", "差的回答", "较差的回答",
     ),
     "label": ("label", "kto_tag"),
     "weight": ("weight",),
@@ -58,17 +63,21 @@ COMPARISONS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("human_ref_A", "human_ref_B", "labels", (1, 0)),
 )
 
+ALTERNATIVES = ("answers", "completions", "responses")  # lists of answers in no order, unless they have a rank or score
+SCORES = (("rank", 1), ("overall_score", -1), ("score", -1), ("rating", -1), ("pm_score", -1))  # 1: the lowest is best
+
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
 ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "customer", "用户", "提问者"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "model", "ai", "bing", "bard", "claude",
-                     "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "chatbot", "model", "ai", "bing", "bard",
+                     "claude", "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_call", "function_response", "tool_call",
                      "tool_response", "tool_result", "ipython", "工具"), "tool"),
 }  # fmt: skip
 TOOL_KEYS = ("tool_calls", "function_call")  # of a message: a call instead of an answer
+TRAINED_KEYS = ("weight", "train", "training", "trained", "loss", "loss_weight")  # of a message: 0 or false excludes it
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
 
 # Keys that describe a row and are no part of what it teaches; every other key that is not used is reported.

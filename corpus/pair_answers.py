@@ -9,7 +9,19 @@ Read next: rows.py (who calls this), pairs.py (what becomes of a pair).
 import itertools
 from typing import Any
 
-from corpus.chats import Message, Notes, is_blank, is_filled, message, messages_of, spells_messages
+from corpus.chats import (
+    Message,
+    Notes,
+    is_blank,
+    is_filled,
+    message,
+    messages_of,
+    plain_answer,
+    spells_messages,
+    turn_texts,
+)
+from corpus.layouts import SCORES
+from corpus.marked_text import marked_turns
 from corpus.report import BadRow, UnfitRow
 
 SIDES = ("chosen", "rejected")
@@ -20,12 +32,17 @@ def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) 
 
     Raises UnfitRow for an answer that compares nothing, BadRow for one that cannot be used.
     """
-    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
-        value = value[0]
+    value = plain_answer(value)
     if is_blank(value) or not is_filled(value):
         raise UnfitRow(f"an empty answer ({side})")
-    if isinstance(value, str) and before and not spells_messages(value):
-        messages = [message("assistant", value)]
+    if isinstance(value, (list, tuple)) and len(value) > 1 and before and all(isinstance(text, str) for text in value):
+        raise BadRow(f"several answers in {side}: write a row for each")
+    if isinstance(value, str) and not spells_messages(value):
+        messages = marked_turns(value)
+        if before and not _contains(messages, before):
+            messages = [message("assistant", value)]
+        if not messages:
+            raise BadRow("answers without a prompt")
     else:
         messages = messages_of(value, notes)
     if messages[-1]["role"] != "assistant":
@@ -38,9 +55,39 @@ def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) 
         if before[-1]["role"] == "assistant":
             raise BadRow("the prompt ends with an answer")
         return before + messages
-    if before and not any(messages[i : i + len(before)] == before for i in range(len(messages))):
+    if before and not _contains(messages, before):
         raise UnfitRow("chosen and rejected have different prompts")
     return messages
+
+
+def _contains(messages: list[Message], part: list[Message]) -> bool:
+    return any(messages[i : i + len(part)] == part for i in range(len(messages)))
+
+
+# ---- several answers in one list -------------------------------------------------------------------------------------
+def is_ranked(value: Any) -> bool:
+    """True for a list of answers as objects: {"answer": ..., "rank": 1}, {"response": ..., "score": 8.5}."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(
+        isinstance(answer, dict) and (set(turn_texts(answer).values()) == {"assistant"} or "text" in answer)
+        and not answer.keys() & {"role", "from"} for answer in value
+    )  # fmt: skip
+
+
+def best_and_worst(answers: Any) -> tuple[Any, Any]:
+    """The first and the last answer, by rank or score where all have one. Raises UnfitRow where these are equal."""
+    if not is_ranked(answers):
+        return answers[0], answers[-1]
+    key, sign = next(((key, sign) for key, sign in SCORES if all(_is_number(a.get(key)) for a in answers)), ("", 1))
+    if key:
+        answers = sorted(answers, key=lambda answer: sign * answer[key])
+        if answers[0][key] == answers[-1][key]:
+            raise UnfitRow(f"no answer is marked as the better one ({key})")
+    texts = [answer[next(iter(turn_texts(answer)), "text")] for answer in (answers[0], answers[-1])]
+    return texts[0], texts[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == value
 
 
 def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from corpus.chats import (
+    NO_TOOLS,
     Message,
     Notes,
     apply_turn_rules,
@@ -26,14 +27,17 @@ from corpus.chats import (
     history_of,
     is_blank,
     is_filled,
+    is_tool_call,
     message,
     messages_of,
+    plain_answer,
+    role_of,
     spells_messages,
 )
-from corpus.language import is_missing, sound_text
-from corpus.layouts import COMPARISONS, HARMLESS
+from corpus.language import as_text, is_missing, sound_text
+from corpus.layouts import ALTERNATIVES, COMPARISONS, HARMLESS
 from corpus.marked_text import is_open_question, marked_turns
-from corpus.pair_answers import SIDES, conversation_of, split_pair
+from corpus.pair_answers import SIDES, best_and_worst, conversation_of, is_ranked, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
 from corpus.row_keys import COMPARED_KEYS, Fields, RowKeys
@@ -151,12 +155,15 @@ class RowReader(RowKeys):
         contexts = [key for key in fields.get("context", ()) if key not in taken]
         if key is None and contexts:
             key, contexts = contexts[0], contexts[1:]
+        past = next((key for key in fields.get("history", ()) if key not in taken), None)
+        if key is None and past and isinstance(row[past], str) and row[past].lstrip()[:1] not in ("[", "{"):
+            key, past = past, None  # SHP calls its question history
         if key is None:
             return []
-        value = row[key]
+        value = as_text(row[key])
         used.update((key, *contexts))
         turns: list[Message] = []
-        for past in fields.get("history", ())[:1]:
+        if past:
             used.add(past)
             turns += history_of(row[past], notes)
         holds_turns = isinstance(value, (list, dict)) and not _is_texts(value)
@@ -170,12 +177,19 @@ class RowReader(RowKeys):
         return turns + asked
 
     def _answer(self, row: dict[str, Any], key: str, notes: Notes) -> list[Message]:
-        value = row[key]
-        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+        value = plain_answer(row[key])
+        if _is_texts(value) and (key == "answers" or isinstance(row[key], dict)):
+            notes.changes[f"with the first of several {key}"] = None
             value = value[0]
-        if isinstance(value, (list, dict)) or spells_messages(value):
-            if _is_texts(value):
+        if not is_filled(value):
+            raise UnfitRow("an empty answer")
+        if is_tool_call(value):
+            raise UnfitRow(f"{NO_TOOLS} ({key})")
+        if isinstance(value, (list, tuple, dict)) or spells_messages(value):
+            if _is_texts(value) or (not isinstance(value, str) and is_ranked(value)):
                 raise BadRow(f"several answers in {key}: data_process.py dpo reads ranked ones")
+            if isinstance(value, dict) and role_of(value) is None and not is_filled(value.get("messages")):
+                raise BadRow(f"{key} is an object, not a string")
             return messages_of(value, notes)
         return [message("assistant", sound_text(value, key))]
 
@@ -221,6 +235,8 @@ class RowReader(RowKeys):
         if not before and "messages" in fields:
             used.add(fields["messages"][0])
             before = messages_of(row[fields["messages"][0]], notes)
+            if "chosen" not in fields and before and before[-1]["role"] == "assistant":
+                before = before[:-1]  # ms-swift: the better answer is the chat's last
         if not before and (blank := self.present(row, "prompt")) is not None and isinstance(values[0], str):
             sound_text(row[blank], blank)  # raises the reason
         conversations = []
@@ -240,6 +256,10 @@ class RowReader(RowKeys):
         if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
             used.update((better, worse))
             return row[better], row[worse]
+        whole = [*fields.get("answer", ()), *fields.get("messages", ())]
+        if better is None and "rejected" in fields and whole:
+            used.update((whole[0], fields["rejected"][0]))
+            return row[whole[0]], row[fields["rejected"][0]]
         for first, second, mark, (one, other) in COMPARISONS:
             if first in row and second in row and mark in row:
                 used.update((first, second, mark))
@@ -248,9 +268,13 @@ class RowReader(RowKeys):
                     raise UnfitRow(f"no answer is marked as the better one ({mark})")
                 return (row[first], row[second]) if said == str(one) else (row[second], row[first])
         for key in fields.get("answer", ()):
-            if isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
+            if (
+                isinstance(row[key], (list, tuple))
+                and len(row[key]) > 1
+                and not (key in ALTERNATIVES and _is_texts(row[key]))
+            ):
                 used.add(key)
-                return row[key][0], row[key][-1]
+                return best_and_worst(row[key])
         raise BadRow("none of the keys of a pair")
 
     # ---- everything ----
