@@ -14,6 +14,7 @@ Read next: layouts.py (keys and roles), rows.py (rows -> chats), pack.py (chats 
 import ast
 import itertools
 import json
+import re
 import warnings
 from typing import Any
 
@@ -32,6 +33,10 @@ _READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, *TRAINED_KEYS, "r
 _TURN_ROLES = {
     **dict.fromkeys((*KEYS["prompt"], *KEYS["context"]), "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES
 }  # fmt: skip
+
+
+_SPEAKER = re.compile(r"\s*[问答][:：]\s*")  # in front of each text of a list of questions and answers
+_MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*(.*?)\s*(?:<eo[hm]>)?\s*", re.DOTALL)
 
 
 class Notes:
@@ -72,6 +77,11 @@ def is_filled(value: Any) -> bool:
     return not (is_missing(value) or (isinstance(value, (list, tuple, dict)) and not value))
 
 
+def is_zero(value: Any) -> bool:
+    """True for a weight that excludes what it belongs to: 0, false, or such text, as a csv cell has it."""
+    return value in (0, False) or (isinstance(value, str) and value.strip().lower() in ("0", "0.0", "false"))
+
+
 # ---- a value -> messages ---------------------------------------------------------------------------------------------
 def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -> list[Message]:
     """The messages that `value` holds; their text is not checked yet. Raises BadRow, or UnfitRow for tool turns."""
@@ -89,6 +99,8 @@ def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -
     if all(isinstance(turn, str) for turn in value):
         if marked := marked_turns("\n".join(value)):
             return marked
+        if all(map(_SPEAKER.match, value)):
+            value = [_SPEAKER.sub("", text) for text in value]
         return [message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)]
     messages = []
     for turn in value:
@@ -109,12 +121,16 @@ def _usual_message(turn: Any) -> Message | None:
 
 
 def _turns_of_object(value: dict[str, Any]) -> Any:
-    """The turns in an object: one message, one {human, assistant}, {"messages": [...]}, or {"turn_1": {...}, ...}."""
+    """The turns in an object: one message, one {human, assistant}, {"messages": [...]}, {"turn_1": {...}, ...}, or
+    {"role": [...], "content": [...]}, as datasets stores a Sequence."""
     inner = next((value[key] for key in KEYS["messages"] if is_filled(value.get(key))), None)
     if inner is not None:
         return inner
-    if value and all(isinstance(turn, dict) for turn in value.values()):
-        return list(value.values())
+    columns = list(value.values())
+    if value and all(isinstance(turn, dict) for turn in columns):
+        return columns
+    if value and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]  # a column for each key
     return [value]
 
 
@@ -173,7 +189,7 @@ def _message_of(turn: dict[str, Any], role: str, notes: Notes) -> Message:
         for thought in THOUGHT_KEYS:
             if is_filled(turn.get(thought)):
                 notes.changes[f"without its `{thought}`: thoughts are not trained yet"] = None
-        if role == "assistant" and any(turn.get(mark) in (0, False) for mark in TRAINED_KEYS):
+        if role == "assistant" and any(is_zero(turn.get(mark)) for mark in TRAINED_KEYS):
             result["weight"] = 0
         _note_keys(turn, {key}, notes)
     return result
@@ -203,6 +219,8 @@ def _note_keys(turn: dict[str, Any], used: set[Any], notes: Notes) -> None:
 def _text_of(value: Any) -> Any:
     """The text of a message that may be given in OpenAI's parts: [{"type": "text", "text": "..."}]."""
     if isinstance(value, str):
+        if value.startswith("<|") and (moss := _MOSS.fullmatch(value)):
+            return moss[1]
         if value.startswith("[{") and "text" in value[:40]:
             parts = _parsed(value)
             if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts):

@@ -29,12 +29,13 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "prompt": (
         "instruction", "question", "prompt", "query", "q", "problem", "human", "user", "ask",
-        "指令", "问题", "提问", "提示", "题目", "问", "用户问题", "用户输入", "提示词", "问题描述", "用户", "title",
+        "指令", "问题", "提问", "提示", "题目", "问", "用户问题", "用户输入", "提示词", "问题描述", "用户", "inputs",
+        "title",
     ),
     "answer": (
         "output", "response", "solution", "answer", "a", "completion", "target", "reply", "assistant", "gpt", "bot",
         "输出", "回答", "回复", "答案", "答复", "答", "参考答案", "标准答案", "模型回答", "助手", "answers",
-        "completions", "responses",
+        "completions", "responses", "targets",
     ),
     "context": ("input", "context", "passage", "document", "article", "desc", "输入", "上下文", "背景", "材料"),
     "system": (
@@ -44,12 +45,13 @@ KEYS: dict[str, tuple[str, ...]] = {
     "chosen": (
         "chosen", "choose", "chosen_response", "response_chosen", "chosen_answer", "answer_chosen", "preferred_output",
         "preferred", "accepted", "accept", "better", "win", "response_j", "chosen_messages", "preferred_response",
-        "winner_response", "positive", "good", "优选", "好回答", "好的回答", "更好的回答",
+        "winner_response", "positive", "pos_resp", "good", "优选", "好回答", "好的回答", "更好的回答",
     ),
     "rejected": (
         "rejected", "reject", "rejected_response", "response_rejected", "rejected_answer", "answer_rejected",
         "non_preferred_output", "dispreferred", "worse", "lose", "response_k", "rejected_messages",
-        "dispreferred_response", "loser_response", "negative", "bad", "劣选", "差回答", "差的回答", "较差的回答",
+        "dispreferred_response", "loser_response", "negative", "neg_resp", "bad", "劣选", "差回答", "差的回答",
+        "较差的回答",
     ),
     "label": ("label", "kto_tag"),
     "weight": ("weight",),
@@ -58,8 +60,8 @@ KEYS: dict[str, tuple[str, ...]] = {
 # Two answers beside each other, the key that says which is better, and its values for the first and the second.
 COMPARISONS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("response_0", "response_1", "better_response_id", (0, 1)),
-    ("conversation_a", "conversation_b", "winner", ("model_a", "model_b")),
-    ("response_a", "response_b", "winner", ("model_a", "model_b")),
+    ("conversation_a", "conversation_b", "winner", ("a", "b")),  # also model_a, response_a
+    ("response_a", "response_b", "winner", ("a", "b")),
     ("human_ref_A", "human_ref_B", "labels", (1, 0)),
 )
 
@@ -70,7 +72,7 @@ ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
 ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "customer", "用户", "提问者"), "user"),
+    **dict.fromkeys(("user", "human", "prompter", "customer", "usr", "用户", "人类", "提问者"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "chatbot", "model", "ai", "bing", "bard",
                      "claude", "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_call", "function_response", "tool_call",

@@ -19,10 +19,10 @@ from corpus.layouts import ROLES
 
 Message = dict[str, Any]
 
-_NAMES = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|助手|系统"
+_NAMES = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
 _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, marker in (
     # how a text of this style begins, its markers with the name of the speaker
-    (r"(?:Human|HUMAN|User|USER|System|SYSTEM|用户|系统)[ \t]*[:：]", rf"(?:^|\n)[ \t]*({_NAMES})[ \t]*[:：]"),
+    (r"(?:Human|HUMAN|User|USER|System|SYSTEM|用户|人类|系统)[ \t]*[:：]", rf"(?:^|\n)[ \t]*({_NAMES})[ \t]*[:：]"),
     (rf"###[ \t]*(?:{_NAMES})[ \t]*[:：]", rf"\n?###[ \t]*({_NAMES})[ \t]*[:：]"),
     (r"###[ \t]*Instruction:|Below is an instruction", r"(?:^|\n)[ \t]*###[ \t]*(Instruction|Input|Response):"),
     (r"<\|im_start\|>", r"<\|im_start\|>(\w+)\n"),
@@ -32,7 +32,7 @@ _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, 
      r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>"),
     (r"(?:<s>)?[ \t]*\[INST\]", r"(?:<s>)?[ \t]*\[(/?INST)\]"),
 ))  # fmt: skip
-_BEGIN = re.compile(r"\s*(?:[HUS#<\[用系]|Below)")  # nearly all other text is told by its first letter
+_BEGIN = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # nearly all other text is told by its first letter
 _END = re.compile(r"\s*(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|<\|end\|>|</s>)\s*$")
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 _ROLES = {**ROLES, "instruction": "user", "input": "user", "response": "assistant", "inst": "user",

@@ -28,6 +28,7 @@ from corpus.chats import (
     is_blank,
     is_filled,
     is_tool_call,
+    is_zero,
     message,
     messages_of,
     plain_answer,
@@ -40,7 +41,7 @@ from corpus.marked_text import is_open_question, marked_turns
 from corpus.pair_answers import SIDES, best_and_worst, conversation_of, is_ranked, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
-from corpus.row_keys import COMPARED_KEYS, Fields, RowKeys
+from corpus.row_keys import Fields, RowKeys, is_compared
 
 _NO_CHAT = "none of the keys of a chat"
 
@@ -144,7 +145,7 @@ class RowReader(RowKeys):
                 if str(row[key]).strip().lower() == "false":
                     raise UnfitRow(f"an answer that is marked as bad ({key} is false)")
         for key in fields.get("weight", ()):
-            if row[key] in (0, 0.0, "0"):
+            if is_zero(row[key]):
                 raise UnfitRow(f"a row with {key} 0")
 
     def _prompt(
@@ -230,6 +231,7 @@ class RowReader(RowKeys):
             raise BadRow("none of the keys of a pair")
         fields = self.fields(row) if fields is None else fields
         notes, used = Notes(), set[str]()
+        self._skip_unwanted(row, fields, used)
         values = self._sides(row, fields, used)
         before = self._prompt(row, fields, used, used, notes)
         if not before and "messages" in fields:
@@ -260,10 +262,12 @@ class RowReader(RowKeys):
         if better is None and "rejected" in fields and whole:
             used.update((whole[0], fields["rejected"][0]))
             return row[whole[0]], row[fields["rejected"][0]]
-        for first, second, mark, (one, other) in COMPARISONS:
-            if first in row and second in row and mark in row:
+        names = {str(key).strip().lower(): key for key in row}
+        for *three, (one, other) in COMPARISONS:
+            if all(name.lower() in names for name in three):
+                first, second, mark = (names[name.lower()] for name in three)
                 used.update((first, second, mark))
-                said = str(row[mark]).strip().lower()
+                said = str(as_text(row[mark])).strip().lower().removeprefix("model_").removeprefix("response_")
                 if said not in (str(one), str(other)):
                     raise UnfitRow(f"no answer is marked as the better one ({mark})")
                 return (row[first], row[second]) if said == str(one) else (row[second], row[first])
@@ -306,7 +310,7 @@ class RowReader(RowKeys):
             return [self.chat, self.text] if isinstance(row, str) else [self.chat]
         text = self._text_key(row, fields)
         ranked = any(isinstance(row[key], (list, tuple)) for key in fields.get("answer", ()))
-        pair = "chosen" in fields or "rejected" in fields or ranked or not COMPARED_KEYS.isdisjoint(row)
+        pair = "chosen" in fields or "rejected" in fields or ranked or any(map(is_compared, row))
         marked = text is not None and isinstance(row[text], str) and bool(marked_turns(row[text]))
         chat = "messages" in fields or "answer" in fields or marked
         applies = ((pair, self.pair), (chat, self.chat), (text is not None, self.text))

@@ -81,6 +81,11 @@ def test_marked_text_in_detail(text, messages):
         ({"question": "JSON?", "answer": '[{"role": "admin"}]'}, [user("JSON?"), bot('[{"role": "admin"}]')]),
         ({"question": "JSON?", "answer": '[{"role": "user", "name": "x"}]'},
          [user("JSON?"), bot('[{"role": "user", "name": "x"}]')]),
+        # datasets' Sequence of objects; MOSS; HuatuoGPT; FLAN
+        ({"conversations": {"from": ["human", "gpt"], "value": [Q, A]}}, TWO[:2]),
+        ({"chat": {"turn_1": {"Human": "<|Human|>: 1+1?<eoh>\n", "MOSS": "<|MOSS|>: 2<eom>\n"}}}, TWO[:2]),
+        ({"data": ["问：1+1?", "答：2"]}, TWO[:2]),
+        ({"inputs": Q, "targets": A}, TWO[:2]),
         # SlimOrca weighs questions, too
         ({"conversations": [{"from": "human", "value": Q, "weight": 0.0}, {"from": "gpt", "value": A, "weight": 1.0}]},
          TWO[:2]),
@@ -92,7 +97,7 @@ def test_chats_as_published(row, messages):
 
 
 @pytest.mark.parametrize("mark", ["weight", "train", "training", "loss", "loss_weight"])
-@pytest.mark.parametrize("value", [0, 0.0, False])
+@pytest.mark.parametrize("value", [0, 0.0, False, "0", "0.0"])
 def test_a_message_that_is_excluded_is_not_trained(mark, value):
     messages = READER.chat({"messages": [user(Q), bot(A, **{mark: value}), user(R), bot(B, **{mark: 1})]}).messages
     assert messages == [user(Q), bot(A, weight=0), user(R), bot(B)]
@@ -117,6 +122,11 @@ def test_a_message_that_is_excluded_is_not_trained(mark, value):
         {"prompt": Q, "chosen": f"Human: {Q}\nAssistant: {A}", "rejected": f"Human: {Q}\nAssistant: {B}"},
         {"prompt": Q, "chosen": {"text": A, "score": 1}, "rejected": {"text": B, "score": 0}},
         {"prompt": Q, "chosen": 2, "rejected": 4.0},
+        # a csv header is in lower case
+        {"prompt": Q, "response_0": B, "Response_1": A, "better_response_id": "1"},
+        {"history": Q, "human_ref_a": A, "human_ref_b": B, "labels": "1"},
+        {"prompt": Q, "response_a": A, "response_b": B, "winner": "response_a"},
+        {"prompt": Q, "pos_resp": A, "neg_resp": B},
         {"问题": Q, "好的回答": A, "差的回答": B},
     ],
 )  # fmt: skip
@@ -135,13 +145,15 @@ def test_pairs_as_published(row):
         ({"chat": "USER: x\nASSISTANT: y\nFUNCTION RESPONSE: {}\nASSISTANT: z"}, "tool turns are not trained yet"),
         ({"text": "<|im_start|>user\nx<|im_end|>\n<|im_start|>tool\ny<|im_end|>\n<|im_start|>assistant\nz<|im_end|>"},
          "tool turns are not trained yet"),
+        ({"prompt": Q, "chosen": A, "rejected": B, "weight": 0.0}, "a row with weight 0"),
+        ({"prompt": Q, "answer": A, "weight": "0.0"}, "a row with weight 0"),
         ({"question": Q, "answers": {"text": [], "answer_start": []}}, "an empty answer"),
         ({"prompt": Q, "completions": [{"response": A, "score": 1}, {"response": B, "score": 1}]}, "better one"),
     ],
 )  # fmt: skip
 def test_rows_that_are_left_out_on_purpose(row, reason):
     with pytest.raises(UnfitRow, match=reason):
-        (READER.pair if "completions" in row else READER.chat)(row)
+        (READER.pair if "completions" in row or "chosen" in row else READER.chat)(row)
 
 
 @pytest.mark.parametrize(
