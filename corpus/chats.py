@@ -11,17 +11,15 @@ it.
 Read next: layouts.py (keys and roles), rows.py (rows -> chats), pack.py (chats -> tokens).
 """
 
-import ast
 import itertools
-import json
 import re
-import warnings
 from typing import Any
 
 from corpus.language import as_text, is_missing, sound_text
 from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS, TRAINED_KEYS
 from corpus.marked_text import Message, marked_turns, message
 from corpus.report import BadRow, UnfitRow
+from corpus.spelled_turns import parse_list, parsed
 
 OPENING = "without the assistant's opening message"
 JOINED = "with messages of one role in a row joined"
@@ -222,7 +220,7 @@ def _text_of(value: Any) -> Any:
         if value.startswith("<|") and (moss := _MOSS.fullmatch(value)):
             return moss[1]
         if value.startswith("[{") and "text" in value[:40]:
-            parts = _parsed(value)
+            parts = parsed(value)
             if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts):
                 return _text_of(parts)
         return value
@@ -233,27 +231,6 @@ def _text_of(value: Any) -> Any:
     if all(isinstance(text, str) for text in texts):
         return "".join(map(str, texts))
     raise UnfitRow("a message with parts that are not text")
-
-
-# ---- text that spells turns ------------------------------------------------------------------------------------------
-def spells_messages(value: Any) -> bool:
-    """True for text that spells a list of messages with roles, as a csv or parquet cell may."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
-        return False
-    turns = _parsed(value)
-    return isinstance(turns, list) and all(isinstance(turn, dict) and is_message(turn) for turn in turns)
-
-
-def is_message(turn: dict[str, Any]) -> bool:
-    """True for an object with a known role and a text, or a call of a tool."""
-    names_a_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLES for key in ROLE_KEYS)
-    return names_a_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
-
-
-def is_tool_call(value: Any) -> bool:
-    """True for text that spells calls of functions: [{"name": ..., "arguments": ...}]."""
-    calls = _parsed(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
-    return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
 
 
 def history_of(value: Any, notes: Notes) -> list[Message]:
@@ -271,32 +248,6 @@ def history_of(value: Any, notes: Notes) -> list[Message]:
     return [
         {**turn, "content": sound_text(turn["content"], "history")} for turn in messages_of(value, notes, "history")
     ]
-
-
-def parse_list(text: str, field: str) -> Any:
-    """The list that `text` spells in JSON or as a Python literal. No name is looked up and nothing is called."""
-    value = _parsed(text)
-    if value is None:
-        raise BadRow(f"{field} is neither JSON nor a Python list")
-    return value
-
-
-def _parsed(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval, _of_numpy):
-        try:
-            with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, no mistake of ours
-                warnings.simplefilter("ignore")
-                return parse(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-    return None
-
-
-def _of_numpy(text: str) -> Any:
-    """A list of objects as numpy prints it, without commas: what pandas writes to csv for a list read from parquet."""
-    if "}\n {" not in text:
-        raise ValueError
-    return ast.literal_eval(text.replace("}\n {", "}, {"))
 
 
 # ---- the rules of turns ----------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from corpus.chats import (
     message,
     messages_of,
     plain_answer,
-    spells_messages,
     turn_texts,
 )
-from corpus.layouts import SCORES
+from corpus.language import as_text
+from corpus.layouts import COMPARISONS, SCORES
 from corpus.marked_text import marked_turns
 from corpus.report import BadRow, UnfitRow
+from corpus.spelled_turns import spells_messages
 
 SIDES = ("chosen", "rejected")
 
@@ -62,6 +63,23 @@ def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) 
 
 def _contains(messages: list[Message], part: list[Message]) -> bool:
     return any(messages[i : i + len(part)] == part for i in range(len(messages)))
+
+
+def compared_sides(row: dict[str, Any], used: set[str]) -> tuple[Any, Any] | None:
+    """The better and the worse of two answers beside each other (layouts.COMPARISONS); None where there are none.
+
+    Raises UnfitRow where none of the two is marked as the better one.
+    """
+    names = {str(key).strip().lower(): key for key in row}
+    for *three, (one, other) in COMPARISONS:
+        if all(name.lower() in names for name in three):
+            first, second, mark = (names[name.lower()] for name in three)
+            used.update((first, second, mark))
+            said = str(as_text(row[mark])).strip().lower().removeprefix("model_").removeprefix("response_")
+            if said not in (str(one), str(other)):
+                raise UnfitRow(f"no answer is marked as the better one ({mark})")
+            return (row[first], row[second]) if said == str(one) else (row[second], row[first])
+    return None
 
 
 # ---- several answers in one list -------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from corpus.chats import is_message, parse_list, role_of, turn_texts
+from corpus.chats import role_of, turn_texts
 from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
 from corpus.marked_text import edit_marked, marked_turns
 from corpus.report import BadRow
+from corpus.spelled_turns import is_message, parse_list
 
 
 def edit_value(value: Any, edit: Callable[[str], str]) -> Any:

@@ -27,21 +27,20 @@ from corpus.chats import (
     history_of,
     is_blank,
     is_filled,
-    is_tool_call,
     is_zero,
     message,
     messages_of,
     plain_answer,
     role_of,
-    spells_messages,
 )
 from corpus.language import as_text, is_missing, sound_text
-from corpus.layouts import ALTERNATIVES, COMPARISONS, HARMLESS
+from corpus.layouts import ALTERNATIVES, HARMLESS
 from corpus.marked_text import is_open_question, marked_turns
-from corpus.pair_answers import SIDES, best_and_worst, conversation_of, is_ranked, split_pair
+from corpus.pair_answers import SIDES, best_and_worst, compared_sides, conversation_of, is_ranked, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
 from corpus.row_keys import Fields, RowKeys, is_compared
+from corpus.spelled_turns import is_tool_call, spells_messages
 
 _NO_CHAT = "none of the keys of a chat"
 
@@ -71,6 +70,7 @@ class RowReader(RowKeys):
         fields = self.fields(row) if fields is None else fields
         key = self._text_key(row, fields)
         if key is not None:
+            self._skip_weightless(row, fields)
             content = Content("text", sound_text(row[key], key))
             content.unused = self._unused(row, {key}, Notes(), [message("user", content.text)])
             return content
@@ -144,6 +144,10 @@ class RowReader(RowKeys):
                 used.add(key)
                 if str(row[key]).strip().lower() == "false":
                     raise UnfitRow(f"an answer that is marked as bad ({key} is false)")
+        self._skip_weightless(row, fields)
+
+    @staticmethod
+    def _skip_weightless(row: dict[str, Any], fields: Fields) -> None:
         for key in fields.get("weight", ()):
             if is_zero(row[key]):
                 raise UnfitRow(f"a row with {key} 0")
@@ -262,15 +266,8 @@ class RowReader(RowKeys):
         if better is None and "rejected" in fields and whole:
             used.update((whole[0], fields["rejected"][0]))
             return row[whole[0]], row[fields["rejected"][0]]
-        names = {str(key).strip().lower(): key for key in row}
-        for *three, (one, other) in COMPARISONS:
-            if all(name.lower() in names for name in three):
-                first, second, mark = (names[name.lower()] for name in three)
-                used.update((first, second, mark))
-                said = str(as_text(row[mark])).strip().lower().removeprefix("model_").removeprefix("response_")
-                if said not in (str(one), str(other)):
-                    raise UnfitRow(f"no answer is marked as the better one ({mark})")
-                return (row[first], row[second]) if said == str(one) else (row[second], row[first])
+        if compared := compared_sides(row, used):
+            return compared
         for key in fields.get("answer", ()):
             if (
                 isinstance(row[key], (list, tuple))
