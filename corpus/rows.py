@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from corpus.answers import answer_of, is_texts
 from corpus.chats import (
-    NO_TOOLS,
     Message,
     Notes,
     apply_turn_rules,
@@ -30,17 +30,15 @@ from corpus.chats import (
     is_zero,
     message,
     messages_of,
-    plain_answer,
-    role_of,
 )
 from corpus.language import as_text, is_missing, sound_text
 from corpus.layouts import ALTERNATIVES, HARMLESS
 from corpus.marked_text import is_open_question, marked_turns
-from corpus.pair_answers import SIDES, best_and_worst, compared_sides, conversation_of, is_ranked, split_pair
+from corpus.pair_answers import SIDES, best_and_worst, compared_sides, conversation_of, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
 from corpus.row_keys import Fields, RowKeys, is_compared
-from corpus.spelled_turns import is_tool_call, spells_messages
+from corpus.spelled_turns import spells_messages
 
 _NO_CHAT = "none of the keys of a chat"
 
@@ -120,10 +118,10 @@ class RowReader(RowKeys):
             messages = messages_of(row[turns], notes)
             if answers and messages and messages[-1]["role"] == "user":
                 used.add(answers[0])
-                messages += self._answer(row, answers[0], notes)
+                messages += answer_of(row[answers[0]], answers[0], notes)
         elif answers and (asked := self._prompt(row, fields, set(answers[:1]), used, notes)):
             used.add(answers[0])
-            messages = [*asked, *self._answer(row, answers[0], notes)]
+            messages = [*asked, *answer_of(row[answers[0]], answers[0], notes)]
         else:
             messages = self._marked_text(row, fields, used)
         return self._with_system(row, fields, messages, used)
@@ -171,32 +169,15 @@ class RowReader(RowKeys):
         if past:
             used.add(past)
             turns += history_of(row[past], notes)
-        holds_turns = isinstance(value, (list, dict)) and not _is_texts(value)
+        holds_turns = isinstance(value, (list, dict)) and not is_texts(value)
         if holds_turns or spells_messages(value) or (isinstance(value, str) and is_open_question(value)):
             asked = messages_of(value, notes)
         else:
-            asked = [message("user", "\n".join(value) if _is_texts(value) else sound_text(value, key))]
+            asked = [message("user", "\n".join(value) if is_texts(value) else sound_text(value, key))]
         if contexts:
             more = [_joined_text(row[key], key) for key in contexts]
             asked = [*asked[:-1], {**asked[-1], "content": "\n".join([asked[-1]["content"], *more])}]
         return turns + asked
-
-    def _answer(self, row: dict[str, Any], key: str, notes: Notes) -> list[Message]:
-        value = plain_answer(row[key])
-        if _is_texts(value) and (key == "answers" or isinstance(row[key], dict)):
-            notes.changes[f"with the first of several {key}"] = None
-            value = value[0]
-        if not is_filled(value):
-            raise UnfitRow("an empty answer")
-        if is_tool_call(value):
-            raise UnfitRow(f"{NO_TOOLS} ({key})")
-        if isinstance(value, (list, tuple, dict)) or spells_messages(value):
-            if _is_texts(value) or (not isinstance(value, str) and is_ranked(value)):
-                raise BadRow(f"several answers in {key}: data_process.py dpo reads ranked ones")
-            if isinstance(value, dict) and role_of(value) is None and not is_filled(value.get("messages")):
-                raise BadRow(f"{key} is an object, not a string")
-            return messages_of(value, notes)
-        return [message("assistant", sound_text(value, key))]
 
     def _marked_text(self, row: dict[str, Any], fields: Fields, used: set[str]) -> list[Message]:
         """A chat written into one text with Human: and Assistant: or with ChatML's markers."""
@@ -272,7 +253,7 @@ class RowReader(RowKeys):
             if (
                 isinstance(row[key], (list, tuple))
                 and len(row[key]) > 1
-                and not (key in ALTERNATIVES and _is_texts(row[key]))
+                and not (key in ALTERNATIVES and is_texts(row[key]))
             ):
                 used.add(key)
                 return best_and_worst(row[key])
@@ -342,13 +323,8 @@ class RowReader(RowKeys):
         return [*unused, *notes.unused]
 
 
-def _is_texts(value: Any) -> bool:
-    """True for a list of texts that is no chat by itself: the paragraphs of a context, ranked answers."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
-
-
 def _joined_text(value: Any, key: str) -> str:
-    return "\n".join(value) if _is_texts(value) else sound_text(value, key)
+    return "\n".join(value) if is_texts(value) else sound_text(value, key)
 
 
 READER = RowReader()
