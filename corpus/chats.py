@@ -11,24 +11,30 @@ it.
 Read next: layouts.py (keys and roles), rows.py (rows -> chats), pack.py (chats -> tokens).
 """
 
-import ast
 import itertools
-import json
-import warnings
+import re
 from typing import Any
 
-from corpus.language import is_missing, sound_text
-from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS
+from corpus.language import as_text, is_missing, sound_text
+from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS, TRAINED_KEYS
 from corpus.marked_text import Message, marked_turns, message
 from corpus.report import BadRow, UnfitRow
+from corpus.spelled_turns import parse_list, parsed
 
 OPENING = "without the assistant's opening message"
 JOINED = "with messages of one role in a row joined"
 CUT = "cut before an empty message"
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's types of parts that are text
 NO_TOOLS = "tool turns are not trained yet"
 
-_READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, "weight", "train", "loss", "recipient", "end_turn"))
-_TURN_ROLES = {**dict.fromkeys(KEYS["prompt"], "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES}
+_READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, *TRAINED_KEYS, "recipient", "end_turn"))
+_TURN_ROLES = {
+    **dict.fromkeys((*KEYS["prompt"], *KEYS["context"]), "user"), **dict.fromkeys(KEYS["answer"], "assistant"), **ROLES
+}  # fmt: skip
+
+
+_SPEAKER = re.compile(r"\s*[问答][:：]\s*")  # in front of each text of a list of questions and answers
+_MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*(.*?)\s*(?:<eo[hm]>)?\s*", re.DOTALL)
 
 
 class Notes:
@@ -69,6 +75,11 @@ def is_filled(value: Any) -> bool:
     return not (is_missing(value) or (isinstance(value, (list, tuple, dict)) and not value))
 
 
+def is_zero(value: Any) -> bool:
+    """True for a weight that excludes what it belongs to: 0, false, or such text, as a csv cell has it."""
+    return value in (0, False) or (isinstance(value, str) and value.strip().lower() in ("0", "0.0", "false"))
+
+
 # ---- a value -> messages ---------------------------------------------------------------------------------------------
 def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -> list[Message]:
     """The messages that `value` holds; their text is not checked yet. Raises BadRow, or UnfitRow for tool turns."""
@@ -84,6 +95,10 @@ def messages_of(value: Any, notes: Notes, field: str = "the list of messages") -
     if not value:
         raise BadRow("no messages")
     if all(isinstance(turn, str) for turn in value):
+        if marked := marked_turns("\n".join(value)):
+            return marked
+        if all(map(_SPEAKER.match, value)):
+            value = [_SPEAKER.sub("", text) for text in value]
         return [message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)]
     messages = []
     for turn in value:
@@ -104,19 +119,25 @@ def _usual_message(turn: Any) -> Message | None:
 
 
 def _turns_of_object(value: dict[str, Any]) -> Any:
-    """The turns in an object: one message, one {human, assistant}, {"messages": [...]}, or {"turn_1": {...}, ...}."""
+    """The turns in an object: one message, one {human, assistant}, {"messages": [...]}, {"turn_1": {...}, ...}, or
+    {"role": [...], "content": [...]}, as datasets stores a Sequence."""
     inner = next((value[key] for key in KEYS["messages"] if is_filled(value.get(key))), None)
     if inner is not None:
         return inner
-    if value and all(isinstance(turn, dict) for turn in value.values()):
-        return list(value.values())
+    columns = list(value.values())
+    if value and all(isinstance(turn, dict) for turn in columns):
+        return columns
+    if value and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]  # a column for each key
     return [value]
 
 
 def _messages_of_turn(turn: Any, notes: Notes) -> list[Message]:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         role = ROLES.get(turn[0].strip().lower()) if isinstance(turn[0], str) else None
-        return [message(role, turn[1])] if role else [message("user", turn[0]), message("assistant", turn[1])]
+        if role:
+            return [message(role, _text_of(turn[1]))]
+        return [message("user", as_text(turn[0])), message("assistant", as_text(turn[1]))]
     if not isinstance(turn, dict):
         raise BadRow("a message is not an object")
     role = role_of(turn)
@@ -128,12 +149,12 @@ def _messages_of_turn(turn: Any, notes: Notes) -> list[Message]:
     if "tool" in texts.values():
         raise UnfitRow(NO_TOOLS)
     _note_keys(turn, set(texts), notes)
-    return [
-        message(role, _text_of(turn[key]))
-        for role in ("system", "user", "assistant")
-        for key, held in texts.items()
-        if held == role
-    ]
+    held = {
+        role: [_text_of(turn[key]) for key in texts if texts[key] == role] for role in ("system", "user", "assistant")
+    }
+    if len(held["user"]) > 1 and all(isinstance(text, str) for text in held["user"]):  # a question and its context
+        held["user"] = ["\n".join(held["user"])]
+    return [message(role, text) for role, contents in held.items() for text in contents]
 
 
 def role_of(turn: dict[str, Any]) -> str | None:
@@ -150,9 +171,10 @@ def role_of(turn: dict[str, Any]) -> str | None:
 
 
 def turn_texts(turn: dict[str, Any]) -> dict[str, str]:
-    """{key: role} of a turn object without a role, such as {human, assistant}, {q, a} or {user}."""
+    """{key: role} of a turn object without a role, such as {human, assistant}, {q, a} or {user}; a context last."""
     roles = {key: _TURN_ROLES.get(key) or _TURN_ROLES.get(str(key).lower(), "") for key in turn}
-    return {key: role for key, role in roles.items() if role and is_filled(turn[key])}
+    filled = [key for key, role in roles.items() if role and is_filled(turn[key])]
+    return {key: roles[key] for key in sorted(filled, key=lambda key: str(key).lower() in KEYS["context"])}
 
 
 def _message_of(turn: dict[str, Any], role: str, notes: Notes) -> Message:
@@ -165,10 +187,19 @@ def _message_of(turn: dict[str, Any], role: str, notes: Notes) -> Message:
         for thought in THOUGHT_KEYS:
             if is_filled(turn.get(thought)):
                 notes.changes[f"without its `{thought}`: thoughts are not trained yet"] = None
-        if turn.get("weight") in (0, False) or turn.get("train") is False or turn.get("loss") is False:
+        if role == "assistant" and any(is_zero(turn.get(mark)) for mark in TRAINED_KEYS):
             result["weight"] = 0
         _note_keys(turn, {key}, notes)
     return result
+
+
+def plain_answer(value: Any) -> Any:
+    """The text of an answer that is a number, a list of one text, or an object with a text; else the value itself."""
+    if isinstance(value, dict) and (key := content_key_of(value)) and role_of(value) is None:
+        value = value[key]
+    if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict)):
+        value = value[0]
+    return as_text(value)
 
 
 def content_key_of(turn: dict[str, Any]) -> str | None:
@@ -186,31 +217,20 @@ def _note_keys(turn: dict[str, Any], used: set[Any], notes: Notes) -> None:
 def _text_of(value: Any) -> Any:
     """The text of a message that may be given in OpenAI's parts: [{"type": "text", "text": "..."}]."""
     if isinstance(value, str):
+        if value.startswith("<|") and (moss := _MOSS.fullmatch(value)):
+            return moss[1]
         if value.startswith("[{") and "text" in value[:40]:
-            parts = _parsed(value)
-            if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+            parts = parsed(value)
+            if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts):
                 return _text_of(parts)
         return value
     parts = [value] if isinstance(value, dict) else value
     if not isinstance(parts, list):
-        return value
+        return as_text(value)
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if all(isinstance(text, str) for text in texts):
         return "".join(map(str, texts))
     raise UnfitRow("a message with parts that are not text")
-
-
-# ---- text that spells turns ------------------------------------------------------------------------------------------
-def spells_messages(value: Any) -> bool:
-    """True for text that spells a list of messages with roles, as a csv or parquet cell may."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
-        return False
-    turns = _parsed(value)
-    return isinstance(turns, list) and all(isinstance(turn, dict) and _names_a_role(turn) for turn in turns)
-
-
-def _names_a_role(turn: dict[str, Any]) -> bool:
-    return any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLES for key in ROLE_KEYS)
 
 
 def history_of(value: Any, notes: Notes) -> list[Message]:
@@ -228,25 +248,6 @@ def history_of(value: Any, notes: Notes) -> list[Message]:
     return [
         {**turn, "content": sound_text(turn["content"], "history")} for turn in messages_of(value, notes, "history")
     ]
-
-
-def parse_list(text: str, field: str) -> Any:
-    """The list that `text` spells in JSON or as a Python literal. No name is looked up and nothing is called."""
-    value = _parsed(text)
-    if value is None:
-        raise BadRow(f"{field} is neither JSON nor a Python list")
-    return value
-
-
-def _parsed(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, not an error here
-                warnings.simplefilter("ignore")
-                return parse(text.strip())
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-    return None
 
 
 # ---- the rules of turns ----------------------------------------------------------------------------------------------
@@ -278,6 +279,8 @@ def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Messa
         role, before = new["role"], kept[-1]["role"] if kept else ""
         if role == "system" and before not in ("", "system"):
             raise UnfitRow("a system message after the start")
+        if role == "tool":
+            raise UnfitRow(NO_TOOLS)
         if role == "system" and is_blank(new["content"]):
             continue  # many files carry an empty system message everywhere
         if role == "assistant" and before in ("", "system"):

@@ -24,7 +24,22 @@ from corpus.sources import PIECE, Source
 MAX_LINE = 64 << 20  # bytes of one line or value; longer ones are bad rows
 WHOLE = 1 << 20  # characters up to which one object is read as a whole before it is searched for a list of rows
 CHAT_LISTS = frozenset(
-    ("messages", "conversations", "conversation", "dialogue", "dialog", "chosen", "rejected", "history")
+    (
+        "messages",
+        "conversations",
+        "conversation",
+        "dialogue",
+        "dialog",
+        "dialogs",
+        "chat",
+        "turns",
+        "chosen",
+        "rejected",
+        "history",
+        "answers",
+        "completions",
+        "responses",
+    )
 )
 
 Rows = Iterator[tuple[int, Any]]

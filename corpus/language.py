@@ -43,6 +43,15 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def as_text(value: Any) -> Any:
+    """The text of a number, as a csv file would hold it (42, not 42.0); any other value as it is."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return (
+        str(value) if isinstance(value, (int, float)) and not (isinstance(value, bool) or is_missing(value)) else value
+    )
+
+
 def sound_text(value: Any, field: str) -> str:
     """`value` itself, when it is text that a tokenizer can take.
 

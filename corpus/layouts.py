@@ -29,22 +29,29 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "prompt": (
         "instruction", "question", "prompt", "query", "q", "problem", "human", "user", "ask",
-        "指令", "问题", "提问", "提示", "题目", "问",
+        "指令", "问题", "提问", "提示", "题目", "问", "用户问题", "用户输入", "提示词", "问题描述", "用户", "inputs",
+        "title",
     ),
     "answer": (
         "output", "response", "solution", "answer", "a", "completion", "target", "reply", "assistant", "gpt", "bot",
-        "输出", "回答", "回复", "答案", "答复", "答",
+        "输出", "回答", "回复", "答案", "答复", "答", "参考答案", "标准答案", "模型回答", "助手", "answers",
+        "completions", "responses", "targets",
     ),
-    "context": ("input", "context", "passage", "document", "article", "输入", "上下文", "背景"),
-    "system": ("system", "system_prompt", "system_message", "meta_instruction", "系统提示", "系统"),
+    "context": ("input", "context", "passage", "document", "article", "desc", "输入", "上下文", "背景", "材料"),
+    "system": (
+        "system", "system_prompt", "system_message", "meta_instruction", "系统提示", "系统", "系统提示词", "系统消息",
+    ),
     "history": ("history", "历史", "历史对话"),
     "chosen": (
         "chosen", "choose", "chosen_response", "response_chosen", "chosen_answer", "answer_chosen", "preferred_output",
-        "preferred", "accepted", "accept", "better", "win", "response_j", "优选", "好回答",
+        "preferred", "accepted", "accept", "better", "win", "response_j", "chosen_messages", "preferred_response",
+        "winner_response", "positive", "pos_resp", "good", "优选", "好回答", "好的回答", "更好的回答",
     ),
     "rejected": (
         "rejected", "reject", "rejected_response", "response_rejected", "rejected_answer", "answer_rejected",
-        "non_preferred_output", "dispreferred", "worse", "lose", "response_k", "劣选", "差回答",
+        "non_preferred_output", "dispreferred", "worse", "lose", "response_k", "rejected_messages",
+        "dispreferred_response", "loser_response", "negative", "neg_resp", "bad", "劣选", "差回答", "差的回答",
+        "较差的回答",
     ),
     "label": ("label", "kto_tag"),
     "weight": ("weight",),
@@ -53,22 +60,26 @@ KEYS: dict[str, tuple[str, ...]] = {
 # The keys of two answers, the key that says which one is better, and its values for the first and the second.
 COMPARISONS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("response_0", "response_1", "better_response_id", (0, 1)),
-    ("conversation_a", "conversation_b", "winner", ("model_a", "model_b")),
-    ("response_a", "response_b", "winner", ("model_a", "model_b")),
+    ("conversation_a", "conversation_b", "winner", ("a", "b")),  # also model_a, response_a
+    ("response_a", "response_b", "winner", ("a", "b")),
     ("human_ref_A", "human_ref_B", "labels", (1, 0)),
 )
+
+ALTERNATIVES = ("answers", "completions", "responses")  # lists of answers in no order, unless they have a rank or score
+SCORES = (("rank", 1), ("overall_score", -1), ("score", -1), ("rating", -1), ("pm_score", -1))  # 1: the lowest is best
 
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
 ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "customer", "用户", "提问者"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "model", "ai", "bing", "bard", "claude",
-                     "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
+    **dict.fromkeys(("user", "human", "prompter", "customer", "usr", "用户", "人类", "提问者"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "chatbot", "model", "ai", "bing", "bard",
+                     "claude", "moss", "chatglm", "助手", "机器人", "客服"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_call", "function_response", "tool_call",
                      "tool_response", "tool_result", "ipython", "工具"), "tool"),
 }  # fmt: skip
 TOOL_KEYS = ("tool_calls", "function_call")  # of a message: a call instead of an answer
+TRAINED_KEYS = ("weight", "train", "training", "trained", "loss", "loss_weight")  # of a message: 0 or false excludes it
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
 
 # Keys of metadata, which are ignored; every other key that is not used is reported.
@@ -83,7 +94,8 @@ HARMLESS = frozenset((
     "score_rejected", "scores", "sha", "shard", "source", "source_dataset", "source_file", "split", "src", "subject",
     "subset", "tag", "tags", "task", "task_id", "task_name", "task_type", "time", "timestamp", "topic", "toxic",
     "turn", "turn_id", "type", "uid", "updated", "url", "user_id", "uuid", "version", "weight", "year", "output_len",
-    "type_keyword", "data_source", "编号", "序号", "分类", "类别", "来源",
+    "type_keyword", "data_source", "", "unnamed: 0", "_id", "qid", "question_id", "unique_id", "message_id", "post_id",
+    "subcategory", "redacted", "tstamp", "编号", "序号", "分类", "类别", "来源",
 ))  # fmt: skip
 
 
@@ -110,6 +122,8 @@ LAYOUTS = (
     Layout("list", "chat", [_ASKED, _SAID], "nanochat's CustomJSON: a line is a list of messages",
            "nanochat 的 CustomJSON：一行就是一个消息列表"),
     Layout("turns", "chat", {"conversation": [{"human": "1+1?", "assistant": "2"}]}, "Firefly, MOSS, ShareGPT-zh"),
+    Layout("turns, input and output", "chat", {"conversation": [{"system": "…", "input": "1+1?", "output": "2"}]},
+           "Capybara, xtuner"),
     Layout("strings", "chat", {"conversations": ["1+1?", "2"]}, "LIMA, UltraChat (key data)"),
     Layout("Alpaca", "chat", {"instruction": "Add.", "input": "1+1", "output": "2", "history": [["Hi", "Hello"]],
                               "system": "…"}, "Alpaca, BELLE, LLaMA-Factory; input, history, system optional",
@@ -128,6 +142,12 @@ LAYOUTS = (
     Layout("marked text", "chat", {"instruction": "Human: Hi\nAssistant: Hello\nHuman: 1+1?\nAssistant:",
                                    "output": "2"}, "BELLE's multi-turn set, HH-RLHF",
            "BELLE 多轮数据、HH-RLHF"),
+    Layout("text in a chat format", "chat", {"chat": "USER: 1+1?\n\nASSISTANT: 2"},
+           "Glaive; as text also Guanaco (### Human:), Llama 2 and 3, ChatML, Zephyr, Gemma, Alpaca's template",
+           "Glaive；text 键还可以是 Guanaco（### Human:）、Llama 2 与 3、ChatML、Zephyr、Gemma、Alpaca 模板"),
+    Layout("several answers", "chat", {"context": "Li wrote it.", "question": "Who?", "answers": {"text": ["Li."]}},
+           "SQuAD, CMRC; the first answer is read, counted",
+           "SQuAD、CMRC；只读第一个答案并计数"),
     Layout("labelled", "chat", {"prompt": "1+1?", "completion": "2", "label": True},
            "KTO; rows with label false are skipped",
            "KTO；label 为 false 的行被跳过"),
@@ -141,6 +161,13 @@ LAYOUTS = (
            "LLaMA-Factory；可带 history 与 system"),
     Layout("ranked", "pair", {"instruction": "1+1?", "output": ["2", "3"]}, "LLaMA-Factory: the better answer first",
            "LLaMA-Factory：较好的回答在前"),
+    Layout("rank or score", "pair", {"prompt": "1+1?", "answers": [{"answer": "3", "rank": 2},
+                                                                   {"answer": "2", "rank": 1}]},
+           "Nectar, UltraFeedback (completions, overall_score), StackExchange: the best and the worst answer",
+           "Nectar、UltraFeedback（completions、overall_score）、StackExchange：取最好与最差的回答"),
+    Layout("answer and rejected", "pair", {"query": "1+1?", "response": "2", "rejected_response": "3"},
+           "ms-swift; also messages with rejected_response or rejected_messages",
+           "ms-swift；也可以是 messages 加 rejected_response 或 rejected_messages"),
     Layout("Huozi", "pair", {"q": "1+1?", "choose": "2", "reject": "3"},
            "Huozi; also accepted, better, win, response_j, …",
            "活字；也可以是 accepted、better、win、response_j 等"),

@@ -1,6 +1,11 @@
-"""Chats written into one text: Human: … Assistant: …, 用户：… 助手：…, or ChatML's <|im_start|>role … <|im_end|>.
+"""Chats written into one text: with Human: and Assistant:, or in the chat format of a model.
 
-    marked_turns(text)         the messages, or [] for text that does not begin with a user's marker
+    Human: … Assistant: …, 用户：… 助手：…, ### Human: … ### Assistant: …     BELLE, HH-RLHF, Guanaco
+    ### Instruction: … ### Input: … ### Response: …                           Alpaca's template
+    <|im_start|>user … <|im_end|>, <|user|> …, <start_of_turn>user …          ChatML, Zephyr, Gemma
+    <|start_header_id|>user<|end_header_id|> …, [INST] … [/INST] …            Llama 3, Llama 2
+
+    marked_turns(text)         the messages, or [] for text that does not begin with such a marker
     edit_marked(text, edit)    the same text with the words of every turn edited
 
 Read next: chats.py (turns -> messages).
@@ -14,9 +19,24 @@ from corpus.layouts import ROLES
 
 Message = dict[str, Any]
 
-_MARKER = re.compile(r"(?:^|\n)[ \t]*(?:###[ \t]*|<\|)?(Human|User|Assistant|用户|助手)(?:\|>)?[ \t]*[:：]")
-_MARKED = re.compile(r"\s*(?:###\s*|<\|)?(?:Human|User|用户)(?:\|>)?\s*[:：]")
-_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|$)", re.DOTALL)
+_NAMES = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
+_STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, marker in (
+    # how a text of this style begins, its markers with the name of the speaker
+    (r"(?:Human|HUMAN|User|USER|System|SYSTEM|用户|人类|系统)[ \t]*[:：]", rf"(?:^|\n)[ \t]*({_NAMES})[ \t]*[:：]"),
+    (rf"###[ \t]*(?:{_NAMES})[ \t]*[:：]", rf"\n?###[ \t]*({_NAMES})[ \t]*[:：]"),
+    (r"###[ \t]*Instruction:|Below is an instruction", r"(?:^|\n)[ \t]*###[ \t]*(Instruction|Input|Response):"),
+    (r"<\|im_start\|>", r"<\|im_start\|>(\w+)\n"),
+    (rf"<\|(?i:{_NAMES})\|>", rf"<\|((?i:{_NAMES}))\|>[ \t]*[:：]?"),
+    (r"(?:<bos>)?<start_of_turn>", r"(?:<bos>)?<start_of_turn>(\w+)\n"),
+    (r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>",
+     r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>"),
+    (r"(?:<s>)?[ \t]*\[INST\]", r"(?:<s>)?[ \t]*\[(/?INST)\]"),
+))  # fmt: skip
+_BEGIN = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # nearly all other text is told by its first letter
+_END = re.compile(r"\s*(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|<\|end\|>|</s>)\s*$")
+_LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
+_ROLES = {**ROLES, "instruction": "user", "input": "user", "response": "assistant", "inst": "user",
+          "/inst": "assistant", "function response": "tool"}  # fmt: skip
 
 
 def message(role: str, content: Any) -> Message:
@@ -24,20 +44,28 @@ def message(role: str, content: Any) -> Message:
 
 
 def marked_turns(text: str) -> list[Message]:
-    """The turns of text marked with Human:/Assistant:, 用户：/助手： or ChatML; [] where it does not begin with a user.
+    """The turns of text with the markers of a chat; [] where it does not begin with one, or no one answers.
 
     A last assistant marker without text ends the question, as in BELLE's multi-turn set; it is not a turn.
     """
-    if text.startswith("<|im_start|>"):
-        chatml = [message(ROLES.get(name.lower(), ""), content) for name, content in _CHATML.findall(text)]
-        return chatml if all(turn["role"] for turn in chatml) else []
-    if not is_marked(text):
+    marker = _marker_of(text)
+    if marker is None:
         return []
-    pieces = _MARKER.split(text)
-    roles = ["assistant" if name in ("Assistant", "助手") else "user" for name in pieces[1::2]]
-    if pieces[0].strip() or "assistant" not in roles:
+    before, *pieces = marker.split(text)
+    turns = [message("system", before.strip())] if before.strip() else []
+    for name, piece in zip(pieces[::2], pieces[1::2], strict=True):
+        role, words = _ROLES.get(name.lower(), ""), _words(piece)
+        system = _LLAMA_SYSTEM.match(words) if name == "INST" else None
+        if system:
+            turns.append(message("system", system[1].strip()))
+            words = system[2].strip()
+        if name == "Input" and turns and turns[-1]["role"] == "user":
+            turns[-1]["content"] += "\n" + words
+        else:
+            turns.append(message(role, words))
+    roles = [turn["role"] for turn in turns]
+    if not all(roles) or "assistant" not in roles or roles[0] not in ("user", "system"):
         return []
-    turns = [message(role, content.strip()) for role, content in zip(roles, pieces[2::2], strict=True)]
     return turns[:-1] if roles[-1] == "assistant" and not turns[-1]["content"] else turns
 
 
@@ -45,25 +73,30 @@ def edit_marked(text: str, edit: Callable[[str], str]) -> str:
     """Marked text with the words of every turn edited; the markers and the white space around the words stay."""
     pieces: list[str] = []
     start = 0
-    for marker in _MARKER.finditer(text):
-        pieces += [_edit_words(text[start : marker.start()], edit), marker[0]]
-        start = marker.end()
+    marker = _marker_of(text)
+    for found in marker.finditer(text) if marker else ():
+        pieces += [_edit_words(text[start : found.start()], edit), found[0]]
+        start = found.end()
     return "".join([*pieces, _edit_words(text[start:], edit)])
 
 
-def _edit_words(piece: str, edit: Callable[[str], str]) -> str:
-    words = piece.strip()
-    return piece.replace(words, edit(words), 1) if words else piece
-
-
-def is_marked(text: str) -> bool:
-    """True for text that begins with the marker of a user."""
-    return bool(_MARKED.match(text))
-
-
 def is_open_question(text: str) -> bool:
-    """True for marked text that ends with the marker of the answer to come."""
-    if not is_marked(text):
-        return False
-    *_, speaker, behind = _MARKER.split(text)
-    return speaker in ("Assistant", "助手") and not behind.strip()
+    """True for marked text of several turns that ends with a question, or with the marker of the answer to come."""
+    turns = marked_turns(text)
+    return bool(turns) and turns[-1]["role"] == "user"
+
+
+def _marker_of(text: str) -> re.Pattern[str] | None:
+    """The markers of the style in which the text begins."""
+    if not _BEGIN.match(text):
+        return None
+    return next((marker for begin, marker in _STYLES if begin.match(text)), None)
+
+
+def _words(piece: str) -> str:
+    return _END.sub("", piece).strip()
+
+
+def _edit_words(piece: str, edit: Callable[[str], str]) -> str:
+    words = _words(piece)
+    return piece.replace(words, edit(words), 1) if words else piece

@@ -9,36 +9,24 @@ Called by rows.py. Read next: pairs.py (pairs -> documents).
 import itertools
 from typing import Any
 
-from corpus.chats import Message, Notes, is_blank, is_filled, message, messages_of, spells_messages
-from corpus.layouts import COMPARISONS
+from corpus.chats import (
+    Message,
+    Notes,
+    is_blank,
+    is_filled,
+    message,
+    messages_of,
+    plain_answer,
+    turn_texts,
+)
+from corpus.language import as_text
+from corpus.layouts import COMPARISONS, SCORES
+from corpus.marked_text import marked_turns
 from corpus.report import BadRow, UnfitRow
-from corpus.row_keys import Fields, RowKeys
+from corpus.spelled_turns import spells_messages
 
 SIDES = ("chosen", "rejected")
 NO_PAIR = "none of the keys of a pair"
-
-
-def sides_of(row: dict[str, Any], fields: Fields, keys: RowKeys, used: set[str]) -> tuple[Any, Any]:
-    """The better and the worse answer: two keys, a ranked list, or two answers and a key that names the better one.
-
-    Adds the keys that it reads to `used`. Raises UnfitRow where no answer is better, BadRow for a row without a pair.
-    """
-    better, worse = (fields.get(side, [None])[0] or keys.present(row, side) for side in SIDES)
-    if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
-        used.update((better, worse))
-        return row[better], row[worse]
-    for first, second, mark, (one, other) in COMPARISONS:
-        if first in row and second in row and mark in row:
-            used.update((first, second, mark))
-            said = str(row[mark]).strip().lower()
-            if said not in (str(one), str(other)):
-                raise UnfitRow(f"no answer is marked as the better one ({mark})")
-            return (row[first], row[second]) if said == str(one) else (row[second], row[first])
-    for key in fields.get("answer", ()):
-        if isinstance(row[key], (list, tuple)) and len(row[key]) > 1:
-            used.add(key)
-            return row[key][0], row[key][-1]
-    raise BadRow(NO_PAIR)
 
 
 def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) -> list[Message]:
@@ -46,12 +34,17 @@ def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) 
 
     Raises UnfitRow for an answer that compares nothing, BadRow for one that cannot be used.
     """
-    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
-        value = value[0]
+    value = plain_answer(value)
     if is_blank(value) or not is_filled(value):
         raise UnfitRow(f"an empty answer ({side})")
-    if isinstance(value, str) and before and not spells_messages(value):
-        messages = [message("assistant", value)]
+    if isinstance(value, (list, tuple)) and len(value) > 1 and before and all(isinstance(text, str) for text in value):
+        raise BadRow(f"several answers in {side}: write a row for each")
+    if isinstance(value, str) and not spells_messages(value):
+        messages = marked_turns(value)
+        if before and not _contains(messages, before):
+            messages = [message("assistant", value)]
+        if not messages:
+            raise BadRow("answers without a prompt")
     else:
         messages = messages_of(value, notes)
     if messages[-1]["role"] != "assistant":
@@ -64,9 +57,56 @@ def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) 
         if before[-1]["role"] == "assistant":
             raise BadRow("the prompt ends with an answer")
         return before + messages
-    if before and not any(messages[i : i + len(before)] == before for i in range(len(messages))):
+    if before and not _contains(messages, before):
         raise UnfitRow("chosen and rejected have different prompts")
     return messages
+
+
+def _contains(messages: list[Message], part: list[Message]) -> bool:
+    return any(messages[i : i + len(part)] == part for i in range(len(messages)))
+
+
+def compared_sides(row: dict[str, Any], used: set[str]) -> tuple[Any, Any] | None:
+    """The better and the worse of two answers beside each other (layouts.COMPARISONS); None where there are none.
+
+    Raises UnfitRow where none of the two is marked as the better one.
+    """
+    names = {str(key).strip().lower(): key for key in row}
+    for *three, (one, other) in COMPARISONS:
+        if all(name.lower() in names for name in three):
+            first, second, mark = (names[name.lower()] for name in three)
+            used.update((first, second, mark))
+            said = str(as_text(row[mark])).strip().lower().removeprefix("model_").removeprefix("response_")
+            if said not in (str(one), str(other)):
+                raise UnfitRow(f"no answer is marked as the better one ({mark})")
+            return (row[first], row[second]) if said == str(one) else (row[second], row[first])
+    return None
+
+
+# ---- several answers in one list -------------------------------------------------------------------------------------
+def is_ranked(value: Any) -> bool:
+    """True for a list of answers as objects: {"answer": ..., "rank": 1}, {"response": ..., "score": 8.5}."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(
+        isinstance(answer, dict) and (set(turn_texts(answer).values()) == {"assistant"} or "text" in answer)
+        and not answer.keys() & {"role", "from"} for answer in value
+    )  # fmt: skip
+
+
+def best_and_worst(answers: Any) -> tuple[Any, Any]:
+    """The first and the last answer, by rank or score where all have one. Raises UnfitRow where these are equal."""
+    if not is_ranked(answers):
+        return answers[0], answers[-1]
+    key, sign = next(((key, sign) for key, sign in SCORES if all(_is_number(a.get(key)) for a in answers)), ("", 1))
+    if key:
+        answers = sorted(answers, key=lambda answer: sign * answer[key])
+        if answers[0][key] == answers[-1][key]:
+            raise UnfitRow(f"no answer is marked as the better one ({key})")
+    texts = [answer[next(iter(turn_texts(answer)), "text")] for answer in (answers[0], answers[-1])]
+    return texts[0], texts[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == value
 
 
 def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:

@@ -9,10 +9,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from corpus.chats import parse_list, role_of, turn_texts
+from corpus.chats import role_of, turn_texts
 from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
-from corpus.marked_text import edit_marked, is_marked, marked_turns
+from corpus.marked_text import edit_marked, marked_turns
 from corpus.report import BadRow
+from corpus.spelled_turns import is_message, parse_list
 
 
 def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
@@ -23,15 +24,22 @@ def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
                 spelled = parse_list(value, "")
             except BadRow:
                 return edit(value)
-            if isinstance(spelled, list) and spelled and all(isinstance(turn, (dict, list, tuple)) for turn in spelled):
+            if isinstance(spelled, list) and spelled and all(map(_is_turn, spelled)):
                 done = edit_value(spelled, edit)
                 return value if done == spelled else json.dumps(done, ensure_ascii=False)
-        return edit_marked(value, edit) if is_marked(value) and marked_turns(value) else edit(value)
+        return edit_marked(value, edit) if marked_turns(value) else edit(value)
     if isinstance(value, (list, tuple)):
         return [edit_value(inner, edit) for inner in value]
     if isinstance(value, dict):
         return {key: edit_value(inner, edit) if key in _text_keys(value) else inner for key, inner in value.items()}
     return value
+
+
+def _is_turn(turn: Any) -> bool:
+    """False for the objects of an answer that is JSON."""
+    return isinstance(turn, (list, tuple)) or (
+        isinstance(turn, dict) and ("text" in turn or is_message(turn) or bool(turn_texts(turn)))
+    )
 
 
 def _text_keys(turn: dict[str, Any]) -> set[str]:

@@ -8,10 +8,15 @@ from typing import Any
 from corpus.chats import is_filled
 from corpus.layouts import COMPARISONS, KEYS
 
-COMPARED_KEYS = frozenset(key for first, second, _, _ in COMPARISONS for key in (first, second))
+_COMPARED = frozenset(key.lower() for first, second, _, _ in COMPARISONS for key in (first, second))
 _NO_TEXT = ("label", "weight")  # fields whose keys hold no text
 
 Fields = dict[str, list[str]]  # field of layouts.KEYS -> the row's filled keys, first choice first
+
+
+def is_compared(key: Any) -> bool:
+    """True for the key of an answer that stands beside another one (layouts.COMPARISONS)."""
+    return str(key).strip().lower() in _COMPARED
 
 
 class RowKeys:
@@ -50,4 +55,4 @@ class RowKeys:
 
     def holds_text(self, key: str) -> bool:
         """True for a key whose value a command may train on."""
-        return key in COMPARED_KEYS or any(name not in _NO_TEXT for name, _ in self.roles_of(key))
+        return is_compared(key) or any(name not in _NO_TEXT for name, _ in self.roles_of(key))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from corpus.answers import answer_of, is_texts
 from corpus.chats import (
     Message,
     Notes,
@@ -26,17 +27,18 @@ from corpus.chats import (
     history_of,
     is_blank,
     is_filled,
+    is_zero,
     message,
     messages_of,
-    spells_messages,
 )
-from corpus.language import is_missing, sound_text
-from corpus.layouts import HARMLESS
+from corpus.language import as_text, is_missing, sound_text
+from corpus.layouts import ALTERNATIVES, HARMLESS
 from corpus.marked_text import is_open_question, marked_turns
-from corpus.pair_answers import NO_PAIR, SIDES, conversation_of, sides_of, split_pair
+from corpus.pair_answers import NO_PAIR, SIDES, best_and_worst, compared_sides, conversation_of, split_pair
 from corpus.report import BadRow, UnfitRow
 from corpus.row_edit import edit_value
-from corpus.row_keys import COMPARED_KEYS, Fields, RowKeys
+from corpus.row_keys import Fields, RowKeys, is_compared
+from corpus.spelled_turns import spells_messages
 
 _NO_CHAT = "none of the keys of a chat"
 
@@ -66,6 +68,7 @@ class RowReader(RowKeys):
         fields = self.fields(row) if fields is None else fields
         key = self._text_key(row, fields)
         if key is not None:
+            self._skip_weightless(row, fields)
             content = Content("text", sound_text(row[key], key))
             content.unused = self._unused(row, {key}, Notes(), [message("user", content.text)])
             return content
@@ -115,10 +118,10 @@ class RowReader(RowKeys):
             messages = messages_of(row[turns], notes)
             if answers and messages and messages[-1]["role"] == "user":
                 used.add(answers[0])
-                messages += self._answer(row, answers[0], notes)
+                messages += answer_of(row[answers[0]], answers[0], notes)
         elif answers and (asked := self._prompt(row, fields, set(answers[:1]), used, notes)):
             used.add(answers[0])
-            messages = [*asked, *self._answer(row, answers[0], notes)]
+            messages = [*asked, *answer_of(row[answers[0]], answers[0], notes)]
         else:
             messages = self._marked_text(row, fields, used)
         return self._with_system(row, fields, messages, used)
@@ -139,8 +142,12 @@ class RowReader(RowKeys):
                 used.add(key)
                 if str(row[key]).strip().lower() == "false":
                     raise UnfitRow(f"an answer that is marked as bad ({key} is false)")
+        self._skip_weightless(row, fields)
+
+    @staticmethod
+    def _skip_weightless(row: dict[str, Any], fields: Fields) -> None:
         for key in fields.get("weight", ()):
-            if row[key] in (0, 0.0, "0"):
+            if is_zero(row[key]):
                 raise UnfitRow(f"a row with {key} 0")
 
     def _prompt(
@@ -151,15 +158,18 @@ class RowReader(RowKeys):
         contexts = [key for key in fields.get("context", ()) if key not in taken]
         if key is None and contexts:
             key, contexts = contexts[0], contexts[1:]
+        past = next((key for key in fields.get("history", ()) if key not in taken), None)
+        if key is None and past and isinstance(row[past], str) and row[past].lstrip()[:1] not in ("[", "{"):
+            key, past = past, None  # SHP calls its question history
         if key is None:
             return []
-        value = row[key]
+        value = as_text(row[key])
         used.update((key, *contexts))
         turns: list[Message] = []
-        for past in fields.get("history", ())[:1]:
+        if past:
             used.add(past)
             turns += history_of(row[past], notes)
-        holds_turns = isinstance(value, (list, dict)) and not _is_texts(value)
+        holds_turns = isinstance(value, (list, dict)) and not is_texts(value)
         if holds_turns or spells_messages(value) or (isinstance(value, str) and is_open_question(value)):
             asked = messages_of(value, notes)
         else:
@@ -168,16 +178,6 @@ class RowReader(RowKeys):
             more = [_joined_text(row[key], key) for key in contexts]
             asked = [*asked[:-1], {**asked[-1], "content": "\n".join([asked[-1]["content"], *more])}]
         return turns + asked
-
-    def _answer(self, row: dict[str, Any], key: str, notes: Notes) -> list[Message]:
-        value = row[key]
-        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
-            value = value[0]
-        if isinstance(value, (list, dict)) or spells_messages(value):
-            if _is_texts(value):
-                raise BadRow(f"several answers in {key}: data_process.py dpo reads ranked ones")
-            return messages_of(value, notes)
-        return [message("assistant", sound_text(value, key))]
 
     def _marked_text(self, row: dict[str, Any], fields: Fields, used: set[str]) -> list[Message]:
         """A chat written into one text with Human: and Assistant: or with ChatML's markers."""
@@ -216,11 +216,14 @@ class RowReader(RowKeys):
             raise BadRow(NO_PAIR)
         fields = self.fields(row) if fields is None else fields
         notes, used = Notes(), set[str]()
-        values = sides_of(row, fields, self, used)
+        self._skip_unwanted(row, fields, used)
+        values = self._sides(row, fields, used)
         before = self._prompt(row, fields, used, used, notes)
         if not before and "messages" in fields:
             used.add(fields["messages"][0])
             before = messages_of(row[fields["messages"][0]], notes)
+            if "chosen" not in fields and before and before[-1]["role"] == "assistant":
+                before = before[:-1]  # ms-swift: the better answer is the chat's last
         if not before and (blank := self.present(row, "prompt")) is not None and isinstance(values[0], str):
             sound_text(row[blank], blank)  # raises the reason
         conversations = []
@@ -233,6 +236,28 @@ class RowReader(RowKeys):
         turns = [*prompt, *answers[0], *answers[1]]
         unused = self._unused(row, used, notes, turns)
         return Content("pair", chat_text(turns), prompt, tuple(answers), list(notes.changes), unused)
+
+    def _sides(self, row: dict[str, Any], fields: Fields, used: set[str]) -> tuple[Any, Any]:
+        """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
+        better, worse = (fields.get(side, [None])[0] or self.present(row, side) for side in SIDES)
+        if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
+            used.update((better, worse))
+            return row[better], row[worse]
+        whole = [*fields.get("answer", ()), *fields.get("messages", ())]
+        if better is None and "rejected" in fields and whole:
+            used.update((whole[0], fields["rejected"][0]))
+            return row[whole[0]], row[fields["rejected"][0]]
+        if compared := compared_sides(row, used):
+            return compared
+        for key in fields.get("answer", ()):
+            if (
+                isinstance(row[key], (list, tuple))
+                and len(row[key]) > 1
+                and not (key in ALTERNATIVES and is_texts(row[key]))
+            ):
+                used.add(key)
+                return best_and_worst(row[key])
+        raise BadRow(NO_PAIR)
 
     # ---- everything ----
     def content(self, row: Any) -> Content:
@@ -263,7 +288,7 @@ class RowReader(RowKeys):
             return [self.chat, self.text] if isinstance(row, str) else [self.chat]
         text = self._text_key(row, fields)
         ranked = any(isinstance(row[key], (list, tuple)) for key in fields.get("answer", ()))
-        pair = "chosen" in fields or "rejected" in fields or ranked or not COMPARED_KEYS.isdisjoint(row)
+        pair = "chosen" in fields or "rejected" in fields or ranked or any(map(is_compared, row))
         marked = text is not None and isinstance(row[text], str) and bool(marked_turns(row[text]))
         chat = "messages" in fields or "answer" in fields or marked
         applies = ((pair, self.pair), (chat, self.chat), (text is not None, self.text))
@@ -298,13 +323,8 @@ class RowReader(RowKeys):
         return [*unused, *notes.unused]
 
 
-def _is_texts(value: Any) -> bool:
-    """True for a list of texts that is no chat by itself: the paragraphs of a context, ranked answers."""
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
-
-
 def _joined_text(value: Any, key: str) -> str:
-    return "\n".join(value) if _is_texts(value) else sound_text(value, key)
+    return "\n".join(value) if is_texts(value) else sound_text(value, key)
 
 
 READER = RowReader()

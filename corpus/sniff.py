@@ -18,7 +18,7 @@ from corpus.layouts import KEYS
 from corpus.sources import PIECE, SUFFIX_FORMATS, Source
 
 _HEADER_KEYS = {key for keys in KEYS.values() for key in keys}
-_LIST_KEYS = b"messages|conversations?|dialogu?e?|chosen|rejected|history|turns"
+_LIST_KEYS = b"messages|conversations?|dialogu?e?s?|chat|chosen|rejected|history|turns|answers|completions|responses"
 _OBJECT = re.compile(rb'\s*\{\s*("[^"\n]*"\s*:|\})')
 _WRAPPED = re.compile(  # one object whose values are long: {"version": 1, "data": [{"text": ...
     rb'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[-+.\w]+)\s*,\s*)*"(?!(?:' + _LIST_KEYS + rb')")[^"]+"\s*:\s*[\[{]'

@@ -92,9 +92,12 @@ class TemplateFormat:
     def samples(self, messages: list[Message]) -> list[Written]:
         """What is trained, shortest first; the last one is the whole chat. Each answer is trained in one of them.
 
-        Raises RefusedChat when an answer does not begin where it is asked for, or ends with no control token.
+        Raises RefusedChat when an answer does not begin where it is asked for, or ends with no control token, and
+        when the system message is not written.
         """
         whole = self.text(messages)
+        if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() not in whole:
+            raise RefusedChat("the model's chat template leaves out the system message")
         found: list[tuple[str, list[tuple[int, int]], list[int]]] = [(whole, [], [])]
         for i in reversed(answers_of(messages)):
             prompt = self.text(messages[:i], True)

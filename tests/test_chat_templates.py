@@ -193,6 +193,13 @@ def test_a_chat_that_the_template_refuses_is_counted(opened, tmp_path):
     assert report.dropped["the model's chat template refuses it: no system role here"].count == 1
 
 
+def test_a_system_message_is_not_lost_in_silence(opened, tmp_path):
+    tokenizer, _ = opened("{% for m in messages if m.role != 'system' %}{{ " + TURN + " }}{% endfor %}" + ASK)
+    report, _, rows = packed(tmp_path, tokenizer, [*chats_of(8), CHAT])
+    assert len(rows) == report.kept == 8
+    assert report.dropped["the model's chat template leaves out the system message"].count == 1
+
+
 @pytest.mark.parametrize(
     ("template", "said"),
     [

@@ -118,7 +118,7 @@ TEXT = st.text("ab你好 .", min_size=1, max_size=8).filter(str.strip).map(lambd
 def filled(example, texts):
     """The example with every text replaced by one of `texts`, equal ones alike."""
     if isinstance(example, str):
-        if example.startswith(("[", "\n\nHuman", "Human")):
+        if example.startswith(("[", "\n\nHuman", "Human", "USER")):
             return re.sub(r"1\+1\?|Hello|Hi|(?<=: )[23]$", lambda found: texts[found[0]], example)
         return texts.get(example, example)
     if isinstance(example, list):

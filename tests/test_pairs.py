@@ -95,9 +95,9 @@ def test_what_compares_nothing_is_dropped_with_its_reason(row, reason):
     [
         ("text", "none of the keys of a pair"),
         ({"prompt": "q", "chosen": "a"}, "none of the keys of a pair"),
-        ({"chosen": "good", "rejected": "bad"}, "the list of messages is neither JSON nor a Python list"),
-        ({"prompt": "q", "chosen": 5, "rejected": "a"}, "the messages are not a list"),
-        ({"prompt": 5, "chosen": "a", "rejected": "b"}, "prompt is a number, not a string"),
+        ({"chosen": "good", "rejected": "bad"}, "answers without a prompt"),
+        ({"prompt": "q", "chosen": True, "rejected": "a"}, "the messages are not a list"),
+        ({"prompt": True, "chosen": "a", "rejected": "b"}, "prompt is true/false, not a string"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
         ({"prompt": "q", "chosen": "a\0", "rejected": "b"}, "NUL character in assistant message"),
         ({"chosen": GOOD, "rejected": BAD}, "answers without a prompt"),
@@ -263,7 +263,9 @@ def test_one_question_is_on_one_side_and_csv_equals_jsonl(tmp_path, process):
 
 
 def test_bad_rows_are_capped_and_nothing_is_half_written(tmp_path, process, monkeypatch):
-    path = write_rows(tmp_path / "a.jsonl", [*ROWS, {"prompt": 5, "chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}])
+    path = write_rows(
+        tmp_path / "a.jsonl", [*ROWS, {"prompt": True, "chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}]
+    )
     with pytest.raises(UserError, match="3 of 243 rows read are bad"):
         process(path)
     with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
