@@ -26,7 +26,8 @@ ZERO = {
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "queue": "none",
     "max_bad_share": "not one bad row", "val_share": "none", "samples": "none", "min_words": "no limit",
-    "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off", "length_penalty": "the sum decides",
+    "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",
+    "length_penalty": "the sum decides",
 }  # fmt: skip
 FRACTIONS = {
     "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
