@@ -120,8 +120,7 @@ def bare_columns(cells: list[str]) -> Columns | None:
     A whole number in front, with a question and two options behind it, is the number of the row (C-Eval's files).
     """
     if len(cells) > 4 and cells[0].strip().isdecimal() and (rest := bare_columns(cells[1:])) and rest.number < 0:
-        question, *options = range(1, len(cells) - 1)
-        return Columns(question, tuple(options), rest.answer + 1, 0, len(cells))
+        return Columns(1, tuple(range(2, len(cells) - 1)), len(cells) - 1, 0, len(cells))
     options = len(cells) - 2
     if not 2 <= options <= len(OPTION_LETTERS) or not all(cell.strip() for cell in cells[:3]):
         return None
