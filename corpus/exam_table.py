@@ -1,7 +1,8 @@
 """One file of multiple-choice questions: bytes -> text -> rows of question, options, answer.
 
     csv        question, A, B, C, D, answer    any order and case; also 题目/问题, 选项A, 答案; comma, ; or tab
-    csv        what is 1+1?,1,2,3,4,B          without a header, as MMLU: the last cell of the first row is a letter
+    csv        what is 1+1?,1,2,3,4,B          without a header, as MMLU: the last cell of the first row is a letter;
+                                               a whole number before the question is the row's number
     jsonl      {"question": …, "A": …, "B": …, "answer": "B"}  or {"question": …, "choices": ["…", "…"], "answer": 1}
 
 Two to ten options. Options at the end of a row may be empty: the question then has fewer. An answer is a letter (b,
@@ -116,7 +117,12 @@ def header_columns(cells: list[str]) -> tuple[Columns, list[str]]:
 
 
 def bare_columns(cells: list[str]) -> Columns | None:
-    """The columns of a file without a header, from its first row: question, two options or more, a letter."""
+    """The columns of a file without a header, from its first row: question, two options or more, a letter.
+
+    A whole number in front, with a question and two options behind it, is the number of the row (C-Eval's files).
+    """
+    if len(cells) > 4 and cells[0].strip().isdecimal() and (rest := bare_columns(cells[1:])) and rest.number < 0:
+        return Columns(1, tuple(range(2, len(cells) - 1)), len(cells) - 1, 0, len(cells))
     options = len(cells) - 2
     if not 2 <= options <= len(OPTION_LETTERS) or not all(cell.strip() for cell in cells[:3]):
         return None

@@ -65,8 +65,8 @@ class ChatTokenizer:
         self.eos_id = self._id(self.eos)
         self.pad_id = self._id(self._special("pad_token") or self.eos)
         self.format = self._find_format()
-        if isinstance(self.format, NamedFormat) and self.config.get("chat_format"):
-            self._write_format(self.format)  # files of an earlier version hold the template of that version
+        if isinstance(self.format, NamedFormat) and (self.config.get("chat_format") or not self._template):
+            self._write_format(self.format)  # files of an earlier version hold its template, a base model's hold none
 
     def _open(self) -> Tokenizer:
         backend = Tokenizer.from_str(self.files["tokenizer.json"])
@@ -89,9 +89,14 @@ class ChatTokenizer:
             raise UserError(f"the tokenizer has no {token} token: train one with `python train_tokenizer.py FILES…`")
         return index
 
+    @property
+    def _template(self) -> Any:
+        """The chat template in the files: a string, a list of {"name", "template"}, or nothing."""
+        return self.files.get("chat_template.jinja") or self.config.get("chat_template")
+
     def _find_format(self) -> NamedFormat | TemplateFormat | None:
         """The named format of our own folders, the template of foreign ones, None where there is neither."""
-        template = self.files.get("chat_template.jinja") or self.config.get("chat_template")
+        template = self._template
         if isinstance(template, list):  # several with names, for tools and the like
             template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
         name = self.config.get("chat_format")

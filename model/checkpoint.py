@@ -12,6 +12,7 @@ Read next: ../trainer/loop.py (when they are written), config.py, lora.py.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -155,7 +156,13 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
     ]
     if differences:
         shown = "; ".join(sorted(differences)[:5])
-        raise UserError(f"{where} does not fit the model: {len(differences)} differences: {shown}")
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(f"{where} does not fit the model: {shown}{more}")
+    for name, tensor in state.items():
+        if not math.isfinite(tensor.sum(dtype=torch.float32)):
+            raise UserError(
+                f"{where}: {name} is not finite (NaN or infinity): the file is damaged or training diverged"
+            )
     model.load_state_dict({**model.state_dict(), **state}, strict=True)
 
 

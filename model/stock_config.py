@@ -48,9 +48,8 @@ def _model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
     kind = settings.get("model_type")
     for name, refused in unsupported(settings).items():
         if refused:
-            raise UserError(
-                f"{folder}/config.json: {name} is not supported: models of type {', '.join(KINDS)} are read"
-            )
+            known = f"one of type {', '.join(KINDS)}" if name.startswith("model_type") else "a model without it"
+            raise UserError(f"{folder}/config.json: not supported: {name}; choose {known}")
 
     def number(name: str, default: Any = None, kinds: Any = int) -> Any:
         value = settings.get(name)

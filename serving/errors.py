@@ -5,12 +5,16 @@
 Called by app.py. Read next: gate.py (the same shape before a request is read).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from serving.gate import error_body
 
+UNION_TYPES = ("list[", "constrained-", "str", "int")  # how pydantic names the types of a union in a place
 CANNOT = "the model failed on this request; the server's log says why"
 
 
@@ -32,6 +36,30 @@ class ApiError(Exception):
         return Response(self.body, self.status, self.headers, "application/json")
 
 
+def union_error(errors: Sequence[Any]) -> tuple[str, str]:
+    """(field, message) for the errors of a request, of which a field of several types has one for each type.
+
+    The type that got furthest is the one that was meant: one whose rule is broken (a length), not its type, then the
+    one with the deepest place. Where the value has none of the types, the message names them all.
+    """
+
+    def progress(error: Any) -> tuple[bool, int]:
+        return not error["type"].endswith("_type"), len(error["loc"])
+
+    furthest = max(progress(error) for error in errors)
+    meant = [error for error in errors if progress(error) == furthest]
+    where = _field(meant[0])
+    messages = dict.fromkeys(error["msg"] for error in meant if _field(error) == where)
+    first, *others = messages
+    return where, " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+
+
+def _field(error: Any) -> str:
+    """`messages.0.role`: the place without "body" and without pydantic's names of a union's types."""
+    name, *inside = [str(part) for part in error["loc"][1:]] or [""]
+    return ".".join([name, *(part for part in inside if part.isdigit() or not part.startswith(UNION_TYPES))])
+
+
 def add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def known(_: Request, error: ApiError) -> Response:
@@ -39,14 +67,12 @@ def add_error_shapes(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # A union reports the errors of every branch; the one that got furthest matches the request best.
-        first = max(error.errors(), key=lambda each: len(each["loc"]))
+        first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return ApiError(
-                400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}"[:500]
-            ).response()
-        where = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith(("list[", "constrained")))
-        return ApiError(400, f"{where or 'body'}: {first['msg']}"[:500], where or None).response()
+            reason = first.get("ctx", {}).get("error", "")
+            return ApiError(400, f"the body is not valid JSON: {reason}"[:500]).response()
+        where, message = union_error(error.errors())
+        return ApiError(400, f"{where or 'body'}: {message}"[:500], where or None).response()
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:

@@ -1,5 +1,7 @@
 """Which rows a step trains: every row once an epoch, in a new order each time, shared without overlap."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.errors import UserError
+from corpus.shards import read_meta
 from tests.conftest import load_script, write_shards
-from trainer.batches import WIDTH_MULTIPLE, Chats, StepBatches, StepPlan, Windows, open_data, validation_batches
+from trainer.batches import (
+    WIDTH_MULTIPLE,
+    Chats,
+    StepBatches,
+    StepPlan,
+    Windows,
+    left_out,
+    open_data,
+    validation_batches,
+)
 from trainer.loss import IGNORE
 
 
@@ -155,3 +167,19 @@ def test_data_of_another_tokenizer_is_refused(tokenizer, pretrain_dir, tmp_path)
     meta.write_text(meta.read_text().replace(tokenizer.fingerprint, "0123456789abcdef"))
     with pytest.raises(UserError, match="0123456789abcdef"):
         open_data(str(other), "pretrain", tokenizer)
+
+
+def test_what_tokenising_for_the_model_leaves_out_is_printed(tokenizer, tmp_path):
+    """The data was cut to 512 tokens; a model that reads 64 loses chats, and the run says how many, and why."""
+    from corpus.pack import tokenise_chats
+
+    def chat(words):
+        return [{"role": "user", "content": "hi " * words}, {"role": "assistant", "content": "yes"}]
+
+    lines = [json.dumps({"messages": chat(words), "lang": "en"}) for words in (1, 2, 200, 3, 300)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "val.jsonl").write_text("")
+    report = read_meta(str(tokenise_chats(tmp_path, tokenizer, 64)))["report"]
+    assert list(left_out(report)) == ["2 of 5 rows left out: first turn longer than 64 tokens"]
+    assert not list(left_out(report | {"read": 5})), "data_process.py has printed these itself"
+    assert not list(left_out({})), "an old folder without a report"

@@ -186,6 +186,16 @@ def test_files_that_are_no_models_are_refused_in_one_line(tokenizer, tmp_path):
         one_line(error)
 
 
+def test_weights_that_are_not_finite_are_refused(tokenizer):
+    """They answer nothing, and every step of a training run would be skipped."""
+    model = make_model()
+    for value in (float("nan"), float("inf")):
+        state = {name: tensor.clone() for name, tensor in plain_state(model).items()}
+        state["model.norm.weight"][1] = value
+        with pytest.raises(UserError, match=r"file.pth: model.norm.weight is not finite"):
+            load_state(model, state, "file.pth")
+
+
 def test_a_state_that_does_not_fit_is_listed(tokenizer):
     model = make_model()
     state = plain_state(model)
@@ -195,7 +205,11 @@ def test_a_state_that_does_not_fit_is_listed(tokenizer):
     with pytest.raises(UserError) as error:
         load_state(model, state, "file.pth")
     text = one_line(error)
-    assert "3 differences" in text and "missing model.layers.1.mlp.up_proj.weight" in text and "unknown extra" in text
+    assert (
+        "file.pth does not fit the model: " in text
+        and "missing model.layers.1.mlp.up_proj.weight" in text
+        and "unknown extra" in text
+    )
     assert "model.norm.weight is (5,), expected (32,)" in text
     assert torch.equal(model.model.norm.weight, before)  # nothing half loaded
 

@@ -211,6 +211,14 @@ def test_one_csv_is_an_exam_of_one_subject(tmp_path, head, delimiter, encoding):
     assert exam.items[1].where == f"{path}:{3 if head else 2}"
 
 
+def test_a_file_without_a_header_may_number_its_rows(tmp_path):
+    """C-Eval's own columns with the header cut off: the number is not the question, nor the question an option."""
+    path = own(tmp_path, table_text(None, [(str(i), *row) for i, row in enumerate(OWN_ROWS, 7)]))
+    assert read_own(path) == RIGHT and [item.number for item in read_exam(path).items] == ["7", "8"]
+    short = own(tmp_path, table_text(None, [("12", "a dozen", "a score", "A")]))
+    assert read_own(short) == [("12", ("a dozen", "a score"), "A")], "with two options only, a number is the question"
+
+
 def test_short_files_are_read_in_their_encoding(tmp_path):
     for text, encoding in (
         ("首都?", "gb18030"),

@@ -272,3 +272,22 @@ def test_without_a_generation_prompt_no_turn_is_opened(server):
     served = server.counter.models["模型/m 1"]
     answer = post(server, add_generation_prompt=False, max_tokens=2)
     assert answer.json()["usage"]["prompt_tokens"] == len(served.tokenizer.render(HELLO)[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("chat/completions", {"stop": 5}, "stop: Input should be a valid string or a valid list"),
+        ("chat/completions", {"stop": ["a"] * 9}, "stop: List should have at most 8 items after validation, not 9"),
+        ("chat/completions", {"stop": ["a", 5]}, "stop.1: Input should be a valid string"),
+        ("chat/completions", {"stream": "yes"}, "stream: Input should be a valid boolean"),
+        ("completions", {"prompt": None}, "prompt: Input should be a valid string or a valid list"),
+        ("completions", {"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
+        ("completions", {"prompt": ["a"] * 65}, "prompt: List should have at most 64 items after validation, not 65"),
+        ("completions", {"prompt": [[1, "a"]]}, "prompt.0.1: Input should be a valid integer"),
+        ("embeddings", {"input": 5}, "input: Input should be a valid string or a valid list"),
+    ],
+)
+def test_a_value_of_several_types_is_refused_with_what_it_may_be(server, path, fields, message):
+    response = post(server, path, **fields)
+    assert (response.status_code, response.json()["error"]["message"]) == (400, message)

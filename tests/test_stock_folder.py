@@ -234,6 +234,20 @@ def test_a_base_model_without_a_template(monkeypatch, capsys, sft_dir, tmp_path)
     assert load_model(tmp_path / "out" / "full_sft_32.pth")[1].format_name == "belle"
 
 
+def test_chatml_without_a_template_is_written_with_one(tmp_path):
+    """A tokenizer that has chatml's markers and no template speaks chatml: what is saved says so to transformers."""
+    from transformers import AutoTokenizer
+
+    make_tokenizer(tmp_path, None, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    ours = load_tokenizer(tmp_path)
+    ours.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for chat, prompt in ((CHAT, False), (CHAT[:2], True)):
+        assert ours.decode(ours.render(chat, prompt)[0]) == theirs.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=prompt
+        )
+
+
 # ---- refused by name -------------------------------------------------------------------------------------------------
 def edit(folder, name, **changes):
     path = folder / name
@@ -258,7 +272,7 @@ def edit(folder, name, **changes):
         ({"model_type": "mistral", "max_position_embeddings": 4097}, "sliding window"),  # transformers' default: 4096
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"head_dim": 16}, "differences"),
+        ({"head_dim": 16}, "does not fit"),
         ({"head_dim": 7}, "head_dim .* must be even"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": False}, "norm_topk_prob"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": True, "mlp_only_layers": [0]}, "mlp_only_layers"),
@@ -268,8 +282,8 @@ def edit(folder, name, **changes):
         ({"hidden_size": None}, "hidden_size must be"),
         ({"hidden_size": "x"}, "hidden_size must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads"),
-        ({"num_hidden_layers": 3}, "differences"),
-        ({"intermediate_size": 50}, "differences"),
+        ({"num_hidden_layers": 3}, "does not fit"),
+        ({"intermediate_size": 50}, "does not fit"),
         ({"vocab_size": 100}, "ids up to"),
     ],
 )

@@ -176,7 +176,24 @@ def token_folder(
     """--data_path in this tokenizer's tokens, cut to --max_seq_len or to what the model reads; made if need be."""
     length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
     with run.main_first():  # the first process tokenises, the others find it done
-        return str(tokenise_chats(args.data_path, tokenizer, length, form=form))
+        folder = str(tokenise_chats(args.data_path, tokenizer, length, form=form))
+    for line in left_out(read_meta(folder).get("report", {})):
+        run.say(line)
+    return folder
+
+
+def left_out(report: dict[str, Any]) -> Iterator[str]:
+    """What tokenising a data folder for this model and length left out or shortened, a line for each reason.
+
+    `report` is the one in the meta.json of the token folder. One with rows read is data_process.py's, which has
+    printed it.
+    """
+    if report.get("read"):
+        return
+    total = report.get("kept", 0) + sum(reason["count"] for reason in report.get("dropped", {}).values())
+    for verb, key in (("left out", "dropped"), ("kept, but shortened", "shortened")):
+        for name, reason in report.get(key, {}).items():
+            yield f"{reason['count']:,} of {total:,} rows {verb}: {name}"
 
 
 def open_chats(

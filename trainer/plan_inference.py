@@ -26,7 +26,7 @@ BATCHES = (1, 8)
 
 def inference_table(config: ModelConfig) -> Table:
     """GB to answer at full context, by number format and batch size."""
-    heads = [f"{part}, batch {batch}" for batch in BATCHES for part in ("KV cache", "total")]
+    heads = [f"{part},\nbatch {batch}" for batch in BATCHES for part in ("KV cache", "total")]
     table = Table(
         "inference", "weights", *heads, title=f"GB to answer, {config.max_seq_len:,} tokens each", box=SIMPLE_HEAD
     )
@@ -36,13 +36,13 @@ def inference_table(config: ModelConfig) -> Table:
             total = inference_memory(config, weight_bytes, batch * config.max_seq_len, cache_bytes=cache_bytes)
             cells += [total - cells[0] - CUDA_CONTEXT, total]
         table.add_row(name, *(f"{cell / 1e9:.2f}" for cell in cells))
-    return _numbers_right(table)
+    return numbers_right(table)
 
 
 def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Table:
     """Model sizes against the memory of one GPU that trains or answers, and the smallest GPU that has so much."""
     table = Table(
-        *("model", "size", "context", "train fp32", "train bf16", "GPU", "fp32", "bf16", "int8", "GPU"),
+        *("model", "size, M", "context", "train\nfp32", "train\nbf16", "GPU", "fp32", "bf16", "int8", "GPU"),
         title=f"GB on one GPU. Training: --batch_size {args.batch_size}, --optimizer {args.optimizer}, fp32 states; "
         "GPU: the smallest for bf16. Then inference: one answer at full context; GPU: the smallest for bf16.",
         box=SIMPLE_HEAD,
@@ -55,9 +55,9 @@ def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Ta
         ]
         answering = [inference_memory(config, weight, seq, cache_bytes=cache) for weight, cache in FORMATS.values()]
         trains, answers = ([f"{need / 1e9:.2f}" for need in needs] for needs in (training, answering))
-        size = f"{count(config).total / 1e6:,.1f} M"
+        size = f"{count(config).total / 1e6:,.1f}"
         table.add_row(name, size, f"{seq:,}", *trains, smallest_gpu(training[1]), *answers, smallest_gpu(answering[1]))
-    return _numbers_right(table)
+    return numbers_right(table)
 
 
 def smallest_gpu(needs: float) -> str:
@@ -77,9 +77,10 @@ def named_presets(names: str) -> list[str]:
     return found
 
 
-def _numbers_right(table: Table) -> Table:
-    """The first column is not cut, the others stand on the right."""
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
+def numbers_right(table: Table) -> Table:
+    """Numbers stand on the right and close together: rich would cut those of a table wider than 80 columns."""
+    table.padding, table.show_edge = (0, 0, 0, 1), False
+    for i, column in enumerate(table.columns):
+        column.no_wrap = True
+        column.justify = "right" if i else "left"
     return table

@@ -25,7 +25,7 @@ from trainer.plan import (
     seconds,
     training_memory,
 )
-from trainer.plan_inference import FITS, inference_table, named_presets, sizes_table
+from trainer.plan_inference import FITS, inference_table, named_presets, numbers_right, sizes_table
 
 
 def print_plan(args: argparse.Namespace) -> None:
@@ -79,12 +79,10 @@ def _on_disk(args: argparse.Namespace, tokens: float) -> str:
 def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
     table = Table(
         "--parallel", "weights", "gradients", "optimizer", "activations", "other", "total",
-        "recomputed", title=f"GB per GPU: {args.gpus} GPUs, --batch_size {args.batch_size}, --optimizer "
-        f"{args.optimizer}, bf16 products, fp32 states. Recomputed: total with --checkpoint_activations",
+        "recomp.", title=f"GB per GPU: {args.gpus} GPUs, --batch_size {args.batch_size}, --optimizer "
+        f"{args.optimizer}, bf16 products, fp32 states. recomp.: total with --checkpoint_activations",
         box=SIMPLE_HEAD,
     )  # fmt: skip
-    for column in table.columns[1:]:
-        column.justify = "right"
     for parallel in PARALLEL:
         needs, recomputed = (
             training_memory(config, args.batch_size, config.max_seq_len, optimizer=args.optimizer, parallel=parallel,
@@ -93,21 +91,19 @@ def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
         )  # fmt: skip
         parts = (needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.loss + needs.other)
         table.add_row(parallel, *(f"{part / 1e9:.2f}" for part in (*parts, needs.total, recomputed.total)))
-    return table
+    return numbers_right(table)
 
 
 def _time_table(args: argparse.Namespace, flops: float) -> Table:
     title = f"{args.gpus} GPUs at {args.utilisation:.0%} of their peak"
     table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title, box=SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
     for gpu in GPUS.values():
         taken = seconds(flops, gpu, args.gpus, args.utilisation)
         price = args.price_per_hour or gpu.per_hour
         cost = f"{taken / 3600 * args.gpus * price:,.0f}" if price else "?"
         days = f"{taken / 86_400:,.2f}" if taken < 1000 * 86_400 else f"{taken / 86_400:,.0f}"
         table.add_row(gpu.name, f"{gpu.memory:g}", f"{gpu.tflops:g}", f"{taken / 3600 * args.gpus:,.1f}", days, cost)
-    return table
+    return numbers_right(table)
 
 
 def _launch(args: argparse.Namespace, config: ModelConfig, tokens: float) -> list[str]:
