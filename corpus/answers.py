@@ -18,6 +18,8 @@ def answer_of(given: Any, key: str, notes: Notes) -> list[Message]:
     Of several under the key `answers` the first is taken and counted. Raises UnfitRow for an empty answer and a call of
     a tool, BadRow for what cannot be used.
     """
+    if isinstance(given, str) and not given.lstrip().startswith("[{"):
+        return [message("assistant", sound_text(given, key))]
     value = plain_answer(given)
     if is_texts(value) and (key == "answers" or isinstance(given, dict)):
         notes.changes[f"with the first of several {key}"] = None

@@ -45,6 +45,8 @@ def is_missing(value: Any) -> bool:
 
 def as_text(value: Any) -> Any:
     """The text of a number, as a csv file would hold it (42, not 42.0); any other value as it is."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return (

@@ -3,6 +3,7 @@
 Read next: layouts.py (the keys), rows.py (what is read from them).
 """
 
+from functools import lru_cache
 from typing import Any
 
 from corpus.chats import is_filled
@@ -14,6 +15,7 @@ _NO_TEXT = ("label", "weight")  # fields whose keys hold no text
 Fields = dict[str, list[str]]  # field of layouts.KEYS -> the row's filled keys, first choice first
 
 
+@lru_cache(maxsize=4096)
 def is_compared(key: Any) -> bool:
     """True for the key of an answer that stands beside another one (layouts.COMPARISONS)."""
     return str(key).strip().lower() in _COMPARED
