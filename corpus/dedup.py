@@ -18,6 +18,7 @@ Read next: ngrams.py (the hashes), rewrite.py (the writing).
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +86,13 @@ def band_keys(found: np.ndarray) -> np.ndarray:
     return key
 
 
-def text_hash(text: str) -> int:
-    """64-bit hash of a text without regard to white space."""
-    return int.from_bytes(hashlib.blake2b("".join(text.split()).encode(), digest_size=8).digest(), "little")
+def row_hash(row: Row) -> int:
+    """64-bit hash of a row's text without regard to white space; chats are equal if each of their messages is."""
+    starts = [0, *(end for _, end in row.turns)]
+    parts = [row.kind, *(role for role, _ in row.turns)]
+    parts += ["".join(row.text[start:end].split()) for start, end in itertools.zip_longest(starts, starts[1:])]
+    text = "\0".join(parts) if row.turns else "".join(row.text.split())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass
@@ -98,7 +103,7 @@ class Signer:
 
     def __call__(self, rows: list[Row]) -> np.ndarray:
         keys = np.zeros((len(rows), KEYS), np.uint64)
-        keys[:, BANDS] = [text_hash(row.text) for row in rows]
+        keys[:, BANDS] = [row_hash(row) for row in rows]
         if not self.exact_only:
             keys[:, :BANDS] = band_keys(signatures_of_shingles([shingles(row.text) for row in rows]))
         return keys

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.dedup import BANDS, ROWS, Clusters, KeepFirst, join, shingles, signatures_of_shingles, text_hash
+from corpus.dedup import BANDS, ROWS, Clusters, KeepFirst, join, row_hash, shingles, signatures_of_shingles
 from corpus.errors import UserError
 from corpus.progress import inputs_of
 from corpus.read import Path_
@@ -86,7 +86,7 @@ class Read:
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Document]:
         hashes = []
         for row in numbered_rows([self.job.paths[rank]], DataReport(self.job.max_bad_share), 0, self.job.reader):
-            hashes.append(text_hash(row.text))
+            hashes.append(row_hash(row))
             yield Document(text=row.text, id=str(row.number))
         np.save(self.job.cluster / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
 

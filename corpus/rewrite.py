@@ -12,6 +12,7 @@ judged again. `workers` processes judge, one reads and writes; the result is the
 Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the counts), progress.py (after a kill).
 """
 
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -27,7 +28,7 @@ from corpus.history import history_of
 from corpus.progress import PROGRESS, Progress, inputs_of
 from corpus.read import Path_, taken_rows
 from corpus.report import DataReport
-from corpus.rows import READER, RowReader
+from corpus.rows import READER, Content, RowReader
 from corpus.shards import check_replaceable, partial_folder, publish, write_json, writing
 from corpus.tally import Tally, Verdict
 
@@ -56,6 +57,7 @@ class Row:
     row: Any
     text: str  # everything that training would read of it
     kind: str = "text"  # or "chat", "pair"
+    turns: tuple[tuple[str, int], ...] = ()  # role and end in the text of each message of a chat or pair
 
     def dropped_line(self, verdict: Verdict) -> bytes:
         """Its line in dropped.tsv: file:line, rule, why, beginning."""
@@ -88,8 +90,15 @@ def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0, reade
     """All rows that a training command would read, numbered from `number`. Raises UserError as `read_texts`."""
     for file, line, row, content in taken_rows(paths, report, "any", reader.content):
         report.note_row(content.changes, content.unused, file, line)
-        yield Row(number, file, line, row, content.text, content.kind)
+        yield Row(number, file, line, row, content.text, content.kind, _turns(content))
         number += 1
+
+
+def _turns(content: Content) -> tuple[tuple[str, int], ...]:
+    """Role and end in the text of every message; of a pair the answers follow the prompt."""
+    turns = [*content.messages, *itertools.chain(*content.answers)]
+    ends = itertools.accumulate(len(turn["content"]) + 1 for turn in turns)
+    return tuple((turn["role"], end) for turn, end in zip(turns, ends, strict=True))
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 import data_process
 from corpus import dedup
-from corpus.dedup import KEYS, band_keys, first_of_cluster, join, shingles, signatures_of_shingles
+from corpus.dedup import KEYS, band_keys, first_of_cluster, join, row_hash, shingles, signatures_of_shingles
 from corpus.errors import UserError
 from corpus.ngrams import codes_of, ngram_hashes, skeleton
+from corpus.report import DataReport
+from corpus.rewrite import numbered_rows
 from tests.planted import rows as planted_rows
 
 RECALL, PRECISION = 0.97, 0.995
@@ -208,3 +210,19 @@ def test_flags_that_do_not_fit_are_one_line(tmp_path):
         with pytest.raises(UserError, match=words):
             run(path, out_dir=tmp_path / "out", **flags)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_chats_are_equal_only_if_their_messages_are(tmp_path):
+    """The same words in other turns, under other roles or as a text are another document."""
+    rows = [
+        {"messages": [{"role": "user", "content": "q\na"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\nb"}]},
+        {"conversations": [{"from": "human", "value": "q  a"}, {"from": "gpt", "value": "b "}]},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"text": "q\na\nb"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = list(numbered_rows([path], DataReport()))
+    hashes = [row_hash(row) for row in read]
+    assert hashes[0] == hashes[2] and len(set(hashes)) == 4
