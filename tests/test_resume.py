@@ -1,5 +1,6 @@
 """A run that was killed and started again ends with the very same weights, wherever the kill came."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from corpus.errors import UserError
+from model.config import ModelConfig
 from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from trainer.resume import changes
 
 COMMON = [*TINY_MODEL, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
 COMMON += [*EXACT, "--eval_interval", "5", "--save_interval", "3"]
@@ -178,7 +181,7 @@ def test_max_minutes_ends_in_good_order_and_goes_on(monkeypatch, arguments, tmp_
 def test_a_foreign_resume_file_is_refused(monkeypatch, arguments, tmp_path):
     stop_after(monkeypatch, 5)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
-    for flags, named in ((["--seed", "7"], "--seed was 42, is 7"), (["--n_layers", "1"], "config")):
+    for flags, named in ((["--seed", "7"], "--seed was 42, is 7"), (["--n_layers", "1"], r"\(n_layers was \d, is 1\)")):
         with pytest.raises(UserError, match=named):
             run_script(monkeypatch, "1-pretrain.py", *arguments, *flags, "--out_dir", tmp_path)
     run_script(
@@ -217,3 +220,18 @@ def test_what_is_not_complete_never_has_the_final_name(monkeypatch, tmp_path):
         checkpoint.atomic_save({}, tmp_path / "model.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
     assert (tmp_path / "model.pth").read_bytes() == b"the old one"
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run():
+    """Its config lacks the fields that came later: they have their defaults, and another value is refused."""
+    config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100).to_dict()
+    now = {"stage": "full_sft", "config": json.loads(json.dumps(config)), "--seed": 1}
+    old = {name: value for name, value in config.items() if name not in ("head_dim", "qkv_bias", "rope_scaling")}
+    assert changes({**now, "config": old}, now) == []
+    assert changes({**now, "config": old}, {**now, "config": {**config, "qkv_bias": True}}) == [
+        "qkv_bias was False, is True"
+    ]
+    assert changes({**now, "--seed": 2, "config": {**old, "dim": 64, "head_dim": 16}}, now) == [
+        "--seed was 2, is 1", "dim was 64, is 32", "head_dim was 16, is 8",
+    ]  # fmt: skip
+    assert changes({**now, "config": {**config, "of_a_later_version": 1}}, now) == []

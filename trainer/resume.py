@@ -27,6 +27,7 @@ from torch import Tensor
 
 from corpus.errors import UserError
 from model.checkpoint import Checkpoint, atomic_save
+from model.config import ModelConfig
 from trainer.runtime import Run
 
 if TYPE_CHECKING:
@@ -115,6 +116,20 @@ def run_identity(args: argparse.Namespace, stage: "Stage") -> dict[str, Any]:
     }
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two identities, a text for each fact and for each field of the model's config.
+
+    An earlier version saved a config without the fields that came later: those have their defaults.
+    """
+    try:
+        config = ModelConfig(**before["config"]).to_dict()
+    except (KeyError, TypeError, ValueError):  # of a later version
+        config = before.get("config") or {}
+    before, now = {**before, **json.loads(json.dumps(config))}, {**now, **now["config"]}
+    names = [name for name in now if name != "config" and now[name] != before.get(name)]
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
+
+
 def load_progress(
     run: Run, args: argparse.Namespace, stage: "Stage", path: Path, rows_per_step: int
 ) -> tuple[Progress, Path | None]:
@@ -130,9 +145,7 @@ def load_progress(
     if found is None:
         return Progress(rows_per_step=rows_per_step, identity=identity), None
     folder, progress = found
-    different = [name for name in identity if identity[name] != progress.identity.get(name)]
-    if different:
-        shown = "; ".join(f"{name} was {progress.identity.get(name)}, is {identity[name]}" for name in different)
+    if shown := "; ".join(changes(progress.identity, identity)):
         raise UserError(f"{resume_path(path)} belongs to another run ({shown[:300]}): use --resume never to start anew")
     weights = {f"model.{name}": p.detach() for name, p in stage.model.named_parameters() if p.requires_grad}
     load_tensors(run, folder, weights)
