@@ -11,7 +11,6 @@ Read next: read.py (where rows come from), pairs.py (pairs of answers), pack_tex
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -79,7 +78,7 @@ def chat_items(
         if only and (only == "single") != (turns == 1):
             report.drop("of one turn (--only multi)" if turns == 1 else "of several turns (--only single)", *place)
             continue
-        identity = content_key(json.dumps(messages, ensure_ascii=False))
+        identity = messages_key(messages)
         if identity in seen:
             report.drop("exact duplicate", *place)
             continue
@@ -89,6 +88,11 @@ def chat_items(
             report.shorten("without its last question, which has no answer", *place)
         text = chat.content.text if messages is chat.messages else chat_text(messages)
         yield Item(text, messages, language_of(text), question_key(messages), *place, identity=identity)
+
+
+def messages_key(messages: Iterable[Message]) -> int:
+    """The hash of roles, contents and weights of all messages."""
+    return content_key("\0".join(f"{turn['role']}{turn.get('weight', '')}\0{turn['content']}" for turn in messages))
 
 
 def question_key(messages: list[Message]) -> int:
