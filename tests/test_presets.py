@@ -93,10 +93,10 @@ def test_measurements_take_no_preset(make, out, monkeypatch, capsys, tmp_path):
 def test_flags_that_do_not_go_together_are_one_line(make):
     for flags, message in (
         (["--num_beams", 2, "--temperature", 0.7], "--temperature must be 0 with num_beams above 1, not 0.7"),
-        (["--num_beams", 9], "--num_beams must be from 1 to 8, not 9"),
-        (["--num_beams", 0], "--num_beams must be from 1 to 8, not 0"),
-        (["--no_repeat_ngram_size", -1], "--no_repeat_ngram_size must be at least 0, not -1"),
-        (["--length_penalty", "nan"], "--length_penalty must be from -10 to 10, not nan"),
+        (["--num_beams", 9], "--num_beams: 9 is not a whole number from 1 to 8"),
+        (["--num_beams", 0], "--num_beams: 0 is not a whole number from 1 to 8"),
+        (["--no_repeat_ngram_size", -1], "--no_repeat_ngram_size: -1 is not a whole number of at least 0"),
+        (["--length_penalty", "nan"], "--length_penalty: nan is not a number of at least 0"),
     ):
         with pytest.raises(UserError, match=message):
             make("chatml", *flags)

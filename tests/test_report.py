@@ -208,13 +208,14 @@ def test_bad_models_are_said_before_the_first_one_computes(report, parrots, tmp_
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and not failed.stdout
 
 
-def test_a_model_with_broken_weights_gets_a_page_that_programs_can_read(report, parrots, tmp_path):
+def test_a_model_whose_loss_overflows_gets_a_page_that_programs_can_read(report, parrots, tmp_path):
     import torch
 
     checkpoint = torch.load(parrots / "full_sft_64.pth", weights_only=True)
-    checkpoint["model"]["model.norm.weight"] *= float("nan")
-    torch.save(checkpoint, tmp_path / "nan.pth")
-    found, _ = report(models=[tmp_path / "nan.pth"])
+    for name in ("model.norm.weight", "lm_head.weight"):
+        checkpoint["model"][name] *= 1e30  # finite, but no logit is
+    torch.save(checkpoint, tmp_path / "diverged.pth")
+    found, _ = report(models=[tmp_path / "diverged.pth"])
     assert found["models"][0]["bits_per_byte"]["zh"]["bits_per_byte"] is None
     assert "NaN" not in (tmp_path / "page" / "r.json").read_text(encoding="utf-8")
 
