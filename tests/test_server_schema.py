@@ -41,6 +41,9 @@ def before_call(context, case, kwargs):
             case.body["echo"] = True
         if case.body.get("continue_final_message") is True:  # needs an answer to continue, and no other turn opened
             case.body["continue_final_message"] = False
+        drawn = any(case.body.get(name) for name in ("temperature", "n", "logprobs", "top_logprobs"))
+        if drawn and case.body.get("num_beams") in range(2, 9):  # a beam search gives one answer at temperature 0
+            case.body["num_beams"] = 1
         for name in ("max_tokens", "max_completion_tokens"):
             if name in case.body and case.body[name] in (None, -1):  # as much as fits
                 case.body[name] = 2
