@@ -137,10 +137,13 @@ class RowReader(RowKeys):
 
     def _skip_unwanted(self, row: dict[str, Any], fields: Fields, used: set[str]) -> None:
         """Raises UnfitRow for a row that is marked as not to be trained."""
+        is_kto = "completion" in row or "kto_tag" in row  # elsewhere a label of numbers is a class
+        good, bad = (("true", "1"), ("false", "0")) if is_kto else (("true",), ("false",))
         for key in fields.get("label", ()):
-            if isinstance(row[key], bool) or str(row[key]).strip().lower() in ("true", "false"):
+            label = str(row[key]).strip().lower()
+            if label in (*good, *bad):
                 used.add(key)
-                if str(row[key]).strip().lower() == "false":
+                if label in bad:
                     raise UnfitRow(f"an answer that is marked as bad ({key} is false)")
         self._skip_weightless(row, fields)
 

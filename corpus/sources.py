@@ -258,7 +258,7 @@ def open_source(path: Path) -> Source:
 
 
 def _to_utf8(source: Source) -> None:
-    """Make `source` yield UTF-8 lines that end with a line feed, whatever the file's encoding and line ends are."""
+    """Convert the encoding and the line ends of `source`: it yields UTF-8 lines that end with a line feed."""
     head = source.head()
     if head.startswith(BINARY_MAGIC):
         return

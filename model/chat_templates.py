@@ -76,7 +76,7 @@ class TemplateFormat:
             if self._exceeded >= MAX_EXCEEDED:
                 raise UserError(f"{refused}, the bound: it may loop forever; {ANOTHER_FORMAT}") from None
             raise RefusedChat(refused) from None
-        except Exception as error:  # jinja's, and whatever the template's own expressions raise
+        except Exception as error:  # jinja's errors, and those of expressions in the template
             said = (str(error).splitlines() or [type(error).__name__])[0][:200]
             is_refusal = isinstance(error, TemplateError) and not isinstance(error, UndefinedError)
             raise RefusedChat(

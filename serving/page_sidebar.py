@@ -82,7 +82,7 @@ def controls(say: dict[str, str], limit: int, preset: tuple[str, dict[str, Any]]
     temperature = slider("temperature", 0.0, 2.0, 0.7, 0.05, disabled=searches)
     longest = slider("max_new_tokens", 1, max(limit, 2), min(200, limit), 1, key=f"max_new_tokens_{limit}")
     with st.expander(say["more"]):
-        greedy = searches or temperature == 0  # the likeliest token is taken, whatever these say
+        greedy = searches or temperature == 0  # then these sliders have no effect
         top_p = slider("top_p", 0.05, 1.0, 0.9, 0.05, disabled=greedy)
         top_k = slider("top_k", 0, 200, 0, 1, disabled=greedy)
         min_p = slider("min_p", 0.0, 0.5, 0.0, 0.01, disabled=greedy)

@@ -143,6 +143,8 @@ def test_every_rule_of_turns_holds_and_is_named(messages, result, change):
         ({"messages": [CHAT[0], turn("assistant", None, tool_calls=[{"id": "1"}])]},
          "tool turns are not trained yet (tool_calls)"),
         ({"prompt": "x", "completion": "y", "label": False}, "an answer that is marked as bad (label is false)"),
+        ({"prompt": "x", "completion": "y", "label": 0}, "an answer that is marked as bad (label is false)"),
+        ({"messages": CHAT, "kto_tag": "False"}, "an answer that is marked as bad (kto_tag is false)"),
         ({"messages": CHAT, "weight": 0}, "a row with weight 0"),
         ({"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), CHAT[1]]},
          "a message with parts that are not text"),

@@ -143,7 +143,7 @@ def test_cleaning_reads_and_edits_what_training_reads(layout: Layout, words):
 
 def test_a_row_with_a_text_and_a_chat_is_cleaned_in_both():
     row = {"instruction": "ask", "input": "", "output": "mail me", "text": "ask, mail me"}
-    assert READER.content(row).text == "mail me\nask\nask, mail me" or set(READER.content(row).text.split("\n")) == {
+    assert set(READER.content(row).text.split("\n")) == {
         "ask", "mail me", "ask, mail me"
     }  # fmt: skip
     assert READER.edit(row, str.upper)["output"] == "MAIL ME" and READER.edit(row, str.upper)["text"] == "ASK, MAIL ME"
