@@ -16,7 +16,7 @@ Writes  out/pretrain_512.pth, and beside it the log (.jsonl), the curves (.png) 
 Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trainer/loop.py, model/transformer.py.
 """
 
-from corpus.errors import UserError, fail_in_one_line
+from common.errors import UserError, fail_in_one_line
 from trainer.cli import add_mix_flags, add_model_flags, given_model_flags, make_parser, model_config
 from trainer.plan import add_plan_flags, steps_for
 

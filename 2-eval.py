@@ -27,8 +27,8 @@ Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how 
 import argparse
 import sys
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from corpus.prompts import FIRST
 from corpus.questions import read_lines, read_questions, sound
 from model.presets import CHOICES

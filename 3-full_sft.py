@@ -17,7 +17,7 @@ Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_for
         trainer/batches.py (why padding is rare), evaluation/data_study.py.
 """
 
-from corpus.errors import UserError, fail_in_one_line
+from common.errors import UserError, fail_in_one_line
 from corpus.flags import NameList
 from model.chat_formats import FORMAT_NAMES
 from trainer.cli import add_length_flag, make_parser, shares

@@ -17,8 +17,8 @@ Writes  out/lora_sft_512.pth, and beside it the log (.jsonl), the curves (.png) 
 Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), model/checkpoint.py (who finds the parent).
 """
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from trainer.cli import add_length_flag, make_parser
 
 LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")

@@ -21,8 +21,8 @@ import argparse
 import functools
 from pathlib import Path
 
+from common.errors import fail_in_one_line
 from corpus import flags
-from corpus.errors import fail_in_one_line
 from trainer.cli import add_length_flag, make_parser
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}

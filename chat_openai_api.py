@@ -15,8 +15,8 @@ import contextlib
 import os
 from typing import Any
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from corpus.questions import sound
 
 Message = dict[str, str]

@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags, prepare
-from corpus.errors import UserError, fail_in_one_line
 from corpus.layouts import parse_keys, print_layouts
 from corpus.report import DataReport
 from corpus.rows import READER, RowReader

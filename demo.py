@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from model.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent

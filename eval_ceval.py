@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from model.rope_flags import add_rope_flags, rope_of
 
 

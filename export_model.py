@@ -22,8 +22,8 @@ import argparse
 import re
 from pathlib import Path
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 
 NUMBER_FORMATS = ("float32", "bfloat16", "float16")
 

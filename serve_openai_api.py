@@ -18,8 +18,8 @@ import ipaddress
 import os
 import socket
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from model.presets import CHOICES
 from model.rope_flags import add_rope_flags, rope_of
 

@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from model.chat_formats import FORMAT_NAMES
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def compare_tokenizers(folders: list[str], files: list[str], out: str | None) ->
     from rich.console import Console
     from rich.table import Table
 
-    from corpus.files import write_text
+    from common.files import write_text
     from evaluation.tokenizer_table import HEADS, cells, compare, markdown, measured_on, open_tokenizer, read_languages
 
     opened = [open_tokenizer(folder) for folder in folders]

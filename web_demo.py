@@ -15,8 +15,8 @@ import socket
 import sys
 from pathlib import Path
 
+from common.errors import UserError, fail_in_one_line
 from corpus import flags
-from corpus.errors import UserError, fail_in_one_line
 from model.rope_flags import add_rope_flags, rope_of
 
 HERE = Path(__file__).resolve().parent

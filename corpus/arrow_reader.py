@@ -8,7 +8,7 @@ Read next: readers.py (the other formats).
 from collections.abc import Iterator
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.json_reader import Rows
 from corpus.report import DataReport
 from corpus.sources import Source

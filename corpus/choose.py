@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.items import Item
 from corpus.language import LANGUAGES
 from corpus.read import Path_

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.exams import files_of
 from corpus.language import chinese_characters, language_of
 from corpus.ngrams import codes_of, ngram_hashes, skeleton

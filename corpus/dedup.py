@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.language import language_of
 from corpus.ngrams import codes_of, mix, ngram_hashes, skeleton
 from corpus.progress import SIGNING, Progress, inputs_of

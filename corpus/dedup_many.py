@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
 from corpus.dedup import BANDS, ROWS, Clusters, KeepFirst, join, row_hash, shingles, signatures_of_shingles
-from corpus.errors import UserError
 from corpus.progress import inputs_of
 from corpus.read import Path_
 from corpus.report import DataReport

@@ -22,11 +22,11 @@ import os
 import random
 from pathlib import Path
 
+from common.errors import fail_in_one_line
 from corpus import flags
 from corpus.demo_facts import Fact, Word
 from corpus.demo_grammar import fill
 from corpus.demo_world import LANGUAGES, World
-from corpus.errors import fail_in_one_line
 from corpus.exams import LETTERS
 from corpus.questions import is_right
 

@@ -32,11 +32,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from common.errors import fail_in_one_line
 from corpus import demo_wordings_en, demo_wordings_zh, flags
 from corpus.demo_facts import Fact, facts_of
 from corpus.demo_grammar import fill, lines, options, read_wordings
 from corpus.demo_tuning import identity_chats, identity_questions, pairs
-from corpus.errors import fail_in_one_line
 from corpus.questions import is_right
 
 LANGUAGES = ("zh", "en")

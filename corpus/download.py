@@ -31,8 +31,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.errors import UserError
 from corpus.catalogue import CATALOGUE, Source
-from corpus.errors import UserError
 from corpus.shards import writing
 
 MIRRORS = {"hub": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": "modelscope"}

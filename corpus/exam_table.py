@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.text_encoding import SAMPLE, detect_encoding
 
 OPTION_LETTERS = "ABCDEFGHIJ"

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.exam_subjects import category_of
 from corpus.exam_table import LARGEST, OPTION_LETTERS, Row, decode, letters_of, read_rows
 

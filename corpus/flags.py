@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 KEYS: dict[str, tuple[str, ...]] = {
     "text": (

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 KINDS = ("language", "source")
 SMALLEST = 0.0001  # share: a mixture is laid out in rounds of 10,000 rows

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.errors import ANOTHER_FORMAT, UserError
 from corpus.chats import chat_text
-from corpus.errors import ANOTHER_FORMAT, UserError
 from corpus.history import history_of
 from corpus.items import Item, chat_items, in_batches, in_splits
 from corpus.progress import PROGRESS, Progress, behind, inputs_of, unfinished

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from corpus import flags
-from corpus.errors import UserError
 from corpus.layouts import parse_keys
 from corpus.report import DataReport
 from corpus.rows import RowReader

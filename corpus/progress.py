@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.read import Path_
 from corpus.shards import write_json
 from corpus.sources import check_input

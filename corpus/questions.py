@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.language import language_of
 
 LATIN, NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from corpus.chats import Message
-from corpus.errors import UserError
 from corpus.layouts import KEYS
 from corpus.markers import STRONG, has_marker, split_documents
 from corpus.readers import READERS, Rows

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.layouts import expected_keys
 
 EXAMPLES = 3  # places kept for each reason

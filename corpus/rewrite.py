@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.history import history_of
 from corpus.progress import PROGRESS, Progress, inputs_of
 from corpus.read import Path_, taken_rows

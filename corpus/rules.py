@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from common.errors import UserError
 from corpus import rules_drop, rules_edit
-from corpus.errors import UserError
 
 GOPHER = "Gopher, arXiv 2112.11446, A1.1"
 REPETITION = "Gopher, arXiv 2112.11446, table A1"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.language import chinese_characters, language_of
 from corpus.ngrams import codes_of, ngram_hashes
 from corpus.rules_prose import ZH_WORD, Limits, Page, of_prose

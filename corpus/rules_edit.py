@@ -18,7 +18,7 @@ import re
 import unicodedata
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.language import chinese_characters
 from corpus.rules_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICES
 

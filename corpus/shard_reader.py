@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.shards import Folder, command_for, read_meta
 
 MOST_OPEN = 128  # files at a time: a terabyte has more shards than a process may have open files

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 FORMAT = 1
 SHARD_TOKENS = 100_000_000

@@ -12,7 +12,7 @@ import codecs
 import re
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.json_reader import is_message, loose_value
 from corpus.layouts import KEYS
 from corpus.sources import PIECE, SUFFIX_FORMATS, Source

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.text_encoding import UTF8, detect_encoding, utf8_pieces
 
 SAMPLES = 16  # places of a long file that are read to find its encoding

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.items import ENOUGH, content_key
 from corpus.language import LANGUAGES, language_of
 from corpus.read import read_texts

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 MIN_VOCAB = 300  # the 256 bytes, the special tokens, and something to learn
 MAX_VOCAB = 2**32  # token ids are stored as uint16 or uint32

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
 from corpus.chats import Message
-from corpus.errors import UserError
 from corpus.items import Item, chat_items
 from corpus.language import language_of
 from corpus.read import read_texts

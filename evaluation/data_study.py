@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.files import write_text
+from common.files import write_text
 from corpus.questions import read_questions
 from evaluation.scoring import chat_accuracy
 from model.checkpoint import load_model, load_state, plain_state

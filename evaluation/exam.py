@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.exam_table import OPTION_LETTERS
 from corpus.exams import Exam, Item
 from model.chat import ChatTokenizer

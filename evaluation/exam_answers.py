@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation.exam import Asked
 from model.chat import ChatTokenizer
 from model.config import ModelConfig

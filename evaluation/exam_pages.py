@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.exam_table import OPTION_LETTERS
 from evaluation.exam import Asked
 from evaluation.exam_score import Marked, Result, Score, sentence

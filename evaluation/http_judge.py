@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 TRIES = 6
 TIMEOUT = 180  # seconds for one reply

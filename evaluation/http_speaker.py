@@ -16,7 +16,7 @@ import dataclasses
 import re
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation.http_judge import TIMEOUT, ChatServer
 from evaluation.speaker import SAMPLING
 from model.repetition import describe

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation.http_judge import ChatServer
 
 SCORE = """A small language model was given a request. How good is its answer? Is it correct, does it help, is it in \

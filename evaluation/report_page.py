@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
-from corpus.files import write_text
+from common.errors import UserError
+from common.files import write_text
 from corpus.language import language_of
 from corpus.prompts import PROMPTS, SAFETY
 from evaluation.bits import bits_per_byte, read_chats, read_named_texts, sft_loss

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.questions import is_right
 from model.chat import ChatTokenizer
 from model.chat_formats import Message

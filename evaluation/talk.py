@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
-from corpus.files import write_text
+from common.errors import UserError
+from common.files import write_text
 from corpus.questions import sound
 from evaluation.speaker import SAMPLING, Speaker
 from model.chat_formats import Message

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
 from corpus.demo_world import World
-from corpus.errors import UserError
 from corpus.language import language_of
 from corpus.read import read_texts
 from corpus.report import DataReport

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.gguf_file import gguf_package, gguf_tensors, storage, write_gguf
 from export.gguf_sentencepiece import caveat
 from export.stock_check import GREEDY_TOKENS, TEXTS, chat_ids, chat_text, greedy, same_answer

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.gguf_rope import refuse_rope, rope_factors, write_rope
 from export.gguf_tokenizer import pre_tokenizer, write_tokenizer
 from export.stock_folder import architecture

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import ModelConfig
 from model.rope import attention_factor, frequencies
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.stock_check import TEXTS, chat_ids, chat_text
 from model.chat import ChatTokenizer
 

@@ -15,7 +15,7 @@ import json
 import unicodedata
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.tokenizer_training import token_bytes
 from export.gguf_sentencepiece import UNKNOWN, check, is_sentencepiece, vocabulary
 from export.stock_folder import bos_id

@@ -9,7 +9,7 @@ Read next: ../export_model.py.
 import re
 from pathlib import Path
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 
 def check_name(name: str, needs_token: bool) -> None:

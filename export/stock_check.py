@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.stock_folder import folder_state
 from model.chat import ChatTokenizer
 from model.transformer import KVCache, Transformer

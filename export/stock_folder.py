@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import ChatTokenizer
 from model.checkpoint import plain_state
 from model.config import ModelConfig

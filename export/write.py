@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.card import card, name_of
 from export.gguf_check import check_gguf
 from export.gguf_file import modelfile, write_gguf

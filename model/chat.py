@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from corpus.errors import ANOTHER_FORMAT, UserError
+from common.errors import ANOTHER_FORMAT, UserError
 from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
 from model.chat_templates import TemplateFormat
 from model.render import Rendered, render_chats, render_unfinished

@@ -20,7 +20,7 @@ Read next: chat.py (spans -> ids and mask), chat_templates.py.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 Message = dict[str, Any]  # role, content; of an answer that is not trained also "weight": 0
 Span = tuple[str, bool]  # a piece of the rendered text, and whether it is trained

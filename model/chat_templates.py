@@ -18,7 +18,7 @@ import re
 from functools import cached_property
 from typing import Any
 
-from corpus.errors import ANOTHER_FORMAT, UserError
+from common.errors import ANOTHER_FORMAT, UserError
 from model.chat_formats import Message, RefusedChat, Span, Written, answers_of
 
 MAX_EXCEEDED = 3  # chats that may exceed the bound before the template is an error

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import ChatTokenizer
 from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import ChatTokenizer
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.config import ModelConfig

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import load_state
 from model.lora import LoRAConfig, adapter_state, attach, lora_layers
 from model.transformer import Transformer

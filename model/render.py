@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
-from corpus.errors import ANOTHER_FORMAT, UserError
+from common.errors import ANOTHER_FORMAT, UserError
 from model.chat_formats import Message, NamedFormat, RefusedChat, Written
 from model.chat_templates import TemplateFormat
 

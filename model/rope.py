@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import ModelConfig
 from model.rope_flags import check_factor
 

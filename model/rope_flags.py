@@ -6,7 +6,7 @@ Read next: rope.py (the formulas).
 import argparse
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.flags import Limit
 
 KINDS = ("linear", "dynamic", "yarn")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import ChatTokenizer, load_tokenizer
 from model.checkpoint import FORMAT, Checkpoint, load_state
 from model.config import ModelConfig

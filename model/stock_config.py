@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import ROPE_KEYS, ModelConfig, wrong_scaling
 from model.granite import MODEL_TYPE as GRANITE
 from model.granite import multipliers

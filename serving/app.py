@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.generate import Answer, Row
 from serving import schemas
 from serving.embeddings import EmbeddingList, EmbeddingRequest, embedding_job, embedding_list

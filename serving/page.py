@@ -16,7 +16,7 @@ from typing import Any
 import streamlit as st
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import load_model
 from model.rope_flags import Rope
 from serving.conversation import Conversation, Reply, Speaker, Turn

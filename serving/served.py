@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation.scoring import chat_prompt
 from model.chat import ChatTokenizer
 from model.chat_formats import Message

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import PARENTS
 from model.config import ModelConfig
 from model.lineage import facts

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.shards import read_meta
 from tests.conftest import load_script, write_shards
 from trainer.batches import (

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation import bits as room
 from evaluation.bits import Row, bits_per_byte, ratio, read_chats, read_named_texts, sft_loss, windows
 from model.checkpoint import load_model

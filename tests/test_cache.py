@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import (
     find_checkpoint,
     find_parent,

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.card import card
 from model.checkpoint import load_model, remember_parent, save_model
 from model.config import ModelConfig

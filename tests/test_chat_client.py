@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.generate import generate
 from model.sampling import Sampling
 from serving.app import Limits

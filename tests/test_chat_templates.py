@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.pack import CHATS, pack_chats
 from corpus.pairs import PAIRS
 from corpus.report import DataReport

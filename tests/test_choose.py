@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
+from common.errors import UserError
 from corpus.choose import BINS, Band, Scores, bin_edges, bin_of, clip, interval, parse_band
-from corpus.errors import UserError
 from corpus.shards import read_meta
 from trainer.choose import Scorer, bare_chat, batches_of
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
+from common.errors import UserError
 from corpus import rules_drop, rules_edit
 from corpus.clean import Clean
-from corpus.errors import UserError
 from corpus.rewrite import Row
 from corpus.rules import NAMES, RULES, choose_rules
 from corpus.rules_prose import Limits, Page

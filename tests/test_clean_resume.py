@@ -9,8 +9,8 @@ import time
 import pytest
 
 import data_process
+from common.errors import UserError
 from corpus import rewrite
-from corpus.errors import UserError
 from tests.conftest import ROOT, run_process
 
 ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两岸的人们靠它生活。"

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
+from common.errors import UserError
 from corpus import pack_texts
-from corpus.errors import UserError
 from corpus.items import Item, content_key, split_validation
 from corpus.pack import tokenise_chats
 from corpus.render_chats import render_chats

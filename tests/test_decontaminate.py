@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 import data_process
+from common.errors import UserError
 from corpus.decontaminate import Decontaminate, exam_files, question_of, read_exam
-from corpus.errors import UserError
 from corpus.history import history_in_words, history_of, history_of_data
 from corpus.rewrite import Row
 from tests.conftest import EXACT, SHARED_DATA, TINY_MODEL, run_script

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
+from common.errors import UserError
 from corpus import dedup
 from corpus.dedup import KEYS, band_keys, first_of_cluster, join, row_hash, shingles, signatures_of_shingles
-from corpus.errors import UserError
 from corpus.ngrams import codes_of, ngram_hashes, skeleton
 from corpus.report import DataReport
 from corpus.rewrite import numbered_rows

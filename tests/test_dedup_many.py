@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data_process
-from corpus.errors import UserError
+from common.errors import UserError
 from tests.conftest import run_process
 from tests.planted import rows as planted_rows
 
@@ -130,7 +130,7 @@ def test_a_missing_engine_is_one_line(parts, tmp_path):
         ("ray", ["--executor", "ray"], '--executor ray needs one more package: pip install "ray>='),
         ("rensa", ["--executor", "local"], 'one more package: pip install "rensa>='),
     ):
-        hide = f"import sys; sys.modules[{module!r}] = None; import data_process; from corpus.errors import *\n"
+        hide = f"import sys; sys.modules[{module!r}] = None; import data_process; from common.errors import *\n"
         call = f"data_process.main({['dedup', str(parts[0]), '--out_dir', str(tmp_path / 'out'), *flags]!r})"
         done = run_process(
             sys.executable,

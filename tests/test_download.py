@@ -13,10 +13,10 @@ import zipfile
 import pytest
 
 import data_process
+from common.errors import UserError
 from corpus import download
 from corpus.catalogue import CATALOGUE
 from corpus.download import fetch, mirrors_of, require_space, unpack
-from corpus.errors import UserError
 
 CONTENT = os.urandom(3_000_000)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer

@@ -225,7 +225,7 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
     ],
 )
 def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
-    from corpus.errors import fail_in_one_line
+    from common.errors import fail_in_one_line
 
     flags = [flag.format(c=out / "pretrain_32.pth") for flag in flags]
     arguments = ["--data", exam, "--out_dir", out, *flags]

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.prompts import FIRST, PROMPTS
 from corpus.questions import is_right
 from evaluation.speaker import find_model

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.exams import LETTERS, Exam, Item
 from evaluation import exam_answers
 from evaluation.exam import Asking, ask

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.exams import LETTERS, read_exam, read_items
 
 HEAD = "id,question,A,B,C,D,answer\n"

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.stock_check import TEXTS
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.flags import Limit, NameList, Parser, split_names
 from tests.conftest import ROOT, TINY_MODEL, load_script, read_log, run_process, run_script, weights
 

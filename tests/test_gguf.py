@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
 from export.gguf_check import check_gguf
 from export.gguf_file import go_template, interleave, modelfile, refuse_early, write_gguf

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.gguf_check import check_gguf
 from export.gguf_file import write_gguf
 from export.gguf_sentencepiece import BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, UNUSED, Vocabulary

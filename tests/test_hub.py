@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.hub import check_name
 from tests.conftest import run_process
 

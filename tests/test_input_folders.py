@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.read import read_rows
 from corpus.report import DataReport
 from corpus.sources import expand_inputs

@@ -18,7 +18,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 from openai.types.completion_usage import CompletionUsage
 from pydantic import TypeAdapter
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation import http_judge
 from evaluation.http_judge import ChatServer
 from evaluation.judge import judge, questions_for, read_verdict

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.items import chat_items, text_items
 from corpus.layouts import (
     COMPARISONS,

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation.length_loss import length_loss, length_section
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig

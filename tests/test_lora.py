@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import fingerprint, load_model, plain_state, read_checkpoint, remember_parent, save_model
 from model.config import ModelConfig
 from model.lora import LoRAConfig, LoRALinear, adapter_state, attach, describe, lora_layers, merge

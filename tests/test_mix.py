@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.mix import groups_of, left_out, parse_mix
 from tests.conftest import write_shards
 from trainer.mixture import ROUND, Interleave, MixPlan, Mixture, apportion, read_recipe

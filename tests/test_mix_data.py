@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from common.errors import UserError
 from corpus import pack_texts
-from corpus.errors import UserError
 from corpus.pack_texts import MOST_SOURCES, OTHER
 from corpus.report import DataReport
 from corpus.shard_reader import open_split

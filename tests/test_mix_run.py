@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from tests.conftest import EXACT, TINY_MODEL, read_log, run_script, weights
 from tests.test_resume import stop_after
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data_process
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.report import DataReport
 from tests.conftest import ROOT
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.items import Item
 from corpus.pack import tokenise_chats
 from corpus.pairs import PAIRS, render_pairs

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
 
 MODES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import load_model
 from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.peft_folder import read_peft, write_peft
@@ -243,7 +243,7 @@ def read_or_refused(adapter, folder, content):
 
 
 def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path, monkeypatch, sft_dir, tokenizer, capsys):
-    from corpus.errors import fail_in_one_line
+    from common.errors import fail_in_one_line
 
     parent = write_parent(tmp_path, tokenizer)
     (tmp_path / "adapter_config.json").write_text("{")

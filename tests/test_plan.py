@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from tests.conftest import EXACT, ROOT, read_log, run_script

@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from evaluation.speaker import Speaker, find_model
 from evaluation.talk import talk
 from model.chat_formats import FORMAT_NAMES

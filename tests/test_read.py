@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.language import language_of
 from corpus.read import read_chats, read_rows, read_texts
 from corpus.report import DataReport

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.markers import split_documents
 from corpus.read import read_rows, read_texts
 from corpus.report import DataReport

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from corpus import csv_reader, json_reader
-from corpus.errors import UserError
 from corpus.json_reader import rows_of_list
 from corpus.read import read_chats, read_texts
 from corpus.report import DataReport

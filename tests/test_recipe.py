@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from tests.conftest import read_log, run_script
 from trainer.cli import make_parser
 from trainer.optim import learning_rate_share

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.prompts import PROMPTS, SAFETY
 from evaluation.markdown_page import _fenced, _plain
 from evaluation.report_page import labels_of

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.prompts import PROMPTS
 from tests.conftest import run_process, run_script
 from tests.test_judge import completion, failure, slept, stub  # noqa: F401 - the fixture

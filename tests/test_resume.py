@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import ModelConfig
 from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
 from trainer.resume import changes

@@ -19,7 +19,7 @@ import urllib.request
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from tests.conftest import ROOT, run_process, run_script
 from tests.server_help import make_file, running
 

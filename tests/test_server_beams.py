@@ -130,7 +130,7 @@ def test_a_preset_refuses_nothing(server):
 
 
 def test_too_few_seats_for_a_preset_are_an_error_at_the_start(monkeypatch, tokenizer, tmp_path):
-    from corpus.errors import UserError
+    from common.errors import UserError
 
     path = make_file(tmp_path / "full_sft_32.pth", tokenizer.with_format("mindllm"))
     with pytest.raises(UserError, match=r"--seats 2 is less than the num_beams of full_sft_32's .*: set --seats 4"):

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import ChatTokenizer
 from model.chat_formats import FORMAT_NAMES
 from model.generate import generate

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.shard_reader import open_split
 from corpus.shards import (
     FORMAT,

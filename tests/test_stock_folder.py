@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import load_tokenizer
 from model.checkpoint import load_model
 from tests.conftest import run_process, run_script

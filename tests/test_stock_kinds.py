@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from export.stock_check import greedy
 from model.checkpoint import load_model
 from model.config import ModelConfig

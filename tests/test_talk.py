@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.read import read_chats, read_texts
 from corpus.report import DataReport
 from evaluation import speaker as speaker_room

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.report import DataReport
 from corpus.tokenizer_sample import sample_texts
 from corpus.tokenizer_training import MIN_VOCAB, token_bytes, train_tokenizer

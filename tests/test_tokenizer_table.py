@@ -10,7 +10,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.language import language_of
 from evaluation.tokenizer_table import compare, open_tokenizer, read_languages
 from tests.conftest import run_process, run_script

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.conftest import TINY_MODEL, read_log, run_script, weights

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import load_model
 from model.generate import Sampling
 from serving import conversation

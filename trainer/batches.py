@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.pack import Form, tokenise_chats
 from corpus.shard_reader import open_split
 from corpus.shards import COMMANDS, read_meta

@@ -10,8 +10,8 @@ import dataclasses
 import importlib.util
 from typing import Any
 
+from common.errors import UserError
 from corpus import flags
-from corpus.errors import UserError
 from corpus.mix import parse_mix
 from model.config import FIELD_HELP, PRESETS, ModelConfig
 from trainer.recipes import parse_with_recipe

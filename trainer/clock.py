@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from corpus.errors import UserError
+from common.errors import UserError
 from trainer.batches import Batch
 from trainer.logbook import Logbook
 from trainer.runtime import Run

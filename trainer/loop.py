@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.history import history_in_words, history_of_data
 from model.chat import ChatTokenizer
 from model.checkpoint import model_content

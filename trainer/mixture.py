@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.mix import Group, groups_of, left_out
 from corpus.shards import read_meta
 from trainer.batches import Batch, Rows, StepPlan, Windows

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.transformer import Transformer
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.transformer import Transformer
 from trainer.batches import Batch
 from trainer.optim import make_optimizers

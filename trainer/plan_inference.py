@@ -15,7 +15,7 @@ import argparse
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from trainer.plan import CUDA_CONTEXT, GPUS, count, inference_memory, training_memory
 

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.chat import load_tokenizer
 from model.config import PRESETS, ModelConfig
 from trainer.cli import PARALLEL, model_config

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from corpus.shards import read_meta
 from model.chat import ChatTokenizer
 from model.checkpoint import atomic_save, plain_state, state_fingerprint

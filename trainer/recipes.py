@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from corpus.errors import UserError
+from common.errors import UserError
 
 RECIPES: dict[str, dict[str, Any]] = {
     "belle": {

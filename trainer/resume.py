@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from model.checkpoint import Checkpoint, atomic_save
 from model.config import ModelConfig
 from trainer.runtime import Run

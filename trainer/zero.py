@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corpus.errors import UserError
+from common.errors import UserError
 from trainer.batches import Batch
 from trainer.parallel import Engine, StageLoss, State
 from trainer.runtime import Run

@@ -1,0 +1,118 @@
+"""Writing files and folders whole or not at all. No other file of this project renames anything.
+
+    with atomic_write("out/model.pth") as file:     a temporary file, renamed when the block ends without an error
+        torch.save(content, file)
+    write_text, write_json                          the same for one small text
+    replace_folder(".new.tmp", "dataset/sft")       a finished folder takes the place of an older one
+    remove(path)                                    renamed first: after a kill nothing half removed has the name
+
+Temporary names are `.NAME.PID.tmp` (being written), `.NAME.PID.old` (replaced) and `.NAME.PID.gone` (being removed). A
+kill may leave one; `remove_leftovers` removes those of a name and gives back a folder that was set aside when the kill
+came between two renames. Call it only while the name is locked.
+
+Read next: locks.py (one writer at a time), errors.py (what the user sees when writing fails).
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.errors import UserError
+
+PathLike = str | os.PathLike[str]
+ADVICE = "free some space or choose another place"
+
+
+@contextlib.contextmanager
+def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
+    """A binary file that is on the disk under the name `path` after the block, or, after an error, not at all.
+
+    The folder is made if it is missing. Raises UserError, ending in `advice`, where the file cannot be written.
+    """
+    path = Path(path)
+    temporary = temporary_name(path, "tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise cannot_write(path, error, advice) from error
+        raise
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
+    """Write a JSON file that ends with a line feed. Raises UserError where that cannot be done."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+
+
+def replace_folder(new: PathLike, target: PathLike) -> None:
+    """Rename the finished folder `new` to `target`; an older `target` is set aside first and removed afterwards."""
+    new, target = Path(new), Path(target)
+    old = temporary_name(target, "old")
+    remove(old)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    remove(old)
+
+
+def remove(path: PathLike) -> None:
+    """Remove a file or a folder if it is there. A folder is renamed first, so that its name never holds half of it."""
+    path = Path(path)
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        gone = path if is_temporary(path) else temporary_name(path, "gone")
+        if gone != path:
+            shutil.rmtree(gone, ignore_errors=True)
+            path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_leftovers(path: PathLike) -> None:
+    """Remove what a killed process left beside `path` under temporary names; `path` may hold `*`.
+
+    A folder that was set aside is given its name back if nothing has that name: the kill came between two renames.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        return
+    for entry in sorted(path.parent.glob(f".{path.name}.*")):
+        if not is_temporary(entry):
+            continue
+        name = entry.with_name(re.sub(r"\.\d+\.\w+$", "", entry.name[1:]))
+        if entry.suffix == ".old" and not name.exists():
+            entry.rename(name)
+        else:
+            remove(entry)
+
+
+def temporary_name(path: Path, end: str) -> Path:
+    """`.NAME.PID.end` beside `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+
+
+def is_temporary(path: Path) -> bool:
+    return re.fullmatch(r"\..+\.\d+\.(tmp|old|gone)", path.name) is not None
+
+
+def cannot_write(path: PathLike, error: OSError, advice: str = ADVICE) -> UserError:
+    """The one line of a failed write."""
+    return UserError(f"cannot write {error.filename or path}: {error.strerror or error}: {advice}")

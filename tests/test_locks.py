@@ -1,0 +1,62 @@
+"""One writer per output: the second is told who the first is, and a kill releases the lock."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.locks import locked
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = "import sys, time; sys.argv[0] = 'hold.py'\nfrom common.locks import locked\n" + (
+    "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)\n"
+)
+
+
+def hold(path: Path) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path):
+    holder = hold(tmp_path / "data")
+    try:
+        with pytest.raises(
+            UserError, match=rf"data is being written by `hold.py .*` \(process {holder.pid} on .*, since 2"
+        ):
+            with locked(tmp_path / "data"):
+                pass
+        with locked(tmp_path / "other"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_kill_releases_the_lock_and_the_next_writer_removes_what_it_left(tmp_path):
+    holder = hold(tmp_path / "data")
+    (tmp_path / f".data.{holder.pid}.tmp").write_text("half")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    started = time.monotonic()
+    with locked(tmp_path / "data"):
+        assert not (tmp_path / f".data.{holder.pid}.tmp").exists()
+    assert time.monotonic() - started < 5
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        with locked(tmp_path / "file" / "data"):
+            pass
+
+
+def test_one_process_may_lock_again_after_it_has_released(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "data"):
+            pass
