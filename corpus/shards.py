@@ -20,6 +20,7 @@ Read next: pack_texts.py and pack.py (who writes), shard_reader.py (reading).
 
 import array
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -240,6 +241,29 @@ def read_meta(folder: Folder) -> dict[str, Any]:
         raise UserError(f"{path}: format {meta['format']}, this version reads {FORMAT}: run `{command}` again")
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the meta.json of a data folder: run `{command}` again") from None
+
+
+def fingerprint(folder: Folder, split: str = "train") -> str:
+    """16 hex digits that name the data of a split, wherever the folder is.
+
+    From the checksums in meta.json; of a folder without them from the sizes and the first and last MB of its files.
+    """
+    meta = read_meta(folder)
+    entry = meta["splits"][split]
+    digest = hashlib.sha256(json.dumps([meta["dtype"], entry], sort_keys=True).encode())
+    if not all(shard.get("checksums") for shard in entry["shards"]):
+        names = [shard["file"] + suffix for shard in entry["shards"] for suffix in (".bin", ".mask", ".idx.npy")]
+        for path in (Path(folder) / name for name in names):
+            if path.is_file():
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _both_ends(path))
+    return digest.hexdigest()[:16]
+
+
+def _both_ends(path: Path, size: int = 1 << 20) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(size)
+        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
+        return first + file.read(size)
 
 
 def command_for(folder: Path, masked: bool = False) -> str:

@@ -33,8 +33,9 @@ from trainer.mixture import step_plan
 from trainer.optim import set_schedule
 from trainer.parallel import Engine, share_out
 from trainer.report import announce, check_first_loss
-from trainer.resume import Progress, Saver, detached, global_batch, load_progress, saved_names
+from trainer.resume import Progress, global_batch, load_progress
 from trainer.runtime import Run
+from trainer.saver import Saver, detached, one_writer
 
 ComputeLoss = Callable[[nn.Module, Batch], tuple[Any, ...]]  # -> (sum of losses, how many[, {name: sum to be logged}])
 
@@ -64,6 +65,7 @@ class Stage:
         return int(trained.sum() if self.unit == "token" else trained.any(1).chunk(2)[0].sum())
 
 
+@one_writer
 def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     """Run the stage to its end (steps, minutes, or a signal) and save; returns the path of the model.
 
@@ -81,8 +83,9 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     announce(run, args, stage, plan, total)
     engine = share_out(run, args, stage)
     if saved:
-        engine.load(saved, saved_names(saved))
-        engine.scaler.load_state_dict(progress.scaler)
+        engine.load(saved)
+        if progress.scaler:  # fp16 then and now
+            engine.scaler.load_state_dict(progress.scaler)
     elif not stage.lineage:
         check_first_loss(run, args, stage, plan, engine)
     batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
