@@ -26,7 +26,7 @@ from common.locks import locked
 from model.checkpoint import Checkpoint, atomic_save
 from trainer.resume import Progress, complete_steps, resume_path, step_folders
 from trainer.runtime import Run
-from trainer.state_files import ADVICE, FORMAT, copied, own_part, write_state
+from trainer.state_files import ADVICE, FORMAT, Copied, copied, own_part, write_state
 
 if TYPE_CHECKING:
     import argparse
@@ -76,6 +76,7 @@ class Saver:
         self.run, self.path, self.going_on = run, path, going_on
         self.threads = ThreadPoolExecutor(2)
         self.pending: list[Future[None]] = []
+        self.copies: dict[str, Copied] = {}
         self.begun = False
         self.saved_step = next(complete_steps(resume_path(path)))[1].step if going_on else -1
 
@@ -93,7 +94,8 @@ class Saver:
             self.pending.append(self.threads.submit(atomic_save, content, self.path))
         if not again:
             mine = own_part(engine.state(), self.run.rank, self.run.world, engine.replicated)
-            self.pending.append(self.threads.submit(write_state, folder, self.run.rank, copied(mine)))
+            self.copies = copied(mine, self.copies)
+            self.pending.append(self.threads.submit(write_state, folder, self.run.rank, self.copies))
             self.saved_step = progress.step
 
     def prepare(self, folder: Path, progress: Progress, again: bool) -> None:

@@ -119,14 +119,21 @@ class Copied:
     piece: Piece
 
 
-def copied(state: "State") -> dict[str, Copied]:
-    """The local part of every tensor, copied to the CPU, so that training may change the tensors."""
-    parts = {name: (local_part(tensor), tuple(tensor.shape)) for name, tensor in state.items()}
-    return {
-        name: Copied(local.to("cpu", copy=True).contiguous(), shape, piece)
-        for name, ((local, piece), shape) in parts.items()
-        if local.numel()  # the last processes' shards of a short tensor are empty
-    }
+def copied(state: "State", before: dict[str, Copied]) -> dict[str, Copied]:
+    """The local part of every tensor, copied to the CPU, so that training may change the tensors.
+
+    The memory of the copies `before` is used again where it fits: fresh memory takes longer to fill than to copy to.
+    """
+    copies = {}
+    for name, tensor in state.items():
+        local, piece = local_part(tensor)
+        if not local.numel():
+            continue  # the last processes' shards of a short tensor are empty
+        known = before.get(name)
+        fits = known is not None and known.piece == piece and known.data.dtype == local.dtype
+        data = known.data if known and fits else torch.empty(local.shape, dtype=local.dtype)
+        copies[name] = Copied(data.copy_(local), tuple(tensor.shape), piece)
+    return copies
 
 
 def write_state(folder: Path, rank: int, parts: dict[str, Copied]) -> None:
