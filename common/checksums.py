@@ -2,12 +2,14 @@
 
     checksum(data)                  of bytes, an array or a tensor's memory, as 8 hex digits
     file_checksum(path)             of a whole file
+    json_checksum(content)          of what a JSON file says, which stands in it as "checksum"
     check_zip("model.pth")          compares every record of a .pth with the CRC-32 that torch.save wrote beside it
 
 CRC-32 (ITU-T V.42, as in zip and png; zlib computes it) finds every change of up to 32 bits in a row and misses other
 accidents once in 4 * 10^9. It is no protection against a person: whoever changes a file can change its checksum.
 """
 
+import json
 import mmap
 import os
 import zipfile
@@ -36,6 +38,12 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
         while piece := file.read(PIECE):
             value = zlib.crc32(piece, value)
     return f"{value:08x}"
+
+
+def json_checksum(content: dict[str, Any]) -> str:
+    """Of all fields but "checksum", as they come back from a JSON file; white space in the file does not count."""
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return checksum(json.dumps(rest, sort_keys=True).encode())
 
 
 def check_zip(path: str | os.PathLike[str]) -> str:

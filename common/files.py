@@ -7,9 +7,9 @@
     remove(path)                                    renamed first: after a kill nothing half removed has the name
 
 Temporary names are `.NAME.PID.tmp` (being written), `.NAME.PID.old` (replaced) and `.NAME.PID.gone` (being removed). A
-kill may leave one. The next `atomic_write` of a file removes the `.tmp` of processes that have ended; `remove_leftovers`
-removes all leftovers of a name and gives back a folder that was set aside when the kill came between two renames: call
-it only while the name is locked.
+kill may leave one. The next `atomic_write` of a file removes the `.tmp` of processes that have ended.
+`remove_leftovers` removes all leftovers of a name and gives back a folder that was set aside when the kill came between
+two renames: call it only while the name is locked.
 
 Read next: locks.py (one writer at a time), errors.py (what the user sees when writing fails).
 """

@@ -30,9 +30,7 @@ POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def locked(
-    path: PathLike, advice: str = "wait for it, or choose another output", wait: bool = False
-) -> Iterator[None]:
+def locked(path: PathLike, advice: str = "wait for it, or choose another output", wait: bool = False) -> Iterator[None]:
     """Hold the lock of an output (a file or a folder) and remove what a killed writer of it left.
 
     When another process holds it, that process's number, command and start are named: in a UserError that ends in
@@ -77,9 +75,7 @@ def _acquire(lock_file: Path, path: PathLike, wait: bool) -> FileLock | None:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_FLOCK):
             raise
-        print(
-            f"note: the file system of {path} has no locks: start no second command that writes it", file=sys.stderr
-        )
+        print(f"note: the file system of {path} has no locks: start no second command that writes it", file=sys.stderr)
         return None
     return lock
 
