@@ -54,10 +54,10 @@ def weights(path: Path) -> dict:
 
 def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
     """A data folder as data_process.py writes it: splits maps a name to documents, each ids or (ids, mask)."""
-    from corpus.shards import FORMAT, ShardWriter
+    from corpus.shards import ShardWriter, write_meta
 
     folder.mkdir(parents=True)
-    meta = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    meta = {"kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
     meta |= {"dtype": "uint16", "splits": {}}
     for split, documents in splits.items():
         writer = ShardWriter(folder, split, "uint16")
@@ -65,7 +65,7 @@ def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
             ids, mask = document if isinstance(document, tuple) else (document, None)
             writer.add(ids, mask, utf8_bytes=3 * len(ids))
         meta["splits"][split] = writer.close()
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, meta)
     return folder
 
 
