@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,9 +53,12 @@ def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done."""
+    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done.
+
+    A file name that is not UTF-8 holds lone surrogates in Python; they are written as \\udc80, which JSON reads back.
+    """
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
@@ -102,6 +106,16 @@ def remove_leftovers(path: PathLike) -> None:
             entry.rename(name)
         else:
             remove(entry)
+
+
+def check_writable(folder: PathLike) -> None:
+    """Make the folder of an output and write to it once. Raises UserError, before hours of work, where that fails."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def temporary_name(path: Path, end: str) -> Path:

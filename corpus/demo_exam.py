@@ -117,7 +117,9 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo/exam", help="folder to write (default: out/demo/exam)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
     counts = build(args.out_dir, args.seed)
