@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from model.chat import ChatTokenizer
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import Checkpoint, carried_tokenizer, read_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -62,11 +61,7 @@ def facts(path: str | os.PathLike[str]) -> Facts:
 
 def describe(checkpoint: Checkpoint, file: str) -> Facts:
     """The facts that a checkpoint holds itself."""
-    try:
-        config = ModelConfig(**checkpoint["config"])
-        tokenizer = ChatTokenizer(checkpoint["tokenizer"]["files"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{file} was written by another version of this project: {error}") from None
+    config, tokenizer = ModelConfig(**checkpoint["config"]), carried_tokenizer(checkpoint, file)
     with torch.device("meta"):
         total, active = Transformer(config).count_parameters()
     adapter = checkpoint.get("adapter") or {}
