@@ -26,7 +26,7 @@ from common.errors import UserError, fail_in_one_line
 from corpus import flags
 
 NUMBER_FORMATS = ("float32", "bfloat16", "float16")
-SHARD_SIZE = flags.Limit(float, "a number of at least 0.001", lambda size: size >= 0.001, 1e6)  # GB
+SHARD_SIZE = flags.Limit(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -109,12 +109,18 @@ def remove_leftovers(path: PathLike) -> None:
 
 
 def check_writable(folder: PathLike) -> None:
-    """Make the folder of an output and write to it once. Raises UserError, before hours of work, where that fails."""
+    """Raise UserError, before hours of work, where an output folder cannot be made or written to. Makes nothing."""
+    place = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        while not place.is_dir():
+            if place.is_symlink() or place.exists():
+                kind = "a link to nothing" if place.is_symlink() else "a file"
+                raise UserError(f"cannot write {folder}: {place} is {kind}: choose another folder")
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"1")
     except OSError as error:
+        error.filename = str(folder)  # not the temporary one
         raise cannot_write(folder, error) from None
 
 

@@ -63,7 +63,7 @@ def _steps(text: str) -> int:
     return 0 if int(text) == -1 else int(text)
 
 
-SMALLEST = 1e-30  # smaller numbers are 0 in fp32, and 1 / x is infinite there
+SMALLEST = 1e-38  # smaller numbers are 0 in fp32, and 1 / x is infinite there
 positive_int = at_least(1)
 non_negative_int = at_least(0)
 seed = between(0, 2**32 - 1)  # numpy's range
