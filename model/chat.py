@@ -85,7 +85,7 @@ class ChatTokenizer:
             index = None
         if index is None:
             raise UserError(
-                f"the tokenizer has no {printable(token)} token: train one with `python train_tokenizer.py FILES…`"
+                f"the tokenizer has no {printable(token)[:60]} token: train one with `python train_tokenizer.py FILES…`"
             )
         return index
 

@@ -40,7 +40,8 @@ Checkpoint = dict[str, Any]
 
 
 def check_checkpoint(content: Any, path: str | Path) -> Checkpoint:
-    """The content, if it has the form above; control characters in its lineage are spelled out.
+    """The content, if it has the form above; its config has all fields, control characters in its lineage are spelled
+    out.
 
     Raises UserError naming the file and the first part that is wrong.
     """
@@ -53,7 +54,8 @@ def check_checkpoint(content: Any, path: str | Path) -> Checkpoint:
             raise UserError(f"{path}: {problem}: the file is damaged or foreign")
     if total_bytes(content["model"]) > 2 * Path(path).stat().st_size:
         raise UserError(f"{path}: its tensors overlap in the file: the file is damaged or foreign")
-    return {**content, "lineage": [as_printable(entry) for entry in content.get("lineage") or []]}
+    lineage = [as_printable(entry) for entry in content.get("lineage") or []]
+    return {**content, "config": ModelConfig(**content["config"]).to_dict(), "lineage": lineage}
 
 
 def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], where: str | Path) -> None:
@@ -61,7 +63,7 @@ def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], where: str
 
     A layer, and an expert, have a tensor at least: counting them first bounds the time that this takes.
     """
-    least = config.n_layers * (config.n_routed_experts if config.use_moe else 1)
+    least = config.n_layers * (config.n_shared_experts + config.n_routed_experts if config.use_moe else 1)
     if least > len(state):
         raise UserError(f"{where} does not fit the model: {len(state)} tensors are not {config.n_layers} layers")
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from common.errors import UserError
 from corpus import flags
 from corpus.mix import parse_mix
 from model.config import FIELD_HELP, LIMITS, PRESETS, ModelConfig
-from trainer.plan import count
+from model.parameters import count
 from trainer.recipes import parse_with_recipe
 
 
