@@ -29,8 +29,19 @@ PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 def make_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
-    add("--checkpoint", nargs="+", metavar="FILE", help=".pth files or transformers folders; NAME=FILE names one")
-    add("--out_dir", default="out", help="where the latest stage is looked for otherwise (default: out)")
+    add(
+        "--checkpoint",
+        nargs="+",
+        type=flags.path,
+        metavar="FILE",
+        help=".pth files or transformers folders; NAME=FILE names one",
+    )
+    add(
+        "--out_dir",
+        type=flags.path,
+        default="out",
+        help="where the latest stage is looked for otherwise (default: out)",
+    )
     add("--max_context", type=flags.at_least(8), default=4096,
         help="longest prompt and answer together (default: 4096)")  # fmt: skip
     strict = "404 for unknown model names; a server of one model answers them with it otherwise"
@@ -39,7 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset} (default: auto)")
     add_rope_flags(parser)
     add = parser.add_argument_group("who may ask").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add(
+        "--host",
+        type=flags.some_text,
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
+    )
     add("--port", type=flags.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
     add("--api_key", metavar="KEY", help="clients must send it (default: $MENGYA_API_KEY, else none)")
     add("--cors", action=flags.NameList, default=[], metavar="ORIGIN",
@@ -52,9 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max_request_bytes", type=flags.positive_int, default=2**20,
         help="larger requests get 413 (default: 1048576)")  # fmt: skip
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
-    add("--dtype", default="float32", help=dtype)
+    add("--dtype", choices=flags.DTYPES, default="float32", help=dtype)
     return parser
 
 

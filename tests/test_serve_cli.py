@@ -50,8 +50,8 @@ def test_what_cannot_be_is_said_in_one_line(monkeypatch, checkpoint, tmp_path):
             (["--checkpoint", tmp_path], "is no transformers model"),
             (["--checkpoint", checkpoint, twin], "two models are called full_sft_32: write --checkpoint OTHER_NAME="),
             (["--out_dir", tmp_path / "nothing"], r"run `python 1-pretrain\.py` first"),
-            (["--device", "abacus"], "--device abacus: not a device"),
-            (["--dtype", "int3"], "--dtype int3: unknown"),
+            (["--device", "abacus"], "--device: abacus: not a device"),
+            (["--dtype", "int3"], "--dtype: invalid choice: .int3"),
         ):
             with pytest.raises(UserError, match=message) as error:
                 run_script(monkeypatch, SCRIPT, *([] if "--port" in flags else ["--port", "0"]), *flags)
