@@ -1,13 +1,25 @@
-"""Errors that a user can act on: one line, exit code 2, no traceback.
+"""Errors that a user can act on: one line, exit code 2, no traceback. Signals that end a process: one line as well.
 
 Raise `UserError("what: where: what to do")` for anything that the person at the keyboard can mend. Bugs stay ordinary
 exceptions and keep their traceback. Every script runs its main() inside `fail_in_one_line()`.
+
+    UserError    exit code 2
+    Ctrl-C       exit code 130
+    SIGTERM      exit code 143, after the same clean-up as at Ctrl-C
+    SIGHUP       exit code 129, likewise: the terminal was closed; under nohup it stays ignored
 """
 
 import contextlib
 import io
+import json
+import os
+import signal
 import sys
-from collections.abc import Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 ANOTHER_FORMAT = "name another format: --chat_format of data_process.py and 3-full_sft.py"
 
@@ -16,9 +28,17 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP asked the process to end. Code that cleans up after Ctrl-C does so here too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 @contextlib.contextmanager
 def fail_in_one_line() -> Iterator[None]:
-    """Turn `UserError` into one line on stderr and exit code 2, and Ctrl-C into exit code 130.
+    """Turn `UserError`, Ctrl-C, SIGTERM and SIGHUP into one line on stderr and the exit code of each.
 
     A console in another encoding shows "?" instead of failing.
     """
@@ -26,10 +46,126 @@ def fail_in_one_line() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        yield
+        with handled_signals(raise_terminated):
+            yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(f"error: {error}")
         sys.exit(2)
+    except Terminated as ending:
+        print_error(f"terminated by {ending}", is_news=False)
+        sys.exit(128 + ending.number)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_error("interrupted", is_news=False)
         sys.exit(130)
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+Handler = Callable[[int, Any], None]
+
+
+@contextlib.contextmanager
+def handled_signals(handler: Handler, *more: signal.Signals) -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP (where the system has it) and the signals in `more` call `handler`.
+
+    A signal that is ignored when the process starts, as SIGHUP is under nohup, stays ignored. Processes that are forked
+    inside keep the system's own reaction.
+    """
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    owner = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        else:
+            handler(number, frame)
+
+    old = {number: signal.signal(number, handle) for number in (*numbers, *more)}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def raise_terminated(number: int, frame: Any) -> None:
+    """A handler: raise `Terminated`, and from then on ignore these signals, so that nothing interrupts the clean-up."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    outlive_terminal()
+    raise Terminated(number)
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+class LastingStream:
+    """A text stream whose output is dropped once it cannot be written any more: a closed terminal or pipe, a full disk.
+
+    Everything but `write` and `flush` is the stream's own.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """After an OSError the stream's file descriptor leads to the null device: what is buffered can be flushed."""
+        try:
+            yield
+        except OSError:
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal() -> None:
+    """From now on a print to a closed terminal or pipe is dropped and raises nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, LastingStream):
+            setattr(sys, name, LastingStream(stream))
+
+
+def print_error(text: str, is_news: bool = True) -> None:
+    """Print a line to stderr and flush both streams.
+
+    torchrun's processes on one machine print the same line once, and one that is no news only if none was printed
+    before. The process that prints also hands the line to torchrun, whose table of failures shows it.
+    """
+    outlive_terminal()
+    sys.stdout.flush()
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if error_file and not _is_first(Path(error_file).parents[1], text, is_news):
+        return
+    print(text, file=sys.stderr, flush=True)
+    if error_file:
+        content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps({"message": content}), encoding="utf-8")
+
+
+def _is_first(folder: Path, text: str, is_news: bool) -> bool:
+    """Whether no other process has noted this line in the folder that torchrun's processes of one start share."""
+    try:
+        if not is_news and any(folder.glob("*.said")):
+            return False
+        (folder / f"{zlib.crc32(text.encode()):08x}.said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # no such folder: print
+        pass
+    return True
