@@ -192,7 +192,7 @@ class ChatTokenizer:
 
     def encode_start(self, text: str) -> list[int]:
         """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
-        return self.backend.encode(text).ids
+        return self.backend.encode_batch([text])[0].ids  # a batch, since `encode` keeps the GIL
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
