@@ -3,7 +3,7 @@
     checksum(data)                  of bytes, an array or a tensor's memory, as 8 hex digits
     file_checksum(path)             of a whole file
     check_zip("model.pth")          compares every record of a .pth with the CRC-32 that torch.save wrote beside it
-    with_checksum({"step": 200})    a JSON object with the field checksum; has_valid_checksum tells whether it still fits
+    with_checksum({"step": 200})    a JSON object with a field "checksum"; has_valid_checksum: whether it still fits
 
 CRC-32 (ITU-T V.42, as in zip and png; zlib computes it) finds every change of up to 32 bits in a row and misses other
 accidents once in 4 * 10^9. It is no protection against a person: whoever changes a file can change its checksum.

@@ -189,7 +189,9 @@ def test_truncated_and_damaged_archives_are_an_error_unless_accepted(tmp_path, p
     damaged[-2000:-1990] = b"0123456789"
     name = f"a.jsonl.{suffix}"
     for content in (packed[:-1000], bytes(damaged)):
-        with pytest.raises(DamagedFile, match=r"damaged at byte [\d,]+ of .* rows were read, .*--accept_damaged") as error:
+        with pytest.raises(
+            DamagedFile, match=r"damaged at byte [\d,]+ of .* rows were read, .*--accept_damaged"
+        ) as error:
             read(tmp_path, name, content, accept=False)
         assert "\n" not in str(error.value)
         found, report = read(tmp_path, name, content, accept=True)
