@@ -3,7 +3,7 @@
     checksum(data)                  of bytes, an array or a tensor's memory, as 8 hex digits
     file_checksum(path)             of a whole file
     check_zip("model.pth")          compares every record of a .pth with the CRC-32 that torch.save wrote beside it
-    with_checksum({"step": 200})    a JSON object with the field crc32; has_valid_checksum tells whether it still fits
+    with_checksum({"step": 200})    a JSON object with a field "checksum"; has_valid_checksum: whether it still fits
 
 CRC-32 (ITU-T V.42, as in zip and png; zlib computes it) finds every change of up to 32 bits in a row and misses other
 accidents once in 4 * 10^9. It is no protection against a person: whoever changes a file can change its checksum.
@@ -52,14 +52,16 @@ def write_with_checksum(file: BinaryIO, data: Any) -> str:
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object as it will be read again, with the CRC-32 of all its other fields in the field crc32."""
-    plain = json.loads(json.dumps({name: value for name, value in content.items() if name != "crc32"}))
-    return {**plain, "crc32": _json_checksum(plain)}
+    """The JSON object as it will be read again, with the CRC-32 of all its other fields in the field checksum."""
+    plain = json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"}))
+    return {**plain, "checksum": _json_checksum(plain)}
 
 
 def has_valid_checksum(content: dict[str, Any]) -> bool:
-    """Whether a JSON object has a field crc32 that fits its other fields."""
-    return content.get("crc32") == _json_checksum({name: value for name, value in content.items() if name != "crc32"})
+    """Whether a JSON object has a field checksum that fits its other fields."""
+    return content.get("checksum") == _json_checksum(
+        {name: value for name, value in content.items() if name != "checksum"}
+    )
 
 
 def _json_checksum(content: dict[str, Any]) -> str:

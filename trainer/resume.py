@@ -46,6 +46,7 @@ class Progress:
     tokens: int = 0  # trained tokens
     seconds: float = 0.0
     loss: float = 0.0  # of the last step, per token
+    first_loss: float = 0.0  # of the first step that was not skipped; ln(vocabulary) where nothing was trained before
     validation: dict[str, Any] = field(default_factory=dict)
     rows_per_step: int = 0
     ranks: int = 0  # processes that wrote the step folder
