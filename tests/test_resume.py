@@ -1,19 +1,30 @@
 """A run that was killed and started again ends with the very same weights, wherever the kill came."""
 
+import argparse
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from common.checksums import with_checksum
 from common.errors import UserError
+from common.locks import locked
+from corpus import shards
+from corpus.shards import read_meta
 from model.config import ModelConfig
-from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
-from trainer.resume import changes
+from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights, write_shards
+from trainer.resume import changes, complete_steps, read_progress
+from trainer.runtime import Run
+from trainer.saver import together
+from trainer.state_files import read_json
 
 COMMON = [*TINY_MODEL, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
 COMMON += [*EXACT, "--eval_interval", "5", "--save_interval", "3"]
@@ -198,6 +209,125 @@ def test_a_foreign_resume_file_is_refused(monkeypatch, arguments, tmp_path):
         tmp_path,
     )
     assert not (tmp_path / "pretrain_32.resume").exists()
+
+
+def same_rows(tokenizer, folder, seed):
+    """Data of always the same number of rows."""
+    random = np.random.default_rng(seed)
+    splits = {
+        name: [random.integers(10, 200, 64).tolist() for _ in range(n)]
+        for name, n in (("train", 30), ("val_zh", 3), ("val_en", 3))
+    }
+    return write_shards(folder, "pretrain", tokenizer, splits)
+
+
+def test_other_data_of_equally_many_rows_is_refused_and_a_moved_folder_is_not(
+    monkeypatch, tokenizer, tokenizer_dir, tmp_path, capsys
+):
+    first, other = (same_rows(tokenizer, tmp_path / f"data{seed}", seed) for seed in (1, 2))
+    command = [*COMMON, "--tokenizer", tokenizer_dir, "--max_steps", "4", "--out_dir", tmp_path / "out"]
+    stop_after(monkeypatch, 2)
+    run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", first)
+    with pytest.raises(UserError, match=r"another run \(the data's fingerprint was \w{16}, is \w{16}\)"):
+        run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", other)
+    first.rename(tmp_path / "moved")
+    run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", tmp_path / "moved")
+    assert "going on after step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changed", ["train_000.bin", "train_000.idx.npy"])
+def test_a_folder_without_checksums_is_named_by_its_sizes_and_both_ends_of_its_files(
+    tokenizer, tmp_path, changed, monkeypatch
+):
+    folder = same_rows(tokenizer, tmp_path / "data", 1)
+    meta = read_meta(folder)
+    for shard in meta["splits"]["train"]["shards"]:
+        shard.pop("checksums", None)
+    monkeypatch.setattr(shards, "read_meta", lambda folder: meta)
+    before = shards.fingerprint(folder)
+    assert before == shards.fingerprint(folder) and len(before) == 16
+    data = bytearray((folder / changed).read_bytes())
+    for at in (0, len(data) - 1):
+        (folder / changed).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert shards.fingerprint(folder) != before
+    (folder / changed).write_bytes(data + b"x")
+    assert shards.fingerprint(folder) != before
+
+
+def test_a_second_run_of_the_same_model_is_refused_at_once(monkeypatch, arguments, tmp_path):
+    with locked(tmp_path / "pretrain_32.pth"), pytest.raises(UserError, match=r"pretrain_32\.pth is being written by"):
+        run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "1", "--out_dir", tmp_path)
+
+
+def test_all_processes_end_when_the_first_is_refused():
+    """The others are told by a sum over the processes; none waits for training to begin."""
+    run = Run(torch.device("cpu"), torch.float32, rank=1, world=2)
+    monkey = {"wait": lambda: None, "sum": lambda values: [values[0] + 1.0]}
+    for name, replacement in monkey.items():
+        setattr(run, name, replacement)
+    with pytest.raises(UserError, match=r"another process could not lock m\.pth: its message says why"):
+        with together(run, "lock m.pth"):
+            pass
+
+
+def test_a_step_that_not_all_processes_have_written_is_not_resumed(monkeypatch, arguments, tmp_path, capsys):
+    stop_after(monkeypatch, 3)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    (whole,) = (tmp_path / "pretrain_32.resume").iterdir()
+    newer = whole.with_name("step_000000009")
+    shutil.copytree(whole, newer)
+    content = {**read_json(newer / "progress.json"), "step": 9, "ranks": 2}
+    (newer / "progress.json").write_text(json.dumps(with_checksum(content)))
+    steps = complete_steps(whole.parent)
+    assert [folder.name for folder, _ in steps] == [whole.name]
+    shutil.copy(newer / "rank_00000.json", newer / "rank_00001.json")
+    assert [folder.name for folder, _ in complete_steps(whole.parent)] == [newer.name, whole.name]
+    (newer / "rank_00001.json").unlink()
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "4", "--out_dir", tmp_path)
+    assert "going on after step 3" in capsys.readouterr().out
+    assert not whole.parent.exists()
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_folder_of_an_earlier_version_is_refused_and_never_unpickled(monkeypatch, arguments, tmp_path):
+    folder = tmp_path / "pretrain_32.resume" / "step_000000003"
+    folder.mkdir(parents=True)
+    for name in (".metadata", "__0_0.distcp", "rank_00000.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+    (folder / "progress.json").write_text('{"step": 3}')
+    with pytest.raises(UserError, match=r"format of an earlier version, .* finish the run with that version, or start"):
+        run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "1", "--resume", "never", "--out_dir", tmp_path)
+    assert not folder.exists() and not (tmp_path / "executed").exists()
+
+
+ODD_PROGRESS = {
+    "step": [4, -1, "3", True, None], "ranks": [0, 10**9, 1.0], "scaler": [{"scale": 1.0}, [], {"scale": "x"}],
+    "identity": [{}, [], {"config": []}], "rows_per_step": [0, "8"], "validation": [None], "seconds": ["1"],
+    "format": [1, None, 3],
+}  # fmt: skip
+
+
+def test_an_odd_progress_file_is_one_line(monkeypatch, arguments, tmp_path):
+    stop_after(monkeypatch, 3)
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
+    (folder,) = (tmp_path / "pretrain_32.resume").iterdir()
+    content = read_json(folder / "progress.json")
+    for name, values in ODD_PROGRESS.items():
+        for value in values:
+            (folder / "progress.json").write_text(json.dumps(with_checksum({**content, name: value})))
+            with pytest.raises(UserError, match=r"progress\.json .*: start anew with --resume never$"):
+                read_progress(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
+    (folder / "progress.json").write_text(json.dumps(with_checksum(content)))
+    assert read_progress(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
 
 
 def test_a_damaged_resume_file_is_one_line(monkeypatch, arguments, tmp_path):

@@ -1,4 +1,4 @@
-"""The files of a run's state: written in pieces by some processes, read in other pieces by others, every bit checked."""
+"""A run's state in files: written in pieces by some processes, read in other pieces by others, and checked."""
 
 import json
 import math
@@ -117,7 +117,7 @@ def test_an_odd_description_is_one_line(tmp_path, change):
 def test_what_is_no_json_of_ours_is_one_line(tmp_path, content):
     write_state(tmp_path, 0, copied({"w": torch.ones(3, 4)}, {}))
     (tmp_path / "rank_00000.json").write_bytes(content)
-    with pytest.raises(UserError, match="rank_00000.json is damaged .*: the advice$"):
+    with pytest.raises(UserError, match=r"rank_00000\.json is damaged .*: the advice$"):
         SavedState(tmp_path, 1, "the advice")
 
 
@@ -126,5 +126,5 @@ def test_a_file_that_was_cut_short_is_one_line(tmp_path, size):
     write_state(tmp_path, 0, copied({"w": torch.ones(3, 4)}, {}))
     path = tmp_path / "rank_00000.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(UserError, match="rank_00000.safetensors .*: the advice$"):
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors .*: the advice$"):
         SavedState(tmp_path, 1, "the advice").load({"w": torch.zeros(3, 4)})

@@ -75,7 +75,6 @@ class Run:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
-    save_group: Any = None  # processes that write checkpoints talk apart from those that train
     patient_group: Any = None  # of `wait`, which has no time limit
     step: int = 0  # the last one done, as the others are told
     stop_asked: str = ""  # the name of the signal that asked this process to stop
@@ -172,7 +171,6 @@ def connected(run: Run, timeout: float) -> Iterator[None]:
             dist.init_process_group("nccl", timeout=timedelta(seconds=timeout + 60))
         else:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        run.save_group = dist.new_group(backend="gloo")
         run.patient_group = dist.new_group(backend="gloo", timeout=FOR_EVER)
         heartbeat = Heartbeat(run, timeout)
         yield

@@ -65,6 +65,7 @@ def together(run: Run, what: str) -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         problem = error
+    run.wait()  # for the first process, which may have more to do; `sum` has a time limit
     if run.sum([float(problem is not None)])[0]:
         raise problem or UserError(f"another process could not {what}: its message says why")
 
