@@ -21,7 +21,19 @@ from tests.faults.conftest import FULL
 from tests.planted import rows as planted_rows
 
 KINDS = ["clean", "sft"] + (
-    ["pretrain", "dpo", "dedup", "dedup many", "decontaminate", "scores", "tokenizer", "export", "world", "exam", "demo"]
+    [
+        "pretrain",
+        "dpo",
+        "dedup",
+        "dedup many",
+        "decontaminate",
+        "scores",
+        "tokenizer",
+        "export",
+        "world",
+        "exam",
+        "demo",
+    ]
     * FULL
 )
 
@@ -164,5 +176,7 @@ def test_a_reader_between_the_two_renames_of_a_replacement_is_told_what_happened
 
     folder = write_shards(tmp_path / "pretrain", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
     folder.rename(tmp_path / ".pretrain.17.old")  # as a kill leaves it
-    with pytest.raises(UserError, match=r"the command that replaces it was ended between two steps; run `python data_p"):
+    with pytest.raises(
+        UserError, match=r"the command that replaces it was ended between two steps; run `python data_p"
+    ):
         read_meta(folder)
