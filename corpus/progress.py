@@ -47,7 +47,8 @@ class Progress:
     def load(self) -> dict[str, Any]:
         """What `save` was last given for this job, its files cut to what they were then.
 
-        {} when there is none or a damaged one; what another job left is forgotten, or its next run would take our files for its own.
+        {} when there is none or a damaged one. What another job left is forgotten, or its next run would take our files
+        for its own.
         """
         remove_leftovers(self.path)  # of a kill in `save`
         try:

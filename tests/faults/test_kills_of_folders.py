@@ -80,7 +80,7 @@ def strike_everywhere(work: Callable[[], None], old: Callable[[], None], folder:
         assert text_of(result) == after
         left = [path.name for path in folder.iterdir() if is_temporary(path) or path.name.endswith(".partial")]
         assert not left, f"killed at operation {at}"
-    assert kills >= 5 and 0 < unchanged
+    assert kills >= 5 and unchanged > 0
     attacks("kills at operations of a replacement", kills, old_content=unchanged, new_content=kills - unchanged)
 
 
