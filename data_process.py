@@ -158,13 +158,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "files",
             nargs="+",
+            type=flags.path,
             metavar="FILES",
             help="txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
         )
         sub.add_argument(
-            "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
+            "--tokenizer",
+            type=flags.path,
+            default="model/tokenizer",
+            help="folder of the tokenizer (default: %(default)s)",
         )
-        sub.add_argument("--out_dir", default=f"dataset/{kind}", help="folder to write (default: %(default)s)")
+        sub.add_argument(
+            "--out_dir", type=flags.path, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
+        )
         sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
             help="share held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
@@ -206,17 +212,30 @@ class ListLayouts(argparse.Action):
 def add_download_flags(kinds: Any) -> None:
     what = "a public data set -> dataset/raw/NAME; without a name: which there are"
     sub = kinds.add_parser("download", help=what, description=what)
-    sub.add_argument("name", nargs="?", metavar="NAME", help="a name from the list that the bare command shows")
-    sub.add_argument("--file", action="append", default=[], help="another file of the same repository; may be repeated")
+    sub.add_argument(
+        "name", nargs="?", type=flags.some_text, metavar="NAME", help="a name from the list that the bare command shows"
+    )
+    sub.add_argument(
+        "--file",
+        action="append",
+        type=flags.inner_path,
+        default=[],
+        help="another file of the same repository; may be repeated",
+    )
     sub.add_argument(
         "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
     )
-    sub.add_argument("--out_dir", default="dataset/raw", help="folder to write (default: %(default)s)")
+    sub.add_argument("--out_dir", type=flags.path, default="dataset/raw", help="folder to write (default: %(default)s)")
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument_group("choosing by a model's cross-entropy (corpus/choose.py says why)").add_argument
-    add("--scorer", metavar="MODEL", help="pretrained model that scores every chat, for example out/pretrain_512.pth")
+    add(
+        "--scorer",
+        type=flags.path,
+        metavar="MODEL",
+        help="pretrained model that scores every chat, for example out/pretrain_512.pth",
+    )
     add(
         "--keep_entropy",
         type=band,

@@ -294,7 +294,9 @@ def interpreter() -> str:
 
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo", help="everything goes here (default: out/demo)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo", help="everything goes here (default: out/demo)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0,
         help="random seed of the world, the weights and the order (default: 0)")  # fmt: skip
     parser.add_argument("--max_steps", type=flags.max_steps, default=0,

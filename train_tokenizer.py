@@ -47,7 +47,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     def add(name: str, help: str, **options: Any) -> None:
         parser.add_argument(name, help=help, **options)
 
-    add("files", "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2", nargs="*", metavar="FILE")
+    add(
+        "files",
+        "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
+        nargs="*",
+        type=flags.path,
+        metavar="FILE",
+    )
     add(
         "--algorithm",
         "bpe joins frequent neighbours; unigram (SentencePiece) drops the least useful pieces (default: bpe)",
@@ -56,7 +62,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     counts: dict[str, Any] = {"type": flags.positive_int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
-    add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
+    add(
+        "--out_dir",
+        "folder of the tokenizer (default: model/tokenizer)",
+        default="model/tokenizer",
+        type=flags.path,
+        metavar="FOLDER",
+    )
     add(
         "--chat_format",
         "how chats are written with it: chatml (<|im_start|>user), mindllm (<user>), belle (Human:), text (no roles);"
@@ -89,11 +101,18 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         nargs="+",
+        type=flags.path,
         metavar="FOLDER",
         help="a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
     )
-    add("--compare_on", nargs="+", metavar="FILE", help="text to count (default: text of the built-in demo world)")
-    add("--out", metavar="FILE.md", help="write the table of --compare to this file too")
+    add(
+        "--compare_on",
+        nargs="+",
+        type=flags.path,
+        metavar="FILE",
+        help="text to count (default: text of the built-in demo world)",
+    )
+    add("--out", type=flags.path, metavar="FILE.md", help="write the table of --compare to this file too")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,9 +56,12 @@ def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done."""
+    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done.
+
+    A file name that is not UTF-8 holds lone surrogates in Python; they are written as \\udc80, which JSON reads back.
+    """
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
@@ -137,6 +141,22 @@ def set_aside(path: PathLike) -> Path | None:
     path = Path(path)
     found = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) if not path.exists() else []
     return next((entry for entry in found if is_temporary(entry)), None)
+
+
+def check_writable(folder: PathLike) -> None:
+    """Raise UserError, before hours of work, where an output folder cannot be made or written to. Makes nothing."""
+    place = Path(folder)
+    try:
+        while not place.is_dir():
+            if place.is_symlink() or place.exists():
+                kind = "a link to nothing" if place.is_symlink() else "a file"
+                raise UserError(f"cannot write {folder}: {place} is {kind}: choose another folder")
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"1")
+    except OSError as error:
+        error.filename = str(folder)  # not the temporary one
+        raise cannot_write(folder, error) from None
 
 
 def temporary_name(path: Path, end: str) -> Path:

@@ -112,7 +112,9 @@ def _csv(rows: list[Row], with_answers: bool) -> str:
 
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo/exam", help="folder to write (default: out/demo/exam)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
     with locked(args.out_dir):

@@ -284,7 +284,9 @@ def build(
 
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo/world", help="folder to write (default: out/demo/world)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo/world", help="folder to write (default: out/demo/world)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0, help="random seed of every choice (default: 0)")
     parser.add_argument("--statement_rounds", type=flags.positive_int, default=60,
         help="statements per fact (default: 60)")  # fmt: skip

@@ -36,12 +36,20 @@ def add_commands(kinds: Any) -> None:
     """Add the three to the subcommands of data_process.py."""
     for name, what in COMMANDS.items():
         sub = kinds.add_parser(name, help=what, description=what)
-        sub.add_argument("files", nargs="+", metavar="FILES", help="as for `pretrain`: text, chats or pairs of answers")
-        sub.add_argument("--out_dir", default=f"dataset/{name}", help="folder to write (default: %(default)s)")
+        sub.add_argument(
+            "files",
+            nargs="+",
+            type=flags.path,
+            metavar="FILES",
+            help="as for `pretrain`: text, chats or pairs of answers",
+        )
+        sub.add_argument(
+            "--out_dir", type=flags.path, default=f"dataset/{name}", help="folder to write (default: %(default)s)"
+        )
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
                          help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
-        sub.add_argument("--workers", type=flags.positive_int, default=1,
+        sub.add_argument("--workers", type=flags.between(1, 1024), default=1,
                          help="processes; the result is the same (default: 1)")  # fmt: skip
         ADD_FLAGS[name](sub)
 
@@ -54,7 +62,9 @@ def _clean_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--min_words", type=flags.non_negative_int, default=10,
                      help="drop shorter texts (default: %(default)s; Gopher: 50)")  # fmt: skip
     sub.add_argument("--languages", **names, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
-    sub.add_argument("--unsafe_words", metavar="FILE", help="more phrases for the rule `unsafe`, one a line")
+    sub.add_argument(
+        "--unsafe_words", type=flags.path, metavar="FILE", help="more phrases for the rule `unsafe`, one a line"
+    )
     sub.add_argument("--check", action="store_true", help="write nothing: only the report, with its examples")
 
 
@@ -67,7 +77,7 @@ def _dedup_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _decontaminate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--against", nargs="+", required=True, metavar="EXAM",
+    sub.add_argument("--against", nargs="+", type=flags.path, required=True, metavar="EXAM",
                      help="folders, archives or files of questions")  # fmt: skip
     sub.add_argument("--overlap", type=flags.fraction, default=0.5,
                      help="share of a question that must be there; 0: one n-gram (default: %(default)s)")  # fmt: skip

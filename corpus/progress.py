@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from common.checksums import json_checksum
+from common.checksums import has_valid_checksum, with_checksum
 from common.errors import UserError
 from common.files import remove, remove_leftovers, write_json
 from corpus.block_sums import SummedFile
@@ -54,7 +54,7 @@ class Progress:
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             sizes = {self.folder / name: size for name, size in found["files"].items()}
-            if found["checksum"] != json_checksum(found):
+            if not has_valid_checksum(found):
                 raise ValueError("damaged")
             if found["job"] == self.job and all(path.stat().st_size >= size for path, size in sizes.items()):
                 for path, size in sizes.items():
@@ -82,8 +82,8 @@ class Progress:
             file.flush()
             os.fsync(file.fileno())
         sizes = {Path(file.name).name: file.tell() for file in files}
-        content = json.loads(json.dumps({"job": self.job, "state": state, "files": sizes}))
-        write_json(self.path, content | {"checksum": json_checksum(content)}, indent=None)
+        content = with_checksum({"job": self.job, "state": state, "files": sizes})
+        write_json(self.path, content, indent=None)
         self.saved = time.perf_counter()
 
 

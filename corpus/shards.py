@@ -22,6 +22,7 @@ Read next: pack_texts.py and pack.py (who writes), shard_reader.py (reading).
 
 import array
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from common.checksums import checksum, file_checksum, json_checksum
+from common.checksums import checksum, file_checksum, has_valid_checksum, with_checksum
 from common.errors import UserError
 from common.files import cannot_write, replace_folder, set_aside, write_json
 from corpus.block_sums import SummedFile
@@ -194,8 +195,7 @@ def writing(folder: Folder) -> Iterator[None]:
 
 def write_meta(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
     """Write the folder's meta.json with this format's number and a checksum; returns it. Raises UserError."""
-    content = json.loads(json.dumps({**content, "format": FORMAT}))  # as it will be read
-    content["checksum"] = json_checksum(content)
+    content = with_checksum({**content, "format": FORMAT})
     write_json(Path(folder) / "meta.json", content)
     return content
 
@@ -267,7 +267,7 @@ def read_checked_meta(folder: Folder) -> dict[str, Any] | None:
         version = meta["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not the meta.json of a data folder: {way_back(folder)}") from None
-    if version == FORMAT and meta.get("checksum") != json_checksum(meta):
+    if version == FORMAT and not has_valid_checksum(meta):
         raise UserError(f"{path} is damaged (it differs from its checksum): {way_back(folder)}")
     if version not in (FORMAT, WITHOUT_CHECKSUMS):
         raise UserError(f"{path}: format {version}, this version reads {FORMAT}: {way_back(folder)}")
@@ -294,6 +294,29 @@ def way_back(folder: Folder, masked: bool = False) -> str:
     if folder.name.startswith("tokens-"):
         return f"delete {folder}, the next training run makes it again from the rows beside it"
     return f"run `{command_for(folder, masked)}` again"
+
+
+def fingerprint(folder: Folder, split: str = "train") -> str:
+    """16 hex digits that name the data of a split, wherever the folder is.
+
+    From the checksums in meta.json; of a folder without them from the sizes and the first and last MB of its files.
+    """
+    meta = read_meta(folder)
+    entry = meta["splits"][split]
+    digest = hashlib.sha256(json.dumps([meta["dtype"], entry], sort_keys=True).encode())
+    if not all(shard.get("checksums") for shard in entry["shards"]):
+        names = [shard["file"] + suffix for shard in entry["shards"] for suffix in (".bin", ".mask", ".idx.npy")]
+        for path in (Path(folder) / name for name in names):
+            if path.is_file():
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _both_ends(path))
+    return digest.hexdigest()[:16]
+
+
+def _both_ends(path: Path, size: int = 1 << 20) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(size)
+        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
+        return first + file.read(size)
 
 
 def command_for(folder: Path, masked: bool = False) -> str:

@@ -52,6 +52,10 @@ class Share:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def folder(self) -> Path:
+        return self.data.folder
+
     def row_lengths(self) -> np.ndarray | None:
         lengths = self.data.row_lengths()
         return None if lengths is None else lengths[self.rows]

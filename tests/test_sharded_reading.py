@@ -52,11 +52,11 @@ def test_memory_and_start_up_stay_put(tmp_path):
     figures = {}
     for gigabytes in (0.2, 4.0):
         folder = sparse_set(tmp_path / f"{gigabytes}", gigabytes)
-        before, started = resident_mb(), time.perf_counter()
+        before, started = resident_mb(), time.process_time()
         data = Windows(str(folder), "train", 512)
         batches = StepBatches(data, StepPlan(len(data), None, 64, 42), 8, rank=3, world=8)
         assert batches[0][0]["input_ids"].shape == (8, 512)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         for step in range(1, 300):
             batches[step]
         figures[gigabytes] = (seconds, resident_mb() - before)

@@ -12,6 +12,7 @@ Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk)
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,8 +61,10 @@ def _all(shard: dict[str, Any]) -> bool:
 
 
 class Rows(Protocol):
-    """What a data set offers: rows that can be asked for by number."""
+    """What a data set offers: rows that can be asked for by number. `folder`: where they are read from."""
 
+    @property
+    def folder(self) -> Path: ...
     def __len__(self) -> int: ...
     def batch(self, rows: np.ndarray) -> Batch: ...
     def row_lengths(self) -> np.ndarray | None: ...
@@ -75,6 +78,7 @@ class Windows:
 
     def __init__(self, folder: str, split: str, seq_len: int, chosen: Callable[[dict[str, Any]], bool] = _all) -> None:
         self.tokens, self.seq_len = open_split(folder, split, chosen), seq_len
+        self.folder = self.tokens.folder
 
     def __len__(self) -> int:
         return -(-(self.tokens.tokens - 1) // self.seq_len)
@@ -105,6 +109,7 @@ class Chats:
 
     def __init__(self, folder: str, split: str, pad_id: int) -> None:
         self.tokens, self.pad_id = open_split(folder, split), pad_id
+        self.folder = self.tokens.folder
         self.widest = int(self.tokens.lengths().max(initial=1)) - 1
 
     def __len__(self) -> int:
@@ -136,6 +141,7 @@ class Pairs:
 
     def __init__(self, folder: str, split: str, pad_id: int, reference: torch.Tensor) -> None:
         self.answers, self.reference = Chats(folder, split, pad_id), reference
+        self.folder = self.answers.folder
         self.starts = self.answers.tokens.starts()
 
     def __len__(self) -> int:

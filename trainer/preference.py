@@ -222,6 +222,7 @@ def watch_loops(
 
     def measure(when: str) -> dict[str, float]:
         rates = loop_rate(run, model, tokenizer, validation) if run.is_main else {}
+        run.wait()
         shown = ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items())
         run.say(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
         return rates
