@@ -119,7 +119,7 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
     first = start_and_stop(line, place)
     error = ends(start(line), 2)
     assert re.fullmatch(
-        rf"error: \S*out\S* is being written by `\S+ .*` \(process {first.pid} on \S+, since [-\d]+ [:\d]+\): wait .*\n",
+        rf"error: \S*out\S* is being written by `\S+ .*` \(process {first.pid} on \S+, since 20[-: \d]+\): wait .*\n",
         error,
     )
     if kind == "demo":  # its result takes minutes: it is killed instead
