@@ -37,7 +37,7 @@ def history_of(paths: Iterable[str | os.PathLike[str]]) -> History:
 
 
 def history_of_data(folder: str | os.PathLike[str]) -> History:
-    """What was done to the rows of a folder of training data, from its meta.json; nothing is known from a damaged one."""
+    """What was done to the rows of a folder of training data, from its meta.json; [] where that is damaged."""
     try:
         found = (read_checked_meta(folder) or {}).get("history", [])
         return [entry for entry in found if isinstance(entry, dict) and "step" in entry]
