@@ -39,10 +39,12 @@ class SummedFile:
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
         self.size = 0
+        self._waiting = bytearray()  # not yet counted and written: a document is short, and a call costs
         self._blocks, self._block, self._filled, self._whole = array("I"), 0, 0, 0
         with path.open("rb") as written:
             while piece := written.read(PIECE):
                 self._count(piece)
+                self.size += len(piece)
         if whole is not None and whole != self.whole:
             self.close()
             raise UserError(
@@ -51,19 +53,28 @@ class SummedFile:
 
     @property
     def whole(self) -> str:
+        self._drain()
         return f"{self._whole:08x}"
 
     def blocks(self) -> np.ndarray:
         """Shape (blocks,), little-endian uint32; the last block may be shorter."""
+        self._drain()
         sums = np.array(self._blocks, dtype="<u4")
         return np.append(sums, np.array([self._block], "<u4")) if self._filled else sums
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._count(data)
+        self.size += len(data)
+        self._waiting += data
+        if len(self._waiting) >= BLOCK:
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._waiting:
+            data, self._waiting = bytes(self._waiting), bytearray()
+            self._file.write(data)
+            self._count(data)
 
     def _count(self, data: bytes) -> None:
-        self.size += len(data)
         self._whole = zlib.crc32(data, self._whole)
         if self._filled + len(data) < BLOCK:
             self._block = zlib.crc32(data, self._block)
@@ -79,6 +90,7 @@ class SummedFile:
 
     # What progress.py needs of a file.
     def flush(self) -> None:
+        self._drain()
         self._file.flush()
 
     def fileno(self) -> int:
@@ -88,7 +100,10 @@ class SummedFile:
         return self.size
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._drain()
+        finally:
+            self._file.close()
 
 
 class Blocks:

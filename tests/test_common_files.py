@@ -1,7 +1,9 @@
 """Files that are written whole, folders that are replaced whole, and what a kill leaves of both."""
 
+import ast
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +134,37 @@ def test_a_finished_file_takes_the_place_of_an_older_one(tmp_path):
         write_text(tmp_path / name, name)
     replace_file(tmp_path / "a.part", tmp_path / "a")
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "a.part"
+
+
+# Files that rename or remove folders themselves, with the reason. Nothing else does: two ways to write a file are two
+# ways to lose it.
+ALLOWED = {
+    "common/files.py": "what all others call",
+    "model/checkpoint.py": "its atomic_save is older than common/files.py",
+    "trainer/resume.py": "removes a resume folder in the order that its readers need",
+}
+
+
+def writes_past_common_files(path: Path) -> list[str]:
+    """Lines of a file that rename, remove a folder or make a temporary name."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = getattr(node.func.value, "id", "")
+            renames = node.func.attr in ("rename", "renames", "rmtree", "move") and owner != "dataclasses"
+            # str.replace takes two arguments, dataclasses.replace keywords; Path.replace and os.replace are meant.
+            replaces = node.func.attr == "replace" and not node.keywords and (len(node.args) == 1 or owner == "os")
+            if renames or replaces:
+                found.append(f"{path.name}:{node.lineno}: {owner}.{node.func.attr}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"^[^*]*\.tmp$", node.value):
+            found.append(f"{path.name}:{node.lineno}: {node.value}")
+    return found
+
+
+def test_no_other_file_renames_or_removes_folders_or_makes_temporary_names():
+    root = Path(__file__).resolve().parent.parent
+    packages = ("common", "corpus", "model", "trainer", "export", "evaluation", "serving", "launch")
+    files = [*root.glob("*.py"), *(path for package in packages for path in (root / package).rglob("*.py"))]
+    assert len(files) > 100 and writes_past_common_files(root / "common" / "files.py")
+    found = {path: writes_past_common_files(path) for path in files if str(path.relative_to(root)) not in ALLOWED}
+    assert not {str(path): lines for path, lines in found.items() if lines}

