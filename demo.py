@@ -309,7 +309,7 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(args.out_dir)
     if Path.cwd() != ROOT:  # the commands run in the project's folder
-        out = out.resolve()
+        out = out.absolute()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file: name a folder")
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well

@@ -57,7 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="address to listen on (default: 127.0.0.1, this machine only)",
     )
     add("--port", type=flags.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
-    add("--api_key", metavar="KEY", help="clients must send it (default: $MENGYA_API_KEY, else none)")
+    add(
+        "--api_key",
+        type=flags.some_text,
+        metavar="KEY",
+        help="clients must send it (default: $MENGYA_API_KEY, else none)",
+    )
     add("--cors", action=flags.NameList, default=[], metavar="ORIGIN",
         help="web pages that may ask, as https://chat.example.org")  # fmt: skip
     add = parser.add_argument_group("how much").add_argument

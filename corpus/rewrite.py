@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
+from common.files import write_json, write_text
 from corpus.history import history_of
 from corpus.progress import PROGRESS, Progress, inputs_of
 from corpus.read import Path_, taken_rows
 from corpus.report import DataReport
 from corpus.rows import READER, Content, RowReader
-from corpus.shards import check_replaceable, partial_folder, publish, write_json, writing
+from corpus.shards import check_replaceable, partial_folder, publish, writing
 from corpus.tally import Tally, Verdict
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 500_000
@@ -62,7 +63,7 @@ class Row:
     def dropped_line(self, verdict: Verdict) -> bytes:
         """Its line in dropped.tsv: file:line, rule, why, beginning."""
         cells = (f"{self.file}:{self.line}", verdict.marks[-1].rule, verdict.marks[-1].detail, self.text[:120])
-        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode()
+        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode("utf-8", "backslashreplace")
 
 
 class Step(Protocol):
@@ -251,7 +252,7 @@ def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: D
     done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
     content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
     content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
-    (folder / "report.md").write_text(tally.markdown(step.name), encoding="utf-8")
+    write_text(folder / "report.md", tally.markdown(step.name))
     write_json(folder / "report.json", content)
     for left in (*folder.glob("*.keys"), folder / PROGRESS):
         left.unlink(missing_ok=True)

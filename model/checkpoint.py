@@ -23,7 +23,15 @@ import torch
 
 from common.errors import UserError
 from model.chat import ChatTokenizer
-from model.checkpoint_schema import FORMAT, Checkpoint, check_checkpoint, check_names, check_ranks, check_shapes
+from model.checkpoint_schema import (
+    FORMAT,
+    Checkpoint,
+    check_checkpoint,
+    check_name,
+    check_names,
+    check_ranks,
+    check_shapes,
+)
 from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.transformer import Transformer
@@ -122,6 +130,7 @@ def save_model(
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours."""
+    check_name(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
