@@ -36,7 +36,7 @@ def places(tmp_path_factory):
     made["file"].write_text("not what you think\n")
     made["binary.pth"].write_bytes(bytes(range(256)) * 40)
     made["text.pth"].write_text("weights\n" * 50)
-    made["broken"].symlink_to(folder / "nothing")
+    made["broken"].symlink_to(folder / "gone" / "away")
     made["loop"].symlink_to(made["loop"])
     for name, content in {
         "a.json": "[" * 5000,
@@ -89,8 +89,8 @@ NEEDED = {  # what a flag needs beside it
 }
 INSTEAD = {  # flags of World.flags that exclude another one
     ("2-eval.py", "prompts"): "--prompt", ("2-eval.py", "questions"): "--prompt",
-    ("2-eval.py", "report"): "--checkpoint", ("2-eval.py", "texts"): "--checkpoint", ("2-eval.py", "chats"): "--checkpoint",
-    ("eval_ceval.py", "model"): "--checkpoint",
+    ("2-eval.py", "report"): "--checkpoint", ("2-eval.py", "texts"): "--checkpoint",
+    ("2-eval.py", "chats"): "--checkpoint", ("eval_ceval.py", "model"): "--checkpoint",
 }  # fmt: skip
 
 
