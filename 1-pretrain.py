@@ -70,7 +70,7 @@ def main() -> None:
     splits = open_data(args.data_path, "pretrain", tokenizer)
     mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
     recipe = read_recipe(args) if mixed else None
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         if args.init_from:  # go on from an earlier model, for example with other data
             if args.preset or given_model_flags(args):
                 raise UserError("--init_from brings its own config: leave out --preset and the model's flags")

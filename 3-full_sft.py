@@ -66,7 +66,7 @@ def main() -> None:
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         run.say(f"chat format {tokenizer.chat_format.name}" + (f"; {describe_recipe(args)}" if args.recipe else ""))

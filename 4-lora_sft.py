@@ -89,7 +89,7 @@ def main() -> None:
         attach(model, LoRAConfig(args.rank, args.alpha, args.lora_dropout, tuple(args.targets)), args.seed)
     if args.peft_dir:
         peft_settings(model)  # refuses now what could not be written later
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         remember_parent(model, source, stage.path(args.out_dir))

@@ -101,7 +101,7 @@ def main() -> None:
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = preference.without_dropout(model)
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         folder = token_folder(run, args, model.config, tokenizer, PAIRS)
         splits = open_data(folder, "pairs", tokenizer)
         preference.compare_languages(run, folder, parent["lineage"])

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, fail_in_one_line
+from common.locks import locked
 from corpus import flags, prepare
 from corpus.layouts import parse_keys, print_layouts
 from corpus.report import DataReport
@@ -49,8 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
     args.files = expand_inputs(args.files)
     if args.kind in prepare.COMMANDS:
         return prepare.run(args, progress_bar)
-    from corpus.shards import check_replaceable, partial_folder
-
     tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share)
@@ -59,6 +58,14 @@ def main(arguments: list[str] | None = None) -> None:
         if choosing:
             choosing.show()
         return
+    with locked(args.out_dir):
+        write(args, tokenizer, report, form, choosing)
+
+
+def write(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any, choosing: Any) -> None:
+    """Write the data set to --out_dir, and say what became of the rows."""
+    from corpus.shards import check_replaceable, partial_folder
+
     if check_replaceable(args.out_dir):
         print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
     partial = partial_folder(args.out_dir)

@@ -2,7 +2,8 @@
 
 Raise `UserError("what: where: what to do")` for anything that the person at the keyboard can mend. Bugs stay ordinary
 exceptions and keep their traceback. Every script runs its main() inside `fail_in_one_line()`, which also turns what the
-operating system refuses (OSError, no memory) into one line.
+operating system refuses (OSError, no memory) and signals that end the process into one line.
+Read next: signals.py.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import re
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
+
+from common.signals import Terminated, handled_signals, print_error, raise_terminated
 
 ANOTHER_FORMAT = "name another format: --chat_format of data_process.py and 3-full_sft.py"
 
@@ -43,7 +46,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def fail_in_one_line() -> Iterator[None]:
-    """Turn `UserError`, OSError and a lack of memory into one line on stderr and exit code 2, Ctrl-C into 130.
+    """Turn `UserError`, OSError, a lack of memory, Ctrl-C, SIGTERM and SIGHUP into one line on stderr and an exit code.
 
     A reader of stdout that ends first, as `| head` does, ends the script with code 141, as SIGPIPE would. A console in
     another encoding shows "?" instead of failing.
@@ -52,7 +55,8 @@ def fail_in_one_line() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        yield
+        with handled_signals(raise_terminated):
+            yield
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:
@@ -67,11 +71,14 @@ def fail_in_one_line() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _fail("out of memory: choose smaller numbers (--batch_size, --max_seq_len, the model) or a larger machine")
+    except Terminated as ending:
+        print_error(f"terminated by {ending}", is_news=False)
+        sys.exit(128 + ending.number)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print_error("interrupted", is_news=False)
         sys.exit(130)
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print_error(f"error: {printable(message)}")
     sys.exit(2)

@@ -3,17 +3,19 @@
     with atomic_write("out/model.pth") as file:     a temporary file, renamed when the block ends without an error
         torch.save(content, file)
     write_text, write_json                          the same for one small text
-    replace_folder(".new.tmp", "dataset/sft")       a finished folder takes the place of an older one
+    replace_file, replace_folder                    a finished file or folder takes the place of an older one
     remove(path)                                    renamed first: after a kill nothing half removed has the name
 
 Temporary names are `.NAME.PID.tmp` (being written), `.NAME.PID.old` (replaced) and `.NAME.PID.gone` (being removed). A
-kill may leave one; `remove_leftovers` removes those of a name and gives back a folder that was set aside when the kill
-came between two renames. Call it only while the name is locked.
+kill may leave one. The next `atomic_write` of a file removes the `.tmp` of processes that have ended.
+`remove_leftovers` removes all leftovers of a name and gives back a folder that was set aside when the kill came between
+two renames: call it only while the name is locked.
 
 Read next: locks.py (one writer at a time), errors.py (what the user sees when writing fails).
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -39,6 +41,7 @@ def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
     temporary = temporary_name(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(path)
         with temporary.open("wb") as file:
             yield file
             file.flush()
@@ -64,6 +67,11 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
     """Write a JSON file that ends with a line feed. Raises UserError where that cannot be done."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+
+
+def replace_file(new: PathLike, target: PathLike) -> None:
+    """Rename the finished file `new`, which is on the same disk, to `target`. Raises OSError."""
+    Path(new).replace(target)
 
 
 def replace_folder(new: PathLike, target: PathLike) -> None:
@@ -106,6 +114,33 @@ def remove_leftovers(path: PathLike) -> None:
             entry.rename(name)
         else:
             remove(entry)
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove what killed processes of this machine left of `path` in `atomic_write`."""
+    if os.name == "nt":  # os.kill would end the process there
+        return
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_temporary(entry) and not _is_running(int(entry.name.split(".")[-2])):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # a process of another user
+        pass
+    return True
+
+
+def set_aside(path: PathLike) -> Path | None:
+    """The older folder of this name when a kill came between the two renames of `replace_folder`, else None."""
+    path = Path(path)
+    found = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) if not path.exists() else []
+    return next((entry for entry in found if is_temporary(entry)), None)
 
 
 def check_writable(folder: PathLike) -> None:

@@ -10,13 +10,14 @@ Read next: clean.py, dedup.py, dedup_many.py, decontaminate.py (the steps), rewr
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import remove
+from common.locks import locked
 from corpus import flags
 from corpus.layouts import parse_keys
 from corpus.report import DataReport
@@ -96,17 +97,24 @@ class _ListRules(argparse.Action):
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     """Run one of the commands. Raises UserError for what the user can mend."""
-    from corpus.progress import PROGRESS, SIGNING
-    from corpus.rewrite import check_out_dir, rewrite
-    from corpus.shards import partial_folder
-
     if args.kind == "dedup" and args.executor != "here":
-        return _run_many(args)
+        with locked(args.out_dir):  # by the process that hands out the tasks; they share its folder
+            return _run_many(args)
     reader = RowReader(parse_keys(args.keys))
     step = None if args.kind == "dedup" else _step(args, reader)
     report = DataReport(args.max_bad_share)
     if args.kind == "clean" and args.check:
         return _check(step, args, report, progress_bar)
+    with locked(args.out_dir):
+        _write(step, args, report, progress_bar, reader)
+
+
+def _write(step: Any, args: argparse.Namespace, report: DataReport, progress_bar: Bar, reader: RowReader) -> None:
+    """Pass all rows through the step into --out_dir, and say what became of them."""
+    from corpus.progress import PROGRESS, SIGNING
+    from corpus.rewrite import check_out_dir, rewrite
+    from corpus.shards import partial_folder
+
     if check_out_dir(args.out_dir, args.files):
         print(f"{args.out_dir} holds an older result: it is replaced once the new one is complete")
     try:
@@ -122,7 +130,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
         if any((partial / name).is_file() for name in (PROGRESS, SIGNING)):
             print(f"unfinished work is kept in {partial}: the same command continues it")
         else:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise
     report.print_left_out()
     tally.print()

@@ -15,7 +15,6 @@ Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the count
 import itertools
 import json
 import multiprocessing
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.files import write_json, write_text
+from common.files import remove, write_json, write_text
 from corpus.history import history_of
-from corpus.progress import PROGRESS, Progress, inputs_of
+from corpus.progress import PROGRESS, Progress, inputs_of, is_of_disk
 from corpus.read import Path_, taken_rows
 from corpus.report import DataReport
 from corpus.rows import READER, Content, RowReader
@@ -42,8 +41,8 @@ OUR_FILES = (
     "report.md",
     PROGRESS,
     "*.keys",
-    "*.json.tmp",
-    "*.keys.tmp",
+    "*.json.tmp",  # of a kill in an earlier version
+    ".*.tmp",
     "cluster",
 )
 
@@ -227,9 +226,10 @@ def rewrite(
                 on_batch()
             output.close()
             finish(step, paths, folder, tally, report)
-        except UserError:
+        except UserError as problem:
             output.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            if not is_of_disk(problem):
+                remove(folder)
             raise
         finally:
             output.close()

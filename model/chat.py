@@ -25,6 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from common.errors import ANOTHER_FORMAT, UserError, printable
+from common.files import cannot_write, remove, replace_folder, temporary_name, write_text
 from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
 from model.chat_templates import TemplateFormat
 from model.render import Rendered, render_chats, render_unfinished
@@ -191,7 +192,7 @@ class ChatTokenizer:
 
     def encode_start(self, text: str) -> list[int]:
         """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
-        return self.backend.encode(text).ids
+        return self.backend.encode_batch([text])[0].ids  # a batch, since `encode` keeps the GIL
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -271,11 +272,25 @@ class ChatTokenizer:
         return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in self.files.items():
-            temporary = Path(folder) / (name + ".tmp")
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(Path(folder) / name)
+        """Write the files of a tokenizer folder. A folder of other tokenizer files alone is replaced as a whole.
+
+        In a folder with further files (an exported model) each file is replaced by itself. Raises UserError.
+        """
+        place = Path(folder).resolve()
+        if place.exists() and not place.is_dir():
+            raise UserError(f"cannot write {place}: it is a file: name a folder")
+        try:
+            found = {path.name for path in place.iterdir()} if place.is_dir() else set()
+            whole = found <= self.files.keys() and not place.is_mount()
+            target = temporary_name(place, "tmp") if whole else place
+            for name, text in self.files.items():
+                write_text(target / name, text)
+            if whole:
+                replace_folder(target, place)
+        except OSError as error:
+            raise cannot_write(place, error) from error
+        finally:
+            remove(temporary_name(place, "tmp"))
 
 
 def digest(text: str) -> str:

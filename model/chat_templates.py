@@ -21,6 +21,7 @@ from typing import Any
 from common.errors import ANOTHER_FORMAT, UserError
 from model.chat_formats import Message, RefusedChat, Span, Written, answers_of
 
+MAX_CHAT_STEPS = 400_000  # of all renderings of a chat, which is rendered up to each of its answers
 MAX_EXCEEDED = 3  # chats that may exceed the bound before the template is an error
 
 
@@ -50,14 +51,19 @@ class TemplateFormat:
         """(environment, template). Raises UserError for text that is not valid jinja."""
         from jinja2 import TemplateError
 
-        from model.template_sandbox import BoundedEnvironment
+        from model.template_sandbox import MAX_TEMPLATE, BoundedEnvironment
 
+        if len(self.template) > MAX_TEMPLATE:
+            raise UserError(
+                f"the model's chat template has {len(self.template):,} characters, at most {MAX_TEMPLATE:,} are "
+                f"read: {ANOTHER_FORMAT}"
+            )
         environment = BoundedEnvironment()
         try:
             return environment, environment.from_string(self.template)
         except TemplateError as error:
             raise UserError(f"the model's chat template is not valid jinja ({error}): {ANOTHER_FORMAT}") from None
-        except RecursionError:
+        except (RecursionError, SyntaxError):  # Python refuses more than 20 loops inside each other
             raise UserError(f"the model's chat template is nested too deeply: {ANOTHER_FORMAT}") from None
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
@@ -92,14 +98,22 @@ class TemplateFormat:
     def samples(self, messages: list[Message]) -> list[Written]:
         """What is trained, shortest first; the last one is the whole chat. Each answer is trained in one of them.
 
-        Raises RefusedChat when an answer does not begin where it is asked for, or ends with no control token, and
-        when the system message is not written.
+        The time grows with the square of the number of answers, so a chat has at most about 150 of them.
+
+        Raises RefusedChat for more answers, when an answer does not begin where it is asked for, or ends with no
+        control token, and when the system message is not written.
         """
         whole = self.text(messages)
+        answers = answers_of(messages)
+        steps = self._compiled[0].steps_taken * len(answers)  # about: two renderings of half the chat for each answer
+        if len(answers) > 1 and steps > MAX_CHAT_STEPS:
+            raise RefusedChat(
+                f"the model's chat template takes more than {MAX_CHAT_STEPS:,} steps for the answers of so long a chat"
+            )
         if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() not in whole:
             raise RefusedChat("the model's chat template leaves out the system message")
         found: list[tuple[str, list[tuple[int, int]], list[int]]] = [(whole, [], [])]
-        for i in reversed(answers_of(messages)):
+        for i in reversed(answers):
             prompt = self.text(messages[:i], True)
             answered = self.text(messages[: i + 1]) if i + 1 < len(messages) else whole
             if not answered.startswith(prompt):

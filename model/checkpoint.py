@@ -9,19 +9,22 @@ holds the adapter's tensors only: `load_model` finds its parent, makes sure that
 Read next: ../trainer/loop.py (when they are written), config.py, lora.py.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.checksums import check_zip
 from common.errors import UserError
+from common.files import atomic_write
 from model.chat import ChatTokenizer
 from model.checkpoint_schema import (
     FORMAT,
@@ -36,6 +39,10 @@ from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.transformer import Transformer
 
+UNREADABLE = (  # what torch.load raises for a file that is none of its own
+    RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    AssertionError, ImportError, MemoryError, struct.error,
+)  # fmt: skip
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
@@ -55,19 +62,12 @@ SCRIPTS = {
 
 def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
     """torch.save that never leaves half a file under the final name. Raises UserError when the disk is full."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    advice = "free some space or choose another --out_dir"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_write(path, advice) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error}: free some space or choose another --out_dir") from error
+    except RuntimeError as error:  # torch's zip writer turns a full disk into one
+        raise UserError(f"cannot write {path}: {error}: {advice}") from error
 
 
 def plain_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -128,19 +128,38 @@ def save_model(
     atomic_save(model_content(model, stage, tokenizer, lineage), path)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours."""
+def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Checkpoint:
+    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours.
+
+    Compared with the checksums in the file; without `weights` all but the tensors, which are then not to be used.
+    """
     check_name(path)
     try:
+        check_records(path, weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign"
+            f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign: "
+            "copy it again or train it again"
         ) from None
     return check_checkpoint(checkpoint, path)
+
+
+def check_records(path: str | os.PathLike[str], weights: bool) -> None:
+    """Compare a file of torch.save with its checksums. Raises ValueError, zipfile.BadZipFile or OSError."""
+    place = Path(path).resolve()
+    about = place.stat()
+    if record := _damaged_record(place, weights, about.st_size, about.st_mtime_ns):
+        raise ValueError(f"the checksum of {record} differs")
+
+
+@functools.lru_cache(64)
+def _damaged_record(path: Path, weights: bool, size: int, changed: int) -> str:
+    """Once per file and process: an adapter's parent is opened more than once."""
+    return check_zip(path, lambda name: weights or "/data/" not in name)
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:

@@ -39,7 +39,7 @@ ENTRY: dict[str, tuple[type, ...]] = {
 Checkpoint = dict[str, Any]
 
 
-def check_checkpoint(content: Any, path: str | Path) -> Checkpoint:
+def check_checkpoint(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     """The content, if it has the form above; its config has all fields, control characters in its lineage are spelled
     out.
 
@@ -66,7 +66,7 @@ def check_name(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: the name is not UTF-8, torch cannot open it: rename the file or its folder") from None
 
 
-def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], where: str | Path) -> None:
+def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
     """Raises UserError unless the tensors have the names and shapes of a model of this config. Allocates nothing.
 
     A layer, and an expert, have a tensor at least: counting them first bounds the time that this takes.
@@ -82,14 +82,14 @@ def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], where: str
     check_names(own, state, where)
 
 
-def check_ranks(state: dict[str, torch.Tensor], rank: int, where: str | Path) -> None:
+def check_ranks(state: dict[str, torch.Tensor], rank: int, where: str | os.PathLike[str]) -> None:
     """Raises UserError unless the matrices A of an adapter have its rank; new ones are as large as it says."""
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight") and tensor.dim()}
     if ranks != {rank}:
         raise UserError(f"{where} does not fit: it holds matrices of rank {sorted(ranks)}, the adapter says {rank}")
 
 
-def check_names(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], where: str | Path) -> None:
+def check_names(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
     """Raises UserError listing what differs between the model's names and shapes and those of a file."""
     differences = [f"missing {name}" for name in own.keys() - state.keys()]
     differences += [f"unknown {printable(name)}" for name in state.keys() - own.keys()]

@@ -51,7 +51,7 @@ def facts(path: str | os.PathLike[str]) -> Facts:
     path = Path(path)
     if path.is_dir():
         return read_note(path) or _foreign(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights=False)
     known = describe(checkpoint, path.name)
     if known["chain"]:
         known["chain"][-1] = _from_log(path.with_suffix(".jsonl"), known["chain"][-1])

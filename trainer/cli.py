@@ -78,6 +78,8 @@ def check_parallel(args: argparse.Namespace) -> None:
 
 def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stage_defaults: Any) -> Parser:
     """A parser with all shared flags. The stage's own numbers: the peak rate of each optimizer, and other defaults."""
+    if "WORLD_SIZE" in os.environ:  # else torch prints a C++ stack for every peer that is gone; ours is one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = Parser(description=door_plate, formatter_class=HelpWithDefaults)
     add = parser.add_argument_group("data and files").add_argument
     add("--data_path", type=flags.path, help="folder written by data_process.py")
@@ -110,6 +112,10 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
         help="share of the run that warms up, instead of --warmup_iters")  # fmt: skip
     add("--weight_decay", type=flags.non_negative_float, default=0.1, help="on matrices; never on norms and embeddings")
     add("--grad_clip", type=flags.non_negative_float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--max_loss_ratio", default=3.0,
+        type=flags.Limit(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
+        help="end a run that diverges: when the mean loss of the last 10 steps is above so many times the "
+        "first loss (0: off). As first loss counts at least half of ln(vocabulary) per token, 2 per pair")  # fmt: skip
     add("--seed", type=flags.seed, default=42, help="random seed of the weights, the order of the data and dropout")
 
     add = parser.add_argument_group("machine").add_argument
@@ -121,6 +127,9 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--parallel", choices=PARALLEL, default="ddp",
         help="how torchrun's processes share the model: ddp: each has all of it; fsdp, zero3: each a piece; "
         "zero1, zero2: pieces of the optimizer, and of the gradients")  # fmt: skip
+    add("--dist_timeout", type=flags.non_negative_float, default=0.0,
+        help="seconds that a process may keep the others waiting before the run ends and names it "
+        "(0: 300 on CPUs, 1800 on GPUs)")  # fmt: skip
     add("--num_workers", type=flags.between(0, 256), default=0, help="processes that prepare batches ahead")
     add("--local_rank", "--local-rank", type=flags.at_least(-1), default=0,
         help=argparse.SUPPRESS)  # fmt: skip  # the deepspeed launcher adds it
