@@ -52,13 +52,8 @@ def test_odd_settings_of_a_transformers_folder_are_used_or_refused(exported, tmp
     folder = shutil.copytree(exported / "stock", tmp_path / "stock")
     names = [path.name for path in folder.glob("*.json")]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
-    texts["config.json"] = json.dumps(
-        {
-            **json.loads(texts["config.json"]),
-            "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
-            "sliding_window": None,
-        }
-    )
+    yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "sliding_window": None}
+    texts["config.json"] = json.dumps({**json.loads(texts["config.json"]), **yarn})
     for _ in range(scaled(60, 1500)):
         name = rng.choice([*names, "config.json", "config.json"])
         with_change(folder, name, texts[name], rng)
@@ -92,16 +87,8 @@ def test_an_index_names_files_of_its_folder_alone(exported, tmp_path):
     folder = shutil.copytree(exported / "stock", tmp_path / "stock")
     shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors").unlink()
-    for name in (
-        "../outside.safetensors",
-        str(tmp_path / "outside.safetensors"),
-        "",
-        ".",
-        "a/b",
-        "x" * 300,
-        "\0",
-        None,
-    ):
+    outside = str(tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", outside, "", ".", "..", "a/b", "x" * 300, "\0", "\ud800", None):
         index = {"weight_map": {"lm_head.weight": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(UserError, match="has no "):
