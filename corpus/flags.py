@@ -143,7 +143,7 @@ class NameList(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """argparse.ArgumentParser whose errors are one line, without the list of all flags."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, which before Python 3.13 makes [] of `--flag=--`, past the flag's type and choices."""
         for text in sys.argv[1:] if args is None else args:
             if text.startswith("--") and text.endswith("=--"):
