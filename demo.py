@@ -135,9 +135,7 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, float]:
     out/steps.json remembers the completed commands. When a step has to run, all later ones run again too.
     """
     record_file = out / "steps.json"
-    record: dict[str, Any] = {}
-    if record_file.is_file():
-        record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = read_record(record_file)
     for number, step in enumerate(steps, 1):
         done = record.get(step.name, {}).get("command") == step.command and all(path.exists() for path in step.results)
         print(f"\n[{number}/{len(steps)}] {step.title}" + (": already there" if done else ""), flush=True)
@@ -149,6 +147,16 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, float]:
         record[step.name] = {"command": step.command, "seconds": round(seconds, 1)}
         write_json(record_file, record)
     return {name: entry["seconds"] for name, entry in record.items()}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """step -> {"command", "seconds"} of the steps that are complete; damaged entries count as not complete."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    entries = record.items() if isinstance(record, dict) else ()
+    return {name: e for name, e in entries if isinstance(e, dict) and type(e.get("seconds")) in (int, float)}
 
 
 def run_command(command: list[str]) -> float:
@@ -170,7 +178,10 @@ def run_command(command: list[str]) -> float:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run demo.py again") from None
 
 
 def read_log(path: Path) -> dict[str, Any]:
@@ -304,7 +315,7 @@ def main() -> None:
     args = parser.parse_args()
     out = Path(args.out_dir)
     if Path.cwd() != ROOT:  # the commands run in the project's folder
-        out = out.resolve()
+        out = out.absolute()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file: name a folder")
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well

@@ -65,8 +65,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--port", type=flags.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
     shown = "other users of this machine see it in the list of processes (ps)"
-    add("--api_key", metavar="KEY", help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)")
-    add("--api_key_file", metavar="FILE", help="a key per line; clients must send one of all keys")
+    add(
+        "--api_key",
+        type=flags.some_text,
+        metavar="KEY",
+        help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)",
+    )
+    add("--api_key_file", type=flags.path, metavar="FILE", help="a key per line; clients must send one of all keys")
     names = "names of this server in the Host header (default: localhost, 127.0.0.1, ::1 and --host; any with a key)"
     add("--allowed_hosts", action=flags.NameList, default=[], metavar="NAME", help=names)
     add("--cors", action=flags.NameList, default=[], metavar="ORIGIN",

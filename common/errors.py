@@ -66,6 +66,8 @@ def fail_in_one_line() -> Iterator[None]:
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "the system refuses"
         _fail(f"{name}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
+            _fail(f"{error}: choose another place")
         if not is_out_of_memory(error):
             raise
         _fail("out of memory: choose smaller numbers (--batch_size, --max_seq_len, the model) or a larger machine")

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from common.checksums import checksum
-from common.errors import UserError
+from common.errors import UserError, printable
 from corpus.items import Item
 from corpus.language import LANGUAGES
 from corpus.read import Path_
@@ -57,7 +57,7 @@ class Band:
 def parse_band(text: str) -> Band:
     """LOW,HIGH in nats a token, LOW%,HIGH% in percentiles, each perhaps after zh= or en=. Raises UserError."""
     number = r"(\d+(?:\.\d+)?)(%?)"
-    found = re.fullmatch(rf"\s*(?:([a-z]+)=)?{number},{number}\s*", text)
+    found, text = re.fullmatch(rf"\s*(?:([a-z]+)=)?{number},{number}\s*", text), printable(text)[:80]
     how = "write 2.5,4.5 (nats a token), 20%,80% (percentiles) or zh=2.5,4.5 (one language)"
     if not found or found[3] != found[5] or (found[1] or LANGUAGES[0]) not in LANGUAGES:
         raise UserError(f"--keep_entropy {text}: {how}")

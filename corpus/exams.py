@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from corpus.exam_subjects import category_of
 from corpus.exam_table import LARGEST, OPTION_LETTERS, Row, decode, letters_of, read_rows
 
@@ -86,6 +86,7 @@ def read_exam(
         for where, inside, data in files:
             mapping |= _mapping(where, data) if _is_mapping(inside) else {}
         for of_split, subject, where, data in _placed([file for file in files if not _is_mapping(file[1])]):
+            subject = printable(subject)  # it comes from a file name
             if subject in found.setdefault(of_split, {}):
                 raise UserError(
                     f"{name} holds {subject} twice, {found[of_split][subject][0]} and {where}: name one exam"

@@ -11,6 +11,7 @@ A flag states its limit where it is declared, so that nothing is read or loaded 
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,13 @@ class NameList(argparse.Action):
 
 class Parser(argparse.ArgumentParser):
     """argparse.ArgumentParser whose errors are one line, without the list of all flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which before Python 3.13 makes [] of `--flag=--`, past the flag's type and choices."""
+        for text in sys.argv[1:] if args is None else args:
+            if text.startswith("--") and text.endswith("=--"):
+                self.error(f"argument {text.removesuffix('=--')}: a value is missing")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split())}; `python {self.prog} --help` describes the flags")

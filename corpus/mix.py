@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 
 KINDS = ("language", "source")
 SMALLEST = 0.0001  # share: a mixture is laid out in rounds of 10,000 rows
@@ -56,7 +56,7 @@ def parse_mix(text: str) -> Wish:
         return Wish({}, kind=text)
     how = "write --mix zh=0.25,en=0.75 (shares), zh=1x,en=2x (passes), language or source"
     weights: dict[str, float] = {}
-    passes = set()
+    passes, shown = set(), printable(text)[:80]
     for piece in text.split(","):
         found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9.]+(?:[eE]-?\d+)?)(x?)\s*", piece)
         try:
@@ -64,13 +64,13 @@ def parse_mix(text: str) -> Wish:
         except ValueError:
             name, number = "", 0.0
         if not found or not 0 < number < 1e9:
-            raise UserError(f"--mix {text}: {piece.strip()!r} is no name=number above 0: {how}")
+            raise UserError(f"--mix {shown}: {piece.strip()[:80]!r} is no name=number above 0: {how}")
         if name in weights:
-            raise UserError(f"--mix {text}: {name} is named twice: {how}")
+            raise UserError(f"--mix {shown}: {name} is named twice: {how}")
         weights[name] = number
         passes.add(bool(found[3]))
     if len(passes) > 1:
-        raise UserError(f"--mix {text}: either all numbers are shares or all are passes: {how}")
+        raise UserError(f"--mix {shown}: either all numbers are shares or all are passes: {how}")
     return Wish(weights, passes.pop())
 
 

@@ -62,7 +62,7 @@ class Row:
     def dropped_line(self, verdict: Verdict) -> bytes:
         """Its line in dropped.tsv: file:line, rule, why, beginning."""
         cells = (f"{self.file}:{self.line}", verdict.marks[-1].rule, verdict.marks[-1].detail, self.text[:120])
-        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode()
+        return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode("utf-8", "backslashreplace")
 
 
 class Step(Protocol):

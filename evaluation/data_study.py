@@ -90,6 +90,15 @@ def _run_study(run: Run, args: argparse.Namespace, stage: Stage, folder: Path) -
     run.say(f"written: {folder / 'data_study.md'}, .csv, .json and .png")
 
 
+def read_note(note: Path) -> dict[str, Any]:
+    """What an earlier run wrote of this share; {} where there is nothing that can be read."""
+    try:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return saved if isinstance(saved, dict) and isinstance(saved.get("row", {}), dict) else {}
+
+
 def one_share(
     run: Run, args: argparse.Namespace, stage: Stage, share: float, questions: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
@@ -97,7 +106,7 @@ def one_share(
     path, note = stage.path(args.out_dir), Path(args.out_dir) / "study.json"
     job = {name: getattr(args, name) for name in NUMBERS} | run_identity(args, stage)
     job = json.loads(json.dumps(job))  # as it will be read again
-    saved = json.loads(note.read_text(encoding="utf-8")) if note.is_file() and args.resume != "never" else {}
+    saved = read_note(note) if args.resume != "never" else {}
     run.wait()  # all have read before the first one writes
     if saved.get("job") != job:
         saved, args.resume = {"job": job}, args.resume if not saved else "never"

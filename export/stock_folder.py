@@ -31,6 +31,7 @@ from model.config import ModelConfig
 from model.granite import granite_settings, to_granite
 from model.rope import attention_factor
 from model.stock_config import GRANITE, QWEN3_MOE
+from model.tokenizer_files import read_settings
 from model.transformer import Transformer
 
 ANSWER_TOKENS = 256  # how long a stock program lets an answer get, when the model reads more than that
@@ -142,7 +143,7 @@ def generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str
     """How stock programs draw an answer, and which tokens end it. What a foreign parent said of drawing stays."""
     usual = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     usual["max_new_tokens"] = min(ANSWER_TOKENS, config.max_seq_len // 2)
-    said = json.loads(tokenizer.files.get("generation_config.json", "null")) or usual
+    said = read_settings(tokenizer.files, "generation_config.json") or usual
     return {
         **said,
         "bos_token_id": bos_id(tokenizer),

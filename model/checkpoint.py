@@ -26,7 +26,15 @@ from common.checksums import check_zip
 from common.errors import UserError
 from common.files import atomic_write
 from model.chat import ChatTokenizer
-from model.checkpoint_schema import FORMAT, Checkpoint, check_checkpoint, check_names, check_ranks, check_shapes
+from model.checkpoint_schema import (
+    FORMAT,
+    Checkpoint,
+    check_checkpoint,
+    check_name,
+    check_names,
+    check_ranks,
+    check_shapes,
+)
 from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.transformer import Transformer
@@ -125,6 +133,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
 
     Compared with the checksums in the file; without `weights` all but the tensors, which are then not to be used.
     """
+    check_name(path)
     try:
         check_records(path, weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -58,6 +58,14 @@ def check_checkpoint(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     return {**content, "config": ModelConfig(**content["config"]).to_dict(), "lineage": lineage}
 
 
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raises UserError for a name that torch, which opens files by UTF-8 names, cannot open."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: the name is not UTF-8, torch cannot open it: rename the file or its folder") from None
+
+
 def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
     """Raises UserError unless the tensors have the names and shapes of a model of this config. Allocates nothing.
 

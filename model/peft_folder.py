@@ -15,9 +15,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import atomic_write
 from model.checkpoint import load_state
+from model.checkpoint_schema import wrong_tensor
 from model.lora import LoRAConfig, adapter_state, attach, lora_layers
 from model.transformer import Transformer
 
@@ -80,6 +81,9 @@ def read_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}): save the adapter as safetensors") from None
+    for name, tensor in state.items():
+        if problem := wrong_tensor(tensor):
+            raise UserError(f"{path}: {printable(name)} is {problem}: not supported")
     targets = {name.split(".")[-3] for name in state if name.endswith((".lora_A.weight", ".lora_B.weight"))}
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight") and tensor.dim()}
     if ranks != {config["rank"]}:

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from model.chat import ChatTokenizer, load_tokenizer
 from model.checkpoint import FORMAT, Checkpoint, load_state
+from model.checkpoint_schema import check_shapes, is_name, wrong_tensor
 from model.config import ModelConfig
 from model.granite import from_granite
 from model.lineage import read_note
@@ -54,9 +55,11 @@ def open_folder(
         raise UserError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size}"
         )
-    model, translate = Transformer(config), {GRANITE: from_granite, QWEN3_MOE: unstacked}
+    translate = {GRANITE: from_granite, QWEN3_MOE: unstacked}
     if settings["model_type"] in translate:
         state = translate[settings["model_type"]](state, config)
+    check_shapes(config, state, folder)
+    model = Transformer(config)
     load_state(model, state, folder)
     checkpoint = describe_folder(folder, settings, config, tokenizer)
     return model.to(device).eval(), tokenizer, checkpoint
@@ -107,13 +110,16 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         names = ["model.safetensors"]
     state: dict[str, torch.Tensor] = {}
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not is_name(name) or Path(name).name != name or not (folder / name).is_file():
             hint = "safetensors are read; save_pretrained(DIR) writes them" if len(names) == 1 else "download it again"
-            raise UserError(f"{folder} has no {name}: {hint}")
+            raise UserError(f"{folder} has no {printable(name)[:80]}: {hint}")
         try:
             state |= load_file(folder / name)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"cannot read {folder / name} ({str(error)[:120]}): download it again") from None
+    for name, tensor in state.items():
+        if problem := wrong_tensor(tensor):
+            raise UserError(f"{folder}: {printable(name)} is {problem}: not supported")
     # Old checkpoints carry the rotary table, which is computed here.
     return {name: tensor.float() for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -123,7 +129,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} is no transformers model: it has no {name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {folder / name} ({error}): download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{folder / name} is not a JSON object: download it again")

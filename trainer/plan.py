@@ -56,7 +56,12 @@ GPUS = {
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("plan (trains nothing)").add_argument
     add("--plan", action="store_true", help="print parameters, tokens, memory, time and cost, and stop")
-    add("--presets", metavar="A,B", help="with --plan: a table of these presets against memory and hardware instead")
+    add(
+        "--presets",
+        type=flags.some_text,
+        metavar="A,B",
+        help="with --plan: a table of these presets against memory and hardware instead",
+    )
     add("--tokens_per_param", type=flags.non_negative_float, default=0.0,
         help="train on so many tokens per parameter, as Xiangxin: 20 (0: --epochs decide; --plan: 20)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100", help="the GPU of the plan's launch line")

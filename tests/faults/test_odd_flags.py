@@ -1,0 +1,186 @@
+"""Promise: whatever the flags are, a script runs or refuses them in one line; a value without meaning is refused before
+anything is read.
+
+The parsers are introspected (tests/test_flags.py), so a new flag is attacked from the day that it exists.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError, printable
+from corpus.flags import LARGEST, Limit
+from tests.conftest import run_process, run_script
+from tests.odd_inputs import ending, make_world, without_servers
+from tests.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse
+
+HUGE = ("9" * 30, str(2**63), str(2**64), "1e300", "1e400", "-1e400", "9" * 5000)
+STRANGE = (
+    "",
+    " ",
+    "\0",
+    "-",
+    "--",
+    "\x1b[2J",
+    "\ud800",
+    "x\ny",
+    "x" * 5000,
+    "１",
+    "1_0",
+    "0x10",
+    "1,5",
+    "None",
+    "nan",
+    "[]",
+)
+# What a number may be at most if its limit lets it through: tried in a run.
+LARGE = ("1", "2", "3", "1000", "1000000000", "1000000000000", "0.999999", "1e-37")
+# Flags that have no limit of their own but a meaning for every text that is not empty, or for the empty one too.
+FREE_TEXT = {"prompt", "system", "inspect", "keys", "source_key", "mirror", "partition", "time", "split", "only"}
+LONG = {"max_steps", "epochs", "tokens_per_param", "max_minutes"}  # a larger one means a longer run
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
+    return make_world(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
+def test_every_flag_has_a_limit():
+    """Choices, a type, or a reader of its own; only texts of a person's own words have none."""
+    unlimited = [
+        (prog, action.dest)
+        for prog, action in ACTIONS
+        if action.nargs != 0 and not (action.choices or action.type or hasattr(action, "read"))
+    ]
+    assert {dest for _, dest in unlimited} <= FREE_TEXT, unlimited
+
+
+def test_every_odd_value_of_every_flag_is_read_or_refused_in_one_line(attacks):
+    read = refused = 0
+    for prog, action in ACTIONS:
+        if action.nargs == 0 or not action.option_strings:
+            continue
+        for text in (*HUGE, *STRANGE):
+            try:
+                value = getattr(parse(prog, f"{action.option_strings[0]}={text}"), action.dest)
+                read += 1
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 6000
+                continue
+            if isinstance(value, int | float):
+                assert abs(value) <= LARGEST, f"{prog} {action.dest}={text[:30]}: {value}"
+    attacks("odd values of flags, parsed", read + refused, read=read, refused=refused)
+    assert refused > read
+
+
+@pytest.mark.parametrize(("prog", "flag", "dest"), NUMBERS)
+def test_a_number_beyond_any_meaning_is_refused(prog, flag, dest):
+    for text in HUGE:
+        with pytest.raises(UserError, match=rf"argument .*{flag}"):
+            parse(prog, f"{flag}={text}")
+
+
+def test_a_file_to_download_lies_inside_the_repository():
+    for name in ("..", "../x", "a/../../x", "/etc/passwd", "a\\..\\b", "C:\\x", ".", "a//b", "a/"):
+        with pytest.raises(UserError, match="not a path inside the repository"):
+            parse("data_process.py download", f"--file={name}")
+    assert parse("data_process.py download", "--file=data/a.jsonl").file == ["data/a.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "name", ["xpu", "meta", "cuda:", "cuda:x", "cuda:-1", "cuda:9999", "cpu:0", "CPU", "mps:1", " "]
+)
+def test_a_device_is_one_of_those_that_train(name):
+    for prog, action in ACTIONS:
+        if action.dest == "device":
+            with pytest.raises(UserError, match="not a device"):
+                parse(prog, f"--device={name}")
+
+
+def test_control_characters_are_spelled_out(capsys):
+    assert printable("a\x1b[2J\u202e太阳\ud800\n") == "a\\x1b[2J\\u202e太阳\\ud800\\n"
+    assert printable("a\nb\tc\r", keep="\n\t") == "a\nb\tc\\r"
+    ended = run_process(sys.executable, "2-eval.py", "--checkpoint", "no\x1b[2Jfile\n.pth", "--prompt", "x")
+    assert ended.returncode == 2 and "\x1b" not in ended.stderr and ended.stderr.count("\n") == 1
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+def attack(world, monkeypatch, capsys, cases):
+    """Run the scripts with one odd flag each; returns how they ended, "done" or "refused"."""
+    without_servers(monkeypatch)
+    ends, wrong = [], []
+    for prog, flags in cases:
+        try:
+            ends.append(ending(monkeypatch, capsys, prog, [*world.flags(prog), *flags]))
+        except AssertionError as error:
+            wrong.append(f"{prog} {flags}: {error}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}\n" + "\n".join(wrong)
+    return ends
+
+
+def test_a_model_of_impossible_sizes_is_refused(world, monkeypatch, capsys):
+    for flags in (
+        ["--dim", "0"], ["--n_layers", "0"], ["--n_heads", "0"], ["--n_kv_heads", "0"], ["--max_seq_len", "0"],
+        ["--dim", "65536", "--n_layers", "1000"], ["--hidden_dim", "1000000", "--n_layers", "1000"],
+        ["--use_moe", "--n_routed_experts", "4096", "--n_layers", "1000"], ["--head_dim", "3"], ["--n_heads", "3"],
+        ["--max_seq_len", "8000000", "--head_dim", "512"], ["--seed", "-1"], ["--learning_rate", "nan"],
+        ["--learning_rate", "-1"], ["--weight_decay", "-5"], ["--grad_clip", "-1"], ["--device", "xpu"],
+        ["--dtype", "int8"],
+    ):  # fmt: skip
+        assert attack(world, monkeypatch, capsys, [("1-pretrain.py", flags)]) == ["refused"], flags
+
+
+def test_the_largest_numbers_of_each_flag_run_or_are_refused(world, monkeypatch, capsys, scaled, attacks):
+    cases = []
+    for prog, flag, dest in NUMBERS:
+        for text in LARGE:
+            if dest in LONG and float(text) > 2:
+                continue
+            try:
+                parse(prog, f"{flag}={text}")
+            except UserError:
+                continue
+            cases.append((prog, [f"{flag}={text}"]))
+    chosen = random.Random(0).sample(cases, min(scaled(30, len(cases)), len(cases)))
+    ends = attack(world, monkeypatch, capsys, chosen)
+    attacks("numbers of flags, run", len(ends), done=ends.count("done"), refused=ends.count("refused"))
+    assert "done" in ends
+
+
+def is_path(action) -> bool:
+    return getattr(action.type, "__name__", "") in ("path", "place")
+
+
+def test_a_flag_that_is_a_limit_is_declared_with_it():
+    assert sum(is_path(action) for _, action in ACTIONS) > 60
+    assert all(isinstance(action.type, Limit) for _, action in ACTIONS if is_number(action))
+
+
+@pytest.mark.parametrize("prog", PARSERS)
+def test_names_that_are_not_utf_8_run_or_are_refused(prog, world, monkeypatch, capsys, attacks):
+    """The folder of the output has such a name, and so has a copy of each input but models."""
+    odd, flags = os.fsdecode(b"caf\xe9 \xff"), []
+    for flag in world.flags(prog):
+        place = Path(flag)
+        if place.is_relative_to(world.folder) and place.exists() and place.suffix != ".pth":
+            link = place.with_name(place.stem + odd + place.suffix)
+            if not link.is_symlink():
+                link.symlink_to(place)
+            flag = str(link)
+        flags.append(flag + odd if flag.endswith("/out") else flag)
+    ends = attack(world, monkeypatch, capsys, [(prog, [])])
+    ends.append(ending(monkeypatch, capsys, prog, flags))
+    attacks("names that are not UTF-8", 1, **{ends[1]: 1})
+    assert ends[0] == ends[1], "the name alone is no reason to refuse"
+
+
+def test_a_model_whose_name_is_not_utf_8_is_refused_with_the_reason(world, monkeypatch, capsys):
+    link = world.folder / os.fsdecode(b"parent\xff.pth")
+    link.symlink_to(world.parent__pth)
+    with pytest.raises(UserError, match="the name is not UTF-8, torch cannot open it: rename"):
+        run_script(monkeypatch, "2-eval.py", "--checkpoint", link, "--prompt", "x")

@@ -1,0 +1,166 @@
+"""Promise: whatever stands where a script expects a file or a folder, it says so in one line and exits with 2, early.
+
+Each flag that names a place is given each odd place: a file for a folder and the reverse, a broken link, a loop of
+links, a pipe, a device, a folder of /proc that nobody can write to, a name that is too long, and files of other kinds.
+"""
+
+import os
+import random
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.files import check_writable
+from tests.conftest import run_process
+from tests.odd_inputs import ending, make_world, without_servers
+from tests.test_flags import ACTIONS
+
+PIPES = {"fifo"}  # opening one waits for a writer: only where something is refused before it is opened
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
+    return make_world(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """name -> a place that no script expects."""
+    folder = tmp_path_factory.mktemp("places")
+    made = {name: folder / name for name in ("empty", "folder", "file", "broken", "loop", "binary.pth", "text.pth")}
+    made["folder"].mkdir()
+    made["empty"].write_bytes(b"")
+    made["file"].write_text("not what you think\n")
+    made["binary.pth"].write_bytes(bytes(range(256)) * 40)
+    made["text.pth"].write_text("weights\n" * 50)
+    made["broken"].symlink_to(folder / "gone" / "away")
+    made["loop"].symlink_to(made["loop"])
+    for name, content in {
+        "a.json": "[" * 5000,
+        "b.json": '{"a": ',
+        "c.jsonl": b'{"text": "\xff\xfe"}\n',
+        "d.csv": "a,b\n",
+        "e.txt": "\0" * 100,
+        "meta.json": "[]",
+        "config.json": '{"model_type": "llama"}',
+        "tokenizer.json": "{}",
+        "report.json": "7",
+        "lineage.json": "{}",
+        "adapter_config.json": "[]",
+    }.items():
+        (made["folder"] / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        made[name] = made["folder"] / name
+    made |= {
+        "nothing": folder / "nothing",
+        "below a file": made["file"] / "x",
+        "below nothing": folder / "no" / "such",
+        "/dev/null": Path("/dev/null"),
+        "/proc": Path("/proc/self"),
+        "a new one in /proc": Path("/proc/self/new"),
+        "root": Path("/"),
+        "too long": folder / ("n" * 300),
+        "too deep": Path("/".join(["d"] * 3000)),
+        "-": Path("-"),
+        "a file of /proc": Path("/proc/self/cmdline"),
+    }
+    return {name: str(place) for name, place in made.items()}
+
+
+def place_flags():
+    """(prog, action) of every flag and argument that names a file or a folder."""
+    return [
+        (prog, action)
+        for prog, action in ACTIONS
+        if getattr(action.type, "__name__", "") in ("path", "place") and prog in KNOWN
+    ]
+
+
+KNOWN = {prog for prog, _ in ACTIONS}
+POSITIONAL = {"files": 1, "checkpoint": 0, "folder": 1}  # where it stands among a script's flags in World.flags
+NEEDED = {  # what a flag needs beside it
+    "questions": {"3-full_sft.py": ["--data_share", "0.5"]},
+    "texts": {"2-eval.py": ["--report"]},
+    "chats": {"2-eval.py": ["--report"]},
+    "compare_on": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
+    "out": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
+}
+INSTEAD = {  # flags of World.flags that exclude another one
+    ("2-eval.py", "prompts"): "--prompt", ("2-eval.py", "questions"): "--prompt",
+    ("2-eval.py", "report"): "--checkpoint", ("2-eval.py", "texts"): "--checkpoint",
+    ("2-eval.py", "chats"): "--checkpoint", ("eval_ceval.py", "model"): "--checkpoint",
+}  # fmt: skip
+
+
+def command(world, prog, action, place):
+    """The flags with which a script succeeds, but for one place."""
+    flags = world.flags(prog)
+    if not action.option_strings:
+        first = 1 if prog.startswith("data_process.py") else 0
+        flags[first + (action.dest == "folder")] = place
+        return flags
+    flag, given = action.option_strings[0], {INSTEAD.get((prog, action.dest))} - {None}
+    if action.dest in ("compare", "compare_on", "out") and prog == "train_tokenizer.py":
+        flags = []
+    for name in (given, {flag})[flag in flags] | given:
+        if name in flags:
+            at = flags.index(name)
+            del flags[at : at + 2]
+    more = [world.tokenizer if word == "TOKENIZER" else word for word in NEEDED.get(action.dest, {}).get(prog, [])]
+    value = f"zh={place}" if action.dest == "texts" else place
+    return [*flags, *more, f"{flag}={value}"]
+
+
+def test_every_odd_place_for_every_flag_is_used_or_refused(world, places, monkeypatch, capsys, scaled, attacks):
+    without_servers(monkeypatch)
+    monkeypatch.chdir(world.folder)
+    cases = [(prog, action, name) for prog, action in place_flags() for name in places]
+    chosen = random.Random(0).sample(cases, min(scaled(120, len(cases)), len(cases)))
+    ends, wrong = [], []
+    for prog, action, name in chosen:
+        if name == "root" and action.dest in ("out_dir", "json", "out", "folder", "peft_dir"):
+            continue  # root may write there
+        try:
+            ends.append(ending(monkeypatch, capsys, prog, command(world, prog, action, places[name])))
+        except AssertionError as error:
+            wrong.append(f"{prog} {action.dest} {name}: {error}")
+    assert not wrong, f"{len(wrong)} of {len(chosen)}\n" + "\n".join(wrong)
+    attacks("odd places for flags", len(ends), done=ends.count("done"), refused=ends.count("refused"))
+    assert ends.count("refused") > len(ends) / 2
+
+
+@pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
+@pytest.mark.parametrize(
+    "name", ["file", "below a file", "broken", "loop", "a new one in /proc", "/dev/null", "too long"]
+)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
+    script, name, world, places, monkeypatch, capsys
+):
+    """The inputs are not there at all, and still it is the output that the message names."""
+    flags = ["--data_path", "/no/data", "--out_dir", places[name], *(["--init_from", "/no"] * (script > "2"))]
+    assert ending(monkeypatch, capsys, script, flags) == "refused"
+    with pytest.raises(UserError, match="cannot write"):
+        check_writable(places[name])
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir(mode=0o500)
+    for script in ("1-pretrain.py", "3-full_sft.py"):
+        flags = [*world.flags(script), "--out_dir", str(tmp_path / "out")]
+        assert ending(monkeypatch, capsys, script, flags) == "refused"
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o500
+
+
+def test_a_check_of_an_output_makes_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reader_of_a_pipe_that_leaves_is_no_error(tmp_path):
+    script = f"{sys.executable} data_process.py download | head -n 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
+    ended = run_process("bash", "-c", script)
+    assert "Traceback" not in ended.stderr and ended.stdout.strip() in ("0", "141")
