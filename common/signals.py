@@ -28,6 +28,7 @@ class Terminated(KeyboardInterrupt):
 
 
 Handler = Callable[[int, Any], None]
+_handlers: set[Any] = set()  # those that are installed here
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def handled_signals(handler: Handler, *more: signal.Signals) -> Iterator[None]:
     """Inside, SIGTERM, SIGHUP (where the system has it) and the signals in `more` call `handler`.
 
     A signal that is ignored when the process starts, as SIGHUP is under nohup, stays ignored. Processes that are forked
-    inside keep the system's own reaction.
+    inside keep the system's own reaction. Where a library handles SIGTERM itself (uvicorn), SIGHUP becomes a SIGTERM.
     """
     numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
@@ -45,9 +46,12 @@ def handled_signals(handler: Handler, *more: signal.Signals) -> Iterator[None]:
         if os.getpid() != owner:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif number == getattr(signal, "SIGHUP", None) and _is_of_a_library(signal.getsignal(signal.SIGTERM)):
+            signal.raise_signal(signal.SIGTERM)
         else:
             handler(number, frame)
 
+    _handlers.add(handle)
     old = {number: signal.signal(number, handle) for number in (*numbers, *more)}
     try:
         yield
@@ -56,16 +60,24 @@ def handled_signals(handler: Handler, *more: signal.Signals) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
+def _is_of_a_library(handler: Any) -> bool:
+    return callable(handler) and not isinstance(handler, signal.Handlers) and handler not in _handlers
+
+
 def raise_terminated(number: int, frame: Any) -> None:
     """A handler: raise `Terminated`, and from then on ignore these signals, so that nothing interrupts the clean-up."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ignore_termination()
     outlive_terminal()
     raise Terminated(number)
 
 
-# ---- output ----------------------------------------------------------------------------------------------------------
+def ignore_termination() -> None:
+    """Ignore SIGTERM and SIGHUP until the surrounding `handled_signals` ends: one of them has been obeyed already."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class LastingStream:
     """A text stream whose output is dropped once it cannot be written any more: a closed terminal or pipe, a full disk.
 

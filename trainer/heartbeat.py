@@ -69,13 +69,14 @@ class Heartbeat:
         last, orphaned = time.monotonic(), 0.0
         while not self.ending.wait(INTERVAL):
             now = time.monotonic()
-            if now - last > 3 * INTERVAL:  # this process itself was stopped: the others may have been, too
+            if now - last > 10 * INTERVAL:  # this process itself was stopped: the others may have been, too
                 self.beats = {rank: (sign, now) for rank, (sign, _) in self.beats.items()}
                 self.answered = now
             last = now
             if not orphaned and launchers() != self.parents:
                 orphaned = now
-                os.kill(os.getpid(), signal.SIGTERM)
+                if not self.run.stop_asked:
+                    os.kill(os.getpid(), signal.SIGTERM)
             if not orphaned:
                 self.exchange()
             elif now - orphaned > self.timeout:
@@ -125,10 +126,10 @@ class Heartbeat:
         return {rank: self.sign(rank)[2] for rank in self.beats}
 
     def silent(self, seconds: float) -> list[int]:
-        """The ranks that have not ended and gave no sign of life for so many seconds."""
+        """The ranks that have not ended and gave no sign of life for so many seconds, the longest silent one first."""
         now = time.monotonic()
-        quiet = [rank for rank, (_, when) in self.beats.items() if now - when > seconds]
-        return [rank for rank in quiet if self.sign(rank)[2] not in ("ended", "done")]
+        quiet = sorted((when, rank) for rank, (_, when) in self.beats.items() if now - when > seconds)
+        return [rank for _, rank in quiet if self.sign(rank)[2] not in ("ended", "done")]
 
     def is_first_of_the_others(self, lost: list[int]) -> bool:
         """Whether this rank is the one that speaks."""

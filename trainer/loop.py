@@ -129,7 +129,8 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 log.step(progress.step, describe(row))
                 objection = stage.guard(row) if stage.guard else ""
                 reason = "" if progress.step == total or objection else run_over(result, clock)
-                stopped = bool(reason and result["stop"])
+                if stopped := bool(reason and result["stop"]):
+                    run.stop_asked = run.stop_asked or "SIGTERM"  # that another process received
                 last = bool(reason or objection) or progress.step == total
                 if progress.step % args.log_interval == 0 or progress.step == 1 or last:
                     log.row(row)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from common.signals import Terminated, handled_signals, outlive_terminal
+from common.signals import Terminated, handled_signals, ignore_termination, outlive_terminal
 from trainer.heartbeat import Heartbeat, first_line, lost_connection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,6 +134,8 @@ class Run:
 
         with handled_signals(ask, signal.SIGINT):
             yield
+        if self.stop_asked:  # a launcher passes on what the terminal has sent already
+            ignore_termination()
 
 
 TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # seconds of --dist_timeout, where none is given
