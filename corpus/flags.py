@@ -18,6 +18,9 @@ from typing import Any, NoReturn
 from common.errors import UserError
 
 
+ACCEPT_DAMAGED = "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
+
+
 @dataclass(frozen=True)
 class Limit:
     """An argparse type for numbers. Raises argparse.ArgumentTypeError for any text that is not such a number."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from common.errors import UserError
+from corpus.damage import DamagedFile
 from corpus.read import Path_
 from corpus.shards import write_json
 from corpus.sources import check_input
@@ -102,10 +103,13 @@ def behind(done: int, items: Iterable[Anything], on_batch: Callable[[], None]) -
 
 @contextlib.contextmanager
 def unfinished(folder: Path) -> Iterator[None]:
-    """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with."""
+    """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with.
+
+    A damaged file is no bad data: with --accept_damaged, the command continues.
+    """
     try:
         yield
     except BaseException as problem:
-        if isinstance(problem, UserError) or not (folder / PROGRESS).is_file():
+        if (isinstance(problem, UserError) and not isinstance(problem, DamagedFile)) or not (folder / PROGRESS).is_file():
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
+from corpus.damage import DamagedFile
 from corpus.history import history_of
 from corpus.progress import PROGRESS, Progress, inputs_of
 from corpus.read import Path_, taken_rows
@@ -226,6 +227,8 @@ def rewrite(
                 on_batch()
             output.close()
             finish(step, paths, folder, tally, report)
+        except DamagedFile:  # with --accept_damaged, the same command continues
+            raise
         except UserError:
             output.close()
             shutil.rmtree(folder, ignore_errors=True)
@@ -251,6 +254,7 @@ def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: D
     done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
     content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
     content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
+    content |= {"notes": report.notes} if report.notes else {}
     (folder / "report.md").write_text(tally.markdown(step.name), encoding="utf-8")
     write_json(folder / "report.json", content)
     for left in (*folder.glob("*.keys"), folder / PROGRESS):

@@ -131,7 +131,7 @@ class Choosing:
     ) -> None:
         scorer = Scorer(args.scorer)
         self.scores = Scores(scores_path(args.out_dir, scorer.name))
-        report = DataReport(args.max_bad_share)
+        report = DataReport(args.max_bad_share, args.accept_damaged)
         with progress(args.files, report) as on_batch:
             items = counted(form.items(args.files, report), report, on_batch)
             try:
