@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         return prepare.run(args, progress_bar)
     tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
-    report = DataReport(args.max_bad_share)
+    report = DataReport(args.max_bad_share, args.accept_damaged)
     if args.check:
         check(args, tokenizer, report, form)
         if choosing:
@@ -175,6 +175,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             help="share held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
             help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
+        sub.add_argument("--accept_damaged", action="store_true", help=flags.ACCEPT_DAMAGED)
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=flags.non_negative_int, default=3,
             help="samples that --check shows (default: %(default)s)")  # fmt: skip

@@ -85,6 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=flags.fraction,
         metavar="SHARE",
     )
+    add("--accept_damaged", flags.ACCEPT_DAMAGED, action="store_true")
     add("--seed", "another number samples other documents (default: 0)", default=0, type=flags.seed, metavar="N")
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
     add_compare_flags(parser)
@@ -125,7 +126,7 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
     from corpus.tokenizer_sample import sample_texts
 
     args.files = expand_inputs(args.files)
-    report = DataReport(args.max_bad_share)
+    report = DataReport(args.max_bad_share, args.accept_damaged)
     size = sum(Path(file).stat().st_size for file in args.files if Path(file).is_file())
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("reading", total=size)

@@ -3,7 +3,9 @@
     delimiter    the candidate that splits the header into the most cells and no early row into more
     short row    the missing last cells are empty
     long row     a bad row, unless the extra cells are empty
-    open quote   a bad row; reading continues at the line after the one that opens it
+    open quote   a bad row; reading continues at the line after the one that opens it. A quote counts as open without an
+                 end in MAX_CELL_LINES lines or MAX_CELL characters, where the next line is a row, and where the lines
+                 inside the cell are rows
 
 Quotes are doubled inside quotes, backslashes are text, line ends inside quotes stay as they are.
 
@@ -13,18 +15,22 @@ Read next: readers.py (the other formats).
 import csv
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
+from common.errors import UserError
 from corpus.json_reader import MAX_LINE, Rows
 from corpus.report import DataReport
 from corpus.sources import Source
 
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
 MAX_HEADER = 1 << 16  # characters of a header that is read although it is malformed
+MAX_COLUMNS = 1000  # beyond, the file is no table of texts; every short row would be filled up to that number
+JOINED_LINES = 3  # lines inside one quoted cell that are all whole rows of several columns: a quote was left open
 DELIMITERS = ",\t;|"
 FIRST_ROWS = 20  # rows read to find the delimiter
 TOO_LONG = f"a line longer than {MAX_LINE >> 20} MB"
 OPEN_QUOTE = "a quote that is opened and not closed"
+JOINED = "a quote that is opened and closed rows later"
 
 
 class _Lines:
@@ -36,6 +42,7 @@ class _Lines:
         self.row: list[str] = []
         self.again: deque[str] = deque()  # lines to read again, before the next one of the file
         self.malformed: set[int] = set()  # numbers of malformed lines
+        self.size = 0  # bytes read
 
     def start_row(self) -> None:
         self.number += len(self.row)
@@ -51,11 +58,9 @@ class _Lines:
                 line = readline(MAX_LINE)
                 if not line:
                     return
+                self.size += len(line)
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    while (rest := readline(1 << 20)) and not rest.endswith(b"\n"):
-                        pass
-                    self.number += 1
-                    self.report.unreadable(TOO_LONG, self.source.name, self.number + len(row))
+                    self._skip_long_line(len(line))
                     continue
                 try:
                     text = line.decode()
@@ -64,6 +69,16 @@ class _Lines:
                     self.malformed.add(self.number + len(row) + 1)
             row.append(text)
             yield text
+
+    def _skip_long_line(self, size: int) -> None:
+        """Counts a line above MAX_LINE as the rows that it may have held."""
+        while rest := self.source.readline(1 << 20):
+            size += len(rest)
+            if rest.endswith(b"\n"):
+                break
+        self.number += 1
+        rows = self.report.rows_in(self.source.name, size, self.size + size)
+        self.report.unreadable(TOO_LONG, self.source.name, self.number + len(self.row), rows)
 
     def keep_first_line(self) -> None:
         """End the current row after its first line; its other lines are read again as rows."""
@@ -91,10 +106,10 @@ def read_csv(source: Source, report: DataReport) -> Rows:
     def parse(text: Iterable[str], strict: bool = True) -> Iterator[list[str]]:
         return csv.reader(text, strict=strict, delimiter=delimiter, skipinitialspace=spaces)
 
-    def cells_of(text: str) -> list[str]:
-        """The cells of one line, quotes taken as they are; [] when it is no csv."""
+    def cells_of(text: str, strict: bool = False) -> list[str]:
+        """The cells of one line, unless `strict` quotes taken as they are; [] when it is no csv."""
         try:
-            return next(parse([text], strict=False), [])
+            return next(parse([text], strict), [])
         except csv.Error:
             return []
 
@@ -110,11 +125,12 @@ def read_csv(source: Source, report: DataReport) -> Rows:
             if not columns:  # the header: stray quotes do no harm
                 lines.keep_first_line()
                 names = lines.row[0].replace("\r", " ").strip()[:MAX_HEADER]
-                columns = _column_names(cells_of(names)) or [""]
+                columns = _column_names(cells_of(names)[:MAX_COLUMNS]) or [""]
                 continue
-            row_follows = len(lines.row) > 1 and len(cells_of(lines.row[1])) == len(columns) > 1
-            is_open = row_follows or "unexpected end" in str(error) or "field limit" in str(error)
-            report.unreadable(_reason(lines.row, is_open), source.name, line)
+            follows = [len(cells_of(text, True)) == len(columns) for text in lines.row[1:]]
+            is_open = follows[:1] == [True] or "unexpected end" in str(error) or "field limit" in str(error)
+            rows_lost = 1 if is_open else 1 + sum(follows) * (len(columns) > 1)
+            report.unreadable(_reason(lines.row, is_open), source.name, line, rows_lost)
             if is_open:
                 lines.keep_first_line()
             continue
@@ -122,6 +138,12 @@ def read_csv(source: Source, report: DataReport) -> Rows:
             return
         if not columns:
             columns = _column_names(cells)
+            if len(columns) > MAX_COLUMNS:
+                raise UserError(f"{source.name}:{line}: a csv header of {len(columns):,} columns; the limit is "
+                                f"{MAX_COLUMNS:,}: leave some out")  # fmt: skip
+        elif len(lines.row) > JOINED_LINES + 1 and _is_joined(lines.row, cells_of, len(columns)):
+            report.unreadable(JOINED, source.name, line)
+            lines.keep_first_line()
         elif lines.malformed and lines.is_malformed():
             report.unreadable(source.malformed, source.name, line)
         elif len(cells) > len(columns) and any(cell.strip() for cell in cells[len(columns) :]):
@@ -130,6 +152,16 @@ def read_csv(source: Source, report: DataReport) -> Rows:
             if len(cells) < len(columns):
                 cells += [""] * (len(columns) - len(cells))
             yield line, dict(zip(columns, cells, strict=False))
+
+
+def _is_joined(row: list[str], cells_of: Callable[[str, bool], list[str]], columns: int) -> bool:
+    """Whether the lines inside a row are rows themselves: a quote left open was closed by a quote of a later row.
+
+    Two columns need more such lines: a text of many lines may hold a comma in each of a few.
+    """
+    inner = row[1:-1]
+    least = JOINED_LINES if columns > 2 else 3 * JOINED_LINES
+    return columns > 1 and len(inner) >= least and all(len(cells_of(text, True)) == columns for text in inner)
 
 
 def find_delimiter(head: str) -> str:
@@ -151,9 +183,11 @@ def find_delimiter(head: str) -> str:
 def _column_names(cells: list[str]) -> list[str]:
     """Lower case, without spaces and quotes; a second column of the same name is called name.1, as pandas does."""
     names: list[str] = []
+    known: dict[str, int] = {}
     for cell in cells:
         name = cell.strip().strip("\ufeff\"'").strip().lower()
-        names.append(name if name not in names else f"{name}.{names.count(name)}")
+        times = known[name] = known.get(name, 0) + 1
+        names.append(name if times == 1 else f"{name}.{times - 1}")
     return names
 
 

@@ -261,7 +261,7 @@ def deduplicate(
     if not exact_only:
         _rensa()
     with writing(out_dir):
-        signing = DataReport(report.max_bad_share)
+        signing = DataReport(report.max_bad_share, report.accept_damaged)
         report.position = lambda: signing.position()
         keys = sign_all(paths, out_dir, Signer(exact_only), on_batch, workers, signing, reader)
         first = first_of_cluster(keys, exact_only)

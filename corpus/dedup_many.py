@@ -62,11 +62,16 @@ class Job:
     out_dir: str
     folder: str
     max_bad_share: float
+    accept_damaged: bool | None
     keys: dict[str, str] = field(default_factory=dict)  # --keys
 
     @property
     def reader(self) -> RowReader:
         return RowReader(self.keys)
+
+    def report(self) -> DataReport:
+        """An empty report with the limits of the job."""
+        return DataReport(self.max_bad_share, self.accept_damaged)
 
     @property
     def cluster(self) -> Path:
@@ -87,7 +92,7 @@ class Read:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Document]:
         hashes = []
-        for row in numbered_rows([self.job.paths[rank]], DataReport(self.job.max_bad_share), 0, self.job.reader):
+        for row in numbered_rows([self.job.paths[rank]], self.job.report(), 0, self.job.reader):
             hashes.append(row_hash(row))
             yield Document(text=row.text, id=str(row.number))
         np.save(self.job.cluster / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
@@ -141,7 +146,7 @@ class Write:
         start = int(np.load(self.job.cluster / "starts.npy", allow_pickle=False)[rank])
         hashes = _Hashes(self.job)
         step = KeepFirst(Clusters(first, hashes), exact_only=False)
-        tally, report = Tally(step.rule_names()), DataReport(self.job.max_bad_share)
+        tally, report = Tally(step.rule_names()), self.job.report()
         name = Path(self.job.folder) / f"text_{rank:03d}.jsonl"
         with name.open("wb") as kept, (self.job.cluster / f"dropped_{rank:05d}.tsv").open("wb") as dropped:
             for batch in batches(numbered_rows([self.job.paths[rank]], report, start, self.job.reader)):
@@ -177,7 +182,7 @@ class Finish:
     job: Job
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        folder, tally, report = Path(self.job.folder), Tally(), DataReport(self.job.max_bad_share)
+        folder, tally, report = Path(self.job.folder), Tally(), self.job.report()
         with (folder / "dropped.tsv").open("wb") as dropped:
             for i in range(len(self.job.paths)):
                 content = json.loads((self.job.cluster / f"tally_{i:05d}.json").read_text(encoding="utf-8"))
@@ -209,13 +214,13 @@ def deduplicate_many(
     out_dir: Path_,
     executor: str,
     workers: int,
-    max_bad_share: float,
+    report: DataReport,
     slurm: dict[str, str],
     reader: RowReader = READER,
 ) -> Tally | None:
     """Run or submit the five stages; the counts, or None when the jobs were only submitted (Slurm).
 
-    `slurm`: partition, time. Raises UserError for what the user can mend.
+    `report`: an empty one; its limits apply to every task. `slurm`: partition, time. Raises UserError for what the user can mend.
     """
     check_out_dir(out_dir, paths)
     if executor == "slurm" and not shutil.which("sbatch"):
@@ -225,7 +230,9 @@ def deduplicate_many(
     signatures_of_shingles([shingles("is rensa installed?")])
     folder = partial_folder(out_dir).absolute()
     files = [str(Path(path).resolve()) for path in paths]
-    job = Job(files, str(Path(out_dir).absolute()), str(folder), max_bad_share, reader.keys)
+    job = Job(
+        files, str(Path(out_dir).absolute()), str(folder), report.max_bad_share, report.accept_damaged, reader.keys
+    )
     with writing(out_dir):
         _continue_or_clear(job, paths)
     if executor == "slurm":

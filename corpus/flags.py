@@ -25,6 +25,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SHOWN = 60  # characters of a wrong value that a message repeats
 
 
+ACCEPT_DAMAGED = "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
+
+
 @dataclass(frozen=True)
 class Limit:
     """An argparse type for numbers. Raises argparse.ArgumentTypeError for any text that is not such a number."""

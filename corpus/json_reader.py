@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from corpus.json_stream import LOST, MAX_LINE, Broken, JsonStream
+from corpus.json_stream import LOST, MAX_LINE, Broken, JsonStream, is_message
 from corpus.report import DataReport
 from corpus.sources import Source
 
@@ -125,13 +125,6 @@ def loose_value(text: str) -> Any:
     return json.loads(text)
 
 
-def is_message(value: Any) -> bool:
-    """Whether an object is one message of a chat: {"role", "content"} or {"from", "value"}."""
-    return isinstance(value, dict) and (
-        ("role" in value and "content" in value) or ("from" in value and "value" in value)
-    )
-
-
 def rows_of_list(items: list[Any]) -> list[Any]:
     """The rows of a list on one line, or inside an array: a list of turns is one chat, other objects are rows."""
     if not items or not all(isinstance(item, dict) for item in items):
@@ -150,11 +143,11 @@ def _why_broken(text: str) -> str:
 # ---- values over any number of lines ---------------------------------------------------------------------------------
 def read_json(source: Source, report: DataReport) -> Rows:
     """Rows of arrays, of objects one after the other, and of one object around them, without holding the whole file."""
-    stream, first = JsonStream(source.read, source, report), True
+    stream = JsonStream(source.read, source, report)
     while start := stream.peek():
         line = source.line
         try:
-            if start == "{" and first:
+            if start == "{" and not stream.rows:
                 yield from _first_object(stream, report)
             elif start == "[":
                 yield from _array(stream)
@@ -167,7 +160,6 @@ def read_json(source: Source, report: DataReport) -> Rows:
                 report.unreadable(str(reason), source.name, source.line)
                 return
             stream.recover(reason)
-        first = False
 
 
 def _array(stream: JsonStream, objects_only: bool = False) -> Rows:
@@ -187,7 +179,10 @@ def _array(stream: JsonStream, objects_only: bool = False) -> Rows:
             if stream.consumed - begin > MAX_LINE:
                 raise Broken(f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read", 0, final=True)
         elif isinstance(value, list):
-            yield from ((at, row) for row in rows_of_list(value))
+            lists = value if all(_is_chat_list(item) for item in value) and value else [value]
+            yield from ((at, row) for items in lists for row in rows_of_list(items))
+        elif isinstance(value, dict) and stream.rows == 1 and not stream.peek() and (rows := rows_inside(value)):
+            yield from ((at, row) for row in rows)  # an object around the rows, behind a bracket too many
         elif isinstance(value, dict) or not objects_only:
             yield at, value
     if stream.peek():
@@ -198,9 +193,14 @@ def _array(stream: JsonStream, objects_only: bool = False) -> Rows:
         yield line, {"messages": chat}
 
 
+def _is_chat_list(value: Any) -> bool:
+    """Whether a value is a list of messages: a list of such is an array behind a bracket too many."""
+    return isinstance(value, list) and bool(value) and is_message(value[0])
+
+
 def _first_object(stream: JsonStream, report: DataReport) -> Rows:
     """The first object of a file: one row, or the object that contains the rows if nothing follows it."""
-    line = stream.source.line
+    line, begin = stream.source.line, stream.consumed
     try:
         value = stream.value(WHOLE)
     except Broken as reason:
@@ -209,9 +209,10 @@ def _first_object(stream: JsonStream, report: DataReport) -> Rows:
         elif (value := stream.row()) is not LOST:
             yield line, value
         return
-    rows = None if stream.peek() else rows_inside(value)
+    after = stream.peek()
+    rows = rows_inside(value) if after in ("", "]", "}") else None
     if rows is None:
-        stream.learn_from(value)
+        stream.count_row(value, begin)
         yield line, value
         return
     if len(lists := _row_lists(value)) > 1:

@@ -8,7 +8,7 @@
 After damage the next row is looked for: an object that begins with a key with which rows of this file begin, and that
 has at least half of its keys in common with them. Before the first sound row, these are the objects ahead that take up
 most of the text. How many rows are lost is the number of such beginnings that are skipped; where much more text is
-skipped, it is estimated from the mean size of the rows before. Each character is parsed a bounded number of times.
+skipped, it is estimated from the mean size of the rows before. The time is linear in the text: see IN_VAIN.
 
 Read next: json_reader.py (which values are rows).
 """
@@ -27,6 +27,8 @@ MAX_LINE = 64 << 20  # bytes of one line or value; longer ones are bad rows
 WINDOW = 1 << 20  # characters in which the shape of rows is looked for, and after which read text is dropped
 MARGIN = 16  # characters at the end of what is read: an error there may be a value that is read only in part
 BROKEN = "broken JSON"
+IN_VAIN = 4  # times that the text may be parsed to find rows behind damage
+FEW = 3  # rows; before them the rows ahead tell as much
 LOST: Any = object()  # what `row` returns for a damaged value
 
 _SPACE = re.compile(r"[ \t\r\n,\ufeff]*")
@@ -59,6 +61,7 @@ class JsonStream:
         self.keys: set[str] = set()
         self.lists = False  # rows may be lists of objects
         self.damaged = False
+        self.in_vain = 0  # characters of broken values that were parsed
 
     # ---- text ----
     def grow(self, size: int = PIECE) -> None:
@@ -123,11 +126,15 @@ class JsonStream:
         except Broken as reason:
             self.recover(reason, begin)
             return LOST
+        self.count_row(value, begin)
+        return value
+
+    def count_row(self, value: Any, begin: int) -> None:
+        """Notes a sound row that began where `consumed` was `begin`: what it looks like, and how long it is."""
         self.rows += 1
         self.row_characters += self.consumed - begin
         if self.rows < 1000 and value:
-            self.learn_from(value)
-        return value
+            self._learn_from(value)
 
     def _ends(self) -> bool:
         """Whether a comma, a closing bracket or the end of the file is next, as behind an element."""
@@ -137,7 +144,7 @@ class JsonStream:
                 return self.text[at : at + 1] in ("", ",", "]")
             self.grow()
 
-    def learn_from(self, value: Any) -> None:
+    def _learn_from(self, value: Any) -> None:
         if isinstance(value, dict):
             self.first_keys.add(next(iter(value)))
             self.keys.update(value)
@@ -151,12 +158,11 @@ class JsonStream:
         """Counts a damaged value and skips to the next row, or to the end. `begin`: `consumed` where it began."""
         line, self.damaged = self.source.line, True
         begin = self.consumed if begin is None else begin
-        if not self.first_keys:
-            self.first_keys = {self.likely_key()} - {""}
-        # A quote that is missing hides the beginning of the next row, which is then the last { before the error.
-        behind = self.text.rfind("{", self.start + 1, reason.at + 1)
-        openings = len(self._openings(self.start, behind if behind > 0 else reason.at))
-        self.skip(min(behind if behind > 0 else max(reason.at, self.start + 1), len(self.text)))
+        if self.rows < FEW and (key := self.likely_key()):
+            self.first_keys.add(key)
+        found = _OPENING.match(self.text, self.start)
+        openings = int(found is not None and found[2] in self.first_keys)
+        self._skip_broken(reason)
         openings += self._skip_to_row()
         lost = self.consumed - begin
         mean, rows = self.row_characters / max(1, self.rows), max(1, openings)
@@ -168,7 +174,7 @@ class JsonStream:
         """Skips to the next row that can be read, or to the end; returns how many beginnings of rows are skipped."""
         openings = 0
         while True:
-            if self.start > WINDOW:
+            if self.start > max(PIECE, len(self.text) // 16):  # the place of an error is counted from the beginning
                 self.text, self.start = self.text[self.start :], 0
             found = _OPENING.search(self.text, self.start)
             if not found:
@@ -193,8 +199,7 @@ class JsonStream:
         try:
             value = self.value()
         except Broken as reason:
-            behind = self.text.rfind("{", self.start + 1, reason.at + 1)
-            self.skip(min(behind if behind > 0 else max(reason.at, self.start + 1), len(self.text)))
+            self._skip_broken(reason)
             return False
         if not self._fits(value):
             return False
@@ -205,38 +210,67 @@ class JsonStream:
 
     def _fits(self, value: Any) -> bool:
         item = value[0] if isinstance(value, list) and value else value
-        if not isinstance(item, dict):
+        if not isinstance(item, dict) or (is_message(item) and not self.rows and item is value):
             return False
-        return not self.keys or 2 * sum(key in self.keys for key in item) >= len(item)
+        return self.rows < FEW or 2 * sum(key in self.keys for key in item) >= len(item)
 
-    def _openings(self, start: int, end: int) -> list[str]:
-        found = _OPENING.finditer(self.text, start, max(start, end))
-        return [match[2] for match in found if match[2] in self.first_keys]
+    def _skip_broken(self, reason: Broken) -> None:
+        """Skips the first character of a broken value, or, once too much was parsed in vain, what was parsed of it."""
+        self.in_vain += (reason.at if self.more else len(self.text)) - self.start
+        if self.in_vain > IN_VAIN * (self.consumed + WINDOW):
+            self.skip(min(_behind(self.text, self.start, reason.at), len(self.text)))
+        else:
+            self.skip(min(self.start + 1, len(self.text)))
 
     def likely_key(self) -> str:
-        """The first key of the objects ahead that take up most of the text; "" without one."""
+        """The first key of the rows ahead: that of the objects, or lists of messages, that take up most of the text.
+
+        "" without one. Notes whether rows are lists.
+        """
         while self.more and len(self.text) - self.start < WINDOW:
             self.grow()
-        text, sizes = self.text[self.start : self.start + WINDOW], dict[str, int]()
-        for key, size in _objects(text, self.parse):
-            sizes[key] = sizes.get(key, 0) + size
-        return max(sizes, key=lambda key: sizes[key], default="")
+        text, sizes = self.text[self.start : self.start + WINDOW], dict[tuple[str, bool], int]()
+        for *kind, size in _objects(text, self.parse):
+            shape = (str(kind[0]), bool(kind[1]))
+            sizes[shape] = sizes.get(shape, 0) + size
+        key, self.lists = max(sizes, key=lambda shape: sizes[shape], default=("", self.lists))
+        return key
 
 
-def _objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> Iterator[tuple[str, int]]:
-    """(first key, length) of the objects in a text that can be parsed, without those inside others."""
-    at = 0
+def is_message(value: Any) -> bool:
+    """Whether an object is one message of a chat: {"role", "content"} or {"from", "value"}."""
+    return isinstance(value, dict) and (
+        ("role" in value and "content" in value) or ("from" in value and "value" in value)
+    )
+
+
+def _objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> Iterator[tuple[str, bool, int]]:
+    """(first key, False, length) of the objects in a text that can be parsed, without those inside others.
+
+    Messages count where a list begins with them: (first key, True, length of the list).
+    """
+    at = in_vain = 0
     while found := _OPENING.search(text, at):
         at = found.start() + len(found[1] or "")
         try:
-            _, end = parse(text, at)
-            yield found[2], end - at
+            value, end = parse(text, at)
+            is_list = is_message(value)
+            if is_list and found[1]:
+                value, end = parse(text, found.start())
+            if not is_list or isinstance(value, list):
+                yield found[2], is_list, end - at
             at = end
         except json.JSONDecodeError as error:
-            behind = text.rfind("{", at + 1, error.pos + 1)
-            at = behind if behind > 0 else max(at + 1, error.pos)
+            in_vain += error.pos - at
+            at = at + 1 if in_vain < IN_VAIN * WINDOW else _behind(text, at, error.pos)
         except (ValueError, RecursionError) as error:
             at = _place_of(error, text, at) + 1
+
+
+def _behind(text: str, start: int, error: int) -> int:
+    """Where the next object may begin: a missing quote hides the beginning of the one before the error."""
+    bracket = text.rfind("{", start + 1, error + 1)
+    return bracket if bracket > 0 else max(start + 1, error)
 
 
 def _place_of(error: Exception, text: str, start: int) -> int:

@@ -7,6 +7,7 @@ Only the two answers are trained; earlier answers inside the prompt are context.
 Read next: rows.py (row -> pair), pack.py (calls `render_pairs`), ../5-dpo_train.py (trains on it).
 """
 
+import bisect
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -46,7 +47,7 @@ def render_pairs(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
 
     A prompt that is too long loses its oldest whole turns, for both answers alike; an answer is never cut.
     """
-    whole = _render_answers([(item.messages, item.answers) for item in items], tokenizer)
+    whole = _render_answers([(_last_turns(item.messages, max_seq_len), item.answers) for item in items], tokenizer)
     return [_fit(item, documents, tokenizer, max_seq_len, report) for item, documents in zip(items, whole, strict=True)]
 
 
@@ -54,14 +55,21 @@ def _fit(
     item: Item, documents: list[Document] | str, tokenizer: Any, max_seq_len: int, report: DataReport
 ) -> list[Document]:
     """`documents` are those of the whole pair, or why there are none."""
-    prompt, longest = item.messages, 0
-    while not isinstance(documents, str) and (longest := max(len(ids) for ids, _, _ in documents)) > max_seq_len:
+    prompt = _last_turns(item.messages, max_seq_len)
+    if not isinstance(documents, str) and _longest(documents) > max_seq_len:
         first = int(prompt[0]["role"] == "system")
-        next_question = next((i for i in range(first + 1, len(prompt)) if prompt[i]["role"] == "user"), None)
-        if next_question is None:
+        starts = [i for i in range(first + 1, len(prompt)) if prompt[i]["role"] == "user"]
+
+        def fits(start: int) -> bool:
+            (rendered,) = _render_answers([(prompt[:first] + prompt[start:], item.answers)], tokenizer)
+            return isinstance(rendered, str) or _longest(rendered) <= max_seq_len
+
+        # The fewer turns, the shorter: halving finds the longest prompt that fits in log2(turns) renderings.
+        longest = bisect.bisect_left(starts, True, key=fits)
+        if longest == len(starts):
             report.drop(f"question and longer answer exceed {max_seq_len} tokens", item.file, item.line)
             return []
-        prompt = prompt[:first] + prompt[next_question:]
+        prompt = prompt[:first] + prompt[starts[longest] :]
         (documents,) = _render_answers([(prompt, item.answers)], tokenizer)
     if isinstance(documents, str):
         report.drop(documents, item.file, item.line)
@@ -70,8 +78,24 @@ def _fit(
         report.shorten(f"without the oldest turns of its prompt, to fit {max_seq_len} tokens", item.file, item.line)
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
     text = "".join(chat_text([*prompt, *answer]) for answer in item.answers)  # what these tokens say: the prompt twice
-    report.keep(item.language, len(text), tokens, len(text.encode()), trained, longest)
+    report.keep(item.language, len(text), tokens, len(text.encode()), trained, _longest(documents))
     return documents
+
+
+def _last_turns(prompt: list[Message], max_seq_len: int) -> list[Message]:
+    """The prompt without oldest turns that cannot fit, because every message takes a token or more."""
+    first = int(prompt[0]["role"] == "system")
+    if len(prompt) - first <= max_seq_len:
+        return prompt
+    start = next(
+        (i for i in range(len(prompt) - max_seq_len, len(prompt)) if prompt[i]["role"] == "user"), len(prompt) - 1
+    )
+    return prompt[:first] + prompt[start:]
+
+
+def _longest(documents: list[Document]) -> int:
+    """Tokens of the longer document."""
+    return max(len(ids) for ids, _, _ in documents)
 
 
 def _render_answers(

@@ -48,6 +48,7 @@ def add_commands(kinds: Any) -> None:
         )
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
                          help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
+        sub.add_argument("--accept_damaged", action="store_true", help=flags.ACCEPT_DAMAGED)
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
         sub.add_argument("--workers", type=flags.between(1, 1024), default=1,
                          help="processes; the result is the same (default: 1)")  # fmt: skip
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
             return _run_many(args)
     reader = RowReader(parse_keys(args.keys))
     step = None if args.kind == "dedup" else _step(args, reader)
-    report = DataReport(args.max_bad_share)
+    report = DataReport(args.max_bad_share, args.accept_damaged)
     if args.kind == "clean" and args.check:
         return _check(step, args, report, progress_bar)
     with locked(args.out_dir):
@@ -190,7 +191,8 @@ def _run_many(args: argparse.Namespace) -> None:
 
     slurm = {"partition": args.partition, "time": args.time}
     reader = RowReader(parse_keys(args.keys))
-    tally = deduplicate_many(args.files, args.out_dir, args.executor, args.workers, args.max_bad_share, slurm, reader)
+    report = DataReport(args.max_bad_share, args.accept_damaged)
+    tally = deduplicate_many(args.files, args.out_dir, args.executor, args.workers, report, slurm, reader)
     if tally is not None:
         tally.print()
         _say_next(args)

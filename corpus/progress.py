@@ -26,6 +26,7 @@ from common.checksums import has_valid_checksum, with_checksum
 from common.errors import UserError
 from common.files import remove, remove_leftovers, write_json
 from corpus.block_sums import SummedFile
+from corpus.damage import DamagedFile
 from corpus.read import Path_
 from corpus.sources import check_input
 
@@ -105,17 +106,20 @@ def behind(done: int, items: Iterable[Anything], on_batch: Callable[[], None]) -
             on_batch()
 
 
-def is_of_disk(problem: BaseException) -> bool:
-    """Whether an error says that the disk is full, read-only and the like: the same command can continue later."""
-    return isinstance(problem, OSError) or isinstance(problem.__cause__, OSError)
+def can_continue(problem: BaseException) -> bool:
+    """Whether the same command can continue later: the disk was full or read-only, or a damaged file is accepted then."""
+    return isinstance(problem, (OSError, DamagedFile)) or isinstance(problem.__cause__, OSError)
 
 
 @contextlib.contextmanager
 def unfinished(folder: Path) -> Iterator[None]:
-    """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with."""
+    """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with.
+
+    A damaged file is no bad data: with --accept_damaged, the command continues.
+    """
     try:
         yield
     except BaseException as problem:
-        if (isinstance(problem, UserError) and not is_of_disk(problem)) or not (folder / PROGRESS).is_file():
+        if (isinstance(problem, UserError) and not can_continue(problem)) or not (folder / PROGRESS).is_file():
             remove(folder)
         raise

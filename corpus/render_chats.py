@@ -5,7 +5,7 @@ Called by pack.py. Read next: ../model/chat.py (`render_each`).
 
 from typing import Any
 
-from corpus.chats import Message, chat_text, is_trained
+from corpus.chats import Message, chat_text, is_trained, whole_turns
 from corpus.items import Item
 from corpus.report import DataReport
 
@@ -19,13 +19,13 @@ def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
     That is one document, or several where the format writes an answer differently when turns follow it
     (model/chat.py, `render_each`). A turn is never cut inside: half an answer would train to stop inside a sentence.
     """
-    whole = tokenizer.render_each([item.messages for item in items])
+    whole = tokenizer.render_each([_first_turns(item.messages, max_seq_len) for item in items])
     return [_fit(item, rendered, tokenizer, max_seq_len, report) for item, rendered in zip(items, whole, strict=True)]
 
 
 def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
-    """`rendered` is that of the whole chat."""
-    messages = item.messages
+    """`rendered` is that of the chat's first turns."""
+    messages = _first_turns(item.messages, max_seq_len)
     while not rendered.refusal and len(rendered.samples[-1].ids) > max_seq_len:
         turns = _whole_turns(rendered.samples, max_seq_len)
         if turns == 0:
@@ -47,6 +47,16 @@ def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: Da
     tokens = [len(sample.ids) for sample in samples]
     report.keep(item.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens))
     return [(ids, mask, answer_bytes([messages[i] for i in answers])) for ids, mask, answers in samples]
+
+
+def _first_turns(messages: list[Message], max_seq_len: int) -> list[Message]:
+    """The chat without last turns that cannot fit, because every message takes a token or more.
+
+    A model's chat template is rendered once for each answer: without this the time would grow with turns squared.
+    """
+    if len(messages) <= max_seq_len:
+        return messages
+    return whole_turns(messages[: max(max_seq_len, 3)]) or messages
 
 
 def _whole_turns(samples: list[Any], max_seq_len: int) -> int:

@@ -51,6 +51,7 @@ class Reason:
 class _File:
     rows: int = 0
     good: int = 0
+    lost: int = 0  # in accepted damage
     keys: dict[str, None] = field(default_factory=dict)  # in order of appearance
 
 
@@ -107,6 +108,7 @@ class DataReport:
         self._saw_lost(file, rows)
         self.bad_rows += rows
         self.accepted_rows += rows
+        self.files[file].lost += rows
         _count(self.bad, reason, file, line, rows)
 
     def _saw_lost(self, file: str, rows: int) -> None:
@@ -177,7 +179,7 @@ class DataReport:
         """Raises UserError when not one row of the file was good; `kind` as expected_keys has it."""
         count = self.files.get(file, _File())
         empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, Reason()).first)
-        if count.good or not count.rows or empty:
+        if count.good or count.rows == count.lost or empty:
             return
         reasons = "; ".join(f"{name} ({reason.places()})" for name, reason in self._bad_in(file)[:3])
         raise UserError(

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from common.files import remove, write_json, write_text
 from corpus.history import history_of
-from corpus.progress import PROGRESS, Progress, inputs_of, is_of_disk
+from corpus.progress import PROGRESS, Progress, can_continue, inputs_of
 from corpus.read import Path_, taken_rows
 from corpus.report import DataReport
 from corpus.rows import READER, Content, RowReader
@@ -228,7 +228,7 @@ def rewrite(
             finish(step, paths, folder, tally, report)
         except UserError as problem:
             output.close()
-            if not is_of_disk(problem):
+            if not can_continue(problem):
                 remove(folder)
             raise
         finally:
@@ -252,6 +252,7 @@ def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: D
     done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
     content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
     content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
+    content |= {"notes": report.notes} if report.notes else {}
     write_text(folder / "report.md", tally.markdown(step.name))
     write_json(folder / "report.json", content)
     for left in (*folder.glob("*.keys"), folder / PROGRESS):

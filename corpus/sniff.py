@@ -14,7 +14,8 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from corpus.json_reader import is_message, loose_value
+from corpus.json_reader import loose_value
+from corpus.json_stream import is_message
 from corpus.layouts import KEYS
 from corpus.sources import PIECE, SUFFIX_FORMATS, Source
 
@@ -60,11 +61,10 @@ def sniff(source: Source) -> str:
 def _is_damaged_json(head: bytes) -> bool:
     """Whether a text that begins like no JSON holds objects that do not stand on a line each: its first byte is wrong."""
     lines = [line for line in head.split(b"\n") if line.strip()][:21]
-    return (
-        re.search(rb'\{\s*"[^"\n]*"\s*:', head) is not None
-        and not any(_value(line) for line in lines)
-        and 2 * sum(_OBJECT.match(line) is not None for line in lines) < len(lines)
-    )
+    if any(_value(line) for line in lines):
+        return False
+    objects = sum(_OBJECT.match(line) is not None for line in lines)
+    return len(re.findall(rb'\{\s{0,9}"[^"\n]{0,99}"\s{0,9}:', head)) > max(1, 2 * objects)
 
 
 def _json_form(head: bytes, named: str, whole: bool) -> str:
@@ -73,7 +73,7 @@ def _json_form(head: bytes, named: str, whole: bool) -> str:
         return ""
     lines = [line for line in head.split(b"\n") if not line.isspace() and line][:21]
     first, others = lines[0], lines[1:]
-    if not others and _objects_follow(first):  # an array without its bracket
+    if not others and (_objects_follow(first) or (named == "jsonl" and _is_damaged_json(head))):
         return "json"
     if not others and not whole and b"\n" not in head:  # a line longer than the head
         array = re.match(rb"\[\s*(\[\s*)?\{", head)
@@ -86,7 +86,7 @@ def _json_form(head: bytes, named: str, whole: bool) -> str:
         return "jsonl"
     if head.startswith(b"["):
         return "json" if re.match(rb"\[\s*\{" if named == "txt" else rb'\[\s*([\[{"\]]|$)', head) else ""
-    if any(line.startswith(b"{") and isinstance(_value(line), dict) for line in others):
+    if any(line.startswith(b"{") and isinstance(value := _value(line), dict) and value for line in others):
         return "jsonl"
     if first.strip() == b"{":
         return "json" if named == "jsonl" or (others and re.match(rb'\s*"[^"]*"\s*:', others[0])) else ""

@@ -130,7 +130,7 @@ class Choosing:
         form: Form,
         progress: Callable[[list[str], DataReport], AbstractContextManager[Callable[[], None]]],
     ) -> None:
-        scorer, report = Scorer(args.scorer), DataReport(args.max_bad_share)
+        scorer, report = Scorer(args.scorer), DataReport(args.max_bad_share, args.accept_damaged)
         path = scores_path(args.out_dir, scorer.name)
         with locked(path), progress(args.files, report) as on_batch:
             self.scores = Scores(path)
