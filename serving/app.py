@@ -75,7 +75,7 @@ class Counter:
         name = name or next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
-            raise ApiError(404, f"there is no model {name!r} here: use {known}", "model", "model_not_found")
+            raise ApiError(404, f"there is no model {name[:200]!r} here: use {known}", "model", "model_not_found")
         return self.models[name]
 
     def choose(self, body: AnyRequest) -> tuple[Served, dict[str, str]]:

@@ -1,7 +1,7 @@
 """Connections of the server: their number, deadlines, and limits of what HTTP itself may hold. uvicorn's h11 protocol.
 
-    waiting for headers  ->  receiving the body  ->  answering  ->  waiting for headers (keep-alive)
-    `client_timeout`         as much for each MiB     as long as the client reads: `client_timeout` for MIN_READ bytes
+    waiting for headers  ->  receiving the body            ->  answering  ->  waiting for headers (keep-alive)
+    `client_timeout`         as much for each MiB it may have   no limit while the client reads MIN_READ in that time
 
 At `max_connections` a new connection takes the place of one that waits for its client: first those that have never sent
 a request, the oldest first. So idle connections never keep others out, and a request that is being answered is safe.
