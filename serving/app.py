@@ -97,7 +97,8 @@ class Counter:
         body = parse(raw, kind)
         served, headers = self.choose(body)
         self.check_room(served)
-        return Prepared(served, headers, self.tickets(body, served), None, body.wants_usage, bool(body.stream))
+        options = {"wants_usage": body.wants_usage, "stream": bool(body.stream)}
+        return Prepared(served, headers, self.tickets(body, served), **options)
 
     def prepare_embeddings(self, raw: bytes) -> Prepared:
         body = parse(raw, EmbeddingRequest)
