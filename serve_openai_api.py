@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="of all large requests together; then 429 (default: 16 times --max_request_bytes)")  # fmt: skip
     add("--max_connections", type=flags.at_least(2), default=256,
         help="open at the same time; idle ones are closed for new ones (default: 256)")  # fmt: skip
-    timeout = "seconds a client has to send the headers, to send each MiB of a body, and to read more of the answer"
+    timeout = "seconds a client has to send headers, to send a body (each MiB), and to read more of the answer"
     add("--client_timeout", type=flags.at_least(1), default=30, help=f"{timeout} (default: 30)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -105,7 +105,7 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     keys = [("--api_key", given)] if given else []
     if args.api_key_file is not None:
         try:
-            lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.api_key_file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(

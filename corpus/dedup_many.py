@@ -220,7 +220,8 @@ def deduplicate_many(
 ) -> Tally | None:
     """Run or submit the five stages; the counts, or None when the jobs were only submitted (Slurm).
 
-    `report`: an empty one; its limits apply to every task. `slurm`: partition, time. Raises UserError for what the user can mend.
+    `report`: an empty one; its limits apply to every task. `slurm`: partition, time. Raises UserError for what the user
+    can mend.
     """
     check_out_dir(out_dir, paths)
     if executor == "slurm" and not shutil.which("sbatch"):

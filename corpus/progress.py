@@ -107,7 +107,7 @@ def behind(done: int, items: Iterable[Anything], on_batch: Callable[[], None]) -
 
 
 def can_continue(problem: BaseException) -> bool:
-    """Whether the same command can continue later: the disk was full or read-only, or a damaged file is accepted then."""
+    """Whether the same command can continue later: a full or read-only disk, or a damaged file, may be mended."""
     return isinstance(problem, (OSError, DamagedFile)) or isinstance(problem.__cause__, OSError)
 
 

@@ -75,7 +75,7 @@ class Counter:
         name = name or next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
-            raise ApiError(404, f"there is no model {name!r} here: use {known}", "model", "model_not_found")
+            raise ApiError(404, f"there is no model {name[:200]!r} here: use {known}", "model", "model_not_found")
         return self.models[name]
 
     def choose(self, body: AnyRequest) -> tuple[Served, dict[str, str]]:
@@ -97,7 +97,8 @@ class Counter:
         body = parse(raw, kind)
         served, headers = self.choose(body)
         self.check_room(served)
-        return Prepared(served, headers, self.tickets(body, served), None, body.wants_usage, bool(body.stream))
+        options = {"wants_usage": body.wants_usage, "stream": bool(body.stream)}
+        return Prepared(served, headers, self.tickets(body, served), **options)
 
     def prepare_embeddings(self, raw: bytes) -> Prepared:
         body = parse(raw, EmbeddingRequest)

@@ -1,10 +1,11 @@
 """Connections of the server: their number, deadlines, and limits of what HTTP itself may hold. uvicorn's h11 protocol.
 
-    waiting for headers  ->  receiving the body  ->  answering  ->  waiting for headers (keep-alive)
-    `client_timeout`         as much for each MiB     as long as the client reads: `client_timeout` for MIN_READ bytes
+    waiting for headers  ->  receiving the body            ->  answering  ->  waiting for headers (keep-alive)
+    `client_timeout`         as much for each MiB it may have   no limit while the client reads MIN_READ in that time
 
 At `max_connections` a new connection takes the place of one that waits for its client: first those that have never sent
-a request, the oldest first. So idle connections never keep others out, and a request that is being answered is safe.
+a request, the oldest first. So idle connections never keep others out, and a request is answered as long as its client
+reads.
 A header block is bounded by MAX_HEADER_BYTES, the number of pieces of a body by its size: a body of one-byte chunks
 costs more time to take apart than to answer.
 Called by ../serve_openai_api.py. Read next: gate.py (what stands before a request).
@@ -149,8 +150,13 @@ class BoundedProtocol(H11Protocol):
             return True
         waiting = [other for other in connections if other is not self and other.waits_for_client]
         if waiting:
-            min(waiting, key=lambda other: (other.requests > 0, other.phase == "body", other.since)).transport.abort()
+            min(waiting, key=lambda other: other.rank).transport.abort()
         return bool(waiting)
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, float]:
+        """The lowest is closed first: idle, then sending a body, then not reading; among them unused ones, then old."""
+        return self.read_deadline is not None, self.phase == "body", self.requests > 0, self.since
 
     @property
     def waits_for_client(self) -> bool:

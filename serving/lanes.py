@@ -1,6 +1,6 @@
-"""Worker threads: one parses, renders and tokenises small bodies, one large bodies, one writes responses.
+"""Worker threads: four parse, render and tokenise small bodies, one large bodies, two write responses.
 
-The event loop stays free, at most two requests are prepared at a time, however many arrive, and a small request never
+The event loop stays free, at most one large body is parsed at a time, however many arrive, and a small request never
 waits behind large ones. Python runs one thread at a time, so that parsing a flood of large bodies would keep the thread
 that decodes from running: the thread of large bodies pauses for PAUSE times as long as it has worked.
 Called by app.py. Read next: requests.py (what a worker does first).
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 class Lane:
-    """One worker thread and a bounded queue in front of it."""
+    """Worker threads and a bounded queue in front of them."""
 
-    def __init__(self, name: str, max_waiting: int, pause: float = 0) -> None:
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    def __init__(self, workers: int, max_waiting: int, pause: float = 0) -> None:
+        self.pool = ThreadPoolExecutor(workers)
         self.max_waiting, self.waiting, self.pause = max_waiting, 0, pause
         self.ready = 0.0  # when the pause ends
 
@@ -52,8 +52,8 @@ class Lanes:
     """The worker threads of a server."""
 
     def __init__(self, max_waiting: int) -> None:
-        self.small, self.large = Lane("small", max_waiting), Lane("large", max_waiting, PAUSE)
-        self.responses = Lane("responses", sys.maxsize)  # the queue of the engine bounds their number
+        self.small, self.large = Lane(4, max_waiting), Lane(1, max_waiting, PAUSE)
+        self.responses = Lane(2, sys.maxsize)  # the queue of the engine bounds their number
 
     def for_body(self, body: bytes) -> Lane:
         return self.small if len(body) <= SMALL_BODY else self.large

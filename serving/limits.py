@@ -18,8 +18,8 @@ class Limits:
     name (DNS rebinding), so that a server without a key has to know its names. `cors`: origins of web pages that may
     ask. `strict_model_names`: a server of one model refuses unknown model names instead of answering them with that
     model. `max_bytes`: of one body. `max_queued_bytes`: of all bodies above gate.SMALL_BODY that are read or answered
-    at the same time. `client_timeout`: seconds that a client has to send the headers, to send each MiB of the body, and
-    to read more of the answer.
+    at the same time. `client_timeout`: seconds that a client has to send the headers, to send the body (for each MiB of
+    `max_bytes`), and to read more of the answer.
     """
 
     seats: int = 16

@@ -105,19 +105,21 @@ def flood_bodies():
     yield post(json.dumps({"model": "m" * MEGABYTE, **json.loads(CHAT % "")}))
 
 
-def send(port, data):
-    """What the server makes of it: the status, "closed" without one, "silent" after 30 s."""
+def send(port, data, whole=False):
+    """What the server makes of it: the status, "closed" without one, "silent" after 30 s; or the whole response."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(OSError):  # the server may answer and close before it has read everything
             connection.sendall(data)
         try:
             answer = connection.recv(65536)
-            while connection.recv(65536):
-                pass
+            while part := connection.recv(65536):
+                answer += part if whole else b""
         except TimeoutError:
             return "silent"
         except OSError:
             answer = b""
+    if whole:
+        return answer
     return answer[9:12].decode("latin-1") if answer.startswith(b"HTTP/1.1 ") else "closed"
 
 
@@ -178,9 +180,10 @@ def slow(port, number):
 
 
 def unread(port, number):
-    """Streams of many log-probabilities whose clients do not read for 6 s: how many the server has cut off."""
+    """Streams of many log-probabilities whose clients read once nothing is answered: how many the server cut off."""
     more = ', "stream": true, "logprobs": true, "top_logprobs": 20, "temperature": 0}'
     body = (CHAT % "").replace('"max_tokens": 2}', '"max_tokens": 8000' + more)
+    body = body.replace("?", "1")  # to which the model of the tests never ends its answer
     connections = []
     for _ in range(number):
         connection = socket.socket()
@@ -188,8 +191,19 @@ def unread(port, number):
         connection.connect(("127.0.0.1", port))
         connection.sendall(post(body))
         connections.append(connection)
-    time.sleep(6)
+    for are_here in (lambda running: running >= number, lambda running: not running):
+        deadline = time.monotonic() + 60
+        while not are_here(running_answers(port)):
+            if time.monotonic() > deadline:
+                return {"open": number}
+            time.sleep(0.02)
     return collections.Counter("finished" if b"[DONE]" in rest(connection) else "cut_off" for connection in connections)
+
+
+def running_answers(port):
+    health = send(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", True)
+    (status,) = json.loads(health.partition(b"\r\n\r\n")[2])["models"].values()
+    return status["running"]
 
 
 def rest(connection):

@@ -45,7 +45,7 @@ def test_a_file_that_changed_or_shrank_since_its_state_is_not_continued(tmp_path
     file.write(b"123456789")
     file.close()
     (tmp_path / "a.bin").write_bytes(b"123456788 and more")
-    with pytest.raises(UserError, match="a.bin has changed since an earlier run wrote it"):
+    with pytest.raises(UserError, match=r"a\.bin has changed since an earlier run wrote it"):
         SummedFile(tmp_path / "a.bin", 9, file.whole)
     with pytest.raises(OSError, match="shorter"):
         SummedFile(tmp_path / "a.bin", 10, file.whole)

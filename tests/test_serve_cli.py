@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import ROOT, child_seconds, run_process, run_script
+from tests.conftest import ROOT, child_seconds, load_script, run_process, run_script
 from tests.server_help import make_file, running
 
 SCRIPT = "serve_openai_api.py"
@@ -59,6 +59,49 @@ def test_what_cannot_be_is_said_in_one_line(monkeypatch, checkpoint, tmp_path):
             with pytest.raises(UserError, match=message) as error:
                 run_script(monkeypatch, SCRIPT, *([] if "--port" in flags else ["--port", "0"]), *flags)
             assert "\n" not in str(error.value)
+
+
+def limits_of(*flags):
+    script = load_script(SCRIPT)
+    return script.make_limits(script.make_parser().parse_args([*map(str, flags)]))
+
+
+def test_keys_come_from_a_flag_the_environment_and_a_file(monkeypatch, tmp_path):
+    file = tmp_path / "keys.txt"
+    file.write_text("first\n\n  second \n")
+    monkeypatch.delenv("MENGYA_API_KEY", raising=False)
+    assert limits_of().api_keys == ()
+    assert limits_of("--api_key_file", file).api_keys == ("first", "second")
+    assert limits_of("--api_key", "flag", "--api_key_file", file).api_keys == ("flag", "first", "second")
+    monkeypatch.setenv("MENGYA_API_KEY", "from-the-environment")
+    assert limits_of().api_keys == ("from-the-environment",)
+    assert limits_of("--api_key", "flag").api_keys == ("flag",)
+    assert limits_of("--host", "0.0.0.0").api_keys == ("from-the-environment",)
+    for content, message in ((b"\n \n", "no key in it"), (b"\xff\xfe", "not UTF-8 text"), (b"a b\n", "without spaces"),
+                             (None, "No such file")):  # fmt: skip
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(UserError, match=f"--api_key_file .*{message}") as error:
+            limits_of("--api_key_file", file)
+        assert "\n" not in str(error.value)
+
+
+def test_a_server_without_a_key_knows_its_names(monkeypatch):
+    monkeypatch.delenv("MENGYA_API_KEY", raising=False)
+    local = ("localhost", "127.0.0.1", "::1")
+    assert limits_of().allowed_hosts == (*local, "127.0.0.1")
+    assert limits_of("--host", "127.0.0.2").allowed_hosts == (*local, "127.0.0.2")
+    assert limits_of("--allowed_hosts", "a.example,b.example").allowed_hosts[-2:] == ("a.example", "b.example")
+    assert limits_of("--host", "0.0.0.0", "--api_key", "k").allowed_hosts is None
+    named = limits_of("--host", "0.0.0.0", "--api_key", "k", "--allowed_hosts", "chat.example")
+    assert "chat.example" in named.allowed_hosts
+
+
+def test_the_sum_of_requests_follows_the_size_of_one(monkeypatch):
+    monkeypatch.delenv("MENGYA_API_KEY", raising=False)
+    assert limits_of().max_queued_bytes == 2**24
+    assert limits_of("--max_request_bytes", 100).max_queued_bytes == 1600
+    with pytest.raises(UserError, match="--max_queued_bytes 99 is less than --max_request_bytes 100"):
+        limits_of("--max_request_bytes", 100, "--max_queued_bytes", 99)
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
