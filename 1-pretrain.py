@@ -17,6 +17,8 @@ Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trai
 """
 
 from common.errors import UserError, fail_in_one_line
+from common.files import check_writable
+from corpus import flags
 from trainer.cli import add_mix_flags, add_model_flags, given_model_flags, make_parser, model_config
 from trainer.plan import add_plan_flags, steps_for
 
@@ -38,7 +40,9 @@ def main() -> None:
     parser = make_parser(
         __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
     )
-    parser.add_argument("--tokenizer", default="model/tokenizer", help="folder written by train_tokenizer.py")
+    parser.add_argument(
+        "--tokenizer", type=flags.path, default="model/tokenizer", help="folder written by train_tokenizer.py"
+    )
     add_mix_flags(parser)
     add_model_flags(parser)
     add_plan_flags(parser)
@@ -51,6 +55,7 @@ def main() -> None:
         from trainer.plan_report import print_plan
 
         return print_plan(args)
+    check_writable(args.out_dir)
 
     from model.chat import load_tokenizer
     from model.checkpoint import load_model
@@ -65,7 +70,7 @@ def main() -> None:
     splits = open_data(args.data_path, "pretrain", tokenizer)
     mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
     recipe = read_recipe(args) if mixed else None
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         if args.init_from:  # go on from an earlier model, for example with other data
             if args.preset or given_model_flags(args):
                 raise UserError("--init_from brings its own config: leave out --preset and the model's flags")

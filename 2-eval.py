@@ -39,14 +39,23 @@ def make_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in FIRST)
     parser = flags.Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
-    add("--stage", help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)")
-    add("--checkpoint", help="a .pth file or the folder of a transformers model, instead of --stage")
-    add("--out_dir", default="out", help="where the models are (default: out)")
+    add(
+        "--stage",
+        type=flags.some_text,
+        help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)",
+    )
+    add("--checkpoint", type=flags.path, help="a .pth file or the folder of a transformers model, instead of --stage")
+    add("--out_dir", type=flags.path, default="out", help="where the models are (default: out)")
     add_rope_flags(parser)
     add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
-    add("--prompts", metavar="FILE", help="text file, one prompt a line")
-    add("--questions", metavar="FILE", help="jsonl file of questions with keys: prints the share answered right")
+    add("--prompts", type=flags.path, metavar="FILE", help="text file, one prompt a line")
+    add(
+        "--questions",
+        type=flags.path,
+        metavar="FILE",
+        help="jsonl file of questions with keys: prints the share answered right",
+    )
     add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message in front of every conversation")
     add("--history", type=flags.non_negative_int, metavar="N",
@@ -74,20 +83,38 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--report",
         nargs="*",
+        type=flags.path,
         metavar="MODEL",
         help="compare these models, files or NAME=http://HOST/v1 (default: every stage in --out_dir)",
     )
-    add("--report_api_key", metavar="KEY", help="of the servers behind --report (default: the variable REPORT_API_KEY)")
-    add("--texts", nargs="+", default=[], metavar="NAME=FILE", help="held-out text for bits per byte, as zh=FILE")
-    add("--chats", metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
+    add(
+        "--report_api_key",
+        type=flags.some_text,
+        metavar="KEY",
+        help="of the servers behind --report (default: the variable REPORT_API_KEY)",
+    )
+    add(
+        "--texts",
+        nargs="+",
+        type=flags.path,
+        default=[],
+        metavar="NAME=FILE",
+        help="held-out text for bits per byte, as zh=FILE",
+    )
+    add("--chats", type=flags.path, metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
     add("--max_bytes", type=flags.positive_int, default=100_000,
         help="read from the start of a text, and of chats (default: 100000)")  # fmt: skip
-    add("--judge", metavar="BASE_URL", help="a model that scores and ranks the answers, as http://localhost:8000/v1")
-    add("--judge_model", metavar="NAME", help="its name there")
+    add(
+        "--judge",
+        type=flags.some_text,
+        metavar="BASE_URL",
+        help="a model that scores and ranks the answers, as http://localhost:8000/v1",
+    )
+    add("--judge_model", type=flags.some_text, metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--json", metavar="OUT", help="write the answers (and scores) to this file")
+    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=flags.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--json", type=flags.path, metavar="OUT", help="write the answers (and scores) to this file")
     return parser
 
 

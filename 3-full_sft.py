@@ -18,7 +18,8 @@ Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_for
 """
 
 from common.errors import UserError, fail_in_one_line
-from corpus.flags import NameList
+from common.files import check_writable
+from corpus import flags
 from model.chat_formats import FORMAT_NAMES
 from trainer.cli import add_length_flag, make_parser, shares
 from trainer.recipes import add_recipe_flag, describe_recipe
@@ -42,14 +43,20 @@ def main() -> None:
     add("--chat_format", choices=FORMAT_NAMES, help="how chats are written from now on; none given: as the parent does")
     add_recipe_flag(parser)
     add_length_flag(parser, "longer chats lose their last turns")
-    add("--data_share", action=NameList, read=shares, metavar="SHARE",
+    add("--data_share", action=flags.NameList, read=shares, metavar="SHARE",
         help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
-    add("--questions", metavar="FILE", help="with --data_share: count right answers too (jsonl as for 2-eval.py)")
+    add(
+        "--questions",
+        type=flags.path,
+        metavar="FILE",
+        help="with --data_share: count right answers too (jsonl as for 2-eval.py)",
+    )
     args = parser.parse_args()
     if args.questions and not args.data_share:
         raise UserError("--questions belongs to --data_share; of one model 2-eval.py counts the right answers")
     if args.max_minutes and args.data_share:
         raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
+    check_writable(args.out_dir)
 
     from evaluation.data_study import run_study
     from model.checkpoint import find_parent, load_model
@@ -59,7 +66,7 @@ def main() -> None:
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("full_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         run.say(f"chat format {tokenizer.chat_format.name}" + (f"; {describe_recipe(args)}" if args.recipe else ""))

@@ -18,6 +18,7 @@ Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), mod
 """
 
 from common.errors import UserError, fail_in_one_line
+from common.files import check_writable
 from corpus import flags
 from trainer.cli import add_length_flag, make_parser
 
@@ -45,8 +46,18 @@ def add_lora_flags(parser):
     add("--targets", action=flags.NameList, default=["all"], metavar="NAME",
         help="which matrices: all (or all-linear), attention, mlp, experts, shared_experts, q_proj, … "
         "with commas or spaces between them")  # fmt: skip
-    add("--init_adapter", metavar="DIR", help="start from a peft folder, with its rank, alpha, dropout and targets")
-    add("--peft_dir", metavar="DIR", help="also write adapter_config.json and adapter_model.safetensors there")
+    add(
+        "--init_adapter",
+        type=flags.path,
+        metavar="DIR",
+        help="start from a peft folder, with its rank, alpha, dropout and targets",
+    )
+    add(
+        "--peft_dir",
+        type=flags.path,
+        metavar="DIR",
+        help="also write adapter_config.json and adapter_model.safetensors there",
+    )
 
 
 def main() -> None:
@@ -60,6 +71,8 @@ def main() -> None:
     given = [f"--{name}" for name in LORA_FLAGS if getattr(args, name) != parser.get_default(name)]
     if args.init_adapter and given:
         raise UserError(f"--init_adapter brings its own rank, alpha, dropout and targets: leave out {' '.join(given)}")
+    for folder in filter(None, (args.out_dir, args.peft_dir)):
+        check_writable(folder)
 
     from model.checkpoint import find_parent, load_model, remember_parent
     from model.lora import LoRAConfig, attach, describe
@@ -76,7 +89,7 @@ def main() -> None:
         attach(model, LoRAConfig(args.rank, args.alpha, args.lora_dropout, tuple(args.targets)), args.seed)
     if args.peft_dir:
         peft_settings(model)  # refuses now what could not be written later
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
         remember_parent(model, source, stage.path(args.out_dir))

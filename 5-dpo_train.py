@@ -22,6 +22,7 @@ import functools
 from pathlib import Path
 
 from common.errors import fail_in_one_line
+from common.files import check_writable
 from corpus import flags
 from trainer.cli import add_length_flag, make_parser
 
@@ -89,6 +90,7 @@ def main() -> None:
     add_length_flag(parser, "longer pairs lose the first turns of their prompt")
     args = parser.parse_args()
     args.beta = getattr(args, "beta", BETA[args.loss])
+    check_writable(args.out_dir)
 
     from corpus.pairs import PAIRS
     from model.checkpoint import find_parent, load_model
@@ -99,7 +101,7 @@ def main() -> None:
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = preference.without_dropout(model)
-    with start(args.device, args.dtype, args.seed) as run:
+    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         folder = token_folder(run, args, model.config, tokenizer, PAIRS)
         splits = open_data(folder, "pairs", tokenizer)
         preference.compare_languages(run, folder, parent["lineage"])

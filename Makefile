@@ -1,12 +1,15 @@
 # make demo    the whole path on the built-in data, offline: under ten minutes on two CPU cores
-# make test    the tests;   make check    format, lint, types, tests
+# make test    the tests, on all cores;   make check    format, lint, types, tests
+# make faults  every attack: kills, full disks, damaged files, floods of requests; an hour; prints a table of counts
 # Windows has no make: README.md gives the plain commands.
 
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
+# A worker per core, at most 8: each takes about 1.5 GB. Tests of one file share its fixtures and run in one worker.
+PARALLEL = -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-clean test check format clean
+.PHONY: demo demo-clean test faults check format clean
 
 demo: $(VENV)/.core
 	$(RUN) demo.py
@@ -15,7 +18,10 @@ demo-clean:
 	rm -rf out/demo
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
+
+faults: $(VENV)/.dev
+	FAULTS=full $(RUN) -m pytest $(PARALLEL) tests/faults
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff format --check .

@@ -25,9 +25,24 @@ Message = dict[str, str]
 def make_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base_url", default="http://127.0.0.1:8000/v1", help="with its /v1 (default: http://127.0.0.1:8000/v1)")
-    add("--model", metavar="NAME", help="as the server calls it (default: the first that it lists)")
-    add("--api_key", metavar="KEY", help="sent with every request (default: $OPENAI_API_KEY, else none)")
+    add(
+        "--base_url",
+        type=flags.some_text,
+        default="http://127.0.0.1:8000/v1",
+        help="with its /v1 (default: http://127.0.0.1:8000/v1)",
+    )
+    add(
+        "--model",
+        type=flags.some_text,
+        metavar="NAME",
+        help="as the server calls it (default: the first that it lists)",
+    )
+    add(
+        "--api_key",
+        type=flags.some_text,
+        metavar="KEY",
+        help="sent with every request (default: $OPENAI_API_KEY, else none)",
+    )
     add("--system", metavar="TEXT", help="system message in front of the conversation")
     add("--max_tokens", type=flags.positive_int, metavar="N", help="longest answer (default: the server's)")
     add("--prompt", metavar="TEXT", help="one question, instead of a conversation")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, fail_in_one_line
+from common.locks import locked
 from corpus import flags, prepare
 from corpus.layouts import parse_keys, print_layouts
 from corpus.report import DataReport
@@ -49,8 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
     args.files = expand_inputs(args.files)
     if args.kind in prepare.COMMANDS:
         return prepare.run(args, progress_bar)
-    from corpus.shards import check_replaceable, partial_folder
-
     tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share)
@@ -59,6 +58,14 @@ def main(arguments: list[str] | None = None) -> None:
         if choosing:
             choosing.show()
         return
+    with locked(args.out_dir):
+        write(args, tokenizer, report, form, choosing)
+
+
+def write(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any, choosing: Any) -> None:
+    """Write the data set to --out_dir, and say what became of the rows."""
+    from corpus.shards import check_replaceable, partial_folder
+
     if check_replaceable(args.out_dir):
         print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
     partial = partial_folder(args.out_dir)
@@ -151,13 +158,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "files",
             nargs="+",
+            type=flags.path,
             metavar="FILES",
             help="txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
         )
         sub.add_argument(
-            "--tokenizer", default="model/tokenizer", help="folder of the tokenizer (default: %(default)s)"
+            "--tokenizer",
+            type=flags.path,
+            default="model/tokenizer",
+            help="folder of the tokenizer (default: %(default)s)",
         )
-        sub.add_argument("--out_dir", default=f"dataset/{kind}", help="folder to write (default: %(default)s)")
+        sub.add_argument(
+            "--out_dir", type=flags.path, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
+        )
         sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
             help="share held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
@@ -199,17 +212,30 @@ class ListLayouts(argparse.Action):
 def add_download_flags(kinds: Any) -> None:
     what = "a public data set -> dataset/raw/NAME; without a name: which there are"
     sub = kinds.add_parser("download", help=what, description=what)
-    sub.add_argument("name", nargs="?", metavar="NAME", help="a name from the list that the bare command shows")
-    sub.add_argument("--file", action="append", default=[], help="another file of the same repository; may be repeated")
+    sub.add_argument(
+        "name", nargs="?", type=flags.some_text, metavar="NAME", help="a name from the list that the bare command shows"
+    )
+    sub.add_argument(
+        "--file",
+        action="append",
+        type=flags.inner_path,
+        default=[],
+        help="another file of the same repository; may be repeated",
+    )
     sub.add_argument(
         "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
     )
-    sub.add_argument("--out_dir", default="dataset/raw", help="folder to write (default: %(default)s)")
+    sub.add_argument("--out_dir", type=flags.path, default="dataset/raw", help="folder to write (default: %(default)s)")
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument_group("choosing by a model's cross-entropy (corpus/choose.py says why)").add_argument
-    add("--scorer", metavar="MODEL", help="pretrained model that scores every chat, for example out/pretrain_512.pth")
+    add(
+        "--scorer",
+        type=flags.path,
+        metavar="MODEL",
+        help="pretrained model that scores every chat, for example out/pretrain_512.pth",
+    )
     add(
         "--keep_entropy",
         type=band,

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, fail_in_one_line
+from common.files import write_json
+from common.locks import locked
 from corpus import flags
 from model.config import PRESETS
 
@@ -167,13 +169,6 @@ def run_command(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -299,7 +294,9 @@ def interpreter() -> str:
 
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo", help="everything goes here (default: out/demo)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo", help="everything goes here (default: out/demo)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0,
         help="random seed of the world, the weights and the order (default: 0)")  # fmt: skip
     parser.add_argument("--max_steps", type=flags.max_steps, default=0,
@@ -312,9 +309,10 @@ def main() -> None:
         raise UserError(f"--out_dir {out} is a file: name a folder")
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well
     started = time.perf_counter()
-    seconds = run_steps(steps_of(out, args.seed, args.max_steps), out)
-    report = make_report(out, seconds, args.seed)
-    write_json(out / "report.json", report)
+    with locked(out):
+        seconds = run_steps(steps_of(out, args.seed, args.max_steps), out)
+        report = make_report(out, seconds, args.seed)
+        write_json(out / "report.json", report)
     print()
     show(report, out)
     print(f"this run of demo.py: {time.perf_counter() - started:.0f} seconds")

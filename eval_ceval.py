@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         nargs="+",
+        type=flags.path,
         metavar="PATH",
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
@@ -44,8 +45,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="only these, separated by commas or spaces (default: all)")  # fmt: skip
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--checkpoint", help="a .pth file")
-    add("--model", metavar="DIR", help="the folder of a transformers model (Llama, Mistral, Qwen2, Qwen3)")
+    add("--checkpoint", type=flags.path, help="a .pth file")
+    add(
+        "--model",
+        type=flags.path,
+        metavar="DIR",
+        help="the folder of a transformers model (Llama, Mistral, Qwen2, Qwen3)",
+    )
     add_rope_flags(group)
     add = parser.add_argument_group("how to ask").add_argument
     add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
@@ -56,10 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for the chat stages")
     add("--prompt", action="store_true", help="show one prompt of each subject and save all")
     add = parser.add_argument_group("machine").add_argument
-    add("--out_dir", default="out", help="where the models are, and the results go (default: out)")
-    add("--json", metavar="FILE", help="write all scores to this file too")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--out_dir", type=flags.path, default="out", help="where the models are, and the results go (default: out)")
+    add("--json", type=flags.path, metavar="FILE", help="write all scores to this file too")
+    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=flags.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     add("--batch_tokens", type=flags.non_negative_int, default=0,
         help="positions computed at once (default: 1024 on a CPU; 1: one question)")  # fmt: skip
     return parser

@@ -26,28 +26,35 @@ from common.errors import UserError, fail_in_one_line
 from corpus import flags
 
 NUMBER_FORMATS = ("float32", "bfloat16", "float16")
+SHARD_SIZE = flags.Limit(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="out/*.pth, or a transformers folder")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where to write; it must not be there yet")
+    parser.add_argument("checkpoint", type=flags.place, help="out/*.pth, or a transformers folder")
+    parser.add_argument("folder", type=flags.place, metavar="DIR", help="where to write; it must not be there yet")
     add = parser.add_argument_group("what is written").add_argument
     add("--dtype", choices=NUMBER_FORMATS, help="number format of the weights (default: float32)")
-    add("--max_shard_gb", type=flags.positive_float, default=4.0,
+    add("--max_shard_gb", type=SHARD_SIZE, default=4.0,
         help="weights are split into files of this size (default: 4)")  # fmt: skip
     add("--gguf", choices=("f32", "f16", "bf16", "q8_0"), help="also a GGUF file in this format, and a Modelfile")
     add("--adapter", action="store_true", help="write a LoRA adapter alone, as a peft folder")
-    add("--base", metavar="NAME", help="with --adapter: where its parent is found (default: the parent's name)")
+    add(
+        "--base",
+        type=flags.some_text,
+        metavar="NAME",
+        help="with --adapter: where its parent is found (default: the parent's name)",
+    )
     add(
         "--license",
+        type=flags.some_text,
         metavar="ID",
         help="licence of the weights, for the card: apache-2.0, … (default: unknown)",
     )
     add("--overwrite", action="store_true", help="replace an earlier export in DIR")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the real programs")
     add = parser.add_argument_group("model hub (token from `hf auth login` or HF_TOKEN)").add_argument
-    add("--push_to_hub", metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
+    add("--push_to_hub", type=flags.some_text, metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
     add("--private", action="store_true", help="make the repository a private one")
     add("--dry_run", action="store_true", help="list the files that would be uploaded, and upload nothing")
     return parser

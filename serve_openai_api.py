@@ -2,7 +2,7 @@
 
     python serve_openai_api.py                                            the latest stage in out/, at 127.0.0.1:8000
     python serve_openai_api.py --checkpoint out/dpo_512.pth out/lora_sft_512.pth ../Qwen3-0.6B    several, by name
-    python serve_openai_api.py --host 0.0.0.0 --api_key KEY               for the network; the key is required there
+    python serve_openai_api.py --host 0.0.0.0 --api_key_file keys.txt     for the network; a key is required there
 
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
          -d '{"messages": [{"role": "user", "content": "你好"}]}'
@@ -10,18 +10,25 @@
 Requests are decoded together, new ones join between two tokens. Routes: /v1/chat/completions, /v1/completions,
 /v1/embeddings, /v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
 Reads the checkpoints, writes nothing.
-Read next: serving/app.py (a request's way), serving/engine.py (decoding together), model/generate.py (one token).
+Read next: serving/app.py (a request's way), serving/limits.py (who may ask, and how much), serving/engine.py
+(decoding together), model/generate.py (one token).
 """
 
 import argparse
+import gc
 import ipaddress
 import os
 import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError, fail_in_one_line
 from corpus import flags
 from model.presets import CHOICES
 from model.rope_flags import add_rope_flags, rope_of
+
+if TYPE_CHECKING:
+    from serving.limits import Limits
 
 PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
@@ -29,8 +36,19 @@ PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 def make_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
-    add("--checkpoint", nargs="+", metavar="FILE", help=".pth files or transformers folders; NAME=FILE names one")
-    add("--out_dir", default="out", help="where the latest stage is looked for otherwise (default: out)")
+    add(
+        "--checkpoint",
+        nargs="+",
+        type=flags.path,
+        metavar="FILE",
+        help=".pth files or transformers folders; NAME=FILE names one",
+    )
+    add(
+        "--out_dir",
+        type=flags.path,
+        default="out",
+        help="where the latest stage is looked for otherwise (default: out)",
+    )
     add("--max_context", type=flags.at_least(8), default=4096,
         help="longest prompt and answer together (default: 4096)")  # fmt: skip
     strict = "404 for unknown model names; a server of one model answers them with it otherwise"
@@ -39,9 +57,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset} (default: auto)")
     add_rope_flags(parser)
     add = parser.add_argument_group("who may ask").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add(
+        "--host",
+        type=flags.some_text,
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
+    )
     add("--port", type=flags.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
-    add("--api_key", metavar="KEY", help="clients must send it (default: $MENGYA_API_KEY, else none)")
+    shown = "other users of this machine see it in the list of processes (ps)"
+    add("--api_key", metavar="KEY", help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)")
+    add("--api_key_file", metavar="FILE", help="a key per line; clients must send one of all keys")
+    names = "names of this server in the Host header (default: localhost, 127.0.0.1, ::1 and --host; any with a key)"
+    add("--allowed_hosts", action=flags.NameList, default=[], metavar="NAME", help=names)
     add("--cors", action=flags.NameList, default=[], metavar="ORIGIN",
         help="web pages that may ask, as https://chat.example.org")  # fmt: skip
     add = parser.add_argument_group("how much").add_argument
@@ -51,25 +78,74 @@ def make_parser() -> argparse.ArgumentParser:
         help="answers per model that may wait; then 429 (default: 64)")  # fmt: skip
     add("--max_request_bytes", type=flags.positive_int, default=2**20,
         help="larger requests get 413 (default: 1048576)")  # fmt: skip
+    add("--max_queued_bytes", type=flags.positive_int,
+        help="of all large requests together; then 429 (default: 16 times --max_request_bytes)")  # fmt: skip
+    add("--max_connections", type=flags.at_least(2), default=256,
+        help="open at the same time; idle ones are closed for new ones (default: 256)")  # fmt: skip
+    timeout = "seconds a client has to send the headers, to send each MiB of a body, and to read more of the answer"
+    add("--client_timeout", type=flags.at_least(1), default=30, help=f"{timeout} (default: 30)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
-    add("--dtype", default="float32", help=dtype)
+    add("--dtype", choices=flags.DTYPES, default="float32", help=dtype)
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises UserError for a key that cannot be sent, and for a server without a key that the network would reach."""
+def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    """The keys of --api_key, or else of the environment, and those of --api_key_file.
+
+    Raises UserError for a key that cannot be sent, and for a file that cannot be read or has no key.
+    """
+    given = args.api_key or os.environ.get("MENGYA_API_KEY")
+    keys = [("--api_key", given)] if given else []
+    if args.api_key_file is not None:
+        try:
+            lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise UserError(
+                f"--api_key_file {args.api_key_file}: {reason}: name a text file with a key per line"
+            ) from None
+        keys += [(f"--api_key_file {args.api_key_file}", line.strip()) for line in lines if line.strip()]
+        if not any(line.strip() for line in lines):
+            raise UserError(f"--api_key_file {args.api_key_file}: no key in it: write one per line")
+    for source, key in keys:
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise UserError(f"{source}: use letters, digits and signs of ASCII, without spaces")
+    return tuple(key for _, key in keys)
+
+
+def make_limits(args: argparse.Namespace) -> "Limits":
+    """The limits of the server, checked before any model is read.
+
+    Raises UserError for wrong keys, and for a server without a key that the network would reach.
+    """
+    from serving.limits import LOCAL_NAMES, Limits
+
     rope_of(args)
-    args.api_key = args.api_key or os.environ.get("MENGYA_API_KEY") or None
-    if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable() and " " not in args.api_key):
-        raise UserError("--api_key: use letters, digits and signs of ASCII, without spaces")
+    keys = api_keys(args)
     try:
         is_local = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
     except ValueError:  # a name
         is_local = False
-    if not is_local and not args.api_key:
-        raise UserError(f"--host {args.host} lets other machines ask: set --api_key KEY as well")
+    if not is_local and not keys:
+        raise UserError(f"--host {args.host} lets other machines ask: set --api_key KEY or --api_key_file FILE as well")
+    most = args.max_queued_bytes or 16 * args.max_request_bytes
+    if most < args.max_request_bytes:
+        raise UserError(f"--max_queued_bytes {most} is less than --max_request_bytes {args.max_request_bytes}")
+    hosts = (*LOCAL_NAMES, args.host, *args.allowed_hosts)
+    return Limits(
+        seats=args.seats,
+        queue=args.queue,
+        api_keys=keys,
+        allowed_hosts=hosts if args.allowed_hosts or not keys else None,
+        cors=tuple(args.cors),
+        strict_model_names=args.strict_model_names,
+        max_bytes=args.max_request_bytes,
+        max_queued_bytes=most,
+        max_connections=args.max_connections,
+        client_timeout=args.client_timeout,
+    )
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -83,11 +159,10 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def main() -> None:
     args = make_parser().parse_args()
-    check(args)
+    limits = make_limits(args)
     try:
-        import uvicorn
-
-        from serving.app import Limits, make_app
+        from serving.app import make_app
+        from serving.connections import make_server
     except ImportError as error:
         if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
             raise
@@ -112,13 +187,12 @@ def main() -> None:
             if served.preset.get("num_beams", 1) > args.seats:
                 few = f"--seats {args.seats} is less than the num_beams of {served.name}'s sampling preset"
                 raise UserError(f"{few}: set --seats {served.preset['num_beams']} or --sampling_preset none")
-        bounds = (args.seats, args.queue, args.max_request_bytes)
-        limits = Limits(*bounds, args.api_key, tuple(args.cors), args.strict_model_names)
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"listening on http://{host}:{door.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
-        uvicorn.Server(config).run(sockets=[door])
+        gc.collect()
+        gc.freeze()  # a collection during a request does not go through the modules and models again
+        make_server(app, limits).run(sockets=[door])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError, fail_in_one_line
+from common.locks import locked
 from corpus import flags
 from model.chat_formats import FORMAT_NAMES
 
@@ -46,7 +47,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     def add(name: str, help: str, **options: Any) -> None:
         parser.add_argument(name, help=help, **options)
 
-    add("files", "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2", nargs="*", metavar="FILE")
+    add(
+        "files",
+        "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
+        nargs="*",
+        type=flags.path,
+        metavar="FILE",
+    )
     add(
         "--algorithm",
         "bpe joins frequent neighbours; unigram (SentencePiece) drops the least useful pieces (default: bpe)",
@@ -55,7 +62,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     counts: dict[str, Any] = {"type": flags.positive_int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
-    add("--out_dir", "folder of the tokenizer (default: model/tokenizer)", default="model/tokenizer", metavar="FOLDER")
+    add(
+        "--out_dir",
+        "folder of the tokenizer (default: model/tokenizer)",
+        default="model/tokenizer",
+        type=flags.path,
+        metavar="FOLDER",
+    )
     add(
         "--chat_format",
         "how chats are written with it: chatml (<|im_start|>user), mindllm (<user>), belle (Human:), text (no roles);"
@@ -88,11 +101,18 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         nargs="+",
+        type=flags.path,
         metavar="FOLDER",
         help="a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
     )
-    add("--compare_on", nargs="+", metavar="FILE", help="text to count (default: text of the built-in demo world)")
-    add("--out", metavar="FILE.md", help="write the table of --compare to this file too")
+    add(
+        "--compare_on",
+        nargs="+",
+        type=flags.path,
+        metavar="FILE",
+        help="text to count (default: text of the built-in demo world)",
+    )
+    add("--out", type=flags.path, metavar="FILE.md", help="write the table of --compare to this file too")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":
@@ -183,7 +203,7 @@ def main() -> None:
     args = parse_arguments()
     if args.compare:
         return compare_tokenizers(args.compare, args.compare_on or [], args.out)
-    from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, load_tokenizer, save_tokenizer
+    from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, load_tokenizer
 
     if args.inspect is not None:
         try:
@@ -191,13 +211,26 @@ def main() -> None:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(str(error)) from None
         return
-    from corpus.tokenizer_training import check_vocab_size, train_tokenizer
+    from corpus.tokenizer_training import check_vocab_size
 
     start = time.perf_counter()
     reserved = [*SPECIAL_TOKENS, *SPARE_TOKENS]
     check_vocab_size(args.vocab_size, len(reserved))
     if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         raise UserError(f"{args.out_dir} is a file: choose another --out_dir")
+    with locked(args.out_dir):
+        tokenizer, sample = train(args, reserved)
+    print_result(tokenizer, sample, args.vocab_size)
+    seconds = time.perf_counter() - start
+    print(f"saved in {args.out_dir} ({tokenizer.fingerprint}, chats as {args.chat_format}) after {seconds:.0f} s")
+    print('next: python data_process.py pretrain FILES…   or look: python train_tokenizer.py --inspect "文本"')
+
+
+def train(args: argparse.Namespace, reserved: list[str]) -> tuple["ChatTokenizer", "TextSample"]:
+    """Train a tokenizer on the files and save it in --out_dir."""
+    from corpus.tokenizer_training import train_tokenizer
+    from model.chat import save_tokenizer
+
     sample = read_sample(args)
     texts = [text for language in LANGUAGE_NAMES for text in sample.texts[language]]
     print(f"training ({args.algorithm}) ...", flush=True)
@@ -206,11 +239,7 @@ def main() -> None:
         print(
             f"replacing the tokenizer in {args.out_dir}: data and models made with the old one do not fit the new one"
         )
-    tokenizer = save_tokenizer(backend, args.out_dir, args.chat_format)
-    print_result(tokenizer, sample, args.vocab_size)
-    seconds = time.perf_counter() - start
-    print(f"saved in {args.out_dir} ({tokenizer.fingerprint}, chats as {args.chat_format}) after {seconds:.0f} s")
-    print('next: python data_process.py pretrain FILES…   or look: python train_tokenizer.py --inspect "文本"')
+    return save_tokenizer(backend, args.out_dir, args.chat_format), sample
 
 
 if __name__ == "__main__":

@@ -34,16 +34,28 @@ SETTINGS = {
 def make_parser() -> argparse.ArgumentParser:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
-    add("--out_dir", help="where the models are (default: out, here or in the project's folder)")
-    add("--checkpoint", nargs="+", default=[], metavar="FILE", help=".pth files or transformers folders, instead")
+    add("--out_dir", type=flags.path, help="where the models are (default: out, here or in the project's folder)")
+    add(
+        "--checkpoint",
+        nargs="+",
+        type=flags.path,
+        default=[],
+        metavar="FILE",
+        help=".pth files or transformers folders, instead",
+    )
     add_rope_flags(parser)
     add = parser.add_argument_group("page").add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in (default: 127.0.0.1)")
+    add(
+        "--host",
+        type=flags.some_text,
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 lets others in (default: 127.0.0.1)",
+    )
     add("--port", type=flags.between(1, 65535), default=8501, help="default: 8501")
     add("--lang", choices=("auto", "zh", "en"), default="auto", help="first language (auto: the browser's)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=flags.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     return parser
 
 

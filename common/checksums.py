@@ -3,18 +3,21 @@
     checksum(data)                  of bytes, an array or a tensor's memory, as 8 hex digits
     file_checksum(path)             of a whole file
     check_zip("model.pth")          compares every record of a .pth with the CRC-32 that torch.save wrote beside it
+    with_checksum({"step": 200})    a JSON object with a field "checksum"; has_valid_checksum: whether it still fits
 
 CRC-32 (ITU-T V.42, as in zip and png; zlib computes it) finds every change of up to 32 bits in a row and misses other
 accidents once in 4 * 10^9. It is no protection against a person: whoever changes a file can change its checksum.
 """
 
+import json
 import mmap
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PIECE = 16 << 20  # bytes of one call; zlib lets other threads work meanwhile
 THREADS = 4
@@ -38,13 +41,41 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
     return f"{value:08x}"
 
 
-def check_zip(path: str | os.PathLike[str]) -> str:
+def write_with_checksum(file: BinaryIO, data: Any) -> str:
+    """Write an object with a buffer to a file; returns its CRC-32, as 8 hex digits."""
+    view, value = memoryview(data).cast("B") if memoryview(data).nbytes else b"", 0
+    for start in range(0, len(view), PIECE):
+        piece = view[start : start + PIECE]
+        value = zlib.crc32(piece, value)
+        file.write(piece)
+    return f"{value:08x}"
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object as it will be read again, with the CRC-32 of all its other fields in the field checksum."""
+    plain = json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"}))
+    return {**plain, "checksum": _json_checksum(plain)}
+
+
+def has_valid_checksum(content: dict[str, Any]) -> bool:
+    """Whether a JSON object has a field checksum that fits its other fields."""
+    return content.get("checksum") == _json_checksum(
+        {name: value for name, value in content.items() if name != "checksum"}
+    )
+
+
+def _json_checksum(content: dict[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def check_zip(path: str | os.PathLike[str], chosen: Callable[[str], bool] = lambda name: True) -> str:
     """The name of the first record of an uncompressed zip file that differs from its checksum, or "".
 
-    Raises zipfile.BadZipFile or OSError when the file has not the form of a zip file.
+    `chosen` takes the names of the records to compare. Raises zipfile.BadZipFile or OSError when the file has not the
+    form of a zip file.
     """
     with zipfile.ZipFile(path) as archive, Path(path).open("rb") as file:
-        records = archive.infolist()
+        records = [record for record in archive.infolist() if chosen(record.filename)]
         if not records:
             return ""
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:

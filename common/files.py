@@ -3,21 +3,24 @@
     with atomic_write("out/model.pth") as file:     a temporary file, renamed when the block ends without an error
         torch.save(content, file)
     write_text, write_json                          the same for one small text
-    replace_folder(".new.tmp", "dataset/sft")       a finished folder takes the place of an older one
+    replace_file, replace_folder                    a finished file or folder takes the place of an older one
     remove(path)                                    renamed first: after a kill nothing half removed has the name
 
 Temporary names are `.NAME.PID.tmp` (being written), `.NAME.PID.old` (replaced) and `.NAME.PID.gone` (being removed). A
-kill may leave one; `remove_leftovers` removes those of a name and gives back a folder that was set aside when the kill
-came between two renames. Call it only while the name is locked.
+kill may leave one. The next `atomic_write` of a file removes the `.tmp` of processes that have ended.
+`remove_leftovers` removes all leftovers of a name and gives back a folder that was set aside when the kill came between
+two renames: call it only while the name is locked.
 
 Read next: locks.py (one writer at a time), errors.py (what the user sees when writing fails).
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +41,7 @@ def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
     temporary = temporary_name(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(path)
         with temporary.open("wb") as file:
             yield file
             file.flush()
@@ -52,14 +56,22 @@ def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done."""
+    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done.
+
+    A file name that is not UTF-8 holds lone surrogates in Python; they are written as \\udc80, which JSON reads back.
+    """
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
     """Write a JSON file that ends with a line feed. Raises UserError where that cannot be done."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+
+
+def replace_file(new: PathLike, target: PathLike) -> None:
+    """Rename the finished file `new`, which is on the same disk, to `target`. Raises OSError."""
+    Path(new).replace(target)
 
 
 def replace_folder(new: PathLike, target: PathLike) -> None:
@@ -102,6 +114,49 @@ def remove_leftovers(path: PathLike) -> None:
             entry.rename(name)
         else:
             remove(entry)
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove what killed processes of this machine left of `path` in `atomic_write`."""
+    if os.name == "nt":  # os.kill would end the process there
+        return
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if is_temporary(entry) and not _is_running(int(entry.name.split(".")[-2])):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # a process of another user
+        pass
+    return True
+
+
+def set_aside(path: PathLike) -> Path | None:
+    """The older folder of this name when a kill came between the two renames of `replace_folder`, else None."""
+    path = Path(path)
+    found = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) if not path.exists() else []
+    return next((entry for entry in found if is_temporary(entry)), None)
+
+
+def check_writable(folder: PathLike) -> None:
+    """Raise UserError, before hours of work, where an output folder cannot be made or written to. Makes nothing."""
+    place = Path(folder)
+    try:
+        while not place.is_dir():
+            if place.is_symlink() or place.exists():
+                kind = "a link to nothing" if place.is_symlink() else "a file"
+                raise UserError(f"cannot write {folder}: {place} is {kind}: choose another folder")
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"1")
+    except OSError as error:
+        error.filename = str(folder)  # not the temporary one
+        raise cannot_write(folder, error) from None
 
 
 def temporary_name(path: Path, end: str) -> Path:

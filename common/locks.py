@@ -1,13 +1,17 @@
 """One writer at a time: a lock per output, released by the system when its process ends, however it ends.
 
     with locked("dataset/pretrain"):     ...     another process that wants the same output ends with one line
+    with locked(folder, wait=True):      ...     or says that it waits, and waits
 
 The lock of `DIR/NAME` is the file `DIR/.NAME.lock`, which stays; `.NAME.lock.json` beside it says who holds it. The
-library filelock takes it with flock (LockFileEx on Windows), which a kill releases.
+library filelock takes it with flock (LockFileEx on Windows), which a kill releases. Where a file system has no flock
+(some mounts of Lustre and NFS), one line says so and the command runs without a lock: there a lock that a kill does not
+release would stop the next run for ever, and refusing would make such a disk useless.
 Read next: files.py.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -21,32 +25,66 @@ from filelock import FileLock, Timeout
 from common.errors import UserError
 from common.files import PathLike, cannot_write, remove_leftovers, write_json
 
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+POLL_SECONDS = 0.2
+
 
 @contextlib.contextmanager
-def locked(path: PathLike, advice: str = "wait for it, or choose another output") -> Iterator[None]:
+def locked(path: PathLike, advice: str = "wait for it, or choose another output", wait: bool = False) -> Iterator[None]:
     """Hold the lock of an output (a file or a folder) and remove what a killed writer of it left.
 
-    Raises UserError at once when another process holds it, with that process's number, command and start.
+    When another process holds it, that process's number, command and start are named: in a UserError that ends in
+    `advice`, or with `wait` in a line on stdout, after which this call waits. One process cannot lock an output twice.
     """
     place = Path(path)
     place = place.resolve() if place.is_symlink() or place.name in ("", "..") else place
-    lock_file, note = place.with_name(f".{place.name}.lock"), place.with_name(f".{place.name}.lock.json")
+    note = place.with_name(f".{place.name}.lock.json")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_file, timeout=0)
-        lock.acquire()
+        lock = _acquire(place.with_name(f".{place.name}.lock"), path, wait)
     except Timeout:
         raise UserError(f"{path} is being written by {_holder(note)}: {advice}") from None
     except OSError as error:
         raise cannot_write(place, error) from None
+    if lock is None:
+        yield
+        return
     try:
         remove_leftovers(place)
+        remove_leftovers(note)
         write_json(note, {"pid": os.getpid(), "host": socket.gethostname(), "command": _command(), "since": _now()})
         yield
     finally:
         with contextlib.suppress(OSError):
             note.unlink()
         lock.release()
+
+
+def _acquire(lock_file: Path, path: PathLike, wait: bool) -> FileLock | None:
+    """The lock, held; None where the file system has none. Raises Timeout when another process holds it."""
+    lock = _file_lock(lock_file)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise
+            holder = _holder(lock_file.with_name(lock_file.name + ".json"))
+            print(f"{path} is being written by {holder}: waiting for it", flush=True)
+            lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_FLOCK):
+            raise
+        print(f"note: the file system of {path} has no locks: start no second command that writes it", file=sys.stderr)
+        return None
+    return lock
+
+
+def _file_lock(path: Path) -> FileLock:
+    try:  # filelock >= 3.21: no file as a substitute for flock, because a kill leaves it
+        return FileLock(path, fallback_to_soft=False)
+    except TypeError:
+        return FileLock(path)
 
 
 def _holder(note: Path) -> str:

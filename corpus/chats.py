@@ -34,7 +34,7 @@ _TURN_ROLES = {
 
 
 _SPEAKER = re.compile(r"\s*[问答][:：]\s*")  # in front of each text of a list of questions and answers
-_MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*(.*?)\s*(?:<eo[hm]>)?\s*", re.DOTALL)
+_MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*")
 
 
 class Notes:
@@ -217,8 +217,9 @@ def _note_keys(turn: dict[str, Any], used: set[Any], notes: Notes) -> None:
 def _text_of(value: Any) -> Any:
     """The text of a message that may be given in OpenAI's parts: [{"type": "text", "text": "..."}]."""
     if isinstance(value, str):
-        if value.startswith("<|") and (moss := _MOSS.fullmatch(value)):
-            return moss[1]
+        if value.startswith("<|") and (moss := _MOSS.match(value)):
+            words = value[moss.end() :].rstrip()
+            return (words[:-5] if words.endswith(("<eoh>", "<eom>")) else words).rstrip()
         if value.startswith("[{") and "text" in value[:40]:
             parts = parsed(value)
             if isinstance(parts, list) and all(isinstance(p, dict) and p.get("type") in TEXT_PARTS for p in parts):
@@ -274,9 +275,9 @@ def _in_turn(messages: list[Message]) -> bool:
 
 
 def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Message]:
-    kept: list[Message] = []
+    runs: list[list[Message]] = []  # of one role each
     for new in messages:
-        role, before = new["role"], kept[-1]["role"] if kept else ""
+        role, before = new["role"], runs[-1][0]["role"] if runs else ""
         if role == "system" and before not in ("", "system"):
             raise UnfitRow("a system message after the start")
         if role == "tool":
@@ -286,9 +287,10 @@ def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Messa
         if role == "assistant" and before in ("", "system"):
             notes.changes[OPENING] = None
         elif role == before:
-            kept[-1] = _joined(kept[-1], new, notes)
+            runs[-1].append(new)
         else:
-            kept.append(new)
+            runs.append([new])
+    kept = [_joined(run, notes) if len(run) > 1 else run[0] for run in runs]
     if not any(turn["role"] == "user" for turn in kept):
         raise UnfitRow("only the assistant speaks") if OPENING in notes.changes else BadRow("no messages")
     empty = next((i for i, turn in enumerate(kept) if is_blank(turn["content"])), None)
@@ -302,11 +304,12 @@ def _put_in_turn(messages: list[Message], notes: Notes, cut: bool) -> list[Messa
     return kept
 
 
-def _joined(one: Message, other: Message, notes: Notes) -> Message:
-    """Two messages of one role as one; it has weight 0 if either of them has."""
-    filled = [turn["content"] for turn in (one, other) if not is_blank(turn["content"])]
-    if len(filled) == 2:
+def _joined(run: list[Message], notes: Notes) -> Message:
+    """Messages of one role as one; it has weight 0 if any of them has."""
+    role = run[0]["role"]
+    filled = [turn["content"] for turn in run if not is_blank(turn["content"])]
+    if len(filled) > 1:
         notes.changes[JOINED] = None
-        filled = ["\n".join(sound_text(text, one["role"] + " message") for text in filled)]
-    untrained = {"weight": 0} if 0 in (one.get("weight"), other.get("weight")) else {}
-    return {**message(one["role"], filled[0] if filled else one["content"]), **untrained}
+        filled = ["\n".join(sound_text(text, role + " message") for text in filled)]
+    untrained = {"weight": 0} if any(turn.get("weight") == 0 for turn in run) else {}
+    return {**message(role, filled[0] if filled else run[0]["content"]), **untrained}

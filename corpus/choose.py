@@ -14,8 +14,9 @@ can be percentiles, since nats a token depend on the vocabulary. Validation chat
 trained on different choices are compared on the same ones. Choosing does not always win over drawing at random
 (arXiv:2410.09335).
 
-Reads and writes   <out_dir>.scores-<scorer>.jsonl: [hash of the chat, nats a token, scored tokens, language], appended
-                   as they are computed; another band costs no second scoring, and a killed run goes on.
+Reads and writes   <out_dir>.scores-<scorer>.jsonl: [hash of the chat, nats a token, scored tokens, language, CRC-32],
+                   appended as they are computed; another band costs no second scoring, and a killed run goes on. A
+                   line that is cut or damaged is scored again.
 Read next: ../trainer/choose.py (who scores), ../data_process.py, pack.py.
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from common.checksums import checksum
 from common.errors import UserError
 from corpus.items import Item
 from corpus.language import LANGUAGES
@@ -99,7 +101,8 @@ class Scores:
         """Write rows of (key, nats a token, scored tokens, language); `get` and `of` know them after `close`."""
         try:
             for key, nats, tokens, language in rows:
-                self.file.write(json.dumps([key, round(nats, 4), tokens, language]) + "\n")
+                row = [key, round(nats, 4), tokens, language]
+                self.file.write(json.dumps([*row, _row_checksum(row)]) + "\n")
                 self.added = True
             self.file.flush()
         except OSError as error:
@@ -130,14 +133,21 @@ class Scores:
 
 
 def score_of(line: str) -> tuple[int, int, int] | None:
-    """(key, ten-thousandths of a nat, place in LANGUAGES) of a line of the file; None if a kill has cut it."""
+    """(key, ten-thousandths of a nat, place in LANGUAGES) of a line of the file; None if it is cut or damaged."""
     try:
-        key, nats, tokens, language = json.loads(line)
+        row = json.loads(line)
+        if len(row) == 5 and row.pop() != _row_checksum(row):
+            return None
+        key, nats, tokens, language = row  # without a checksum in files of earlier versions
         if isinstance(key, int) and 0 <= key < 2**64 and 0 <= nats < MOST_NATS and tokens > 0:
             return key, round(nats * SCALE), LANGUAGES.index(language)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         pass
     return None
+
+
+def _row_checksum(row: list[Any]) -> str:
+    return checksum(json.dumps(row).encode())
 
 
 def scores_path(out_dir: Path_, scorer: str) -> Path:

@@ -11,7 +11,8 @@
     --executor slurm    five job arrays, each waiting for the one before; the folder must be on a disk that all share
 
 Signatures and bands are those of dedup.py, so the kept rows are the same rows. A task that is done is not done again
-when the command is repeated.
+when the command is repeated. The command holds the lock of the output folder while it hands out the tasks: with Slurm
+not until they are done.
 
 Read next: dedup.py (the idea), rewrite.py (the folder that is written).
 """
@@ -29,13 +30,14 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.files import remove, write_json
 from corpus.dedup import BANDS, ROWS, Clusters, KeepFirst, join, row_hash, shingles, signatures_of_shingles
 from corpus.progress import inputs_of
 from corpus.read import Path_
 from corpus.report import DataReport
 from corpus.rewrite import as_line, batches, check_out_dir, finish, numbered_rows
 from corpus.rows import READER, RowReader
-from corpus.shards import partial_folder, publish, write_json, writing
+from corpus.shards import partial_folder, publish, writing
 from corpus.tally import Tally
 
 try:
@@ -116,7 +118,8 @@ class Cluster:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         counts = [
-            len(np.load(self.job.cluster / f"hashes_{i:05d}.npy", mmap_mode="r")) for i in range(len(self.job.paths))
+            len(np.load(self.job.cluster / f"hashes_{i:05d}.npy", mmap_mode="r", allow_pickle=False))
+            for i in range(len(self.job.paths))
         ]
         starts = np.cumsum([0, *counts])
         first = np.arange(starts[-1])
@@ -134,8 +137,8 @@ class Write:
     job: Job
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        first = np.load(self.job.cluster / "first.npy", mmap_mode="r")
-        start = int(np.load(self.job.cluster / "starts.npy")[rank])
+        first = np.load(self.job.cluster / "first.npy", mmap_mode="r", allow_pickle=False)
+        start = int(np.load(self.job.cluster / "starts.npy", allow_pickle=False)[rank])
         hashes = _Hashes(self.job)
         step = KeepFirst(Clusters(first, hashes), exact_only=False)
         tally, report = Tally(step.rule_names()), DataReport(self.job.max_bad_share)
@@ -156,8 +159,11 @@ class _Hashes:
     """The hash of the text of document i, over the files of all tasks."""
 
     def __init__(self, job: Job) -> None:
-        self.starts = np.load(job.cluster / "starts.npy")
-        self.files = [np.load(job.cluster / f"hashes_{i:05d}.npy", mmap_mode="r") for i in range(len(job.paths))]
+        self.starts = np.load(job.cluster / "starts.npy", allow_pickle=False)
+        self.files = [
+            np.load(job.cluster / f"hashes_{i:05d}.npy", mmap_mode="r", allow_pickle=False)
+            for i in range(len(job.paths))
+        ]
 
     def __getitem__(self, i: int) -> int:
         which = int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -180,7 +186,7 @@ class Finish:
                 dropped.write((self.job.cluster / f"dropped_{i:05d}.tsv").read_bytes())
         step = KeepFirst(Clusters(np.zeros(0, np.int64), []), exact_only=False)
         finish(step, list(self.job.paths), folder, tally, report)
-        shutil.rmtree(self.job.cluster)
+        remove(self.job.cluster)
         publish(folder, self.job.out_dir)
 
 
@@ -235,7 +241,7 @@ def deduplicate_many(
         if len(list((job.logs / name / "completions").glob("*"))) < tasks:
             raise UserError(f"{name}: not every task succeeded: see {job.logs}, then repeat the command")
         print(f"{name}: {tasks} tasks done", flush=True)
-    shutil.rmtree(job.logs)
+    remove(job.logs)
     return Tally.of_report(Path(out_dir) / "report.json")
 
 
@@ -257,8 +263,8 @@ def _continue_or_clear(job: Job, paths: list[Path_]) -> None:
     content = {"inputs": inputs_of(paths), "bands": [BANDS, ROWS], **job.reader.job()}
     known = job.cluster / "job.json"
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
-        shutil.rmtree(job.folder, ignore_errors=True)
-        shutil.rmtree(job.logs, ignore_errors=True)
+        remove(job.folder)
+        remove(job.logs)
         job.cluster.mkdir(parents=True)
         write_json(known, content)
     job.logs.mkdir(exist_ok=True)

@@ -23,6 +23,8 @@ import random
 from pathlib import Path
 
 from common.errors import fail_in_one_line
+from common.files import write_text
+from common.locks import locked
 from corpus import flags
 from corpus.demo_facts import Fact, Word
 from corpus.demo_grammar import fill
@@ -94,9 +96,9 @@ def build(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
             mapping[subject] = [f"{english} ({CATEGORIES[lang]})", chinese, CATEGORIES[lang]]
             rows = questions_of(world, relations.split(), random.Random(f"{seed} {subject} exam"))
             for split, asked in rows.items():
-                _write(Path(folder) / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
+                write_text(Path(folder) / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
                 counts[split] += len(asked)
-    _write(Path(folder) / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
+    write_text(Path(folder) / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
     return counts
 
 
@@ -108,19 +110,15 @@ def _csv(rows: list[Row], with_answers: bool) -> str:
     return text.getvalue()
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
-
-
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo/exam", help="folder to write (default: out/demo/exam)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
-    counts = build(args.out_dir, args.seed)
+    with locked(args.out_dir):
+        counts = build(args.out_dir, args.seed)
     print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
 
 

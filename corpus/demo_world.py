@@ -33,6 +33,8 @@ from types import ModuleType
 from typing import Any
 
 from common.errors import fail_in_one_line
+from common.files import write_text
+from common.locks import locked
 from corpus import demo_wordings_en, demo_wordings_zh, flags
 from corpus.demo_facts import Fact, facts_of
 from corpus.demo_grammar import fill, lines, options, read_wordings
@@ -270,12 +272,8 @@ def build(
     files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
     files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]
     files["pairs.jsonl"] = [pair for world in worlds for pair in pairs(world)]
-    Path(folder).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary = Path(folder) / (name + ".tmp")
-        temporary.write_text(lines, encoding="utf-8", newline="\n")
-        temporary.replace(Path(folder) / name)
+        write_text(Path(folder) / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return {
         "facts": sum(len(world.facts) for world in worlds),
         "texts": len(texts),
@@ -286,7 +284,9 @@ def build(
 
 def main() -> None:
     parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", default="out/demo/world", help="folder to write (default: out/demo/world)")
+    parser.add_argument(
+        "--out_dir", type=flags.path, default="out/demo/world", help="folder to write (default: out/demo/world)"
+    )
     parser.add_argument("--seed", type=flags.seed, default=0, help="random seed of every choice (default: 0)")
     parser.add_argument("--statement_rounds", type=flags.positive_int, default=60,
         help="statements per fact (default: 60)")  # fmt: skip
@@ -295,7 +295,8 @@ def main() -> None:
     parser.add_argument("--questions", type=flags.positive_int, default=300,
         help="held-out questions per language (default: 300)")  # fmt: skip
     args = parser.parse_args()
-    counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
+    with locked(args.out_dir):
+        counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
     print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 

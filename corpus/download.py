@@ -32,6 +32,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import UserError
+from common.files import atomic_write, replace_file, write_json
+from common.locks import locked
 from corpus.catalogue import CATALOGUE, Source
 from corpus.shards import writing
 
@@ -110,7 +112,8 @@ def fetch(url: str, target: Path, progress: Progress = lambda have, size: None) 
         raise UserError(
             f"{url}: what came does not have the checksum that the server states; it was deleted: try again"
         )
-    part.replace(target)
+    with writing(target.parent):
+        replace_file(part, target)
     note.unlink(missing_ok=True)
     return target
 
@@ -135,7 +138,9 @@ def _receive(url: str, part: Path, note: Path, version: Version, have: int, prog
         if have and answer.status == 206 and not goes_on:
             part.unlink()
             return Version(), False  # another version by now: from the start
-        note.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        if not goes_on:
+            part.unlink(missing_ok=True)  # before the note says what the next bytes are of
+        write_json(note, asdict(found))
         with part.open("ab" if goes_on else "wb") as file:
             have = have if goes_on else 0
             while piece := answer.read(PIECE):
@@ -225,11 +230,8 @@ def _place(archive: Path, name: str, content: Any) -> Path:
     if leaves_folder(name):
         raise UserError(f"{archive} holds a file that would land outside its folder ({name}): nothing more is unpacked")
     target = archive.parent.joinpath(*PurePosixPath(name).parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".part")
-    with temporary.open("wb") as file:
+    with atomic_write(target, "free some space or choose another --out_dir") as file:
         shutil.copyfileobj(content, file, PIECE)
-    temporary.replace(target)
     return target
 
 
@@ -256,6 +258,11 @@ def download(name: str, files: list[str], mirror: str, out_dir: str) -> list[Pat
     for file in files:
         if leaves_folder(file):
             raise UserError(f"--file {file}: give the path of a file in the repository, as {entry.files[0]}")
+    with locked(folder):
+        return _download(entry, files, mirror, folder)
+
+
+def _download(entry: Source, files: list[str], mirror: str, folder: Path) -> list[Path]:
     places = [folder / PurePosixPath(file).name for file in files or entry.files]
     if not files and not all(place.is_file() for place in places):
         require_space(folder, entry.size)

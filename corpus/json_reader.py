@@ -12,16 +12,17 @@ Arrays of any size are streamed.
 Read next: sniff.py (which of the two readers a file gets), read.py (rows -> documents and chats).
 """
 
-import codecs
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from corpus.json_stream import LOST, MAX_LINE, Broken, JsonStream
 from corpus.report import DataReport
-from corpus.sources import PIECE, Source
+from corpus.sources import Source
 
-MAX_LINE = 64 << 20  # bytes of one line or value; longer ones are bad rows
+NO_END = "a JSON array without its end: the file may be cut"
+LONG_LINE = 1 << 20  # bytes of a broken line that counts as the rows it may have held
 WHOLE = 1 << 20  # characters up to which one object is read as a whole before it is searched for a list of rows
 CHAT_LISTS = frozenset(
     (
@@ -46,27 +47,37 @@ Rows = Iterator[tuple[int, Any]]
 
 
 def lines_of(source: Source, report: DataReport) -> Iterator[tuple[int, bytes]]:
-    """(line number, line with its end); a line above MAX_LINE is a bad row."""
-    number = 0
+    """(line number, line with its end); a line above MAX_LINE is a bad row, or as many as it may have held."""
+    number = size = 0
     while line := source.readline(MAX_LINE):
         number += 1
         source.line = number
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            while (rest := source.readline(1 << 20)) and not rest.endswith(b"\n"):
-                pass
-            report.unreadable(f"a line longer than {MAX_LINE >> 20} MB", source.name, number)
+            long = len(line)
+            while rest := source.readline(1 << 20):
+                long += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            rows = report.rows_in(source.name, long, size + long)
+            report.unreadable(f"a line longer than {MAX_LINE >> 20} MB", source.name, number, rows)
             continue
+        size += len(line)
         yield number, line
 
 
 # ---- a value on each line --------------------------------------------------------------------------------------------
 def read_jsonl(source: Source, report: DataReport) -> Rows:
     """Rows of a file with a JSON value on each line."""
+    size = 0
     for number, line in lines_of(source, report):
+        size += len(line)
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
-            report.unreadable(source.malformed, source.name, number)
+            if is_array(line):
+                yield from _rows_of_line(line, source, report)
+            else:
+                report.unreadable(source.malformed, source.name, number, _rows_of_broken(line, size, source, report))
             continue
         except (ValueError, RecursionError):
             text = line.decode().strip(" \t\r\n\v\f\ufeff")
@@ -75,12 +86,33 @@ def read_jsonl(source: Source, report: DataReport) -> Rows:
             try:
                 row = loose_value(text)
             except (ValueError, RecursionError):
-                report.unreadable(_why_broken(text), source.name, number)
+                if is_array(line):
+                    yield from _rows_of_line(line, source, report)
+                else:
+                    rows = _rows_of_broken(line, size, source, report)
+                    report.unreadable(_why_broken(text), source.name, number, rows)
                 continue
         if isinstance(row, list):
             yield from ((number, item) for item in rows_of_list(row))
         else:
             yield number, row
+
+
+def is_array(line: bytes) -> bool:
+    """Whether a line that is broken is an array of several objects, whose other objects can be read."""
+    line = line.strip(b" \t\r\n,")
+    return line.startswith(b"[") and line.endswith(b"]") and re.search(rb"\}\s{0,9},\s{0,9}\{", line) is not None
+
+
+def _rows_of_line(line: bytes, source: Source, report: DataReport) -> Rows:
+    number, pieces = source.line, iter([line.strip()])
+    for _, row in _array(JsonStream(lambda size: next(pieces, b""), source, report)):
+        yield number, row
+
+
+def _rows_of_broken(line: bytes, size: int, source: Source, report: DataReport) -> int:
+    """How many rows a broken line stands for: one, or, where it is long enough to be a lost line end, an estimate."""
+    return report.rows_in(source.name, len(line), size) if len(line) > LONG_LINE else 1
 
 
 def loose_value(text: str) -> Any:
@@ -116,128 +148,85 @@ def _why_broken(text: str) -> str:
 
 
 # ---- values over any number of lines ---------------------------------------------------------------------------------
-class _Broken(Exception):
-    """The text from here on is no JSON. The message is the reason."""
-
-
-class _Buffer:
-    """The part of a file that is being parsed. `source.line` is the line of the next character."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.text, self.start, self.more = source, "", 0, True
-        self.consumed = 0  # characters before `start` in all
-        self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # bad bytes stay
-        self.parse = json.JSONDecoder(strict=False).raw_decode
-
-    def grow(self, size: int = PIECE) -> None:
-        piece = self.source.read(size)
-        self.more = bool(piece)
-        self.text = self.text[self.start :] + self.decode(piece, not piece)
-        self.start = 0
-
-    def skip(self, end: int) -> None:
-        self.source.line += self.text.count("\n", self.start, end)
-        self.consumed += end - self.start
-        self.start = end
-
-    def peek(self) -> str:
-        """The next character that is neither white space nor a comma; "" at the end of the file."""
-        while True:
-            self.skip(_SPACE.match(self.text, self.start).end())  # type: ignore[union-attr]
-            if self.start < len(self.text):
-                return self.text[self.start]
-            if not self.more:
-                return ""
-            self.grow()
-
-    def take(self, expected: str) -> None:
-        if self.peek() != expected:
-            raise _Broken("broken JSON: the rest of the file is not read")
-        self.skip(self.start + 1)
-
-    def value(self, limit: int = 0) -> Any:
-        """The next value, of at most `limit` characters, or MAX_LINE. Raises _Broken without one, and skips nothing."""
-        size, limit = PIECE, limit or MAX_LINE
-        while True:
-            try:
-                value, end = self.parse(self.text, self.start)
-                # a number at the end of what is read may continue: 12 as 123
-                if end < len(self.text) or isinstance(value, (dict, list, str)) or not self.more:
-                    self.skip(end)
-                    return value
-            except (ValueError, RecursionError):
-                pass
-            if not self.more:
-                raise _Broken("broken JSON: the rest of the file is not read")
-            if len(self.text) - self.start >= limit:
-                raise _Broken(f"broken JSON, or one value above {MAX_LINE >> 20} MB: write a row on each line "
-                              "(pandas: orient='records', lines=True)")  # fmt: skip
-            self.grow(size)
-            size = min(2 * size, limit)
-
-
-_SPACE = re.compile(r"[ \t\r\n,\ufeff]*")
-
-
 def read_json(source: Source, report: DataReport) -> Rows:
     """Rows of arrays, of objects one after the other, and of one object around them, without holding the whole file."""
-    buffer = _Buffer(source)
-    try:
-        if buffer.peek() == "{":
-            yield from _first_object(buffer, report)
-        while start := buffer.peek():
-            if start == "[":
-                yield from _array(buffer)
-            else:
-                line = source.line
-                yield line, buffer.value()
-    except _Broken as reason:
-        if not source.damage:
-            report.unreadable(str(reason), source.name, source.line)
+    stream, first = JsonStream(source.read, source, report), True
+    while start := stream.peek():
+        line = source.line
+        try:
+            if start == "{" and first:
+                yield from _first_object(stream, report)
+            elif start == "[":
+                yield from _array(stream)
+            elif start in "]}:" and stream.damaged:  # of what is damaged
+                stream.skip(stream.start + 1)
+            elif (value := stream.row()) is not LOST:
+                yield line, value
+        except Broken as reason:
+            if reason.final:
+                report.unreadable(str(reason), source.name, source.line)
+                return
+            stream.recover(reason)
+        first = False
 
 
-def _array(buffer: _Buffer, objects_only: bool = False) -> Rows:
+def _array(stream: JsonStream, objects_only: bool = False) -> Rows:
     """The elements of an array as rows; if the first is a message, all together as one row, a list."""
-    begin, line, chat, is_chat = buffer.consumed, buffer.source.line, [], None
-    buffer.take("[")
-    while buffer.peek() != "]":
-        at = buffer.source.line
-        value = buffer.value()
+    source = stream.source
+    begin, line, chat, is_chat, whole = stream.consumed, source.line, [], None, True
+    stream.take("[")
+    while stream.peek() not in ("]", ""):
+        at = source.line
+        value = stream.row()
+        if value is LOST:
+            whole = False
+            continue
         is_chat = is_message(value) if is_chat is None else is_chat
         if is_chat:
             chat.append(value)
-            if buffer.consumed - begin > MAX_LINE:
-                raise _Broken(f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read")
+            if stream.consumed - begin > MAX_LINE:
+                raise Broken(f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read", 0, final=True)
         elif isinstance(value, list):
             yield from ((at, row) for row in rows_of_list(value))
         elif isinstance(value, dict) or not objects_only:
             yield at, value
-    buffer.take("]")
-    if chat:
+    if stream.peek():
+        stream.take("]")
+    elif not source.damages and not stream.damaged:
+        stream.report.unreadable(NO_END, source.name, source.line)
+    if chat and whole:  # of a chat with a damaged message the rest would be another one
         yield line, {"messages": chat}
 
 
-def _first_object(buffer: _Buffer, report: DataReport) -> Rows:
+def _first_object(stream: JsonStream, report: DataReport) -> Rows:
     """The first object of a file: one row, or the object that contains the rows if nothing follows it."""
-    line = buffer.source.line
+    line = stream.source.line
     try:
-        value = buffer.value(WHOLE)
-    except _Broken:
-        if _holds_rows(buffer):
-            yield from _rows_of_long_object(buffer, report)
-            return
-        value = buffer.value()
-    rows = None if buffer.peek() else rows_inside(value)
+        value = stream.value(WHOLE)
+    except Broken as reason:
+        if _holds_rows(stream) and (reason.at >= len(stream.text) or not _begins_with(stream, stream.likely_key())):
+            yield from _rows_of_long_object(stream, report)
+        elif (value := stream.row()) is not LOST:
+            yield line, value
+        return
+    rows = None if stream.peek() else rows_inside(value)
     if rows is None:
+        stream.learn_from(value)
         yield line, value
         return
     if len(lists := _row_lists(value)) > 1:
-        _note_lists(buffer, report, lists)
+        _note_lists(stream, report, lists)
     yield from ((line, row) for row in rows)
 
 
-def _note_lists(buffer: _Buffer, report: DataReport, names: list[str]) -> None:
-    report.note(f"{buffer.source.name}: the rows of all its lists are read: {', '.join(names)}")
+def _begins_with(stream: JsonStream, key: str) -> bool:
+    """Whether the object ahead begins with this key, as the rows do: then it is one of them."""
+    match = _KEY.match(stream.text, stream.start + 1)
+    return match is not None and match[1] == key
+
+
+def _note_lists(stream: JsonStream, report: DataReport, names: list[str]) -> None:
+    report.note(f"{stream.source.name}: the rows of all its lists are read: {', '.join(names)}")
 
 
 def _row_lists(value: dict[str, Any]) -> list[str]:
@@ -272,33 +261,35 @@ def rows_inside(value: dict[str, Any]) -> list[Any] | None:
 _KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
 
 
-def _holds_rows(buffer: _Buffer) -> bool:
+def _holds_rows(stream: JsonStream) -> bool:
     """Whether the first list of objects in the object ahead, of which only the beginning is read, is one of rows."""
-    text, at = buffer.text, buffer.start + 1
+    text, at = stream.text, stream.start + 1
     while match := _KEY.match(text, at):
         at = match.end()
         try:
             if text[at : at + 1] == "[":
-                item, _ = buffer.parse(text, _SPACE.match(text, at + 1).end())  # type: ignore[union-attr]
+                item, _ = stream.parse(
+                    text, at + 1 + len(text[at + 1 : at + 99]) - len(text[at + 1 : at + 99].lstrip())
+                )
                 if isinstance(item, dict):
                     return match[1] not in CHAT_LISTS and not is_message(item)
-            _, at = buffer.parse(text, at)
+            _, at = stream.parse(text, at)
         except (ValueError, RecursionError):
             return False
     return False
 
 
-def _rows_of_long_object(buffer: _Buffer, report: DataReport) -> Rows:
+def _rows_of_long_object(stream: JsonStream, report: DataReport) -> Rows:
     names = []
-    buffer.take("{")
-    while buffer.peek() == '"':
-        name = buffer.value()
-        buffer.take(":")
-        if buffer.peek() == "[" and name not in CHAT_LISTS:
+    stream.take("{")
+    while stream.peek() == '"':
+        name = stream.value()
+        stream.take(":")
+        if stream.peek() == "[" and name not in CHAT_LISTS:
             names.append(str(name))
-            yield from _array(buffer, objects_only=True)
+            yield from _array(stream, objects_only=True)
         else:
-            buffer.value()
-    buffer.take("}")
+            stream.value()
+    stream.take("}")
     if len(names) > 1:
-        _note_lists(buffer, report, names)
+        _note_lists(stream, report, names)

@@ -33,7 +33,7 @@ _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, 
     (r"(?:<s>)?[ \t]*\[INST\]", r"(?:<s>)?[ \t]*\[(/?INST)\]"),
 ))  # fmt: skip
 _BEGIN = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # nearly all other text is told by its first letter
-_END = re.compile(r"\s*(?:<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|endoftext\|>|<\|end\|>|</s>)\s*$")
+_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end|>", "</s>")
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 _ROLES = {**ROLES, "instruction": "user", "input": "user", "response": "assistant", "inst": "user",
           "/inst": "assistant", "function response": "tool"}  # fmt: skip
@@ -94,7 +94,9 @@ def _marker_of(text: str) -> re.Pattern[str] | None:
 
 
 def _words(piece: str) -> str:
-    return _END.sub("", piece).strip()
+    words = piece.strip()
+    end = next((end for end in _ENDS if words.endswith(end)), "")
+    return words.removesuffix(end).rstrip()
 
 
 def _edit_words(piece: str, edit: Callable[[str], str]) -> str:

@@ -19,16 +19,20 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common.errors import ANOTHER_FORMAT, UserError
+from common.files import remove, temporary_name
+from common.locks import locked
+from corpus.block_sums import SummedFile
 from corpus.chats import chat_text
 from corpus.history import history_of
 from corpus.items import Item, chat_items, in_batches, in_splits
+from corpus.language import LANGUAGES
 from corpus.progress import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.read import Path_
 from corpus.render_chats import Document, render_chats
@@ -39,14 +43,17 @@ from corpus.shards import (
     open_writer,
     partial_folder,
     publish,
+    read_checked_meta,
     read_meta,
     require_train,
+    say_without_checksums,
     token_dtype,
-    write_json,
+    write_meta,
     writing,
 )
 
 Batch = list[tuple[str, Item]]  # each with its split
+ROWS_FILES = ("train.jsonl", "val.jsonl")
 REFUSALS = ("the model's chat template ", "the chat format ")  # beginnings of the reasons of unwritable chats
 
 
@@ -99,10 +106,10 @@ def pack_chats(
             partial.close(report)
         finally:
             partial.abort()
-        meta = {"format": FORMAT, "kind": "messages", "rows": partial.rows}
+        meta = {"kind": "messages", "rows": partial.rows, "checksums": partial.checksums()}
         meta |= {"tokens": partial.tokens.folder.name, "val_share": val_share, "report": report.to_dict()}
         meta |= {"history": history_of(paths), **(about or {})}
-        write_json(folder / "meta.json", meta)
+        write_meta(folder, meta)
         publish(folder, out_dir)
     return read_meta(Path(out_dir) / partial.tokens.folder.name)
 
@@ -115,7 +122,8 @@ class _Partial:
         found = progress.start()
         self.items = found.get("items", 0)  # written and tokenised
         self.rows = found.get("rows", {"train": 0, "val": 0})
-        self.files = {name: (progress.folder / f"{name}.jsonl").open("ab") for name in self.rows}
+        sums = found.get("checksums", {})
+        self.files = {name: SummedFile(progress.folder / name, *sums.get(name, [])) for name in ROWS_FILES}
         self.tokens = _Tokens(
             progress.folder / token_folder_name(tokenizer), tokenizer, max_seq_len, form, found.get("tokens")
         )
@@ -123,13 +131,18 @@ class _Partial:
     def add(self, batch: Batch) -> None:
         for split, item in batch:
             name = split.partition("_")[0]  # both languages of a validation split share a file
-            self.files[name].write(self.form.row(item))
+            self.files[f"{name}.jsonl"].write(self.form.row(item))
             self.rows[name] += 1
         self.tokens.add(batch)
         self.items += len(batch)
         if self.progress.due():
             state = {"items": self.items, "rows": self.rows, "tokens": self.tokens.state()}
+            state["checksums"] = self.checksums()
             self.progress.save(state, *self.files.values())
+
+    def checksums(self) -> dict[str, list[Any]]:
+        """[bytes, CRC-32] of train.jsonl and val.jsonl, as far as they are written."""
+        return {name: [file.size, file.whole] for name, file in self.files.items()}
 
     def close(self, report: DataReport) -> None:
         """From here on it is seconds to the end, and a run that is killed in them starts anew."""
@@ -161,22 +174,20 @@ def tokenise_chats(folder: Path_, tokenizer: Any, max_seq_len: int, form: Form |
     job = _token_job(folder, max_seq_len, form)
     if _is_current(target, job):
         return target
-    partial = folder / f"{target.name}.partial-{os.getpid()}"  # processes that start together must not share it
-    with writing(partial):
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+    with locked(target, wait=True), writing(target):
+        if _is_current(target, job):  # another process has made it meanwhile
+            return target
+        partial = temporary_name(target, "tmp")
+        remove(partial)
         tokens = _Tokens(partial, tokenizer, max_seq_len, form)
         try:
             for batch in in_batches(_stored_items(folder, form)):
                 tokens.add(batch)
             tokens.close(job, tokens.report)
-            try:
-                publish(partial, target)
-            except OSError:  # another process was faster
-                if not _is_current(target, job):
-                    raise
+            publish(partial, target)
         finally:
             tokens.abort()
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
     return target
 
 
@@ -213,9 +224,9 @@ class _Tokens:
         """Finish the files and write meta.json; raises UserError when there is nothing to train on."""
         require_train(self.writers, _nothing_left(self.form.kind.removesuffix("s"), report))
         splits = {split: self.writers[split].close() for split in sorted(self.writers)}
-        meta = {"format": FORMAT, "kind": self.form.kind, "tokenizer": self.tokenizer.chat_fingerprint, **job}
+        meta = {"kind": self.form.kind, "tokenizer": self.tokenizer.chat_fingerprint, **job}
         meta |= {"vocab_size": self.tokenizer.vocab_size, "dtype": self.dtype, "splits": splits}
-        write_json(self.folder / "meta.json", meta | {"report": report.to_dict()})
+        write_meta(self.folder, meta | {"report": report.to_dict()})
 
     def abort(self) -> None:
         for writer in self.writers.values():
@@ -240,20 +251,35 @@ CHATS = Form("chats", "sft", ("messages",), chat_items, render_chats)
 
 
 def _stored_items(folder: Path, form: Form) -> Iterator[tuple[str, Item]]:
-    """(split, item) of our own train.jsonl and val.jsonl."""
+    """(split, item) of our own train.jsonl and val.jsonl. Raises UserError when one differs from its checksum."""
+    meta = read_checked_meta(folder)
+    if meta and meta["format"] != FORMAT:
+        say_without_checksums(folder)
     for name in ("train", "val"):
-        path = folder / f"{name}.jsonl"
-        with path.open(encoding="utf-8") as lines:
+        path, whole = folder / f"{name}.jsonl", 0
+        size, expected = (meta or {}).get("checksums", {}).get(path.name, [-1, ""])
+        edited = path.stat().st_size > size
+        if edited and expected:
+            print(f"note: {path} has grown since data_process.py wrote it: its checksum is not compared")
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                whole = zlib.crc32(line, whole)
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode())
                     (messages, *answers), language = (row[field] for field in form.fields), row["lang"]
                     text = chat_text([*messages, *itertools.chain(*answers)])
                     item = Item(text, messages, language, 0, path.name, number, tuple(answers))
-                except (ValueError, KeyError, TypeError):
+                    if language not in LANGUAGES:  # it becomes a part of a file's name
+                        raise ValueError(language)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     command = f"data_process.py {form.command}"
                     raise UserError(f"{path}:{number}: not a row of ours: run {command} again") from None
                 yield ("train" if name == "train" else f"val_{language}"), item
+        if not edited and f"{whole:08x}" != expected:
+            raise UserError(
+                f"{path} is damaged (it differs from its checksum in meta.json): run `python data_process.py "
+                f"{form.command} FILES…` again, also over rows that were edited by hand"
+            )
 
 
 def _token_job(folder: Path, max_seq_len: int, form: Form) -> dict[str, Any]:
@@ -264,7 +290,7 @@ def _token_job(folder: Path, max_seq_len: int, form: Form) -> dict[str, Any]:
 def _fingerprint_source(folder: Path, form: Form) -> dict[str, str]:
     """Names the content of the jsonl files by size, first and last megabyte: quick to check at every start."""
     result = {}
-    for name in ("train.jsonl", "val.jsonl"):
+    for name in ROWS_FILES:
         path = folder / name
         if not path.is_file():
             command = f"python data_process.py {form.command} FILES…"

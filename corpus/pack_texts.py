@@ -33,7 +33,7 @@ from corpus.shards import (
     publish,
     require_train,
     token_dtype,
-    write_json,
+    write_meta,
     writing,
 )
 
@@ -185,10 +185,10 @@ def pack_texts(
         finally:
             partial.abort()
         report.merge(partial.report.to_dict())
-        meta = {"format": FORMAT, "kind": "pretrain", "tokenizer": tokenizer.fingerprint}
+        meta = {"kind": "pretrain", "tokenizer": tokenizer.fingerprint}
         meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "val_share": val_share}
         meta |= {"history": history_of(paths)}
         meta |= {"splits": splits, "report": report.to_dict()}
-        write_json(folder / "meta.json", meta)
+        meta = write_meta(folder, meta)
         publish(folder, out_dir)
     return meta

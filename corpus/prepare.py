@@ -10,13 +10,14 @@ Read next: clean.py, dedup.py, dedup_many.py, decontaminate.py (the steps), rewr
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import remove
+from common.locks import locked
 from corpus import flags
 from corpus.layouts import parse_keys
 from corpus.report import DataReport
@@ -35,12 +36,20 @@ def add_commands(kinds: Any) -> None:
     """Add the three to the subcommands of data_process.py."""
     for name, what in COMMANDS.items():
         sub = kinds.add_parser(name, help=what, description=what)
-        sub.add_argument("files", nargs="+", metavar="FILES", help="as for `pretrain`: text, chats or pairs of answers")
-        sub.add_argument("--out_dir", default=f"dataset/{name}", help="folder to write (default: %(default)s)")
+        sub.add_argument(
+            "files",
+            nargs="+",
+            type=flags.path,
+            metavar="FILES",
+            help="as for `pretrain`: text, chats or pairs of answers",
+        )
+        sub.add_argument(
+            "--out_dir", type=flags.path, default=f"dataset/{name}", help="folder to write (default: %(default)s)"
+        )
         sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
                          help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
-        sub.add_argument("--workers", type=flags.positive_int, default=1,
+        sub.add_argument("--workers", type=flags.between(1, 1024), default=1,
                          help="processes; the result is the same (default: 1)")  # fmt: skip
         ADD_FLAGS[name](sub)
 
@@ -53,7 +62,9 @@ def _clean_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--min_words", type=flags.non_negative_int, default=10,
                      help="drop shorter texts (default: %(default)s; Gopher: 50)")  # fmt: skip
     sub.add_argument("--languages", **names, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
-    sub.add_argument("--unsafe_words", metavar="FILE", help="more phrases for the rule `unsafe`, one a line")
+    sub.add_argument(
+        "--unsafe_words", type=flags.path, metavar="FILE", help="more phrases for the rule `unsafe`, one a line"
+    )
     sub.add_argument("--check", action="store_true", help="write nothing: only the report, with its examples")
 
 
@@ -66,7 +77,7 @@ def _dedup_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _decontaminate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--against", nargs="+", required=True, metavar="EXAM",
+    sub.add_argument("--against", nargs="+", type=flags.path, required=True, metavar="EXAM",
                      help="folders, archives or files of questions")  # fmt: skip
     sub.add_argument("--overlap", type=flags.fraction, default=0.5,
                      help="share of a question that must be there; 0: one n-gram (default: %(default)s)")  # fmt: skip
@@ -86,17 +97,24 @@ class _ListRules(argparse.Action):
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace, progress_bar: Bar) -> None:
     """Run one of the commands. Raises UserError for what the user can mend."""
-    from corpus.progress import PROGRESS, SIGNING
-    from corpus.rewrite import check_out_dir, rewrite
-    from corpus.shards import partial_folder
-
     if args.kind == "dedup" and args.executor != "here":
-        return _run_many(args)
+        with locked(args.out_dir):  # by the process that hands out the tasks; they share its folder
+            return _run_many(args)
     reader = RowReader(parse_keys(args.keys))
     step = None if args.kind == "dedup" else _step(args, reader)
     report = DataReport(args.max_bad_share)
     if args.kind == "clean" and args.check:
         return _check(step, args, report, progress_bar)
+    with locked(args.out_dir):
+        _write(step, args, report, progress_bar, reader)
+
+
+def _write(step: Any, args: argparse.Namespace, report: DataReport, progress_bar: Bar, reader: RowReader) -> None:
+    """Pass all rows through the step into --out_dir, and say what became of them."""
+    from corpus.progress import PROGRESS, SIGNING
+    from corpus.rewrite import check_out_dir, rewrite
+    from corpus.shards import partial_folder
+
     if check_out_dir(args.out_dir, args.files):
         print(f"{args.out_dir} holds an older result: it is replaced once the new one is complete")
     try:
@@ -112,7 +130,7 @@ def run(args: argparse.Namespace, progress_bar: Bar) -> None:
         if any((partial / name).is_file() for name in (PROGRESS, SIGNING)):
             print(f"unfinished work is kept in {partial}: the same command continues it")
         else:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
         raise
     report.print_left_out()
     tally.print()

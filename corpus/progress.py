@@ -1,6 +1,7 @@
 """Going on after a kill: a small file says which job is under way and how much of every growing file counts.
 
-    {"job": what is made of which files, and how,  "state": how far it is,  "files": {name: bytes that count}}
+    {"job": what is made of which files, and how,  "state": how far it is,  "files": {name: bytes that count},
+     "checksum": of these}
 
     progress = Progress(folder, job)          folder: where the result grows, <out_dir>.partial
     state = progress.load()                   of an earlier run of the same job: its files are cut to what counts; or {}
@@ -16,15 +17,16 @@ Read next: pack.py, pack_texts.py, rewrite.py and dedup.py (who use it), shards.
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from common.checksums import has_valid_checksum, with_checksum
 from common.errors import UserError
+from common.files import remove, remove_leftovers, write_json
+from corpus.block_sums import SummedFile
 from corpus.read import Path_
-from corpus.shards import write_json
 from corpus.sources import check_input
 
 PROGRESS, SIGNING = "progress.json", "signing.keys"  # the second of dedup's first pass
@@ -45,13 +47,15 @@ class Progress:
     def load(self) -> dict[str, Any]:
         """What `save` was last given for this job, its files cut to what they were then.
 
-        {} when there is none; what another job left is forgotten, or its next run would take our files for its own.
+        {} when there is none or a damaged one. What another job left is forgotten, or its next run would take our files
+        for its own.
         """
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.unlink(missing_ok=True)  # of a kill in `save`
+        remove_leftovers(self.path)  # of a kill in `save`
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             sizes = {self.folder / name: size for name, size in found["files"].items()}
+            if not has_valid_checksum(found):
+                raise ValueError("damaged")
             if found["job"] == self.job and all(path.stat().st_size >= size for path, size in sizes.items()):
                 for path, size in sizes.items():
                     os.truncate(path, size)
@@ -65,20 +69,21 @@ class Progress:
         """`load`, in a folder that exists and that holds nothing when there is nothing to go on with."""
         found = self.load()
         if not found:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
             self.folder.mkdir(parents=True)
         return found
 
     def due(self) -> bool:
         return time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
 
-    def save(self, state: dict[str, Any], *files: IO[bytes]) -> None:
+    def save(self, state: dict[str, Any], *files: IO[bytes] | SummedFile) -> None:
         """Vouch for `state` and for everything in `files`, which lie in the folder and are open for appending."""
         for file in files:
             file.flush()
             os.fsync(file.fileno())
         sizes = {Path(file.name).name: file.tell() for file in files}
-        write_json(self.path, {"job": self.job, "state": state, "files": sizes})
+        content = with_checksum({"job": self.job, "state": state, "files": sizes})
+        write_json(self.path, content, indent=None)
         self.saved = time.perf_counter()
 
 
@@ -100,12 +105,17 @@ def behind(done: int, items: Iterable[Anything], on_batch: Callable[[], None]) -
             on_batch()
 
 
+def is_of_disk(problem: BaseException) -> bool:
+    """Whether an error says that the disk is full, read-only and the like: the same command can continue later."""
+    return isinstance(problem, OSError) or isinstance(problem.__cause__, OSError)
+
+
 @contextlib.contextmanager
 def unfinished(folder: Path) -> Iterator[None]:
     """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with."""
     try:
         yield
     except BaseException as problem:
-        if isinstance(problem, UserError) or not (folder / PROGRESS).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
+        if (isinstance(problem, UserError) and not is_of_disk(problem)) or not (folder / PROGRESS).is_file():
+            remove(folder)
         raise

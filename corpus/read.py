@@ -5,8 +5,9 @@
     read_chats(paths, report)  -> Chat(messages, source_file, line)
 
 The format is told from the content first and from the name second. What cannot be used (broken JSON, malformed UTF-8,
-NUL, wrong types, half an archive) is counted in the report with its line and skipped; nothing is raised in the middle
-but the report's own verdict that too much is bad. Memory stays bounded: lines and paragraphs are read in pieces.
+NUL, wrong types) is counted in the report with its line and skipped; the report raises UserError when too much is bad.
+A damaged file (a compressed stream that breaks off, a disk that cannot be read) raises DamagedFile after its last
+readable row, unless the report accepts it. Memory stays bounded: lines and paragraphs are read in pieces.
 
 Read next: readers.py (one reader a format), sources.py (opening, telling the format), rows.py (row -> text or chat),
 report.py (counts and limits), items.py (duplicates, validation split).
@@ -20,6 +21,7 @@ from typing import Any
 
 from common.errors import UserError
 from corpus.chats import Message
+from corpus.damage import DamagedFile, settle
 from corpus.layouts import KEYS
 from corpus.markers import STRONG, has_marker, split_documents
 from corpus.readers import READERS, Rows
@@ -53,11 +55,11 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
     """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
 
     A bare list of messages is a row, too; a text with separators such as <|endoftext|> is several rows.
-    Raises UserError for a file that cannot be opened, and when the report's cap of bad rows is exceeded.
+    Raises UserError for a file that cannot be opened or is damaged, and when the report's cap of bad rows is exceeded.
     """
     file = os.fspath(path)
     before = report.position()
-    with open_source(Path(file)) as source:
+    with open_source(Path(file), skip_damage=bool(report.accept_damaged)) as source:
         report.position = lambda: before + source.position()
         if source.encoding.codec != "utf-8":
             report.note(f"{file}: read as {source.encoding.name}")
@@ -72,8 +74,7 @@ def read_rows(path: Path_, report: DataReport) -> Rows:
                 continue
             report.saw_row(file, row)
             yield line, row
-        if source.damage:
-            report.unreadable(source.damage, file, source.line)
+        settle(file, source.size, source.damages, source.line, report)
         report.position = lambda: before + source.size
     if file not in report.files:
         report.unreadable(EMPTY_FILE, file, 1)
@@ -132,6 +133,8 @@ def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[
         try:
             for line, row in read_rows(file, report):
                 yield file, line, row
+        except DamagedFile:
+            raise
         except UserError:
             report.check_file(file, kind)  # more specific than "too many bad rows"
             raise

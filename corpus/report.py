@@ -5,6 +5,7 @@ Nothing is cleaned silently. A row is in the end exactly one of
     dropped   sound, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
     bad       unusable: broken JSON, a number where text should be, half an archive, ...
 so that read = kept + dropped + bad. Bad rows are skipped up to `max_bad_share`; above it the run ends with one line.
+Where several rows are lost together, their number is estimated from the size of the rows read before (damage.py).
 
 Read next: read.py (who counts), ../data_process.py (who prints).
 """
@@ -37,8 +38,8 @@ class Reason:
     count: int = 0
     first: list[tuple[str, int]] = field(default_factory=list)  # (file, line) of the first few
 
-    def add(self, file: str, line: int) -> None:
-        self.count += 1
+    def add(self, file: str, line: int, rows: int = 1) -> None:
+        self.count += rows
         if len(self.first) < EXAMPLES:
             self.first.append((file, line))
 
@@ -54,11 +55,15 @@ class _File:
 
 
 class DataReport:
-    """Counts of one pass over the data. `max_bad_share` is the share of bad rows (0..1) above which the run ends."""
+    """Counts of one pass over the data. `max_bad_share` is the share of bad rows (0..1) above which the run ends.
 
-    def __init__(self, max_bad_share: float = 0.01) -> None:
-        self.max_bad_share = max_bad_share
+    `accept_damaged`: whether damaged files are used as far as they can be read; None where no flag says it.
+    """
+
+    def __init__(self, max_bad_share: float = 0.01, accept_damaged: bool | None = None) -> None:
+        self.max_bad_share, self.accept_damaged = max_bad_share, accept_damaged
         self.read = self.kept = self.bad_rows = self.dropped_rows = 0
+        self.accepted_rows = 0  # bad rows that were lost in accepted damage; the cap does not count them
         self.bad: dict[str, Reason] = {}
         self.dropped: dict[str, Reason] = {}
         self.files: dict[str, _File] = {}
@@ -85,17 +90,37 @@ class DataReport:
     def good_row(self, file: str) -> None:
         self.files[file].good += 1
 
-    def bad_row(self, reason: str, file: str, line: int) -> None:
+    def bad_row(self, reason: str, file: str, line: int, rows: int = 1) -> None:
         """A row that was counted by `saw_row` is unusable. Raises UserError once the cap is certainly exceeded."""
-        self.bad_rows += 1
-        _count(self.bad, reason, file, line)
+        self.bad_rows += rows
+        _count(self.bad, reason, file, line, rows)
         if self.bad_rows >= CERTAIN_BAD and self.read >= CERTAIN_READ:
             self.check_cap(expected_rows=self.read * max(1.0, self.input_total / max(1, self.position())))
 
-    def unreadable(self, reason: str, file: str, line: int) -> None:
-        """A row that could not even be read: counted as read and as bad."""
+    def unreadable(self, reason: str, file: str, line: int, rows: int = 1) -> None:
+        """A row, or an estimated number of rows, that could not even be read: counted as read and as bad."""
+        self._saw_lost(file, rows)
+        self.bad_row(reason, file, line, rows)
+
+    def lose(self, reason: str, file: str, line: int, rows: int) -> None:
+        """An estimated number of rows is lost in damage that the user accepts: bad, but the cap does not count them."""
+        self._saw_lost(file, rows)
+        self.bad_rows += rows
+        self.accepted_rows += rows
+        _count(self.bad, reason, file, line, rows)
+
+    def _saw_lost(self, file: str, rows: int) -> None:
         self.saw_row(file)
-        self.bad_row(reason, file, line)
+        self.read += rows - 1
+        self.files[file].rows += rows - 1
+
+    def rows_of(self, file: str) -> int:
+        """Rows of the file that were read so far."""
+        return self.files[file].rows if file in self.files else 0
+
+    def rows_in(self, file: str, lost: int, read: int) -> int:
+        """About how many rows stood in `lost` bytes of a file of which `read` bytes were read; at least 1."""
+        return max(1, round(lost * self.rows_of(file) / max(1, read - lost)))
 
     def drop(self, reason: str, file: str, line: int) -> None:
         """A sound row is left out on purpose."""
@@ -139,11 +164,12 @@ class DataReport:
 
         While reading, the rows still to come count as good, so that one bad stretch in a big file ends nothing.
         """
-        if self.bad_rows > self.max_bad_share * max(self.read, expected_rows):
+        counted = self.bad_rows - self.accepted_rows
+        if counted > self.max_bad_share * max(self.read, expected_rows):
             worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
             reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in worst)
             raise UserError(
-                f"{self.bad_rows:,} of {self.read:,} rows read are bad ({self.bad_rows / self.read:.1%}, allowed are "
+                f"{counted:,} of {self.read:,} rows read are bad ({counted / self.read:.1%}, allowed are "
                 f"{self.max_bad_share:.1%}): {reasons}: mend the data or raise --max_bad_share"
             )
 
@@ -190,6 +216,8 @@ class DataReport:
             for name, amount in counts.items():
                 mine[name] += amount
         self.histogram = [a + b for a, b in zip(self.histogram, other["lengths"].values(), strict=True)]
+        for text in other.get("notes", ()):
+            self.note(text)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for meta.json; contains no time, so that equal data gives equal reports."""
@@ -304,7 +332,7 @@ def _merge(reasons: dict[str, Reason], others: dict[str, Any]) -> int:
     return sum(other["count"] for other in others.values())
 
 
-def _count(reasons: dict[str, Reason], reason: str, file: str, line: int) -> None:
+def _count(reasons: dict[str, Reason], reason: str, file: str, line: int, rows: int = 1) -> None:
     if reason not in reasons and len(reasons) >= MAX_REASONS:
         reason = "other reasons"
-    reasons.setdefault(reason, Reason()).add(file, line)
+    reasons.setdefault(reason, Reason()).add(file, line, rows)

@@ -15,7 +15,6 @@ Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the count
 import itertools
 import json
 import multiprocessing
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,12 +23,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
+from common.files import remove, write_json, write_text
 from corpus.history import history_of
-from corpus.progress import PROGRESS, Progress, inputs_of
+from corpus.progress import PROGRESS, Progress, inputs_of, is_of_disk
 from corpus.read import Path_, taken_rows
 from corpus.report import DataReport
 from corpus.rows import READER, Content, RowReader
-from corpus.shards import check_replaceable, partial_folder, publish, write_json, writing
+from corpus.shards import check_replaceable, partial_folder, publish, writing
 from corpus.tally import Tally, Verdict
 
 BATCH_ROWS, BATCH_CHARACTERS = 500, 500_000
@@ -41,8 +41,8 @@ OUR_FILES = (
     "report.md",
     PROGRESS,
     "*.keys",
-    "*.json.tmp",
-    "*.keys.tmp",
+    "*.json.tmp",  # of a kill in an earlier version
+    ".*.tmp",
     "cluster",
 )
 
@@ -226,9 +226,10 @@ def rewrite(
                 on_batch()
             output.close()
             finish(step, paths, folder, tally, report)
-        except UserError:
+        except UserError as problem:
             output.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            if not is_of_disk(problem):
+                remove(folder)
             raise
         finally:
             output.close()
@@ -251,7 +252,7 @@ def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: D
     done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
     content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
     content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
-    (folder / "report.md").write_text(tally.markdown(step.name), encoding="utf-8")
+    write_text(folder / "report.md", tally.markdown(step.name))
     write_json(folder / "report.json", content)
     for left in (*folder.glob("*.keys"), folder / PROGRESS):
         left.unlink(missing_ok=True)

@@ -6,6 +6,10 @@ Opening looks at the sizes of the files; reading takes bytes from their place in
 grows with the data, and each of several processes reads its own rows only. (A memory map would do as well at first, but
 its pages count as the process's own memory, and after an epoch that is the whole set.)
 
+What is read is compared with its checksum, each block of 64 KiB once per process, and each index whole. Ids beyond the
+vocabulary, masks of other values than 0 and 1, and starts of documents out of order are refused in every folder, also
+in those of earlier versions, which have no checksums.
+
 A shard may carry labels: the language and the source of its documents. `open_split` takes a choice of shards by them.
 
 Reads   what shards.py describes.
@@ -15,16 +19,20 @@ Read next: shards.py (the files, who writes them), mix.py (who chooses by label)
 import contextlib
 import itertools
 import os
+import tokenize
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.checksums import file_checksum
 from common.errors import UserError
-from corpus.shards import Folder, command_for, read_meta
+from corpus.block_sums import BLOCK, Blocks
+from corpus.shards import FORMAT, Folder, read_meta, say_without_checksums, way_back
 
 MOST_OPEN = 128  # files at a time: a terabyte has more shards than a process may have open files
+MASK = np.dtype(np.uint8)
 
 
 def open_split(
@@ -37,26 +45,32 @@ def open_split(
     meta = read_meta(folder)
     if split not in meta["splits"]:
         raise UserError(f"{folder} has no split {split!r} (it has {', '.join(meta['splits']) or 'none'})")
-    return TokenSplit(folder, [shard for shard in meta["splits"][split]["shards"] if chosen(shard)], meta["dtype"])
+    if meta["format"] != FORMAT:
+        say_without_checksums(folder)
+    return TokenSplit(folder, [shard for shard in meta["splits"][split]["shards"] if chosen(shard)], meta)
 
 
 class TokenSplit:
     """All documents of a split as one long stream. `tokens` and `documents` are totals over its shards.
 
-    Files are opened at the first use, again in every worker process: copying the object copies no data.
+    Files are opened at the first use, again in every worker process: copying the object copies no data. Reading raises
+    UserError when a file differs from its checksum or holds what no model can read.
     """
 
-    def __init__(self, folder: Folder, shards: list[dict[str, Any]], dtype: str) -> None:
-        self.folder, self.dtype = Path(folder), np.dtype(dtype).newbyteorder("<")
-        self.names = [shard["file"] for shard in shards]
+    def __init__(self, folder: Folder, shards: list[dict[str, Any]], meta: dict[str, Any]) -> None:
+        self.folder, self.dtype = Path(folder), np.dtype(meta["dtype"]).newbyteorder("<")
+        self.vocab_size = meta.get("vocab_size") or 2 ** (8 * self.dtype.itemsize)
+        self.shards = {shard["file"]: shard for shard in shards}
+        self.names = list(self.shards)
         self._token_ends = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self._document_ends = np.cumsum([0, *(shard["documents"] for shard in shards)])
         self.tokens, self.documents = int(self._token_ends[-1]), int(self._document_ends[-1])
+        self.masked = meta["kind"] in ("chats", "pairs") or any(self._has_mask(shard) for shard in shards[:1])
         for shard in shards:
             self._check(shard)
-        self.masked = any((self.folder / f"{name}.mask").is_file() for name in self.names[:1])
         self._files: dict[str, Any] = {}
         self._indices: dict[str, np.ndarray] = {}
+        self._blocks: dict[str, Blocks] = {}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids start..stop of the stream, shape (stop - start,), in the dtype on disk, across shards."""
@@ -65,7 +79,7 @@ class TokenSplit:
     def read_mask(self, start: int, stop: int) -> np.ndarray:
         """The mask of the same tokens, uint8; ones where the split has none (every token is trained)."""
         if self.masked:
-            return self._slice(start, stop, ".mask", np.dtype(np.uint8))
+            return self._slice(start, stop, ".mask", MASK)
         return np.ones(len(self._slice(start, stop, ".bin", self.dtype)), np.uint8)
 
     def document(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -73,8 +87,8 @@ class TokenSplit:
         which = int(np.searchsorted(self._document_ends, i, side="right")) - 1
         name, at = self.names[which], i - self._document_ends[which]
         start, stop = (int(edge) for edge in self._starts(name)[at : at + 2])
-        ids = self._piece(name + ".bin", self.dtype, start, stop)
-        return ids, self._piece(name + ".mask", np.dtype(np.uint8), start, stop) if self.masked else None
+        ids = self._piece(name, ".bin", self.dtype, start, stop)
+        return ids, self._piece(name, ".mask", MASK, start, stop) if self.masked else None
 
     def lengths(self) -> np.ndarray:
         """Tokens of every document, shape (documents,), int64. The one thing here that grows with the data."""
@@ -92,20 +106,61 @@ class TokenSplit:
         for name, (begin, end) in zip(self.names[first:], itertools.pairwise(self._token_ends[first:]), strict=True):
             if begin >= stop:
                 break
-            pieces.append(self._piece(name + suffix, dtype, max(start, begin) - begin, min(stop, end) - begin))
+            pieces.append(self._piece(name, suffix, dtype, max(start, begin) - begin, min(stop, end) - begin))
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
 
-    def _piece(self, file: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        return np.frombuffer(_read_at(self._open(file), start * dtype.itemsize, (stop - start) * dtype.itemsize), dtype)
+    def _piece(self, name: str, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Tokens or masks start..stop of a shard. Blocks that are read for the first time are compared."""
+        file = name + suffix
+        begin, end = int(start) * dtype.itemsize, int(stop) * dtype.itemsize
+        blocks = self._blocks.get(file) or self._open_blocks(name, suffix)
+        if blocks.known(begin, end):
+            return np.frombuffer(self._read_at(file, begin, end - begin), dtype)
+        first, last = blocks.around(begin, end)
+        data = self._read_at(file, first, last - first)
+        if (place := blocks.compare(data, first)) >= 0:
+            raise self._damaged(file, f"its bytes from {place:,} on differ from their checksum")
+        found = np.frombuffer(data, dtype)
+        self._check_values(file, found)
+        return found[(begin - first) // dtype.itemsize :][: stop - start]
 
-    def _open(self, file: str) -> Any:
+    def _open_blocks(self, name: str, suffix: str) -> Blocks:
+        """The blocks of a .bin or .mask, with their checksums where the folder has them."""
+        shard = self.shards[name]
+        size, sums = shard["tokens"] * (self.dtype.itemsize if suffix == ".bin" else 1), None
+        if "checksums" in shard:
+            path = self.folder / f"{name}.crc"
+            if not path.is_file() or file_checksum(path) != shard["checksums"][".crc"]:
+                raise self._damaged(path.name, "it is missing or differs from its checksum")
+            ends = -(-shard["tokens"] * self.dtype.itemsize // BLOCK)
+            sums = np.fromfile(path, "<u4")
+            sums = sums[:ends] if suffix == ".bin" else sums[ends:]
+            if len(sums) != -(-size // BLOCK):
+                raise self._damaged(path.name, f"it has {len(sums):,} checksums of {name}{suffix}")
+        self._blocks[name + suffix] = Blocks(size, sums)
+        return self._blocks[name + suffix]
+
+    def _check_values(self, file: str, found: np.ndarray) -> None:
+        largest, limit = int(found.max(initial=0)), 2 if file.endswith(".mask") else self.vocab_size
+        if largest >= limit:
+            if limit == 2:
+                raise self._damaged(file, f"it holds {largest}, a mask is 0 or 1")
+            raise self._damaged(file, f"it holds the id {largest:,}, the vocabulary has {limit:,} entries")
+
+    def _read_at(self, file: str, offset: int, size: int) -> bytes:
         if file not in self._files:
             if len(self._files) >= MOST_OPEN:
                 self._close()
-            self._files[file] = (self.folder / file).open("rb", buffering=0)
-        return self._files[file]
+            try:
+                self._files[file] = (self.folder / file).open("rb", buffering=0)
+            except OSError as error:
+                raise self._damaged(file, f"it cannot be read ({error.strerror})") from None
+        data = _read_at(self._files[file], offset, size)
+        if len(data) < size:
+            raise self._damaged(file, "it has become shorter while it was read")
+        return data
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -115,18 +170,44 @@ class TokenSplit:
 
     def _starts(self, name: str) -> np.ndarray:
         if name not in self._indices:
-            self._indices[name] = np.load(self.folder / f"{name}.idx.npy", mmap_mode="r")
+            self._indices[name] = self._open_index(name)
         return self._indices[name]
+
+    def _open_index(self, name: str) -> np.ndarray:
+        """Where the documents of a shard start and the last one ends, shape (documents + 1,), int64."""
+        path, shard = self.folder / f"{name}.idx.npy", self.shards[name]
+        try:
+            if "checksums" in shard and file_checksum(path) != shard["checksums"][".idx.npy"]:
+                raise self._damaged(path.name, "it differs from its checksum")
+            starts = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, TypeError, EOFError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError):
+            raise self._damaged(path.name, "it is no array of numpy") from None
+        if not isinstance(starts, np.ndarray) or starts.dtype != np.int64 or starts.shape != (shard["documents"] + 1,):
+            raise self._damaged(path.name, f"it holds no {shard['documents'] + 1:,} numbers of int64")
+        if starts[0] != 0 or starts[-1] != shard["tokens"] or (np.diff(starts) < 0).any():
+            raise self._damaged(path.name, f"its starts do not rise from 0 to {shard['tokens']:,}")
+        return starts
+
+    def _has_mask(self, shard: dict[str, Any]) -> bool:
+        if "checksums" in shard:
+            return ".mask" in shard["checksums"]
+        return (self.folder / f"{shard['file']}.mask").is_file()
 
     def _check(self, shard: dict[str, Any]) -> None:
         """Sizes must be what meta.json says: a copy that was cut short is noticed before training, not amid it."""
-        path = self.folder / (shard["file"] + ".bin")
-        index = path.with_name(shard["file"] + ".idx.npy")
-        want = shard["tokens"] * self.dtype.itemsize
-        found = path.stat().st_size if path.is_file() else -1
-        if found != want or not index.is_file() or index.stat().st_size < 8 * (shard["documents"] + 1):
-            command = command_for(self.folder, path.with_suffix(".mask").exists())
-            raise UserError(f"{path} is damaged or incomplete ({found:,} of {want:,} bytes): run `{command}` again")
+        sizes = {".bin": shard["tokens"] * self.dtype.itemsize} | ({".mask": shard["tokens"]} if self.masked else {})
+        for suffix, want in sizes.items():
+            path = self.folder / (shard["file"] + suffix)
+            found = path.stat().st_size if path.is_file() else -1
+            if found != want:
+                size = "missing" if found < 0 else f"damaged or incomplete ({found:,} of {want:,} bytes)"
+                raise UserError(f"{path} is {size}: {way_back(self.folder, self.masked)}")
+        index = self.folder / f"{shard['file']}.idx.npy"
+        if not index.is_file() or index.stat().st_size < 8 * (shard["documents"] + 1):
+            raise self._damaged(index.name, "it is missing or incomplete")
+
+    def _damaged(self, file: str, problem: str) -> UserError:
+        return UserError(f"{self.folder / file} is damaged: {problem}: {way_back(self.folder, self.masked)}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_indices": {}}
@@ -137,7 +218,10 @@ class TokenSplit:
 
 
 def _read_at(file: Any, offset: int, size: int) -> bytes:
-    """`size` bytes from their place. A forked process shares the file's position with its parent, so none is used."""
+    """`size` bytes from their place, fewer where the file ends.
+
+    A forked process shares the file's position with its parent, so none is used.
+    """
     if not hasattr(os, "pread"):  # Windows, where processes are not forked
         file.seek(offset)
         return file.read(size)
@@ -145,6 +229,6 @@ def _read_at(file: Any, offset: int, size: int) -> bytes:
     while len(data) < size:
         more = os.pread(file.fileno(), size - len(data), offset + len(data))
         if not more:
-            raise OSError(f"{file.name} has become shorter while it was read")
+            break
         data += more
     return data

@@ -9,6 +9,7 @@ Read next: readers.py (one reader for each format).
 """
 
 import codecs
+import json
 import re
 from typing import Any
 
@@ -53,7 +54,17 @@ def sniff(source: Source) -> str:
         return "csv"
     if named == "txt" and source.suffix not in (".txt", ".md") and any(map(_OBJECT.match, rest.split(b"\n")[:20])):
         return "jsonl"
-    return named
+    return "json" if named == "jsonl" and _is_damaged_json(head) else named
+
+
+def _is_damaged_json(head: bytes) -> bool:
+    """Whether a text that begins like no JSON holds objects that do not stand on a line each: its first byte is wrong."""
+    lines = [line for line in head.split(b"\n") if line.strip()][:21]
+    return (
+        re.search(rb'\{\s*"[^"\n]*"\s*:', head) is not None
+        and not any(_value(line) for line in lines)
+        and 2 * sum(_OBJECT.match(line) is not None for line in lines) < len(lines)
+    )
 
 
 def _json_form(head: bytes, named: str, whole: bool) -> str:
@@ -62,6 +73,8 @@ def _json_form(head: bytes, named: str, whole: bool) -> str:
         return ""
     lines = [line for line in head.split(b"\n") if not line.isspace() and line][:21]
     first, others = lines[0], lines[1:]
+    if not others and _objects_follow(first):  # an array without its bracket
+        return "json"
     if not others and not whole and b"\n" not in head:  # a line longer than the head
         array = re.match(rb"\[\s*(\[\s*)?\{", head)
         return "json" if array or _WRAPPED.match(head) else ""
@@ -78,6 +91,16 @@ def _json_form(head: bytes, named: str, whole: bool) -> str:
     if first.strip() == b"{":
         return "json" if named == "jsonl" or (others and re.match(rb'\s*"[^"]*"\s*:', others[0])) else ""
     return "json" if _OBJECT.match(first) and others and re.match(rb'\s+["}\]]|[}\]]', others[0]) else ""
+
+
+def _objects_follow(line: bytes) -> bool:
+    """Whether a line begins with an object, a comma and another object."""
+    text = line.decode("utf-8", "surrogateescape")
+    try:
+        _, end = json.JSONDecoder(strict=False).raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return re.match(r"\s*,\s*\{", text[end:]) is not None
 
 
 def _value(line: bytes) -> Any:

@@ -1,30 +1,27 @@
 """Opening a data file, compressed or not and in any of the usual encodings, as a stream of UTF-8 lines.
 
     expand_inputs(paths)           files and folders -> files
-    open_source(path) -> Source    .readline .read .head; damage in an archive ends the file instead of raising
+    open_source(path) -> Source    .readline .read .head; damage ends the file and is noted in .damages
 
-Read next: text_encoding.py (GB18030, UTF-16, ...), sniff.py (telling the format).
+Read next: compression.py, damage.py, text_encoding.py (GB18030, UTF-16, ...), sniff.py (telling the format).
 """
 
-import bz2
-import gzip
 import io
 import json
-import lzma
 import os
 import shlex
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError
+from corpus.compression import MAGIC, Unpacked, kind_of, read_error
+from corpus.damage import Damage
 from corpus.text_encoding import UTF8, detect_encoding, utf8_pieces
 
 SAMPLES = 16  # places of a long file that are read to find its encoding
 PIECE = 64 << 10  # bytes read to find the format; also the size of one piece of plain text, see readers.py
-BUFFER = 1 << 20  # bytes that are unpacked or decoded at once, at most
-MAGIC = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh"}
+BUFFER = 1 << 20  # bytes that a stream keeps
 SUFFIX_FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -125,10 +122,10 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 class Source:
-    """A file opened for reading, unpacked on the fly. Damage in an archive ends it and is remembered, not raised."""
+    """A file opened for reading, unpacked on the fly. What cannot be read ends it and is noted in `damages`."""
 
-    def __init__(self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damage: str = "") -> None:
-        self.raw, self.stream, self.suffix, self.name, self.damage = raw, stream, suffix, name, damage
+    def __init__(self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damages: list[Damage]) -> None:
+        self.raw, self.stream, self.suffix, self.name, self.damages = raw, stream, suffix, name, damages
         self.size = os.fstat(raw.fileno()).st_size
         self.packed = stream is not raw
         self.line = 1
@@ -143,13 +140,16 @@ class Source:
         """Bytes of the (packed) file read so far."""
         return self.raw.tell()
 
-    def _guard(self, read: Any, size: int) -> bytes:
-        if self.damage:
-            return b""
+    def damage(self, reason: str, rows: int = 0) -> None:
+        """The file cannot be used from here on; `rows` rows are lost, or unknown."""
+        self.damages.append(Damage(reason, self.raw.tell(), 0, rows))
+
+    def _guard(self, read: Callable[[int], bytes], size: int) -> bytes:
         try:
             return read(size)
-        except DAMAGE:
-            self.damage = "truncated or damaged archive: the rest of the file is lost" if self.packed else "read error"
+        except OSError as error:
+            self.damages.append(Damage(read_error(error), self.raw.tell(), self.size - self.raw.tell()))
+            self.stream = io.BufferedReader(_PieceStream(iter(())))
             return b""
 
     def readline(self, size: int) -> bytes:
@@ -159,7 +159,7 @@ class Source:
         return self._guard(self.stream.read1, size)
 
     def head(self) -> bytes:
-        """The first bytes, without moving on."""
+        """The first bytes, without advancing."""
         return self._guard(self.stream.peek, PIECE)
 
     def __enter__(self) -> "Source":
@@ -169,90 +169,57 @@ class Source:
         self.raw.close()
 
 
-class _Damaged(Exception):
-    """A .zst stream that ends or breaks in the middle."""
-
-
 class _PieceStream(io.RawIOBase):
     """A raw stream over pieces of bytes. All that came before an error is delivered before the error is raised."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces, self.ready, self.ended = pieces, bytearray(), False
-        self.error: Exception | None = None
+        self.pieces, self.rest = pieces, memoryview(b"")
+        self.error: OSError | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: Any) -> int:
-        want = min(len(target), PIECE)
-        while len(self.ready) < want and not self.ended:
-            try:
-                piece = next(self.pieces, None)
-            except DAMAGE as error:
-                piece, self.error = None, error
-            self.ended = piece is None
-            self.ready += piece or b""
-        if self.error and not self.ready:
+        view, filled = memoryview(target), 0
+        want = min(len(view), PIECE)
+        while filled < want and not self.error:
+            if not self.rest:
+                try:
+                    piece = next(self.pieces, None)
+                except OSError as error:
+                    piece, self.error = None, error
+                if piece is None:
+                    break
+                self.rest = memoryview(piece)
+            size = min(len(view) - filled, len(self.rest))
+            view[filled : filled + size] = self.rest[:size]
+            self.rest = self.rest[size:]
+            filled += size
+        if self.error and not filled:
             raise self.error
-        n = min(len(target), len(self.ready))
-        target[:n] = self.ready[:n]
-        del self.ready[:n]
-        return n
+        return filled
 
 
-DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error, _Damaged)
-
-
-def _unpacked(archive: Any) -> Iterator[bytes]:
-    while piece := archive.read1(BUFFER):
-        yield piece
-
-
-def _unpacked_zst(raw: BinaryIO) -> Iterator[bytes]:
-    """Unpacks .zst frame after frame; unlike the library's own reader it notices when the last one is cut short."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError("reading .zst files needs one more package: pip install zstandard") from None
-    new = zstandard.ZstdDecompressor().decompressobj
-    frame: Any = None
-    while packed := (frame.unused_data if frame and frame.eof else b"") or raw.read(16 << 10):
-        if frame is None or frame.eof:
-            frame = new()
-        try:
-            yield frame.decompress(packed)
-        except zstandard.ZstdError:
-            raise _Damaged from None
-    if frame and not frame.eof:
-        raise _Damaged
-
-
-def open_source(path: Path) -> Source:
+def open_source(path: Path, skip_damage: bool = False) -> Source:
+    """Opens a file. `skip_damage`: after damage in a compressed file reading continues where another stream begins."""
     check_input(path)
     try:
         raw: Any = path.open("rb", buffering=PIECE)
-        magic = raw.peek(8)[:8]
+        kind = kind_of(raw.peek(8)[:8])
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: {read_error(error)}") from None
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = next((suffix for suffix, start in MAGIC.items() if magic.startswith(start)), "")
-    damage = ""
+    damages: list[Damage] = []
+    stream: Any = raw
+    size = os.fstat(raw.fileno()).st_size
+    if kind:
+        stream = io.BufferedReader(_PieceStream(Unpacked(raw, kind, size, damages, skip_damage).pieces()), BUFFER)
     if suffixes and suffixes[-1] in MAGIC:
         named = suffixes.pop()
-        if magic and not kind:
-            damage = f"not a {named} archive, whatever its name says"
-    stream: Any = raw
-    if kind == ".gz":
-        stream = _unpacked(gzip.GzipFile(fileobj=raw))
-    elif kind == ".xz":
-        stream = _unpacked(lzma.LZMAFile(raw))  # noqa: SIM115 - closing `raw` is enough
-    elif kind == ".bz2":
-        stream = _unpacked(bz2.BZ2File(raw))
-    elif kind == ".zst":
-        stream = _unpacked_zst(raw)
-    if kind:
-        stream = io.BufferedReader(_PieceStream(stream), BUFFER)
-    source = Source(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damage)
+        if size and not kind:
+            damages.append(Damage(f"not a {named} archive, whatever its name says", 0, size))
+            stream = io.BufferedReader(_PieceStream(iter(())))
+    source = Source(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damages)
     _to_utf8(source)
     return source
 
@@ -274,6 +241,9 @@ def _sample(source: Source, head: bytes) -> bytes:
     pieces = [head[: head.rfind(b"\n") + 1] or head]
     if head.isascii() and not source.packed and len(head) < source.size and hasattr(os, "pread"):
         for i in range(1, SAMPLES):
-            piece = os.pread(source.raw.fileno(), PIECE // 4, source.size * i // SAMPLES)
+            try:
+                piece = os.pread(source.raw.fileno(), PIECE // 4, source.size * i // SAMPLES)
+            except OSError:  # read again, and reported, where the reader comes to it
+                continue
             pieces.append(piece[piece.find(b"\n") + 1 : piece.rfind(b"\n") + 1])
     return b"".join(pieces)

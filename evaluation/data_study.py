@@ -13,6 +13,7 @@ Read next: ../trainer/loop.py (how each is trained), scoring.py (how answers are
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -23,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from common.files import write_text
+from common.files import atomic_write, write_text
+from common.locks import locked
 from corpus.questions import read_questions
 from evaluation.scoring import chat_accuracy
 from model.checkpoint import load_model, load_state, plain_state
@@ -50,6 +52,10 @@ class Share:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def folder(self) -> Path:
+        return self.data.folder
+
     def row_lengths(self) -> np.ndarray | None:
         lengths = self.data.row_lengths()
         return None if lengths is None else lengths[self.rows]
@@ -60,7 +66,11 @@ class Share:
 
 def run_study(run: Run, args: argparse.Namespace, stage: Stage) -> None:
     """Train and score a model for every share in args.data_share, smallest first; write table and plot after each."""
-    folder = Path(args.out_dir) / "data_study"
+    with locked(Path(args.out_dir) / "data_study") if run.is_main else contextlib.nullcontext():
+        _run_study(run, args, stage, Path(args.out_dir) / "data_study")
+
+
+def _run_study(run: Run, args: argparse.Namespace, stage: Stage, folder: Path) -> None:
     questions = read_questions(args.questions) if args.questions else []
     parent = {name: tensor.clone() for name, tensor in plain_state(stage.model).items()}
     rows: list[dict[str, Any]] = []
@@ -178,6 +188,6 @@ def draw(rows: list[dict[str, Any]], splits: list[str], languages: list[str], pa
         ax.grid(alpha=0.3)
         ax.legend()
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

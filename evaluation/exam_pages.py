@@ -11,12 +11,12 @@ import csv
 import io
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import atomic_write
 from corpus.exam_table import OPTION_LETTERS
 from evaluation.exam import Asked
 from evaluation.exam_score import Marked, Result, Score, sentence
@@ -155,13 +155,8 @@ def as_json(result: Result, about: dict[str, Any]) -> dict[str, Any]:
 
 def write(path: Path, text: str | bytes) -> None:
     """The whole file or none. Raises UserError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}: choose another place or make room") from None
+    with atomic_write(path) as file:
+        file.write(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
 
 
 def _write_questions(folder: Path, marked: list[Marked]) -> None:

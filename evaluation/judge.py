@@ -14,17 +14,21 @@ OPENAI_API_KEY and goes to that server only; redirects are refused.
 Called by report_page.py. Read next: http_judge.py (the wire).
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import cannot_write
+from common.locks import locked
 from evaluation.http_judge import ChatServer
 
 SCORE = """A small language model was given a request. How good is its answer? Is it correct, does it help, is it in \
@@ -123,10 +127,11 @@ def judge(
     from rich.progress import track
 
     questions = questions_for(prompts, answers, seed)
-    known, rows = read_verdicts(verdicts), []
+    rows: list[tuple[Question, float | str | None]] = []
     console = Console(stderr=True)
     print(f"judge: {server.model} at {server.url}, {len(questions)} requests", flush=True)
-    try:
+    with locked(verdicts), _writing_verdicts(verdicts):
+        known = read_verdicts(verdicts)
         verdicts.parent.mkdir(parents=True, exist_ok=True)
         torn = verdicts.exists() and verdicts.read_bytes()[-1:] not in (b"", b"\n")  # a run was killed while it wrote
         with verdicts.open("a", encoding="utf-8", newline="\n") as file:
@@ -139,12 +144,18 @@ def judge(
                     file.write(json.dumps({**about, "reply": known[key]}, ensure_ascii=False) + "\n")
                     file.flush()
                 rows.append((question, read_verdict(question.task, known[key])))
-    except OSError as error:
-        raise UserError(f"cannot write {verdicts}: {error.strerror or error}") from None
     if rows and all(verdict is None for _, verdict in rows):
         raise UserError(f"not one reply of {server.model} could be read as a verdict: they are in {verdicts}")
     result = count(rows, list(answers), equal_pairs(answers))
     return {"judge": server.model, "url": server.url, "verdicts_file": verdicts.name, **result}
+
+
+@contextlib.contextmanager
+def _writing_verdicts(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def read_verdicts(path: Path) -> dict[str, str]:

@@ -106,7 +106,7 @@ def speakers_of(args: argparse.Namespace) -> dict[str, Path | str]:
         if path.resolve() in [other.resolve() for other in paths[:number]]:
             raise UserError(f"--report: {path} is named twice")
         if not path.is_dir():
-            read_checkpoint(path)
+            read_checkpoint(path, weights=False)  # the whole file is checked when it is opened
         elif not (path / "config.json").is_file():
             raise UserError(f"{path} is no model: a transformers folder has a config.json; name a .pth file in it")
     labels = iter(labels_of(paths) if paths else [])

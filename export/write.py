@@ -5,8 +5,6 @@ Read next: stock_folder.py, stock_check.py, gguf_file.py, gguf_check.py, card.py
 """
 
 import contextlib
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,8 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.files import remove, replace_folder, temporary_name, write_text
+from common.locks import locked
 from export.card import card, name_of
 from export.gguf_check import check_gguf
 from export.gguf_file import modelfile, write_gguf
@@ -26,12 +26,8 @@ from model.peft_folder import write_peft
 from model.transformer import Transformer
 
 
-@contextlib.contextmanager
-def place(target: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its name in the end; removed when anything fails on the way.
-
-    Raises UserError when the name is taken: only an earlier export is ever replaced, and only with `overwrite`.
-    """
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raises UserError when the name is taken: only an earlier export is replaced, and only with `overwrite`."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder")
     taken = target.is_dir() and any(target.iterdir())
@@ -39,22 +35,30 @@ def place(target: Path, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"{target} holds something else than an exported model: choose another folder")
     if taken and not overwrite:
         raise UserError(f"{target} holds an exported model: choose another folder, or --overwrite")
+
+
+@contextlib.contextmanager
+def place(target: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its name in the end; removed when anything fails on the way.
+
+    The name is locked meanwhile, and what a killed export of that name left is removed. Raises UserError as
+    `check_free` does.
+    """
     from safetensors import SafetensorError
 
     target = target.resolve()
-    folder, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if target.exists():
-            target.replace(old)
-        folder.replace(target)
-    except (OSError, SafetensorError) as error:
-        reason = str(error)[:200]
-        raise UserError(f"cannot write {target} ({reason}): free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    folder = temporary_name(target, "tmp")
+    with locked(target):
+        check_free(target, overwrite)  # another export may have ended meanwhile
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            replace_folder(folder, target)
+        except (OSError, SafetensorError) as error:
+            reason = str(error)[:200]
+            raise UserError(f"cannot write {target} ({reason}): free some space or choose another folder") from error
+        finally:
+            remove(folder)
 
 
 def export_model(
@@ -74,7 +78,7 @@ def export_gguf(
     """The GGUF file and its Modelfile; returns the line to print."""
     path = folder / f"{name_of(known)}-{number_format}.gguf"
     write_gguf(path, model, tokenizer, number_format, known)
-    (folder / "Modelfile").write_text(modelfile(path.name, tokenizer, model.config), encoding="utf-8", newline="\n")
+    write_text(folder / "Modelfile", modelfile(path.name, tokenizer, model.config))
     if not verify:
         return f"{path.name}: not compared with llama.cpp (--no-verify)"
     with refusal("llama.cpp"):
@@ -105,7 +109,7 @@ def write_card(folder: Path, model: Transformer, known: Facts, license: str, nam
     files = sorted(path.name for path in folder.iterdir())
     text = card(known, architecture(model.config)[0], license, name or name_of(known), files, adapter_of)
     for file, content in (("README.md", text), (NOTE, note({**known, "license": license}))):
-        (folder / file).write_text(content, encoding="utf-8", newline="\n")
+        write_text(folder / file, content)
 
 
 @contextlib.contextmanager

@@ -24,10 +24,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from common.errors import ANOTHER_FORMAT, UserError
+from common.errors import ANOTHER_FORMAT, UserError, printable
+from common.files import cannot_write, remove, replace_folder, temporary_name, write_text
 from model.chat_formats import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
 from model.chat_templates import TemplateFormat
 from model.render import Rendered, render_chats, render_unfinished
+from model.tokenizer_files import chat_template, open_backend, read_settings
 
 PAD = "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
@@ -57,10 +59,10 @@ class ChatTokenizer:
 
     def __init__(self, files: dict[str, str]) -> None:
         self.files = files
-        self.backend = self._open()
+        self.backend = open_backend(files)
         # Without this line the *text* "<|im_end|>" in a user's message would become the control token.
         self.backend.encode_special_tokens = True
-        self.config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
+        self.config = read_settings(files, "tokenizer_config.json")
         self.eos = self._special("eos_token") or END_OF_TEXT
         self.eos_id = self._id(self.eos)
         self.pad_id = self._id(self._special("pad_token") or self.eos)
@@ -68,42 +70,38 @@ class ChatTokenizer:
         if isinstance(self.format, NamedFormat) and (self.config.get("chat_format") or not self._template):
             self._write_format(self.format)  # files of an earlier version hold its template, a base model's hold none
 
-    def _open(self) -> Tokenizer:
-        backend = Tokenizer.from_str(self.files["tokenizer.json"])
-        backend.no_padding()  # somebody else's file may ask for both
-        backend.no_truncation()
-        return backend
-
     def _special(self, name: str) -> str | None:
         """bos_token, eos_token, ...: a string or {"content": string}, in whichever file names it."""
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = json.loads(self.files.get(file, "{}")).get(name)
+            token = read_settings(self.files, file).get(name)
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and token:
                 return token
         return None
 
     def _id(self, token: str) -> int:
-        index = self.backend.token_to_id(token)
+        try:
+            index = self.backend.token_to_id(token)
+        except UnicodeEncodeError:  # half a character
+            index = None
         if index is None:
-            raise UserError(f"the tokenizer has no {token} token: train one with `python train_tokenizer.py FILES…`")
+            raise UserError(
+                f"the tokenizer has no {printable(token)[:60]} token: train one with `python train_tokenizer.py FILES…`"
+            )
         return index
 
     @property
-    def _template(self) -> Any:
-        """The chat template in the files: a string, a list of {"name", "template"}, or nothing."""
-        return self.files.get("chat_template.jinja") or self.config.get("chat_template")
+    def _template(self) -> str:
+        return chat_template(self.files, self.config)
 
     def _find_format(self) -> NamedFormat | TemplateFormat | None:
         """The named format of our own folders, the template of foreign ones, None where there is neither."""
         template = self._template
-        if isinstance(template, list):  # several with names, for tools and the like
-            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
         name = self.config.get("chat_format")
         if not name and (not template or template == OLD_TEMPLATE) and self.backend.token_to_id(IM_START) is not None:
             name = "chatml"  # made before formats had names
         if name:
-            return named_format(name, self.eos)
+            return named_format(str(name), self.eos)
         special = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return TemplateFormat(template, special, self._markers) if template else None
 
@@ -178,8 +176,9 @@ class ChatTokenizer:
     def stop_ids(self) -> list[int]:
         """Every token after which a model has finished: what closes an answer, the eos, and what the model names."""
         found = [self._id(self.format.close)] if self.format and self.format.close else []
-        named = json.loads(self.files.get("generation_config.json", "{}")).get("eos_token_id")
-        found += [i for i in (named if isinstance(named, list) else [named]) if i in self.special_ids]
+        named = read_settings(self.files, "generation_config.json").get("eos_token_id")
+        ids = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int]
+        found += [i for i in ids if i in self.special_ids]
         return list(dict.fromkeys([*found, self.eos_id]))
 
     @property
@@ -193,7 +192,7 @@ class ChatTokenizer:
 
     def encode_start(self, text: str) -> list[int]:
         """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
-        return self.backend.encode(text).ids
+        return self.backend.encode_batch([text])[0].ids  # a batch, since `encode` keeps the GIL
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -226,7 +225,7 @@ class ChatTokenizer:
     @cached_property
     def _marked(self) -> Tokenizer:
         """The tokenizer as it reads a rendered chat: control tokens are control tokens."""
-        return self._open()
+        return open_backend(self.files)
 
     @cached_property
     def _markers(self) -> re.Pattern[str]:
@@ -273,11 +272,25 @@ class ChatTokenizer:
         return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, text in self.files.items():
-            temporary = Path(folder) / (name + ".tmp")
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(Path(folder) / name)
+        """Write the files of a tokenizer folder. A folder of other tokenizer files alone is replaced as a whole.
+
+        In a folder with further files (an exported model) each file is replaced by itself. Raises UserError.
+        """
+        place = Path(folder).resolve()
+        if place.exists() and not place.is_dir():
+            raise UserError(f"cannot write {place}: it is a file: name a folder")
+        try:
+            found = {path.name for path in place.iterdir()} if place.is_dir() else set()
+            whole = found <= self.files.keys() and not place.is_mount()
+            target = temporary_name(place, "tmp") if whole else place
+            for name, text in self.files.items():
+                write_text(target / name, text)
+            if whole:
+                replace_folder(target, place)
+        except OSError as error:
+            raise cannot_write(place, error) from error
+        finally:
+            remove(temporary_name(place, "tmp"))
 
 
 def digest(text: str) -> str:
@@ -320,8 +333,5 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
         raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
     try:
         return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in found.items()})
-    except UserError:
-        raise
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        names = ", ".join(found)
-        raise UserError(f"cannot read the tokenizer in {folder} ({error}): one of {names} is damaged") from None
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"cannot read the tokenizer in {folder}: {error}") from None

@@ -9,26 +9,32 @@ holds the adapter's tensors only: `load_model` finds its parent, makes sure that
 Read next: ../trainer/loop.py (when they are written), config.py, lora.py.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.checksums import check_zip
 from common.errors import UserError
+from common.files import atomic_write
 from model.chat import ChatTokenizer
+from model.checkpoint_schema import FORMAT, Checkpoint, check_checkpoint, check_names, check_ranks, check_shapes
 from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.transformer import Transformer
 
-FORMAT = 1
-PARTS = {"format", "stage", "config", "tokenizer", "model"}
+UNREADABLE = (  # what torch.load raises for a file that is none of its own
+    RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    AssertionError, ImportError, MemoryError, struct.error,
+)  # fmt: skip
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
@@ -45,24 +51,15 @@ SCRIPTS = {
     "dpo": "5-dpo_train.py",
 }
 
-Checkpoint = dict[str, Any]
-
 
 def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
     """torch.save that never leaves half a file under the final name. Raises UserError when the disk is full."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    advice = "free some space or choose another --out_dir"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with atomic_write(path, advice) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error}: free some space or choose another --out_dir") from error
+    except RuntimeError as error:  # torch's zip writer turns a full disk into one
+        raise UserError(f"cannot write {path}: {error}: {advice}") from error
 
 
 def plain_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -123,22 +120,37 @@ def save_model(
     atomic_save(model_content(model, stage, tokenizer, lineage), path)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours."""
+def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Checkpoint:
+    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours.
+
+    Compared with the checksums in the file; without `weights` all but the tensors, which are then not to be used.
+    """
     try:
+        check_records(path, weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign"
+            f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign: "
+            "copy it again or train it again"
         ) from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= PARTS:
-        raise UserError(f"{path} is not a model of this project: it lacks one of {', '.join(sorted(PARTS))}")
-    if checkpoint["format"] != FORMAT:
-        raise UserError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}: train it again")
-    return checkpoint
+    return check_checkpoint(checkpoint, path)
+
+
+def check_records(path: str | os.PathLike[str], weights: bool) -> None:
+    """Compare a file of torch.save with its checksums. Raises ValueError, zipfile.BadZipFile or OSError."""
+    place = Path(path).resolve()
+    about = place.stat()
+    if record := _damaged_record(place, weights, about.st_size, about.st_mtime_ns):
+        raise ValueError(f"the checksum of {record} differs")
+
+
+@functools.lru_cache(64)
+def _damaged_record(path: Path, weights: bool, size: int, changed: int) -> str:
+    """Once per file and process: an adapter's parent is opened more than once."""
+    return check_zip(path, lambda name: weights or "/data/" not in name)
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
@@ -147,17 +159,7 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
     own = adapter_state(model) if model.adapter else model.state_dict()
     if model.config.tie_embeddings and not model.adapter:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
-    differences = [f"missing {name}" for name in own.keys() - state.keys()]
-    differences += [f"unknown {name}" for name in state.keys() - own.keys()]
-    differences += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if differences:
-        shown = "; ".join(sorted(differences)[:5])
-        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise UserError(f"{where} does not fit the model: {shown}{more}")
+    check_names(own, state, where)
     for name, tensor in state.items():
         # The sum is quick and finite for nearly all tensors; only where it is not, every value is looked at.
         if not math.isfinite(tensor.sum(dtype=torch.float32)) and not bool(tensor.isfinite().all()):
@@ -187,12 +189,23 @@ def load_model(
     elif parent:
         raise UserError(f"{path} is a whole model, not an adapter: it takes no parent")
     else:
-        try:
-            model = Transformer(ModelConfig(**checkpoint["config"]))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path} was written by another version of this project: {error}") from None
+        config = ModelConfig(**checkpoint["config"])
+        check_shapes(config, state, path)
+        model = Transformer(config)
         load_state(model, state, path)
-    return model.to(device).eval(), ChatTokenizer(checkpoint["tokenizer"]["files"]), checkpoint
+    return model.to(device).eval(), carried_tokenizer(checkpoint, path), checkpoint
+
+
+def carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> ChatTokenizer:
+    """The tokenizer inside a checkpoint. Raises UserError when it is damaged or has ids beyond the model's."""
+    try:
+        tokenizer = ChatTokenizer(checkpoint["tokenizer"]["files"])
+    except UserError as error:
+        raise UserError(f"{path}: its tokenizer: {error}") from None
+    if tokenizer.vocab_size > checkpoint["config"]["vocab_size"]:
+        ids, rows = tokenizer.vocab_size - 1, checkpoint["config"]["vocab_size"]
+        raise UserError(f"{path}: the tokenizer has ids up to {ids}, the model {rows} rows: the file is damaged")
+    return tokenizer
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
@@ -237,11 +250,9 @@ def open_adapter(
     Looked for beside the adapter, then under the path that the adapter remembers; or only at `parent`, if given.
     Raises UserError when it is missing, or when every file of that name holds another model.
     """
-    try:
-        name, wanted = Path(adapter["parent"]), adapter["parent_fingerprint"]
-        lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} was written by another version of this project: {error!r}") from None
+    name, wanted = Path(adapter["parent"]), adapter["parent_fingerprint"]
+    lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
+    check_ranks(state, lora.rank, path)
     places = [Path(parent)] if parent else [Path(path).parent / name.name, name]
     places = [place for place in dict.fromkeys(places) if place.exists() and not place.samefile(path)]
     if not places:

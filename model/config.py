@@ -5,7 +5,6 @@ Read next: rope.py (rope_scaling), transformer.py.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,11 +35,15 @@ class ModelConfig:
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # {}: plain RoPE; else see ROPE_KEYS
 
     def __post_init__(self) -> None:
+        """Raises ValueError naming the first value of a wrong type, out of its limits, or that fits no other one."""
+        if problem := wrong_value(self):
+            raise ValueError(f"model config: {problem}")
         if not self.hidden_dim:
             object.__setattr__(self, "hidden_dim", 64 * ((8 * self.dim // 3 + 63) // 64))
         given, scaling = self.head_dim, wrong_scaling(self.rope_scaling)
         if not given:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        experts = self.n_shared_experts + self.n_routed_experts if self.use_moe else 0
         for problem, wrong in {
             "dim must be a multiple of n_heads, or head_dim given": not given and self.dim % self.n_heads,
             "head_dim must be positive": self.head_dim < 1,
@@ -48,8 +51,8 @@ class ModelConfig:
             "n_heads must be a multiple of n_kv_heads": self.n_heads % self.n_kv_heads,
             "n_active_experts must be from 1 to n_routed_experts": self.use_moe
             and not 1 <= self.n_active_experts <= self.n_routed_experts,
-            "dropout must be in [0, 1)": not 0 <= self.dropout < 1,
-            "rope_theta must be above 1": not 1 < self.rope_theta < math.inf,
+            f"n_layers times experts must be at most {MOST_EXPERTS}": self.n_layers * experts > MOST_EXPERTS,
+            f"max_seq_len times head_dim must be at most {MOST_ANGLES}": self.max_seq_len * self.head_dim > MOST_ANGLES,
             "rope_scaling dynamic needs a head_dim of at least 4": self.head_dim < 4
             and bool(self.rope_scaling)
             and not scaling
@@ -73,6 +76,42 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
+# Field -> its least and largest value; what these allow beside tensors of other shapes is found by comparing shapes.
+LIMITS: dict[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**24),
+    "dim": (1, 2**16),
+    "n_layers": (1, 1024),
+    "n_heads": (1, 4096),
+    "n_kv_heads": (1, 4096),
+    "hidden_dim": (0, 2**20),
+    "max_seq_len": (1, 2**23),
+    "rope_theta": (1.000001, 1e12),
+    "norm_eps": (1e-30, 1),
+    "dropout": (0, 0.999999),
+    "n_shared_experts": (0, 1024),
+    "n_routed_experts": (0, 4096),
+    "n_active_experts": (0, 4096),
+    "balance_loss_coef": (0, 1e6),
+    "head_dim": (0, 2**14),
+}
+MOST_EXPERTS = 2**15  # modules of their own, which take time even without memory
+MOST_ANGLES = 2**30  # elements of RoPE's table of cosines
+
+
+def wrong_value(config: ModelConfig) -> str:
+    """The first field of a wrong type or out of its limits, in a few words; "" if there is none."""
+    for known in dataclasses.fields(config):
+        value, limits = getattr(config, known.name), LIMITS.get(known.name)
+        if isinstance(known.default, bool):
+            if not isinstance(value, bool):
+                return f"{known.name} must be true or false, not {value!r:.60}"
+        elif limits:
+            kinds, what = ((int,), "whole number") if isinstance(known.default, int) else ((int, float), "number")
+            if type(value) not in kinds or not limits[0] <= value <= limits[1]:
+                return f"{known.name} must be a {what} from {limits[0]:g} to {limits[1]:g}, not {value!r:.60}"
+    return ""
+
+
 # rope_scaling is a dict with the names that config.json of transformers has: rope_type -> the keys it needs, those that
 # it may have. original_max_position_embeddings is the length before scaling. Formulas: rope.py.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -93,16 +132,18 @@ def wrong_scaling(scaling: Any) -> str:
     if not scaling:
         return ""
     kind = scaling.get("rope_type")
-    if kind not in ROPE_KEYS:
-        return f"rope_scaling must be of type {', '.join(ROPE_KEYS)}, not {kind!r}"
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        return f"rope_scaling must be of type {', '.join(ROPE_KEYS)}, not {kind!r:.60}"
+    if not all(isinstance(name, str) for name in scaling):
+        return f"rope_scaling {kind}: keys must be text"
     needed, optional = ROPE_KEYS[kind]
     keys = scaling.keys() - {"rope_type"}
     if keys - needed - optional or needed - keys:
         return f"rope_scaling {kind} has the keys {', '.join(sorted(needed))}, not {', '.join(sorted(keys)) or 'none'}"
     for name in sorted(keys - {"truncate"}):
         value = scaling[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            return f"rope_scaling {kind}: {name} must be a positive number, not {value!r}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
+            return f"rope_scaling {kind}: {name} must be a positive number below 1e12, not {value!r:.60}"
     if scaling["factor"] < 1:
         return f"rope_scaling {kind}: factor must be at least 1, not {scaling['factor']!r}"
     if not isinstance(scaling.get("original_max_position_embeddings", 1), int):

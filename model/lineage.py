@@ -16,13 +16,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.errors import UserError
-from model.chat import ChatTokenizer
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import Checkpoint, carried_tokenizer, read_checkpoint
+from model.checkpoint_schema import as_printable, wrong_lineage, wrong_stage
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.parameters import count
 
 NOTE = "lineage.json"  # the file of an exported folder
 LICENSE = r"[a-z0-9][a-z0-9.+-]*"  # an identifier of the hub or of SPDX, in small letters
@@ -53,7 +51,7 @@ def facts(path: str | os.PathLike[str]) -> Facts:
     path = Path(path)
     if path.is_dir():
         return read_note(path) or _foreign(path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, weights=False)
     known = describe(checkpoint, path.name)
     if known["chain"]:
         known["chain"][-1] = _from_log(path.with_suffix(".jsonl"), known["chain"][-1])
@@ -62,13 +60,8 @@ def facts(path: str | os.PathLike[str]) -> Facts:
 
 def describe(checkpoint: Checkpoint, file: str) -> Facts:
     """The facts that a checkpoint holds itself."""
-    try:
-        config = ModelConfig(**checkpoint["config"])
-        tokenizer = ChatTokenizer(checkpoint["tokenizer"]["files"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{file} was written by another version of this project: {error}") from None
-    with torch.device("meta"):
-        total, active = Transformer(config).count_parameters()
+    config, tokenizer = ModelConfig(**checkpoint["config"]), carried_tokenizer(checkpoint, file)
+    parameters = count(config)
     adapter = checkpoint.get("adapter") or {}
     chain = [public(entry) for entry in checkpoint.get("lineage") or []]
     return {
@@ -77,8 +70,8 @@ def describe(checkpoint: Checkpoint, file: str) -> Facts:
         "size": config.name,
         "config": config.to_dict(),
         "chat_format": tokenizer.format_name,
-        "parameters": total,
-        "active_parameters": active,
+        "parameters": parameters.total,
+        "active_parameters": parameters.active,
         **summary(chain),
         "scores": [],
         "chain": chain,
@@ -157,7 +150,11 @@ def _scores(path: Path) -> list[dict[str, Any]]:
         if not isinstance(accuracy, dict) or not all(isinstance(value, (int, float)) for value in accuracy.values()):
             continue
         counts = counts if isinstance(counts, dict) else {}
-        asked = {name: c["questions"] for name, c in counts.items() if isinstance(c, dict) and "questions" in c}
+        asked = {
+            name: c["questions"]
+            for name, c in counts.items()
+            if isinstance(c, dict) and type(c.get("questions")) is int
+        }
         scores.append({"name": report.stem, "accuracy": accuracy, "questions": asked})
     return scores
 
@@ -173,6 +170,7 @@ def read_note(folder: Path) -> Facts | None:
     if wrong := wrong_fields(content):
         raise UserError(f"{folder / NOTE}: {wrong} is wrong: export the model again, or delete this file")
     absent = dict.fromkeys(("license", "parent", "adapter"))
+    content["chain"] = as_printable(content["chain"])
     return {**absent, **content, **summary(content["chain"]), "file": folder.name}
 
 
@@ -180,13 +178,13 @@ def wrong_fields(content: Any) -> str:
     """The names of the fields of a lineage.json that nobody could have written; "" if it is sound."""
     if not isinstance(content, dict):
         return "everything"
-    texts, numbers, lists = ("stage", "size", "chat_format"), ("parameters", "active_parameters"), ("chain", "scores")
+    texts, numbers = ("stage", "size", "chat_format"), ("parameters", "active_parameters")
     wrong = [name for name in texts if not isinstance(content.get(name), str)]
+    wrong += ["stage"] if wrong_stage(content.get("stage")) else []
+    wrong += ["chain"] if content.get("chain") is None or wrong_lineage(content["chain"]) else []
+    scores = content.get("scores")
+    wrong += ["scores"] if not isinstance(scores, list) or not all(map(is_score, scores)) else []
     wrong += [name for name in numbers if type(content.get(name)) is not int]
-    for name in lists:
-        rows = content.get(name)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            wrong.append(name)
     for name, kind in (("license", str), ("parent", str), ("adapter", dict)):
         if not isinstance(content.get(name), (kind, type(None))):
             wrong.append(name)
@@ -197,6 +195,19 @@ def wrong_fields(content: Any) -> str:
     except (TypeError, ValueError, KeyError, ArithmeticError):
         wrong.append("config")
     return ", ".join(wrong)
+
+
+def is_score(score: Any) -> bool:
+    """Whether this is an entry of `scores`: see `facts`."""
+    if not isinstance(score, dict) or not isinstance(score.get("name"), str):
+        return False
+    accuracy, asked = score.get("accuracy"), score.get("questions")
+    return (
+        isinstance(accuracy, dict)
+        and isinstance(asked, dict)
+        and all(type(value) in (int, float) for value in accuracy.values())
+        and all(type(value) is int for value in asked.values())
+    )
 
 
 def note(known: Facts) -> str:

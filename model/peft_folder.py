@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import atomic_write
 from model.checkpoint import load_state
 from model.lora import LoRAConfig, adapter_state, attach, lora_layers
 from model.transformer import Transformer
@@ -59,14 +60,9 @@ def write_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
     settings = json.dumps(peft_settings(model), indent=2) + "\n"
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
     contents = {TENSORS: save(tensors, metadata={"format": "pt"}), CONFIG: settings.encode()}
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            temporary = Path(folder) / f".{name}.tmp"
-            temporary.write_bytes(content)
-            temporary.replace(Path(folder) / name)
-    except OSError as error:
-        raise UserError(f"cannot write --peft_dir {folder}: {error}") from None
+    for name, content in contents.items():
+        with atomic_write(Path(folder) / name, "free some space or choose another folder") as file:
+            file.write(content)
 
 
 def read_peft(folder: str | os.PathLike[str], model: Transformer) -> None:

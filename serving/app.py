@@ -1,11 +1,10 @@
 """The HTTP side: OpenAI's routes over the engine.
 
-    GET /v1/models  /v1/models/NAME  /health  /openapi.json
-    POST /v1/chat/completions  /v1/completions  /v1/embeddings
-
-A request is checked, turned into token ids (in a thread: the loop stays free), handed to the engine, and answered from
-its inbox, whole or as a stream. Whoever hangs up frees the place at once. Errors have OpenAI's shape.
-Called by ../serve_openai_api.py. Read next: schemas.py, engine.py, replies.py, embeddings.py, gate.py.
+A request is parsed, checked and turned into token ids (in a worker thread: the event loop stays free), handed to the
+engine, and answered from its inbox, whole or as a stream. A client that hangs up frees its place at once. Errors have
+OpenAI's shape.
+Called by ../serve_openai_api.py. Read next: routes.py, gate.py, lanes.py, schemas.py, engine.py, replies.py,
+embeddings.py.
 """
 
 import asyncio
@@ -24,12 +23,15 @@ from starlette.middleware.cors import CORSMiddleware
 
 from common.errors import UserError
 from model.generate import Answer, Row
-from serving import schemas
-from serving.embeddings import EmbeddingList, EmbeddingRequest, embedding_job, embedding_list
+from serving.embeddings import EmbeddingRequest, embedding_job, embedding_list
 from serving.engine import Engine, Full, News, Ticket, Work
 from serving.errors import CANNOT, ApiError, add_error_shapes
 from serving.gate import Gate
+from serving.lanes import Lanes
+from serving.limits import Limits
 from serving.replies import ChatReply, Reply, TextReply, event
+from serving.requests import parse
+from serving.routes import add_routes
 from serving.schemas import ChatRequest, CompletionRequest
 from serving.served import Served, TooLong
 from serving.settings import sampling
@@ -40,19 +42,15 @@ AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
 @dataclass
-class Limits:
-    """Settings and models of one server.
+class Prepared:
+    """A request that can go to the engine."""
 
-    `cors`: origins of web pages that may ask it; none by default. `strict_model_names`: a server of one model refuses
-    unknown model names instead of answering them with that model.
-    """
-
-    seats: int = 16
-    queue: int = 64
-    max_bytes: int = 2**20
-    api_key: str | None = None
-    cors: tuple[str, ...] = ()
-    strict_model_names: bool = False
+    served: Served
+    headers: dict[str, str]  # of the response
+    work: Sequence[Any]  # tickets, or one job
+    body: Any = None  # of embeddings
+    wants_usage: bool = False
+    stream: bool = False
 
 
 class Counter:
@@ -65,6 +63,7 @@ class Counter:
         self.loop: asyncio.AbstractEventLoop | None = None
         pairs = {name: (served.model, served.tokenizer) for name, served in models.items()}
         self.engine = Engine(pairs, limits.seats, limits.queue, number_format, self._deliver)
+        self.lanes = Lanes(limits.seats + limits.queue)
 
     def _deliver(self, news: list[News]) -> None:
         """From the engine's thread into the inboxes, which belong to the loop's."""
@@ -90,8 +89,29 @@ class Counter:
             return served, {**headers, "x-served-model": urllib.parse.quote(served.name)}
         return self.find(body.model), headers
 
+    def prepare(self, raw: bytes, kind: type[ChatRequest] | type[CompletionRequest]) -> Prepared:
+        """Parsed, checked and tokenised. Slow for long bodies: it runs in a lane.
+
+        Raises ApiError, 429 before it tokenises where the queue is full.
+        """
+        body = parse(raw, kind)
+        served, headers = self.choose(body)
+        self.check_room(served)
+        return Prepared(served, headers, self.tickets(body, served), None, body.wants_usage, bool(body.stream))
+
+    def prepare_embeddings(self, raw: bytes) -> Prepared:
+        body = parse(raw, EmbeddingRequest)
+        served, headers = self.choose(body)
+        self.check_room(served)
+        return Prepared(served, headers, [embedding_job(body, served)], body)
+
+    def check_room(self, served: Served) -> None:
+        """Raises ApiError 429 where the queue of a model is full."""
+        with refused_when_full():
+            self.engine.check_room(served.name)
+
     def tickets(self, body: ChatRequest | CompletionRequest, served: Served) -> list[Ticket]:
-        """Checked and tokenised, not yet waiting. Slow for long prompts: call it in a thread."""
+        """Checked and tokenised, not yet waiting."""
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
             if isinstance(body, ChatRequest):
@@ -115,35 +135,38 @@ class Counter:
             raise ApiError(400, str(error), param) from None
         return [Ticket(row, i, echo=echo) for i, (row, (_, echo)) in enumerate(zip(rows, wanted, strict=True))]
 
-    async def answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
-        served, headers = self.choose(body)
-        tickets = await run_in_threadpool(self.tickets, body, served)
-        inbox = self.submit(served, tickets)
-        kind = ChatReply if isinstance(body, ChatRequest) else TextReply
-        reply = kind(served.name, served.tokenizer, tickets, body.wants_usage)
-        if body.stream:
-            return EventStream(self, request, reply, inbox, headers)
+    async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        ready = await self.in_lane(request, self.prepare, kind)
+        inbox = self.submit(ready.served, ready.work)
+        shape = ChatReply if kind is ChatRequest else TextReply
+        reply = shape(ready.served.name, ready.served.tokenizer, list(ready.work), ready.wants_usage)
+        if ready.stream:
+            return EventStream(self, request, reply, inbox, ready.headers)
         with self.watched(request, reply.tickets, inbox):
-            async for news in finished(inbox, len(tickets)):
+            async for news in finished(inbox, len(reply.tickets)):
                 if news is None:
                     return Response(status_code=499)  # nobody reads it
                 if news.finish_reason == "error":
                     raise ApiError(500, CANNOT)
-            whole = await run_in_threadpool(reply.whole)
-            return Response(whole, headers=headers, media_type="application/json")
+            whole = await self.lanes.responses.run(reply.whole)
+            return Response(whole, headers=ready.headers, media_type="application/json")
 
-    async def embed(self, request: Request, body: EmbeddingRequest) -> Response:
-        served, headers = self.choose(body)
-        job = await run_in_threadpool(embedding_job, body, served)
-        inbox = self.submit(served, [job])
-        with self.watched(request, [job], inbox):
+    async def embed(self, request: Request) -> Response:
+        ready = await self.in_lane(request, self.prepare_embeddings)
+        inbox = self.submit(ready.served, ready.work)
+        with self.watched(request, ready.work, inbox):
             news = await inbox.get()
         if news is None:
             return Response(status_code=499)
         if news.finish_reason == "error":
             raise ApiError(500, CANNOT)
-        whole = await run_in_threadpool(embedding_list, body, served, job)
-        return Response(whole, headers=headers, media_type="application/json")
+        whole = await self.lanes.responses.run(embedding_list, ready.body, ready.served, ready.work[0])
+        return Response(whole, headers=ready.headers, media_type="application/json")
+
+    async def in_lane(self, request: Request, prepare: Callable[..., Prepared], *more: Any) -> Prepared:
+        """What `prepare` makes of the body, in the worker thread for bodies of its size. The bytes are not kept."""
+        raw = b"".join([part async for part in request.stream()])
+        return await self.lanes.for_body(raw).run(prepare, raw, *more)
 
     def submit(self, served: Served, work: Sequence[Work]) -> "asyncio.Queue[News | None]":
         """Hand work to the engine; returns the inbox that its news comes into."""
@@ -151,10 +174,8 @@ class Counter:
         for item in work:
             item.inbox = inbox
         try:
-            self.engine.submit(served.name, work)
-        except Full as full:
-            headers = {"Retry-After": str(full.retry_after)}
-            raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
+            with refused_when_full():
+                self.engine.submit(served.name, work)
         except ValueError as error:
             raise ApiError(400, str(error), "num_beams" if str(error).startswith("num_beams") else "n") from None
         return inbox
@@ -175,6 +196,16 @@ class Counter:
         finally:
             watcher.cancel()
             self.engine.cancel(tickets)
+
+
+@contextlib.contextmanager
+def refused_when_full() -> Any:
+    """Turn the engine's Full into ApiError 429."""
+    try:
+        yield
+    except Full as full:
+        headers = {"Retry-After": str(full.retry_after)}
+        raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
 
 
 async def finished(inbox: "asyncio.Queue[News | None]", answers: int) -> AsyncIterator[News | None]:
@@ -240,8 +271,9 @@ def make_app(
         counter.engine.start()
         yield
         await run_in_threadpool(counter.engine.stop)
+        counter.lanes.close()
 
-    middleware = [Middleware(Gate, api_key=limits.api_key, max_bytes=limits.max_bytes)]
+    middleware = [Middleware(Gate, limits=limits)]
     if limits.cors:
         allow: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["authorization", "content-type"]}
         allow["expose_headers"] = ["x-ignored-fields", "x-served-model"]
@@ -251,43 +283,3 @@ def make_app(
     add_routes(app, counter)
     add_error_shapes(app)
     return app
-
-
-def add_routes(app: FastAPI, counter: Counter) -> None:
-    refusals = {400: "wrong request", 401: "no or wrong key", 404: "no such model", 413: "too large", 415: "no JSON"}
-    refusals |= {429: "no place free", 500: "the model failed"}
-    errors: dict[int | str, Any] = {k: {"model": schemas.ErrorBody, "description": v} for k, v in refusals.items()}
-    events: dict[str, Any] = {"text/event-stream": {}}
-
-    def posted(model: type) -> dict[int | str, Any]:
-        return {200: {"model": model, "content": events, "description": "the answer, or events of it"}, **errors}
-
-    @app.post("/v1/chat/completions", response_class=Response, responses=posted(schemas.ChatCompletion))
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await counter.answer(request, body)
-
-    @app.post("/v1/completions", response_class=Response, responses=posted(schemas.TextCompletion))
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await counter.answer(request, body)
-
-    answers = {200: {"model": EmbeddingList, "description": "one vector per input"}, **errors}
-
-    @app.post("/v1/embeddings", response_class=Response, responses=answers)
-    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        return await counter.embed(request, body)
-
-    def card(served: Served) -> schemas.ModelCard:
-        about: dict[str, Any] = {"stage": served.stage, "parameters": served.model.count_parameters()[0]}
-        return schemas.ModelCard(id=served.name, created=served.created, max_model_len=served.limit, **about)
-
-    @app.get("/v1/models", responses={401: errors[401]})
-    async def models() -> schemas.ModelList:
-        return schemas.ModelList(data=[card(served) for served in counter.models.values()])
-
-    @app.get("/v1/models/{name:path}", responses={401: errors[401], 404: errors[404]})
-    async def model(name: str) -> schemas.ModelCard:
-        return card(counter.find(name))
-
-    @app.get("/health")
-    async def health() -> schemas.Health:
-        return schemas.Health(models=counter.engine.status())

@@ -9,7 +9,6 @@ Called by app.py. Read next: engine.py (when a step is due), served.py (text to 
 """
 
 import base64
-import struct
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -50,9 +49,11 @@ class EmbeddingRequest(Open):
     model: str | None = Field(None, description="a name from /v1/models (default: the first)")
     input: Annotated[
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)
+        ]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS)],
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)],
         BeforeValidator(_nothing_empty),
     ]
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32")
@@ -83,7 +84,7 @@ class EmbeddingJob:
 
     def __init__(self, inputs: list[list[int]]) -> None:
         self.inputs = inputs
-        self.vectors: list[list[float]] = [[] for _ in inputs]
+        self.vectors: dict[int, torch.Tensor] = {}
         self.batches = list(batches_of(inputs))
         self.inbox: Any = None
         self.gone = False
@@ -97,7 +98,7 @@ class EmbeddingJob:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)
         hidden, _ = model(ids)
         for i, states, row in zip(batch, hidden, rows, strict=True):
-            self.vectors[i] = states[: len(row)].float().mean(0).tolist()
+            self.vectors[i] = states[: len(row)].float().mean(0).cpu()
         return not self.batches
 
 
@@ -132,11 +133,12 @@ def embedding_list(body: EmbeddingRequest, served: Served, job: EmbeddingJob) ->
     """The JSON of a finished job."""
     tokens = sum(map(len, job.inputs))
     packed = body.encoding_format == "base64"
-    data = [Embedding(index=i, embedding=pack(v) if packed else v) for i, v in enumerate(job.vectors)]
+    vectors = [job.vectors[i] for i in range(len(job.inputs))]
+    data = [Embedding(index=i, embedding=pack(v) if packed else v.tolist()) for i, v in enumerate(vectors)]
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     return EmbeddingList(data=data, model=served.name, usage=usage).model_dump_json()
 
 
-def pack(vector: list[float]) -> str:
+def pack(vector: torch.Tensor) -> str:
     """Little-endian fp32 in base64, as OpenAI's clients unpack it."""
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()

@@ -122,6 +122,16 @@ class Engine:
         if self.thread.is_alive():
             self.thread.join()
 
+    def check_room(self, name: str) -> None:
+        """Raises Full where not one more answer would be accepted: no need to tokenise its prompt."""
+        with self.changed:
+            self._check_room(self.tables[name], 1)
+
+    def _check_room(self, table: _Table, wanted: int) -> None:
+        queued = rows_of(table.waiting) + len(table.jobs) + wanted
+        if self.stopping or rows_of(table.seated.values()) + queued > self.seats + self.queue:
+            raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))
+
     def submit(self, name: str, work: Sequence[Work]) -> None:
         """Take a request's answers or jobs in, all or none. A job takes a place in the queue.
 
@@ -136,9 +146,7 @@ class Engine:
                 raise ValueError(f"num_beams {most_beams}: at most {self.seats} rows are decoded at once here")
             if wanted > places:
                 raise ValueError(f"{wanted} answers at once are too many: at most {places} are accepted")
-            queued = rows_of(table.waiting) + len(table.jobs) + wanted
-            if self.stopping or rows_of(table.seated.values()) + queued > places:
-                raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))
+            self._check_room(table, wanted)
             table.waiting.extend(item for item in work if isinstance(item, Ticket))
             table.jobs.extend(item for item in work if not isinstance(item, Ticket))
             self.changed.notify()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from serving.gate import error_body
@@ -55,8 +54,8 @@ def union_error(errors: Sequence[Any]) -> tuple[str, str]:
 
 
 def _field(error: Any) -> str:
-    """`messages.0.role`: the place without "body" and without pydantic's names of a union's types."""
-    name, *inside = [str(part) for part in error["loc"][1:]] or [""]
+    """`messages.0.role`: the place without pydantic's names of a union's types."""
+    name, *inside = [str(part) for part in error["loc"]] or [""]
     return ".".join([name, *(part for part in inside if part.isdigit() or not part.startswith(UNION_TYPES))])
 
 
@@ -64,15 +63,6 @@ def add_error_shapes(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def known(_: Request, error: ApiError) -> Response:
         return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            reason = first.get("ctx", {}).get("error", "")
-            return ApiError(400, f"the body is not valid JSON: {reason}"[:500]).response()
-        where, message = union_error(error.errors())
-        return ApiError(400, f"{where or 'body'}: {message}"[:500], where or None).response()
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:

@@ -1,20 +1,33 @@
-"""What stands before every request: the key, the kind of content, the size. Plain ASGI, so that streams stay streams.
+"""Checks before a request is read, and limits while it is. Plain ASGI, so that streams stay streams.
 
-    401 without the key (all but /health)      415 a body that is not JSON      413 a body that is too large
+    403 a name in the Host header that is not this server's, or a web page that is not in --cors
+    401 without a key (all but /health)      415 a body that is not JSON
+    413 a body that is too large             429 more bytes than the server holds at a time
 
 Content types matter on 127.0.0.1 too: a web page may send text/plain to any address unasked, but not JSON.
-Called by app.py. Read next: app.py.
+Called by app.py. Read next: connections.py (what stands before HTTP), app.py.
 """
 
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.limits import Limits
+
 OPEN_PATHS = {"/health"}
+SMALL_BODY = 2**14  # bytes; such bodies are not counted, since the number of connections bounds their sum
+CODES = {
+    401: "invalid_api_key",
+    403: "forbidden",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limit_exceeded",
+}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
@@ -24,62 +37,113 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
+class Refused(Exception):
+    """A request that goes no further."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
 class Gate:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
-        self.expected = f"Bearer {api_key}".encode() if api_key else None
+    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+        self.expected = [f"Bearer {key}".encode() for key in limits.api_keys]
+        self.hosts = None if limits.allowed_hosts is None else {name.lower() for name in limits.allowed_hosts}
+        self.held = 0  # bytes of the large bodies that are being read or answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
-        refusal = self._refusal(scope, headers)
-        if refusal:
-            return await refuse(send, *refusal)
-        body = await self._read(headers, receive)
-        if body is None:
-            return await refuse(send, 413, f"the request is larger than {self.max_bytes} bytes")
-        first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        body = bytearray()
+        counted = [0]  # bytes of this request in `held`
+        try:
+            self._check(scope, headers)
+            if not await self._read(headers, receive, body, counted):
+                return  # the client has gone
+            first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            body.clear()
 
-        async def replay() -> MutableMapping[str, Any]:
-            return first.pop() if first else await receive()
+            async def replay() -> MutableMapping[str, Any]:
+                return first.pop() if first else await receive()
 
-        await self.app(scope, replay, send)
+            await self.app(scope, replay, send)
+        except Refused as refused:
+            await refuse(send, refused.status, refused.message)
+        finally:
+            self.held -= counted[0]
 
-    def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
-        if self.expected is not None and scope["path"] not in OPEN_PATHS:
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Raises Refused for what the headers alone exclude."""
+        if self.hosts is not None:
+            host = host_name(headers.get("host", ""))
+            if host not in self.hosts:
+                advice = f"start with --allowed_hosts {host}" if host else "send a Host header"
+                raise Refused(403, f"the Host header names {host[:200]!r}, not this server: {advice[:200]}")
+            self._check_origin(scope, headers.get("origin"))
+        if self.expected and scope["path"] not in OPEN_PATHS:
             given = headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self.expected):
-                return 401, "a valid API key is needed: send the header Authorization: Bearer KEY"
+            matches = [hmac.compare_digest(given, expected) for expected in self.expected]  # all: in constant time
+            if not any(matches):
+                raise Refused(401, "a valid API key is needed: send the header Authorization: Bearer KEY")
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
-            return 415, f"the body must be application/json, not {kind or 'unnamed'}"
-        return None
+            raise Refused(415, f"the body must be application/json, not {kind[:200] or 'unnamed'}")
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body, or None as soon as it is known to be too large."""
+    def _check_origin(self, scope: Scope, origin: str | None) -> None:
+        """Raises Refused for a POST of a web page of another host. Origins of browser extensions are not web pages."""
+        if scope["method"] != "POST" or origin is None or origin in self.limits.cors:
+            return
+        is_page = origin == "null" or origin.lower().startswith(("http://", "https://"))
+        if is_page and host_name(origin.partition("://")[2]) not in (self.hosts or ()):
+            raise Refused(403, f"a web page of {origin[:200]} may not ask: start with --cors {origin[:200]}")
+
+    async def _read(self, headers: Headers, receive: Receive, body: bytearray, counted: list[int]) -> bool:
+        """Fill `body`; False when the client hangs up. Raises Refused as soon as the body is known to be too large."""
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_bytes:
-            return None
-        body = bytearray()
-        while True:
+        expected = int(length) if length.isdigit() and len(length) < 20 else 0
+        more = True
+        while more:
+            self._count(max(expected, len(body)), len(body), counted)
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return False
             body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                return None
-            if not message.get("more_body"):
-                return bytes(body)
+            more = message.get("more_body", False)
+        self._count(len(body), len(body), counted)
+        return True
+
+    def _count(self, size: int, arrived: int, counted: list[int]) -> None:
+        """Count a body of `size` bytes of which `arrived` are here. Raises Refused where it does not fit."""
+        limits = self.limits
+        if size > limits.max_bytes:
+            raise Refused(413, f"the request is larger than {limits.max_bytes} bytes")
+        if size > SMALL_BODY:
+            if self.held - counted[0] + size > limits.max_queued_bytes:
+                raise Refused(429, "the requests that are being read are too large together: try again in 1 s")
+            self.held += arrived - counted[0]  # not what is announced: a client that sends nothing holds nothing
+            counted[0] = arrived
+
+
+def host_name(authority: str) -> str:
+    """The host of `host:port`, in lower case: "localhost:8000" -> "localhost", "[::1]:8000" -> "::1"; "" if damaged."""
+    try:
+        return urlsplit(f"//{authority}").hostname or ""
+    except ValueError:
+        return ""
 
 
 async def refuse(send: Callable[[Message], Awaitable[None]], status: int, message: str) -> None:
-    code = {401: "invalid_api_key", 413: "request_too_large", 415: "unsupported_media_type"}[status]
-    body = error_body(status, message, code=code)
+    body = error_body(status, message, code=CODES[status])
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    if status == 413:
+    if status == 429:
+        headers.append((b"retry-after", b"1"))
+    if status in (413, 429):
         headers.append((b"connection", b"close"))  # the rest of the body is not read
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from model.sampling import MOST_BEAMS
 
 MOST_TOKENS = 1_000_000
+MOST_MESSAGES = 4096  # of a chat, and parts of a message
 SHORT_COMPLETION = 16  # max_tokens of /v1/completions where a request does not have the field
 
 
@@ -77,7 +78,7 @@ class Request(Open):
     top_k: Annotated[int, Field(ge=-1, le=1_000_000), WHOLE] | None = Field(None, description="0 or -1: all (default)")
     min_p: MinP | None = Field(None, description="drop tokens below this share of the likeliest (0 or -1: off)")
     n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = Field(None, description="answers to each prompt (default: 1)")
-    stop: StopString | Annotated[list[StopString], Field(max_length=8)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=8, fail_fast=True)] | None = None
     seed: Annotated[int, WHOLE] | None = Field(None, description="the same seed, the same draw (-1: none)")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -105,7 +106,7 @@ class TextPart(Open):
 
 class ChatMessage(Open):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -115,7 +116,7 @@ class ChatMessage(Open):
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: TokenLimit = Field(None, description="longest answer (-1, null: as much as fits)")
     max_tokens: TokenLimit = Field(None, description="older name of max_completion_tokens")
     add_generation_prompt: bool | None = Field(None, description="false: no assistant turn is opened (default: true)")
@@ -140,15 +141,15 @@ class ChatRequest(Request):
         return None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(Request):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[str], Field(min_length=1, max_length=64, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=64)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=64, fail_fast=True)]
     )
     max_tokens: TokenLimitOrZero = Field(SHORT_COMPLETION, description="-1, null: as much as fits; 0: only with echo")
     logprobs: Alternatives | None = None

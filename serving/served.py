@@ -9,6 +9,7 @@ Called by app.py. Read next: ../model/chat.py (how a chat is written), engine.py
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from model.presets import find_preset
 from model.rope_flags import Rope
 from model.transformer import Transformer
 from serving.schemas import ChatMessage, ChatRequest
+
+MIN_BYTES_A_TOKEN = 16  # of the bound before tokenising: a text that is a little too long is told its exact number
 
 
 class TooLong(Exception):
@@ -42,6 +45,39 @@ class Served:
     def limit(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self.model.config.max_seq_len
+
+    @cached_property
+    def longest_token(self) -> int:
+        """UTF-8 bytes of the longest token: n tokens spell at most n times as many."""
+        return max(1, int(self.tokenizer.byte_lengths().max()))
+
+    @property
+    def max_bytes(self) -> int:
+        """UTF-8 bytes above which a text is refused before it is tokenised: it has more tokens than the context."""
+        return self.limit * max(self.longest_token, MIN_BYTES_A_TOKEN)
+
+    def check_size(self, size: int, what: str) -> None:
+        """Raises TooLong for a text of `size` UTF-8 bytes that cannot fit, whatever its tokens are."""
+        if size > self.max_bytes:
+            raise TooLong(
+                f"this model's context is {self.limit} tokens, and {what} has at least {size // self.longest_token}: "
+                "shorten it"
+            )
+
+    def recent(self, messages: list[Message]) -> list[Message]:
+        """The messages without the oldest turns that cannot fit: `fit_chat` would render them only to drop them.
+
+        Raises TooLong where the system message and the last turn alone cannot fit.
+        """
+        sizes = [utf8_size(message["content"]) for message in messages]
+        first = int(messages[0]["role"] == "system")
+        size, starts = sum(sizes), [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
+        start = first
+        while size > self.max_bytes and starts:
+            size -= sum(sizes[start : starts[0]])
+            start = starts.pop(0)
+        self.check_size(size, "the system message with the last question")
+        return messages[:first] + messages[start:]
 
     @property
     def why_no_chat(self) -> str:
@@ -70,7 +106,7 @@ class Served:
                 return self.tokenizer.render_unfinished(kept)
             return self.tokenizer.render(kept, body.add_generation_prompt is not False)[0]
 
-        ids = chat_prompt(self.model, self.tokenizer, messages, body.longest or self.limit, render)
+        ids = chat_prompt(self.model, self.tokenizer, self.recent(messages), body.longest or self.limit, render)
         if len(ids) >= self.limit:
             raise TooLong(
                 f"this model's context is {self.limit} tokens, and the system message with the last question has "
@@ -83,16 +119,22 @@ class Served:
 
         Raises TooLong, and ValueError for ids that the model lacks.
         """
+        what = "the prompt" if answered else "this text"
         if isinstance(prompt, str):
+            self.check_size(utf8_size(prompt), what)
             ids = self.tokenizer.encode_start(sound(prompt)) or [self.tokenizer.eos_id]
         else:
             ids = prompt
             if max(ids) >= self.tokenizer.vocab_size:
                 raise ValueError(f"token id {max(ids)}: this model's ids end at {self.tokenizer.vocab_size - 1}")
         if len(ids) + answered > self.limit:
-            what = "the prompt" if answered else "this text"
             raise TooLong(f"this model's context is {self.limit} tokens, and {what} has {len(ids)}: shorten it")
         return ids
+
+
+def utf8_size(text: str) -> int:
+    """Bytes in UTF-8; half characters count as one."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def sound(text: str) -> str:

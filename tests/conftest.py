@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: our children would be deaf to Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,6 +45,19 @@ def run_process(*command, **options) -> subprocess.CompletedProcess:
     )
 
 
+def free_port() -> int:
+    """A port that nothing listens on: other tests run at the same time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def child_seconds() -> float:
+    """CPU seconds of the ended child processes: unlike the time of the clock, the same on a busy machine."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
@@ -54,10 +70,10 @@ def weights(path: Path) -> dict:
 
 def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
     """A data folder as data_process.py writes it: splits maps a name to documents, each ids or (ids, mask)."""
-    from corpus.shards import FORMAT, ShardWriter
+    from corpus.shards import ShardWriter, write_meta
 
     folder.mkdir(parents=True)
-    meta = {"format": FORMAT, "kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
+    meta = {"kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
     meta |= {"dtype": "uint16", "splits": {}}
     for split, documents in splits.items():
         writer = ShardWriter(folder, split, "uint16")
@@ -65,7 +81,7 @@ def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
             ids, mask = document if isinstance(document, tuple) else (document, None)
             writer.add(ids, mask, utf8_bytes=3 * len(ids))
         meta["splits"][split] = writer.close()
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, meta)
     return folder
 
 
@@ -168,3 +184,15 @@ def parrots(tokenizer, tmp_path_factory):
         save_model(folder / f"{stage}_64.pth", model, stage, tokenizer, [{"stage": stage}])
     os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
     return folder
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of attacks (tests/faults). Here, as pytest-xdist's main process reads no other conftest.py."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    rows = [value for report in reports if getattr(report, "when", "") == "call"
+            for name, value in report.user_properties if name == "attacks"]  # fmt: skip
+    if rows:
+        terminalreporter.section("attacks")
+    for kind, number, outcomes in sorted(rows, key=lambda row: row[0]):
+        shown = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in outcomes.items())
+        terminalreporter.write_line(f"{number:>9,}  {kind}" + (f": {shown}" if shown else ""))

@@ -55,14 +55,15 @@ class Running:
 
 @contextlib.contextmanager
 def running(checkpoints: list[str], limits: Any = None, max_context: int = 4096) -> Iterator[Running]:
-    """`limits`: a serving.app.Limits. FastAPI is imported here, so that the engine's tests run without it."""
-    import uvicorn
-
-    from serving.app import Limits, make_app
+    """`limits`: a serving.limits.Limits. FastAPI is imported here, so that the engine's tests run without it."""
+    from serving.app import make_app
+    from serving.connections import make_server
+    from serving.limits import Limits
     from serving.served import open_models
 
-    app = make_app(open_models(checkpoints, max_context, CPU), limits or Limits(), contextlib.nullcontext)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    limits = limits or Limits()
+    app = make_app(open_models(checkpoints, max_context, CPU), limits, contextlib.nullcontext)
+    server = make_server(app, limits)
     with socket.create_server(("127.0.0.1", 0)) as door:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
         thread.start()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.shards import read_meta
+from corpus.shards import read_meta, write_meta
 from tests.conftest import load_script, write_shards
 from trainer.batches import (
     WIDTH_MULTIPLE,
@@ -163,8 +163,7 @@ def test_data_of_another_tokenizer_is_refused(tokenizer, pretrain_dir, tmp_path)
     with pytest.raises(UserError, match="holds pretrain data, this stage reads chats"):
         open_data(str(pretrain_dir), "chats", tokenizer)
     other = write_shards(tmp_path / "other", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
-    meta = other / "meta.json"
-    meta.write_text(meta.read_text().replace(tokenizer.fingerprint, "0123456789abcdef"))
+    write_meta(other, read_meta(other) | {"tokenizer": "0123456789abcdef"})
     with pytest.raises(UserError, match="0123456789abcdef"):
         open_data(str(other), "pretrain", tokenizer)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.conftest import ROOT, TINY_MODEL, child_seconds, free_port, read_log, run_process, run_script, weights
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 SHORT = ["--device", "cpu", "--batch_size", "4", "--max_steps", "3", "--log_interval", "1"]
@@ -78,7 +78,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29617"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, DEEPSPEED], ids=["torchrun", "deepspeed"])
@@ -132,11 +132,11 @@ def test_help_is_quick_and_imports_no_torch(name):
         "heavy = ({'torch', 'transformers', 'pandas'} | front) & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
-    started = time.monotonic()
+    before = child_seconds()
     result = run_process(sys.executable, "-c", probe, name)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout and f"python {name}" in result.stdout, "and it shows how it is run"
-    assert time.monotonic() - started < 2 * 3, "two seconds, three times over for a busy machine"
+    assert child_seconds() - before < 2
 
 
 @pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])

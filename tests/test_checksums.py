@@ -1,5 +1,6 @@
 """Checksums: known values, and every flipped bit of a .pth's records is found."""
 
+import json
 import zipfile
 import zlib
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import checksums
-from common.checksums import check_zip, checksum, file_checksum
+from common.checksums import check_zip, checksum, file_checksum, has_valid_checksum, with_checksum
 
 
 def test_the_check_value_of_crc_32():
@@ -48,3 +49,9 @@ def test_a_saved_model_is_whole_and_each_flipped_bit_of_its_records_is_found(tmp
             broken[at] ^= 1 << at % 8
             path.write_bytes(broken)
             assert check_zip(path) == record.filename
+
+
+def test_the_checksum_of_json_is_of_what_it_says():
+    content = {"b": [1, 2.5, "二", None], "a": {"c": True}}
+    again = json.loads(json.dumps(with_checksum(content), indent=3, ensure_ascii=False))
+    assert has_valid_checksum(again) and not has_valid_checksum(again | {"b": [1, 2.5, "三", None]})

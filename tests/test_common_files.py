@@ -2,12 +2,24 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from common.files import atomic_write, remove, remove_leftovers, replace_folder, temporary_name, write_json, write_text
+from common.files import (
+    atomic_write,
+    remove,
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    set_aside,
+    temporary_name,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -95,3 +107,28 @@ def test_removing_takes_files_links_and_folders_but_not_what_a_link_names(tmp_pa
 
 def test_temporary_names_carry_the_process(tmp_path):
     assert temporary_name(tmp_path / "m.pth", "tmp").name == f".m.pth.{os.getpid()}.tmp"
+
+
+def test_writing_a_file_removes_what_killed_writers_of_it_left_and_no_other(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    running = os.getppid()
+    for name in (f".a.png.{ended.pid}.tmp", f".a.png.{running}.tmp", f".b.png.{ended.pid}.tmp"):
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "a.png", "whole")
+    assert names(tmp_path) == sorted([f".a.png.{running}.tmp", f".b.png.{ended.pid}.tmp", "a.png"])
+
+
+def test_a_folder_that_was_set_aside_is_found(tmp_path):
+    assert set_aside(tmp_path / "sft") is None
+    (tmp_path / ".sft.17.old").mkdir()
+    assert set_aside(tmp_path / "sft") == tmp_path / ".sft.17.old"
+    (tmp_path / "sft").mkdir()
+    assert set_aside(tmp_path / "sft") is None
+
+
+def test_a_finished_file_takes_the_place_of_an_older_one(tmp_path):
+    for name in ("a", "a.part"):
+        write_text(tmp_path / name, name)
+    replace_file(tmp_path / "a.part", tmp_path / "a")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "a.part"

@@ -15,7 +15,7 @@ from common.errors import UserError
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import ROOT, read_log, run_process, run_script, weights
+from tests.conftest import ROOT, free_port, read_log, run_process, run_script, weights
 from trainer import preference
 from trainer.preference import is_loop
 
@@ -244,7 +244,7 @@ def test_a_killed_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29619"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
 
 
 def test_one_step_however_it_is_shared(dpo, monkeypatch, dpo_dir, tmp_path):

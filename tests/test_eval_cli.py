@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -18,7 +17,7 @@ from common.errors import UserError
 from corpus.prompts import FIRST, PROMPTS
 from corpus.questions import is_right
 from evaluation.speaker import find_model
-from tests.conftest import ROOT, load_script, run_process, run_script
+from tests.conftest import ROOT, child_seconds, load_script, run_process, run_script
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +174,8 @@ def test_rule_of_a_right_answer(answer, keys, right):
         (["--prompt", "a", "--temperature", "-1"], "--temperature: -1 is not a number of at least 0"),
         (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 is not a whole number of at least 1"),
         (["--prompt", "a" * 200], "the model reads at most 96"),
-        (["--prompt", "a", "--device", "toaster"], "--device toaster"),
-        (["--prompt", "a", "--dtype", "int3"], "--dtype int3"),
+        (["--prompt", "a", "--device", "toaster"], "--device: toaster: not a device"),
+        (["--prompt", "a", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
         (["--prompt", "a", "--system", ""], None),
     ],
     ids=lambda value: str(value)[:30],
@@ -242,9 +241,9 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
 
 
 def test_help_is_quick_and_errors_are_one_line(tmp_path):
-    started = time.perf_counter()
+    before = child_seconds()
     shown = run_process(sys.executable, "2-eval.py", "--help")
-    assert time.perf_counter() - started < 2
+    assert child_seconds() - before < 2
     assert shown.returncode == 0 and "--questions" in shown.stdout and "中国的首都是哪座城市？" in shown.stdout
     failed = run_process(sys.executable, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")
     assert failed.returncode == 2 and failed.stdout == ""

@@ -31,7 +31,7 @@ ZERO = {
 }  # fmt: skip
 FRACTIONS = {
     "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
-    "rope_theta", "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
+    "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_share", "max_bad_share", "keep_share",
     "overlap", "length_penalty",

@@ -1,8 +1,12 @@
 """One writer per output: the second is told who the first is, and a kill releases the lock."""
 
+import errno
+import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -60,3 +64,32 @@ def test_one_process_may_lock_again_after_it_has_released(tmp_path):
     for _ in range(2):
         with locked(tmp_path / "data"):
             pass
+
+
+def test_who_waits_says_for_whom_and_runs_after_it(tmp_path, capsys):
+    holder = hold(tmp_path / "data")
+    threading.Timer(0.5, holder.kill).start()
+    with locked(tmp_path / "data", wait=True):
+        assert holder.wait(timeout=5) == -signal.SIGKILL
+    assert re.search(r"data is being written by `hold.py .*: waiting for it\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once_and_used(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    (tmp_path / ".data.17.tmp").write_text("another machine may be writing it")
+    with locked(tmp_path / "data"):
+        (tmp_path / "data").write_text("x")
+    assert capsys.readouterr().err.count("\n") == 1 and (tmp_path / ".data.17.tmp").exists()
+    monkeypatch.undo()
+    with locked(tmp_path / "data"):
+        assert not (tmp_path / ".data.17.tmp").exists()
+
+
+def test_leftovers_of_the_note_are_removed(tmp_path):
+    (tmp_path / "..data.lock.json.17.tmp").write_text("")
+    with locked(tmp_path / "data"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".data.lock", ".data.lock.json"]

@@ -301,7 +301,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_run_goes_on_to_the_bit(monkeypatch, lora, out, tokenizer, tmp_path, optimizer):
     from trainer import loop
-    from trainer.resume import saved_names
+    from trainer.state_files import SavedState
 
     flags = ["--max_steps", "12", "--save_interval", "3", "--lora_dropout", "0.2", "--accumulation_steps", "2"]
     flags += ["--optimizer", optimizer, "--targets", "q_proj", "mlp"]
@@ -321,7 +321,7 @@ def test_a_killed_run_goes_on_to_the_bit(monkeypatch, lora, out, tokenizer, tmp_
         with pytest.raises(Killed):
             lora(*flags, out_dir=tmp_path / "parts")
     resume = tmp_path / "parts" / "lora_sft_32.resume"
-    names = saved_names(resume / "step_000000006")
+    names = set(SavedState(resume / "step_000000006", 1, "").tensors)
     kept = {name.removeprefix("model.") for name in names if not name.startswith("optimizer.")}
     assert kept == weights(whole).keys(), "the adapter, no more"
     with pytest.raises(UserError, match=r"the adapter's rank was 2, is 4"):

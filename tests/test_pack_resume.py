@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, process, interrupted, 
     for name in ("train.jsonl", "val.jsonl"):
         with (partial / name).open("a") as cut:
             cut.write('{"messages": [{"ro')  # of a write that a kill has cut
-    (partial / "progress.json.tmp").write_text('{"job')
+    (partial / ".progress.json.999999.tmp").write_text('{"job')
     assert process(kind, file) == whole and not partial.exists()
     assert "holds unfinished work: it is continued" in capsys.readouterr().out
     assert sum(sizes) == 1201 + sizes[at - 1], "nothing is tokenised twice but the batch that was interrupted"
@@ -154,10 +154,10 @@ def test_nothing_stays_of_bad_data_or_of_a_run_without_progress(tmp_path, proces
         more.writelines("{broken\n" for _ in range(400))
     with pytest.raises(UserError, match="rows read are bad"):
         process("sft", file)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
     monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 20)
     interrupted("sft", write(file, "sft"), at=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
 
 
 def test_ctrl_c_while_scoring_says_that_the_scores_are_kept(tmp_path, process, tiny_parent, monkeypatch, capsys):

@@ -122,7 +122,7 @@ def test_a_run_goes_on_under_another_parallel_and_in_one_process(
     root, out = trained
     assert [f"going on after step {step} " in out for step in (2, 4, 6, 8)] == [True] * 4
     (folder,) = (root / "parts" / "pretrain_32.resume").iterdir()
-    assert folder.name == "step_000000010" and (folder / ".metadata").exists(), "the older ones are gone"
+    assert folder.name == "step_000000010" and (folder / "rank_00001.json").exists(), "the older ones are gone"
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", root / "parts"]
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
     run_script(monkeypatch, "1-pretrain.py", *long, *paths)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from corpus.damage import DamagedFile
 from corpus.language import language_of
 from corpus.read import read_chats, read_rows, read_texts
 from corpus.report import DataReport
@@ -24,10 +25,10 @@ def lines(rows) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def read(folder: Path, name: str, content: bytes, max_bad_share: float = 0.01, reader=read_texts):
+def read(folder: Path, name: str, content: bytes, max_bad_share: float = 0.01, reader=read_texts, accept=None):
     path = Path(folder) / name
     path.write_bytes(content)
-    report = DataReport(max_bad_share)
+    report = DataReport(max_bad_share, accept)
     found = list(reader([path], report))
     assert report.read == len(found) + report.bad_rows + report.dropped_rows
     return found, report
@@ -77,8 +78,8 @@ def test_zst_and_parquet(tmp_path):
         lines(GOOD[200:])
     )
     assert len(texts(tmp_path, "a.jsonl.zst", packed)) == 400
-    found, report = read(tmp_path, "cut.jsonl.zst", packed[:-3])
-    assert len(found) >= 200 and report.bad_rows == 1 and "archive" in next(iter(report.bad))
+    found, report = read(tmp_path, "cut.jsonl.zst", packed[:-3], accept=True)
+    assert len(found) >= 200 and report.bad_rows == 1 and "zstd stream" in next(iter(report.bad))
     parquet.write_table(pyarrow.table({"text": ["one", "two", None]}), tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     assert texts(tmp_path, "renamed.bin", content, max_bad_share=0.5) == ["one", "two"]
@@ -181,15 +182,22 @@ def test_three_broken_lines_cost_three_rows(tmp_path, broken):
 
 
 @pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, "gz"), (lzma.compress, "xz"), (bz2.compress, "bz2")])
-def test_truncated_and_damaged_archives_keep_what_was_readable(tmp_path, pack, suffix):
+def test_truncated_and_damaged_archives_are_an_error_unless_accepted(tmp_path, pack, suffix):
     rows = [{"text": f"{i} {i * 7919 % 10007} {i**3}"} for i in range(60_000)]
     packed = pack(lines(rows))
     damaged = bytearray(packed)
     damaged[-2000:-1990] = b"0123456789"
+    name = f"a.jsonl.{suffix}"
     for content in (packed[:-1000], bytes(damaged)):
-        found, report = read(tmp_path, f"a.jsonl.{suffix}", content)
-        assert 0 < len(found) <= 60_000 and report.bad_rows < 600
-        assert any("archive" in reason for reason in report.bad)
+        with pytest.raises(
+            DamagedFile, match=r"damaged at byte [\d,]+ of .* rows were read, .*--accept_damaged"
+        ) as error:
+            read(tmp_path, name, content, accept=False)
+        assert "\n" not in str(error.value)
+        found, report = read(tmp_path, name, content, accept=True)
+        assert 0 < len(found) <= 60_000 and 0 < report.bad_rows < 12_000
+        assert len(found) + report.bad_rows > 30_000 and report.accepted_rows
+        assert any("stream" in reason for reason in report.bad) and "damaged at byte" in report.notes[0]
     with pytest.raises(UserError, match="whatever its name says"):
         read(tmp_path, f"fake.jsonl.{suffix}", b"<html>404</html>")
 

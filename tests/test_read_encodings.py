@@ -49,10 +49,12 @@ CASES = [
 ]  # fmt: skip
 
 
-def rows_of(folder: Path, name: str, content: bytes, max_bad_share: float = 0.0) -> tuple[list, DataReport]:
+def rows_of(
+    folder: Path, name: str, content: bytes, max_bad_share: float = 0.0, accept: bool | None = None
+) -> tuple[list, DataReport]:
     path = Path(folder) / name
     path.write_bytes(content)
-    report = DataReport(max_bad_share)
+    report = DataReport(max_bad_share, accept)
     found = [row for _, row in read_rows(path, report)]
     assert report.read == len(found) + report.bad_rows + report.dropped_rows
     return found, report

@@ -32,7 +32,7 @@ def checkpoint(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guarded(checkpoint):
-    limits = Limits(api_key="secret-1", max_bytes=2000, cors=("https://chat.example.org",))
+    limits = Limits(api_keys=("secret-1",), max_bytes=2000, cors=("https://chat.example.org",))
     with running([checkpoint], limits) as server:
         yield server
 

@@ -21,7 +21,7 @@ from corpus.shards import (
     publish,
     read_meta,
     token_dtype,
-    write_json,
+    write_meta,
     writing,
 )
 
@@ -31,7 +31,7 @@ def write(folder: Path, documents, masks=None, dtype="uint16", shard_tokens=100,
     for ids, mask in zip(documents, masks or itertools.repeat(None), strict=False):
         writer.add(ids, mask, utf8_bytes=len(ids))
     meta = {"format": FORMAT, "kind": "pretrain", "dtype": dtype, "splits": {split: writer.close()}}
-    write_json(folder / "meta.json", meta)
+    write_meta(folder, meta)
     return meta["splits"][split]
 
 
@@ -65,7 +65,12 @@ def test_files_are_what_the_format_says(tmp_path):
     write(tmp_path, [[1, 2, 3], [258]], shard_tokens=0, split="val_zh")
     assert (tmp_path / "val_zh.bin").read_bytes() == bytes([1, 0, 2, 0, 3, 0, 2, 1])
     assert np.load(tmp_path / "val_zh.idx.npy").tolist() == [0, 3, 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "val_zh.bin", "val_zh.idx.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "meta.json",
+        "val_zh.bin",
+        "val_zh.crc",
+        "val_zh.idx.npy",
+    ]
     write(tmp_path, [[1] * 60, [2] * 60, [3] * 60], shard_tokens=100)
     assert {"train_000.bin", "train_001.bin"} <= {path.name for path in tmp_path.iterdir()}
     assert token_dtype(6400) == token_dtype(65_535) == "uint16" and token_dtype(65_536) == "uint32"
@@ -87,7 +92,7 @@ def test_a_writer_continues_where_its_state_was_taken(documents, kept, lost, sha
         for ids in documents[kept:]:
             again.add(ids, utf8_bytes=len(ids))
         meta = {"format": FORMAT, "kind": "pretrain", "dtype": "uint16", "splits": {"train": again.close()}}
-        write_json(Path(other) / "meta.json", meta)
+        write_meta(other, meta)
         names = sorted(path.name for path in Path(one).iterdir())
         assert names == sorted(path.name for path in Path(other).iterdir())
         assert all((Path(one) / name).read_bytes() == (Path(other) / name).read_bytes() for name in names)

@@ -50,7 +50,7 @@ def test_the_format_asked_for_is_the_format_used(monkeypatch, pretrain, name, ca
 def test_an_unknown_format_or_device_is_refused(pretrain):
     with pytest.raises(UserError, match="argument --dtype: invalid choice: 'float61'"):
         pretrain("--dtype", "float61")
-    with pytest.raises(UserError, match="--device nonsense"):
+    with pytest.raises(UserError, match="--device: nonsense: not a device"):
         pretrain("--device", "nonsense")
 
 

@@ -12,11 +12,12 @@ Read next: loop.py (who asks for batches), ../corpus/shards.py (what is on disk)
 import argparse
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
 from corpus.pack import Form, tokenise_chats
@@ -45,9 +46,9 @@ def open_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
     if meta["kind"] != kind:
         raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `{command}`")
     ours = tokenizer.fingerprint if kind == "pretrain" else tokenizer.chat_fingerprint  # a chat's has its format too
-    if meta["tokenizer"] != ours or meta["vocab_size"] > tokenizer.vocab_size:
+    if meta.get("tokenizer") != ours or meta.get("vocab_size", 0) > tokenizer.vocab_size:
         raise UserError(
-            f"{folder} was made with tokenizer {meta['tokenizer']}, the model has {ours}: "
+            f"{folder} was made with tokenizer {meta.get('tokenizer')}, the model has {ours}: "
             f"run `{command} --tokenizer …` again, or name the tokenizer that made it"
         )
     if meta["splits"].get("train", {}).get("tokens", 0) < 2:
@@ -60,8 +61,10 @@ def _all(shard: dict[str, Any]) -> bool:
 
 
 class Rows(Protocol):
-    """What a data set offers: rows that can be asked for by number."""
+    """What a data set offers: rows that can be asked for by number. `folder`: where they are read from."""
 
+    @property
+    def folder(self) -> Path: ...
     def __len__(self) -> int: ...
     def batch(self, rows: np.ndarray) -> Batch: ...
     def row_lengths(self) -> np.ndarray | None: ...
@@ -75,6 +78,7 @@ class Windows:
 
     def __init__(self, folder: str, split: str, seq_len: int, chosen: Callable[[dict[str, Any]], bool] = _all) -> None:
         self.tokens, self.seq_len = open_split(folder, split, chosen), seq_len
+        self.folder = self.tokens.folder
 
     def __len__(self) -> int:
         return -(-(self.tokens.tokens - 1) // self.seq_len)
@@ -105,6 +109,7 @@ class Chats:
 
     def __init__(self, folder: str, split: str, pad_id: int) -> None:
         self.tokens, self.pad_id = open_split(folder, split), pad_id
+        self.folder = self.tokens.folder
         self.widest = int(self.tokens.lengths().max(initial=1)) - 1
 
     def __len__(self) -> int:
@@ -136,6 +141,7 @@ class Pairs:
 
     def __init__(self, folder: str, split: str, pad_id: int, reference: torch.Tensor) -> None:
         self.answers, self.reference = Chats(folder, split, pad_id), reference
+        self.folder = self.answers.folder
         self.starts = self.answers.tokens.starts()
 
     def __len__(self) -> int:
@@ -255,13 +261,22 @@ class StepPlan:
         return {}
 
 
-class StepBatches(Dataset[list[Batch]]):
+class StepBatches(Dataset[Any]):
     """Item `step` is this process's list of micro-batches: all get equally many, an empty one where rows ran out."""
 
     def __init__(self, data: Rows, plan: StepPlan, batch_size: int, rank: int, world: int) -> None:
         self.data, self.plan, self.batch_size, self.rank, self.world = data, plan, batch_size, rank, world
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> Any:
+        """The micro-batches; in a worker process an error of the data as a value, else its line becomes a traceback."""
+        try:
+            return self.micro_batches(step)
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def micro_batches(self, step: int) -> list[Batch]:
         rows = self.plan.rows(step)
         stride = self.batch_size * self.world
         return [
@@ -284,7 +299,10 @@ def nothing(data: Rows) -> Batch:
 
 
 def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
-    """The micro-batches of steps first ... last - 1, prepared ahead by `num_workers` processes."""
+    """The micro-batches of steps first ... last - 1, prepared ahead by `num_workers` processes.
+
+    Raises UserError when the data is damaged.
+    """
     loader: Any = DataLoader(
         batches,
         batch_size=None,
@@ -292,7 +310,10 @@ def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
     )
-    return iter(loader)
+    for found in loader:
+        if isinstance(found, UserError):
+            raise found
+        yield found
 
 
 def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_tokens: int) -> Iterator[Batch]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from common.locks import locked
 from corpus.chats import is_trained
 from corpus.choose import Choice, Examples, Scores, print_histogram, scores_path, summary
 from corpus.items import Item
@@ -129,10 +130,10 @@ class Choosing:
         form: Form,
         progress: Callable[[list[str], DataReport], AbstractContextManager[Callable[[], None]]],
     ) -> None:
-        scorer = Scorer(args.scorer)
-        self.scores = Scores(scores_path(args.out_dir, scorer.name))
-        report = DataReport(args.max_bad_share)
-        with progress(args.files, report) as on_batch:
+        scorer, report = Scorer(args.scorer), DataReport(args.max_bad_share)
+        path = scores_path(args.out_dir, scorer.name)
+        with locked(path), progress(args.files, report) as on_batch:
+            self.scores = Scores(path)
             items = counted(form.items(args.files, report), report, on_batch)
             try:
                 new = score_items(items, scorer, self.scores)

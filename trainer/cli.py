@@ -8,12 +8,15 @@ Read next: runtime.py.
 import argparse
 import dataclasses
 import importlib.util
+import math
+import os
 from typing import Any
 
 from common.errors import UserError
 from corpus import flags
 from corpus.mix import parse_mix
-from model.config import FIELD_HELP, PRESETS, ModelConfig
+from model.config import FIELD_HELP, LIMITS, PRESETS, ModelConfig
+from model.parameters import count
 from trainer.recipes import parse_with_recipe
 
 
@@ -75,11 +78,13 @@ def check_parallel(args: argparse.Namespace) -> None:
 
 def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stage_defaults: Any) -> Parser:
     """A parser with all shared flags. The stage's own numbers: the peak rate of each optimizer, and other defaults."""
+    if "WORLD_SIZE" in os.environ:  # else torch prints a C++ stack for every peer that is gone; ours is one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = Parser(description=door_plate, formatter_class=HelpWithDefaults)
     add = parser.add_argument_group("data and files").add_argument
-    add("--data_path", help="folder written by data_process.py")
-    add("--out_dir", default="out", help="where the model, the log and the curves go")
-    add("--init_from", help="checkpoint to start from")
+    add("--data_path", type=flags.path, help="folder written by data_process.py")
+    add("--out_dir", type=flags.path, default="out", help="where the model, the log and the curves go")
+    add("--init_from", type=flags.path, help="checkpoint to start from")
     add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
         help="auto: go on where an interrupted run of this stage stopped; never: start anew")  # fmt: skip
     add("--save_interval", type=flags.positive_int, default=200,
@@ -107,18 +112,25 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
         help="share of the run that warms up, instead of --warmup_iters")  # fmt: skip
     add("--weight_decay", type=flags.non_negative_float, default=0.1, help="on matrices; never on norms and embeddings")
     add("--grad_clip", type=flags.non_negative_float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--max_loss_ratio", default=3.0,
+        type=flags.Limit(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
+        help="end a run that diverges: when the mean loss of the last 10 steps is above so many times the "
+        "first loss (0: off). As first loss counts at least half of ln(vocabulary) per token, 2 per pair")  # fmt: skip
     add("--seed", type=flags.seed, default=42, help="random seed of the weights, the order of the data and dropout")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+    add("--device", type=flags.device, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=flags.DTYPES, default="auto",
         help="number format of the matrix products; auto: bf16 where the hardware has it")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory, slower")
     add("--parallel", choices=PARALLEL, default="ddp",
         help="how torchrun's processes share the model: ddp: each has all of it; fsdp, zero3: each a piece; "
         "zero1, zero2: pieces of the optimizer, and of the gradients")  # fmt: skip
-    add("--num_workers", type=flags.non_negative_int, default=0, help="processes that prepare batches ahead")
+    add("--dist_timeout", type=flags.non_negative_float, default=0.0,
+        help="seconds that a process may keep the others waiting before the run ends and names it "
+        "(0: 300 on CPUs, 1800 on GPUs)")  # fmt: skip
+    add("--num_workers", type=flags.between(0, 256), default=0, help="processes that prepare batches ahead")
     add("--local_rank", "--local-rank", type=flags.at_least(-1), default=0,
         help=argparse.SUPPRESS)  # fmt: skip  # the deepspeed launcher adds it
 
@@ -129,8 +141,8 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--eval_tokens", type=flags.positive_int, default=16_384,
         help="validation tokens per language each time; eight times as many at the end")  # fmt: skip
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
-    add("--wandb_project", default="mengya")
-    add("--wandb_run_name", default=None)
+    add("--wandb_project", type=flags.some_text, default="mengya")
+    add("--wandb_run_name", type=flags.some_text, default=None)
     parser.set_defaults(**stage_defaults)
     parser.learning_rates = learning_rates
     return parser
@@ -141,22 +153,19 @@ def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
         help=f"{what}; none given: as many tokens as the model reads")  # fmt: skip
 
 
-# Fields whose limit does not follow from the type and the default.
-MODEL_LIMITS = {
-    "rope_theta": flags.positive_float,
-    "norm_eps": flags.positive_float,
-    "dropout": flags.fraction_below_one,
-    "n_shared_experts": flags.non_negative_int,
-}
-
-
 def model_limit(field: "dataclasses.Field[Any]") -> Any:
-    """The argparse type of a field of ModelConfig. A count whose default is 0 may be 0; other counts begin at 1."""
-    if field.name in MODEL_LIMITS or isinstance(field.default, bool):
-        return MODEL_LIMITS.get(field.name, yes_or_no)
+    """The argparse type of a field of ModelConfig, with the limits that the config itself has.
+
+    A count that a file may leave at 0 (experts of a dense model) is at least 1 as a flag, but for shared experts.
+    """
+    if isinstance(field.default, bool):
+        return yes_or_no
+    least, most = LIMITS[field.name]
     if isinstance(field.default, int):
-        return flags.positive_int if field.default else flags.non_negative_int
-    return flags.non_negative_float if isinstance(field.default, float) else type(field.default)
+        least = least if field.name == "n_shared_experts" or not field.default else max(least, 1)
+        return flags.between(int(least), int(most))
+    rule = f"a number from {least:g} to {most:g}"
+    return flags.Limit(float, rule, lambda value: least <= value <= most)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +204,21 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     """The preset with the flags that were given. Raises UserError for an impossible combination."""
     preset = PRESETS[args.preset or "small"]
     try:
-        return ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
+        config = ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
     except ValueError as error:
         raise UserError(str(error)) from None
+    needed, there = 4 * count(config).total, memory_of_machine()
+    if not args.plan and needed > there:
+        raise UserError(
+            f"the weights take {needed / 1e9:,.1f} GB in fp32, this machine has {there / 1e9:,.1f} GB of memory: "
+            "choose a smaller --preset, --dim or --n_layers (--plan calculates before you train)"
+        )
+    return config
+
+
+def memory_of_machine() -> float:
+    """Bytes of main memory; infinity where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf

@@ -1,16 +1,10 @@
-"""Time and trouble: how long the run has taken and may take, and what happens when losses are no longer numbers.
+"""Time: how long the run has taken and may take.
 
 Read next: loop.py.
 """
 
-import math
 import time
 
-import torch
-
-from common.errors import UserError
-from trainer.batches import Batch
-from trainer.logbook import Logbook
 from trainer.runtime import Run
 
 
@@ -53,26 +47,3 @@ class Clock:
     def seconds_left(self, steps_left: int) -> float:
         by_steps = steps_left * self.step_seconds
         return max(0.0, min(by_steps, self.limit - self.session_seconds) if self.limit else by_steps)
-
-
-class Watch:
-    """Skipped steps: each is said, and several in a row end the run with the numbers of the rows in the batch."""
-
-    def __init__(self, log: Logbook, scaled: bool) -> None:
-        self.log, self.in_a_row = log, 0
-        self.limit = 25 if scaled else 5  # an fp16 scaler finds its scale by failing
-
-    def check(self, step: int, result: dict[str, float], batches: list[Batch]) -> None:
-        self.in_a_row = self.in_a_row + 1 if result["skipped"] else 0
-        if not self.in_a_row:
-            return
-        rows = torch.cat([batch["rows"] for batch in batches]).tolist()
-        what = "loss" if not math.isfinite(result["loss"]) else "gradient"
-        self.log.say(
-            f"step {step} skipped: the {what} is not finite (data rows {rows[:8]}{'…' if len(rows) > 8 else ''})"
-        )
-        if self.in_a_row >= self.limit:
-            raise UserError(
-                f"{what} not finite {self.in_a_row} steps in a row; the last batch held data rows {rows}: "
-                "look at them, lower --learning_rate, or use --dtype float32"
-            )

@@ -139,18 +139,30 @@ class Logbook:
 
 
 def read_rows(path: Path, until_step: int) -> list[Row]:
-    """The rows of an earlier part of this run, up to a step."""
+    """The rows of an earlier part of this run, up to a step. Raises OSError where there is a file that cannot be read.
+
+    A line that is no row (a kill cut it short, a disk or a person changed it) is left out: see `is_row`.
+    """
     if not until_step or not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:  # the line that a kill cut short
+        except (ValueError, RecursionError):
             continue
-        if row["step"] <= until_step:
+        if is_row(row) and row["step"] <= until_step:
             rows.append(row)
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Whether this can be a line of a log: it has a step; a loss is a number, a validation's loss one per split."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    by_split = row.get("val_loss", {})
+    losses = [row["loss"]] if "loss" in row else []
+    return isinstance(by_split, dict) and all(type(loss) in (int, float) for loss in [*losses, *by_split.values()])
 
 
 def describe(row: Row) -> str:

@@ -26,15 +26,17 @@ from model.chat import ChatTokenizer
 from model.checkpoint import model_content
 from model.transformer import Transformer
 from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validation_batches
-from trainer.clock import Clock, Watch
+from trainer.clock import Clock
+from trainer.divergence import Watch
 from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.loss import IGNORE
 from trainer.mixture import step_plan
 from trainer.optim import set_schedule
 from trainer.parallel import Engine, share_out
 from trainer.report import announce, check_first_loss
-from trainer.resume import Progress, Saver, detached, global_batch, load_progress, saved_names
+from trainer.resume import Progress, global_batch, load_progress
 from trainer.runtime import Run
+from trainer.saver import Saver, detached, one_writer
 
 ComputeLoss = Callable[[nn.Module, Batch], tuple[Any, ...]]  # -> (sum of losses, how many[, {name: sum to be logged}])
 
@@ -64,11 +66,12 @@ class Stage:
         return int(trained.sum() if self.unit == "token" else trained.any(1).chunk(2)[0].sum())
 
 
+@one_writer
 def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     """Run the stage to its end (steps, minutes, or a signal) and save; returns the path of the model.
 
-    Raises UserError when the run has no step, when losses stay non-finite, or when a resume file belongs to another
-    run.
+    Raises UserError when the run has no step, when it ends with non-finite numbers or diverges (divergence.py: the last
+    good save stays), or when a resume file belongs to another run.
     """
     path = stage.path(args.out_dir)
     stage.model.activation_checkpointing = args.checkpoint_activations
@@ -81,24 +84,34 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     announce(run, args, stage, plan, total)
     engine = share_out(run, args, stage)
     if saved:
-        engine.load(saved, saved_names(saved))
-        engine.scaler.load_state_dict(progress.scaler)
+        engine.load(saved)
+        if progress.scaler:  # fp16 then and now
+            engine.scaler.load_state_dict(progress.scaler)
     elif not stage.lineage:
         check_first_loss(run, args, stage, plan, engine)
     batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
     log = open_log(run, args, stage, path, total, progress.step)
     saver = Saver(run, path, going_on=saved is not None)
+    watch = Watch(run, args, stage, plan, log)
+    watch.start(progress, resumed=saved is not None)
+    step_batches: list[Batch] = []
 
-    def save() -> None:
+    def save(final: bool = False) -> str:
+        """Save, and return ""; or, when the state is not good, return why."""
         saver.finish()  # the one before
+        run.wait()  # for the first process, which has the most to write
         engine.refresh()
+        if problem := watch.problem(engine, step_batches, final):
+            return problem
         lineage = [*stage.lineage, entry(args, stage, progress, objection)]
         content = detached(model_content(stage.model, stage.name, stage.tokenizer, lineage)) if run.is_main else None
         saver.begin(progress, engine, content)
+        watch.saved()
+        return ""
 
     clock = Clock(args.max_minutes, progress.step / max(total, 1), progress.seconds)
-    watch = Watch(log, engine.scaler.is_enabled())
     reason = objection = ""  # why the run ends early: for now, or because the guard will have no more of it
+    save_is_due = stopped = False
     try:
         with run.polite_stop():
             for step_batches in iterate(batches, progress.step, total, args.num_workers):
@@ -110,11 +123,13 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 result = train_step(run, args, engine, stage, step_batches)
                 clock.step_ends(run)
                 progress.advance(result, clock.seconds)
-                watch.check(progress.step, result, step_batches)
+                run.step = progress.step
+                watch.check(result)
                 row = training_row(stage, progress, result, lr, plan, clock, total, run.device.type)
                 log.step(progress.step, describe(row))
                 objection = stage.guard(row) if stage.guard else ""
                 reason = "" if progress.step == total or objection else run_over(result, clock)
+                stopped = bool(reason and result["stop"])
                 last = bool(reason or objection) or progress.step == total
                 if progress.step % args.log_interval == 0 or progress.step == 1 or last:
                     log.row(row)
@@ -122,14 +137,17 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                     break  # the final validation and save come below
                 if progress.step % args.eval_interval == 0:
                     log.validation(validate(run, args, engine, stage, progress, args.eval_tokens))
-                if progress.step % args.save_interval == 0:
-                    save()
-        save()
-        if stage.validation and "SIG" not in reason:
+                if save_is_due or progress.step % args.save_interval == 0:
+                    save_is_due = watch.postponed(save(), save_is_due)
+            if problem := save(final=True):
+                raise watch.ending(problem)
+            saver.finish()  # before a second signal can interrupt it
+        if stage.validation and not stopped:
             progress.validation = validate(run, args, engine, stage, progress, 8 * args.eval_tokens)
             progress.validation |= stage.examine() if stage.examine else {}
             log.validation(progress.validation)
-            save()  # once more, with the final scores in the lineage
+            watch.check_validation(progress.validation["val_loss"])
+            save(final=True)  # once more, with the final scores in the lineage
         saver.close(complete=not reason)
     finally:
         saver.abandon()
@@ -215,7 +233,7 @@ def validate(
 def run_over(result: dict[str, float], clock: Clock) -> str:
     """Why the run ends before its last step; empty when it does not."""
     if result["stop"]:
-        return "SIGINT or SIGTERM"
+        return "SIGINT, SIGTERM or SIGHUP"
     return f"{clock.limit / 60:g} minutes are over" if clock.is_over else ""
 
 

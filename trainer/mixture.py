@@ -15,6 +15,7 @@ Reads   labelled training shards. Read next: ../corpus/mix.py (the shares), shuf
 import argparse
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class Mixture:
     """The rows of all groups of a recipe, one group's after the other's."""
 
     def __init__(self, folder: str, recipe: Recipe, seq_len: int) -> None:
-        self.recipe, self.seq_len = recipe, seq_len
+        self.recipe, self.seq_len, self.folder = recipe, seq_len, Path(folder)
         groups = {group.name: group for stage in recipe.stages for group in stage}
         self.parts = {name: Windows(folder, "train", seq_len, group.holds) for name, group in groups.items()}
         for name, part in self.parts.items():

@@ -22,7 +22,6 @@ import copy
 import math
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +33,7 @@ from model.transformer import Transformer
 from trainer.batches import Batch
 from trainer.optim import make_optimizers
 from trainer.runtime import Run
+from trainer.state_files import SavedState
 
 if TYPE_CHECKING:
     from trainer.loop import Stage
@@ -75,6 +75,7 @@ class Engine:
     module: Any  # StageLoss as it is trained
     plain: Any  # StageLoss as it is evaluated
     optimizers: list[torch.optim.Optimizer]
+    replicated = True  # whether what `state` holds whole is held by every process
 
     def __init__(self, run: Run, args: argparse.Namespace, stage: "Stage") -> None:
         self.run, self.args, self.stage = run, args, stage
@@ -156,17 +157,14 @@ class Engine:
                 state |= {f"optimizer.{names[parameter]}.{key}": value for key, value in values.items()}
         return state
 
-    def load(self, folder: Path, saved: set[str]) -> None:
-        """Fill the optimizers from a checkpoint that has the names `saved`; stage.model was filled before `build`."""
-        from trainer.resume import load_tensors
-
+    def load(self, saved: SavedState) -> None:
+        """Fill the optimizers from a checkpoint; stage.model was filled before `build`."""
         for optimizer in self.optimizers:
             make_state(optimizer)
             for parameter, name in [(p, name) for name, p in self.trained().items() if p in optimizer.state]:
-                if not any(key.startswith(f"optimizer.{name}.") for key in saved):
+                if not any(key.startswith(f"optimizer.{name}.") for key in saved.tensors):
                     del optimizer.state[parameter]  # it had not moved yet
-        state = {name: tensor for name, tensor in self.state().items() if name.startswith("optimizer.")}
-        load_tensors(self.run, folder, state)
+        saved.load({name: tensor for name, tensor in self.state().items() if name.startswith("optimizer.")})
 
     def refresh(self) -> None:
         """Bring stage.model up to date on the first process. Here it is."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from corpus import flags
 from model.config import ModelConfig
+from model.parameters import count
 
 CUDA_CONTEXT = 0.8e9  # bytes that CUDA itself takes: what MindLLM's two inference figures leave beside the weights
 LOSS_CHUNK = 1024  # positions whose logits exist at one time (trainer/loss.py)
@@ -64,33 +65,6 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="assumed share of the GPUs' peak FLOPs")  # fmt: skip
     add("--price_per_hour", type=flags.non_negative_float, default=0.0,
         help="of one GPU, in US dollars (0: the price in the plan's table)")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parameters:
-    total: int
-    active: int  # those that one token meets: an MoE's idle experts left out
-    layer_matrices: int  # what Muon holds
-    multiplied: int  # active ones in matrix products: no norms, the embedding only where it is the output layer too
-
-
-def count(config: ModelConfig) -> Parameters:
-    """The parameters of a config, without building it."""
-    dim, hidden, layers = config.dim, config.hidden_dim, config.n_layers
-    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    attention = 2 * dim * q_dim + 2 * dim * kv_dim
-    norms = 2 * dim + (2 * config.head_dim if config.qk_norm else 0) + (q_dim + 2 * kv_dim if config.qkv_bias else 0)
-    router = dim * config.n_routed_experts if config.use_moe else 0
-    expert = 3 * dim * hidden
-    experts, visited = 1, 1
-    if config.use_moe:
-        experts = config.n_shared_experts + config.n_routed_experts
-        visited = config.n_shared_experts + config.n_active_experts
-    embeddings = config.vocab_size * dim * (1 if config.tie_embeddings else 2)
-    total = layers * (attention + norms + router + experts * expert) + embeddings + dim
-    active = total - layers * (experts - visited) * expert
-    multiplied = layers * (attention + router + visited * expert) + config.vocab_size * dim
-    return Parameters(total, active, layers * (attention + experts * expert), multiplied)
 
 
 def steps_for(tokens_per_param: float, config: ModelConfig, rows_per_step: int) -> int:

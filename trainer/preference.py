@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.checksums import check_zip
 from common.errors import UserError
 from corpus.shards import read_meta
 from model.chat import ChatTokenizer
@@ -64,6 +65,8 @@ def open_reference(
         "dtype": str(run.dtype).removeprefix("torch."),
     }
     try:
+        if check_zip(path):
+            raise ValueError("a record differs from its checksum")
         kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kept = kept if kept["key"] == key and kept["log_probs"].keys() == meta["splits"].keys() else None
     except Exception:  # missing, damaged or foreign: it can be made again
@@ -219,6 +222,7 @@ def watch_loops(
 
     def measure(when: str) -> dict[str, float]:
         rates = loop_rate(run, model, tokenizer, validation) if run.is_main else {}
+        run.wait()
         shown = ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items())
         run.say(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
         return rates

@@ -1,14 +1,15 @@
 """Going on where a run stopped: a folder beside the model, there only while the stage is unfinished.
 
-    out/{stage}_{size}.resume/step_000200/progress.json              how far the run is, and which run it is
-                                          *.distcp, .metadata        weights and optimizer state, each under its name
+    out/{stage}_{size}.resume/step_000000200/progress.json                   how far the run is, and which run it is
+                                             rank_00000.safetensors, .json   weights and optimizer state by name, of
+                                                                             each process what it holds
 
-The tensors are written by torch.distributed.checkpoint, in the background while training goes on; every process writes
-what it holds. `.metadata` comes last: a folder that has it is whole, and only then the older one goes. A tensor is its
-name and its shape, however it was cut: a run may go on under another --parallel and with another number of processes,
-as long as a step keeps its rows. The step number alone decides data, learning rate and dropout: nothing else needs
-saving. Where an adapter is trained, the weights are the adapter's alone.
-Read next: loop.py, parallel.py (what a state is), batches.py.
+The files are written in the background while training continues, from copies. A folder with progress.json and the json
+of every process is complete, and only then the older one is removed. A tensor is its name and its shape, however it was
+cut: a run may continue under another --parallel and with another number of processes, as long as a step keeps its rows.
+The step number alone decides data, learning rate and dropout: nothing else needs saving. Where an adapter is trained,
+the weights are the adapter's alone. Every file has checksums, and none is read with pickle.
+Read next: saver.py (who writes), state_files.py (the format), loop.py, parallel.py (what a state is), batches.py.
 """
 
 import argparse
@@ -16,26 +17,25 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shutil
-import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from common.errors import UserError
-from model.checkpoint import Checkpoint, atomic_save
+from corpus.shards import fingerprint
 from model.config import ModelConfig
 from trainer.runtime import Run
+from trainer.state_files import Damaged, SavedState, file_stem, read_json
 
 if TYPE_CHECKING:
     from trainer.loop import Stage
-    from trainer.parallel import Engine, State
 
-# One process alone is no mistake.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+ANEW = "start anew with --resume never"
+MOST_RANKS = 100_000
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch's GradScaler
 
 
 @dataclass
@@ -46,8 +46,10 @@ class Progress:
     tokens: int = 0  # trained tokens
     seconds: float = 0.0
     loss: float = 0.0  # of the last step, per token
+    first_loss: float = 0.0  # of the first step that was not skipped; ln(vocabulary) where nothing was trained before
     validation: dict[str, Any] = field(default_factory=dict)
     rows_per_step: int = 0
+    ranks: int = 0  # processes that wrote the step folder
     identity: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16 gradients
 
@@ -62,10 +64,46 @@ def resume_path(path: Path) -> Path:
     return path.with_suffix(".resume")
 
 
-def last_whole(path: Path) -> Path | None:
-    """The newest complete step folder of the model at `path`."""
-    whole = [file.parent for file in resume_path(path).glob("step_*/.metadata")]
-    return max(whole, default=None, key=lambda folder: folder.name)
+def step_folders(resume: Path) -> list[tuple[int, Path]]:
+    """The step folders in a resume folder, whether complete or not, the newest first."""
+    found = (
+        [entry for entry in resume.iterdir() if re.fullmatch(r"step_\d{1,18}", entry.name)] if resume.exists() else []
+    )
+    return sorted(((int(entry.name[5:]), entry) for entry in found), reverse=True)
+
+
+def complete_steps(resume: Path, before: float = math.inf) -> Iterator[tuple[Path, Progress]]:
+    """The complete step folders below step `before` with their progress, the newest first. Raises Damaged."""
+    for step, folder in step_folders(resume):
+        if step >= before or is_of_earlier_version(folder) or not (folder / "progress.json").is_file():
+            continue
+        progress = progress_of(folder, step)
+        if all((folder / f"{file_stem(rank)}.json").is_file() for rank in range(progress.ranks)):
+            yield folder, progress
+
+
+def is_of_earlier_version(folder: Path) -> bool:
+    return (folder / ".metadata").exists()
+
+
+def progress_of(folder: Path, step: int) -> Progress:
+    """What progress.json of a step folder says. Raises Damaged."""
+    path = folder / "progress.json"
+    content = read_json(path)
+    for name, default in dataclasses.asdict(Progress()).items():
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if type(content.get(name)) not in kinds:
+            raise Damaged(path, f"is damaged (it has no {name})")
+    progress = Progress(**{entry.name: content[entry.name] for entry in dataclasses.fields(Progress)})
+    counts = (progress.tokens, progress.seconds, progress.rows_per_step - 1, progress.ranks - 1)
+    if progress.step != step or min(counts) < 0 or progress.ranks > MOST_RANKS:
+        raise Damaged(path, "is damaged (its numbers are impossible)")
+    scaler = progress.scaler
+    if scaler and (scaler.keys() != SCALER or not all(type(value) in (int, float) for value in scaler.values())):
+        raise Damaged(path, "is damaged (scaler)")
+    if not isinstance(progress.identity.get("config"), dict):
+        raise Damaged(path, "is damaged (identity)")
+    return progress
 
 
 def read_progress(args: argparse.Namespace, path: Path) -> tuple[Path, Progress] | None:
@@ -73,14 +111,29 @@ def read_progress(args: argparse.Namespace, path: Path) -> tuple[Path, Progress]
     if args.resume == "never" or not resume_path(path).exists():
         return None
     if resume_path(path).is_file():
-        raise UserError(f"cannot read {resume_path(path)} (a file, not a folder): start anew with --resume never")
-    folder = last_whole(path)
-    if folder is None:  # killed before the first save was complete
-        return None
+        raise UserError(f"cannot read {resume_path(path)} (a file, not a folder): {ANEW}")
     try:
-        return folder, Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {folder} ({str(error)[:80]}): start anew with --resume never") from None
+        for found in complete_steps(resume_path(path)):
+            return found
+        earlier = any(is_of_earlier_version(folder) for _, folder in step_folders(resume_path(path)))
+    except Damaged as error:
+        raise UserError(f"{error}: {way_back(error.folder)}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {resume_path(path)} ({error.strerror}): {ANEW}") from None
+    if earlier:
+        raise UserError(
+            f"{resume_path(path)} is in the format of an earlier version, which is not read because it may run code: "
+            f"finish the run with that version, or {ANEW}"
+        )
+    return None
+
+
+def way_back(folder: Path) -> str:
+    """What to do about a damaged step folder. The one before it is there until the next save."""
+    with contextlib.suppress(Damaged, OSError):
+        for _, progress in complete_steps(folder.parent, before=int(folder.name[5:])):
+            return f"remove {folder} to resume from step {progress.step}, or {ANEW}"
+    return ANEW
 
 
 def global_batch(run: Run, args: argparse.Namespace, path: Path) -> int:
@@ -109,6 +162,7 @@ def run_identity(args: argparse.Namespace, stage: "Stage") -> dict[str, Any]:
         "tokenizer": stage.tokenizer.chat_fingerprint,
         "parent": parent if stage.lineage else "",
         "data rows": len(stage.data),
+        "the data's fingerprint": fingerprint(stage.data.folder),
         "--optimizer": args.optimizer,
         "--seed": args.seed,
         "--mix": stage.mix or None,
@@ -132,10 +186,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def load_progress(
     run: Run, args: argparse.Namespace, stage: "Stage", path: Path, rows_per_step: int
-) -> tuple[Progress, Path | None]:
-    """Fill stage.model from the step folder if there is one; also returns that folder, for `Engine.load`.
+) -> tuple[Progress, SavedState | None]:
+    """Fill stage.model from the newest step folder, if there is one; also returns what is saved, for `Engine.load`.
 
-    Raises UserError when the folder belongs to a run with another model, tokenizer, data, optimizer or seed.
+    Raises UserError when the folder is damaged or belongs to a run with another model, tokenizer, data, optimizer or
+    seed.
     """
     identity = json.loads(json.dumps(run_identity(args, stage)))  # as it will be read again
     found = read_progress(args, path)
@@ -146,126 +201,8 @@ def load_progress(
         return Progress(rows_per_step=rows_per_step, identity=identity), None
     folder, progress = found
     if shown := "; ".join(changes(progress.identity, identity)):
-        raise UserError(f"{resume_path(path)} belongs to another run ({shown[:300]}): use --resume never to start anew")
-    weights = {f"model.{name}": p.detach() for name, p in stage.model.named_parameters() if p.requires_grad}
-    load_tensors(run, folder, weights)
+        raise UserError(f"{resume_path(path)} belongs to another run ({shown[:300]}): {ANEW}")
+    saved = SavedState(folder, progress.ranks, way_back(folder))
+    saved.load({f"model.{name}": p for name, p in stage.model.named_parameters() if p.requires_grad})
     run.say(f"going on after step {progress.step} of an interrupted run (--resume never starts anew)")
-    return progress, folder
-
-
-def load_tensors(run: Run, folder: Path, state: "State") -> None:
-    """Fill the tensors in place, whole ones and pieces alike. Raises UserError when the folder does not hold them."""
-    from torch.distributed import checkpoint
-
-    try:
-        checkpoint.load(state, storage_reader=checkpoint.FileSystemReader(folder), no_dist=True)
-    except (checkpoint.CheckpointException, Exception) as error:
-        raise UserError(f"cannot read {folder} ({last_line(error)}): start anew with --resume never") from None
-
-
-def saved_names(folder: Path) -> set[str]:
-    """The names of the tensors in a step folder."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    return set(FileSystemReader(folder).read_metadata().state_dict_metadata)
-
-
-def last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-
-
-class Saver:
-    """Writes the model (by the first process) and the step folder (by all) while training goes on."""
-
-    def __init__(self, run: Run, path: Path, going_on: bool) -> None:
-        self.run, self.path, self.going_on = run, path, going_on
-        self.threads = ThreadPoolExecutor(1)
-        self.pending: list[Future[Any]] = []
-        self.saved_step = -1
-
-    def begin(self, progress: Progress, engine: "Engine", content: Checkpoint | None) -> None:
-        """Copy what is to be written, and return. `content`: the .pth, on the first process."""
-        from torch.distributed import checkpoint
-
-        self.finish()
-        progress.scaler = engine.scaler.state_dict()
-        folder, again = resume_path(self.path) / f"step_{progress.step:09d}", progress.step == self.saved_step
-        if self.run.is_main:
-            self.write_progress(folder, progress, again)
-        if content is not None:
-            self.pending.append(self.threads.submit(atomic_save, content, self.path))
-        if again:
-            return
-        self.run.wait()
-        future = checkpoint.async_save(
-            engine.state(),
-            storage_writer=checkpoint.FileSystemWriter(folder),
-            process_group=self.run.save_group,
-            no_dist=self.run.world == 1,
-        )
-        self.pending.append(future)  # type: ignore[arg-type]
-        self.saved_step = progress.step
-
-    def write_progress(self, folder: Path, progress: Progress, again: bool) -> None:
-        try:
-            if not self.going_on:  # what a run before this one left
-                remove(resume_path(self.path))
-                self.going_on = True
-            if not again:  # what a kill left half written
-                remove(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / "progress.json.tmp"
-            temporary.write_text(json.dumps(dataclasses.asdict(progress)), encoding="utf-8")
-            temporary.replace(folder / "progress.json")
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-
-    def finish(self) -> None:
-        """Wait until what was begun is on the disk, then drop the older steps. Raises UserError when it failed."""
-        from torch.distributed.checkpoint import CheckpointException
-
-        if not self.pending:
-            return
-        try:
-            while self.pending:
-                self.pending.pop().result()
-        except (CheckpointException, OSError, RuntimeError) as error:
-            raise cannot_write(resume_path(self.path), error) from error
-        if self.run.is_main:
-            for folder in resume_path(self.path).glob("step_*"):
-                if folder.name != f"step_{self.saved_step:09d}":
-                    shutil.rmtree(folder, ignore_errors=True)
-
-    def close(self, complete: bool) -> None:
-        """Finish; of a complete stage nothing is left to go on with."""
-        self.finish()
-        if complete and self.run.is_main:
-            shutil.rmtree(resume_path(self.path), ignore_errors=True)
-
-    def abandon(self) -> None:
-        """After an error: let what was begun come to its end, whatever that is."""
-        for future in self.pending:
-            with contextlib.suppress(BaseException):
-                future.result(timeout=60)
-        self.threads.shutdown(wait=False)
-
-
-def remove(path: Path) -> None:
-    """Remove a folder or a file, if it is there."""
-    if path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def cannot_write(place: Path, error: BaseException) -> UserError:
-    return UserError(f"cannot write {place}: {last_line(error)}: free some space or choose another --out_dir")
-
-
-def detached(content: Checkpoint) -> Checkpoint:
-    """The same .pth with tensors of its own, for a thread to write while the weights move on."""
-
-    def own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in state.items()}
-
-    return {**content, "model": own(content["model"])}
+    return progress, saved

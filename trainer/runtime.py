@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.signals import Terminated, handled_signals, outlive_terminal
+from trainer.heartbeat import Heartbeat, first_line, lost_connection
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,6 +76,8 @@ class Run:
     rank: int = 0
     world: int = 1
     save_group: Any = None  # processes that write checkpoints talk apart from those that train
+    patient_group: Any = None  # of `wait`, which has no time limit
+    step: int = 0  # the last one done, as the others are told
     stop_asked: str = ""  # the name of the signal that asked this process to stop
 
     @property
@@ -113,32 +117,36 @@ class Run:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for all processes."""
+        """Wait for all processes, however long one of them takes for what it alone does: it only has to be alive."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient_group)
 
     @contextlib.contextmanager
     def polite_stop(self) -> Iterator[None]:
-        """Inside, Ctrl-C and SIGTERM set `stop_asked`, for the loop to save and leave; a second Ctrl-C leaves now."""
+        """Inside, Ctrl-C, SIGTERM and SIGHUP set `stop_asked`, for the loop to save and leave.
+
+        A second Ctrl-C leaves now; a second SIGTERM or SIGHUP changes nothing: a closed terminal sends several.
+        """
 
         def ask(number: int, frame: Any) -> None:
             if self.stop_asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_asked = signal.Signals(number).name
 
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled_signals(ask, signal.SIGINT):
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+
+
+TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # seconds of --dist_timeout, where none is given
+FOR_EVER = timedelta(days=365)
 
 
 @contextlib.contextmanager
-def start(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Iterator[Run]:
+def start(device: str = "auto", dtype: str = "auto", seed: int = 0, timeout: float = 0) -> Iterator[Run]:
     """Open a run and close it again, in one process or in those that torchrun or deepspeed started.
 
-    Sets the seed (the same on every process, so that all begin with the same weights).
+    Sets the seed (the same on every process, so that all begin with the same weights). `timeout`: seconds that a
+    process may keep the others waiting (0: see TIMEOUTS). Raises UserError, on one of the processes, when one is lost.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -146,13 +154,41 @@ def start(device: str = "auto", dtype: str = "auto", seed: int = 0) -> Iterator[
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
+    outlive_terminal()
     run = Run(chosen, pick_dtype(dtype, chosen), rank, world)
-    if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-        run.save_group = dist.new_group(backend="gloo")
-    try:
+    if world == 1:
         yield run
+        return
+    with connected(run, timeout or TIMEOUTS.get(chosen.type, TIMEOUTS["cpu"])):
+        yield run
+
+
+@contextlib.contextmanager
+def connected(run: Run, timeout: float) -> Iterator[None]:
+    """Inside, the processes of a run are connected and watch each other."""
+    heartbeat, state = None, "ended"
+    try:
+        if run.device.type == "cuda":  # NCCL ends the process with pages of its own: it comes after the heartbeat
+            dist.init_process_group("nccl", timeout=timedelta(seconds=timeout + 60))
+        else:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        run.save_group = dist.new_group(backend="gloo")
+        run.patient_group = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        heartbeat = Heartbeat(run, timeout)
+        yield
         run.wait()  # without it, a process that leaves early aborts the others now and then
+        state = "done"
+    except (RuntimeError, Terminated) as error:  # a launcher that notices a lost rank sends SIGTERM to the others
+        lost = lost_connection(error)
+        if lost is None:
+            raise
+        if heartbeat is None:
+            raise UserError(f"cannot connect the {run.world} processes: {first_line(lost)}") from None
+        with handled_signals(lambda number, frame: None):
+            raise heartbeat.explain(lost) from None
     finally:
-        if world > 1:
+        if heartbeat:
+            heartbeat.stop(state)
+        failed = heartbeat is not None and heartbeat.state == "failed"
+        if dist.is_initialized() and not (failed and run.device.type == "cuda"):  # NCCL would wait for the lost ones
             dist.destroy_process_group()

@@ -8,7 +8,6 @@ Read next: parallel.py.
 import copy
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from common.errors import UserError
 from trainer.batches import Batch
 from trainer.parallel import Engine, StageLoss, State
 from trainer.runtime import Run
+from trainer.state_files import SavedState
 
 KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside its count of steps
 
@@ -41,6 +41,7 @@ def import_deepspeed(run: Run) -> Any:
 
 class Zero(Engine):
     engine: Any
+    replicated = False  # each process keeps other tensors
 
     def build(self) -> None:
         run, args, deepspeed = self.run, self.args, import_deepspeed(self.run)
@@ -104,17 +105,15 @@ class Zero(Engine):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
-    def load(self, folder: Path, saved: set[str]) -> None:
-        from trainer.resume import load_tensors
-
-        if not any(key.startswith("optimizer.") for key in saved):
+    def load(self, saved: SavedState) -> None:
+        if not any(key.startswith("optimizer.") for key in saved.tensors):
             return
         self.make_state()
         steps = torch.zeros(())
         for name, parameter in self.trained().items():
             shape = self.stage.model.get_parameter(name).shape
             whole = {f"optimizer.{name}.{key}": torch.zeros(shape) for key in KEYS}
-            load_tensors(self.run, folder, {**whole, f"optimizer.{name}.step": steps})
+            saved.load({**whole, f"optimizer.{name}.step": steps})
             for key in KEYS:
                 self.put(parameter, key, whole[f"optimizer.{name}.{key}"])
         for values in self.optimizers[0].state.values():

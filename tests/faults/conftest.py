@@ -1,12 +1,18 @@
-"""The attacks: each test says how often it attacked, and the run ends with a table of these counts.
+"""The attacks: each test says how often it attacked, and the run ends with a table of these counts
+(pytest_terminal_summary in tests/conftest.py).
 
 `make test` runs a part of five minutes; `make faults` sets FAULTS=full and runs everything.
 """
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.faults.stages import Lab
 
 FULL = os.environ.get("FAULTS") == "full"
 
@@ -27,12 +33,15 @@ def attacks(request: pytest.FixtureRequest) -> Callable[..., None]:
     return note
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    rows = [value for report in reports if getattr(report, "when", "") == "call"
-            for name, value in report.user_properties if name == "attacks"]  # fmt: skip
-    if rows:
-        terminalreporter.section("attacks")
-    for kind, number, outcomes in sorted(rows, key=lambda row: row[0]):
-        shown = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in outcomes.items())
-        terminalreporter.write_line(f"{number:>9,}  {kind}" + (f": {shown}" if shown else ""))
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Lab]":
+    """Inputs for every command that writes, and a process that runs them under faults."""
+    if sys.platform != "linux":
+        pytest.skip("forks, pidfd and /proc: Linux only")
+    from tests.faults.mirror import mirror
+    from tests.faults.stages import Lab
+
+    with mirror() as address:
+        lab = Lab(tmp_path_factory.mktemp("lab"), address)
+        yield lab
+        lab.injector.close()

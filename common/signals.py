@@ -1,0 +1,138 @@
+"""Signals that end a process in order, and output to a terminal that may be gone.
+
+    SIGTERM      exit code 143, after the same clean-up as at Ctrl-C
+    SIGHUP       exit code 129, likewise: the terminal was closed; under nohup it stays ignored
+    Ctrl-C       exit code 130
+
+Read next: errors.py (fail_in_one_line turns these into one line), ../trainer/runtime.py (training saves first).
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP asked the process to end. Code that cleans up after Ctrl-C does so here too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+Handler = Callable[[int, Any], None]
+
+
+@contextlib.contextmanager
+def handled_signals(handler: Handler, *more: signal.Signals) -> Iterator[None]:
+    """Inside, SIGTERM, SIGHUP (where the system has it) and the signals in `more` call `handler`.
+
+    A signal that is ignored when the process starts, as SIGHUP is under nohup, stays ignored. Processes that are forked
+    inside keep the system's own reaction.
+    """
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    owner = os.getpid()
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        else:
+            handler(number, frame)
+
+    old = {number: signal.signal(number, handle) for number in (*numbers, *more)}
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+def raise_terminated(number: int, frame: Any) -> None:
+    """A handler: raise `Terminated`, and from then on ignore these signals, so that nothing interrupts the clean-up."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    outlive_terminal()
+    raise Terminated(number)
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+class LastingStream:
+    """A text stream whose output is dropped once it cannot be written any more: a closed terminal or pipe, a full disk.
+
+    Everything but `write` and `flush` is the stream's own.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._dropping():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._dropping():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """After an OSError the stream's file descriptor leads to the null device: what is buffered can be flushed."""
+        try:
+            yield
+        except OSError:
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal() -> None:
+    """From now on a print to a closed terminal or pipe is dropped and raises nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, LastingStream):
+            setattr(sys, name, LastingStream(stream))
+
+
+def print_error(text: str, is_news: bool = True) -> None:
+    """Print a line to stderr and flush both streams.
+
+    torchrun's processes on one machine print the same line once, and one that is no news only if none was printed
+    before. The process that prints also hands the line to torchrun, whose table of failures shows it.
+    """
+    outlive_terminal()
+    sys.stdout.flush()
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if error_file and not _is_first(Path(error_file).parents[1], text, is_news):
+        return
+    print(text, file=sys.stderr, flush=True)
+    if error_file:
+        content = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(error_file).write_text(json.dumps({"message": content}), encoding="utf-8")
+
+
+def _is_first(folder: Path, text: str, is_news: bool) -> bool:
+    """Whether no other process has noted this line in the folder that torchrun's processes of one start share."""
+    try:
+        if not is_news and any(folder.glob("*.said")):
+            return False
+        (folder / f"{zlib.crc32(text.encode()):08x}.said").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # no such folder: print
+        pass
+    return True

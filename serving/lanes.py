@@ -1,0 +1,63 @@
+"""Worker threads: one parses, renders and tokenises small bodies, one large bodies, one writes responses.
+
+The event loop stays free, at most two requests are prepared at a time, however many arrive, and a small request never
+waits behind large ones. Python runs one thread at a time, so that parsing a flood of large bodies would keep the thread
+that decodes from running: the thread of large bodies pauses for PAUSE times as long as it has worked.
+Called by app.py. Read next: requests.py (what a worker does first).
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from serving.errors import ApiError
+from serving.gate import SMALL_BODY
+
+PAUSE = 3
+T = TypeVar("T")
+
+
+class Lane:
+    """One worker thread and a bounded queue in front of it."""
+
+    def __init__(self, name: str, max_waiting: int, pause: float = 0) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.max_waiting, self.waiting, self.pause = max_waiting, 0, pause
+        self.ready = 0.0  # when the pause ends
+
+    async def run(self, function: Callable[..., T], *arguments: object) -> T:
+        """The result of the function. Raises ApiError 429 where too many wait already."""
+        if self.waiting >= self.max_waiting:
+            message = "too many requests are being read: try again in 1 s"
+            raise ApiError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"})
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, self._work, function, arguments)
+        finally:
+            self.waiting -= 1
+
+    def _work(self, function: Callable[..., T], arguments: tuple[object, ...]) -> T:
+        time.sleep(max(0.0, self.ready - time.monotonic()))
+        started = time.thread_time()
+        try:
+            return function(*arguments)
+        finally:
+            self.ready = time.monotonic() + self.pause * (time.thread_time() - started)
+
+
+class Lanes:
+    """The worker threads of a server."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self.small, self.large = Lane("small", max_waiting), Lane("large", max_waiting, PAUSE)
+        self.responses = Lane("responses", sys.maxsize)  # the queue of the engine bounds their number
+
+    def for_body(self, body: bytes) -> Lane:
+        return self.small if len(body) <= SMALL_BODY else self.large
+
+    def close(self) -> None:
+        for lane in (self.small, self.large, self.responses):
+            lane.pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,32 @@
+"""The bytes of a body -> a checked request. Runs in a worker thread (lanes.py).
+
+Bodies are bounded in bytes (gate.py); lists stop at their first wrong entry (`fail_fast` in schemas.py), since pydantic
+would otherwise build one error for each of 500,000 wrong entries.
+Called by app.py. Read next: schemas.py (the fields), errors.py (the shape of errors).
+"""
+
+import json
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from serving.errors import ApiError, union_error
+from serving.schemas import Open
+
+Body = TypeVar("Body", bound=Open)
+
+
+def parse(raw: bytes, kind: type[Body]) -> Body:
+    """The request in a body. Raises ApiError 400 that names the field and what it may be."""
+    try:
+        content = json.loads(raw)
+    except RecursionError:
+        raise ApiError(400, "the body is not valid JSON: nested too deeply") from None
+    except ValueError as error:  # also bytes that are not UTF-8, and a number of more than 4,300 digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ApiError(400, f"the body is not valid JSON: {reason}"[:500]) from None
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        where, message = union_error(error.errors(include_url=False, include_input=False))
+        raise ApiError(400, f"{where or 'body'}: {message}"[:500], where[:200] or None) from None

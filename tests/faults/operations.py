@@ -1,0 +1,199 @@
+"""What inject.py does inside a child: count the file operations below some folders, and strike at one of them.
+
+Audit events (PEP 578) name what is opened, renamed, removed, made, truncated and linked; files opened for writing get a
+FileIO whose write and close count; os.write, os.sendfile and os.fsync are replaced. Native code is not seen.
+"""
+
+import builtins
+import errno
+import io
+import mmap
+import os
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+NEED_SPACE = ("open", "write", "fsync", "close", "mkdir", "link", "symlink")  # what fails on a full disk
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one run. The default is nothing: operations are only counted."""
+
+    at: int = 0  # the operation, from 1
+    error: str = ""  # name of an errno that the operation fails with; without one it gets the signal
+    signal: int = int(signal.SIGKILL)
+    lasting: bool = (
+        False  # later operations fail as well: all of them (EROFS, EACCES, EIO), those that need space (ENOSPC)
+    )
+    seconds: float = 0.0  # SIGKILL after so long
+    file_size: int = 0  # the largest file in bytes
+    only: str = ""  # operations are counted whose path holds this pattern
+
+
+class Plan:
+    """Counts the operations below the folders, in a child and the processes that it forks, and strikes at one."""
+
+    def __init__(self, folders: list[str], fault: Fault, trace: Path) -> None:
+        self.folders = tuple(folder.rstrip("/") for folder in folders)
+        self.fault, self.trace = fault, trace
+        self.counter = mmap.mmap(-1, 8)  # shared with forked processes
+        self.file = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.lock = threading.RLock()
+        self.write = os.write  # before it is patched
+        self.exists = os.path.lexists
+
+    def operations(self) -> list[list[str]]:
+        os.close(self.file)
+        return [line.split("\t", 1) for line in self.trace.read_text(errors="surrogateescape").splitlines()]
+
+    def below(self, path: Any) -> str:
+        """The absolute path if it lies below one of the folders, else ''."""
+        try:
+            name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (a link is what is renamed or removed)
+        except (TypeError, OSError):
+            return ""
+        return name if any(name == f or name.startswith(f + "/") for f in self.folders) else ""
+
+    def strike(self, kind: str, path: str, tear: Any = None) -> None:
+        """Count one operation; fail at the chosen one. `tear` is called before a kill: it writes half of the data."""
+        if not re.search(self.fault.only, path):
+            return
+        with self.lock:
+            number = struct.unpack("q", self.counter[:8])[0] + 1
+            self.counter[:8] = struct.pack("q", number)
+            self.write(self.file, f"{kind}\t{path}\n".encode(errors="surrogateescape"))
+        fault = self.fault
+        if not fault.at or number < fault.at or (number > fault.at and not fault.lasting):
+            return
+        if fault.error == "ENOSPC" and kind not in NEED_SPACE:
+            return
+        if fault.error:  # nothing is written: the system would have returned a shorter count first
+            code = getattr(errno, fault.error)
+            raise OSError(code, os.strerror(code), path)
+        if fault.signal == signal.SIGKILL:
+            if tear:
+                tear()
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os.kill(os.getpid(), fault.signal)
+
+    def install(self, run_forked: Callable[[list[str]], None]) -> None:
+        """Begin. `run_forked` runs a command in a process that was forked for it, and exits."""
+        if self.fault.file_size:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.fault.file_size, self.fault.file_size))
+        sys.addaudithook(self.hook)
+        self.patch_open()
+        self.patch_descriptors()
+        subprocess.Popen = forking_popen(subprocess.Popen, run_forked)  # type: ignore[misc]
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, how = arguments
+            if not isinstance(path, int) and how & WRITING and (name := self.below(path)):
+                self.strike("open", name)
+        elif event == "os.rename":
+            source, target = (self.at(arguments[i], arguments[i + 2]) for i in (0, 1))
+            if (name := self.below(target) or self.below(source)) and self.exists(source):
+                self.strike("rename", name)
+        elif event in ("os.remove", "os.rmdir", "os.truncate"):
+            path = self.at(arguments[0], arguments[1] if event != "os.truncate" else -1)
+            if (name := self.below(path)) and self.exists(path):
+                self.strike(event[3:], name)
+        elif event == "os.mkdir":
+            path = self.at(arguments[0], arguments[2])
+            if (name := self.below(path)) and not self.exists(path):
+                self.strike("mkdir", name)
+        elif event in ("os.link", "os.symlink") and (name := self.below(arguments[1])):
+            self.strike(event[3:], name)
+
+    @staticmethod
+    def at(path: Any, folder: int) -> Any:
+        """The path that an operation on a name inside an open folder (dir_fd) means; of a descriptor, its file."""
+        if isinstance(path, int):
+            return Path(f"/proc/self/fd/{path}").readlink()
+        return path if folder == -1 else Path(f"/proc/self/fd/{folder}").readlink() / os.fsdecode(path)
+
+    def patch_open(self) -> None:
+        real, plan = io.open, self
+
+        class CountedFile(io.FileIO):
+            """A file below the folders: each write and its close are operations. A torn write writes its first half."""
+
+            def write(self, data: Any) -> int:
+                view, real_write = memoryview(data).cast("B"), super().write
+                plan.strike("write", str(self.name), lambda: real_write(view[: len(view) // 2]))
+                return real_write(data)
+
+            def close(self) -> None:
+                if self.closed:
+                    return
+                try:
+                    plan.strike("close", str(self.name))
+                finally:
+                    super().close()
+
+        def counted_open(
+            file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
+            newline: Any = None, closefd: bool = True, opener: Any = None,
+        ) -> Any:  # fmt: skip
+            if isinstance(file, int) or not set(mode) & set("wax+") or not plan.below(file):
+                return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
+            raw = CountedFile(os.fspath(file), mode.replace("b", "").replace("t", ""), closefd, opener)
+            if buffering == 0:
+                return raw
+            size = buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE
+            buffer = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw, size)
+            if "b" in mode:
+                return buffer
+            text = io.TextIOWrapper(buffer, encoding, errors, newline, line_buffering=buffering == 1)
+            text.mode = mode  # type: ignore[misc]
+            return text
+
+        io.open = builtins.open = counted_open  # type: ignore[assignment]
+
+    def patch_descriptors(self) -> None:
+        """os.write, os.sendfile (of shutil.copyfile) and os.fsync make no audit event."""
+        for name, kind in (("write", "write"), ("sendfile", "write"), ("fsync", "fsync"), ("fdatasync", "fsync")):
+            real = getattr(os, name)
+
+            def counted(descriptor: Any, *rest: Any, real: Any = real, kind: str = kind, **named: Any) -> Any:
+                number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
+                if path := self.below(Path(f"/proc/self/fd/{number}").readlink()):
+                    self.strike(kind, path)
+                return real(descriptor, *rest, **named)
+
+            setattr(os, name, counted)
+
+
+def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
+    """Popen for `[sys.executable, script, ...]` without pipes: a fork, which shares the counter; else the real one."""
+
+    class Forked:
+        def __init__(self, command: Sequence[str]) -> None:
+            sys.stdout.flush()
+            self.returncode: int | None = None
+            if (child := os.fork()) == 0:
+                run_forked(list(command[1:]))
+            self.pid = child
+
+        def wait(self, timeout: float | None = None) -> int:
+            if self.returncode is None:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            return self.returncode
+
+    class Popen(real):
+        def __new__(cls, command: Any, *rest: Any, **named: Any) -> Any:
+            if not rest and set(named) <= {"cwd"} and isinstance(command, list) and command[0] == sys.executable:
+                return Forked(command)
+            return super().__new__(cls)
+
+    return Popen

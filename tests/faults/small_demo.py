@@ -1,0 +1,17 @@
+"""demo.py with a smaller world and model, for inject.py: its steps are forked from this process and share the sizes."""
+
+import demo
+from common.errors import fail_in_one_line
+from corpus import demo_tuning
+from model.config import PRESETS
+
+PRESETS["demo"] |= {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "max_seq_len": 64}
+demo.DIM = 16
+demo.FLAGS |= {"try": "--statement_rounds 1 --chat_rounds 1 --questions 5", "tokenizer": "--vocab_size 400"}
+make_pairs, make_chats = demo_tuning.pairs, demo_tuning.identity_chats
+demo_tuning.pairs = lambda *given: list(make_pairs(*given))[::25]
+demo_tuning.identity_chats = lambda *given: list(make_chats(*given))[::10]
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        demo.main()

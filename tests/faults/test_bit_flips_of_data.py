@@ -1,0 +1,315 @@
+"""One flipped bit in any file of a data folder: one line that names the file, or the same content. Never a hang."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data_process
+from common.errors import UserError
+from corpus.choose import Scores
+from corpus.pack import CHATS, tokenise_chats
+from corpus.pairs import PAIRS
+from corpus.shard_reader import open_split
+from corpus.shards import read_meta
+from tests.conftest import chat_row, run_script, write_shards
+
+SECONDS = 10  # more is a hang
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def flipped(path: Path, bit: int):
+    """`path` with one other bit, and as it was afterwards."""
+    original = path.read_bytes()
+    flip(path, bit)
+    try:
+        yield
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.fixture
+def attack(attacks):
+    """attack(path, read, number): flip so many bits of a file, one at a time, and read what uses it."""
+
+    counts: dict[str, dict[str, int]] = {}
+
+    def run(path: Path, read, number: int, names: str = "") -> None:
+        expected, outcomes = read(), counts.setdefault("".join(path.suffixes), {"refused": 0, "equal": 0})
+        size = 8 * path.stat().st_size
+        draw = random.Random(path.name)
+        for bit in draw.sample(range(size), min(number, size)):
+            signal.alarm(SECONDS)
+            with flipped(path, bit):
+                try:
+                    assert read() == expected, f"bit {bit} of {path} changed what is read"
+                    outcomes["equal"] += 1
+                except UserError as error:
+                    assert "\n" not in str(error) and re.search(names or re.escape(path.name), str(error)), error
+                    outcomes["refused"] += 1
+            signal.alarm(0)
+        assert read() == expected
+
+    yield run
+    for suffix, outcomes in counts.items():
+        attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
+    signal.alarm(0)
+
+
+def content(folder: Path) -> list:
+    """All that a training script reads of a token folder, and what it knows about it."""
+    meta, found = read_meta(folder), []
+    for split in meta["splits"]:
+        tokens = open_split(folder, split)
+        found += [split, tokens.read(0, tokens.tokens).tobytes(), tokens.read_mask(0, tokens.tokens).tobytes()]
+        found += [[(ids.tobytes(), None if mask is None else mask.tobytes()) for ids, mask in
+                   map(tokens.document, range(tokens.documents))], tokens.starts().tolist()]  # fmt: skip
+    return [meta["splits"], meta["kind"], meta["dtype"], found]
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tokenizer_dir, tmp_path_factory):
+    """A folder of each kind: texts in labelled shards, chats and pairs with their rows."""
+    root = tmp_path_factory.mktemp("flips")
+    texts = [{"text": f"{'一' * (i % 40)} story {i} " * 3, "from": f"s{i % 2}"} for i in range(120)]
+    pairs = [{"prompt": f"{i}?", "chosen": "yes " * (1 + i % 5), "rejected": "no"} for i in range(60)]
+    rows = {"pretrain": texts, "sft": [chat_row(i) for i in range(60)], "dpo": pairs}
+    for kind, lines in rows.items():
+        file = root / f"{kind}.jsonl"
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
+        more = ["--source_key", "from"] if kind == "pretrain" else []
+        command = [kind, file, "--tokenizer", tokenizer_dir, "--out_dir", root / kind, "--val_share", 0.2, *more]
+        data_process.main([*map(str, command)])
+    return root
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
+def test_a_flipped_bit_in_a_token_folder_is_one_line(folders, tokenizer, kind, attack, scaled):
+    folder = folders / kind / ("" if kind == "pretrain" else f"tokens-{tokenizer.chat_fingerprint}")
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    assert {path.suffix for path in files} == {
+        ".bin",
+        ".npy",
+        ".crc",
+        ".json",
+        *([".mask"] if kind != "pretrain" else []),
+    }
+    for path in files:
+        attack(path, lambda: content(folder), scaled(12, 300), rf"{re.escape(path.name)}|{path.stem.split('.')[0]}\.")
+
+
+@pytest.mark.parametrize(("kind", "form"), [("sft", CHATS), ("dpo", PAIRS)])
+def test_a_flipped_bit_in_the_rows_is_one_line(folders, tokenizer, kind, form, attack, scaled, tmp_path):
+    folder = shutil.copytree(folders / kind, tmp_path / kind)
+
+    def tokenise():
+        shutil.rmtree(folder / f"tokens-{tokenizer.chat_fingerprint}", ignore_errors=True)
+        return content(tokenise_chats(folder, tokenizer, 128, form))
+
+    for name in ("train.jsonl", "val.jsonl", "meta.json"):
+        attack(folder / name, tokenise, scaled(6, 300))
+
+
+def test_large_files_are_compared_block_by_block_in_every_place(tmp_path, tokenizer, scaled, attacks):
+    """A read that begins, ends or lies inside the damaged block is refused, one beside it is not."""
+    draw = np.random.default_rng(0)
+    documents = [(draw.integers(0, 200, 3000), draw.integers(0, 2, 3000)) for _ in range(60)]
+    folder = write_shards(tmp_path / "sft", "chats", tokenizer, {"train": documents})
+    size, number = 60 * 3000, scaled(20, 300)
+    for _ in range(number):
+        suffix = [".bin", ".mask"][draw.integers(2)]
+        width, bit = (2, 1)[suffix == ".mask"], int(draw.integers(8 * size))
+        block = bit // 8 // 65_536
+        first, last = block * 65_536 // width, min((block + 1) * 65_536 // width, size)
+        with flipped(folder / f"train_000{suffix}", bit):
+            tokens = open_split(folder, "train")
+            read = tokens.read if suffix == ".bin" else tokens.read_mask
+            for start, stop in ((0, first), (last, size)):
+                assert len(read(start, stop)) == stop - start
+            for start, stop in ((first, first + 1), (last - 1, last), (max(0, first - 5), first + 5), (0, size)):
+                with pytest.raises(
+                    UserError, match=rf"train_000{suffix} is damaged: its bytes from {block * 65_536:,}"
+                ):
+                    read(start, stop)
+    attacks("flipped bits of large .bin and .mask", number, refused=number)
+
+
+def as_earlier_version(folder: Path) -> Path:
+    """The folder without checksums, as format 1 was."""
+    meta = read_meta(folder)
+    for split in meta["splits"].values():
+        for shard in split["shards"]:
+            del shard["checksums"]
+            (folder / f"{shard['file']}.crc").unlink()
+    del meta["checksum"]
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 1}))
+    return folder
+
+
+def test_a_folder_of_an_earlier_version_is_read_and_flips_end_in_a_line_or_other_tokens(
+    folders, tokenizer, tmp_path, scaled, attacks, capfd
+):
+    source = folders / "sft" / f"tokens-{tokenizer.chat_fingerprint}"
+    folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
+    assert content(folder)[3] == content(source)[3] == content(folder)[3]
+    assert capfd.readouterr().err.count("has no checksums") == 1
+    outcomes, number = {"refused": 0, "other_content": 0}, scaled(20, 300)
+    for path in sorted(folder.iterdir()):
+        bits = random.Random(path.name).sample(range(8 * path.stat().st_size), number)
+        for bit in bits:
+            signal.alarm(SECONDS)
+            with flipped(path, bit):
+                try:
+                    content(folder)
+                    outcomes["other_content"] += 1
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    outcomes["refused"] += 1
+            signal.alarm(0)
+    attacks("flipped bits of folders without checksums", sum(outcomes.values()), **outcomes)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "words"),
+    [
+        (
+            ".bin",
+            lambda old: np.full(len(old) // 2, 60_000, "<u2").tobytes(),
+            "holds the id 60,000, the vocabulary has",
+        ),
+        (".mask", lambda old: b"\2" + old[1:], "holds 2, a mask is 0 or 1"),
+        (".mask", None, r"\.mask is missing"),
+        (".idx.npy", None, "it is missing or incomplete"),
+        (".idx.npy", lambda old: old[:128] + old[136:144] + old[128:136] + old[144:], "starts do not rise from 0"),
+        (".idx.npy", lambda old: b"no array" + old[8:], "it is no array of numpy"),
+    ],
+)
+def test_what_no_model_can_read_is_one_line_also_without_checksums(folders, tokenizer, tmp_path, suffix, write, words):
+    source = folders / "dpo" / f"tokens-{tokenizer.chat_fingerprint}"
+    folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
+    path = folder / f"train_000{suffix}"
+    if write:
+        path.write_bytes(write(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=rf"{words}.*: delete .*, the next training run makes it again"):
+        content(folder)
+
+
+@pytest.mark.parametrize(("suffix", "workers"), [(".idx.npy", 0), (".bin", 0), (".mask", 2)])
+def test_training_on_a_damaged_chat_folder_ends_with_the_line(
+    monkeypatch, tmp_path, tokenizer, tiny_parent, sft_dir, suffix, workers
+):
+    data = Path(shutil.copytree(sft_dir, tmp_path / "sft"))
+    tokens = tokenise_chats(data, tokenizer, 64)
+    path = tokens / f"train_000{suffix}"
+    flags = ["--data_path", data, "--init_from", tiny_parent, "--out_dir", tmp_path / "out", "--device", "cpu"]
+    signal.alarm(120)
+    with flipped(path, 8 * (path.stat().st_size - 5)):
+        with pytest.raises(
+            UserError, match=rf"train_000{suffix} is damaged: .*: delete .*the next training run"
+        ) as raised:
+            run_script(monkeypatch, "3-full_sft.py", *flags, "--num_workers", workers, "--max_steps", 60)
+    signal.alarm(0)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_score_is_computed_again_and_the_others_stay(tmp_path, scaled, attacks):
+    path, number = tmp_path / "sft.scores-x.jsonl", scaled(60, 300)
+    scores = Scores(path)
+    scores.add((key, key / 1000, 5, ("zh", "en")[key % 2]) for key in range(1, 50))
+    scores.close()
+    known = {key: scores.get(key) for key in range(1, 50)}
+    lost = 0
+    for bit in random.Random(0).sample(range(8 * path.stat().st_size), number):
+        with flipped(path, bit):
+            damaged = Scores(path)
+            damaged.close()
+            found = {key: damaged.get(key) for key in known}
+            assert all(value in (None, known[key]) for key, value in found.items()), "a wrong score"
+            assert len(damaged.keys) == sum(value is not None for value in found.values()) >= 47
+            lost += None in found.values()
+    attacks("flipped bits of stored scores", number, scored_again=lost, equal=number - lost)
+
+
+def test_a_damaged_reference_of_dpo_is_computed_again(folders, tokenizer, tmp_path, scaled, attacks):
+    import torch
+
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+    from trainer.preference import open_reference
+    from trainer.runtime import Run
+
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 16, 1, 2, 2, max_seq_len=64))
+    run, folder = Run(torch.device("cpu"), torch.float32), folders / "dpo" / f"tokens-{tokenizer.chat_fingerprint}"
+    path, number = tmp_path / "dpo_16.reference", scaled(8, 150)
+
+    def read():
+        return {name: values.tolist() for name, values in
+                open_reference(run, model, str(folder), tokenizer.pad_id, path, 8).items()}  # fmt: skip
+
+    expected = read()
+    for bit in random.Random(0).sample(range(8 * path.stat().st_size), number):
+        with flipped(path, bit):
+            assert read() == expected
+    attacks("flipped bits of DPO's reference", number, equal=number)
+
+
+def test_a_bit_that_flips_in_unfinished_work_is_noticed_when_it_is_continued(
+    monkeypatch, tmp_path, tokenizer_dir, scaled, attacks
+):
+    """What a killed run has written is compared before more is appended to it."""
+    monkeypatch.setattr("corpus.items.BATCH_ITEMS", 20)
+    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(chat_row(i), ensure_ascii=False) + "\n" for i in range(300)), encoding="utf-8")
+    command = ["sft", str(file), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "out")]
+    form, calls = data_process.form_of("sft"), []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return form.render(*arguments)
+
+    partial = tmp_path / "out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(data_process, "form_of", lambda kind, *_: dataclasses.replace(form, render=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            data_process.main(command)
+    kept, refused = shutil.copytree(partial, tmp_path / "kept"), 0
+    files = [
+        p for p in sorted(partial.rglob("*")) if p.suffix in (".jsonl", ".bin", ".mask", ".idx") and p.stat().st_size
+    ]
+    assert len(files) >= 5
+    for path in files * scaled(1, 20):
+        flip(path, random.Random(path.name).randrange(4 * path.stat().st_size))  # later rows may not count yet
+        with pytest.raises(UserError, match=rf"{path.name} has changed since an earlier run wrote it: run the same"):
+            data_process.main(command)
+        assert not partial.exists(), "the next run starts anew"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(kept, partial)
+        refused += 1
+    attacks("flipped bits of unfinished work", refused, refused=refused)
+    data_process.main(command)
+    expected = content(next((tmp_path / "out").glob("tokens-*")))
+    for number in range(scaled(3, 30)):
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(kept, partial)
+        flip(partial / "progress.json", random.Random(number).randrange(8 * (partial / "progress.json").stat().st_size))
+        data_process.main(command)
+        assert content(next((tmp_path / "out").glob("tokens-*"))) == expected, "a wrong place to continue from"

@@ -1,0 +1,116 @@
+"""A command that is killed and started again ends with the files of an undisturbed run, wherever the kill came.
+
+`make faults`: SIGKILL before every file operation (of a row of writes to one file: the first, the middle and the last,
+each half written) and at 20 random moments, up to three in a row. `make test`: a few of each. After each kill, what has
+a final name is the older result, the new one or a readable step; the same command then ends with exit code 0, the files
+of an undisturbed run (weights and shards to the bit), nothing under a temporary name and no lock held.
+"""
+
+import contextlib
+import random
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.conftest import ROOT, run_process
+from tests.faults.inject import Done, Fault
+from tests.faults.stages import NAMES, READ_ONLY, STAGES, Lab, Stage
+
+ALL = 1_000_000
+OWN_FILES = {"demo": r"demo/\.?(steps|report)\.json"}  # its steps are stages of their own here
+
+
+def points(operations: Sequence[tuple[str, str]], number: int) -> list[int]:
+    """At most `number` operations to strike at, from 1; of the writes to a file the first, the middle and the last."""
+    writes: dict[str, list[int]] = {}
+    chosen = set()
+    for at, (kind, path) in enumerate(operations, 1):
+        if kind == "write":
+            writes.setdefault(path, []).append(at)
+            continue
+        chosen.add(at)
+        if row := writes.pop(path, []):
+            chosen |= {row[0], row[len(row) // 2], row[-1]}
+    for row in writes.values():
+        chosen |= {row[0], row[len(row) // 2], row[-1]}
+    found = sorted(chosen)
+    return found if len(found) <= number else [found[(2 * i + 1) * len(found) // (2 * number)] for i in range(number)]
+
+
+def last_lines(done: Done) -> str:
+    return " | ".join(done.output.split("\n")[-4:])[-500:]
+
+
+@contextlib.contextmanager
+def noted(failures: list[str]) -> Iterator[None]:
+    """One failed attack does not hide the others."""
+    try:
+        yield
+    except (AssertionError, TimeoutError) as error:
+        failures.append(str(error).split("\nassert ")[0][-1500:])
+
+
+def recover(lab: Lab, stage: Stage, after: str) -> None:
+    done = lab.run(stage)
+    assert done.code == 0, f"{after}: the same command ends with {done.code}: {last_lines(done)}"
+    lab.check_finished(stage, after)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kill_at_any_file_operation_changes_nothing(name, lab, scaled, attacks):
+    stage = lab.stage(name, twice=bool(scaled(0, 1)))
+    failures: list[str] = []
+    only = OWN_FILES.get(name, "")
+    operations = [operation for operation in lab.undisturbed[name].operations if re.search(only, operation[1])]
+    chosen = points(operations, scaled(1 if only else 3, ALL))
+    for at in chosen:
+        lab.begin(stage)
+        killed = lab.run(stage, Fault(at=at, only=only))
+        after = f"{name} killed at operation {at}, {' '.join(killed.operations[-1])}"
+        with noted(failures):
+            assert killed.code in (-9, 0), f"{after}: {killed.code} {last_lines(killed)}"  # 0: it had fewer this time
+            lab.check_whole(stage, after)
+            recover(lab, stage, after)
+    attacks(f"{name}: kills at file operations", len(chosen), equal=len(chosen) - len(failures))
+    assert not failures, f"{len(failures)} of {len(chosen)}:\n" + "\n".join(failures)
+
+
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kill_at_any_moment_changes_nothing(name, lab, scaled, attacks):
+    stage = lab.stage(name)
+    failures: list[str] = []
+    number, seed = scaled(0 if name == "demo" else 1, 20), random.Random(name)
+    kills = 0
+    for _ in range(number):
+        lab.begin(stage)
+        moments = [seed.uniform(0, lab.undisturbed[name].seconds) for _ in range(seed.randint(1, 3))]
+        after = f"{name} killed after {', '.join(f'{moment:.3f}' for moment in moments)} s"
+        with noted(failures):
+            for moment in moments:
+                killed = lab.run(stage, Fault(seconds=moment))
+                kills += 1
+                assert killed.code in (-9, 0), f"{after}: {killed.code} {last_lines(killed)}"
+                lab.check_whole(stage, after)
+            recover(lab, stage, after)
+    attacks(f"{name}: kills at random moments", kills, equal=kills if not failures else kills - len(failures))
+    assert not failures, f"{len(failures)} of {number}:\n" + "\n".join(failures)
+
+
+def test_every_command_that_writes_is_attacked():
+    """Each script, each module that can be started and each subcommand of data_process.py is a stage or read-only."""
+    started = {path.name for path in ROOT.glob("*.py")}
+    for path in ROOT.glob("*/*.py"):
+        if path.parent.name != "tests" and re.search(
+            r'^if __name__ == "__main__"', path.read_text(encoding="utf-8"), re.M
+        ):
+            started.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    commands = [stage.command.replace("tests.faults.small_demo", "demo.py").removeprefix("-m ") for stage in STAGES]
+    assert started == {command.split()[0] for command in commands} | READ_ONLY
+
+    subcommands = {command.split()[1] for command in commands if command.startswith("data_process.py")}
+    help_text = run_process(sys.executable, "data_process.py", "--help").stdout
+    assert subcommands == set(re.search(r"pretrain\|[\w|]+", help_text)[0].split("|"))

@@ -1,0 +1,182 @@
+"""SIGKILL at every file operation of what replaces folders and files: the old or the new content, and no leftovers.
+
+A forked child counts the operations that Python announces (PEP 578) below a folder and kills itself at the N-th. The
+same work done again afterwards ends with the new content alone.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.files import is_temporary, write_text
+from common.locks import locked
+from corpus.pack import tokenise_chats
+from corpus.shards import ShardWriter, partial_folder, publish, read_meta, write_meta
+from export.write import place
+from model.chat import load_tokenizer
+from model.lineage import NOTE
+from tests.conftest import chat_row
+
+OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+MOST = 400  # operations of one case; more is a case that never ends
+
+
+def run_and_kill(work: Callable[[], None], folder: Path, at: int) -> bool:
+    """Whether `work`, done by a forked child, was killed before its operation number `at` below `folder`."""
+    if (child := os.fork()) == 0:
+        try:
+            count_and_kill(str(folder), at)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), "the work itself failed"
+    return status != 0
+
+
+def count_and_kill(folder: str, at: int) -> None:
+    left = at
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opened or event in OPERATIONS) and str(arguments[0]).startswith(folder):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def text_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def strike_everywhere(work: Callable[[], None], old: Callable[[], None], folder: Path, result: Path, attacks) -> None:
+    """Kill `work` at each of its operations; `old` makes the state before it."""
+    old()
+    before = text_of(result) if result.exists() else None
+    work()
+    after, kills, unchanged = text_of(result), 0, 0
+    for at in range(1, MOST):
+        for path in folder.iterdir():
+            _clear(path)
+        old()
+        if not run_and_kill(work, folder, at):
+            break
+        kills += 1
+        with locked(result):  # as the next run of the command does first
+            pass
+        found = text_of(result) if result.exists() else None
+        assert found in (before, after), f"killed at operation {at}: half of the result"
+        unchanged += found == before
+        work()
+        assert text_of(result) == after
+        left = [path.name for path in folder.iterdir() if is_temporary(path) or path.name.endswith(".partial")]
+        assert not left, f"killed at operation {at}"
+    assert kills >= 5 and unchanged > 0
+    attacks("kills at operations of a replacement", kills, old_content=unchanged, new_content=kills - unchanged)
+
+
+def _clear(path: Path) -> None:
+    for inner in path.iterdir() if path.is_dir() else ():
+        _clear(inner)
+    path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_data_folder_is_the_old_one_or_the_new_one(tmp_path, older, attacks):
+    out = tmp_path / "pretrain"
+
+    def write(folder: Path, ids: list[int]) -> None:
+        writer = ShardWriter(folder, "train", "uint16")
+        for _ in range(3):
+            writer.add(ids)
+        write_meta(folder, {"kind": "pretrain", "dtype": "uint16", "splits": {"train": writer.close()}})
+
+    def old() -> None:
+        if older:
+            out.mkdir()
+            write(out, [1, 2])
+
+    def work() -> None:
+        from common.files import remove
+
+        with locked(out):
+            remove(partial_folder(out))
+            partial_folder(out).mkdir()
+            write(partial_folder(out), [3])
+            publish(partial_folder(out), out)
+
+    strike_everywhere(work, old, tmp_path, out, attacks)
+    assert read_meta(out)["splits"]["train"]["tokens"] == 3
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_an_export_is_the_old_one_or_the_new_one(tmp_path, older, attacks):
+    out = tmp_path / "exported"
+
+    def old() -> None:
+        if older:
+            for name in (NOTE, "config.json"):
+                write_text(out / name, "old")
+
+    def work() -> None:
+        with place(out, overwrite=True) as folder:
+            for name in ("model.safetensors", "config.json", NOTE):
+                (folder / name).write_text("new")
+
+    strike_everywhere(work, old, tmp_path, out, attacks)
+
+
+@pytest.mark.parametrize("older", ["one", "none", "empty"])
+def test_a_tokenizer_is_the_old_one_or_the_new_one(tmp_path, tokenizer, older, attacks):
+    out = tmp_path / "tokenizer"
+
+    def old() -> None:
+        if older == "one":
+            tokenizer.with_format("belle").save(out)
+        elif older == "empty":
+            out.mkdir()
+
+    def work() -> None:
+        with locked(out):
+            tokenizer.save(out)
+
+    strike_everywhere(work, old, tmp_path, out, attacks)
+    assert load_tokenizer(out).chat_fingerprint == tokenizer.chat_fingerprint
+
+
+def test_a_token_folder_that_training_makes_is_the_old_one_or_the_new_one(tmp_path, tokenizer, attacks):
+    import json
+
+    data = tmp_path / "sft"
+    out = data / f"tokens-{tokenizer.chat_fingerprint}"
+
+    def old() -> None:
+        for name in ("train", "val"):
+            rows = "".join(json.dumps(chat_row(i), ensure_ascii=False) + "\n" for i in range(6))
+            write_text(data / f"{name}.jsonl", rows)
+        tokenise_chats(data, tokenizer, 30)
+
+    def work() -> None:
+        tokenise_chats(data, tokenizer, 64)
+
+    strike_everywhere(work, old, tmp_path, out, attacks)
+    assert not [path for path in data.iterdir() if is_temporary(path)]
+
+
+def test_saving_a_tokenizer_over_a_file_or_beside_other_files_keeps_them(tmp_path, tokenizer):
+    write_text(tmp_path / "file", "x")
+    with pytest.raises(UserError, match="it is a file"):
+        tokenizer.save(tmp_path / "file")
+    write_text(tmp_path / "model" / "weights", "x")
+    tokenizer.save(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"weights", *tokenizer.files}

@@ -1,0 +1,165 @@
+"""A real server process under attack, with a client beside the attackers that asks as usual (tests/attackers.py).
+
+Promises: malformed requests, floods of large bodies, idle connections, slow senders and clients that never read leave
+the usual client its answers: the same text, within three times the quiet time. No request ends in a 5xx or in a line of
+the server's log; memory stays flat; afterwards no place is taken and nothing waits.
+"""
+
+import collections
+import http.client
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.server_help import make_file
+
+CLIENT_TIMEOUT = 2  # seconds, of the server
+QUESTION = {"messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 60}
+MEGABYTE = 2**20
+
+
+class Server:
+    """serve_openai_api.py in a process of its own."""
+
+    def __init__(self, checkpoint, log):
+        self.log = log
+        command = [sys.executable, "serve_openai_api.py", "--checkpoint", checkpoint, "--port", "0"]
+        command += ["--client_timeout", str(CLIENT_TIMEOUT), "--max_context", "8192", "--max_connections", "64"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment.pop("MENGYA_API_KEY", None)
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        self.process.stdout.readline()
+        self.port = int(self.process.stdout.readline().split("/v1")[0].rpartition(":")[2])
+
+    def ask(self, method="POST", path="/v1/chat/completions", body=QUESTION):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        connection.close()
+        assert response.status == 200, answer
+        return answer
+
+    def text(self):
+        return self.ask()["choices"][0]["message"]["content"]
+
+    def seconds(self):
+        """Of one answer, whose text is checked."""
+        started = time.perf_counter()
+        assert self.text() == self.usual_text
+        return time.perf_counter() - started
+
+    def status(self):
+        return self.ask("GET", "/health")["models"]["full_sft_32"]
+
+    def memory(self):
+        """Resident MB."""
+        return psutil.Process(self.process.pid).memory_info().rss / MEGABYTE
+
+    def wait_until_empty(self, seconds=10):
+        deadline = time.monotonic() + seconds
+        while (status := self.status())["running"] or status["waiting"]:
+            assert time.monotonic() < deadline, status
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attacked")
+    checkpoint = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=8192)
+    server = Server(checkpoint, folder / "errors.txt")
+    server.usual_text = server.text()
+    yield server
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(20)
+
+
+def quiet(server):
+    return statistics.median(server.seconds() for _ in range(5))
+
+
+def attack(server, kind, number):
+    """Attack while the usual client asks; three times at most, since other processes of this machine slow it as well.
+
+    Returns what the attackers counted, and in which time the client was answered, in percent of its quiet time.
+    """
+    for _ in range(3):
+        outcomes, beside, times = attack_once(server, kind, number)
+        assert server.log.read_text() == ""
+        if beside["percent_of_quiet_time"] <= 300:
+            return outcomes, beside
+    raise AssertionError((kind, beside, times))
+
+
+def attack_once(server, kind, number):
+    """Attack again and again until the usual client has asked five times."""
+    quiet_times, memory, times = [quiet(server)], [], []
+    outcomes = collections.Counter()
+    command = [sys.executable, "tests/attackers.py", kind, str(server.port), str(number)]
+    before = server.memory()
+    while len(times) < 5:
+        attackers = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        while attackers.poll() is None:
+            times.append(server.seconds())
+            memory.append(server.memory())
+        assert attackers.returncode == 0
+        outcomes.update(json.loads(attackers.stdout.read()))
+    server.wait_until_empty()
+    quiet_times.append(quiet(server))
+    percent = round(100 * statistics.median(times) / max(quiet_times))
+    return outcomes, {"MB_more": round(max(memory) - before), "percent_of_quiet_time": percent}, times
+
+
+def test_malformed_requests(server, scaled, attacks):
+    outcomes, beside = attack(server, "malformed", scaled(150, 2000))
+    assert not [status for status in outcomes if status[0] == "5"] and outcomes["400"] > outcomes.total() / 2, outcomes
+    assert beside["MB_more"] < 60
+    attacks("malformed requests to the server", outcomes.total(), **outcomes, **beside)
+
+
+def test_floods_of_large_bodies(server, scaled, attacks):
+    outcomes, beside = attack(server, "flood", scaled(60, 600))
+    assert not outcomes.keys() - {"200", "400", "404", "429", "closed"}, outcomes
+    assert beside["MB_more"] < 150
+    attacks("bodies of 1 MB", outcomes.total(), **outcomes, **beside)
+
+
+def test_idle_connections_keep_nobody_out(server, scaled, attacks):
+    outcomes, beside = attack(server, "idle", scaled(100, 500))  # of 64 that the server keeps
+    attacks("idle connections", outcomes.total(), **beside)
+
+
+def test_slow_senders_are_cut_off(server, scaled, attacks):
+    outcomes, beside = attack(server, "slow", scaled(16, 60))
+    assert outcomes["closed"] and not outcomes["open"]
+    attacks("senders of a byte every 50 ms", outcomes.total(), **outcomes, **beside)
+
+
+def test_clients_that_never_read_are_cut_off(server, scaled, attacks):
+    outcomes, beside = attack(server, "unread", scaled(2, 4))
+    assert outcomes["cut_off"] and not outcomes["finished"]
+    attacks("clients that never read", outcomes.total(), **outcomes, **beside)
+
+
+def test_memory_is_flat(server, scaled, attacks):
+    number = scaled(200, 2000)
+    bodies = [{**QUESTION, "max_tokens": 3}, {**QUESTION, "max_tokens": 3, "logprobs": True, "top_logprobs": 20}]
+    bodies += [{**QUESTION, "max_tokens": 2, "user": "x" * 100_000}]
+    memory = []
+    for i in range(number + 50):
+        server.ask(body=bodies[i % len(bodies)])
+        if i >= 50:
+            memory.append(server.memory())
+    assert memory[-1] - memory[0] < 20
+    attacks("requests of which memory stays flat", number, MB_more=round(memory[-1] - memory[0]))
