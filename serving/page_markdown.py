@@ -17,6 +17,8 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 from markdown_it.tree import SyntaxTreeNode
 
+from common.markdown import SPACES, code_span, longest_fence
+
 ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://|www\.)[!-~]*", re.IGNORECASE)
 # $$ … $$ or $ … $; as in pandoc, "$5 and $6" is no formula.
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$(?![\s$])([^$\n]*[^$\s])\$(?![\d$])")
@@ -26,7 +28,6 @@ UNSAFE_TEX = re.compile(
     r"\\(?:href|url|html|includegraphics|def|gdef|newcommand|let)|://|www\.|\][(\[:]|`|!\[", re.IGNORECASE
 )
 MARKS = re.compile(r"([!#$&()*+\-:<=>\[\\\]_`{|}~]|(?<=\d)\.(?= |$))")  # the last one is that of a list, "1. "
-SPACES = re.compile(r"[\s\x85\u2028\u2029]+")
 
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws: wss:"
 JAVASCRIPT = """
@@ -57,14 +58,6 @@ def plain(text: str) -> str:
         written += MARKS.sub(r"\\\1", text[done : found.start()]) + code_span(found[0])
         done = found.end()
     return written + MARKS.sub(r"\\\1", text[done:])
-
-
-def code_span(text: str) -> str:
-    """Text as inline code, on one line."""
-    text = SPACES.sub(" ", text)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    padding = " " if text[:1] in "` " or text[-1:] == "`" else ""
-    return f"{fence}{padding}{text}{padding}{fence}"
 
 
 def safe_markdown(text: str) -> str:
@@ -135,7 +128,7 @@ def _list(node: SyntaxTreeNode, markers: list[str]) -> list[str]:
 
 def _code(node: SyntaxTreeNode) -> list[str]:
     lines = node.content.removesuffix("\n").split("\n")
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", node.content)), default=0))
+    fence = "`" * max(3, 1 + longest_fence(node.content))
     language = re.match(r"[\w+#-]*", node.info.strip()) if node.type == "fence" else None
     return [fence + (language[0] if language else ""), *lines, fence]
 
@@ -155,7 +148,11 @@ def _one_line(node: SyntaxTreeNode) -> str:
 
 def _inline(nodes: Iterable[SyntaxTreeNode], in_line: bool = False) -> str:
     """`in_line`: of a heading or a cell of a table, where there is no line break and `|` ends the cell."""
-    return "".join(_piece(node, in_line) for node in nodes)
+    written = ""
+    for piece in (_piece(node, in_line) for node in nodes):
+        joins = piece[:1] in ("`", "$") and written.endswith(piece[:1])  # two code spans must not become one
+        written += f" {piece}" if joins else piece
+    return written
 
 
 def _piece(node: SyntaxTreeNode, in_line: bool) -> str:

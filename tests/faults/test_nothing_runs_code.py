@@ -1,14 +1,17 @@
-"""Nothing that the project reads runs code: not a checkpoint, a resume folder, data, a tokenizer, a template, an archive.
+"""Nothing that the project reads runs code: checkpoints, resume folders, data, tokenizers, templates, archives.
 
 Promises: our own code has none of the calls that execute what they read; each script, started on files that would
 create a marker file if they were executed, leaves no marker, prints no traceback and ends with 0 or 2.
 """
+# ruff: noqa: E501  (tables of attacks)
 
 import ast
 import io
 import json
 import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,6 +24,8 @@ import torch
 
 from common.errors import UserError
 from corpus.download import unpack
+from model.chat_formats import RefusedChat
+from model.chat_templates import TemplateFormat
 from tests.conftest import ROOT, TINY_MODEL
 
 SOURCES = sorted(file for file in ROOT.glob("**/*.py") if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts))
@@ -33,7 +38,7 @@ READERS = ("torch.distributed.checkpoint", "torch.hub", "torch.package", "multip
 
 # ---- the code --------------------------------------------------------------------------------------------------------
 def dotted(node: ast.AST) -> str:
-    """"a.b.c" of an expression of names; "" of any other."""
+    """ "a.b.c" of an expression of names; "" of any other."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}".lstrip(".")
     return node.id if isinstance(node, ast.Name) else ""
@@ -69,7 +74,11 @@ def executing_call(node: ast.Call) -> list[str]:
     if last == "load" and owner in ("np", "numpy") and is_true("allow_pickle"):
         found.append("np.load with allow_pickle")
     found += [f"{name} with {word}" for word in ("trust_remote_code", "shell", "allow_pickle") if is_true(word)]
-    if last == "from_pretrained" and owner.split(".")[0] == "transformers" and not is_literal("trust_remote_code", False):
+    if (
+        last == "from_pretrained"
+        and owner.split(".")[0] == "transformers"
+        and not is_literal("trust_remote_code", False)
+    ):
         found.append("from_pretrained without trust_remote_code=False")
     if last == "extractall" and not is_literal("filter", "data"):
         found.append("extractall of an archive")
@@ -169,9 +178,9 @@ def plant_python(folder: Path, marker: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pickle", "torch", "legacy", "npy"])
 @pytest.mark.parametrize("place", ["checkpoint", "resume", "shards", "scores"])
-def test_a_pickle_in_the_place_of_a_file(kind, place, marker, tmp_path, tiny_parent, tokenizer_dir, pretrain_dir, sft_dir, attacks):
-    import shutil
-
+def test_a_pickle_in_the_place_of_a_file(
+    kind, place, marker, tmp_path, tiny_parent, tokenizer_dir, pretrain_dir, sft_dir, attacks
+):
     content = malicious_files(marker)[kind]
     out, data = tmp_path / "out", tmp_path / "data"
     out.mkdir()
@@ -188,7 +197,14 @@ def test_a_pickle_in_the_place_of_a_file(kind, place, marker, tmp_path, tiny_par
     elif place == "resume":
         step = out / "pretrain_32.resume" / "step_000000002"
         step.mkdir(parents=True)
-        for name in (".metadata", "__0_0.distcp", "rank_00000.safetensors", "rank_00000.json", "progress.json", "state.pt"):
+        for name in (
+            ".metadata",
+            "__0_0.distcp",
+            "rank_00000.safetensors",
+            "rank_00000.json",
+            "progress.json",
+            "state.pt",
+        ):
             (step / name).write_bytes(content)
             (step.parent / name).write_bytes(content)
         run(tmp_path, *pretrain)
@@ -223,11 +239,6 @@ ESCAPES = {
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_chat_template_reaches_no_python(name, marker):
-    import re
-
-    from model.chat_formats import RefusedChat
-    from model.chat_templates import TemplateFormat
-
     template = TemplateFormat(ESCAPES[name].replace("MARKER", str(marker)), {}, re.compile("</s>"))
     try:
         said = template.text([{"role": "user", "content": "x"}])
@@ -238,23 +249,37 @@ def test_a_chat_template_reaches_no_python(name, marker):
 
 def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, attacks):
     """pytorch_model.bin, modeling_*.py named by auto_map, adapter_model.bin, and a template that reaches for Python."""
-    import shutil
-
     for kind, content in malicious_files(marker).items():
         folder = tmp_path / kind
         shutil.copytree(tokenizer_dir, folder)
         plant_python(folder, marker)
-        code = {"AutoConfig": "modeling_x.X", "AutoModelForCausalLM": "modeling_x.X", "AutoTokenizer": ["modeling_x.X", None]}
+        code = {
+            "AutoConfig": "modeling_x.X",
+            "AutoModelForCausalLM": "modeling_x.X",
+            "AutoTokenizer": ["modeling_x.X", None],
+        }
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
                  "vocab_size": 300, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}  # fmt: skip
         for kinds in ({"model_type": "x"}, {"model_type": "llama"}):
             (folder / "config.json").write_text(json.dumps({**sizes, **kinds, "auto_map": code}))
             config = json.loads((folder / "tokenizer_config.json").read_text())
-            config |= {"auto_map": code, "tokenizer_class": "X", "chat_template": ESCAPES["globals"].replace("MARKER", str(marker))}
+            config |= {
+                "auto_map": code,
+                "tokenizer_class": "X",
+                "chat_template": ESCAPES["globals"].replace("MARKER", str(marker)),
+            }
             (folder / "tokenizer_config.json").write_text(json.dumps(config))
-            for name in ("pytorch_model.bin", "adapter_model.bin", "model.safetensors", "training_args.bin", "optimizer.pt"):
+            for name in (
+                "pytorch_model.bin",
+                "adapter_model.bin",
+                "model.safetensors",
+                "training_args.bin",
+                "optimizer.pt",
+            ):
                 (folder / name).write_bytes(content)
-            (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder), "auto_mapping": code}))
+            (folder / "adapter_config.json").write_text(
+                json.dumps({"base_model_name_or_path": str(folder), "auto_mapping": code})
+            )
             done = run(folder, "2-eval.py", "--checkpoint", folder, "--prompt", "x", "--device", "cpu")
             assert done.returncode == 2
             attacks("malicious transformers folders", 1, executed=int(marker.exists()))
@@ -278,7 +303,16 @@ def test_rows_and_tokenizers_are_data(marker, tmp_path, attacks):
             (tmp_path / f"tokenizer_{kind}" / name).write_bytes(content)
     files = sorted(file for file in tmp_path.iterdir() if file.suffix in (".jsonl", ".parquet", ".arrow", ".yaml"))
     for what in ("pretrain", "sft"):
-        run(tmp_path, "data_process.py", what, *files, "--out_dir", tmp_path / what, "--tokenizer_path", tmp_path / "tokenizer_npy")
+        run(
+            tmp_path,
+            "data_process.py",
+            what,
+            *files,
+            "--out_dir",
+            tmp_path / what,
+            "--tokenizer_path",
+            tmp_path / "tokenizer_npy",
+        )
         for file in files:
             run(tmp_path, "data_process.py", "clean", file, "--out_dir", tmp_path / "clean") if what == "sft" else None
     run(tmp_path, "train_tokenizer.py", *files, "--out_dir", tmp_path / "tok")
@@ -313,7 +347,18 @@ def test_archives_write_nothing_outside(kind, marker, tmp_path, tiny_parent, att
     before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
     with pytest.raises(UserError, match="would land outside its folder"):
         unpack(archive)
-    done = run(folder, "eval_ceval.py", "--data", archive, "--checkpoint", tiny_parent, "--device", "cpu", "--out_dir", folder / "o")
+    done = run(
+        folder,
+        "eval_ceval.py",
+        "--data",
+        archive,
+        "--checkpoint",
+        tiny_parent,
+        "--device",
+        "cpu",
+        "--out_dir",
+        folder / "o",
+    )
     assert done.returncode == 2
     assert {path for path in tmp_path.rglob("*") if folder not in path.parents} == before
     attacks("archives with members outside", 1, written=int(marker.exists()))

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from streamlit.testing.v1 import AppTest
 
-from evaluation.markdown_page import _fenced, _plain
+from common.markdown import code_span, fenced
+from common.markdown import plain as inline
 from export.card import plain as card_plain
 from serving.page_markdown import plain, safe_markdown
 from tests.conftest import ROOT
@@ -73,7 +74,7 @@ def attack_texts(address: str) -> list[str]:
     return [text.replace("U", f"{address}/{i}").replace("PORT", port) for i, text in enumerate(FETCHES)]
 
 
-@pytest.mark.parametrize("write", [safe_markdown, plain, _plain, _fenced, card_plain])
+@pytest.mark.parametrize("write", [safe_markdown, plain, inline, code_span, fenced, card_plain])
 def test_no_image_or_html_is_left(write, attacks):
     texts = attack_texts("http://127.0.0.1:1")
     texts += ["\n\n".join(texts), *(f"a {text} b" for text in texts), *(f"- > {text}" for text in texts)]
@@ -88,7 +89,7 @@ def test_no_mixture_of_marks_leaves_one(scaled, attacks):
     @settings(max_examples=number, deadline=None, database=None)
     @given(st.lists(st.sampled_from([*WORDS, *FETCHES]), max_size=12).map("".join))
     def attack(text):
-        for write in (safe_markdown, plain, _fenced, _plain, card_plain):
+        for write in (safe_markdown, plain, inline, code_span, fenced, card_plain):
             assert not fetching(write(text)), write
 
         assert not re.search(r"(?<![`!-~])https?://", re.sub(r"(`+).*?\1", "", plain(text), flags=re.DOTALL))
