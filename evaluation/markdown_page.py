@@ -172,8 +172,8 @@ def _judged(judge: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"- Judge: {plain(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
-        f"{judge['unreadable']} replies unreadable; its words are in {code_span(judge['verdicts_file'])}. It saw prompts "
-        "and answers, no names.",
+        f"{judge['unreadable']} replies unreadable; its words are in {code_span(judge['verdicts_file'])}. It saw "
+        "prompts and answers, no names.",
         "- A win counts when both orders of a pair name the same answer, otherwise it is a tie; points: (wins + half "
         "of the ties) / pairs. ± one standard error.",
         f"- How far to trust it: both orders agree in {share(judge['agreement'])} of the pairs that it was asked "

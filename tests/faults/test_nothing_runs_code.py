@@ -67,7 +67,8 @@ def executing_call(node: ast.Call) -> list[str]:
     is_literal = lambda word, value: isinstance(given.get(word), ast.Constant) and given[word].value is value
     owner, _, last = name.rpartition(".")
     found = []
-    if name in BUILTINS or (owner, last) in CALLS or name.startswith(READERS):
+    is_builtin = isinstance(node.func, ast.Name) and name in BUILTINS
+    if is_builtin or (owner, last) in CALLS or name.startswith(READERS):
         found.append(f"calls {name}")
     if last == "load" and owner == "torch" and not is_literal("weights_only", True):
         found.append("torch.load without weights_only=True")
@@ -176,8 +177,14 @@ def plant_python(folder: Path, marker: Path) -> None:
     (folder / "x.pth").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n")
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "legacy", "npy"])
-@pytest.mark.parametrize("place", ["checkpoint", "resume", "shards", "scores"])
+KINDS = ("pickle", "torch", "legacy", "npy")
+PLACES = ("checkpoint", "resume", "shards", "scores")
+FULL = os.environ.get("FAULTS") == "full"
+CASES = [(place, kind) for place in PLACES for kind in KINDS]
+SHORT = [("checkpoint", "torch"), ("resume", "pickle"), ("shards", "npy")]
+
+
+@pytest.mark.parametrize(("place", "kind"), CASES if FULL else SHORT)
 def test_a_pickle_in_the_place_of_a_file(
     kind, place, marker, tmp_path, tiny_parent, tokenizer_dir, pretrain_dir, sft_dir, attacks
 ):
@@ -249,7 +256,7 @@ def test_a_chat_template_reaches_no_python(name, marker):
 
 def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, attacks):
     """pytorch_model.bin, modeling_*.py named by auto_map, adapter_model.bin, and a template that reaches for Python."""
-    for kind, content in malicious_files(marker).items():
+    for kind, content in list(malicious_files(marker).items())[: None if FULL else 2]:
         folder = tmp_path / kind
         shutil.copytree(tokenizer_dir, folder)
         plant_python(folder, marker)
@@ -260,7 +267,7 @@ def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, a
         }
         sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
                  "vocab_size": 300, "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 64}  # fmt: skip
-        for kinds in ({"model_type": "x"}, {"model_type": "llama"}):
+        for kinds in ({"model_type": "x"}, {"model_type": "llama"})[0 if FULL else 1 :]:
             (folder / "config.json").write_text(json.dumps({**sizes, **kinds, "auto_map": code}))
             config = json.loads((folder / "tokenizer_config.json").read_text())
             config |= {
@@ -313,8 +320,6 @@ def test_rows_and_tokenizers_are_data(marker, tmp_path, attacks):
             "--tokenizer_path",
             tmp_path / "tokenizer_npy",
         )
-        for file in files:
-            run(tmp_path, "data_process.py", "clean", file, "--out_dir", tmp_path / "clean") if what == "sft" else None
     run(tmp_path, "train_tokenizer.py", *files, "--out_dir", tmp_path / "tok")
     attacks("malicious rows and tokenizers", len(files) + 4, executed=int(marker.exists()))
 
