@@ -1,5 +1,6 @@
 # make demo    the whole path on the built-in data, offline: under ten minutes on two CPU cores
-# make test    the tests, on all cores;   make check    format, lint, types, tests
+# make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
+# make audit   known vulnerabilities of what requirements.txt installs; needs pip-audit and a network
 # make faults  every attack: kills, full disks, damaged files, floods of requests; an hour; prints a table of counts
 # Windows has no make: README.md gives the plain commands.
 
@@ -9,7 +10,7 @@ RUN = $(VENV)/bin/python
 # A worker per core, at most 8: each takes about 1.5 GB. Tests of one file share its fixtures and run in one worker.
 PARALLEL = -n logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo demo-clean test faults check format clean
+.PHONY: demo demo-clean test faults check audit format clean
 
 demo: $(VENV)/.core
 	$(RUN) demo.py
@@ -27,7 +28,26 @@ check: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+	$(RUN) -m bandit -q -r . -c pyproject.toml
+	$(MAKE) audit
 	$(MAKE) test
+
+# A vulnerability that is found fails. pip-audit says "none found" also where the index knows no package: how many it
+# looked up is counted, and where it or an index is missing that is one line.
+AUDITED = import json, sys; rows = json.load(open(sys.argv[1]))["dependencies"]; \
+    looked_up = [row for row in rows if "vulns" in row]; bad = [row["name"] for row in looked_up if row["vulns"]]; \
+    print(f"audit: {len(looked_up)} of {len(rows)} packages looked up, vulnerable: {bad or None}" if looked_up \
+    else f"audit: nothing was looked up, the index has no advisories for {len(rows)} packages"); sys.exit(bool(bad))
+
+audit: $(VENV)/.dev
+	@rm -f $(VENV)/audit.json
+	@if ! $(RUN) -c "import pip_audit" 2>/dev/null; then \
+	    echo "audit: skipped, pip-audit is missing: $(RUN) -m pip install pip-audit"; \
+	else \
+	    $(RUN) -m pip_audit --progress-spinner off -r requirements.txt -f json -o $(VENV)/audit.json >/dev/null 2>&1; \
+	    if [ -s $(VENV)/audit.json ]; then $(RUN) -c '$(AUDITED)' $(VENV)/audit.json; \
+	    else echo "audit: skipped, no package index answers"; fi; \
+	fi
 
 format: $(VENV)/.dev
 	$(RUN) -m ruff format .

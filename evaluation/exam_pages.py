@@ -17,6 +17,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import atomic_write
+from common.markdown import plain
 from corpus.exam_table import OPTION_LETTERS
 from evaluation.exam import Asked
 from evaluation.exam_score import Marked, Result, Score, sentence
@@ -191,13 +192,15 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _markdown(result: Result, about: dict[str, Any]) -> str:
-    title = f"# {about['exam']}, {about['split']}: {about['model']}"
+    title = f"# {plain(about['exam'])}, {plain(about['split'])}: {plain(about['model'])}"
     setting = f"{about['method']}, {about['shots']}-shot, {about['orders']} order(s) of the options, {about['style']}"
-    lines = [title, "", "\n\n".join(sentences(result)), "", setting + ".", ""]
+    lines = [title, "", "\n\n".join(map(plain, sentences(result))), "", setting + ".", ""]
     lines += ["| | questions | right | accuracy | 95 % interval | p |", "|---|---|---|---|---|---|"]
-    lines += [f"| **{s.name}** | " + " | ".join(_cells(s)[1:]) + " |" for s in (result.total, *result.categories)]
-    lines += [f"| {s.name} | " + " | ".join(_cells(s)[1:]) + " |" for s in result.subjects]
-    lines += ["", *(f"* {line}" for line in (*baselines(result), *notes(about)))]
+    lines += [
+        f"| **{plain(s.name)}** | " + " | ".join(_cells(s)[1:]) + " |" for s in (result.total, *result.categories)
+    ]
+    lines += [f"| {plain(s.name)} | " + " | ".join(_cells(s)[1:]) + " |" for s in result.subjects]
+    lines += ["", *(f"* {plain(line)}" for line in (*baselines(result), *notes(about)))]
     return "\n".join(lines) + "\n"
 
 

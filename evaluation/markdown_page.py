@@ -4,9 +4,9 @@ What a model said stands in a fence that is longer than any run of backticks in 
 Called by report_page.py, which makes the figures. Read next: ../model/repetition.py, bits.py (what they mean).
 """
 
-import re
 from typing import Any
 
+from common.markdown import code_span, fenced, plain
 from evaluation.length_loss import length_section
 
 Report = dict[str, Any]
@@ -23,7 +23,7 @@ def page(report: Report) -> str:
     parts += ["## Answers", ""]
     for number, row in enumerate(report["prompts"]):
         kind = f" · {row['lang']}, {row['kind'].replace('_', ' ')}" if row["kind"] else f" · {row['lang']}"
-        parts += [f"### {number + 1}{kind}", "", _fenced(row["prompt"]), ""]
+        parts += [f"### {number + 1}{kind}", "", fenced(row["prompt"]), ""]
         for model in report["models"]:
             parts += _answer(model["label"], model["answers"][number])
     parts += _safety(report)
@@ -33,8 +33,8 @@ def page(report: Report) -> str:
 def _answer(label: str, answer: dict[str, Any]) -> list[str]:
     end = {"length": ", cut off", "too_long": ", the prompt does not fit into the context"}
     tokens = "tokens not counted" if answer["tokens"] is None else f"{answer['tokens']} tokens"
-    shown = _fenced(answer["answer"]) if answer["answer"] else "*(empty)*"
-    return [f"**{_plain(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
+    shown = fenced(answer["answer"]) if answer["answer"] else "*(empty)*"
+    return [f"**{plain(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
 
 
 def _safety(report: Report) -> list[str]:
@@ -50,7 +50,7 @@ def _safety(report: Report) -> list[str]:
         "",
     ]
     for number, row in enumerate(report["safety"]):
-        parts += [f"### Safety {number + 1} · {row['lang']}", "", _fenced(f"{row['prompt']}\n→ {row['start']}"), ""]
+        parts += [f"### Safety {number + 1} · {row['lang']}", "", fenced(f"{row['prompt']}\n→ {row['start']}"), ""]
         for model in models:
             parts += _answer(model["label"], model["safety"][number])
     return parts
@@ -59,7 +59,7 @@ def _safety(report: Report) -> list[str]:
 def _how(report: Report) -> str:
     settings = report["settings"]
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None and name != "system")
-    system = f"System message: {_plain(settings['system'])}. " if settings.get("system") else ""
+    system = f"System message: {plain(settings['system'])}. " if settings.get("system") else ""
     return (
         f"{len(report['prompts'])} prompts, the same for every model, each a conversation of its own. {system}"
         f"Drawn with {chosen}. A pretrained model continues the prompt; a model of a chat stage answers it."
@@ -71,12 +71,12 @@ def _figures(report: Report) -> list[str]:
     models: list[Model] = report["models"]
     languages = [name for name in models[0]["answer_figures"] if name != "all"]
     both = " / ".join(languages)
-    lines = [_row("", *(_plain(model["label"]) for model in models)), _row("---", *("---:" for _ in models))]
-    lines.append(_row("stage", *(_plain(model["stage"]) for model in models)))
+    lines = [_row("", *(plain(model["label"]) for model in models)), _row("---", *("---:" for _ in models))]
+    lines.append(_row("stage", *(plain(model["stage"]) for model in models)))
     lines.append(_row("parameters", *map(_size, models)))
     for name in report["texts"]:
         found = [model["bits_per_byte"].get(name) for model in models]
-        lines.append(_row(f"bits per byte, {_plain(name)}", *(_measured(one, "bits_per_byte") for one in found)))
+        lines.append(_row(f"bits per byte, {plain(name)}", *(_measured(one, "bits_per_byte") for one in found)))
     for lang in dict.fromkeys(lang for model in models for lang in model["sft_loss"]):
         found = [model["sft_loss"].get(lang) for model in models]
         lines.append(_row(f"held-out SFT loss, {lang}", *(_measured(one, "loss") for one in found)))
@@ -96,13 +96,11 @@ def _figures(report: Report) -> list[str]:
 
 def _notes(report: Report) -> list[str]:
     """What the rows mean, and what is missing and how to get it."""
-    notes = [f"{_plain(label)}: left out, it stopped answering: {_plain(reason)}."
+    notes = [f"{plain(label)}: left out, it stopped answering: {plain(reason)}."
              for label, reason in report["failed"].items()]  # fmt: skip
-    notes += [
-        f"{_plain(model['label'])}: {_plain(reason)}." for model in report["models"] for reason in model["missing"]
-    ]
+    notes += [f"{plain(model['label'])}: {plain(reason)}." for model in report["models"] for reason in model["missing"]]
     if report["texts"]:
-        files = ", ".join(f"{_plain(name)}: {found['bytes']:,} bytes of `{found['file']}`"
+        files = ", ".join(f"{plain(name)}: {found['bytes']:,} bytes of {code_span(found['file'])}"
                           for name, found in report["texts"].items())  # fmt: skip
         notes.append(
             f"Bits per byte: of text ({files}), the lower the better, comparable between tokenizers; ± one standard "
@@ -112,8 +110,8 @@ def _notes(report: Report) -> list[str]:
         notes.append("Bits per byte: not measured; `--texts zh=FILE en=FILE` names held-out texts.")
     if report["chats"]:
         notes.append(
-            f"SFT loss: nats per trained token of the chats in `{report['chats']}`. Models with different tokenizers "
-            "compare in bits per byte."
+            f"SFT loss: nats per trained token of the chats in {code_span(report['chats'])}. Models with "
+            "different tokenizers compare in bits per byte."
         )
     else:
         notes.append("SFT loss: not measured; `--chats FILE` names held-out chats.")
@@ -121,8 +119,8 @@ def _notes(report: Report) -> list[str]:
         changed = {name: found["changed"] for name, found in model["bits_per_byte"].items() if found["changed"]}
         for name, count in changed.items():
             notes.append(
-                f"{_plain(model['label'])}: its tokenizer cannot give back {count} of "
-                f"{model['bits_per_byte'][name]['documents']} documents ({_plain(name)}) as they were, so its bits per "
+                f"{plain(model['label'])}: its tokenizer cannot give back {count} of "
+                f"{model['bits_per_byte'][name]['documents']} documents ({plain(name)}) as they were, so its bits per "
                 "byte are of another text."
             )
     notes.append(
@@ -170,11 +168,12 @@ def _judged(judge: dict[str, Any]) -> list[str]:
     for label, found in judge["models"].items():
         counts = (str(found[name]) for name in ("wins", "ties", "losses"))
         error = f" ± {found['score_error']:.1f}" if found["score_error"] is not None else ""
-        lines.append(_row(_plain(label), _number(found["score"], 1) + error, *counts, share(found["points"])))
+        lines.append(_row(plain(label), _number(found["score"], 1) + error, *counts, share(found["points"])))
     lines += [
         "",
-        f"- Judge: {_plain(judge['judge'])} at `{judge['url']}`, {judge['requests']} requests, {judge['unreadable']} "
-        f"replies unreadable; its words are in `{judge['verdicts_file']}`. It saw prompts and answers, no names.",
+        f"- Judge: {plain(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
+        f"{judge['unreadable']} replies unreadable; its words are in {code_span(judge['verdicts_file'])}. It saw "
+        "prompts and answers, no names.",
         "- A win counts when both orders of a pair name the same answer, otherwise it is a tie; points: (wins + half "
         "of the ties) / pairs. ± one standard error.",
         f"- How far to trust it: both orders agree in {share(judge['agreement'])} of the pairs that it was asked "
@@ -186,14 +185,3 @@ def _judged(judge: dict[str, Any]) -> list[str]:
 # ---- markdown --------------------------------------------------------------------------------------------------------
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _plain(text: str) -> str:
-    """Text that markdown leaves alone, on one line."""
-    return re.sub(r"([\\`*_|<>\[\]#])", r"\\\1", " ".join(text.split()))
-
-
-def _fenced(text: str) -> str:
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"

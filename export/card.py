@@ -55,7 +55,7 @@ def quoted(text: str) -> str:
 def plain(value: Any) -> str:
     """A value on one line, without what markdown or HTML would act on."""
     text = " ".join(str(value).split())
-    return "".join(f"\\{c}" if c in "|`*[]" else "&lt;" if c == "<" else c for c in text)[:200]
+    return "".join(f"\\{c}" if c in "\\|`*[]" else "&lt;" if c == "<" else c for c in text)[:200]
 
 
 def foreign_base(known: Facts) -> str:

@@ -109,7 +109,8 @@ def check_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, dty
     import transformers
 
     with quiet(transformers):
-        check_tokens(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), tokenizer)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615: a folder
+        check_tokens(theirs, tokenizer)
         stock = open_stock(transformers, folder, folder_state(model, torch.float32).keys())
         return compare(rounded(model, dtype), stock, tokenizer, type(stock).__name__)
 
@@ -123,13 +124,15 @@ def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatT
     import transformers
 
     with quiet(transformers):
-        parent = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **fp32(transformers))
+        parent = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615: a folder
+            base, trust_remote_code=False, **fp32(transformers)
+        )
         return compare(model, peft.PeftModel.from_pretrained(parent, folder).eval(), tokenizer, "PeftModel")
 
 
 def open_stock(transformers: Any, folder: Path, names: Any) -> Any:
     """Stock's model in fp32. Raises UserError when it misses a tensor, or knows one that it has no place for."""
-    stock, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    stock, loading = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615: a folder
         folder, trust_remote_code=False, output_loading_info=True, **fp32(transformers)
     )
     wrong = {n: sorted(map(str, loading.get(n) or ())) for n in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import struct
 import zipfile
 from pathlib import Path
@@ -43,6 +42,7 @@ UNREADABLE = (  # what torch.load raises for a file that is none of its own
     RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     AssertionError, ImportError, MemoryError, struct.error,
 )  # fmt: skip
+UnpicklingError = torch.serialization.pickle.UnpicklingError  # nothing else of pickle is used here
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
@@ -139,7 +139,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
-    except (*UNREADABLE, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (*UNREADABLE, UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign: "

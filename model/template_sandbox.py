@@ -269,7 +269,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if bits > MAX_BITS:
             raise StepsExceeded(f"a number of more than {MAX_BITS:,} bits")
 
-    def _check_width(self, pattern: re.Pattern[str], text: str | bytes) -> None:
+    def _check_width(self, pattern: re.Pattern[str], text: Any) -> None:
         if pattern.search(text if isinstance(text, str) else text.decode("latin-1")):
             raise StepsExceeded("a format wider than 99,999 characters")
 
@@ -277,9 +277,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """(bytes, entries) of a value with everything inside it. Raises StepsExceeded where that exceeds MAX_SIZE."""
         if isinstance(value, (str, bytes)):
             return self._check_size(_text_size(value)), 0
-        size, entries, waiting, known = 0, 0, [value], self._budget.messages
+        size, entries, known = 0, 0, self._budget.messages
+        waiting: list[Any] = [value]
         while waiting:
-            one = waiting.pop()
+            one: Any = waiting.pop()
             if isinstance(one, (str, bytes)):
                 size += _text_size(one)
             elif id(one) in known and one is not value:

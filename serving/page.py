@@ -4,8 +4,8 @@
 
 The reply grows in the same run that draws it. A click in the middle ends that run, and the next one goes on with the
 same reply (conversation.py), unless the click was Stop. What a model wrote is drawn as text, never as HTML; as Markdown
-only where the reader asks for it, and then without pictures, which would be fetched from elsewhere.
-Called by ../web_demo.py. Read next: conversation.py, page_sidebar.py, page_words.py.
+only where the reader asks for it, and then without images and links (page_markdown.py).
+Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, page_sidebar.py, page_words.py.
 """
 
 import time
@@ -21,7 +21,8 @@ from model.checkpoint import load_model
 from model.rope_flags import Rope
 from serving.conversation import Conversation, Reply, Speaker, Turn
 from serving.copy_button import copy_button
-from serving.page_sidebar import Choices, choose, facts, plain
+from serving.page_markdown import block_requests, plain, safe_markdown
+from serving.page_sidebar import Choices, choose, facts
 from serving.page_words import LANGUAGES, STARTS, WORDS
 from serving.shelf import Model, fill_shelf, scaled, stamp
 from trainer.runtime import autocast
@@ -77,6 +78,7 @@ class Page:
         layout: Any = "wide" if self.state.get("second") else "centered"
         st.set_page_config(self.words["title"], page_icon="🌱", layout=layout)
         st.html(STYLE)
+        block_requests()
         shelf = fill_shelf(self.options.out_dir, self.options.files)
         shelf = [scaled(model, self.options.rope) for model in shelf]
         models = {model.name: model for model in shelf if not model.problem}
@@ -227,7 +229,7 @@ class Page:
         if not reply.end:
             place.text(reply.text + " ▍")
         elif reply.text.strip() and choices.markdown:
-            place.markdown(without_pictures(reply.text))
+            place.markdown(safe_markdown(reply.text))
         elif reply.text.strip():
             place.text(reply.text)
         else:
@@ -259,11 +261,6 @@ class Page:
             if st.form_submit_button(say["send"], type="primary") and text.strip():
                 self.want("edit", text)
                 st.rerun()
-
-
-def without_pictures(text: str) -> str:
-    """Markdown whose pictures are links: drawing the page must fetch nothing."""
-    return text.replace("![", r"\![")
 
 
 def show(options: Options) -> None:

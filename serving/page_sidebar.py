@@ -3,7 +3,6 @@
 Called by page.py. Read next: shelf.py (where the facts come from), page_words.py (the words).
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import streamlit as st
 from model.chat_formats import FORMAT_NAMES
 from model.presets import DEFAULTS, find_preset, merge_settings, spell
 from model.sampling import MOST_BEAMS, Sampling
+from serving.page_markdown import plain
 from serving.page_words import SCORES, STAGES, WORDS
 from serving.shelf import Model
 
@@ -114,11 +114,6 @@ def facts(model: Model, lang: str, scores: int = 1) -> str:
         label = SCORES[lang][kind] + (f" ({plain(report)})" if len(shown) > 1 else "")
         lines.append(f"{label}: {by_language(values, kind)}")
     return "  \n".join(lines)
-
-
-def plain(text: str) -> str:
-    """Text for a place that reads Markdown, so that it shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>$~:-])", r"\\\1", text)
 
 
 def short(number: float) -> str:

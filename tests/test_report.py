@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.markdown import fenced, plain
 from corpus.prompts import PROMPTS, SAFETY
-from evaluation.markdown_page import _fenced, _plain
 from evaluation.report_page import labels_of
 from tests.conftest import run_process, run_script
 
@@ -231,8 +231,8 @@ def test_models_are_told_apart():
 
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.text("`\n a"))
 def test_no_answer_can_break_the_page(text):
-    fenced = _fenced(text)
-    fence = re.match("`+", fenced)[0]
-    inside = fenced.removeprefix(fence + "text\n").removesuffix("\n" + fence)
+    block = fenced(text)
+    fence = re.match("`+", block)[0]
+    inside = block.removeprefix(fence + "text\n").removesuffix("\n" + fence)
     assert inside == text and not re.search(f"`{{{len(fence)},}}", inside)
-    assert "\n" not in _plain(text) and not re.search(r"(?<!\\)(\\\\)*[|<]", _plain(text))
+    assert "\n" not in plain(text) and not re.search(r"(?<!\\)(\\\\)*[|<]", plain(text))

@@ -210,7 +210,7 @@ def test_what_a_model_wrote_is_text(open_page, out):
     page.toggle(key="markdown").set_value(True).run()
     drawn = [each for each in page.markdown if "pwned" in each.value]
     assert texts(page) == [NASTY] and len(drawn) == 1, "the question stays as it was typed"
-    assert r"\![x]" in drawn[0].value and not drawn[0].allow_html
+    assert "x (`http://example.com/x.png`)" in drawn[0].value and not drawn[0].allow_html
 
 
 def test_both_languages(open_page, out):

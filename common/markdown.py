@@ -1,0 +1,30 @@
+"""Text of other people in Markdown, so that it shows as it is: no image, link, HTML or layout comes from it."""
+
+import re
+
+SPACES = re.compile(r"[\s\x85\u2028\u2029]+")
+MARKS = re.compile(r"([\\`*_|<>\[\]#~])")
+
+
+def plain(text: str) -> str:
+    """Text inside a line, on one line."""
+    return MARKS.sub(r"\\\1", SPACES.sub(" ", text).strip())
+
+
+def code_span(text: str) -> str:
+    """Text as inline code, on one line."""
+    text = SPACES.sub(" ", text)
+    fence = "`" * (1 + longest_fence(text))
+    padding = " " if text[:1] in "` " or text[-1:] == "`" else ""
+    return f"{fence}{padding}{text}{padding}{fence}"
+
+
+def fenced(text: str, language: str = "text") -> str:
+    """Text as a block of code, with a fence that is longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + longest_fence(text))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def longest_fence(text: str) -> int:
+    """The length of the longest run of backticks."""
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -1,0 +1,230 @@
+"""The chat page: whatever a model writes, the browser sends no request but to the page's own server.
+
+Promises: no image, link or HTML is left in the Markdown that streamlit is given, of answers, questions, system prompts,
+names and error messages alike; layout and formulas stay; Chromium, with a server that catches every request, sends it
+none, and its policy blocks the ones that a script tries.
+"""
+# ruff: noqa: E501  (a table of attacks)
+
+import http.server
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from streamlit.testing.v1 import AppTest
+
+from common.markdown import code_span, fenced
+from common.markdown import plain as inline
+from export.card import plain as card_plain
+from serving.page_markdown import plain, safe_markdown
+from tests.conftest import ROOT
+from tests.parrot import save_parrot
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HAS_BROWSER = CHROMIUM and importlib.util.find_spec("playwright")
+# Every form of Markdown, HTML, TeX and streamlit's own marks that names an address. U is an address of its own each.
+FETCHES = [
+    "![a](U)", "!\\[b](U)", "\\![c](U)", "\\\\![d](U)", "\\\\\\![e](U)", "![f](<U>)", '![g](U "title")', "![h\\](U)",
+    "![i][r1]\n\n[r1]: U", "![r2][]\n\n[r2]: U", "![r3]\n\n[r3]: <U> 'x'", "[![j](U)](U)", "![![k](U)](U)", "*![l](U)*",
+    "# ![m](U)", "> ![n](U)", "- ![o](U)", "| a |\n|--|\n| ![p](U) |", "&#33;[q](U)", "!&#91;r](U)", "&excl;[s](U)",
+    "![t]&#40;U)", "`` ` ``![u](U)", "$`$ ![v](U) `", "$![w](U)$", "$$\n![x](U)\n$$", "`$`![y](U)`$`", "~~![z](U)~~",
+    "<img src=U>", "<IMG/SRC='U'>", "<svg><image href=U></svg>", "<link rel=prefetch href=U>", "<iframe src=U></iframe>",
+    "<style>@import 'U'; body{background:url(U)}</style>", "<video poster=U>", "<object data=U>", "<script src=U></script>",
+    '<div style="background:url(U)">', "<base href=U>", "<meta http-equiv=refresh content='0;url=U'>", "&lt;img src=U&gt;",
+    "\\<img src=U>", "<!-- --><img src=U>", "```html\n<img src=U>\n```", "```mermaid\nclick a 'U'\n```", "````\n```\n![A](U)\n````",
+    "$\\includegraphics{U}$", "$$\\href{U}{x}$$", "$\\url{U}$", "$\\htmlStyle{background:url(U)}{x}$", "U", "<U>", "[B](U)",
+    "www.a.invalid/x", ":red[![C](U)]", ":material/![D](U):", ":blue-background[<img src=U>]", ":streamlit: ![E](U)",
+    ":image[U]{src=U}", "::video{src=U}", ":::note\n![F](U)\n:::", "[^1]\n\n[^1]: ![G](U)", "![H](U =9x9)", "!\u200b[I](U)",
+    "![J](javascript:fetch('U'))", "![K](//127.0.0.1:PORT/K)", "![L](http:\\\\127.0.0.1:PORT\\L)", "\t![M](U)\n![N](U)",
+    "1. a\n\n   ![O](U)\n2. ```\n![P](U)", "![Q\n](U)", "[R]: U\n![R]", "![S](U)\r![T](U)\r\n![V](U)", "-\n  ![W](U)", "\\$![X](U)$",
+    "`a\n\n![Y](U)`", "***![Z](U)**", "$5 and ![0](U) $", "![1](U)\\\n![2](U)", "[3](U){rel=prefetch}", "<a ping=U href=U>x</a>",
+]  # fmt: skip
+WORDS = ["!", "[", "]", "(", ")", "[a]", "![a]", "(http://h.invalid/x)", "http://h.invalid/y", "<http://h.invalid/z>", "\\",
+         "`", "``", "```", "~~~", "$", "$$", "|", "\n", "\n\n", " ", "    ", "\t", "> ", "- ", "* ", "1. ", "# ", "*", "_",
+         "**", "~~", "&#33;", "&#91;", "&#10;", "&nbsp;", "<img src=x>", "<!--", "-->", "<a href='x'>", "---", "|--|--|",
+         ":", ":red[", "[r]: http://h.invalid/r", "![r]", "好", "a", "\r", "\x0b", "\u2028", "\ufeff", "\\includegraphics{x}"]  # fmt: skip
+READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+
+
+def fetching(markdown: str) -> list[str]:
+    """The kinds of tokens in it that a browser could act on."""
+    found, waiting = [], READER.parse(markdown)
+    while waiting:
+        token = waiting.pop()
+        waiting += token.children or []
+        if token.type in ("image", "link_open", "html_inline", "html_block"):
+            found.append(token.type)
+    return found
+
+
+def attack_texts(address: str) -> list[str]:
+    port = address.rsplit(":", 1)[1]
+    return [text.replace("U", f"{address}/{i}").replace("PORT", port) for i, text in enumerate(FETCHES)]
+
+
+@pytest.mark.parametrize("write", [safe_markdown, plain, inline, code_span, fenced, card_plain])
+def test_no_image_or_html_is_left(write, attacks):
+    texts = attack_texts("http://127.0.0.1:1")
+    texts += ["\n\n".join(texts), *(f"a {text} b" for text in texts), *(f"- > {text}" for text in texts)]
+    left = {text: kinds for text in texts if (kinds := fetching(write(text)))}
+    assert not left
+    attacks(f"Markdown that names addresses: {write.__module__}.{write.__name__}", len(texts), left=0)
+
+
+def test_no_mixture_of_marks_leaves_one(scaled, attacks):
+    number = scaled(300, 20_000)
+
+    @settings(max_examples=number, deadline=None, database=None)
+    @given(st.lists(st.sampled_from([*WORDS, *FETCHES]), max_size=12).map("".join))
+    def attack(text):
+        for write in (safe_markdown, plain, inline, code_span, fenced, card_plain):
+            assert not fetching(write(text)), write
+
+        assert not re.search(r"(?<![`!-~])https?://", re.sub(r"(`+).*?\1", "", plain(text), flags=re.DOTALL))
+
+    attack()
+    attacks("mixtures of Markdown marks", number, left=0)
+
+
+def test_layout_and_formulas_stay():
+    text = (
+        "# Title\n\nSome *text*, **strong**, `code`, $x^2$.\n\n- a\n- b\n  - c\n\n3. x\n4. y\n\n> quote\n\n"
+        "```python\nprint('![x]')\n```\n\n| a | b |\n| --- | ---: |\n| 1 | `2` |\n\n---\n\n$$\n\\frac{1}{2}\n$$"
+    )
+    written = safe_markdown(text)
+    assert READER.render(written) == READER.render(text)
+    assert "print('![x]')" in written and "$x^2$" in written and "$$\n\\frac{1}{2}\n$$" in written
+    assert safe_markdown("[a](http://h/x) ![b](http://h/y)") == "a (`http://h/x`) b (`http://h/y`)"
+    assert safe_markdown("$5 and $6 cost 1_000") == "\\$5 and \\$6 cost 1\\_000"
+
+
+def test_everything_that_streamlit_reads_as_markdown(tokenizer, tmp_path, monkeypatch):
+    """Answers, questions, system prompts, names of models, of a damaged file, and of its folder."""
+    nasty = "\n\n".join(attack_texts("http://127.0.0.1:1"))
+    folder = tmp_path / "![f](http:\\\\h.invalid\\f) `![f](x)"
+    save_parrot(
+        folder / "![n](http:\\\\h.invalid\\n) www.h.invalid <img src=x>.pth", tokenizer, [nasty], max_seq_len=16_384
+    )
+    save_parrot(folder / "full_sft_64.pth", tokenizer, ["hi"])
+    (folder / "![d](http:\\\\h.invalid\\d).pth").write_bytes(b"damaged")
+    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--lang", "en", "--device", "cpu", "--out_dir", str(folder)])
+    page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
+    read = list(markdown_of(page))
+    page.selectbox(key="model").set_value(page.selectbox(key="model").options[-1]).run()
+    page.text_area(key="system").set_value(nasty[:2000])
+    page.toggle(key="markdown").set_value(True).run()
+    page.chat_input[0].set_value(nasty[:2000]).run()
+    assert not page.exception
+    read += markdown_of(page)
+    assert sum("h\\.invalid" in text or "h.invalid" in text for text in read) >= 2
+    assert any("127.0.0.1:1/0" in text for text in read), "the answer is drawn as Markdown"
+    assert not {text: kinds for text in read if (kinds := fetching(text))}
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(folder / "none")])
+    page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
+    assert not {text: kinds for text in markdown_of(page) if (kinds := fetching(text))}
+
+
+def markdown_of(page):
+    for each in (*page.markdown, *page.caption, *page.error, *page.header, *page.title):
+        assert not getattr(each, "allow_html", False)
+        yield each.value
+    for each in (*page.button, *page.toggle, *page.expander, *page.selectbox, *page.slider):
+        yield each.label
+        yield getattr(each, "help", "") or ""
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def caught():
+    """(address, paths): a server that notes every request that reaches it."""
+    paths = []
+
+    class Catcher(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        do_POST = do_HEAD = do_OPTIONS = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Catcher)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", paths
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def address(tokenizer, tmp_path, caught):
+    """The page over a model that writes all the texts."""
+    texts = attack_texts(caught[0])
+    name = f"![n]({caught[0].replace('/', chr(92))}\\name.png) <img src=x>"
+    save_parrot(tmp_path / "out" / f"{name}.pth", tokenizer, [text + "\n\n" for text in texts], max_seq_len=512)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, ROOT / "web_demo.py", "--port", str(port), "--device", "cpu", "--lang", "en"],
+            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log,
+        )  # fmt: skip
+        try:
+            for _ in range(240):
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.25)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(20)
+            finally:
+                server.kill()
+
+
+@pytest.mark.skipif(not HAS_BROWSER, reason="chromium or Python's playwright is missing")
+def test_chromium_fetches_nothing(address, caught, attacks):
+    from playwright.sync_api import sync_playwright
+
+    catcher, paths = caught
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, sent = browser.new_page(), []
+        page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or sent.append(r.url))
+        page.goto(address)
+        question = page.get_by_test_id("stChatInputTextArea")
+        question.wait_for(timeout=60_000)
+        page.get_by_text("Show Markdown as layout").click()
+        question.fill("\n\n".join(attack_texts(catcher))[:19_000])
+        question.press("Enter")
+        page.get_by_role("button", name="Again").wait_for(timeout=120_000)
+        page.locator(".stChatMessage .stMarkdown").first.wait_for()
+        time.sleep(2)
+        assert page.locator(".stChatMessage code").count() > 50, "addresses are shown as code"
+        assert page.locator(".stChatMessage .stMarkdown img").count() == 0
+        assert page.locator(".stChatMessage a[href^=http]").count() == 0
+        assert not sent and not paths
+        page.evaluate("url => { document.body.append(Object.assign(new Image(), {src: url})) }", f"{catcher}/by-script")
+        time.sleep(1)
+        assert not paths, "the policy of the page blocks what its Markdown does not"
+        browser.close()
+    urllib.request.urlopen(f"{catcher}/works").close()
+    assert paths == ["/works"]
+    attacks("addresses in an answer, drawn by Chromium", len(FETCHES), requests=len(paths) - 1)
