@@ -96,7 +96,8 @@ class Logbook:
         """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, or "val_accuracy" and more for pairs."""
         if not self.is_main:
             return
-        self.write(row)
+        if not any(old["step"] == row["step"] and "val_loss" in old for old in self.rows):  # a resumed run repeats it
+            self.write(row)
         shown = []
         for split, loss in row["val_loss"].items():
             if "bits_per_byte" in row:
@@ -132,7 +133,10 @@ class Logbook:
             return
         if self.bar:
             self.bar.stop()
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError as error:
+            self.complain(f"cannot write {self.path}: {error}")
         try:
             draw_curves(self.rows, self.path.with_suffix(".png"), self.title)
         except Exception as error:

@@ -109,47 +109,67 @@ def serve() -> None:
 
 def run_forked(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     started, fault = time.monotonic(), Fault(**request["fault"])
-    plan = Plan(request["folders"], fault, scratch / "operations")
+    plan = Plan(request["folders"], fault)
+    screen, screen_end = os.pipe()  # not a file: that would have a limit too
     if (child := os.fork()) == 0:
         try:
-            play(request["command"], scratch, plan)
+            play(request["command"], scratch, plan, screen_end)
         finally:  # reached only by an error of this file
             traceback.print_exc()
             os._exit(70)
-    end = os.pidfd_open(child)
-    for limit in (fault.seconds, request["timeout"]) if fault.seconds else (request["timeout"],):
-        if ended := select.select([end], [], [], limit)[0]:
-            break
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.close(end)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # processes that it left
+    os.close(screen_end)
+    limits = [limit for limit in (fault.seconds, request["timeout"]) if limit]
+    status, output = wait(child, screen, started, limits)
     modules = scratch / "modules"
     for name in modules.read_text().split() if modules.is_file() else ():
         with contextlib.suppress(Exception):  # only a matter of speed: the next child finds it imported
             importlib.import_module(name)
     return {
-        "code": status if ended else None,
-        "output": (scratch / "output").read_text(encoding="utf-8", errors="replace"),
+        "code": status,
+        "output": output.decode("utf-8", "replace"),
         "seconds": time.monotonic() - started,
         "operations": plan.operations(),
     }
 
 
-def play(command: list[str], scratch: Path, plan: "Plan") -> None:
+def wait(child: int, screen: int, started: float, limits: list[float]) -> tuple[int | None, bytes]:
+    """(exit code, output) of a child. It is killed after each of `limits` in seconds; None: after the last one."""
+    end, pieces, code = os.pidfd_open(child), [], None
+    watched = [end, screen]
+    while limits:
+        ready = select.select(watched, [], [], max(0, started + limits[0] - time.monotonic()))[0]
+        if screen in ready:
+            pieces.append(os.read(screen, 1 << 16))
+            watched = watched if pieces[-1] else [end]
+        elif end in ready:
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            break
+        elif not ready:
+            os.killpg(child, signal.SIGKILL)
+            limits = limits[1:]
+    else:
+        os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # processes that it left
+    while piece := os.read(screen, 1 << 16):
+        pieces.append(piece)
+    os.close(end)
+    os.close(screen)
+    return code, b"".join(pieces)
+
+
+def play(command: list[str], scratch: Path, plan: Plan, output: int) -> None:
     """The child: run the script as the interpreter would, and exit."""
     os.setsid()
-    devnull, output = os.open(os.devnull, os.O_RDONLY), os.open(scratch / "output", os.O_WRONLY | os.O_CREAT)
-    for number, target in ((devnull, 0), (output, 1), (output, 2)):
+    for number, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(number, target)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False, buffering=1) for n in (1, 2))  # noqa: SIM115
     before = set(sys.modules)
     plan.install(lambda command: leave(run_main(command)))
     code = run_main(command)
-    (scratch / "modules").write_text("\n".join(name for name in sys.modules if name not in before))
+    if not plan.fault.file_size:
+        (scratch / "modules").write_text("\n".join(name for name in sys.modules if name not in before))
     leave(code)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NEED_SPACE = ("open", "write", "fsync", "close", "mkdir", "link", "symlink")  # what fails on a full disk
+SHARED, HEAD = 1 << 23, struct.Struct("QQ")  # bytes that forked processes share; its first fields
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class Fault:
     at: int = 0  # the operation, from 1
     error: str = ""  # name of an errno that the operation fails with; without one it gets the signal
     signal: int = int(signal.SIGKILL)
-    lasting: bool = (
-        False  # later operations fail as well: all of them (EROFS, EACCES, EIO), those that need space (ENOSPC)
-    )
+    lasting: bool = False  # later ones fail as well: all (EROFS, EACCES, EIO), or those that need space (ENOSPC)
     seconds: float = 0.0  # SIGKILL after so long
     file_size: int = 0  # the largest file in bytes
     only: str = ""  # operations are counted whose path holds this pattern
@@ -43,18 +42,25 @@ class Fault:
 class Plan:
     """Counts the operations below the folders, in a child and the processes that it forks, and strikes at one."""
 
-    def __init__(self, folders: list[str], fault: Fault, trace: Path) -> None:
-        self.folders = tuple(folder.rstrip("/") for folder in folders)
-        self.fault, self.trace = fault, trace
-        self.counter = mmap.mmap(-1, 8)  # shared with forked processes
-        self.file = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def __init__(self, folders: list[str], fault: Fault) -> None:
+        self.folders, self.fault = tuple(folder.rstrip("/") for folder in folders), fault
+        self.memory = mmap.mmap(-1, SHARED)  # shared with forked processes: operations, bytes of text, text
         self.lock = threading.RLock()
-        self.write = os.write  # before it is patched
         self.exists = os.path.lexists
 
     def operations(self) -> list[list[str]]:
-        os.close(self.file)
-        return [line.split("\t", 1) for line in self.trace.read_text(errors="surrogateescape").splitlines()]
+        _, size = HEAD.unpack_from(self.memory)
+        text = self.memory[HEAD.size : HEAD.size + size].decode(errors="surrogateescape")
+        return [line.split("\t", 1) for line in text.splitlines()]
+
+    def count(self, kind: str, path: str) -> int:
+        """Note one operation; returns its number, from 1."""
+        with self.lock:
+            number, size = HEAD.unpack_from(self.memory)
+            line = f"{kind}\t{path}\n".encode(errors="surrogateescape")
+            self.memory[HEAD.size + size : HEAD.size + size + len(line)] = line
+            HEAD.pack_into(self.memory, 0, number + 1, size + len(line))
+            return number + 1
 
     def below(self, path: Any) -> str:
         """The absolute path if it lies below one of the folders, else ''."""
@@ -68,10 +74,7 @@ class Plan:
         """Count one operation; fail at the chosen one. `tear` is called before a kill: it writes half of the data."""
         if not re.search(self.fault.only, path):
             return
-        with self.lock:
-            number = struct.unpack("q", self.counter[:8])[0] + 1
-            self.counter[:8] = struct.pack("q", number)
-            self.write(self.file, f"{kind}\t{path}\n".encode(errors="surrogateescape"))
+        number = self.count(kind, path)
         fault = self.fault
         if not fault.at or number < fault.at or (number > fault.at and not fault.lasting):
             return
