@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -55,7 +56,9 @@ def fail_in_one_line() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        with handled_signals(raise_terminated):
+        # Streamlit runs a script in another thread, where Python allows no signal handler.
+        in_main = threading.current_thread() is threading.main_thread()
+        with handled_signals(raise_terminated) if in_main else contextlib.nullcontext():
             yield
     except UserError as error:
         _fail(str(error))

@@ -293,7 +293,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 entries += len(one)
                 self._check_size(size)
                 if not isinstance(one, range):
-                    waiting.extend(one)
+                    waiting.extend(iter(one))  # type: ignore[arg-type]
                     waiting.extend(one.values() if isinstance(one, dict) else ())
             elif isinstance(one, Namespace):
                 size += ENTRY_SIZE
