@@ -162,7 +162,7 @@ def test_data_process_leaves_nothing_half_written(number, tmp_path, scaled):
         pytest.skip("make faults")
     source, out = tmp_path / "rows.jsonl", tmp_path / "clean"
     text = (
-        "It is said that the sun rises over the river, and that the {} people of the village have been there to see it. "
+        "It is said that the sun rises over the river, and that the {} people of the village were there to see it. "
         "They were with their children, and this is what they told us of the day: it was a good one for all of them."
     )
     rows = [json.dumps({"text": text.format(i)}) for i in range(30_000)]
