@@ -31,6 +31,7 @@ from typing import Any
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
 from common.locks import locked
+from common.signals import Terminated
 from corpus import flags
 from model.config import PRESETS
 
@@ -162,16 +163,18 @@ def read_record(path: Path) -> dict[str, Any]:
 def run_command(command: list[str]) -> float:
     """Print and run `python command…` in the project's folder; returns its seconds. Its failure is our end."""
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
-    started, interrupted = time.perf_counter(), False
+    started, interrupted = time.perf_counter(), None
     child = subprocess.Popen([sys.executable, *command], cwd=ROOT)  # nosec B603: our own scripts and flags
     while True:
         try:
             code = child.wait()
             break
-        except KeyboardInterrupt:  # Ctrl-C reached the child too: let it save and end
-            interrupted = True
+        except KeyboardInterrupt as stop:  # Ctrl-C reached the child too: let it save and end
+            interrupted = stop
+            if isinstance(stop, Terminated):
+                child.terminate()
     if interrupted:
-        raise KeyboardInterrupt
+        raise interrupted
     if code:  # the script has said why
         sys.exit(code if code > 0 else 128 - code)
     return time.perf_counter() - started

@@ -161,9 +161,11 @@ def test_data_process_leaves_nothing_half_written(number, tmp_path, scaled):
     if number == signal.SIGHUP and scaled(True, False):
         pytest.skip("make faults")
     source, out = tmp_path / "rows.jsonl", tmp_path / "clean"
-    rows = [
-        json.dumps({"text": f"row {i}: the sun rises over the river number {i * 7919 % 1000}."}) for i in range(60_000)
-    ]
+    text = (
+        "It is said that the sun rises over the river, and that the {} people of the village were there to see it. "
+        "They were with their children, and this is what they told us of the day: it was a good one for all of them."
+    )
+    rows = [json.dumps({"text": text.format(i)}) for i in range(30_000)]
     source.write_text("\n".join(rows) + "\n")
     command = [sys.executable, ROOT / "data_process.py", "clean", source, "--out_dir", out]
     process = begin(command, tmp_path)
