@@ -15,7 +15,7 @@ import contextlib
 import os
 from typing import Any
 
-from common.errors import UserError, fail_in_one_line
+from common.errors import UserError, fail_in_one_line, printable
 from corpus import flags
 from corpus.questions import sound
 
@@ -114,7 +114,7 @@ def answer(client: Any, args: argparse.Namespace, messages: list[Message]) -> st
             for chunk in stream:
                 chunks += 1
                 piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
-                print(piece, end="", flush=True)
+                print(printable(piece, keep="\n\t"), end="", flush=True)
                 text += piece
         if not chunks:
             raise ValueError("no event")

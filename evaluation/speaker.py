@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import write_text
 from corpus.questions import sound
 from evaluation.scoring import MAX_NEW_TOKENS, chat_prompt
@@ -123,7 +123,7 @@ class Speaker:
         try:
             with self.number_format():
                 for piece in stream(self.model, self.prompt_ids(messages), self.settings, self.tokenizer, answer):
-                    print(piece, end="", flush=True)
+                    print(printable(piece, keep="\n\t"), end="", flush=True)
         except KeyboardInterrupt:
             if not may_be_stopped:
                 raise

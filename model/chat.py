@@ -101,7 +101,7 @@ class ChatTokenizer:
         if not name and (not template or template == OLD_TEMPLATE) and self.backend.token_to_id(IM_START) is not None:
             name = "chatml"  # made before formats had names
         if name:
-            return named_format(str(name), self.eos)
+            return named_format(printable(str(name))[:60], self.eos)
         special = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return TemplateFormat(template, special, self._markers) if template else None
 
