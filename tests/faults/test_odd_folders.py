@@ -18,7 +18,6 @@ from tests.conftest import run_process
 from tests.odd_inputs import ending, make_world, without_servers
 from tests.test_flags import ACTIONS
 
-PIPES = {"fifo"}  # opening one waits for a writer: only where something is refused before it is opened
 
 
 @pytest.fixture(scope="module")
