@@ -140,8 +140,6 @@ def test_a_finished_file_takes_the_place_of_an_older_one(tmp_path):
 # ways to lose it.
 ALLOWED = {
     "common/files.py": "what all others call",
-    "model/checkpoint.py": "its atomic_save is older than common/files.py",
-    "trainer/resume.py": "removes a resume folder in the order that its readers need",
 }
 
 

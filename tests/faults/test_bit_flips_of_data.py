@@ -63,9 +63,12 @@ def attack(attacks):
             signal.alarm(0)
         assert read() == expected
 
+    def count() -> None:
+        for suffix, outcomes in counts.items():
+            attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
+
+    run.count = count  # called before the test ends: what a fixture notes later is not reported
     yield run
-    for suffix, outcomes in counts.items():
-        attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
     signal.alarm(0)
 
 
@@ -109,6 +112,7 @@ def test_a_flipped_bit_in_a_token_folder_is_one_line(folders, tokenizer, kind, a
     }
     for path in files:
         attack(path, lambda: content(folder), scaled(12, 300), rf"{re.escape(path.name)}|{path.stem.split('.')[0]}\.")
+    attack.count()
 
 
 @pytest.mark.parametrize(("kind", "form"), [("sft", CHATS), ("dpo", PAIRS)])
@@ -121,6 +125,7 @@ def test_a_flipped_bit_in_the_rows_is_one_line(folders, tokenizer, kind, form, a
 
     for name in ("train.jsonl", "val.jsonl", "meta.json"):
         attack(folder / name, tokenise, scaled(6, 300))
+    attack.count()
 
 
 def test_large_files_are_compared_block_by_block_in_every_place(tmp_path, tokenizer, scaled, attacks):
