@@ -19,7 +19,6 @@ from tests.odd_inputs import ending, make_world, without_servers
 from tests.test_flags import ACTIONS
 
 
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
     return make_world(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
