@@ -214,7 +214,8 @@ def deduplicate_many(
 ) -> Tally | None:
     """Run or submit the five stages; the counts, or None when the jobs were only submitted (Slurm).
 
-    `report`: an empty one; its limits apply to every task. `slurm`: partition, time. Raises UserError for what the user can mend.
+    `report`: an empty one; its limits apply to every task. `slurm`: partition, time. Raises UserError for what the user
+    can mend.
     """
     check_out_dir(out_dir, paths)
     if executor == "slurm" and not shutil.which("sbatch"):
@@ -224,7 +225,9 @@ def deduplicate_many(
     signatures_of_shingles([shingles("is rensa installed?")])
     folder = partial_folder(out_dir).absolute()
     files = [str(Path(path).resolve()) for path in paths]
-    job = Job(files, str(Path(out_dir).absolute()), str(folder), report.max_bad_share, report.accept_damaged, reader.keys)
+    job = Job(
+        files, str(Path(out_dir).absolute()), str(folder), report.max_bad_share, report.accept_damaged, reader.keys
+    )
     with writing(out_dir):
         _continue_or_clear(job, paths)
     if executor == "slurm":

@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 
-
 ACCEPT_DAMAGED = "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
 
 

@@ -269,7 +269,9 @@ def _holds_rows(stream: JsonStream) -> bool:
         at = match.end()
         try:
             if text[at : at + 1] == "[":
-                item, _ = stream.parse(text, at + 1 + len(text[at + 1 : at + 99]) - len(text[at + 1 : at + 99].lstrip()))
+                item, _ = stream.parse(
+                    text, at + 1 + len(text[at + 1 : at + 99]) - len(text[at + 1 : at + 99].lstrip())
+                )
                 if isinstance(item, dict):
                     return match[1] not in CHAT_LISTS and not is_message(item)
             _, at = stream.parse(text, at)

@@ -169,7 +169,7 @@ class JsonStream:
         openings += self._skip_to_row()
         lost = self.consumed - begin
         mean, rows = self.row_characters / max(1, self.rows), max(1, openings)
-        if self.rows and lost > 10 * rows * mean:
+        if self.rows >= FEW and lost > 10 * rows * mean:
             rows = round(lost / mean)
         self.report.unreadable(str(reason), self.source.name, line, rows)
 

@@ -110,6 +110,8 @@ def unfinished(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as problem:
-        if (isinstance(problem, UserError) and not isinstance(problem, DamagedFile)) or not (folder / PROGRESS).is_file():
+        if (isinstance(problem, UserError) and not isinstance(problem, DamagedFile)) or not (
+            folder / PROGRESS
+        ).is_file():
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -124,9 +124,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 class Source:
     """A file opened for reading, unpacked on the fly. What cannot be read ends it and is noted in `damages`."""
 
-    def __init__(
-        self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damages: list[Damage]
-    ) -> None:
+    def __init__(self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damages: list[Damage]) -> None:
         self.raw, self.stream, self.suffix, self.name, self.damages = raw, stream, suffix, name, damages
         self.size = os.fstat(raw.fileno()).st_size
         self.packed = stream is not raw

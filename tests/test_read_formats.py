@@ -220,7 +220,9 @@ def test_arrow_and_parquet_with_nested_columns(tmp_path):
         content = (tmp_path / name).read_bytes()
         assert rows_of(tmp_path, name, content)[0] == NESTED
         half = content[: len(content) * 2 // 3]
-        with pytest.raises(DamagedFile, match=f"truncated or damaged {'parquet' if name == 'parquet' else 'arrow'} file"):
+        with pytest.raises(
+            DamagedFile, match=f"truncated or damaged {'parquet' if name == 'parquet' else 'arrow'} file"
+        ):
             rows_of(tmp_path, name, half)
         found, report = rows_of(tmp_path, name, half, 0, accept=True)
         assert found == NESTED[: len(found)] and "damaged" in next(iter(report.bad))

@@ -50,9 +50,8 @@ def table(delimiter: str) -> bytes:
 
 def arrow(kind: str) -> bytes:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.ipc
-    import pyarrow.parquet
-
+    pytest.importorskip("pyarrow.ipc")
+    pytest.importorskip("pyarrow.parquet")
     content, data = io.BytesIO(), pyarrow.Table.from_pylist(CHATS)
     if kind == "parquet":
         pyarrow.parquet.write_table(data, content, row_group_size=4)
@@ -86,9 +85,8 @@ FORMATS = {
     "UTF-16": lambda: ("a.jsonl", lines(CHATS).decode().encode("utf-16")),
     "Big5": lambda: ("a.txt", ("這是一個測試。我們在這裡說話，他們也會來。\n\n" * 20).encode("big5")),
 }
-CHANGES = st.lists(
-    st.tuples(st.integers(0, 1 << 20), st.binary(max_size=4) | st.sampled_from([b'"', b"{", b"}", b"[", b"]", b",", b"\n"]),
-              st.integers(0, 40)), min_size=1, max_size=4)  # fmt: skip
+ADDED = st.binary(max_size=4) | st.sampled_from([b'"', b"{", b"}", b"[", b"]", b",", b"\n"])
+CHANGES = st.lists(st.tuples(st.integers(0, 1 << 20), ADDED, st.integers(0, 40)), min_size=1, max_size=4)
 
 
 def changed(content: bytes, changes) -> bytes:

@@ -64,7 +64,10 @@ TEXTS = {
     "halves of markers": lambda n: ("a.txt", b"a\n<|endoftext|>\nb" + b"<|" * (n * 500_000)),
     "spaces before a marker": lambda n: ("a.jsonl", line(text="a" + " " * (n * 20_000) + "b<|endoftext|>c")),
     "UTF-16": lambda n: ("a.jsonl", (line(text="ab c") * (n * 5_000)).decode().encode("utf-16")),
-    "GB18030": lambda n: ("a.jsonl", (line(text="今天天气很好，我们去公园。") * (n * 5_000)).decode().encode("gb18030")),
+    "GB18030": lambda n: (
+        "a.jsonl",
+        (line(text="今天天气很好，我们去公园。") * (n * 5_000)).decode().encode("gb18030"),
+    ),
     "old Mac lines": lambda n: ("a.txt", b"a line\r" * (n * 20_000)),
 }
 CHATS = {
@@ -80,7 +83,7 @@ CHATS = {
     "white space in an answer": lambda n: line(text="Human: hi\nAssistant: a" + ("\n" + " " * 100) * (n * 100) + "x"),
     "ends of turns": lambda n: line(text="Human: hi\nAssistant: a" + "<|im_end|>" * (n * 3_000) + "x"),
     "Llama's system marks": lambda n: line(text="[INST] <<SYS>>" * (n * 5_000) + " x [/INST] y"),
-    "ChatML": lambda n: line(text="<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n" * (n * 5_000)),
+    "ChatML": lambda n: line(text="<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo" * (n * 5_000)),
     "a list that is text": lambda n: line(messages=json.dumps([USER, ASSISTANT] * (n * 2_000))),
     "a list in Python notation": lambda n: line(messages=repr([USER, ASSISTANT] * (n * 1_000))),
     "brackets that are text": lambda n: line(messages="[{" * (n * 20_000)) + line(q="a", a="b"),
@@ -148,7 +151,9 @@ def test_unpacking_is_linear(tmp_path, attacks, suffix):
     import lzma
 
     pack = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
-    check_growth(lambda n: reading(tmp_path, n, lambda n: (f"a.jsonl{suffix}", pack(b"\0" * (n * 4_000_000))), read_texts))
+    check_growth(
+        lambda n: reading(tmp_path, n, lambda n: (f"a.jsonl{suffix}", pack(b"\0" * (n * 4_000_000))), read_texts)
+    )
     attacks("files that a reader might take long for", 1, linear=1)
 
 
