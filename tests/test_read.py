@@ -217,7 +217,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
         for _ in read_jsonl(source, report):
             report.saw_row(source.name)
         assert report.read == 400 and source.damages[0].reason == "cannot be read: Input/output error"
-        with pytest.raises(DamagedFile, match="400 rows were read, .*Input/output error|Input/output error.*400 rows"):
+        with pytest.raises(DamagedFile, match=r"Input/output error.*400 rows were read"):
             settle(source.name, source.size, source.damages, source.line, report)
 
 
