@@ -24,7 +24,8 @@ from corpus.report import DataReport
 from corpus.sources import PIECE, Source
 
 MAX_LINE = 64 << 20  # bytes of one line or value; longer ones are bad rows
-WINDOW = 1 << 20  # characters in which the shape of rows is looked for, and after which read text is dropped
+WINDOW = 1 << 20  # characters in which the shape of rows is looked for
+DROP = 8 << 10  # characters after which read text is dropped: Python counts the lines before every error
 MARGIN = 16  # characters at the end of what is read: an error there may be a value that is read only in part
 BROKEN = "broken JSON"
 IN_VAIN = 4  # times that the text may be parsed to find rows behind damage
@@ -61,6 +62,7 @@ class JsonStream:
         self.keys: set[str] = set()
         self.lists = False  # rows may be lists of objects
         self.damaged = False
+        self.look_again = 0  # `consumed` from which on the rows ahead are looked at again
         self.in_vain = 0  # characters of broken values that were parsed
 
     # ---- text ----
@@ -158,15 +160,16 @@ class JsonStream:
         """Counts a damaged value and skips to the next row, or to the end. `begin`: `consumed` where it began."""
         line, self.damaged = self.source.line, True
         begin = self.consumed if begin is None else begin
-        if self.rows < FEW and (key := self.likely_key()):
-            self.first_keys.add(key)
+        if self.rows < FEW and self.consumed >= self.look_again:
+            self.look_again = self.consumed + WINDOW
+            self.first_keys |= {self.likely_key()} - {""}
         found = _OPENING.match(self.text, self.start)
         openings = int(found is not None and found[2] in self.first_keys)
         self._skip_broken(reason)
         openings += self._skip_to_row()
         lost = self.consumed - begin
         mean, rows = self.row_characters / max(1, self.rows), max(1, openings)
-        if self.rows and lost > 10 * rows * mean:
+        if self.rows >= FEW and lost > 10 * rows * mean:
             rows = round(lost / mean)
         self.report.unreadable(str(reason), self.source.name, line, rows)
 
@@ -174,7 +177,7 @@ class JsonStream:
         """Skips to the next row that can be read, or to the end; returns how many beginnings of rows are skipped."""
         openings = 0
         while True:
-            if self.start > max(PIECE, len(self.text) // 16):  # the place of an error is counted from the beginning
+            if self.start > max(DROP, len(self.text) // 64):
                 self.text, self.start = self.text[self.start :], 0
             found = _OPENING.search(self.text, self.start)
             if not found:
@@ -251,6 +254,9 @@ def _objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> Iterato
     """
     at = in_vain = 0
     while found := _OPENING.search(text, at):
+        if found.start() > DROP:
+            text, at = text[found.start() :], 0
+            continue
         at = found.start() + len(found[1] or "")
         try:
             value, end = parse(text, at)

@@ -15,7 +15,7 @@ import re
 STRONG = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|endofdocument|>")
 _STRONG = "|".join(map(re.escape, STRONG))
 _BORDER = re.compile(
-    rf"^[ \t]*(?:{_STRONG})[ \t]*|[ \t]*(?:{_STRONG})[ \t\r]*$"  # the start or end of a line
+    rf"^[ \t]*(?:{_STRONG})[ \t]*|(?<![ \t])[ \t]*(?:{_STRONG})[ \t\r]*$"  # the start or end of a line
     rf"|(?<=[.!?\u3002\uff01\uff1f\u201d]) (?:{_STRONG})[ \t]*"  # after a sentence and a space
     rf"|(?<![ \t\"'`\u2018\u201c\u300c(\[\uff08])(?:{_STRONG})[ \t]*",
     re.MULTILINE,

@@ -8,6 +8,7 @@ Read next: rows.py (row -> pair), pack.py (calls `render_pairs`), ../5-dpo_train
 """
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from corpus.language import language_of
 from corpus.pack import Form
 from corpus.pair_answers import SIDES, common_length
 from corpus.read import Path_, taken_rows
-from corpus.render_chats import Document, answer_bytes
+from corpus.render_chats import LONGEST_TOKEN, Document, answer_bytes
 from corpus.report import DataReport
 from corpus.rows import READER, RowReader
 
@@ -47,15 +48,21 @@ def render_pairs(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
 
     A prompt that is too long loses its oldest whole turns, for both answers alike; an answer is never cut.
     """
-    whole = _render_answers([(_last_turns(item.messages, max_seq_len), item.answers) for item in items], tokenizer)
-    return [_fit(item, documents, tokenizer, max_seq_len, report) for item, documents in zip(items, whole, strict=True)]
+    prompts = [_last_turns(item, max_seq_len) for item in items]
+    whole = iter(_render_answers([(p, item.answers) for p, item in zip(prompts, items, strict=True) if p], tokenizer))
+    result = []
+    for item, prompt in zip(items, prompts, strict=True):
+        if not prompt:
+            report.drop(f"question and longer answer exceed {max_seq_len} tokens", item.file, item.line)
+        result.append(_fit(item, next(whole), tokenizer, max_seq_len, report) if prompt else [])
+    return result
 
 
 def _fit(
     item: Item, documents: list[Document] | str, tokenizer: Any, max_seq_len: int, report: DataReport
 ) -> list[Document]:
     """`documents` are those of the whole pair, or why there are none."""
-    prompt = _last_turns(item.messages, max_seq_len)
+    prompt = _last_turns(item, max_seq_len)
     if not isinstance(documents, str) and _longest(documents) > max_seq_len:
         first = int(prompt[0]["role"] == "system")
         starts = [i for i in range(first + 1, len(prompt)) if prompt[i]["role"] == "user"]
@@ -82,15 +89,21 @@ def _fit(
     return documents
 
 
-def _last_turns(prompt: list[Message], max_seq_len: int) -> list[Message]:
-    """The prompt without oldest turns that cannot fit, because every message takes a token or more."""
-    first = int(prompt[0]["role"] == "system")
-    if len(prompt) - first <= max_seq_len:
+def _last_turns(item: Item, max_seq_len: int) -> list[Message]:
+    """The prompt without oldest turns that cannot fit, whatever the tokenizer; empty where no question can.
+
+    Every message takes a token or more, and a token stands for LONGEST_TOKEN characters or less.
+    """
+    prompt, first = item.messages, int(item.messages[0]["role"] == "system")
+    lengths = [len(turn["content"]) for turn in prompt]
+    room = LONGEST_TOKEN * max_seq_len - max(sum(len(turn["content"]) for turn in answer) for answer in item.answers)
+    if len(prompt) - first <= max_seq_len and sum(lengths) <= room:
         return prompt
-    start = next(
-        (i for i in range(len(prompt) - max_seq_len, len(prompt)) if prompt[i]["role"] == "user"), len(prompt) - 1
-    )
-    return prompt[:first] + prompt[start:]
+    ends = itertools.accumulate(reversed(lengths[first:]), initial=sum(lengths[:first]))
+    fitting = sum(1 for _ in itertools.takewhile(lambda end: end <= room, ends)) - 1
+    earliest = len(prompt) - min(fitting, max_seq_len)
+    start = next((i for i in range(max(first, earliest), len(prompt)) if prompt[i]["role"] == "user"), None)
+    return [] if start is None else prompt[:first] + prompt[start:]
 
 
 def _longest(documents: list[Document]) -> int:

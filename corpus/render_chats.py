@@ -3,12 +3,14 @@
 Called by pack.py. Read next: ../model/chat.py (`render_each`).
 """
 
+import itertools
 from typing import Any
 
 from corpus.chats import Message, chat_text, is_trained, whole_turns
 from corpus.items import Item
 from corpus.report import DataReport
 
+LONGEST_TOKEN = 256  # characters; the longest of usual tokenizers are 128 spaces
 Document = tuple[list[int], list[int], int]  # ids, mask, UTF-8 bytes of the answers
 
 
@@ -19,8 +21,14 @@ def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
     That is one document, or several where the format writes an answer differently when turns follow it
     (model/chat.py, `render_each`). A turn is never cut inside: half an answer would train to stop inside a sentence.
     """
-    whole = tokenizer.render_each([_first_turns(item.messages, max_seq_len) for item in items])
-    return [_fit(item, rendered, tokenizer, max_seq_len, report) for item, rendered in zip(items, whole, strict=True)]
+    firsts = [_first_turns(item.messages, max_seq_len) for item in items]
+    whole = iter(tokenizer.render_each([messages for messages in firsts if messages]))
+    result = []
+    for item, messages in zip(items, firsts, strict=True):
+        if not messages:
+            report.drop(f"first turn longer than {max_seq_len} tokens", item.file, item.line)
+        result.append(_fit(item, next(whole), tokenizer, max_seq_len, report) if messages else [])
+    return result
 
 
 def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
@@ -50,13 +58,16 @@ def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: Da
 
 
 def _first_turns(messages: list[Message], max_seq_len: int) -> list[Message]:
-    """The chat without last turns that cannot fit, because every message takes a token or more.
+    """The chat without last turns that cannot fit, whatever the tokenizer; empty where its first turn cannot.
 
-    A model's chat template is rendered once for each answer: without this the time would grow with turns squared.
+    Every message takes a token or more, and a token stands for LONGEST_TOKEN characters or less. A model's chat
+    template is rendered once for each answer: without this the time would grow with turns squared.
     """
-    if len(messages) <= max_seq_len:
+    if len(messages) <= max_seq_len and sum(len(turn["content"]) for turn in messages) <= LONGEST_TOKEN * max_seq_len:
         return messages
-    return whole_turns(messages[: max(max_seq_len, 3)]) or messages
+    ends = itertools.accumulate(len(turn["content"]) for turn in messages)
+    fitting = sum(1 for _ in itertools.takewhile(lambda end: end <= LONGEST_TOKEN * max_seq_len, ends))
+    return whole_turns(messages[: min(fitting, max(max_seq_len, 3))])
 
 
 def _whole_turns(samples: list[Any], max_seq_len: int) -> int:

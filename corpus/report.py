@@ -86,7 +86,7 @@ class DataReport:
         count = self.files.setdefault(file, _File())
         count.rows += 1
         if not count.good and isinstance(row, dict) and len(count.keys) < 12:
-            count.keys.update(dict.fromkeys(str(key)[:40] for key in list(row)[:12]))
+            count.keys.update(dict.fromkeys(" ".join(str(key)[:40].split()) for key in list(row)[:12]))
 
     def good_row(self, file: str) -> None:
         self.files[file].good += 1

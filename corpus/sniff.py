@@ -59,7 +59,7 @@ def sniff(source: Source) -> str:
 
 
 def _is_damaged_json(head: bytes) -> bool:
-    """Whether a text that begins like no JSON holds objects of several lines: its first byte is wrong."""
+    """Whether a text that begins like no JSON holds objects, but not one on each line: its first byte is wrong."""
     lines = [line for line in head.split(b"\n") if line.strip()][:21]
     if any(_value(line) for line in lines):
         return False

@@ -218,7 +218,7 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
         (["--subjects", "lore"], "no subject 'lore'"),
         (["--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["--model", "nowhere"], "nowhere"),
-        (["--device", "quantum"], "--device quantum"),
+        (["--device", "quantum"], "--device: quantum"),
         (["--checkpoint", "{c}", "--out_dir", "{c}"], "cannot make the folder"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--data", "{c}"], "pretrain_32.pth holds no exam: expected a .csv"),

@@ -1,7 +1,9 @@
 """Promise: every file is read as rows; what is wrong in it is counted with its line, never raised."""
 
 import bz2
+import errno
 import gzip
+import io
 import json
 import lzma
 import tempfile
@@ -12,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.damage import DamagedFile
+from corpus.damage import DamagedFile, settle
+from corpus.json_reader import read_jsonl
 from corpus.language import language_of
 from corpus.read import read_chats, read_rows, read_texts
 from corpus.report import DataReport
-from corpus.sources import PIECE
+from corpus.sources import PIECE, _PieceStream, open_source
 
 GOOD = [{"text": f"good row {i}"} for i in range(400)]
 
@@ -201,6 +204,33 @@ def test_truncated_and_damaged_archives_are_an_error_unless_accepted(tmp_path, p
         assert any("stream" in reason for reason in report.bad) and "damaged at byte" in report.notes[0]
     with pytest.raises(UserError, match="whatever its name says"):
         read(tmp_path, f"fake.jsonl.{suffix}", b"<html>404</html>")
+
+
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
+    def pieces():
+        yield lines(GOOD)
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD) * 2)
+    report = DataReport(accept_damaged=False)
+    with open_source(tmp_path / "a.jsonl") as source:
+        source.stream = io.BufferedReader(_PieceStream(pieces()))
+        for _ in read_jsonl(source, report):
+            report.saw_row(source.name)
+        assert report.read == 400 and source.damages[0].reason == "cannot be read: Input/output error"
+        with pytest.raises(DamagedFile, match=r"Input/output error.*400 rows were read"):
+            settle(source.name, source.size, source.damages, source.line, report)
+
+
+def test_reading_continues_at_the_next_stream_behind_a_damaged_one(tmp_path):
+    for pack, suffix in ((gzip.compress, "gz"), (lzma.compress, "xz"), (bz2.compress, "bz2")):
+        parts = [pack(lines([{"text": f"{i} {j * 7919 % 10007}"} for j in range(2000)])) for i in range(4)]
+        middle = bytearray(parts[1])
+        middle[len(middle) // 2 : len(middle) // 2 + 8] = b"01234567"
+        content = b"".join((parts[0], middle, *parts[2:]))
+        found, report = read(tmp_path, f"a.jsonl.{suffix}", content, accept=True)
+        assert {document.text[0] for document in found} >= {"0", "2", "3"} and 6000 <= len(found) <= 8000
+        assert report.accepted_rows and 7900 <= len(found) + report.bad_rows <= 12_000
 
 
 def test_empty_files(tmp_path):
