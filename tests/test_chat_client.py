@@ -29,7 +29,7 @@ SCRIPT = "chat_openai_api.py"
 def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     chat = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=4096)
-    with running([f"first={chat}", f"second={chat}"], Limits(api_key="secret-1")) as server:
+    with running([f"first={chat}", f"second={chat}"], Limits(api_keys=("secret-1",))) as server:
         yield server
 
 
