@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.errors import UserError
+from common.files import write_text
 
 Row = dict[str, Any]
 
@@ -46,7 +47,10 @@ class Logbook:
     On a terminal a progress bar lives at the bottom; elsewhere every logged step is a plain line.
     """
 
-    def __init__(self, path: Path, title: str, total_steps: int, is_main: bool, keep_until: int = 0) -> None:
+    def __init__(
+        self, path: Path, title: str, total_steps: int, is_main: bool, keep_until: int = 0, validates: bool = False
+    ) -> None:
+        """Keep the rows up to step `keep_until`; not its validation where the run begins with it (`validates`)."""
         self.path, self.title, self.is_main = path, title, is_main
         self.total_steps = total_steps
         self.smooth_loss: float | None = None
@@ -56,8 +60,10 @@ class Logbook:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read_rows(path, keep_until)  # rows of a resumed run that come after its saved step are redone
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        if validates:
+            self.rows = [row for row in self.rows if "val_loss" not in row or row["step"] < keep_until]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.file = path.open("a", encoding="utf-8")
         console = Console()
         if console.is_terminal:
             columns = (
