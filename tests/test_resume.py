@@ -105,30 +105,21 @@ def test_killed_in_the_final_cleanup(monkeypatch, ended_by, arguments, tmp_path)
 
         monkeypatch.setattr(loop, "train", guarded)
 
-    def dies(path):
-        raise Killed
+    real_remove = saver.remove
+
+    def die_at_the_end(path):
+        if path.suffix == ".resume" and path.exists():
+            raise Killed
+        real_remove(path)
 
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(saver, "remove", lambda path: path.name.startswith("step") or dies(path))
-        patch.setattr(saver.Saver, "prepare", unbroken_prepare(saver))
+        patch.setattr(saver, "remove", die_at_the_end)
         run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "killed")
     assert (tmp_path / "killed" / "pretrain_32.resume").exists()
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "killed")
     assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
     assert not (tmp_path / "killed" / "pretrain_32.resume").exists()
-
-
-def unbroken_prepare(saver):
-    """Saver.prepare with the real `remove`, whatever `saver.remove` is."""
-    real_prepare, real_remove = saver.Saver.prepare, saver.remove
-
-    def prepare(self, *positional):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(saver, "remove", real_remove)
-            real_prepare(self, *positional)
-
-    return prepare
 
 
 def start_and_wait_for_step(arguments, out, step):
