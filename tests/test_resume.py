@@ -84,6 +84,44 @@ def test_killed_between_steps(monkeypatch, kill_at, uninterrupted, arguments, tm
     assert not (tmp_path / "pretrain_32.resume").exists(), "gone when the stage is complete"
 
 
+def finished(folder):
+    """What a run leaves: its weights and its log, without times and speeds."""
+    volatile = ("seconds", "seconds_left", "tokens_per_second", "peak_memory_mb")
+    rows = [{k: v for k, v in row.items() if k not in volatile} for row in read_log(folder / "pretrain_32.jsonl")]
+    return {name: tensor.tolist() for name, tensor in weights(folder / "pretrain_32.pth").items()}, rows
+
+
+@pytest.mark.parametrize("ended_by", ["its last step", "its guard"])
+def test_killed_in_the_final_cleanup(monkeypatch, ended_by, arguments, tmp_path):
+    """The same command then ends with the same weights and the same log, and trains no step more."""
+    from trainer import loop, saver
+
+    if ended_by == "its guard":
+        real = loop.train
+
+        def guarded(run, args, stage):
+            stage.guard = lambda row: "enough" if row["step"] >= 5 else ""
+            return real(run, args, stage)
+
+        monkeypatch.setattr(loop, "train", guarded)
+
+    real_remove = saver.remove
+
+    def die_at_the_end(path):
+        if path.suffix == ".resume" and path.exists():
+            raise Killed
+        real_remove(path)
+
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(saver, "remove", die_at_the_end)
+        run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "killed")
+    assert (tmp_path / "killed" / "pretrain_32.resume").exists()
+    run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "killed")
+    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
+    assert not (tmp_path / "killed" / "pretrain_32.resume").exists()
+
+
 def start_and_wait_for_step(arguments, out, step):
     command = [sys.executable, ROOT / "1-pretrain.py", *arguments, "--out_dir", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, write_text
 
 Row = dict[str, Any]
 
@@ -57,8 +57,8 @@ class Logbook:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows = read_rows(path, keep_until)  # rows of a resumed run that come after its saved step are redone
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.file = path.open("a", encoding="utf-8")
         console = Console()
         if console.is_terminal:
             columns = (

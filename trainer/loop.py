@@ -90,6 +90,7 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     elif not stage.lineage:
         check_first_loss(run, args, stage, plan, engine)
     batches = StepBatches(stage.data, plan, args.batch_size, run.rank, run.world)
+    end = progress.step if progress.objection else total  # a run that had ended only lacks its last validation and save
     log = open_log(run, args, stage, path, total, progress.step)
     saver = Saver(run, path, going_on=saved is not None)
     watch = Watch(run, args, stage, plan, log)
@@ -110,11 +111,11 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
         return ""
 
     clock = Clock(args.max_minutes, progress.step / max(total, 1), progress.seconds)
-    reason = objection = ""  # why the run ends early: for now, or because the guard will have no more of it
+    reason, objection = "", progress.objection  # why the run ends early: for now, or because the guard objects
     save_is_due = stopped = False
     try:
         with run.polite_stop():
-            for step_batches in iterate(batches, progress.step, total, args.num_workers):
+            for step_batches in iterate(batches, progress.step, end, args.num_workers):
                 if news := plan.news(progress.step):
                     log.say(news)
                 lr = set_schedule(args, engine.optimizers, progress.step, max(progress.step / total, clock.share))
@@ -127,7 +128,7 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
                 watch.check(result)
                 row = training_row(stage, progress, result, lr, plan, clock, total, run.device.type)
                 log.step(progress.step, describe(row))
-                objection = stage.guard(row) if stage.guard else ""
+                progress.objection = objection = stage.guard(row) if stage.guard else ""
                 reason = "" if progress.step == total or objection else run_over(result, clock)
                 if stopped := bool(reason and result["stop"]):
                     run.stop_asked = run.stop_asked or "SIGTERM"  # that another process received
@@ -160,7 +161,7 @@ def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
 
 def open_log(run: Run, args: argparse.Namespace, stage: Stage, path: Path, total: int, keep_until: int) -> Logbook:
     """The run's log beside its model, continued behind step `keep_until`; with --use_wandb it is sent there too."""
-    log = Logbook(path.with_suffix(".jsonl"), stage.name, total, run.is_main, keep_until=keep_until)
+    log = Logbook(path.with_suffix(".jsonl"), stage.name, total, run.is_main, keep_until)
     if args.use_wandb and run.is_main:
         log.send_elsewhere = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
     return log

@@ -48,6 +48,7 @@ class Progress:
     loss: float = 0.0  # of the last step, per token
     first_loss: float = 0.0  # of the first step that was not skipped; ln(vocabulary) where nothing was trained before
     validation: dict[str, Any] = field(default_factory=dict)
+    objection: str = ""  # why the stage's guard ended the run
     rows_per_step: int = 0
     ranks: int = 0  # processes that wrote the step folder
     identity: dict[str, Any] = field(default_factory=dict)
