@@ -34,6 +34,10 @@ def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
 def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: DataReport) -> list[Document]:
     """`rendered` is that of the chat's first turns."""
     messages = _first_turns(item.messages, max_seq_len)
+    shortened = f"cut at a whole turn to {max_seq_len} tokens"
+    while rendered.too_long and (first_half := whole_turns(messages[: len(messages) // 2])):
+        messages, shortened = first_half, "cut at a whole turn to what the model's chat template can write"
+        (rendered,) = tokenizer.render_each([messages])
     while not rendered.refusal and len(rendered.samples[-1].ids) > max_seq_len:
         turns = _whole_turns(rendered.samples, max_seq_len)
         if turns == 0:
@@ -47,7 +51,7 @@ def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: Da
         report.drop(rendered.refusal or "no trained token", item.file, item.line)
         return []
     if len(messages) < len(item.messages):
-        report.shorten(f"cut at a whole turn to {max_seq_len} tokens", item.file, item.line)
+        report.shorten(shortened, item.file, item.line)
     samples = [sample for sample in rendered.samples if sample.answers]
     text = item.text if messages is item.messages else chat_text(messages)
     if len(samples) > 1:  # several samples repeat the first turns

@@ -40,6 +40,10 @@ class RefusedChat(UserError):
     """A format cannot write this chat; it may be able to write others."""
 
 
+class TooManyAnswers(RefusedChat):
+    """A format cannot write so long a chat; it may be able to write its first turns."""
+
+
 @dataclass(frozen=True)
 class NamedFormat:
     """`turns` maps a role to the text before and after its messages. `close` is the first text after an answer:

@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from common.errors import ANOTHER_FORMAT, UserError
-from model.chat_formats import Message, RefusedChat, Span, Written, answers_of
+from model.chat_formats import Message, RefusedChat, Span, TooManyAnswers, Written, answers_of
 
 MAX_CHAT_STEPS = 400_000  # of all renderings of a chat, which is rendered up to each of its answers
 MAX_EXCEEDED = 3  # chats that may exceed the bound before the template is an error
@@ -100,14 +100,14 @@ class TemplateFormat:
 
         The time grows with the square of the number of answers, so a chat has at most about 150 of them.
 
-        Raises RefusedChat for more answers, when an answer does not begin where it is asked for, or ends with no
+        Raises TooManyAnswers for more; RefusedChat when an answer does not begin where it is asked for, or ends with no
         control token, and when the system message is not written.
         """
         whole = self.text(messages)
         answers = answers_of(messages)
         steps = self._compiled[0].steps_taken * len(answers)  # about: two renderings of half the chat for each answer
         if len(answers) > 1 and steps > MAX_CHAT_STEPS:
-            raise RefusedChat(
+            raise TooManyAnswers(
                 f"the model's chat template takes more than {MAX_CHAT_STEPS:,} steps for the answers of so long a chat"
             )
         if messages and messages[0]["role"] == "system" and messages[0]["content"].strip() not in whole:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tokenizers import Encoding, Tokenizer
 
 from common.errors import ANOTHER_FORMAT, UserError
-from model.chat_formats import Message, NamedFormat, RefusedChat, Written
+from model.chat_formats import Message, NamedFormat, RefusedChat, TooManyAnswers, Written
 from model.chat_templates import TemplateFormat
 
 Places = list[tuple[int, int]]  # of the answers in the text of a chat: (start, end)
@@ -30,10 +30,14 @@ class Sample(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """The samples of a chat, usually one; none where its format cannot write it, and then `refusal` is the reason."""
+    """The samples of a chat, usually one; none where its format cannot write it, and then `refusal` is the reason.
+
+    `too_long`: its first turns alone may be written.
+    """
 
     samples: list[Sample]
     refusal: str = ""
+    too_long: bool = False
 
 
 class Text(NamedTuple):
@@ -53,20 +57,20 @@ def render_chats(
 ) -> list[Rendered]:
     """`ChatTokenizer.render_each`. `marked` reads control tokens as such, `markers` finds them in text."""
     texts: list[list[Text]] = []
-    refusals: list[str] = []
+    refusals: list[RefusedChat | None] = []
     for messages in chats:
         try:
             texts.append(write_chat(chat_format, markers, messages, add_generation_prompt))
-            refusals.append("")
+            refusals.append(None)
         except RefusedChat as refusal:
             texts.append([])
-            refusals.append(str(refusal))
+            refusals.append(refusal)
     parts = [part for samples in texts for sample in samples for part in sample.parts]
     encodings = iter(marked.encode_batch(parts, add_special_tokens=False))
     rendered = []
     for samples, refused in zip(texts, refusals, strict=True):
         tokenised = [join([next(encodings) for _ in sample.parts], sample) for sample in samples]
-        rendered.append(Rendered(tokenised, refused))
+        rendered.append(Rendered(tokenised, str(refused or ""), isinstance(refused, TooManyAnswers)))
     return rendered
 
 

@@ -167,6 +167,16 @@ def test_what_does_not_fit_is_cut_at_whole_turns(opened, tmp_path, template):
     assert len(fitting) == 3
 
 
+def test_a_chat_too_long_for_its_template_keeps_its_first_turns(opened, tmp_path):
+    tokenizer, _ = opened(THINKS)
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 1000
+    assert tokenizer.render_each([turns])[0].too_long
+    for length, reason in ((4000, "what the model's chat template can write"), (300, "300 tokens")):
+        report, _, rows = packed(tmp_path, tokenizer, [turns], length)
+        assert report.kept == 1 and list(report.shortened) == [f"cut at a whole turn to {reason}"]
+        assert len(rows) > 5 and max(len(ids) for ids, _ in rows) <= length
+
+
 def test_pairs_are_of_the_last_answer(opened, tmp_path):
     tokenizer, _ = opened(THINKS)
     rows = [{"prompt": CHAT[:-1], "chosen": "good", "rejected": "bad"}]
