@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY_MODEL = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32"]
+TOKENS = shutil.ignore_patterns("tokens-*")  # what other tests have added to a fixture's folder
 EXACT = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1"]  # runs that are compared number by number
 
 

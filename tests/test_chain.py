@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import ROOT, TINY_MODEL, child_seconds, free_port, read_log, run_process, run_script, weights
+from tests.conftest import (
+    ROOT,
+    TINY_MODEL,
+    TOKENS,
+    child_seconds,
+    free_port,
+    read_log,
+    run_process,
+    run_script,
+    weights,
+)
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 SHORT = ["--device", "cpu", "--batch_size", "4", "--max_steps", "3", "--log_interval", "1"]
@@ -27,7 +37,7 @@ def pretrained(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 
 @pytest.fixture
 def chats(sft_dir, tmp_path):
-    return shutil.copytree(sft_dir, tmp_path / "sft")
+    return shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
 
 
 def test_sft_starts_from_the_one_parent(monkeypatch, pretrained, chats):

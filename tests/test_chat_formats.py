@@ -17,7 +17,7 @@ from corpus.tokenizer_training import train_tokenizer
 from model.chat import OLD_TEMPLATE, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
 from model.chat_formats import FORMAT_NAMES
 from model.render import write_chat
-from tests.conftest import run_process, run_script, weights
+from tests.conftest import TOKENS, run_process, run_script, weights
 from tests.test_tokenizer import made_up_text
 
 ONE = [("user", " 你好？"), ("assistant", "Hi.\n")]
@@ -304,7 +304,7 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     from model.checkpoint import load_model
     from trainer.batches import open_data
 
-    chats = shutil.copytree(sft_dir, tmp_path / "sft")
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
     for name in ("belle", None):
         flags = ["--chat_format", name] if name else []
         out = tmp_path / (name or "same")

@@ -17,7 +17,7 @@ from model.checkpoint import fingerprint, load_model, plain_state, read_checkpoi
 from model.config import ModelConfig
 from model.lora import LoRAConfig, LoRALinear, adapter_state, attach, describe, lora_layers, merge
 from model.transformer import Transformer
-from tests.conftest import ROOT, read_log, run_process, run_script, weights
+from tests.conftest import ROOT, TOKENS, read_log, run_process, run_script, weights
 from tests.test_model_parity import rough_model
 from trainer.optim import make_optimizers
 
@@ -166,7 +166,7 @@ def out(tmp_path, tokenizer):
 
 @pytest.fixture(scope="module")
 def chats(sft_dir, tmp_path_factory):
-    return shutil.copytree(sft_dir, tmp_path_factory.mktemp("lora") / "sft")
+    return shutil.copytree(sft_dir, tmp_path_factory.mktemp("lora") / "sft", ignore=TOKENS)
 
 
 @pytest.fixture

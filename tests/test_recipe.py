@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import read_log, run_script
+from tests.conftest import TOKENS, read_log, run_script
 from trainer.cli import make_parser
 from trainer.optim import learning_rate_share
 from trainer.recipes import add_recipe_flag, describe_recipe
@@ -77,7 +77,7 @@ SHORT = ["--device", "cpu", "--dtype", "float32", "--batch_size", 8, "--epochs",
 
 @pytest.fixture
 def study(monkeypatch, tiny_parent, sft_dir, tmp_path):
-    chats = shutil.copytree(sft_dir, tmp_path / "sft")
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
     rows = [{"question": f"{i}?", "keys": ["n"], "lang": "en"} for i in (1, 3)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

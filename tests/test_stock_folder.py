@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from model.chat import load_tokenizer
 from model.checkpoint import load_model
-from tests.conftest import run_process, run_script
+from tests.conftest import TOKENS, run_process, run_script
 from tests.test_chat_formats import messages_of, shown
 
 # Written as other people write them: bos in front, contents trimmed, an eos of its own, system and tool turns optional.
@@ -104,7 +104,7 @@ def test_equal_trained_saved_and_opened_again(family, shard, tied, monkeypatch, 
         torch.testing.assert_close(model.logits(ids), logits, rtol=1e-5, atol=1e-5)
     assert logits.std() > 0.3 and checkpoint["config"]["tie_embeddings"] is tied
 
-    chats = shutil.copytree(sft_dir, tmp_path / "sft")
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
     flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", 8, "--max_steps", 2, "--log_interval", 1]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--init_from", folder, "--data_path", chats, "--out_dir", out)
     shutil.rmtree(folder)
@@ -225,7 +225,7 @@ def test_a_base_model_without_a_template(monkeypatch, capsys, sft_dir, tmp_path)
     make_folder(tmp_path / "base", template=None)
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "base", "--prompt", "1?", "--max_new_tokens", 5)
     assert "> 1?" in capsys.readouterr().out
-    chats = shutil.copytree(sft_dir, tmp_path / "sft")
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
     flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", tmp_path / "base"]
     paths = ["--data_path", chats, "--out_dir", tmp_path / "out"]
     with pytest.raises(UserError, match="--chat_format"):

@@ -145,7 +145,9 @@ def wait(child: int, screen: int, started: float, limits: list[float]) -> tuple[
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             break
         elif not ready:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             limits = limits[1:]
     else:
         os.waitpid(child, 0)
