@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import remove, write_json
+from common.files import remove, remove_leftovers, write_json
 from corpus.dedup import BANDS, ROWS, Clusters, KeepFirst, join, row_hash, shingles, signatures_of_shingles
 from corpus.progress import inputs_of
 from corpus.read import Path_
@@ -241,15 +241,16 @@ def deduplicate_many(
         return None
     if executor == "ray":
         _start_ray(workers)
-    for name, pipeline, tasks in stages(job):
-        kind = LocalPipelineExecutor if executor == "local" else RayPipelineExecutor
-        at_once = min(workers, tasks)
-        with _messages_to(job.logs / "messages.txt"):
-            kind(pipeline, tasks=tasks, workers=at_once, logging_dir=str(job.logs / name)).run()
-        if len(list((job.logs / name / "completions").glob("*"))) < tasks:
-            raise UserError(f"{name}: not every task succeeded: see {job.logs}, then repeat the command")
-        print(f"{name}: {tasks} tasks done", flush=True)
-    remove(job.logs)
+    with writing(out_dir):
+        for name, pipeline, tasks in stages(job):
+            kind = LocalPipelineExecutor if executor == "local" else RayPipelineExecutor
+            at_once = min(workers, tasks)
+            with _messages_to(job.logs / "messages.txt"):
+                kind(pipeline, tasks=tasks, workers=at_once, logging_dir=str(job.logs / name)).run()
+            if len(list((job.logs / name / "completions").glob("*"))) < tasks:
+                raise UserError(f"{name}: not every task succeeded: see {job.logs}, then repeat the command")
+            print(f"{name}: {tasks} tasks done", flush=True)
+        remove(job.logs)
     return Tally.of_report(Path(out_dir) / "report.json")
 
 
@@ -270,6 +271,7 @@ def _continue_or_clear(job: Job, paths: list[Path_]) -> None:
     """Leftovers of other files go; those of the same files stay, and so the tasks that are done."""
     content = {"inputs": inputs_of(paths), "bands": [BANDS, ROWS], **job.reader.job()}
     known = job.cluster / "job.json"
+    remove_leftovers(job.cluster)
     if not known.is_file() or json.loads(known.read_text(encoding="utf-8")) != json.loads(json.dumps(content)):
         remove(job.folder)
         remove(job.logs)

@@ -10,6 +10,7 @@ Read next: clean.py, dedup.py, dedup_many.py, decontaminate.py (the steps), rewr
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -131,7 +132,8 @@ def _write(step: Any, args: argparse.Namespace, report: DataReport, progress_bar
         if any((partial / name).is_file() for name in (PROGRESS, SIGNING)):
             print(f"unfinished work is kept in {partial}: the same command continues it")
         else:
-            remove(partial)
+            with contextlib.suppress(OSError):  # the disk that the error is about
+                remove(partial)
         raise
     report.print_left_out()
     tally.print()

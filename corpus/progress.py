@@ -121,5 +121,6 @@ def unfinished(folder: Path) -> Iterator[None]:
         yield
     except BaseException as problem:
         if (isinstance(problem, UserError) and not can_continue(problem)) or not (folder / PROGRESS).is_file():
-            remove(folder)
+            with contextlib.suppress(OSError):
+                remove(folder)
         raise

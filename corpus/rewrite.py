@@ -12,6 +12,7 @@ judged again. `workers` processes judge, one reads and writes; the result is the
 Read next: clean.py, dedup.py, decontaminate.py (the steps), tally.py (the counts), progress.py (after a kill).
 """
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -43,6 +44,7 @@ OUR_FILES = (
     "*.keys",
     "*.json.tmp",  # of a kill in an earlier version
     ".*.tmp",
+    ".*.gone",
     "cluster",
 )
 
@@ -229,7 +231,8 @@ def rewrite(
         except UserError as problem:
             output.close()
             if not can_continue(problem):
-                remove(folder)
+                with contextlib.suppress(OSError):
+                    remove(folder)
             raise
         finally:
             output.close()

@@ -50,6 +50,7 @@ OUR_FILES = (
     "progress.json",
     "*.json.tmp",  # of a kill in an earlier version
     ".*.tmp",
+    ".*.gone",
     ".tokens-*",  # locks of token folders
     "*.bin",
     "*.mask",

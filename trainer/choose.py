@@ -76,8 +76,8 @@ class Scorer:
         if self.bare:
             ids, mask = bare_chat(self.tokenizer, messages)
         else:
-            samples, refusal = self.tokenizer.render_each([messages])[0]
-            ids, mask = ([self.tokenizer.eos_id], [0]) if refusal else samples[-1][:2]
+            (rendered,) = self.tokenizer.render_each([messages])
+            ids, mask = ([self.tokenizer.eos_id], [0]) if rendered.refusal else rendered.samples[-1][:2]
         return ids[: self.limit], mask[: self.limit]
 
 
