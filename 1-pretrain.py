@@ -19,7 +19,7 @@ Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trai
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from corpus import flags
-from trainer.cli import add_mix_flags, add_model_flags, given_model_flags, make_parser, model_config
+from trainer.cli import add_mix_flags, add_model_flags, check_memory, given_model_flags, make_parser, model_config
 from trainer.plan import add_plan_flags, steps_for
 
 
@@ -79,7 +79,9 @@ def main() -> None:
             if theirs.fingerprint != tokenizer.fingerprint:
                 raise UserError(f"{args.init_from} has tokenizer {theirs.fingerprint}, {args.tokenizer} is another one")
         else:
-            model, lineage = Transformer(model_config(args, tokenizer.vocab_size)), []
+            config = model_config(args, tokenizer.vocab_size)
+            check_memory(config)
+            model, lineage = Transformer(config), []
         seq_len = model.config.max_seq_len
         validation = {s.removeprefix("val_"): Windows(args.data_path, s, seq_len) for s in splits if s != "train"}
         data = Windows(args.data_path, "train", seq_len)

@@ -7,8 +7,8 @@
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
-# A worker per core, at most 8: each takes about 1.5 GB. Tests of one file share its fixtures and run in one worker.
-PARALLEL = -n logical --maxprocesses 8 --dist loadfile
+# A worker per core, at most 8: each takes about 1.5 GB. A worker that is done takes tests from another one.
+PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo demo-clean test faults check audit format clean
 

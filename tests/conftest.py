@@ -47,6 +47,11 @@ def run_process(*command, **options) -> subprocess.CompletedProcess:
     )
 
 
+def visible(folder: Path) -> list[str]:
+    """The names in a folder, sorted, without those that begin with a dot: the locks of outputs."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def free_port() -> int:
     """A port that nothing listens on: other tests run at the same time."""
     with socket.socket() as probe:

@@ -21,7 +21,7 @@ from corpus.render_chats import render_chats
 from corpus.report import DataReport
 from corpus.shard_reader import open_split
 from corpus.shards import read_meta
-from tests.conftest import ROOT, SHARED_DATA, run_process
+from tests.conftest import ROOT, SHARED_DATA, run_process, visible
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]
 ZH = [f"第{i}句话说的是{word}。" for i, word in enumerate(["河流", "树木", "星星"] * 200)]
@@ -209,7 +209,7 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
     broken.write_text("".join(json.dumps({"text": text}) + "\n" for text in EN[:50]) + "{broken\n")
     plain = tmp_path / "notes.txt"
     plain.write_text("Only text.\n\nMore text.")
-    before = sorted(path.name for path in tmp_path.iterdir())
+    before = visible(tmp_path)
     for kind, file, words in (
         ("pretrain", broken, "1 of 51 rows read are bad .2.0%, allowed are 1.0%.: 1 x broken JSON .*broken.jsonl:51"),
         ("sft", plain, "plain text, not a chat.*a chat row needs a list of turns"),
@@ -221,7 +221,7 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no tokenizer in .*train_tokenizer\.py"):
         data_process.main(["pretrain", str(broken), "--tokenizer", str(tmp_path / "none")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "texts.jsonl"])
+    assert visible(tmp_path) == sorted([*before, "texts.jsonl"])
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path, process):

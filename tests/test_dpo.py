@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from common.errors import UserError
+from corpus.shards import write_meta
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import ROOT, free_port, read_log, run_process, run_script, weights
+from tests.conftest import ROOT, free_port, read_log, run_process, run_script, visible, weights
 from trainer import preference
 from trainer.preference import is_loop
 
@@ -101,7 +102,7 @@ def test_it_begins_at_ln_2_and_learns_what_is_preferred(dpo, monkeypatch, capsys
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["pretrain", "full_sft", "dpo"]
     entry = checkpoint["lineage"][-1]
     assert entry["pairs"] == 180 and entry["validation"]["loop_rate"] == last["loop_rate"] and "stopped" not in entry
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert visible(folder) == [
         "dpo_32.jsonl", "dpo_32.png", "dpo_32.pth", "dpo_32.reference", "full_sft_32.pth"
     ]  # fmt: skip
     run_script(
@@ -278,7 +279,7 @@ def test_the_languages_are_compared_with_those_of_sft(dpo, tokenizer, tmp_path, 
     tokens = tmp_path / "sft" / f"tokens-{tokenizer.fingerprint}"
     tokens.mkdir(parents=True)
     report = {"languages": {"zh": {"documents": chinese}, "en": {"documents": 60 - chinese}}}
-    (tokens / "meta.json").write_text(json.dumps({"format": 1, "kind": "chats", "splits": {}, "report": report}))
+    write_meta(tokens, {"kind": "chats", "dtype": "uint16", "splits": {}, "report": report})
     dpo("--max_steps", 1)
     said = capsys.readouterr().out
     assert f"50% of the pairs are Chinese, {chinese / 60:.0%} of the chats" in said

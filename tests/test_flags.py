@@ -27,14 +27,14 @@ ZERO = {
     "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "queue": "none",
     "max_bad_share": "not one bad row", "val_share": "none", "samples": "none", "min_words": "no limit",
     "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",
-    "length_penalty": "the sum decides",
+    "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
     "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_share", "max_bad_share", "keep_share",
-    "overlap", "length_penalty",
+    "overlap", "length_penalty", "dist_timeout",
 }  # fmt: skip
 PATHS = {
     "files",
@@ -173,7 +173,7 @@ def test_every_list_takes_commas_but_paths():
     lists = {(prog, a.dest) for prog, a in ACTIONS if isinstance(a, NameList)}
     assert {dest for _, dest in several - lists} == PATHS
     expected = {"targets", "data_share", "mix", "stage2_mix", "subjects", "cors", "skip", "also", "languages"}
-    assert {dest for _, dest in lists} == expected
+    assert {dest for _, dest in lists} == expected | {"allowed_hosts"}
 
 
 TWO = (["a_b,c"], ["a_b", "c"], ["a_b,", "c"], ["a_b", ",c"], ["a_b , c"], ["a_b，c"], ["a_b,c,"], ["a_b", "c,a_b"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.mix import groups_of, left_out, parse_mix
+from corpus.shards import write_meta
 from tests.conftest import write_shards
 from trainer.mixture import ROUND, Interleave, MixPlan, Mixture, apportion, read_recipe
 from trainer.shuffle import Shuffle
@@ -139,7 +140,7 @@ def folder(tokenizer, tmp_path):
         for language in ("zh", "en")
     ]
     meta["splits"] = {"train": {"shards": shards, "tokens": 402, "documents": 2, "bytes": 402}}
-    (path / "meta.json").write_text(json.dumps(meta))
+    write_meta(path, meta)
     return path
 
 

@@ -204,16 +204,19 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     """The preset with the flags that were given. Raises UserError for an impossible combination."""
     preset = PRESETS[args.preset or "small"]
     try:
-        config = ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
+        return ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def check_memory(config: ModelConfig) -> None:
+    """Raise UserError when the weights alone are larger than the machine's memory, before they are made."""
     needed, there = 4 * count(config).total, memory_of_machine()
-    if not args.plan and needed > there:
+    if needed > there:
         raise UserError(
             f"the weights take {needed / 1e9:,.1f} GB in fp32, this machine has {there / 1e9:,.1f} GB of memory: "
             "choose a smaller --preset, --dim or --n_layers (--plan calculates before you train)"
         )
-    return config
 
 
 def memory_of_machine() -> float:

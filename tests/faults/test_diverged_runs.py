@@ -154,7 +154,7 @@ def test_an_fp16_scaler_that_skips_every_step_saves_nothing(monkeypatch, pretrai
 
 
 def test_a_save_that_is_due_at_a_bad_step_is_made_at_the_next_good_one(monkeypatch, pretrain, capsys):
-    from trainer.resume import Saver
+    from trainer.saver import Saver
 
     begin, saved = Saver.begin, []
     monkeypatch.setattr(Saver, "begin", lambda self, progress, *more: saved.append(progress.step) or begin(

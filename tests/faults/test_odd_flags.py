@@ -146,7 +146,7 @@ def test_the_largest_numbers_of_each_flag_run_or_are_refused(world, monkeypatch,
             except UserError:
                 continue
             cases.append((prog, [f"{flag}={text}"]))
-    chosen = random.Random(0).sample(cases, min(scaled(30, len(cases)), len(cases)))
+    chosen = random.Random(0).sample(cases, min(scaled(8, len(cases)), len(cases)))
     ends = attack(world, monkeypatch, capsys, chosen)
     attacks("numbers of flags, run", len(ends), done=ends.count("done"), refused=ends.count("refused"))
     assert "done" in ends

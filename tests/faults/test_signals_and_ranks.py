@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import LastingStream, Terminated, fail_in_one_line, handled_signals, raise_terminated
+from common.errors import fail_in_one_line
+from common.signals import LastingStream, Terminated, handled_signals, raise_terminated
 from corpus.shards import partial_folder
 from tests.conftest import ROOT, TINY_MODEL, read_log
 
