@@ -138,7 +138,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     script, name, world, places, monkeypatch, capsys
 ):
     """The inputs are not there at all, and still it is the output that the message names."""
-    shutil.rmtree(Path(places["broken"]).parent / "gone", ignore_errors=True)  # another command may have made what it names
+    shutil.rmtree(Path(places["broken"]).parent / "gone", ignore_errors=True)  # which another test has made
     flags = ["--data_path", "/no/data", "--out_dir", places[name], *(["--init_from", "/no"] * (script > "2"))]
     assert ending(monkeypatch, capsys, script, flags) == "refused"
     with pytest.raises(UserError, match="cannot write"):
