@@ -72,9 +72,12 @@ def raise_terminated(number: int, frame: Any) -> None:
 
 
 def ignore_termination() -> None:
-    """Ignore SIGTERM and SIGHUP until the surrounding `handled_signals` ends: one of them has been obeyed already."""
+    """Ignore SIGTERM and SIGHUP until the surrounding `handled_signals` ends: one of them has been obeyed already.
+
+    Without a surrounding one nothing changes: nothing would ever restore the handlers.
+    """
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) in _handlers:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
