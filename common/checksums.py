@@ -6,7 +6,8 @@
     with_checksum({"step": 200})    a JSON object with a field "checksum"; has_valid_checksum: whether it still fits
 
 CRC-32 (ITU-T V.42, as in zip and png; zlib computes it) finds every change of up to 32 bits in a row and misses other
-accidents once in 4 * 10^9. It is no protection against a person: whoever changes a file can change its checksum.
+accidents once in 4 * 10^9. It does not protect against tampering: a file that is changed on purpose can get a new
+checksum.
 """
 
 import json

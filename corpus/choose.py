@@ -15,7 +15,7 @@ trained on different choices are compared on the same ones. Choosing does not al
 (arXiv:2410.09335).
 
 Reads and writes   <out_dir>.scores-<scorer>.jsonl: [hash of the chat, nats a token, scored tokens, language, CRC-32],
-                   appended as they are computed; another band costs no second scoring, and a killed run goes on. A
+                   appended as they are computed; another band costs no second scoring, and a killed run continues. A
                    line that is cut or damaged is scored again.
 Read next: ../trainer/choose.py (who scores), ../data_process.py, pack.py.
 """

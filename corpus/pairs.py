@@ -90,7 +90,7 @@ def _fit(
 
 
 def _last_turns(item: Item, max_seq_len: int) -> list[Message]:
-    """The prompt without oldest turns that cannot fit, whatever the tokenizer; empty where no question can.
+    """The prompt without oldest turns that cannot fit with any tokenizer; empty where no question can.
 
     Every message takes a token or more, and a token stands for LONGEST_TOKEN characters or less.
     """

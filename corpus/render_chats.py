@@ -62,7 +62,7 @@ def _fit(item: Item, rendered: Any, tokenizer: Any, max_seq_len: int, report: Da
 
 
 def _first_turns(messages: list[Message], max_seq_len: int) -> list[Message]:
-    """The chat without last turns that cannot fit, whatever the tokenizer; empty where its first turn cannot.
+    """The chat without last turns that cannot fit with any tokenizer; empty where its first turn cannot.
 
     Every message takes a token or more, and a token stands for LONGEST_TOKEN characters or less. A model's chat
     template is rendered once for each answer: without this the time would grow with turns squared.

@@ -57,7 +57,7 @@ class Served:
         return self.limit * max(self.longest_token, MIN_BYTES_A_TOKEN)
 
     def check_size(self, size: int, what: str) -> None:
-        """Raises TooLong for a text of `size` UTF-8 bytes that cannot fit, whatever its tokens are."""
+        """Raises TooLong for a text of `size` UTF-8 bytes that cannot fit with any tokens."""
         if size > self.max_bytes:
             raise TooLong(
                 f"this model's context is {self.limit} tokens, and {what} has at least {size // self.longest_token}: "
