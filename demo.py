@@ -164,7 +164,7 @@ def run_command(command: list[str]) -> float:
     """Print and run `python command…` in the project's folder; returns its seconds. Its failure is our end."""
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
     started, interrupted = time.perf_counter(), None
-    child = subprocess.Popen([sys.executable, *command], cwd=ROOT)  # nosec B603: our own scripts and flags
+    child = subprocess.Popen([sys.executable, *command], cwd=ROOT)  # our own scripts and flags  # nosec B603
     while True:
         try:
             code = child.wait()

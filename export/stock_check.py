@@ -109,7 +109,7 @@ def check_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, dty
     import transformers
 
     with quiet(transformers):
-        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615: a folder
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # a folder  # nosec B615
         check_tokens(theirs, tokenizer)
         stock = open_stock(transformers, folder, folder_state(model, torch.float32).keys())
         return compare(rounded(model, dtype), stock, tokenizer, type(stock).__name__)
@@ -124,7 +124,7 @@ def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatT
     import transformers
 
     with quiet(transformers):
-        parent = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615: a folder
+        parent = transformers.AutoModelForCausalLM.from_pretrained(  # a folder  # nosec B615
             base, trust_remote_code=False, **fp32(transformers)
         )
         return compare(model, peft.PeftModel.from_pretrained(parent, folder).eval(), tokenizer, "PeftModel")
@@ -132,7 +132,7 @@ def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatT
 
 def open_stock(transformers: Any, folder: Path, names: Any) -> Any:
     """Stock's model in fp32. Raises UserError when it misses a tensor, or knows one that it has no place for."""
-    stock, loading = transformers.AutoModelForCausalLM.from_pretrained(  # nosec B615: a folder
+    stock, loading = transformers.AutoModelForCausalLM.from_pretrained(  # a folder  # nosec B615
         folder, trust_remote_code=False, output_loading_info=True, **fp32(transformers)
     )
     wrong = {n: sorted(map(str, loading.get(n) or ())) for n in ("missing_keys", "unexpected_keys", "mismatched_keys")}
