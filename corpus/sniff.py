@@ -88,6 +88,8 @@ def _json_form(head: bytes, named: str, whole: bool) -> str:
         return "json" if re.match(rb"\[\s*\{" if named == "txt" else rb'\[\s*([\[{"\]]|$)', head) else ""
     if any(line.startswith(b"{") and isinstance(value := _value(line), dict) and value for line in others):
         return "jsonl"
+    if _WRAPPED.match(head) and _is_damaged_json(head):  # an object around the rows, with a line feed too many
+        return "json"
     if first.strip() == b"{":
         return "json" if named == "jsonl" or (others and re.match(rb'\s*"[^"]*"\s*:', others[0])) else ""
     return "json" if _OBJECT.match(first) and others and re.match(rb'\s+["}\]]|[}\]]', others[0]) else ""

@@ -18,7 +18,7 @@ from common.errors import UserError
 from corpus import csv_reader, json_reader, json_stream
 from corpus.damage import DamagedFile
 from corpus.json_reader import rows_of_list
-from corpus.read import read_chats, read_texts
+from corpus.read import read_chats, read_rows, read_texts
 from corpus.report import DataReport
 from tests.test_read_encodings import rows_of
 
@@ -306,3 +306,13 @@ def test_damage_anywhere_is_counted_and_never_raised(rows, layout, encoding, suf
             rows_of(Path(folder), "a" + suffix, content, 1)
         except UserError as error:
             assert "\n" not in str(error)
+
+
+def test_a_line_feed_too_many_in_an_object_around_the_rows_costs_one_row(tmp_path):
+    rows = [{"text": f"row {i} of a long text", "note": "n"} for i in range(30)]
+    content = json.dumps({"version": 1, "data": rows})
+    at = content.index("row 7") + 5
+    (tmp_path / "a.json").write_text(content[:at] + "\n" + content[at:], encoding="utf-8")
+    report = DataReport(1.0)
+    found = [row for _, row in read_rows(tmp_path / "a.json", report)]
+    assert sum(row in rows for row in found) >= 29 and len(found) + report.bad_rows >= 30
