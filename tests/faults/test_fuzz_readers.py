@@ -149,8 +149,9 @@ def test_one_wrong_byte_in_a_json_array_costs_a_few_rows(tmp_path, attacks, layo
     @given(place=st.integers(0, len(content) - 1), byte=st.binary(max_size=1) | st.sampled_from(
         [b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\0", b"\xff"]), removed=st.integers(0, 1))  # fmt: skip
     def attack(place, byte, removed):
-        # A line feed in the only line of an object can make two broken lines of it: no row is left, which is an error.
-        assume(layout != "json object" or byte not in (b"\n", b"\r"))
+        # Another first byte, or a line feed in the only line, can hide that this is an object around rows: no row is
+        # left, which is an error of every command.
+        assume(layout != "json object" or (place > 0 and byte not in (b"\n", b"\r")))
         path = tmp_path / file
         path.write_bytes(content[:place] + byte + content[place + removed :])
         report = DataReport(1.0)
