@@ -61,7 +61,7 @@ def sniff(source: Source) -> str:
 def _is_damaged_json(head: bytes) -> bool:
     """Whether a text that begins like no JSON holds objects, but not one on each line: its first byte is wrong."""
     lines = [line for line in head.split(b"\n") if line.strip()][:21]
-    if any(_value(line) for line in lines):
+    if any(isinstance(_value(line), (dict, list)) for line in lines):
         return False
     objects = sum(_OBJECT.match(line) is not None for line in lines)
     return len(re.findall(rb'\{\s{0,9}"[^"\n]{0,99}"\s{0,9}:', head)) > max(1, 2 * objects)
