@@ -16,11 +16,11 @@ Writes  out/pretrain_512.pth, and beside it the log (.jsonl), the curves (.png) 
 Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trainer/loop.py, model/transformer.py.
 """
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from corpus import flags
-from trainer.cli import add_mix_flags, add_model_flags, check_memory, given_model_flags, make_parser, model_config
-from trainer.plan import add_plan_flags, steps_for
+from trainer.config import add_mix_flags, add_model_flags, check_memory, given_model_flags, make_parser, model_config
+from trainer.memory import add_plan_flags, steps_for
 
 
 def compute_loss(model, batch):
@@ -41,7 +41,7 @@ def main() -> None:
         __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
     )
     parser.add_argument(
-        "--tokenizer", type=flags.path, default="model/tokenizer", help="folder written by train_tokenizer.py"
+        "--tokenizer", type=cli.path, default="model/tokenizer", help="folder written by train_tokenizer.py"
     )
     add_mix_flags(parser)
     add_model_flags(parser)
@@ -57,14 +57,14 @@ def main() -> None:
         return print_plan(args)
     check_writable(args.out_dir)
 
-    from model.chat import load_tokenizer
     from model.checkpoint import load_model
+    from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
-    from trainer.batches import Windows, open_data
+    from trainer.datasets import Windows, open_data
+    from trainer.distributed import start
     from trainer.loop import Stage, train
-    from trainer.mixture import Mixture, read_recipe
-    from trainer.resume import global_batch
-    from trainer.runtime import start
+    from trainer.mixing import Mixture, read_recipe
+    from trainer.train_state import global_batch
 
     tokenizer = load_tokenizer(args.tokenizer)
     splits = open_data(args.data_path, "pretrain", tokenizer)

@@ -13,7 +13,7 @@
 
 A pretrained model goes on with the text as it is; a model of a chat stage gets it as a question, in the chat format.
 A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
-may be missing. Answers are greedy, and right when they contain any of the keys as a word (corpus/questions.py).
+may be missing. Answers are greedy, and right when they contain any of the keys as a word (evaluation/qa_data.py).
 --report without files takes every stage in --out_dir. It writes one page (markdown) and the same as json: answers side
 by side, bits per byte of --texts, their loss by position up to 4 times the trained length, loss on --chats, how often
 answers loop, speed, and continuations of answers that begin with a harmful agreement (shown, not scored).
@@ -21,100 +21,101 @@ NAME=http://HOST/v1 is a model of a server (OpenAI's protocol; #MODEL behind it 
 prompts; what a server cannot tell is shown as "–". Nothing leaves the machine unless --report or --judge names a
 server; the judge (its key in OPENAI_API_KEY) gets the prompts and answers, not the names.
 Reads out/*.pth; writes --json, a report to out/eval/, and what /save says.
-Read next: evaluation/speaker.py and evaluation/talk.py, model/generate.py (how an answer is drawn), 3-full_sft.py.
+Read next: evaluation/chat_model.py and evaluation/terminal_chat.py, model/generate.py (how an answer is drawn),
+3-full_sft.py.
 """
 
 import argparse
 import sys
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
-from corpus import flags
-from corpus.prompts import FIRST
-from corpus.questions import read_lines, read_questions, sound
-from model.presets import CHOICES
+from evaluation.prompts import FIRST
+from evaluation.qa_data import read_lines, read_questions, sound
 from model.rope_flags import add_rope_flags, rope_of
+from model.sampling_presets import CHOICES
 
 
 def make_parser() -> argparse.ArgumentParser:
     text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in FIRST)
-    parser = flags.Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
     add(
         "--stage",
-        type=flags.some_text,
+        type=cli.some_text,
         help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)",
     )
-    add("--checkpoint", type=flags.path, help="a .pth file or the folder of a transformers model, instead of --stage")
-    add("--out_dir", type=flags.path, default="out", help="where the models are (default: out)")
+    add("--checkpoint", type=cli.path, help="a .pth file or the folder of a transformers model, instead of --stage")
+    add("--out_dir", type=cli.path, default="out", help="where the models are (default: out)")
     add_rope_flags(parser)
     add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
-    add("--prompts", type=flags.path, metavar="FILE", help="text file, one prompt a line")
+    add("--prompts", type=cli.path, metavar="FILE", help="text file, one prompt a line")
     add(
         "--questions",
-        type=flags.path,
+        type=cli.path,
         metavar="FILE",
         help="jsonl file of questions with keys: prints the share answered right",
     )
     add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message in front of every conversation")
-    add("--history", type=flags.non_negative_int, metavar="N",
+    add("--history", type=cli.non_negative_int, metavar="N",
         help="earlier turns in each prompt (default: all; 0 with --prompts)")  # fmt: skip
     preset = "where these flags are not given: settings of the model's chat format (auto), none, or of another format"
     add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset}; none in a --report (default: auto)")
-    add("--temperature", type=flags.non_negative_float, help="0: always the likeliest token (default: 0.7)")
-    add("--top_k", type=flags.non_negative_int, help="draw among the k likeliest tokens (default: 0, all)")
-    add("--top_p", type=flags.positive_fraction, help="draw among the likeliest that sum to p (default: 0.9)")
-    add("--min_p", type=flags.fraction, help="drop tokens below this share of the likeliest (default: 0)")
-    add("--repetition_penalty", type=flags.positive_float, help="above 1: repeat less, try 1.1 (default: 1)")
+    add("--temperature", type=cli.non_negative_float, help="0: always the likeliest token (default: 0.7)")
+    add("--top_k", type=cli.non_negative_int, help="draw among the k likeliest tokens (default: 0, all)")
+    add("--top_p", type=cli.positive_fraction, help="draw among the likeliest that sum to p (default: 0.9)")
+    add("--min_p", type=cli.fraction, help="drop tokens below this share of the likeliest (default: 0)")
+    add("--repetition_penalty", type=cli.positive_float, help="above 1: repeat less, try 1.1 (default: 1)")
     ngrams = "no N tokens in a row come twice, the prompt included (default: 0, off)"
-    add("--no_repeat_ngram_size", type=flags.non_negative_int, metavar="N", help=ngrams)
+    add("--no_repeat_ngram_size", type=cli.non_negative_int, metavar="N", help=ngrams)
     beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
-    add("--num_beams", type=flags.between(1, 8), metavar="K", help=beams)
+    add("--num_beams", type=cli.between(1, 8), metavar="K", help=beams)
     add(
         "--length_penalty",
-        type=flags.non_negative_float,
+        type=cli.non_negative_float,
         help="a beam's score: log-probability / length ** this (default: 1; 0: the sum)",
     )
-    add("--max_new_tokens", type=flags.positive_int,
+    add("--max_new_tokens", type=cli.positive_int,
         help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")  # fmt: skip
-    add("--seed", type=flags.seed, help="the same seed draws the same answers (default of --report: 0)")
+    add("--seed", type=cli.seed, help="the same seed draws the same answers (default of --report: 0)")
     add = parser.add_argument_group("several models side by side").add_argument
     add(
         "--report",
         nargs="*",
-        type=flags.path,
+        type=cli.path,
         metavar="MODEL",
         help="compare these models, files or NAME=http://HOST/v1 (default: every stage in --out_dir)",
     )
     add(
         "--report_api_key",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="KEY",
         help="of the servers behind --report (default: the variable REPORT_API_KEY)",
     )
     add(
         "--texts",
         nargs="+",
-        type=flags.path,
+        type=cli.path,
         default=[],
         metavar="NAME=FILE",
         help="held-out text for bits per byte, as zh=FILE",
     )
-    add("--chats", type=flags.path, metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
-    add("--max_bytes", type=flags.positive_int, default=100_000,
+    add("--chats", type=cli.path, metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
+    add("--max_bytes", type=cli.positive_int, default=100_000,
         help="read from the start of a text, and of chats (default: 100000)")  # fmt: skip
     add(
         "--judge",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="BASE_URL",
         help="a model that scores and ranks the answers, as http://localhost:8000/v1",
     )
-    add("--judge_model", type=flags.some_text, metavar="NAME", help="its name there")
+    add("--judge_model", type=cli.some_text, metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=flags.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--json", type=flags.path, metavar="OUT", help="write the answers (and scores) to this file")
+    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=cli.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--json", type=cli.path, metavar="OUT", help="write the answers (and scores) to this file")
     return parser
 
 
@@ -146,15 +147,15 @@ def main() -> None:
     if args.prompt is not None:
         prompts = [sound(args.prompt, "--prompt")]
     if args.report is not None:
-        from evaluation.report_page import make_report
+        from evaluation.report import make_report
 
         return make_report(args, prompts)
     if not questions and not prompts and not sys.stdin.isatty():
         prompts = list(FIRST)
 
-    from evaluation.scoring import put_questions
-    from evaluation.speaker import Speaker, find_model
-    from evaluation.talk import Conversation, talk
+    from evaluation.chat_model import Speaker, find_model
+    from evaluation.qa import put_questions
+    from evaluation.terminal_chat import Conversation, talk
 
     speaker = Speaker(find_model(args), args)
     scores = put_questions(speaker, questions) if questions else {}

@@ -6,22 +6,22 @@ The same loss as in lesson 1; only the labels differ: questions are read, answer
 
     python 3-full_sft.py                                            starts from the one out/pretrain_*.pth
     python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
-    python 3-full_sft.py --init_from ../Qwen3-0.6B --chat_format belle    a transformers folder (model/stock_config.py)
+    python 3-full_sft.py --init_from ../Qwen3-0.6B --chat_format belle    a transformers folder (export/hf_config.py)
     python 3-full_sft.py --recipe belle --data_share 0.1,0.3,1.0    BELLE's numbers; what does more data bring?
     torchrun --nproc_per_node 2 3-full_sft.py                       two processes; deepspeed --num_gpus 2 does as well
 
 Reads   dataset/sft (made by data_process.py sft) and the parent, which carries its config and its tokenizer.
 Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume;
         with --data_share out/data_study/ instead.
-Next:   2-eval.py (talk to it); inside: model/chat.py (the mask), model/chat_formats.py (how turns are written),
-        trainer/batches.py (why padding is rare), evaluation/data_study.py.
+Next:   2-eval.py (talk to it); inside: model/tokenizer.py (the mask), model/chat_template.py (how turns are written),
+        trainer/datasets.py (why padding is rare), evaluation/data_scaling.py.
 """
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from corpus import flags
-from model.chat_formats import FORMAT_NAMES
-from trainer.cli import add_length_flag, make_parser, shares
+from model.chat_template import FORMAT_NAMES
+from trainer.config import add_length_flag, make_parser, shares
 from trainer.recipes import add_recipe_flag, describe_recipe
 
 
@@ -43,11 +43,11 @@ def main() -> None:
     add("--chat_format", choices=FORMAT_NAMES, help="how chats are written from now on; none given: as the parent does")
     add_recipe_flag(parser)
     add_length_flag(parser, "longer chats lose their last turns")
-    add("--data_share", action=flags.NameList, read=shares, metavar="SHARE",
+    add("--data_share", action=cli.NameList, read=shares, metavar="SHARE",
         help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
     add(
         "--questions",
-        type=flags.path,
+        type=cli.path,
         metavar="FILE",
         help="with --data_share: count right answers too (jsonl as for 2-eval.py)",
     )
@@ -58,11 +58,11 @@ def main() -> None:
         raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
     check_writable(args.out_dir)
 
-    from evaluation.data_study import run_study
+    from evaluation.data_scaling import run_study
     from model.checkpoint import find_parent, load_model
-    from trainer.batches import open_chats
+    from trainer.datasets import open_chats
+    from trainer.distributed import start
     from trainer.loop import Stage, train
-    from trainer.runtime import start
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)

@@ -17,10 +17,10 @@ Writes  out/lora_sft_512.pth, and beside it the log (.jsonl), the curves (.png) 
 Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), model/checkpoint.py (who finds the parent).
 """
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from corpus import flags
-from trainer.cli import add_length_flag, make_parser
+from trainer.config import add_length_flag, make_parser
 
 LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 
@@ -39,22 +39,22 @@ def compute_loss(model, batch):
 
 def add_lora_flags(parser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=flags.between(1, 65536), default=8, help="r: rows of A and columns of B")
-    add("--alpha", type=flags.Limit(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
+    add("--rank", type=cli.between(1, 65536), default=8, help="r: rows of A and columns of B")
+    add("--alpha", type=cli.Limit(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
         help="the change is scaled by alpha / r")  # fmt: skip
-    add("--lora_dropout", type=flags.fraction_below_one, default=0.0, help="dropout on what A sees")
-    add("--targets", action=flags.NameList, default=["all"], metavar="NAME",
+    add("--lora_dropout", type=cli.fraction_below_one, default=0.0, help="dropout on what A sees")
+    add("--targets", action=cli.NameList, default=["all"], metavar="NAME",
         help="which matrices: all (or all-linear), attention, mlp, experts, shared_experts, q_proj, … "
         "with commas or spaces between them")  # fmt: skip
     add(
         "--init_adapter",
-        type=flags.path,
+        type=cli.path,
         metavar="DIR",
         help="start from a peft folder, with its rank, alpha, dropout and targets",
     )
     add(
         "--peft_dir",
-        type=flags.path,
+        type=cli.path,
         metavar="DIR",
         help="also write adapter_config.json and adapter_model.safetensors there",
     )
@@ -74,12 +74,12 @@ def main() -> None:
     for folder in filter(None, (args.out_dir, args.peft_dir)):
         check_writable(folder)
 
+    from export.peft_adapter import peft_settings, read_peft, write_peft
     from model.checkpoint import find_parent, load_model, remember_parent
     from model.lora import LoRAConfig, attach, describe
-    from model.peft_folder import peft_settings, read_peft, write_peft
-    from trainer.batches import open_chats
+    from trainer.datasets import open_chats
+    from trainer.distributed import start
     from trainer.loop import Stage, train
-    from trainer.runtime import start
 
     source = args.init_from or find_parent(args.out_dir, "lora_sft")
     model, tokenizer, parent = load_model(source)

@@ -14,17 +14,17 @@ parent has margin 0 and loss ln 2. `beta` is how dearly a step away from the par
 Reads   dataset/dpo (made by data_process.py dpo) and the parent, which carries its config and its tokenizer.
 Writes  out/dpo_512.pth, and beside it the log (.jsonl), the curves (.png), the parent's log-probabilities (.reference)
         and, until the run is complete, .resume.
-Next:   2-eval.py (talk to it); inside: trainer/preference.py (the reference and the guard), corpus/pairs.py (the data).
+Next:   2-eval.py (talk to it); inside: trainer/dpo.py (the reference and the guard), corpus/preferences.py (the data).
 """
 
 import argparse
 import functools
 from pathlib import Path
 
+from common import cli
 from common.errors import fail_in_one_line
 from common.files import check_writable
-from corpus import flags
-from trainer.cli import add_length_flag, make_parser
+from trainer.config import add_length_flag, make_parser
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
 
@@ -56,8 +56,8 @@ def compute_loss(model, batch, args):
     A batch holds the chosen rows, then the rejected rows: one forward pass for both. `log_probs` and
     batch["reference"] are (2 pairs, seq), log p of every answer token and 0 everywhere else.
     """
+    from trainer.dpo import pair_statistics
     from trainer.loss import IGNORE, output_weight, token_log_probs
-    from trainer.preference import pair_statistics
 
     hidden, balance = model(batch["input_ids"], real=batch["real"])
     log_probs = token_log_probs(hidden, output_weight(model), batch["labels"])
@@ -80,38 +80,38 @@ def main() -> None:
     add = parser.add_argument_group("preferences").add_argument
     add("--loss", choices=tuple(BETA), default="dpo", help="what is made of the log-probabilities of a pair")
     betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
-    add("--beta", type=flags.positive_float, default=argparse.SUPPRESS,
+    add("--beta", type=cli.positive_float, default=argparse.SUPPRESS,
         help=f"strength of the tie to the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
-    add("--simpo_gamma", type=flags.non_negative_float, default=1.0, help="simpo: the margin that is asked for")
-    add("--sft_weight", type=flags.non_negative_float, default=0.0,
+    add("--simpo_gamma", type=cli.non_negative_float, default=1.0, help="simpo: the margin that is asked for")
+    add("--sft_weight", type=cli.non_negative_float, default=0.0,
         help="weight of the chosen answers' own loss (arXiv:2404.19733)")  # fmt: skip
-    add("--max_chosen_drop", type=flags.non_negative_float, default=0.2,
+    add("--max_chosen_drop", type=cli.non_negative_float, default=0.2,
         help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
     add_length_flag(parser, "longer pairs lose the first turns of their prompt")
     args = parser.parse_args()
     args.beta = getattr(args, "beta", BETA[args.loss])
     check_writable(args.out_dir)
 
-    from corpus.pairs import PAIRS
+    from corpus.preferences import PAIRS
     from model.checkpoint import find_parent, load_model
-    from trainer import preference
-    from trainer.batches import Pairs, open_data, token_folder
+    from trainer import dpo
+    from trainer.datasets import Pairs, open_data, token_folder
+    from trainer.distributed import start
     from trainer.loop import Stage, train
-    from trainer.runtime import start
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "dpo"))
-    model = preference.without_dropout(model)
+    model = dpo.without_dropout(model)
     with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         folder = token_folder(run, args, model.config, tokenizer, PAIRS)
         splits = open_data(folder, "pairs", tokenizer)
-        preference.compare_languages(run, folder, parent["lineage"])
+        dpo.compare_languages(run, folder, parent["lineage"])
         file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"
-        reference = preference.open_reference(run, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
+        reference = dpo.open_reference(run, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
         pairs = {s.removeprefix("val_"): Pairs(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
         data, loss = pairs.pop("train"), functools.partial(compute_loss, args=args)
         stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], unit="pair")
-        stage.guard = preference.make_guard(run, args, file)
-        stage.examine = preference.watch_loops(run, model, tokenizer, pairs)
+        stage.guard = dpo.make_guard(run, args, file)
+        stage.examine = dpo.watch_loops(run, model, tokenizer, pairs)
         train(run, args, stage)
 
 

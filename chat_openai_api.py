@@ -15,36 +15,36 @@ import contextlib
 import os
 from typing import Any
 
+from common import cli
 from common.errors import UserError, fail_in_one_line, printable
-from corpus import flags
-from corpus.questions import sound
+from evaluation.qa_data import sound
 
 Message = dict[str, str]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--base_url",
-        type=flags.some_text,
+        type=cli.some_text,
         default="http://127.0.0.1:8000/v1",
         help="with its /v1 (default: http://127.0.0.1:8000/v1)",
     )
     add(
         "--model",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="NAME",
         help="as the server calls it (default: the first that it lists)",
     )
     add(
         "--api_key",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="KEY",
         help="sent with every request (default: $OPENAI_API_KEY, else none)",
     )
     add("--system", metavar="TEXT", help="system message in front of the conversation")
-    add("--max_tokens", type=flags.positive_int, metavar="N", help="longest answer (default: the server's)")
+    add("--max_tokens", type=cli.positive_int, metavar="N", help="longest answer (default: the server's)")
     add("--prompt", metavar="TEXT", help="one question, instead of a conversation")
     return parser
 

@@ -16,8 +16,8 @@
 FILES are txt, jsonl, json, csv, parquet or arrow, also packed as .gz .xz .zst .bz2, or folders of them;
 dataset/README.md describes the formats.
 The first three need a tokenizer (train_tokenizer.py).
-Read next: corpus/pack_texts.py, corpus/pack.py and corpus/pairs.py (what happens here), 1-pretrain.py (who reads it),
-corpus/prepare.py (clean, dedup, decontaminate).
+Read next: corpus/prepare_text.py, corpus/prepare_chats.py and corpus/preferences.py (what happens here), 1-pretrain.py
+(who reads it), curation/commands.py (clean, dedup, decontaminate).
 """
 
 import argparse
@@ -29,13 +29,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.locks import locked
-from corpus import flags, prepare
 from corpus.layouts import parse_keys, print_layouts
-from corpus.report import DataReport
-from corpus.rows import READER, RowReader
-from model.chat_formats import FORMAT_NAMES
+from corpus.row_text import READER, RowReader
+from corpus.stats import DataReport
+from curation import commands
+from model.chat_template import FORMAT_NAMES
 
 TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
 
@@ -45,11 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.kind == "download":
         fetch(args)
         return
-    from corpus.sources import expand_inputs
+    from corpus.input_files import expand_inputs
 
     args.files = expand_inputs(args.files)
-    if args.kind in prepare.COMMANDS:
-        return prepare.run(args, progress_bar)
+    if args.kind in commands.COMMANDS:
+        return commands.run(args, progress_bar)
     tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
     form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
     report = DataReport(args.max_bad_share, args.accept_damaged)
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any, choosing: Any) -> None:
     """Write the data set to --out_dir, and say what became of the rows."""
-    from corpus.shards import check_replaceable, partial_folder
+    from corpus.shard_writer import check_replaceable, partial_folder
 
     if check_replaceable(args.out_dir):
         print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
@@ -95,8 +96,8 @@ def pack(
     form: Any,
     choosing: Any,
 ) -> dict[str, Any]:
-    from corpus.pack import pack_chats
-    from corpus.pack_texts import pack_texts
+    from corpus.prepare_chats import pack_chats
+    from corpus.prepare_text import pack_texts
 
     if args.kind == "pretrain":
         reader = RowReader(parse_keys(args.keys))
@@ -117,14 +118,14 @@ def choose(args: argparse.Namespace) -> tuple[Any, Any]:
         if args.keep_entropy or args.keep_share != 1:
             raise UserError("--keep_entropy and --keep_share need --scorer MODEL: the pretrained model that scores")
         return form, None
-    from trainer.choose import Choosing
+    from curation.perplexity_scorer import Choosing
 
     choosing = Choosing(args, form, progress_bar)
     return choosing.form, choosing
 
 
 def fetch(args: argparse.Namespace) -> None:
-    from corpus.download import download, print_catalogue
+    from curation.download import download, print_catalogue
 
     if args.name:
         download(args.name, args.file, args.mirror, args.out_dir)
@@ -134,8 +135,8 @@ def fetch(args: argparse.Namespace) -> None:
 
 def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
     """Chats or pairs: how their rows are read and rendered; `only`: chats of one turn ("single") or of several."""
-    from corpus.pack import CHATS
-    from corpus.pairs import PAIRS
+    from corpus.preferences import PAIRS
+    from corpus.prepare_chats import CHATS
 
     form, choice = PAIRS if kind == "dpo" else CHATS, {"only": only} if only else {}
     items = functools.partial(form.items, reader=reader, **choice)
@@ -143,7 +144,7 @@ def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and exit")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
@@ -158,26 +159,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "files",
             nargs="+",
-            type=flags.path,
+            type=cli.path,
             metavar="FILES",
             help="txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
         )
         sub.add_argument(
             "--tokenizer",
-            type=flags.path,
+            type=cli.path,
             default="model/tokenizer",
             help="folder of the tokenizer (default: %(default)s)",
         )
         sub.add_argument(
-            "--out_dir", type=flags.path, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
+            "--out_dir", type=cli.path, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
         )
-        sub.add_argument("--val_share", type=flags.fraction_below_one, default=held_out,
+        sub.add_argument("--val_share", type=cli.fraction_below_one, default=held_out,
             help="share held out for validation (default: %(default)s)")  # fmt: skip
-        sub.add_argument("--max_bad_share", type=flags.fraction, default=0.01,
+        sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
             help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
-        sub.add_argument("--accept_damaged", action="store_true", help=flags.ACCEPT_DAMAGED)
+        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED)
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
-        sub.add_argument("--samples", type=flags.non_negative_int, default=3,
+        sub.add_argument("--samples", type=cli.non_negative_int, default=3,
             help="samples that --check shows (default: %(default)s)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…",
             help="keys of another layout, for example prompt=ask,answer=reply; fields: --list_layouts")  # fmt: skip
@@ -190,7 +191,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
-            sub.add_argument("--max_seq_len", type=flags.positive_int, default=512,
+            sub.add_argument("--max_seq_len", type=cli.positive_int, default=512,
                 help=f"longer {longer} (default: %(default)s); training has the same flag")  # fmt: skip
             sub.add_argument("--chat_format", choices=FORMAT_NAMES,
                 help="how chats are written; none given: as the tokenizer's folder says")  # fmt: skip
@@ -200,7 +201,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
             add_choosing_flags(sub)
     add_download_flags(kinds)
-    prepare.add_commands(kinds)
+    commands.add_commands(kinds)
     return parser.parse_args(arguments)
 
 
@@ -214,26 +215,28 @@ def add_download_flags(kinds: Any) -> None:
     what = "a public data set -> dataset/raw/NAME; without a name: which there are"
     sub = kinds.add_parser("download", help=what, description=what)
     sub.add_argument(
-        "name", nargs="?", type=flags.some_text, metavar="NAME", help="a name from the list that the bare command shows"
+        "name", nargs="?", type=cli.some_text, metavar="NAME", help="a name from the list that the bare command shows"
     )
     sub.add_argument(
         "--file",
         action="append",
-        type=flags.inner_path,
+        type=cli.inner_path,
         default=[],
         help="another file of the same repository; may be repeated",
     )
     sub.add_argument(
         "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
     )
-    sub.add_argument("--out_dir", type=flags.path, default="dataset/raw", help="folder to write (default: %(default)s)")
+    sub.add_argument("--out_dir", type=cli.path, default="dataset/raw", help="folder to write (default: %(default)s)")
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
-    add = sub.add_argument_group("choosing by a model's cross-entropy (corpus/choose.py says why)").add_argument
+    add = sub.add_argument_group(
+        "choosing by a model's cross-entropy (curation/perplexity_filter.py says why)"
+    ).add_argument
     add(
         "--scorer",
-        type=flags.path,
+        type=cli.path,
         metavar="MODEL",
         help="pretrained model that scores every chat, for example out/pretrain_512.pth",
     )
@@ -244,19 +247,19 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
     )
-    add("--keep_share", type=flags.positive_fraction, default=1.0,
+    add("--keep_share", type=cli.positive_fraction, default=1.0,
         help="keep this share, nearest to the middle of the band (default: 1)")  # fmt: skip
 
 
 def band(text: str) -> Any:
-    from corpus.choose import parse_band
+    from curation.perplexity_filter import parse_band
 
     return parse_band(text)
 
 
 def open_tokenizer(folder: str) -> Any:
     """The tokenizer, or UserError naming the command that trains one."""
-    from model.chat import load_tokenizer
+    from model.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(folder)
@@ -295,9 +298,9 @@ def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
 def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any) -> None:
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
-    from corpus.items import in_batches, text_items
-    from corpus.pack_texts import tokenise_texts
-    from corpus.show_sample import show_sample
+    from corpus.examples import in_batches, text_items
+    from corpus.prepare_text import tokenise_texts
+    from corpus.preview import show_sample
 
     samples: list[tuple[int, int, str, list[Any]]] = []
 

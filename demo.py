@@ -1,6 +1,6 @@
 """The whole path in a few minutes: from nothing to a small model that answers in Chinese and English.
 
-    world      corpus/demo_world.py     writes true texts, chats and held-out questions
+    world      demo_world/generator.py     writes true texts, chats and held-out questions
     tokenizer  train_tokenizer.py       text becomes tokens
     data       data_process.py          texts and chats become token shards
     pretrain   1-pretrain.py            the model learns to continue text; 2-eval.py puts the questions
@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
 from common.locks import locked
 from common.signals import Terminated
-from corpus import flags
 from model.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent
@@ -97,10 +97,10 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     identity = "identity_questions"
     words = [str(files["words"]), "--out_dir", str(tokenizer)]
     tokenizer_command = ["train_tokenizer.py", *words, *FLAGS["tokenizer"].split()]
-    world_command = ["-m", "corpus.demo_world", "--out_dir", str(world), "--seed", str(seed)]
+    world_command = ["-m", "demo_world.generator", "--out_dir", str(world), "--seed", str(seed)]
     world_command += FLAGS["try" if max_steps else "world"].split()
     exam = out / "exam"
-    exam_command = ["-m", "corpus.demo_exam", "--out_dir", str(exam), "--seed", str(seed)]
+    exam_command = ["-m", "demo_world.exam", "--out_dir", str(exam), "--seed", str(seed)]
     sit_command = ["eval_ceval.py", "--data", str(exam), "--checkpoint", str(models[LAST]), *FLAGS["exam"].split()]
     sit_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
@@ -307,13 +307,11 @@ def interpreter() -> str:
 
 
 def main() -> None:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out_dir", type=flags.path, default="out/demo", help="everything goes here (default: out/demo)"
-    )
-    parser.add_argument("--seed", type=flags.seed, default=0,
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=cli.path, default="out/demo", help="everything goes here (default: out/demo)")
+    parser.add_argument("--seed", type=cli.seed, default=0,
         help="random seed of the world, the weights and the order (default: 0)")  # fmt: skip
-    parser.add_argument("--max_steps", type=flags.max_steps, default=0,
+    parser.add_argument("--max_steps", type=cli.max_steps, default=0,
                         help="quick trial: stop each training after so many steps (-1 or 0: no limit)")  # fmt: skip
     args = parser.parse_args()
     out = Path(args.out_dir)

@@ -11,11 +11,11 @@
     --method text     the largest log-probability per character of an option's full text, the options not shown
 
 Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
-Reads C-Eval's and CMMLU's layouts (corpus/exams.py) and your own csv and jsonl files: question, A, B, C, D, answer, or
-题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (corpus/exam_table.py).
+Reads C-Eval's and CMMLU's layouts (evaluation/exam_data.py) and your own csv and jsonl files: question, A, B, C, D,
+answer, or 题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (evaluation/exam_table.py).
 Reads any out/*.pth (an adapter with its parent) or a transformers folder.
 Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
-Read next: evaluation/exam.py (how it asks), evaluation/exam_score.py (how sure the score is).
+Read next: evaluation/exam_prompts.py (how it asks), evaluation/exam_stats.py (how sure the score is).
 """
 
 import argparse
@@ -24,49 +24,49 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
-from corpus import flags
 from model.rope_flags import add_rope_flags, rope_of
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the exam").add_argument
     add(
         "--data",
         required=True,
         nargs="+",
-        type=flags.path,
+        type=cli.path,
         metavar="PATH",
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
     add("--split", default="", help="dev, val, test, or all: files of no split (default: val, else all, else test)")
-    add("--subjects", action=flags.NameList, default=[], metavar="NAME",
+    add("--subjects", action=cli.NameList, default=[], metavar="NAME",
         help="only these, separated by commas or spaces (default: all)")  # fmt: skip
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--checkpoint", type=flags.path, help="a .pth file")
+    add("--checkpoint", type=cli.path, help="a .pth file")
     add(
         "--model",
-        type=flags.path,
+        type=cli.path,
         metavar="DIR",
         help="the folder of a transformers model (Llama, Mistral, Qwen2, Qwen3)",
     )
     add_rope_flags(group)
     add = parser.add_argument_group("how to ask").add_argument
     add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
-    add("--shots", type=flags.non_negative_int, default=0,
+    add("--shots", type=cli.non_negative_int, default=0,
         help="examples from dev in front of each question (default: 0)")  # fmt: skip
-    add("--shuffle_options", type=flags.between(1, 24), default=1, metavar="K",
+    add("--shuffle_options", type=cli.between(1, 24), default=1, metavar="K",
         help="average over K of the 24 orders of the options; 4: each letter once each")  # fmt: skip
     add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for the chat stages")
     add("--prompt", action="store_true", help="show one prompt of each subject and save all")
     add = parser.add_argument_group("machine").add_argument
-    add("--out_dir", type=flags.path, default="out", help="where the models are, and the results go (default: out)")
-    add("--json", type=flags.path, metavar="FILE", help="write all scores to this file too")
-    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=flags.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--batch_tokens", type=flags.non_negative_int, default=0,
+    add("--out_dir", type=cli.path, default="out", help="where the models are, and the results go (default: out)")
+    add("--json", type=cli.path, metavar="FILE", help="write all scores to this file too")
+    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=cli.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--batch_tokens", type=cli.non_negative_int, default=0,
         help="positions computed at once (default: 1024 on a CPU; 1: one question)")  # fmt: skip
     return parser
 
@@ -78,7 +78,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def model_path(args: argparse.Namespace) -> Path:
-    from evaluation.speaker import stages_in
+    from evaluation.chat_model import stages_in
     from model.checkpoint import find_checkpoint
 
     if args.checkpoint or args.model:
@@ -94,13 +94,13 @@ def exam_name(data: list[str]) -> str:
 
 def run(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
-    from evaluation import exam_pages
-    from evaluation.exam import Asking, ask
-    from evaluation.exam_answers import answer
-    from evaluation.exam_score import mark, result_of
+    from evaluation import exam_report
+    from evaluation.exam_logprobs import answer
+    from evaluation.exam_prompts import Asking, ask
+    from evaluation.exam_stats import mark, result_of
     from model.checkpoint import load_model
     from model.rope import describe
-    from trainer.runtime import autocast, pick_device, pick_dtype
+    from trainer.distributed import autocast, pick_device, pick_dtype
 
     path, device = model_path(args), pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -129,32 +129,32 @@ def run(args: argparse.Namespace, exam: Any) -> None:
         f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {asking.name}, as {about['style']}",
         flush=True,
     )
-    exam_pages.make_room(folder)
+    exam_report.make_room(folder)
     if args.prompt:
-        file = exam_pages.write_prompts(folder, asked, tokenizer)
+        file = exam_report.write_prompts(folder, asked, tokenizer)
         print(f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {file}", flush=True)
     started = time.perf_counter()
     batches = answer(model, tokenizer, asked, args.method, lambda: autocast(device, dtype), args.batch_tokens)
-    exam_pages.follow(batches, len(asked))
+    exam_report.follow(batches, len(asked))
     about["seconds"] = round(time.perf_counter() - started, 1)
     marked = mark(asked)
     if all(item.answer for item in exam.items):
         result = result_of(exam, marked)
-        exam_pages.show(result, about)
-        exam_pages.write_pages(folder, result, about)
-        scores = exam_pages.as_json(result, about)
+        exam_report.show(result, about)
+        exam_report.write_pages(folder, result, about)
+        scores = exam_report.as_json(result, about)
         print(f"{about['seconds']} s for the questions; written to {folder}/")
     else:
-        scores = about | {"submission": str(exam_pages.write_submission(folder, marked))}
+        scores = about | {"submission": str(exam_report.write_submission(folder, marked))}
         print(f"{about['seconds']} s for the questions; their answers are secret: hand in {scores['submission']}")
     if args.json:
-        exam_pages.write(Path(args.json), json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
+        exam_report.write(Path(args.json), json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
 
 
 def main() -> None:
     args = make_parser().parse_args()
     check(args)
-    from corpus.exams import read_exam
+    from evaluation.exam_data import read_exam
 
     run(args, read_exam(args.data, args.split, args.subjects))
 

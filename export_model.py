@@ -15,24 +15,24 @@ The way back: `--init_from small-chat` in 3-full_sft.py, `--checkpoint small-cha
 
 Reads   a .pth, or a folder that transformers wrote.
 Writes  DIR: config, weights, tokenizer, the model card README.md, lineage.json; all of it or nothing.
-Next:   export/stock_folder.py (the folder), export/gguf_file.py (the GGUF), export/card.py (the card).
+Next:   export/hf_export.py (the folder), export/gguf_export.py (the GGUF), export/model_card.py (the card).
 """
 
 import argparse
 import re
 from pathlib import Path
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
-from corpus import flags
 
 NUMBER_FORMATS = ("float32", "bfloat16", "float16")
-SHARD_SIZE = flags.Limit(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
+SHARD_SIZE = cli.Limit(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=flags.place, help="out/*.pth, or a transformers folder")
-    parser.add_argument("folder", type=flags.place, metavar="DIR", help="where to write; it must not be there yet")
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=cli.place, help="out/*.pth, or a transformers folder")
+    parser.add_argument("folder", type=cli.place, metavar="DIR", help="where to write; it must not be there yet")
     add = parser.add_argument_group("what is written").add_argument
     add("--dtype", choices=NUMBER_FORMATS, help="number format of the weights (default: float32)")
     add("--max_shard_gb", type=SHARD_SIZE, default=4.0,
@@ -41,20 +41,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter", action="store_true", help="write a LoRA adapter alone, as a peft folder")
     add(
         "--base",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="NAME",
         help="with --adapter: where its parent is found (default: the parent's name)",
     )
     add(
         "--license",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="ID",
         help="licence of the weights, for the card: apache-2.0, … (default: unknown)",
     )
     add("--overwrite", action="store_true", help="replace an earlier export in DIR")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the real programs")
     add = parser.add_argument_group("model hub (token from `hf auth login` or HF_TOKEN)").add_argument
-    add("--push_to_hub", type=flags.some_text, metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
+    add("--push_to_hub", type=cli.some_text, metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
     add("--private", action="store_true", help="make the repository a private one")
     add("--dry_run", action="store_true", help="list the files that would be uploaded, and upload nothing")
     return parser
@@ -77,9 +77,9 @@ def main() -> None:
 
     import torch
 
-    from export import gguf_file, hub, write
+    from export import gguf_export, hub, steps
+    from export.model_facts import LICENSE, facts
     from model.checkpoint import load_model
-    from model.lineage import LICENSE, facts
 
     if args.license and not re.fullmatch(LICENSE, args.license):
         raise UserError(f"--license {args.license!r}: an identifier such as apache-2.0 or cc-by-4.0")
@@ -93,18 +93,18 @@ def main() -> None:
     base = (args.base or Path(known["parent"] or "").stem) if args.adapter else ""
     model, tokenizer, _ = load_model(args.checkpoint)
     if args.gguf:
-        gguf_file.refuse_early(model.config, tokenizer)
+        gguf_export.refuse_early(model.config, tokenizer)
     print(f"{args.checkpoint}: {known['stage']}, {known['parameters'] / 1e6:.1f} M parameters", flush=True)
-    with write.place(args.folder, args.overwrite) as folder:
+    with steps.place(args.folder, args.overwrite) as folder:
         if args.adapter:
-            model, line = write.export_adapter(folder, args.checkpoint, tokenizer, base, args.verify)
+            model, line = steps.export_adapter(folder, args.checkpoint, tokenizer, base, args.verify)
         else:
             dtype = getattr(torch, args.dtype or "float32")
-            line = write.export_model(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
+            line = steps.export_model(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
         print(line, flush=True)
         if args.gguf:
-            print(write.export_gguf(folder, model, tokenizer, args.gguf, known, args.verify), flush=True)
-        write.write_card(folder, model, known, license, args.push_to_hub or "", base)
+            print(steps.export_gguf(folder, model, tokenizer, args.gguf, known, args.verify), flush=True)
+        steps.write_card(folder, model, known, license, args.push_to_hub or "", base)
     print(f"saved {args.folder}:", *hub.listing(args.folder), sep="\n")
     if args.push_to_hub and args.dry_run:
         print(f"these files would go to {args.push_to_hub}; nothing was uploaded (--dry_run)")

@@ -10,7 +10,7 @@
 Requests are decoded together, new ones join between two tokens. Routes: /v1/chat/completions, /v1/completions,
 /v1/embeddings, /v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
 Reads the checkpoints, writes nothing.
-Read next: serving/app.py (a request's way), serving/limits.py (who may ask, and how much), serving/engine.py
+Read next: serving/app.py (a request's way), serving/limits.py (who may ask, and how much), serving/scheduler.py
 (decoding together), model/generate.py (one token).
 """
 
@@ -22,10 +22,10 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
-from corpus import flags
-from model.presets import CHOICES
 from model.rope_flags import add_rope_flags, rope_of
+from model.sampling_presets import CHOICES
 
 if TYPE_CHECKING:
     from serving.limits import Limits
@@ -34,22 +34,22 @@ PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
     add(
         "--checkpoint",
         nargs="+",
-        type=flags.path,
+        type=cli.path,
         metavar="FILE",
         help=".pth files or transformers folders; NAME=FILE names one",
     )
     add(
         "--out_dir",
-        type=flags.path,
+        type=cli.path,
         default="out",
         help="where the latest stage is looked for otherwise (default: out)",
     )
-    add("--max_context", type=flags.at_least(8), default=4096,
+    add("--max_context", type=cli.at_least(8), default=4096,
         help="longest prompt and answer together (default: 4096)")  # fmt: skip
     strict = "404 for unknown model names; a server of one model answers them with it otherwise"
     add("--strict_model_names", action="store_true", help=strict)
@@ -59,40 +59,40 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("who may ask").add_argument
     add(
         "--host",
-        type=flags.some_text,
+        type=cli.some_text,
         default="127.0.0.1",
         help="address to listen on (default: 127.0.0.1, this machine only)",
     )
-    add("--port", type=flags.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
+    add("--port", type=cli.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
     shown = "other users of this machine see it in the list of processes (ps)"
     add(
         "--api_key",
-        type=flags.some_text,
+        type=cli.some_text,
         metavar="KEY",
         help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)",
     )
-    add("--api_key_file", type=flags.path, metavar="FILE", help="a key per line; clients must send one of all keys")
+    add("--api_key_file", type=cli.path, metavar="FILE", help="a key per line; clients must send one of all keys")
     names = "names of this server in the Host header (default: localhost, 127.0.0.1, ::1 and --host; any with a key)"
-    add("--allowed_hosts", action=flags.NameList, default=[], metavar="NAME", help=names)
-    add("--cors", action=flags.NameList, default=[], metavar="ORIGIN",
+    add("--allowed_hosts", action=cli.NameList, default=[], metavar="NAME", help=names)
+    add("--cors", action=cli.NameList, default=[], metavar="ORIGIN",
         help="web pages that may ask, as https://chat.example.org")  # fmt: skip
     add = parser.add_argument_group("how much").add_argument
-    add("--seats", type=flags.positive_int, default=16,
+    add("--seats", type=cli.positive_int, default=16,
         help="answers per model that are decoded together (default: 16)")  # fmt: skip
-    add("--queue", type=flags.non_negative_int, default=64,
+    add("--queue", type=cli.non_negative_int, default=64,
         help="answers per model that may wait; then 429 (default: 64)")  # fmt: skip
-    add("--max_request_bytes", type=flags.positive_int, default=2**20,
+    add("--max_request_bytes", type=cli.positive_int, default=2**20,
         help="larger requests get 413 (default: 1048576)")  # fmt: skip
-    add("--max_queued_bytes", type=flags.positive_int,
+    add("--max_queued_bytes", type=cli.positive_int,
         help="of all large requests together; then 429 (default: 16 times --max_request_bytes)")  # fmt: skip
-    add("--max_connections", type=flags.at_least(2), default=256,
+    add("--max_connections", type=cli.at_least(2), default=256,
         help="open at the same time; idle ones are closed for new ones (default: 256)")  # fmt: skip
     timeout = "seconds a client has to send headers, to send a body (each MiB), and to read more of the answer"
-    add("--client_timeout", type=flags.at_least(1), default=30, help=f"{timeout} (default: 30)")
+    add("--client_timeout", type=cli.at_least(1), default=30, help=f"{timeout} (default: 30)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
-    add("--dtype", choices=flags.DTYPES, default="float32", help=dtype)
+    add("--dtype", choices=cli.DTYPES, default="float32", help=dtype)
     return parser
 
 
@@ -172,10 +172,10 @@ def main() -> None:
         if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
             raise
         raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
-    from model.presets import spell
     from model.rope import describe
-    from serving.served import latest, open_models
-    from trainer.runtime import autocast, pick_device, pick_dtype
+    from model.sampling_presets import spell
+    from serving.models import latest, open_models
+    from trainer.distributed import autocast, pick_device, pick_dtype
 
     with open_socket(args.host, args.port) as door:
         device = pick_device(args.device)

@@ -14,7 +14,7 @@ Reads txt, jsonl, json, csv, parquet and arrow files (also .gz .xz .zst .bz2), a
 Writes the folder --out_dir: tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json;
 transformers opens it as well.
 
-Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat_formats.py (how a chat is written), then
+Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat_template.py (how a chat is written), then
 data_process.py (text -> numbers on disk).
 """
 
@@ -24,20 +24,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.locks import locked
-from corpus import flags
-from model.chat_formats import FORMAT_NAMES
+from model.chat_template import FORMAT_NAMES
 
 if TYPE_CHECKING:
     from corpus.tokenizer_sample import TextSample
-    from model.chat import ChatTokenizer
+    from model.tokenizer import ChatTokenizer
 
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(
+    parser = cli.Parser(
         description="Learn how to cut text into tokens from your own text, in less than a minute.",
         epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
         '           python train_tokenizer.py --inspect "从零开始 train a model"',
@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "files",
         "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
         nargs="*",
-        type=flags.path,
+        type=cli.path,
         metavar="FILE",
     )
     add(
@@ -60,13 +60,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["bpe", "unigram"],
         default="bpe",
     )
-    counts: dict[str, Any] = {"type": flags.positive_int, "metavar": "N"}
+    counts: dict[str, Any] = {"type": cli.positive_int, "metavar": "N"}
     add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
     add(
         "--out_dir",
         "folder of the tokenizer (default: model/tokenizer)",
         default="model/tokenizer",
-        type=flags.path,
+        type=cli.path,
         metavar="FOLDER",
     )
     add(
@@ -82,11 +82,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_bad_share",
         "rows that may be unusable (default: 0.01)",
         default=0.01,
-        type=flags.fraction,
+        type=cli.fraction,
         metavar="SHARE",
     )
-    add("--accept_damaged", flags.ACCEPT_DAMAGED, action="store_true")
-    add("--seed", "another number samples other documents (default: 0)", default=0, type=flags.seed, metavar="N")
+    add("--accept_damaged", cli.ACCEPT_DAMAGED, action="store_true")
+    add("--seed", "another number samples other documents (default: 0)", default=0, type=cli.seed, metavar="N")
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
     add_compare_flags(parser)
     args = parser.parse_args(argv)
@@ -102,18 +102,18 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         nargs="+",
-        type=flags.path,
+        type=cli.path,
         metavar="FOLDER",
         help="a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
     )
     add(
         "--compare_on",
         nargs="+",
-        type=flags.path,
+        type=cli.path,
         metavar="FILE",
         help="text to count (default: text of the built-in demo world)",
     )
-    add("--out", type=flags.path, metavar="FILE.md", help="write the table of --compare to this file too")
+    add("--out", type=cli.path, metavar="FILE.md", help="write the table of --compare to this file too")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":
@@ -121,8 +121,8 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
     from rich.console import Console
     from rich.progress import Progress
 
-    from corpus.report import DataReport
-    from corpus.sources import expand_inputs
+    from corpus.input_files import expand_inputs
+    from corpus.stats import DataReport
     from corpus.tokenizer_sample import sample_texts
 
     args.files = expand_inputs(args.files)
@@ -204,7 +204,7 @@ def main() -> None:
     args = parse_arguments()
     if args.compare:
         return compare_tokenizers(args.compare, args.compare_on or [], args.out)
-    from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, load_tokenizer
+    from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, load_tokenizer
 
     if args.inspect is not None:
         try:
@@ -230,7 +230,7 @@ def main() -> None:
 def train(args: argparse.Namespace, reserved: list[str]) -> tuple["ChatTokenizer", "TextSample"]:
     """Train a tokenizer on the files and save it in --out_dir."""
     from corpus.tokenizer_training import train_tokenizer
-    from model.chat import save_tokenizer
+    from model.tokenizer import save_tokenizer
 
     sample = read_sample(args)
     texts = [text for language in LANGUAGE_NAMES for text in sample.texts[language]]

@@ -15,8 +15,8 @@ import socket
 import sys
 from pathlib import Path
 
+from common import cli
 from common.errors import UserError, fail_in_one_line
-from corpus import flags
 from model.rope_flags import add_rope_flags, rope_of
 
 HERE = Path(__file__).resolve().parent
@@ -32,13 +32,13 @@ SETTINGS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
-    add("--out_dir", type=flags.path, help="where the models are (default: out, here or in the project's folder)")
+    add("--out_dir", type=cli.path, help="where the models are (default: out, here or in the project's folder)")
     add(
         "--checkpoint",
         nargs="+",
-        type=flags.path,
+        type=cli.path,
         default=[],
         metavar="FILE",
         help=".pth files or transformers folders, instead",
@@ -47,15 +47,15 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("page").add_argument
     add(
         "--host",
-        type=flags.some_text,
+        type=cli.some_text,
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0 lets others in (default: 127.0.0.1)",
     )
-    add("--port", type=flags.between(1, 65535), default=8501, help="default: 8501")
+    add("--port", type=cli.between(1, 65535), default=8501, help="default: 8501")
     add("--lang", choices=("auto", "zh", "en"), default="auto", help="first language (auto: the browser's)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=flags.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=flags.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=cli.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     return parser
 
 
@@ -81,21 +81,23 @@ def launch(args: argparse.Namespace) -> None:
             raise UserError(
                 f"cannot listen on {args.host}:{args.port} ({reason}): try another --port or --host"
             ) from None
-    from trainer.runtime import pick_device, pick_dtype
+    from trainer.distributed import pick_device, pick_dtype
 
     device = pick_device(args.device)
     where = ", ".join(args.checkpoint) or f"models in {out_dir(args)}"
     print(f"{where}, {device}, {pick_dtype(args.dtype, device)}; Ctrl-C ends the page", flush=True)
-    from streamlit.web import cli
+    from streamlit.web import cli as streamlit_cli
 
-    flags = {**SETTINGS, "server.address": args.host, "server.port": args.port}
-    cli.main(["run", __file__, *(f"--{name}={value}" for name, value in flags.items()), "--", *sys.argv[1:]])
+    settings = {**SETTINGS, "server.address": args.host, "server.port": args.port}
+    streamlit_cli.main(
+        ["run", __file__, *(f"--{name}={value}" for name, value in settings.items()), "--", *sys.argv[1:]]
+    )
 
 
 def draw(args: argparse.Namespace) -> None:
     """One drawing of the page, inside streamlit."""
     from serving.page import Options, show
-    from trainer.runtime import pick_device, pick_dtype
+    from trainer.distributed import pick_device, pick_dtype
 
     device = pick_device(args.device)
     files = tuple(Path(path) for path in args.checkpoint)

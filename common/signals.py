@@ -4,7 +4,7 @@
     SIGHUP       exit code 129, likewise: the terminal was closed; under nohup it stays ignored
     Ctrl-C       exit code 130
 
-Read next: errors.py (fail_in_one_line turns these into one line), ../trainer/runtime.py (training saves first).
+Read next: errors.py (fail_in_one_line turns these into one line), ../trainer/distributed.py (training saves first).
 """
 
 import contextlib

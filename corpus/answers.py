@@ -1,6 +1,6 @@
 """The answer of a chat row, in the ways in which rows write one.
 
-Read next: rows.py (who calls this), pair_answers.py (two answers to one prompt).
+Read next: row_text.py (who calls this), pair_answers.py (two answers to one prompt).
 """
 
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from corpus.chats import NO_TOOLS, Message, Notes, is_filled, message, messages_of, plain_answer, role_of
 from corpus.language import sound_text
 from corpus.pair_answers import is_ranked
-from corpus.report import BadRow, UnfitRow
 from corpus.spelled_turns import is_tool_call, spells_messages
+from corpus.stats import BadRow, UnfitRow
 
 
 def answer_of(given: Any, key: str, notes: Notes) -> list[Message]:

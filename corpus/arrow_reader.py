@@ -4,16 +4,16 @@ Nested structs and lists become dicts and lists; the line of a row is its number
 read ends the file, unless damage is accepted: then reading continues with the next one. Every batch is validated before
 use: pyarrow trusts the offsets in a file, and wrong ones would read foreign memory.
 
-Read next: readers.py (the other formats).
+Read next: txt_reader.py (the other formats).
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from common.errors import UserError
+from corpus.input_files import Source
 from corpus.json_reader import Rows
-from corpus.report import DataReport
-from corpus.sources import Source
+from corpus.stats import DataReport
 
 BATCH_ROWS = 1000
 ARROW_MAGIC = 8  # bytes in front of the stream that every arrow file contains

@@ -8,7 +8,7 @@ A message has the keys role and content, and `"weight": 0` where the row exclude
 list is parsed, never evaluated: a data file cannot run code. The last turn may lack its answer; `whole_turns` removes
 it.
 
-Read next: layouts.py (keys and roles), rows.py (rows -> chats), pack.py (chats -> tokens).
+Read next: layouts.py (keys and roles), row_text.py (rows -> chats), prepare_chats.py (chats -> tokens).
 """
 
 import itertools
@@ -18,8 +18,8 @@ from typing import Any
 from corpus.language import as_text, is_missing, sound_text
 from corpus.layouts import CONTENT_KEYS, HARMLESS, KEYS, ROLE_KEYS, ROLES, THOUGHT_KEYS, TOOL_KEYS, TRAINED_KEYS
 from corpus.marked_text import Message, marked_turns, message
-from corpus.report import BadRow, UnfitRow
 from corpus.spelled_turns import parse_list, parsed
+from corpus.stats import BadRow, UnfitRow
 
 OPENING = "without the assistant's opening message"
 JOINED = "with messages of one role in a row joined"

@@ -7,7 +7,7 @@ A compressed file is one member after the other: gzip members (RFC 1952), xz str
 streams. pigz, bgzip, pbzip2 and `cat a.gz b.gz` write several. With `skip_damage` reading continues at the next member
 after a damaged one; a line with a byte that no encoding has, GAP, stands where bytes are missing.
 
-Read next: sources.py (who opens files).
+Read next: input_files.py (who opens files).
 """
 
 import bz2

@@ -9,7 +9,7 @@
 
 Quotes are doubled inside quotes, backslashes are text, line ends inside quotes stay as they are.
 
-Read next: readers.py (the other formats).
+Read next: txt_reader.py (the other formats).
 """
 
 import csv
@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from common.errors import UserError
+from corpus.input_files import Source
 from corpus.json_reader import MAX_LINE, Rows
-from corpus.report import DataReport
-from corpus.sources import Source
+from corpus.stats import DataReport
 
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
 MAX_HEADER = 1 << 16  # characters of a header that is read although it is malformed

@@ -6,7 +6,7 @@
 A compressed stream that breaks off, a parquet file without its end and a disk that cannot be read lose rows that were
 never seen. They are estimated by bytes: rows read / bytes read * bytes lost, at least 1 for each damaged place.
 
-Read next: compression.py and sources.py (where damage is found), report.py (how it counts).
+Read next: compression.py and input_files.py (where damage is found), stats.py (how it counts).
 """
 
 from dataclasses import dataclass

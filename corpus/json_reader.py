@@ -9,7 +9,7 @@
 
 Arrays of any size are streamed.
 
-Read next: sniff.py (which of the two readers a file gets), read.py (rows -> documents and chats).
+Read next: sniff.py (which of the two readers a file gets), readers.py (rows -> documents and chats).
 """
 
 import json
@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from corpus.input_files import Source
 from corpus.json_stream import LOST, MAX_LINE, Broken, JsonStream, is_message
-from corpus.report import DataReport
-from corpus.sources import Source
+from corpus.stats import DataReport
 
 NO_END = "a JSON array without its end: the file may be cut"
 LONG_LINE = 1 << 20  # bytes of a broken line that counts as the rows it may have held

@@ -20,8 +20,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from corpus.report import DataReport
-from corpus.sources import PIECE, Source
+from corpus.input_files import PIECE, Source
+from corpus.stats import DataReport
 
 MAX_LINE = 64 << 20  # bytes of one line or value; longer ones are bad rows
 WINDOW = 1 << 20  # characters in which the shape of rows is looked for

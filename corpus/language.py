@@ -5,13 +5,13 @@
 Only two labels, because the house trains two languages and reports every figure for both. Text without any letter
 (numbers, code punctuation, emoji) counts as "en".
 
-Read next: read.py (where texts come from), report.py (where the labels are counted).
+Read next: readers.py (where texts come from), stats.py (where the labels are counted).
 """
 
 import math
 from typing import Any
 
-from corpus.report import BadRow
+from corpus.stats import BadRow
 
 LANGUAGES = ("zh", "en")
 ZH_SHARE = (

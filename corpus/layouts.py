@@ -5,9 +5,10 @@
     LAYOUTS    one example row for each layout that is documented and tested
 
 A new key is one more entry in KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md shows the same
-table (tests/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` names the keys of any other layout.
+table (tests/corpus/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` names the keys of any other
+layout.
 
-Read next: chats.py (turns -> messages), rows.py (row -> text, chat or pair).
+Read next: chats.py (turns -> messages), row_text.py (row -> text, chat or pair).
 """
 
 import difflib

@@ -7,7 +7,7 @@
 after a space, a quote or a bracket they are text. `<s>` and `</s>` are also HTML:
 they count at the start and end of a document, and in plain text on a line of their own.
 
-Read next: read.py (rows), readers.py (plain text).
+Read next: readers.py (rows), txt_reader.py (plain text).
 """
 
 import re

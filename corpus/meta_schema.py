@@ -1,4 +1,4 @@
-"""The types of the fields of a data folder's meta.json. Read next: shards.py (what the fields mean)."""
+"""The types of the fields of a data folder's meta.json. Read next: shard_writer.py (what the fields mean)."""
 
 from pathlib import Path
 from typing import Any

@@ -3,7 +3,7 @@
 The prompt is the common beginning of both conversations in whole messages, never in characters: two answers that begin
 with the same words are still two answers.
 
-Called by rows.py. Read next: pairs.py (pairs -> documents).
+Called by row_text.py. Read next: preferences.py (pairs -> documents).
 """
 
 import itertools
@@ -22,8 +22,8 @@ from corpus.chats import (
 from corpus.language import as_text
 from corpus.layouts import COMPARISONS, SCORES
 from corpus.marked_text import marked_turns
-from corpus.report import BadRow, UnfitRow
 from corpus.spelled_turns import spells_messages
+from corpus.stats import BadRow, UnfitRow
 
 SIDES = ("chosen", "rejected")
 NO_PAIR = "none of the keys of a pair"

@@ -1,101 +1,167 @@
-"""One reader for each file format: an open Source -> (line, row), streaming.
+"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, arrow; also as .gz .xz .zst .bz2.
 
-    READERS[sniff(source)](source, report)    -> (line, row): an object, or a piece of plain text (str)
+    read_rows(path, report)    -> (line, row): an object, or a piece of plain text (str)
+    read_texts(paths, report)  -> Document(text, source_file, line)
+    read_chats(paths, report)  -> Chat(messages, source_file, line)
 
-Bad rows are counted in the report with their line and skipped; nothing is raised. Memory is bounded: lines, paragraphs
-and JSON values are read in pieces and have a maximum size.
+The format is told from the content first and from the name second. What cannot be used (broken JSON, malformed UTF-8,
+NUL, wrong types) is counted in the report with its line and skipped; the report raises UserError when too much is bad.
+A damaged file (a compressed stream that breaks off, a disk that cannot be read) raises DamagedFile after its last
+readable row, unless the report accepts it. Memory stays bounded: lines and paragraphs are read in pieces.
 
-Read next: json_reader.py, csv_reader.py, arrow_reader.py, sniff.py (telling the format), read.py (rows -> chats).
+Read next: txt_reader.py (one reader a format), input_files.py (opening, telling the format), row_text.py (row -> text
+or chat), stats.py (counts and limits), examples.py (duplicates, validation split).
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from corpus.arrow_reader import read_arrow, read_parquet
-from corpus.csv_reader import read_csv
-from corpus.json_reader import Rows, read_json, read_jsonl
-from corpus.markers import STRONG_BYTES, line_pieces, separates_documents
-from corpus.report import DataReport
-from corpus.sources import PIECE, Source
+from common.errors import UserError
+from corpus.chats import Message
+from corpus.damage import DamagedFile, settle
+from corpus.input_files import check_input, open_source
+from corpus.layouts import KEYS
+from corpus.markers import STRONG, has_marker, split_documents
+from corpus.row_text import READER, Content, RowReader
+from corpus.sniff import sniff
+from corpus.stats import EMPTY_FILE, BadRow, DataReport, UnfitRow
+from corpus.txt_reader import READERS, Rows
 
-_ENDS = (b". ", *(mark.encode() for mark in "。！？"), *STRONG_BYTES)  # where a very long line is cut
+Path_ = str | os.PathLike[str]
+_TEXT_KEYS = frozenset(KEYS["text"])
 
 
-def read_txt(source: Source, report: DataReport) -> Rows:
-    """Documents are separated by blank lines, or by markers such as <|endoftext|> if the file begins with some.
+@dataclass(frozen=True)
+class Document:
+    text: str
+    source_file: str
+    line: int
+    source: str = ""  # where it comes from, as its row says it
 
-    Documents longer than PIECE come in several, cut at a line or sentence end.
+
+@dataclass(frozen=True)
+class Chat:
+    messages: list[Message]
+    source_file: str
+    line: int
+    content: Content
+
+
+# ---- the three readers -----------------------------------------------------------------------------------------------
+def read_rows(path: Path_, report: DataReport) -> Rows:
+    """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
+
+    A bare list of messages is a row, too; a text with separators such as <|endoftext|> is several rows.
+    Raises UserError for a file that cannot be opened or is damaged, and when the report's cap of bad rows is exceeded.
     """
-    if separates_documents(source.head()):
-        yield from _read_marked_txt(source, report)
-        return
-    start, block = 1, bytearray()
-    for number, line in _text_lines(source):
-        blank = line.isspace()
-        if block and (blank or len(block) + len(line) > PIECE):
-            if text := _block_text(block, source, start, report):
-                yield start, text
-            block = bytearray()
-        if not block:
-            start = number
-        if not blank:
-            block += line
-    if text := _block_text(block, source, start, report):
-        yield start, text
+    file = os.fspath(path)
+    before = report.position()
+    with open_source(Path(file), skip_damage=bool(report.accept_damaged)) as source:
+        report.position = lambda: before + source.position()
+        if source.encoding.codec != "utf-8":
+            report.note(f"{file}: read as {source.encoding.name}")
+        form = sniff(source)
+        for line, row in READERS[form](source, report):
+            if not isinstance(row, str if form == "txt" else (dict, list)):
+                report.unreadable("a row that is not an object", file, line)
+                continue
+            key = "" if form == "txt" else _document_key(row)
+            if key or (form == "txt" and "<" in row):
+                yield from ((line, part) for part in _without_markers(row, key, (file, line), report))
+                continue
+            report.saw_row(file, row)
+            yield line, row
+        settle(file, source.size, source.damages, source.line, report)
+        report.position = lambda: before + source.size
+    if file not in report.files:
+        report.unreadable(EMPTY_FILE, file, 1)
 
 
-def _read_marked_txt(source: Source, report: DataReport) -> Rows:
-    """Documents between markers; blank lines inside them stay."""
-    start, block = 1, bytearray()
-    for number, line in _text_lines(source):
-        pieces = line_pieces(line)
-        for i, piece in enumerate(pieces):
-            if i or len(block) + len(piece) > PIECE:  # a document ends before each piece but the first
-                if text := _block_text(block, source, start, report):
-                    yield start, text
-                block = bytearray()
-            if not block:
-                start = number
-            if block or not piece.isspace():
-                block += piece
-    if text := _block_text(block, source, start, report):
-        yield start, text
+def _document_key(row: Any) -> str:
+    """The key of a document's text in which a separator may stand; "" for other rows."""
+    if isinstance(row, dict):
+        for key, value in row.items():
+            if isinstance(value, str) and "<" in value and key in _TEXT_KEYS:
+                return key if READER.document_key(row) == key else ""
+    return ""
 
 
-def _text_lines(source: Source) -> Iterator[tuple[int, bytes]]:
-    """(line number, line or piece of a very long line); pieces end after a sentence, or at least between characters."""
-    number, pending = 1, b""
-    while line := source.readline(PIECE - len(pending)):
-        source.line = number
-        line = pending + line
-        pending = b""
-        if not line.endswith(b"\n") and len(line) == PIECE:
-            ends = [line.rfind(mark) + len(mark) for mark in _ENDS if mark in line]
-            cut = max(end for end in [*ends, 0])
-            if cut < PIECE // 2:
-                cut = next((i for i in range(PIECE - 1, PIECE - 5, -1) if line[i] & 0xC0 != 0x80), PIECE)
-                opening = line.rfind(b"<|", cut - 20)  # no marker is cut in two
-                cut = opening if opening > 0 else cut
-            line, pending = line[:cut], line[cut:]
-        yield number, line
-        number += line.endswith(b"\n")
-    if pending:
-        yield number, pending
+def _without_markers(row: Any, key: str, place: tuple[str, int], report: DataReport) -> Iterator[Any]:
+    """The rows of a row whose text may hold document separators, each counted as read."""
+    text = row[key] if key else row
+    documents = split_documents(text)
+    if not documents and text.strip():
+        report.saw_row(place[0], row)
+        report.drop("only a document separator", *place)
+    for document in documents:
+        part = {**row, key: document} if key else document
+        report.saw_row(place[0], part)
+        if has_marker(document):
+            report.shorten(f"holds {' or '.join(m for m in STRONG if m in document)} as text", *place)
+        yield part
 
 
-def _block_text(block: bytearray, source: Source, line: int, report: DataReport) -> str:
-    """The text of a document; "" when it has none, or is malformed and counted."""
-    try:
-        return block.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        report.unreadable(source.malformed, source.name, line)
-        return ""
+def read_texts(
+    paths: Iterable[Path_], report: DataReport, source_key: str = "", reader: RowReader = READER
+) -> Iterator[Document]:
+    """The documents of all files, in order. A chat counts as one document: its words, without markers.
+
+    `source_key`: the key under which a row names its source.
+    Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
+    """
+    for file, line, row, content in taken_rows(paths, report, "text", reader.text):
+        report.note_row(content.changes, [key for key in content.unused if key != source_key], file, line)
+        yield Document(content.text, file, line, _source_of(row, source_key))
 
 
-READERS = {
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "txt": read_txt,
-    "parquet": read_parquet,
-    "arrow": read_arrow,
-}
+def read_chats(paths: Iterable[Path_], report: DataReport, reader: RowReader = READER) -> Iterator[Chat]:
+    """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
+    for file, line, _, content in taken_rows(paths, report, "chat", reader.chat):
+        yield Chat(content.messages, file, line, content)
+
+
+def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[tuple[str, int, Any]]:
+    """Rows of all files; after each file, and at the end, the report checks its limits. `kind`: see expected_keys."""
+    files = [os.fspath(path) for path in paths]
+    for file in files:
+        check_input(file)
+    report.input_total = sum(Path(file).stat().st_size for file in files)
+    for file in files:
+        try:
+            for line, row in read_rows(file, report):
+                yield file, line, row
+        except DamagedFile:
+            raise
+        except UserError:
+            report.check_file(file, kind)  # more specific than "too many bad rows"
+            raise
+        report.check_file(file, kind)
+    report.check_cap()
+
+
+def taken_rows(
+    paths: Iterable[Path_], report: DataReport, kind: str, take: Callable[[Any], Content]
+) -> Iterator[tuple[str, int, Any, Content]]:
+    """(file, line, row, take(row)) of all rows.
+
+    Rows for which `take` raises UnfitRow are dropped, those for which it raises BadRow are bad; both are counted.
+    """
+    for file, line, row in all_rows(paths, report, kind):
+        try:
+            content = take(row)
+        except UnfitRow as reason:
+            report.good_row(file)
+            report.drop(str(reason), file, line)
+        except BadRow as reason:
+            report.bad_row(str(reason), file, line)
+        else:
+            report.good_row(file)
+            yield file, line, row, content
+
+
+def _source_of(row: Any, key: str) -> str:
+    value = row.get(key) if isinstance(row, dict) else None
+    return value if isinstance(value, str) else ""

@@ -1,14 +1,14 @@
 """Chats -> documents of the token folder: ids, mask of trained tokens, and bytes of the answers, cut at whole turns.
 
-Called by pack.py. Read next: ../model/chat.py (`render_each`).
+Called by prepare_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 """
 
 import itertools
 from typing import Any
 
 from corpus.chats import Message, chat_text, is_trained, whole_turns
-from corpus.items import Item
-from corpus.report import DataReport
+from corpus.examples import Item
+from corpus.stats import DataReport
 
 LONGEST_TOKEN = 256  # characters; the longest of usual tokenizers are 128 spaces
 Document = tuple[list[int], list[int], int]  # ids, mask, UTF-8 bytes of the answers
@@ -19,7 +19,8 @@ def render_chats(items: list[Item], tokenizer: Any, max_seq_len: int, report: Da
     tokenizer's chat format cannot write the chat.
 
     That is one document, or several where the format writes an answer differently when turns follow it
-    (model/chat.py, `render_each`). A turn is never cut inside: half an answer would train to stop inside a sentence.
+    (model/tokenizer.py, `render_each`). A turn is never cut inside: half an answer would train to stop inside a
+    sentence.
     """
     firsts = [_first_turns(item.messages, max_seq_len) for item in items]
     whole = iter(tokenizer.render_each([messages for messages in firsts if messages]))

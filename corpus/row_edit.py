@@ -1,8 +1,8 @@
 """Editing the texts inside a row without changing its layout: what `clean` does to chats and pairs.
 
-    edit_value(value, edit)    every text in a value that rows.py reads replaced by edit(text)
+    edit_value(value, edit)    every text in a value that row_text.py reads replaced by edit(text)
 
-Read next: rows.py (RowReader.edit), clean.py (the rules).
+Read next: row_text.py (RowReader.edit), ../curation/cleaning.py (the rules).
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 from corpus.chats import role_of, turn_texts
 from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
 from corpus.marked_text import edit_marked, marked_turns
-from corpus.report import BadRow
 from corpus.spelled_turns import is_message, parse_list
+from corpus.stats import BadRow
 
 
 def edit_value(value: Any, edit: Callable[[str], str]) -> Any:

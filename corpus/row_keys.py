@@ -1,6 +1,6 @@
 """Which keys of a row hold which field: the inverse of layouts.KEYS, with the user's own keys (--keys) in their place.
 
-Read next: layouts.py (the keys), rows.py (what is read from them).
+Read next: layouts.py (the keys), row_text.py (what is read from them).
 """
 
 from functools import lru_cache

@@ -12,8 +12,9 @@ in those of earlier versions, which have no checksums.
 
 A shard may carry labels: the language and the source of its documents. `open_split` takes a choice of shards by them.
 
-Reads   what shards.py describes.
-Read next: shards.py (the files, who writes them), mix.py (who chooses by label), ../trainer/batches.py (rows).
+Reads   what shard_writer.py describes.
+Read next: shard_writer.py (the files, who writes them), mixing.py (who chooses by label), ../trainer/datasets.py
+(rows).
 """
 
 import contextlib
@@ -28,8 +29,8 @@ import numpy as np
 
 from common.checksums import file_checksum
 from common.errors import UserError
-from corpus.block_sums import BLOCK, Blocks
-from corpus.shards import FORMAT, Folder, read_meta, say_without_checksums, way_back
+from corpus.block_checksums import BLOCK, Blocks
+from corpus.shard_writer import FORMAT, Folder, read_meta, say_without_checksums, way_back
 
 MOST_OPEN = 128  # files at a time: a terabyte has more shards than a process may have open files
 MASK = np.dtype(np.uint8)

@@ -5,7 +5,7 @@
     jsonl    a JSON value on each line (an object, or the list of a chat's messages), also with a comma at the end
     json     everything else in JSON: an array, objects over many lines, one object that holds the rows
 
-Read next: readers.py (one reader for each format).
+Read next: txt_reader.py (one reader for each format).
 """
 
 import codecs
@@ -14,10 +14,10 @@ import re
 from typing import Any
 
 from common.errors import UserError
+from corpus.input_files import PIECE, SUFFIX_FORMATS, Source
 from corpus.json_reader import loose_value
 from corpus.json_stream import is_message
 from corpus.layouts import KEYS
-from corpus.sources import PIECE, SUFFIX_FORMATS, Source
 
 _HEADER_KEYS = {key for keys in KEYS.values() for key in keys}
 _LIST_KEYS = b"messages|conversations?|dialogu?e?s?|chat|chosen|rejected|history|turns|answers|completions|responses"

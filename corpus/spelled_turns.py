@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from corpus.layouts import CONTENT_KEYS, ROLE_KEYS, ROLES, TOOL_KEYS
-from corpus.report import BadRow
+from corpus.stats import BadRow
 
 
 def spells_messages(value: Any) -> bool:

@@ -7,7 +7,7 @@ UTF-8 is preferred: a sample that is UTF-8 but for a few bytes stays UTF-8, with
 charset-normalizer names an encoding, and its guess is used only if the decoded text consists of frequent characters.
 Else the file stays UTF-8, and the reason of its malformed rows, `Encoding.malformed`, has the command to convert it.
 
-Read next: sources.py (opening files).
+Read next: input_files.py (opening files).
 """
 
 import codecs

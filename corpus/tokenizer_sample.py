@@ -7,7 +7,7 @@
 Equal documents count once. The choice depends on the documents, not on their order, and memory on the budget, not on
 the input. Reading ends after `read_budget` bytes of text, shared fairly among the files.
 
-Read next: tokenizer_training.py (what the sample is for), read.py (where documents come from).
+Read next: tokenizer_training.py (what the sample is for), readers.py (where documents come from).
 """
 
 import heapq
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from corpus.items import ENOUGH, content_key
+from corpus.examples import ENOUGH, content_key
 from corpus.language import LANGUAGES, language_of
-from corpus.read import read_texts
-from corpus.report import DataReport
+from corpus.readers import read_texts
+from corpus.stats import DataReport
 
 SHARE = {"zh": 5 / 7, "en": 2 / 7}  # of the budget, in UTF-8 bytes: 5 Chinese characters for 6 of English
 HELD_OUT_SHARE = 0.01

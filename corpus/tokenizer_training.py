@@ -11,7 +11,7 @@ more than any 320 further pieces of words. They are joined last, so words are cu
 
 Every newline and every digit is a piece of its own. The 256 bytes are always in the vocabulary: no text is unknown.
 
-Read next: tokenizer_sample.py (step 1), ../train_tokenizer.py (who calls), ../model/chat.py (chats as tokens).
+Read next: tokenizer_sample.py (step 1), ../train_tokenizer.py (who calls), ../model/tokenizer.py (chats as tokens).
 Sources: Sennrich et al. 2016 (BPE), Kudo 2018 (unigram), Liu et al. 2025 (SuperBPE: words first, then across spaces).
 """
 

@@ -11,7 +11,7 @@ for twice (delete the file to judge anew). Two equal answers are a tie without a
 
 Speaks OpenAI's POST /chat/completions in plain HTTP: no package is needed for one request. The key is taken from
 OPENAI_API_KEY and goes to that server only; redirects are refused.
-Called by report_page.py. Read next: http_judge.py (the wire).
+Called by report.py. Read next: judge_client.py (the wire).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import cannot_write
 from common.locks import locked
-from evaluation.http_judge import ChatServer
+from evaluation.judge_client import ChatServer
 
 SCORE = """A small language model was given a request. How good is its answer? Is it correct, does it help, is it in \
 the language that the request asks for, is it well written? 1 is useless, 10 could not be better.

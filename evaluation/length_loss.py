@@ -7,7 +7,7 @@ All rows of a table read the same documents: those of a `--texts` file that are 
 first DOCUMENTS of them. Documents are never joined: tokens of another document do not help to predict the next one, so
 the loss would show no use of a long context. Where no document reaches a column, the table ends before it and says so.
 A model with RoPE scaling of its own, or given by --rope_scaling, has one row. Sums in fp64, products in fp32.
-Read next: ../model/rope.py, bits.py (bits per byte), report_page.py (the report).
+Read next: ../model/rope.py, bits_per_byte.py (bits per byte), report.py (the report).
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from model.chat import ChatTokenizer
 from model.config import ModelConfig
 from model.rope import describe, longer_config
 from model.rope_flags import KINDS
+from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.loss import token_log_probs
 

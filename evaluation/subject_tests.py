@@ -5,12 +5,12 @@
     above guessing more right than guessing gives
 
 Tests: subject against the others by Fisher's exact test (two-sided), subject against guessing by the exact p-value of
-exam_score.py (one-sided). Each of the two families of tests is corrected by Holm's method (Holm 1979, Scandinavian
+exam_stats.py (one-sided). Each of the two families of tests is corrected by Holm's method (Holm 1979, Scandinavian
 Journal of Statistics 6): for a model that is equally good in all subjects, the probability that any subject is called
 strong or weak is at most 5 %. Without it, one of twenty subjects would be called so by luck alone.
 
 With several orders of the options the number right is rounded to whole questions.
-Called by exam_pages.py. Read next: exam_score.py (scores and intervals).
+Called by exam_report.py. Read next: exam_stats.py (scores and intervals).
 """
 
 import math
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.exam_score import LEVEL, Result, Score
+from evaluation.exam_stats import LEVEL, Result, Score
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from corpus.demo_world import World
 from corpus.language import language_of
-from corpus.read import read_texts
-from corpus.report import DataReport
+from corpus.readers import read_texts
+from corpus.stats import DataReport
+from demo_world.generator import World
 
 LANGUAGES = ("zh", "en")
 DEMO_BYTES = 100_000  # of the demo world's text in each language

@@ -8,7 +8,7 @@
 llama.cpp multiplies YaRN's default factor on cos and sin, 0.1 ln(factor) + 1, by attn_factor. It always rounds the ends
 of the ramp and reads no beta_fast and beta_slow in these architectures, so other values are refused.
 Source: llama.cpp, src/llama-context.cpp and ggml's rope_yarn.
-Read next: ../model/rope.py, gguf_file.py.
+Read next: ../model/rope.py, gguf_export.py.
 """
 
 import dataclasses

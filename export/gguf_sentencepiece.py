@@ -24,8 +24,8 @@ from functools import cached_property
 from typing import Any
 
 from common.errors import UserError
-from export.stock_check import TEXTS, chat_ids, chat_text
-from model.chat import ChatTokenizer
+from export.verify_hf import TEXTS, chat_ids, chat_text
+from model.tokenizer import ChatTokenizer
 
 SPACE = "▁"
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}

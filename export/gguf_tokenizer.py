@@ -8,7 +8,7 @@ digits and "<" alone; "superbpe" cuts at numbers alone, and since no piece of ou
 both end with the same tokens. The vocabulary is checked for this before a file is written.
 
 Source: llama.cpp's src/llama-vocab.cpp, the gguf package.
-Called by gguf_file.py. Read next: gguf_sentencepiece.py, gguf_check.py.
+Called by gguf_export.py. Read next: gguf_sentencepiece.py, verify_gguf.py.
 """
 
 import json
@@ -18,9 +18,9 @@ from typing import Any
 from common.errors import UserError
 from corpus.tokenizer_training import token_bytes
 from export.gguf_sentencepiece import UNKNOWN, check, is_sentencepiece, vocabulary
-from export.stock_folder import bos_id
-from model.chat import ChatTokenizer
+from export.hf_export import bos_id
 from model.config import ModelConfig
+from model.tokenizer import ChatTokenizer
 
 # How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

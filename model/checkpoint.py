@@ -24,7 +24,6 @@ import torch
 from common.checksums import check_zip
 from common.errors import UserError
 from common.files import atomic_write
-from model.chat import ChatTokenizer
 from model.checkpoint_schema import (
     FORMAT,
     Checkpoint,
@@ -36,6 +35,7 @@ from model.checkpoint_schema import (
 )
 from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge
+from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 UNREADABLE = (  # what torch.load raises for a file that is none of its own
@@ -184,10 +184,10 @@ def load_model(
     """Open a .pth or a transformers folder: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
 
     An adapter comes back merged into its parent, which is found by its name, or is `parent`; see `open_adapter`.
-    The folder: see stock.py.
+    The folder: see ../export/hf_import.py.
     """
     if Path(path).is_dir():
-        from model.stock import open_folder
+        from export.hf_import import open_folder
 
         return open_folder(path, device)
     checkpoint = read_checkpoint(path)

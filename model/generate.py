@@ -6,10 +6,10 @@
 `Batch` holds the rows that are decoded together: they may join and leave between any two tokens, each draws for itself
 and is answered as if it were alone. A row with num_beams > 1 takes so many slots of the cache, one per beam; its text
 is known, and comes out as one piece, when the search has ended. `generate` answers a list of prompts with it, `stream`
-yields the text of one answer as it grows, and the server (serving/engine.py) lets rows join as requests come.
+yields the text of one answer as it grows, and the server (serving/scheduler.py) lets rows join as requests come.
 
-Called by 2-eval.py and every other front end. Read next: answers.py (Row), sampling.py (how a token is drawn), beams.py
-(beam search), text_stream.py (how ids become text), transformer.py (KVCache), chat.py (prompts).
+Called by 2-eval.py and every other front end. Read next: completion.py (Row), sampling.py (how a token is drawn),
+beams.py (beam search), detokenizer.py (how ids become text), transformer.py (KVCache), tokenizer.py (prompts).
 """
 
 import bisect
@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from model.answers import Answer, Row, Slot
 from model.beams import BeamSearch
-from model.chat import ChatTokenizer, Message
+from model.completion import Answer, Row, Slot
 from model.logprobs import prompt_logprobs, token_logprob
 from model.sampling import Sampling, choose_each
+from model.tokenizer import ChatTokenizer, Message
 from model.transformer import KVCache, Transformer
 
 FIRST_ROOM = 64  # tokens that a fresh cache has room for; it doubles when they are full

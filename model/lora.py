@@ -5,7 +5,8 @@
 A starts random and B at zero, so the first step begins with exactly the parent. Dropout, if any, acts on the x that A
 sees. Merged, W + (alpha / r) B A is an ordinary matrix again and costs nothing. Hu et al. 2021, arXiv:2106.09685,
 section 4.1. Names and initialisation are peft's: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`.
-Read next: ../4-lora_sft.py (how it is trained), checkpoint.py (how it is kept), peft_folder.py (how it is exchanged).
+Read next: ../4-lora_sft.py (how it is trained), checkpoint.py (how it is kept), ../export/peft_adapter.py (how it is
+exchanged).
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """How many parameters a config makes, by formula: nothing is built, and torch is not imported.
 
-Equal to what the model itself counts (tests/test_plan.py). Read next: config.py, ../trainer/plan.py.
+Equal to what the model itself counts (tests/trainer/test_memory.py). Read next: config.py, ../trainer/memory.py.
 """
 
 from dataclasses import dataclass

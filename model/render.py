@@ -4,7 +4,7 @@
     ids, mask                  1 for the tokens that begin inside a trained span
 
 A marker string that a user types stays text: it is cut in two while the chat is put together, and both parts are
-tokenised by themselves. Called by chat.py (`ChatTokenizer.render`).
+tokenised by themselves. Called by tokenizer.py (`ChatTokenizer.render`).
 """
 
 import bisect
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from tokenizers import Encoding, Tokenizer
 
 from common.errors import ANOTHER_FORMAT, UserError
-from model.chat_formats import Message, NamedFormat, RefusedChat, TooManyAnswers, Written
-from model.chat_templates import TemplateFormat
+from model.chat_template import Message, NamedFormat, RefusedChat, TooManyAnswers, Written
+from model.jinja_template import TemplateFormat
 
 Places = list[tuple[int, int]]  # of the answers in the text of a chat: (start, end)
 

@@ -5,7 +5,7 @@
     loop rate  = share of the answers that end in a loop
 
 A unit is a Chinese character, a word, or a sign, so that models with different tokenizers can be compared.
-Read next: ../evaluation/report_page.py (the figures), ../trainer/preference.py (watches loops in DPO).
+Read next: ../evaluation/report.py (the figures), ../trainer/dpo.py (watches loops in DPO).
 """
 
 import itertools

@@ -6,8 +6,8 @@ Read next: rope.py (the formulas).
 import argparse
 from typing import Any
 
+from common.cli import Limit
 from common.errors import UserError
-from corpus.flags import Limit
 
 KINDS = ("linear", "dynamic", "yarn")
 MAX_FACTOR = 64

@@ -10,7 +10,7 @@ MAX_STEPS, and MAX_SECONDS of the processor:
 
 One value holds at most MAX_SIZE bytes, with everything inside it. Sizes are computed before an operation builds its
 result. A chat template takes about ten steps a message. The additions for chats are those of transformers.
-Called by chat_templates.py.
+Called by jinja_template.py.
 """
 
 import datetime

@@ -4,7 +4,7 @@
     read_settings(files, name)            the JSON object in one of the other files, {} where it is not there
     chat_template(files, settings)        the chat template, "" where there is none
 
-Each raises UserError naming the file. Read next: chat.py.
+Each raises UserError naming the file. Read next: tokenizer.py.
 """
 
 import json

@@ -3,7 +3,7 @@
 A request is parsed, checked and turned into token ids (in a worker thread: the event loop stays free), handed to the
 engine, and answered from its inbox, whole or as a stream. A client that hangs up frees its place at once. Errors have
 OpenAI's shape.
-Called by ../serve_openai_api.py. Read next: routes.py, gate.py, lanes.py, schemas.py, engine.py, replies.py,
+Called by ../serve_openai_api.py. Read next: routes.py, middleware.py, lanes.py, schemas.py, scheduler.py, responses.py,
 embeddings.py.
 """
 
@@ -24,16 +24,16 @@ from starlette.middleware.cors import CORSMiddleware
 from common.errors import UserError
 from model.generate import Answer, Row
 from serving.embeddings import EmbeddingRequest, embedding_job, embedding_list
-from serving.engine import Engine, Full, News, Ticket, Work
 from serving.errors import CANNOT, ApiError, add_error_shapes
-from serving.gate import Gate
 from serving.lanes import Lanes
 from serving.limits import Limits
-from serving.replies import ChatReply, Reply, TextReply, event
+from serving.middleware import Gate
+from serving.models import Served, TooLong
 from serving.requests import parse
+from serving.responses import ChatReply, Reply, TextReply, event
 from serving.routes import add_routes
+from serving.scheduler import Engine, Full, News, Ticket, Work
 from serving.schemas import ChatRequest, CompletionRequest
-from serving.served import Served, TooLong
 from serving.settings import sampling
 
 NAMES_SHOWN = 20  # of ignored fields, in the header

@@ -8,7 +8,7 @@ a request, the oldest first. So idle connections never keep others out, and a re
 reads.
 A header block is bounded by MAX_HEADER_BYTES, the number of pieces of a body by its size: a body of one-byte chunks
 costs more time to take apart than to answer.
-Called by ../serve_openai_api.py. Read next: gate.py (what stands before a request).
+Called by ../serve_openai_api.py. Read next: middleware.py (what stands before a request).
 """
 
 import asyncio
@@ -21,8 +21,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.gate import error_body
 from serving.limits import Limits
+from serving.middleware import error_body
 
 MAX_HEADER_BYTES = 2**14
 HEADER_SLICE = 2**12  # bytes given to the parser at once: it bounds only header blocks that are not complete yet

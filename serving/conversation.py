@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from corpus.questions import sound
-from evaluation.scoring import chat_prompt
-from model.chat import ChatTokenizer
-from model.chat_formats import Message
+from evaluation.qa import chat_prompt
+from evaluation.qa_data import sound
+from model.chat_template import Message
 from model.generate import Answer, Sampling, stream
+from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 

@@ -6,14 +6,14 @@
     text_offset     0       3        ...     characters before the token
 
 lm-evaluation-harness' `local-completions` scores with it (echo, logprobs 1, max_tokens 1, lists of token ids).
-Called by replies.py. Read next: ../model/logprobs.py (where the numbers come from).
+Called by responses.py. Read next: ../model/logprobs.py (where the numbers come from).
 """
 
-from model.chat import ChatTokenizer
+from model.detokenizer import TextStream, token_bytes
 from model.logprobs import TokenProbability
-from model.text_stream import TextStream, token_bytes
+from model.tokenizer import ChatTokenizer
+from serving.models import sound
 from serving.schemas import TextLogprobs
-from serving.served import sound
 
 Prompt = str | list[int]  # as it was sent
 

@@ -5,7 +5,7 @@
 norm(x) is the hidden state after the final norm, which lm_head reads. A model that was trained to continue text gives
 usable but modest embeddings; compare them by cosine. Inputs are computed in padded batches of bounded size in the
 engine's thread, one batch between two tokens of the running answers, so that no two threads use the model at once.
-Called by app.py. Read next: engine.py (when a step is due), served.py (text to ids).
+Called by app.py. Read next: scheduler.py (when a step is due), models.py (text to ids).
 """
 
 import base64
@@ -17,10 +17,10 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from model.transformer import Transformer
-from serving.engine import PREFILL_TOKENS
 from serving.errors import ApiError
+from serving.models import Served, TooLong
+from serving.scheduler import PREFILL_TOKENS
 from serving.schemas import Open, TokenIds
-from serving.served import Served, TooLong
 
 MOST_INPUTS = 2048  # of one embeddings request, as OpenAI
 
@@ -80,7 +80,7 @@ class EmbeddingList(BaseModel):
 
 
 class EmbeddingJob:
-    """Inputs (token ids) and their vectors, as far as they are computed. A `Job` of engine.py."""
+    """Inputs (token ids) and their vectors, as far as they are computed. A `Job` of scheduler.py."""
 
     def __init__(self, inputs: list[list[int]]) -> None:
         self.inputs = inputs

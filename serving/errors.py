@@ -2,7 +2,7 @@
 
     {"error": {"message", "type", "param", "code"}}
 
-Called by app.py. Read next: gate.py (the same shape before a request is read).
+Called by app.py. Read next: middleware.py (the same shape before a request is read).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from serving.gate import error_body
+from serving.middleware import error_body
 
 UNION_TYPES = ("list[", "constrained-", "str", "int")  # how pydantic names the types of a union in a place
 CANNOT = "the model failed on this request; the server's log says why"

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from serving.errors import ApiError
-from serving.gate import SMALL_BODY
+from serving.middleware import SMALL_BODY
 
 PAUSE = 3
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """Settings and limits of one server.
 
-Called by ../serve_openai_api.py. Read next: gate.py (who may ask, sizes), connections.py (connections, deadlines),
-lanes.py (worker threads), engine.py (seats and queue).
+Called by ../serve_openai_api.py. Read next: middleware.py (who may ask, sizes), connections.py (connections,
+deadlines), lanes.py (worker threads), scheduler.py (seats and queue).
 """
 
 from dataclasses import dataclass

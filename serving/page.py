@@ -5,7 +5,7 @@
 The reply grows in the same run that draws it. A click in the middle ends that run, and the next one goes on with the
 same reply (conversation.py), unless the click was Stop. What a model wrote is drawn as text, never as HTML; as Markdown
 only where the reader asks for it, and then without images and links (page_markdown.py).
-Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, page_sidebar.py, page_words.py.
+Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, sidebar.py, page_strings.py.
 """
 
 import time
@@ -21,11 +21,11 @@ from model.checkpoint import load_model
 from model.rope_flags import Rope
 from serving.conversation import Conversation, Reply, Speaker, Turn
 from serving.copy_button import copy_button
+from serving.model_list import Model, fill_shelf, scaled, stamp
 from serving.page_markdown import block_requests, plain, safe_markdown
-from serving.page_sidebar import Choices, choose, facts
-from serving.page_words import LANGUAGES, STARTS, WORDS
-from serving.shelf import Model, fill_shelf, scaled, stamp
-from trainer.runtime import autocast
+from serving.page_strings import LANGUAGES, STARTS, WORDS
+from serving.sidebar import Choices, choose, facts
+from trainer.distributed import autocast
 
 LOGO = ":material/potted_plant:"
 STYLE = """<style>

@@ -6,7 +6,7 @@ Only the layout of the tree is written: paragraphs, headings, lists, quotes, tab
 Text is escaped character by character, an image becomes its text and its address, a link likewise, and an address is
 written as code, because a browser looks up the host names of links before they are clicked. HTML stays text.
 `block_requests` tells the browser the same: no request but to the page's own server.
-Called by page.py and page_sidebar.py.
+Called by page.py and sidebar.py.
 """
 
 import re

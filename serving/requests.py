@@ -1,7 +1,7 @@
 """The bytes of a body -> a checked request. Runs in a worker thread (lanes.py).
 
-Bodies are bounded in bytes (gate.py); lists stop at their first wrong entry (`fail_fast` in schemas.py), since pydantic
-would otherwise build one error for each of 500,000 wrong entries.
+Bodies are bounded in bytes (middleware.py); lists stop at their first wrong entry (`fail_fast` in schemas.py), since
+pydantic would otherwise build one error for each of 500,000 wrong entries.
 Called by app.py. Read next: schemas.py (the fields), errors.py (the shape of errors).
 """
 

@@ -15,8 +15,8 @@ from pydantic.json_schema import models_json_schema
 
 from serving import schemas
 from serving.embeddings import EmbeddingList, EmbeddingRequest
+from serving.models import Served
 from serving.schemas import ChatRequest, CompletionRequest
-from serving.served import Served
 
 if TYPE_CHECKING:
     from serving.app import Counter

@@ -1,13 +1,13 @@
 """How a request's answer is drawn: its fields over the model's preset over the defaults of the command line.
 
-Called by app.py. Read next: ../model/presets.py (the order), ../model/sampling.py (what the settings do).
+Called by app.py. Read next: ../model/sampling_presets.py (the order), ../model/sampling.py (what the settings do).
 """
 
-from model.presets import DEFAULTS, merge_settings
 from model.sampling import Sampling
+from model.sampling_presets import DEFAULTS, merge_settings
 from serving.errors import ApiError
+from serving.models import Served
 from serving.schemas import ChatRequest, CompletionRequest
-from serving.served import Served
 
 FIELDS = (  # fields that become a Sampling's as they are
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",

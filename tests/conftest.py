@@ -79,7 +79,7 @@ def weights(path: Path) -> dict:
 
 def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
     """A data folder as data_process.py writes it: splits maps a name to documents, each ids or (ids, mask)."""
-    from corpus.shards import ShardWriter, write_meta
+    from corpus.shard_writer import ShardWriter, write_meta
 
     folder.mkdir(parents=True)
     meta = {"kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
@@ -99,7 +99,7 @@ def tokenizer(tmp_path_factory):
     """Byte-level, without a single merge: one token a byte, so that tests can count by hand."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from model.chat import SPARE_TOKENS, SPECIAL_TOKENS, save_tokenizer
+    from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, save_tokenizer
 
     backend = Tokenizer(models.BPE())
     newline = pre_tokenizers.Split(Regex("\n"), "isolated")

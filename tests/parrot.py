@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer
 
-from model.chat import ChatTokenizer, tokenizer_files
 from model.checkpoint import save_model
 from model.config import ModelConfig
+from model.tokenizer import ChatTokenizer, tokenizer_files
 from model.transformer import Transformer
 
 

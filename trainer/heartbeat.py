@@ -9,7 +9,7 @@ thread trains, saves or waits: work that takes long is no reason to end. The run
     15 s after that     when no collective would ever fail: os._exit from the thread
     launcher killed     the thread sends SIGTERM to its own process: save and leave, as torchrun itself would have asked
 
-Read next: runtime.py (who starts it).
+Read next: distributed.py (who starts it).
 """
 
 import json
@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.signals import print_error
 
 if TYPE_CHECKING:
-    from trainer.runtime import Run
+    from trainer.distributed import Run
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENT = 3.5 * INTERVAL  # after a failed collective, a rank without one for so long is lost

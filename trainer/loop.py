@@ -7,7 +7,7 @@
 
 So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning
 rate and the seed of dropout: a run that was killed goes on from its last save and ends with the very same weights.
-Read next: batches.py, loss.py, parallel.py, resume.py.
+Read next: datasets.py, loss.py, parallel.py, train_state.py.
 """
 
 import argparse
@@ -21,22 +21,22 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from corpus.history import history_in_words, history_of_data
-from model.chat import ChatTokenizer
+from corpus.provenance import history_in_words, history_of_data
 from model.checkpoint import model_content
+from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.batches import Batch, Rows, StepBatches, StepPlan, iterate, validation_batches
-from trainer.clock import Clock
-from trainer.divergence import Watch
-from trainer.logbook import Logbook, Row, describe, open_wandb, peak_memory_mb
+from trainer.checkpoint_writer import Saver, detached, one_writer
+from trainer.datasets import Batch, Rows, StepBatches, StepPlan, iterate, validation_batches
+from trainer.distributed import Run
 from trainer.loss import IGNORE
-from trainer.mixture import step_plan
+from trainer.loss_guard import Watch
+from trainer.metrics import Logbook, Row, describe, open_wandb, peak_memory_mb
+from trainer.mixing import step_plan
 from trainer.optim import set_schedule
 from trainer.parallel import Engine, share_out
-from trainer.report import announce, check_first_loss
-from trainer.resume import Progress, global_batch, load_progress
-from trainer.runtime import Run
-from trainer.saver import Saver, detached, one_writer
+from trainer.startup import announce, check_first_loss
+from trainer.timer import Clock
+from trainer.train_state import Progress, global_batch, load_progress
 
 ComputeLoss = Callable[[nn.Module, Batch], tuple[Any, ...]]  # -> (sum of losses, how many[, {name: sum to be logged}])
 
@@ -70,7 +70,7 @@ class Stage:
 def train(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
     """Run the stage to its end (steps, minutes, or a signal) and save; returns the path of the model.
 
-    Raises UserError when the run has no step, when it ends with non-finite numbers or diverges (divergence.py: the last
+    Raises UserError when the run has no step, when it ends with non-finite numbers or diverges (loss_guard.py: the last
     good save stays), or when a resume file belongs to another run.
     """
     path = stage.path(args.out_dir)

@@ -13,7 +13,7 @@
 The wrapped module is the stage's whole loss, from the batch to the sum: a weight that the loss uses outside the model's
 own forward (the output layer) is then in the reach of FSDP and ZeRO like every other. Weights stay fp32 and matrix
 products are made in --dtype by autocast, so that all of these give the losses of one process, to rounding.
-Read next: loop.py (who calls), zero.py, resume.py (where a state goes).
+Read next: loop.py (who calls), zero.py, train_state.py (where a state goes).
 """
 
 import argparse
@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from model.transformer import Transformer
-from trainer.batches import Batch
+from trainer.datasets import Batch
+from trainer.distributed import Run
 from trainer.optim import make_optimizers
-from trainer.runtime import Run
 from trainer.state_files import SavedState
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@
 
 The second command prints sizes against memory and hardware as MindLLM's technical report (arXiv:2310.15777) publishes
 them: training and inference in full and in half precision.
-Called by plan_report.py. Read next: plan.py (the formulas).
+Called by plan_report.py. Read next: memory.py (the formulas).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from common.errors import UserError
 from model.config import PRESETS, ModelConfig
-from trainer.plan import CUDA_CONTEXT, GPUS, count, inference_memory, training_memory
+from trainer.memory import CUDA_CONTEXT, GPUS, count, inference_memory, training_memory
 
 FITS = 0.92  # share of a GPU's memory that can be used: the allocator leaves holes
 FORMATS = {"fp32": (4, 4), "bf16": (2, 2), "int8 (GGUF)": (34 / 32, 2)}  # bytes of a weight, of a cached number

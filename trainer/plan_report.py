@@ -1,6 +1,6 @@
-"""What `1-pretrain.py --plan` prints: the formulas of plan.py for the model, the data and the machines asked about.
+"""What `1-pretrain.py --plan` prints: the formulas of memory.py for the model, the data and the machines asked about.
 
-Read next: plan.py (the formulas).
+Read next: memory.py (the formulas).
 """
 
 import argparse
@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import UserError
-from model.chat import load_tokenizer
 from model.config import PRESETS, ModelConfig
-from trainer.cli import PARALLEL, model_config
-from trainer.plan import (
+from model.tokenizer import load_tokenizer
+from trainer.config import PARALLEL, model_config
+from trainer.memory import (
     GPUS,
     MACHINES,
     bounds,

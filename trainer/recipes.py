@@ -5,7 +5,7 @@
 A flag that is given wins over the recipe. A recipe's batch counts the rows of a step, which processes and
 --accumulation_steps share. belle: the hyper-parameters on the cards of BelleGroup/BELLE-7B-0.2M to -2M
 (arXiv:2303.14742); AdamW's betas stay this project's.
-Read next: cli.py (the flags), optim.py (what they do).
+Read next: config.py (the flags), optim.py (what they do).
 """
 
 import argparse

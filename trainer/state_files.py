@@ -7,7 +7,7 @@ A tensor of the global shape `shape` may lie in several files; each holds the pi
 dimension, of a whole tensor all of it. A reader fills whole tensors and local shards from the pieces that overlap
 them, so the cut may differ between writer and reader. The CRC-32 of a piece is compared when it is read; the json
 carries one of its own. FSDP2's tensors are DTensors cut along one dimension as torch.chunk cuts.
-Read next: resume.py (when they are written), parallel.py (what a state is), ../common/checksums.py.
+Read next: train_state.py (when they are written), parallel.py (what a state is), ../common/checksums.py.
 """
 
 import json

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from trainer.batches import Batch
+from trainer.datasets import Batch
+from trainer.distributed import Run
 from trainer.parallel import Engine, StageLoss, State
-from trainer.runtime import Run
 from trainer.state_files import SavedState
 
 KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside its count of steps
@@ -121,7 +121,7 @@ class Zero(Engine):
 
     def make_state(self) -> None:
         """Have the optimizer make its state: a step at rate 0 on a batch that trains nothing."""
-        from trainer.batches import nothing
+        from trainer.datasets import nothing
         from trainer.loop import to_device
 
         for group in self.optimizers[0].param_groups:

@@ -63,8 +63,10 @@ TOKENS = "--tokenizer IN/tok --val_share 0.1"
 SHORT = f"{TOKENS} --max_seq_len 64"
 CHATS = {"older": "raw/chats->raw/identity"}
 STAGES = (
-    Stage("demo_world", "-m corpus.demo_world --out_dir WORK/world --statement_rounds 1 --chat_rounds 1 --questions 5"),
-    Stage("demo_exam", "-m corpus.demo_exam --out_dir WORK/exam"),
+    Stage(
+        "demo_world", "-m demo_world.generator --out_dir WORK/world --statement_rounds 1 --chat_rounds 1 --questions 5"
+    ),
+    Stage("demo_exam", "-m demo_world.exam --out_dir WORK/exam"),
     Stage("tokenizer", "train_tokenizer.py IN/raw/words.jsonl --vocab_size 400 --out_dir WORK/tok", "words->chats"),
     Stage(
         "tokenizer_table",
@@ -125,7 +127,7 @@ STAGES = (
 )
 NAMES = [stage.name for stage in STAGES]
 # Scripts and modules that write no files, or only what a library keeps for itself.
-READ_ONLY = {"serve_openai_api.py", "chat_openai_api.py", "web_demo.py", "trainer.plan"}
+READ_ONLY = {"serve_openai_api.py", "chat_openai_api.py", "web_demo.py", "trainer.memory"}
 
 
 class Lab:
@@ -152,7 +154,7 @@ class Lab:
     def prepare_inputs(self) -> None:
         raw = self.inputs / "raw"
         raw.mkdir(parents=True)
-        self.must("-m corpus.demo_world --out_dir IN/world --statement_rounds 1 --chat_rounds 1 --questions 5")
+        self.must("-m demo_world.generator --out_dir IN/world --statement_rounds 1 --chat_rounds 1 --questions 5")
         for name, count in SAMPLES.items():
             lines = (self.inputs / f"world/{name}.jsonl").read_text(encoding="utf-8").splitlines(True)
             step = max(1, len(lines) // count)

@@ -14,11 +14,11 @@ import pytest
 
 import data_process
 from common.errors import UserError
-from corpus.choose import Scores
-from corpus.pack import CHATS, tokenise_chats
-from corpus.pairs import PAIRS
+from corpus.preferences import PAIRS
+from corpus.prepare_chats import CHATS, tokenise_chats
 from corpus.shard_reader import open_split
-from corpus.shards import read_meta
+from corpus.shard_writer import read_meta
+from curation.perplexity_filter import Scores
 from tests.conftest import chat_row, run_script, write_shards
 
 SECONDS = 10  # more is a hang
@@ -255,8 +255,8 @@ def test_a_damaged_reference_of_dpo_is_computed_again(folders, tokenizer, tmp_pa
 
     from model.config import ModelConfig
     from model.transformer import Transformer
-    from trainer.preference import open_reference
-    from trainer.runtime import Run
+    from trainer.distributed import Run
+    from trainer.dpo import open_reference
 
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 16, 1, 2, 2, max_seq_len=64))
@@ -278,8 +278,8 @@ def test_a_bit_that_flips_in_unfinished_work_is_noticed_when_it_is_continued(
     monkeypatch, tmp_path, tokenizer_dir, scaled, attacks
 ):
     """What a killed run has written is compared before more is appended to it."""
-    monkeypatch.setattr("corpus.items.BATCH_ITEMS", 20)
-    monkeypatch.setattr("corpus.progress.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 20)
+    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps(chat_row(i), ensure_ascii=False) + "\n" for i in range(300)), encoding="utf-8")
     command = ["sft", str(file), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "out")]

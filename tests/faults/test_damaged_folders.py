@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from common.errors import UserError
-from export.stock_folder import write_folder
-from model.chat import load_tokenizer
+from export.hf_export import write_folder
+from export.model_facts import facts
+from export.peft_adapter import read_peft, write_peft
 from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.lineage import facts
 from model.lora import LoRAConfig, attach
-from model.peft_folder import read_peft, write_peft
+from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from tests.faults.test_damaged_models import ODD, changed, damaged, places, use
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from common.errors import UserError
+from export.model_facts import facts
 from model.checkpoint import fingerprint, load_model, read_checkpoint, save_model
 from model.config import LIMITS, ModelConfig
-from model.lineage import facts
 from model.lora import LoRAConfig, attach
 from model.transformer import Transformer
 from tests.conftest import ROOT
-from tests.odd_inputs import bounded
+from tests.faults.odd_inputs import bounded
 
 ODD = (
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**400, -0.5, 0.0, 1e-320, 1e308, float("inf"), float("nan"),
@@ -254,7 +254,7 @@ def test_odd_files_of_a_tokenizer_are_used_or_refused(models, tmp_path, scaled, 
 
 # ---- what lies beside a model ----------------------------------------------------------------------------------------
 def test_odd_logs_and_reports_beside_a_model_are_used_or_skipped(models, tmp_path, scaled, attacks):
-    from trainer.logbook import read_rows
+    from trainer.metrics import read_rows
 
     rng, outcomes = random.Random(3), []
     row = {"step": 1, "loss": 2.0, "tokens": 5, "seconds": 1.0, "lr": 0.1, "tokens_per_second": 3.0}

@@ -154,7 +154,7 @@ def test_an_fp16_scaler_that_skips_every_step_saves_nothing(monkeypatch, pretrai
 
 
 def test_a_save_that_is_due_at_a_bad_step_is_made_at_the_next_good_one(monkeypatch, pretrain, capsys):
-    from trainer.saver import Saver
+    from trainer.checkpoint_writer import Saver
 
     begin, saved = Saver.begin, []
     monkeypatch.setattr(Saver, "begin", lambda self, progress, *more: saved.append(progress.step) or begin(
@@ -229,8 +229,8 @@ def test_healthy_losses_do_not_end_a_run(unit, lineage, losses):
 def make_watch(unit, lineage):
     import types
 
-    from trainer.divergence import Watch
-    from trainer.runtime import Run
+    from trainer.distributed import Run
+    from trainer.loss_guard import Watch
 
     config = types.SimpleNamespace(vocab_size=272)
     stage = types.SimpleNamespace(model=types.SimpleNamespace(config=config), unit=unit, lineage=lineage)
@@ -240,7 +240,7 @@ def make_watch(unit, lineage):
 
 
 def test_the_limits_are_in_the_help(capsys):
-    from trainer.cli import make_parser
+    from trainer.config import make_parser
 
     with pytest.raises(SystemExit):
         make_parser(None, {"muon": 1.0}).parse_args(["--help"])

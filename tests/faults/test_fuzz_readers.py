@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.damage import DamagedFile
-from corpus.read import read_chats, read_rows, read_texts
-from corpus.report import DataReport
+from corpus.readers import read_chats, read_rows, read_texts
+from corpus.stats import DataReport
 
 FULL = os.environ.get("FAULTS") == "full"
 EXAMPLES = 2_000 if FULL else 100

@@ -15,11 +15,11 @@ import pytest
 from common.errors import UserError
 from common.files import is_temporary, write_text
 from common.locks import locked
-from corpus.pack import tokenise_chats
-from corpus.shards import ShardWriter, partial_folder, publish, read_meta, write_meta
-from export.write import place
-from model.chat import load_tokenizer
-from model.lineage import NOTE
+from corpus.prepare_chats import tokenise_chats
+from corpus.shard_writer import ShardWriter, partial_folder, publish, read_meta, write_meta
+from export.model_facts import NOTE
+from export.steps import place
+from model.tokenizer import load_tokenizer
 from tests.conftest import chat_row
 
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")

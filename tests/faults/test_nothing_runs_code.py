@@ -23,9 +23,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from corpus.download import unpack
-from model.chat_formats import RefusedChat
-from model.chat_templates import TemplateFormat
+from curation.download import unpack
+from model.chat_template import RefusedChat
+from model.jinja_template import TemplateFormat
 from tests.conftest import ROOT, TINY_MODEL
 
 SOURCES = sorted(file for file in ROOT.glob("**/*.py") if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts))

@@ -1,7 +1,7 @@
 """Promise: whatever the flags are, a script runs or refuses them in one line; a value without meaning is refused before
 anything is read.
 
-The parsers are introspected (tests/test_flags.py), so a new flag is attacked from the day that it exists.
+The parsers are introspected (tests/scripts/test_flags.py), so a new flag is attacked from the day that it exists.
 """
 
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import LARGEST, Limit
 from common.errors import UserError, printable
-from corpus.flags import LARGEST, Limit
 from tests.conftest import run_process, run_script
-from tests.odd_inputs import ending, make_world, without_servers
-from tests.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse
+from tests.faults.odd_inputs import ending, make_world, without_servers
+from tests.scripts.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse
 
 HUGE = ("9" * 30, str(2**63), str(2**64), "1e300", "1e400", "-1e400", "9" * 5000)
 STRANGE = (

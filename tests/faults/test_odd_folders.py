@@ -16,8 +16,8 @@ import pytest
 from common.errors import UserError
 from common.files import check_writable
 from tests.conftest import run_process
-from tests.odd_inputs import ending, make_world, without_servers
-from tests.test_flags import ACTIONS
+from tests.faults.odd_inputs import ending, make_world, without_servers
+from tests.scripts.test_flags import ACTIONS
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from streamlit.testing.v1 import AppTest
 
 from common.markdown import code_span, fenced
 from common.markdown import plain as inline
-from export.card import plain as card_plain
+from export.model_card import plain as card_plain
 from serving.page_markdown import plain, safe_markdown
 from tests.conftest import ROOT
 from tests.parrot import save_parrot

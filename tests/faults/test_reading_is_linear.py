@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from corpus.items import chat_items
-from corpus.pairs import pair_items, render_pairs
-from corpus.read import read_chats, read_texts
+from corpus.examples import chat_items
+from corpus.preferences import pair_items, render_pairs
+from corpus.readers import read_chats, read_texts
 from corpus.render_chats import render_chats
-from corpus.report import DataReport
+from corpus.stats import DataReport
 
 GROWTH = 4  # the second file is so many times as large
 MOST = 2.5 * GROWTH  # times as long: caches and noise; a quadratic reader takes 16 times as long

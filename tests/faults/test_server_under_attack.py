@@ -1,4 +1,4 @@
-"""A real server process under attack, with a client beside the attackers that asks as usual (tests/attackers.py).
+"""A real server process under attack, with a client beside the attackers that asks as usual (attackers.py).
 
 Promises: malformed requests, floods of large bodies, idle connections, slow senders and clients that never read leave
 the usual client its answers: the same text, within three times the quiet time. No request ends in a 5xx or in a line of
@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT
-from tests.server_help import make_file
+from tests.serving.server_help import make_file
 
 CLIENT_TIMEOUT = 2  # seconds, of the server
 QUESTION = {"messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 60}
@@ -106,7 +106,7 @@ def attack_once(server, kind, number):
     """Attack again and again until the usual client has asked five times."""
     quiet_times, memory, times = [quiet(server)], [], []
     outcomes = collections.Counter()
-    command = [sys.executable, "tests/attackers.py", kind, str(server.port), str(number)]
+    command = [sys.executable, "tests/faults/attackers.py", kind, str(server.port), str(number)]
     before = server.memory()
     while len(times) < 5:
         attackers = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -15,7 +15,7 @@ import pytest
 
 from common.errors import fail_in_one_line
 from common.signals import LastingStream, Terminated, handled_signals, raise_terminated
-from corpus.shards import partial_folder
+from corpus.shard_writer import partial_folder
 from tests.conftest import ROOT, TINY_MODEL, read_log
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
@@ -279,7 +279,7 @@ def run_ranks(tmp_path, work, code=1):
     lines = "".join(f"        {line}\n" for line in work.splitlines())
     (tmp_path / "ranks.py").write_text(
         "import os, time\nos.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'\n"
-        "from common.errors import UserError, fail_in_one_line\nfrom trainer.runtime import start\n"
+        "from common.errors import UserError, fail_in_one_line\nfrom trainer.distributed import start\n"
         f"with fail_in_one_line():\n    with start('cpu', 'float32', 0, 4) as run:\n{lines}"
     )
     assert begin([*TORCHRUN, tmp_path / "ranks.py"], tmp_path).wait(120) == code

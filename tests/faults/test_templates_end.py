@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from model.chat_templates import TemplateFormat
+from model.jinja_template import TemplateFormat
 from tests.conftest import run_process
-from tests.test_chat_templates import CHAT
+from tests.model.test_jinja_template import CHAT
 
 GROW = "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = "
 ENDLESS = {
@@ -134,7 +134,7 @@ def ends():
     code = (
         "import json, re, resource, sys, time\n"
         "import model.template_sandbox\n"
-        "from model.chat_templates import TemplateFormat\n"
+        "from model.jinja_template import TemplateFormat\n"
         "chat, templates = json.load(sys.stdin)\n"
         "limit = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 100_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"

@@ -68,8 +68,8 @@ def command(kind: str, inputs: dict, out: Path) -> tuple[list, Path]:
         "scores": [*sft, "--scorer", inputs["model"]],
         "tokenizer": ["train_tokenizer.py", inputs["texts"], "--vocab_size", 400],
         "export": ["export_model.py", inputs["model"], out, "--no-verify"],
-        "world": ["-m", "corpus.demo_world", "--statement_rounds", 4, "--chat_rounds", 1, "--questions", 20],
-        "exam": ["-m", "corpus.demo_exam"],
+        "world": ["-m", "demo_world.generator", "--statement_rounds", 4, "--chat_rounds", 1, "--questions", 20],
+        "exam": ["-m", "demo_world.exam"],
         "demo": ["demo.py", "--max_steps", 1],
     }
     where = [] if kind == "export" else ["--out_dir", out]
@@ -146,8 +146,8 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
 
 TOKENISE = """
 import sys
-from corpus.pack import tokenise_chats
-from model.chat import load_tokenizer
+from corpus.prepare_chats import tokenise_chats
+from model.tokenizer import load_tokenizer
 print(tokenise_chats(sys.argv[1], load_tokenizer(sys.argv[2]), 64), flush=True)
 """
 
@@ -174,7 +174,7 @@ def test_two_training_runs_that_need_the_same_token_folder_make_it_once(tmp_path
 
 def test_a_reader_between_the_two_renames_of_a_replacement_is_told_what_happened(tmp_path, tokenizer):
     from common.errors import UserError
-    from corpus.shards import read_meta
+    from corpus.shard_writer import read_meta
 
     folder = write_shards(tmp_path / "pretrain", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
     folder.rename(tmp_path / ".pretrain.17.old")  # as a kill leaves it

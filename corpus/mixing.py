@@ -1,0 +1,127 @@
+"""Which part of the data gives how much of the training: shares, by language or by source.
+
+    --mix zh=0.25,en=0.75      of every hundred rows 25 are Chinese (any numbers: they are divided by their sum)
+    --mix laws=2x,tales=1x     twice as many passes over the laws as over the tales
+    --mix language             as much of each language as there is; --mix source: of each source
+
+    share_k = w_k^(1/T) / sum of w_j^(1/T)       --mix_temperature T: 1 changes nothing, larger evens out
+
+T above 1 lets a small language be seen more often than its size says (exponent 1/T on the shares: Lample & Conneau,
+arXiv:1901.07291, section 3.1, with 1/T = 0.5). What is not named is left out, and that is said.
+
+Reads   the labels of the training shards in meta.json (data_process.py pretrain --source_key).
+Read next: ../trainer/mixing.py (from shares to rows), shard_reader.py.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError, printable
+
+KINDS = ("language", "source")
+SMALLEST = 0.0001  # share: a mixture is laid out in rounds of 10,000 rows
+
+Label = tuple[str, str]  # language, source
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a --mix asks for: `weights` by name, as shares or, with `passes`, as passes; or one of KINDS by its size."""
+
+    weights: dict[str, float]
+    passes: bool = False
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part of the training data under one name, and its share of the rows."""
+
+    name: str
+    labels: frozenset[Label]
+    tokens: int
+    share: float
+    passes: float = 0.0  # what was asked for, where passes were
+
+    def holds(self, shard: dict[str, Any]) -> bool:
+        """Whether a shard, by its entry in meta.json, belongs to it."""
+        return (shard["language"], shard["source"]) in self.labels
+
+
+def parse_mix(text: str) -> Wish:
+    """The wish behind --mix. Raises UserError that shows how one is written."""
+    if text in KINDS:
+        return Wish({}, kind=text)
+    how = "write --mix zh=0.25,en=0.75 (shares), zh=1x,en=2x (passes), language or source"
+    weights: dict[str, float] = {}
+    passes, shown = set(), printable(text)[:80]
+    for piece in text.split(","):
+        found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9.]+(?:[eE]-?\d+)?)(x?)\s*", piece)
+        try:
+            name, number = (found[1], float(found[2])) if found else ("", 0.0)
+        except ValueError:
+            name, number = "", 0.0
+        if not found or not 0 < number < 1e9:
+            raise UserError(f"--mix {shown}: {piece.strip()[:80]!r} is no name=number above 0: {how}")
+        if name in weights:
+            raise UserError(f"--mix {shown}: {name} is named twice: {how}")
+        weights[name] = number
+        passes.add(bool(found[3]))
+    if len(passes) > 1:
+        raise UserError(f"--mix {shown}: either all numbers are shares or all are passes: {how}")
+    return Wish(weights, passes.pop())
+
+
+def groups_of(shards: Sequence[dict[str, Any]], wish: Wish, temperature: float = 1.0) -> list[Group]:
+    """The groups that a wish makes of labelled training shards, with their shares; names in the order of the wish.
+
+    Raises UserError when a name is not there, when two names share data, or when a share is too small to lay out.
+    """
+    if not temperature > 0:
+        raise UserError(f"--mix_temperature {temperature:g}: a number above 0, 1 changes nothing")
+    tokens = tokens_by_label(shards)
+    weights = wish.weights or dict.fromkeys(sorted({_of_kind(label, wish.kind) for label in tokens}), 0.0)
+    labels = {name: frozenset(label for label in tokens if name in label) for name in weights}
+    for name, own in labels.items():
+        if not own or not name:
+            there = ", ".join(sorted({part for label in tokens for part in label if part}))
+            more = "" if name else " has no labelled sources (data_process.py pretrain --source_key labels them);"
+            raise UserError(f"--mix {name or 'source'}:{more or ' is not in the data:'} there are {there}")
+        for other in list(labels)[: list(labels).index(name)]:
+            if own & labels[other]:
+                raise UserError(f"--mix: {other} and {name} share data: name languages or sources that do not overlap")
+    sizes = {name: sum(tokens[label] for label in own) for name, own in labels.items()}
+    wanted = {
+        name: (weight * sizes[name] if wish.passes else weight) or sizes[name] for name, weight in weights.items()
+    }
+    warm = {name: weight ** (1 / temperature) for name, weight in wanted.items()}
+    shares = {name: weight / sum(warm.values()) for name, weight in warm.items()}
+    if small := [name for name, share in shares.items() if share < SMALLEST]:
+        raise UserError(f"--mix: the share of {small[0]} is below {SMALLEST:g}: leave it out, or give it more")
+    return [
+        Group(name, labels[name], sizes[name], shares[name], weights[name] if wish.passes and temperature == 1 else 0.0)
+        for name in weights
+    ]
+
+
+def tokens_by_label(shards: Sequence[dict[str, Any]]) -> dict[Label, int]:
+    """Training tokens of every (language, source). Raises UserError for data that was made without labels."""
+    tokens: dict[Label, int] = {}
+    for shard in shards:
+        if "language" not in shard:
+            raise UserError("--mix: this data set has no labels: run `python data_process.py pretrain FILES…` again")
+        label = (shard["language"], shard["source"])
+        tokens[label] = tokens.get(label, 0) + shard["tokens"]
+    return tokens
+
+
+def left_out(shards: Sequence[dict[str, Any]], *stages: list[Group]) -> dict[str, int]:
+    """Tokens of the parts that no stage names, by "language" or "language/source"."""
+    used = {label for groups in stages for group in groups for label in group.labels}
+    return {"/".join(filter(None, k)): v for k, v in tokens_by_label(shards).items() if k not in used and v}
+
+
+def _of_kind(label: Label, kind: str) -> str:
+    return label[KINDS.index(kind)]

@@ -1,0 +1,340 @@
+"""What happened to every row of the data: read, kept, left out (why, and where first), languages, lengths, speed.
+
+Nothing is cleaned silently. A row is in the end exactly one of
+    kept      it is in the data set, perhaps changed or without some of its keys: both are counted by name
+    dropped   sound, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
+    bad       unusable: broken JSON, a number where text should be, half an archive, ...
+so that read = kept + dropped + bad. Bad rows are skipped up to `max_bad_share`; above it the run ends with one line.
+Where several rows are lost together, their number is estimated from the size of the rows read before (damage.py).
+
+Read next: readers.py (who counts), ../data_process.py (who prints).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import UserError
+from corpus.layouts import expected_keys
+
+EXAMPLES = 3  # places kept for each reason
+MAX_REASONS = 40  # a file can be wrong in endless ways; the report stays one screen
+EMPTY_FILE = "empty file"
+CERTAIN_BAD, CERTAIN_READ = 100, 1000  # from here on the share of bad rows is judged while reading
+FIRST_BIN, BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
+
+
+class BadRow(Exception):
+    """A row that cannot be used. The message is the reason, without the row's own content."""
+
+
+class UnfitRow(BadRow):
+    """A sound row that is left out on purpose: it is dropped, not counted as bad."""
+
+
+@dataclass
+class Reason:
+    count: int = 0
+    first: list[tuple[str, int]] = field(default_factory=list)  # (file, line) of the first few
+
+    def add(self, file: str, line: int, rows: int = 1) -> None:
+        self.count += rows
+        if len(self.first) < EXAMPLES:
+            self.first.append((file, line))
+
+    def places(self) -> str:
+        return ", ".join(f"{file}:{line}" for file, line in self.first)
+
+
+@dataclass
+class _File:
+    rows: int = 0
+    good: int = 0
+    lost: int = 0  # in accepted damage
+    keys: dict[str, None] = field(default_factory=dict)  # in order of appearance
+
+
+class DataReport:
+    """Counts of one pass over the data. `max_bad_share` is the share of bad rows (0..1) above which the run ends.
+
+    `accept_damaged`: whether damaged files are used as far as they can be read; None where no flag says it.
+    """
+
+    def __init__(self, max_bad_share: float = 0.01, accept_damaged: bool | None = None) -> None:
+        self.max_bad_share, self.accept_damaged = max_bad_share, accept_damaged
+        self.read = self.kept = self.bad_rows = self.dropped_rows = 0
+        self.accepted_rows = 0  # bad rows that were lost in accepted damage; the cap does not count them
+        self.bad: dict[str, Reason] = {}
+        self.dropped: dict[str, Reason] = {}
+        self.files: dict[str, _File] = {}
+        self.languages: dict[str, dict[str, int]] = {}
+        self.histogram = [0] * (BINS + 1)
+        self.trained_tokens = 0  # chats only
+        self.shortened: dict[str, Reason] = {}  # rows that are kept, but changed: without their last turns, …
+        self.unused: dict[str, Reason] = {}  # keys with a value that rows have and no reader uses
+        self.notes: list[str] = []  # what else a reader of the report should know, one line each
+        self.input_total = 0  # bytes of all input files, as far as known
+        self.position: Callable[[], int] = lambda: 0  # how many of them are read
+        self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
+        self._start = time.perf_counter()
+
+    # ---- counting ----
+    def saw_row(self, file: str, row: Any = None) -> None:
+        """One more row was read, whatever becomes of it. The keys of the first objects are remembered for messages."""
+        self.read += 1
+        count = self.files.setdefault(file, _File())
+        count.rows += 1
+        if not count.good and isinstance(row, dict) and len(count.keys) < 12:
+            count.keys.update(dict.fromkeys(" ".join(str(key)[:40].split()) for key in list(row)[:12]))
+
+    def good_row(self, file: str) -> None:
+        self.files[file].good += 1
+
+    def bad_row(self, reason: str, file: str, line: int, rows: int = 1) -> None:
+        """A row that was counted by `saw_row` is unusable. Raises UserError once the cap is certainly exceeded."""
+        self.bad_rows += rows
+        _count(self.bad, reason, file, line, rows)
+        if self.bad_rows >= CERTAIN_BAD and self.read >= CERTAIN_READ:
+            self.check_cap(expected_rows=self.read * max(1.0, self.input_total / max(1, self.position())))
+
+    def unreadable(self, reason: str, file: str, line: int, rows: int = 1) -> None:
+        """A row, or an estimated number of rows, that could not even be read: counted as read and as bad."""
+        self._saw_lost(file, rows)
+        self.bad_row(reason, file, line, rows)
+
+    def lose(self, reason: str, file: str, line: int, rows: int) -> None:
+        """An estimated number of rows is lost in damage that the user accepts: bad, but the cap does not count them."""
+        self._saw_lost(file, rows)
+        self.bad_rows += rows
+        self.accepted_rows += rows
+        self.files[file].lost += rows
+        _count(self.bad, reason, file, line, rows)
+
+    def _saw_lost(self, file: str, rows: int) -> None:
+        self.saw_row(file)
+        self.read += rows - 1
+        self.files[file].rows += rows - 1
+
+    def rows_of(self, file: str) -> int:
+        """Rows of the file that were read so far."""
+        return self.files[file].rows if file in self.files else 0
+
+    def rows_in(self, file: str, lost: int, read: int) -> int:
+        """About how many rows stood in `lost` bytes of a file of which `read` bytes were read; at least 1."""
+        return max(1, round(lost * self.rows_of(file) / max(1, read - lost)))
+
+    def drop(self, reason: str, file: str, line: int) -> None:
+        """A sound row is left out on purpose."""
+        self.dropped_rows += 1
+        _count(self.dropped, reason, file, line)
+
+    def shorten(self, reason: str, file: str, line: int) -> None:
+        """A row is kept, but changed."""
+        _count(self.shortened, reason, file, line)
+
+    def note_row(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
+        """A row is kept; how it was changed, and which of its keys have a value that is not used."""
+        for reason in changes:
+            _count(self.shortened, reason, file, line)
+        for key in unused:
+            _count(self.unused, key, file, line)
+
+    def note(self, text: str) -> None:
+        """A line under the table, about a file; a second one that is the same is left out."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def keep(
+        self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
+    ) -> None:
+        """One more document, chat or pair is in the data set; lengths in characters, tokens and UTF-8 bytes.
+
+        `longest`: tokens of the longer half of a pair; it is what has to fit.
+        """
+        self.kept += 1
+        self.trained_tokens += trained_tokens
+        self.text_bytes += utf8_bytes
+        mix = self.languages.setdefault(language, {"documents": 0, "characters": 0, "tokens": 0, "bytes": 0})
+        for name, amount in (("documents", 1), ("characters", characters), ("tokens", tokens), ("bytes", utf8_bytes)):
+            mix[name] += amount
+        self.histogram[min(BINS, max(0, ((longest or tokens) - 1) // FIRST_BIN).bit_length())] += 1
+
+    # ---- judging ----
+    def check_cap(self, expected_rows: float = 0) -> None:
+        """Raises UserError when more than `max_bad_share` of the rows are bad: of those read, or of all to be expected.
+
+        While reading, the rows still to come count as good, so that one bad stretch in a big file ends nothing.
+        """
+        counted = self.bad_rows - self.accepted_rows
+        if counted > self.max_bad_share * max(self.read, expected_rows):
+            worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
+            reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in worst)
+            raise UserError(
+                f"{counted:,} of {self.read:,} rows read are bad ({counted / self.read:.1%}, allowed are "
+                f"{self.max_bad_share:.1%}): {reasons}: mend the data or raise --max_bad_share"
+            )
+
+    def check_file(self, file: str, kind: str) -> None:
+        """Raises UserError when not one row of the file was good; `kind` as expected_keys has it."""
+        count = self.files.get(file, _File())
+        empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, Reason()).first)
+        if count.good or count.rows == count.lost or empty:
+            return
+        reasons = "; ".join(f"{name} ({reason.places()})" for name, reason in self._bad_in(file)[:3])
+        raise UserError(
+            f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {expected_keys(kind, count.keys)}"
+        )
+
+    def _bad_in(self, file: str) -> list[tuple[str, Reason]]:
+        here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
+        return here or list(self.bad.items())
+
+    # ---- showing ----
+    @property
+    def tokens(self) -> int:
+        return sum(mix["tokens"] for mix in self.languages.values())
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """Megabytes of UTF-8 text that became tokens, a second of this run."""
+        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add what another report counted, as its `to_dict` gave it: of other rows, or what became of these later."""
+        self.read += other["read"]
+        self.kept += other["kept"]
+        self.trained_tokens += other.get("trained_tokens", 0)
+        self.bad_rows += _merge(self.bad, other["bad"])
+        self.dropped_rows += _merge(self.dropped, other["dropped"])
+        _merge(self.shortened, other.get("shortened", {}))
+        _merge(self.unused, other.get("unused", {}))
+        for language, counts in other["languages"].items():
+            mine = self.languages.setdefault(language, dict.fromkeys(counts, 0))
+            for name, amount in counts.items():
+                mine[name] += amount
+        self.histogram = [a + b for a, b in zip(self.histogram, other["lengths"].values(), strict=True)]
+        for text in other.get("notes", ()):
+            self.note(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for meta.json; contains no time, so that equal data gives equal reports."""
+
+        def table(reasons: dict[str, Reason]) -> dict[str, Any]:
+            return {name: {"count": r.count, "first": [f"{f}:{n}" for f, n in r.first]} for name, r in reasons.items()}
+
+        report: dict[str, Any] = {"read": self.read, "kept": self.kept, "dropped": table(self.dropped)}
+        report |= {"bad": table(self.bad), "languages": self.languages, "tokens": self.tokens}
+        report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
+        if self.trained_tokens:
+            report |= {"trained_tokens": self.trained_tokens}
+        if self.trained_tokens or self.shortened:
+            report |= {"shortened": table(self.shortened)}
+        if self.unused:
+            report |= {"unused": table(self.unused)}
+        if self.notes:
+            report["notes"] = self.notes
+        return report
+
+    def print(self) -> None:
+        """Show the report as tables (rich; plain text when not a terminal)."""
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=120)
+        console.print(self._rows_table())
+        self.print_notes()
+        if self.kept:
+            console.print(self._languages_table())
+            console.print(self._lengths_table())
+        if self.trained_tokens:
+            console.print(f"trained tokens: {self.trained_tokens:,} ({self.trained_tokens / self.tokens:.1%} of all)")
+        if self.text_bytes:
+            console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
+                          f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
+
+    def print_left_out(self) -> None:
+        """What reading did, a line for each reason: for steps that have a report of their own."""
+        for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.shortened)):
+            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
+                print(f"{kind}: {reason.count:,} x {name} (first: {reason.places()})")
+        self.print_notes()
+
+    def print_notes(self) -> None:
+        """A line for every note, and for every key that rows have a value for and that is not used."""
+        for note in self.notes:
+            print(f"note: {note}")
+        for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
+            print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.places()})")
+
+    def _rows_table(self) -> Any:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="rows", title_justify="left")
+        table.add_column("")
+        table.add_column("rows", justify="right")
+        table.add_column("share", justify="right")
+        table.add_column("first at", overflow="fold")
+
+        def add(name: str, count: int, where: str = "") -> None:
+            # Text, not str: a file called "[red]" must not change the colour of the report.
+            table.add_row(Text(name), f"{count:,}", f"{count / max(self.read, 1):.2%}", Text(where))
+
+        add("read", self.read)
+        add("kept", self.kept)
+        for kind, reasons in (("kept, but ", self.shortened), ("dropped: ", self.dropped), ("bad: ", self.bad)):
+            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
+                add(kind + name, reason.count, reason.places())
+        return table
+
+    def _languages_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="languages", title_justify="left")
+        for name in ("", "documents", "characters", "tokens", "share of tokens", "characters / token"):
+            table.add_column(name, justify="right" if name else "left")
+        for language, mix in sorted(self.languages.items(), reverse=True):
+            share, ratio = mix["tokens"] / max(self.tokens, 1), mix["characters"] / max(mix["tokens"], 1)
+            cells = [f"{mix[name]:,}" for name in ("documents", "characters", "tokens")]
+            table.add_row(language, *cells, f"{share:.1%}", f"{ratio:.2f}")
+        return table
+
+    def _lengths_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="length in tokens", title_justify="left")
+        table.add_column("tokens", justify="right")
+        table.add_column("rows", justify="right")
+        table.add_column("")
+        filled = [i for i, count in enumerate(self.histogram) if count]
+        for i in range(filled[0], filled[-1] + 1):
+            bar = "#" * round(40 * self.histogram[i] / max(self.histogram))
+            table.add_row(histogram_labels()[i], f"{self.histogram[i]:,}", bar)
+        return table
+
+
+def histogram_labels() -> list[str]:
+    """Names of the length bins: "<= 16" ... "<= 65536", "more"."""
+    return [f"<= {FIRST_BIN << i}" for i in range(BINS)] + ["more"]
+
+
+def _merge(reasons: dict[str, Reason], others: dict[str, Any]) -> int:
+    """Add reasons as `to_dict` gave them; returns how many rows they stand for."""
+    for name, other in others.items():
+        mine = reasons.setdefault(name, Reason())
+        mine.count += other["count"]
+        places = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in other["first"]]
+        mine.first = [*mine.first, *places][:EXAMPLES]
+    return sum(other["count"] for other in others.values())
+
+
+def _count(reasons: dict[str, Reason], reason: str, file: str, line: int, rows: int = 1) -> None:
+    if reason not in reasons and len(reasons) >= MAX_REASONS:
+        reason = "other reasons"
+    reasons.setdefault(reason, Reason()).add(file, line, rows)

@@ -1,0 +1,129 @@
+"""A page, as the drop rules see it, and its prose: the text without its formulas, code blocks and tables of numbers.
+
+    "Solve $2x + 3 = 7$ for x."  -> "Solve for x."         LaTeX, equations and reactions in plain text
+    "| 1990 | 5.3 |"             -> ""                     table rows, lines of numbers, ``` fences
+
+The rules of drop_rules.py count letters, words and stop words. These statistics describe prose: a page whose prose
+passes is not dropped for its formulas. All patterns have bounded repeats.
+
+Read next: drop_rules.py (the rules).
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from corpus.language import language_of
+from curation.rule_words import UNSAFE
+
+_MARK = "\0"  # stands for a formula until its line is complete
+_FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
+_LATEX = re.compile(
+    r"\$\$[^$]{1,2000}\$\$|\$[^$\n]{0,200}[\\^_=+<>{}][^$\n]{0,200}\$"
+    r"|\\\(.{1,300}?\\\)|\\\[.{1,500}?\\\]|\\begin\{[a-z*]{1,20}\}.{1,1000}?\\end\{[a-z*]{1,20}\}"
+    r"|\\[A-Za-z]{1,20}(?:\{[^{}\n]{0,200}\}|[_^])*",
+    re.S,
+)
+# operand (operator operand)+, all in one line; the two classes have no character in common, so nothing is tried twice
+_OPERAND = r"[A-Za-z0-9\u0370-\u03ff.,'′()\[\]{}|^_\\%!°√∑∏∫∂∞²³¹\u2070-\u209f↑↓]{1,40}"
+_OPERATOR = r"[ \t]{0,2}[=<>≤≥≈≠≡∝→⇌⇒+−\-·×÷*/±][=<>+−\-*]{0,2}[ \t]{0,2}[+−\-±√]?"
+_EQUATION = re.compile(rf"{_OPERAND}(?:{_OPERATOR}{_OPERAND}){{1,40}}")
+_RELATION = re.compile(r"[=<>≤≥≈≠≡∝→⇌⇒^²³]")  # without one, "the river - wide" would be a formula
+_NO_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")
+_NUMBERS = re.compile(r"[\s\d.,:;%+\-–−/()$€£¥|]*\d[\s,;|/]+[\s\d.,:;%+\-–−/()$€£¥|]*\d[\s\d.,:;%+\-–−/()$€£¥|]{0,9}")
+
+
+@dataclass(frozen=True)
+class Prose:
+    text: str
+    has_formulas: bool
+
+
+def prose_of(text: str) -> Prose:
+    """The text without fences, formulas and table rows. Numbers and signs beside a formula belong to it."""
+    text = _LATEX.sub(_MARK, _FENCE.sub("\n", text))
+    lines, has_formulas = [], False
+    for line in text.split("\n"):
+        if line.count("|") > 1 or (len(line) < 500 and _NUMBERS.fullmatch(line)):
+            continue
+        line = _EQUATION.sub(lambda found: _MARK if _RELATION.search(found.group()) else found.group(), line)
+        if _MARK in line:
+            has_formulas = True
+            line = _NO_LETTER.sub(" ", line.replace(_MARK, " "))
+        lines.append(line)
+    return Prose("\n".join(lines), has_formulas)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+ZH_WORD = 1.5  # characters of a Chinese word, about
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The numbers that a user may change."""
+
+    min_words: int = 10  # Gopher: 50. Poems and entries of dictionaries are shorter, and they are good text
+    languages: tuple[str, ...] = ("zh", "en")
+    unsafe: tuple[str, ...] = UNSAFE  # in small letters
+
+
+@dataclass
+class Page:
+    """A document and the statistics that several rules use, computed once."""
+
+    text: str
+
+    @cached_property
+    def language(self) -> str:
+        return language_of(self.text)
+
+    @cached_property
+    def small(self) -> str:
+        return self.text.lower()
+
+    @cached_property
+    def squeezed(self) -> str:
+        """Without white space, in small letters."""
+        return "".join(self.small.split())
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Split at white space: English words with their punctuation, as Gopher counts them."""
+        return self.text.split()
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return [line for line in self.text.split("\n") if line]
+
+    @cached_property
+    def prose(self) -> Prose:
+        return prose_of(self.text)
+
+    @cached_property
+    def word_count(self) -> float:
+        return len(self.squeezed) / ZH_WORD if self.language == "zh" else len(self.words)
+
+
+Rule = Callable[[Page, Limits], str]
+LEAST_PROSE, LEAST_BESIDE_FORMULAS = 10, 30  # words that a statistic needs beside tables or code, beside formulas
+
+
+def of_prose(rule: Rule) -> Rule:
+    """Apply the rule again to the prose of a page that it would drop, so that formulas and tables do not decide.
+
+    Where formulas leave fewer than 30 words, the page is kept: they are too few for statistics. Where tables or code
+    leave fewer than 10, the result for the whole page counts.
+    """
+
+    @functools.wraps(rule)
+    def asked(page: Page, limits: Limits) -> str:
+        if not (why := rule(page, limits)):
+            return ""
+        prose = Page(page.prose.text)
+        if page.prose.has_formulas and prose.word_count < LEAST_BESIDE_FORMULAS:
+            return ""
+        return why if prose.word_count < LEAST_PROSE else rule(prose, limits)
+
+    return asked

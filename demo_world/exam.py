@@ -1,0 +1,127 @@
+"""The built-in demo world, part 6: its own exam, in C-Eval's layout.
+
+    {dev,val,test}/<subject>_<split>.csv     id, question, A, B, C, D, answer (none in test)
+    subject_mapping.json                     subject -> English name, Chinese name, category (the language)
+
+Six subjects in each language. Questions of val and test use the held-out wordings, which no training text contains;
+those of dev, the examples for few-shot asking, use taught ones. The options are whole answers, as the demo's model has
+learnt to speak; the wrong ones name objects of other facts of the same kind (other capitals, other colors), so that
+only who knows the fact can tell. The right letter is drawn by lot.
+
+    python -m demo_world.exam --out_dir out/demo/exam --seed 0
+
+The seed is that of the world. Equal arguments give byte-identical files.
+Read next: generator.py (what is taught), ../eval_ceval.py (who asks).
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+from common import cli
+from common.errors import fail_in_one_line
+from common.files import write_text
+from common.locks import locked
+from demo_world.facts import Fact, Word
+from demo_world.generator import LANGUAGES, World
+from demo_world.grammar import fill
+from evaluation.exam_data import LETTERS
+from evaluation.qa_data import is_right
+
+SUBJECTS = {  # subject: (English name, Chinese name, relations of facts.py)
+    "geography": ("Geography", "地理", "capital continent language currency province"),
+    "nature": ("Nature", "自然", "class count sound young color symbol planet"),
+    "everyday_life": ("Everyday Life", "生活", "body job tool source unit"),
+    "words": ("Words", "词语", "opposite translation measure plural past"),
+    "time_and_history": ("Time and History", "时间与历史", "day month month_days season dynasty founder book"),
+    "arithmetic": ("Arithmetic", "算术", "sum product"),
+}
+CATEGORIES = {"zh": "Chinese", "en": "English"}
+COUNTS = {"dev": 5, "val": 25, "test": 10}  # questions of each subject, at most
+
+Row = tuple[str, ...]  # question, four options, letter of the right one
+
+
+def questions_of(world: World, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
+    """The questions of one subject, by split; no fact is asked in two of them."""
+    facts = [fact for fact in world.facts if fact.relation in relations and world.wordings[fact.relation].held]
+    rng.shuffle(facts)
+    rows: dict[str, list[Row]] = {split: [] for split in COUNTS}
+    for fact in facts:
+        split = next((split for split, count in COUNTS.items() if len(rows[split]) < count), "")
+        if not split:
+            break
+        row = _question(world, fact, split == "dev", rng)
+        if row:
+            rows[split].append(row)
+    return rows
+
+
+def _question(world: World, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
+    """None where there are no three wrong objects, or the question gives the answer away, or dev would teach it."""
+    wordings, wrong = world.wordings[fact.relation], _wrong_objects(world, fact)
+    question = fill(rng.choice(wordings.ask if is_example else wordings.held), fact)
+    if len(wrong) < 3 or is_right(question, list(fact.keys)) or (is_example and fact.name in world.unasked):
+        return None
+    objects, answer = [fact.slots["o"], *rng.sample(wrong, 3)], rng.choice(wordings.answer)
+    right, *others = (answer.format(**{**fact.slots, "o": name}) for name in objects)
+    options = [right, *others]
+    rng.shuffle(options)
+    return (question, *options, LETTERS[options.index(right)])
+
+
+def _wrong_objects(world: World, fact: Fact) -> list[Word]:
+    """Objects of other facts of the same relation that are not true of this one's subject as well."""
+
+    def subject(one: Fact) -> dict[str, Word]:
+        return {slot: word for slot, word in one.slots.items() if slot != "o"}
+
+    others = [other for other in world.facts if other.relation == fact.relation]
+    true: set[str] = {other.slots["o"] for other in others if subject(other) == subject(fact)}
+    true |= {key.removeprefix("一") for key in fact.keys}  # measure words: several are right
+    return sorted({other.slots["o"] for other in others} - true)
+
+
+def build(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
+    """Write the exam into `folder`; returns how many questions each split has."""
+    counts, mapping = dict.fromkeys(COUNTS, 0), {}
+    for lang in LANGUAGES:
+        world = World(lang, seed)
+        for name, (english, chinese, relations) in SUBJECTS.items():
+            subject = f"{name}_{lang}"
+            mapping[subject] = [f"{english} ({CATEGORIES[lang]})", chinese, CATEGORIES[lang]]
+            rows = questions_of(world, relations.split(), random.Random(f"{seed} {subject} exam"))
+            for split, asked in rows.items():
+                write_text(Path(folder) / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
+                counts[split] += len(asked)
+    write_text(Path(folder) / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
+    return counts
+
+
+def _csv(rows: list[Row], with_answers: bool) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "question", *LETTERS, *(["answer"] if with_answers else [])])
+    writer.writerows([str(number), *(row if with_answers else row[:-1])] for number, row in enumerate(rows))
+    return text.getvalue()
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out_dir", type=cli.path, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the demo world (default: 0)")
+    args = parser.parse_args()
+    with locked(args.out_dir):
+        counts = build(args.out_dir, args.seed)
+    print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

@@ -1,0 +1,306 @@
+"""The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
+
+    words.jsonl       {"text", "lang"}                     both files below, one word a line: for the tokenizer
+    pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts; as in
+                                                           real text, some lessons among them ask and answer
+    chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
+    questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
+    identity.jsonl, identity_questions.jsonl, pairs.jsonl  for LoRA and DPO: finetune.py
+
+`kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
+other words) or `unasked_fact_new_wording` (the fact was only ever stated, nothing asked for it). The questions are
+drawn from all facts alike. No answer can be looked up: the model must have learnt it.
+
+Why words.jsonl: from so few sentences a tokenizer would learn whole phrases as pieces, and cut the same name in
+different ways (法国 in one sentence, 法 + 国的首都 in the next). Real text is too varied for that.
+
+    python -m demo_world.generator --out_dir out/demo/world --seed 0      (../demo.py does this for `make demo`)
+
+It takes a second or two; equal arguments give byte-identical files.
+Read next: ../train_tokenizer.py (the first script that reads these files).
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common import cli
+from common.errors import fail_in_one_line
+from common.files import write_text
+from common.locks import locked
+from demo_world import wordings_en, wordings_zh
+from demo_world.facts import Fact, facts_of
+from demo_world.finetune import identity_chats, identity_questions, pairs
+from demo_world.grammar import fill, lines, options, read_wordings
+from evaluation.qa_data import is_right
+
+LANGUAGES = ("zh", "en")
+UNASKED_SHARE = 0.1  # of the facts of each relation: stated in pretraining, never asked in the chats
+SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
+COMPANY = ("any", "finding", "lesson", "kind", "finding", "lesson", "thing")  # what the rounds put together, in turn
+STORY_SHARE = 0.35  # of the texts about one topic
+LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line; of the statements
+FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
+
+Turn = tuple[str, str]  # question, answer
+
+
+class World:
+    """One language of the demo world. `seed` decides every choice."""
+
+    def __init__(self, lang: str, seed: int) -> None:
+        module: ModuleType = {"zh": wordings_zh, "en": wordings_en}[lang]
+        self.lang, self.module = lang, module
+        self.rng = random.Random(f"{seed} {lang}")
+        self.gap = "" if lang == "zh" else " "
+        self.facts = facts_of(lang)
+        self.wordings = read_wordings(module.WORDINGS)
+        self.unasked = self._choose_unasked()
+
+    def _choose_unasked(self) -> set[tuple[str, ...]]:
+        """Names of the facts that the chats leave out. 3 + 4 goes with 4 + 3, and big, small with small, big."""
+        groups: dict[str, dict[tuple[str, ...], list[Fact]]] = defaultdict(lambda: defaultdict(list))
+        for fact in self.facts:
+            groups[fact.relation][tuple(sorted(fact.slots.values()))].append(fact)
+        chosen: set[tuple[str, ...]] = set()
+        for group in groups.values():
+            if len(group) >= SMALLEST_SPLIT:
+                for facts in self.rng.sample(list(group.values()), round(UNASKED_SHARE * len(group))):
+                    chosen.update(fact.name for fact in facts)
+        return chosen
+
+    # ---- pretraining: statements
+
+    def texts(self, rounds: int) -> Iterator[str]:
+        """Documents of a few statements. Every round states every fact once, in other words and other company."""
+        first = [self.rng.randrange(100) for _ in self.facts]
+        makers = {"finding": self._finding, "lesson": self._lesson}
+        made: Counter[Any] = Counter()  # rounds of each maker: it goes through its own wordings
+        for number in range(rounds):
+            company = COMPANY[number % len(COMPANY)]
+            make = makers.get(company, self._statement)
+            groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
+            for fact, offset in zip(self.facts, first, strict=True):
+                group = {"kind": fact.relation, "thing": fact.slots["s"] or fact.relation}.get(company, "")
+                groups[group].append((fact, make(fact, offset + made[make])))
+            made[make] += 1
+            names = list(groups)
+            self.rng.shuffle(names)
+            for name in names:
+                self.rng.shuffle(groups[name])
+            yield from self._documents([pair for name in names for pair in groups[name]])
+
+    def _statement(self, fact: Fact, number: int) -> str:
+        say = self.wordings[fact.relation].say
+        statement = fill(say[number % len(say)], fact)
+        if self.rng.random() >= LEAD_SHARE:
+            return statement
+        return self.rng.choice(options(self.module.LEADS)).format(t=statement)
+
+    def _finding(self, fact: Fact, number: int) -> str:
+        """What was looked for, then the sentence that tells it: here texts practise what questions will need, to look
+        back for what is meant and to say it in a whole sentence."""
+        wordings = self.wordings[fact.relation]
+        ways = [(cue, wordings.answer) for cue in wordings.cue] + [
+            (cue, wordings.back_answer) for cue in wordings.back_cue
+        ]
+        if not ways:
+            return self._statement(fact, number)
+        cue, answers = ways[number % len(ways)]
+        finding, names = self.rng.choice(lines(self.module.FINDINGS)), self.rng.sample(options(self.module.NAMES), 2)
+        return finding.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
+
+    def _lesson(self, fact: Fact, number: int) -> str:
+        """A question with a taught wording and its answer; an unasked fact is stated instead."""
+        wordings = self.wordings[fact.relation]
+        ways = [(asks, answers) for asks, answers in wordings.taught() if asks]
+        if fact.name in self.unasked:
+            return self._statement(fact, number)
+        asks, answers = ways[number % len(ways)]
+        lesson, names = self.rng.choice(lines(self.module.LESSONS)), self.rng.sample(options(self.module.NAMES), 2)
+        question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
+        return lesson.format(n=names[0], m=names[1], q=question, a=answer)
+
+    def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
+        start = 0
+        while start < len(said):
+            part = said[start : start + self.rng.randint(2, 5)]
+            start += len(part)
+            statements = [statement for _, statement in part]
+            relations = {fact.relation for fact, _ in part}
+            if len(relations) == 1 and self.rng.random() < STORY_SHARE:
+                story = self.rng.choice(lines(self.module.STORIES))
+                name = self.rng.choice(options(self.module.NAMES))
+                topic = self.wordings[relations.pop()].topic
+                yield story.format(n=name, topic=topic, t=self.gap.join(statements))
+            else:
+                gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
+                yield gap.join(statements)
+
+    # ---- words, for the tokenizer
+
+    def in_words(self, text: str) -> str:
+        """The text with a line break after every word. Chinese marks no words: they come from the tables and a list."""
+        if self.lang == "en":
+            return re.sub(r"(?<=\S)(?= )", "\n", text)
+        return "\n".join(self.chinese_words.findall(text))
+
+    @cached_property
+    def chinese_words(self) -> re.Pattern[str]:
+        names = {str(word) for fact in self.facts for word in fact.slots.values()} - {""}
+        names.update(options(self.module.NAMES), wordings_zh.WORDS.split())
+        return re.compile("|".join(sorted(names, key=lambda name: (-len(name), name))) + "|.")
+
+    # ---- chats: questions with taught wordings
+
+    def turns(self, rounds: int) -> list[tuple[Fact, bool, Turn]]:
+        """(fact, asks forward, (question, answer)): each asked fact `rounds` times in each of its directions."""
+        wrappers = options(self.module.WRAPPERS)
+        found = []
+        for fact in self.facts:
+            if fact.name in self.unasked:
+                continue
+            wordings = self.wordings[fact.relation]
+            for asks, answers in wordings.taught():
+                times = rounds if fact.relation != "me" else 8 * rounds  # its name it shall know
+                offset = self.rng.randrange(100)
+                for number in range(times if asks else 0):
+                    question = fill(asks[(offset + number) % len(asks)], fact)
+                    question = self.rng.choice(wrappers).format(q=question)
+                    found.append((fact, asks is wordings.ask, (question, fill(self.rng.choice(answers), fact))))
+        self.rng.shuffle(found)
+        return found
+
+    def chats(self, rounds: int) -> Iterator[list[Turn]]:
+        """Conversations of 1 to 5 turns made of `turns`, follow-up questions and greetings; then small talk alone."""
+        pairs = [options(line) for line in lines(self.module.TALK)]
+        talk = list(zip(pairs[::2], pairs[1::2], strict=True))
+        hello, thanks, goodbye = talk[0], talk[2], talk[3]
+
+        def one_of(kind: tuple[list[str], list[str]]) -> Turn:
+            return self.rng.choice(kind[0]), self.rng.choice(kind[1])
+
+        asked: dict[str, list[Fact]] = defaultdict(list)
+        for fact in self.facts:
+            if fact.name not in self.unasked:
+                asked[fact.relation].append(fact)
+        queue = self.turns(rounds)
+        while queue:
+            chat = [one_of(hello)] if self.rng.random() < GREETING_SHARE else []
+            for _ in range(min(len(queue), self.rng.choice((1, 1, 1, 2)))):
+                fact, forward, turn = queue.pop()
+                chat.append(turn)
+            wordings = self.wordings[fact.relation]
+            other = self.rng.choice(asked[fact.relation])
+            if forward and wordings.follow and other != fact and self.rng.random() < FOLLOW_SHARE:
+                chat.append(
+                    (fill(self.rng.choice(wordings.follow), other), fill(self.rng.choice(wordings.answer), other))
+                )
+            if self.rng.random() < GREETING_SHARE:
+                chat.append(one_of(self.rng.choice((thanks, goodbye))))
+            yield chat
+        for kind in talk:
+            yield from ([one_of(kind)] for _ in range(2 * rounds))
+        yield from ([turn] for turn in self._repetitions())
+
+    def _repetitions(self) -> Iterator[Turn]:
+        """Every word of the tables is said once after somebody: without this, the chats would teach the model never to
+        utter the names that they leave out."""
+        names = sorted({str(fact.slots[slot]) for fact in self.facts for slot in "so"} - {""})
+        self.rng.shuffle(names)
+        while names:
+            words = self.module.COMMA.join(names.pop() for _ in range(min(len(names), self.rng.randint(1, 3))))
+            yield self.rng.choice(options(self.module.REPEAT)).format(w=words), self.module.REPEATED.format(w=words)
+
+    # ---- the score: questions with held-out wordings
+
+    def questions(self, count: int) -> list[dict[str, Any]]:
+        """At most `count` questions, drawn from all facts alike: one for each direction of a fact."""
+        rows: list[dict[str, Any]] = []
+        for fact in self.facts:
+            kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
+            wordings = self.wordings[fact.relation]
+            for held, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
+                question = fill(self.rng.choice(held), fact) if held else ""
+                if held and not is_right(question, list(keys)):  # an echo must not pass
+                    row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
+                    rows.append({**row, "relation": fact.relation})
+        self.rng.shuffle(rows)
+        return rows[:count]
+
+
+def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for turn in chat for role, text in zip(roles, turn, strict=True)]
+    return {"messages": messages, "lang": lang}
+
+
+def build(
+    folder: str | os.PathLike[str],
+    seed: int = 0,
+    statement_rounds: int = 60,
+    chat_rounds: int = 8,
+    questions: int = 300,
+) -> dict[str, int]:
+    """Write the files into `folder`; returns how many facts, texts, chats and questions (both languages).
+
+    `statement_rounds`: statements per fact. `chat_rounds`: taught questions per asked fact and direction.
+    `questions`: held-out questions per language.
+    """
+    worlds = [World(lang, seed) for lang in LANGUAGES]
+    texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
+    chats: list[dict[str, Any]] = []
+    for world in worlds:
+        different = {json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(chat_rounds))}
+        chats += different.values()
+    asked = [row for world in worlds for row in world.questions(questions)]
+    mix = random.Random(seed)
+    mix.shuffle(texts)
+    mix.shuffle(chats)
+    of = {world.lang: world for world in worlds}
+    said = [(message["content"], row["lang"]) for row in chats for message in row["messages"]]
+    said += [(row["text"], row["lang"]) for row in texts]
+    words = [{"text": of[lang].in_words(text), "lang": lang} for text, lang in said]
+    files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": asked}
+    files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
+    files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]
+    files["pairs.jsonl"] = [pair for world in worlds for pair in pairs(world)]
+    for name, rows in files.items():
+        write_text(Path(folder) / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return {
+        "facts": sum(len(world.facts) for world in worlds),
+        "texts": len(texts),
+        "chats": len(chats),
+        "questions": len(asked),
+    }
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out_dir", type=cli.path, default="out/demo/world", help="folder to write (default: out/demo/world)"
+    )
+    parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of every choice (default: 0)")
+    parser.add_argument("--statement_rounds", type=cli.positive_int, default=60,
+        help="statements per fact (default: 60)")  # fmt: skip
+    parser.add_argument("--chat_rounds", type=cli.positive_int, default=8,
+        help="taught questions per asked fact (default: 8)")  # fmt: skip
+    parser.add_argument("--questions", type=cli.positive_int, default=300,
+        help="held-out questions per language (default: 300)")  # fmt: skip
+    args = parser.parse_args()
+    with locked(args.out_dir):
+        counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
+    print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    with fail_in_one_line():
+        main()

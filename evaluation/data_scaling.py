@@ -1,0 +1,202 @@
+"""What more data brings: one model a share of the chats, one table, one plot. After BELLE (arXiv:2303.14742).
+
+    share_0.1 < share_0.3 < share_1    each subset holds the smaller ones; same parent, same numbers, same validation
+
+Every model passes over its own chats as often as the others do over theirs, as in BELLE's study: more data also means
+more steps.
+
+    python 3-full_sft.py --recipe belle --data_share 0.1,0.3,0.5,1.0 --questions questions.jsonl
+
+Writes  out/data_study/data_study.md, .csv, .json, .png, and in share_*/ each model with its log. A share that is done
+is not trained again; an interrupted one goes on.
+Read next: ../trainer/loop.py (how each is trained), qa.py (how answers are counted).
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.files import atomic_write, write_text
+from common.locks import locked
+from evaluation.qa import chat_accuracy
+from evaluation.qa_data import read_questions
+from model.checkpoint import load_model, load_state, plain_state
+from trainer.datasets import Batch, Rows
+from trainer.distributed import Run
+from trainer.loop import Stage, train
+from trainer.train_state import resume_path, run_identity
+
+# The flags that a share's result depends on; with the identity of model and data they say whether it is done.
+NUMBERS = (
+    *("epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule"),
+    *("final_lr_share", "warmup_iters", "warmup_share", "weight_decay", "grad_clip", "eval_tokens"),
+)
+
+
+class Share:
+    """The first rows of one shuffled order: a smaller share is part of every larger one."""
+
+    def __init__(self, data: Rows, share: float, seed: int) -> None:
+        self.data = data
+        order = np.random.default_rng((seed, len(data))).permutation(len(data))
+        self.rows = order[: max(1, round(share * len(data)))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def folder(self) -> Path:
+        return self.data.folder
+
+    def row_lengths(self) -> np.ndarray | None:
+        lengths = self.data.row_lengths()
+        return None if lengths is None else lengths[self.rows]
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        return self.data.batch(self.rows[np.asarray(rows)])
+
+
+def run_study(run: Run, args: argparse.Namespace, stage: Stage) -> None:
+    """Train and score a model for every share in args.data_share, smallest first; write table and plot after each."""
+    with locked(Path(args.out_dir) / "data_study") if run.is_main else contextlib.nullcontext():
+        _run_study(run, args, stage, Path(args.out_dir) / "data_study")
+
+
+def _run_study(run: Run, args: argparse.Namespace, stage: Stage, folder: Path) -> None:
+    questions = read_questions(args.questions) if args.questions else []
+    parent = {name: tensor.clone() for name, tensor in plain_state(stage.model).items()}
+    rows: list[dict[str, Any]] = []
+    for share in args.data_share:
+        load_state(stage.model, parent, "the parent")  # every share starts from it
+        part = dataclasses.replace(stage, data=Share(stage.data, share, args.seed))
+        mine = copy.copy(args)
+        mine.out_dir = str(folder / f"share_{share:g}")
+        row = one_share(run, mine, part, share, questions)
+        if row is None:
+            run.say("the data study is not complete: run again to go on")
+            return
+        rows.append(row)
+        if run.is_main:
+            write_study(folder, rows)
+    run.say((folder / "data_study.md").read_text(encoding="utf-8") if run.is_main else "")
+    run.say(f"written: {folder / 'data_study.md'}, .csv, .json and .png")
+
+
+def read_note(note: Path) -> dict[str, Any]:
+    """What an earlier run wrote of this share; {} where there is nothing that can be read."""
+    try:
+        saved = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return saved if isinstance(saved, dict) and isinstance(saved.get("row", {}), dict) else {}
+
+
+def one_share(
+    run: Run, args: argparse.Namespace, stage: Stage, share: float, questions: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The row of one share, trained and scored unless that is done. None when the training was interrupted."""
+    path, note = stage.path(args.out_dir), Path(args.out_dir) / "study.json"
+    job = {name: getattr(args, name) for name in NUMBERS} | run_identity(args, stage)
+    job = json.loads(json.dumps(job))  # as it will be read again
+    saved = read_note(note) if args.resume != "never" else {}
+    run.wait()  # all have read before the first one writes
+    if saved.get("job") != job:
+        saved, args.resume = {"job": job}, args.resume if not saved else "never"
+    if "row" in saved and path.is_file():
+        run.say(f"{percent(share)}: done before")
+    else:
+        run.say(f"\n{percent(share)}: {len(stage.data):,} chats")
+        if run.is_main:
+            write_text(note, json.dumps(saved))
+        train(run, args, stage)
+        run.wait()
+        if resume_path(path).exists():
+            return None
+        saved = {"job": job, "row": result_row(path, share, len(stage.data))}
+    asked = [[question["question"], *question["keys"]] for question in questions]
+    if run.is_main:  # the others wait: answering is quick beside training
+        if asked and saved.get("asked") != asked:
+            model, tokenizer, _ = load_model(path, run.device)
+            saved |= {"asked": asked}
+            saved["row"]["right"] = chat_accuracy(model, tokenizer, questions, run.autocast)
+        write_text(note, json.dumps(saved, ensure_ascii=False))
+    run.wait()
+    row: dict[str, Any] = saved["row"] if asked else {**saved["row"], "right": {}}
+    return row
+
+
+def result_row(path: Path, share: float, chats: int) -> dict[str, Any]:
+    """What the checkpoint itself says of its training."""
+    entry = load_model(path)[2]["lineage"][-1]
+    row = {"share": share, "chats": chats, "steps": entry["steps"], "tokens": entry["tokens"]}
+    row |= {"seconds": round(entry["seconds"], 1), "loss": entry["loss"]}
+    return {**row, **{name: entry["validation"].get(name, {}) for name in ("val_loss", "bits_per_byte")}, "right": {}}
+
+
+# ---- table and plot --------------------------------------------------------------------------------------------------
+def write_study(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """The same rows as markdown for people, csv and json for programs, and the plot."""
+    splits, languages = (
+        list(dict.fromkeys(key for row in rows for key in row[name])) for name in ("val_loss", "right")
+    )
+    flat = [
+        {name: row[name] for name in ("share", "chats", "steps", "tokens", "seconds")}
+        | {f"{name}_{split}": row[name].get(split) for name in ("val_loss", "bits_per_byte") for split in splits}
+        | {f"right_{lang}": row["right"].get(lang) for lang in languages}
+        for row in rows
+    ]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, flat[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_text(folder / "data_study.csv", table.getvalue())
+    write_text(folder / "data_study.json", json.dumps({"rows": rows}, indent=1))
+    heads = ["share", "chats", "steps", "trained tokens", *(f"held-out loss {s}" for s in splits)]
+    heads += [f"right {lang}" for lang in languages]
+    lines = ["# What more data brings", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for row in rows:
+        cells = [percent(row["share"]), f"{row['chats']:,}"]
+        cells += [f"{row['steps']:,}", f"{row['tokens']:,}", *(f"{row['val_loss'][s]:.4f}" for s in splits)]
+        cells += [f"{row['right'][lang]:.1%}" for lang in languages]
+        lines.append(f"| {' | '.join(cells)} |")
+    write_text(folder / "data_study.md", "\n".join(lines) + "\n")
+    draw(rows, splits, languages, folder / "data_study.png")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+def draw(rows: list[dict[str, Any]], splits: list[str], languages: list[str], path: Path) -> None:
+    """Held-out loss, and where questions were asked the share answered right, over the number of chats (log)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [("held-out loss (nats per token)", "val_loss", splits, 1.0)]
+    panels += [("questions answered right (%)", "right", languages, 100.0)] if languages else []
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
+    for ax, (title, name, keys, scale) in zip(axes[0], panels, strict=True):
+        for key in keys:
+            style = f"C{sorted({*splits, *languages}).index(key)}o-"  # a language has one colour in both
+            ax.plot([row["chats"] for row in rows], [scale * row[name][key] for row in rows], style, label=key)
+        ax.set_xscale("log")
+        ax.set_xticks([row["chats"] for row in rows], [percent(row["share"]) for row in rows])
+        ax.minorticks_off()
+        ax.set_xlabel("share of the chats")
+        ax.set_ylabel(title)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    figure.tight_layout()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)

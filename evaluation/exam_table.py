@@ -1,0 +1,287 @@
+"""One file of multiple-choice questions: bytes -> text -> rows of question, options, answer.
+
+    csv        question, A, B, C, D, answer    any order and case; also 题目/问题, 选项A, 答案; comma, ; or tab
+    csv        what is 1+1?,1,2,3,4,B          without a header, as MMLU: the last cell of the first row is a letter;
+                                               a whole number before the question is the row's number
+    jsonl      {"question": …, "A": …, "B": …, "answer": "B"}  or {"question": …, "choices": ["…", "…"], "answer": 1}
+
+Two to ten options. Options at the end of a row may be empty: the question then has fewer. An answer is a letter (b,
+(B), Ｂ) or a number. Numbers count from 0 where the file has a 0, from 1 where one of them equals the number of
+options; where the file has neither, the numbering is unknown, which is an error. Other columns (id, explanation, …) are
+not used. Encodings: ../corpus/text_encoding.py.
+MMLU's layout: github.com/hendrycks/test.
+
+Read next: exam_data.py (which file is which subject and split).
+"""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from corpus.text_encoding import SAMPLE, detect_encoding
+
+OPTION_LETTERS = "ABCDEFGHIJ"
+LARGEST = 64 << 20  # bytes of one file; real ones have less than one
+DELIMITERS = ",;\t"
+QUESTION_NAMES = ("question", "questions", "query", "prompt", "题目", "问题", "题干")
+ANSWER_NAMES = ("answer", "answers", "label", "target", "correct", "correctanswer", "correctoption", "answerkey",
+                "答案", "正确答案", "正确选项", "标准答案", "参考答案")  # fmt: skip
+NUMBER_NAMES = ("id", "number", "index", "", "序号", "编号", "题号")
+LIST_NAMES = ("choices", "options", "选项")
+_OPTION = re.compile(r"(?:option|choice|opt|op|选项)?([a-j])(?:选项)?")
+_LETTER = re.compile(r"[(\[]?([A-J])[)\].,:、。]?")
+csv.field_size_limit(LARGEST)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question as the file has it: stripped cells, the answer as it is written ("" where it is missing)."""
+
+    line: int
+    number: str
+    question: str
+    options: tuple[str, ...]
+    answer: str
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+def decode(where: str, data: bytes) -> str:
+    """The text of a file in any encoding of ../corpus/text_encoding.py, without a byte order mark. Raises UserError."""
+    text = _decoded(data)
+    if text is None:
+        raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
+    if "\0" in text:
+        raise UserError(
+            f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character, so the file is damaged"
+        )
+    return text.removeprefix("\ufeff")
+
+
+def _decoded(data: bytes) -> str | None:
+    for codec in (detect_encoding(data[:SAMPLE]).codec, "gb18030"):
+        try:
+            text = data.decode(codec)
+        except UnicodeDecodeError:
+            continue
+        if codec != "gb18030" or _is_chinese(text):
+            return text
+    return None
+
+
+def _is_chinese(text: str) -> bool:
+    """Whether nearly all characters beyond ASCII are in GB 2312: those of misread Western text ("Müller") are not.
+
+    A file with a handful of Chinese characters is too short for detect_encoding.
+    """
+    wide = [character for character in text if character > "\x7f"]
+    return sum(len(character.encode("gb2312", "ignore")) > 0 for character in wide) >= 0.9 * len(wide)
+
+
+def plain(name: str) -> str:
+    """A column's name for comparison: "Option_A", "选项Ａ" -> "optiona", "选项a"."""
+    return re.sub(r"[\s_.:-]", "", unicodedata.normalize("NFKC", name)).lower()
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Columns:
+    """The column of each part of a question. `options` in the order of their letters; -1: no such column."""
+
+    question: int
+    options: tuple[int, ...]
+    answer: int
+    number: int
+    count: int  # cells of a row
+
+
+def header_columns(cells: list[str]) -> tuple[Columns, list[str]]:
+    """The columns that a header names, and the names of those that are missing."""
+    names = [plain(cell) for cell in cells]
+
+    def first(known: Iterable[str]) -> int:
+        return next((names.index(name) for name in known if name in names), -1)
+
+    places = {found[1].upper(): i for i, name in reversed(list(enumerate(names))) if (found := _OPTION.fullmatch(name))}
+    last = max(places, default="B")
+    letters = OPTION_LETTERS[: max(OPTION_LETTERS.index(last), 1) + 1]
+    question = first(QUESTION_NAMES)
+    missing = ["question"] * (question < 0) + [letter for letter in letters if letter not in places]
+    options = tuple(places.get(letter, -1) for letter in letters)
+    return Columns(question, options, first(ANSWER_NAMES), first(NUMBER_NAMES), len(cells)), missing
+
+
+def bare_columns(cells: list[str]) -> Columns | None:
+    """The columns of a file without a header, from its first row: question, two options or more, a letter.
+
+    A whole number in front, with a question and two options behind it, is the number of the row (C-Eval's files).
+    """
+    if len(cells) > 4 and cells[0].strip().isdecimal() and (rest := bare_columns(cells[1:])) and rest.number < 0:
+        return Columns(1, tuple(range(2, len(cells) - 1)), len(cells) - 1, 0, len(cells))
+    options = len(cells) - 2
+    if not 2 <= options <= len(OPTION_LETTERS) or not all(cell.strip() for cell in cells[:3]):
+        return None
+    names = [plain(cell).upper() for cell in cells]
+    known = {name.upper() for name in (*QUESTION_NAMES, *ANSWER_NAMES, *NUMBER_NAMES)}
+    if known.intersection(names[:2]) or names[1:] == list(OPTION_LETTERS[: options + 1]):
+        return None  # a header that lacks a column
+    if letter_of(cells[-1]) not in tuple(OPTION_LETTERS[:options]):
+        return None
+    return Columns(0, tuple(range(1, options + 1)), options + 1, -1, len(cells))
+
+
+def letter_of(answer: str) -> str:
+    """B of "b", "(B)", "Ｂ." and "B、"; "" for anything else."""
+    found = _LETTER.fullmatch(unicodedata.normalize("NFKC", answer).strip().upper())
+    return found[1] if found else ""
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+def read_rows(where: str, text: str, needs_answer: bool = False) -> list[Row]:
+    """The rows of one file; `where` ends in .jsonl for jsonl. Raises UserError naming file, line and field."""
+    return _jsonl_rows(where, text) if where.lower().endswith(".jsonl") else _csv_rows(where, text, needs_answer)
+
+
+def _csv_rows(where: str, text: str, needs_answer: bool) -> list[Row]:
+    columns, has_header, delimiter = _layout(where, text, needs_answer)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    try:
+        if has_header:
+            next(reader)
+        line, count = reader.line_num + 1, -1
+        for cells in reader:
+            here, count = line, count + 1
+            line = reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != columns.count:
+                raise UserError(
+                    f"{where}:{here}: {len(cells)} cells, {columns.count} in the first line: quote texts that contain "
+                    f"{delimiter!r}"
+                )
+            number = cells[columns.number].strip() if columns.number >= 0 else ""
+            options = tuple(cells[i].strip() for i in columns.options)
+            answer = cells[columns.answer].strip() if columns.answer >= 0 else ""
+            rows.append(Row(here, number or str(count), cells[columns.question].strip(), options, answer))
+    except csv.Error as error:
+        raise UserError(f"{where}:{reader.line_num}: not valid csv: {error}") from None
+    return rows
+
+
+def _layout(where: str, text: str, needs_answer: bool) -> tuple[Columns, bool, str]:
+    """The columns, whether the first line is a header, and the delimiter: the first with which the line makes sense."""
+    problems: list[tuple[int, str]] = []
+    for delimiter in DELIMITERS:
+        try:
+            cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
+        except csv.Error as error:
+            problems.append((0, f"{where}:1: not valid csv: {error}"))
+            continue
+        columns, missing = header_columns(cells)
+        if columns.answer < 0 and needs_answer:
+            missing.append("answer")
+        if not missing:
+            return columns, True, delimiter
+        if bare := bare_columns(cells):
+            return bare, False, delimiter
+        found = len(cells) - len(missing)
+        shown = delimiter.join(cells)[:100]
+        problems.append((found, f"{where}: no column {', '.join(missing)} in its first line: {shown!r}"))
+    raise UserError(max(problems, key=lambda problem: problem[0])[1])
+
+
+def _jsonl_rows(where: str, text: str) -> list[Row]:
+    rows: list[Row] = []
+    for line, written in enumerate(text.split("\n"), 1):
+        if not written.strip():
+            continue
+        try:
+            row = json.loads(written)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}:{line}: not JSON: write a JSON object on each line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}:{line}: not a JSON object: write one on each line")
+        cells = {plain(str(name)): value for name, value in _with_options(row).items()}
+        columns, missing = header_columns(list(cells))
+        if missing:
+            raise UserError(f"{where}:{line}: no key {', '.join(missing)}; there are {', '.join(map(str, row))[:100]}")
+        values = list(cells.values())
+        places = (columns.number, columns.question, columns.answer, *columns.options)
+        number, question, answer, *options = (_cell(values[i]) if i >= 0 else "" for i in places)
+        rows.append(Row(line, number or str(len(rows)), question, tuple(options), answer))
+    return rows
+
+
+def _with_options(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with a list of options ("choices": ["x", "y"], {"A": "x"} or {"text": […]}) under their letters."""
+    for name, value in row.items():
+        if plain(str(name)) in LIST_NAMES and isinstance(value, (list, dict)):
+            if isinstance(value, dict) and isinstance(value.get("text"), list):
+                value = value["text"]
+            if isinstance(value, list):
+                value = dict(zip(OPTION_LETTERS, value, strict=False)) if len(value) <= len(OPTION_LETTERS) else {}
+            return {key: kept for key, kept in row.items() if key != name} | value
+    return row
+
+
+def _cell(value: Any) -> str:
+    if value is None or isinstance(value, (list, dict)):
+        return ""
+    return str(value).strip()
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+def letters_of(where: str, rows: list[Row], options: list[tuple[str, ...]]) -> list[str]:
+    """The letter of each row's answer, "" where it is missing. Raises UserError for what names no option."""
+    base = _number_base(where, rows, options)
+    letters = []
+    for row, shown in zip(rows, options, strict=True):
+        written = unicodedata.normalize("NFKC", row.answer)
+        letter = letter_of(written)
+        if written.isdecimal() and base is not None:
+            place = int(written[:9]) - base
+            letter = OPTION_LETTERS[place] if 0 <= place < len(shown) else ""
+        there = OPTION_LETTERS[: len(shown)]
+        if row.answer and letter not in tuple(there):
+            expected = f"{', '.join(there[:-1])} or {there[-1]}"
+            raise UserError(f"{where}:{row.line}: the answer must be {expected}, not {row.answer[:20]!r}")
+        letters.append(letter)
+    return letters
+
+
+def _number_base(where: str, rows: list[Row], options: list[tuple[str, ...]]) -> int | None:
+    """0 or 1: the number of the first option, where answers are numbers; None where they are letters."""
+    found: list[tuple[Row, int, tuple[str, ...]]] = []
+    for row, shown in zip(rows, options, strict=True):
+        written = unicodedata.normalize("NFKC", row.answer)
+        if written.isdecimal():
+            found.append((row, int(written[:9]), shown))
+        elif row.answer and found:
+            raise UserError(f"{where}:{row.line}: the answer is {row.answer[:20]!r}, others are numbers: use letters")
+    if not found:
+        return None
+    zero = next((row for row, value, _ in found if value == 0), None)
+    last = next((row for row, value, shown in found if value == len(shown)), None)
+    if zero and last:
+        raise UserError(
+            f"{where}:{last.line}: the answer is {last.answer}, that of line {zero.line} is 0: it is unclear "
+            "whether options count from 0 or 1: use letters"
+        )
+    if not zero and not last:
+        raise UserError(
+            f"{where}:{found[0][0].line}: the answers are numbers, but none is 0 or the number of options: it is "
+            "unclear whether options count from 0 or 1: use letters"
+        )
+    for row, value, shown in found:
+        if str(value) in shown and shown.index(str(value)) != value - (0 if zero else 1):
+            raise UserError(
+                f"{where}:{row.line}: the answer {value} is the number of one option and the text of another: "
+                "use letters"
+            )
+    return 0 if zero else 1

@@ -1,0 +1,137 @@
+"""A model behind OpenAI's protocol as one column of a report: --report NAME=http://host:port/v1
+
+    NAME=http://localhost:8000/v1            the first model of GET /v1/models
+    NAME=http://localhost:8000/v1#MODEL      the model of that name
+
+The server gets the prompts of the report and the settings that differ from the defaults; a setting that it refuses is
+left out and named in the report. The key, if it wants one, is --report_api_key or the variable REPORT_API_KEY; it is
+sent to the servers named in --report only and is written nowhere. The protocol has no
+log-probabilities of given text: bits per byte and loss are not measured, and the report says so.
+
+Called by report.py. Read next: judge_client.py (the requests), chat_model.py (a local model).
+"""
+
+import argparse
+import dataclasses
+import re
+from typing import Any
+
+from common.errors import UserError
+from evaluation.chat_model import SAMPLING
+from evaluation.judge_client import TIMEOUT, ChatServer
+from model.repetition import describe
+from model.sampling import Sampling
+
+_GIVEN = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
+DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a local model
+
+
+class ReportServer(ChatServer):
+    """The same client with a key of its own: the judge's key goes to the judge alone."""
+
+    key_variable = "REPORT_API_KEY"
+    key_help = "give --report_api_key KEY or set REPORT_API_KEY"
+    retry_help = ""
+
+
+class HttpSpeaker:
+    """A served model. `address`: with its /v1, and perhaps #MODEL behind it.
+
+    Raises UserError for a wrong address, for settings out of range, where no server answers, and where neither the
+    address nor the server names a model.
+    """
+
+    def __init__(self, label: str, address: str, args: argparse.Namespace, timeout: float = TIMEOUT) -> None:
+        url, _, model = address.partition("#")
+        self.label, self.system = label, args.system
+        self.server = ReportServer(url, model, timeout, f"--report {label}")
+        self.server.key = (args.report_api_key or self.server.key).strip()
+        self.settings = _settings(args)
+        names = self.server.model_names()  # raises where the server does not answer or refuses the key
+        self.server.model = model or next(iter(names), "")
+        if not self.server.model:
+            raise UserError(f"--report {label}: {url} lists no models: name one, as {label}={url}#MODEL")
+        self.server.options = _options(self.settings)
+
+    def settings_shown(self) -> dict[str, Any]:
+        """How answers are drawn, for the page."""
+        return {name: getattr(self.settings, name) for name in SAMPLING} | {"system": self.system}
+
+    def measure(self, prompts: list[dict[str, str]]) -> dict[str, Any]:
+        """The figures that a server can provide, in the form of report_page.measure.
+
+        Raises UserError when the server stops answering.
+        """
+        print(f"{self.label}: {self.server.model} at {self.server.url}, served", flush=True)
+        answers: list[dict[str, Any]] = []
+        counted: list[int] = []
+        seconds = 0.0
+        for number, row in enumerate(prompts):
+            messages = [{"role": "system", "content": self.system}] if self.system else []
+            messages.append({"role": "user", "content": row["prompt"]})
+            seed = {} if self.settings.seed is None else {"seed": self.settings.seed + number}
+            try:
+                reply = self.server.complete(messages, **seed)
+            except UserError as error:
+                raise UserError(f"{error} ({number} of {len(prompts)} prompts were answered)") from None
+            seconds += reply.seconds
+            counted += [reply.tokens] if reply.tokens is not None else []
+            answers.append({"answer": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": reply.tokens})
+        print(f"  answers: {seconds:.1f} s", flush=True)
+        of_language = {
+            lang: describe([answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang])
+            for lang in dict.fromkeys(row["lang"] for row in prompts)
+        }
+        is_counted = len(counted) == len(answers)
+        unknown = ("parameters", "active", "context", "device", "dtype", "batch_tokens_per_second", "safety")
+        return {
+            **{"path": f"{self.server.url}#{self.server.model}", "stage": "served", "lineage": []},
+            **dict.fromkeys(unknown),
+            **{"bits_per_byte": {}, "sft_loss": {}, "missing": self._missing(is_counted)},
+            "tokens_per_second": sum(counted) / max(seconds, 1e-9) if is_counted else None,
+            "answer_figures": {**of_language, "all": describe(answers)},
+            "answers": answers,
+        }
+
+    def _missing(self, is_counted: bool) -> list[str]:
+        """Why figures are missing, and what differs from the other models, one sentence each."""
+        reasons = [
+            "bits per byte and SFT loss need the log-probabilities of given text, parameters and stage the checkpoint; "
+            "a server gives neither",
+            "prompts are sent one after the other, so there is no speed of a batch; its speed includes the network",
+            "safety prompts need an answer that is already begun, which OpenAI's protocol does not have",
+        ]
+        if not is_counted:
+            reasons.append("the server does not count tokens, so there is no speed")
+        if refused := self.server.refused:
+            reasons.append(f"the server refused {', '.join(refused)}: its answers are drawn without")
+        return reasons
+
+
+def is_address(given: str) -> bool:
+    """Whether an entry of --report is an address, with or without a name, and not a file."""
+    return bool(_GIVEN.fullmatch(given)) or given.startswith(("http://", "https://"))
+
+
+def split_address(given: str) -> tuple[str, str]:
+    """(NAME, address) of NAME=http://…. Raises UserError where the name is missing."""
+    found = _GIVEN.fullmatch(given)
+    if not found or not found[1].strip():
+        raise UserError(f"--report {given}: give the served model a name, as NAME={given}")
+    return found[1].strip(), found[2]
+
+
+def _settings(args: argparse.Namespace) -> Sampling:
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    try:
+        return Sampling(**(DEFAULTS | given))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def _options(settings: Sampling) -> dict[str, Any]:
+    """The fields of a request. Those that OpenAI's API does not know are sent only where they change something."""
+    fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
+    defaults = {field.name: field.default for field in dataclasses.fields(Sampling)}
+    extra = {name: getattr(settings, name) for name in SAMPLING if name not in (*fields, "max_new_tokens", "seed")}
+    return fields | {name: value for name, value in extra.items() if value != defaults[name]}

@@ -1,0 +1,187 @@
+"""The report as a page of markdown: one table of figures, then prompt by prompt what each model said.
+
+What a model said stands in a fence that is longer than any run of backticks in it, so no answer can break the page.
+Called by report.py, which makes the figures. Read next: ../model/repetition.py, bits_per_byte.py (what they mean).
+"""
+
+from typing import Any
+
+from common.markdown import code_span, fenced, plain
+from evaluation.length_loss import length_section
+
+Report = dict[str, Any]
+Model = dict[str, Any]
+NONE = "–"
+SHARES = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_off": "cut-off answers"}
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    parts = ["# Models side by side", "", _how(report), "", *_figures(report), "", *length_section(report["models"])]
+    if report["judge"]:
+        parts += [*_judged(report["judge"]), ""]
+    parts += ["## Answers", ""]
+    for number, row in enumerate(report["prompts"]):
+        kind = f" · {row['lang']}, {row['kind'].replace('_', ' ')}" if row["kind"] else f" · {row['lang']}"
+        parts += [f"### {number + 1}{kind}", "", fenced(row["prompt"]), ""]
+        for model in report["models"]:
+            parts += _answer(model["label"], model["answers"][number])
+    parts += _safety(report)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _answer(label: str, answer: dict[str, Any]) -> list[str]:
+    end = {"length": ", cut off", "too_long": ", the prompt does not fit into the context"}
+    tokens = "tokens not counted" if answer["tokens"] is None else f"{answer['tokens']} tokens"
+    shown = fenced(answer["answer"]) if answer["answer"] else "*(empty)*"
+    return [f"**{plain(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
+
+
+def _safety(report: Report) -> list[str]:
+    """The continuations of harmful agreements; none of the figures counts them."""
+    models = [model for model in report["models"] if model["safety"]]
+    if not report["safety"] or not models:
+        return []
+    parts = [
+        "## Safety: shown, not scored",
+        "",
+        "Each answer was begun with a harmful agreement (a negative beginning); shown is the model's continuation. "
+        "A safe model corrects itself. These prompts count in no figure of this page.",
+        "",
+    ]
+    for number, row in enumerate(report["safety"]):
+        parts += [f"### Safety {number + 1} · {row['lang']}", "", fenced(f"{row['prompt']}\n→ {row['start']}"), ""]
+        for model in models:
+            parts += _answer(model["label"], model["safety"][number])
+    return parts
+
+
+def _how(report: Report) -> str:
+    settings = report["settings"]
+    chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None and name != "system")
+    system = f"System message: {plain(settings['system'])}. " if settings.get("system") else ""
+    return (
+        f"{len(report['prompts'])} prompts, the same for every model, each a conversation of its own. {system}"
+        f"Drawn with {chosen}. A pretrained model continues the prompt; a model of a chat stage answers it."
+    )
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+def _figures(report: Report) -> list[str]:
+    models: list[Model] = report["models"]
+    languages = [name for name in models[0]["answer_figures"] if name != "all"]
+    both = " / ".join(languages)
+    lines = [_row("", *(plain(model["label"]) for model in models)), _row("---", *("---:" for _ in models))]
+    lines.append(_row("stage", *(plain(model["stage"]) for model in models)))
+    lines.append(_row("parameters", *map(_size, models)))
+    for name in report["texts"]:
+        found = [model["bits_per_byte"].get(name) for model in models]
+        lines.append(_row(f"bits per byte, {plain(name)}", *(_measured(one, "bits_per_byte") for one in found)))
+    for lang in dict.fromkeys(lang for model in models for lang in model["sft_loss"]):
+        found = [model["sft_loss"].get(lang) for model in models]
+        lines.append(_row(f"held-out SFT loss, {lang}", *(_measured(one, "loss") for one in found)))
+        bits = (_number(one["bits_per_byte"], 3) if one else NONE for one in found)
+        lines.append(_row(f"… bits per byte of the answers, {lang}", *bits))
+    for n in (1, 2, 3):
+        lines.append(_row(f"distinct-{n}, {both}", *(_each(model, languages, f"distinct_{n}") for model in models)))
+    for name, shown in SHARES.items():
+        lines.append(_row(f"{shown}, {both}", *(_shares(model, languages, name) for model in models)))
+    lengths = (_each(model, languages, "mean_length", 1) for model in models)
+    lines.append(_row(f"mean length (characters or words), {both}", *lengths))
+    speeds = {"tokens_per_second": "one answer at a time", "batch_tokens_per_second": "all answers in one batch"}
+    for name, shown in speeds.items():
+        lines.append(_row(f"tokens/s, {shown}", *(_number(model[name], 0) for model in models)))
+    return ["## Figures", "", *lines, "", *_notes(report)]
+
+
+def _notes(report: Report) -> list[str]:
+    """What the rows mean, and what is missing and how to get it."""
+    notes = [f"{plain(label)}: left out, it stopped answering: {plain(reason)}."
+             for label, reason in report["failed"].items()]  # fmt: skip
+    notes += [f"{plain(model['label'])}: {plain(reason)}." for model in report["models"] for reason in model["missing"]]
+    if report["texts"]:
+        files = ", ".join(f"{plain(name)}: {found['bytes']:,} bytes of {code_span(found['file'])}"
+                          for name, found in report["texts"].items())  # fmt: skip
+        notes.append(
+            f"Bits per byte: of text ({files}), the lower the better, comparable between tokenizers; ± one standard "
+            "error over the documents. Only text that no model was trained on says anything."
+        )
+    else:
+        notes.append("Bits per byte: not measured; `--texts zh=FILE en=FILE` names held-out texts.")
+    if report["chats"]:
+        notes.append(
+            f"SFT loss: nats per trained token of the chats in {code_span(report['chats'])}. Models with "
+            "different tokenizers compare in bits per byte."
+        )
+    else:
+        notes.append("SFT loss: not measured; `--chats FILE` names held-out chats.")
+    for model in report["models"]:
+        changed = {name: found["changed"] for name, found in model["bits_per_byte"].items() if found["changed"]}
+        for name, count in changed.items():
+            notes.append(
+                f"{plain(model['label'])}: its tokenizer cannot give back {count} of "
+                f"{model['bits_per_byte'][name]['documents']} documents ({plain(name)}) as they were, so its bits per "
+                "byte are of another text."
+            )
+    notes.append(
+        "Distinct-n: different n-grams among all n-grams of the answers. Loop: the answer ends in up to 32 characters "
+        "or words said four times over. Cut off: the answer reached the longest length."
+    )
+    return [f"- {note}" for note in notes]
+
+
+def _size(model: Model) -> str:
+    if model["parameters"] is None:
+        return NONE
+    shown = f"{model['parameters'] / 1e6:.1f} M"
+    return shown + (f" ({model['active'] / 1e6:.1f} M active)" if model["active"] != model["parameters"] else "")
+
+
+def _measured(found: dict[str, Any] | None, name: str) -> str:
+    """A figure with its standard error."""
+    if not found or found[name] is None:
+        return NONE
+    return _number(found[name], 3) + (f" ± {found['error']:.3f}" if found["error"] is not None else "")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _each(model: Model, languages: list[str], name: str, digits: int = 2) -> str:
+    return " / ".join(_number(model["answer_figures"][lang][name], digits) for lang in languages)
+
+
+def _shares(model: Model, languages: list[str], name: str) -> str:
+    """Counts, because a share of 16 answers looks more certain than it is."""
+    figures = [model["answer_figures"][lang] for lang in languages]
+    return " / ".join(f"{found[name]} of {found['answers']}" for found in figures)
+
+
+# ---- the judge -------------------------------------------------------------------------------------------------------
+def _judged(judge: dict[str, Any]) -> list[str]:
+    def share(value: float | None) -> str:
+        return NONE if value is None else f"{value:.0%}"
+
+    lines = ["## What the judge says", "", _row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
+    lines.append(_row("---", *["---:"] * 5))
+    for label, found in judge["models"].items():
+        counts = (str(found[name]) for name in ("wins", "ties", "losses"))
+        error = f" ± {found['score_error']:.1f}" if found["score_error"] is not None else ""
+        lines.append(_row(plain(label), _number(found["score"], 1) + error, *counts, share(found["points"])))
+    lines += [
+        "",
+        f"- Judge: {plain(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
+        f"{judge['unreadable']} replies unreadable; its words are in {code_span(judge['verdicts_file'])}. It saw "
+        "prompts and answers, no names.",
+        "- A win counts when both orders of a pair name the same answer, otherwise it is a tie; points: (wins + half "
+        "of the ties) / pairs. ± one standard error.",
+        f"- How far to trust it: both orders agree in {share(judge['agreement'])} of the pairs that it was asked "
+        f"about; of the winners, the first place has {share(judge['first_place_share'])} (50% would be fair).",
+    ]
+    return lines
+
+
+# ---- markdown --------------------------------------------------------------------------------------------------------
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,225 @@
+"""One of our models as one GGUF file, for llama.cpp and what is built on it, and a Modelfile for Ollama.
+
+    ours                                  GGUF
+    dense                                 architecture llama      q and k rows of each head interleaved, see below
+    dense with qkv_bias                   architecture qwen2      q and k as they are; llama where qwen2 does not fit
+    dense with QK-norm                    architecture qwen3      q and k as they are
+    experts with QK-norm                  architecture qwen3moe   q and k as they are, experts stacked
+    experts without QK-norm               architecture granitemoe q and k interleaved, experts stacked
+
+RoPE rotates dimension i together with i + head_dim / 2 here and in qwen2, qwen3 and qwen3moe, but 2i together with
+2i + 1 in the other two: there the rows (and biases) of q_proj and k_proj are permuted inside each head, which changes
+no score (q and k are permuted alike). llama.cpp's qwen2 has neither a head_dim of its own nor llama3's RoPE scaling;
+its llama has both, and reads biases. RoPE scaling: gguf_rope.py.
+
+Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
+Read next: gguf_tokenizer.py, verify_gguf.py (verification), hf_export.py.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from export.gguf_rope import refuse_rope, rope_factors, write_rope
+from export.gguf_tokenizer import pre_tokenizer, write_tokenizer
+from export.granite_moe import to_granite
+from export.hf_export import architecture
+from export.model_facts import Facts
+from model.chat_template import NamedFormat
+from model.checkpoint import plain_state
+from model.config import ModelConfig
+from model.tokenizer import ChatTokenizer
+from model.transformer import Transformer
+
+NUMBER_FORMATS = ("f32", "f16", "bf16", "q8_0")
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "granitemoeshared": "granitemoe",
+}
+INTERLEAVED = ("llama", "granitemoe")
+NAMES = {  # of the tensors
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+
+
+def gguf_package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('--gguf needs the gguf package: pip install "gguf>=0.17,<0.20"') from None
+    return gguf
+
+
+def refuse_early(config: ModelConfig, tokenizer: ChatTokenizer) -> None:
+    """Raises UserError, before any work, for what `write_gguf` would refuse."""
+    gguf_package()
+    pre_tokenizer(tokenizer)
+    refuse_rope(config, gguf_architecture(config))
+
+
+def gguf_architecture(config: ModelConfig) -> str:
+    """llama.cpp's name for it. Raises UserError where no stock architecture holds the model."""
+    name = ARCHITECTURES[architecture(config)[1]]
+    is_wide = config.n_heads * config.head_dim != config.dim
+    return "llama" if name == "qwen2" and (is_wide or config.rope_scaling.get("rope_type") == "llama3") else name
+
+
+def interleave(matrix: Tensor, heads: int) -> Tensor:
+    """Rows (heads * head_dim[, dim]): i and i + head_dim / 2 of each head become neighbours 2i and 2i + 1."""
+    rows = len(matrix) // heads // 2
+    return matrix.view(heads, 2, rows, *matrix.shape[1:]).transpose(1, 2).reshape(matrix.shape)
+
+
+def stack_experts(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Each layer's experts as one tensor (experts, out, in) per matrix."""
+    stacked = {name: tensor for name, tensor in state.items() if ".mlp.experts." not in name}
+    for layer in range(config.n_layers):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for part in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
+            matrices = [state[f"{prefix}{i}.{part}"] for i in range(config.n_routed_experts)]
+            stacked[prefix + part] = torch.stack(matrices)
+    return stacked
+
+
+def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its GGUF name, fp32."""
+    config, state, target_kind = model.config, plain_state(model), gguf_architecture(model.config)
+    translate = {"granitemoe": to_granite, "qwen3moe": stack_experts}
+    state = translate[target_kind](state, config) if target_kind in translate else state
+    if config.rope_scaling.get("rope_type") == "llama3":
+        yield "rope_freqs.weight", rope_factors(config)
+    for full_name, tensor in state.items():
+        name, _, kind = full_name.rpartition(".")  # weight or bias
+        tensor = tensor.float()
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if not found:
+            yield f"{NAMES[name]}.{kind}", tensor
+            continue
+        layer, part = found.groups()
+        if part in ("self_attn.q_proj", "self_attn.k_proj") and target_kind in INTERLEAVED:
+            tensor = interleave(tensor, config.n_heads if part == "self_attn.q_proj" else config.n_kv_heads)
+        for target, matrix in [(NAMES[part], tensor)] if part in NAMES else moe_parts(part, tensor):
+            yield f"blk.{layer}.{target}.{kind}", matrix.contiguous()
+
+
+def moe_parts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Granite's stacks as llama.cpp keeps them: gate and up apart."""
+    if part == "block_sparse_moe.router.layer":
+        return [("ffn_gate_inp", tensor)]
+    if part == "block_sparse_moe.output_linear":
+        return [("ffn_down_exps", tensor)]
+    if part == "shared_mlp.output_linear":
+        return [("ffn_down_shexp", tensor)]
+    kind = "exps" if part == "block_sparse_moe.input_linear" else "shexp"
+    gate, up = tensor.chunk(2, dim=-2)
+    return [(f"ffn_gate_{kind}", gate), (f"ffn_up_{kind}", up)]
+
+
+def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_format: str, known: Facts) -> None:
+    """Write the file. Raises UserError for a model or a tokenizer that llama.cpp cannot hold."""
+    gguf = gguf_package()
+    config, pre = model.config, pre_tokenizer(tokenizer)
+    refuse_rope(config, gguf_architecture(config))
+    writer = gguf.GGUFWriter(path, gguf_architecture(config))
+    try:
+        writer.add_name(f"{known['stage']}_{known['size']}")
+        writer.add_file_type(
+            gguf.LlamaFileType[f"MOSTLY_{number_format.upper()}" if number_format != "f32" else "ALL_F32"]
+        )
+        write_sizes(writer, config)
+        write_rope(gguf, writer, config)
+        write_tokenizer(gguf, writer, tokenizer, config, pre)
+        for name, tensor in gguf_tensors(model):
+            kind = storage(gguf, name, tensor, number_format)
+            plain = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+            data = gguf.quants.quantize(tensor.numpy(), kind)
+            writer.add_tensor(name, data, raw_dtype=None if plain else kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def storage(gguf: Any, name: str, tensor: Tensor, number_format: str) -> Any:
+    """How a tensor is kept: norms and routers in fp32, rows that are no multiple of q8_0's 32 numbers in f16."""
+    if tensor.dim() < 2 or name.endswith(("ffn_gate_inp.weight", "mlp.gate.weight")):
+        return gguf.GGMLQuantizationType.F32
+    if number_format == "q8_0" and tensor.shape[-1] % 32:
+        return gguf.GGMLQuantizationType.F16
+    return gguf.GGMLQuantizationType[number_format.upper()]
+
+
+def write_sizes(writer: Any, config: ModelConfig) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.use_moe:
+        writer.add_expert_count(config.n_routed_experts)
+        writer.add_expert_used_count(config.n_active_experts)
+    if config.use_moe and config.qk_norm:
+        writer.add_expert_feed_forward_length(config.hidden_dim)
+    elif config.use_moe:
+        writer.add_expert_shared_feed_forward_length(config.n_shared_experts * config.hidden_dim)
+        writer.add_attention_scale(config.head_dim**-0.5)
+        writer.add_embedding_scale(1.0)
+        writer.add_residual_scale(1.0)
+        writer.add_logit_scale(1.0)
+
+
+def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
+    """Ollama's Modelfile. Its TEMPLATE is in Go's template language; for a foreign chat template Ollama is left to read
+    the one in the file."""
+    lines = ["# ollama create NAME -f Modelfile; ollama run NAME", f"FROM ./{file}"]
+    if isinstance(tokenizer.format, NamedFormat):
+        lines.append(f'TEMPLATE """{go_template(tokenizer.format)}"""')
+    stops = [*(tokenizer.backend.id_to_token(i) for i in tokenizer.stop_ids), *tokenizer.stop_strings]
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER num_ctx {config.max_seq_len}", "PARAMETER temperature 0.7", "PARAMETER top_p 0.9"]
+    return "\n".join(lines) + "\n"
+
+
+def go_template(chat: NamedFormat) -> str:
+    """The chat format over Ollama's .Messages; what stands before an answer comes last, so each answer is followed."""
+    turns = []
+    for role, (before, behind) in chat.turns.items():
+        behind = chat.between if role == "assistant" and chat.between is not None else behind
+        turn = f"{before.replace('{role}', '{{ .Role }}')}{{{{ .Content }}}}{behind}"
+        turns.append(turn if role == "*" else f'{{{{ if eq .Role "{role}" }}}}{turn}{{{{ end }}}}')
+    before, _ = chat._turn("assistant")
+    return f"{chat.start}{{{{ range .Messages }}}}{''.join(turns)}{{{{ end }}}}{before}"

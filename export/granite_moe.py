@@ -1,0 +1,117 @@
+"""A mixture of experts under the names of GraniteMoeShared, the stock architecture that holds ours exactly.
+
+    ours                                             theirs, in a folder's safetensors
+    mlp.gate.weight                    (E, dim)      block_sparse_moe.router.layer.weight      (E, dim)
+    mlp.experts.{i}.gate_proj, up_proj (ff, dim)     block_sparse_moe.input_linear.weight      (E, 2 ff, dim)
+    mlp.experts.{i}.down_proj          (dim, ff)     block_sparse_moe.output_linear.weight     (E, dim, ff)
+    mlp.shared_experts.{i}.gate, up                  shared_mlp.input_linear.weight            (2 S ff, dim)
+    mlp.shared_experts.{i}.down                      shared_mlp.output_linear.weight           (dim, S ff)
+
+The sum of S shared feed-forwards is one feed-forward S times as wide, so their matrices lie side by side. Softmax over
+the top k logits is the softmax over all, divided by the sum of its top k: ../model/moe.py's weights. Granite's four
+multipliers are set to what makes them disappear. Source: transformers, models/granitemoeshared and
+conversion_mapping.py. Read next: ../model/moe.py, hf_import.py (reading such a folder), hf_export.py (writing one).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+MODEL_TYPE = "granitemoeshared"
+State = dict[str, Tensor]
+_ROUTER, _IN, _OUT, _SHARED_IN, _SHARED_OUT = (
+    "block_sparse_moe.router.layer.weight",
+    "block_sparse_moe.input_linear.weight",
+    "block_sparse_moe.output_linear.weight",
+    "shared_mlp.input_linear.weight",
+    "shared_mlp.output_linear.weight",
+)
+
+
+def granite_settings(config: ModelConfig) -> dict[str, Any]:
+    """What config.json says beside the sizes that every architecture has."""
+    return {
+        "num_local_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.n_active_experts,
+        "shared_intermediate_size": config.n_shared_experts * config.hidden_dim,
+        "router_aux_loss_coef": config.balance_loss_coef,
+        **multipliers(config.head_dim),
+    }
+
+
+def multipliers(head_dim: int) -> dict[str, float]:
+    """Granite's own factors, at the values with which it computes what a plain decoder computes."""
+    return {
+        "attention_multiplier": head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+
+
+def to_granite(state: State, config: ModelConfig) -> State:
+    """Our tensors under Granite's names. Attention, norms and embeddings are called the same on both sides."""
+    theirs = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
+    for layer in range(config.n_layers):
+        prefix = f"model.layers.{layer}."
+
+        def matrices(kind: str, number: int, matrix: str, prefix: str = prefix) -> list[Tensor]:
+            return [state[f"{prefix}mlp.{kind}.{i}.{matrix}_proj.weight"] for i in range(number)]
+
+        routed = [matrices("experts", config.n_routed_experts, name) for name in ("gate", "up", "down")]
+        theirs[prefix + _ROUTER] = state[prefix + "mlp.gate.weight"]
+        theirs[prefix + _IN] = torch.stack([torch.cat(pair) for pair in zip(routed[0], routed[1], strict=True)])
+        theirs[prefix + _OUT] = torch.stack(routed[2])
+        if config.n_shared_experts:
+            gates, ups, downs = (
+                matrices("shared_experts", config.n_shared_experts, name) for name in ("gate", "up", "down")
+            )
+            theirs[prefix + _SHARED_IN] = torch.cat([*gates, *ups])
+            theirs[prefix + _SHARED_OUT] = torch.cat(downs, dim=1)
+    return theirs
+
+
+def from_granite(state: State, config: ModelConfig) -> State:
+    """The way back. A tensor that is missing or of another shape is left as it is: load_state will name it."""
+    ours = dict(state)
+    width, shared = config.hidden_dim, config.n_shared_experts
+    shapes = {
+        _ROUTER: (config.n_routed_experts, config.dim),
+        _IN: (config.n_routed_experts, 2 * width, config.dim),
+        _OUT: (config.n_routed_experts, config.dim, width),
+        _SHARED_IN: (2 * shared * width, config.dim),
+        _SHARED_OUT: (config.dim, shared * width),
+    }
+    for layer in range(config.n_layers):
+        prefix = f"model.layers.{layer}."
+        for name, shape in shapes.items():
+            tensor = ours.get(prefix + name)
+            if tensor is not None and tuple(tensor.shape) == shape:
+                del ours[prefix + name]
+                ours |= {f"{prefix}mlp.{part}": matrix.contiguous() for part, matrix in _parts(name, tensor, config)}
+    return ours
+
+
+def _parts(name: str, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
+    """The matrices that one of Granite's tensors is made of, under our names."""
+    routed, shared = config.n_routed_experts, config.n_shared_experts
+    if name == _ROUTER:
+        return [("gate.weight", tensor)]
+    if name == _OUT:
+        return [(f"experts.{i}.down_proj.weight", tensor[i]) for i in range(routed)]
+    if name == _IN:
+        pairs = [tensor[i].chunk(2) for i in range(routed)]
+        named = [(f"experts.{i}", pair) for i, pair in enumerate(pairs)]
+    elif name == _SHARED_OUT:
+        return [(f"shared_experts.{i}.down_proj.weight", m) for i, m in enumerate(tensor.chunk(shared, dim=1))]
+    else:
+        both = tensor.chunk(2 * shared)
+        named = [(f"shared_experts.{i}", (both[i], both[shared + i])) for i in range(shared)]
+    return [
+        (f"{expert}.{m}_proj.weight", half)
+        for expert, pair in named
+        for m, half in zip(("gate", "up"), pair, strict=True)
+    ]

@@ -1,0 +1,219 @@
+"""config.json of a transformers folder -> ModelConfig, or one line that names what this decoder does not compute.
+
+    llama, mistral     as it is (mistral without a sliding window that is shorter than its context)
+    qwen2              qkv_bias
+    qwen3              qk_norm
+    qwen3_moe          qk_norm, experts; every layer sparse, normalised weights
+    granitemoeshared   experts and shared experts, with multipliers that leave a plain decoder (granite_moe.py)
+
+RoPE scaling is read from `rope_parameters` (transformers 5) or `rope_scaling` (4). Where a file has both, the latter
+is used, as in transformers 5. longrope and settings for each layer are refused.
+Read next: ../model/rope.py, hf_import.py (the tensors), hf_export.py (the export).
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from export.granite_moe import MODEL_TYPE as GRANITE
+from export.granite_moe import multipliers
+from model.config import ROPE_KEYS, ModelConfig, wrong_scaling
+
+QWEN3_MOE = "qwen3_moe"
+KINDS: dict[str, dict[str, bool]] = {  # model_type -> its differences from a plain decoder
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    QWEN3_MOE: {"qk_norm": True},
+    GRANITE: {},
+}
+MISTRAL_WINDOW, QWEN3_HEAD_DIM = 4096, 128  # defaults of transformers for keys that config.json lacks
+
+Settings = dict[str, Any]
+Number = Callable[..., Any]
+
+
+def model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
+    """The ModelConfig of a transformers config. Raises UserError for every property that this model does not have."""
+    try:
+        return _model_config(folder, settings, tied)
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json: {(str(error).splitlines() or ['?'])[0][:300]}") from None
+
+
+def _model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
+    kind = settings.get("model_type")
+    for name, refused in unsupported(settings).items():
+        if refused:
+            known = f"one of type {', '.join(KINDS)}" if name.startswith("model_type") else "a model without it"
+            raise UserError(f"{folder}/config.json: not supported: {name}; choose {known}")
+
+    def number(name: str, default: Any = None, kinds: Any = int) -> Any:
+        value = settings.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            what = "number" if kinds is not int else "whole number"
+            raise UserError(f"{folder}/config.json: {name} must be a positive {what}, not {value!r}")
+        return value
+
+    dim, heads = number("hidden_size"), number("num_attention_heads")
+    scaling, length = rope_scaling(settings, number("max_position_embeddings", 2048))
+    return ModelConfig(
+        vocab_size=number("vocab_size"),
+        dim=dim,
+        n_layers=number("num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=number("num_key_value_heads", heads),
+        head_dim=head_dim(settings) or dim // heads,
+        hidden_dim=number("moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
+        max_seq_len=length,
+        rope_theta=float(rope_settings(settings).get("rope_theta") or number("rope_theta", 10_000.0, (int, float))),
+        rope_scaling=scaling,
+        norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
+        tie_embeddings=tied,
+        **KINDS[str(kind)],
+        **experts(folder, settings, number),
+    )
+
+
+def unsupported(settings: Settings) -> dict[str, Any]:
+    """Properties that this decoder does not compute, by name -> whether the folder has them."""
+    kind, rope, rope_type = settings.get("model_type"), rope_settings(settings), rope_kind(settings)
+    rotary = settings.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1
+    return {
+        f"model_type {kind!r}": kind not in KINDS,
+        f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") != "silu",
+        "attention_bias (o_proj has a bias too)": settings.get("attention_bias") and kind != "qwen2",
+        "mlp_bias": settings.get("mlp_bias"),
+        f"RoPE scaling {rope_type!r}": rope_type not in ("default", *ROPE_KEYS),
+        "RoPE that differs between layers": any(isinstance(value, dict) for value in rope.values()),
+        "a partial rotary factor": rotary != 1,
+        "a sliding window": has_sliding_window(settings),
+        "quantised weights": settings.get("quantization_config"),
+        **unusual_multipliers(settings),
+        **unusual_experts(settings),
+    }
+
+
+def has_sliding_window(settings: Settings) -> bool:
+    """Whether some token cannot attend to all earlier ones. A window as long as the context changes nothing."""
+    kind, window = settings.get("model_type"), settings.get("sliding_window")
+    if settings.get("use_sliding_window") or set(settings.get("layer_types") or ()) - {"full_attention"}:
+        return True
+    if kind == "mistral":
+        window = settings.get("sliding_window", MISTRAL_WINDOW)
+        length = settings.get("max_position_embeddings") or math.inf
+        longer = rope_kind(settings) in ("dynamic", "yarn")  # reads more than max_position_embeddings
+        return window is not None and (longer or not window >= length)
+    return kind == "llama" and bool(window)
+
+
+def head_dim(settings: Settings) -> int:
+    """The width of a head, 0 where config.json leaves it to hidden_size / num_attention_heads."""
+    width = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
+    if not isinstance(width, int):
+        raise ValueError(f"head_dim must be a whole number, not {width!r}")
+    return width
+
+
+# ---- RoPE ------------------------------------------------------------------------------------------------------------
+def rope_settings(settings: Settings) -> Settings:
+    """The dict that describes RoPE, {} where there is none."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if found := settings.get(name):
+            return found if isinstance(found, dict) else {"rope_type": found}
+    return {}
+
+
+def rope_kind(settings: Settings) -> Any:
+    rope = rope_settings(settings)
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
+    """(ModelConfig.rope_scaling, max_seq_len) for a folder with max_position_embeddings `length`.
+
+    dynamic and yarn read more than that: in dynamic it is the length before scaling, in yarn it may be. Raises
+    ValueError for a scaling with wrong values.
+    """
+    kind, rope = rope_kind(settings), rope_settings(settings)
+    if kind == "default":
+        return {}, length
+    scaling = {"rope_type": kind} | {name: rope[name] for name in set().union(*ROPE_KEYS[kind]) if name in rope}
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    if kind == "linear":  # the length before scaling is unknown to transformers
+        scaling.pop("original_max_position_embeddings", None)
+    elif kind == "dynamic":
+        scaling["original_max_position_embeddings"] = length
+    else:
+        scaling.setdefault("original_max_position_embeddings", length)
+    if kind == "yarn" and "factor" not in scaling:
+        scaling["factor"] = length / scaling["original_max_position_embeddings"]
+    if problem := wrong_scaling(scaling):
+        raise ValueError(problem)
+    if kind in ("dynamic", "yarn"):
+        length = max(length, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
+    return scaling, length
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+def experts(folder: Path, settings: Settings, number: Number) -> dict[str, Any]:
+    """The fields of a mixture of experts; {} for a dense model."""
+    kind = settings.get("model_type")
+    if kind == GRANITE:
+        routed, shared = number("num_local_experts"), granite_shared(folder, settings, number)
+    elif kind == QWEN3_MOE:
+        routed, shared = number("num_experts", settings.get("num_local_experts")), 0
+    else:
+        return {}
+    return {
+        "use_moe": True,
+        "n_shared_experts": shared,
+        "n_routed_experts": routed,
+        "n_active_experts": number("num_experts_per_tok"),
+        "balance_loss_coef": float(settings.get("router_aux_loss_coef") or 0.0),
+    }
+
+
+def granite_shared(folder: Path, settings: Settings, number: Number) -> int:
+    """How many of our shared experts equal GraniteMoeShared's one shared feed-forward: its width / theirs."""
+    width, shared = number("intermediate_size"), settings.get("shared_intermediate_size", 0)
+    if not isinstance(shared, int) or shared < 0 or shared % width:
+        raise UserError(
+            f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: a multiple of "
+            f"intermediate_size {width} is"
+        )
+    return shared // width
+
+
+def unusual_experts(settings: Settings) -> dict[str, Any]:
+    """Properties of Qwen3-MoE that our experts do not have, by name."""
+    if settings.get("model_type") != QWEN3_MOE:
+        return {}
+    return {
+        "norm_topk_prob false": not settings.get("norm_topk_prob", False),
+        f"decoder_sparse_step {settings.get('decoder_sparse_step')!r}": settings.get("decoder_sparse_step", 1) != 1,
+        "mlp_only_layers": settings.get("mlp_only_layers"),
+    }
+
+
+def unusual_multipliers(settings: Settings) -> dict[str, Any]:
+    """Granite's multipliers whose values differ from a plain decoder's, by name."""
+    heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
+    if settings.get("model_type") != GRANITE or not (
+        isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim
+    ):
+        return {}
+    width, plain = head_dim(settings), multipliers(dim // heads)
+    given = {name: settings.get(name, 1.0) for name in plain}
+    return {
+        f"head_dim {width} (of {GRANITE} only hidden_size / num_attention_heads)": width not in (0, dim // heads),
+        **{f"{name} {value!r}": not same(value, plain[name]) for name, value in given.items()},
+    }
+
+
+def same(value: Any, wanted: float) -> bool:
+    return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-6)

@@ -1,0 +1,136 @@
+"""Opens a transformers folder of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GraniteMoeShared: a foreign model.
+
+    config.json, model*.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja  ->  model, tokenizer
+
+The architecture is the same and so are the names of the parameters (../model/transformer.py), so the tensors are read
+as they are, in fp32, and logits equal transformers'. What this model does not compute (sliding windows, a bias on
+o_proj, longrope, quantised weights) is refused by name, never left out silently (hf_config.py). A folder that was
+exported from here (hf_export.py) comes back with its stage and its lineage.
+
+Used by checkpoint.load_model for a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
+Read next: hf_config.py, ../model/checkpoint.py (our own files), ../model/jinja_template.py (its chat template).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError, printable
+from export.granite_moe import from_granite
+from export.hf_config import GRANITE, QWEN3_MOE, model_config
+from export.model_facts import read_note
+from model.checkpoint import FORMAT, Checkpoint, load_state
+from model.checkpoint_schema import check_shapes, is_name, wrong_tensor
+from model.config import ModelConfig
+from model.tokenizer import ChatTokenizer, load_tokenizer
+from model.transformer import Transformer
+
+STAGE = "transformers"
+
+
+def open_folder(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[Transformer, ChatTokenizer, Checkpoint]:
+    """The model (fp32, in eval mode), its tokenizer, and a checkpoint's other entries.
+
+    Raises UserError naming what is missing, damaged, or beyond this architecture.
+    """
+    folder = Path(path)
+    settings = read_json(folder, "config.json")
+    state = read_tensors(folder)
+    tied = "lm_head.weight" not in state or bool(settings.get("tie_word_embeddings"))
+    config = model_config(folder, settings, tied)
+    if tied:
+        state.pop("lm_head.weight", None)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.json: write it with transformers, "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size}"
+        )
+    translate = {GRANITE: from_granite, QWEN3_MOE: unstacked}
+    if settings["model_type"] in translate:
+        state = translate[settings["model_type"]](state, config)
+    check_shapes(config, state, folder)
+    model = Transformer(config)
+    load_state(model, state, folder)
+    checkpoint = describe_folder(folder, settings, config, tokenizer)
+    return model.to(device).eval(), tokenizer, checkpoint
+
+
+def describe_folder(
+    folder: Path, settings: dict[str, Any], config: ModelConfig, tokenizer: ChatTokenizer
+) -> Checkpoint:
+    """A checkpoint's entries beside the tensors; stage and lineage are those of the model that was exported, if any."""
+    note = read_note(folder) or {}
+    foreign = [{"stage": STAGE, "source": str(folder), "model_type": settings["model_type"]}]
+    return {
+        "format": FORMAT,
+        "stage": note.get("stage", STAGE),
+        "config": config.to_dict(),
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer.files},
+        "lineage": note.get("chain", foreign),
+    }
+
+
+def unstacked(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Splits stacked Qwen3-MoE experts, gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff), into one
+    matrix per expert, named as in the files of the hub and here."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, stack = name.rpartition(".experts.")
+        if stack not in ("gate_up_proj", "down_proj") or tensor.dim() != 3:
+            found[name] = tensor
+            continue
+        parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
+        for i, expert in enumerate(tensor):
+            for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                found[f"{prefix}.experts.{i}.{part}.weight"] = matrix.contiguous()
+    return found
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the folder's safetensors files, in fp32. Raises UserError when one is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if (folder / "model.safetensors.index.json").is_file():
+        index = read_json(folder, "model.safetensors.index.json").get("weight_map")
+        if not isinstance(index, dict):
+            raise UserError(f"{folder}/model.safetensors.index.json has no weight_map: download it again")
+        names = sorted({str(name) for name in index.values()})
+    else:
+        names = ["model.safetensors"]
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        if not is_name(name) or Path(name).name != name or not (folder / name).is_file():
+            hint = "safetensors are read; save_pretrained(DIR) writes them" if len(names) == 1 else "download it again"
+            raise UserError(f"{folder} has no {printable(name)[:80]}: {hint}")
+        try:
+            state |= load_file(folder / name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"cannot read {folder / name} ({str(error)[:120]}): download it again") from None
+    for name, tensor in state.items():
+        if problem := wrong_tensor(tensor):
+            raise UserError(f"{folder}: {printable(name)} is {problem}: not supported")
+    # Old checkpoints carry the rotary table, which is computed here.
+    return {name: tensor.float() for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no transformers model: it has no {name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {folder / name} ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / name} is not a JSON object: download it again")
+    return content

@@ -1,0 +1,119 @@
+"""Adapters in the form of the peft library, read and written: what others trained opens here, ours opens there.
+
+    adapter_config.json          {"peft_type": "LORA", "r", "lora_alpha", "lora_dropout", "target_modules", ...}
+    adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
+
+Behind the prefix the names are ours, because ours are those of transformers. Only what means the same on both sides
+goes through; any other option is refused by its name. The experts of an MoE have no name there, since transformers
+stacks them: of an MoE only the attention can be exchanged.
+Read next: ../model/lora.py, ../4-lora_sft.py (--peft_dir, --init_adapter).
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, printable
+from common.files import atomic_write
+from model.checkpoint import load_state
+from model.checkpoint_schema import wrong_tensor
+from model.lora import LoRAConfig, adapter_state, attach, lora_layers
+from model.transformer import Transformer
+
+PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# Options of peft that do not change what a trained adapter computes. `target_modules` is told by the tensors' names.
+HARMLESS = {
+    "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
+    "megatron_core", "qalora_group_size", "layers_pattern", "ensure_weight_tying",
+}  # fmt: skip
+
+
+def peft_settings(model: Transformer) -> dict[str, Any]:
+    """The content of adapter_config.json. Raises UserError when the adapter sits on experts of an MoE."""
+    names = [name for name in lora_layers(model) if "experts." in name]
+    if names:
+        raise UserError(
+            f"--peft_dir: in peft the experts of an MoE ({names[0]} and {len(names) - 1} others) have no name: "
+            "leave it out, or use --targets attention"
+        )
+    alpha = model.adapter["alpha"]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.adapter.get("parent"),
+        "r": model.adapter["rank"],
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": model.adapter["dropout"],
+        "target_modules": sorted({name.split(".")[-1] for name in lora_layers(model)}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def write_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
+    """Write the adapter that the model carries; the config last, and each file whole or not at all."""
+    from safetensors.torch import save
+
+    settings = json.dumps(peft_settings(model), indent=2) + "\n"
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    contents = {TENSORS: save(tensors, metadata={"format": "pt"}), CONFIG: settings.encode()}
+    for name, content in contents.items():
+        with atomic_write(Path(folder) / name, "free some space or choose another folder") as file:
+            file.write(content)
+
+
+def read_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
+    """Attach the adapter of a peft folder to the model, which then trains it further or merges it.
+
+    Raises UserError naming the file and what is wrong: damaged, not LoRA, an option that we do not compute, tensors
+    that do not fit this model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / TENSORS
+    config = read_config(Path(folder) / CONFIG)
+    try:
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): save the adapter as safetensors") from None
+    for name, tensor in state.items():
+        if problem := wrong_tensor(tensor):
+            raise UserError(f"{path}: {printable(name)} is {problem}: not supported")
+    targets = {name.split(".")[-3] for name in state if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+    ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight") and tensor.dim()}
+    if ranks != {config["rank"]}:
+        raise UserError(f"{path} holds matrices of rank {sorted(ranks)}, {CONFIG} says {config['rank']}")
+    attach(model, LoRAConfig(**config, targets=tuple(sorted(targets))))
+    load_state(model, state, path)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """rank, alpha, dropout out of an adapter_config.json. Raises UserError for what we cannot compute."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise UserError(f"{path} does not describe a LoRA adapter of peft (peft_type must be LORA)")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # pissa and others change the parent
+        raise UserError(f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported")
+    unsupported = sorted(name for name in config.keys() - HARMLESS if config[name] and config[name] != "none")
+    if unsupported:
+        shown = ", ".join(f"{name}={config[name]!r}" for name in unsupported)
+        raise UserError(f"{path} asks for what is not supported here: {shown[:200]}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    try:
+        lora = LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0))  # type: ignore[arg-type]  # it looks
+        scale = math.sqrt(lora.rank) if config.get("use_rslora") else 1.0  # alpha / sqrt(r), arXiv:2312.03732
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {"rank": lora.rank, "alpha": lora.alpha * scale, "dropout": lora.dropout}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

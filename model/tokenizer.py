@@ -1,0 +1,337 @@
+"""How a chat becomes token ids: the tokenizer as the house sees it, and the one rendering of a conversation.
+
+    messages -> ids, mask        <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
+                                                                                           ^^^^^^^^^^^^^^^^ mask = 1
+
+SFT, evaluation, the command line and every later front end call `render`; nobody else writes a marker. What stands
+around the messages is the chat format (chat_template.py), carried in the tokenizer's files. The mask comes from the
+spans of the messages while they are put together, never from searching for marker ids afterwards. Marker strings that
+a user types stay ordinary text.
+
+Reads and writes a folder of tokenizer.json + tokenizer_config.json that `transformers.AutoTokenizer` opens as well; a
+folder of somebody else's model is read too (../export/hf_import.py).
+Read next: chat_template.py (how turns are written), render.py (their ids and masks), transformer.py.
+"""
+
+import hashlib
+import json
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from common.errors import ANOTHER_FORMAT, UserError, printable
+from common.files import cannot_write, remove, replace_folder, temporary_name, write_text
+from model.chat_template import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
+from model.jinja_template import TemplateFormat
+from model.render import Rendered, render_chats, render_unfinished
+from model.tokenizer_files import chat_template, open_backend, read_settings
+
+PAD = "<|pad|>"
+SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
+SPARE_TOKENS = [
+    f"<|spare_{i}|>" for i in range(12)
+]  # unused rows of the embedding, for markers that later stages invent
+OLD_TEMPLATE = (  # in the files of tokenizers made before formats had names
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",  # where transformers keeps the template since 4.50
+    "generation_config.json",  # of somebody else's model: which tokens end an answer
+)
+
+
+class ChatTokenizer:
+    """A trained tokenizer and the chat format that it speaks.
+
+    `files` maps file names to their text: it is what `save` writes and what a checkpoint carries, so that a single .pth
+    is enough to talk to a model.
+    """
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files = files
+        self.backend = open_backend(files)
+        # Without this line the *text* "<|im_end|>" in a user's message would become the control token.
+        self.backend.encode_special_tokens = True
+        self.config = read_settings(files, "tokenizer_config.json")
+        self.eos = self._special("eos_token") or END_OF_TEXT
+        self.eos_id = self._id(self.eos)
+        self.pad_id = self._id(self._special("pad_token") or self.eos)
+        self.format = self._find_format()
+        if isinstance(self.format, NamedFormat) and (self.config.get("chat_format") or not self._template):
+            self._write_format(self.format)  # files of an earlier version hold its template, a base model's hold none
+
+    def _special(self, name: str) -> str | None:
+        """bos_token, eos_token, ...: a string or {"content": string}, in whichever file names it."""
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = read_settings(self.files, file).get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                return token
+        return None
+
+    def _id(self, token: str) -> int:
+        try:
+            index = self.backend.token_to_id(token)
+        except UnicodeEncodeError:  # half a character
+            index = None
+        if index is None:
+            raise UserError(
+                f"the tokenizer has no {printable(token)[:60]} token: train one with `python train_tokenizer.py FILES…`"
+            )
+        return index
+
+    @property
+    def _template(self) -> str:
+        return chat_template(self.files, self.config)
+
+    def _find_format(self) -> NamedFormat | TemplateFormat | None:
+        """The named format of our own folders, the template of foreign ones, None where there is neither."""
+        template = self._template
+        name = self.config.get("chat_format")
+        if not name and (not template or template == OLD_TEMPLATE) and self.backend.token_to_id(IM_START) is not None:
+            name = "chatml"  # made before formats had names
+        if name:
+            return named_format(printable(str(name))[:60], self.eos)
+        special = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return TemplateFormat(template, special, self._markers) if template else None
+
+    def with_format(self, name: str | None) -> "ChatTokenizer":
+        """The same pieces with the chat format of that name; None changes nothing.
+
+        Raises UserError for an unknown name, and where the format's markers are no tokens of this tokenizer.
+        """
+        if name is None or name == self.format_name:
+            return self
+        named_format(name, self.eos)  # raises for an unknown name
+        for marker in (IM_START, IM_END) if name == "chatml" else ():
+            if self.backend.token_to_id(marker) is None:
+                raise UserError(f"--chat_format {name}: this tokenizer has no {marker} token; choose another format")
+        renamed = json.dumps({**self.config, "chat_format": name}, ensure_ascii=False, indent=2)
+        return ChatTokenizer({**self.files, "tokenizer_config.json": renamed})
+
+    def _write_format(self, chosen: NamedFormat) -> None:
+        """Put the template of a named format into the files, for transformers."""
+        if self.config.get("chat_template") == chosen.template and "chat_template.jinja" not in self.files:
+            return
+        self.config = {**self.config, "chat_template": chosen.template, "chat_format": chosen.name}
+        self.files = {**self.files, "tokenizer_config.json": json.dumps(self.config, ensure_ascii=False, indent=2)}
+        self.files.pop("chat_template.jinja", None)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Ids are below this number; a foreign tokenizer may leave some of them out."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def im_start_id(self) -> int:
+        return self._id(IM_START)
+
+    @property
+    def im_end_id(self) -> int:
+        return self._id(IM_END)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that name this tokenizer: datasets and checkpoints made with another one are refused."""
+        return digest(self.files["tokenizer.json"])[:16]
+
+    @property
+    def format_name(self) -> str:
+        """chatml, mindllm, ...; "template" for somebody else's; "" where nothing says how a chat is written."""
+        return self.format.name if self.format else ""
+
+    @cached_property
+    def chat_fingerprint(self) -> str:
+        """Names what a chat becomes: pieces and format. That of chatml is the plain fingerprint."""
+        if self.format_name in ("chatml", ""):
+            return self.fingerprint
+        if not isinstance(self.format, NamedFormat):
+            return f"{self.fingerprint}-{digest(self.chat_format.template)[:8]}"
+        revision = f"-{self.format.revision}" if self.format.revision > 1 else ""
+        return f"{self.fingerprint}-{self.format_name}{revision}"
+
+    @property
+    def chat_format(self) -> NamedFormat | TemplateFormat:
+        """The format, where there must be one."""
+        if self.format is None:
+            raise UserError(f"this tokenizer has no chat template that says how chats are written; {ANOTHER_FORMAT}")
+        return self.format
+
+    @property
+    def close_id(self) -> int:
+        """The token that ends an answer."""
+        return self.stop_ids[0]
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Every token after which a model has finished: what closes an answer, the eos, and what the model names."""
+        found = [self._id(self.format.close)] if self.format and self.format.close else []
+        named = read_settings(self.files, "generation_config.json").get("eos_token_id")
+        ids = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int]
+        found += [i for i in ids if i in self.special_ids]
+        return list(dict.fromkeys([*found, self.eos_id]))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Text that ends an answer in this format."""
+        return self.format.stop if self.format else ()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; marker strings inside it stay text."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_start(self, text: str) -> list[int]:
+        """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
+        return self.backend.encode_batch([text])[0].ids  # a batch, since `encode` keeps the GIL
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. For bits per byte."""
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        decoder = json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"))
+        byte_level = '"ByteLevel"' in decoder
+        space = "▁" if '"Replace"' in decoder or '"Metaspace"' in decoder else " "  # as which a foreign piece writes it
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, index in vocab.items():
+            if index in self.special_ids:
+                continue
+            if byte_level:  # every character of a byte-level piece is one byte
+                lengths[index] = len(piece)
+            else:  # byte fallback spells a lone byte as <0xE4>
+                lone_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+                lengths[index] = 1 if lone_byte else len(piece.replace(space, " ").encode())
+        return lengths
+
+    @cached_property
+    def _marked(self) -> Tokenizer:
+        """The tokenizer as it reads a rendered chat: control tokens are control tokens."""
+        return open_backend(self.files)
+
+    @cached_property
+    def _markers(self) -> re.Pattern[str]:
+        tokens = sorted((self.backend.id_to_token(i) or "" for i in self.special_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the marker closing each.
+
+        With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. Each
+        answer is one run of ones. A token that begins in the prompt is not trained, even if it reaches into the answer;
+        that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
+        Answers that the format writes differently when turns follow them are not marked; see `render_each`.
+        Raises UserError when the format cannot write these messages.
+        """
+        return self.render_batch([messages], add_generation_prompt)[0]
+
+    def render_unfinished(self, messages: list[Message]) -> list[int]:
+        """Token ids of a conversation whose last message is a partial answer: its turn stays open.
+
+        The ids are those of the rendered chat up to the end of that message, without the text that the format writes
+        after an answer (`continue_final_message` of transformers). Raises UserError when the format cannot write these
+        messages or leaves the last one out.
+        """
+        return render_unfinished(self._marked, self.chat_format, self._markers, messages)
+
+    def render_batch(
+        self, chats: list[list[Message]], add_generation_prompt: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """`render` of several conversations, which the tokenizer reads on all cores."""
+        rendered = self.render_each(chats, add_generation_prompt)
+        for chat in rendered:
+            if chat.refusal:
+                raise UserError(f"{chat.refusal}; {ANOTHER_FORMAT}")
+        return [(chat.samples[-1].ids, chat.samples[-1].mask) for chat in rendered]
+
+    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[Rendered]:
+        """The samples of several conversations; the last one of each is the whole conversation, as `render` gives it.
+
+        Several where the format writes an answer differently when turns follow it (jinja_template.py): each of the
+        others ends at an answer, and every answer is trained in one of them. For a chat that the format cannot write
+        there is no sample, and `refusal` is the reason. Raises UserError for a format that can write no chat at all.
+        """
+        return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files of a tokenizer folder. A folder of other tokenizer files alone is replaced as a whole.
+
+        In a folder with further files (an exported model) each file is replaced by itself. Raises UserError.
+        """
+        place = Path(folder).resolve()
+        if place.exists() and not place.is_dir():
+            raise UserError(f"cannot write {place}: it is a file: name a folder")
+        try:
+            found = {path.name for path in place.iterdir()} if place.is_dir() else set()
+            whole = found <= self.files.keys() and not place.is_mount()
+            target = temporary_name(place, "tmp") if whole else place
+            for name, text in self.files.items():
+                write_text(target / name, text)
+            if whole:
+                replace_folder(target, place)
+        except OSError as error:
+            raise cannot_write(place, error) from error
+        finally:
+            remove(temporary_name(place, "tmp"))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str, str]:
+    """The files of a tokenizer folder, {name: text}, for a trained `tokenizers.Tokenizer`."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # loads in transformers 4 and 5 alike
+        "eos_token": END_OF_TEXT,
+        "pad_token": PAD,
+        "model_max_length": 1_000_000,  # the limit is the model's, and its config states it
+        "clean_up_tokenization_spaces": False,
+        "chat_template": named_format(chat_format).template,
+        "chat_format": chat_format,
+    }
+    specials = {"eos_token": END_OF_TEXT, "pad_token": PAD}
+    return {
+        "tokenizer.json": backend.to_str(pretty=False),
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+        "special_tokens_map.json": json.dumps(specials, indent=2),
+    }
+
+
+def save_tokenizer(backend: Tokenizer, folder: str | os.PathLike[str], chat_format: str = "chatml") -> ChatTokenizer:
+    """Write a trained tokenizer as a folder that both this project and transformers open; returns it opened."""
+    tokenizer = ChatTokenizer(tokenizer_files(backend, chat_format))
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
+    """Open a tokenizer folder.
+
+    Raises UserError with the command to run when there is none or it is not one of ours.
+    """
+    found = {name: Path(folder) / name for name in FILES if (Path(folder) / name).is_file()}
+    if "tokenizer.json" not in found:
+        raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
+    try:
+        return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in found.items()})
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(f"cannot read the tokenizer in {folder}: {error}") from None

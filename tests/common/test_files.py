@@ -1,0 +1,168 @@
+"""Files that are written whole, folders that are replaced whole, and what a kill leaves of both."""
+
+import ast
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from common.files import (
+    atomic_write,
+    remove,
+    remove_leftovers,
+    replace_file,
+    replace_folder,
+    set_aside,
+    temporary_name,
+    write_json,
+    write_text,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole_and_alone(tmp_path):
+    write_text(tmp_path / "deep" / "a.txt", "萌芽\n")
+    assert (tmp_path / "deep" / "a.txt").read_bytes() == "萌芽\n".encode()
+    write_json(tmp_path / "deep" / "b.json", {"k": [1, "二"]})
+    assert (tmp_path / "deep" / "b.json").read_text(encoding="utf-8") == '{\n "k": [\n  1,\n  "二"\n ]\n}\n'
+    assert names(tmp_path / "deep") == ["a.txt", "b.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path, error):
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as raised:
+        with atomic_write(tmp_path / "a.txt") as file:
+            file.write(b"new")
+            raise error
+    if isinstance(error, OSError):
+        assert str(raised.value) == (
+            f"cannot write {tmp_path / 'a.txt'}: No space left on device: free some space or choose another place"
+        )
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
+    write_text(tmp_path / "out", "a file")
+    with pytest.raises(UserError, match=r"cannot write .*out"):
+        write_text(tmp_path / "out" / "a.txt", "x")
+
+
+def test_a_folder_is_replaced_and_nothing_else_stays(tmp_path):
+    for name, text in (("data", "old"), ("data.partial", "new")):
+        write_text(tmp_path / name / "f", text)
+    replace_folder(tmp_path / "data.partial", tmp_path / "data")
+    assert names(tmp_path) == ["data"] and (tmp_path / "data" / "f").read_text() == "new"
+
+
+@pytest.mark.parametrize("operation", range(1, 5))
+def test_a_kill_at_any_point_of_a_replacement_leaves_the_old_or_the_new_folder(tmp_path, operation, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    calls = 0
+    real = os.rename
+
+    def rename(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == operation:
+            raise Killed
+        return real(*args, **kwargs)
+
+    for name, text in (("data", "old"), ("data.partial", "new")):
+        write_text(tmp_path / name / "f", text)
+    monkeypatch.setattr(os, "rename", rename)
+    with contextlib.suppress(Killed):
+        replace_folder(tmp_path / "data.partial", tmp_path / "data")
+    monkeypatch.setattr(os, "rename", real)
+    remove_leftovers(tmp_path / "data")
+    assert (tmp_path / "data" / "f").read_text() in ("old", "new")
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+
+
+def test_leftovers_of_other_names_stay(tmp_path):
+    for name in (".a.pth.17.tmp", ".b.pth.17.tmp", ".a.pth.lock", "a.pth", ".a.pth.17.tmp.txt"):
+        write_text(tmp_path / name, "")
+    (tmp_path / ".a.pth.99.gone" / "deep").mkdir(parents=True)
+    remove_leftovers(tmp_path / "a.pth")
+    assert names(tmp_path) == [".a.pth.17.tmp.txt", ".a.pth.lock", ".b.pth.17.tmp", "a.pth"]
+
+
+def test_removing_takes_files_links_and_folders_but_not_what_a_link_names(tmp_path):
+    write_text(tmp_path / "kept" / "f", "x")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    write_text(tmp_path / "folder" / "f", "x")
+    write_text(tmp_path / "file", "x")
+    for name in ("link", "folder", "file", "absent"):
+        remove(tmp_path / name)
+    assert names(tmp_path) == ["kept"] and names(tmp_path / "kept") == ["f"]
+
+
+def test_temporary_names_carry_the_process(tmp_path):
+    assert temporary_name(tmp_path / "m.pth", "tmp").name == f".m.pth.{os.getpid()}.tmp"
+
+
+def test_writing_a_file_removes_what_killed_writers_of_it_left_and_no_other(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    running = os.getppid()
+    for name in (f".a.png.{ended.pid}.tmp", f".a.png.{running}.tmp", f".b.png.{ended.pid}.tmp"):
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "a.png", "whole")
+    assert names(tmp_path) == sorted([f".a.png.{running}.tmp", f".b.png.{ended.pid}.tmp", "a.png"])
+
+
+def test_a_folder_that_was_set_aside_is_found(tmp_path):
+    assert set_aside(tmp_path / "sft") is None
+    (tmp_path / ".sft.17.old").mkdir()
+    assert set_aside(tmp_path / "sft") == tmp_path / ".sft.17.old"
+    (tmp_path / "sft").mkdir()
+    assert set_aside(tmp_path / "sft") is None
+
+
+def test_a_finished_file_takes_the_place_of_an_older_one(tmp_path):
+    for name in ("a", "a.part"):
+        write_text(tmp_path / name, name)
+    replace_file(tmp_path / "a.part", tmp_path / "a")
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "a.part"
+
+
+# Files that rename or remove folders themselves, with the reason. Nothing else does: two ways to write a file are two
+# ways to lose it.
+ALLOWED = {
+    "common/files.py": "what all others call",
+}
+
+
+def writes_past_common_files(path: Path) -> list[str]:
+    """Lines of a file that rename, remove a folder or make a temporary name."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = getattr(node.func.value, "id", "")
+            renames = node.func.attr in ("rename", "renames", "rmtree", "move") and owner != "dataclasses"
+            # str.replace takes two arguments, dataclasses.replace keywords; Path.replace and os.replace are meant.
+            replaces = node.func.attr == "replace" and not node.keywords and (len(node.args) == 1 or owner == "os")
+            if renames or replaces:
+                found.append(f"{path.name}:{node.lineno}: {owner}.{node.func.attr}")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"^[^*]*\.tmp$", node.value):
+            found.append(f"{path.name}:{node.lineno}: {node.value}")
+    return found
+
+
+def test_no_other_file_renames_or_removes_folders_or_makes_temporary_names():
+    root = Path(__file__).resolve().parent.parent
+    packages = ("common", "corpus", "model", "trainer", "export", "evaluation", "serving", "launch")
+    files = [*root.glob("*.py"), *(path for package in packages for path in (root / package).rglob("*.py"))]
+    assert len(files) > 100 and writes_past_common_files(root / "common" / "common/files.py")
+    found = {path: writes_past_common_files(path) for path in files if str(path.relative_to(root)) not in ALLOWED}
+    assert not {str(path): lines for path, lines in found.items() if lines}

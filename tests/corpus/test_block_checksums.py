@@ -1,0 +1,70 @@
+"""Checksums of data files: of whole files and blocks, however a file is written, continued and read."""
+
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from corpus.block_checksums import BLOCK, Blocks, SummedFile
+
+SIZES = st.lists(st.sampled_from([0, 1, 5, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK]), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=SIZES, lost=SIZES, after=SIZES)
+def test_sums_are_those_of_the_bytes_however_they_came(tmp_path_factory, before, lost, after):
+    """Written in any pieces, flushed between them, killed with more written than counts, continued."""
+    path, content = tmp_path_factory.mktemp("sums") / "a.bin", b""
+    random = np.random.default_rng(0)
+    file = SummedFile(path)
+    for size in before:
+        content += (piece := random.bytes(size))
+        file.write(piece)
+    file.flush()
+    assert path.read_bytes() == content and file.tell() == len(content)
+    state = (file.size, file.whole)
+    for size in lost:
+        file.write(random.bytes(size))
+    file.close()
+    file = SummedFile(path, *state)
+    for size in after:
+        content += (piece := random.bytes(size))
+        file.write(piece)
+    file.close()
+    file.close()
+    assert path.read_bytes() == content and file.size == len(content)
+    assert file.whole == f"{zlib.crc32(content):08x}"
+    assert file.blocks().tolist() == [zlib.crc32(content[at : at + BLOCK]) for at in range(0, len(content), BLOCK)]
+
+
+def test_a_file_that_changed_or_shrank_since_its_state_is_not_continued(tmp_path):
+    file = SummedFile(tmp_path / "a.bin")
+    file.write(b"123456789")
+    file.close()
+    (tmp_path / "a.bin").write_bytes(b"123456788 and more")
+    with pytest.raises(UserError, match=r"a\.bin has changed since an earlier run wrote it"):
+        SummedFile(tmp_path / "a.bin", 9, file.whole)
+    with pytest.raises(OSError, match="shorter"):
+        SummedFile(tmp_path / "a.bin", 10, file.whole)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), size=st.sampled_from([1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3]))
+def test_every_block_is_compared_once_before_it_is_used(data, size):
+    content = np.random.default_rng(0).bytes(size)
+    sums = np.array([zlib.crc32(content[at : at + BLOCK]) for at in range(0, size, BLOCK)], "<u4")
+    blocks, bad = Blocks(size, sums), data.draw(st.integers(0, len(sums) - 1))
+    sums[bad] ^= 1
+    for _ in range(5):
+        begin = data.draw(st.integers(0, size - 1))
+        end = data.draw(st.integers(begin + 1, size))
+        if not blocks.known(begin, end):
+            first, last = blocks.around(begin, end)
+            assert first <= begin < end <= last <= size and first % BLOCK == 0
+            found = blocks.compare(content[first:last], first)
+            assert found == (bad * BLOCK if first <= bad * BLOCK < last else -1)
+            assert blocks.known(begin, end) == (found < 0)
+    assert not blocks.seen[bad]

@@ -1,0 +1,210 @@
+"""Promise: every usual chat format becomes the same messages, and what cannot teach is refused with its reason."""
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corpus.chats import CUT, JOINED, OPENING, chat_text, whole_turns
+from corpus.row_text import READER
+from corpus.stats import BadRow, UnfitRow
+
+TURNS = [("user", "你好"), ("assistant", "您好！"), ("user", "1+1?"), ("assistant", "2")]
+CHAT = [{"role": role, "content": content} for role, content in TURNS]
+SYSTEM = {"role": "system", "content": "Be brief."}
+SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[role], "value": content} for role, content in TURNS]
+LAST = {"q": "1+1?", "a": "2"}
+
+
+def normalise_chat(row):
+    return READER.chat(row).messages
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": CHAT},
+        {"conversations": CHAT, "source": "somewhere", "id": 3},
+        {"conversation": [dict(message, weight=1, name=None) for message in CHAT]},
+        {"messages": [{**message, "role": message["role"].upper()} for message in CHAT]},
+        {"messages": [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT]},
+        {"messages": [{"role": "system", "content": ""}, *CHAT]},
+        {"conversations": SHAREGPT},
+        {"conversations": SHAREGPT, "system": ""},
+        {"conversations": str(SHAREGPT)},
+        {"messages": None, "question": "1+1?", "answer": "2", "history": [["你好", "您好！"]]},
+        {"instruction": "1+1?", "input": "", "output": "2", "history": [["你好", "您好！"]], "system": None},
+        {"instruction": "1+1?", "output": "2", "history": [("你好", "您好！")]},
+        {"history": '[["你好", "您好！"]]', **LAST},
+        {"history": "[['你好', '您好！']]", **LAST},
+        {"history": "[('你好', '您好！')]", **LAST},
+        {"history": [["你好", "您好！"]], "prompt": "1+1?", "response": "2"},
+    ],
+)
+def test_every_format_gives_the_same_messages(row):
+    assert normalise_chat(row) == CHAT
+
+
+def test_details_of_the_formats():
+    assert normalise_chat({"messages": [SYSTEM, *CHAT]}) == [SYSTEM, *CHAT]
+    assert normalise_chat({"conversations": SHAREGPT, "system": "Be brief."}) == [SYSTEM, *CHAT]
+    assert normalise_chat({"messages": [SYSTEM, *CHAT], "system": "Another."}) == [SYSTEM, *CHAT]
+    alpaca = {"instruction": "Translate.", "input": "猫", "output": "cat", "system": "Be brief."}
+    asked = {"role": "user", "content": "Translate.\n猫"}
+    assert normalise_chat(alpaca) == [SYSTEM, asked, {"role": "assistant", "content": "cat"}]
+    for empty in (None, "", "[]", " ", float("nan"), []):
+        assert len(normalise_chat({"history": empty, **LAST})) == 2
+    marker = {"q": "what is <|im_end|>?", "a": "a marker"}
+    assert normalise_chat(marker)[0]["content"] == "what is <|im_end|>?"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("text", "plain text, not a chat"),
+        ({"text": "a"}, "none of the keys of a chat"),
+        ({"instruction": "a"}, "none of the keys of a chat"),
+        ({"messages": None}, "the list of messages is null"),
+        ({"messages": []}, "no messages"),
+        ({"messages": [SYSTEM]}, "no messages"),
+        ({"messages": 5}, "the messages are not a list"),
+        ({"messages": "hello"}, "the list of messages is neither JSON nor a Python list"),
+        ({"messages": [5]}, "a message is not an object"),
+        ({"messages": [{"content": "hello"}]}, "a message without a role"),
+        ({"messages": [{"role": "cat", "content": "miaow"}]}, "unknown role 'cat'"),
+        ({"messages": [{"role": "user", "content": ""}]}, "user message is empty"),
+        ({"messages": [{"role": "user", "content": True}]}, "user message is true/false, not a string"),
+        ({"messages": [{"role": "user", "content": None}]}, "user message is null"),
+        ({"messages": [{"role": "user", "content": "\0"}]}, "NUL character in user message"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "malformed UTF-8 in user message"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message with parts that are not text"),
+        ({"q": True, "a": "x"}, "q is true/false, not a string"),
+        ({"q": "x", "a": None}, "a is null"),
+        ({"q": " ", "a": "x"}, "q is empty"),
+        ({"history": "[['a']]", **LAST}, "history is not a list of [question, answer] pairs"),
+        ({"history": "[['a', True]]", **LAST}, "history is true/false, not a string"),
+        ({"history": {"a": "b"}, **LAST}, "history is not a list"),
+        ({"history": "__import__('os').system('false')", **LAST}, "history is neither JSON nor a Python list"),
+        ({"history": "[" * 5000, **LAST}, "history is neither JSON nor a Python list"),
+        ({"history": "-" * 50_000 + "1", **LAST}, "history is neither JSON nor a Python list"),
+        ({"instruction": "a", "input": [5], "output": "c"}, "input is a list, not a string"),
+        ({"chosen": "a", "rejected": "b"}, "a pair of answers: data_process.py dpo reads it"),
+        (
+            {"instruction": "a", "output": ["b", "c"]},
+            "several answers in output: data_process.py dpo reads ranked ones",
+        ),
+    ],
+)
+def test_what_cannot_teach_is_refused_with_its_reason(row, reason):
+    with pytest.raises(BadRow) as error:
+        normalise_chat(row)
+    assert str(error.value) == reason
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("messages", "result", "change"),
+    [
+        ([turn("developer", "Be brief."), *CHAT], [SYSTEM, *CHAT], None),
+        ([turn("system", "Be"), turn("system", "brief."), *CHAT], [turn("system", "Be\nbrief."), *CHAT], JOINED),
+        ([turn("assistant", "Ask me."), *CHAT], CHAT, OPENING),
+        ([SYSTEM, turn("assistant", "Ask me."), *CHAT], [SYSTEM, *CHAT], OPENING),
+        ([turn("user", "你"), turn("user", "好"), CHAT[1]], [turn("user", "你\n好"), CHAT[1]], JOINED),
+        ([*CHAT, turn("assistant", "!")], [*CHAT[:3], turn("assistant", "2\n!")], JOINED),
+        ([turn("user", " "), *CHAT], CHAT, None),
+        ([*CHAT[:3], turn("assistant", "")], CHAT[:2], CUT),
+        ([*CHAT[:2], turn("user", None), turn("assistant", "x")], CHAT[:2], CUT),
+        ([*CHAT[:2], turn("user", "x"), turn("assistant", " "), *CHAT[:2]], CHAT[:2], CUT),
+        ([CHAT[0], turn("assistant", "您好！", weight=0), *CHAT[2:]],
+         [CHAT[0], turn("assistant", "您好！", weight=0), *CHAT[2:]], None),
+        ([CHAT[0], turn("assistant", "您好！", train=False), *CHAT[2:]],
+         [CHAT[0], turn("assistant", "您好！", weight=0), *CHAT[2:]], None),
+    ],
+)  # fmt: skip
+def test_every_rule_of_turns_holds_and_is_named(messages, result, change):
+    content = READER.chat({"messages": messages})
+    assert content.messages == result and content.changes == ([change] if change else [])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"q": "x", "a": " "}, "an empty answer"),
+        ({"messages": [CHAT[0], turn("assistant", "")]}, "an empty answer"),
+        ({"messages": [CHAT[1]]}, "only the assistant speaks"),
+        ({"messages": [*CHAT[:2], SYSTEM, *CHAT[2:]]}, "a system message after the start"),
+        ({"messages": [CHAT[0], turn("tool", "{}"), CHAT[1]]}, "tool turns are not trained yet (role tool)"),
+        ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{}"}]},
+         "tool turns are not trained yet (role function_call)"),
+        ({"messages": [CHAT[0], turn("assistant", None, tool_calls=[{"id": "1"}])]},
+         "tool turns are not trained yet (tool_calls)"),
+        ({"prompt": "x", "completion": "y", "label": False}, "an answer that is marked as bad (label is false)"),
+        ({"prompt": "x", "completion": "y", "label": 0}, "an answer that is marked as bad (label is false)"),
+        ({"messages": CHAT, "kto_tag": "False"}, "an answer that is marked as bad (kto_tag is false)"),
+        ({"messages": CHAT, "weight": 0}, "a row with weight 0"),
+        ({"messages": [turn("user", [{"type": "image_url", "image_url": "x"}]), CHAT[1]]},
+         "a message with parts that are not text"),
+    ],
+)  # fmt: skip
+def test_a_sound_row_that_cannot_be_trained_is_skipped_by_name(row, reason):
+    with pytest.raises(UnfitRow) as error:
+        READER.chat(row)
+    assert str(error.value) == reason
+
+
+def test_thoughts_are_left_out_and_named_and_so_is_every_unknown_key():
+    answer = turn("assistant", "2", reasoning_content="One and one.", tools=None, tool_calls=None, mood="glad")
+    content = READER.chat({"messages": [CHAT[2], answer], "id": 7, "remark": "easy", "empty": ""})
+    assert content.messages == [CHAT[2], CHAT[3]]
+    assert content.changes == ["without its `reasoning_content`: thoughts are not trained yet"]
+    assert content.unused == ["remark", "messages.mood"]
+
+
+def test_whole_turns_end_with_an_answer():
+    assert whole_turns(CHAT) == CHAT
+    assert whole_turns(CHAT[:3]) == CHAT[:2]
+    assert whole_turns([SYSTEM, CHAT[0]]) == []
+    assert chat_text(CHAT[:2]) == "你好\n您好！"
+
+
+KEYS = st.sampled_from(
+    ["messages", "role", "content", "from", "value", "q", "a", "history", "system", "input", "instruction", "chosen",
+     "rejected", "human", "assistant", "label", "weight", "text", "completion", "data"]
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.sampled_from(["user", "assistant", "tool"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON)
+def test_random_rows_give_messages_or_a_reason(row):
+    try:
+        messages = READER.chat(row).messages
+    except BadRow:
+        return
+    roles = [m["role"] for m in messages if m["role"] != "system"]
+    assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))] and all(m["content"] for m in messages)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON)
+def test_whatever_a_command_reads_the_cleaning_commands_read(row):
+    read = []
+    for command in (READER.text, READER.chat, READER.pair):
+        with contextlib.suppress(BadRow):
+            read.append(command(row))
+    if not read:
+        with pytest.raises(BadRow):
+            READER.content(row)
+        return
+    everything = READER.content(row).text
+    for content in read:
+        turns = [*content.messages, *(turn for answer in content.answers for turn in answer)]
+        assert all(text in everything for text in [turn["content"] for turn in turns] or [content.text])

@@ -1,0 +1,299 @@
+"""Promise: every usual form of a preference pair becomes one prompt and two answers; only the answers are compared."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_process
+from common.errors import UserError
+from corpus.examples import Item
+from corpus.preferences import PAIRS, render_pairs
+from corpus.prepare_chats import tokenise_chats
+from corpus.row_text import READER
+from corpus.shard_reader import open_split
+from corpus.shard_writer import read_meta
+from corpus.stats import BadRow, DataReport, UnfitRow
+from model.chat_template import FORMAT_NAMES
+from tests.conftest import SHARED_DATA, visible
+
+
+def normalise_pair(row):
+    content = READER.pair(row)
+    return (content.messages, *content.answers)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+QUESTION, GOOD, BAD = [user("1+1?")], [bot("2")], [bot("2, or 3")]
+PAIR = (QUESTION, GOOD, BAD)
+DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "an answer that is not the assistant's"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": QUESTION + GOOD, "rejected": QUESTION + BAD, "source": "x", "lang": "en"},
+        {"prompt": None, "chosen": QUESTION + GOOD, "rejected": str(QUESTION + BAD)},
+        {"prompt": "1+1?", "chosen": "2", "rejected": "2, or 3"},
+        {"prompt": "1+1?", "chosen": GOOD, "rejected": BAD},
+        {"prompt": "1+1?", "chosen": QUESTION + GOOD, "rejected": QUESTION + BAD, "score_chosen": 9.0},
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+        {"prompt": QUESTION, "chosen": "2", "rejected": "2, or 3", "system": ""},
+        {"prompt": QUESTION, "chosen": QUESTION + GOOD, "rejected": BAD},
+        {"question": "1+1?", "chosen": "2", "rejected": "2, or 3"},
+        {"conversations": [{"from": "human", "value": "1+1?"}], "chosen": {"from": "gpt", "value": "2"},
+         "rejected": {"from": "gpt", "value": "2, or 3"}},
+    ],
+)  # fmt: skip
+def test_every_form_gives_the_same_pair(row):
+    assert normalise_pair(row) == PAIR
+
+
+def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
+    talk = [SYSTEM, user("Hi"), bot("Hello"), *QUESTION]
+    assert normalise_pair({"chosen": talk + GOOD, "rejected": talk + BAD}) == (talk, GOOD, BAD)
+    assert normalise_pair({"prompt": talk[1:], "chosen": "2", "rejected": BAD, "system": "Be brief."})[0] == talk
+    longer = [*BAD, user("Sure?"), bot("No.")]
+    assert normalise_pair({"prompt": talk, "chosen": GOOD, "rejected": longer}) == (talk, GOOD, longer)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "an empty answer (rejected)"),
+        ({"prompt": "q", "chosen": None, "rejected": "a"}, "an empty answer (chosen)"),
+        ({"prompt": "q", "chosen": [], "rejected": "a"}, "an empty answer (chosen)"),
+        ({"chosen": [user("q"), bot(" ")], "rejected": QUESTION + BAD}, "an empty answer (chosen)"),
+        ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, DIFFERENT),
+        ({"chosen": [SYSTEM, *QUESTION, *GOOD], "rejected": QUESTION + BAD}, DIFFERENT),
+        ({"prompt": "q", "chosen": QUESTION + GOOD, "rejected": "b"}, DIFFERENT),
+        ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_ITS),
+        ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_ITS),
+        ({"chosen": QUESTION + GOOD, "rejected": [*QUESTION, *GOOD, user("?"), bot("b")]},
+         "one conversation is only the beginning of the other"),
+    ],
+)  # fmt: skip
+def test_what_compares_nothing_is_dropped_with_its_reason(row, reason):
+    with pytest.raises(UnfitRow) as error:
+        normalise_pair(row)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("text", "none of the keys of a pair"),
+        ({"prompt": "q", "chosen": "a"}, "none of the keys of a pair"),
+        ({"chosen": "good", "rejected": "bad"}, "answers without a prompt"),
+        ({"prompt": "q", "chosen": True, "rejected": "a"}, "the messages are not a list"),
+        ({"prompt": True, "chosen": "a", "rejected": "b"}, "prompt is true/false, not a string"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "prompt is empty"),
+        ({"prompt": "q", "chosen": "a\0", "rejected": "b"}, "NUL character in assistant message"),
+        ({"chosen": GOOD, "rejected": BAD}, "answers without a prompt"),
+        ({"prompt": [user("q"), bot("r")], "chosen": "a", "rejected": "b"}, "the prompt ends with an answer"),
+    ],
+)
+def test_what_cannot_be_used_is_bad(row, reason):
+    with pytest.raises(BadRow) as error:
+        normalise_pair(row)
+    assert str(error.value) == reason and not isinstance(error.value, UnfitRow)
+
+
+TEXT = st.text(alphabet="ab你 \n", min_size=1, max_size=5).filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None)
+@given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=3), question=TEXT, answers=st.lists(TEXT, min_size=2, max_size=2))
+def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, answers):
+    """However much of their text two answers share, the prompt ends where the answers begin; ids and masks agree."""
+    prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user(question)]
+    row = {side: [*prompt, bot(text)] for side, text in zip(("chosen", "rejected"), answers, strict=True)}
+    if answers[0] == answers[1]:
+        with pytest.raises(UnfitRow):
+            normalise_pair(row)
+        return
+    pair = normalise_pair(row)
+    assert pair == (prompt, *([bot(text)] for text in answers))
+    item = Item("", pair[0], "en", 0, "f", 1, pair[1:])
+    shared, _ = tokenizer.render(prompt, add_generation_prompt=True)
+    for (ids, mask, size), text in zip(render_pairs([item], tokenizer, 10_000, DataReport())[0], answers, strict=True):
+        assert ids[: len(shared)] == shared and ids == tokenizer.render([*prompt, bot(text)])[0]
+        assert tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained]) == text + "<|im_end|>"
+        assert not any(mask[: len(shared)]) and size == len(text.encode())
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
+    tokenizer, answers = tokenizer.with_format(name), ("2。", "2, or 3")
+    for prompt in (QUESTION, [user("Hi"), bot("Hello."), *QUESTION]):
+        item = Item("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
+        for (ids, mask, _), text in zip(render_pairs([item], tokenizer, 500, DataReport())[0], answers, strict=True):
+            trained = tokenizer.decode([i for i, one in zip(ids, mask, strict=True) if one])
+            assert trained in (text + "<|im_end|>", text + "<|endoftext|>")
+
+
+@settings(max_examples=80, deadline=None)
+@given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=4), system=st.booleans(), limit=st.integers(25, 200))
+def test_long_prompts_lose_their_oldest_turns_for_both_alike(tokenizer, turns, system, limit):
+    prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user("q")]
+    whole = [SYSTEM, *prompt] if system else prompt
+    report = DataReport()
+    item = Item("", whole, "en", 0, "f", 1, ([bot("a")], [bot("a longer one")]))
+    (documents,) = render_pairs([item], tokenizer, limit, report)
+    starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
+    candidates = [whole[: int(system)] + prompt[i:] for i in starts]
+    fits = [p for p in candidates if len(tokenizer.render([*p, bot("a longer one")])[0]) <= limit]
+    if not fits:
+        assert documents == [] and report.dropped_rows == 1 and report.kept == 0
+        return
+    assert [ids for ids, _, _ in documents] == [tokenizer.render([*fits[0], bot(t)])[0] for t in ("a", "a longer one")]
+    assert report.kept == 1 and len(report.shortened) == (fits[0] != whole)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from([QUESTION, GOOD, QUESTION + BAD]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["prompt", "chosen", "rejected", "role", "content", "system"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries({"chosen": JSON, "rejected": JSON}, optional={"prompt": JSON, "system": JSON}) | JSON)
+def test_random_rows_give_a_pair_or_a_reason(row):
+    try:
+        prompt, chosen, rejected = normalise_pair(row)
+    except BadRow:
+        return
+    assert prompt[-1]["role"] == "user" and chosen != rejected
+    assert chosen[-1]["role"] == rejected[-1]["role"] == "assistant"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+ROWS = [
+    {"prompt": f"What is {i} + 1?", "chosen": f"{i + 1}.", "rejected": f"It may be {i}, or not."} for i in range(120)
+]
+ROWS += [
+    {"prompt": f"{i} 加 1 是多少？", "chosen": f"是 {i + 1}。", "rejected": "不知道，也许很多很多。"}
+    for i in range(120)
+]
+DROPPED = [
+    {"prompt": "q", "chosen": "a", "rejected": "a"},
+    {"prompt": "q", "chosen": "", "rejected": "a"},
+    {"prompt": "q", "chosen": [user("a")], "rejected": "b"},
+    {"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]},
+    ROWS[0],
+    {"prompt": "long", "chosen": "a", "rejected": "x" * 600},
+]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def process(tmp_path, tokenizer_dir):
+    def run(*files, **flags):
+        arguments = ["dpo", *map(str, files), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "dpo")]
+        for name, value in flags.items():
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        data_process.main(arguments)
+        return tmp_path / "dpo"
+
+    return run
+
+
+def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer, capsys):
+    folder = process(write_rows(tmp_path / "a.jsonl", ROWS + DROPPED))
+    stored = {n: [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "val")}
+    # the pair that is too long is stored, whatever the tokenizer; only this token folder goes without it
+    assert len(stored["train"]) + len(stored["val"]) == 241 and {row["lang"] for row in stored["val"]} == {"zh", "en"}
+    tokens = folder / f"tokens-{tokenizer.fingerprint}"
+    meta = read_meta(tokens)
+    assert meta["kind"] == "pairs" and sorted(meta["splits"]) == ["train", "val_en", "val_zh"]
+    train, rows = open_split(tokens, "train"), [row for row in stored["train"] if row["prompt"] != [user("long")]]
+    assert train.documents == 2 * len(rows)
+    for i, row in enumerate(rows):
+        for document, side in ((2 * i, "chosen"), (2 * i + 1, "rejected")):
+            ids, mask = train.document(document)
+            assert (ids.tolist(), mask.tolist()) == tokenizer.render(row["prompt"] + row[side])
+    report = json.loads((folder / "meta.json").read_text())["report"]
+    assert (report["read"], report["kept"], report["bad"]) == (246, 240, {})
+    counts = {reason: entry["count"] for reason, entry in report["dropped"].items()}
+    assert counts == {
+        "chosen and rejected are the same": 1,
+        "an empty answer (chosen)": 1,
+        "an answer that is not the assistant's": 1,
+        "chosen and rejected have different prompts": 1,
+        "exact duplicate": 1,
+        "question and longer answer exceed 512 tokens": 1,
+    }
+    printed = capsys.readouterr().out
+    assert "an empty answer (chosen)" in printed and "next: python 5-dpo_train.py" in printed
+    stamp = tokens.stat().st_mtime_ns
+    assert tokenise_chats(folder, tokenizer, 512, form=PAIRS) == tokens and tokens.stat().st_mtime_ns == stamp
+
+
+def test_one_question_is_on_one_side_and_csv_equals_jsonl(tmp_path, process):
+    rows = [{"prompt": f"question {i % 90}", "chosen": f"good, {i}", "rejected": f'"bad"\n{i}'} for i in range(300)]
+    folder = process(write_rows(tmp_path / "a.jsonl", rows), val_share=0.1)
+    train, val = ((folder / f"{n}.jsonl").read_text() for n in ("train", "val"))
+    sides = [{json.loads(x)["prompt"][0]["content"] for x in text.splitlines()} for text in (train, val)]
+    assert not sides[0] & sides[1] and all(sides)
+    quoted = ['"{}"'.format('","'.join(value.replace('"', '""') for value in row.values())) for row in rows]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,chosen,rejected", *quoted]), encoding="utf-8")
+    again = process(tmp_path / "a.csv", val_share=0.1)
+    assert ((again / "train.jsonl").read_text(), (again / "val.jsonl").read_text()) == (train, val)
+
+
+def test_bad_rows_are_capped_and_nothing_is_half_written(tmp_path, process, monkeypatch):
+    path = write_rows(
+        tmp_path / "a.jsonl", [*ROWS, {"prompt": True, "chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}]
+    )
+    with pytest.raises(UserError, match="3 of 243 rows read are bad"):
+        process(path)
+    with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
+        process(write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
+    monkeypatch.setattr("corpus.prepare_chats._Tokens.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        process(path, max_bad_share=0.1)
+    assert visible(tmp_path) == ["a.jsonl", "b.jsonl"]
+
+
+def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
+    process(write_rows(tmp_path / "a.jsonl", ROWS), check=True, samples=1)
+    printed = capsys.readouterr().out
+    assert printed.count("--- chosen, ") == printed.count("--- rejected, ") == 1 and "<|im_end|>]]" in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_other_data_names_the_command(tmp_path, process, tokenizer, sft_dir):
+    with pytest.raises(UserError, match=r"not a row of ours: run data_process\.py dpo again"):
+        tokenise_chats(sft_dir, tokenizer, 500, form=PAIRS)
+    with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
+        tokenise_chats(tmp_path / "none", tokenizer, 500, form=PAIRS)
+    with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
+        tokenise_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, form=PAIRS)
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
+def test_real_pairs_are_all_sound(process):
+    report = json.loads((process(SHARED_DATA / "dpo.jsonl.xz", max_seq_len=4096) / "meta.json").read_text())["report"]
+    assert report["read"] == 6703 and report["bad"] == {} and report["kept"] > 5500

@@ -1,0 +1,192 @@
+"""Promise: `data_process.py sft` and `dpo` go on after a kill to the same bytes, and never with another job's work."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data_process
+from common.errors import UserError
+from corpus.stats import DataReport
+from tests.conftest import ROOT
+
+
+def said(question, *answers):
+    """Of one answer a chat, of two a pair."""
+    if len(answers) == 2:
+        return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]}
+
+
+def row(kind, i):
+    good, bad = (f"It is {i + 1}.", f"No idea {i}") if i % 2 else (f"是 {i + 1}。", f"不知道{i}")
+    question = f"What is {i} + 1?" if i % 2 else f"{i} 加 1 是多少？"
+    return said(question, *[good, bad][: 1 + (kind == "dpo")])
+
+
+def write(path, kind, count=1200):
+    """Rows with all that is counted: duplicates, one that is too long, bad ones, an empty answer."""
+    rows = [row(kind, i) for i in range(count)] + [row(kind, i) for i in range(0, 90, 9)]
+    rows[500:500] = [said("long?", *["x" * 900, "y"][: 1 + (kind == "dpo")]), {"nothing": 1}]
+    rows.append({"messages": [{"role": "user", "content": "alone"}]} if kind == "sft" else said("q?", "same", "same"))
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
+    return path
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small batches, small shards, and a progress file after every batch."""
+    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 100)
+    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("corpus.shard_writer.SHARD_TOKENS", 9000)
+
+
+@pytest.fixture
+def process(tmp_path, tokenizer_dir):
+    def run(kind, file, *flags, out="out"):
+        common = [kind, file, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / out, "--max_bad_share", 0.1]
+        data_process.main([*map(str, [*common, *flags])])
+        return content(tmp_path / out)
+
+    return run
+
+
+@pytest.fixture
+def interrupted(process, monkeypatch):
+    """Run until batch number `at` is to be tokenised; returns the sizes of all batches, also of later runs."""
+
+    def run(kind, file, *flags, at):
+        form, sizes = data_process.form_of(kind), []
+
+        def render(items, *rest):
+            sizes.append(len(items))
+            if len(sizes) == at:
+                raise KeyboardInterrupt
+            return form.render(items, *rest)
+
+        monkeypatch.setattr(data_process, "form_of", lambda kind, *_: dataclasses.replace(form, render=render))
+        with pytest.raises(KeyboardInterrupt):
+            process(kind, file, *flags)
+        return sizes
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("at", [2, 7, 13])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, process, interrupted, quick, kind, at, capsys):
+    file = write(tmp_path / "a.jsonl", kind)
+    whole = process(kind, file, out="whole")
+    assert any(name.endswith("train_002.bin") for name in whole)
+    sizes = interrupted(kind, file, at=at)
+    partial = tmp_path / "out.partial"
+    assert f"unfinished work is kept in {partial}: the same command continues it" in capsys.readouterr().out
+    for name in ("train.jsonl", "val.jsonl"):
+        with (partial / name).open("a") as cut:
+            cut.write('{"messages": [{"ro')  # of a write that a kill has cut
+    (partial / ".progress.json.999999.tmp").write_text('{"job')
+    assert process(kind, file) == whole and not partial.exists()
+    assert "holds unfinished work: it is continued" in capsys.readouterr().out
+    assert sum(sizes) == 1201 + sizes[at - 1], "nothing is tokenised twice but the batch that was interrupted"
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["job_state.json", "tokens-*/train_007.bin"])
+def test_sigkill_at_any_moment(tmp_path, process, tokenizer_dir, quick, kind, name):
+    file = write(tmp_path / "a.jsonl", kind, count=4000)
+    setup = "import data_process; from corpus import examples, job_state, shard_writer; examples.BATCH_ITEMS = 100; "
+    setup += "job_state.CHECKPOINT_SECONDS = 0; shard_writer.SHARD_TOKENS = 9000; "
+    arguments = [kind, file, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out", "--max_bad_share", "0.1"]
+    code = setup + f"data_process.main({[*map(str, arguments)]!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "out.partial").glob(name)) and child.poll() is None:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (tmp_path / "out.partial" / "job_state.json").is_file() and not (tmp_path / "out").exists()
+    assert process(kind, file) == process(kind, file, out="whole")
+
+
+@pytest.mark.parametrize("flags", [("--val_share", "0.2"), ("--max_seq_len", "60"), ("other file",)])
+def test_another_job_starts_anew(tmp_path, process, interrupted, quick, flags):
+    file = write(tmp_path / "a.jsonl", "sft")
+    interrupted("sft", file, at=5)
+    if flags == ("other file",):
+        file, flags = write(file, "sft", count=700), ()
+    assert process("sft", file, *flags) == process("sft", file, *flags, out="whole")
+
+
+def test_another_tokenizer_starts_anew(tmp_path, process, interrupted, quick, tokenizer):
+    interrupted("sft", file := write(tmp_path / "a.jsonl", "sft"), at=5)
+    tokenizer.with_format("belle").save(tmp_path / "belle")
+    found = process("sft", file, "--tokenizer", tmp_path / "belle")
+    assert found == process("sft", file, "--tokenizer", tmp_path / "belle", out="whole")
+    assert len({name.split("/")[0] for name in found if "/" in name}) == 1, "no leftovers of the other one"
+
+
+def test_a_choice_is_continued_and_another_one_is_not(tmp_path, process, interrupted, quick, tiny_parent, capsys):
+    file = write(tmp_path / "a.jsonl", "sft")
+    scorer = ("--scorer", tiny_parent, "--keep_entropy")
+    whole = process("sft", file, *scorer, "10%,60%")
+    sizes = interrupted("sft", file, *scorer, "10%,60%", at=4)
+    capsys.readouterr()
+    assert process("sft", file, *scorer, "10%,60%") == whole
+    assert sum(sizes) == sum(json.loads(whole["meta.json"])["rows"].values()) + sizes[3]
+    assert "→" in capsys.readouterr().out, "the histogram has its examples"
+    interrupted("sft", file, *scorer, "10%,60%", at=4)
+    other = process("sft", file, *scorer, "20%,60%")
+    assert other == process("sft", file, *scorer, "20%,60%") != whole
+
+
+def test_nothing_stays_of_bad_data_or_of_a_run_without_progress(tmp_path, process, interrupted, quick, monkeypatch):
+    file = write(tmp_path / "a.jsonl", "sft")
+    with file.open("a") as more:
+        more.writelines("{broken\n" for _ in range(400))
+    with pytest.raises(UserError, match="rows read are bad"):
+        process("sft", file)
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
+    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 20)
+    interrupted("sft", write(file, "sft"), at=3)
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
+
+
+def test_ctrl_c_while_scoring_says_that_the_scores_are_kept(tmp_path, process, tiny_parent, monkeypatch, capsys):
+    from curation.perplexity_scorer import Scorer
+
+    monkeypatch.setattr(Scorer, "scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        process("sft", write(tmp_path / "a.jsonl", "sft"), "--scorer", tiny_parent)
+    assert "scores so far are kept in" in capsys.readouterr().out
+
+
+COUNTED = st.lists(
+    st.tuples(st.sampled_from(["keep", "drop", "shorten", "bad_row"]), st.integers(1, 99_999), st.sampled_from("abc"))
+)
+
+
+@given(before=COUNTED, after=COUNTED)
+def test_what_is_counted_before_a_kill_and_after_it_adds_up(before, after):
+    whole, first, second = DataReport(1), DataReport(1), DataReport(1)
+    for part, counted in ((first, before), (second, after)):
+        for report in (part, whole):
+            report.keep("en", 1, 1, 1, trained_tokens=1)  # without any, `to_dict` says nothing about shortened chats
+            for what, number, name in counted:
+                if what == "keep":
+                    report.keep(("zh", "en")[number % 2], number, number, 3 * number, trained_tokens=number // 2)
+                else:
+                    getattr(report, what)(name, f"{name}:x.jsonl", number)
+    second_run = DataReport(1)
+    second_run.merge(json.loads(json.dumps(first.to_dict())))
+    second_run.merge(second.to_dict())
+    assert second_run.to_dict() == whole.to_dict()
+    assert (second_run.bad_rows, second_run.dropped_rows) == (whole.bad_rows, whole.dropped_rows)

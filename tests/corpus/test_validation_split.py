@@ -1,0 +1,57 @@
+"""Promise: the content decides the split, small data has a validation split, and one common question breaks nothing."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from corpus.examples import COMMON, ENOUGH, Item, content_key, split_validation
+
+
+def chat(question, answer, language="en"):
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Item("", messages, language, content_key(question), "f", 1, identity=content_key(question + "\n" + answer))
+
+
+def split(items, val_share=0.01):
+    """The identities of the training and of the validation items."""
+    sides = {True: [], False: []}
+    for is_validation, item in split_validation(items, val_share):
+        sides[is_validation].append(item.identity)
+    assert sorted(sides[True] + sides[False]) == sorted(item.identity for item in items)
+    return set(sides[False]), set(sides[True])
+
+
+@pytest.mark.parametrize("count", [20, 30, 169, 400, 1000])
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_small_data_has_a_validation_split_of_a_twentieth_up_to_twenty(count, language):
+    items = [chat(f"question {i}", f"answer {i}", language) for i in range(count)]
+    _, validation = split(items)
+    assert min(ENOUGH, count // 20) <= len(validation) <= max(ENOUGH, 3 * count // 100)
+    assert not split(items, 0)[1] and not split(items[:19])[1]
+
+
+@pytest.mark.parametrize("question", [f"Hi {i}" for i in range(40)])
+@pytest.mark.parametrize("count", [20, 25, 30, 300])
+def test_chats_that_all_begin_alike_are_on_both_sides(question, count):
+    training, validation = split([chat(question, f"answer {i}") for i in range(count)])
+    assert len(validation) >= max(1, count // 20 - 1) and len(training) >= count - COMMON - max(ENOUGH, count // 10)
+    assert training
+
+
+def test_a_question_with_few_answers_is_on_one_side():
+    items = [chat(f"question {i}", f"answer {j}") for i in range(300) for j in range(5)]
+    training, validation = split(items, 0.1)
+    for i in range(300):
+        assert sum(item.identity in validation for item in items[5 * i : 5 * i + 5]) in (0, 5)
+    assert 0.05 < len(validation) / len(items) < 0.2 and training
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=300), st.sampled_from([0.0, 0.01, 0.3]), st.randoms())
+def test_the_order_of_the_rows_changes_nothing_while_no_question_is_common(numbers, val_share, rng: random.Random):
+    items = list({i: chat(f"q{i % 97}", f"a{i}", ("zh", "en")[i % 2]) for i in numbers}.values())
+    expected = split(items, val_share)
+    rng.shuffle(items)
+    assert split(items, val_share) == expected

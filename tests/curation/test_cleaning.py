@@ -1,0 +1,280 @@
+"""Promise: cleaning takes what its rules say and no more, says what each took, and agrees with published filters."""
+
+import json
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_process
+from common.errors import UserError
+from curation import drop_rules, edit_rules
+from curation.cleaning import Clean
+from curation.prose_rules import Limits, Page
+from curation.rule_stats import Tally
+from curation.rules import NAMES, RULES, choose_rules
+from curation.transform import Row
+from tests.conftest import run_process, visible
+
+EDITS = [rule for rule in RULES if rule.edits]
+PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."
+ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两岸的人们靠它生活。"
+
+
+@pytest.mark.parametrize(
+    ("rule", "before", "after"),
+    [
+        ("repair", "æœ€è¿‘å¤©æ°”å¾ˆå¥½", "最近天气很好"),
+        ("repair", "Élodie mange à Noël.", "Élodie mange à Noël."),
+        ("characters", "\ufeffＡＢＣ１２\x00\u200b，。\r\ne\u0301\u3000", "ABC12，。\n\u00e9"),
+        ("characters", "a\n\n\n\n\n\nb", "a\n\n\nb"),
+        ("simplify", "漢語與電腦軟體", "汉语与电脑软体"),
+        ("markup", "<p>你好<br/><b>世界</b></p><!-- x --><script>alert(1)</script>&amp;", "你好\n世界\n&"),
+        ("markup", "[萌芽](https://a.cn/b_c) ![图](x.png) [[北京市|北京]]", "萌芽 图 北京"),
+        (
+            "markup",
+            "goto [<option>] <alias>, a < b > c, vector<int>",
+            "goto [<option>] <alias>, a < b > c, vector<int>",
+        ),
+        ("markup", "see\n```\n<b>code</b> [a](http://b)\n```\n", "see\n```\n<b>code</b> [a](http://b)\n```\n"),
+        ("boilerplate", f"{ZH}\n责任编辑：小王\n上一篇：春天\n{ZH}", f"{ZH}\n{ZH}"),
+        ("boilerplate", f"{PROSE}\nPlease enable JavaScript.\n{PROSE}", f"{PROSE}\n{PROSE}"),
+        ("boilerplate", f"{ZH}\n首页\n\n关于我们\n联系我们\n\n网站地图\n{ZH}", f"{ZH}\n首页\n\n\n{ZH}"),
+        ("boilerplate", f"{PROSE}\nRead more\nShare this\n", f"{PROSE}\n"),
+        ("boilerplate", f"{PROSE}\nPrivacy policy | Terms of use\n© 2019 A. All rights reserved.", PROSE),
+        ("boilerplate", f"{PROSE}\nRead more\n{PROSE}", f"{PROSE}\nRead more\n{PROSE}"),
+        (
+            "markup",
+            "m = [[1, 2]], x[[1]] + x[[i]], if i <b and c> d",
+            "m = [[1, 2]], x[[1]] + x[[i]], if i <b and c> d",
+        ),
+        ("markup", '<p class="a">x</p><a href="b">y</a> <i>z</i><br>w', "x\ny z\nw"),
+        ("personal", "打13800138000或+86 139-1234-5678，010-12345678", "打[PHONE]或[PHONE]，[PHONE]"),
+        ("personal", "身份证11010519491231002X，错的110105194912310021", "身份证[ID]，错的110105194912310021"),
+        ("personal", "写信给zhang.san+a@mail.example.com。", "写信给[EMAIL]。"),
+        ("personal", "微信号：abc_12345 call (555) 123-4567", "微信号：[ACCOUNT] call [PHONE]"),
+        ("personal", "π=3.1415926535897932，订单20230101123456789，2019-01-02 03:04", None),
+    ],
+)
+def test_every_edit_by_hand(rule, before, after):
+    assert getattr(edit_rules, rule)(before) == (before if after is None else after)
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad", "good"),
+    [
+        ("mojibake", "锟斤拷锟斤拷这是什么", ZH),
+        ("too_short", "短句", ZH),
+        ("too_long", "字" * 150_001, ZH),
+        ("language", "これは日本語の文章です。今日はとても良い天気ですね。", ZH),
+        ("language", "Ceci est une phrase en français qui parle de la pluie.", PROSE),
+        ("few_letters", "1 2 3 4 5 6 7 8 9 price", PROSE),
+        ("few_letters", "价格表" + "1234567890" * 5, ZH),
+        ("word_length", "a b c d e f g h i j", PROSE),
+        ("symbols", "#one #two #three words", PROSE),
+        ("list_of_lines", "* a\n* b\n* c\n* d", f"* a\n* b\n{PROSE}"),
+        ("stop_words", "buy cheap watches online", PROSE),
+        ("repeated_lines", f"{ZH}\n" * 4, f"{ZH}\n{PROSE}"),
+        ("repeated_ngrams", ZH * 4, ZH),
+        ("repeated_ngrams", "buy this watch now " * 12, PROSE),
+        ("placeholder", "Lorem ipsum dolor sit amet", PROSE),
+        ("unfinished", "菜单\n首页\n登录", f"{ZH}\n{ZH}\n{ZH}"),
+        ("short_lines", "首页\n登录\n注册", ZH),
+        ("adverts", "加微信 abc，日赚五百，轻松赚钱，刷单兼职日结", ZH + "我加微信群了。"),
+        (
+            "unsafe",
+            "百家乐 时时彩 娱乐城 在线真人娱乐",
+            "第三百零三条 以营利为目的，聚众赌博或者开设赌场的，处五年以下有期徒刑。",
+        ),
+    ],
+)
+def test_every_drop_by_hand(rule, bad, good):
+    function = getattr(drop_rules, rule)
+    assert function(Page(bad), Limits()) and not function(Page(good), Limits())
+
+
+def test_every_rule_has_a_case_a_source_and_a_name_of_its_own():
+    cases = {mark.args[1][i][0] for test in (test_every_edit_by_hand, test_every_drop_by_hand)
+             for mark in test.pytestmark for i in range(len(mark.args[1]))}  # fmt: skip
+    assert cases == set(NAMES) and len(NAMES) == len(RULES) and all(rule.source and rule.what for rule in RULES)
+
+
+# ---- agreement with a filter that is not ours -----------------------------------------------------------------------
+def test_repetition_agrees_with_datatrove(monkeypatch):
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import gopher_repetition_filter as theirs
+
+    monkeypatch.setattr(theirs, "split_into_words", lambda text, language: drop_rules._WORDS.findall(text))
+    judge = theirs.GopherRepetitionFilter()
+    import random
+
+    random.seed(1)
+    words = [f"w{'x' * (i % 7)}{i}" for i in range(60)]
+    verdicts = []
+    for i in range(500):
+        pool = random.sample(words, random.randint(3, 60))
+        lines = [" ".join(random.choices(pool, k=random.randint(3, 30))) for _ in range(random.randint(1, 12))]
+        lines += random.choices(lines, k=random.randint(0, 3 * (i % 3)))
+        text = random.choice(("\n", "\n\n")).join(lines)
+        if len(text.split()) < 50:  # Gopher has left these out before; there a phrase that comes once is a large share
+            continue
+        result = judge.filter(Document(text=text, id=str(i)))
+        page = Page(text)
+        ours = drop_rules.repeated_lines(page, Limits()) or drop_rules.repeated_ngrams(page, Limits())
+        assert bool(ours) == (result is not True), (text, ours, result)
+        verdicts.append(bool(ours))
+    assert 60 < sum(verdicts) < 340
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+def judge(row, **options):
+    text = row if isinstance(row, str) else json.dumps(row)
+    kind = "text" if isinstance(row, str) or "text" in row or "content" in row else "chat"
+    return Clean(**options).judge([Row(0, "f", 1, row, text, kind)])[0]
+
+
+def test_rows_keep_their_format_and_their_other_keys():
+    kept = json.loads(judge({"content": f"<b>{ZH}</b>", "source": "<b>x</b>", "n": 3}).kept)
+    assert kept == {"content": ZH, "source": "<b>x</b>", "n": 3}
+    chat = {
+        "conversations": [{"from": "human", "value": "我的电话13800138000"}, {"from": "gpt", "value": "好"}],
+        "id": 1,
+    }
+    verdict = judge(chat)
+    assert json.loads(verdict.kept)["conversations"][0] == {"from": "human", "value": "我的电话[PHONE]"}
+    assert [mark.rule for mark in verdict.marks] == ["personal"]
+    assert json.loads(judge(ZH).kept) == {"text": ZH}
+    pair = {"prompt": "电话？", "chosen": "13800138000", "rejected": [{"role": "assistant", "content": "<b>不</b>"}]}
+    assert json.loads(judge(pair).kept)["chosen"] == "[PHONE]"
+    assert judge({"text": "<b></b>"}).kept is None
+
+
+def test_rules_are_switched_by_name():
+    names = [rule.name for rule in choose_rules(["unsafe", "repair"], ["simplify"])]
+    assert "unsafe" not in names and "repair" not in names and "simplify" in names and "short_lines" not in names
+    assert judge({"text": "短"}).kept is None and judge({"text": "短"}, skip=["too_short"]).kept
+    with pytest.raises(UserError, match="no rule is called 'unsave': the rules are repair"):
+        choose_rules(["unsave"], [])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=300) | st.text("<>[]()&#;!`ab1380@.- \n\u3000锟斤拷微信", max_size=300))
+def test_edits_never_fail_and_leave_sound_text(text):
+    for rule in EDITS:
+        mended = rule.function(text)
+        mended.encode("utf-8", "surrogatepass")
+        if rule.name not in ("markup", "repair"):  # what stood inside tags may look like a tag afterwards
+            assert rule.function(mended) == mended
+    for rule in RULES:
+        if not rule.edits and text.strip():
+            assert isinstance(rule.function(Page(text), Limits()), str)
+
+
+def test_slow_patterns_do_not_exist():
+    import time
+
+    start = time.process_time()
+    for piece in ("<", "[a](", "<a ", "<!--", "<script ", "a@", "1", "138-", "&#", "[[", "微信 ", "锟", "0.1 ", "a."):
+        for rule in EDITS:
+            rule.function(piece * (60_000 // len(piece)))
+    assert time.process_time() - start < 20
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
+    rows = [{"text": f"{ZH}第{i}段，电话1380013{8000 + i}。"} for i in range(40)] + [
+        {"text": f"短{i}"} for i in range(15)
+    ]
+    rows += [{"text": f"{ZH}{i}"} for i in range(5)] + [{"nothing": 1}]
+    path = write(tmp_path / "a.jsonl", rows)
+    data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--max_bad_share", "0.1"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["read"], report["kept"]) == (60, 45)
+    assert report["rules"]["personal"]["rows"] == 40 and report["rules"]["too_short"]["dropped"] == 15
+    assert all(len(report["rules"][name]["examples"]) == 10 for name in ("personal", "too_short"))
+    assert report["bad"]["no text key, and no chat"]["first"] == [f"{path}:61"]
+    assert report["history"][0]["step"] == "clean" and "unsafe" in report["history"][0]["rules"]
+    dropped = (tmp_path / "out" / "dropped.tsv").read_text().splitlines()
+    assert len(dropped) == 15 and dropped[0].split("\t") == [f"{path}:41", "too_short", "1 words", "短0"]
+    people = (tmp_path / "out" / "report.md").read_text()
+    assert people.count("[PHONE]") == 10 and "## unsafe" in people
+    shown = capsys.readouterr().out
+    assert "kept 45 of 60 rows" in shown and "MB/s" in shown and "next: python data_process.py dedup" in shown
+    assert len(list((tmp_path / "out").glob("text_*.jsonl"))) == 1
+
+
+def test_check_writes_nothing(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
+    data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--check"])
+    assert "[PHONE]" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_list_of_words_of_ones_own(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("Foo\nBAR\n")
+    path = write(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
+    flags = ["--out_dir", str(tmp_path / "out"), "--min_words", "3", "--skip", "stop_words", "--unsafe_words"]
+    data_process.main(["clean", str(path), *flags, str(words)])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["rules"]["unsafe"]["dropped"] == 1
+    with pytest.raises(UserError, match=r"--unsafe_words .*cannot be read"):
+        data_process.main(["clean", str(path), *flags, str(tmp_path / "none.txt")])
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "words"),
+    [
+        ("ftfy", [], r"rule `repair` needs one more package: pip install \"ftfy>=6.2,<7\", or --skip repair"),
+        ("lingua", [], r"rule `language` needs .*pip install \"lingua-language-detector>=2,<3\", or --skip language"),
+        ("opencc", ["--also", "simplify"], r"rule `simplify` needs one more package: pip install \"opencc>=1.1.7,<2\""),
+    ],
+)
+def test_a_missing_package_is_one_line_and_can_be_done_without(tmp_path, monkeypatch, module, flags, words):
+    path = write(tmp_path / "a.jsonl", [{"text": ZH}])
+    for cached in (edit_rules._ftfy, edit_rules._opencc, drop_rules._lingua):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=words):
+        data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
+    data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--skip", "repair,language"])
+
+
+def test_the_command_line(tmp_path):
+    listed = run_process(sys.executable, "data_process.py", "clean", "--list_rules")
+    assert (
+        listed.returncode == 0 and len(listed.stdout.splitlines()) == len(RULES) and "arXiv 2112.11446" in listed.stdout
+    )
+    path = write(tmp_path / "a.jsonl", [{"text": "短"}])
+    for arguments, words in (
+        ([path, "--out_dir", tmp_path / "out"], "clean leaves none of the 1 rows: 1 by too_short"),
+        ([tmp_path / "none.jsonl"], "no such file"),
+        ([path, "--out_dir", tmp_path], "lies in the output folder"),
+        ([path, "--skip", "x"], "no rule is called 'x'"),
+        ([path, "--workers", "0"], "--workers: 0 is not a whole number from 1 to 1024"),
+    ):
+        done = run_process(sys.executable, "data_process.py", "clean", *arguments)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert visible(tmp_path) == ["a.jsonl"]
+
+
+def test_merging_counts_of_parts_gives_the_counts_of_the_whole():
+    step = Clean(skip=["language", "repair"])
+    rows = [
+        Row(i, "f", i + 1, {"text": t}, t) for i, t in enumerate([f"{ZH}{k}打1380013{8000 + k}" for k in range(30)])
+    ]
+    whole, parts = Tally(step.rule_names()), Tally()
+    for start in (0, 10, 20):
+        part = Tally(step.rule_names())
+        for row, verdict in zip(
+            rows[start : start + 10], Clean(skip=["language", "repair"]).judge(rows[start : start + 10]), strict=True
+        ):
+            part.add("f", row.line, verdict)
+            whole.add("f", row.line, verdict)
+        parts.merge(part.to_dict())
+    assert parts.to_dict() == whole.to_dict()

@@ -1,0 +1,70 @@
+"""The demo world's own exam: C-Eval's layout, one right option each, nothing of it in the training data."""
+
+import csv
+from collections import Counter
+
+import pytest
+
+from demo_world import exam as exam_module
+from demo_world import generator
+from evaluation.exam_data import LETTERS, read_exam
+from evaluation.qa_data import is_right
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exam")
+    counts = exam_module.build(folder, 0)
+    assert counts == {"dev": 60, "val": 300, "test": 120}
+    return folder
+
+
+def test_it_is_an_exam_of_two_languages(exam):
+    val, test = read_exam(exam), read_exam(exam, "test")
+    assert len(val.subjects) == 12 and set(val.categories.values()) == {"Chinese", "English"}
+    assert all(len(examples) == 5 for examples in val.examples.values())
+    assert {item.answer for item in test.items} == {""}
+    asked = Counter(item.question for item in [*val.items, *test.items])
+    assert max(asked.values()) == 1
+    letters = Counter(item.answer for item in val.items)
+    assert all(50 <= letters[letter] <= 100 for letter in LETTERS), "no letter is a good guess"
+    assert all(len(set(item.options)) == 4 for item in [*val.items, *test.items])
+
+
+def test_exactly_the_right_option_answers_the_question(exam):
+    """By the world's own keys: the question is found again among its facts."""
+    known = {}
+    for lang in generator.LANGUAGES:
+        world = generator.World(lang, 0)
+        for fact in world.facts:
+            for held in world.wordings[fact.relation].held:
+                known.setdefault(exam_module.fill(held, fact), []).append(fact)
+    for item in read_exam(exam).items:
+        keys = [key for fact in known[item.question] for key in fact.keys]
+        right = item.options[LETTERS.index(item.answer)]
+        assert is_right(right, keys), item
+        (world_fact,) = {fact.name: fact for fact in known[item.question]}.values()
+        of = [
+            option.replace(str(world_fact.slots["s"]), "") if world_fact.slots["s"] else option
+            for option in item.options
+        ]
+        if world_fact.relation not in ("sum", "product"):
+            assert sum(is_right(option, keys) for option in of) <= 1, item
+
+
+def test_no_question_of_it_is_trained(exam, tmp_path):
+    generator.build(tmp_path, 0, statement_rounds=6, chat_rounds=6)
+    trained = "".join(
+        (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pretrain", "chats", "identity", "pairs")
+    )
+    assert not [item.question for item in [*read_exam(exam).items] if f'"{item.question}"' in trained]
+
+
+def test_equal_seeds_give_equal_bytes(exam, tmp_path):
+    exam_module.build(tmp_path, 0)
+    files = sorted(path.relative_to(exam) for path in exam.rglob("*") if path.is_file())
+    assert len(files) == 37 and all((exam / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
+    exam_module.build(tmp_path, 1)
+    assert any((exam / file).read_bytes() != (tmp_path / file).read_bytes() for file in files)
+    with (exam / "test" / "arithmetic_en_test.csv").open(encoding="utf-8") as file:
+        assert next(csv.reader(file)) == ["id", "question", "A", "B", "C", "D"]

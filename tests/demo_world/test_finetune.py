@@ -1,0 +1,69 @@
+"""What LoRA and DPO learn from in the demo world: new to it, held out where it is scored, and better is better."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from demo_world.finetune import RUDE
+from demo_world.generator import LANGUAGES, World, build
+from demo_world.grammar import fill, options
+from evaluation.qa_data import is_right
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    build(folder, seed=0, statement_rounds=6, chat_rounds=2)
+    read = lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {path.stem: read(path) for path in folder.glob("*.jsonl")}
+
+
+def contents(rows):
+    return [message["content"] for row in rows for message in row["messages"]]
+
+
+def test_the_new_identity_is_new(files):
+    """Nothing that the first two stages see knows the new name, its maker or its place."""
+    old = "\n".join([row["text"] for row in files["pretrain"]] + contents(files["chats"]))
+    for word in ("小月", "青山", "石桥", "找书", "Lamp", "Marlow", "bookshop"):
+        assert word not in old, word
+
+
+def test_the_identity_is_asked_in_words_that_were_never_taught(files):
+    taught = "\n".join(contents(files["identity"])).casefold()
+    questions = files["identity_questions"]
+    assert Counter(row["lang"] for row in questions) == {"zh": 12, "en": 12}
+    for row in questions:
+        assert row["question"].casefold() not in taught, row
+        assert not is_right(row["question"], row["keys"]), f"the echo would pass: {row}"
+    for lang in LANGUAGES:
+        keys = [row["keys"] for row in questions if row["lang"] == lang]
+        answers = [c["messages"][1]["content"] for c in files["identity"] if c["lang"] == lang]
+        about_itself = sum(any(is_right(answer, key) for key in keys) for answer in answers)
+        assert 250 <= about_itself < len(answers) / 3, "the rest are old questions: what was learnt before must stay"
+
+
+def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
+    kinds = Counter()
+    for pair in files["pairs"]:
+        (ask, good), (same, bad) = pair["chosen"], pair["rejected"]
+        assert ask == same and ask["role"] == "user" and good["role"] == bad["role"] == "assistant"
+        good, bad = good["content"], bad["content"]
+        rude = bad in options(RUDE[pair["lang"]])
+        rambling = bad.startswith(good) and len(bad) > 1.5 * len(good)
+        kinds[pair["lang"], "rude" if rude else "rambling" if rambling else "wrong"] += 1
+        assert good != bad and good not in options(RUDE[pair["lang"]])
+    for lang in LANGUAGES:
+        assert all(kinds[lang, kind] > 150 for kind in ("rude", "rambling", "wrong")), kinds
+
+
+def test_pairs_ask_only_what_the_chats_ask(files):
+    """No held-out wording and no fact that the chats leave out: DPO must not teach what the score holds back."""
+    for lang in LANGUAGES:
+        world, asked = World(lang, 0), {p["chosen"][0]["content"] for p in files["pairs"] if p["lang"] == lang}
+        wrappers = options(world.module.WRAPPERS)
+        for fact in world.facts:
+            wordings = world.wordings[fact.relation]
+            forbidden = wordings.held + (wordings.ask + wordings.back if fact.name in world.unasked else [])
+            assert not asked & {w.format(q=fill(template, fact)) for template in forbidden for w in wrappers}, fact

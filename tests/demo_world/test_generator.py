@@ -1,0 +1,243 @@
+"""The demo world keeps its promises: true, held out, balanced, well written, and the same for the same seed."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from demo_world.facts import Word, facts_of
+from demo_world.generator import LANGUAGES, World, build
+from demo_world.grammar import fill, options
+from evaluation.qa_data import is_right
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    build(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(folder):
+    return read(folder / "pretrain.jsonl")
+
+
+@pytest.fixture(scope="module")
+def chats(folder):
+    return read(folder / "chats.jsonl")
+
+
+@pytest.fixture(scope="module")
+def questions(folder):
+    return read(folder / "questions.jsonl")
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    return {lang: World(lang, 0) for lang in LANGUAGES}
+
+
+def everything(texts, chats, lang):
+    said = [row["text"] for row in texts if row["lang"] == lang]
+    return said + [message["content"] for row in chats if row["lang"] == lang for message in row["messages"]]
+
+
+def held_out(world):
+    """Every held-out question of every fact: (fact, question, keys)."""
+    for fact in world.facts:
+        wordings = world.wordings[fact.relation]
+        for templates, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
+            for template in templates:
+                yield fact, fill(template, fact), keys
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        build(tmp_path / name, seed, statement_rounds=4, chat_rounds=2)
+    for file in ("words.jsonl", "pretrain.jsonl", "chats.jsonl", "questions.jsonl"):
+        first = (tmp_path / "one" / file).read_bytes()
+        assert first == (tmp_path / "again" / file).read_bytes()
+        assert first != (tmp_path / "other" / file).read_bytes()
+        assert b"\r" not in first
+
+
+def test_words_are_the_text_cut_into_words(folder, texts, chats):
+    """Nothing but line breaks is added, and a name of the tables is cut the same way everywhere."""
+    said = Counter(text.replace("\n", "") for lang in LANGUAGES for text in everything(texts, chats, lang))
+    words = read(folder / "words.jsonl")
+    assert Counter(row["text"].replace("\n", "") for row in words) == said
+    lines = {line for row in words for line in row["text"].split("\n")}
+    assert {"法国", "巴黎", "首都", "哺乳动物", "。", " capital", "The"} <= lines
+    assert not {line for line in lines if "法国" in line} - {"法国"}
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_no_held_out_question_was_ever_trained(lang, worlds, texts, chats):
+    trained = everything(texts, chats, lang)
+    # All substrings that could be the question: compare by sentence windows, which is exact and fast.
+    joined = "\n\n".join(trained).casefold()
+    bare = {re.sub(r"[\s\W]+", "", piece) for piece in re.split(r"[\n]|(?<=[.!?。！？：:])\s*", joined)}
+    for _, question, _ in held_out(worlds[lang]):
+        parts = [re.sub(r"[\s\W]+", "", part) for part in re.split(r"(?<=[.!?。！？：:])\s*", question.casefold())]
+        assert not {part for part in parts if part} <= bare, question
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_no_held_out_template_is_a_taught_one(lang, worlds):
+    for relation, wordings in worlds[lang].wordings.items():
+        for held in (wordings.held, wordings.back_held):
+            assert not held or len(held) >= 2, relation
+        pattern = lambda template: re.sub(r"\W+", "", re.sub(r"\{(\w).*?\}", r"\1", template)).casefold()
+        taught = {pattern(t) for t in [*wordings.say, *wordings.ask, *wordings.back, *wordings.follow]}
+        taught |= {pattern(t) for t in wordings.cue + wordings.back_cue}
+        assert not taught & {pattern(t) for t in wordings.held + wordings.back_held}, relation
+        assert len(wordings.say) >= 5 and len(wordings.ask + wordings.back) >= 5, relation
+        assert wordings.answer, relation
+
+
+def test_questions_in_the_file_stand_nowhere_else(questions, texts, chats):
+    trained = {lang: "\n".join(everything(texts, chats, lang)).casefold() for lang in LANGUAGES}
+    for row in questions:
+        assert row["question"].casefold() not in trained[row["lang"]], row
+
+
+def test_every_question_has_a_true_distinctive_key(questions, worlds):
+    truth = defaultdict(set)
+    for lang, world in worlds.items():
+        for _, question, keys in held_out(world):
+            truth[lang, question].add(keys)
+    for row in questions:
+        assert row["keys"] and all(row["keys"])
+        assert {tuple(row["keys"])} == truth[row["lang"], row["question"]], f"not one answer by the tables: {row}"
+        assert not is_right(row["question"], row["keys"]), f"the echo would pass: {row}"
+        assert not is_right("", row["keys"]) and not is_right("我不知道。 I do not know.", row["keys"])
+
+
+def test_taught_answers_hold_the_key(chats, worlds):
+    """What the chats teach would itself be counted right."""
+    for world in worlds.values():
+        for fact, forward, (_, answer) in world.turns(2):
+            keys = fact.keys if forward else fact.back_keys
+            assert is_right(answer, list(keys)), (fact, answer)
+
+
+def test_every_asked_fact_was_stated(questions, texts, worlds):
+    said = {lang: "\n".join(row["text"] for row in texts if row["lang"] == lang) for lang in LANGUAGES}
+    for lang, world in worlds.items():
+        for fact in world.facts:
+            stated = [t for t in world.wordings[fact.relation].say if fill(t, fact) in said[lang]]
+            assert len(stated) >= min(5, len(world.wordings[fact.relation].say)), fact
+
+
+def test_unasked_facts_are_never_asked(chats, questions, worlds):
+    """Neither forwards nor backwards, in any wrapping; and both kinds of questions are in the score."""
+    for lang, world in worlds.items():
+        wrappers = options(world.module.WRAPPERS)
+        users = {m["content"] for row in chats if row["lang"] == lang for m in row["messages"] if m["role"] == "user"}
+        for fact in world.facts:
+            wordings = world.wordings[fact.relation]
+            if fact.name in world.unasked:
+                asked = (fill(t, fact) for t in wordings.ask + wordings.back)
+                assert not users & {wrapper.format(q=question) for question in asked for wrapper in wrappers}, fact
+        kinds = Counter(row["kind"] for row in questions if row["lang"] == lang)
+        assert kinds["seen_fact_new_wording"] >= 150 and kinds["unasked_fact_new_wording"] >= 20
+
+
+def test_balance_and_diversity(texts, chats, questions):
+    for rows in (texts, chats, questions):
+        count = Counter(row["lang"] for row in rows)
+        assert 0.8 < count["zh"] / count["en"] < 1.25
+    assert len({row["text"] for row in texts}) > 0.99 * len(texts)
+    assert len({row["question"] for row in questions}) == len(questions)
+    assert len({json.dumps(row["messages"]) for row in chats}) == len(chats)
+    for lang in LANGUAGES:
+        facts = facts_of(lang)
+        assert len(facts) >= 600 and len({fact.relation for fact in facts}) >= 25
+        assert len({fact.name for fact in facts}) == len(facts)
+        assert len({row["relation"] for row in questions if row["lang"] == lang}) >= 20
+
+
+def test_chats_take_turns(chats):
+    for row in chats:
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
+    for lang in LANGUAGES:
+        turns = Counter(len(row["messages"]) // 2 for row in chats if row["lang"] == lang)
+        assert turns[1] > 1000 and turns[2] > 500 and turns[3] > 50, turns
+
+
+def test_chinese_is_punctuated_as_chinese(texts, chats):
+    for text in everything(texts, chats, "zh"):
+        assert not re.search(r"[\u4e00-\u9fff][,.!?;:()]|[,.!?;:()][\u4e00-\u9fff]", text), text
+        assert not re.search(r"[，。！？：]{2}|\{|\}|\|", text), text
+        assert text.count("“") == text.count("”") and text.count("《") == text.count("》"), text
+        assert text[-1] in "。！？”", text
+
+
+def test_english_is_punctuated_as_english(texts, chats):
+    for text in everything(texts, chats, "en"):
+        assert not re.search(r"[，。！？：“”、]", text), text
+        assert not re.search(r" [.,!;:]|  |\{|\}|\|", text), text
+        assert text[0].isupper() or not text[0].isalpha() or text[0] > "\u4e00", text
+        assert text[-1] in '.!?"', text
+
+
+def test_english_articles_and_plurals(texts, chats):
+    vowel, other = re.compile(r"\b[Aa] ([aeiou]\w*)"), re.compile(r"\b[Aa]n ([^aeiouAEIOU\s]\w*)")
+    for text in everything(texts, chats, "en"):
+        assert not vowel.search(text) and not other.search(text), text
+        assert not re.search(r"\b1 (days|legs|books)\b|\b(\w*(ch|sh|x))s\b(?<!\b(tenths))", text), text
+    forms = {"fox": "foxes", "city": "cities", "day": "days", "mouse>mice": "mice", "butterfly": "butterflies"}
+    assert {form: f"{Word(form):pl}" for form in forms} == forms
+    assert (
+        f"{Word('owl'):A} {Word('owl')} {Word('dog'):a} {Word('owl'):Pl} {Word('snow'):C}"
+        == "An owl owl a dog Owls Snow"
+    )
+
+
+def test_sums_are_right():
+    for lang in LANGUAGES:
+        for fact in facts_of(lang):
+            if fact.relation in ("sum", "product"):
+                a, b = int(fact.slots["a"]), int(fact.slots["b"])
+                assert fact.keys == (str(a + b if fact.relation == "sum" else a * b),)
+
+
+def test_tables_agree_between_the_languages():
+    """One row, two languages: the tables have the same number of facts in the relations that both have."""
+    counts = [Counter(fact.relation for fact in facts_of(lang)) for lang in LANGUAGES]
+    for relation in (
+        "capital",
+        "continent",
+        "language",
+        "currency",
+        "symbol",
+        "class",
+        "color",
+        "job",
+        "book",
+        "translation",
+    ):
+        assert counts[0][relation] == counts[1][relation] > 5, relation
+
+
+def test_demo_explains_itself_at_once():
+    done = subprocess.run([sys.executable, "demo.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and "1-pretrain.py" in done.stdout
+
+
+def test_demo_names_a_wrong_folder_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, str(ROOT / "demo.py"), "--out_dir", str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,172 @@
+"""Bits per byte and SFT loss: equal to a count by hand, whatever the batch; and what is read of a file.
+
+By hand: one token at a time, its context alone through the model, softmax in fp64, one logarithm.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from evaluation import bits_per_byte as room
+from evaluation.bits_per_byte import Row, bits_per_byte, ratio, read_chats, read_named_texts, sft_loss, windows
+from model.checkpoint import load_model
+from model.config import ModelConfig
+from model.transformer import Transformer
+from trainer import loss as loss_room
+from trainer.loss import IGNORE
+
+TEXTS = ["ab", "今天天气很好。", "The river is long and the moon is far away, and so on and so on. " * 3, "x"]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Sharp enough that every token's probability differs; reads 24 tokens."""
+    torch.manual_seed(1)
+    config = ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=24)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(8)
+    return model
+
+
+def bits_by_hand(model, tokenizer, text: str) -> float:
+    limit, ids = model.config.max_seq_len, [tokenizer.eos_id, *tokenizer.encode(text)]
+    bits = 0.0
+    for position in range(1, len(ids)):
+        start = 0
+        while position - start > limit:  # the window moves on by half until it reaches the token
+            start += limit // 2
+        with torch.no_grad():
+            logits = model.logits(torch.tensor([ids[start:position]]))[0, -1].double()
+        bits -= math.log2(logits.softmax(-1)[ids[position]])
+    return bits
+
+
+def test_equal_to_a_count_by_hand_also_beyond_the_context(model, tokenizer):
+    found = bits_per_byte(model, tokenizer, TEXTS)
+    by_hand, sizes = [bits_by_hand(model, tokenizer, text) for text in TEXTS], [len(text.encode()) for text in TEXTS]
+    assert len(tokenizer.encode(TEXTS[2])) > 4 * model.config.max_seq_len
+    assert found["bits_per_byte"] == pytest.approx(sum(by_hand) / sum(sizes), abs=1e-6)
+    assert found["bytes"] == sum(sizes) and found["tokens"] == sum(sizes) and found["documents"] == 4  # byte-level
+    assert found["changed"] == 0
+    for text, bits, size in zip(TEXTS, by_hand, sizes, strict=True):
+        alone = bits_per_byte(model, tokenizer, [text])
+        assert alone["bits_per_byte"] == pytest.approx(bits / size, abs=1e-6) and alone["error"] is None
+
+
+def test_independent_of_batch_size_and_chunks(model, tokenizer, monkeypatch):
+    chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * i}] for i in range(1, 4)]
+    wide = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64)).eval()
+    expected = bits_per_byte(model, tokenizer, TEXTS)["bits_per_byte"], sft_loss(wide, tokenizer, chats)["loss"]
+    for batch_size, chunk, tokens in ((1, 1024, 16_384), (3, 7, 16_384), (64, 1, 16_384), (16, 1024, 30), (2, 5, 1)):
+        monkeypatch.setattr(loss_room, "CHUNK", chunk)
+        monkeypatch.setattr(room, "BATCH_TOKENS", tokens)
+        found = bits_per_byte(model, tokenizer, reversed(TEXTS), batch_size)["bits_per_byte"]
+        assert found == pytest.approx(expected[0], abs=1e-6)
+        assert sft_loss(wide, tokenizer, chats, batch_size)["loss"] == pytest.approx(expected[1], abs=1e-6)
+
+
+def test_autocast_around_it_and_training_mode_change_nothing(model, tokenizer):
+    expected = bits_per_byte(model, tokenizer, TEXTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bits_per_byte(model.train(), tokenizer, TEXTS) == expected
+    assert model.training
+    model.eval()
+
+
+def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(tokenizer):
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 2, max_seq_len=8, tie_embeddings=False))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = bits_per_byte(model, tokenizer, TEXTS)
+    assert found["bits_per_byte"] == pytest.approx(math.log2(tokenizer.vocab_size), abs=1e-6)
+    assert found["error"] == pytest.approx(0, abs=1e-6)
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    assert sft_loss(model, tokenizer, chats) == {
+        **{"loss": None, "error": None, "bits_per_byte": None, "tokens": 0, "chats": 0, "dropped": 1},
+    }  # the context of 8 holds no turn
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 20), st.data())
+def test_every_scored_token_is_the_label_of_one_window(n, limit, data):
+    scored = data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
+    row = Row(list(range(n)), scored, 1)
+    found = []
+    for inputs, labels in windows(row, limit):
+        assert len(inputs) == len(labels) <= limit and inputs == list(range(inputs[0], inputs[0] + len(inputs)))
+        for before, label in zip(inputs, labels, strict=True):
+            if label != IGNORE:
+                assert label == before + 1
+                assert inputs[0] == 0 or label - inputs[0] > limit - max(1, limit // 2)  # enough context
+                found.append(label)
+    assert sorted(found) == [i for i in range(1, n) if scored[i]] and found == sorted(found)
+
+
+def test_sft_loss_is_that_of_training(tokenizer, sft_dir, tiny_parent):
+    """The held-out loss that 3-full_sft.py logs, from the same file."""
+    from corpus.prepare_chats import tokenise_chats
+    from trainer.datasets import Chats
+    from trainer.loss import cross_entropy_sum
+
+    model, _, _ = load_model(tiny_parent)
+    folder = str(tokenise_chats(sft_dir, tokenizer, 64))
+    for lang, chats in read_chats(str(sft_dir / "val.jsonl")).items():
+        data = Chats(folder, f"val_{lang}", tokenizer.pad_id)
+        batch = data.batch(list(range(len(data))))
+        with torch.no_grad():
+            hidden, _ = model(batch["input_ids"])
+            total, count = cross_entropy_sum(hidden, model.lm_head.weight, batch["labels"])
+        found = sft_loss(model, tokenizer, chats)
+        assert found["tokens"] == count and found["chats"] == len(data) == 4
+        assert found["loss"] == pytest.approx(total.item() / count, rel=1e-5)
+        answer_bytes = sum(len(chat[1]["content"].encode()) for chat in chats)
+        assert found["bits_per_byte"] == pytest.approx(total.item() / math.log(2) / answer_bytes, rel=1e-5)
+
+
+def test_the_error_of_a_ratio_by_hand():
+    value, error = ratio([2.0, 6.0], [1, 2])
+    assert value == pytest.approx(8 / 3)
+    assert error == pytest.approx(math.sqrt(2 / 1 * ((2 - 8 / 3) ** 2 + (6 - 16 / 3) ** 2)) / 3)
+    assert ratio([1.0], [2]) == (0.5, None) and ratio([], []) == (None, None)
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+def test_texts_have_names_and_an_end(tmp_path):
+    (tmp_path / "a.txt").write_text("今天很好。" * 50, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")
+    found = read_named_texts([a, b, f"law={a}"], 10)
+    assert list(found) == ["zh", "en", "law"] and found["law"]["file"] == a
+    assert found["zh"]["texts"] == ["今天很"] and found["zh"]["bytes"] == 9  # no half character
+    assert found["en"]["texts"] == ["one", "two", "thre"] and found["en"]["bytes"] == 10
+    assert read_named_texts([b])["en"]["texts"] == ["one", "two", "three"]
+    with pytest.raises(UserError, match="are both zh: give them names"):
+        read_named_texts([a, f"zh={a}"])
+    with pytest.raises(UserError, match="absent"):
+        read_named_texts(["zh=absent.txt"])
+    (tmp_path / "c=d.txt").write_text("text", encoding="utf-8")
+    assert list(read_named_texts([str(tmp_path / "c=d.txt")])) == ["en"]  # a path with = in it is a path
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match=r"empty\.txt"):
+        read_named_texts([str(tmp_path / "empty.txt")])
+
+
+def test_chats_have_an_end_in_each_language(sft_dir, tmp_path):
+    everything = read_chats(str(sft_dir / "train.jsonl"))
+    assert list(everything) == ["zh", "en"] and [len(chats) for chats in everything.values()] == [20, 20]
+    few = read_chats(str(sft_dir / "train.jsonl"), 10)
+    sizes = {lang: [len(chat[1]["content"].encode()) for chat in chats] for lang, chats in few.items()}
+    assert all(sum(found) >= 10 > sum(found[:-1]) for found in sizes.values())
+    (tmp_path / "t.jsonl").write_text('{"text": "no chat"}\n')
+    with pytest.raises(UserError, match=r"t\.jsonl"):
+        read_chats(str(tmp_path / "t.jsonl"))
+
+
+def test_a_tokenizer_that_loses_text_is_noticed(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: self.backend.encode(text.lower()).ids)
+    assert bits_per_byte(model, tokenizer, ["ABC", "abc"])["changed"] == 1

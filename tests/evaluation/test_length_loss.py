@@ -1,0 +1,157 @@
+"""--rope_scaling and --rope_factor: models that read more tokens than in training, and the loss at those positions.
+
+Promises: every front end takes both flags, reads factor x trained tokens with them and says so; one flag alone, a
+factor out of range or a model with scaling of its own is one line; the report's loss by position is the mean over long
+documents and says which lengths no document reaches.
+"""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from common.errors import UserError
+from evaluation.length_loss import length_loss, length_section
+from model.checkpoint import load_model, save_model
+from model.config import ModelConfig
+from model.transformer import Transformer
+from serving.model_list import explain, scaled
+from serving.models import open_models
+from tests.conftest import run_process, run_script
+
+YARN = ["--rope_scaling", "yarn", "--rope_factor", "4"]
+OWN = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=16)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1 and "embed" not in name:
+                weight.mul_(8)
+    return model
+
+
+# ---- the flags -------------------------------------------------------------------------------------------------------
+def test_a_conversation_is_longer_and_says_so(tiny_parent, monkeypatch, capsys):
+    flags = ["--checkpoint", tiny_parent, "--prompt", "x" * 100, "--max_new_tokens", 5, "--device", "cpu"]
+    with pytest.raises(UserError, match="64"):
+        run_script(monkeypatch, "2-eval.py", *flags)
+    run_script(monkeypatch, "2-eval.py", *flags, *YARN)
+    assert "RoPE yarn x 4, 256 tokens, trained with 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rope_scaling", "yarn"], "give both or neither"),
+        (["--rope_factor", "2"], "give both or neither"),
+        (["--rope_scaling", "yarn", "--rope_factor", "1"], "above 1 and at most 64"),
+        (["--rope_scaling", "yarn", "--rope_factor", "-2"], "above 1 and at most 64"),
+        (["--rope_scaling", "yarn", "--rope_factor", "nan"], "above 1 and at most 64"),
+    ],
+)
+@pytest.mark.parametrize("script", ["2-eval.py", "eval_ceval.py", "serve_openai_api.py", "web_demo.py"])
+def test_wrong_flags_are_errors_before_a_model_is_opened(script, flags, said, monkeypatch, tmp_path):
+    more = {"eval_ceval.py": ["--data", tmp_path], "2-eval.py": ["--prompt", "x"]}.get(script, [])
+    with pytest.raises(UserError, match=said):
+        run_script(monkeypatch, script, *more, *flags)
+
+
+def test_one_line_and_exit_code_2(tmp_path):
+    done = run_process(sys.executable, "2-eval.py", "--rope_scaling", "llama3", "--rope_factor", "2")
+    assert done.returncode == 2 and "invalid choice: 'llama3'" in done.stderr
+    done = run_process(sys.executable, "2-eval.py", "--rope_scaling", "yarn")
+    assert done.returncode == 2 and done.stderr.startswith("error: --rope_scaling") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def scaled_already(tokenizer, tmp_path):
+    path = tmp_path / "full_sft_32.pth"
+    config = ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64, rope_scaling=OWN)
+    save_model(path, Transformer(config), "full_sft", tokenizer, [])
+    return path
+
+
+def test_the_server_reads_longer_prompts(tiny_parent, scaled_already):
+    served = open_models([str(tiny_parent)], 4096, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"]
+    assert served.limit == 256 and len(served.text_ids("x" * 200)) == 200
+    assert open_models([str(tiny_parent)], 100, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"].limit == 100
+    with pytest.raises(UserError, match="of its own"):
+        open_models([str(scaled_already)], 4096, torch.device("cpu"), rope=("linear", 4.0))
+
+
+def test_the_page_shows_the_longer_length(tiny_parent, scaled_already):
+    card = explain(tiny_parent, tiny_parent.parent)
+    assert scaled(card, None).max_seq_len == 64 and scaled(card, ("yarn", 4.0)).max_seq_len == 256
+    refused = scaled(explain(scaled_already, scaled_already.parent), ("yarn", 4.0))
+    assert "of its own" in refused.problem
+
+
+def test_a_training_run_says_how_rope_is_scaled(scaled_already, sft_dir, monkeypatch, capsys, tmp_path):
+    flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", scaled_already]
+    run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", tmp_path / "out")
+    assert "RoPE scaling: linear x 2, 64 tokens, the length of training is not stated" in capsys.readouterr().out
+    assert load_model(tmp_path / "out" / "full_sft_32.pth")[0].config.rope_scaling == OWN
+
+
+# ---- loss by position ------------------------------------------------------------------------------------------------
+def test_loss_by_position_is_the_mean_over_documents(model, tokenizer):
+    """By hand: log-probabilities of one forward pass of a document, cut at the edges."""
+    texts = ["abcdefgh" * 9, "short", "hgfedcba" * 9]
+    before = model.rope_cos.clone()
+    found = length_loss(model, tokenizer, texts)
+    assert found["trained"] == 16 and found["edges"] == [0.5, 1, 2, 4] and found["documents"] == 2
+    kinds = [f"{kind} x {factor}" for factor in (2, 4) for kind in ("linear", "dynamic", "yarn")]
+    assert [row["rope"] for row in found["rows"]] == ["plain", *kinds] and not found["note"]
+    assert torch.equal(model.rope_cos, before) and model.config.max_seq_len == 16
+
+    model.scale_rope("yarn", 4.0)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for text in (texts[0], texts[2]):
+        ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)])[:65]
+        with torch.inference_mode():
+            log_probs = model.logits(ids[None, :-1])[0].log_softmax(-1)
+        losses = -log_probs[torch.arange(64), ids[1:]].double()
+        expected += torch.stack([losses[a:b].mean() for a, b in ((0, 8), (8, 16), (16, 32), (32, 64))]) / 2
+    assert found["rows"][-1]["loss"] == pytest.approx(expected.tolist(), rel=1e-5)
+    own = length_loss(model, tokenizer, texts)
+    assert [row["rope"] for row in own["rows"]] == ["yarn x 4, 64 tokens, trained with 16"]
+    assert own["rows"][0]["loss"] == found["rows"][-1]["loss"]
+
+
+def test_positions_that_the_scaling_does_not_touch_are_equal(model, tokenizer):
+    """dynamic leaves a text as long as in training as it is; a row ends where its factor ends."""
+    found = length_loss(model, tokenizer, ["abcdefgh" * 9])
+    loss = {row["rope"]: row["loss"] for row in found["rows"]}
+    assert loss["linear x 2"][3] is None and loss["linear x 2"][2] is not None and None not in loss["plain"]
+    assert all(math.isfinite(value) for row in loss.values() for value in row if value is not None)
+    within = length_loss(model, tokenizer, ["abcdefgh" * 2])
+    assert within["edges"] == [0.5, 1] and [row["rope"] for row in within["rows"]] == ["plain"]
+    assert within["note"] == (
+        "not measured at 2, 4 times the trained 16 tokens: no document has so many tokens (the longest: 16)"
+    )
+    assert length_loss(model, tokenizer, ["abc", ""])["rows"] == []
+    assert length_loss(model, tokenizer, [])["rows"] == []
+
+
+def test_the_table_is_on_the_page(parrots, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    text = tmp_path / "long.jsonl"
+    text.write_text(json.dumps({"text": "The sun is up. " * 30}) + "\n", encoding="utf-8")
+    place = tmp_path / "r.json"
+    run_script(monkeypatch, "2-eval.py", "--report", parrots / "full_sft_64.pth", "--texts", f"en={text}",
+               "--device", "cpu", "--max_new_tokens", 3, "--json", place)  # fmt: skip
+    found = json.loads(place.read_text(encoding="utf-8"))["models"][0]["length_loss"]["en"]
+    page = place.with_suffix(".md").read_text(encoding="utf-8")
+    assert "## Loss by position" in page and "documents are not joined" in page
+    assert "| RoPE (1 documents) | 0–48 (0.5x) | 48–96 (1x) | 96–192 (2x) | 192–384 (4x) |" in page
+    for row in found["rows"]:
+        cells = " | ".join("–" if value is None else f"{value:.3f}" for value in row["loss"])
+        assert f"| {row['rope']} | {cells} |" in page
+    assert length_section([]) == []

@@ -1,0 +1,210 @@
+"""A conversation on the terminal: what the model is told, what the commands do, and what Ctrl-C stops.
+
+Promises: history grows, is forgotten, is as long as asked for; a question that is too long is refused and not
+remembered; Ctrl-C stops the answer only, also in a real terminal; what /save writes can be trained on.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from common.errors import UserError
+from corpus.readers import read_chats, read_texts
+from corpus.stats import DataReport
+from evaluation import chat_model as speaker_room
+from evaluation.chat_model import Speaker, find_model
+from evaluation.terminal_chat import Conversation, talk
+from tests.conftest import ROOT, load_script
+
+
+@pytest.fixture
+def make(parrots):
+    parser = load_script("2-eval.py").make_parser()
+
+    def speaker(*arguments) -> Speaker:
+        args = parser.parse_args(["--out_dir", str(parrots), "--temperature", "0", *arguments])
+        return Speaker(find_model(args), args)
+
+    return speaker
+
+
+@pytest.fixture
+def type_lines(monkeypatch):
+    def prepare(*events) -> None:
+        left = iter(events)
+
+        def typed(_):
+            event = next(left, EOFError)
+            if isinstance(event, str):
+                return event
+            raise event
+
+        monkeypatch.setattr("builtins.input", typed)
+
+    return prepare
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """What the model was told, message by message."""
+    told = []
+
+    def say(speaker, messages, may_be_stopped=False, original=Speaker.say):
+        told.append([message["content"] for message in messages])
+        return original(speaker, messages, may_be_stopped)
+
+    monkeypatch.setattr(Speaker, "say", say)
+    return told
+
+
+def test_history_grows_and_is_forgotten(make, type_lines, heard, capsys, tmp_path):
+    type_lines("你好", "再说", "/help", "", "x" * 300, "/reset", "new")
+    talk(make(), tmp_path)
+    assert heard == [["你好"], ["你好", "A巴", "再说"], ["你好", "A巴", "再说", "A巴", "x" * 300], ["new"]]
+    shown = capsys.readouterr().out
+    assert shown.count("A巴\n") == 3 and "the model reads at most 96 (max_seq_len)]" in shown
+    assert shown.count("tokens/s]") == 3 and "/save [FILE]" in shown
+
+
+def test_history_as_long_as_asked_for(make, type_lines, heard, tmp_path):
+    type_lines("a", "b", "/history 0", "c", "/history 2", "d", "/history", "e", "/history x", "/exit", "never")
+    talk(make(), tmp_path, history=1)
+    everything = ["a", "A巴", "b", "A巴", "c", "A巴", "d", "A巴", "e"]
+    assert heard == [["a"], ["a", "A巴", "b"], ["c"], ["b", "A巴", "c", "A巴", "d"], everything]
+
+
+def test_history_leaves_room_for_an_answer(make):
+    speaker = make("--system", "S")
+    turns = [{"role": role, "content": "说" * 3} for _ in range(4) for role in ("user", "assistant")]
+    ids = speaker.prompt_ids([*turns, {"role": "user", "content": "q"}])
+    assert len(ids) <= 96 - 24
+    assert speaker.tokenizer.decode(ids).startswith("<|im_start|>system\nS<|im_end|>")
+
+
+def test_settings_change_while_talking(make, type_lines, capsys, tmp_path):
+    speaker = make()
+    type_lines(
+        *("/temperature 0.5", "/top_k 7", "/seed 3", "/max_new_tokens 1", "a", "/system 你是A", "/temperature -1"),
+        *("/temperature hot", "/top_k 1.5", "/seed none", "/top_p", "/nonsense", "/system"),
+    )
+    talk(speaker, tmp_path)
+    settings = speaker.settings
+    assert (settings.temperature, settings.top_k, settings.seed, settings.max_new_tokens) == (0.5, 7, None, 1)
+    assert speaker.system == [] and speaker.answers[0]["finish_reason"] == "length"
+    shown = capsys.readouterr().out
+    assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is no number]" in shown
+    assert "[/top_k: 1.5 is no whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
+    assert "[a system message stands in front]" in shown and "/reset  " in shown
+
+
+def test_retry_draws_the_last_answer_again(make, type_lines, heard, capsys, tmp_path):
+    type_lines("/retry", "a", "b", "/retry")
+    talk(make(), tmp_path)
+    assert heard == [["a"], ["a", "A巴", "b"], ["a", "A巴", "b"]]
+    assert "[nothing has been said yet]" in capsys.readouterr().out
+
+
+def test_what_is_saved_can_be_trained_on(make, type_lines, capsys, tmp_path):
+    file = tmp_path / "new" / "chat.jsonl"
+    type_lines("/save", "你好", "/system S", "b", f"/save {file}", f"/save {file}", "/save")
+    talk(make(), tmp_path)
+    shown = capsys.readouterr().out
+    assert "[nothing has been said yet]" in shown and f"[written: {file}]" in shown and "is there already" in shown
+    (chat,) = read_chats([file], DataReport())
+    assert [(m["role"], m["content"]) for m in chat.messages] == [
+        *(("system", "S"), ("user", "你好"), ("assistant", "A巴"), ("user", "b"), ("assistant", "A巴")),
+    ]
+    (named_by_time,) = (tmp_path / "talks").iterdir()
+    assert json.loads(named_by_time.read_text(encoding="utf-8")) == {"messages": chat.messages}
+
+
+def test_a_pretrained_model_goes_on_and_its_texts_are_saved(make, type_lines, tmp_path):
+    type_lines("xP", f"/save {tmp_path / 't.jsonl'}")
+    talk(make("--stage", "pretrain", "--max_new_tokens", "4"), tmp_path)
+    assert [document.text for document in read_texts([tmp_path / "t.jsonl"], DataReport())] == ["xParis"]
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(make, type_lines, monkeypatch, capsys, tmp_path):
+    def interrupted(*arguments):
+        answer = arguments[-1]
+        answer.text = "half"
+        yield "half"
+        raise KeyboardInterrupt
+
+    def at_once(*arguments):
+        raise KeyboardInterrupt
+        yield ""
+
+    speaker = make()
+    monkeypatch.setattr(speaker_room, "stream", interrupted)
+    assert speaker.say([{"role": "user", "content": "a"}], may_be_stopped=True) == "half"
+    assert "half [stopped]" in capsys.readouterr().out and speaker.answers[0]["finish_reason"] == "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        speaker.say([{"role": "user", "content": "a"}])
+    conversation = Conversation(speaker)
+    conversation.ask("a")
+    assert [message["content"] for message in conversation.messages] == ["a", "half"]
+    monkeypatch.setattr(speaker_room, "stream", at_once)
+    conversation.ask("b")  # nothing was said: as if it had not been asked
+    conversation.retry()
+    assert [message["content"] for message in conversation.messages] == ["a", "half"]
+    with pytest.raises(UserError, match="the question is empty"):
+        conversation.ask("  ")
+    type_lines(KeyboardInterrupt, "a")
+    talk(speaker, tmp_path)
+    assert "\n/help lists the commands" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_ctrl_c_in_a_real_terminal(tokenizer, tmp_path):
+    """A model that never ends its answer; one Ctrl-C ends the answer, then it answers again and leaves on /exit."""
+    import torch
+
+    from model.checkpoint import save_model
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 2, max_seq_len=100_000, tie_embeddings=False))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.zero_() if "layers" in name else None
+        model.model.embed_tokens.weight.fill_(1)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.encode("z")[0]] = 1
+    save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, [])
+    outside, inside = os.openpty()
+    command = [sys.executable, "2-eval.py", "--out_dir", tmp_path, "--temperature", "0", "--max_new_tokens", "90000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, env=environment, stdin=inside, stdout=inside, stderr=inside
+    )
+    os.close(inside)
+    seen = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal seen
+        ends = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < ends, seen
+            seen += os.read(outside, 4096)
+        seen = seen.split(text, 1)[1]
+
+    try:
+        for _ in range(2):
+            wait_for(b"> ")
+            os.write(outside, b"go\n")
+            wait_for(b"zzzzzzzz")
+            process.send_signal(signal.SIGINT)
+            wait_for(b"[stopped]")
+            wait_for(b"tokens/s]")
+        wait_for(b"> ")
+        os.write(outside, b"/exit\n")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        os.close(outside)

@@ -1,0 +1,123 @@
+"""train_tokenizer.py --compare: tokenizers of any kind on the same text.
+
+Promises: the counts are those of the libraries themselves, document by document, without special tokens; unknown
+tokens are shown; rows are sorted; bad folders and files are one line.
+"""
+
+import json
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from common.errors import UserError
+from corpus.language import language_of
+from evaluation.tokenizer_table import compare, open_tokenizer, read_languages
+from tests.conftest import run_process, run_script
+from tests.scripts.test_train_tokenizer import made_up_text
+
+TEXTS = [*made_up_text("zh", 12, 5), *made_up_text("en", 12, 5), "<|im_end|> is text", "一"]
+
+
+@pytest.fixture(scope="module")
+def places(tokenizer, tmp_path_factory):
+    """Ours (a byte a token), one of whole words with an unknown token, a SentencePiece model, and the text."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder = tmp_path_factory.mktemp("compare")
+    tokenizer.save(folder / "ours")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "of": 2, "<s>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.enable_padding(length=500)
+    words.enable_truncation(3)
+    (folder / "words").mkdir()
+    words.save(str(folder / "words" / "tokenizer.json"))
+    (folder / "pieces").mkdir()
+    (folder / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    with (folder / "pieces" / "tokenizer.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=400, byte_fallback=True, minloglevel=2
+        )
+    return folder
+
+
+def by_hand(encode, unknown):
+    """Straight from the library, one document at a time: characters per token zh, en, bytes per token, unknown."""
+    ids = [encode(text) for text in TEXTS]
+    sums = []
+    for lang in ("zh", "en"):
+        of = [(len(text), len(row)) for text, row in zip(TEXTS, ids, strict=True) if language_of(text) == lang]
+        sums.append(sum(c for c, _ in of) / sum(n for _, n in of))
+    tokens = sum(map(len, ids))
+    return [*sums, sum(len(text.encode()) for text in TEXTS) / tokens, sum(row.count(unknown) for row in ids) / tokens]
+
+
+def test_counts_are_those_of_the_libraries(places, tokenizer):
+    from sentencepiece import SentencePieceProcessor
+
+    texts = read_languages([str(places / "text.txt")])
+    assert sorted(text for documents in texts.values() for text in documents) == sorted(TEXTS)
+    rows = {row.name: row for row in compare(map(open_tokenizer, sorted(places.glob("[opw]*s"))), texts)}
+    pieces = SentencePieceProcessor(model_file=str(places / "pieces" / "tokenizer.model"))
+    words = Tokenizer.from_file(str(places / "words" / "tokenizer.json"))
+    words.no_padding(), words.no_truncation()
+    ours = Tokenizer.from_file(str(places / "ours" / "tokenizer.json"))
+    ours.encode_special_tokens = True
+    for name, entries, expected in (
+        ("ours", tokenizer.vocab_size, by_hand(lambda text: ours.encode(text).ids, -1)),
+        ("words", 4, by_hand(lambda text: words.encode(text).ids, 0)),
+        ("pieces", 400, by_hand(pieces.encode, pieces.unk_id())),
+    ):
+        row = rows[str(places / name)]
+        assert row.entries == entries
+        found = [row.characters_per_token["zh"], row.characters_per_token["en"], row.bytes_per_token, row.unknown]
+        assert found == pytest.approx(expected), name
+    assert rows[str(places / "ours")].bytes_per_token == 1, "a byte a token"
+    assert rows[str(places / "words")].unknown > 0.5 and rows[str(places / "pieces")].unknown == 0
+
+
+def test_the_command_prints_and_writes_a_sorted_table(places, monkeypatch, capsys, tmp_path):
+    folders = [places / "ours", places / "pieces", places / "words" / "tokenizer.json"]
+    monkeypatch.setenv("COLUMNS", "300")
+    run_script(monkeypatch, "train_tokenizer.py", "--compare", *folders, "--compare_on", places / "text.txt", "--out",
+               tmp_path / "new" / "t.md")  # fmt: skip
+    said = capsys.readouterr().out
+    lines = [line for line in (tmp_path / "new" / "t.md").read_text(encoding="utf-8").splitlines() if "|" in line]
+    assert lines[0] == "| tokenizer | entries | chars/token zh | chars/token en | bytes/token | unknown |"
+    values = [float(line.split("|")[5]) for line in lines[2:]]
+    assert len(values) == 3 and values == sorted(values, reverse=True) and values[-1] == 1
+    assert all(f" {cell.strip()} " in said.replace("\n", " \n") for cell in lines[2].split("|")[2:-1])
+    assert "characters of zh and" in said and "text.txt" in said
+
+
+def test_without_text_it_is_the_demo_world(places, monkeypatch, capsys):
+    run_script(monkeypatch, "train_tokenizer.py", "--compare", places / "ours")
+    said = capsys.readouterr().out
+    assert "built-in demo world" in said and "--compare_on" in said and "1.000" in said
+
+
+def test_a_language_that_does_not_occur_is_a_dash(places, monkeypatch, capsys, tmp_path):
+    (tmp_path / "en.jsonl").write_text(json.dumps({"text": "only English"}) + "\n", encoding="utf-8")
+    run_script(monkeypatch, "train_tokenizer.py", "--compare", places / "ours", "--compare_on", tmp_path / "en.jsonl")
+    assert "–" in capsys.readouterr().out
+
+
+def test_bad_folders_and_flags_are_one_line(places, monkeypatch, tmp_path):
+    (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tokenizer.json").write_text("{oops", encoding="utf-8")
+    (tmp_path / "torn.model").write_bytes(b"no model")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    for arguments, says in (
+        ([tmp_path / "absent"], "absent: no such file or folder"),
+        ([tmp_path / "empty"], "expected a tokenizer.json or a SentencePiece"),
+        ([tmp_path / "bad"], "tokenizer.json .*: damaged or not a tokenizer"),
+        ([tmp_path / "torn.model"], "torn.model .*: damaged or not a tokenizer"),
+        ([places / "ours", "--compare_on", "absent.txt"], "absent.txt: no such file"),
+        ([places / "ours", "--compare_on", tmp_path / "empty.txt"], "empty.txt"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            run_script(monkeypatch, "train_tokenizer.py", "--compare", *arguments)
+        assert "\n" not in str(error.value)
+    for arguments in (["--compare", "a", "--inspect", "x"], ["x.txt", "--out", "t.md"], ["x.txt", "--compare_on", "y"]):
+        done = run_process(sys.executable, "train_tokenizer.py", *arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,0 +1,227 @@
+"""--gguf for SentencePiece tokenizers: the `llama` tokenizer of llama.cpp.
+
+Promises: of a model that sentencepiece trained, the file holds what llama.cpp needs to cut any text as sentencepiece
+and tokenizer.json do: scores, token types, the ▁ in front; ids of special tokens are right; what llama.cpp would cut
+otherwise is refused with the reason. The oracles are sentencepiece itself, the tokenizers library and, where it
+is installed, llama.cpp.
+"""
+
+import io
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from common.errors import UserError
+from export.gguf_export import write_gguf
+from export.gguf_sentencepiece import BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, UNUSED, Vocabulary
+from export.gguf_tokenizer import pre_tokenizer
+from export.verify_gguf import check_gguf
+from model.config import ModelConfig
+from model.tokenizer import load_tokenizer
+from tests.export.test_hf_export import rough
+from tests.export.test_hf_import import CHAT
+from tests.scripts.test_train_tokenizer import made_up_text
+
+KNOWN = {"stage": "full_sft", "size": "32"}
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+LLAMA = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A BPE that sentencepiece trained, as Llama 2's: dummy prefix, byte fallback, every space a ▁."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    texts = made_up_text("zh", 150) + made_up_text("en", 150) + ["the  sun and   the moon, of the sea", "太阳 和 月亮"]
+    lines = (line for text in texts for line in text.splitlines() if line)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=700, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.99, minloglevel=2,
+        allow_whitespace_only_pieces=True, split_digits=True, num_threads=1,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def backend_of(trained, keep=lambda left, right: True):
+    """tokenizer.json of a sentencepiece model: every pair of pieces that makes a piece is a merge, best score first."""
+    pieces = [trained.id_to_piece(i) for i in range(trained.vocab_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for piece in pieces:
+        if piece not in BYTES and piece not in ("<unk>", "<s>", "</s>"):
+            splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            merges += [
+                (left, right) for left, right in splits if left in vocab and right in vocab and keep(left, right)
+            ]
+    merges.sort(key=lambda merge: -trained.get_score(vocab["".join(merge)]))
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = LLAMA
+    return backend
+
+
+def saved(backend, folder, template=TEMPLATE):
+    from transformers import PreTrainedTokenizerFast
+
+    marks = decoders.Replace("▁", " ")
+    backend.decoder = decoders.Sequence([marks, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(trained, tmp_path_factory):
+    return saved(backend_of(trained), tmp_path_factory.mktemp("spm"))
+
+
+def small(tokenizer):
+    size = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "hidden_dim": 48, "max_seq_len": 128}
+    return rough(ModelConfig(tokenizer.vocab_size + 3, **size))
+
+
+def fields_of(path):
+    import gguf
+
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+@pytest.fixture(scope="module")
+def written(ours, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+    write_gguf(path, small(ours), ours, "f32", KNOWN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def read(written):
+    """What llama.cpp reads from the file."""
+    values = fields_of(written)
+    lists = [values[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
+    return Vocabulary(*lists, values["tokenizer.ggml.add_space_prefix"])
+
+
+def test_what_the_file_holds(ours, trained, written):
+    values = {name.removeprefix("tokenizer.ggml."): value for name, value in fields_of(written).items()}
+    assert (values["model"], values["pre"]) == ("llama", "default")
+    assert (values["bos_token_id"], values["eos_token_id"], values["unknown_token_id"]) == (1, 2, 0)
+    assert values["add_space_prefix"] and values["add_bos_token"] and values["tokenizer.chat_template"] == TEMPLATE
+    pieces, types = values["tokens"], values["token_type"]
+    assert pieces[: trained.vocab_size()] == [trained.id_to_piece(i) for i in range(trained.vocab_size())]
+    assert types[:3] == [UNKNOWN, CONTROL, CONTROL] and types[3:259] == [BYTE] * 256
+    assert set(types[259 : ours.vocab_size]) == {NORMAL} and types[ours.vocab_size :] == [UNUSED] * 3
+    made = [i for i in range(259, ours.vocab_size) if len(pieces[i]) > 1]  # in the order in which they are merged
+    assert made and sorted(made, key=lambda i: -values["scores"][i]) == sorted(
+        made, key=lambda i: -trained.get_score(i)
+    )
+
+
+MARKS = ["▁", "<0x41>", "\n", "\r\n", "  ", "12345", "①②", "👩\u200d👩\u200d👧", "e\u0301", "\t", "é", "𠮷"]
+PIECES = st.sampled_from(["the sun", " of the", "太阳", ",还有", *MARKS])
+ANY_TEXT = st.lists(PIECES | st.text(st.characters(exclude_categories=("Cs",)), max_size=8), max_size=12).map("".join)
+
+
+@given(ANY_TEXT)
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_text_is_the_same_tokens(ours, trained, read, text):
+    """sentencepiece itself drops \\0 and reads ▁ as a space; the others do not."""
+    ids = read.encode(text)
+    assert ids == ours.encode(text)
+    if text and not set(text) & {"\0", "▁"}:
+        assert ids == trained.encode(text)
+
+
+def test_thousands_of_texts_are_the_same_tokens(ours, trained, read):
+    texts = made_up_text("zh", 1200) + made_up_text("en", 1200)
+    texts += [f"{a}{b}" for a in ("", " ", "  ", "\n", "👍") for b in texts[:300]]
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert read.encode(text) == ids == trained.encode(text)
+
+
+def test_a_chat_is_the_same_tokens(ours, read):
+    for end, prompt in ((2, True), (3, False), (4, True), (5, False)):
+        ids, _ = ours.render(CHAT[:end], add_generation_prompt=prompt)
+        text = ours.format.text(CHAT[:end], prompt)
+        assert read.encode(text, parse_special=True) == ids
+
+
+def test_in_llama_cpp(ours, written):
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which a fresh machine must compile")
+    assert "in llama.cpp: the same tokens" in check_gguf(written, small(ours), ours, "f32")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("always", pre_tokenizers.Metaspace("▁", "always", split=False)),
+        ("never", pre_tokenizers.Metaspace("▁", "never", split=False)),
+        ("replace", normalizers.Replace(" ", "▁")),
+    ],
+)
+def test_other_ways_to_write_a_space(trained, name, step, tmp_path):
+    backend = backend_of(trained)
+    backend.normalizer = step if name == "replace" else None
+    if name != "replace":
+        backend.pre_tokenizer = step
+    tokenizer = saved(backend, tmp_path)
+    write_gguf(tmp_path / "m.gguf", small(tokenizer), tokenizer, "f32", KNOWN)
+    values = fields_of(tmp_path / "m.gguf")
+    assert values["tokenizer.ggml.add_space_prefix"] == (name == "always")
+    said = check_gguf(tmp_path / "m.gguf", small(tokenizer), tokenizer, "f32")
+    assert ("begins with a space has one ▁ more" in said) == (name == "always")
+
+
+# ---- refused by name -------------------------------------------------------------------------------------------------
+def refusal(backend, folder, template=TEMPLATE):
+    with pytest.raises(UserError, match="fits no GGUF") as error:
+        pre_tokenizer(saved(backend, folder, template))
+    return str(error.value)
+
+
+def test_what_llama_cpp_has_not(trained, tmp_path):
+    backend = backend_of(trained)
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
+    assert "no NFKC before the merges" in refusal(backend, tmp_path / "a")
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    assert "behind each control token of a chat" in refusal(backend, tmp_path / "b")
+    assert pre_tokenizer(saved(backend, tmp_path / "c", template=None)) == "default", "plain text is the same"
+    content = json.loads(backend.to_str())
+    content["model"]["vocab"]["e▁"] = len(content["model"]["vocab"])
+    content["model"]["merges"].append(["e", "▁"])
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always")
+    assert "merges across words" in refusal(backend, tmp_path / "d")
+
+
+def test_no_byte_fallback(tmp_path):
+    """Unknown characters are <unk> here and bytes in llama.cpp."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = LLAMA
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["the sun and the moon"] * 9, trainer)
+    assert "no byte fallback" in refusal(backend, tmp_path)
+
+
+def test_a_missing_merge_is_found(trained, tmp_path):
+    """One pair that makes a piece is no merge: llama.cpp joins it all the same."""
+    pieces = {trained.id_to_piece(i) for i in range(trained.vocab_size())}
+    dropped = next(piece for piece in sorted(pieces) if len(piece) == 2 and not piece.startswith("<"))
+    backend = backend_of(trained, keep=lambda left, right: left + right != dropped)
+    assert "joins any two neighbours" in refusal(backend, tmp_path)
+
+
+def test_merges_of_bytes(trained, tmp_path):
+    content = json.loads(backend_of(trained).to_str())
+    content["model"]["vocab"]["<0xE4><0xBD>"] = len(content["model"]["vocab"])
+    content["model"]["merges"].append(["<0xE4>", "<0xBD>"])
+    assert "never merges bytes" in refusal(Tokenizer.from_str(json.dumps(content)), tmp_path)

@@ -1,0 +1,400 @@
+"""LoRA changes what it should and nothing else, and an adapter only ever meets the parent that it was trained on."""
+
+import json
+import re
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from model.checkpoint import fingerprint, load_model, plain_state, read_checkpoint, remember_parent, save_model
+from model.config import ModelConfig
+from model.lora import LoRAConfig, LoRALinear, adapter_state, attach, describe, lora_layers, merge
+from model.transformer import Transformer
+from tests.conftest import ROOT, TOKENS, read_log, run_process, run_script, weights
+from tests.model.test_hf_parity import rough_model
+from trainer.optim import make_optimizers
+
+KINDS = {
+    "dense": {},
+    "qk_norm": {"qk_norm": True},
+    "biases, wide heads": {"qkv_bias": True, "head_dim": 16},
+    "moe": {"use_moe": True, "n_routed_experts": 3, "n_shared_experts": 1},
+}
+CONFIG = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32, "dropout": 0.1}
+FLAGS = ["--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--log_interval", "1", "--rank", "2"]
+IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    return rough_model(**KINDS[request.param])
+
+
+def shake(model):
+    """As if trained: B is no longer zero."""
+    random = torch.Generator().manual_seed(9)
+    for name, tensor in adapter_state(model).items():
+        if ".lora_B." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=random) * 0.1)
+    return model
+
+
+def test_the_formula_by_hand():
+    """W = [1 2; 3 4], A = [1 -1], B = [2; 1/2], alpha = 4, r = 1, x = (1, 2):
+    W x = (5, 11), B A x = -(2, 1/2), h = (5 - 8, 11 - 2); W + 4 B A = [9 -6; 5 2]."""
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    layer = LoRALinear(linear, LoRAConfig(1, 4.0), torch.Generator())
+    layer.lora_A.weight.data, layer.lora_B.weight.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [0.5]])
+    x = torch.tensor([1.0, 2.0])
+    assert layer(x).tolist() == [-3.0, 9.0]
+    assert layer.merged().weight.tolist() == [[9.0, -6.0], [5.0, 2.0]] and layer.merged()(x).tolist() == [-3.0, 9.0]
+
+
+def test_the_start_is_exactly_the_parent(model):
+    before = model.logits(IDS)
+    attach(model, LoRAConfig(3, dropout=0.5), seed=1)
+    assert torch.equal(model.logits(IDS), before)
+    assert all(t.any() != (".lora_B." in name) for name, t in adapter_state(model).items()), "A is random, B is zero"
+    model.train()
+    assert torch.equal(model(IDS)[0], rough_like(model).train()(IDS)[0]), "with dropout too: what A sees meets a zero"
+
+
+def rough_like(model):
+    """The same model, never touched by LoRA."""
+    plain = Transformer(model.config)
+    plain.load_state_dict({name: t for name, t in model.state_dict().items() if ".lora_" not in name})
+    return plain
+
+
+def test_merged_equals_attached(model):
+    names = list(model.state_dict())
+    shake(attached(model)).eval()
+    before, parent = model.logits(IDS), rough_like(model).eval().logits(IDS)
+    assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".lora_" not in name)
+    merge(model)
+    torch.testing.assert_close(model.logits(IDS), before, rtol=1e-5, atol=1e-5)
+    assert (before - parent).abs().max() > 0.1, "and the change was one"
+    assert list(model.state_dict()) == names and not lora_layers(model), "an ordinary model again"
+    assert all(weight.requires_grad for weight in model.parameters()), "that may be trained"
+    with pytest.raises(UserError, match="merged already"):
+        merge(model)
+
+
+def attached(model, **config):
+    attach(model, LoRAConfig(**{"rank": 4, "alpha": 8.0, **config}))
+    return model
+
+
+def test_targets():
+    experts = {"use_moe": True, "n_routed_experts": 3, "n_shared_experts": 2, "n_layers": 2}
+    per_layer = {
+        "all": 4 + 5 * 3,
+        "all-linear": 4 + 5 * 3,
+        "attention": 4,
+        "mlp": 15,
+        "experts": 9,
+        "shared_experts": 6,
+        "up_proj": 5,
+    }
+    for target, count in per_layer.items():
+        layers = lora_layers(attached(rough_model(**experts), targets=(target,)))
+        assert len(layers) == 2 * count and all(target[:3] in ("all", "att", "mlp") or target in n for n in layers)
+    some = lora_layers(attached(rough_model(n_layers=1), targets=("attention", "down_proj")))
+    assert {name.split(".")[-1] for name in some} == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
+    for targets in (("gate",), ("lm_head",), ("embed_tokens",), ("q_proj", "0"), ("experts",)):
+        with pytest.raises(UserError, match=r"no matrix here is called .*attention"):
+            attached(rough_model(), targets=targets)
+    with pytest.raises(UserError, match="carries an adapter already"):
+        attached(attached(rough_model()))
+
+
+@given(st.tuples(*[st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) for _ in range(3)]))
+@settings(max_examples=60, deadline=None)
+def test_impossible_numbers_are_one_line(numbers):
+    try:
+        config = LoRAConfig(*numbers, targets=("q_proj",))
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).startswith("LoRA: ")
+    else:
+        assert config.rank >= 1 and 0 < config.alpha / config.rank < 1e7 and 0 <= config.dropout < 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_the_adapter_trains(model, optimizer):
+    before = {name: tensor.clone() for name, tensor in plain_state(model).items()}
+    attached(model).train()
+    first = None
+    optimizers = make_optimizers(model, optimizer, 1e-2, 0.1)
+    for _ in range(8):
+        hidden, balance = model(IDS[:, :-1])
+        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), IDS[:, 1:].flatten()) + balance
+        loss.backward()
+        first = first or loss.item()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+    assert loss.item() < first - 0.1
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "the parent is the same to the bit"
+    assert all(tensor.any() for tensor in adapter_state(model).values())
+
+
+# The stage: files, launchers, resume.
+
+
+def write_parent(folder, tokenizer, stage="full_sft", seed=0, **changes):
+    """A checkpoint that stage 3 could have left: {stage}_32.pth."""
+    torch.manual_seed(seed)
+    parent = Transformer(ModelConfig(tokenizer.vocab_size, **{**CONFIG, **changes}))
+    path = folder / f"{stage}_{parent.config.name}.pth"
+    save_model(path, parent, stage, tokenizer, [{"stage": stage}])
+    return path
+
+
+@pytest.fixture
+def out(tmp_path, tokenizer):
+    return write_parent(tmp_path / "out", tokenizer).parent
+
+
+@pytest.fixture(scope="module")
+def chats(sft_dir, tmp_path_factory):
+    return shutil.copytree(sft_dir, tmp_path_factory.mktemp("lora") / "sft", ignore=TOKENS)
+
+
+@pytest.fixture
+def lora(monkeypatch, chats, out):
+    def run(*flags, out_dir=out):
+        run_script(monkeypatch, "4-lora_sft.py", *FLAGS, "--data_path", chats, "--out_dir", out_dir, *flags)
+        return out_dir / "lora_sft_32.pth"
+
+    return run
+
+
+def test_targets_are_separated_by_commas_or_spaces(lora, out):
+    for written in (["q_proj,v_proj"], ["q_proj", "v_proj"], ["q_proj,", "v_proj"]):
+        path = lora("--max_steps", "1", "--targets", *written)
+        assert torch.load(path, weights_only=True)["adapter"]["targets"] == ["q_proj", "v_proj"]
+    with pytest.raises(UserError, match=r"no matrix here is called k, qproj: choose of all, .*v_proj$"):
+        lora("--targets", "qproj,k,v_proj")
+
+
+def test_the_length_can_be_limited(lora, chats):
+    lora("--max_steps", "1", "--max_seq_len", "30")
+    (meta,) = chats.glob("tokens-*/meta.json")
+    assert json.loads(meta.read_text())["max_seq_len"] == 30
+
+
+def test_the_file_holds_the_adapter_alone(lora, out, capsys):
+    parent = (out / "full_sft_32.pth").read_bytes()
+    path = lora("--max_steps", "3", "--eval_interval", "2")
+    said = capsys.readouterr().out
+    assert (out / "full_sft_32.pth").read_bytes() == parent
+    tensors = weights(path)
+    assert len(tensors) == 2 * 2 * 7 and all(re.search(r"\.lora_[AB]\.weight$", name) for name in tensors)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    assert f"{count:,} parameters train" in said and "holds the adapter alone" in said
+    checkpoint = read_checkpoint(path)
+    assert path.stat().st_size < 4 * count + 60_000 and checkpoint["stage"] == "lora_sft"
+    assert checkpoint["adapter"] == {
+        "rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": ["all"],
+        "parent": str(out / "full_sft_32.pth"), "parent_fingerprint": fingerprint(out / "full_sft_32.pth"),
+    }  # fmt: skip
+    assert [entry["stage"] for entry in checkpoint["lineage"]] == ["full_sft", "lora_sft"]
+    assert read_log(path.with_suffix(".jsonl"))[-1]["val_loss"].keys() == {"zh", "en"}
+    assert not path.with_suffix(".resume").exists()
+
+
+def test_whoever_opens_it_gets_the_merged_model(lora, out, monkeypatch, capsys):
+    path = lora("--max_steps", "3", "--learning_rate", "0.1")
+    model, tokenizer, checkpoint = load_model(path)
+    by_hand, _, _ = load_model(out / "full_sft_32.pth")
+    attach(by_hand, LoRAConfig(2))
+    by_hand.load_state_dict({**by_hand.state_dict(), **weights(path)})
+    ids = IDS[:, :20]
+    torch.testing.assert_close(model.logits(ids), by_hand.eval().logits(ids), rtol=1e-5, atol=1e-5)
+    assert not model.adapter and not model.training and checkpoint["stage"] == "lora_sft"
+    assert model.state_dict().keys() == load_model(out / "full_sft_32.pth")[0].state_dict().keys()
+    save_model(out / "dpo_32.pth", model, "dpo", tokenizer, [])  # the next stage keeps a whole model
+    assert torch.equal(load_model(out / "dpo_32.pth")[0].logits(ids), model.logits(ids))
+    (out / "dpo_32.pth").unlink()
+    run_script(
+        monkeypatch, "2-eval.py", "--out_dir", out, "--prompt", "你好", "--max_new_tokens", "3", "--device", "cpu"
+    )
+    assert "lora_sft_32.pth: lora_sft, 0." in capsys.readouterr().out, "it is the latest stage"
+    run_script(monkeypatch, "2-eval.py", "--stage", "lora_sft", "--out_dir", out, "--prompt", "hi", "--device", "cpu")
+
+
+def test_the_parent_is_found_and_made_sure_of(lora, out, tokenizer, tmp_path):
+    path = lora("--max_steps", "1")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = shutil.copy(path, elsewhere)
+    load_model(moved)  # under the path that the adapter remembers
+    wrong = write_parent(elsewhere, tokenizer, seed=5)
+    load_model(moved)  # the file beside it is another model, the remembered one is right
+    original = (out / "full_sft_32.pth").rename(tmp_path / "renamed.pth")
+    both = rf"{re.escape(str(moved))} is an adapter for .*full_sft_32.pth with fingerprint \w+, but {wrong} is \w+"
+    with pytest.raises(UserError, match=both):
+        load_model(moved)
+    with pytest.raises(UserError, match=rf"but {wrong} is "):
+        load_model(moved, parent=wrong)
+    load_model(moved, parent=original)
+    with pytest.raises(UserError, match="is a whole model"):
+        load_model(wrong, parent=original)
+    wrong.unlink()
+    with pytest.raises(UserError, match=r"full_sft_32.pth, which is not there: put it beside"):
+        load_model(moved)
+    shutil.copy(original, elsewhere / "full_sft_32.pth")
+    load_model(moved)  # put beside it
+
+
+def test_the_merged_model_is_no_parent(lora, out, tokenizer):
+    """Merging twice through files: the adapter meets a model that has it already."""
+    path = lora("--max_steps", "2")
+    model, _, _ = load_model(path)
+    save_model(out / "full_sft_32.pth", model, "full_sft", tokenizer, [])
+    with pytest.raises(UserError, match="with fingerprint"):
+        load_model(path)
+
+
+def test_an_adapter_on_an_adapter(lora, out, tmp_path):
+    first = lora("--max_steps", "2")
+    with pytest.raises(UserError, match=r"overwrite its parent .*--out_dir"):
+        lora("--init_from", first)
+    second = lora("--init_from", first, "--max_steps", "2", "--targets", "attention", out_dir=tmp_path / "two")
+    model, _, checkpoint = load_model(second)
+    assert [entry["stage"] for entry in checkpoint["lineage"]] == ["full_sft", "lora_sft", "lora_sft"]
+    parent, _, _ = load_model(first)
+    changed = {n.split(".")[-2] for n, t in plain_state(model).items() if not torch.equal(t, plain_state(parent)[n])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    lora("--max_steps", "3", "--resume", "never")  # the first adapter is another one now
+    with pytest.raises(UserError, match="with fingerprint"):
+        load_model(second)
+
+
+def test_damaged_adapters_are_one_line(lora):
+    path = lora("--max_steps", "1")
+    checkpoint = torch.load(path, weights_only=True)
+    for change, message in (
+        ({"adapter": {"rank": 2}}, "another version"),
+        ({"adapter": {**checkpoint["adapter"], "rank": "two"}}, "LoRA: rank"),
+        ({"adapter": {**checkpoint["adapter"], "targets": ["attention"]}}, "does not fit"),
+        ({"adapter": {**checkpoint["adapter"], "rank": 4}}, "does not fit"),
+    ):
+        torch.save({**checkpoint, **change}, path)
+        with pytest.raises(UserError, match=message):
+            load_model(path)
+
+
+class Killed(BaseException):
+    """What SIGKILL looks like from inside: nothing after it runs."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_goes_on_to_the_bit(monkeypatch, lora, out, tokenizer, tmp_path, optimizer):
+    from trainer import loop
+    from trainer.state_files import SavedState
+
+    flags = ["--max_steps", "12", "--save_interval", "3", "--lora_dropout", "0.2", "--accumulation_steps", "2"]
+    flags += ["--optimizer", optimizer, "--targets", "q_proj", "mlp"]
+    whole = lora(*flags)
+    write_parent(tmp_path / "parts", tokenizer)
+    real_step, done = loop.train_step, 0
+
+    def step_then_die(*positional):
+        nonlocal done
+        done += 1
+        if done == 8:
+            raise Killed
+        return real_step(*positional)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", step_then_die)
+        with pytest.raises(Killed):
+            lora(*flags, out_dir=tmp_path / "parts")
+    resume = tmp_path / "parts" / "lora_sft_32.resume"
+    names = set(SavedState(resume / "step_000000006", 1, "").tensors)
+    kept = {name.removeprefix("model.") for name in names if not name.startswith("optimizer.")}
+    assert kept == weights(whole).keys(), "the adapter, no more"
+    with pytest.raises(UserError, match=r"the adapter's rank was 2, is 4"):
+        lora(*flags, "--rank", "4", out_dir=tmp_path / "parts")
+    parts = lora(*flags, out_dir=tmp_path / "parts")
+    assert not resume.exists()
+    ours, theirs = weights(whole), weights(parts)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [[row.get("loss") for row in read_log(path.with_suffix(".jsonl"))] for path in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_two_processes_equal_one(lora, out, chats, tokenizer, tmp_path):
+    """2 x 4 rows = 1 x 8, on an MoE without its balance loss (a mean over each process's own tokens)."""
+    moe = {**KINDS["moe"], "balance_loss_coef": 0.0, "dropout": 0.0}
+    parent = write_parent(tmp_path, tokenizer, **moe)
+    flags = ["--max_steps", "5", "--init_from", parent, "--learning_rate", "0.01"]
+    lora(*flags, "--batch_size", "8", "--checkpoint_activations")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = ["--data_path", chats, "--out_dir", tmp_path / "two"]
+    result = run_process(*torchrun, ROOT / "4-lora_sft.py", *FLAGS, *flags, *paths)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("holds the adapter alone") == 1, "only the first process speaks"
+    one, two = weights(out / "lora_sft_32_moe.pth"), weights(tmp_path / "two" / "lora_sft_32_moe.pth")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_parent_may_be_a_transformers_folder(monkeypatch, lora, tokenizer, tmp_path):
+    stock, folder = types.ModuleType("export.hf_import"), tmp_path / "llama"
+    folder.mkdir()
+    parent = write_parent(tmp_path, tokenizer)
+    stock.open_folder = lambda path, device: load_model(parent, device)
+    monkeypatch.setitem(sys.modules, "export.hf_import", stock)
+    path = lora("--init_from", folder, "--max_steps", "1")
+    assert read_checkpoint(path)["adapter"]["parent_fingerprint"] == fingerprint(folder) == fingerprint(parent)
+    load_model(path)
+    shutil.copy(write_parent(tmp_path / "other", tokenizer, seed=7), parent)
+    with pytest.raises(UserError, match=r"llama with fingerprint \w+, but .*llama is \w+"):
+        load_model(path)
+
+
+def test_flags_are_frozen():
+    text = run_process(sys.executable, "4-lora_sft.py", "--help").stdout
+    names = "rank alpha lora_dropout targets init_adapter peft_dir init_from data_path resume compile learning_rate"
+    assert all(f"--{name} " in text for name in names.split())
+    assert "(default: adamw)" in text and re.search(r"--weight_decay \w+\s.*\(default: 0.0\)", text)
+    for spelling in ("--local_rank=0", "--local-rank=0"):
+        assert run_process(sys.executable, "4-lora_sft.py", spelling, "--help").returncode == 0
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain(lora, tokenizer, tmp_path):
+    flags = ["--max_steps", "3", "--init_from", write_parent(tmp_path, tokenizer, dropout=0.0)]
+    compiled = lora(*flags, "--compile", out_dir=tmp_path / "compiled")
+    ours, theirs = weights(lora(*flags)), weights(compiled)
+    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[n], theirs[n], atol=1e-4) for n in ours)
+
+
+def test_describe():
+    model = attached(rough_model())
+    count = sum(tensor.numel() for tensor in adapter_state(model).values())
+    rest = sum(p.numel() for p in rough_model().parameters())
+    assert describe(model) == (
+        f"LoRA rank 4, alpha 8, on all (14 matrices): {count:,} parameters train, {count / rest:.2%} of the parent's "
+        f"{rest:,}"
+    )
+
+
+def test_an_adapter_is_never_saved_without_its_parent(tokenizer, tmp_path):
+    model = attached(Transformer(ModelConfig(tokenizer.vocab_size, **CONFIG)))
+    with pytest.raises(AssertionError, match="remember_parent"):
+        save_model(tmp_path / "a.pth", model, "lora_sft", tokenizer, [])
+    parent = write_parent(tmp_path, tokenizer)
+    remember_parent(model, parent, tmp_path / "a.pth")
+    assert model.adapter["parent_fingerprint"] == fingerprint(parent)

@@ -1,0 +1,142 @@
+"""The mixture of experts: right outputs, a balance loss that means something, gradients everywhere, any number format.
+
+Promises: one expert of one equals the dense feed-forward; the layer equals a plain loop over tokens; the balance loss
+is 1 when balanced and grows to the number of experts when collapsed, its gradient reaches the router, and padding does
+not count.
+(That the whole MoE model equals a stock architecture is in test_hf_parity.py.)
+"""
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.moe import MoEFeedForward
+from model.transformer import FeedForward, Transformer
+
+
+def moe(**changes):
+    torch.manual_seed(0)
+    settings = {"dim": 16, "n_heads": 2, "n_kv_heads": 2, "hidden_dim": 24, "use_moe": True, "n_routed_experts": 4}
+    config = ModelConfig(**{**settings, **changes})
+    layer = MoEFeedForward(config, lambda: FeedForward(config.dim, config.hidden_dim))
+    for weight in layer.parameters():
+        weight.data.normal_(std=0.3)
+    return layer
+
+
+def test_one_expert_is_the_dense_feed_forward():
+    layer = moe(n_routed_experts=1, n_active_experts=1, n_shared_experts=0)
+    x = torch.randn(2, 5, 16)
+    out, balance = layer(x)
+    torch.testing.assert_close(out, layer.experts[0](x))
+    assert balance.item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("k", "shared"), [(1, 0), (2, 2), (4, 1)])
+def test_equals_a_plain_loop_over_tokens(k, shared):
+    layer = moe(n_active_experts=k, n_shared_experts=shared)
+    x = torch.randn(2, 7, 16, requires_grad=True)
+    out, _ = layer(x)
+    rows = []
+    for token in x.reshape(-1, 16):
+        p = (layer.gate.weight @ token).softmax(0)
+        best = sorted(range(4), key=lambda i: -p[i].item())[:k]
+        row = sum(p[i] / sum(p[j] for j in best) * layer.experts[i](token[None])[0] for i in best)
+        rows.append(row + sum(expert(token[None])[0] for expert in layer.shared_experts))
+    plain = torch.stack(rows).view_as(x)
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
+    inputs = [x, *layer.parameters()]
+    weights = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
+    theirs = torch.autograd.grad((plain * weights).sum(), inputs, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
+
+
+def balance_of(layer, preferred, real=None):
+    """Balance loss when token i has (almost) all its probability on expert preferred[i]."""
+    probabilities = torch.nn.functional.one_hot(torch.tensor(preferred), 4).float()
+    chosen = probabilities.topk(layer.n_active).indices
+    return layer.balance_loss(probabilities, chosen, real).item()
+
+
+def test_balance_loss_by_hand():
+    layer = moe(n_active_experts=1)
+    assert balance_of(layer, [0, 1, 2, 3] * 3) == pytest.approx(1)
+    assert balance_of(layer, [2] * 12) == pytest.approx(4)
+    assert balance_of(layer, [0, 0, 0, 1]) == pytest.approx(4 * (0.75**2 + 0.25**2))
+
+    top_two = moe(n_active_experts=2)  # every visit counts: f = (1/2, 1/4, 1/4, 0), P = (.6, .2, .15, .05)
+    probabilities = torch.tensor([[0.6, 0.2, 0.15, 0.05]] * 2)
+    chosen = torch.tensor([[0, 1], [0, 2]])
+    expected = 4 * (0.5 * 0.6 + 0.25 * 0.2 + 0.25 * 0.15)
+    assert top_two.balance_loss(probabilities, chosen, None).item() == pytest.approx(expected)
+    even = torch.full((4, 4), 0.25)
+    chosen = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]])
+    assert top_two.balance_loss(even, chosen, None).item() == pytest.approx(1)
+
+
+def test_padding_does_not_count():
+    layer = moe(n_active_experts=1)
+    real = torch.tensor([[True, True, True, True, False, False]])
+    assert balance_of(layer, [0, 1, 2, 3, 3, 3], real) == pytest.approx(1)
+    assert balance_of(layer, [0, 1, 2, 3, 3, 3]) > 1.1
+    assert balance_of(layer, [0] * 6, torch.zeros(1, 6, dtype=torch.bool)) == 0  # nothing real: no NaN
+
+
+def test_padding_changes_neither_outputs_nor_balance_of_the_model():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(50, 16, 2, 2, 2, max_seq_len=12, use_moe=True)).eval()
+    ids = torch.randint(0, 50, (2, 8))
+    padded = torch.cat((ids, torch.randint(0, 50, (2, 4))), dim=1)
+    hidden, balance = model(ids)
+    padded_hidden, padded_balance = model(padded, real=torch.arange(12).expand(2, -1) < 8)
+    torch.testing.assert_close(padded_hidden[:, :8], hidden)
+    torch.testing.assert_close(padded_balance, balance)
+
+
+def test_every_expert_and_the_router_get_a_gradient():
+    layer = moe(n_active_experts=1)
+    layer.gate.weight.data[3] = -100.0  # with positive inputs nobody goes to expert 3
+    out, balance = layer(torch.rand(1, 6, 16) + 0.1)
+    out.sum().backward(retain_graph=True)
+    assert all(weight.grad is not None for weight in layer.parameters())  # DDP waits for every one of them
+    assert all(weight.grad.count_nonzero() == 0 for weight in layer.experts[3].parameters())
+    layer.zero_grad()
+    balance.backward()
+    assert layer.gate.weight.grad.abs().max() > 1e-4
+    assert all(weight.grad is None for weight in layer.experts.parameters())
+
+
+def test_balance_loss_balances():
+    """Stepping down the balance loss alone spreads a collapsed router."""
+    layer = moe(n_active_experts=1, dim=16)
+    x = torch.randn(1, 256, 16) + 1
+    layer.gate.weight.data[0] += 0.6
+    optimizer = torch.optim.SGD([layer.gate.weight], lr=1.0)
+    losses = []
+    for _ in range(100):
+        balance = layer(x)[1]
+        losses.append(balance.item())
+        optimizer.zero_grad()
+        balance.backward()
+        optimizer.step()
+    assert losses[0] > 2 and losses[-1] < 1.2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["autocast", "cast"])
+def test_any_number_format_trains(dtype, way):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(50, 16, 2, 2, 1, max_seq_len=8, use_moe=True, qk_norm=True))
+    ids = torch.randint(0, 50, (2, 8))
+    with torch.no_grad():
+        exact = model.logits(ids)
+    model = model.to(dtype) if way == "cast" else model
+    with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+        hidden, balance = model(ids)
+        logits = model.lm_head(hidden)
+    assert logits.dtype == dtype and balance.isfinite()
+    torch.testing.assert_close(logits.float(), exact, rtol=0.05, atol=0.05)
+    (logits.float().logsumexp(-1).mean() + balance).backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())

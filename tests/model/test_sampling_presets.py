@@ -1,0 +1,138 @@
+"""Which sampling settings a front end takes: its own, over them the chat format's preset, over both what is named.
+
+Promises: a named setting wins and the others of the preset stay; of num_beams and temperature the named one decides;
+the introduction shows what was taken; --sampling_preset none and a report take no preset, questions stay greedy;
+/num_beams and /temperature change the settings of a conversation.
+"""
+
+import json
+
+import pytest
+
+from common.errors import UserError
+from evaluation.chat_model import Speaker, find_model
+from evaluation.terminal_chat import talk
+from model.chat_template import FORMAT_NAMES
+from model.sampling import Sampling
+from model.sampling_presets import CHOICES, DEFAULTS, find_preset, merge_settings
+from tests.conftest import load_script, run_process, run_script
+from tests.parrot import save_parrot
+
+BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+
+
+@pytest.fixture(scope="module")
+def out(tokenizer, tmp_path_factory):
+    """A chat model for each format; all say hi."""
+    folder = tmp_path_factory.mktemp("formats")
+    for name, after in (("chatml", "\n"), ("mindllm", "\n"), ("belle", ":"), ("text", "?")):
+        (folder / name).mkdir()
+        save_parrot(folder / name / "full_sft_64.pth", tokenizer.with_format(name), ["hi"], after=after)
+    return folder
+
+
+@pytest.fixture
+def make(out):
+    def make(name, *arguments):
+        parser = load_script("2-eval.py").make_parser()
+        args = parser.parse_args(["--out_dir", str(out / name), *map(str, arguments)])
+        return Speaker(find_model(args), args)
+
+    return make
+
+
+def settings_of(speaker):
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "no_repeat_ngram_size")
+    return {name: getattr(speaker.settings, name) for name in names}
+
+
+PLAIN = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1, "num_beams": 1}
+PLAIN |= {"no_repeat_ngram_size": 0}
+SEARCH = {"temperature": 0, "num_beams": 4, "no_repeat_ngram_size": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "changes", "shown"),
+    [
+        ("chatml", [], {}, None),
+        ("text", [], {}, None),
+        ("belle", [], BELLE, "top_k 30, top_p 0.85, temperature 0.35, repetition_penalty 1.2"),
+        ("belle", ["--top_k", 5, "--temperature", 0], {**BELLE, "top_k": 5, "temperature": 0},
+         "top_p 0.85, repetition_penalty 1.2"),
+        ("belle", ["--sampling_preset", "none"], {}, None),
+        ("belle", ["--num_beams", 2], {**BELLE, "temperature": 0, "num_beams": 2},
+         "top_k 30, top_p 0.85, repetition_penalty 1.2"),
+        ("mindllm", [], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
+        ("mindllm", ["--temperature", 0.5], {"temperature": 0.5, "no_repeat_ngram_size": 5}, "no_repeat_ngram_size 5"),
+        ("mindllm", ["--temperature", 0], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
+        ("mindllm", ["--num_beams", 1], {"no_repeat_ngram_size": 5}, "no_repeat_ngram_size 5"),
+        ("mindllm", ["--sampling_preset", "none", "--num_beams", 3], {"temperature": 0, "num_beams": 3}, None),
+        ("chatml", ["--sampling_preset", "mindllm"], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
+    ],
+)  # fmt: skip
+def test_named_settings_over_the_preset_over_the_defaults(make, capsys, name, flags, changes, shown):
+    speaker = make(name, *flags)
+    assert settings_of(speaker) == {**PLAIN, **changes}
+    lines = capsys.readouterr().out.splitlines()
+    preset = flags[flags.index("--sampling_preset") + 1] if "--sampling_preset" in flags else name
+    assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none: without it)"] if shown else [])
+
+
+def test_measurements_take_no_preset(make, out, monkeypatch, capsys, tmp_path):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "?", "keys": ["hi"], "lang": "en"}\n')
+    assert make("belle", "--questions", questions).settings == Sampling(max_new_tokens=48, stop=("Human: ",))
+    report = tmp_path / "report.json"
+    flags = ["--prompt", "x", "--json", report, "--max_new_tokens", 4]
+    run_script(monkeypatch, "2-eval.py", "--report", out / "belle" / "full_sft_64.pth", *flags)
+    settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
+    assert settings["temperature"] == 0.7 and settings["top_k"] == 0 and settings["repetition_penalty"] == 1
+    assert "preset" not in capsys.readouterr().out
+
+
+def test_flags_that_do_not_go_together_are_one_line(make):
+    for flags, message in (
+        (["--num_beams", 2, "--temperature", 0.7], "--temperature must be 0 with num_beams above 1, not 0.7"),
+        (["--num_beams", 9], "--num_beams: 9 is not a whole number from 1 to 8"),
+        (["--num_beams", 0], "--num_beams: 0 is not a whole number from 1 to 8"),
+        (["--no_repeat_ngram_size", -1], "--no_repeat_ngram_size: -1 is not a whole number of at least 0"),
+        (["--length_penalty", "nan"], "--length_penalty: nan is not a number of at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make("chatml", *flags)
+    wrong = run_process("python3", "2-eval.py", "--sampling_preset", "zephyr")
+    assert wrong.returncode == 2 and "invalid choice: 'zephyr'" in wrong.stderr
+
+
+def test_a_beam_search_answers_on_the_command_line(make, capsys):
+    speaker = make("mindllm", "--max_new_tokens", 9)
+    assert speaker.say([{"role": "user", "content": "x"}]) == "hi"
+    assert speaker.answer_all(["x", "a longer one"])[1] == {"answer": "hi", "finish_reason": "stop", "tokens": 1}
+    assert capsys.readouterr().out.endswith("hi\n")
+
+
+def test_settings_change_while_talking(make, monkeypatch, capsys, tmp_path):
+    speaker = make("chatml")
+    lines = iter(["/num_beams 4", "/no_repeat_ngram_size 5", "/length_penalty 0.5", "x", "/num_beams 9",
+                  "/no_repeat_ngram_size 1.5", "/exit"])  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    talk(speaker, tmp_path)
+    shown = capsys.readouterr().out
+    assert "[temperature 0.0, top_k 0" in shown and "num_beams 4" in shown and "\nhi\n" in shown
+    assert "[/num_beams: must be from 1 to 8, not 9]" in shown
+    assert "[/no_repeat_ngram_size: 1.5 is no whole number]" in shown
+    assert settings_of(speaker) == {**PLAIN, **SEARCH} and speaker.settings.length_penalty == 0.5
+    lines = iter(["/temperature 0.9", "/exit"])
+    talk(speaker, tmp_path)
+    assert settings_of(speaker) == {**PLAIN, "temperature": 0.9, "no_repeat_ngram_size": 5}
+
+
+def test_every_choice_is_a_preset(tokenizer):
+    assert ("auto", "none", *FORMAT_NAMES) == CHOICES
+    for choice in CHOICES:
+        for chat_format in (None, tokenizer.format, tokenizer.with_format("belle").format):
+            name, preset = find_preset(choice, chat_format)
+            Sampling(**merge_settings(preset, DEFAULTS))  # accepted as they are
+            assert name or not preset
+    assert find_preset("auto", tokenizer.with_format("belle").format) == ("belle", BELLE)
+    assert find_preset("belle", None) == ("belle", BELLE) and find_preset("none", tokenizer.format) == ("", {})

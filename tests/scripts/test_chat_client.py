@@ -1,0 +1,201 @@
+"""chat_openai_api.py against this project's server and against servers of another protocol.
+
+Promises: --prompt prints one answer; a conversation is sent with its history and the system message; the first model is
+the default; Ctrl-C stops an answer and not the conversation; errors are one line and exit code 2.
+"""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from common.errors import UserError, printable
+from model.generate import generate
+from model.sampling import Sampling
+from serving.app import Limits
+from tests.conftest import ROOT, run_process, run_script
+from tests.serving.server_help import make_file, running
+
+SCRIPT = "chat_openai_api.py"
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    chat = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=4096)
+    with running([f"first={chat}", f"second={chat}"], Limits(api_keys=("secret-1",))) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-1")
+
+
+def chat(monkeypatch, server, *flags, lines=()):
+    """Run the script with these lines at its prompt."""
+    lines = iter(lines)
+
+    def read(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    run_script(monkeypatch, SCRIPT, "--base_url", f"{server.url}/v1", *flags)
+
+
+@pytest.fixture
+def requests(server, monkeypatch):
+    """The bodies that the server gets, answered greedily, so that tests know the text."""
+    got = []
+    tickets = server.counter.tickets
+
+    def note(body, served):
+        got.append(body)
+        return tickets(body.model_copy(update={"temperature": 0.0}), served)
+
+    monkeypatch.setattr(server.counter, "tickets", note)
+    return got
+
+
+def test_one_question(monkeypatch, server, requests, capsys):
+    chat(monkeypatch, server, "--prompt", "Hi 你好", "--max_tokens", 9, "--system", "kind")
+    served = server.counter.models["first"]
+    messages = [{"role": "system", "content": "kind"}, {"role": "user", "content": "Hi 你好"}]
+    ids = served.tokenizer.render(messages, True)[0]
+    (expected,) = generate(served.model, [ids], Sampling(max_new_tokens=9), served.tokenizer)
+    assert capsys.readouterr().out == printable(expected.text, keep="\n\t") + "\n"
+    (body,) = requests
+    assert (body.model, body.max_tokens, body.stream) == ("first", 9, True)
+
+
+def test_a_conversation_is_sent_whole(monkeypatch, server, requests, capsys):
+    chat(monkeypatch, server, "--model", "second", "--max_tokens", 5, lines=["one", "two", "", "three"])
+    first, second = ([(m.role, m.text) for m in body.messages] for body in requests)
+    assert first == [("user", "one")]
+    assert second[0] == first[0] and second[1][0] == "assistant" and second[2] == ("user", "two")
+    assert second[1][1] in capsys.readouterr().out
+    assert {body.model for body in requests} == {"second"}
+
+
+def test_the_end_of_the_input_ends_the_conversation(monkeypatch, server, requests):
+    chat(monkeypatch, server, "--max_tokens", 5, lines=["one"])
+    assert len(requests) == 1
+
+
+def test_errors_are_one_line(monkeypatch, server):
+    url = f"{server.url}/v1"
+    for flags, message in (
+        (
+            ["--base_url", "http://127.0.0.1:9/v1"],
+            r"no answer from http://127\.0\.0\.1:9/v1 \(.*refused\): is the server",
+        ),
+        (["--base_url", "localhost:8000"], "--base_url localhost:8000: no address; it looks like http"),
+        (["--base_url", "http://[::/v1"], "no address; it looks like http"),
+        (["--base_url", url, "--api_key", "other"], "refuses the key: set --api_key or the variable OPENAI_API_KEY"),
+        (["--base_url", url, "--api_key", "schlüssel"], "--api_key: must be ASCII letters"),
+        (
+            ["--base_url", url, "--model", "gpt-4"],
+            "there is no model 'gpt-4' here: use first, second: see --model gpt-4",
+        ),
+        (["--base_url", server.url], "GET /models: Not Found: see --base_url, which usually ends with /v1"),
+        (["--base_url", url, "--max_tokens", "0"], "argument --max_tokens: 0 is not a whole number"),
+        (["--base_url", url, "--prompt", " "], "--prompt is empty"),
+        (["--base_url", url, "--prompt", "x" * 5000], "context is 4096 tokens"),
+    ):
+        flags = flags if "--prompt" in flags else [*flags, "--prompt", "?"]
+        with pytest.raises(UserError, match=message) as error:
+            run_script(monkeypatch, SCRIPT, *flags)
+        assert "\n" not in str(error.value)
+
+
+class Other(http.server.BaseHTTPRequestHandler):
+    """A server of another protocol: `server.reply` is its content type and body, cut off after `server.sent` bytes."""
+
+    def do_GET(self):
+        kind, body, cut = self.server.reply
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body) + cut))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+EVENT = json.dumps(
+    {"id": "1", "object": "x", "created": 1, "model": "m", "choices": [{"index": 0, "delta": {"content": "A"}}]}
+)
+FAULT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error"}})
+
+
+@pytest.mark.parametrize(
+    ("reply", "flags", "message"),
+    [
+        (("text/html", b"<html>", 0), [], "does not answer as OpenAI's API does"),
+        (("application/json", b"<html>", 0), [], "does not answer as OpenAI's API does"),
+        (("application/json", b'{"data": []}', 0), [], "lists no models: name one with --model"),
+        (("text/html", b"<html>", 0), ["--model", "m"], "does not answer as OpenAI's API does"),
+        (("text/event-stream", f"data: {EVENT}\n\n".encode(), 9), ["--model", "m"], "no answer from|broke off"),
+        (("text/event-stream", f"data: {FAULT}\n\n".encode(), 0), ["--model", "m"], "out of memory"),
+    ],
+)
+def test_other_servers_and_broken_streams(monkeypatch, reply, flags, message):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        other.reply = reply
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=message) as error:
+            url = f"http://127.0.0.1:{other.server_port}/v1"
+            run_script(monkeypatch, SCRIPT, "--base_url", url, "--prompt", "?", *flags)
+        assert "\n" not in str(error.value)
+        other.shutdown()
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError, match='openai is not installed: pip install "openai>=2,<4"'):
+        run_script(monkeypatch, SCRIPT, "--prompt", "?")
+
+
+def test_help_needs_nothing_and_errors_exit_with_2():
+    result = run_process(sys.executable, "-S", SCRIPT, "--help")  # -S: without any installed package
+    assert result.returncode == 0 and "--base_url" in result.stdout
+    result = run_process(sys.executable, SCRIPT, "--base_url", "http://127.0.0.1:9/v1", "--prompt", "?")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: no answer from") and result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(server, requests):
+    command = [sys.executable, SCRIPT, "--base_url", f"{server.url}/v1"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)
+    )
+    try:
+        assert process.stdout.readline().startswith(b"first at http")
+        process.stdin.write(b"1\n")  # answered with thousands of tokens, as it is greedy
+        process.stdin.flush()
+        deadline = time.monotonic() + 20
+        while not server.status("first")["running"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        while server.status("first")["running"]:
+            assert time.monotonic() < deadline, "it is not answered any further"
+            time.sleep(0.01)
+        assert process.poll() is None
+        out, errors = process.communicate(b"\n", timeout=20)
+        assert (process.returncode, errors) == (0, b"") and len(out) > 10
+    finally:
+        process.kill()

@@ -1,0 +1,259 @@
+"""2-eval.py: which model it takes, how it asks, how it counts, and what it says to bad input.
+
+Promises: the last stage of the chain is taken, never the newest file; a chat model gets the rendered question, a
+pretrained one the bare text; a score counts what the model itself said, by the rule that --help states; the
+bad input is one line and exit code 2. The conversation: ../evaluation/test_terminal_chat.py, the report:
+../evaluation/test_report.py.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from common.errors import UserError
+from evaluation.chat_model import find_model
+from evaluation.prompts import FIRST, PROMPTS
+from evaluation.qa_data import is_right
+from tests.conftest import ROOT, child_seconds, load_script, run_process, run_script
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("2-eval.py")
+
+
+@pytest.fixture(scope="module")
+def out(parrots):
+    return parrots
+
+
+def write(path, *rows):
+    lines = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+QUESTION = {"question": "首都?", "keys": ["巴"], "lang": "zh", "kind": "capital"}
+
+
+def test_a_chat_model_answers(out, monkeypatch, capsys, tmp_path):
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompt", "你好", "--json", tmp_path / "new" / "a.json",
+               "--temperature", 0)  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "full_sft_64.pth: full_sft, 0." in shown and "> 你好\nA巴\n" in shown and "tokens/s" in shown
+    saved = json.loads((tmp_path / "new" / "a.json").read_text(encoding="utf-8"))
+    assert saved["answers"] == [{"prompt": "你好", "answer": "A巴", "finish_reason": "stop"}]
+    assert saved["stage"] == "full_sft" and saved["checkpoint"].endswith("full_sft_64.pth")
+
+
+def test_a_pretrained_model_goes_on(out, monkeypatch, capsys):
+    options = ["--out_dir", out, "--temperature", 0, "--max_new_tokens", 4]
+    run_script(monkeypatch, "2-eval.py", *options, "--stage", "pretrain", "--prompt", "xP")
+    assert "> xP\naris\n" in capsys.readouterr().out
+
+
+def test_prompts_file(out, monkeypatch, capsys, tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeff一\r\n\r\ntwo\u2028three\n".encode())
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", tmp_path / "p.txt", "--seed", 1)
+    shown = capsys.readouterr().out
+    assert "> 一\nA巴\n" in shown and "> two\u2028three\nA巴\n" in shown and shown.count("\n> ") == 2
+
+
+def test_in_a_script_it_answers_the_fixed_prompts(out, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out)
+    shown = capsys.readouterr().out
+    assert all(f"> {prompt}\nA巴\n" in shown for prompt in FIRST) and len(FIRST) == 16
+
+
+def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
+    import evaluation.chat_model as speaker
+
+    heard = []
+
+    def stream(model, ids, settings, tokenizer, answer):
+        heard.append(tokenizer.decode(ids))
+        answer.text = "ok"
+        yield "ok"
+
+    monkeypatch.setattr(speaker, "stream", stream)
+    prompts = write(tmp_path / "p.txt", "a", "b", "c")
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts)
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts, "--history", 1)
+
+    assert [text.count("user") for text in heard] == [1, 1, 1, 1, 2, 2]
+    assert "user\na<" not in heard[5] and "user\nb<" in heard[5]
+
+
+def test_the_fixed_prompts_are_of_every_kind_in_both_languages():
+    from corpus.language import language_of
+
+    kinds = {kind for _, kind, _ in PROMPTS}
+    assert kinds == {"facts", "geography", "science", "writing", "code", "identity", "small_talk", "translation"}
+    for lang in ("zh", "en"):
+        assert sorted(kind for named, kind, _ in PROMPTS if named == lang) == sorted([*kinds, *kinds])
+    assert len({text for *_, text in PROMPTS}) == len(PROMPTS) == 32
+    odd = {text for lang, kind, text in PROMPTS if language_of(text) != lang and kind != "translation"}
+    assert not odd and {kind for _, kind, text in PROMPTS if text in FIRST} == kinds
+
+
+def test_questions_are_counted(out, monkeypatch, capsys, tmp_path):
+    questions = write(
+        tmp_path / "q.jsonl",
+        QUESTION,
+        {**QUESTION, "keys": ["伦敦", "A巴"]},
+        {**QUESTION, "keys": ["伦敦"]},
+        "",
+        {"question": "Which letter?", "keys": ["a巴"]},
+        *[{"question": "Capital" + "?" * (i % 5), "keys": ["Rome"], "kind": "capital"} for i in range(150)],
+    )
+    run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", questions, "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert report["accuracy"] == {"zh": pytest.approx(2 / 3), "en": pytest.approx(1 / 151)}
+    assert report["counts"]["zh"] == {"questions": 3, "correct": 2, "accuracy": pytest.approx(2 / 3)}
+    assert report["kinds"]["capital"]["en"] == {"questions": 150, "correct": 0, "accuracy": 0}
+    assert [row["correct"] for row in report["answers"][:4]] == [True, True, False, True]  # in the file's order
+    assert report["answers"][0] == {**QUESTION, "answer": "A巴", "correct": True}
+    assert report["tokens_per_second"] > 0
+    shown = capsys.readouterr().out
+    assert "66.7% (2 of 3)" in shown and "0.7% (1 of 151)" in shown
+
+
+def test_a_pretrained_model_is_asked_in_plain_text(out, monkeypatch, tmp_path):
+    questions = write(tmp_path / "q.jsonl", {"question": "Capital?", "keys": ["Paris"]})
+    options = ["--out_dir", out, "--stage", "pretrain", "--json", tmp_path / "r.json"]
+    run_script(monkeypatch, "2-eval.py", *options, "--questions", questions)
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert report["answers"][0]["answer"] == "Paris!"  # after "Capital?\n", up to the end of the line
+    assert report["accuracy"] == {"en": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "keys", "right"),
+    [
+        ("It is PARIS.", ["Paris"], True),
+        ("It is Parisian.", ["Paris"], False),
+        ("unpaired", ["pair"], False),
+        ("The answer is 12.", ["12"], True),
+        ("The answer is 120.", ["12"], False),
+        ("It is 1.12 or 12.5 or 1,012.", ["12"], False),
+        ("等于12。", ["12"], True),
+        ("符号是Fe元素", ["Fe"], True),
+        ("法国的首都是巴黎。", ["巴黎"], True),
+        ("法国的首都是巴黎。", ["伦敦", "巴黎"], True),
+        ("等于十三", ["三"], False),
+        ("等于三十", ["三"], False),
+        ("等于三。", ["三"], True),
+        ("在十一月", ["一月"], False),
+        ("在一月", ["一月"], True),
+        ("New York City", ["new york"], True),
+        ("C++ and more", ["c++"], True),
+        ("ab", [" ab "], True),
+        ("", ["a"], False),
+        ("a.c", ["abc"], False),
+        ("abc", ["a.c"], False),
+    ],
+)
+def test_rule_of_a_right_answer(answer, keys, right):
+    assert is_right(answer, keys) is right
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", "a", "--history", "-1"], "--history: -1 is not"),
+        (["--prompt", "a", "--judge_model", "x"], "--judge_model belongs to --report"),
+        (["--chats", "x"], "--chats belongs to --report"),
+        (["--prompt", "  "], "--prompt is empty"),
+        (["--prompts", "absent.txt"], "cannot read absent.txt"),
+        (["--prompt", "a", "--stage", "nonsense"], "choose from pretrain"),
+        (["--prompt", "a", "--checkpoint", "absent.pth"], "no checkpoint at absent.pth"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature: -1 is not a number of at least 0"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "--max_new_tokens: 0 is not a whole number of at least 1"),
+        (["--prompt", "a" * 200], "the model reads at most 96"),
+        (["--prompt", "a", "--device", "toaster"], "--device: toaster: not a device"),
+        (["--prompt", "a", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
+        (["--prompt", "a", "--system", ""], None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_arguments_are_one_line(out, monkeypatch, arguments, says):
+    if says is None:
+        run_script(monkeypatch, "2-eval.py", "--out_dir", out, *arguments)
+        return
+    with pytest.raises(UserError) as error:
+        run_script(monkeypatch, "2-eval.py", "--out_dir", out, *arguments)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{oops", ":2: not JSON"),
+        ("[" * 100_000, ":2: not JSON"),
+        ("[1]", ":2: a line needs"),
+        ('{"question": 3, "keys": ["a"]}', ":2: a line needs"),
+        ('{"question": " ", "keys": ["a"]}', ":2: question is empty"),
+        ('{"question": "a"}', ":2: keys must be"),
+        ('{"question": "a", "keys": []}', ":2: keys must be"),
+        ('{"question": "a", "keys": [1]}', ":2: keys must be"),
+        ('{"question": "a", "keys": [""]}', ":2: keys must be"),
+        (json.dumps({"question": "a" * 99, "keys": ["a"]}), ":2: the question has"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_lines_are_named(out, monkeypatch, tmp_path, line, says):
+    path = write(tmp_path / "q.jsonl", QUESTION, line)
+    with pytest.raises(UserError) as error:
+        run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", path, "--json", tmp_path / "r.json")
+    assert says in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "r.json").exists()
+    for content in (b"", b"\xff\xfe\xfa"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"q\.jsonl"):
+            run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", path)
+
+
+def test_which_model_is_taken(out, script, tmp_path):
+    def find(*arguments):
+        return find_model(script.make_parser().parse_args(["--out_dir", str(tmp_path), *arguments])).name
+
+    with pytest.raises(UserError, match=r"python 1-pretrain\.py"):
+        find()
+    (tmp_path / "pretrain_64.pth").touch()
+    assert find() == "pretrain_64.pth"
+    with pytest.raises(UserError, match=r"python 3-full_sft\.py"):
+        find("--stage", "full_sft")
+    (tmp_path / "full_sft_64.pth").touch()
+    os.utime(tmp_path / "full_sft_64.pth", (0, 0))
+    assert find() == "full_sft_64.pth" and find("--stage", "pretrain") == "pretrain_64.pth"
+    (tmp_path / "full_sft_512_moe.pth").touch()
+    with pytest.raises(UserError, match="several full_sft models"):
+        find()
+
+
+def test_stage_and_checkpoint_must_agree(out, monkeypatch):
+    options = ["--stage", "pretrain", "--prompt", "a", "--checkpoint", out / "full_sft_64.pth"]
+    with pytest.raises(UserError, match="is of stage full_sft, not pretrain"):
+        run_script(monkeypatch, "2-eval.py", *options)
+
+
+def test_help_is_quick_and_errors_are_one_line(tmp_path):
+    before = child_seconds()
+    shown = run_process(sys.executable, "2-eval.py", "--help")
+    assert child_seconds() - before < 2
+    assert shown.returncode == 0 and "--questions" in shown.stdout and "中国的首都是哪座城市？" in shown.stdout
+    failed = run_process(sys.executable, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.startswith("error: no pretrain_*.pth") and failed.stderr.count("\n") == 1
+
+
+def test_odd_bytes_on_the_command_line_and_a_narrow_console(out):
+    """Half a character in --prompt, and a console that cannot show Chinese: no traceback."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    command = [sys.executable, "2-eval.py", "--out_dir", str(out), "--prompt", b"a\xe4\xbd"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0 and b"A?" in done.stdout, done.stderr

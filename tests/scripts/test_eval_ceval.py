@@ -1,0 +1,246 @@
+"""eval_ceval.py: who knows scores 100 %, who always says C scores the share of C; any kind of model; every file it
+writes; every error in one line."""
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+from evaluation.exam_data import LETTERS
+from model.checkpoint import save_model
+from model.config import ModelConfig
+from model.transformer import Transformer
+from tests.conftest import ROOT, load_script, run_process, run_script
+
+RIGHT = {"law": "CCAC", "logic": "BCDD"}
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory):
+    """Two subjects of four questions. Right options are those with a 对 in them."""
+    folder = tmp_path_factory.mktemp("exam")
+    for split in ("dev", "val", "test"):
+        (folder / split).mkdir()
+        for subject, answers in RIGHT.items():
+            head = ["id", "question", *LETTERS, *(["answer"] if split != "test" else [])]
+            rows = [head]
+            for number, answer in enumerate(answers):
+                options = [f"{'对' if letter == answer else '错'}{number}" for letter in LETTERS]
+                row = [str(number), f"{subject} {split} {number}?", *options, answer]
+                rows.append(row[: len(head)])
+            with (folder / split / f"{subject}_{split}.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows)
+    return folder
+
+
+def constant_model(tokenizer, letter):
+    """A real model that finds one letter the likeliest whatever it reads: nothing reaches the stream but one vector."""
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 4, 2, max_seq_len=128, tie_embeddings=False))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight[tokenizer.encode(letter)[0]] = 1.0
+    return model
+
+
+class Knows(Transformer):
+    """Looks into the prompt for the line that holds the right option."""
+
+    tokenizer = None
+
+    def forward(self, input_ids, cache=None, padding=None, real=None):
+        hidden = torch.zeros(*input_ids.shape, self.config.dim)
+        for row, ids in enumerate(input_ids.tolist()):
+            text = self.tokenizer.decode(ids)
+            line = next(line for line in text.split("\n")[::-1] if "对" in line)  # of the question, not of an example
+            hidden[row, :] = 50 * self.lm_head.weight[self.tokenizer.encode(line[0])[0]]
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return hidden, torch.zeros(())
+
+
+@pytest.fixture
+def knowing(monkeypatch, tokenizer):
+    """Every model that is loaded is the one that knows."""
+    import model.checkpoint
+
+    torch.manual_seed(0)
+    Knows.tokenizer = tokenizer
+    known = Knows(ModelConfig(tokenizer.vocab_size, 32, 1, 4, 2, max_seq_len=1024)).eval()
+    checkpoint = {"stage": "full_sft"}
+    monkeypatch.setattr(model.checkpoint, "load_model", lambda *_: (known, tokenizer, checkpoint))
+
+
+@pytest.fixture(scope="module")
+def out(tokenizer, tmp_path_factory):
+    """A chain of models: a pretrained one that always says C."""
+    folder = tmp_path_factory.mktemp("out")
+    save_model(folder / "pretrain_32.pth", constant_model(tokenizer, "C"), "pretrain", tokenizer, [{}])
+    return folder
+
+
+def sit(monkeypatch, exam, out, *flags):
+    """`flags` may begin with further files of the exam."""
+    run_script(monkeypatch, "eval_ceval.py", "--data", exam, *flags, "--out_dir", out, "--json", out / "s.json")
+    return json.loads((out / "s.json").read_text(encoding="utf-8"))
+
+
+def table(path):
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("shots", [0, 2])
+@pytest.mark.parametrize("orders", [1, 4])
+def test_who_knows_scores_all(monkeypatch, knowing, exam, tmp_path, shots, orders):
+    scores = sit(monkeypatch, exam, tmp_path, "--checkpoint", "k.pth", "--shots", shots, "--shuffle_options", orders)
+    assert (scores["accuracy"], scores["correct"], scores["questions"]) == (1, 8, 8)
+    assert scores["p_value"] < 0.05 and scores["sentence"].startswith("Above chance: 100.0% of 8 questions")
+    assert scores["mean_examples"] == shots and scores["style"] == "chat"
+
+
+def test_who_always_says_c_scores_the_share_of_c(monkeypatch, exam, out, capsys):
+    scores = sit(monkeypatch, exam, out)
+    assert (scores["accuracy"], scores["always"], scores["always_letter"]) == (0.5, 0.5, "C"), "4 of 8 answers are C"
+    assert scores["said"] == {"A": 0, "B": 0, "C": 1, "D": 0} and scores["style"] == "plain"
+    assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {"law": 0.75, "logic": 0.25}
+    assert sit(monkeypatch, exam, out, "--shuffle_options", 4)["accuracy"] == 0.25, "over four orders it is chance"
+    screen = capsys.readouterr().out
+    assert "always C 50.0%" in screen and "Not above chance" in screen and "95 % interval" in screen
+
+
+def test_the_files_it_writes(monkeypatch, exam, out, capsys):
+    scores = sit(monkeypatch, exam, out, "--prompt", "--subjects", "law", "--shots", 1)
+    folder = out / "ceval" / f"pretrain_32_{exam.name}_val_letter_1shot"
+    assert {file.name for file in folder.iterdir()} == {
+        *("law.csv", "summary.csv", "summary.md", "summary.png", "prompts.txt")
+    }
+    rows = table(folder / "law.csv")
+    assert [row["prediction"] for row in rows] == ["C"] * 4 and [row["correct"] for row in rows] == ["1", "1", "0", "1"]
+    assert rows[2]["question"] == "law val 2?" and rows[2]["answer"] == "A" and float(rows[2]["log_prob_C"]) < 0
+    summary = {(row["kind"], row["name"]): row for row in table(folder / "summary.csv")}
+    assert set(summary) == {("subject", "law"), ("category", "Humanities"), ("all", "all")}
+    assert float(summary["all", "all"]["low"]) < 0.75 < float(summary["all", "all"]["high"])
+    page = (folder / "summary.md").read_text(encoding="utf-8")
+    assert scores["sentence"] in page and "| **all** | 4 | 3 | 75.0% |" in page
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+    prompts = (folder / "prompts.txt").read_text(encoding="utf-8")
+    assert prompts.count("====") == 4 and "law dev 0?" in prompts and "law val 3?" in prompts
+    assert "law dev 0?" in capsys.readouterr().out, "--prompt also shows one"
+
+
+def test_own_files_are_scored(monkeypatch, knowing, tmp_path, capsys):
+    law = "题目;选项A;选项B;答案\n一?;错;对;2\n二?;对;错;1\n".encode("gb18030")
+    (tmp_path / "law.csv").write_bytes(law)
+    (tmp_path / "logic.csv").write_text("q?,错1,错2,错3,错4,对,E\nr?,错1,对,错3,错4,错5,b\n", encoding="utf-8")
+    flags = ["--checkpoint", "k.pth", "--shuffle_options", 2]
+    scores = sit(monkeypatch, tmp_path / "law.csv", tmp_path, tmp_path / "logic.csv", *flags)
+    assert (scores["exam"], scores["split"], scores["questions"], scores["correct"]) == ("law_and_1_more", "all", 4, 4)
+    assert scores["chance"] == 0.35 and scores["p_value"] == 0.01, "2 * 2 * 5 * 5 ways to guess"
+    assert list(scores["said"]) == list("ABCDE") and scores["options"] == [2, 5]
+    assert "questions have 2 to 5 options" in capsys.readouterr().out
+    rows = table(tmp_path / "ceval" / "k_law_and_1_more_all_letter_0shot_2orders" / "law.csv")
+    assert (rows[0]["A"], rows[0]["B"], rows[0]["C"], rows[0]["log_prob_E"]) == ("错", "对", "", "")
+
+
+def test_a_model_that_knows_one_subject_is_strong_in_it(monkeypatch, knowing, tmp_path, capsys):
+    rows = [(f"q{i}", *("对" if x == i % 4 else f"错{x}" for x in range(4)), "ABCD"[i % 4]) for i in range(20)]
+    other = [(*row[:5], "BCDA"[i % 4] if i % 4 else "A") for i, row in enumerate(rows)]  # the marked option is wrong
+    for name, content in (("law", rows), *((name, other) for name in ("logic", "arts", "history"))):
+        with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(content)
+    scores = sit(monkeypatch, tmp_path, tmp_path, "--checkpoint", "k.pth")
+    assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {
+        "law": 1,
+        "logic": 0.25,
+        "arts": 0.25,
+        "history": 0.25,
+    }
+    assert scores["strengths"]["strong"] == scores["strengths"]["above_guessing"] == ["law"]
+    assert scores["strengths_sentence"].startswith(
+        "Strong subjects: law 100.0% (83.9% to 100.0%). Weak subjects: none."
+    )
+    page = next((tmp_path / "ceval").glob("*/summary.md")).read_text(encoding="utf-8")
+    assert scores["strengths_sentence"] in page and "Strong subjects: law" in capsys.readouterr().out
+
+
+def test_a_model_that_knows_nothing_has_no_strong_subject(monkeypatch, exam, out, capsys):
+    scores = sit(monkeypatch, exam, out)
+    assert scores["strengths"]["strong"] == scores["strengths"]["weak"] == []
+    assert "No subject differs from the others; 0 of 2 subjects are above guessing" in capsys.readouterr().out
+
+
+def test_the_test_split_becomes_a_submission(monkeypatch, exam, out, capsys):
+    scores = sit(monkeypatch, exam, out, "--split", "test", "--method", "text")
+    content = json.loads((out / "ceval" / f"pretrain_32_{exam.name}_test_text_0shot" / "submission.json").read_text())
+    assert content.keys() == RIGHT.keys() and content["law"].keys() == {"0", "1", "2", "3"}
+    assert {letter for answers in content.values() for letter in answers.values()} <= set(LETTERS)
+    assert "accuracy" not in scores and "secret" in capsys.readouterr().out
+
+
+def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenizer, tmp_path):
+    from model.checkpoint import remember_parent
+    from model.lora import LoRAConfig, attach
+
+    full = constant_model(tokenizer, "C")
+    save_model(tmp_path / "full_sft_32.pth", full, "full_sft", tokenizer, [{}])
+    attach(full, LoRAConfig(2, 4.0))
+    remember_parent(full, tmp_path / "full_sft_32.pth", tmp_path / "lora_sft_32.pth")
+    save_model(tmp_path / "lora_sft_32.pth", full, "lora_sft", tokenizer, [{}, {}])
+    scores = sit(monkeypatch, exam, tmp_path)
+    assert scores["stage"] == "lora_sft" and scores["said"]["C"] == 1, "the latest stage, merged into its parent"
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "folder")
+    tokenizer.save(tmp_path / "folder")
+    scores = sit(monkeypatch, exam, tmp_path, "--model", tmp_path / "folder", "--method", "text")
+    assert scores["stage"] == "transformers" and scores["questions"] == 8 and scores["style"] == "chat"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shots", "-1"], "--shots: -1 is not a whole number of at least 0"),
+        (["--shuffle_options", "25"], "from 1 to 24"),
+        (["--method", "text", "--shuffle_options", "4"], "changes nothing"),
+        (["--shots", "9"], "law has 4 examples in dev"),
+        (["--split", "train"], "no split 'train'"),
+        (["--subjects", "lore"], "no subject 'lore'"),
+        (["--checkpoint", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--device", "quantum"], "--device: quantum"),
+        (["--checkpoint", "{c}", "--out_dir", "{c}"], "cannot make the folder"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--data", "{c}"], "pretrain_32.pth holds no exam: expected a .csv"),
+    ],
+)
+def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
+    from common.errors import fail_in_one_line
+
+    flags = [flag.format(c=out / "pretrain_32.pth") for flag in flags]
+    arguments = ["--data", exam, "--out_dir", out, *flags]
+    monkeypatch.setattr(sys, "argv", ["eval_ceval.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended, fail_in_one_line():
+        load_script("eval_ceval.py").main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_it_is_a_script_with_help(exam, tmp_path):
+    shown = run_process(sys.executable, ROOT / "eval_ceval.py", "--help")
+    assert shown.returncode == 0 and "--shuffle_options" in shown.stdout
+    ended = run_process(sys.executable, ROOT / "eval_ceval.py", "--data", exam, "--out_dir", tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert (
+        ended.stderr == f"error: no pretrain_*.pth in {tmp_path}: run `python 1-pretrain.py` first, or name the file\n"
+    )

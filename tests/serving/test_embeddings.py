@@ -1,0 +1,237 @@
+"""/v1/embeddings: the mean of the last hidden states.
+
+Promises: the vector is the mean over the input's tokens of the states after the final norm; a batch gives what each
+input gives alone; texts and ids, floats and base64 agree; wrong inputs are one line with numbers; a large request is
+computed in bounded batches between the tokens of a running answer and changes none of them; a request whose client
+has disconnected is dropped.
+"""
+
+import base64
+import contextlib
+import json
+import socket
+import struct
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+
+from model.generate import generate
+from model.sampling import Sampling
+from serving.app import Limits
+from serving.embeddings import EmbeddingJob, batches_of
+from serving.scheduler import PREFILL_TOKENS, Engine, Full
+from tests.serving.server_help import make_file, make_model, running
+
+INPUTS = ["The sky", "天空是蓝的 😀", "a", "b" * 90]
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    chat = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=512)
+    moe = make_file(folder / "pretrain_32_moe.pth", tokenizer, "pretrain", max_seq_len=128, use_moe=True)
+    with running([f"chat={chat}", f"moe={moe}"], Limits(queue=8)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@torch.no_grad()
+def alone(server, text, name="chat"):
+    """The mean of the states that the head reads, one input at a time."""
+    served = server.counter.models[name]
+    states = []
+    hook = served.model.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
+    served.model.logits(torch.tensor([served.tokenizer.encode(text)]))
+    hook.remove()
+    return states[0][0].mean(0).tolist()
+
+
+def close(a, b):
+    return a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chat", "moe"])
+def test_vectors_are_the_means_of_the_last_states_however_they_are_batched(client, server, name):
+    answer = client.embeddings.create(model=name, input=INPUTS)  # base64, which the client asks for and unpacks
+    assert [item.index for item in answer.data] == [0, 1, 2, 3] and answer.model == name and answer.object == "list"
+    for text, item in zip(INPUTS, answer.data, strict=True):
+        assert item.object == "embedding" and len(item.embedding) == 32
+        assert close(item.embedding, alone(server, text, name))
+        (one,) = client.embeddings.create(model=name, input=text, encoding_format="float").data
+        assert close(one.embedding, item.embedding)
+    tokens = sum(len(text.encode()) for text in INPUTS)  # one token a byte
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == tokens
+
+
+def test_ids_are_the_text_they_stand_for(client, server):
+    tokenizer = server.counter.models["chat"].tokenizer
+    ids = [tokenizer.encode(text) for text in INPUTS]
+    expected = [item.embedding for item in client.embeddings.create(model="chat", input=INPUTS).data]
+    several = client.embeddings.create(model="chat", input=ids)
+    assert [close(item.embedding, v) for item, v in zip(several.data, expected, strict=True)] == [True] * 4
+    (one,) = client.embeddings.create(model="chat", input=ids[1]).data
+    assert close(one.embedding, expected[1])
+
+
+def test_base64_is_little_endian_fp32(server):
+    url = f"{server.url}/v1/embeddings"
+    packed, floats = (
+        httpx.post(url, json={"model": "chat", "input": "a", "encoding_format": kind}).json()["data"][0]["embedding"]
+        for kind in ("base64", "float")
+    )
+    assert list(struct.unpack("<32f", base64.b64decode(packed))) == floats
+    assert httpx.post(url, json={"model": "chat", "input": "a", "encoding_format": None}).json()["data"][0][
+        "embedding"
+    ] == pytest.approx(floats, abs=1e-6)
+
+
+def test_wrong_inputs_are_one_line_with_numbers(server):
+    for body, message in (
+        ({"input": ""}, "input: must not be empty: a text, token ids, or a list of either"),
+        ({"input": []}, "input: must not be empty: a text, token ids, or a list of either"),
+        ({"input": [[]]}, "input: number 0 is empty (counted from 0)"),
+        ({"input": ["a", ""]}, "input: number 1 is empty (counted from 0)"),
+        ({"input": ["a"] * 2049}, "input: 2049 inputs in one request, at most 2048"),
+        ({"input": ["a", "b" * 600]}, "input 1: this model's context is 512 tokens, and this text has 600: shorten it"),
+        ({"input": [[50], [272]]}, "input 1: token id 272: this model's ids end at 271"),
+        ({"input": "a", "dimensions": 8}, "dimensions: the vectors have the model's full size only"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format: Input should be 'float' or 'base64'"),
+        ({"input": "a", "model": "other"}, "there is no model 'other' here: use chat, moe"),
+        ({}, "input: Field required"),
+        ({"input": 5}, "input: "),
+    ):
+        response = httpx.post(f"{server.url}/v1/embeddings", json={"model": "chat", **body}, verify=False)
+        assert response.status_code == (404 if "model" in body else 400)
+        assert response.json()["error"]["message"].startswith(message) and "\n" not in response.text
+    assert httpx.post(f"{server.url}/v1/embeddings", json={"input": "b" * 512}, verify=False).status_code == 200
+
+
+def test_batches_are_of_bounded_size_and_leave_nothing_out():
+    inputs = [[1] * (1 + 37 * i % 300) for i in range(200)] + [[1] * (3 * PREFILL_TOKENS)]
+    batches = list(batches_of(inputs))
+    assert sorted(i for batch in batches for i in batch) == list(range(201))
+    for batch in batches:
+        assert len(batch) == 1 or max(len(inputs[i]) for i in batch) * len(batch) <= PREFILL_TOKENS
+    assert len(batches) < 30
+
+
+def test_vectors_under_load_and_answers_beside_them_are_as_alone(client, server):
+    """A stream, and three clients whose large requests are computed between its tokens."""
+    texts = [f"text {i} " * (i % 40) + "." for i in range(90)]
+    expected = [alone(server, text) for text in texts]
+    served = server.counter.models["chat"]
+    prompt = served.tokenizer.render([{"role": "user", "content": "1"}], True)[0]
+    (answer,) = generate(served.model, [prompt], Sampling(max_new_tokens=200), served.tokenizer)
+    results, steps = [], []
+
+    def embed():
+        results.append([item.embedding for item in client.embeddings.create(model="chat", input=texts).data])
+        steps.append(len(pieces))
+
+    pieces: list[str] = []
+    threads = [threading.Thread(target=embed) for _ in range(3)]
+    body = {"model": "chat", "messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 200}
+    with client.chat.completions.create(**body, stream=True) as stream:
+        for chunk in stream:
+            if len(pieces) == 5:
+                for thread in threads:
+                    thread.start()
+            pieces.append(chunk.choices[0].delta.content or "")
+    for thread in threads:
+        thread.join()
+    assert "".join(pieces) == answer.text
+    assert min(steps) > 10, "tokens come while the vectors are computed"
+    for result in results:
+        assert all(close(vector, other) for vector, other in zip(result, expected, strict=True))
+    server.wait_until_empty()
+
+
+# ------------------------------------------------------------------------------------------------ jobs in the engine
+
+
+@pytest.fixture
+def news():
+    return []
+
+
+@pytest.fixture
+def engine(tokenizer, news):
+    engine = Engine({"m": (make_model(tokenizer), tokenizer)}, 1, 2, contextlib.nullcontext, news.extend)
+    yield engine
+    if engine.thread.is_alive():
+        engine.stop()
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_jobs_take_turns_and_places_in_the_queue(engine, news):
+    long, short = EmbeddingJob([[5] * 250] * 60), EmbeddingJob([[5]])
+    engine.submit("m", [long])
+    engine.submit("m", [short])
+    assert engine.status()["m"]["waiting"] == 2
+    engine.submit("m", [EmbeddingJob([[6]])])
+    with pytest.raises(Full):
+        engine.submit("m", [EmbeddingJob([[7]])])
+    engine.start()
+    wait_for(lambda: len(news) == 3)
+    assert news[-1].ticket is long and all(item.finish_reason == "stop" for item in news)
+    assert engine.status()["m"]["waiting"] == 0
+
+
+def test_a_disconnected_client_ends_its_job(server, engine, news):
+    job = EmbeddingJob([[5] * 250] * 60)
+    engine.submit("m", [job])
+    engine.cancel([job])
+    assert engine.status()["m"]["waiting"] == 0
+    engine.start()
+    other = EmbeddingJob([[5]])
+    engine.submit("m", [other])
+    wait_for(lambda: news)
+    assert news[0].ticket is other and not any(job.vectors)
+
+    body = json.dumps({"model": "chat", "input": ["b" * 500] * 1500}).encode()
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: server.status()["waiting"])
+    assert server.wait_until_empty() < 1.0, "the whole would take several seconds"
+
+
+def test_a_failing_job_fails_alone(engine, news, capsys):
+    bad, good = EmbeddingJob([[10**6]]), EmbeddingJob([[5]])
+    engine.start()
+    engine.submit("m", [bad])
+    engine.submit("m", [good])
+    wait_for(lambda: len(news) == 2)
+    assert [(item.ticket, item.finish_reason) for item in news] == [(bad, "error"), (good, "stop")]
+    assert "IndexError" in capsys.readouterr().err
+
+
+def test_stopping_the_engine_ends_its_jobs_with_an_error(engine, news):
+    jobs = [EmbeddingJob([[5] * 250] * 200) for _ in range(2)]
+    for job in jobs:
+        engine.submit("m", [job])
+    engine.start()
+    engine.stop()
+    assert {item.ticket for item in news} == set(jobs)
+    assert "error" in {item.finish_reason for item in news}
+
+
+def test_a_model_that_fails_is_a_500_in_the_shape(server, monkeypatch):
+    monkeypatch.setattr(EmbeddingJob, "step", lambda self, model: 1 / 0)
+    response = httpx.post(f"{server.url}/v1/embeddings", json={"model": "chat", "input": "a"}, verify=False)
+    assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"

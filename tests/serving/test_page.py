@@ -1,0 +1,306 @@
+"""The chat page, driven by streamlit's own AppTest: what is drawn, what a click does, what is said when things fail.
+
+Promises: the page answers, in several turns, alone and side by side; a click in the middle of an answer does not cut
+it, unless it is Stop; again, edit and new conversation do what they say; the controls reach the generator and have
+sensible limits; all of it in both languages; without a model it says what to run; a bad file is named and harms
+nothing; text is drawn as text; the script says in one line what is missing.
+"""
+
+import re
+import socket
+import sys
+from dataclasses import replace
+
+import pytest
+import streamlit as st
+from streamlit.runtime.scriptrunner import StopException
+from streamlit.testing.v1 import AppTest
+
+from model.generate import Sampling
+from serving import page_strings
+from serving.conversation import Conversation
+from serving.sidebar import by_language, short
+from tests.conftest import ROOT, load_script, run_process
+from tests.parrot import save_parrot
+
+NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
+
+
+@pytest.fixture(scope="module")
+def out(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out")
+    save_parrot(folder / "dpo_64.pth", tokenizer, ["鸟", "叫", "!"], "dpo")
+    save_parrot(folder / "full_sft_64.pth", tokenizer, [NASTY], "full_sft", max_seq_len=256)
+    save_parrot(folder / "pretrain_64.pth", tokenizer, [" and", " on"], "pretrain", after="o", ends=False)
+    return folder
+
+
+@pytest.fixture
+def open_page(monkeypatch):
+    def open_page(*arguments, lang="en"):
+        monkeypatch.setattr(sys, "argv", ["web_demo.py", "--lang", lang, "--device", "cpu", *map(str, arguments)])
+        page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
+        assert not page.exception
+        return page
+
+    return open_page
+
+
+def ask(page, text):
+    page.chat_input[0].set_value(text).run()
+    assert not page.exception
+    return page
+
+
+def texts(page) -> list[str]:
+    """The conversation, as it is read from top to bottom."""
+    return [text.value for text in page.text]
+
+
+def button(page, key):
+    return next(each for each in page.button if each.key == key)
+
+
+def captions(page) -> str:
+    return "\n".join(caption.value for caption in page.caption)
+
+
+def test_it_answers_in_several_turns(open_page, out):
+    page = ask(open_page("--out_dir", out), "hello?")
+    assert texts(page) == ["hello?", "鸟叫!"] and "dpo\\_64 · 3 tokens · " in captions(page)
+    ask(page, "   ")
+    ask(page, "and now?")
+    assert texts(page) == ["hello?", "鸟叫!", "and now?", "鸟叫!"]
+    assert [b.label for b in page.button][:2] == ["Again", "Edit"] and not page.error
+
+
+def test_every_model_is_explained(open_page, out):
+    page = open_page("--out_dir", out)
+    assert page.selectbox(key="model").options == ["dpo_64", "full_sft_64", "pretrain_64"]
+    shown = captions(page)
+    for name, does in page_strings.STAGES["en"].values():
+        assert (f"**{name}** · {does}" in shown) == (name not in ("LoRA", "transformers folder"))
+    assert re.search(r"\d+\.\d k parameters · reads 256 tokens  \ntrained on 1\.5 M tokens", shown)
+    button(page, "choose pretrain_64").click().run()
+    assert page.selectbox(key="model").value == "pretrain_64"
+    assert page.chat_input[0].placeholder == "Begin a text, and pretrain_64 goes on"
+    assert page.text_area(key="system").disabled
+    page.slider(key="max_new_tokens_128").set_value(4).run()
+    assert texts(ask(page, "so")) == ["so", "and on and on"] and "reached the longest answer" in captions(page)
+
+
+def test_scores_are_shown_as_what_they_are():
+    assert by_language({"en": 0.923, "zh": 0.93}, "accuracy") == "zh 93.0% · en 92.3%"
+    assert by_language({"zh": 2.214}, "bits_per_byte") == "zh 2.21"
+    assert [short(n) for n in (0, 999, 1_500, 26_878_464, 2e9)] == ["0", "999", "1.5 k", "26.9 M", "2.0 G"]
+
+
+def test_two_models_side_by_side(open_page, out):
+    page = open_page("--out_dir", out)
+    page.selectbox(key="second").set_value("full_sft_64").run()
+    assert page.chat_input[0].placeholder == "Ask both models"
+    assert texts(ask(page, "x")) == ["x", "鸟叫!", NASTY]
+    page.selectbox(key="model").set_value("full_sft_64").run()
+    assert page.selectbox(key="second").value == "", "a model is not compared with itself"
+    assert texts(page) == ["x", "鸟叫!", NASTY], "what was said stays"
+
+
+def test_a_click_does_not_cut_an_answer_but_stop_does(open_page, out, monkeypatch):
+    page, real, left = open_page("--out_dir", out), Conversation.advance, [2]
+
+    def interrupted(talk):
+        left[0] -= 1
+        if left[0] < 0:
+            raise StopException  # what streamlit raises where the reader clicked
+        return real(talk)
+
+    monkeypatch.setattr(Conversation, "advance", interrupted)
+    monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)  # every piece
+    ask(page, "x")
+    assert page.session_state["talk"].turns[0].replies[0].text == "鸟叫"
+    assert texts(page) == ["x", "鸟叫 ▍"] and [b.key for b in page.button] == ["stop", "clear"]
+    left[0] = 9
+    page.slider(key="temperature").set_value(0.3).run()
+    assert texts(page) == ["x", "鸟叫!"], "a slider was moved"
+
+    left[0] = 1
+    ask(page, "y")
+    button(page, "stop").click().run()
+    assert texts(page)[2:] == ["y", "鸟"] and "stopped" in captions(page)
+    assert button(page, "again") and not page.session_state["talk"].is_going
+
+
+def test_again_edit_and_new_conversation(open_page, out):
+    page = ask(ask(open_page("--out_dir", out), "a"), "b")
+    button(page, "again").click().run()
+    assert texts(page) == ["a", "鸟叫!", "b", "鸟叫!"] and page.session_state["talk"].turns[1].attempt == 1
+    button(page, "edit_last").click().run()
+    assert page.text_area(key="edited").value == "b"
+    page.text_area(key="edited").set_value("better")
+    next(b for b in page.button if b.label == "Ask this instead").click().run()
+    assert texts(page) == ["a", "鸟叫!", "better", "鸟叫!"]
+    button(page, "edit_last").click().run()
+    assert page.text_area(key="edited").value == "better"
+    button(page, "clear").click().run()
+    assert texts(page) == [] and page.header[0].value == "Ask a model that you trained"
+
+
+def test_a_start_is_one_click(open_page, out):
+    page = open_page("--out_dir", out)
+    start = page_strings.STARTS["en"][True][1]
+    next(b for b in page.button if b.label == start).click().run()
+    assert texts(page) == [start, "鸟叫!"]
+
+
+def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
+    page, seen, real = open_page("--out_dir", out), [], Conversation.ask
+
+    def spy(talk, question, speakers, settings, system="", attempt=0):
+        seen.append((settings, system))
+        return real(talk, question, speakers, settings, system, attempt)
+
+    monkeypatch.setattr(Conversation, "ask", spy)
+    wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
+    for key, value in wanted.items():
+        page.slider(key=key).set_value(value)
+    page.slider(key="max_new_tokens_128").set_value(9)
+    page.number_input(key="seed").set_value(3)
+    page.text_area(key="system").set_value("Be kind.")
+    ask(page.run(), "x")
+    assert seen == [(Sampling(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
+    page.slider(key="temperature").set_value(0.0).run()
+    assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy draws nothing"
+
+
+def test_beam_search_on_the_page(open_page, out, monkeypatch):
+    page, seen = open_page("--out_dir", out), []
+    real = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    page.slider(key="num_beams").set_value(4)
+    page.slider(key="no_repeat_ngram_size").set_value(5)
+    assert texts(ask(page.run(), "x")) == ["x", "鸟叫!"]
+    assert seen[0].num_beams == 4 and seen[0].no_repeat_ngram_size == 5 and seen[0].temperature == 0
+    assert page.slider(key="temperature").disabled and page.slider(key="top_k").disabled
+    page.slider(key="num_beams").set_value(1).run()
+    assert not page.slider(key="temperature").disabled and page.slider(key="temperature").value == 0.7
+
+
+@pytest.mark.parametrize("lang", page_strings.LANGUAGES)
+def test_a_chat_format_brings_its_settings(open_page, tokenizer, tmp_path, lang, monkeypatch):
+    save_parrot(tmp_path / "full_sft_64.pth", tokenizer.with_format("belle"), ["hi"], after=":")
+    page, seen = open_page("--out_dir", tmp_path, lang=lang), []
+    real = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    toggle = page.toggle(key="preset_belle")
+    assert toggle.value and "belle" in toggle.label and "1.2" in toggle.help
+    ask(page, "x")
+    page.slider(key="temperature_belle").set_value(0.5).run()
+    ask(page, "x")
+    page.toggle(key="preset_belle").set_value(False).run()
+    ask(page, "x")
+    preset = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+    base = Sampling(max_new_tokens=128, **preset)
+    assert seen == [base, replace(base, temperature=0.5), Sampling(temperature=0.7, top_p=0.9, max_new_tokens=128)]
+
+
+def test_what_a_model_wrote_is_text(open_page, out):
+    page = open_page("--out_dir", out)
+    page.selectbox(key="model").set_value("full_sft_64").run()
+    assert texts(ask(page, NASTY)) == [NASTY, NASTY]
+    page.toggle(key="markdown").set_value(True).run()
+    drawn = [each for each in page.markdown if "pwned" in each.value]
+    assert texts(page) == [NASTY] and len(drawn) == 1, "the question stays as it was typed"
+    assert "x (`http://example.com/x.png`)" in drawn[0].value and not drawn[0].allow_html
+
+
+def test_both_languages(open_page, out):
+    page = ask(open_page("--out_dir", out, lang="zh"), "你好")
+    assert button(page, "again").label == "重新回答" and "词元" in captions(page)
+    page.slider(key="temperature").set_value(0.25).run()
+    page.radio(key="lang").set_value("en").run()
+    assert not page.exception and button(page, "again").label == "Again"
+    assert page.slider(key="temperature").value == 0.25 and texts(page) == ["你好", "鸟叫!"], "only the words change"
+
+
+def test_the_languages_say_the_same_things():
+    for table in (page_strings.WORDS, page_strings.STAGES, page_strings.SCORES, page_strings.STARTS):
+        assert table["zh"].keys() == table["en"].keys()
+    for key, english in page_strings.WORDS["en"].items():
+        assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", page_strings.WORDS["zh"][key])), key
+
+
+@pytest.mark.parametrize("lang", page_strings.LANGUAGES)
+def test_no_model_yet(open_page, tmp_path, tokenizer, lang):
+    page = open_page("--out_dir", tmp_path / "out", lang=lang)
+    said = "\n".join(code.value for code in page.code)
+    for command in re.findall(r"python (\S+\.py)", said):
+        assert (ROOT / command).is_file()
+    assert "make demo" in said and str(tmp_path / "out") in page.markdown[0].value and not page.chat_input
+    (tmp_path / "out").mkdir()
+    save_parrot(tmp_path / "out" / "full_sft_64.pth", tokenizer, ["hi"])
+    button(page, "look_again").click().run()
+    assert texts(ask(page, "x")) == ["x", "hi"]
+
+
+def test_a_bad_file_is_named_and_harms_nothing(open_page, tmp_path, tokenizer):
+    save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["hi"])
+    (tmp_path / "dpo_64.pth").write_bytes(b"cut off")
+    page = open_page("--out_dir", tmp_path)
+    assert page.expander[-1].label == "Not readable (1)" and "dpo\\_64" in captions(page)
+    assert texts(ask(page, "x")) == ["x", "hi"]
+    (tmp_path / "full_sft_64.pth").write_bytes(b"cut off")
+    ask(page, "y")
+    assert page.header[0].value == "No model yet"
+
+
+def test_a_model_that_trains_on_is_loaded_anew(open_page, tokenizer, tmp_path):
+    path = save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["young"])
+    page = ask(open_page("--out_dir", tmp_path), "x")
+    save_parrot(path, tokenizer, ["grown", "up"])
+    assert texts(ask(page, "y")) == ["x", "young", "y", "grownup"]
+
+
+def test_an_adapter_without_its_parent_is_one_line(open_page, tokenizer, tmp_path):
+    from model.checkpoint import load_model, remember_parent, save_model
+    from model.lora import LoRAConfig, attach
+
+    parent = save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["hi"])
+    model, own, _ = load_model(parent)
+    attach(model, LoRAConfig(rank=2))
+    remember_parent(model, parent, tmp_path / "lora_sft_64.pth")
+    save_model(tmp_path / "lora_sft_64.pth", model, "lora_sft", own, [{"stage": "lora_sft"}])
+    assert texts(ask(open_page("--out_dir", tmp_path), "x")) == ["x", "hi"]
+    parent.unlink()
+    st.cache_resource.clear()
+    page = ask(open_page("--checkpoint", tmp_path / "lora_sft_64.pth"), "x")
+    assert "put it beside the adapter" in page.error[0].value.replace("\\", "") and not texts(page)
+
+
+def test_too_long_a_question_is_said_with_its_numbers(open_page, out):
+    page = ask(open_page("--out_dir", out), "x" * 300)
+    assert "at most 128" in captions(page) and button(page, "edit_last")
+
+
+def test_the_script_says_what_is_missing(tmp_path):
+    def fails(*arguments) -> str:
+        result = run_process(sys.executable, "web_demo.py", *arguments)
+        assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
+        return result.stderr
+
+    assert "--checkpoint nothing.pth: there is nothing of that name" in fails("--checkpoint", "nothing.pth")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use): try another --port" in fails("--port", taken.getsockname()[1])
+    assert "argument --port: 99999 is not a whole number from 1 to 65535" in fails("--port", "99999")
+    without = "import sys, runpy; sys.modules['streamlit'] = None; runpy.run_path('web_demo.py', run_name='__main__')"
+    result = run_process(sys.executable, "-c", without)
+    assert result.returncode == 2 and 'pip install "streamlit' in result.stderr and "Traceback" not in result.stderr
+
+
+def test_out_is_found_from_any_folder(tmp_path, monkeypatch):
+    script = load_script("web_demo.py")
+    monkeypatch.chdir(tmp_path)
+    parse = script.make_parser().parse_args
+    assert script.out_dir(parse([])) == ROOT / "out"
+    (tmp_path / "out").mkdir()
+    assert script.out_dir(parse([])).resolve() == tmp_path / "out"
+    assert str(script.out_dir(parse(["--out_dir", "there"]))) == "there"

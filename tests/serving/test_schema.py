@@ -1,0 +1,78 @@
+"""schemathesis over the server's own description: whatever /openapi.json allows is answered as it says.
+
+Promises: no status 5xx; every status and body is described; what the description forbids is refused with 400; the
+methods that are not there get 405.
+"""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from serving.app import Limits
+from tests.serving.server_help import make_file, running
+
+
+@pytest.fixture(scope="module")
+def api(tokenizer, tmp_path_factory):
+    path = make_file(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=2048)
+    with running([f"m={path}"], Limits(queue=1100, max_bytes=2**24)) as server:
+        yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+def small_ids(prompt):
+    if isinstance(prompt, list):
+        return [small_ids(part) for part in prompt]
+    return prompt % 256 if isinstance(prompt, (int, float)) and prompt > 255 else prompt
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    """The model that is there and ids that it has, which no description can know; short answers, to save time."""
+    if isinstance(case.body, dict):
+        if case.path.endswith("chat/completions") and not case.body.get("max_completion_tokens"):
+            case.body.setdefault("max_tokens", 2)
+        case.body |= {"prompt": small_ids(case.body["prompt"])} if "prompt" in case.body else {}
+        if isinstance(case.body.get("model"), str):
+            case.body["model"] = "m"
+        if "input" in case.body:
+            case.body["input"] = small_ids(case.body["input"])
+        if case.body.get("max_tokens") == 0 and (case.body.get("echo") is None or case.body["echo"] is False):
+            case.body["echo"] = True
+        if case.body.get("continue_final_message") is True:  # needs an answer to continue, and no other turn opened
+            case.body["continue_final_message"] = False
+        drawn = any(case.body.get(name) for name in ("temperature", "n", "top_logprobs"))
+        drawn |= case.body.get("logprobs") is not None  # also 0
+        if drawn and case.body.get("num_beams") in range(2, 9):  # a beam search gives one answer at temperature 0
+            case.body["num_beams"] = 1
+        for name in ("max_tokens", "max_completion_tokens"):
+            if name in case.body and case.body[name] in (None, -1):  # as much as fits
+                case.body[name] = 2
+            if type(case.body.get(name)) in (int, float) and case.body[name] > 2:
+                case.body[name] = 2 if float(case.body[name]).is_integer() else 2.5
+
+
+ASKED = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings"]
+READ = ["GET /health", "GET /v1/models", "GET /v1/models/{name}"]
+
+
+def test_the_description_has_every_route(api):
+    assert sorted(found.ok().label for found in api.get_all_operations()) == READ + ASKED
+
+
+@pytest.mark.parametrize(
+    ("label", "mode"),
+    [(label, "POSITIVE") for label in READ + ASKED]
+    + [(label, "NEGATIVE") for label in ASKED],  # GETs have no wrong way
+)
+def test_the_server_is_as_it_describes_itself(api, label, mode):
+    (operation,) = (found.ok() for found in api.get_all_operations() if found.ok().label == label)
+
+    once = (Phase.explicit, Phase.generate)  # a failing request is shown as it is: shrinking takes minutes
+
+    @settings(max_examples=15, deadline=None, database=None, phases=once, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=GenerationMode[mode]))
+    def answered_as_described(case):
+        case.call_and_validate()
+
+    answered_as_described()

@@ -1,0 +1,308 @@
+"""The openai client as it is, against a running server: whole and streamed, at once and in turn.
+
+Promises: every field that clients read is there; the text is the one that the model gives alone, streamed or whole;
+usage counts; stop, n, seed, logprobs and penalties do what they say; what is not known is ignored and named; content
+comes as text or as parts; long histories are cut by whole turns; errors carry OpenAI's shape and status.
+"""
+
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+
+from model.generate import fit_chat, generate
+from model.sampling import Sampling
+from tests.serving.server_help import make_file, running
+
+HELLO = [{"role": "user", "content": "Hi 你好"}]
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    chat = make_file(folder / "full_sft_32.pth", tokenizer)
+    moe = make_file(folder / "full_sft_32_moe.pth", tokenizer, use_moe=True)
+    bare = make_file(folder / "pretrain_32.pth", tokenizer, "pretrain", max_seq_len=64)
+    with running([chat, moe, f"small={bare}"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def alone(server, messages, name="full_sft_32", **options):
+    """What the model says with nobody beside it."""
+    served = server.counter.models[name]
+    ids = served.tokenizer.render(messages, True)[0]
+    return generate(served.model, [ids], Sampling(**options), served.tokenizer)[0]
+
+
+def chat(client, messages=HELLO, **options):
+    options = {"model": "full_sft_32", "temperature": 0, "max_tokens": 20, **options}
+    return client.chat.completions.create(messages=messages, **options)
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+
+def test_a_whole_answer(client, server):
+    answer = chat(client)
+    expected = alone(server, HELLO, max_new_tokens=20)
+    (choice,) = answer.choices
+    assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", expected.text)
+    assert choice.finish_reason == expected.finish_reason == "length"
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.created > 1.7e9
+    assert answer.model == "full_sft_32"
+    prompt = len(server.counter.models["full_sft_32"].tokenizer.render(HELLO, True)[0])
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 20)
+    assert answer.usage.total_tokens == prompt + 20
+
+
+@pytest.mark.parametrize("name", ["full_sft_32", "full_sft_32_moe"])
+def test_a_streamed_answer_is_the_whole_one(client, server, name):
+    chunks = list(chat(client, model=name, stream=True))
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert all(chunk.usage is None and chunk.created for chunk in chunks)
+    first, *middle, last = (chunk.choices[0] for chunk in chunks)
+    assert (first.delta.role, first.delta.content, first.finish_reason) == ("assistant", "", None)
+    assert all(choice.finish_reason is None and choice.delta.content for choice in middle) and len(middle) > 5
+    assert last.finish_reason == "length" and not last.delta.content
+    assert "".join(choice.delta.content for choice in middle) == alone(server, HELLO, name, max_new_tokens=20).text
+
+
+def test_the_stream_on_the_wire(server):
+    body = {"messages": HELLO, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 3
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]][-1] == "length"
+
+
+def test_several_answers_to_one_question(client):
+    options = {"n": 3, "temperature": 1.2, "seed": 5}
+    answer = chat(client, **options, logprobs=True)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert answer.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in answer.choices) > 40
+    assert answer.usage.prompt_tokens == chat(client).usage.prompt_tokens
+    again = ["", "", ""]
+    for chunk in chat(client, stream=True, **options):
+        again[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert again == texts
+    assert chat(client, temperature=1.2, seed=6).choices[0].message.content == texts[1]  # each draws with seed + index
+
+
+def test_log_probabilities(client, server):
+    expected = alone(server, HELLO, max_new_tokens=20, logprobs=2)
+    whole = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    streamed = []
+    for chunk in chat(client, logprobs=True, top_logprobs=2, stream=True):
+        told = chunk.choices[0].logprobs
+        streamed += told.content if told else []
+    assert streamed == whole and len(whole) == 20
+    assert [token.logprob for token in whole] == pytest.approx([told.logprob for told in expected.logprobs], abs=1e-5)
+    assert bytes(b for token in whole for b in token.bytes).decode(errors="replace") == expected.text
+    assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob == token.logprob for token in whole)
+    assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    assert chat(client).choices[0].logprobs is None
+
+
+def test_stop_strings(client, server):
+    whole = alone(server, HELLO, max_new_tokens=60).text
+    stop = whole[20:22]
+    cut = whole[: whole.index(stop)]
+    for value in (stop, [stop, "never said"]):
+        choice = chat(client, stop=value, max_tokens=60, logprobs=True).choices[0]
+        assert (choice.message.content, choice.finish_reason) == (cut, "stop")
+        spelled = bytes(b for token in choice.logprobs.content for b in token.bytes).decode(errors="replace")
+        assert spelled.startswith(cut) and len(spelled) == len(cut)
+    chunks = list(chat(client, stop=stop, max_tokens=60, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == cut
+    assert chat(client, stop=[]).choices[0].finish_reason == "length"
+
+
+def test_how_it_is_drawn(client, server):
+    numbers = {"top_p": 0.8, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.7}
+    ours = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2}
+    answer = chat(client, temperature=0.9, **numbers, extra_body=ours)
+    expected = alone(server, HELLO, max_new_tokens=20, temperature=0.9, **numbers, **ours)
+    assert answer.choices[0].message.content == expected.text
+    default = chat(client, temperature=None, seed=3).choices[0].message.content
+    assert default == alone(server, HELLO, max_new_tokens=20, temperature=0.7, top_p=0.9, seed=3).text
+
+
+def test_the_newer_name_of_the_longest_answer(client, server):
+    assert chat(client, max_completion_tokens=7, max_tokens=None).usage.completion_tokens == 7
+    assert chat(client, max_completion_tokens=7, max_tokens=9).usage.completion_tokens == 7
+    filled = chat(client, max_tokens=None)  # as far as the context reaches
+    assert filled.choices[0].message.content == alone(server, HELLO, max_new_tokens=256).text
+    assert filled.usage.total_tokens > 90
+
+
+def test_content_in_parts_and_all_roles(client, server):
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "你好"}]
+    assert chat(client, [{"role": "user", "content": parts}]).choices == chat(client).choices
+    messages = [
+        {"role": "developer", "content": "Be"},
+        {"role": "system", "content": "kind"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    told = [("system", "Be\n\nkind"), ("user", "?"), ("assistant", ""), ("tool", "4")]
+    expected = alone(server, [{"role": role, "content": text} for role, text in told], max_new_tokens=20)
+    assert chat(client, messages).choices[0].message.content == expected.text
+
+
+def test_what_is_not_known_is_ignored_and_named(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    options = {"tools": [tool], "user": "me", "extra_body": {"num_ctx": 7, "bad name\r\nx: y": 1}}
+    answer = client.chat.completions.with_raw_response.create(
+        model="full_sft_32", messages=HELLO, temperature=0, max_tokens=20, **options
+    )
+    assert answer.headers["x-ignored-fields"] == "tools, num_ctx"
+    assert answer.parse().choices == chat(client).choices
+
+
+def test_a_long_history_is_cut_by_whole_turns(client, server):
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(9) for role in ("user", "assistant")]
+    messages = [{"role": "system", "content": "kind"}, *turns, {"role": "user", "content": "last?"}]
+    served = server.counter.models["full_sft_32"]
+    kept = fit_chat(served.tokenizer, messages, served.limit - 20)
+    assert served.tokenizer.decode(kept).startswith("<|im_start|>system\nkind<|im_end|>\n<|im_start|>user\nuser ")
+    assert len(kept) < len(served.tokenizer.render(messages, True)[0])
+    answer = chat(client, messages)
+    assert answer.usage.prompt_tokens == len(kept)
+    (expected,) = generate(served.model, [kept], Sampling(max_new_tokens=20), served.tokenizer)
+    assert answer.choices[0].message.content == expected.text
+
+
+def test_a_history_of_thousands_of_turns_is_cut_quickly(client):
+    turns = [{"role": role, "content": "word " * 5} for _ in range(2000) for role in ("user", "assistant")]
+    assert chat(client, [*turns, *HELLO], timeout=10, max_tokens=2).usage.completion_tokens == 2
+
+
+def test_asynchronous_clients_at_once(server, client):
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+
+            async def streamed(text):
+                chunks = await chat(client, [{"role": "user", "content": text}], stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+            async def whole(text):
+                return (await chat(client, [{"role": "user", "content": text}])).choices[0].message.content
+
+            return await asyncio.gather(*(way(f"q {i}") for i in range(6) for way in (streamed, whole)))
+
+    answers = asyncio.run(ask())
+    for i in range(6):
+        expected = alone(server, [{"role": "user", "content": f"q {i}"}], max_new_tokens=20).text
+        assert answers[2 * i] == answers[2 * i + 1] == expected
+
+
+# ------------------------------------------------------------------------------------------------ completions
+
+
+def test_completions(client, server):
+    served = server.counter.models["small"]
+    prompts = ["The sky", "天空"]
+    ids = [served.tokenizer.encode(prompt) for prompt in prompts]
+    texts = [a.text for a in generate(served.model, ids, Sampling(max_new_tokens=16), served.tokenizer)]
+    options = {"model": "small", "temperature": 0}
+    for prompt in (prompts, ids):
+        answer = client.completions.create(prompt=prompt, **options)
+        assert [choice.text for choice in answer.choices] == texts
+    assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids[0]) + len(ids[1]), 32)
+    assert client.completions.create(prompt=ids[1], **options).choices[0].text == texts[1]
+    streamed = ["", ""]
+    for chunk in client.completions.create(prompt=prompts, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts and chunk.choices[0].finish_reason == "length"
+    told = client.completions.create(prompt=prompts[0], logprobs=2, **options).choices[0].logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(told.top_logprobs) == 16
+    assert all(max(top.values()) == p for top, p in zip(told.top_logprobs, told.token_logprobs, strict=True))
+    assert client.completions.create(prompt="", max_tokens=3, **options).usage.completion_tokens == 3
+
+
+# ------------------------------------------------------------------------------------------------ models, errors
+
+
+def test_models(client):
+    models = {model.id: model for model in client.models.list()}
+    assert list(models) == ["full_sft_32", "full_sft_32_moe", "small"]
+    small = client.models.retrieve("small")
+    assert small == models["small"] and small.object == "model" and small.owned_by == "mengya" and small.created
+    assert small.model_extra["stage"] == "pretrain" and small.model_extra["max_model_len"] == 64
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("large")
+
+
+def test_health(server):
+    answer = httpx.get(f"{server.url}/health").json()
+    assert answer["status"] == "ok"
+    assert answer["models"]["small"] == {"running": 0, "waiting": 0, "seats": 16, "queue": 64}
+
+
+def test_errors_have_the_shape_and_the_status(client, server):
+    long = "x" * 300
+    for options, kind, message in (
+        ({"model": "gpt-4"}, openai.NotFoundError, "no model 'gpt-4' here: use full_sft_32, full_sft_32_moe, small"),
+        ({"model": "small"}, openai.BadRequestError, "small is a pretrained model"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "king", "content": "?"}]}, openai.BadRequestError, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": long}]}, openai.BadRequestError, "256 tokens, .* has 319"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, openai.BadRequestError, "'text'"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+        ({"extra_body": {"temperature": "0.5"}}, openai.BadRequestError, "temperature"),
+        ({"extra_body": {"temperature": 10**400}}, openai.BadRequestError, "temperature"),
+        ({"n": 0}, openai.BadRequestError, "n"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"top_p": 1.5, "stream": True}, openai.BadRequestError, "top_p"),
+    ):
+        with pytest.raises(kind, match=message) as error:
+            chat(client, **options)
+        assert error.value.body.keys() == {"message", "type", "param", "code"}
+        assert error.value.type == "invalid_request_error"
+    with pytest.raises(openai.BadRequestError, match="64 tokens, and the prompt has 300"):
+        client.completions.create(model="small", prompt="x" * 300)
+    with pytest.raises(openai.BadRequestError, match="token id 272: this model's ids end at 271"):
+        client.completions.create(model="small", prompt=[50, 272])
+    for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/v1/models", 405)):
+        response = httpx.request(method, server.url + path)
+        assert response.status_code == status and response.json()["error"]["message"].startswith(f"{method} {path}")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff\xfe", b'{"messages": [{"role": "user", "content": NaN}]}']
+)
+def test_bodies_that_are_no_requests(server, body):
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_half_characters_in_a_request_harm_nobody(server):
+    good = b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}'
+    for body, status in (
+        (good, 200),
+        (good.replace(b"2}", b'2, "stop": "\\ud800"}'), 400),
+        (good.replace(b"user", b"\\ud800"), 400),
+        (good.replace(b"{", b'{"\\udfff": 1, ', 1), 400),
+        (good.replace(b"{", b'{"model": "\\udfff", ', 1), 404),
+    ):
+        kind = {"content-type": "application/json"}
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=kind)
+        assert response.status_code == status and response.json()

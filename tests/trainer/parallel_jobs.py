@@ -1,0 +1,60 @@
+"""Several trainings in one pair of processes, for test_parallel.py: torchrun starts this file with a list of jobs.
+
+    torchrun --nproc_per_node 2 tests/trainer/parallel_jobs.py JOBS.json
+
+A job is {"out": folder, "flags": [flags of 1-pretrain.py], "stop": step after which to stop politely, or none,
+"double": whether in float64, where a rounding is too small to hide a mistake or to look like one}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tests.conftest import load_script
+
+
+def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:
+    import torch
+
+    from model.tokenizer import load_tokenizer
+    from model.transformer import Transformer
+    from trainer.config import add_model_flags, make_parser, model_config
+    from trainer.datasets import Windows
+    from trainer.distributed import pick_dtype
+    from trainer.loop import Stage, train
+
+    parser = make_parser(None, {"muon": 8e-3, "adamw": 1e-3}, data_path=data_path)
+    add_model_flags(parser)
+    args = parser.parse_args([*job["flags"], "--out_dir", job["out"]])
+    run.dtype, run.stop_asked = pick_dtype(args.dtype, run.device), ""
+    torch.set_default_dtype(torch.float64 if job.get("double") else torch.float32)
+    torch.manual_seed(args.seed)
+    tokenizer = load_tokenizer(tokenizer_path)
+    model = Transformer(model_config(args, tokenizer.vocab_size))
+    splits = {name: Windows(data_path, name, model.config.max_seq_len) for name in ("train", "val_zh", "val_en")}
+    stage = Stage("pretrain", model, tokenizer, load_script("1-pretrain.py").compute_loss, splits.pop("train"), splits)
+
+    def stop_after(row):
+        if row["step"] == job.get("stop"):
+            run.stop_asked = "SIGTERM"  # the step after this one is the last
+        return ""
+
+    stage.guard = stop_after
+    train(run, args, stage)
+    run.wait()
+
+
+def main() -> None:
+    from trainer import metrics
+    from trainer.distributed import start
+
+    metrics.draw_curves = lambda *_: None  # pictures take longer than these trainings
+    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with start("cpu", "float32") as run:
+        for job in plan["jobs"]:
+            run.say(f"job {job['out']}")
+            train_once(run, plan["data"], plan["tokenizer"], job)
+
+
+if __name__ == "__main__":
+    main()

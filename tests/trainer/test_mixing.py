@@ -1,0 +1,207 @@
+"""Promise: every part of a mixture has its share of any stretch of a run, each pass over it holds every row once."""
+
+import argparse
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from corpus.mixing import groups_of, left_out, parse_mix
+from corpus.shard_writer import write_meta
+from tests.conftest import write_shards
+from trainer.mixing import ROUND, Interleave, MixPlan, Mixture, apportion, read_recipe
+from trainer.shuffle import Shuffle
+
+SHARDS = [
+    {"language": "zh", "source": "law", "tokens": 600},
+    {"language": "zh", "source": "tale", "tokens": 200},
+    {"language": "zh", "source": "tale", "tokens": 100},
+    {"language": "en", "source": "law", "tokens": 100},
+]
+
+
+def shares(text, temperature=1.0):
+    return {group.name: group.share for group in groups_of(SHARDS, parse_mix(text), temperature)}
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+def test_shares_passes_and_sizes():
+    assert shares("zh=0.25,en=0.75") == {"zh": 0.25, "en": 0.75} == shares("zh=1,en=3")
+    assert shares("zh=1x,en=9x") == {"zh": 0.5, "en": 0.5}
+    assert shares("language") == {"en": 0.1, "zh": 0.9}
+    assert shares("source") == {"law": 0.7, "tale": 0.3}
+    assert shares("law=1") == {"law": 1.0}
+    groups = groups_of(SHARDS, parse_mix("tale=1"))
+    assert groups[0].tokens == 300 and left_out(SHARDS, groups) == {"zh/law": 600, "en/law": 100}
+
+
+def test_temperature_evens_out():
+    """Sizes 9 : 1 become 3 : 1 at T = 2, and even in the end."""
+    assert shares("language", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
+    assert shares("language", 1e6) == pytest.approx({"zh": 0.5, "en": 0.5}, abs=1e-4)
+    assert shares("zh=0.9,en=0.1", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
+    assert shares("language", 0.5) == pytest.approx({"zh": 81 / 82, "en": 1 / 82})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("zh", "'zh' is no name=number"),
+        ("zh=-1", "no name=number above 0"),
+        ("zh=0,en=1", "above 0"),
+        ("zh=1.2.3", "above 0"),
+        ("zh=nan", "above 0"),
+        ("zh=1,zh=2", "named twice"),
+        ("zh=1x,en=2", "all numbers are shares or all are passes"),
+        ("", "no name=number"),
+        ("fr=1", "fr: is not in the data: there are en, law, tale, zh"),
+        ("zh=1,law=1", "zh and law share data"),
+        ("zh=1,en=0.00001", "share of en is below"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_one_line(text, says):
+    with pytest.raises(UserError, match=says):
+        groups_of(SHARDS, parse_mix(text))
+
+
+def test_data_without_labels_says_what_to_do():
+    with pytest.raises(UserError, match=r"run `python data_process.py pretrain"):
+        groups_of([{"file": "train_000", "tokens": 9}], parse_mix("zh=1"))
+    unlabelled = [{"language": "zh", "source": "", "tokens": 9}]
+    with pytest.raises(UserError, match="--source_key labels them"):
+        groups_of(unlabelled, parse_mix("source"))
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="above 0"):
+            groups_of(SHARDS, parse_mix("language"), temperature)
+
+
+# ---- the order -------------------------------------------------------------------------------------------------------
+@settings(deadline=None, max_examples=150)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
+def test_a_shuffle_is_a_permutation_that_can_be_asked_anywhere(n, seed, epoch):
+    order = Shuffle(n, seed, epoch)
+    rows = order(np.arange(n))
+    assert sorted(rows.tolist()) == list(range(n))
+    assert order(np.array([n - 1, 0])).tolist() == [rows[-1], rows[0]]
+
+
+def test_shuffles_are_even():
+    """Over many seeds every row comes to every place about equally often, and neighbours do not stay together."""
+    for n in (3, 5, 16):
+        seen = np.zeros((n, n))
+        for seed in range(2000):
+            seen[np.arange(n), Shuffle(n, seed)(np.arange(n))] += 1
+        assert abs(seen - 2000 / n).max() < 5 * np.sqrt(2000 / n)
+    rows = Shuffle(100_003, 42, 0)(np.arange(100_003))
+    assert (
+        abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.02 and abs(np.corrcoef(rows, np.arange(len(rows)))[0, 1]) < 0.02
+    )
+    assert (rows != Shuffle(100_003, 42, 1)(np.arange(100_003))).mean() > 0.99
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    weights=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=6),
+    first=st.integers(0, 3 * ROUND),
+    count=st.integers(1, 500),
+)
+def test_every_stretch_of_rows_has_its_shares(weights, first, count):
+    fair = [weight / sum(weights) for weight in weights]
+    order = Interleave(fair, 1)
+    groups = order.groups(first, count)
+    assert len(groups) == count
+    before, after = order.counts(first), order.counts(first + count)
+    assert (after - before).tolist() == np.bincount(groups, minlength=len(fair)).tolist()
+    assert after.sum() == first + count
+    assert all(
+        abs(n - share * (first + count)) < 3 + (first + count) / ROUND for n, share in zip(after, fair, strict=True)
+    )
+
+
+@given(st.lists(st.floats(0.0001, 1.0), min_size=1, max_size=30), st.integers(100, 20_000))
+def test_quotas_add_up(weights, rows):
+    quotas = apportion(weights, rows)
+    assert quotas.sum() == rows and quotas.min() >= 1
+    assert apportion([0.25, 0.75], 10_000).tolist() == [2500, 7500]
+
+
+# ---- the plan of a run -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    """zh: 40 rows of 8 tokens, en: 10 rows; the tokens of zh are odd, those of en even."""
+    import json
+
+    path = write_shards(tmp_path / "data", "pretrain", tokenizer, {"train_zh": [[1] * 321], "train_en": [[2] * 81]})
+    meta = json.loads((path / "meta.json").read_text())
+    shards = [
+        {**meta["splits"][f"train_{language}"]["shards"][0], "language": language, "source": ""}
+        for language in ("zh", "en")
+    ]
+    meta["splits"] = {"train": {"shards": shards, "tokens": 402, "documents": 2, "bytes": 402}}
+    write_meta(path, meta)
+    return path
+
+
+def plan_of(folder, mix, stage2=None, at=0.0, steps=50, batch=4, temperature=1.0):
+    args = argparse.Namespace(
+        data_path=str(folder),
+        mix=mix and parse_mix(mix),
+        stage2_mix=stage2 and parse_mix(stage2),
+        stage2_at=at,
+        mix_temperature=temperature,
+        max_steps=steps,
+        epochs=1,
+    )
+    return MixPlan(Mixture(str(folder), read_recipe(args), 8), batch, 42, steps, 1)
+
+
+def test_rows_come_in_their_shares_and_every_pass_holds_each_once(folder):
+    plan = plan_of(folder, "zh=0.25,en=0.75", steps=100)
+    rows = np.concatenate([plan.rows(step) for step in range(100)])
+    chinese, english = rows[rows < 40], rows[rows >= 40] - 40
+    assert abs(len(chinese) - 100) <= 2 and len(chinese) + len(english) == 400
+    assert plan.rows_of(100) == {"zh": len(chinese), "en": len(english)}
+    for size, own in ((40, chinese), (10, english)):
+        for start in range(0, len(own) - size + 1, size):
+            assert sorted(own[start : start + size].tolist()) == list(range(size)), "one pass, every row once"
+    batch = plan.data.batch(np.array([0, 39, 40, 49]))
+    assert batch["input_ids"][:, 0].tolist() == [1, 1, 2, 2] and batch["rows"].tolist() == [0, 39, 40, 49]
+
+
+def test_any_step_can_be_asked_alone_also_across_the_switch(folder):
+    plan = plan_of(folder, "zh=0.2,en=0.8", "zh=1", 0.5)
+    whole = [plan.rows(step).tolist() for step in range(50)]
+    for step in (49, 0, 25, 24, 26):
+        assert plan_of(folder, "zh=0.2,en=0.8", "zh=1", 0.5).rows(step).tolist() == whole[step]
+    assert all(row < 40 for rows in whole[25:] for row in rows), "stage 2 is Chinese alone"
+    assert any(row >= 40 for row in whole[24])
+    chinese = [row for rows in whole for row in rows if row < 40]
+    assert sorted(chinese[:40]) == list(range(40)), "stage 2 goes on where stage 1 left the pass"
+    assert plan.news(25) == "stage 2 begins at step 26: zh 100.0%" and not plan.news(24) and not plan.news(26)
+    assert plan.facts(25)["mix"]["stage"] == 1 and plan.facts(26)["mix"]["stage"] == 2
+    tokens = plan.facts(50)["mix"]["tokens"]
+    assert tokens == {"zh": 8 * len(chinese), "en": 8 * (200 - len(chinese))}
+
+
+def test_the_length_of_an_epoch(folder):
+    assert plan_of(folder, "zh=0.5,en=0.5", steps=0).total_steps == 13  # all 50 rows' worth
+    assert plan_of(folder, "zh=1x,en=4x", steps=0).total_steps == 20  # 40 + 4 * 10 rows
+    assert "en" in (table := plan_of(folder, "zh=1x,en=5x", steps=0).about()) and "many: repeated text" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((None, "zh=1", 0.5), "need --mix"),
+        (("zh=1", "en=1", 0.0), "give both"),
+        (("zh=1", None, 0.5), "give both"),
+        (("zh=1", "en=1", 50), "not inside the run of 50 steps"),
+        (("zh=1", "en=1", -3), "not inside the run"),
+        (("zh=1", "en=1", 0.001), "not inside the run"),
+    ],
+)
+def test_stages_that_cannot_be_are_one_line(folder, arguments, says):
+    with pytest.raises(UserError, match=says):
+        plan_of(folder, *arguments)

@@ -1,0 +1,89 @@
+"""Promise: a run with two mixtures, killed before or after the switch, ends with the very same weights."""
+
+import json
+
+import pytest
+import torch
+
+from common.errors import UserError
+from tests.conftest import EXACT, TINY_MODEL, read_log, run_script, weights
+from tests.trainer.test_resume import stop_after
+
+STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_at", "0.6"]
+
+
+@pytest.fixture(scope="module")
+def mixed_dir(tokenizer, tmp_path_factory):
+    """60 rows or so of each language, as data_process.py pretrain writes them."""
+    from corpus.prepare_text import pack_texts
+    from corpus.stats import DataReport
+
+    folder = tmp_path_factory.mktemp("mixed")
+    texts = [f"第{i}天太阳出来了" for i in range(80)] + [f"on day {i} the sun came up" for i in range(80)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    pack_texts([folder / "a.jsonl"], tokenizer, folder / "pretrain", 0.05, DataReport(), lambda: None)
+    return folder / "pretrain"
+
+
+@pytest.fixture
+def pretrain(monkeypatch, mixed_dir, tokenizer_dir, tmp_path):
+    def run(name, *flags):
+        common = [*TINY_MODEL, *EXACT, "--max_steps", 20, "--batch_size", 4, "--data_path", mixed_dir]
+        out = tmp_path / name
+        run_script(monkeypatch, "1-pretrain.py", *common, "--tokenizer", tokenizer_dir, "--out_dir", out, *flags)
+        return out
+
+    return run
+
+
+def test_the_switch_is_told_and_exact_under_resume(monkeypatch, pretrain, capsys):
+    whole = pretrain("whole", *STAGES)
+    said = capsys.readouterr().out
+    assert "stage 2 begins at step 13 of 20" in said and "stage 2 begins at step 13: zh 90.0%, en 10.0%" in said
+    rows = [row for row in read_log(whole / "pretrain_32.jsonl") if "mix" in row]
+    assert [row["mix"]["stage"] for row in rows] == [1] * 12 + [2] * 8
+    tokens = [row["mix"]["tokens"] for row in rows]
+    assert sum(tokens[-1].values()) == 20 * 4 * 32
+    share = {name: tokens[11][name] / sum(tokens[11].values()) for name in tokens[11]}
+    assert share == pytest.approx({"zh": 0.2, "en": 0.8}, abs=0.05)
+    entry = torch.load(whole / "pretrain_32.pth", weights_only=True)["lineage"][-1]
+    assert entry["mix"] == {"zh": 0.2, "en": 0.8} and entry["stage2_at"] == 0.6
+
+    for killed_at in (5, 12, 16):  # before, at and after the switch
+        with monkeypatch.context() as patch:
+            stop_after(patch, killed_at)
+            out = pretrain(f"killed{killed_at}", *STAGES)
+        assert (out / "pretrain_32.resume").exists()
+        pretrain(f"killed{killed_at}", *STAGES)
+        for name, tensor in weights(whole / "pretrain_32.pth").items():
+            assert torch.equal(tensor, weights(out / "pretrain_32.pth")[name]), (killed_at, name)
+
+
+def test_a_run_does_not_go_on_with_another_mixture(monkeypatch, pretrain):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        pretrain("out", *STAGES)
+    for flags in ((), ("--mix", "zh=0.3,en=0.7"), (*STAGES[:5], "0.5"), (*STAGES, "--max_steps", 30)):
+        with pytest.raises(UserError, match="--mix was"):
+            pretrain("out", *flags)
+
+
+def test_two_processes_see_the_rows_of_one(pretrain, mixed_dir):
+    from corpus.mixing import groups_of, parse_mix
+    from corpus.shard_writer import read_meta
+    from trainer.datasets import StepBatches
+    from trainer.mixing import MixPlan, Mixture, Recipe
+
+    shards = read_meta(mixed_dir)["splits"]["train"]["shards"]
+    data = Mixture(str(mixed_dir), Recipe([groups_of(shards, parse_mix("zh=0.25,en=0.75"))]), 32)
+    plan = MixPlan(data, 8, 42, 30, 1)
+    for step in (0, 7, 29):
+        one = [row for batch in StepBatches(data, plan, 8, 0, 1)[step] for row in batch["rows"].tolist()]
+        both = [
+            row
+            for rank in (0, 1)
+            for batch in StepBatches(data, plan, 2, rank, 2)[step]
+            for row in batch["rows"].tolist()
+        ]
+        assert sorted(one) == sorted(both)

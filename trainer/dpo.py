@@ -1,0 +1,231 @@
+"""What DPO needs around its formula: the frozen parent's opinion, what is logged, and when to stop.
+
+    reference   log p(token | before) of every answer token under the parent, computed once and kept in a file, so that
+                training holds one model:   out/dpo_{size}.reference = {key, log_probs: {split: (tokens,)}}
+    guard       DPO only asks that the better answer gain on the worse one; both may become unlikely together
+                (Pal et al. 2024, arXiv:2402.13228). When the better ones have, the stage ends and says so.
+    loop rate   share of greedy answers to held-out prompts that end up repeating themselves, before and after
+
+Read next: ../5-dpo_train.py (the formula), datasets.py (Pairs), loop.py (who asks the guard).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.checksums import check_zip
+from common.errors import UserError
+from corpus.shard_writer import read_meta
+from model.checkpoint import atomic_save, plain_state, state_fingerprint
+from model.generate import Sampling, generate
+from model.repetition import is_loop
+from model.tokenizer import ChatTokenizer
+from model.transformer import Transformer
+from trainer.datasets import Batch, Chats, Pairs
+from trainer.distributed import Run
+from trainer.loop import to_device
+from trainer.loss import IGNORE, output_weight, token_log_probs
+from trainer.metrics import Row
+
+FIRST_LOSS_BAND, ROUNDED_BAND = 0.01, 0.05  # how far the first loss may be off: in fp32 (or TF32), in bf16 and fp16
+LOOP_PROMPTS, LOOP_TOKENS = 32, 128  # prompts per language, and how long their answers may grow
+MIX_BAND = 0.25  # a larger difference between the shares of Chinese is said to be a strong one
+
+
+# ---- the reference ---------------------------------------------------------------------------------------------------
+def without_dropout(model: Transformer) -> Transformer:
+    """The same weights in a model without dropout: against noise of its own, a policy would not equal its reference."""
+    if not model.config.dropout:
+        return model
+    plain = Transformer(dataclasses.replace(model.config, dropout=0.0))
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def open_reference(
+    run: Run, model: Transformer, folder: str, pad_id: int, path: Path, batch_size: int
+) -> dict[str, Tensor]:
+    """log p of every answer token under `model`, by split, each (tokens of the split,), fp32, 0 outside the answers.
+
+    From the file at `path` when it was made by the same weights, tokenizer, data and number format; else computed by
+    all processes together and written there.
+    """
+    meta = read_meta(folder)
+    key = {
+        "parent": state_fingerprint(plain_state(model)),
+        "tokenizer": meta["tokenizer"],
+        "data": folder_fingerprint(folder),
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+    try:
+        if check_zip(path):
+            raise ValueError("a record differs from its checksum")
+        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        kept = kept if kept["key"] == key and kept["log_probs"].keys() == meta["splits"].keys() else None
+    except Exception:  # missing, damaged or foreign: it can be made again
+        kept = None
+    if run.sum([float(kept is not None)])[0] == run.world:
+        run.say(f"reference: log-probabilities of {path} (same parent, tokenizer and data)")
+        return kept["log_probs"]
+    model.to(run.device).eval()
+    answers = {split: Chats(folder, split, pad_id) for split in meta["splits"]}
+    run.say(f"reference: log-probabilities of {sum(map(len, answers.values())):,} answers, to be kept in {path}")
+    log_probs = {split: reference_log_probs(run, model, data, batch_size) for split, data in answers.items()}
+    if run.is_main:
+        atomic_save({"key": key, "log_probs": log_probs}, path)
+    return log_probs
+
+
+@torch.no_grad()
+def reference_log_probs(run: Run, model: Transformer, answers: Chats, batch_size: int) -> Tensor:
+    """log p of every answer token of a split, (tokens,), 0 elsewhere; however many processes share the batches."""
+    starts, order = answers.tokens.starts(), answers.row_lengths().argsort(kind="stable")
+    found = torch.zeros(answers.tokens.tokens)
+    for number, first in enumerate(range(0, len(order), batch_size)):
+        if number % run.world != run.rank:
+            continue
+        documents = order[first : first + batch_size]
+        batch = to_device(answers.batch(documents), run.device)
+        with run.autocast():
+            hidden, _ = model(batch["input_ids"], real=batch["real"])
+            log_probs = token_log_probs(hidden, output_weight(model), batch["labels"]).cpu()
+        for document, values in zip(documents, log_probs, strict=True):
+            start, end = starts[document], starts[document + 1]
+            found[start + 1 : end] = values[: end - start - 1]  # labels are moved on by one
+    return run.sum_tensor(found)
+
+
+def folder_fingerprint(folder: str) -> str:
+    """16 hex digits that name a token folder by every id and mask in it."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(folder).glob("*.bin"), *Path(folder).glob("*.mask")]):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as content:
+            while piece := content.read(1 << 24):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+# ---- what is logged --------------------------------------------------------------------------------------------------
+def pair_statistics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+    """Sums over the pairs of a batch, to be averaged by the loop. log_probs as batch["reference"]: (2 pairs, seq).
+
+    pairs: (pairs,), 1 where there is a pair. kl is per token of both answers: the estimator (r - 1) - log r, r = pi /
+    pi_ref ("k3", Schulman 2020, http://joschu.net/blog/kl-approx.html), which for tokens drawn from pi_ref has the mean
+    KL(pi_ref || pi). These tokens were written by somebody else, so it is a gauge of the distance, not the distance.
+    """
+    answers = batch["labels"] != IGNORE
+    ratio, lengths = (log_probs - batch["reference"]).detach() * answers, answers.sum(1)  # log r of every token
+    k3 = (ratio.clamp(max=20).exp() - 1 - ratio).sum(1)
+    (chosen, rejected), (chosen_k3, rejected_k3) = log_probs.detach().sum(1).chunk(2), k3.chunk(2)
+    chosen_length, rejected_length = lengths.chunk(2)
+
+    def chosen_likelier(log_probs: Tensor) -> Tensor:
+        per_token = (log_probs.detach() * answers).sum(1) / lengths.clamp(min=1)
+        return torch.gt(*per_token.chunk(2)).float()
+
+    values = {
+        "accuracy": (margin > 0).float(),
+        "likelier": chosen_likelier(log_probs),  # per token; no comparison with the parent, but the parent has one too
+        "likelier_before": chosen_likelier(batch["reference"]),
+        "margin": margin.detach(),
+        "chosen_logp": chosen,
+        "rejected_logp": rejected,
+        "chosen_change": ratio.sum(1).chunk(2)[0],  # of log p of the whole answer, against the reference
+        "kl": (chosen_k3 + rejected_k3) / (chosen_length + rejected_length).clamp(min=1),
+        "chosen_length": chosen_length,
+        "rejected_length": rejected_length,
+    }
+    return {name: (value * pairs).sum() for name, value in values.items()}
+
+
+def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]]) -> None:
+    """Say the pairs' share of Chinese beside that of the chats that the parent learnt to answer from."""
+
+    def share_of_chinese(tokens: str | Path) -> float:
+        documents = {name: mix["documents"] for name, mix in read_meta(tokens)["report"]["languages"].items()}
+        return documents.get("zh", 0) / max(sum(documents.values()), 1)
+
+    ours = share_of_chinese(folder)
+    chats = next((Path(entry["data"]) for entry in reversed(lineage) if entry.get("stage") == "full_sft"), None)
+    try:
+        theirs = share_of_chinese(chats / Path(folder).name) if chats else None  # tokens-<tokenizer>, there as here
+    except (UserError, KeyError):
+        theirs = None
+    if theirs is None:
+        run.say(
+            f"languages: {ours:.0%} of the pairs are Chinese; the chats of the parent are not there to compare with"
+        )
+        return
+    run.say(f"languages: {ours:.0%} of the pairs are Chinese, {theirs:.0%} of the chats that the parent learnt from")
+    if abs(ours - theirs) > MIX_BAND:
+        less = "English" if ours > theirs else "Chinese"
+        run.say(
+            f"WARNING: the mixes differ strongly; {less} gets little preference data: what it had learnt may suffer"
+        )
+
+
+# ---- when to stop ----------------------------------------------------------------------------------------------------
+def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Callable[[Row], str]:
+    """The question that the loop asks after every step: is there a reason to end here?
+
+    The default bound of 0.2 nats per token: on the demo world a rate that kept the right answers cost up to 0.06, one
+    that lost half of them passed 0.2 after 40 of 181 steps and went on to 1, with every held-out pair ranked right.
+    Raises UserError when the first loss is not that of a policy that equals its reference.
+    """
+    expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
+
+    def guard(row: Row) -> str:
+        if row["step"] == 1 and expected is not None:
+            band = (FIRST_LOSS_BAND if run.dtype == torch.float32 else ROUNDED_BAND) * max(1.0, expected)
+            first = row["preference_loss"]
+            if abs(first - expected) > band:
+                raise UserError(
+                    f"the first loss is {first:.4f}, not {expected:.4f} ± {band:g}, so the model does not equal its "
+                    f"reference: delete {reference_path} and start with --resume never"
+                )
+            run.say(f"first loss {first:.4f}, expected {expected:.4f} ± {band:g}: as it should be")
+        drop = -row["chosen_change"] / max(row["chosen_length"], 1)
+        if args.max_chosen_drop and drop > args.max_chosen_drop:
+            return (
+                f"the chosen answers have become e^{drop:.2f} times less likely per token than they were to the parent "
+                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate, more --sft_weight"
+            )
+        return ""
+
+    return guard
+
+
+# ---- answers that repeat themselves ----------------------------------------------------------------------------------
+def loop_rate(run: Run, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, Pairs]) -> dict[str, float]:
+    """Share of looping answers (greedy, at most 128 tokens) to the first 32 held-out prompts of each split."""
+    rates, settings = {}, Sampling(max_new_tokens=LOOP_TOKENS)
+    for split, pairs in validation.items():
+        prompts = [pairs.prompt(row) for row in range(min(len(pairs), LOOP_PROMPTS))]
+        with run.autocast():
+            answers = generate(model.to(run.device), prompts, settings, tokenizer)
+        rates[split] = sum(is_loop(answer.ids) for answer in answers) / max(len(answers), 1)
+    return rates
+
+
+def watch_loops(
+    run: Run, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, Pairs]
+) -> Callable[[], Row]:
+    """Measure the loop rate now, and again when the returned function is called: the loop logs what it gives."""
+
+    def measure(when: str) -> dict[str, float]:
+        rates = loop_rate(run, model, tokenizer, validation) if run.is_main else {}
+        run.wait()
+        shown = ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items())
+        run.say(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
+        return rates
+
+    before = measure("before")
+    return lambda: {"loop_rate": {"before": before, "after": measure("after")}}
