@@ -14,8 +14,8 @@ import pytest
 
 from common.errors import UserError
 from common.locks import locked
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 HOLD = "import sys, time; sys.argv[0] = 'hold.py'\nfrom common.locks import locked\n" + (
     "with locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)\n"
 )

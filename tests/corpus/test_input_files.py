@@ -9,7 +9,7 @@ from common.errors import UserError
 from corpus.input_files import expand_inputs
 from corpus.readers import read_rows
 from corpus.stats import DataReport
-from tests.conftest import run_script
+from tests.helpers import run_script
 
 ROW = '{"text": "one"}\n'
 

@@ -26,7 +26,7 @@ from corpus.preferences import pair_items
 from corpus.row_text import READER, RowReader
 from corpus.stats import BadRow, DataReport
 from curation.transform import numbered_rows
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 EXAMPLES = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
 WORDS = {"1+1?", "2", "3", "Add.", "1+1", "Hi", "Hello", "Who?", "Li wrote it.", "Li.", "…"}

@@ -17,7 +17,7 @@ from corpus.shard_reader import open_split
 from corpus.shard_writer import read_meta
 from corpus.stats import BadRow, DataReport, UnfitRow
 from model.chat_template import FORMAT_NAMES
-from tests.conftest import SHARED_DATA, visible
+from tests.helpers import SHARED_DATA, visible
 
 
 def normalise_pair(row):

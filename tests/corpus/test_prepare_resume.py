@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from corpus.stats import DataReport
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 def said(question, *answers):

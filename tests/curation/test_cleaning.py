@@ -15,7 +15,7 @@ from curation.prose_rules import Limits, Page
 from curation.rule_stats import Tally
 from curation.rules import NAMES, RULES, choose_rules
 from curation.transform import Row
-from tests.conftest import run_process, visible
+from tests.helpers import run_process, visible
 
 EDITS = [rule for rule in RULES if rule.edits]
 PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."

@@ -9,7 +9,7 @@ import pytest
 
 import data_process
 from common.errors import UserError
-from tests.conftest import run_process
+from tests.helpers import run_process
 from tests.planted import rows as planted_rows
 
 ROWS = 900

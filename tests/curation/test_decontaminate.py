@@ -10,7 +10,7 @@ from common.errors import UserError
 from corpus.provenance import history_in_words, history_of, history_of_data
 from curation.decontaminate import Decontaminate, exam_files, question_of, read_exam
 from curation.transform import Row
-from tests.conftest import EXACT, SHARED_DATA, TINY_MODEL, run_script
+from tests.helpers import EXACT, SHARED_DATA, TINY_MODEL, run_script
 
 ZH = "下列关于光合作用与呼吸作用关系的叙述中，符合绿色植物实际情况的一项是哪一个？"
 EN = "Which of the following rivers flows through the largest number of capital cities in Europe today?"

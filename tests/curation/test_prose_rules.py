@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from curation import drop_rules, edit_rules
 from curation.prose_rules import Limits, Page, prose_of
-from tests.conftest import SHARED_DATA
 from tests.curation.test_cleaning import PROSE, ZH, judge
+from tests.helpers import SHARED_DATA
 
 ABOUT_ACCOUNTS_EN = """How do I change my password?
 To log in, open the page and enter your name and the password that you have been sent.

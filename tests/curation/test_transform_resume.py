@@ -11,7 +11,7 @@ import pytest
 import data_process
 from common.errors import UserError
 from curation import transform
-from tests.conftest import ROOT, run_process
+from tests.helpers import ROOT, run_process
 
 ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两岸的人们靠它生活。"
 ROWS = [f"第{i}篇：{ZH}" + ("电话13800138000。" if i % 7 == 0 else "") if i % 5 else "短" for i in range(1200)]

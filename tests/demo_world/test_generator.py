@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,7 @@ from demo_world.facts import Word, facts_of
 from demo_world.generator import LANGUAGES, World, build
 from demo_world.grammar import fill, options
 from evaluation.qa_data import is_right
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
 
 
 def read(path):

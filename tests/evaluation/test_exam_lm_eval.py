@@ -14,7 +14,7 @@ from evaluation.exam_data import LETTERS, read_exam
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import run_script
+from tests.helpers import run_script
 from tests.scripts.test_eval_ceval import table
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from serving.model_list import explain, scaled
 from serving.models import open_models
-from tests.conftest import run_process, run_script
+from tests.helpers import run_process, run_script
 
 YARN = ["--rope_scaling", "yarn", "--rope_factor", "4"]
 OWN = {"rope_type": "linear", "factor": 2.0}

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.markdown import fenced, plain
 from evaluation.prompts import PROMPTS, SAFETY
 from evaluation.report import labels_of
-from tests.conftest import run_process, run_script
+from tests.helpers import run_process, run_script
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_two_models_on_one_page(report, capsys, parrots, tmp_path):
 
 def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_path):
     """A model that has said "Yes" says "but no" after it, and nothing else counts as an answer."""
-    from tests.parrot import save_parrot
+    from tests.helpers import save_parrot
 
     path = save_parrot(tmp_path / "p.pth", tokenizer, ["but no"], after="o", max_seq_len=256)
     monkeypatch.setattr("evaluation.report.SAFETY", [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")])
@@ -92,7 +92,7 @@ def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_pat
 def test_an_answer_is_continued_in_its_open_turn(parrots, monkeypatch):
     """The ids are those of the rendered chat up to the end of the answer that is begun."""
     from evaluation import chat_model as module
-    from tests.conftest import load_script
+    from tests.helpers import load_script
 
     args = load_script("2-eval.py").make_parser().parse_args(["--system", "S"])
     speaker, seen = module.Speaker(parrots / "full_sft_64.pth", args), []

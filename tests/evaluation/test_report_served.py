@@ -13,8 +13,8 @@ import pytest
 
 from common.errors import UserError
 from evaluation.prompts import PROMPTS
-from tests.conftest import run_process, run_script
 from tests.evaluation.test_judge import completion, failure, slept, stub  # noqa: F401 - the fixture
+from tests.helpers import run_process, run_script
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from corpus.stats import DataReport
 from evaluation import chat_model as speaker_room
 from evaluation.chat_model import Speaker, find_model
 from evaluation.terminal_chat import Conversation, talk
-from tests.conftest import ROOT, load_script
+from tests.helpers import ROOT, load_script
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from common.errors import UserError
 from corpus.language import language_of
 from evaluation.tokenizer_table import compare, open_tokenizer, read_languages
-from tests.conftest import run_process, run_script
+from tests.helpers import run_process, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
 
 TEXTS = [*made_up_text("zh", 12, 5), *made_up_text("en", 12, 5), "<|im_end|> is text", "一"]

@@ -24,9 +24,9 @@ from model.chat_template import FORMAT_NAMES
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
-from tests.conftest import run_script
 from tests.export.test_hf_export import CASES, LINEAGE, rough
 from tests.export.test_hf_import import make_tokenizer
+from tests.helpers import run_script
 
 LENGTHS = {"factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", **LENGTHS}

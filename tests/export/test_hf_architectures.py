@@ -27,9 +27,9 @@ from model.generate import generate
 from model.rope import longer_config
 from model.sampling import Sampling
 from model.transformer import KVCache
-from tests.conftest import run_script
 from tests.export.test_hf_export import assert_same_folders, export
 from tests.export.test_hf_import import edit, make_folder
+from tests.helpers import run_script
 from trainer.memory import count
 
 ORIGINAL = 32  # the length before scaling; the folders of make_folder say 96 positions

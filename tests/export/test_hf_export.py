@@ -18,8 +18,8 @@ from export.verify_hf import TEXTS
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import run_process, run_script
 from tests.export.test_hf_import import edit, make_folder
+from tests.helpers import run_process, run_script
 
 CASES = {
     "llama": {},

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from model.checkpoint import load_model
 from model.tokenizer import load_tokenizer
-from tests.conftest import TOKENS, run_process, run_script
+from tests.helpers import TOKENS, run_process, run_script
 from tests.model.test_chat_template import messages_of, shown
 
 # Written as other people write them: bos in front, contents trimmed, an eos of its own, system and tool turns optional.

@@ -16,7 +16,7 @@ import yaml
 
 from common.errors import UserError
 from export.hub import check_name
-from tests.conftest import run_process
+from tests.helpers import run_process
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ from common.errors import UserError
 from export.peft_adapter import read_peft, write_peft
 from model.checkpoint import load_model
 from model.lora import LoRAConfig, adapter_state, attach, merge
-from tests.conftest import TOKENS, run_script, weights
+from tests.helpers import TOKENS, run_script, weights
 from tests.model.test_hf_parity import TOLERANCE, granite_names, rough_model, stock_settings
 from tests.model.test_lora import FLAGS, shake, write_parent
 

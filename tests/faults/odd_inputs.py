@@ -21,7 +21,7 @@ from common.errors import fail_in_one_line
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import TINY_MODEL, chat_row, load_script
+from tests.helpers import TINY_MODEL, chat_row, load_script
 
 LIMIT = 30  # seconds
 MEMORY = 6 << 30  # bytes of address space above what the process has

@@ -19,7 +19,7 @@ from corpus.prepare_chats import CHATS, tokenise_chats
 from corpus.shard_reader import open_split
 from corpus.shard_writer import read_meta
 from curation.perplexity_filter import Scores
-from tests.conftest import chat_row, run_script, write_shards
+from tests.helpers import chat_row, run_script, write_shards
 
 SECONDS = 10  # more is a hang
 

@@ -17,7 +17,7 @@ from common.checksums import with_checksum
 from common.errors import UserError
 from model.checkpoint import load_model, read_checkpoint, remember_parent, save_model
 from model.lora import LoRAConfig, attach
-from tests.conftest import EXACT, TINY_MODEL, run_script
+from tests.helpers import EXACT, TINY_MODEL, run_script
 from tests.trainer.test_resume import stop_after
 from trainer.state_files import SavedState, read_json
 from trainer.train_state import complete_steps, read_progress, way_back

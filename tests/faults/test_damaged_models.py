@@ -22,8 +22,8 @@ from model.checkpoint import fingerprint, load_model, read_checkpoint, save_mode
 from model.config import LIMITS, ModelConfig
 from model.lora import LoRAConfig, attach
 from model.transformer import Transformer
-from tests.conftest import ROOT
 from tests.faults.odd_inputs import bounded
+from tests.helpers import ROOT
 
 ODD = (
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**400, -0.5, 0.0, 1e-320, 1e308, float("inf"), float("nan"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import ROOT, TINY_MODEL, run_process, run_script, weights
+from tests.helpers import ROOT, TINY_MODEL, run_process, run_script, weights
 
 SHORT = [*TINY_MODEL, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--log_interval", "1"]
 SHORT += ["--max_steps", "8", "--save_interval", "2", "--eval_interval", "1000"]

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.conftest import ROOT, run_process
 from tests.faults.inject import Done, Fault
 from tests.faults.stages import NAMES, READ_ONLY, STAGES, Lab, Stage
+from tests.helpers import ROOT, run_process
 
 ALL = 1_000_000
 OWN_FILES = {"demo": r"demo/\.?(steps|report)\.json"}  # its steps are stages of their own here

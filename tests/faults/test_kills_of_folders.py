@@ -20,7 +20,7 @@ from corpus.shard_writer import ShardWriter, partial_folder, publish, read_meta,
 from export.model_facts import NOTE
 from export.steps import place
 from model.tokenizer import load_tokenizer
-from tests.conftest import chat_row
+from tests.helpers import chat_row
 
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
 MOST = 400  # operations of one case; more is a case that never ends

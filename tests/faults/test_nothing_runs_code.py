@@ -26,7 +26,7 @@ from common.errors import UserError
 from curation.download import unpack
 from model.chat_template import RefusedChat
 from model.jinja_template import TemplateFormat
-from tests.conftest import ROOT, TINY_MODEL
+from tests.helpers import ROOT, TINY_MODEL
 
 SOURCES = sorted(file for file in ROOT.glob("**/*.py") if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts))
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "code", "pty"}

@@ -13,8 +13,8 @@ import pytest
 
 from common.cli import LARGEST, Limit
 from common.errors import UserError, printable
-from tests.conftest import run_process, run_script
 from tests.faults.odd_inputs import ending, make_world, without_servers
+from tests.helpers import run_process, run_script
 from tests.scripts.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse
 
 HUGE = ("9" * 30, str(2**63), str(2**64), "1e300", "1e400", "-1e400", "9" * 5000)

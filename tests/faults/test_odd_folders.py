@@ -15,8 +15,8 @@ import pytest
 
 from common.errors import UserError
 from common.files import check_writable
-from tests.conftest import run_process
 from tests.faults.odd_inputs import ending, make_world, without_servers
+from tests.helpers import run_process
 from tests.scripts.test_flags import ACTIONS
 
 

@@ -29,8 +29,7 @@ from common.markdown import code_span, fenced
 from common.markdown import plain as inline
 from export.model_card import plain as card_plain
 from serving.page_markdown import plain, safe_markdown
-from tests.conftest import ROOT
-from tests.parrot import save_parrot
+from tests.helpers import ROOT, save_parrot
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HAS_BROWSER = CHROMIUM and importlib.util.find_spec("playwright")

@@ -18,7 +18,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.serving.server_help import make_file
 
 CLIENT_TIMEOUT = 2  # seconds, of the server

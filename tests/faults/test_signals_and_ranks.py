@@ -16,7 +16,7 @@ import pytest
 from common.errors import fail_in_one_line
 from common.signals import LastingStream, Terminated, handled_signals, raise_terminated
 from corpus.shard_writer import partial_folder
-from tests.conftest import ROOT, TINY_MODEL, read_log
+from tests.helpers import ROOT, TINY_MODEL, read_log
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
 FOR_LONG = [*TINY_MODEL, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--epochs", "4000"]

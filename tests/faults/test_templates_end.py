@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from model.jinja_template import TemplateFormat
-from tests.conftest import run_process
+from tests.helpers import run_process
 from tests.model.test_jinja_template import CHAT
 
 GROW = "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = "

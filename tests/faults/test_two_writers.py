@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from common.files import is_temporary
-from tests.conftest import ROOT, chat_row, write_shards
 from tests.faults.conftest import FULL
+from tests.helpers import ROOT, chat_row, write_shards
 from tests.planted import rows as planted_rows
 
 KINDS = ["clean", "sft"] + (

@@ -17,7 +17,7 @@ from corpus.tokenizer_training import train_tokenizer
 from model.chat_template import FORMAT_NAMES
 from model.render import write_chat
 from model.tokenizer import OLD_TEMPLATE, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
-from tests.conftest import TOKENS, run_process, run_script, weights
+from tests.helpers import TOKENS, run_process, run_script, weights
 from tests.scripts.test_train_tokenizer import made_up_text
 
 ONE = [("user", " 你好？"), ("assistant", "Hi.\n")]

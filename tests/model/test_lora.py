@@ -17,7 +17,7 @@ from model.checkpoint import fingerprint, load_model, plain_state, read_checkpoi
 from model.config import ModelConfig
 from model.lora import LoRAConfig, LoRALinear, adapter_state, attach, describe, lora_layers, merge
 from model.transformer import Transformer
-from tests.conftest import ROOT, TOKENS, read_log, run_process, run_script, weights
+from tests.helpers import ROOT, TOKENS, read_log, run_process, run_script, weights
 from tests.model.test_hf_parity import rough_model
 from trainer.optim import make_optimizers
 

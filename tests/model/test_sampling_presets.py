@@ -15,8 +15,7 @@ from evaluation.terminal_chat import talk
 from model.chat_template import FORMAT_NAMES
 from model.sampling import Sampling
 from model.sampling_presets import CHOICES, DEFAULTS, find_preset, merge_settings
-from tests.conftest import load_script, run_process, run_script
-from tests.parrot import save_parrot
+from tests.helpers import load_script, run_process, run_script, save_parrot
 
 BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import (
+from tests.helpers import (
     ROOT,
     TINY_MODEL,
     TOKENS,

@@ -19,7 +19,7 @@ from common.errors import UserError, printable
 from model.generate import generate
 from model.sampling import Sampling
 from serving.app import Limits
-from tests.conftest import ROOT, run_process, run_script
+from tests.helpers import ROOT, run_process, run_script
 from tests.serving.server_help import make_file, running
 
 SCRIPT = "chat_openai_api.py"

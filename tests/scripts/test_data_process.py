@@ -21,7 +21,7 @@ from corpus.render_chats import render_chats
 from corpus.shard_reader import open_split
 from corpus.shard_writer import read_meta
 from corpus.stats import DataReport
-from tests.conftest import ROOT, SHARED_DATA, run_process, visible
+from tests.helpers import ROOT, SHARED_DATA, run_process, visible
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]
 ZH = [f"第{i}句话说的是{word}。" for i, word in enumerate(["河流", "树木", "星星"] * 200)]

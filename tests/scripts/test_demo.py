@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import demo
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
 
 
 def run(*flags):

@@ -18,7 +18,7 @@ from common.errors import UserError
 from evaluation.chat_model import find_model
 from evaluation.prompts import FIRST, PROMPTS
 from evaluation.qa_data import is_right
-from tests.conftest import ROOT, child_seconds, load_script, run_process, run_script
+from tests.helpers import ROOT, child_seconds, load_script, run_process, run_script
 
 
 @pytest.fixture(scope="module")

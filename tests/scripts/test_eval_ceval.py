@@ -12,7 +12,7 @@ from evaluation.exam_data import LETTERS
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import ROOT, load_script, run_process, run_script
+from tests.helpers import ROOT, load_script, run_process, run_script
 
 RIGHT = {"law": "CCAC", "logic": "BCDD"}
 

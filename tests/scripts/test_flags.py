@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.cli import Limit, NameList, Parser, split_names
 from common.errors import UserError
-from tests.conftest import ROOT, TINY_MODEL, load_script, read_log, run_process, run_script, weights
+from tests.helpers import ROOT, TINY_MODEL, load_script, read_log, run_process, run_script, weights
 
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "demo_world.generator", "demo_world.exam"]
 WRONG = ("-5", "nan", "inf", "1e400", "x", "")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import SHARED_DATA, read_log, run_process
+from tests.helpers import SHARED_DATA, read_log, run_process
 
 pytestmark = [
     pytest.mark.real,

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import ROOT, child_seconds, load_script, run_process, run_script
+from tests.helpers import ROOT, child_seconds, load_script, run_process, run_script
 from tests.serving.server_help import make_file, running
 
 SCRIPT = "serve_openai_api.py"

@@ -16,8 +16,8 @@ from corpus.stats import DataReport
 from corpus.tokenizer_sample import sample_texts
 from corpus.tokenizer_training import MIN_VOCAB, token_bytes, train_tokenizer
 from model.tokenizer import IM_END, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RESERVED = [*SPECIAL_TOKENS, *SPARE_TOKENS]
 ALGORITHMS = ("bpe", "unigram")
 VOCAB = 1000

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
+
 DATA = ROOT.parent / "shared" / "data"
 TRAIN = """
 import sys, time

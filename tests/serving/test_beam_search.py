@@ -14,7 +14,7 @@ import pytest
 from model.generate import generate
 from model.sampling import Sampling
 from serving.app import Limits
-from tests.conftest import run_script
+from tests.helpers import run_script
 from tests.serving.server_help import make_file, running
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]

@@ -17,8 +17,7 @@ import urllib.request
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.parrot import save_parrot
+from tests.helpers import ROOT, save_parrot
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(

@@ -14,7 +14,7 @@ from model.checkpoint import load_model
 from model.generate import Sampling
 from serving import conversation
 from serving.conversation import Conversation, Speaker
-from tests.parrot import save_parrot
+from tests.helpers import save_parrot
 
 GREEDY = Sampling(max_new_tokens=20)
 

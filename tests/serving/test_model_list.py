@@ -10,7 +10,7 @@ import os
 import pytest
 
 from serving.model_list import explain, fill_shelf, find_models, is_model
-from tests.parrot import save_parrot
+from tests.helpers import save_parrot
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from model.generate import Sampling
 from serving import page_strings
 from serving.conversation import Conversation
 from serving.sidebar import by_language, short
-from tests.conftest import ROOT, load_script, run_process
-from tests.parrot import save_parrot
+from tests.helpers import ROOT, load_script, run_process, save_parrot
 
 NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
 

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.conftest import load_script
+from tests.helpers import load_script
 
 
 def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.shard_writer import read_meta, write_meta
-from tests.conftest import load_script, write_shards
+from tests.helpers import load_script, write_shards
 from trainer.datasets import (
     WIDTH_MULTIPLE,
     Chats,

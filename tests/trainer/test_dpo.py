@@ -16,7 +16,7 @@ from corpus.shard_writer import write_meta
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import ROOT, free_port, read_log, run_process, run_script, visible, weights
+from tests.helpers import ROOT, free_port, read_log, run_process, run_script, visible, weights
 from trainer import dpo as dpo_module
 from trainer.dpo import is_loop
 

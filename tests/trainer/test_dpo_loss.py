@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import load_script, write_shards
+from tests.helpers import load_script, write_shards
 from tests.model.test_hf_parity import rough_model, stock_settings
 from tests.trainer.test_loss import problem
 from trainer import loss as loss_module

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.helpers import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
 
 # AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
 COMMON = [*TINY_MODEL, *EXACT, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]

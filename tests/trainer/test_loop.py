@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.conftest import TINY_MODEL, read_log, run_script, visible, weights
+from tests.helpers import TINY_MODEL, read_log, run_script, visible, weights
 from trainer.optim import learning_rate_share, make_optimizers, set_schedule, split_parameters
 
 SHORT = [*TINY_MODEL, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from tests.conftest import EXACT, ROOT, read_log, run_script
+from tests.helpers import EXACT, ROOT, read_log, run_script
 from trainer.config import PARALLEL
 from trainer.memory import (
     GPUS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import EXACT, TINY_MODEL, read_log, run_script, weights
+from tests.helpers import EXACT, TINY_MODEL, read_log, run_script, weights
 from tests.trainer.test_resume import stop_after
 
 STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_at", "0.6"]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, TINY_MODEL, read_log
+from tests.helpers import ROOT, TINY_MODEL, read_log
 
 FLAGS = [*TINY_MODEL, "--device", "cpu", "--dtype", "float32", "--log_interval", "1", "--optimizer", "adamw"]
 FLAGS += ["--batch_size", "2", "--epochs", "40", "--eval_interval", "10000", "--save_interval", "20"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.helpers import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
 
 MODES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARED = MODES[1:]

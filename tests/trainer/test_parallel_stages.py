@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, chat_row, read_log, run_process, weights
+from tests.helpers import ROOT, chat_row, read_log, run_process, weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1", "--optimizer", "adamw", "--batch_size", "3"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.conftest import TOKENS, read_log, run_script
+from tests.helpers import TOKENS, read_log, run_script
 from trainer.config import make_parser
 from trainer.optim import learning_rate_share
 from trainer.recipes import add_recipe_flag, describe_recipe

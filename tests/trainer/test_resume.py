@@ -20,7 +20,7 @@ from common.locks import locked
 from corpus import shard_writer
 from corpus.shard_writer import read_meta
 from model.config import ModelConfig
-from tests.conftest import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights, write_shards
+from tests.helpers import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights, write_shards
 from trainer.checkpoint_writer import together
 from trainer.distributed import Run
 from trainer.state_files import read_json
