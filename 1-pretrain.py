@@ -57,7 +57,7 @@ def main() -> None:
         return print_plan(args)
     check_writable(args.out_dir)
 
-    from model.checkpoint import load_model
+    from export.hf_import import open_model
     from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
     from trainer.datasets import Windows, open_data
@@ -74,7 +74,7 @@ def main() -> None:
         if args.init_from:  # go on from an earlier model, for example with other data
             if args.preset or given_model_flags(args):
                 raise UserError("--init_from brings its own config: leave out --preset and the model's flags")
-            model, theirs, parent = load_model(args.init_from)
+            model, theirs, parent = open_model(args.init_from)
             lineage = parent["lineage"]
             if theirs.fingerprint != tokenizer.fingerprint:
                 raise UserError(f"{args.init_from} has tokenizer {theirs.fingerprint}, {args.tokenizer} is another one")

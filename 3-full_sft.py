@@ -59,12 +59,13 @@ def main() -> None:
     check_writable(args.out_dir)
 
     from evaluation.data_scaling import run_study
-    from model.checkpoint import find_parent, load_model
+    from export.hf_import import open_model
+    from model.checkpoint import find_parent
     from trainer.datasets import open_chats
     from trainer.distributed import start
     from trainer.loop import Stage, train
 
-    model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
+    model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)
     with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         data, validation = open_chats(run, args, model.config, tokenizer)

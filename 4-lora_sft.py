@@ -74,15 +74,16 @@ def main() -> None:
     for folder in filter(None, (args.out_dir, args.peft_dir)):
         check_writable(folder)
 
+    from export.hf_import import open_folder, open_model
     from export.peft_adapter import peft_settings, read_peft, write_peft
-    from model.checkpoint import find_parent, load_model, remember_parent
+    from model.checkpoint import find_parent, remember_parent
     from model.lora import LoRAConfig, attach, describe
     from trainer.datasets import open_chats
     from trainer.distributed import start
     from trainer.loop import Stage, train
 
     source = args.init_from or find_parent(args.out_dir, "lora_sft")
-    model, tokenizer, parent = load_model(source)
+    model, tokenizer, parent = open_model(source)
     if args.init_adapter:
         read_peft(args.init_adapter, model)
     else:
@@ -92,7 +93,7 @@ def main() -> None:
     with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         data, validation = open_chats(run, args, model.config, tokenizer)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
-        remember_parent(model, source, stage.path(args.out_dir))
+        remember_parent(model, source, stage.path(args.out_dir), open_folder)
         run.say(describe(model))
         path = train(run, args, stage)
         if run.is_main:

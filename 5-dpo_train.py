@@ -93,13 +93,14 @@ def main() -> None:
     check_writable(args.out_dir)
 
     from corpus.preferences import PAIRS
-    from model.checkpoint import find_parent, load_model
+    from export.hf_import import open_model
+    from model.checkpoint import find_parent
     from trainer import dpo
     from trainer.datasets import Pairs, open_data, token_folder
     from trainer.distributed import start
     from trainer.loop import Stage, train
 
-    model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "dpo"))
+    model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = dpo.without_dropout(model)
     with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
         folder = token_folder(run, args, model.config, tokenizer, PAIRS)

@@ -98,13 +98,13 @@ def run(args: argparse.Namespace, exam: Any) -> None:
     from evaluation.exam_logprobs import answer
     from evaluation.exam_prompts import Asking, ask
     from evaluation.exam_stats import mark, result_of
-    from model.checkpoint import load_model
+    from export.hf_import import open_model
     from model.rope import describe
     from trainer.distributed import autocast, pick_device, pick_dtype
 
     path, device = model_path(args), pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer, checkpoint = load_model(path, device)
+    model, tokenizer, checkpoint = open_model(path, device)
     if longer := rope_of(args):
         model.scale_rope(*longer)
     is_chat_stage = checkpoint["stage"] != "pretrain" and tokenizer.format is not None

@@ -78,8 +78,8 @@ def main() -> None:
     import torch
 
     from export import gguf_export, hub, steps
+    from export.hf_import import open_model
     from export.model_facts import LICENSE, facts
-    from model.checkpoint import load_model
 
     if args.license and not re.fullmatch(LICENSE, args.license):
         raise UserError(f"--license {args.license!r}: an identifier such as apache-2.0 or cc-by-4.0")
@@ -91,7 +91,7 @@ def main() -> None:
         raise UserError(f"{args.checkpoint} is no adapter: leave out --adapter")
     license = args.license or known["license"] or "unknown"
     base = (args.base or Path(known["parent"] or "").stem) if args.adapter else ""
-    model, tokenizer, _ = load_model(args.checkpoint)
+    model, tokenizer, _ = open_model(args.checkpoint)
     if args.gguf:
         gguf_export.refuse_early(model.config, tokenizer)
     print(f"{args.checkpoint}: {known['stage']}, {known['parameters'] / 1e6:.1f} M parameters", flush=True)

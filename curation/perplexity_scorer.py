@@ -25,8 +25,9 @@ from corpus.examples import Item
 from corpus.prepare_chats import Form
 from corpus.stats import DataReport
 from curation.perplexity_filter import Choice, Examples, Scores, print_histogram, scores_path, summary
+from export.hf_import import open_folder, open_model
 from model.chat_template import Message
-from model.checkpoint import fingerprint, load_model
+from model.checkpoint import fingerprint
 from model.tokenizer import ChatTokenizer
 from trainer.distributed import autocast, pick_device, pick_dtype
 from trainer.loss import IGNORE, output_weight, token_log_probs
@@ -41,9 +42,9 @@ class Scorer:
     def __init__(self, path: str | Path, device: str = "auto", dtype: str = "auto") -> None:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        self.model, self.tokenizer, checkpoint = load_model(path, self.device)
+        self.model, self.tokenizer, checkpoint = open_model(path, self.device)
         self.bare = checkpoint["stage"] == "pretrain" or self.tokenizer.format is None
-        self.name = fingerprint(path)
+        self.name = fingerprint(path, open_folder)
         self.limit = self.model.config.max_seq_len
 
     @torch.no_grad()

@@ -18,8 +18,9 @@ from common.errors import UserError, printable
 from common.files import write_text
 from evaluation.qa import MAX_NEW_TOKENS, chat_prompt
 from evaluation.qa_data import sound
+from export.hf_import import open_model
 from model.chat_template import Message
-from model.checkpoint import PARENTS, find_checkpoint, load_model
+from model.checkpoint import PARENTS, find_checkpoint
 from model.generate import Answer, Sampling, generate, stream
 from model.rope import describe
 from model.rope_flags import rope_of
@@ -58,7 +59,7 @@ class Speaker:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
         rope = rope_of(args)
-        self.model, self.tokenizer, checkpoint = load_model(path, device)
+        self.model, self.tokenizer, checkpoint = open_model(path, device)
         if rope:
             self.model.scale_rope(*rope)
         self.path, self.stage, self.device, self.dtype = Path(path), checkpoint["stage"], device, dtype

@@ -28,7 +28,8 @@ from common.files import atomic_write, write_text
 from common.locks import locked
 from evaluation.qa import chat_accuracy
 from evaluation.qa_data import read_questions
-from model.checkpoint import load_model, load_state, plain_state
+from export.hf_import import open_model
+from model.checkpoint import load_state, plain_state
 from trainer.datasets import Batch, Rows
 from trainer.distributed import Run
 from trainer.loop import Stage, train
@@ -124,7 +125,7 @@ def one_share(
     asked = [[question["question"], *question["keys"]] for question in questions]
     if run.is_main:  # the others wait: answering is quick beside training
         if asked and saved.get("asked") != asked:
-            model, tokenizer, _ = load_model(path, run.device)
+            model, tokenizer, _ = open_model(path, run.device)
             saved |= {"asked": asked}
             saved["row"]["right"] = chat_accuracy(model, tokenizer, questions, run.autocast)
         write_text(note, json.dumps(saved, ensure_ascii=False))
@@ -135,7 +136,7 @@ def one_share(
 
 def result_row(path: Path, share: float, chats: int) -> dict[str, Any]:
     """What the checkpoint itself says of its training."""
-    entry = load_model(path)[2]["lineage"][-1]
+    entry = open_model(path)[2]["lineage"][-1]
     row = {"share": share, "chats": chats, "steps": entry["steps"], "tokens": entry["tokens"]}
     row |= {"seconds": round(entry["seconds"], 1), "loss": entry["loss"]}
     return {**row, **{name: entry["validation"].get(name, {}) for name in ("val_loss", "bits_per_byte")}, "right": {}}

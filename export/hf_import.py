@@ -7,7 +7,7 @@ as they are, in fp32, and logits equal transformers'. What this model does not c
 o_proj, longrope, quantised weights) is refused by name, never left out silently (hf_config.py). A folder that was
 exported from here (hf_export.py) comes back with its stage and its lineage.
 
-Used by checkpoint.load_model for a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
+Commands that take a model take a folder as well: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
 Read next: hf_config.py, ../model/checkpoint.py (our own files), ../model/jinja_template.py (its chat template).
 """
 
@@ -22,7 +22,7 @@ from common.errors import UserError, printable
 from export.granite_moe import from_granite
 from export.hf_config import GRANITE, QWEN3_MOE, model_config
 from export.model_facts import read_note
-from model.checkpoint import FORMAT, Checkpoint, load_state
+from model.checkpoint import FORMAT, Checkpoint, Loaded, load_model, load_state
 from model.checkpoint_schema import check_shapes, is_name, wrong_tensor
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, load_tokenizer
@@ -31,9 +31,14 @@ from model.transformer import Transformer
 STAGE = "transformers"
 
 
-def open_folder(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> tuple[Transformer, ChatTokenizer, Checkpoint]:
+def open_model(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", parent: str | os.PathLike[str] | None = None
+) -> Loaded:
+    """Open a .pth or a transformers folder; see `model.checkpoint.load_model`."""
+    return load_model(path, device, parent, open_folder)
+
+
+def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Loaded:
     """The model (fp32, in eval mode), its tokenizer, and a checkpoint's other entries.
 
     Raises UserError naming what is missing, damaged, or beyond this architecture.

@@ -16,6 +16,7 @@ from common.files import remove, replace_folder, temporary_name, write_text
 from common.locks import locked
 from export.gguf_export import modelfile, write_gguf
 from export.hf_export import architecture, write_folder
+from export.hf_import import open_folder
 from export.model_card import card, name_of
 from export.model_facts import NOTE, Facts, note
 from export.peft_adapter import write_peft
@@ -91,7 +92,7 @@ def export_adapter(
 ) -> tuple[Transformer, str]:
     """The adapter alone, as a peft folder for the parent called `base`; returns it attached, and the line to print."""
     checkpoint = read_checkpoint(checkpoint_path)
-    model = open_adapter(checkpoint_path, checkpoint["adapter"], checkpoint["model"]).eval()
+    model = open_adapter(checkpoint_path, checkpoint["adapter"], checkpoint["model"], open_folder=open_folder).eval()
     model.adapter["parent"] = base
     write_peft(folder, model)
     tokenizer.save(folder)

@@ -16,6 +16,7 @@ import math
 import os
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ UNREADABLE = (  # what torch.load raises for a file that is none of its own
     RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     AssertionError, ImportError, MemoryError, struct.error,
 )  # fmt: skip
+Loaded = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
+OpenFolder = Callable[[str | os.PathLike[str], str | torch.device], Loaded]
 UnpicklingError = torch.serialization.pickle.UnpicklingError  # nothing else of pickle is used here
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
@@ -178,22 +181,28 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
     model.load_state_dict({**model.state_dict(), **state}, strict=True)
 
 
+def no_folder(path: str | os.PathLike[str], device: str | torch.device) -> Loaded:
+    """The default of `open_folder`: raises UserError."""
+    raise UserError(f"{path} is a folder, not a .pth")
+
+
 def load_model(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", parent: str | os.PathLike[str] | None = None
-) -> tuple[Transformer, ChatTokenizer, Checkpoint]:
-    """Open a .pth or a transformers folder: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    parent: str | os.PathLike[str] | None = None,
+    open_folder: OpenFolder = no_folder,
+) -> Loaded:
+    """Open a .pth: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
 
     An adapter comes back merged into its parent, which is found by its name, or is `parent`; see `open_adapter`.
-    The folder: see ../export/hf_import.py.
+    `open_folder` opens folders: ../export/hf_import.py has the function for Hugging Face's, and `open_model` with it.
     """
     if Path(path).is_dir():
-        from export.hf_import import open_folder
-
         return open_folder(path, device)
     checkpoint = read_checkpoint(path)
     state = checkpoint.pop("model")
     if "adapter" in checkpoint:
-        model = open_adapter(path, checkpoint["adapter"], state, parent)
+        model = open_adapter(path, checkpoint["adapter"], state, parent, open_folder)
         merge(model)
     elif parent:
         raise UserError(f"{path} is a whole model, not an adapter: it takes no parent")
@@ -217,10 +226,10 @@ def carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> C
     return tokenizer
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
+def fingerprint(path: str | os.PathLike[str], open_folder: OpenFolder = no_folder) -> str:
     """16 hex digits that name a model by its tensors, to the bit; an adapter's covers its parent's as well."""
     if Path(path).is_dir():
-        state, adapter = plain_state(load_model(path)[0]), {}
+        state, adapter = plain_state(open_folder(path, "cpu")[0]), {}
     else:
         checkpoint = read_checkpoint(path)
         state = checkpoint["model"]
@@ -237,14 +246,19 @@ def state_fingerprint(state: dict[str, torch.Tensor], adapter: dict[str, Any] | 
     return digest.hexdigest()[:16]
 
 
-def remember_parent(model: Transformer, parent: str | os.PathLike[str], adapter_path: str | os.PathLike[str]) -> None:
+def remember_parent(
+    model: Transformer,
+    parent: str | os.PathLike[str],
+    adapter_path: str | os.PathLike[str],
+    open_folder: OpenFolder = no_folder,
+) -> None:
     """Note in a model with a fresh adapter which file its other weights came from; the adapter's file will say so.
 
     Raises UserError when the adapter would be written over its own parent.
     """
     if Path(parent).resolve() == Path(adapter_path).resolve():
         raise UserError(f"the adapter would overwrite its parent {parent}: choose another --out_dir")
-    model.adapter |= {"parent": str(parent), "parent_fingerprint": fingerprint(parent)}
+    model.adapter |= {"parent": str(parent), "parent_fingerprint": fingerprint(parent, open_folder)}
 
 
 def open_adapter(
@@ -252,6 +266,7 @@ def open_adapter(
     adapter: dict[str, Any],
     state: dict[str, torch.Tensor],
     parent: str | os.PathLike[str] | None = None,
+    open_folder: OpenFolder = no_folder,
 ) -> Transformer:
     """The parent with the adapter beside its matrices (on the CPU, in fp32), not merged yet. A parent may be an adapter
     with a parent of its own.
@@ -266,14 +281,14 @@ def open_adapter(
     places = [place for place in dict.fromkeys(places) if place.exists() and not place.samefile(path)]
     if not places:
         raise UserError(f"{path} is an adapter for {parent or name}, which is not there: put it beside the adapter")
-    found = {place: fingerprint(place) for place in places}
+    found = {place: fingerprint(place, open_folder) for place in places}
     if wanted not in found.values():
         others = ", ".join(f"{place} is {theirs}" for place, theirs in found.items())
         raise UserError(
             f"{path} is an adapter for {name} with fingerprint {wanted}, but {others}: "
             f"put the model that it was trained on beside it, or run `python {SCRIPTS['lora_sft']}` again"
         )
-    model, _, _ = load_model(next(place for place in places if found[place] == wanted))
+    model, _, _ = load_model(next(place for place in places if found[place] == wanted), open_folder=open_folder)
     attach(model, lora)
     load_state(model, state, path)
     return model

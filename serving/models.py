@@ -17,8 +17,9 @@ import torch
 
 from common.errors import UserError
 from evaluation.qa import chat_prompt
+from export.hf_import import open_model
 from model.chat_template import Message
-from model.checkpoint import PARENTS, find_checkpoint, load_model
+from model.checkpoint import PARENTS, find_checkpoint
 from model.rope_flags import Rope
 from model.sampling_presets import find_preset
 from model.tokenizer import ChatTokenizer
@@ -181,7 +182,7 @@ def open_models(
         name = name if file and name else path.resolve().name.removesuffix(".pth")
         if name in models:
             raise UserError(f"two models are called {name}: write --checkpoint OTHER_NAME={path} for one of them")
-        model, tokenizer, about = load_model(path, device)
+        model, tokenizer, about = open_model(path, device)
         if rope:
             model.scale_rope(*rope)
         limit = min(model.config.max_seq_len, max_context)

@@ -17,7 +17,7 @@ import streamlit as st
 import torch
 
 from common.errors import UserError
-from model.checkpoint import load_model
+from export.hf_import import open_model
 from model.rope_flags import Rope
 from serving.conversation import Conversation, Reply, Speaker, Turn
 from serving.copy_button import copy_button
@@ -57,7 +57,7 @@ def open_speaker(
     path: Path, name: str, chats: bool, version: tuple[int, int], device: torch.device, rope: Rope | None
 ) -> Speaker:
     """A loaded model, shared by everybody who looks at the page; a file that was replaced is loaded anew."""
-    model, tokenizer, _ = load_model(path, device)
+    model, tokenizer, _ = open_model(path, device)
     if rope:
         model.scale_rope(*rope)
     return Speaker(name, model, tokenizer, chats)

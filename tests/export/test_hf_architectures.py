@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from export.hf_config import KINDS as STOCK_KINDS
 from export.hf_config import model_config
-from export.hf_import import unstacked
+from export.hf_import import open_model, unstacked
 from export.verify_hf import greedy
-from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.generate import generate
 from model.rope import longer_config
@@ -94,7 +93,7 @@ def passed(model, logits_of, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_those_of_transformers(kind, length, folders):
     folder, stock = folders(kind)
-    ours, _, _ = load_model(folder)
+    ours, _, _ = open_model(folder)
     assert ours.config.max_seq_len >= READ
     ids = torch.randint(0, 300, (2, length + 1), generator=torch.Generator().manual_seed(length))
     logits, gradients = passed(ours, ours.logits, ids)
@@ -112,7 +111,7 @@ def test_logits_and_gradients_are_those_of_transformers(kind, length, folders):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_greedy_answer_through_the_cache_is_that_of_generate(kind, folders):
     folder, stock = folders(kind)
-    ours, _, _ = load_model(folder)
+    ours, _, _ = open_model(folder)
     prompt = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(3))
     tokens, _ = greedy(ours, prompt[0].tolist(), READ - 12)  # crosses the length before scaling
     stock.generation_config.eos_token_id = stock.generation_config.pad_token_id = None
@@ -130,7 +129,7 @@ def test_exported_read_and_exported_again_the_bytes_are_equal(kind, folders, mon
     assert "greedy tokens equal" in capsys.readouterr().out
     export(monkeypatch, tmp_path / "a", tmp_path / "b")
     assert_same_folders(tmp_path / "a", tmp_path / "b")
-    theirs, back = load_model(folder)[0], load_model(tmp_path / "a")[0]
+    theirs, back = open_model(folder)[0], open_model(tmp_path / "a")[0]
     assert dataclasses.replace(back.config, rope_scaling={}) == dataclasses.replace(theirs.config, rope_scaling={})
     assert torch.equal(back.rope_cos, theirs.rope_cos)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == {"Mistral": "llama"}.get(
@@ -144,7 +143,7 @@ def test_training_starts_from_it_and_keeps_what_it_is(kind, folders, monkeypatch
     flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", 4, "--max_steps", 2, "--init_from", folder]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", out)
     assert ("RoPE scaling: " in capsys.readouterr().out) == (kind in ("dynamic", "llama3"))
-    parent, (child, _, _) = load_model(folder)[0], load_model(next(out.glob("*.pth")))
+    parent, (child, _, _) = open_model(folder)[0], open_model(next(out.glob("*.pth")))
     assert child.config == parent.config
     before = dict(parent.named_parameters())
     assert all(not torch.equal(weight, before[name]) for name, weight in child.named_parameters()), "all weights move"
@@ -163,7 +162,7 @@ def test_both_spellings_of_rope_are_the_same(kind, folders, tmp_path):
         {**plain, "rope_theta": 5000.0, "rope_scaling": KINDS[kind][1]["rope_scaling"], "rope_parameters": None},
     ]
     configs = [model_config(folder, spelling, False) for spelling in spellings]
-    assert configs[0] == configs[1] == configs[2] == load_model(folder)[0].config
+    assert configs[0] == configs[1] == configs[2] == open_model(folder)[0].config
 
 
 def test_experts_in_stacks_are_read_too(folders, tmp_path):
@@ -171,7 +170,7 @@ def test_experts_in_stacks_are_read_too(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder, _ = folders("qwen3 moe")
-    wanted = load_model(folder)[0].state_dict()
+    wanted = open_model(folder)[0].state_dict()
     state = load_file(folder / "model.safetensors")
     stacked = {name: tensor for name, tensor in state.items() if ".experts." not in name}
     for layer in range(2):
@@ -183,13 +182,13 @@ def test_experts_in_stacks_are_read_too(folders, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     save_file(stacked, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    found = load_model(tmp_path)[0].state_dict()
+    found = open_model(tmp_path)[0].state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 # ---- dynamic depends on the length of each sequence ------------------------------------------------------------------
 def test_rows_of_a_batch_are_answered_as_if_alone(folders):
-    ours, tokenizer, _ = load_model(folders("dynamic")[0])
+    ours, tokenizer, _ = open_model(folders("dynamic")[0])
     prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (8, 31, 60)]
     greedily = Sampling(temperature=0, max_new_tokens=30)
     alone = [generate(ours, [prompt], greedily, tokenizer)[0].ids for prompt in prompts]
@@ -197,7 +196,7 @@ def test_rows_of_a_batch_are_answered_as_if_alone(folders):
 
 
 def test_rows_of_different_lengths_have_angles_of_their_own(folders):
-    ours, _, _ = load_model(folders("dynamic")[0])
+    ours, _, _ = open_model(folders("dynamic")[0])
     ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
     lengths, joined = [20, 59], KVCache(ours.config, 2, 96, torch.device("cpu"), torch.float32)
     with torch.inference_mode():
@@ -219,7 +218,7 @@ def test_a_longer_model_is_what_transformers_computes_with_the_same_scaling(kind
     import transformers
 
     folder, _ = folders("llama wide")
-    ours, _, _ = load_model(folder)
+    ours, _, _ = open_model(folder)
     ours.scale_rope(kind, 2.0)
     assert ours.config.max_seq_len == 192 and ours.config.trained_len == 96
     for path in folder.iterdir():
@@ -344,4 +343,4 @@ def test_qwen3_0_6b_scaled_down_opens_and_answers(monkeypatch, capsys, tmp_path)
                 head_dim=8, intermediate_size=192, tie_word_embeddings=True, max_position_embeddings=128)  # fmt: skip
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "Qwen3", "--prompt", "1?", "--max_new_tokens", 5)
     assert "transformers, 0.1 M" in capsys.readouterr().out
-    assert load_model(tmp_path / "Qwen3")[0].model.layers[0].self_attn.q_proj.weight.shape == (128, 64)
+    assert open_model(tmp_path / "Qwen3")[0].model.layers[0].self_attn.q_proj.weight.shape == (128, 64)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from common.errors import UserError
+from export.hf_import import open_model
 from export.verify_hf import TEXTS
-from model.checkpoint import load_model, save_model
+from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.export.test_hf_import import edit, make_folder
@@ -81,7 +82,7 @@ def test_stock_transformers_computes_the_same(case, shard, monkeypatch, capsys, 
     assert "greedy tokens equal" in said and "allowed 0.0001" in said
     assert (len(list(folder.glob("*.safetensors"))) > 1) == bool(shard)
 
-    ours, tokenizer, _ = load_model(source)
+    ours, tokenizer, _ = open_model(source)
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     ids = torch.randint(0, ours.config.vocab_size, (3, 96), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
@@ -94,7 +95,7 @@ def test_stock_transformers_computes_the_same(case, shard, monkeypatch, capsys, 
 
     export(monkeypatch, folder, again, *flags)  # the way back, and out again
     assert_same_folders(folder, again)
-    back, _, checkpoint = load_model(folder)
+    back, _, checkpoint = open_model(folder)
     assert back.config == ours.config and checkpoint["stage"] == "full_sft"
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["pretrain", "full_sft"]
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
@@ -104,7 +105,7 @@ def test_training_goes_on_from_an_export(monkeypatch, saved, sft_dir, tmp_path):
     export(monkeypatch, saved("pretrain"), tmp_path / "a", "--no-verify", "--license", "mit")
     flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", tmp_path / "a"]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", tmp_path / "next")
-    checkpoint = load_model(tmp_path / "next" / "full_sft_32.pth")[2]
+    checkpoint = open_model(tmp_path / "next" / "full_sft_32.pth")[2]
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["pretrain", "full_sft", "full_sft"]
     assert "someone" not in json.dumps(checkpoint["lineage"]), "a folder of somebody's machine was published"
 
@@ -157,7 +158,7 @@ def test_lora_is_merged_or_kept(monkeypatch, capsys, adapter, tmp_path):
         kept = peft.PeftModel.from_pretrained(base, tmp_path / "kept").eval()(ids).logits
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
         torch.testing.assert_close(kept, merged, rtol=0, atol=1e-4)
-        torch.testing.assert_close(load_model(adapter)[0].logits(ids), merged, rtol=0, atol=1e-4)
+        torch.testing.assert_close(open_model(adapter)[0].logits(ids), merged, rtol=0, atol=1e-4)
     assert (before - merged).abs().max() > 0.01
     assert (tmp_path / "kept" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "kept" / "model.safetensors").exists()

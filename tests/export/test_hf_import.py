@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from model.checkpoint import load_model
+from export.hf_import import open_model
 from model.tokenizer import load_tokenizer
 from tests.helpers import TOKENS, run_process, run_script
 from tests.model.test_chat_template import messages_of, shown
@@ -97,7 +97,7 @@ def test_equal_trained_saved_and_opened_again(family, shard, tied, monkeypatch, 
     folder, out = tmp_path / "theirs", tmp_path / "out"
     stock, _ = make_folder(folder, family, shard, tie_word_embeddings=tied)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "20KB")
-    model, _, checkpoint = load_model(folder)
+    model, _, checkpoint = open_model(folder)
     ids = torch.randint(0, 320, (2, 50))
     with torch.no_grad():
         logits = stock(ids).logits
@@ -108,7 +108,7 @@ def test_equal_trained_saved_and_opened_again(family, shard, tied, monkeypatch, 
     flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", 8, "--max_steps", 2, "--log_interval", 1]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--init_from", folder, "--data_path", chats, "--out_dir", out)
     shutil.rmtree(folder)
-    trained, tokenizer, checkpoint = load_model(out / "full_sft_32.pth")
+    trained, tokenizer, checkpoint = open_model(out / "full_sft_32.pth")
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["transformers", "full_sft"]
     changed = [n for n, w in trained.named_parameters() if not torch.equal(w, dict(model.named_parameters())[n])]
     assert len(changed) == len(list(model.named_parameters())), "all weights move"
@@ -231,7 +231,7 @@ def test_a_base_model_without_a_template(monkeypatch, capsys, sft_dir, tmp_path)
     with pytest.raises(UserError, match="--chat_format"):
         run_script(monkeypatch, "3-full_sft.py", *flags, *paths)
     run_script(monkeypatch, "3-full_sft.py", *flags, *paths, "--chat_format", "belle")
-    assert load_model(tmp_path / "out" / "full_sft_32.pth")[1].format_name == "belle"
+    assert open_model(tmp_path / "out" / "full_sft_32.pth")[1].format_name == "belle"
 
 
 def test_chatml_without_a_template_is_written_with_one(tmp_path):
@@ -291,7 +291,7 @@ def test_what_the_model_cannot_do(llama, changes, said, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
     edit(folder, "config.json", **changes)
     with pytest.raises(UserError, match=said):
-        load_model(folder)
+        open_model(folder)
 
 
 def damage(folder, how):
@@ -334,7 +334,7 @@ def test_damaged_folders(llama, how, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
     said = damage(folder, how)
     with pytest.raises(UserError) as error:
-        load_model(folder)
+        open_model(folder)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 

@@ -11,9 +11,9 @@ import torch
 
 from common.errors import UserError
 from export.hf_export import write_folder
+from export.hf_import import open_model
 from export.model_facts import facts
 from export.peft_adapter import read_peft, write_peft
-from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.lora import LoRAConfig, attach
 from model.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def test_an_index_names_files_of_its_folder_alone(exported, tmp_path):
         index = {"weight_map": {"lm_head.weight": name}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(UserError, match="has no "):
-            load_model(folder)
+            open_model(folder)
 
 
 def test_odd_peft_folders_are_used_or_refused(exported, tmp_path, scaled, attacks):
@@ -101,7 +101,7 @@ def test_odd_peft_folders_are_used_or_refused(exported, tmp_path, scaled, attack
     text = (folder / "adapter_config.json").read_text(encoding="utf-8")
     data = (folder / "adapter_model.safetensors").read_bytes()
     for i in range(number):
-        model = load_model(exported / "stock")[0]
+        model = open_model(exported / "stock")[0]
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         (folder / "adapter_model.safetensors").write_bytes(damaged(data, rng) if i % 3 == 0 else data)
         if i % 3:

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from common.errors import UserError
+from export.hf_import import open_model
 from export.model_facts import facts
-from model.checkpoint import fingerprint, load_model, read_checkpoint, save_model
+from model.checkpoint import fingerprint, read_checkpoint, save_model
 from model.config import LIMITS, ModelConfig
 from model.lora import LoRAConfig, attach
 from model.transformer import Transformer
@@ -65,7 +66,7 @@ def models(tokenizer, tmp_path_factory):
     for name, changes in (("pretrain_16", {}), ("pretrain_16_moe", {"use_moe": True, "tie_embeddings": False})):
         model = Transformer(ModelConfig(tokenizer.vocab_size, **size, **changes))
         save_model(folder / f"{name}.pth", model, "pretrain", tokenizer, lineage)
-    model = load_model(folder / "pretrain_16.pth")[0]
+    model = open_model(folder / "pretrain_16.pth")[0]
     attach(model, LoRAConfig(rank=2))
     parent = folder / "pretrain_16.pth"
     model.adapter |= {"parent": str(parent), "parent_fingerprint": fingerprint(parent)}
@@ -77,11 +78,11 @@ def use(path: Path) -> str:
     """Open the file in each way that a script does: "used" or "refused"; any other exception leaves this function."""
     outcome = "used"
     with bounded(seconds=10, memory=1 << 30):
-        for way in (facts, load_model):
+        for way in (facts, open_model):
             try:
                 opened = way(path)
                 json.dumps(opened if way is facts else opened[2], ensure_ascii=False, default=repr)
-                if way is load_model:
+                if way is open_model:
                     model, tokenizer, _ = opened
                     tokenizer.decode(tokenizer.encode("1+1? 太阳"))
                     model.logits(torch.tensor([tokenizer.encode("hi")[:4] or [0]]))
@@ -218,7 +219,7 @@ def test_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
     content["tokenizer"]["files"]["tokenizer.json"] = json.dumps(tokenizer)
     torch.save(content, tmp_path / "m.pth")
     with pytest.raises(UserError, match="ids up to 5000, the model 272 rows"):
-        load_model(tmp_path / "m.pth")
+        open_model(tmp_path / "m.pth")
 
 
 def test_names_in_a_lineage_cannot_command_the_terminal(models, tmp_path):
