@@ -1,0 +1,146 @@
+"""The source files of a checkout, and what a syntax tree tells about each: names, sizes, use of argparse.
+
+Files are named by their path from the root, as trainer/loop.py. Read next: imports.py.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+CORE = ("common", "model", "corpus", "trainer")  # from the lowest layer up
+APPLICATIONS = ("evaluation", "export", "serving", "curation", "demo_world")  # the layer above the core
+# Application -> the other applications that it may import. An entry that no file needs fails as well.
+SIDEWAYS = {"serving": {"evaluation", "export"}, "demo_world": {"evaluation"}, "curation": {"evaluation"}}
+LESSONS = ("1-pretrain.py", "2-eval.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py")
+SCRIPTS = "scripts"  # the name of the layer of the files at the root
+OUTSIDE = ("tests", "benchmarks")  # folders with Python files that no layer contains
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed file: its path from the root, its text and its syntax tree."""
+
+    path: str
+    text: str
+    tree: ast.Module
+
+    @property
+    def package(self) -> str:
+        return self.path.split("/")[0] if "/" in self.path else SCRIPTS
+
+    @property
+    def lines(self) -> int:
+        return len(self.text.splitlines())
+
+    @property
+    def classes(self) -> int:
+        return sum(isinstance(node, ast.ClassDef) for node in ast.walk(self.tree))
+
+
+@cache
+def sources(root: Path) -> Mapping[str, Source]:
+    """The scripts at the root and the files of the packages, by their paths; without the folders of OUTSIDE."""
+    names = {init.parent.name for init in root.glob("*/__init__.py")} | {*CORE, *APPLICATIONS}
+    packages = [root / name for name in sorted(names - {*OUTSIDE}) if not name.startswith(".")]
+    files = [*sorted(root.glob("*.py")), *(file for package in packages for file in sorted(package.rglob("*.py")))]
+    return {file.relative_to(root).as_posix(): _read(root, file) for file in files}
+
+
+def _read(root: Path, file: Path) -> Source:
+    text = file.read_text(encoding="utf-8")
+    return Source(file.relative_to(root).as_posix(), text, ast.parse(text, str(file)))
+
+
+def files_of_tests(root: Path) -> list[Path]:
+    return sorted((root / "tests").rglob("*.py"))
+
+
+def public_names(source: Source) -> list[str]:
+    """The classes, functions and constants at module level whose names have no leading underscore, each once."""
+    return list(dict.fromkeys(name for name in _defined(source.tree.body) if not name.startswith("_")))
+
+
+def _defined(body: Iterable[ast.stmt]) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name)
+                            and isinstance(part.ctx, ast.Store))  # fmt: skip
+        elif isinstance(node, (ast.If, ast.Try, ast.With)):
+            yield from _defined(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt))
+            for handler in getattr(node, "handlers", ()):
+                yield from _defined(handler.body)
+
+
+def repeated_names(root: Path) -> dict[str, list[str]]:
+    """Public names that several files define, with these files. Files of the tests do not count."""
+    where: dict[str, list[str]] = {}
+    for source in sources(root).values():
+        for name in public_names(source):
+            where.setdefault(name, []).append(source.path)
+    return {name: paths for name, paths in sorted(where.items()) if len(paths) > 1}
+
+
+def argparse_importers(root: Path) -> set[str]:
+    """Files below the scripts that import argparse, at the top or in a function."""
+    return {source.path for source in _below_scripts(root) if _imports_argparse(source)}
+
+
+def _imports_argparse(source: Source) -> bool:
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import) and any(alias.name == "argparse" for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and node.module == "argparse":
+            return True
+    return False
+
+
+def namespace_users(root: Path) -> set[str]:
+    """Files below the scripts that name argparse.Namespace, also in a quoted annotation."""
+    return {source.path for source in _below_scripts(root) if _names_namespace(source)}
+
+
+def _names_namespace(source: Source) -> bool:
+    prose = {id(node) for node in docstrings(source.tree)}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Attribute) and node.attr == "Namespace" and getattr(node.value, "id", "") == "argparse":
+            return True
+        names = node.names if isinstance(node, ast.ImportFrom) and node.module == "argparse" else []
+        if any(alias.name == "Namespace" for alias in names):
+            return True
+        quoted = isinstance(node, ast.Constant) and isinstance(node.value, str) and "argparse.Namespace" in node.value
+        if quoted and id(node) not in prose:
+            return True
+    return False
+
+
+def _below_scripts(root: Path) -> list[Source]:
+    return [source for source in sources(root).values() if source.package != SCRIPTS]
+
+
+def docstrings(tree: ast.Module) -> list[ast.Constant]:
+    """The docstrings of a module, its classes and functions, and the strings that stand alone behind a field."""
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]  # fmt: skip
+
+
+def long_files(root: Path, limit: int) -> dict[str, int]:
+    """The lines of each file above `limit` lines."""
+    return {source.path: source.lines for source in sources(root).values() if source.lines > limit}
+
+
+def long_functions(root: Path, limit: int) -> dict[str, int]:
+    """The lines of each function above `limit` lines, as file:function, from `def` to its last line."""
+    found: dict[str, int] = {}
+    for source in sources(root).values():
+        for node in ast.walk(source.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > limit:
+                    key = f"{source.path}:{node.name}"
+                    found[key] = max(length, found.get(key, 0))
+    return found

@@ -1,0 +1,207 @@
+"""The invariants of the project's structure. The tables hold today's numbers: they may shrink, and never grow.
+
+`python -m tests.structure limits` prints the tables; structure/__init__.py lists the other commands.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.structure.banned_words import banned
+from tests.structure.documents import missing, path_lines, reading_path
+from tests.structure.imports import Size, closure, cycles, layer_violations, size, unused_sideways
+from tests.structure.sources import (
+    LESSONS,
+    argparse_importers,
+    long_files,
+    long_functions,
+    namespace_users,
+    repeated_names,
+    sources,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SLACK = 0.03  # a limit is at most this fraction above the number that it limits
+FILE_LINES = 320
+FUNCTION_LINES = 65
+READING_PATH_LINES = 3300
+
+# Files, lines and classes of the import closure of each lesson.
+BUDGET = {
+    "1-pretrain.py": Size(75, 12375, 97),
+    "2-eval.py": Size(69, 10585, 72),
+    "3-full_sft.py": Size(86, 13773, 109),
+    "4-lora_sft.py": Size(76, 12503, 97),
+    "5-dpo_train.py": Size(84, 13624, 107),
+}
+
+# Public names that several files define, and why.
+REPEATED_NAMES = {
+    "compute_loss": "each lesson shows its own loss",
+    "main": "the entry point of a script",
+    "make_parser": "the command line of a script",
+}
+
+# Files below the scripts that import argparse, beside the module that builds command lines.
+ARGPARSE = {
+    "corpus/demo_exam.py",
+    "corpus/demo_world.py",
+    "corpus/flags.py",
+    "corpus/prepare.py",
+    "evaluation/data_study.py",
+    "evaluation/http_speaker.py",
+    "evaluation/report_page.py",
+    "evaluation/speaker.py",
+    "model/rope_flags.py",
+    "trainer/batches.py",
+    "trainer/choose.py",
+    "trainer/cli.py",
+    "trainer/divergence.py",
+    "trainer/loop.py",
+    "trainer/mixture.py",
+    "trainer/optim.py",
+    "trainer/parallel.py",
+    "trainer/plan.py",
+    "trainer/plan_inference.py",
+    "trainer/plan_report.py",
+    "trainer/preference.py",
+    "trainer/recipes.py",
+    "trainer/report.py",
+    "trainer/resume.py",
+    "trainer/saver.py",
+}
+
+# Files below the scripts that name argparse.Namespace.
+NAMESPACE = {
+    "corpus/flags.py",
+    "corpus/prepare.py",
+    "evaluation/data_study.py",
+    "evaluation/http_speaker.py",
+    "evaluation/report_page.py",
+    "evaluation/speaker.py",
+    "model/rope_flags.py",
+    "trainer/batches.py",
+    "trainer/choose.py",
+    "trainer/cli.py",
+    "trainer/divergence.py",
+    "trainer/loop.py",
+    "trainer/mixture.py",
+    "trainer/optim.py",
+    "trainer/parallel.py",
+    "trainer/plan_inference.py",
+    "trainer/plan_report.py",
+    "trainer/preference.py",
+    "trainer/recipes.py",
+    "trainer/report.py",
+    "trainer/resume.py",
+    "trainer/saver.py",
+}
+
+# Files above FILE_LINES lines.
+LONG_FILES = {
+    "corpus/demo_facts.py": 338,
+    "corpus/demo_wordings_en.py": 478,
+    "corpus/demo_wordings_zh.py": 403,
+    "corpus/download.py": 345,
+    "corpus/report.py": 340,
+    "corpus/rows.py": 333,
+    "corpus/shards.py": 327,
+    "data_process.py": 337,
+    "demo.py": 337,
+    "model/chat.py": 337,
+    "model/transformer.py": 325,
+    "trainer/batches.py": 336,
+}
+
+# Functions above FUNCTION_LINES lines.
+LONG_FUNCTIONS = {
+    "2-eval.py:make_parser": 81,
+    "trainer/cli.py:make_parser": 70,
+    "trainer/loop.py:train": 90,
+}
+
+
+def ratchet_faults(today: Mapping[str, int], limits: Mapping[str, int]) -> list[str]:
+    """What is wrong with a table of limits: numbers that are missing, too small, too large or no longer needed."""
+    faults = [f"{key}: {number}, and no entry" for key, number in today.items() if key not in limits]
+    faults += [f"{key}: the entry is no longer needed" for key in limits if key not in today]
+    for key in today.keys() & limits.keys():
+        if today[key] > limits[key]:
+            faults.append(f"{key}: {today[key]}, above the limit of {limits[key]}")
+        elif today[key] < (1 - SLACK) * limits[key]:
+            faults.append(f"{key}: {today[key]}, so the limit of {limits[key]} can be lowered")
+    return sorted(faults)
+
+
+def budget_faults(today: Size, limit: Size) -> list[str]:
+    """`ratchet_faults` of the three numbers of a closure."""
+    return ratchet_faults(vars(today), vars(limit))
+
+
+def test_imports_only_go_down_and_sideways_only_where_it_is_listed():
+    assert layer_violations(ROOT) == []
+
+
+def test_every_listed_sideways_import_is_used():
+    assert unused_sideways(ROOT) == []
+
+
+def test_no_files_import_each_other_in_a_cycle():
+    assert cycles(ROOT) == []
+
+
+def test_every_lesson_has_an_import_budget():
+    assert sorted(BUDGET) == sorted(LESSONS)
+
+
+@pytest.mark.parametrize("script", BUDGET)
+def test_a_lesson_imports_no_more_than_its_budget_and_the_budget_is_tight(script):
+    assert budget_faults(size(ROOT, closure(ROOT, script)), BUDGET[script]) == []
+
+
+def test_both_readmes_list_the_same_reading_path():
+    assert reading_path(ROOT, "README.md") == reading_path(ROOT, "README_zh.md")
+
+
+def test_the_files_of_the_reading_path_exist_and_are_short_together():
+    files = reading_path(ROOT)
+    assert files and [file for file in files if not (ROOT / file).is_file()] == []
+    assert ratchet_faults({"lines": path_lines(ROOT, files)}, {"lines": READING_PATH_LINES}) == []
+
+
+def test_every_file_function_and_module_that_prose_names_exists():
+    assert missing(ROOT) == []
+
+
+def test_every_public_name_is_defined_once():
+    assert {name: files for name, files in repeated_names(ROOT).items() if name not in REPEATED_NAMES} == {}
+
+
+def test_every_name_that_may_be_defined_twice_is():
+    assert sorted(REPEATED_NAMES.keys() - repeated_names(ROOT).keys()) == []
+
+
+def test_argparse_is_imported_by_scripts_common_cli_and_the_listed_files_only():
+    assert argparse_importers(ROOT) - {"common/cli.py"} == ARGPARSE
+
+
+def test_namespace_is_named_by_scripts_common_cli_and_the_listed_files_only():
+    assert namespace_users(ROOT) - {"common/cli.py"} == NAMESPACE
+
+
+def test_files_are_short_but_for_the_listed_ones():
+    assert ratchet_faults(long_files(ROOT, FILE_LINES), LONG_FILES) == []
+
+
+def test_functions_are_short_but_for_the_listed_ones():
+    assert ratchet_faults(long_functions(ROOT, FUNCTION_LINES), LONG_FUNCTIONS) == []
+
+
+def test_prose_has_no_banned_words():
+    assert [f"{file}:{line}: {phrase}" for file, line, phrase in banned(ROOT)] == []
+
+
+def test_the_analysis_sees_the_whole_project():
+    files = sources(ROOT)
+    assert len(files) > 100 and {"common/errors.py", "trainer/loop.py", "1-pretrain.py"} <= files.keys()
