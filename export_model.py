@@ -78,8 +78,9 @@ def main() -> None:
     import torch
 
     from export import gguf_export, hub, steps
+    from export.facts_file import LICENSE
     from export.hf_import import open_model
-    from export.model_facts import LICENSE, facts
+    from export.model_facts import facts
 
     if args.license and not re.fullmatch(LICENSE, args.license):
         raise UserError(f"--license {args.license!r}: an identifier such as apache-2.0 or cc-by-4.0")

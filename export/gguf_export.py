@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from export.facts_file import Facts
 from export.gguf_rope import refuse_rope, rope_factors, write_rope
 from export.gguf_tokenizer import pre_tokenizer, write_tokenizer
 from export.granite_moe import to_granite
 from export.hf_export import architecture
-from export.model_facts import Facts
 from model.chat_template import NamedFormat
 from model.checkpoint import plain_state
 from model.config import ModelConfig

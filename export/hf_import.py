@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from common.errors import UserError, printable
+from export.facts_file import read_note
 from export.granite_moe import from_granite
 from export.hf_config import GRANITE, QWEN3_MOE, model_config
-from export.model_facts import read_note
 from model.checkpoint import FORMAT, Checkpoint, Loaded, load_model, load_state
 from model.checkpoint_schema import check_shapes, is_name, wrong_tensor
 from model.config import ModelConfig

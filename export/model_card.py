@@ -8,7 +8,7 @@ Read next: model_facts.py, ../export_model.py.
 import json
 from typing import Any
 
-from export.model_facts import Facts, number
+from export.facts_file import Facts, number
 from model.config import ModelConfig
 from model.rope import describe
 

@@ -14,11 +14,11 @@ import torch
 from common.errors import UserError
 from common.files import remove, replace_folder, temporary_name, write_text
 from common.locks import locked
+from export.facts_file import NOTE, Facts, note
 from export.gguf_export import modelfile, write_gguf
 from export.hf_export import architecture, write_folder
 from export.hf_import import open_folder
 from export.model_card import card, name_of
-from export.model_facts import NOTE, Facts, note
 from export.peft_adapter import write_peft
 from export.verify_gguf import check_gguf
 from export.verify_hf import check_adapter, check_folder

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from export.facts_file import NOTE, note, read_note
 from export.model_card import card
-from export.model_facts import NOTE, facts, note, read_note
+from export.model_facts import facts
 from model.checkpoint import load_model, remember_parent, save_model
 from model.config import ModelConfig
 from model.lora import LoRAConfig, attach

@@ -17,7 +17,7 @@ from common.files import is_temporary, write_text
 from common.locks import locked
 from corpus.prepare_chats import tokenise_chats
 from corpus.shard_writer import ShardWriter, partial_folder, publish, read_meta, write_meta
-from export.model_facts import NOTE
+from export.facts_file import NOTE
 from export.steps import place
 from model.tokenizer import load_tokenizer
 from tests.helpers import chat_row
