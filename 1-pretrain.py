@@ -62,8 +62,9 @@ def main() -> None:
     from model.transformer import Transformer
     from trainer.datasets import Windows, open_data
     from trainer.distributed import start
-    from trainer.loop import Stage, train
+    from trainer.loop import train
     from trainer.mixing import Mixture, read_recipe
+    from trainer.stage import Stage
     from trainer.train_state import global_batch
 
     tokenizer = load_tokenizer(args.tokenizer)

@@ -62,7 +62,8 @@ def main() -> None:
     from model.checkpoint import find_parent, load_model
     from trainer.datasets import open_chats
     from trainer.distributed import start
-    from trainer.loop import Stage, train
+    from trainer.loop import train
+    from trainer.stage import Stage
 
     model, tokenizer, parent = load_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)

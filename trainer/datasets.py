@@ -176,6 +176,12 @@ def as_batch(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray, rows: 
     }
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cuda":
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def token_folder(
     run: Run, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer, form: Form | None = None
 ) -> str:
