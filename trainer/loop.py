@@ -7,7 +7,7 @@
 
 So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning
 rate and the seed of dropout: a run that was killed goes on from its last save and ends with the very same weights.
-Read next: stage.py, datasets.py, loss.py, engine.py, train_state.py.
+Read next: stage.py, sampler.py, loss.py, engine.py, train_state.py.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from common.errors import UserError
 from corpus.provenance import history_in_words, history_of_data
 from model.checkpoint import model_content
 from trainer.checkpoint_writer import Saver, detached, one_writer
-from trainer.datasets import Batch, StepBatches, StepPlan, iterate, to_device, validation_batches
+from trainer.datasets import Batch, to_device
 from trainer.distributed import Run
 from trainer.engine import Engine
 from trainer.loss import IGNORE
@@ -30,6 +30,7 @@ from trainer.metrics import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.mixing import step_plan
 from trainer.optim import set_schedule
 from trainer.parallel import share_out
+from trainer.sampler import StepBatches, StepPlan, iterate, validation_batches
 from trainer.stage import Stage
 from trainer.startup import announce, check_first_loss
 from trainer.timer import Clock

@@ -23,10 +23,11 @@ import torch
 
 from common.errors import UserError
 from common.files import remove, write_text
-from trainer.datasets import Batch, StepPlan, to_device
+from trainer.datasets import Batch, to_device
 from trainer.distributed import Run
 from trainer.engine import Engine
 from trainer.metrics import Logbook
+from trainer.sampler import StepPlan
 from trainer.stage import Stage
 from trainer.train_state import Progress, resume_path
 

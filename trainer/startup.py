@@ -8,10 +8,10 @@ import math
 
 from corpus.provenance import history_in_words, history_of_data
 from model.rope import describe
-from trainer.datasets import StepPlan
 from trainer.distributed import Run
 from trainer.engine import Engine
 from trainer.memory import training_memory
+from trainer.sampler import StepPlan
 from trainer.stage import Stage
 
 FIRST_LOSS_BAND = 0.15  # nats around ln(vocab)

@@ -10,7 +10,7 @@ cut: a run may continue under another --parallel and with another number of proc
 The step number alone decides data, learning rate and dropout: nothing else needs saving. Where an adapter is trained,
 the weights are the adapter's alone. Every file has checksums, and none is read with pickle.
 Read next: checkpoint_writer.py (who writes), state_files.py (the format), loop.py, engine.py (what a state is),
-datasets.py.
+sampler.py.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 ZeRO flattens the weights and cuts them anywhere, which suits AdamW; Muon turns whole matrices, so it runs under DDP and
 FSDP only. A checkpoint holds whole tensors, each written by one of the processes: it can be read under any --parallel.
-Read next: parallel.py.
+Read next: engine.py.
 """
 
 import copy

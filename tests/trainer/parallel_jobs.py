@@ -16,11 +16,11 @@ from tests.helpers import load_script
 def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:
     import torch
 
+    from common.device import pick_dtype
     from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
     from trainer.config import add_model_flags, make_parser, model_config
     from trainer.datasets import Windows
-    from trainer.distributed import pick_dtype
     from trainer.loop import train
     from trainer.stage import Stage
 
