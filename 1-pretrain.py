@@ -20,7 +20,7 @@ from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from trainer.config import add_mix_flags, add_model_flags, check_memory, given_model_flags, make_parser, model_config
-from trainer.memory import add_plan_flags, steps_for
+from trainer.memory import add_plan_flags, print_plan, steps_for
 
 
 def compute_loss(model, batch):
@@ -52,8 +52,6 @@ def main() -> None:
     if args.presets and not args.plan:
         raise UserError("--presets belongs to --plan")
     if args.plan:
-        from trainer.plan_report import print_plan
-
         return print_plan(args)
     check_writable(args.out_dir)
 
@@ -62,8 +60,9 @@ def main() -> None:
     from model.transformer import Transformer
     from trainer.datasets import Windows, open_data
     from trainer.distributed import start
-    from trainer.loop import Stage, train
+    from trainer.loop import train
     from trainer.mixing import Mixture, read_recipe
+    from trainer.stage import Stage
     from trainer.train_state import global_batch
 
     tokenizer = load_tokenizer(args.tokenizer)

@@ -14,7 +14,7 @@ Reads   dataset/sft (made by data_process.py sft) and the parent, which carries 
 Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume;
         with --data_share out/data_study/ instead.
 Next:   2-eval.py (talk to it); inside: model/tokenizer.py (the mask), model/chat_template.py (how turns are written),
-        trainer/datasets.py (why padding is rare), evaluation/data_scaling.py.
+        trainer/sampler.py (why padding is rare), evaluation/data_scaling.py.
 """
 
 from common import cli
@@ -63,7 +63,8 @@ def main() -> None:
     from model.checkpoint import find_parent
     from trainer.datasets import open_chats
     from trainer.distributed import start
-    from trainer.loop import Stage, train
+    from trainer.loop import train
+    from trainer.stage import Stage
 
     model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "full_sft"))
     tokenizer = tokenizer.with_format(args.chat_format)

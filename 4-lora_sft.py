@@ -80,7 +80,8 @@ def main() -> None:
     from model.lora import LoRAConfig, attach, describe
     from trainer.datasets import open_chats
     from trainer.distributed import start
-    from trainer.loop import Stage, train
+    from trainer.loop import train
+    from trainer.stage import Stage
 
     source = args.init_from or find_parent(args.out_dir, "lora_sft")
     model, tokenizer, parent = open_model(source)

@@ -98,7 +98,8 @@ def main() -> None:
     from trainer import dpo
     from trainer.datasets import Pairs, open_data, token_folder
     from trainer.distributed import start
-    from trainer.loop import Stage, train
+    from trainer.loop import train
+    from trainer.stage import Stage
 
     model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = dpo.without_dropout(model)

@@ -94,13 +94,13 @@ def exam_name(data: list[str]) -> str:
 
 def run(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
+    from common.device import autocast, pick_device, pick_dtype
     from evaluation import exam_report
     from evaluation.exam_logprobs import answer
     from evaluation.exam_prompts import Asking, ask
     from evaluation.exam_stats import mark, result_of
     from export.hf_import import open_model
     from model.rope import describe
-    from trainer.distributed import autocast, pick_device, pick_dtype
 
     path, device = model_path(args), pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

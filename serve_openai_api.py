@@ -172,10 +172,10 @@ def main() -> None:
         if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic"):
             raise
         raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
+    from common.device import autocast, pick_device, pick_dtype
     from model.rope import describe
     from model.sampling_presets import spell
     from serving.models import latest, open_models
-    from trainer.distributed import autocast, pick_device, pick_dtype
 
     with open_socket(args.host, args.port) as door:
         device = pick_device(args.device)

@@ -81,7 +81,7 @@ def launch(args: argparse.Namespace) -> None:
             raise UserError(
                 f"cannot listen on {args.host}:{args.port} ({reason}): try another --port or --host"
             ) from None
-    from trainer.distributed import pick_device, pick_dtype
+    from common.device import pick_device, pick_dtype
 
     device = pick_device(args.device)
     where = ", ".join(args.checkpoint) or f"models in {out_dir(args)}"
@@ -96,8 +96,8 @@ def launch(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """One drawing of the page, inside streamlit."""
+    from common.device import pick_device, pick_dtype
     from serving.page import Options, show
-    from trainer.distributed import pick_device, pick_dtype
 
     device = pick_device(args.device)
     files = tuple(Path(path) for path in args.checkpoint)

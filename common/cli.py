@@ -110,7 +110,7 @@ def some_text(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """An argparse type: auto, cpu, mps, cuda or cuda:N. Whether it is there is known later (trainer/distributed.py)."""
+    """An argparse type: auto, cpu, mps, cuda or cuda:N. Whether it is there is known later (device.py)."""
     if not re.fullmatch(DEVICE, text):
         raise argparse.ArgumentTypeError(f"{text[:SHOWN]}: not a device; use auto, cpu, cuda, cuda:1 or mps")
     return text

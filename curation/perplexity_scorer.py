@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from common.device import autocast, pick_device, pick_dtype
 from common.locks import locked
 from corpus.chats import is_trained
 from corpus.examples import Item
@@ -29,7 +30,6 @@ from export.hf_import import open_folder, open_model
 from model.chat_template import Message
 from model.checkpoint import fingerprint
 from model.tokenizer import ChatTokenizer
-from trainer.distributed import autocast, pick_device, pick_dtype
 from trainer.loss import IGNORE, output_weight, token_log_probs
 
 POOL = 1024  # chats that are sorted by length together

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError, printable
 from common.files import write_text
 from evaluation.qa import MAX_NEW_TOKENS, chat_prompt
@@ -25,7 +26,6 @@ from model.generate import Answer, Sampling, generate, stream
 from model.rope import describe
 from model.rope_flags import rope_of
 from model.sampling_presets import DEFAULTS, find_preset, merge_settings, spell
-from trainer.distributed import autocast, pick_device, pick_dtype
 
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams",

@@ -32,7 +32,8 @@ from export.hf_import import open_model
 from model.checkpoint import load_state, plain_state
 from trainer.datasets import Batch, Rows
 from trainer.distributed import Run
-from trainer.loop import Stage, train
+from trainer.loop import train
+from trainer.stage import Stage
 from trainer.train_state import resume_path, run_identity
 
 # The flags that a share's result depends on; with the identity of model and data they say whether it is done.

@@ -16,6 +16,7 @@ from typing import Any
 import streamlit as st
 import torch
 
+from common.device import autocast
 from common.errors import UserError
 from export.hf_import import open_model
 from model.rope_flags import Rope
@@ -25,7 +26,6 @@ from serving.model_list import Model, fill_shelf, scaled, stamp
 from serving.page_markdown import block_requests, plain, safe_markdown
 from serving.page_strings import LANGUAGES, STARTS, WORDS
 from serving.sidebar import Choices, choose, facts
-from trainer.distributed import autocast
 
 LOGO = ":material/potted_plant:"
 STYLE = """<style>

@@ -9,13 +9,13 @@ is not taken for one (train_state.py), and the next run removes it.
 Read next: train_state.py (what a step folder is), state_files.py, loop.py.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -25,16 +25,12 @@ from common.files import cannot_write, remove, remove_leftovers, write_json
 from common.locks import locked
 from model.checkpoint import Checkpoint, atomic_save
 from trainer.distributed import Run
+from trainer.engine import Engine
+from trainer.stage import Stage
 from trainer.state_files import ADVICE, FORMAT, Copied, copied, own_part, write_state
 from trainer.train_state import Progress, complete_steps, resume_path, step_folders
 
-if TYPE_CHECKING:
-    import argparse
-
-    from trainer.loop import Stage
-    from trainer.parallel import Engine
-
-Train = Callable[[Run, "argparse.Namespace", "Stage"], Path]
+Train = Callable[[Run, argparse.Namespace, Stage], Path]
 
 
 def one_writer(train: Train) -> Train:
@@ -44,7 +40,7 @@ def one_writer(train: Train) -> Train:
     """
 
     @functools.wraps(train)
-    def alone(run: Run, args: "argparse.Namespace", stage: "Stage") -> Path:
+    def alone(run: Run, args: argparse.Namespace, stage: Stage) -> Path:
         path = stage.path(args.out_dir)
         with contextlib.ExitStack() as stack:
             with together(run, f"lock {path}"):
@@ -81,7 +77,7 @@ class Saver:
         self.begun = False
         self.saved_step = next(complete_steps(resume_path(path)))[1].step if going_on else -1
 
-    def begin(self, progress: Progress, engine: "Engine", content: Checkpoint | None) -> None:
+    def begin(self, progress: Progress, engine: Engine, content: Checkpoint | None) -> None:
         """Copy what is to be written, and return. `content`: the .pth, on the first process."""
         self.finish()
         folder, again = resume_path(self.path) / f"step_{progress.step:09d}", progress.step == self.saved_step

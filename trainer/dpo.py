@@ -28,9 +28,8 @@ from model.generate import Sampling, generate
 from model.repetition import is_loop
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.datasets import Batch, Chats, Pairs
+from trainer.datasets import Batch, Chats, Pairs, to_device
 from trainer.distributed import Run
-from trainer.loop import to_device
 from trainer.loss import IGNORE, output_weight, token_log_probs
 from trainer.metrics import Row
 

@@ -21,15 +21,12 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from common.errors import UserError
 from common.signals import print_error
-
-if TYPE_CHECKING:
-    from trainer.distributed import Run
 
 INTERVAL = 1.0  # seconds between two signs of life
 SILENT = 3.5 * INTERVAL  # after a failed collective, a rank without one for so long is lost
@@ -38,10 +35,21 @@ LATER = 15.0  # seconds after the collectives' own timeout
 ADVICE = "the same command resumes from the last save"
 
 
+class Rank(Protocol):
+    """What the heartbeat reads of a process's run (`Run` in distributed.py)."""
+
+    rank: int
+    world: int
+    step: int
+    stop_asked: str
+
+    def wait(self) -> None: ...
+
+
 class Heartbeat:
     """The thread of one rank. Start it when the process group is there; `stop` it before that is destroyed."""
 
-    def __init__(self, run: "Run", timeout: float) -> None:
+    def __init__(self, run: Rank, timeout: float) -> None:
         self.run, self.timeout = run, timeout
         self.state = ""  # "failed": a collective did; "ended": this rank has said why it ends; "done": all is well
         self.parents = launchers()

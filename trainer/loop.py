@@ -7,63 +7,34 @@
 
 So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning
 rate and the seed of dropout: a run that was killed goes on from its last save and ends with the very same weights.
-Read next: datasets.py, loss.py, parallel.py, train_state.py.
+Read next: stage.py, sampler.py, loss.py, engine.py, train_state.py.
 """
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from common.errors import UserError
 from corpus.provenance import history_in_words, history_of_data
 from model.checkpoint import model_content
-from model.tokenizer import ChatTokenizer
-from model.transformer import Transformer
 from trainer.checkpoint_writer import Saver, detached, one_writer
-from trainer.datasets import Batch, Rows, StepBatches, StepPlan, iterate, validation_batches
+from trainer.datasets import Batch, to_device
 from trainer.distributed import Run
+from trainer.engine import Engine
 from trainer.loss import IGNORE
 from trainer.loss_guard import Watch
 from trainer.metrics import Logbook, Row, describe, open_wandb, peak_memory_mb
 from trainer.mixing import step_plan
 from trainer.optim import set_schedule
-from trainer.parallel import Engine, share_out
+from trainer.parallel import share_out
+from trainer.sampler import StepBatches, StepPlan, iterate, validation_batches
+from trainer.stage import Stage
 from trainer.startup import announce, check_first_loss
 from trainer.timer import Clock
 from trainer.train_state import Progress, global_batch, load_progress
-
-ComputeLoss = Callable[[nn.Module, Batch], tuple[Any, ...]]  # -> (sum of losses, how many[, {name: sum to be logged}])
-
-
-@dataclass
-class Stage:
-    """What a script hands to `train`: the WHAT."""
-
-    name: str  # "pretrain", "full_sft": the first part of the file names
-    model: Transformer
-    tokenizer: ChatTokenizer
-    compute_loss: ComputeLoss
-    data: Rows
-    validation: dict[str, Rows] = field(default_factory=dict)  # split ("zh", "en") -> rows
-    lineage: list[dict[str, Any]] = field(default_factory=list)  # of the parent
-    unit: str = "token"  # what losses are summed over and divided by: "pair" for DPO
-    guard: Callable[[Row], str] | None = None  # asked after every step: why the stage should end here, or ""
-    examine: Callable[[], Row] | None = None  # what else is measured with the final validation
-    mix: dict[str, Any] = field(default_factory=dict)  # the shares of a mixture, for the lineage
-
-    def path(self, out_dir: str) -> Path:
-        return Path(out_dir) / f"{self.name}_{self.model.config.name}.pth"
-
-    def count(self, batch: Batch) -> int:
-        """How many tokens (or pairs) of a batch are trained: what compute_loss will say, known before it runs."""
-        trained = batch["labels"] != IGNORE
-        return int(trained.sum() if self.unit == "token" else trained.any(1).chunk(2)[0].sum())
 
 
 @one_writer
@@ -197,12 +168,6 @@ def add(sums: dict[str, float], values: dict[str, Any] | None = None) -> None:
     """sums[name] += value, for numbers and scalar tensors alike."""
     for name, value in (values or {}).items():
         sums[name] = sums.get(name, 0.0) + torch.as_tensor(value).item()
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    if device.type == "cuda":
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def validate(

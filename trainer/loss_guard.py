@@ -18,20 +18,18 @@ Read next: loop.py (who asks), checkpoint_writer.py.
 import argparse
 import math
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 
 from common.errors import UserError
 from common.files import remove, write_text
-from trainer.datasets import Batch, StepPlan
+from trainer.datasets import Batch, to_device
 from trainer.distributed import Run
+from trainer.engine import Engine
 from trainer.metrics import Logbook
+from trainer.sampler import StepPlan
+from trainer.stage import Stage
 from trainer.train_state import Progress, resume_path
-
-if TYPE_CHECKING:
-    from trainer.loop import Stage
-    from trainer.parallel import Engine
 
 WINDOW = 10  # steps of the mean loss
 PAIR_LOSS = 2.0  # the least first loss of a stage that learns from pairs; ln 2 is DPO's
@@ -43,7 +41,7 @@ ADVICE = f"{LOWER_RATE}, look at these data rows, or use --dtype float32"
 class Watch:
     """Looks at every step: says which were skipped, ends the run (UserError), and knows whether it may be saved."""
 
-    def __init__(self, run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, log: Logbook) -> None:
+    def __init__(self, run: Run, args: argparse.Namespace, stage: Stage, plan: StepPlan, log: Logbook) -> None:
         self.run, self.plan, self.log, self.ratio = run, plan, log, args.max_loss_ratio
         self.note = resume_path(stage.path(args.out_dir)) / "note.txt"
         self.vocabulary_loss = math.log(stage.model.config.vocab_size)
@@ -107,7 +105,7 @@ class Watch:
         return f"the loss has risen to {loss:.4g}, above {self.limit:.4g} (--max_loss_ratio {self.ratio:g}; 0: off)"
 
     # ---- saves -------------------------------------------------------------------------------------------------------
-    def problem(self, engine: "Engine", batches: list[Batch], final: bool) -> str:
+    def problem(self, engine: Engine, batches: list[Batch], final: bool) -> str:
         """Why the state after the last step is not good, or "". All processes must ask.
 
         A save that may wait waits for a loss within the limit; the final one for a mean loss within it.
@@ -155,7 +153,7 @@ class Watch:
             raise self.ending(f"the validation loss of {', '.join(bad)} is not finite", "use --dtype float32")
 
 
-def largest_number(engine: "Engine") -> float:
+def largest_number(engine: Engine) -> float:
     """The largest absolute value among the weights that train, and this process's optimizer state; maybe nan or inf."""
     tensors = [p.detach() for p in engine.stage.model.parameters() if p.requires_grad] if engine.run.is_main else []
     for optimizer in engine.optimizers:
@@ -168,10 +166,8 @@ def largest_number(engine: "Engine") -> float:
     return float(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))
 
 
-def measured_loss(run: Run, engine: "Engine", batches: list[Batch]) -> float | None:
+def measured_loss(run: Run, engine: Engine, batches: list[Batch]) -> float | None:
     """The loss of the last micro-batches of all processes, per token or pair; None when no step was made."""
-    from trainer.loop import to_device
-
     if not batches:
         return None
     with engine.evaluating():

@@ -4,26 +4,41 @@
     states per parameter 4 weights + 4 gradients + 8 AdamW (or 4 Muon, for the layers' matrices)           bytes
     activations          what autograd keeps per layer and token:  see `saved_bytes`
     time                 FLOPs / (GPUs x peak x utilisation)
+    inference            weights + KV cache of `batch` answers at full context + what CUDA itself takes (0.8 GB)
+    int8                 GGUF's q8_0: 34 bytes for 32 weights; its KV cache is fp16, as llama.cpp keeps it
 
     python 1-pretrain.py --plan --preset xiangxin-3b --tokens_per_param 20
-    python -m trainer.memory                                   the README's table of what bounds which machine
+    python 1-pretrain.py --plan --presets mindllm-1.3b,xiangxin-3b --optimizer adamw --batch_size 2
 
+The second command prints sizes against memory and hardware as MindLLM's technical report (arXiv:2310.15777) publishes
+them: training and inference in full and in half precision.
 N: the parameters that a token is multiplied with. Every formula is on this page: any number can be redone by hand.
-Read next: plan_report.py (the tables), ../model/config.py (the sizes).
+Read next: ../model/config.py (the sizes), ../benchmarks/machines.py (what bounds which machine).
 """
 
 import argparse
+import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from common import cli
-from model.config import ModelConfig
+from common.errors import UserError
+from model.config import PRESETS, ModelConfig
 from model.parameters import count
+from model.tokenizer import load_tokenizer
+from trainer.config import PARALLEL, model_config
 
 CUDA_CONTEXT = 0.8e9  # bytes that CUDA itself takes: what MindLLM's two inference figures leave beside the weights
 LOSS_CHUNK = 1024  # positions whose logits exist at one time (trainer/loss.py)
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)
+FITS = 0.92  # share of a GPU's memory that can be used: the allocator leaves holes
+FORMATS = {"fp32": (4, 4), "bf16": (2, 2), "int8 (GGUF)": (34 / 32, 2)}  # bytes of a weight, of a cached number
+BATCHES = (1, 8)
 
 
 @dataclass(frozen=True)
@@ -192,84 +207,170 @@ def utilisation_of(flops: float, gpu: GPU, gpus: int, days: float) -> float:
     return flops / (gpus * gpu.tflops * 1e12 * days * 86_400)
 
 
-@dataclass(frozen=True)
-class Machine:
-    name: str
-    gpu: GPU
-    per_node: int
-    nodes: int
-    between_nodes: float = 0.0  # GB/s one way for each GPU
-
-    @property
-    def gpus(self) -> int:
-        return self.per_node * self.nodes
-
-    @property
-    def slowest_link(self) -> float:
-        return self.between_nodes if self.nodes > 1 else self.gpu.link
-
-
-MACHINES = (
-    Machine("2 x 3090", GPUS["3090"], 2, 1),
-    Machine("8 x H100", GPUS["h100"], 8, 1),
-    Machine("8 nodes of 8 x H100", GPUS["h100"], 8, 8, 50),  # one 400 Gb/s card for each GPU
-)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """How a step on a machine spends its time."""
-
-    parallel: str
-    rows: int  # per process and forward pass
-    memory: float  # bytes
-    compute: float  # seconds
-    traffic: float  # seconds, if nothing overlapped
-    fits: bool
-
-    @property
-    def bound_by(self) -> str:
-        if not self.fits:
-            return "memory"
-        return "computing" if self.compute >= self.traffic else "the network"
+# ---- what --plan prints ----------------------------------------------------------------------------------------------
+def print_plan(args: argparse.Namespace) -> None:
+    """Everything about the run that 1-pretrain.py's flags describe. Raises UserError for numbers that make no sense."""
+    if not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation {args.utilisation}: is above 0 and at most 1")
+    if args.gpus < 1 or args.tokens_per_param < 0:
+        raise UserError("--gpus is at least 1, --tokens_per_param at least 0")
+    console = Console()
+    if args.presets:
+        configs = {name: preset_config(args, name) for name in named_presets(args.presets)}
+        return console.print(sizes_table(args, configs))
+    config = preset_config(args, args.preset or "small")
+    sizes, per_param = count(config), args.tokens_per_param or 20.0
+    tokens = per_param * sizes.total
+    flops = tokens * flops_per_token(config, config.max_seq_len)
+    active = f", {sizes.active / 1e6:,.1f} M active" if sizes.active != sizes.total else ""
+    console.rule(f"plan: {args.preset or 'small'}")
+    for line in (
+        f"model        {sizes.total / 1e6:,.1f} M parameters{active}; vocabulary {config.vocab_size:,}, rows of "
+        f"{config.max_seq_len:,} tokens",
+        f"tokens       {tokens / 1e9:,.3g} G = {per_param:g} x {sizes.total / 1e6:,.1f} M{_on_disk(args, tokens)}",
+        f"FLOPs        {flops:.3g} = tokens x {flops / tokens:.3g} (6 N + 12 layers heads head_dim seq)",
+    ):
+        console.print(line, highlight=False)
+    console.print(_memory_table(args, config))
+    console.print(inference_table(config))
+    console.print(_time_table(args, flops))
+    for line in _launch(args, config, tokens):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
-def traffic_bytes(config: ModelConfig, parallel: str, processes: int) -> float:
-    """Bytes that each process sends in one optimizer step. Ring algorithms (ZeRO, arXiv:1910.02054, section 7).
-
-    ddp and zero1, zero2: gradients once reduced, once spread. zero3, fsdp: weights gathered in forward and in backward,
-    gradients reduced. All of it in fp32, 4 bytes each.
-    """
-    each = 8 if parallel in ("ddp", "zero1", "zero2") else 12
-    return each * count(config).total * (processes - 1) / processes
+def preset_config(args: argparse.Namespace, preset: str) -> ModelConfig:
+    """The preset with the flags that were given; the vocabulary is the tokenizer's unless the preset has its own."""
+    vocab_size = PRESETS[preset].get("vocab_size", ModelConfig.vocab_size)
+    if "vocab_size" not in PRESETS[preset] and Path(args.tokenizer).exists():
+        vocab_size = load_tokenizer(args.tokenizer).vocab_size
+    return model_config(argparse.Namespace(**{**vars(args), "preset": preset}), vocab_size)
 
 
-def bounds(config: ModelConfig, machine: Machine, step_tokens: float, utilisation: float) -> Bound:
-    """The simplest --parallel whose states fit, with as many rows at a time as its memory takes."""
-    seq, n = config.max_seq_len, machine.gpus
-    room = machine.gpu.memory * 1e9 * 0.92  # the allocator leaves holes
-    share = max(1, round(step_tokens / seq / n))  # rows per process and step
-    for parallel, recompute in _choices():
-        for rows in (row for row in (64, 32, 16, 8, 4, 2, 1) if row <= share):
-            memory = training_memory(config, rows, seq, parallel=parallel, processes=n, recompute=recompute).total
-            if memory <= room and (rows >= min(4, share) or (parallel, recompute) == ("fsdp", True)):
-                compute = share * seq * flops_per_token(config, seq) * (4 / 3 if recompute else 1)
-                compute /= machine.gpu.tflops * 1e12 * utilisation
-                traffic = traffic_bytes(config, parallel, n) / (machine.slowest_link * 1e9)
-                name = parallel + (" + recompute" if recompute else "")
-                return Bound(name, rows, memory, compute, traffic, True)
-    memory = training_memory(config, 1, seq, parallel="fsdp", processes=n, recompute=True).total
-    return Bound("none", 0, memory, 0.0, 0.0, False)
+def _on_disk(args: argparse.Namespace, tokens: float) -> str:
+    """How that compares with the data that is there."""
+    try:
+        splits = json.loads((Path(args.data_path) / "meta.json").read_text(encoding="utf-8"))["splits"]
+        there = splits["train"]["tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"; no data in {args.data_path} yet"
+    return f"; {args.data_path} has {there / 1e9:,.3g} G: {tokens / there:,.1f} passes"
 
 
-def _choices() -> Iterator[tuple[str, bool]]:
-    """From the simplest on."""
+def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
+    table = Table(
+        "--parallel", "weights", "gradients", "optimizer", "activations", "other", "total",
+        "recomp.", title=f"GB per GPU: {args.gpus} GPUs, --batch_size {args.batch_size}, --optimizer "
+        f"{args.optimizer}, bf16 products, fp32 states. recomp.: total with --checkpoint_activations",
+        box=SIMPLE_HEAD,
+    )  # fmt: skip
+    for parallel in PARALLEL:
+        needs, recomputed = (
+            training_memory(config, args.batch_size, config.max_seq_len, optimizer=args.optimizer, parallel=parallel,
+                processes=args.gpus, recompute=recompute)
+            for recompute in (False, True)
+        )  # fmt: skip
+        parts = (needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.loss + needs.other)
+        table.add_row(parallel, *(f"{part / 1e9:.2f}" for part in (*parts, needs.total, recomputed.total)))
+    return numbers_right(table)
+
+
+def _time_table(args: argparse.Namespace, flops: float) -> Table:
+    title = f"{args.gpus} GPUs at {args.utilisation:.0%} of their peak"
+    table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title, box=SIMPLE_HEAD)
+    for gpu in GPUS.values():
+        taken = seconds(flops, gpu, args.gpus, args.utilisation)
+        price = args.price_per_hour or gpu.per_hour
+        cost = f"{taken / 3600 * args.gpus * price:,.0f}" if price else "?"
+        days = f"{taken / 86_400:,.2f}" if taken < 1000 * 86_400 else f"{taken / 86_400:,.0f}"
+        table.add_row(gpu.name, f"{gpu.memory:g}", f"{gpu.tflops:g}", f"{taken / 3600 * args.gpus:,.1f}", days, cost)
+    return numbers_right(table)
+
+
+def _launch(args: argparse.Namespace, config: ModelConfig, tokens: float) -> list[str]:
+    """The line to type on the machine that was asked about, with the simplest --parallel that fits."""
+    gpu = GPUS[args.gpu]
     for recompute in (False, True):
-        for parallel in ("ddp", "fsdp"):  # those that Muon works with
-            yield parallel, recompute
+        for parallel in ("ddp", "fsdp") if args.optimizer == "muon" else PARALLEL:
+            needs = training_memory(
+                config, args.batch_size, config.max_seq_len, optimizer=args.optimizer, parallel=parallel,
+                processes=args.gpus, recompute=recompute,
+            )  # fmt: skip
+            if needs.total <= gpu.memory * 1e9 * FITS:
+                flags = f" --preset {args.preset}" if args.preset else ""
+                flags += f" --batch_size {args.batch_size} --accumulation_steps {args.accumulation_steps}"
+                flags += f" --tokens_per_param {args.tokens_per_param or 20:g}"
+                flags += f" --parallel {parallel}" if args.gpus > 1 and parallel != "ddp" else ""
+                flags += " --checkpoint_activations" if recompute else ""
+                step = args.batch_size * args.accumulation_steps * args.gpus * config.max_seq_len
+                start = f"torchrun --nproc_per_node {min(args.gpus, 8)}" if args.gpus > 1 else "python"
+                nodes = f" --nnodes {math.ceil(args.gpus / 8)}" if args.gpus > 8 else ""
+                return [
+                    f"{step:,} tokens a step, {tokens / step:,.0f} steps; on {args.gpus} x {gpu.name}:",
+                    f"    {start}{nodes} 1-pretrain.py{flags}",
+                ]
+    return [
+        f"does not fit on {args.gpus} x {gpu.name} with --batch_size {args.batch_size}: a smaller --batch_size, "
+        "more --gpus, or another --gpu"
+    ]
 
 
-if __name__ == "__main__":
-    from trainer.plan_report import machines_table
+def inference_table(config: ModelConfig) -> Table:
+    """GB to answer at full context, by number format and batch size."""
+    heads = [f"{part},\nbatch {batch}" for batch in BATCHES for part in ("KV cache", "total")]
+    table = Table(
+        "inference", "weights", *heads, title=f"GB to answer, {config.max_seq_len:,} tokens each", box=SIMPLE_HEAD
+    )
+    for name, (weight_bytes, cache_bytes) in FORMATS.items():
+        cells = [count(config).total * weight_bytes]
+        for batch in BATCHES:
+            total = inference_memory(config, weight_bytes, batch * config.max_seq_len, cache_bytes=cache_bytes)
+            cells += [total - cells[0] - CUDA_CONTEXT, total]
+        table.add_row(name, *(f"{cell / 1e9:.2f}" for cell in cells))
+    return numbers_right(table)
 
-    machines_table()
+
+def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Table:
+    """Model sizes against the memory of one GPU that trains or answers, and the smallest GPU that has so much."""
+    table = Table(
+        *("model", "size, M", "context", "train\nfp32", "train\nbf16", "GPU", "fp32", "bf16", "int8", "GPU"),
+        title=f"GB on one GPU. Training: --batch_size {args.batch_size}, --optimizer {args.optimizer}, fp32 states; "
+        "GPU: the smallest for bf16. Then inference: one answer at full context; GPU: the smallest for bf16.",
+        box=SIMPLE_HEAD,
+    )
+    for name, config in configs.items():
+        seq = config.max_seq_len
+        training = [
+            training_memory(config, args.batch_size, seq, optimizer=args.optimizer, compute_bytes=each).total
+            for each in (4, 2)
+        ]
+        answering = [inference_memory(config, weight, seq, cache_bytes=cache) for weight, cache in FORMATS.values()]
+        trains, answers = ([f"{need / 1e9:.2f}" for need in needs] for needs in (training, answering))
+        size = f"{count(config).total / 1e6:,.1f}"
+        table.add_row(name, size, f"{seq:,}", *trains, smallest_gpu(training[1]), *answers, smallest_gpu(answering[1]))
+    return numbers_right(table)
+
+
+def smallest_gpu(needs: float) -> str:
+    """The GPU of the plan's table with the least memory that has so many bytes; "none" where none has."""
+    by_memory = sorted(GPUS.values(), key=lambda gpu: gpu.memory)
+    return next((gpu.name for gpu in by_memory if needs <= gpu.memory * 1e9 * FITS), "none")
+
+
+def named_presets(names: str) -> list[str]:
+    """The presets of a list with commas. Raises UserError for a name that is none."""
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    for name in found:
+        if name not in PRESETS:
+            raise UserError(f"--presets: there is no {name}; choose from {', '.join(PRESETS)}")
+    if not found:
+        raise UserError(f"--presets is empty: choose from {', '.join(PRESETS)}")
+    return found
+
+
+def numbers_right(table: Table) -> Table:
+    """Numbers stand on the right and close together: rich would cut those of a table wider than 80 columns."""
+    table.padding, table.show_edge = (0, 0, 0, 1), False
+    for i, column in enumerate(table.columns):
+        column.no_wrap = True
+        column.justify = "right" if i else "left"
+    return table

@@ -10,7 +10,7 @@ and where in it. A killed run goes on exactly, also across the switch, and memor
 that both stages name goes on in stage 2 where stage 1 left it.
 
 Reads   labelled training shards.
-Read next: ../corpus/mixing.py (the shares), shuffle.py, datasets.py (without a mixture).
+Read next: ../corpus/mixing.py (the shares), shuffle.py, sampler.py (without a mixture).
 """
 
 import argparse
@@ -24,7 +24,8 @@ import numpy as np
 from common.errors import UserError
 from corpus.mixing import Group, groups_of, left_out
 from corpus.shard_writer import read_meta
-from trainer.datasets import Batch, Rows, StepPlan, Windows
+from trainer.datasets import Batch, Rows, Windows
+from trainer.sampler import StepPlan
 from trainer.shuffle import Passes
 
 ROUND = 10_000  # rows in which the shares come out exactly

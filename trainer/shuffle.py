@@ -8,7 +8,7 @@ network is a permutation by construction: it splits a number into two halves and
 other, which can be undone, so no two numbers meet. It permutes a power of four; a result beyond n is put in again until
 it falls inside ("cycle walking": Black & Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
 
-Read next: datasets.py (which rows make up which step).
+Read next: sampler.py (which rows make up which step).
 """
 
 import numpy as np

@@ -5,22 +5,19 @@ Read next: loop.py.
 
 import argparse
 import math
-from typing import TYPE_CHECKING
 
 from corpus.provenance import history_in_words, history_of_data
 from model.rope import describe
-from trainer.datasets import StepPlan
 from trainer.distributed import Run
+from trainer.engine import Engine
 from trainer.memory import training_memory
-
-if TYPE_CHECKING:
-    from trainer.loop import Stage
-    from trainer.parallel import Engine
+from trainer.sampler import StepPlan
+from trainer.stage import Stage
 
 FIRST_LOSS_BAND = 0.15  # nats around ln(vocab)
 
 
-def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, total_steps: int) -> None:
+def announce(run: Run, args: argparse.Namespace, stage: Stage, plan: StepPlan, total_steps: int) -> None:
     """Print parameters, tokens per step, steps, memory."""
     if not run.is_main:
         return
@@ -56,7 +53,7 @@ def announce(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan,
         run.say(plan.about())
 
 
-def check_first_loss(run: Run, args: argparse.Namespace, stage: "Stage", plan: StepPlan, engine: "Engine") -> None:
+def check_first_loss(run: Run, args: argparse.Namespace, stage: Stage, plan: StepPlan, engine: Engine) -> None:
     """An untrained model knows nothing, so its loss is ln(vocabulary); anything else is a mistake in model or data."""
     batch = stage.data.batch(plan.rows(0)[: args.batch_size])
     with engine.evaluating():

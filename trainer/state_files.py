@@ -7,14 +7,14 @@ A tensor of the global shape `shape` may lie in several files; each holds the pi
 dimension, of a whole tensor all of it. A reader fills whole tensors and local shards from the pieces that overlap
 them, so the cut may differ between writer and reader. The CRC-32 of a piece is compared when it is read; the json
 carries one of its own. FSDP2's tensors are DTensors cut along one dimension as torch.chunk cuts.
-Read next: train_state.py (when they are written), parallel.py (what a state is), ../common/checksums.py.
+Read next: train_state.py (when they are written), engine.py (who makes a state), ../common/checksums.py.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from torch import Tensor
 from common.checksums import checksum, has_valid_checksum, with_checksum, write_with_checksum
 from common.errors import UserError
 from common.files import atomic_write, write_json
-
-if TYPE_CHECKING:
-    from trainer.parallel import State
 
 FORMAT = 2  # 1 was torch.distributed.checkpoint's, whose metadata is a pickle
 LARGEST_JSON = 256 << 20  # bytes; a tensor takes some 200 of them
@@ -36,6 +33,7 @@ CODES = {  # https://github.com/huggingface/safetensors: format
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+State = dict[str, Tensor]  # "model.<parameter>" and "optimizer.<parameter>.<exp_avg, …>"
 Ints = tuple[int, ...]
 
 
@@ -93,7 +91,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Piece]:
     return local, Piece(tuple(offset), tuple(local.shape))
 
 
-def own_part(state: "State", rank: int, world: int, replicated: bool) -> "State":
+def own_part(state: State, rank: int, world: int, replicated: bool) -> State:
     """What this process writes: its shards, and of the tensors that every process has (`replicated`) an even share.
 
     Not replicated: every plain tensor in the state is this process's alone.
@@ -119,7 +117,7 @@ class Copied:
     piece: Piece
 
 
-def copied(state: "State", before: dict[str, Copied]) -> dict[str, Copied]:
+def copied(state: State, before: dict[str, Copied]) -> dict[str, Copied]:
     """The local part of every tensor, copied to the CPU, so that training may change the tensors.
 
     The memory of the copies `before` is used again where it fits: fresh memory takes longer to fill than to copy to.
@@ -236,7 +234,7 @@ class SavedState:
             raise self.problem(f"{path}: {name[:80]} has another shape than in another file")
         known.pieces.append(Piece(offset, size, rank, crc32))
 
-    def load(self, state: "State") -> None:
+    def load(self, state: State) -> None:
         """Fill the tensors in place, whole ones and local shards alike. Each must be there, with its shape and dtype.
 
         Memory: the pages of the files that are read, no copy of a tensor.

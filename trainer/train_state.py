@@ -9,8 +9,8 @@ of every process is complete, and only then the older one is removed. A tensor i
 cut: a run may continue under another --parallel and with another number of processes, as long as a step keeps its rows.
 The step number alone decides data, learning rate and dropout: nothing else needs saving. Where an adapter is trained,
 the weights are the adapter's alone. Every file has checksums, and none is read with pickle.
-Read next: checkpoint_writer.py (who writes), state_files.py (the format), loop.py, parallel.py (what a state is),
-datasets.py.
+Read next: checkpoint_writer.py (who writes), state_files.py (the format), loop.py, engine.py (what a state is),
+sampler.py.
 """
 
 import argparse
@@ -23,16 +23,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import UserError
 from corpus.shard_writer import fingerprint
 from model.config import ModelConfig
 from trainer.distributed import Run
+from trainer.stage import Stage
 from trainer.state_files import Damaged, SavedState, file_stem, read_json
-
-if TYPE_CHECKING:
-    from trainer.loop import Stage
 
 ANEW = "start anew with --resume never"
 MOST_RANKS = 100_000
@@ -155,7 +153,7 @@ def global_batch(run: Run, args: argparse.Namespace, path: Path) -> int:
     return rows
 
 
-def run_identity(args: argparse.Namespace, stage: "Stage") -> dict[str, Any]:
+def run_identity(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
     """What must not change between the parts of a run."""
     parent = hashlib.sha256(json.dumps(stage.lineage, sort_keys=True).encode()).hexdigest()[:16]
     return {
@@ -187,7 +185,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def load_progress(
-    run: Run, args: argparse.Namespace, stage: "Stage", path: Path, rows_per_step: int
+    run: Run, args: argparse.Namespace, stage: Stage, path: Path, rows_per_step: int
 ) -> tuple[Progress, SavedState | None]:
     """Fill stage.model from the newest step folder, if there is one; also returns what is saved, for `Engine.load`.
 

@@ -2,7 +2,7 @@
 
 ZeRO flattens the weights and cuts them anywhere, which suits AdamW; Muon turns whole matrices, so it runs under DDP and
 FSDP only. A checkpoint holds whole tensors, each written by one of the processes: it can be read under any --parallel.
-Read next: parallel.py.
+Read next: engine.py.
 """
 
 import copy
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from trainer.datasets import Batch
+from trainer.datasets import Batch, nothing, to_device
 from trainer.distributed import Run
-from trainer.parallel import Engine, StageLoss, State
-from trainer.state_files import SavedState
+from trainer.engine import Engine, StageLoss
+from trainer.state_files import SavedState, State
 
 KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside its count of steps
 
@@ -121,9 +121,6 @@ class Zero(Engine):
 
     def make_state(self) -> None:
         """Have the optimizer make its state: a step at rate 0 on a batch that trains nothing."""
-        from trainer.datasets import nothing
-        from trainer.loop import to_device
-
         for group in self.optimizers[0].param_groups:
             group["lr"] = 0.0
         self.learn(to_device(nothing(self.stage.data), self.run.device), 1.0, last=True)

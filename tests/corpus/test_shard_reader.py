@@ -16,7 +16,8 @@ from corpus import shard_reader
 from corpus.block_checksums import BLOCK
 from corpus.shard_reader import open_split
 from corpus.shard_writer import write_meta
-from trainer.datasets import StepBatches, StepPlan, Windows, iterate
+from trainer.datasets import Windows
+from trainer.sampler import StepBatches, StepPlan, iterate
 
 SHARD_TOKENS = 100_000_000
 

@@ -169,7 +169,7 @@ def test_a_save_that_is_due_at_a_bad_step_is_made_at_the_next_good_one(monkeypat
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_state_that_went_bad_in_its_last_step_is_not_saved(change, step, monkeypatch, pretrain, tmp_path):
     """The loss of a step is that of the weights before it: they are looked at, and the loss is measured again."""
-    from trainer.parallel import Engine
+    from trainer.engine import Engine
 
     real, steps, out = Engine.step, [], tmp_path / "out"
 

@@ -150,7 +150,7 @@ def test_without_a_limit_of_steps_the_epochs_decide(pretrain):
 def test_a_run_without_steps_never_replaces_a_model(pretrain, monkeypatch, tmp_path):
     pretrain("--max_steps", "2")
     before = {path.name: path.read_bytes() for path in tmp_path.glob("pretrain_32.*")}
-    monkeypatch.setattr("trainer.datasets.StepPlan.run_steps", lambda *_: 0)
+    monkeypatch.setattr("trainer.sampler.StepPlan.run_steps", lambda *_: 0)
     with pytest.raises(UserError, match="a run of 0 steps trains nothing"):
         pretrain()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("pretrain_32.*")} == before
@@ -160,7 +160,7 @@ def test_a_run_without_steps_never_replaces_a_model(pretrain, monkeypatch, tmp_p
 @given(st.integers(1, 10**6), st.integers(1, 400))
 def test_epochs_in_hundredths_are_exact(steps, hundredths):
     """0.1 of 30 steps are 3, though 0.1 * 30 is a little more in floating point."""
-    from trainer.datasets import StepPlan
+    from trainer.sampler import StepPlan
 
     plan = StepPlan(steps, None, 1, seed=0)
     assert plan.run_steps(0, float(f"{hundredths / 100:.2f}")) == -(-steps * hundredths // 100)

@@ -16,12 +16,13 @@ from tests.helpers import load_script
 def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:
     import torch
 
+    from common.device import pick_dtype
     from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
     from trainer.config import add_model_flags, make_parser, model_config
     from trainer.datasets import Windows
-    from trainer.distributed import pick_dtype
-    from trainer.loop import Stage, train
+    from trainer.loop import train
+    from trainer.stage import Stage
 
     parser = make_parser(None, {"muon": 8e-3, "adamw": 1e-3}, data_path=data_path)
     add_model_flags(parser)

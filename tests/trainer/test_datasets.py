@@ -1,85 +1,16 @@
-"""Which rows a step trains: every row once an epoch, in a new order each time, shared without overlap."""
+"""Rows as batches: every token is trained once, answers alone carry labels, and data of another model is refused."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.shard_writer import read_meta, write_meta
 from tests.helpers import load_script, write_shards
-from trainer.datasets import (
-    WIDTH_MULTIPLE,
-    Chats,
-    StepBatches,
-    StepPlan,
-    Windows,
-    left_out,
-    open_data,
-    validation_batches,
-)
+from trainer.datasets import Chats, Windows, left_out, open_data
 from trainer.loss import IGNORE
-
-
-class Numbers:
-    """Rows that are just their numbers."""
-
-    def __init__(self, n, lengths=None):
-        self.n, self.lengths = n, lengths
-
-    def __len__(self):
-        return self.n
-
-    def row_lengths(self):
-        return self.lengths
-
-    def batch(self, rows):
-        ids = torch.tensor(rows)[:, None]
-        return {"input_ids": ids, "labels": ids.clone(), "real": torch.ones_like(ids, dtype=bool), "rows": ids[:, 0]}
-
-
-def trained_rows(batches):
-    return [row for batch in batches for row in batch["labels"][batch["labels"] != IGNORE].tolist()]
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    n=st.integers(1, 90),
-    batch=st.integers(1, 5),
-    accumulation=st.integers(1, 3),
-    world=st.integers(1, 4),
-    by_length=st.booleans(),
-)
-def test_every_epoch_is_a_pass_over_all_rows(n, batch, accumulation, world, by_length):
-    lengths = np.random.default_rng(n).integers(1, 99, n) if by_length else None
-    data = Numbers(n, lengths)
-    plan = StepPlan(n, lengths, batch * accumulation * world, seed=1)
-    alone = StepPlan(n, lengths, batch * accumulation * world, seed=1)
-    orders = []
-    for epoch in range(2):
-        seen = []
-        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-            shares = [StepBatches(data, plan, batch, rank, world)[step] for rank in range(world)]
-            assert len({len(share) for share in shares}) == 1, "all processes make equally many backward passes"
-            together = [row for share in shares for row in trained_rows(share)]
-            # One process with the whole batch trains the same rows in the same step.
-            assert sorted(together) == sorted(trained_rows(StepBatches(data, alone, batch * world, 0, 1)[step]))
-            seen += together
-        assert sorted(seen) == list(range(n))
-        orders.append(seen)
-    if n > 20 and plan.steps_per_epoch > 5:
-        assert orders[0] != orders[1], "reshuffled"
-
-
-def test_a_step_is_the_same_wherever_one_starts():
-    late, early = StepPlan(50, None, 4, seed=3), StepPlan(50, None, 4, seed=3)
-    for step in range(30):
-        early.rows(step)
-    assert late.rows(29).tolist() == early.rows(29).tolist()
-    assert StepPlan(50, None, 4, seed=4).rows(29).tolist() != late.rows(29).tolist()
 
 
 def test_windows_cover_the_stream_once(tokenizer, pretrain_dir):
@@ -103,21 +34,6 @@ def test_labels_are_the_answers_and_nothing_else(tokenizer, tmp_path):
     labels = Chats(str(folder), "train", tokenizer.pad_id).batch(np.array([0]))["labels"][0]
     assert (labels != IGNORE).sum() == len("你好！2".encode()) + 2
     assert tokenizer.decode(labels[labels != IGNORE].tolist()) == "你好！<|im_end|>2<|im_end|>"
-
-
-def chat_lengths(count=3000):
-    return np.clip(np.random.default_rng(0).lognormal(5, 0.8, count), 20, 512).astype(int)
-
-
-def test_padding_is_rare():
-    """Lengths as real chats have them (log-normal, median 150): at least 90 % of what is computed are real tokens."""
-    lengths = chat_lengths()
-    plan = StepPlan(len(lengths), lengths, 16, seed=0)
-    widths = [
-        -(-lengths[plan.rows(step)].max() // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for step in range(plan.steps_per_epoch)
-    ]
-    computed = sum(len(plan.rows(step)) * width for step, width in enumerate(widths))
-    assert lengths.sum() / computed >= 0.9
 
 
 def test_batches_of_chats_have_few_widths(tokenizer, tmp_path):
@@ -149,14 +65,6 @@ def test_a_chat_costs_the_same_alone_and_among_others(tokenizer, tmp_path):
         alone = sum(compute_loss(model, data.batch(np.array([i])))[0].item() for i in range(6))
         together = compute_loss(model, data.batch(np.arange(6)))[0].item()
     assert together == pytest.approx(alone, rel=1e-5)
-
-
-def test_validation_rows_are_shared_not_repeated():
-    data = Numbers(40)
-    shares = [trained_rows(validation_batches(data, 4, rank, 3, max_tokens=30)) for rank in range(3)]
-    together = sorted(row for share in shares for row in share)
-    assert together == sorted(trained_rows(validation_batches(data, 4, 0, 1, max_tokens=30)))
-    assert len(set(together)) == len(together)
 
 
 def test_data_of_another_tokenizer_is_refused(tokenizer, pretrain_dir, tmp_path):

@@ -18,9 +18,8 @@ from model.transformer import Transformer
 from tests.helpers import EXACT, ROOT, read_log, run_script
 from trainer.config import PARALLEL
 from trainer.memory import (
+    FORMATS,
     GPUS,
-    MACHINES,
-    bounds,
     count,
     flops_per_token,
     inference_memory,
@@ -233,14 +232,6 @@ def test_xiangxins_fourteen_days_need_more_than_the_gpus_give():
     assert utilisation_of(20 * 2.78e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.33, abs=0.005)
 
 
-def test_what_bounds_which_machine():
-    for preset in ("small", "base", "mindllm-1.3b"):
-        for machine in MACHINES:
-            found = bounds(ModelConfig(**PRESETS[preset]), machine, 2**19, 0.4)
-            assert found.fits and found.memory <= machine.gpu.memory * 1e9
-    assert not bounds(ModelConfig(**PRESETS["xiangxin-3b"]), MACHINES[0], 2**19, 0.4).fits
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 def test_a_plan_trains_nothing(monkeypatch, tmp_path, capsys):
     flags = ("--preset", "mindllm-1.3b", "--plan", "--gpus", "16", "--gpu", "a100", "--batch_size", "2")
@@ -326,7 +317,6 @@ def test_a_cache_is_as_large_as_the_plan_says():
 def test_a_gguf_file_is_as_large_as_the_plan_says():
     gguf = pytest.importorskip("gguf")
     from export.gguf_export import gguf_tensors, storage
-    from trainer.plan_inference import FORMATS
 
     config = ModelConfig(vocab_size=6400, dim=512, n_layers=3, n_heads=8, n_kv_heads=4)
     tensors = (

@@ -72,8 +72,8 @@ def test_a_run_does_not_go_on_with_another_mixture(monkeypatch, pretrain):
 def test_two_processes_see_the_rows_of_one(pretrain, mixed_dir):
     from corpus.mixing import groups_of, parse_mix
     from corpus.shard_writer import read_meta
-    from trainer.datasets import StepBatches
     from trainer.mixing import MixPlan, Mixture, Recipe
+    from trainer.sampler import StepBatches
 
     shards = read_meta(mixed_dir)["splits"]["train"]["shards"]
     data = Mixture(str(mixed_dir), Recipe([groups_of(shards, parse_mix("zh=0.25,en=0.75"))]), 32)
