@@ -10,7 +10,7 @@
 Requests are decoded together, new ones join between two tokens. Routes: /v1/chat/completions, /v1/completions,
 /v1/embeddings, /v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
 Reads the checkpoints, writes nothing.
-Read next: serving/app.py (a request's way), serving/limits.py (who may ask, and how much), serving/scheduler.py
+Read next: serving/service.py (a request's way), serving/limits.py (who may ask, and how much), serving/scheduler.py
 (decoding together), model/generate.py (one token).
 """
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from model.tokenizer import ChatTokenizer
 
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
+DEMO_BYTES = 100_000  # of the demo world's text in each language
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -176,6 +177,21 @@ def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
         print(f"{i:>8}  {piece}")
 
 
+def demo_texts() -> dict[str, list[str]]:
+    """The first documents of the demo world in each language, until they have DEMO_BYTES."""
+    from demo_world.generator import World
+
+    texts: dict[str, list[str]] = {}
+    for lang in LANGUAGE_NAMES:
+        texts[lang], left = [], DEMO_BYTES
+        for text in World(lang, 0).texts(1):
+            texts[lang].append(text)
+            left -= len(text.encode())
+            if left <= 0:
+                break
+    return texts
+
+
 def compare_tokenizers(folders: list[str], files: list[str], out: str | None) -> None:
     """Print the table of these tokenizers on the same text, and write it where that is wanted."""
     from rich.console import Console
@@ -185,7 +201,7 @@ def compare_tokenizers(folders: list[str], files: list[str], out: str | None) ->
     from evaluation.tokenizer_table import HEADS, cells, compare, markdown, measured_on, open_tokenizer, read_languages
 
     opened = [open_tokenizer(folder) for folder in folders]
-    texts = read_languages(files)
+    texts = read_languages(files) if files else demo_texts()
     rows, about = compare(opened, texts), measured_on(texts, files)
     table = Table(*HEADS, box=None)
     table.columns[0].overflow = "fold"

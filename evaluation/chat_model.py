@@ -17,12 +17,11 @@ from typing import Any
 from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError, printable
 from common.files import write_text
-from evaluation.qa import MAX_NEW_TOKENS, chat_prompt
-from evaluation.qa_data import sound
+from evaluation.qa_data import MAX_NEW_TOKENS, sound
 from export.hf_import import open_model
 from model.chat_template import Message
 from model.checkpoint import PARENTS, find_checkpoint
-from model.generate import Answer, Sampling, generate, stream
+from model.generate import Answer, Sampling, chat_prompt, generate, stream
 from model.rope import describe
 from model.rope_flags import rope_of
 from model.sampling_presets import DEFAULTS, find_preset, merge_settings, spell

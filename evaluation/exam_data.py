@@ -11,8 +11,11 @@ is either read whole or not at all: a question left out in silence would change 
 to the last line is an error with its line number.
 Layouts: github.com/hkust-nlp/ceval and github.com/haonan-li/CMMLU.
 
-Called by ../eval_ceval.py. Read next: exam_table.py (one file), exam_subjects.py (which subject belongs where),
-exam_prompts.py (how questions are asked).
+The category of a subject is that of the exam's own subject_mapping.json, else that of SUBJECTS, which are facts from
+the exams themselves: C-Eval's subject_mapping.json and CMMLU's src/categories.py. The subjects that both exams have are
+in the same category in both. CMMLU's fifth group, "China specific", runs across the others and is left out.
+
+Called by ../eval_ceval.py. Read next: exam_table.py (one file), exam_prompts.py (how questions are asked).
 """
 
 import json
@@ -26,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from common.errors import UserError, printable
-from evaluation.exam_subjects import category_of
 from evaluation.exam_table import LARGEST, OPTION_LETTERS, Row, decode, letters_of, read_rows
 
 LETTERS = "ABCD"  # of C-Eval and CMMLU; own files have two to ten options
@@ -39,6 +41,39 @@ EXPECTED = (
     "expected a .csv, .tsv or .jsonl file of questions, a folder of them, or a tar or zip archive with val/*.csv or "
     "test/*.csv (C-Eval, CMMLU)"
 )
+SUBJECTS = {  # category: subjects
+    "STEM": """
+        computer_network operating_system computer_architecture college_programming college_physics college_chemistry
+        advanced_mathematics probability_and_statistics discrete_mathematics electrical_engineer metrology_engineer
+        high_school_mathematics high_school_physics high_school_chemistry high_school_biology middle_school_mathematics
+        middle_school_biology middle_school_physics middle_school_chemistry veterinary_medicine
+        anatomy astronomy college_actuarial_science college_engineering_hydrology college_mathematics
+        college_medical_statistics computer_science conceptual_physics electrical_engineering elementary_mathematics
+        genetics machine_learning virology
+    """,
+    "Social Science": """
+        college_economics business_administration marxism mao_zedong_thought education_science teacher_qualification
+        high_school_politics high_school_geography middle_school_politics middle_school_geography
+        ancient_chinese business_ethics chinese_civil_service_exam chinese_food_culture chinese_foreign_policy
+        chinese_teacher_qualification college_education economics education elementary_chinese ethnology journalism
+        management marketing modern_chinese professional_accounting professional_psychology public_relations
+        security_study sociology
+    """,
+    "Humanities": """
+        modern_chinese_history ideological_and_moral_cultivation logic law chinese_language_and_literature art_studies
+        professional_tour_guide legal_professional high_school_chinese high_school_history middle_school_history
+        arts chinese_history chinese_literature college_law global_facts international_law jurisprudence logical
+        marxist_theory philosophy professional_law world_history world_religions
+    """,
+    "Other": """
+        civil_servant sports_science plant_protection basic_medicine clinical_medicine urban_and_rural_planner
+        accountant fire_engineer environmental_impact_assessment_engineer tax_accountant physician
+        agronomy chinese_driving_rule clinical_knowledge college_medicine computer_security
+        construction_project_management elementary_commonsense elementary_information_and_technology food_science
+        human_sexuality legal_and_moral_basis nutrition professional_medicine traditional_chinese_medicine
+    """,
+}
+_CATEGORY = {subject: category for category, names in SUBJECTS.items() for subject in names.split()}
 
 Named = tuple[str, str, bytes]  # (name for messages, path inside the folder or archive, content)
 
@@ -161,6 +196,11 @@ def _mapping(where: str, data: bytes) -> dict[str, str]:
         return {subject: str(names[2]) for subject, names in content.items()}
     except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
         raise UserError(f"{where}: expected {{subject: [English, Chinese, category]}}") from None
+
+
+def category_of(subject: str) -> str:
+    """STEM, Social Science, Humanities or Other; Other for a subject that neither exam has."""
+    return _CATEGORY.get(subject, "Other")
 
 
 def _is_mapping(inside: str) -> bool:

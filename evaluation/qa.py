@@ -8,34 +8,16 @@ Read next: ../model/generate.py (how an answer is drawn), qa_data.py (the rule),
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import UserError
-from evaluation.qa_data import is_right
-from model.chat_template import Message
-from model.generate import Sampling, fit_chat, generate
+from evaluation.chat_model import Speaker
+from evaluation.qa_data import MAX_NEW_TOKENS, Question, is_right
+from model.generate import Sampling, chat_prompt, generate
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from evaluation.chat_model import Speaker
-
 BATCH = 128  # questions answered at once
-MAX_NEW_TOKENS = 48  # of a chat model's answer
-
-Question = dict[str, Any]  # evaluation.qa_data.read_questions makes them
-
-
-def chat_prompt(
-    model: Transformer,
-    tokenizer: ChatTokenizer,
-    messages: list[Message],
-    max_new_tokens: int,
-    render: Callable[[list[Message]], list[int]] | None = None,
-) -> list[int]:
-    """The rendered chat, with as many of its last turns as leave room to answer. `render`: see fit_chat."""
-    limit = model.config.max_seq_len
-    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4), render)
 
 
 def answer_questions(
@@ -93,7 +75,7 @@ def chat_accuracy(
     return {lang: counts["accuracy"] for lang, counts in count_right(rows).items()}
 
 
-def put_questions(speaker: "Speaker", questions: list[Question]) -> dict[str, Any]:
+def put_questions(speaker: Speaker, questions: list[Question]) -> dict[str, Any]:
     """Answer all questions in batches of similar length; prints the table and returns its numbers."""
     from rich.console import Console
     from rich.table import Table

@@ -16,7 +16,10 @@ from typing import Any
 from common.errors import UserError
 from corpus.language import language_of
 
+MAX_NEW_TOKENS = 48  # of a chat model's answer
 LATIN, NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
+
+Question = dict[str, Any]  # read_questions makes them; qa.py adds "ids", "answer" and "correct"
 
 
 def sound(text: str, where: str) -> str:
@@ -38,7 +41,7 @@ def read_lines(path: str) -> list[tuple[str, str]]:
     return found
 
 
-def read_questions(path: str) -> list[dict[str, Any]]:
+def read_questions(path: str) -> list[Question]:
     """The questions of a jsonl file, lang and kind filled in. Raises UserError naming the first bad line."""
     questions = []
     for where, line in read_lines(path):

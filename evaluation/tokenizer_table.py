@@ -19,10 +19,8 @@ from common.errors import UserError
 from corpus.language import language_of
 from corpus.readers import read_texts
 from corpus.stats import DataReport
-from demo_world.generator import World
 
 LANGUAGES = ("zh", "en")
-DEMO_BYTES = 100_000  # of the demo world's text in each language
 HEADS = ("tokenizer", "entries", "chars/token zh", "chars/token en", "bytes/token", "unknown")
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -89,24 +87,13 @@ def _sentencepiece(name: str, file: Path) -> Opened:
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 def read_languages(files: Sequence[str]) -> dict[str, list[str]]:
-    """The documents of the files by language, or the demo world's text without files. Raises UserError."""
-    if not files:
-        return {lang: list(_some(World(lang, 0).texts(1), DEMO_BYTES)) for lang in LANGUAGES}
+    """The documents of the files by language. Raises UserError."""
     found: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
     for document in read_texts(files, DataReport()):
         found[language_of(document.text)].append(document.text)
     if not any(found.values()):
         raise UserError(f"{', '.join(files)}: no text in it to compare tokenizers on")
     return found
-
-
-def _some(texts: Iterable[str], limit: int) -> Iterable[str]:
-    """Texts until they have `limit` bytes."""
-    for text in texts:
-        yield text
-        limit -= len(text.encode())
-        if limit <= 0:
-            return
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

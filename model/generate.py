@@ -260,3 +260,15 @@ def fit_chat(
     # Fewer turns are never longer: halving finds the first start that fits without rendering all of them.
     first = bisect.bisect_left(starts, True, key=lambda start: len(rendered(start)) <= limit)
     return rendered(starts[min(first, len(starts) - 1)])
+
+
+def chat_prompt(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    messages: list[Message],
+    max_new_tokens: int,
+    render: Callable[[list[Message]], list[int]] | None = None,
+) -> list[int]:
+    """The rendered chat, with as many of its last turns as leave room to answer. `render`: see fit_chat."""
+    limit = model.config.max_seq_len
+    return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4), render)

@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from evaluation.qa import chat_prompt
 from evaluation.qa_data import sound
 from model.chat_template import Message
-from model.generate import Answer, Sampling, stream
+from model.generate import Answer, Sampling, chat_prompt, stream
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 

@@ -5,7 +5,7 @@
 norm(x) is the hidden state after the final norm, which lm_head reads. A model that was trained to continue text gives
 usable but modest embeddings; compare them by cosine. Inputs are computed in padded batches of bounded size in the
 engine's thread, one batch between two tokens of the running answers, so that no two threads use the model at once.
-Called by app.py. Read next: scheduler.py (when a step is due), models.py (text to ids).
+Called by service.py. Read next: scheduler.py (when a step is due), models.py (text to ids).
 """
 
 import base64

@@ -2,7 +2,7 @@
 
     {"error": {"message", "type", "param", "code"}}
 
-Called by app.py. Read next: middleware.py (the same shape before a request is read).
+Called by service.py. Read next: middleware.py (the same shape before a request is read).
 """
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 The event loop stays free, at most one large body is parsed at a time, however many arrive, and a small request never
 waits behind large ones. Python runs one thread at a time, so that parsing a flood of large bodies would keep the thread
 that decodes from running: the thread of large bodies pauses for PAUSE times as long as it has worked.
-Called by app.py. Read next: requests.py (what a worker does first).
+Called by service.py. Read next: requests.py (what a worker does first).
 """
 
 import asyncio

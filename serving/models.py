@@ -3,7 +3,7 @@
     chat:  the messages in the model's chat format; where they are too long, whole turns go, oldest first
     text:  the prompt as it is; too long is an error with the numbers
 
-Called by app.py. Read next: ../model/tokenizer.py (how a chat is written), scheduler.py (where the ids go).
+Called by service.py. Read next: ../model/tokenizer.py (how a chat is written), scheduler.py (where the ids go).
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from evaluation.qa import chat_prompt
 from export.hf_import import open_model
 from model.chat_template import Message
 from model.checkpoint import PARENTS, find_checkpoint
+from model.generate import chat_prompt
 from model.rope_flags import Rope
 from model.sampling_presets import find_preset
 from model.tokenizer import ChatTokenizer

@@ -170,7 +170,7 @@ class Page:
         st.caption(say["welcome_sub"])
         st.write(say["starts"])
         with st.container(horizontal=True):
-            for start in STARTS[self.lang][first.chats]:
+            for start in STARTS[self.lang]["chat" if first.chats else "text"]:
                 st.button(start, on_click=self.want, args=("ask", start))
         if len(models) < 2:
             return

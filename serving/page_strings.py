@@ -1,192 +1,21 @@
-"""Every word of the chat page, in both languages. `{…}` is filled in by the page.
+"""Every word of the chat page, in both languages, from strings.json. `{…}` is filled in by the page.
 
-Called by page.py. A test holds both languages to the same keys and the same blanks.
+    LANGUAGES[lang]        the language's own name
+    STAGES[lang][stage]    [name, explanation] of what a model of this stage does, in one line
+    SCORES[lang][kind]     what a score counts
+    STARTS[lang][kind]     to begin with: questions for a chat model (chat), beginnings for a pretrained one (text)
+    WORDS[lang][key]       everything else
+
+Called by page.py and sidebar.py. A test holds both languages to the same keys and the same blanks.
 """
 
-LANGUAGES = {"zh": "中文", "en": "English"}
+import json
+from pathlib import Path
+from typing import Any
 
-# What a model of each stage does, in one line: (name, explanation).
-STAGES = {
-    "en": {
-        "pretrain": ("Pretrained", "goes on with any text; it does not answer questions yet"),
-        "full_sft": ("SFT", "learnt from chats to answer"),
-        "lora_sft": ("LoRA", "an SFT model with a small, later lesson in thin matrices"),
-        "dpo": ("DPO", "learnt from pairs which of two answers people prefer"),
-        "transformers": ("transformers folder", "a model in the format of the transformers library"),
-    },
-    "zh": {
-        "pretrain": ("预训练", "接着任何文字往下写，还不会回答问题"),
-        "full_sft": ("SFT", "从对话中学会了回答"),
-        "lora_sft": ("LoRA", "在 SFT 模型上用小矩阵补学了一课"),
-        "dpo": ("DPO", "从成对的回答中学会了哪个更好"),
-        "transformers": ("transformers 文件夹", "transformers 库格式的模型"),
-    },
-}
-
-SCORES = {
-    "en": {
-        "accuracy": "questions right",
-        "val_accuracy": "pairs ranked right",
-        "bits_per_byte": "bits per byte (lower is better)",
-    },
-    "zh": {
-        "accuracy": "答对的问题",
-        "val_accuracy": "排对的成对回答",
-        "bits_per_byte": "每字节比特数（越低越好）",
-    },
-}
-
-# To begin with: questions for a chat model, beginnings of texts for a pretrained one.
-STARTS = {
-    "en": {
-        True: ("Who are you?", "What is the capital of France?", "What is the opposite of hot?", "What is 3 plus 5?"),
-        False: ("The capital of France is", "The opposite of hot is", "Water freezes at", "The sun"),
-    },
-    "zh": {
-        True: ("你是谁？", "法国的首都是哪里？", "“热”的反义词是什么？", "三加五等于几？"),
-        False: ("法国的首都是", "“热”的反义词是", "水结成冰的温度是", "太阳"),
-    },
-}
-
-WORDS = {
-    "en": {
-        "title": "Mengya",
-        "language": "Language",
-        "model": "Model",
-        "second": "Beside it",
-        "no_second": "no second model",
-        "system": "System prompt",
-        "system_hint": "How the model should behave. Empty: nothing is said.",
-        "no_system": "A pretrained model has no system prompt.",
-        "sampling": "How it answers",
-        "temperature": "Temperature",
-        "temperature_help": "0: always the likeliest token, the same answer each time. Higher: more variety, errors.",
-        "max_new_tokens": "Longest answer (tokens)",
-        "more": "More controls",
-        "top_p": "top-p",
-        "top_p_help": "Draw among the likeliest tokens whose probabilities sum to p. 1: all.",
-        "top_k": "top-k",
-        "top_k_help": "Draw among the k likeliest tokens. 0: all.",
-        "min_p": "min-p",
-        "min_p_help": "Drop tokens below this share of the likeliest. 0: none.",
-        "repetition_penalty": "Repetition penalty",
-        "repetition_penalty_help": "Above 1: tokens already seen become less likely. Try 1.1 when a model loops.",
-        "no_repeat_ngram_size": "No repeated n-grams",
-        "no_repeat_ngram_size_help": "No so many tokens in a row come twice; the question counts. 0: off.",
-        "num_beams": "Beams",
-        "num_beams_help": "Above 1: beam search, which draws nothing and shows the answer when it is complete. 1: off.",
-        "preset": "Settings of the {format} format",
-        "preset_help": "Start from the settings that the model card of this chat format names: {settings}.",
-        "seed": "Seed",
-        "seed_help": "The same seed draws the same answer. Empty: another each time.",
-        "markdown": "Show Markdown as layout",
-        "markdown_help": "Off: the answer as plain text.",
-        "clear": "New conversation",
-        "ask": "Ask {name}",
-        "ask_both": "Ask both models",
-        "continue": "Begin a text, and {name} goes on",
-        "stop": "Stop",
-        "again": "Again",
-        "edit": "Edit",
-        "copy": "Copy",
-        "copied": "Copied",
-        "edit_label": "Your last question",
-        "send": "Ask this instead",
-        "welcome": "Ask a model that you trained",
-        "welcome_sub": "It runs on the machine that serves this page; nothing that you type goes anywhere else.",
-        "starts": "To begin with",
-        "models": "Models here",
-        "choose": "Talk to it",
-        "chosen": "Chosen",
-        "size": "{total} parameters",
-        "size_active": "{total} parameters, {active} of them a token",
-        "length": "reads {n} tokens",
-        "tokens": "{n} tokens",
-        "pairs": "{n} pairs",
-        "trained": "trained on {units}",
-        "unreadable": "Not readable ({n})",
-        "loading": "Opening {name} …",
-        "thinking": "…",
-        "speed": "{tokens} tokens · {speed} tokens/s",
-        "end_length": "reached the longest answer",
-        "end_stopped": "stopped",
-        "shortened": "earliest turns left out: the model reads {n} tokens",
-        "no_answer": "no answer",
-        "none_title": "No model yet",
-        "none_text": "There is no model in `{folder}`. Any of these makes one; this page finds it.",
-        "none_demo": "A small model that answers questions, on built-in data, in minutes:",
-        "none_own": "Your own, from your own text and chats:",
-        "none_other": "Models elsewhere:",
-        "look_again": "Look again",
-    },
-    "zh": {
-        "title": "萌芽",
-        "language": "语言",
-        "model": "模型",
-        "second": "并排比较",
-        "no_second": "不比较",
-        "system": "系统提示",
-        "system_hint": "希望模型怎样表现。留空则什么也不说。",
-        "no_system": "预训练模型没有系统提示。",
-        "sampling": "怎样回答",
-        "temperature": "温度",
-        "temperature_help": "0：总取最可能的词元，每次回答相同。越高越多样，错误也越多。",
-        "max_new_tokens": "最长回答（词元）",
-        "more": "更多设置",
-        "top_p": "top-p",
-        "top_p_help": "只在概率之和达到 p 的最可能词元中抽取。1：全部。",
-        "top_k": "top-k",
-        "top_k_help": "只在最可能的 k 个词元中抽取。0：全部。",
-        "min_p": "min-p",
-        "min_p_help": "去掉概率低于最大者这一比例的词元。0：不去掉。",
-        "repetition_penalty": "重复惩罚",
-        "repetition_penalty_help": "大于 1：出现过的词元更不易再出现。模型反复说同样的话时可试 1.1。",
-        "no_repeat_ngram_size": "禁止重复的 n-gram",
-        "no_repeat_ngram_size_help": "连续这么多个词元不会出现第二次，问题也计算在内。0：关闭。",
-        "num_beams": "束宽",
-        "num_beams_help": "大于 1：束搜索，不做随机抽样，回答完成后一次显示。1：关闭。",
-        "preset": "采用 {format} 格式的设置",
-        "preset_help": "从该对话格式的模型卡给出的设置开始：{settings}。",
-        "seed": "随机种子",
-        "seed_help": "相同的种子得到相同的回答。留空：每次不同。",
-        "markdown": "按 Markdown 排版",
-        "markdown_help": "关闭：显示为纯文本。",
-        "clear": "新对话",
-        "ask": "向 {name} 提问",
-        "ask_both": "同时向两个模型提问",
-        "continue": "写个开头，{name} 会接着写",
-        "stop": "停止",
-        "again": "重新回答",
-        "edit": "修改",
-        "copy": "复制",
-        "copied": "已复制",
-        "edit_label": "最后一个问题",
-        "send": "改问这个",
-        "welcome": "问问你训练的模型",
-        "welcome_sub": "模型运行在提供本页的机器上，你输入的内容不会去别处。",
-        "starts": "可以这样开始",
-        "models": "这里的模型",
-        "choose": "和它聊",
-        "chosen": "已选",
-        "size": "{total} 参数",
-        "size_active": "{total} 参数，每个词元用到 {active}",
-        "length": "最多读 {n} 个词元",
-        "tokens": "{n} 词元",
-        "pairs": "{n} 对",
-        "trained": "训练了 {units}",
-        "unreadable": "无法读取（{n}）",
-        "loading": "正在打开 {name} …",
-        "thinking": "…",
-        "speed": "{tokens} 词元 · 每秒 {speed} 词元",
-        "end_length": "到了最长回答",
-        "end_stopped": "已停止",
-        "shortened": "略去了最早的几轮：模型最多读 {n} 个词元",
-        "no_answer": "没有回答",
-        "none_title": "还没有模型",
-        "none_text": "`{folder}` 里没有模型。下面任一办法都能得到一个，本页会找到它。",
-        "none_demo": "几分钟，用自带数据训练一个会答题的小模型：",
-        "none_own": "用你自己的文本和对话：",
-        "none_other": "模型在别处：",
-        "look_again": "再看一次",
-    },
-}
+_STRINGS: dict[str, Any] = json.loads(Path(__file__).with_name("strings.json").read_text(encoding="utf-8"))
+LANGUAGES: dict[str, str] = _STRINGS["languages"]
+STAGES: dict[str, dict[str, list[str]]] = _STRINGS["stages"]
+SCORES: dict[str, dict[str, str]] = _STRINGS["scores"]
+STARTS: dict[str, dict[str, list[str]]] = _STRINGS["starts"]
+WORDS: dict[str, dict[str, str]] = _STRINGS["words"]

@@ -2,7 +2,7 @@
 
 Bodies are bounded in bytes (middleware.py); lists stop at their first wrong entry (`fail_fast` in schemas.py), since
 pydantic would otherwise build one error for each of 500,000 wrong entries.
-Called by app.py. Read next: schemas.py (the fields), errors.py (the shape of errors).
+Called by service.py. Read next: schemas.py (the fields), errors.py (the shape of errors).
 """
 
 import json

@@ -5,7 +5,7 @@
 
 `ChatReply` and `TextReply` differ in names, and a text may begin with its prompt (echo.py). Log-probabilities come out
 with the text: a token is sent once its first character is, so that tokens after a stop string are not.
-Called by app.py. Read next: schemas.py (the shapes), scheduler.py (where the text comes from).
+Called by service.py. Read next: schemas.py (the shapes), scheduler.py (where the text comes from).
 """
 
 import json

@@ -4,10 +4,10 @@
     POST /v1/chat/completions  /v1/completions  /v1/embeddings
 
 A POST route takes the bytes of the body as they are: they are parsed in a worker thread (lanes.py), not in the event
-loop. Called by app.py. Read next: schemas.py.
+loop. Called by app.py. Read next: service.py, schemas.py.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
@@ -17,15 +17,13 @@ from serving import schemas
 from serving.embeddings import EmbeddingList, EmbeddingRequest
 from serving.models import Served
 from serving.schemas import ChatRequest, CompletionRequest
-
-if TYPE_CHECKING:
-    from serving.app import Counter
+from serving.service import Counter
 
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest)
 REFERENCE = "#/components/schemas/{model}"
 
 
-def add_routes(app: FastAPI, counter: "Counter") -> None:
+def add_routes(app: FastAPI, counter: Counter) -> None:
     refusals = {400: "wrong request", 401: "no or wrong key", 403: "wrong Host or Origin", 404: "no such model"}
     refusals |= {413: "too large", 415: "no JSON", 429: "no place free", 500: "the model failed"}
     errors: dict[int | str, Any] = {k: {"model": schemas.ErrorBody, "description": v} for k, v in refusals.items()}

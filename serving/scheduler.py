@@ -8,7 +8,7 @@ a `Batch` (model/generate.py) with a bounded number of places and a bounded queu
 token. A beam search takes a place per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
 does one step between two tokens. Knows nothing of HTTP: requests come in by `submit`, and every turn's news goes out in
 one call of `deliver`.
-Called by app.py. Read next: ../model/generate.py (Batch), app.py (who waits).
+Called by service.py. Read next: ../model/generate.py (Batch), service.py (who waits).
 """
 
 import math

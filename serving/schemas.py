@@ -4,7 +4,7 @@ Fields that this server does not know are let through and named in the response 
 that it knows and cannot honour (tools, response_format, logit_bias, ...). Types are strict: "0.7" is no number.
 The names and shapes: OpenAI's API reference, "Chat" and "Completions"; top_k, min_p and repetition_penalty as vLLM;
 num_beams, length_penalty and no_repeat_ngram_size as transformers' GenerationConfig.
-Called by app.py. Read next: responses.py (how a response is filled).
+Called by service.py and routes.py. Read next: responses.py (how a response is filled).
 """
 
 from typing import Annotated, Any, Literal

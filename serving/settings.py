@@ -1,6 +1,6 @@
 """How a request's answer is drawn: its fields over the model's preset over the defaults of the command line.
 
-Called by app.py. Read next: ../model/sampling_presets.py (the order), ../model/sampling.py (what the settings do).
+Called by service.py. Read next: ../model/sampling_presets.py (the order), ../model/sampling.py (what the settings do).
 """
 
 from model.sampling import Sampling

@@ -18,7 +18,7 @@ import pytest
 from common.errors import UserError, printable
 from model.generate import generate
 from model.sampling import Sampling
-from serving.app import Limits
+from serving.limits import Limits
 from tests.helpers import ROOT, run_process, run_script
 from tests.serving.server_help import make_file, running
 

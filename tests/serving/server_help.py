@@ -38,7 +38,7 @@ def make_file(path: Path, tokenizer: ChatTokenizer, stage: str = "full_sft", **c
 @dataclass
 class Running:
     url: str  # without a slash at the end
-    counter: Any  # serving.app.Counter
+    counter: Any  # serving.service.Counter
 
     def status(self, name: str | None = None) -> dict[str, int]:
         status = self.counter.engine.status()

@@ -13,7 +13,7 @@ import pytest
 
 from model.generate import generate
 from model.sampling import Sampling
-from serving.app import Limits
+from serving.limits import Limits
 from tests.helpers import run_script
 from tests.serving.server_help import make_file, running
 

@@ -21,8 +21,8 @@ import torch
 
 from model.generate import generate
 from model.sampling import Sampling
-from serving.app import Limits
 from serving.embeddings import EmbeddingJob, batches_of
+from serving.limits import Limits
 from serving.scheduler import PREFILL_TOKENS, Engine, Full
 from tests.serving.server_help import make_file, make_model, running
 

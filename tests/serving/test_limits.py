@@ -15,7 +15,7 @@ import time
 import httpx
 import pytest
 
-from evaluation.qa import chat_prompt
+from model.generate import chat_prompt
 from serving.limits import Limits
 from serving.middleware import host_name
 from serving.models import open_models

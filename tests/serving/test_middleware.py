@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from serving.app import Limits
+from serving.limits import Limits
 from tests.serving.server_help import make_file, running
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0}

@@ -146,7 +146,7 @@ def test_again_edit_and_new_conversation(open_page, out):
 
 def test_a_start_is_one_click(open_page, out):
     page = open_page("--out_dir", out)
-    start = page_strings.STARTS["en"][True][1]
+    start = page_strings.STARTS["en"]["chat"][1]
     next(b for b in page.button if b.label == start).click().run()
     assert texts(page) == [start, "鸟叫!"]
 

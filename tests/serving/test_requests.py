@@ -14,7 +14,7 @@ from model.chat_template import FORMAT_NAMES
 from model.generate import generate
 from model.sampling import Sampling
 from model.tokenizer import ChatTokenizer
-from serving.app import Limits
+from serving.limits import Limits
 from tests.serving.server_help import make_file, running
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]

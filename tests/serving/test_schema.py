@@ -9,7 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from serving.app import Limits
+from serving.limits import Limits
 from tests.serving.server_help import make_file, running
 
 
