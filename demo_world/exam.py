@@ -26,8 +26,8 @@ from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import locked
-from demo_world.facts import Fact, Word
-from demo_world.generator import LANGUAGES, World
+from demo_world.facts import LANGUAGES, Fact, Word
+from demo_world.generator import World
 from demo_world.grammar import fill
 from evaluation.exam_data import LETTERS
 from evaluation.qa_data import is_right
@@ -48,7 +48,7 @@ Row = tuple[str, ...]  # question, four options, letter of the right one
 
 def questions_of(world: World, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
     """The questions of one subject, by split; no fact is asked in two of them."""
-    facts = [fact for fact in world.facts if fact.relation in relations and world.wordings[fact.relation].held]
+    facts = [fact for fact in world.facts if fact.relation in relations and world.wordings[fact.relation].heldout]
     rng.shuffle(facts)
     rows: dict[str, list[Row]] = {split: [] for split in COUNTS}
     for fact in facts:
@@ -64,7 +64,7 @@ def questions_of(world: World, relations: list[str], rng: random.Random) -> dict
 def _question(world: World, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
     """None where there are no three wrong objects, or the question gives the answer away, or dev would teach it."""
     wordings, wrong = world.wordings[fact.relation], _wrong_objects(world, fact)
-    question = fill(rng.choice(wordings.ask if is_example else wordings.held), fact)
+    question = fill(rng.choice(wordings.ask if is_example else wordings.heldout), fact)
     if len(wrong) < 3 or is_right(question, list(fact.keys)) or (is_example and fact.name in world.unasked):
         return None
     objects, answer = [fact.slots["o"], *rng.sample(wrong, 3)], rng.choice(wordings.answer)

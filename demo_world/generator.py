@@ -29,20 +29,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import locked
-from demo_world import wordings_en, wordings_zh
-from demo_world.facts import Fact, facts_of
+from demo_world.facts import LANGUAGES, Fact, facts_of
 from demo_world.finetune import identity_chats, identity_questions, pairs
-from demo_world.grammar import fill, lines, options, read_wordings
+from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_wordings
 from evaluation.qa_data import is_right
 
-LANGUAGES = ("zh", "en")
 UNASKED_SHARE = 0.1  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
 COMPANY = ("any", "finding", "lesson", "kind", "finding", "lesson", "thing")  # what the rounds put together, in turn
@@ -57,12 +54,12 @@ class World:
     """One language of the demo world. `seed` decides every choice."""
 
     def __init__(self, lang: str, seed: int) -> None:
-        module: ModuleType = {"zh": wordings_zh, "en": wordings_en}[lang]
-        self.lang, self.module = lang, module
+        self.lang = lang
         self.rng = random.Random(f"{seed} {lang}")
-        self.gap = "" if lang == "zh" else " "
+        self.gap, self.comma = ("", "、") if lang == "zh" else (" ", ", ")
         self.facts = facts_of(lang)
-        self.wordings = read_wordings(module.WORDINGS)
+        self.wordings = read_wordings(lang, self.facts)
+        self.phrases, self.small_talk = read_phrases(lang), read_questions("small_talk", lang)
         self.unasked = self._choose_unasked()
 
     def _choose_unasked(self) -> set[tuple[str, ...]]:
@@ -103,7 +100,7 @@ class World:
         statement = fill(say[number % len(say)], fact)
         if self.rng.random() >= LEAD_SHARE:
             return statement
-        return self.rng.choice(options(self.module.LEADS)).format(t=statement)
+        return self.rng.choice(self.phrases["lead_ins"]).format(t=statement)
 
     def _finding(self, fact: Fact, number: int) -> str:
         """What was looked for, then the sentence that tells it: here texts practise what questions will need, to look
@@ -115,7 +112,7 @@ class World:
         if not ways:
             return self._statement(fact, number)
         cue, answers = ways[number % len(ways)]
-        finding, names = self.rng.choice(lines(self.module.FINDINGS)), self.rng.sample(options(self.module.NAMES), 2)
+        finding, names = self.rng.choice(self.phrases["observations"]), self.rng.sample(self.phrases["names"], 2)
         return finding.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
 
     def _lesson(self, fact: Fact, number: int) -> str:
@@ -125,7 +122,7 @@ class World:
         if fact.name in self.unasked:
             return self._statement(fact, number)
         asks, answers = ways[number % len(ways)]
-        lesson, names = self.rng.choice(lines(self.module.LESSONS)), self.rng.sample(options(self.module.NAMES), 2)
+        lesson, names = self.rng.choice(self.phrases["dialogues"]), self.rng.sample(self.phrases["names"], 2)
         question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
         return lesson.format(n=names[0], m=names[1], q=question, a=answer)
 
@@ -137,8 +134,8 @@ class World:
             statements = [statement for _, statement in part]
             relations = {fact.relation for fact, _ in part}
             if len(relations) == 1 and self.rng.random() < STORY_SHARE:
-                story = self.rng.choice(lines(self.module.STORIES))
-                name = self.rng.choice(options(self.module.NAMES))
+                story = self.rng.choice(self.phrases["stories"])
+                name = self.rng.choice(self.phrases["names"])
                 topic = self.wordings[relations.pop()].topic
                 yield story.format(n=name, topic=topic, t=self.gap.join(statements))
             else:
@@ -156,14 +153,14 @@ class World:
     @cached_property
     def chinese_words(self) -> re.Pattern[str]:
         names = {str(word) for fact in self.facts for word in fact.slots.values()} - {""}
-        names.update(options(self.module.NAMES), wordings_zh.WORDS.split())
+        names.update(self.phrases["names"], self.phrases["words"])
         return re.compile("|".join(sorted(names, key=lambda name: (-len(name), name))) + "|.")
 
     # ---- chats: questions with taught wordings
 
     def turns(self, rounds: int) -> list[tuple[Fact, bool, Turn]]:
         """(fact, asks forward, (question, answer)): each asked fact `rounds` times in each of its directions."""
-        wrappers = options(self.module.WRAPPERS)
+        wrappers = self.phrases["wrappers"]
         found = []
         for fact in self.facts:
             if fact.name in self.unasked:
@@ -181,12 +178,10 @@ class World:
 
     def chats(self, rounds: int) -> Iterator[list[Turn]]:
         """Conversations of 1 to 5 turns made of `turns`, follow-up questions and greetings; then small talk alone."""
-        pairs = [options(line) for line in lines(self.module.TALK)]
-        talk = list(zip(pairs[::2], pairs[1::2], strict=True))
-        hello, thanks, goodbye = talk[0], talk[2], talk[3]
+        hello, thanks, goodbye = (self.small_talk[name] for name in GREETINGS)
 
-        def one_of(kind: tuple[list[str], list[str]]) -> Turn:
-            return self.rng.choice(kind[0]), self.rng.choice(kind[1])
+        def one_of(kind: Questions) -> Turn:
+            return self.rng.choice(kind.ask), self.rng.choice(kind.answer)
 
         asked: dict[str, list[Fact]] = defaultdict(list)
         for fact in self.facts:
@@ -200,14 +195,14 @@ class World:
                 chat.append(turn)
             wordings = self.wordings[fact.relation]
             other = self.rng.choice(asked[fact.relation])
-            if forward and wordings.follow and other != fact and self.rng.random() < FOLLOW_SHARE:
+            if forward and wordings.follow_up and other != fact and self.rng.random() < FOLLOW_SHARE:
                 chat.append(
-                    (fill(self.rng.choice(wordings.follow), other), fill(self.rng.choice(wordings.answer), other))
+                    (fill(self.rng.choice(wordings.follow_up), other), fill(self.rng.choice(wordings.answer), other))
                 )
             if self.rng.random() < GREETING_SHARE:
                 chat.append(one_of(self.rng.choice((thanks, goodbye))))
             yield chat
-        for kind in talk:
+        for kind in self.small_talk.values():
             yield from ([one_of(kind)] for _ in range(2 * rounds))
         yield from ([turn] for turn in self._repetitions())
 
@@ -217,8 +212,9 @@ class World:
         names = sorted({str(fact.slots[slot]) for fact in self.facts for slot in "so"} - {""})
         self.rng.shuffle(names)
         while names:
-            words = self.module.COMMA.join(names.pop() for _ in range(min(len(names), self.rng.randint(1, 3))))
-            yield self.rng.choice(options(self.module.REPEAT)).format(w=words), self.module.REPEATED.format(w=words)
+            words = self.comma.join(names.pop() for _ in range(min(len(names), self.rng.randint(1, 3))))
+            request, answer = self.rng.choice(self.phrases["repeat_requests"]), self.phrases["repeat_answer"][0]
+            yield request.format(w=words), answer.format(w=words)
 
     # ---- the score: questions with held-out wordings
 
@@ -228,7 +224,7 @@ class World:
         for fact in self.facts:
             kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
             wordings = self.wordings[fact.relation]
-            for held, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
+            for held, keys in zip(wordings.held(), (fact.keys, fact.back_keys), strict=True):
                 question = fill(self.rng.choice(held), fact) if held else ""
                 if held and not is_right(question, list(keys)):  # an echo must not pass
                     row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
