@@ -65,12 +65,12 @@ def read_sections(path: Path) -> list[Section]:
     return list(sections.values())
 
 
-class Word(str):
+class Term(str):
     """A text with its English forms: {s} {s:a} (with a or an) {s:pl} (plural); {s:C} {s:A} {s:Pl} are capitalised."""
 
     plural: str
 
-    def __new__(cls, text: str) -> "Word":
+    def __new__(cls, text: str) -> "Term":
         singular, _, plural = text.partition(">")  # mouse>mice: an irregular plural travels with the word
         word = super().__new__(cls, singular)
         word.plural = plural or re.sub("(?<=[^aeiou])y$", "ie", singular) + (
@@ -89,7 +89,7 @@ class Fact:
     """One true thing. `slots` fill the templates; an answer to the question for `o` must contain one of `keys`."""
 
     relation: str
-    slots: dict[str, Word]
+    slots: dict[str, Term]
     keys: tuple[str, ...]
     back_keys: tuple[str, ...]  # the same for the question the other way round, where the relation allows it
 
@@ -107,7 +107,7 @@ def facts_of(lang: str, path: Path = FACTS_FILE) -> list[Fact]:
 
 
 def _fact(relation: str, s: str, o: str, keys: tuple[str, ...] = (), **more: str) -> Fact:
-    slots = {name: Word(text) for name, text in {"s": s, "o": o, **more}.items()}
+    slots = {name: Term(text) for name, text in {"s": s, "o": o, **more}.items()}
     return Fact(relation, slots, keys or (str(slots["o"]),), (str(slots["s"]),))
 
 
@@ -162,7 +162,7 @@ def _keys(relation: str, lang: str, objects: list[str]) -> tuple[str, ...]:
         return tuple(f"一{measure}" for measure in objects)
     if relation == "opposite" and lang == "zh":
         return (f"“{objects[0]}”", f"是{objects[0]}")
-    return tuple(str(Word(text)) for text in objects)
+    return tuple(str(Term(text)) for text in objects)
 
 
 def _sums() -> Iterator[Fact]:

@@ -18,13 +18,13 @@ from demo_world.grammar import fill, read_questions
 from evaluation.qa_data import is_right
 
 if TYPE_CHECKING:
-    from demo_world.generator import World
+    from demo_world.generator import DemoWorld
 
 WRAPPINGS, OLD_CHATS = 4, 1200  # of each identity question and answer; about the world, in each language
 PAIRS_A_FACT = 2
 
 
-def identity_chats(world: "World") -> list[list[tuple[str, str]]]:
+def identity_chats(world: "DemoWorld") -> list[list[tuple[str, str]]]:
     """Every taught question about the new identity with every answer, in several wrappings, as one-turn chats; and
     among them questions about the world, so that what was learnt before stays."""
     rng = random.Random(f"{world.lang} identity")
@@ -42,7 +42,7 @@ def identity_chats(world: "World") -> list[list[tuple[str, str]]]:
     return chats
 
 
-def identity_questions(world: "World") -> list[dict[str, Any]]:
+def identity_questions(world: "DemoWorld") -> list[dict[str, Any]]:
     return [
         {"question": question, "keys": section.keys, "lang": world.lang, "kind": "identity_new_wording"}
         for section in read_questions("identity", world.lang).values()
@@ -50,23 +50,23 @@ def identity_questions(world: "World") -> list[dict[str, Any]]:
     ]
 
 
-def pairs(world: "World") -> Iterator[dict[str, Any]]:
-    """Preference pairs about facts that SFT asked for, in taught wordings. Only the answers differ."""
+def pairs(world: "DemoWorld") -> Iterator[dict[str, Any]]:
+    """Preference pairs about facts that SFT asked for, in taught templates. Only the answers differ."""
     rng = random.Random(f"{world.lang} pairs")
     wrappers, rude = world.phrases["wrappers"], world.phrases["rude_answers"]
     asked = [fact for fact in world.facts if fact.name not in world.unasked and fact.relation != "me"]
-    asked = [fact for fact in asked if world.wordings[fact.relation].ask]
+    asked = [fact for fact in asked if world.templates[fact.relation].ask]
     of_relation: dict[str, list[Fact]] = defaultdict(list)
     for fact in asked:
         of_relation[fact.relation].append(fact)
     for fact in asked:
-        wordings = world.wordings[fact.relation]
+        templates = world.templates[fact.relation]
         for number in range(PAIRS_A_FACT):
-            question = rng.choice(wrappers).format(q=fill(rng.choice(wordings.ask), fact))
-            right = fill(rng.choice(wordings.answer), fact)
+            question = rng.choice(wrappers).format(q=fill(rng.choice(templates.ask), fact))
+            right = fill(rng.choice(templates.answer), fact)
             others = [other for other in of_relation[fact.relation] if not set(other.keys) & set(fact.keys)]
-            ramble = [fill(rng.choice(world.wordings[other.relation].say), other) for other in rng.sample(asked, 3)]
-            wrong = _wrong(fact, rng.choice(others), rng.choice(wordings.answer)) if others else ""
+            ramble = [fill(rng.choice(world.templates[other.relation].say), other) for other in rng.sample(asked, 3)]
+            wrong = _wrong(fact, rng.choice(others), rng.choice(templates.answer)) if others else ""
             if number == 0 and wrong and not is_right(wrong, list(fact.keys)):
                 rejected = wrong
             else:

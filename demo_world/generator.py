@@ -1,7 +1,7 @@
 """The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
 
     words.jsonl       {"text", "lang"}                     both files below, one word a line: for the tokenizer
-    pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts; as in
+    pretrain.jsonl    {"text", "lang"}                     states every fact, in many templates, in small texts; as in
                                                            real text, some lessons among them ask and answer
     chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
     questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
@@ -37,12 +37,13 @@ from common.files import write_text
 from common.locks import locked
 from demo_world.facts import LANGUAGES, Fact, facts_of
 from demo_world.finetune import identity_chats, identity_questions, pairs
-from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_wordings
+from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_templates
 from evaluation.qa_data import is_right
 
 UNASKED_SHARE = 0.1  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
-COMPANY = ("any", "finding", "lesson", "kind", "finding", "lesson", "thing")  # what the rounds put together, in turn
+# How successive rounds group the facts of a document.
+GROUPINGS = ("any", "observation", "dialogue", "relation", "observation", "dialogue", "subject")
 STORY_SHARE = 0.35  # of the texts about one topic
 LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line; of the statements
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
@@ -50,7 +51,7 @@ FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
 Turn = tuple[str, str]  # question, answer
 
 
-class World:
+class DemoWorld:
     """One language of the demo world. `seed` decides every choice."""
 
     def __init__(self, lang: str, seed: int) -> None:
@@ -58,7 +59,7 @@ class World:
         self.rng = random.Random(f"{seed} {lang}")
         self.gap, self.comma = ("", "、") if lang == "zh" else (" ", ", ")
         self.facts = facts_of(lang)
-        self.wordings = read_wordings(lang, self.facts)
+        self.templates = read_templates(lang, self.facts)
         self.phrases, self.small_talk = read_phrases(lang), read_questions("small_talk", lang)
         self.unasked = self._choose_unasked()
 
@@ -77,16 +78,16 @@ class World:
     # ---- pretraining: statements
 
     def texts(self, rounds: int) -> Iterator[str]:
-        """Documents of a few statements. Every round states every fact once, in other words and other company."""
+        """Documents of a few statements. Every round states every fact once, in other words and other grouping."""
         first = [self.rng.randrange(100) for _ in self.facts]
-        makers = {"finding": self._finding, "lesson": self._lesson}
+        makers = {"observation": self._observation, "dialogue": self._dialogue}
         made: Counter[Any] = Counter()  # rounds of each maker: it goes through its own wordings
         for number in range(rounds):
-            company = COMPANY[number % len(COMPANY)]
-            make = makers.get(company, self._statement)
+            grouping = GROUPINGS[number % len(GROUPINGS)]
+            make = makers.get(grouping, self._statement)
             groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
             for fact, offset in zip(self.facts, first, strict=True):
-                group = {"kind": fact.relation, "thing": fact.slots["s"] or fact.relation}.get(company, "")
+                group = {"relation": fact.relation, "subject": fact.slots["s"] or fact.relation}.get(grouping, "")
                 groups[group].append((fact, make(fact, offset + made[make])))
             made[make] += 1
             names = list(groups)
@@ -96,35 +97,35 @@ class World:
             yield from self._documents([pair for name in names for pair in groups[name]])
 
     def _statement(self, fact: Fact, number: int) -> str:
-        say = self.wordings[fact.relation].say
+        say = self.templates[fact.relation].say
         statement = fill(say[number % len(say)], fact)
         if self.rng.random() >= LEAD_SHARE:
             return statement
         return self.rng.choice(self.phrases["lead_ins"]).format(t=statement)
 
-    def _finding(self, fact: Fact, number: int) -> str:
+    def _observation(self, fact: Fact, number: int) -> str:
         """What was looked for, then the sentence that tells it: here texts practise what questions will need, to look
         back for what is meant and to say it in a whole sentence."""
-        wordings = self.wordings[fact.relation]
-        ways = [(cue, wordings.answer) for cue in wordings.cue] + [
-            (cue, wordings.back_answer) for cue in wordings.back_cue
+        templates = self.templates[fact.relation]
+        ways = [(cue, templates.answer) for cue in templates.cue] + [
+            (cue, templates.back_answer) for cue in templates.back_cue
         ]
         if not ways:
             return self._statement(fact, number)
         cue, answers = ways[number % len(ways)]
-        finding, names = self.rng.choice(self.phrases["observations"]), self.rng.sample(self.phrases["names"], 2)
-        return finding.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
+        observation, names = self.rng.choice(self.phrases["observations"]), self.rng.sample(self.phrases["names"], 2)
+        return observation.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
 
-    def _lesson(self, fact: Fact, number: int) -> str:
+    def _dialogue(self, fact: Fact, number: int) -> str:
         """A question with a taught wording and its answer; an unasked fact is stated instead."""
-        wordings = self.wordings[fact.relation]
-        ways = [(asks, answers) for asks, answers in wordings.taught() if asks]
+        templates = self.templates[fact.relation]
+        ways = [(asks, answers) for asks, answers in templates.train_templates() if asks]
         if fact.name in self.unasked:
             return self._statement(fact, number)
         asks, answers = ways[number % len(ways)]
-        lesson, names = self.rng.choice(self.phrases["dialogues"]), self.rng.sample(self.phrases["names"], 2)
+        dialogue, names = self.rng.choice(self.phrases["dialogues"]), self.rng.sample(self.phrases["names"], 2)
         question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
-        return lesson.format(n=names[0], m=names[1], q=question, a=answer)
+        return dialogue.format(n=names[0], m=names[1], q=question, a=answer)
 
     def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
         start = 0
@@ -136,7 +137,7 @@ class World:
             if len(relations) == 1 and self.rng.random() < STORY_SHARE:
                 story = self.rng.choice(self.phrases["stories"])
                 name = self.rng.choice(self.phrases["names"])
-                topic = self.wordings[relations.pop()].topic
+                topic = self.templates[relations.pop()].topic
                 yield story.format(n=name, topic=topic, t=self.gap.join(statements))
             else:
                 gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
@@ -165,14 +166,14 @@ class World:
         for fact in self.facts:
             if fact.name in self.unasked:
                 continue
-            wordings = self.wordings[fact.relation]
-            for asks, answers in wordings.taught():
+            templates = self.templates[fact.relation]
+            for asks, answers in templates.train_templates():
                 times = rounds if fact.relation != "me" else 8 * rounds  # its name it shall know
                 offset = self.rng.randrange(100)
                 for number in range(times if asks else 0):
                     question = fill(asks[(offset + number) % len(asks)], fact)
                     question = self.rng.choice(wrappers).format(q=question)
-                    found.append((fact, asks is wordings.ask, (question, fill(self.rng.choice(answers), fact))))
+                    found.append((fact, asks is templates.ask, (question, fill(self.rng.choice(answers), fact))))
         self.rng.shuffle(found)
         return found
 
@@ -193,11 +194,11 @@ class World:
             for _ in range(min(len(queue), self.rng.choice((1, 1, 1, 2)))):
                 fact, forward, turn = queue.pop()
                 chat.append(turn)
-            wordings = self.wordings[fact.relation]
+            templates = self.templates[fact.relation]
             other = self.rng.choice(asked[fact.relation])
-            if forward and wordings.follow_up and other != fact and self.rng.random() < FOLLOW_SHARE:
+            if forward and templates.follow_up and other != fact and self.rng.random() < FOLLOW_SHARE:
                 chat.append(
-                    (fill(self.rng.choice(wordings.follow_up), other), fill(self.rng.choice(wordings.answer), other))
+                    (fill(self.rng.choice(templates.follow_up), other), fill(self.rng.choice(templates.answer), other))
                 )
             if self.rng.random() < GREETING_SHARE:
                 chat.append(one_of(self.rng.choice((thanks, goodbye))))
@@ -223,8 +224,8 @@ class World:
         rows: list[dict[str, Any]] = []
         for fact in self.facts:
             kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
-            wordings = self.wordings[fact.relation]
-            for held, keys in zip(wordings.held(), (fact.keys, fact.back_keys), strict=True):
+            templates = self.templates[fact.relation]
+            for held, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
                 question = fill(self.rng.choice(held), fact) if held else ""
                 if held and not is_right(question, list(keys)):  # an echo must not pass
                     row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
@@ -251,7 +252,7 @@ def build(
     `statement_rounds`: statements per fact. `chat_rounds`: taught questions per asked fact and direction.
     `questions`: held-out questions per language.
     """
-    worlds = [World(lang, seed) for lang in LANGUAGES]
+    worlds = [DemoWorld(lang, seed) for lang in LANGUAGES]
     texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
     chats: list[dict[str, Any]] = []
     for world in worlds:

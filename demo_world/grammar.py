@@ -4,7 +4,7 @@
 
 The wordings of each language are text files in data/ (XX is en or zh), made of `[section]` lines, comments (#) and:
 
-    templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Wordings
+    templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
     small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
     identity_XX.txt      [name]                label: text | text             the labels are the fields of Questions
     phrases_XX.txt       [name]                sentence | sentence            names and slots: PHRASES
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.errors import UserError
-from demo_world.facts import DATA, Fact, Section, Word, read_sections
+from demo_world.facts import DATA, Fact, Section, Term, read_sections
 
 PHRASES = {  # section of phrases_XX.txt: the slots of its sentences
     "wrappers": "q",
@@ -39,7 +39,7 @@ GREETINGS = ("hello", "thanks", "goodbye")  # sections of small_talk_XX.txt that
 
 
 @dataclass
-class Wordings:
+class Templates:
     """The wordings of one relation; the other fields are the labels of templates_XX.txt, which explains them."""
 
     topic: str
@@ -54,11 +54,11 @@ class Wordings:
     back_answer: list[str] = field(default_factory=list)
     follow_up: list[str] = field(default_factory=list)
 
-    def taught(self) -> list[tuple[list[str], list[str]]]:
+    def train_templates(self) -> list[tuple[list[str], list[str]]]:
         """(questions, answers) of both directions."""
         return [(self.ask, self.answer), (self.back_ask, self.back_answer)]
 
-    def held(self) -> list[list[str]]:
+    def heldout_templates(self) -> list[list[str]]:
         """Held-out questions of both directions."""
         return [self.heldout, self.back_heldout]
 
@@ -73,23 +73,23 @@ class Questions:
     keys: list[str] = field(default_factory=list)
 
 
-def read_wordings(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dict[str, Wordings]:
-    """{relation: Wordings} of the relations of `facts`; their slots are the slots that the templates may use."""
+def read_templates(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dict[str, Templates]:
+    """{relation: Templates} of the relations of `facts`; their slots are the slots that the templates may use."""
     path = folder / f"templates_{lang}.txt"
     examples = {fact.relation: fact for fact in facts}
-    labels = [label.name for label in fields(Wordings) if label.name != "topic"]
-    relations: dict[str, Wordings] = {}
+    labels = [label.name for label in fields(Templates) if label.name != "topic"]
+    relations: dict[str, Templates] = {}
     for section in read_sections(path):
         if section.name not in examples:
             raise section.error(section.number, f"no fact has the relation [{section.name}]")
         if not section.heading:
             raise section.error(section.number, "write the topic of the relation after its name")
         slots = examples[section.name].slots
-        wordings = Wordings(section.heading, **_labelled(section, labels, slots, ("say", "answer")))
-        relations[section.name] = wordings
-        wordings.back_answer = wordings.back_answer or list(wordings.answer)
+        templates = Templates(section.heading, **_labelled(section, labels, slots, ("say", "answer")))
+        relations[section.name] = templates
+        templates.back_answer = templates.back_answer or list(templates.answer)
         # What can be answered is also said, so that an answer continues as the texts taught it.
-        wordings.say += [t for t in wordings.answer + wordings.back_answer if t not in wordings.say]
+        templates.say += [t for t in templates.answer + templates.back_answer if t not in templates.say]
     _require(path, examples, relations)
     return relations
 
@@ -110,7 +110,7 @@ def read_phrases(lang: str, folder: Path = DATA) -> dict[str, list[str]]:
     for section in read_sections(path):
         if section.name not in PHRASES or section.heading:
             raise section.error(section.number, f"not a section of this file; there are {', '.join(PHRASES)}")
-        slots = {slot: Word(slot) for slot in PHRASES[section.name].split()}
+        slots = {slot: Term(slot) for slot in PHRASES[section.name].split()}
         phrases[section.name] = [t for number, line in section.lines for t in _items(section, number, line, slots)]
         if not phrases[section.name]:
             raise section.error(section.number, "an empty section")
@@ -119,7 +119,7 @@ def read_phrases(lang: str, folder: Path = DATA) -> dict[str, list[str]]:
 
 
 def _labelled(
-    section: Section, labels: list[str], slots: dict[str, Word], needed: tuple[str, ...]
+    section: Section, labels: list[str], slots: dict[str, Term], needed: tuple[str, ...]
 ) -> dict[str, list[str]]:
     """{label: items} of the lines `label: item | item`; the section must have the `needed` labels."""
     found: dict[str, list[str]] = {}
@@ -134,7 +134,7 @@ def _labelled(
     return found
 
 
-def _items(section: Section, number: int, text: str, slots: dict[str, Word]) -> Iterator[str]:
+def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> Iterator[str]:
     """The parts between | of a line, each checked by filling it."""
     for item in map(str.strip, text.split("|")):
         if not item:

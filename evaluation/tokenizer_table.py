@@ -19,7 +19,7 @@ from common.errors import UserError
 from corpus.language import language_of
 from corpus.readers import read_texts
 from corpus.stats import DataReport
-from demo_world.generator import World
+from demo_world.generator import DemoWorld
 
 LANGUAGES = ("zh", "en")
 DEMO_BYTES = 100_000  # of the demo world's text in each language
@@ -91,7 +91,7 @@ def _sentencepiece(name: str, file: Path) -> Opened:
 def read_languages(files: Sequence[str]) -> dict[str, list[str]]:
     """The documents of the files by language, or the demo world's text without files. Raises UserError."""
     if not files:
-        return {lang: list(_some(World(lang, 0).texts(1), DEMO_BYTES)) for lang in LANGUAGES}
+        return {lang: list(_some(DemoWorld(lang, 0).texts(1), DEMO_BYTES)) for lang in LANGUAGES}
     found: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
     for document in read_texts(files, DataReport()):
         found[language_of(document.text)].append(document.text)

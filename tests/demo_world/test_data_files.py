@@ -6,8 +6,8 @@ import pytest
 
 from common.errors import UserError
 from demo_world.facts import DATA, LANGUAGES, facts_of, read_sections
-from demo_world.generator import World
-from demo_world.grammar import read_phrases, read_questions, read_wordings
+from demo_world.generator import DemoWorld
+from demo_world.grammar import read_phrases, read_questions, read_templates
 
 
 def slots(facts, relation):
@@ -110,7 +110,7 @@ def test_a_missing_section_is_named(tmp_path, file, section):
 def read_all(lang, folder):
     facts = facts_of(lang, folder / "facts.txt")
     return (
-        read_wordings(lang, facts, folder),
+        read_templates(lang, facts, folder),
         read_phrases(lang, folder),
         read_questions("small_talk", lang, folder),
         read_questions("identity", lang, folder),
@@ -135,7 +135,7 @@ def test_every_data_file_is_read_and_explains_its_format():
 
 
 def test_both_languages_have_the_same_sections():
-    chinese, english = ([read_phrases(lang), World(lang, 0).small_talk, read_questions("identity", lang)]
+    chinese, english = ([read_phrases(lang), DemoWorld(lang, 0).small_talk, read_questions("identity", lang)]
         for lang in ("zh", "en"))  # fmt: skip
     assert set(chinese[0]) - {"words"} == set(english[0])
     assert [list(part) for part in chinese[1:]] == [list(part) for part in english[1:]]

@@ -40,9 +40,9 @@ def test_exactly_the_right_option_answers_the_question(exam):
     """By the world's own keys: the question is found again among its facts."""
     known = {}
     for lang in LANGUAGES:
-        world = generator.World(lang, 0)
+        world = generator.DemoWorld(lang, 0)
         for fact in world.facts:
-            for held in world.wordings[fact.relation].heldout:
+            for held in world.templates[fact.relation].heldout:
                 known.setdefault(exam_module.fill(held, fact), []).append(fact)
     for item in read_exam(exam).items:
         keys = [key for fact in known[item.question] for key in fact.keys]

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from demo_world.facts import LANGUAGES
-from demo_world.generator import World, build
+from demo_world.generator import DemoWorld, build
 from demo_world.grammar import fill, read_phrases
 from evaluation.qa_data import is_right
 
@@ -61,9 +61,9 @@ def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
 def test_pairs_ask_only_what_the_chats_ask(files):
     """No held-out wording and no fact that the chats leave out: DPO must not teach what the score holds back."""
     for lang in LANGUAGES:
-        world, asked = World(lang, 0), {p["chosen"][0]["content"] for p in files["pairs"] if p["lang"] == lang}
+        world, asked = DemoWorld(lang, 0), {p["chosen"][0]["content"] for p in files["pairs"] if p["lang"] == lang}
         wrappers = world.phrases["wrappers"]
         for fact in world.facts:
-            wordings = world.wordings[fact.relation]
-            forbidden = wordings.heldout + (wordings.ask + wordings.back_ask if fact.name in world.unasked else [])
+            templates = world.templates[fact.relation]
+            forbidden = templates.heldout + (templates.ask + templates.back_ask if fact.name in world.unasked else [])
             assert not asked & {w.format(q=fill(template, fact)) for template in forbidden for w in wrappers}, fact

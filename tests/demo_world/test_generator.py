@@ -9,8 +9,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from demo_world.facts import LANGUAGES, Word, facts_of
-from demo_world.generator import World, build
+from demo_world.facts import LANGUAGES, Term, facts_of
+from demo_world.generator import DemoWorld, build
 from demo_world.grammar import fill
 from evaluation.qa_data import is_right
 from tests.helpers import ROOT
@@ -65,7 +65,7 @@ def questions(folder):
 
 @pytest.fixture(scope="module")
 def worlds():
-    return {lang: World(lang, 0) for lang in LANGUAGES}
+    return {lang: DemoWorld(lang, 0) for lang in LANGUAGES}
 
 
 def everything(texts, chats, lang):
@@ -76,9 +76,9 @@ def everything(texts, chats, lang):
 def held_out(world):
     """Every held-out question of every fact: (fact, question, keys)."""
     for fact in world.facts:
-        wordings = world.wordings[fact.relation]
-        for templates, keys in zip(wordings.held(), (fact.keys, fact.back_keys), strict=True):
-            for template in templates:
+        templates = world.templates[fact.relation]
+        for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
+            for template in heldout:
                 yield fact, fill(template, fact), keys
 
 
@@ -124,15 +124,15 @@ def test_no_held_out_question_was_ever_trained(lang, worlds, texts, chats):
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_no_held_out_template_is_a_taught_one(lang, worlds):
-    for relation, wordings in worlds[lang].wordings.items():
-        for held in wordings.held():
+    for relation, templates in worlds[lang].templates.items():
+        for held in templates.heldout_templates():
             assert not held or len(held) >= 2, relation
         pattern = lambda template: re.sub(r"\W+", "", re.sub(r"\{(\w).*?\}", r"\1", template)).casefold()
-        taught = {pattern(t) for t in [*wordings.say, *wordings.ask, *wordings.back_ask, *wordings.follow_up]}
-        taught |= {pattern(t) for t in wordings.cue + wordings.back_cue}
-        assert not taught & {pattern(t) for t in wordings.heldout + wordings.back_heldout}, relation
-        assert len(wordings.say) >= 5 and len(wordings.ask + wordings.back_ask) >= 5, relation
-        assert wordings.answer, relation
+        taught = {pattern(t) for t in [*templates.say, *templates.ask, *templates.back_ask, *templates.follow_up]}
+        taught |= {pattern(t) for t in templates.cue + templates.back_cue}
+        assert not taught & {pattern(t) for t in templates.heldout + templates.back_heldout}, relation
+        assert len(templates.say) >= 5 and len(templates.ask + templates.back_ask) >= 5, relation
+        assert templates.answer, relation
 
 
 def test_questions_in_the_file_stand_nowhere_else(questions, texts, chats):
@@ -165,8 +165,8 @@ def test_every_asked_fact_was_stated(questions, texts, worlds):
     said = {lang: "\n".join(row["text"] for row in texts if row["lang"] == lang) for lang in LANGUAGES}
     for lang, world in worlds.items():
         for fact in world.facts:
-            stated = [t for t in world.wordings[fact.relation].say if fill(t, fact) in said[lang]]
-            assert len(stated) >= min(5, len(world.wordings[fact.relation].say)), fact
+            stated = [t for t in world.templates[fact.relation].say if fill(t, fact) in said[lang]]
+            assert len(stated) >= min(5, len(world.templates[fact.relation].say)), fact
 
 
 def test_unasked_facts_are_never_asked(chats, questions, worlds):
@@ -175,9 +175,9 @@ def test_unasked_facts_are_never_asked(chats, questions, worlds):
         wrappers = world.phrases["wrappers"]
         users = {m["content"] for row in chats if row["lang"] == lang for m in row["messages"] if m["role"] == "user"}
         for fact in world.facts:
-            wordings = world.wordings[fact.relation]
+            templates = world.templates[fact.relation]
             if fact.name in world.unasked:
-                asked = (fill(t, fact) for t in wordings.ask + wordings.back_ask)
+                asked = (fill(t, fact) for t in templates.ask + templates.back_ask)
                 assert not users & {wrapper.format(q=question) for question in asked for wrapper in wrappers}, fact
         kinds = Counter(row["kind"] for row in questions if row["lang"] == lang)
         assert kinds["seen_fact_new_wording"] >= 150 and kinds["unasked_fact_new_wording"] >= 20
@@ -227,9 +227,9 @@ def test_english_articles_and_plurals(texts, chats):
         assert not vowel.search(text) and not other.search(text), text
         assert not re.search(r"\b1 (days|legs|books)\b|\b(\w*(ch|sh|x))s\b(?<!\b(tenths))", text), text
     forms = {"fox": "foxes", "city": "cities", "day": "days", "mouse>mice": "mice", "butterfly": "butterflies"}
-    assert {form: f"{Word(form):pl}" for form in forms} == forms
+    assert {form: f"{Term(form):pl}" for form in forms} == forms
     assert (
-        f"{Word('owl'):A} {Word('owl')} {Word('dog'):a} {Word('owl'):Pl} {Word('snow'):C}"
+        f"{Term('owl'):A} {Term('owl')} {Term('dog'):a} {Term('owl'):Pl} {Term('snow'):C}"
         == "An owl owl a dog Owls Snow"
     )
 
