@@ -26,8 +26,8 @@ from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import locked
-from demo_world.facts import Fact, Word
-from demo_world.generator import LANGUAGES, World
+from demo_world.facts import LANGUAGES, Fact, Term
+from demo_world.generator import DemoWorld
 from demo_world.grammar import fill
 from evaluation.exam_data import LETTERS
 from evaluation.qa_data import is_right
@@ -46,9 +46,9 @@ COUNTS = {"dev": 5, "val": 25, "test": 10}  # questions of each subject, at most
 Row = tuple[str, ...]  # question, four options, letter of the right one
 
 
-def questions_of(world: World, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
+def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
     """The questions of one subject, by split; no fact is asked in two of them."""
-    facts = [fact for fact in world.facts if fact.relation in relations and world.wordings[fact.relation].held]
+    facts = [fact for fact in world.facts if fact.relation in relations and world.templates[fact.relation].heldout]
     rng.shuffle(facts)
     rows: dict[str, list[Row]] = {split: [] for split in COUNTS}
     for fact in facts:
@@ -61,23 +61,23 @@ def questions_of(world: World, relations: list[str], rng: random.Random) -> dict
     return rows
 
 
-def _question(world: World, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
+def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
     """None where there are no three wrong objects, or the question gives the answer away, or dev would teach it."""
-    wordings, wrong = world.wordings[fact.relation], _wrong_objects(world, fact)
-    question = fill(rng.choice(wordings.ask if is_example else wordings.held), fact)
+    templates, wrong = world.templates[fact.relation], _wrong_objects(world, fact)
+    question = fill(rng.choice(templates.ask if is_example else templates.heldout), fact)
     if len(wrong) < 3 or is_right(question, list(fact.keys)) or (is_example and fact.name in world.unasked):
         return None
-    objects, answer = [fact.slots["o"], *rng.sample(wrong, 3)], rng.choice(wordings.answer)
+    objects, answer = [fact.slots["o"], *rng.sample(wrong, 3)], rng.choice(templates.answer)
     right, *others = (answer.format(**{**fact.slots, "o": name}) for name in objects)
     options = [right, *others]
     rng.shuffle(options)
     return (question, *options, LETTERS[options.index(right)])
 
 
-def _wrong_objects(world: World, fact: Fact) -> list[Word]:
+def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
     """Objects of other facts of the same relation that are not true of this one's subject as well."""
 
-    def subject(one: Fact) -> dict[str, Word]:
+    def subject(one: Fact) -> dict[str, Term]:
         return {slot: word for slot, word in one.slots.items() if slot != "o"}
 
     others = [other for other in world.facts if other.relation == fact.relation]
@@ -90,7 +90,7 @@ def build(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
     """Write the exam into `folder`; returns how many questions each split has."""
     counts, mapping = dict.fromkeys(COUNTS, 0), {}
     for lang in LANGUAGES:
-        world = World(lang, seed)
+        world = DemoWorld(lang, seed)
         for name, (english, chinese, relations) in SUBJECTS.items():
             subject = f"{name}_{lang}"
             mapping[subject] = [f"{english} ({CATEGORIES[lang]})", chinese, CATEGORIES[lang]]

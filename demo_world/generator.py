@@ -1,7 +1,7 @@
 """The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
 
     words.jsonl       {"text", "lang"}                     both files below, one word a line: for the tokenizer
-    pretrain.jsonl    {"text", "lang"}                     states every fact, in many wordings, in small texts; as in
+    pretrain.jsonl    {"text", "lang"}                     states every fact, in many templates, in small texts; as in
                                                            real text, some lessons among them ask and answer
     chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
     questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
@@ -29,23 +29,21 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import locked
-from demo_world import wordings_en, wordings_zh
-from demo_world.facts import Fact, facts_of
+from demo_world.facts import LANGUAGES, Fact, facts_of
 from demo_world.finetune import identity_chats, identity_questions, pairs
-from demo_world.grammar import fill, lines, options, read_wordings
+from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_templates
 from evaluation.qa_data import is_right
 
-LANGUAGES = ("zh", "en")
 UNASKED_SHARE = 0.1  # of the facts of each relation: stated in pretraining, never asked in the chats
 SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
-COMPANY = ("any", "finding", "lesson", "kind", "finding", "lesson", "thing")  # what the rounds put together, in turn
+# How successive rounds group the facts of a document.
+GROUPINGS = ("any", "observation", "dialogue", "relation", "observation", "dialogue", "subject")
 STORY_SHARE = 0.35  # of the texts about one topic
 LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line; of the statements
 FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
@@ -53,16 +51,16 @@ FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
 Turn = tuple[str, str]  # question, answer
 
 
-class World:
+class DemoWorld:
     """One language of the demo world. `seed` decides every choice."""
 
     def __init__(self, lang: str, seed: int) -> None:
-        module: ModuleType = {"zh": wordings_zh, "en": wordings_en}[lang]
-        self.lang, self.module = lang, module
+        self.lang = lang
         self.rng = random.Random(f"{seed} {lang}")
-        self.gap = "" if lang == "zh" else " "
+        self.gap, self.comma = ("", "、") if lang == "zh" else (" ", ", ")
         self.facts = facts_of(lang)
-        self.wordings = read_wordings(module.WORDINGS)
+        self.templates = read_templates(lang, self.facts)
+        self.phrases, self.small_talk = read_phrases(lang), read_questions("small_talk", lang)
         self.unasked = self._choose_unasked()
 
     def _choose_unasked(self) -> set[tuple[str, ...]]:
@@ -80,16 +78,16 @@ class World:
     # ---- pretraining: statements
 
     def texts(self, rounds: int) -> Iterator[str]:
-        """Documents of a few statements. Every round states every fact once, in other words and other company."""
+        """Documents of a few statements. Every round states every fact once, in other words and other grouping."""
         first = [self.rng.randrange(100) for _ in self.facts]
-        makers = {"finding": self._finding, "lesson": self._lesson}
+        makers = {"observation": self._observation, "dialogue": self._dialogue}
         made: Counter[Any] = Counter()  # rounds of each maker: it goes through its own wordings
         for number in range(rounds):
-            company = COMPANY[number % len(COMPANY)]
-            make = makers.get(company, self._statement)
+            grouping = GROUPINGS[number % len(GROUPINGS)]
+            make = makers.get(grouping, self._statement)
             groups: dict[str, list[tuple[Fact, str]]] = defaultdict(list)
             for fact, offset in zip(self.facts, first, strict=True):
-                group = {"kind": fact.relation, "thing": fact.slots["s"] or fact.relation}.get(company, "")
+                group = {"relation": fact.relation, "subject": fact.slots["s"] or fact.relation}.get(grouping, "")
                 groups[group].append((fact, make(fact, offset + made[make])))
             made[make] += 1
             names = list(groups)
@@ -99,35 +97,35 @@ class World:
             yield from self._documents([pair for name in names for pair in groups[name]])
 
     def _statement(self, fact: Fact, number: int) -> str:
-        say = self.wordings[fact.relation].say
+        say = self.templates[fact.relation].say
         statement = fill(say[number % len(say)], fact)
         if self.rng.random() >= LEAD_SHARE:
             return statement
-        return self.rng.choice(options(self.module.LEADS)).format(t=statement)
+        return self.rng.choice(self.phrases["lead_ins"]).format(t=statement)
 
-    def _finding(self, fact: Fact, number: int) -> str:
+    def _observation(self, fact: Fact, number: int) -> str:
         """What was looked for, then the sentence that tells it: here texts practise what questions will need, to look
         back for what is meant and to say it in a whole sentence."""
-        wordings = self.wordings[fact.relation]
-        ways = [(cue, wordings.answer) for cue in wordings.cue] + [
-            (cue, wordings.back_answer) for cue in wordings.back_cue
+        templates = self.templates[fact.relation]
+        ways = [(cue, templates.answer) for cue in templates.cue] + [
+            (cue, templates.back_answer) for cue in templates.back_cue
         ]
         if not ways:
             return self._statement(fact, number)
         cue, answers = ways[number % len(ways)]
-        finding, names = self.rng.choice(lines(self.module.FINDINGS)), self.rng.sample(options(self.module.NAMES), 2)
-        return finding.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
+        observation, names = self.rng.choice(self.phrases["observations"]), self.rng.sample(self.phrases["names"], 2)
+        return observation.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
 
-    def _lesson(self, fact: Fact, number: int) -> str:
+    def _dialogue(self, fact: Fact, number: int) -> str:
         """A question with a taught wording and its answer; an unasked fact is stated instead."""
-        wordings = self.wordings[fact.relation]
-        ways = [(asks, answers) for asks, answers in wordings.taught() if asks]
+        templates = self.templates[fact.relation]
+        ways = [(asks, answers) for asks, answers in templates.train_templates() if asks]
         if fact.name in self.unasked:
             return self._statement(fact, number)
         asks, answers = ways[number % len(ways)]
-        lesson, names = self.rng.choice(lines(self.module.LESSONS)), self.rng.sample(options(self.module.NAMES), 2)
+        dialogue, names = self.rng.choice(self.phrases["dialogues"]), self.rng.sample(self.phrases["names"], 2)
         question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
-        return lesson.format(n=names[0], m=names[1], q=question, a=answer)
+        return dialogue.format(n=names[0], m=names[1], q=question, a=answer)
 
     def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
         start = 0
@@ -137,9 +135,9 @@ class World:
             statements = [statement for _, statement in part]
             relations = {fact.relation for fact, _ in part}
             if len(relations) == 1 and self.rng.random() < STORY_SHARE:
-                story = self.rng.choice(lines(self.module.STORIES))
-                name = self.rng.choice(options(self.module.NAMES))
-                topic = self.wordings[relations.pop()].topic
+                story = self.rng.choice(self.phrases["stories"])
+                name = self.rng.choice(self.phrases["names"])
+                topic = self.templates[relations.pop()].topic
                 yield story.format(n=name, topic=topic, t=self.gap.join(statements))
             else:
                 gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
@@ -156,37 +154,35 @@ class World:
     @cached_property
     def chinese_words(self) -> re.Pattern[str]:
         names = {str(word) for fact in self.facts for word in fact.slots.values()} - {""}
-        names.update(options(self.module.NAMES), wordings_zh.WORDS.split())
+        names.update(self.phrases["names"], self.phrases["words"])
         return re.compile("|".join(sorted(names, key=lambda name: (-len(name), name))) + "|.")
 
     # ---- chats: questions with taught wordings
 
     def turns(self, rounds: int) -> list[tuple[Fact, bool, Turn]]:
         """(fact, asks forward, (question, answer)): each asked fact `rounds` times in each of its directions."""
-        wrappers = options(self.module.WRAPPERS)
+        wrappers = self.phrases["wrappers"]
         found = []
         for fact in self.facts:
             if fact.name in self.unasked:
                 continue
-            wordings = self.wordings[fact.relation]
-            for asks, answers in wordings.taught():
+            templates = self.templates[fact.relation]
+            for asks, answers in templates.train_templates():
                 times = rounds if fact.relation != "me" else 8 * rounds  # its name it shall know
                 offset = self.rng.randrange(100)
                 for number in range(times if asks else 0):
                     question = fill(asks[(offset + number) % len(asks)], fact)
                     question = self.rng.choice(wrappers).format(q=question)
-                    found.append((fact, asks is wordings.ask, (question, fill(self.rng.choice(answers), fact))))
+                    found.append((fact, asks is templates.ask, (question, fill(self.rng.choice(answers), fact))))
         self.rng.shuffle(found)
         return found
 
     def chats(self, rounds: int) -> Iterator[list[Turn]]:
         """Conversations of 1 to 5 turns made of `turns`, follow-up questions and greetings; then small talk alone."""
-        pairs = [options(line) for line in lines(self.module.TALK)]
-        talk = list(zip(pairs[::2], pairs[1::2], strict=True))
-        hello, thanks, goodbye = talk[0], talk[2], talk[3]
+        hello, thanks, goodbye = (self.small_talk[name] for name in GREETINGS)
 
-        def one_of(kind: tuple[list[str], list[str]]) -> Turn:
-            return self.rng.choice(kind[0]), self.rng.choice(kind[1])
+        def one_of(kind: Questions) -> Turn:
+            return self.rng.choice(kind.ask), self.rng.choice(kind.answer)
 
         asked: dict[str, list[Fact]] = defaultdict(list)
         for fact in self.facts:
@@ -198,16 +194,16 @@ class World:
             for _ in range(min(len(queue), self.rng.choice((1, 1, 1, 2)))):
                 fact, forward, turn = queue.pop()
                 chat.append(turn)
-            wordings = self.wordings[fact.relation]
+            templates = self.templates[fact.relation]
             other = self.rng.choice(asked[fact.relation])
-            if forward and wordings.follow and other != fact and self.rng.random() < FOLLOW_SHARE:
+            if forward and templates.follow_up and other != fact and self.rng.random() < FOLLOW_SHARE:
                 chat.append(
-                    (fill(self.rng.choice(wordings.follow), other), fill(self.rng.choice(wordings.answer), other))
+                    (fill(self.rng.choice(templates.follow_up), other), fill(self.rng.choice(templates.answer), other))
                 )
             if self.rng.random() < GREETING_SHARE:
                 chat.append(one_of(self.rng.choice((thanks, goodbye))))
             yield chat
-        for kind in talk:
+        for kind in self.small_talk.values():
             yield from ([one_of(kind)] for _ in range(2 * rounds))
         yield from ([turn] for turn in self._repetitions())
 
@@ -217,8 +213,9 @@ class World:
         names = sorted({str(fact.slots[slot]) for fact in self.facts for slot in "so"} - {""})
         self.rng.shuffle(names)
         while names:
-            words = self.module.COMMA.join(names.pop() for _ in range(min(len(names), self.rng.randint(1, 3))))
-            yield self.rng.choice(options(self.module.REPEAT)).format(w=words), self.module.REPEATED.format(w=words)
+            words = self.comma.join(names.pop() for _ in range(min(len(names), self.rng.randint(1, 3))))
+            request, answer = self.rng.choice(self.phrases["repeat_requests"]), self.phrases["repeat_answer"][0]
+            yield request.format(w=words), answer.format(w=words)
 
     # ---- the score: questions with held-out wordings
 
@@ -227,8 +224,8 @@ class World:
         rows: list[dict[str, Any]] = []
         for fact in self.facts:
             kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
-            wordings = self.wordings[fact.relation]
-            for held, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
+            templates = self.templates[fact.relation]
+            for held, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
                 question = fill(self.rng.choice(held), fact) if held else ""
                 if held and not is_right(question, list(keys)):  # an echo must not pass
                     row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
@@ -255,7 +252,7 @@ def build(
     `statement_rounds`: statements per fact. `chat_rounds`: taught questions per asked fact and direction.
     `questions`: held-out questions per language.
     """
-    worlds = [World(lang, seed) for lang in LANGUAGES]
+    worlds = [DemoWorld(lang, seed) for lang in LANGUAGES]
     texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
     chats: list[dict[str, Any]] = []
     for world in worlds:

@@ -1,59 +1,156 @@
-"""The built-in demo world, part 4: reading the wordings, and filling a fact into one of them.
+"""The built-in demo world, part 2: reading the wordings, and filling a fact into one of them.
 
     "The capital of {s} is {o}."  +  Fact(s=France, o=Paris)  ->  "The capital of France is Paris."
 
-Read next: generator.py (what is composed of it); the format is described in wordings_en.py.
+The wordings of each language are text files in data/ (XX is en or zh), made of `[section]` lines, comments (#) and:
+
+    templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
+    small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
+    identity_XX.txt      [name]                label: text | text             the labels are the fields of Questions
+    phrases_XX.txt       [name]                sentence | sentence            names and slots: PHRASES
+
+A label may have several lines. A malformed line raises a UserError that names file and line.
+
+Read next: generator.py (composes the texts).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
-from demo_world.facts import Fact
+from common.errors import UserError
+from demo_world.facts import DATA, Fact, Section, Term, read_sections
+
+PHRASES = {  # section of phrases_XX.txt: the slots of its sentences
+    "wrappers": "q",
+    "lead_ins": "t",
+    "stories": "n topic t",
+    "observations": "n m c t",
+    "dialogues": "n m q a",
+    "repeat_requests": "w",
+    "repeat_answer": "w",
+    "rude_answers": "",
+    "names": "",
+    "words": "",
+}
+CHINESE_ONLY = "words"
+NEEDED_LABELS = {"small_talk": ("ask", "answer"), "identity": ("ask", "answer", "heldout", "keys")}
+GREETINGS = ("hello", "thanks", "goodbye")  # sections of small_talk_XX.txt that chats begin or end with
 
 
 @dataclass
-class Wordings:
-    """The wordings of one relation; the fields are the labels of demo_wordings_en."""
+class Templates:
+    """The wordings of one relation; the other fields are the labels of templates_XX.txt, which explains them."""
 
     topic: str
     say: list[str] = field(default_factory=list)
     cue: list[str] = field(default_factory=list)
     back_cue: list[str] = field(default_factory=list)
     ask: list[str] = field(default_factory=list)
-    held: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
-    back: list[str] = field(default_factory=list)
-    back_held: list[str] = field(default_factory=list)
+    back_ask: list[str] = field(default_factory=list)
+    back_heldout: list[str] = field(default_factory=list)
     back_answer: list[str] = field(default_factory=list)
-    follow: list[str] = field(default_factory=list)
+    follow_up: list[str] = field(default_factory=list)
 
-    def taught(self) -> list[tuple[list[str], list[str]]]:
+    def train_templates(self) -> list[tuple[list[str], list[str]]]:
         """(questions, answers) of both directions."""
-        return [(self.ask, self.answer), (self.back, self.back_answer)]
+        return [(self.ask, self.answer), (self.back_ask, self.back_answer)]
+
+    def heldout_templates(self) -> list[list[str]]:
+        """Held-out questions of both directions."""
+        return [self.heldout, self.back_heldout]
 
 
-def options(text: str) -> list[str]:
-    return [option.strip() for option in text.strip().split("|")]
+@dataclass
+class Questions:
+    """Questions without slots and their answers; a correct answer contains one of `keys`."""
+
+    ask: list[str] = field(default_factory=list)
+    answer: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
 
-def lines(text: str) -> list[str]:
-    return text.strip().splitlines()
-
-
-def read_wordings(text: str) -> dict[str, Wordings]:
-    """{relation: Wordings} from the plain-text grammar."""
-    relations: dict[str, Wordings] = {}
-    for line in lines(text):
-        if line.startswith("["):
-            name, topic = line[1:].split("] ")
-            current = relations[name] = Wordings(topic)
-        elif line:
-            label, wordings = line.split(": ", 1)
-            getattr(current, label).extend(options(wordings))
-    for wordings_of in relations.values():
-        wordings_of.back_answer = wordings_of.back_answer or wordings_of.answer
+def read_templates(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dict[str, Templates]:
+    """{relation: Templates} of the relations of `facts`; their slots are the slots that the templates may use."""
+    path = folder / f"templates_{lang}.txt"
+    examples = {fact.relation: fact for fact in facts}
+    labels = [label.name for label in fields(Templates) if label.name != "topic"]
+    relations: dict[str, Templates] = {}
+    for section in read_sections(path):
+        if section.name not in examples:
+            raise section.error(section.number, f"no fact has the relation [{section.name}]")
+        if not section.heading:
+            raise section.error(section.number, "write the topic of the relation after its name")
+        slots = examples[section.name].slots
+        templates = Templates(section.heading, **_labelled(section, labels, slots, ("say", "answer")))
+        relations[section.name] = templates
+        templates.back_answer = templates.back_answer or list(templates.answer)
         # What can be answered is also said, so that an answer continues as the texts taught it.
-        wordings_of.say += [t for t in wordings_of.answer + wordings_of.back_answer if t not in wordings_of.say]
+        templates.say += [t for t in templates.answer + templates.back_answer if t not in templates.say]
+    _require(path, examples, relations)
     return relations
+
+
+def read_questions(name: str, lang: str, folder: Path = DATA) -> dict[str, Questions]:
+    """{section: Questions} of `small_talk` or `identity`."""
+    path = folder / f"{name}_{lang}.txt"
+    labels, needed = [label.name for label in fields(Questions)], NEEDED_LABELS[name]
+    found = {section.name: Questions(**_labelled(section, labels, {}, needed)) for section in read_sections(path)}
+    _require(path, GREETINGS if name == "small_talk" else (), found)
+    return found
+
+
+def read_phrases(lang: str, folder: Path = DATA) -> dict[str, list[str]]:
+    """{section: sentences} of phrases_XX.txt."""
+    path = folder / f"phrases_{lang}.txt"
+    phrases: dict[str, list[str]] = {}
+    for section in read_sections(path):
+        if section.name not in PHRASES or section.heading:
+            raise section.error(section.number, f"not a section of this file; there are {', '.join(PHRASES)}")
+        slots = {slot: Term(slot) for slot in PHRASES[section.name].split()}
+        phrases[section.name] = [t for number, line in section.lines for t in _items(section, number, line, slots)]
+        if not phrases[section.name]:
+            raise section.error(section.number, "an empty section")
+    _require(path, [name for name in PHRASES if name != CHINESE_ONLY or lang == "zh"], phrases)
+    return phrases
+
+
+def _labelled(
+    section: Section, labels: list[str], slots: dict[str, Term], needed: tuple[str, ...]
+) -> dict[str, list[str]]:
+    """{label: items} of the lines `label: item | item`; the section must have the `needed` labels."""
+    found: dict[str, list[str]] = {}
+    for number, line in section.lines:
+        label, separator, text = line.partition(": ")
+        if not separator or label not in labels:
+            raise section.error(number, f"{label[:20]!r} is no label; write one of {', '.join(labels)}, then ': '")
+        found.setdefault(label, []).extend(_items(section, number, text, slots))
+    for label in needed:
+        if label not in found:
+            raise section.error(section.number, f"[{section.name}] has no line '{label}: ...': add one")
+    return found
+
+
+def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> Iterator[str]:
+    """The parts between | of a line, each checked by filling it."""
+    for item in map(str.strip, text.split("|")):
+        if not item:
+            raise section.error(number, "an empty text: write something on both sides of each |")
+        try:
+            item.format(**slots)
+        except (KeyError, ValueError, IndexError):
+            names = " ".join(f"{{{slot}}}" for slot in slots) or "none"
+            raise section.error(number, f"wrong slot or brace in {item!r}; slots here: {names}") from None
+        yield item
+
+
+def _require(path: Path, needed: Iterable[str], found: Iterable[str]) -> None:
+    missing = sorted(set(needed) - set(found))
+    if missing:
+        raise UserError(f"{path}: no section [{missing[0]}]: add it")
 
 
 def fill(template: str, fact: Fact) -> str:

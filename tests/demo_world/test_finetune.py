@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from demo_world.finetune import RUDE
-from demo_world.generator import LANGUAGES, World, build
-from demo_world.grammar import fill, options
+from demo_world.facts import LANGUAGES
+from demo_world.generator import DemoWorld, build
+from demo_world.grammar import fill, read_phrases
 from evaluation.qa_data import is_right
 
 
@@ -45,15 +45,15 @@ def test_the_identity_is_asked_in_words_that_were_never_taught(files):
 
 
 def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
-    kinds = Counter()
+    kinds, rude_answers = Counter(), {lang: read_phrases(lang)["rude_answers"] for lang in LANGUAGES}
     for pair in files["pairs"]:
         (ask, good), (same, bad) = pair["chosen"], pair["rejected"]
         assert ask == same and ask["role"] == "user" and good["role"] == bad["role"] == "assistant"
         good, bad = good["content"], bad["content"]
-        rude = bad in options(RUDE[pair["lang"]])
+        rude = bad in rude_answers[pair["lang"]]
         rambling = bad.startswith(good) and len(bad) > 1.5 * len(good)
         kinds[pair["lang"], "rude" if rude else "rambling" if rambling else "wrong"] += 1
-        assert good != bad and good not in options(RUDE[pair["lang"]])
+        assert good != bad and good not in rude_answers[pair["lang"]]
     for lang in LANGUAGES:
         assert all(kinds[lang, kind] > 150 for kind in ("rude", "rambling", "wrong")), kinds
 
@@ -61,9 +61,9 @@ def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
 def test_pairs_ask_only_what_the_chats_ask(files):
     """No held-out wording and no fact that the chats leave out: DPO must not teach what the score holds back."""
     for lang in LANGUAGES:
-        world, asked = World(lang, 0), {p["chosen"][0]["content"] for p in files["pairs"] if p["lang"] == lang}
-        wrappers = options(world.module.WRAPPERS)
+        world, asked = DemoWorld(lang, 0), {p["chosen"][0]["content"] for p in files["pairs"] if p["lang"] == lang}
+        wrappers = world.phrases["wrappers"]
         for fact in world.facts:
-            wordings = world.wordings[fact.relation]
-            forbidden = wordings.held + (wordings.ask + wordings.back if fact.name in world.unasked else [])
+            templates = world.templates[fact.relation]
+            forbidden = templates.heldout + (templates.ask + templates.back_ask if fact.name in world.unasked else [])
             assert not asked & {w.format(q=fill(template, fact)) for template in forbidden for w in wrappers}, fact

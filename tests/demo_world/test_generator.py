@@ -1,5 +1,6 @@
 """The demo world keeps its promises: true, held out, balanced, well written, and the same for the same seed."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -8,11 +9,32 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from demo_world.facts import Word, facts_of
-from demo_world.generator import LANGUAGES, World, build
-from demo_world.grammar import fill, options
+from demo_world.facts import LANGUAGES, Term, facts_of
+from demo_world.generator import DemoWorld, build
+from demo_world.grammar import fill
 from evaluation.qa_data import is_right
 from tests.helpers import ROOT
+
+# SHA-256 of the files of seed 0. A change of the data files changes them; a change of the code must not.
+GOLDEN = {
+    "chats.jsonl": "9dbbcec6b79c7e14baeda18b5ff6439f20e59242679a5745a66228755e6269e1",
+    "identity.jsonl": "4aa8152eee2db42a548754c2b894e016dbea74a814eb5fb67fdc9916e3b6e0c2",
+    "identity_questions.jsonl": "78cc5736cdc3dbde7d7999694e4ab41a4d12932e854dfc29e67bc917e1abbcdd",
+    "pairs.jsonl": "bba1187f08e95c7372db7fe769c3a7d73b26ca9f2b972eac436ed808154d62b9",
+    "pretrain.jsonl": "19fef830c356d6645f301f85b55815f04afb773fb32dc3b1cf4cf580d2d17610",
+    "questions.jsonl": "2b04cce29d160c1eed7bac12cc53e6828da090477476b5cc8e7418247484343e",
+    "words.jsonl": "54c23a4fe9ff4bb91d6cec61268c7396d2981024d06b16cb9a197aa9df7f2aa0",
+}
+# The same with statement_rounds=4, chat_rounds=2.
+GOLDEN_SMALL = {
+    "chats.jsonl": "e9d017df1f4949c494a5d32c673b8ec7a9ef248368f345e11fb6bf138c35a495",
+    "identity.jsonl": "a0e6c46d0c20eb667b676e535c91d8958e2a15cea12c0b9d1ae39125196dd1bc",
+    "identity_questions.jsonl": "78cc5736cdc3dbde7d7999694e4ab41a4d12932e854dfc29e67bc917e1abbcdd",
+    "pairs.jsonl": "bba1187f08e95c7372db7fe769c3a7d73b26ca9f2b972eac436ed808154d62b9",
+    "pretrain.jsonl": "52474d5c2ea0916479fcab1c616d0d1d43997f794924f1c981b17b8002c04a5b",
+    "questions.jsonl": "19fe23f5c29078dd7895e5722b74ffc235eba4d359b298d2dbf6baa3fdfc32b7",
+    "words.jsonl": "42ad81515a5db780850b1688c68735d844cc8edbbca376a9cd2e16a7a71c98cc",
+}
 
 
 def read(path):
@@ -43,7 +65,7 @@ def questions(folder):
 
 @pytest.fixture(scope="module")
 def worlds():
-    return {lang: World(lang, 0) for lang in LANGUAGES}
+    return {lang: DemoWorld(lang, 0) for lang in LANGUAGES}
 
 
 def everything(texts, chats, lang):
@@ -54,9 +76,9 @@ def everything(texts, chats, lang):
 def held_out(world):
     """Every held-out question of every fact: (fact, question, keys)."""
     for fact in world.facts:
-        wordings = world.wordings[fact.relation]
-        for templates, keys in ((wordings.held, fact.keys), (wordings.back_held, fact.back_keys)):
-            for template in templates:
+        templates = world.templates[fact.relation]
+        for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
+            for template in heldout:
                 yield fact, fill(template, fact), keys
 
 
@@ -68,6 +90,15 @@ def test_same_seed_same_bytes(tmp_path):
         assert first == (tmp_path / "again" / file).read_bytes()
         assert first != (tmp_path / "other" / file).read_bytes()
         assert b"\r" not in first
+    assert hashes(tmp_path / "one") == GOLDEN_SMALL
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.jsonl")}
+
+
+def test_seed_0_gives_the_golden_files(folder):
+    assert hashes(folder) == GOLDEN
 
 
 def test_words_are_the_text_cut_into_words(folder, texts, chats):
@@ -93,15 +124,15 @@ def test_no_held_out_question_was_ever_trained(lang, worlds, texts, chats):
 
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_no_held_out_template_is_a_taught_one(lang, worlds):
-    for relation, wordings in worlds[lang].wordings.items():
-        for held in (wordings.held, wordings.back_held):
+    for relation, templates in worlds[lang].templates.items():
+        for held in templates.heldout_templates():
             assert not held or len(held) >= 2, relation
         pattern = lambda template: re.sub(r"\W+", "", re.sub(r"\{(\w).*?\}", r"\1", template)).casefold()
-        taught = {pattern(t) for t in [*wordings.say, *wordings.ask, *wordings.back, *wordings.follow]}
-        taught |= {pattern(t) for t in wordings.cue + wordings.back_cue}
-        assert not taught & {pattern(t) for t in wordings.held + wordings.back_held}, relation
-        assert len(wordings.say) >= 5 and len(wordings.ask + wordings.back) >= 5, relation
-        assert wordings.answer, relation
+        taught = {pattern(t) for t in [*templates.say, *templates.ask, *templates.back_ask, *templates.follow_up]}
+        taught |= {pattern(t) for t in templates.cue + templates.back_cue}
+        assert not taught & {pattern(t) for t in templates.heldout + templates.back_heldout}, relation
+        assert len(templates.say) >= 5 and len(templates.ask + templates.back_ask) >= 5, relation
+        assert templates.answer, relation
 
 
 def test_questions_in_the_file_stand_nowhere_else(questions, texts, chats):
@@ -134,19 +165,19 @@ def test_every_asked_fact_was_stated(questions, texts, worlds):
     said = {lang: "\n".join(row["text"] for row in texts if row["lang"] == lang) for lang in LANGUAGES}
     for lang, world in worlds.items():
         for fact in world.facts:
-            stated = [t for t in world.wordings[fact.relation].say if fill(t, fact) in said[lang]]
-            assert len(stated) >= min(5, len(world.wordings[fact.relation].say)), fact
+            stated = [t for t in world.templates[fact.relation].say if fill(t, fact) in said[lang]]
+            assert len(stated) >= min(5, len(world.templates[fact.relation].say)), fact
 
 
 def test_unasked_facts_are_never_asked(chats, questions, worlds):
     """Neither forwards nor backwards, in any wrapping; and both kinds of questions are in the score."""
     for lang, world in worlds.items():
-        wrappers = options(world.module.WRAPPERS)
+        wrappers = world.phrases["wrappers"]
         users = {m["content"] for row in chats if row["lang"] == lang for m in row["messages"] if m["role"] == "user"}
         for fact in world.facts:
-            wordings = world.wordings[fact.relation]
+            templates = world.templates[fact.relation]
             if fact.name in world.unasked:
-                asked = (fill(t, fact) for t in wordings.ask + wordings.back)
+                asked = (fill(t, fact) for t in templates.ask + templates.back_ask)
                 assert not users & {wrapper.format(q=question) for question in asked for wrapper in wrappers}, fact
         kinds = Counter(row["kind"] for row in questions if row["lang"] == lang)
         assert kinds["seen_fact_new_wording"] >= 150 and kinds["unasked_fact_new_wording"] >= 20
@@ -196,9 +227,9 @@ def test_english_articles_and_plurals(texts, chats):
         assert not vowel.search(text) and not other.search(text), text
         assert not re.search(r"\b1 (days|legs|books)\b|\b(\w*(ch|sh|x))s\b(?<!\b(tenths))", text), text
     forms = {"fox": "foxes", "city": "cities", "day": "days", "mouse>mice": "mice", "butterfly": "butterflies"}
-    assert {form: f"{Word(form):pl}" for form in forms} == forms
+    assert {form: f"{Term(form):pl}" for form in forms} == forms
     assert (
-        f"{Word('owl'):A} {Word('owl')} {Word('dog'):a} {Word('owl'):Pl} {Word('snow'):C}"
+        f"{Term('owl'):A} {Term('owl')} {Term('dog'):a} {Term('owl'):Pl} {Term('snow'):C}"
         == "An owl owl a dog Owls Snow"
     )
 
