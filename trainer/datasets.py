@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
+from corpus.dataset_meta import COMMANDS, read_meta
 from corpus.prepare_chats import Form, tokenise_chats
 from corpus.shard_reader import open_split
-from corpus.shard_writer import COMMANDS, read_meta
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from trainer.distributed import Run

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from corpus.shard_writer import fingerprint
+from corpus.dataset_meta import fingerprint
 from model.config import ModelConfig
 from trainer.distributed import Run
 from trainer.state_files import Damaged, SavedState, file_stem, read_json

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.shard_writer import read_meta, write_meta
+from corpus.dataset_meta import read_meta, write_meta
 from tests.helpers import load_script, write_shards
 from trainer.datasets import (
     WIDTH_MULTIPLE,
