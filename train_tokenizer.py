@@ -179,12 +179,12 @@ def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
 
 def demo_texts() -> dict[str, list[str]]:
     """The first documents of the demo world in each language, until they have DEMO_BYTES."""
-    from demo_world.generator import World
+    from demo_world.generator import DemoWorld
 
     texts: dict[str, list[str]] = {}
     for lang in LANGUAGE_NAMES:
         texts[lang], left = [], DEMO_BYTES
-        for text in World(lang, 0).texts(1):
+        for text in DemoWorld(lang, 0).texts(1):
             texts[lang].append(text)
             left -= len(text.encode())
             if left <= 0:

@@ -30,6 +30,7 @@ from common.files import remove, temporary_name
 from common.locks import locked
 from corpus.block_checksums import SummedFile
 from corpus.chats import chat_text
+from corpus.dataset_meta import FORMAT, read_checked_meta, read_meta, say_without_checksums, write_meta
 from corpus.examples import Item, chat_items, in_batches, in_splits
 from corpus.job_state import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.language import LANGUAGES
@@ -37,17 +38,12 @@ from corpus.provenance import history_of
 from corpus.readers import Path_
 from corpus.render_chats import Document, render_chats
 from corpus.shard_writer import (
-    FORMAT,
     check_replaceable,
     open_writer,
     partial_folder,
     publish,
-    read_checked_meta,
-    read_meta,
     require_train,
-    say_without_checksums,
     token_dtype,
-    write_meta,
     writing,
 )
 from corpus.stats import DataReport

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from corpus.dataset_meta import FORMAT, write_meta
 from corpus.examples import BATCH_CHARACTERS, Item, in_batches, in_splits, text_items
 from corpus.job_state import PROGRESS, Progress, behind, inputs_of, unfinished
 from corpus.language import LANGUAGES
@@ -25,14 +26,12 @@ from corpus.provenance import history_of
 from corpus.readers import Path_
 from corpus.row_text import READER, RowReader
 from corpus.shard_writer import (
-    FORMAT,
     check_replaceable,
     open_writer,
     partial_folder,
     publish,
     require_train,
     token_dtype,
-    write_meta,
     writing,
 )
 from corpus.stats import DataReport

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpus.shard_writer import read_checked_meta
+from corpus.dataset_meta import read_checked_meta
 
 History = list[dict[str, Any]]
 

@@ -12,7 +12,7 @@ in those of earlier versions, which have no checksums.
 
 A shard may carry labels: the language and the source of its documents. `open_split` takes a choice of shards by them.
 
-Reads   what shard_writer.py describes.
+Reads   what shard_writer.py and dataset_meta.py describe.
 Read next: shard_writer.py (the files, who writes them), mixing.py (who chooses by label), ../trainer/datasets.py
 (rows).
 """
@@ -30,7 +30,7 @@ import numpy as np
 from common.checksums import file_checksum
 from common.errors import UserError
 from corpus.block_checksums import BLOCK, Blocks
-from corpus.shard_writer import FORMAT, Folder, read_meta, say_without_checksums, way_back
+from corpus.dataset_meta import FORMAT, Folder, read_meta, say_without_checksums, way_back
 
 MOST_OPEN = 128  # files at a time: a terabyte has more shards than a process may have open files
 MASK = np.dtype(np.uint8)

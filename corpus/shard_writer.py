@@ -1,7 +1,7 @@
 """Token shards on disk: what data_process.py writes and the training scripts read, without ever loading it whole.
 
     folder/  meta.json                        which splits and shards there are, with the checksums of their files and
-                                              one of its own; written last
+                                              one of its own; written last (dataset_meta.py)
              train_000.bin  train_001.bin     token ids one after the other: little-endian uint16, or uint32
                                               when the vocabulary has more than 65,535 entries
              train_zh_000.bin  …              the same where each shard holds one language (and one source):
@@ -15,36 +15,27 @@
 
 Writing is append-only and the folder appears under its name only when it is complete: `ShardWriter` works in a sibling
 `<folder>.partial`, and `publish` renames. `ShardWriter.state` says how much of each file counts, so that a killed run
-can be continued. Folders of format 1, which earlier versions wrote, have no checksums and are read without.
+can be continued.
 
-Read next: prepare_text.py and prepare_chats.py (who writes), shard_reader.py (reading).
+Read next: prepare_text.py and prepare_chats.py (who writes), dataset_meta.py (meta.json), shard_reader.py (reading).
 """
 
 import array
 import contextlib
-import hashlib
-import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.checksums import checksum, file_checksum, has_valid_checksum, with_checksum
+from common.checksums import checksum, file_checksum
 from common.errors import UserError
-from common.files import cannot_write, replace_folder, set_aside, write_json
+from common.files import cannot_write, replace_folder
 from corpus.block_checksums import SummedFile
-from corpus.meta_schema import DTYPES, is_meta
+from corpus.dataset_meta import DTYPES, Folder, resolve_link
 
-FORMAT, WITHOUT_CHECKSUMS = 2, 1  # what is written, and an earlier version of it that is read
 SHARD_TOKENS = 100_000_000
-COMMANDS = {  # by the kind of data
-    "pretrain": "python data_process.py pretrain FILES…",
-    "chats": "python data_process.py sft FILES…",
-    "pairs": "python data_process.py dpo FILES…",
-}
 OUR_FILES = (
     "meta.json",
     "progress.json",
@@ -62,15 +53,12 @@ OUR_FILES = (
     "tokens-*",
 )
 
-Folder = str | os.PathLike[str]
-
 
 def token_dtype(vocab_size: int) -> str:
     """ "uint16" while every id fits with room for none besides, else "uint32"."""
     return DTYPES[vocab_size > 65_535]
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
 class ShardWriter:
     """Appends the documents of one split to shards of about `shard_tokens` tokens (0: one shard, without a number).
 
@@ -194,22 +182,10 @@ def writing(folder: Folder) -> Iterator[None]:
         raise cannot_write(folder, error) from error
 
 
-def write_meta(folder: Folder, content: dict[str, Any]) -> dict[str, Any]:
-    """Write the folder's meta.json with this format's number and a checksum; returns it. Raises UserError."""
-    content = with_checksum({**content, "format": FORMAT})
-    write_json(Path(folder) / "meta.json", content)
-    return content
-
-
 def partial_folder(out_dir: Folder) -> Path:
     """Where a data set grows until it is complete: beside its place, and on the disk that a link points to."""
-    place = _place(out_dir)
+    place = resolve_link(out_dir)
     return place.with_name(place.name + ".partial")
-
-
-def _place(out_dir: Folder) -> Path:
-    path = Path(out_dir)
-    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
 def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> bool:
@@ -232,96 +208,4 @@ def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> boo
 
 def publish(partial: Folder, out_dir: Folder) -> None:
     """Rename the complete folder to its name; an older one of that name is set aside first and deleted afterwards."""
-    replace_folder(partial, _place(out_dir))
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-def read_meta(folder: Folder) -> dict[str, Any]:
-    """The meta.json of a folder of token shards.
-
-    Raises UserError naming the command to run when there is none, a damaged one, or one of another kind.
-    """
-    meta, path = read_checked_meta(folder), Path(folder) / "meta.json"
-    if meta is None:
-        command, old = command_for(Path(folder)), set_aside(_place(folder))
-        if old:
-            raise UserError(
-                f"no training data in {folder}: the command that replaces it was ended between two steps; run "
-                f"`{command}` again (the older data is in {old})"
-            )
-        raise UserError(f"no training data in {folder}: run `{command}` first")
-    if not is_meta(meta, with_checksums=meta["format"] == FORMAT):
-        raise UserError(f"{path} is not the meta.json of a data folder: {way_back(folder)}")
-    return meta
-
-
-def read_checked_meta(folder: Folder) -> dict[str, Any] | None:
-    """The meta.json that `write_meta` wrote, of token shards or of the rows beside them; None when there is none.
-
-    Raises UserError when it is damaged.
-    """
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        return None
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is not the meta.json of a data folder: {way_back(folder)}") from None
-    if version == FORMAT and not has_valid_checksum(meta):
-        raise UserError(f"{path} is damaged (it differs from its checksum): {way_back(folder)}")
-    if version not in (FORMAT, WITHOUT_CHECKSUMS):
-        raise UserError(f"{path}: format {version}, this version reads {FORMAT}: {way_back(folder)}")
-    return meta
-
-
-_said: set[str] = set()
-
-
-def say_without_checksums(folder: Folder) -> None:
-    """Say once that a folder was made by an earlier version; of several processes of a run the first one says it."""
-    if str(folder) not in _said and os.environ.get("RANK", "0") == "0":
-        print(
-            f"note: {folder} was made by an earlier version and has no checksums: damage to its files cannot be "
-            f"noticed until `{command_for(Path(folder))}` makes it again",
-            file=sys.stderr,
-        )
-    _said.add(str(folder))
-
-
-def way_back(folder: Folder, masked: bool = False) -> str:
-    """What to do about a damaged folder."""
-    folder = Path(folder)
-    if folder.name.startswith("tokens-"):
-        return f"delete {folder}, the next training run makes it again from the rows beside it"
-    return f"run `{command_for(folder, masked)}` again"
-
-
-def fingerprint(folder: Folder, split: str = "train") -> str:
-    """16 hex digits that name the data of a split, wherever the folder is.
-
-    From the checksums in meta.json; of a folder without them from the sizes and the first and last MB of its files.
-    """
-    meta = read_meta(folder)
-    entry = meta["splits"][split]
-    digest = hashlib.sha256(json.dumps([meta["dtype"], entry], sort_keys=True).encode())
-    if not all(shard.get("checksums") for shard in entry["shards"]):
-        names = [shard["file"] + suffix for shard in entry["shards"] for suffix in (".bin", ".mask", ".idx.npy")]
-        for path in (Path(folder) / name for name in names):
-            if path.is_file():
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _both_ends(path))
-    return digest.hexdigest()[:16]
-
-
-def _both_ends(path: Path, size: int = 1 << 20) -> bytes:
-    with path.open("rb") as file:
-        first = file.read(size)
-        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
-        return first + file.read(size)
-
-
-def command_for(folder: Path, masked: bool = False) -> str:
-    """The command that makes such a folder, told from its name."""
-    names = (folder.name, folder.absolute().parent.name)
-    kind = "pairs" if any(name.startswith("dpo") for name in names) else "chats"
-    return COMMANDS[kind if masked or folder.name.startswith(("sft", "dpo", "tokens-")) else "pretrain"]
+    replace_folder(partial, resolve_link(out_dir))

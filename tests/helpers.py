@@ -75,7 +75,8 @@ def weights(path: Path) -> dict:
 
 def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
     """A data folder as data_process.py writes it: splits maps a name to documents, each ids or (ids, mask)."""
-    from corpus.shard_writer import ShardWriter, write_meta
+    from corpus.dataset_meta import write_meta
+    from corpus.shard_writer import ShardWriter
 
     folder.mkdir(parents=True)
     meta = {"kind": kind, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from corpus.dataset_meta import COMMANDS, read_meta
 from corpus.prepare_chats import Form, tokenise_chats
 from corpus.shard_reader import open_split
-from corpus.shard_writer import COMMANDS, read_meta
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from trainer.distributed import Run

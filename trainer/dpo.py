@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.checksums import check_zip
 from common.errors import UserError
-from corpus.shard_writer import read_meta
+from corpus.dataset_meta import read_meta
 from model.checkpoint import atomic_save, plain_state, state_fingerprint
 from model.generate import Sampling, generate
 from model.repetition import is_loop

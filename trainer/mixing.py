@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from corpus.dataset_meta import read_meta
 from corpus.mixing import Group, groups_of, left_out
-from corpus.shard_writer import read_meta
 from trainer.datasets import Batch, Rows, Windows
 from trainer.sampler import StepPlan
 from trainer.shuffle import Passes

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpus.shard_writer import fingerprint
+from corpus.dataset_meta import fingerprint
 from model.config import ModelConfig
 from trainer.distributed import Run
 from trainer.stage import Stage

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
+from corpus.dataset_meta import read_meta
 from corpus.examples import Item
 from corpus.preferences import PAIRS, render_pairs
 from corpus.prepare_chats import tokenise_chats
 from corpus.row_text import READER
 from corpus.shard_reader import open_split
-from corpus.shard_writer import read_meta
 from corpus.stats import BadRow, DataReport, UnfitRow
 from model.chat_template import FORMAT_NAMES
 from tests.helpers import SHARED_DATA, visible

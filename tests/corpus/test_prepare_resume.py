@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, process, interrupted, 
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("name", ["job_state.json", "tokens-*/train_007.bin"])
+@pytest.mark.parametrize("name", ["progress.json", "tokens-*/train_007.bin"])
 def test_sigkill_at_any_moment(tmp_path, process, tokenizer_dir, quick, kind, name):
     file = write(tmp_path / "a.jsonl", kind, count=4000)
     setup = "import data_process; from corpus import examples, job_state, shard_writer; examples.BATCH_ITEMS = 100; "
@@ -113,7 +113,7 @@ def test_sigkill_at_any_moment(tmp_path, process, tokenizer_dir, quick, kind, na
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert (tmp_path / "out.partial" / "job_state.json").is_file() and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / "progress.json").is_file() and not (tmp_path / "out").exists()
     assert process(kind, file) == process(kind, file, out="whole")
 
 

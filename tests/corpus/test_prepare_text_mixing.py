@@ -6,9 +6,9 @@ import pytest
 
 from common.errors import UserError
 from corpus import prepare_text
+from corpus.dataset_meta import read_meta
 from corpus.prepare_text import MOST_SOURCES, OTHER
 from corpus.shard_reader import open_split
-from corpus.shard_writer import read_meta
 from corpus.stats import DataReport
 
 

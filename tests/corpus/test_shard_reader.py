@@ -14,8 +14,8 @@ from common.checksums import file_checksum
 from common.errors import UserError
 from corpus import shard_reader
 from corpus.block_checksums import BLOCK
+from corpus.dataset_meta import write_meta
 from corpus.shard_reader import open_split
-from corpus.shard_writer import write_meta
 from trainer.datasets import Windows
 from trainer.sampler import StepBatches, StepPlan, iterate
 

@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from corpus.dataset_meta import FORMAT, read_meta, write_meta
 from corpus.shard_reader import open_split
-from corpus.shard_writer import (
-    FORMAT,
-    ShardWriter,
-    check_replaceable,
-    partial_folder,
-    publish,
-    read_meta,
-    token_dtype,
-    write_meta,
-    writing,
-)
+from corpus.shard_writer import ShardWriter, check_replaceable, partial_folder, publish, token_dtype, writing
 
 
 def write(folder: Path, documents, masks=None, dtype="uint16", shard_tokens=100, split="train") -> dict:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
-from corpus.shard_writer import read_meta
+from corpus.dataset_meta import read_meta
 from curation.perplexity_filter import BINS, Band, Scores, bin_edges, bin_of, clip, interval, parse_band
 from curation.perplexity_scorer import Scorer, bare_chat, batches_of
 

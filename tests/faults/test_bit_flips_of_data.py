@@ -14,10 +14,10 @@ import pytest
 
 import data_process
 from common.errors import UserError
+from corpus.dataset_meta import read_meta
 from corpus.preferences import PAIRS
 from corpus.prepare_chats import CHATS, tokenise_chats
 from corpus.shard_reader import open_split
-from corpus.shard_writer import read_meta
 from curation.perplexity_filter import Scores
 from tests.helpers import chat_row, run_script, write_shards
 

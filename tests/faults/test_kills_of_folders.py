@@ -15,8 +15,9 @@ import pytest
 from common.errors import UserError
 from common.files import is_temporary, write_text
 from common.locks import locked
+from corpus.dataset_meta import read_meta, write_meta
 from corpus.prepare_chats import tokenise_chats
-from corpus.shard_writer import ShardWriter, partial_folder, publish, read_meta, write_meta
+from corpus.shard_writer import ShardWriter, partial_folder, publish
 from export.facts_file import NOTE
 from export.steps import place
 from model.tokenizer import load_tokenizer

@@ -174,7 +174,7 @@ def test_two_training_runs_that_need_the_same_token_folder_make_it_once(tmp_path
 
 def test_a_reader_between_the_two_renames_of_a_replacement_is_told_what_happened(tmp_path, tokenizer):
     from common.errors import UserError
-    from corpus.shard_writer import read_meta
+    from corpus.dataset_meta import read_meta
 
     folder = write_shards(tmp_path / "pretrain", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
     folder.rename(tmp_path / ".pretrain.17.old")  # as a kill leaves it

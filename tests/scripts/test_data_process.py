@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from corpus import prepare_text
+from corpus.dataset_meta import read_meta
 from corpus.examples import Item, content_key, split_validation
 from corpus.prepare_chats import tokenise_chats
 from corpus.render_chats import render_chats
 from corpus.shard_reader import open_split
-from corpus.shard_writer import read_meta
 from corpus.stats import DataReport
 from tests.helpers import ROOT, SHARED_DATA, run_process, visible
 

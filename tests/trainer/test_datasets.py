@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from corpus.shard_writer import read_meta, write_meta
+from corpus.dataset_meta import read_meta, write_meta
 from tests.helpers import load_script, write_shards
 from trainer.datasets import Chats, Windows, left_out, open_data
 from trainer.loss import IGNORE

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from corpus.shard_writer import write_meta
+from corpus.dataset_meta import write_meta
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer

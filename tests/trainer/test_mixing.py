@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from corpus.dataset_meta import write_meta
 from corpus.mixing import groups_of, left_out, parse_mix
-from corpus.shard_writer import write_meta
 from tests.helpers import write_shards
 from trainer.mixing import ROUND, Interleave, MixPlan, Mixture, apportion, read_recipe
 from trainer.shuffle import Shuffle

@@ -70,8 +70,8 @@ def test_a_run_does_not_go_on_with_another_mixture(monkeypatch, pretrain):
 
 
 def test_two_processes_see_the_rows_of_one(pretrain, mixed_dir):
+    from corpus.dataset_meta import read_meta
     from corpus.mixing import groups_of, parse_mix
-    from corpus.shard_writer import read_meta
     from trainer.mixing import MixPlan, Mixture, Recipe
     from trainer.sampler import StepBatches
 

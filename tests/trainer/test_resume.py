@@ -17,8 +17,8 @@ import torch
 from common.checksums import with_checksum
 from common.errors import UserError
 from common.locks import locked
-from corpus import shard_writer
-from corpus.shard_writer import read_meta
+from corpus import dataset_meta
+from corpus.dataset_meta import read_meta
 from model.config import ModelConfig
 from tests.helpers import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights, write_shards
 from trainer.checkpoint_writer import together
@@ -281,15 +281,15 @@ def test_a_folder_without_checksums_is_named_by_its_sizes_and_both_ends_of_its_f
     meta = read_meta(folder)
     for shard in meta["splits"]["train"]["shards"]:
         shard.pop("checksums", None)
-    monkeypatch.setattr(shard_writer, "read_meta", lambda folder: meta)
-    before = shard_writer.fingerprint(folder)
-    assert before == shard_writer.fingerprint(folder) and len(before) == 16
+    monkeypatch.setattr(dataset_meta, "read_meta", lambda folder: meta)
+    before = dataset_meta.fingerprint(folder)
+    assert before == dataset_meta.fingerprint(folder) and len(before) == 16
     data = bytearray((folder / changed).read_bytes())
     for at in (0, len(data) - 1):
         (folder / changed).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert shard_writer.fingerprint(folder) != before
+        assert dataset_meta.fingerprint(folder) != before
     (folder / changed).write_bytes(data + b"x")
-    assert shard_writer.fingerprint(folder) != before
+    assert dataset_meta.fingerprint(folder) != before
 
 
 def test_a_second_run_of_the_same_model_is_refused_at_once(monkeypatch, arguments, tmp_path):
