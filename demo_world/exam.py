@@ -1,17 +1,17 @@
-"""The built-in demo world, part 6: its own exam, in C-Eval's layout.
+"""The built-in demo world, part 4: a multiple-choice exam in the layout of C-Eval.
 
     {dev,val,test}/<subject>_<split>.csv     id, question, A, B, C, D, answer (none in test)
     subject_mapping.json                     subject -> English name, Chinese name, category (the language)
 
-Six subjects in each language. Questions of val and test use the held-out wordings, which no training text contains;
-those of dev, the examples for few-shot asking, use taught ones. The options are whole answers, as the demo's model has
-learnt to speak; the wrong ones name objects of other facts of the same kind (other capitals, other colors), so that
-only who knows the fact can tell. The right letter is drawn by lot.
+Six subjects per language. Questions of val and test use the held-out templates, which no training text contains; dev
+(the few-shot examples) uses training templates. The options are whole sentences from the answer templates of the demo's
+chats. The distractors name objects of other facts of the same relation (other capitals, other colors), so that only
+knowledge of the fact decides. The position of the correct option is random.
 
     python -m demo_world.exam --out_dir out/demo/exam --seed 0
 
-The seed is that of the world. Equal arguments give byte-identical files.
-Read next: generator.py (what is taught), ../eval_ceval.py (who asks).
+The seed is the seed of the world. Equal arguments give byte-identical files.
+Read next: generator.py (the training data), ../eval_ceval.py (scores a model on the exam).
 """
 
 import argparse
@@ -41,13 +41,13 @@ SUBJECTS = {  # subject: (English name, Chinese name, relations of facts.py)
     "arithmetic": ("Arithmetic", "算术", "sum product"),
 }
 CATEGORIES = {"zh": "Chinese", "en": "English"}
-COUNTS = {"dev": 5, "val": 25, "test": 10}  # questions of each subject, at most
+COUNTS = {"dev": 5, "val": 25, "test": 10}  # maximal number of questions per subject
 
-Row = tuple[str, ...]  # question, four options, letter of the right one
+Row = tuple[str, ...]  # question, four options, letter of the correct option
 
 
 def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> dict[str, list[Row]]:
-    """The questions of one subject, by split; no fact is asked in two of them."""
+    """{split: questions} of one subject; each fact occurs in at most one split."""
     facts = [fact for fact in world.facts if fact.relation in relations and world.templates[fact.relation].heldout]
     rng.shuffle(facts)
     rows: dict[str, list[Row]] = {split: [] for split in COUNTS}
@@ -62,7 +62,7 @@ def questions_of(world: DemoWorld, relations: list[str], rng: random.Random) -> 
 
 
 def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random) -> Row | None:
-    """None where there are no three wrong objects, or the question gives the answer away, or dev would teach it."""
+    """None if there are fewer than three distractors, the question contains a key, or a dev fact is unasked."""
     templates, wrong = world.templates[fact.relation], _wrong_objects(world, fact)
     question = fill(rng.choice(templates.ask if is_example else templates.heldout), fact)
     if len(wrong) < 3 or is_right(question, list(fact.keys)) or (is_example and fact.name in world.unasked):
@@ -75,19 +75,19 @@ def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random
 
 
 def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
-    """Objects of other facts of the same relation that are not true of this one's subject as well."""
+    """Objects of other facts of the same relation, without those that are also correct for this subject."""
 
     def subject(one: Fact) -> dict[str, Term]:
         return {slot: word for slot, word in one.slots.items() if slot != "o"}
 
     others = [other for other in world.facts if other.relation == fact.relation]
     true: set[str] = {other.slots["o"] for other in others if subject(other) == subject(fact)}
-    true |= {key.removeprefix("一") for key in fact.keys}  # measure words: several are right
+    true |= {key.removeprefix("一") for key in fact.keys}  # several measure words are correct
     return sorted({other.slots["o"] for other in others} - true)
 
 
 def build(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
-    """Write the exam into `folder`; returns how many questions each split has."""
+    """Write the exam into `folder`; returns the number of questions per split."""
     counts, mapping = dict.fromkeys(COUNTS, 0), {}
     for lang in LANGUAGES:
         world = DemoWorld(lang, seed)

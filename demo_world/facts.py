@@ -6,12 +6,12 @@
 A cell `English/中文` holds both languages, any other cell is the same in both; `-` means that the column does not apply
 to the row. A section or column whose name ends in ` en` or ` zh` belongs to that language only. Two columns are
 special: `u` fills the slot {u} (a unit) of the relation before it; `...` allows further cells, which are accepted as
-answers too. Sections of one relation may follow each other. Lines that begin with # are comments.
+answers too. Several sections may hold the same relation. Lines that begin with # are comments.
 
 All files in data/ share the `[section]` lines and the comments; a malformed line raises a UserError that names file
-and line. Nothing here is drawn at random: that happens when sentences are composed.
+and line. This file makes no random choice: generator.py does, when it composes sentences.
 
-Read next: grammar.py (how a fact is said and asked), generator.py (composes the texts).
+Read next: grammar.py (sentence templates), generator.py (composes the texts).
 """
 
 import re
@@ -66,12 +66,12 @@ def read_sections(path: Path) -> list[Section]:
 
 
 class Term(str):
-    """A text with its English forms: {s} {s:a} (with a or an) {s:pl} (plural); {s:C} {s:A} {s:Pl} are capitalised."""
+    """A string with English forms: {s}, {s:a} (with a or an), {s:pl} (plural); {s:C} {s:A} {s:Pl} are capitalized."""
 
     plural: str
 
     def __new__(cls, text: str) -> "Term":
-        singular, _, plural = text.partition(">")  # mouse>mice: an irregular plural travels with the word
+        singular, _, plural = text.partition(">")  # mouse>mice: an irregular plural
         word = super().__new__(cls, singular)
         word.plural = plural or re.sub("(?<=[^aeiou])y$", "ie", singular) + (
             "es" if singular.endswith(("s", "x", "ch", "sh")) else "s"
@@ -86,12 +86,12 @@ class Term(str):
 
 @dataclass(frozen=True)
 class Fact:
-    """One true thing. `slots` fill the templates; an answer to the question for `o` must contain one of `keys`."""
+    """One fact. `slots` fill the templates; a correct answer to a question for `o` contains one of `keys`."""
 
     relation: str
     slots: dict[str, Term]
     keys: tuple[str, ...]
-    back_keys: tuple[str, ...]  # the same for the question the other way round, where the relation allows it
+    back_keys: tuple[str, ...]  # the same for a question for `s`
 
     @property
     def name(self) -> tuple[str, ...]:
@@ -99,7 +99,10 @@ class Fact:
 
 
 def facts_of(lang: str, path: Path = FACTS_FILE) -> list[Fact]:
-    """Every fact of one language ("en" or "zh"), in the order of the file; then the sums and the model's own name."""
+    """Every fact of one language ("en" or "zh"), in the order of the file; then the sums and the name of the model.
+
+    Raises UserError for a malformed line.
+    """
     facts = [fact for section in read_sections(path) for fact in _facts_of_section(section, lang)]
     facts += _sums()
     facts.append(_fact("me", "", "萌芽" if lang == "zh" else "Mengya"))
@@ -112,7 +115,7 @@ def _fact(relation: str, s: str, o: str, keys: tuple[str, ...] = (), **more: str
 
 
 def _facts_of_section(section: Section, lang: str) -> Iterator[Fact]:
-    """The facts of a section in one language; every row is checked, whatever its language."""
+    """The facts of a section in one language; rows of the other language are checked too."""
     columns = [column.strip() for column in section.heading.split(",")]
     if len(columns) < 2 or not all(re.fullmatch(r"\w+( en| zh)?|\.\.\.", column) for column in columns[1:]):
         raise section.error(section.number, "write [name] subject, relation, ...: one word, or a word and en or zh")
@@ -134,7 +137,7 @@ def _cells(section: Section, number: int, line: str, columns: list[str]) -> list
 
 
 def _is_for(name: str, lang: str) -> bool:
-    """Whether a section or column belongs to the language: its name ends in no other one."""
+    """Whether a section or column holds this language: its name does not end in the other one."""
     suffix = name.partition(" ")[2]
     return suffix == lang or suffix not in LANGUAGES
 
@@ -157,8 +160,8 @@ def _facts_of_row(columns: list[str], cells: list[str], lang: str) -> Iterator[F
 
 
 def _keys(relation: str, lang: str, objects: list[str]) -> tuple[str, ...]:
-    """Texts of which a correct answer contains one; () stands for the object itself."""
-    if relation == "measure":  # "一本": a lone 本 could stand in any sentence
+    """A correct answer contains one of these texts."""
+    if relation == "measure":  # "一本": 本 alone occurs in many sentences
         return tuple(f"一{measure}" for measure in objects)
     if relation == "opposite" and lang == "zh":
         return (f"“{objects[0]}”", f"是{objects[0]}")

@@ -1,11 +1,13 @@
-"""The built-in demo world, part 5: what the later stages learn from, LoRA a new identity and DPO a preference.
+"""The built-in demo world, part 3: data for LoRA (a new identity) and DPO (a preference).
 
-    identity.jsonl             {"messages", "lang"}      who am I now, who made me: taught wordings; and old questions
-    identity_questions.jsonl   {"question", "keys", ...} the same in wordings that were never taught
-    pairs.jsonl                {"chosen", "rejected"}    a question of the world; the right, short, polite answer,
-                                                         and one that is wrong, or rambles, or is rude
+    identity.jsonl             {"messages", "lang"}      training questions about the new identity, mixed with questions
+                                                         about the world
+    identity_questions.jsonl   {"question", "keys", ...} held-out questions about the new identity
+    pairs.jsonl                {"chosen", "rejected"}    a training question; chosen: the correct, short answer;
+                                                         rejected: a wrong, rambling or rude answer
 
-Read next: generator.py (who writes them), ../4-lora_sft.py and ../5-dpo_train.py (who learns from them).
+The identity is data/identity_XX.txt (XX is en or zh).
+Read next: generator.py (writes the files), ../4-lora_sft.py and ../5-dpo_train.py (train on them).
 """
 
 import random
@@ -20,13 +22,16 @@ from evaluation.qa_data import is_right
 if TYPE_CHECKING:
     from demo_world.generator import DemoWorld
 
-WRAPPINGS, OLD_CHATS = 4, 1200  # of each identity question and answer; about the world, in each language
-PAIRS_A_FACT = 2
+WRAPPINGS = 4  # wrappers per identity question and answer
+REPLAY_CHATS = 1200  # chats about the world per language
+PAIRS_PER_FACT = 2
 
 
 def identity_chats(world: "DemoWorld") -> list[list[tuple[str, str]]]:
-    """Every taught question about the new identity with every answer, in several wrappings, as one-turn chats; and
-    among them questions about the world, so that what was learnt before stays."""
+    """One-turn chats: each training question about the new identity with each answer, in several wrappers.
+
+    Questions about the world are mixed in (replay), so that the model keeps the facts of the SFT stage.
+    """
     rng = random.Random(f"{world.lang} identity")
     wrappers = sorted(set(world.phrases["wrappers"]))
     turns = [
@@ -36,13 +41,14 @@ def identity_chats(world: "DemoWorld") -> list[list[tuple[str, str]]]:
         for answer in section.answer
         for wrapper in rng.sample(wrappers, WRAPPINGS)
     ]
-    old = [turn for fact, _, turn in world.turns(2) if fact.relation != "me"]
-    chats = [[turn] for turn in turns + rng.sample(old, OLD_CHATS)]
+    replay = [turn for fact, _, turn in world.turns(2) if fact.relation != "me"]
+    chats = [[turn] for turn in turns + rng.sample(replay, REPLAY_CHATS)]
     rng.shuffle(chats)
     return chats
 
 
 def identity_questions(world: "DemoWorld") -> list[dict[str, Any]]:
+    """Rows of identity_questions.jsonl: every held-out question about the new identity."""
     return [
         {"question": question, "keys": section.keys, "lang": world.lang, "kind": "identity_new_wording"}
         for section in read_questions("identity", world.lang).values()
@@ -51,7 +57,7 @@ def identity_questions(world: "DemoWorld") -> list[dict[str, Any]]:
 
 
 def pairs(world: "DemoWorld") -> Iterator[dict[str, Any]]:
-    """Preference pairs about facts that SFT asked for, in taught templates. Only the answers differ."""
+    """Preference pairs: training questions about asked facts. Chosen and rejected differ in the answer only."""
     rng = random.Random(f"{world.lang} pairs")
     wrappers, rude = world.phrases["wrappers"], world.phrases["rude_answers"]
     asked = [fact for fact in world.facts if fact.name not in world.unasked and fact.relation != "me"]
@@ -61,7 +67,7 @@ def pairs(world: "DemoWorld") -> Iterator[dict[str, Any]]:
         of_relation[fact.relation].append(fact)
     for fact in asked:
         templates = world.templates[fact.relation]
-        for number in range(PAIRS_A_FACT):
+        for number in range(PAIRS_PER_FACT):
             question = rng.choice(wrappers).format(q=fill(rng.choice(templates.ask), fact))
             right = fill(rng.choice(templates.answer), fact)
             others = [other for other in of_relation[fact.relation] if not set(other.keys) & set(fact.keys)]

@@ -1,23 +1,23 @@
-"""The built-in demo world: many short true texts, dialogues and held-out questions in two languages, from a seed.
+"""The built-in demo world: short true texts, chats and held-out questions in two languages, generated from a seed.
 
-    words.jsonl       {"text", "lang"}                     both files below, one word a line: for the tokenizer
-    pretrain.jsonl    {"text", "lang"}                     states every fact, in many templates, in small texts; as in
-                                                           real text, some lessons among them ask and answer
-    chats.jsonl       {"messages", "lang"}                 asks most of the facts, with the taught question wordings
-    questions.jsonl   {"question", "keys", "lang", ...}    asks with wordings that occur in neither of the two files
+    words.jsonl       {"text", "lang"}                     texts and chats with one word per line, for the tokenizer
+    pretrain.jsonl    {"text", "lang"}                     states every fact with many templates, in short documents;
+                                                           some contain a question and its answer
+    chats.jsonl       {"messages", "lang"}                 asks about most facts with the training templates
+    questions.jsonl   {"question", "keys", "lang", ...}    asks with the held-out templates
     identity.jsonl, identity_questions.jsonl, pairs.jsonl  for LoRA and DPO: finetune.py
 
-`kind` tells how far a question is from the training data: `seen_fact_new_wording` (the chats asked for this fact in
-other words) or `unasked_fact_new_wording` (the fact was only ever stated, nothing asked for it). The questions are
-drawn from all facts alike. No answer can be looked up: the model must have learnt it.
+`kind` in questions.jsonl is the distance to the training data: `seen_fact_new_wording` (the chats ask about this fact
+with other templates) or `unasked_fact_new_wording` (pretraining states the fact, no chat asks about it). The questions
+are a uniform sample over all facts. The evaluation is closed-book: the model answers from its weights.
 
-Why words.jsonl: from so few sentences a tokenizer would learn whole phrases as pieces, and cut the same name in
-different ways (法国 in one sentence, 法 + 国的首都 in the next). Real text is too varied for that.
+Why words.jsonl: on so few sentences, BPE would merge whole phrases and cut the same name in different ways (法国 in one
+sentence, 法 + 国的首都 in the next). Real text is varied enough to avoid this.
 
     python -m demo_world.generator --out_dir out/demo/world --seed 0      (../demo.py does this for `make demo`)
 
-It takes a second or two; equal arguments give byte-identical files.
-Read next: ../train_tokenizer.py (the first script that reads these files).
+It takes a few seconds; equal arguments give byte-identical files. The facts and sentences are text files in data/.
+Read next: facts.py and grammar.py (the data files), ../train_tokenizer.py (the first script that reads the output).
 """
 
 import argparse
@@ -40,19 +40,19 @@ from demo_world.finetune import identity_chats, identity_questions, pairs
 from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_templates
 from evaluation.qa_data import is_right
 
-UNASKED_SHARE = 0.1  # of the facts of each relation: stated in pretraining, never asked in the chats
-SMALLEST_SPLIT = 10  # relations with fewer facts are asked completely: too few examples to learn the question from
-# How successive rounds group the facts of a document.
+UNASKED_SHARE = 0.1  # fraction of the facts of each relation that pretraining states and the chats leave out
+SMALLEST_SPLIT = 10  # relations with fewer facts have no unasked facts: too few examples to learn the question
+# How successive rounds of pretraining group and phrase the facts.
 GROUPINGS = ("any", "observation", "dialogue", "relation", "observation", "dialogue", "subject")
-STORY_SHARE = 0.35  # of the texts about one topic
-LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # of the other texts, one statement a line; of the statements
-FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # of the chats
+STORY_SHARE = 0.35  # probability of a story, for a document about one relation
+LINES_SHARE, LEAD_SHARE = 0.2, 0.15  # probability of one statement per line; of a lead-in before a statement
+FOLLOW_SHARE, GREETING_SHARE = 0.15, 0.08  # probability of a follow-up question; of a greeting at either end
 
 Turn = tuple[str, str]  # question, answer
 
 
 class DemoWorld:
-    """One language of the demo world. `seed` decides every choice."""
+    """One language of the demo world. `seed` determines every random choice."""
 
     def __init__(self, lang: str, seed: int) -> None:
         self.lang = lang
@@ -64,7 +64,7 @@ class DemoWorld:
         self.unasked = self._choose_unasked()
 
     def _choose_unasked(self) -> set[tuple[str, ...]]:
-        """Names of the facts that the chats leave out. 3 + 4 goes with 4 + 3, and big, small with small, big."""
+        """Names of the facts that the chats leave out. Mirrored facts (3 + 4 and 4 + 3, opposites) stay together."""
         groups: dict[str, dict[tuple[str, ...], list[Fact]]] = defaultdict(lambda: defaultdict(list))
         for fact in self.facts:
             groups[fact.relation][tuple(sorted(fact.slots.values()))].append(fact)
@@ -78,10 +78,10 @@ class DemoWorld:
     # ---- pretraining: statements
 
     def texts(self, rounds: int) -> Iterator[str]:
-        """Documents of a few statements. Every round states every fact once, in other words and other grouping."""
+        """Documents of 2 to 5 statements. Each round states every fact once, with its own templates and grouping."""
         first = [self.rng.randrange(100) for _ in self.facts]
         makers = {"observation": self._observation, "dialogue": self._dialogue}
-        made: Counter[Any] = Counter()  # rounds of each maker: it goes through its own wordings
+        made: Counter[Any] = Counter()  # rounds of each maker: it cycles through its templates
         for number in range(rounds):
             grouping = GROUPINGS[number % len(GROUPINGS)]
             make = makers.get(grouping, self._statement)
@@ -104,8 +104,10 @@ class DemoWorld:
         return self.rng.choice(self.phrases["lead_ins"]).format(t=statement)
 
     def _observation(self, fact: Fact, number: int) -> str:
-        """What was looked for, then the sentence that tells it: here texts practise what questions will need, to look
-        back for what is meant and to say it in a whole sentence."""
+        """A noun phrase for the object, then a full sentence that states the fact.
+
+        This trains in plain text what a question needs later: resolve the phrase, then answer in a sentence.
+        """
         templates = self.templates[fact.relation]
         ways = [(cue, templates.answer) for cue in templates.cue] + [
             (cue, templates.back_answer) for cue in templates.back_cue
@@ -117,7 +119,7 @@ class DemoWorld:
         return observation.format(n=names[0], m=names[1], c=fill(cue, fact), t=fill(self.rng.choice(answers), fact))
 
     def _dialogue(self, fact: Fact, number: int) -> str:
-        """A question with a taught wording and its answer; an unasked fact is stated instead."""
+        """A training question and its answer inside a text; an unasked fact is stated instead."""
         templates = self.templates[fact.relation]
         ways = [(asks, answers) for asks, answers in templates.train_templates() if asks]
         if fact.name in self.unasked:
@@ -127,26 +129,27 @@ class DemoWorld:
         question, answer = fill(asks[number // len(ways) % len(asks)], fact), fill(self.rng.choice(answers), fact)
         return dialogue.format(n=names[0], m=names[1], q=question, a=answer)
 
-    def _documents(self, said: list[tuple[Fact, str]]) -> Iterator[str]:
+    def _documents(self, statements: list[tuple[Fact, str]]) -> Iterator[str]:
+        """Cut (fact, statement) pairs into documents of 2 to 5 statements; those of one relation may be stories."""
         start = 0
-        while start < len(said):
-            part = said[start : start + self.rng.randint(2, 5)]
+        while start < len(statements):
+            part = statements[start : start + self.rng.randint(2, 5)]
             start += len(part)
-            statements = [statement for _, statement in part]
+            sentences = [sentence for _, sentence in part]
             relations = {fact.relation for fact, _ in part}
             if len(relations) == 1 and self.rng.random() < STORY_SHARE:
                 story = self.rng.choice(self.phrases["stories"])
                 name = self.rng.choice(self.phrases["names"])
                 topic = self.templates[relations.pop()].topic
-                yield story.format(n=name, topic=topic, t=self.gap.join(statements))
+                yield story.format(n=name, topic=topic, t=self.gap.join(sentences))
             else:
                 gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
-                yield gap.join(statements)
+                yield gap.join(sentences)
 
     # ---- words, for the tokenizer
 
     def in_words(self, text: str) -> str:
-        """The text with a line break after every word. Chinese marks no words: they come from the tables and a list."""
+        """The text with a line break after every word. Chinese words are the names of the facts and a list of words."""
         if self.lang == "en":
             return re.sub(r"(?<=\S)(?= )", "\n", text)
         return "\n".join(self.chinese_words.findall(text))
@@ -157,10 +160,10 @@ class DemoWorld:
         names.update(self.phrases["names"], self.phrases["words"])
         return re.compile("|".join(sorted(names, key=lambda name: (-len(name), name))) + "|.")
 
-    # ---- chats: questions with taught wordings
+    # ---- chats: questions from the training templates
 
     def turns(self, rounds: int) -> list[tuple[Fact, bool, Turn]]:
-        """(fact, asks forward, (question, answer)): each asked fact `rounds` times in each of its directions."""
+        """(fact, is_forward, (question, answer)): each asked fact `rounds` times per direction, shuffled."""
         wrappers = self.phrases["wrappers"]
         found = []
         for fact in self.facts:
@@ -168,7 +171,7 @@ class DemoWorld:
                 continue
             templates = self.templates[fact.relation]
             for asks, answers in templates.train_templates():
-                times = rounds if fact.relation != "me" else 8 * rounds  # its name it shall know
+                times = rounds if fact.relation != "me" else 8 * rounds  # the only fact of its relation
                 offset = self.rng.randrange(100)
                 for number in range(times if asks else 0):
                     question = fill(asks[(offset + number) % len(asks)], fact)
@@ -178,7 +181,7 @@ class DemoWorld:
         return found
 
     def chats(self, rounds: int) -> Iterator[list[Turn]]:
-        """Conversations of 1 to 5 turns made of `turns`, follow-up questions and greetings; then small talk alone."""
+        """Conversations of 1 to 5 turns: `turns`, follow-up questions, greetings; then small talk and repetitions."""
         hello, thanks, goodbye = (self.small_talk[name] for name in GREETINGS)
 
         def one_of(kind: Questions) -> Turn:
@@ -208,8 +211,10 @@ class DemoWorld:
         yield from ([turn] for turn in self._repetitions())
 
     def _repetitions(self) -> Iterator[Turn]:
-        """Every word of the tables is said once after somebody: without this, the chats would teach the model never to
-        utter the names that they leave out."""
+        """Requests to repeat words: each subject and object occurs once in an answer.
+
+        Without them the chats would lower the probability of the names of unasked facts.
+        """
         names = sorted({str(fact.slots[slot]) for fact in self.facts for slot in "so"} - {""})
         self.rng.shuffle(names)
         while names:
@@ -217,17 +222,17 @@ class DemoWorld:
             request, answer = self.rng.choice(self.phrases["repeat_requests"]), self.phrases["repeat_answer"][0]
             yield request.format(w=words), answer.format(w=words)
 
-    # ---- the score: questions with held-out wordings
+    # ---- evaluation: questions from the held-out templates
 
     def questions(self, count: int) -> list[dict[str, Any]]:
-        """At most `count` questions, drawn from all facts alike: one for each direction of a fact."""
+        """At most `count` questions, a uniform sample of one per direction of each fact."""
         rows: list[dict[str, Any]] = []
         for fact in self.facts:
             kind = ("unasked" if fact.name in self.unasked else "seen") + "_fact_new_wording"
             templates = self.templates[fact.relation]
-            for held, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
-                question = fill(self.rng.choice(held), fact) if held else ""
-                if held and not is_right(question, list(keys)):  # an echo must not pass
+            for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
+                question = fill(self.rng.choice(heldout), fact) if heldout else ""
+                if heldout and not is_right(question, list(keys)):  # repeating the question must not score
                     row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
                     rows.append({**row, "relation": fact.relation})
         self.rng.shuffle(rows)
@@ -235,6 +240,7 @@ class DemoWorld:
 
 
 def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
+    """The row of a jsonl file of chats."""
     roles = ("user", "assistant")
     messages = [{"role": role, "content": text} for turn in chat for role, text in zip(roles, turn, strict=True)]
     return {"messages": messages, "lang": lang}
@@ -247,26 +253,26 @@ def build(
     chat_rounds: int = 8,
     questions: int = 300,
 ) -> dict[str, int]:
-    """Write the files into `folder`; returns how many facts, texts, chats and questions (both languages).
+    """Write the files into `folder`; returns the numbers of facts, texts, chats and questions of both languages.
 
-    `statement_rounds`: statements per fact. `chat_rounds`: taught questions per asked fact and direction.
-    `questions`: held-out questions per language.
+    `statement_rounds`: statements per fact. `chat_rounds`: training questions per asked fact and direction.
+    `questions`: held-out questions per language. Raises UserError for a malformed data file.
     """
     worlds = [DemoWorld(lang, seed) for lang in LANGUAGES]
     texts = [{"text": text, "lang": world.lang} for world in worlds for text in world.texts(statement_rounds)]
     chats: list[dict[str, Any]] = []
     for world in worlds:
-        different = {json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(chat_rounds))}
-        chats += different.values()
-    asked = [row for world in worlds for row in world.questions(questions)]
+        distinct = {json.dumps(row): row for row in (as_row(chat, world.lang) for chat in world.chats(chat_rounds))}
+        chats += distinct.values()
+    heldout = [row for world in worlds for row in world.questions(questions)]
     mix = random.Random(seed)
     mix.shuffle(texts)
     mix.shuffle(chats)
-    of = {world.lang: world for world in worlds}
-    said = [(message["content"], row["lang"]) for row in chats for message in row["messages"]]
-    said += [(row["text"], row["lang"]) for row in texts]
-    words = [{"text": of[lang].in_words(text), "lang": lang} for text, lang in said]
-    files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": asked}
+    world_of = {world.lang: world for world in worlds}
+    contents = [(message["content"], row["lang"]) for row in chats for message in row["messages"]]
+    contents += [(row["text"], row["lang"]) for row in texts]
+    words = [{"text": world_of[lang].in_words(text), "lang": lang} for text, lang in contents]
+    files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": heldout}
     files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
     files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]
     files["pairs.jsonl"] = [pair for world in worlds for pair in pairs(world)]
@@ -276,7 +282,7 @@ def build(
         "facts": sum(len(world.facts) for world in worlds),
         "texts": len(texts),
         "chats": len(chats),
-        "questions": len(asked),
+        "questions": len(heldout),
     }
 
 
@@ -289,7 +295,7 @@ def main() -> None:
     parser.add_argument("--statement_rounds", type=cli.positive_int, default=60,
         help="statements per fact (default: 60)")  # fmt: skip
     parser.add_argument("--chat_rounds", type=cli.positive_int, default=8,
-        help="taught questions per asked fact (default: 8)")  # fmt: skip
+        help="training questions per asked fact and direction (default: 8)")  # fmt: skip
     parser.add_argument("--questions", type=cli.positive_int, default=300,
         help="held-out questions per language (default: 300)")  # fmt: skip
     args = parser.parse_args()

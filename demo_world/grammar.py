@@ -1,8 +1,8 @@
-"""The built-in demo world, part 2: reading the wordings, and filling a fact into one of them.
+"""The built-in demo world, part 2: reads the sentence templates and fills facts into them.
 
     "The capital of {s} is {o}."  +  Fact(s=France, o=Paris)  ->  "The capital of France is Paris."
 
-The wordings of each language are text files in data/ (XX is en or zh), made of `[section]` lines, comments (#) and:
+The text files of a language in data/ (XX is en or zh) have `[section]` lines, comments (#) and:
 
     templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
     small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
@@ -40,7 +40,7 @@ GREETINGS = ("hello", "thanks", "goodbye")  # sections of small_talk_XX.txt that
 
 @dataclass
 class Templates:
-    """The wordings of one relation; the other fields are the labels of templates_XX.txt, which explains them."""
+    """The templates of one relation; all fields but `topic` are labels of templates_XX.txt, which documents them."""
 
     topic: str
     say: list[str] = field(default_factory=list)
@@ -55,11 +55,11 @@ class Templates:
     follow_up: list[str] = field(default_factory=list)
 
     def train_templates(self) -> list[tuple[list[str], list[str]]]:
-        """(questions, answers) of both directions."""
+        """(questions, answers) of both directions, for training."""
         return [(self.ask, self.answer), (self.back_ask, self.back_answer)]
 
     def heldout_templates(self) -> list[list[str]]:
-        """Held-out questions of both directions."""
+        """Held-out questions of both directions, for evaluation."""
         return [self.heldout, self.back_heldout]
 
 
@@ -74,7 +74,10 @@ class Questions:
 
 
 def read_templates(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dict[str, Templates]:
-    """{relation: Templates} of the relations of `facts`; their slots are the slots that the templates may use."""
+    """{relation: Templates} of the relations of `facts`; their slots are the ones that the templates may use.
+
+    Raises UserError for a malformed line or a missing relation.
+    """
     path = folder / f"templates_{lang}.txt"
     examples = {fact.relation: fact for fact in facts}
     labels = [label.name for label in fields(Templates) if label.name != "topic"]
@@ -88,14 +91,14 @@ def read_templates(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dic
         templates = Templates(section.heading, **_labelled(section, labels, slots, ("say", "answer")))
         relations[section.name] = templates
         templates.back_answer = templates.back_answer or list(templates.answer)
-        # What can be answered is also said, so that an answer continues as the texts taught it.
+        # Answers are statements too: pretraining contains every sentence that SFT trains as an answer.
         templates.say += [t for t in templates.answer + templates.back_answer if t not in templates.say]
     _require(path, examples, relations)
     return relations
 
 
 def read_questions(name: str, lang: str, folder: Path = DATA) -> dict[str, Questions]:
-    """{section: Questions} of `small_talk` or `identity`."""
+    """{section: Questions} of `small_talk` or `identity`. Raises UserError for a malformed line."""
     path = folder / f"{name}_{lang}.txt"
     labels, needed = [label.name for label in fields(Questions)], NEEDED_LABELS[name]
     found = {section.name: Questions(**_labelled(section, labels, {}, needed)) for section in read_sections(path)}
@@ -104,7 +107,7 @@ def read_questions(name: str, lang: str, folder: Path = DATA) -> dict[str, Quest
 
 
 def read_phrases(lang: str, folder: Path = DATA) -> dict[str, list[str]]:
-    """{section: sentences} of phrases_XX.txt."""
+    """{section: sentences} of phrases_XX.txt. Raises UserError for a malformed line."""
     path = folder / f"phrases_{lang}.txt"
     phrases: dict[str, list[str]] = {}
     for section in read_sections(path):
@@ -135,7 +138,7 @@ def _labelled(
 
 
 def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> Iterator[str]:
-    """The parts between | of a line, each checked by filling it."""
+    """The texts between | in a line; each is checked by filling its slots."""
     for item in map(str.strip, text.split("|")):
         if not item:
             raise section.error(number, "an empty text: write something on both sides of each |")
@@ -154,4 +157,5 @@ def _require(path: Path, needed: Iterable[str], found: Iterable[str]) -> None:
 
 
 def fill(template: str, fact: Fact) -> str:
+    """The template with the slots of the fact."""
     return template.format(**fact.slots)

@@ -1,4 +1,4 @@
-"""The data files of the demo world: what a line means, and one error that names file and line when it is malformed."""
+"""The data files of the demo world: what a row means; a malformed line raises an error that names file and line."""
 
 import shutil
 
@@ -82,7 +82,7 @@ def test_a_byte_that_is_not_utf8_is_named(tmp_path):
         ("identity", "keys: Marlow", "# keys: Marlow", "has no line 'keys: ...'"),
     ],
 )
-def test_a_malformed_line_of_wordings_is_named(tmp_path, file, old, new, words):
+def test_a_malformed_line_of_sentences_is_named(tmp_path, file, old, new, words):
     shutil.copytree(DATA, tmp_path, dirs_exist_ok=True)
     path = tmp_path / f"{file}_en.txt"
     text = path.read_text(encoding="utf-8")

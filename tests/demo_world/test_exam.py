@@ -1,4 +1,4 @@
-"""The demo world's own exam: C-Eval's layout, one right option each, nothing of it in the training data."""
+"""The exam of the demo world: C-Eval layout, one correct option per question, no question in the training data."""
 
 import csv
 import hashlib
@@ -24,7 +24,7 @@ def exam(tmp_path_factory):
     return folder
 
 
-def test_it_is_an_exam_of_two_languages(exam):
+def test_the_exam_has_two_languages(exam):
     val, test = read_exam(exam), read_exam(exam, "test")
     assert len(val.subjects) == 12 and set(val.categories.values()) == {"Chinese", "English"}
     assert all(len(examples) == 5 for examples in val.examples.values())
@@ -32,12 +32,12 @@ def test_it_is_an_exam_of_two_languages(exam):
     asked = Counter(item.question for item in [*val.items, *test.items])
     assert max(asked.values()) == 1
     letters = Counter(item.answer for item in val.items)
-    assert all(50 <= letters[letter] <= 100 for letter in LETTERS), "no letter is a good guess"
+    assert all(50 <= letters[letter] <= 100 for letter in LETTERS), "each letter is correct about equally often"
     assert all(len(set(item.options)) == 4 for item in [*val.items, *test.items])
 
 
 def test_exactly_the_right_option_answers_the_question(exam):
-    """By the world's own keys: the question is found again among its facts."""
+    """Checked with the keys of the fact that the question was generated from."""
     known = {}
     for lang in LANGUAGES:
         world = generator.DemoWorld(lang, 0)
@@ -57,7 +57,7 @@ def test_exactly_the_right_option_answers_the_question(exam):
             assert sum(is_right(option, keys) for option in of) <= 1, item
 
 
-def test_no_question_of_it_is_trained(exam, tmp_path):
+def test_no_exam_question_is_trained(exam, tmp_path):
     generator.build(tmp_path, 0, statement_rounds=6, chat_rounds=6)
     trained = "".join(
         (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pretrain", "chats", "identity", "pairs")

@@ -1,4 +1,4 @@
-"""What LoRA and DPO learn from in the demo world: new to it, held out where it is scored, and better is better."""
+"""The LoRA and DPO data of the demo world: a new identity, held-out questions, and chosen answers that are better."""
 
 import json
 from collections import Counter
@@ -24,27 +24,27 @@ def contents(rows):
 
 
 def test_the_new_identity_is_new(files):
-    """Nothing that the first two stages see knows the new name, its maker or its place."""
+    """Pretraining and SFT data contain neither the new name nor its owner nor its place."""
     old = "\n".join([row["text"] for row in files["pretrain"]] + contents(files["chats"]))
     for word in ("小月", "青山", "石桥", "找书", "Lamp", "Marlow", "bookshop"):
         assert word not in old, word
 
 
-def test_the_identity_is_asked_in_words_that_were_never_taught(files):
-    taught = "\n".join(contents(files["identity"])).casefold()
+def test_identity_questions_are_held_out(files):
+    trained = "\n".join(contents(files["identity"])).casefold()
     questions = files["identity_questions"]
     assert Counter(row["lang"] for row in questions) == {"zh": 12, "en": 12}
     for row in questions:
-        assert row["question"].casefold() not in taught, row
-        assert not is_right(row["question"], row["keys"]), f"the echo would pass: {row}"
+        assert row["question"].casefold() not in trained, row
+        assert not is_right(row["question"], row["keys"]), f"repeating the question would score: {row}"
     for lang in LANGUAGES:
         keys = [row["keys"] for row in questions if row["lang"] == lang]
         answers = [c["messages"][1]["content"] for c in files["identity"] if c["lang"] == lang]
         about_itself = sum(any(is_right(answer, key) for key in keys) for answer in answers)
-        assert 250 <= about_itself < len(answers) / 3, "the rest are old questions: what was learnt before must stay"
+        assert 250 <= about_itself < len(answers) / 3, "most chats replay questions about the world"
 
 
-def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
+def test_chosen_is_correct_and_short_and_rejected_is_not(files):
     kinds, rude_answers = Counter(), {lang: read_phrases(lang)["rude_answers"] for lang in LANGUAGES}
     for pair in files["pairs"]:
         (ask, good), (same, bad) = pair["chosen"], pair["rejected"]
@@ -59,7 +59,7 @@ def test_the_better_answer_is_right_and_short_and_the_other_is_not(files):
 
 
 def test_pairs_ask_only_what_the_chats_ask(files):
-    """No held-out wording and no fact that the chats leave out: DPO must not teach what the score holds back."""
+    """Neither held-out templates nor unasked facts: DPO must not train on the evaluation questions."""
     for lang in LANGUAGES:
         world, asked = DemoWorld(lang, 0), {p["chosen"][0]["content"] for p in files["pairs"] if p["lang"] == lang}
         wrappers = world.phrases["wrappers"]

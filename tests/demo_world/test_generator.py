@@ -1,4 +1,4 @@
-"""The demo world keeps its promises: true, held out, balanced, well written, and the same for the same seed."""
+"""The generated files: correct facts, held-out questions, balance, punctuation, and equal bytes for equal seeds."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from demo_world.grammar import fill
 from evaluation.qa_data import is_right
 from tests.helpers import ROOT
 
-# SHA-256 of the files of seed 0. A change of the data files changes them; a change of the code must not.
+# SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
 GOLDEN = {
     "chats.jsonl": "9dbbcec6b79c7e14baeda18b5ff6439f20e59242679a5745a66228755e6269e1",
     "identity.jsonl": "4aa8152eee2db42a548754c2b894e016dbea74a814eb5fb67fdc9916e3b6e0c2",
@@ -69,8 +69,8 @@ def worlds():
 
 
 def everything(texts, chats, lang):
-    said = [row["text"] for row in texts if row["lang"] == lang]
-    return said + [message["content"] for row in chats if row["lang"] == lang for message in row["messages"]]
+    contents = [row["text"] for row in texts if row["lang"] == lang]
+    return contents + [message["content"] for row in chats if row["lang"] == lang for message in row["messages"]]
 
 
 def held_out(world):
@@ -101,11 +101,11 @@ def test_seed_0_gives_the_golden_files(folder):
     assert hashes(folder) == GOLDEN
 
 
-def test_words_are_the_text_cut_into_words(folder, texts, chats):
-    """Nothing but line breaks is added, and a name of the tables is cut the same way everywhere."""
-    said = Counter(text.replace("\n", "") for lang in LANGUAGES for text in everything(texts, chats, lang))
+def test_words_file_is_the_text_cut_into_words(folder, texts, chats):
+    """words.jsonl adds line breaks only, and cuts a name of the facts the same way everywhere."""
+    contents = Counter(text.replace("\n", "") for lang in LANGUAGES for text in everything(texts, chats, lang))
     words = read(folder / "words.jsonl")
-    assert Counter(row["text"].replace("\n", "") for row in words) == said
+    assert Counter(row["text"].replace("\n", "") for row in words) == contents
     lines = {line for row in words for line in row["text"].split("\n")}
     assert {"法国", "巴黎", "首都", "哺乳动物", "。", " capital", "The"} <= lines
     assert not {line for line in lines if "法国" in line} - {"法国"}
@@ -114,7 +114,7 @@ def test_words_are_the_text_cut_into_words(folder, texts, chats):
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_no_held_out_question_was_ever_trained(lang, worlds, texts, chats):
     trained = everything(texts, chats, lang)
-    # All substrings that could be the question: compare by sentence windows, which is exact and fast.
+    # Compare sentence by sentence: exact, and faster than a substring search for every question.
     joined = "\n\n".join(trained).casefold()
     bare = {re.sub(r"[\s\W]+", "", piece) for piece in re.split(r"[\n]|(?<=[.!?。！？：:])\s*", joined)}
     for _, question, _ in held_out(worlds[lang]):
@@ -123,19 +123,19 @@ def test_no_held_out_question_was_ever_trained(lang, worlds, texts, chats):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES)
-def test_no_held_out_template_is_a_taught_one(lang, worlds):
+def test_no_held_out_template_is_a_training_template(lang, worlds):
     for relation, templates in worlds[lang].templates.items():
         for held in templates.heldout_templates():
             assert not held or len(held) >= 2, relation
         pattern = lambda template: re.sub(r"\W+", "", re.sub(r"\{(\w).*?\}", r"\1", template)).casefold()
-        taught = {pattern(t) for t in [*templates.say, *templates.ask, *templates.back_ask, *templates.follow_up]}
-        taught |= {pattern(t) for t in templates.cue + templates.back_cue}
-        assert not taught & {pattern(t) for t in templates.heldout + templates.back_heldout}, relation
+        trained = {pattern(t) for t in [*templates.say, *templates.ask, *templates.back_ask, *templates.follow_up]}
+        trained |= {pattern(t) for t in templates.cue + templates.back_cue}
+        assert not trained & {pattern(t) for t in templates.heldout + templates.back_heldout}, relation
         assert len(templates.say) >= 5 and len(templates.ask + templates.back_ask) >= 5, relation
         assert templates.answer, relation
 
 
-def test_questions_in_the_file_stand_nowhere_else(questions, texts, chats):
+def test_no_question_of_the_file_is_trained(questions, texts, chats):
     trained = {lang: "\n".join(everything(texts, chats, lang)).casefold() for lang in LANGUAGES}
     for row in questions:
         assert row["question"].casefold() not in trained[row["lang"]], row
@@ -148,13 +148,13 @@ def test_every_question_has_a_true_distinctive_key(questions, worlds):
             truth[lang, question].add(keys)
     for row in questions:
         assert row["keys"] and all(row["keys"])
-        assert {tuple(row["keys"])} == truth[row["lang"], row["question"]], f"not one answer by the tables: {row}"
-        assert not is_right(row["question"], row["keys"]), f"the echo would pass: {row}"
+        assert {tuple(row["keys"])} == truth[row["lang"], row["question"]], f"the facts give no unique answer: {row}"
+        assert not is_right(row["question"], row["keys"]), f"repeating the question would score: {row}"
         assert not is_right("", row["keys"]) and not is_right("我不知道。 I do not know.", row["keys"])
 
 
-def test_taught_answers_hold_the_key(chats, worlds):
-    """What the chats teach would itself be counted right."""
+def test_training_answers_contain_a_key(chats, worlds):
+    """The metric counts the answers of the chats as correct."""
     for world in worlds.values():
         for fact, forward, (_, answer) in world.turns(2):
             keys = fact.keys if forward else fact.back_keys
@@ -162,15 +162,15 @@ def test_taught_answers_hold_the_key(chats, worlds):
 
 
 def test_every_asked_fact_was_stated(questions, texts, worlds):
-    said = {lang: "\n".join(row["text"] for row in texts if row["lang"] == lang) for lang in LANGUAGES}
+    stated_in = {lang: "\n".join(row["text"] for row in texts if row["lang"] == lang) for lang in LANGUAGES}
     for lang, world in worlds.items():
         for fact in world.facts:
-            stated = [t for t in world.templates[fact.relation].say if fill(t, fact) in said[lang]]
+            stated = [t for t in world.templates[fact.relation].say if fill(t, fact) in stated_in[lang]]
             assert len(stated) >= min(5, len(world.templates[fact.relation].say)), fact
 
 
 def test_unasked_facts_are_never_asked(chats, questions, worlds):
-    """Neither forwards nor backwards, in any wrapping; and both kinds of questions are in the score."""
+    """Neither forward nor backward, in any wrapper; and the evaluation has both kinds of questions."""
     for lang, world in worlds.items():
         wrappers = world.phrases["wrappers"]
         users = {m["content"] for row in chats if row["lang"] == lang for m in row["messages"] if m["role"] == "user"}
@@ -260,7 +260,7 @@ def test_tables_agree_between_the_languages():
         assert counts[0][relation] == counts[1][relation] > 5, relation
 
 
-def test_demo_explains_itself_at_once():
+def test_demo_help_answers():
     done = subprocess.run([sys.executable, "demo.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0 and "1-pretrain.py" in done.stdout
 
