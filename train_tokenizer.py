@@ -179,7 +179,7 @@ def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
 
 def demo_texts() -> dict[str, list[str]]:
     """The first documents of the demo world in each language, until they have DEMO_BYTES."""
-    from demo_world.generator import DemoWorld
+    from demo_world.world import DemoWorld
 
     texts: dict[str, list[str]] = {}
     for lang in LANGUAGE_NAMES:

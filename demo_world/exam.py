@@ -27,8 +27,8 @@ from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import locked
 from demo_world.facts import LANGUAGES, Fact, Term
-from demo_world.generator import DemoWorld
 from demo_world.grammar import fill
+from demo_world.world import DemoWorld
 from evaluation.exam_data import LETTERS
 from evaluation.qa_data import is_right
 

@@ -13,21 +13,19 @@ Read next: generator.py (writes the files), ../4-lora_sft.py and ../5-dpo_train.
 import random
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from demo_world.facts import Fact
 from demo_world.grammar import fill, read_questions
+from demo_world.world import DemoWorld
 from evaluation.qa_data import is_right
-
-if TYPE_CHECKING:
-    from demo_world.generator import DemoWorld
 
 WRAPPINGS = 4  # wrappers per identity question and answer
 REPLAY_CHATS = 1200  # chats about the world per language
 PAIRS_PER_FACT = 2
 
 
-def identity_chats(world: "DemoWorld") -> list[list[tuple[str, str]]]:
+def identity_chats(world: DemoWorld) -> list[list[tuple[str, str]]]:
     """One-turn chats: each training question about the new identity with each answer, in several wrappers.
 
     Questions about the world are mixed in (replay), so that the model keeps the facts of the SFT stage.
@@ -47,7 +45,7 @@ def identity_chats(world: "DemoWorld") -> list[list[tuple[str, str]]]:
     return chats
 
 
-def identity_questions(world: "DemoWorld") -> list[dict[str, Any]]:
+def identity_questions(world: DemoWorld) -> list[dict[str, Any]]:
     """Rows of identity_questions.jsonl: every held-out question about the new identity."""
     return [
         {"question": question, "keys": section.keys, "lang": world.lang, "kind": "identity_new_wording"}
@@ -56,7 +54,7 @@ def identity_questions(world: "DemoWorld") -> list[dict[str, Any]]:
     ]
 
 
-def pairs(world: "DemoWorld") -> Iterator[dict[str, Any]]:
+def pairs(world: DemoWorld) -> Iterator[dict[str, Any]]:
     """Preference pairs: training questions about asked facts. Chosen and rejected differ in the answer only."""
     rng = random.Random(f"{world.lang} pairs")
     wrappers, rude = world.phrases["wrappers"], world.phrases["rude_answers"]

@@ -6,8 +6,8 @@ import pytest
 
 from common.errors import UserError
 from demo_world.facts import DATA, LANGUAGES, facts_of, read_sections
-from demo_world.generator import DemoWorld
 from demo_world.grammar import read_phrases, read_questions, read_templates
+from demo_world.world import DemoWorld
 
 
 def slots(facts, relation):

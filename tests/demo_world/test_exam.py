@@ -9,6 +9,7 @@ import pytest
 from demo_world import exam as exam_module
 from demo_world import generator
 from demo_world.facts import LANGUAGES
+from demo_world.world import DemoWorld
 from evaluation.exam_data import LETTERS, read_exam
 from evaluation.qa_data import is_right
 
@@ -40,7 +41,7 @@ def test_exactly_the_right_option_answers_the_question(exam):
     """Checked with the keys of the fact that the question was generated from."""
     known = {}
     for lang in LANGUAGES:
-        world = generator.DemoWorld(lang, 0)
+        world = DemoWorld(lang, 0)
         for fact in world.facts:
             for held in world.templates[fact.relation].heldout:
                 known.setdefault(exam_module.fill(held, fact), []).append(fact)

@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 
 from demo_world.facts import LANGUAGES
-from demo_world.generator import DemoWorld, build
+from demo_world.generator import build
 from demo_world.grammar import fill, read_phrases
+from demo_world.world import DemoWorld
 from evaluation.qa_data import is_right
 
 

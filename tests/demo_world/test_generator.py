@@ -10,8 +10,9 @@ from collections import Counter, defaultdict
 import pytest
 
 from demo_world.facts import LANGUAGES, Term, facts_of
-from demo_world.generator import DemoWorld, build
+from demo_world.generator import build
 from demo_world.grammar import fill
+from demo_world.world import DemoWorld
 from evaluation.qa_data import is_right
 from tests.helpers import ROOT
 
