@@ -1,6 +1,5 @@
 """The scripts find each other: defaults lead from stage to stage, under every launcher; --help needs nothing."""
 
-import ast
 import os
 import shutil
 import subprocess
@@ -163,17 +162,3 @@ def test_shared_flags_are_frozen(name):
         assert all(f"--{flag}" in text for flag in names.split())
     for spelling in ("--local_rank=0", "--local-rank=0"):
         assert run_process(sys.executable, name, spelling, "--help").returncode == 0
-
-
-def test_imports_only_go_down():
-    """scripts > serving > evaluation > trainer, export > model > corpus > common, and nobody imports a script."""
-    floor = {"common": 0, "corpus": 1, "model": 2, "trainer": 3, "export": 3, "evaluation": 4, "serving": 5}
-    scripts = {path.stem for path in ROOT.glob("*.py")}
-    for room in floor:
-        for path in (ROOT / room).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                for name in (name.split(".")[0] for name in names):
-                    assert name not in scripts, f"{path.name} imports the script {name}"
-                    assert floor.get(name, -1) <= floor[room], f"{room}/{path.name} imports {name}: up the stairs"
