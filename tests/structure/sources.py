@@ -12,7 +12,12 @@ from pathlib import Path
 CORE = ("common", "model", "corpus", "trainer")  # from the lowest layer up
 APPLICATIONS = ("evaluation", "export", "serving", "curation", "demo_world")  # the layer above the core
 # Application -> the other applications that it may import. An entry that no file needs fails as well.
-SIDEWAYS = {"serving": {"evaluation", "export"}, "demo_world": {"evaluation"}, "curation": {"evaluation"}}
+SIDEWAYS = {
+    "serving": {"evaluation", "export"},
+    "demo_world": {"evaluation"},
+    "curation": {"evaluation", "export"},
+    "evaluation": {"export"},
+}
 LESSONS = ("1-pretrain.py", "2-eval.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py")
 SCRIPTS = "scripts"  # the name of the layer of the files at the root
 OUTSIDE = ("tests", "benchmarks")  # folders with Python files that no layer contains
