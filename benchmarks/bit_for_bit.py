@@ -305,11 +305,12 @@ def main() -> int:
         return 1
     finally:
         if args.keep:
-            print(f"kept: {folder} (remove it, then run `git worktree prune`)")
+            print(f"kept: {folder}/old and new: remove them with `git worktree remove --force`")
         else:
+            for tree in folder.iterdir():
+                with contextlib.suppress(Failed):
+                    git("worktree", "remove", "--force", str(tree))
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(Failed):
-                git("worktree", "prune")
     print_table(results)
     equal = not any(problem for problems in results.values() for problem in problems)
     print(f"\n{'equal' if equal else 'NOT equal'}: {commits[0][:12]} and {commits[1][:12]}")
