@@ -11,8 +11,8 @@ merged export), DPO 20, a mixture of experts 20, greedy answers after every stag
     *.pth, *.reference                                 every tensor with torch.equal, every other value with ==
     meta.json, logs, answers                           every value, after the renames and without the keys listed below
 
-Uncommitted changes are not seen. Two minutes of CPU time. Exit code 0: everything is equal; 1: a difference, or a command
-failed; 2: wrong usage.
+Uncommitted changes are not seen. Two minutes of CPU time. Exit code 0: everything is equal; 1: a difference, or a
+command failed; 2: wrong usage.
 Read next: ../demo.py (the same path with a larger model and world).
 """
 
