@@ -11,8 +11,8 @@ merged export), DPO 20, a mixture of experts 20, greedy answers after every stag
     *.pth, *.reference                                 every tensor with torch.equal, every other value with ==
     meta.json, logs, answers                           every value, after the renames and without the keys listed below
 
-Uncommitted changes are not seen. One to two minutes. Exit code 0: everything is equal; 1: a difference, or a command
-failed; 2: wrong usage.
+Uncommitted changes are not seen. Two minutes of CPU time. Exit code 0: everything is equal; 1: a difference, or a
+command failed; 2: wrong usage.
 Read next: ../demo.py (the same path with a larger model and world).
 """
 
@@ -225,10 +225,9 @@ def part_of(path: Path, name: str) -> str:
         return "weights, config, stage, lineage"
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():
         return "logs"
-    parts = {"world": "demo world", "tokenizer": "tokenizer", "data": "data sets and shards"}
-    parts |= {"merged": "merged adapter, exported"}
+    parts = {"tokenizer": "tokenizer", "data": "data sets and shards", "merged": "merged adapter, exported"}
     first = name.split("/")[0]
-    return "answers" if first.startswith("answers_") else parts.get(first, "reference log-probabilities, prompts")
+    return "answers" if first.startswith("answers_") else parts.get(first, "demo world, reference log-probabilities")
 
 
 def compare(old: Path, new: Path) -> dict[str, list[str]]:
@@ -268,10 +267,10 @@ def check_complete(folder: Path) -> None:
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 def print_table(results: dict[str, list[str]]) -> None:
-    print(f"\n{'compared':<40} {'files':>5}  result")
+    print(f"\n{'compared':<42} {'files':>5}  result")
     for part, problems in sorted(results.items()):
         different = [problem for problem in problems if problem]
-        print(f"{part:<40} {len(problems):>5}  {f'{len(different)} differ' if different else 'equal'}")
+        print(f"{part:<42} {len(problems):>5}  {f'{len(different)} differ' if different else 'equal'}")
         for problem in different[:3]:
             print(f"    {problem}")
 
@@ -305,11 +304,12 @@ def main() -> int:
         return 1
     finally:
         if args.keep:
-            print(f"kept: {folder} (remove it, then run `git worktree prune`)")
+            print(f"kept: {folder}/old and new: remove them with `git worktree remove --force`")
         else:
+            for tree in folder.iterdir():
+                with contextlib.suppress(Failed):
+                    git("worktree", "remove", "--force", str(tree))
             shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(Failed):
-                git("worktree", "prune")
     print_table(results)
     equal = not any(problem for problems in results.values() for problem in problems)
     print(f"\n{'equal' if equal else 'NOT equal'}: {commits[0][:12]} and {commits[1][:12]}")
