@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import load_script, read_log, run_script, weights
+from tests.helpers import load_script, read_log, run_script, weights
 
 OLD = Path(__file__).resolve().parent / "data" / "before_renames"
 RUN = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--log_interval", "1", "--eval_tokens", "256"]
