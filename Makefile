@@ -1,13 +1,13 @@
-# make demo    the whole path on the built-in data, offline: under ten minutes on two CPU cores
+# make demo    all training stages on the built-in data, offline: under ten minutes on two CPU cores
 # make test    the tests, on all cores;   make check    format, lint, types, bandit, audit, tests
-# make audit   known vulnerabilities of what requirements.txt installs; needs pip-audit and a network
-# make faults  every attack: kills, full disks, damaged files, floods of requests; an hour; prints a table of counts
-# Windows has no make: README.md gives the plain commands.
+# make audit   known vulnerabilities of the packages in requirements.txt; needs pip-audit and a network
+# make faults  all fault tests: kills, full disks, damaged files, request floods; an hour; prints a table of counts
+# Windows has no make: README.md lists the plain commands.
 
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
-# A worker per core, at most 8: each takes about 1.5 GB. A worker that is done takes tests from another one.
+# One worker per core, at most 8: each needs about 1.5 GB. An idle worker takes tests from another one.
 PARALLEL = -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: demo demo-clean test faults check audit format clean
@@ -32,8 +32,8 @@ check: $(VENV)/.dev
 	$(MAKE) audit
 	$(MAKE) test
 
-# A vulnerability that is found fails. pip-audit says "none found" also where the index knows no package: how many it
-# looked up is counted, and where it or an index is missing that is one line.
+# Fails if a vulnerability is found. pip-audit also reports "none found" if the index contains no package, so the number
+# of packages it looked up is printed. If pip-audit or the index is missing, one line says so.
 AUDITED = import json, sys; rows = json.load(open(sys.argv[1]))["dependencies"]; \
     looked_up = [row for row in rows if "vulns" in row]; bad = [row["name"] for row in looked_up if row["vulns"]]; \
     print(f"audit: {len(looked_up)} of {len(rows)} packages looked up, vulnerable: {bad or None}" if looked_up \
@@ -59,7 +59,7 @@ $(VENV)/.core: requirements.txt
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-# DeepSpeed builds its package with the torch that is there; only its launcher is tested, so no compiler is needed.
+# DeepSpeed builds its package with the installed torch; only its launcher is tested, so no compiler is needed.
 $(VENV)/.dev: $(VENV)/.core requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check -q setuptools wheel
