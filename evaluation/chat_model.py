@@ -21,9 +21,11 @@ from evaluation.qa_data import MAX_NEW_TOKENS, sound
 from export.hf_import import open_model
 from model.chat_template import Message
 from model.checkpoint import PARENTS, find_checkpoint
-from model.generate import Answer, Sampling, chat_prompt, generate, stream
+from model.completion import Answer
+from model.generate import chat_prompt, generate, stream
 from model.rope import describe
 from model.rope_flags import rope_of
+from model.sampling import Sampling
 from model.sampling_presets import DEFAULTS, find_preset, merge_settings, spell
 
 SAMPLING = (

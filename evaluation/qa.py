@@ -13,7 +13,8 @@ from typing import Any
 from common.errors import UserError
 from evaluation.chat_model import Speaker
 from evaluation.qa_data import MAX_NEW_TOKENS, Question, is_right
-from model.generate import Sampling, chat_prompt, generate
+from model.generate import chat_prompt, generate
+from model.sampling import Sampling
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 

@@ -22,8 +22,8 @@ from common.errors import UserError, printable
 from export.facts_file import read_note
 from export.granite_moe import from_granite
 from export.hf_config import GRANITE, QWEN3_MOE, model_config
-from model.checkpoint import FORMAT, Checkpoint, Loaded, load_model, load_state
-from model.checkpoint_schema import check_shapes, is_name, wrong_tensor
+from model.checkpoint import Loaded, load_model, load_state
+from model.checkpoint_schema import FORMAT, Checkpoint, check_shapes, is_name, wrong_tensor
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, load_tokenizer
 from model.transformer import Transformer

@@ -18,7 +18,8 @@ from typing import Any
 from export.facts_file import Facts, read_note, summary
 from export.hf_config import model_config
 from export.hf_import import describe_folder, read_json
-from model.checkpoint import Checkpoint, carried_tokenizer, read_checkpoint
+from model.checkpoint import carried_tokenizer, read_checkpoint
+from model.checkpoint_schema import Checkpoint
 from model.config import ModelConfig
 from model.parameters import count
 from model.tokenizer import load_tokenizer

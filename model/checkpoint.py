@@ -45,7 +45,7 @@ UNREADABLE = (  # what torch.load raises for a file that is none of its own
 )  # fmt: skip
 Loaded = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
 OpenFolder = Callable[[str | os.PathLike[str], str | torch.device], Loaded]
-UnpicklingError = torch.serialization.pickle.UnpicklingError  # nothing else of pickle is used here
+UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError  # the only use of pickle here
 WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from model.beams import BeamSearch
+from model.chat_template import Message
 from model.completion import Answer, Row, Slot
 from model.logprobs import prompt_logprobs, token_logprob
 from model.sampling import Sampling, choose_each
-from model.tokenizer import ChatTokenizer, Message
+from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
 
 FIRST_ROOM = 64  # tokens that a fresh cache has room for; it doubles when they are full

@@ -75,7 +75,8 @@ class TemplateFormat:
         known: dict[str, Any] = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         environment, template = self._compiled
         try:
-            return environment.render(template, {**known, "tools": None, "documents": None, **self.special})
+            rendered: str = environment.render(template, {**known, "tools": None, "documents": None, **self.special})
+            return rendered
         except StepsExceeded as bound:
             self._exceeded += 1
             refused = f"the model's chat template takes {bound} for one chat"

@@ -66,7 +66,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+        base = super().forward(x)
+        change: Tensor = self.lora_B(self.lora_A(self.lora_dropout(x)))
+        return base + self.scale * change
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

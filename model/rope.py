@@ -71,7 +71,8 @@ def _yarn(config: ModelConfig, periods: Tensor) -> Tensor:
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0
     kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return (1.0 / (scaling["factor"] * periods)) * (1 - kept) + (1.0 / periods) * kept
+    factor: float = scaling["factor"]
+    return (1.0 / (factor * periods)) * (1 - kept) + (1.0 / periods) * kept
 
 
 def attention_factor(scaling: dict[str, Any]) -> float:

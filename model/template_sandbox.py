@@ -121,7 +121,8 @@ class _Generation(Extension):
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return body
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -152,7 +153,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         budget.steps, budget.next_look = MAX_STEPS, MAX_STEPS - CLOCK_STEPS
         budget.deadline = time.thread_time() + MAX_SECONDS
         budget.messages = dict.fromkeys(map(id, variables.get("messages", ())))
-        return template.render(**variables)
+        rendered: str = template.render(**variables)
+        return rendered
 
     @property
     def steps_taken(self) -> int:

@@ -161,7 +161,8 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=True
             )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 class FeedForward(nn.Module):
@@ -174,7 +175,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -313,7 +315,8 @@ class Transformer(nn.Module):
 
     def logits(self, input_ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Logits (batch, seq, vocab) of the token after each position; arguments as in `forward`."""
-        return self.lm_head(self(input_ids, cache, padding)[0])
+        logits: Tensor = self.lm_head(self(input_ids, cache, padding)[0])
+        return logits
 
     def count_parameters(self) -> tuple[int, int]:
         """(total, active per token): they differ when a router leaves experts out."""

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, replace
 
 from evaluation.qa_data import sound
 from model.chat_template import Message
-from model.generate import Answer, Sampling, chat_prompt, stream
+from model.completion import Answer
+from model.generate import chat_prompt, stream
+from model.sampling import Sampling
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 

@@ -14,8 +14,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from model.completion import Answer
 from model.detokenizer import TextStream, token_bytes
-from model.generate import Answer
 from model.logprobs import TokenProbability
 from model.tokenizer import ChatTokenizer
 from serving import schemas

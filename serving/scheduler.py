@@ -21,7 +21,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from model.generate import Batch, Row
+from model.completion import Row
+from model.generate import Batch
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 

@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from common.errors import UserError
-from model.generate import Answer, Row
+from model.completion import Answer, Row
 from serving.embeddings import EmbeddingRequest, embedding_job, embedding_list
 from serving.errors import CANNOT, ApiError
 from serving.lanes import Lanes

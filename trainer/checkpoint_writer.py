@@ -23,7 +23,8 @@ from common.checksums import with_checksum
 from common.errors import UserError
 from common.files import cannot_write, remove, remove_leftovers, write_json
 from common.locks import locked
-from model.checkpoint import Checkpoint, atomic_save
+from model.checkpoint import atomic_save
+from model.checkpoint_schema import Checkpoint
 from trainer.distributed import Run
 from trainer.engine import Engine
 from trainer.stage import Stage

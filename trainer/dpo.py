@@ -24,8 +24,9 @@ from common.checksums import check_zip
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
 from model.checkpoint import atomic_save, plain_state, state_fingerprint
-from model.generate import Sampling, generate
+from model.generate import generate
 from model.repetition import is_loop
+from model.sampling import Sampling
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.datasets import Batch, Chats, Pairs, to_device

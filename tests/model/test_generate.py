@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from model.completion import Answer
 from model.config import ModelConfig
 from model.detokenizer import TextStream
-from model.generate import Answer, fit_chat, generate, stream
+from model.generate import fit_chat, generate, stream
 from model.sampling import Sampling, choose, keep_likely, penalise_repetition
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from model.transformer import Transformer

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.generate import Answer, Batch, Row, generate, stream
+from model.completion import Answer, Row
+from model.generate import Batch, generate, stream
 from model.sampling import NGrams, Penalties, Sampling
 from tests.serving.server_help import make_model
 

@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import UserError
 from model.checkpoint import load_model
-from model.generate import Sampling
+from model.sampling import Sampling
 from serving import conversation
 from serving.conversation import Conversation, Speaker
 from tests.helpers import save_parrot

@@ -11,7 +11,8 @@ import httpx
 import pytest
 import torch
 
-from model.generate import Answer, Batch, Row, generate
+from model.completion import Answer, Row
+from model.generate import Batch, generate
 from model.logprobs import TokenProbability, prompt_logprobs
 from model.sampling import Sampling
 from model.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 from streamlit.testing.v1 import AppTest
 
-from model.generate import Sampling
+from model.sampling import Sampling
 from serving import page_strings
 from serving.conversation import Conversation
 from serving.sidebar import by_language, short

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.completion import Answer, Row
 from model.detokenizer import token_bytes
-from model.generate import Answer, Batch, Row, generate
+from model.generate import Batch, generate
 from model.sampling import Sampling, choose, choose_each, penalise_counts
 from serving.scheduler import Engine, Full, News, Ticket
 from tests.serving.server_help import make_model
