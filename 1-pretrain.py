@@ -19,29 +19,36 @@ Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trai
 from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from trainer.config import add_mix_flags, add_model_flags, check_memory, given_model_flags, make_parser, model_config
-from trainer.memory import add_plan_flags, print_plan, steps_for
+from trainer.config import (
+    add_mix_flags,
+    add_model_flags,
+    check_memory,
+    given_model_flags,
+    make_model_config,
+    make_training_parser,
+)
+from trainer.memory import add_plan_flags, print_plan, steps_for_tokens
 
 
 def compute_loss(model, batch):
     """The sum of -log p(next token) over all real tokens, and how many they were.
 
-    The model gives hidden states (batch, seq, dim); labels (batch, seq) are the ids moved on by one. `balance` is the
+    The model gives hidden states (batch, seq, dim); labels (batch, seq) are the ids moved on by one. `aux_loss` is the
     router's loss per token while an MoE trains, else 0.
     """
     from trainer.loss import cross_entropy_sum, output_weight
 
-    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
     loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
-    return loss + balance * count, count, {"balance_loss": balance * count}
+    return loss + aux_loss * count, count, {"aux_loss": aux_loss * count}
 
 
 def main() -> None:
-    parser = make_parser(
+    parser = make_training_parser(
         __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
     )
     parser.add_argument(
-        "--tokenizer", type=cli.path, default="model/tokenizer", help="folder written by train_tokenizer.py"
+        "--tokenizer", type=cli.path_string, default="model/tokenizer", help="folder written by train_tokenizer.py"
     )
     add_mix_flags(parser)
     add_model_flags(parser)
@@ -58,39 +65,41 @@ def main() -> None:
     from export.hf_import import open_model
     from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
-    from trainer.datasets import Windows, open_data
-    from trainer.distributed import start
+    from trainer.datasets import PackedDataset, check_data
+    from trainer.distributed import init_distributed
     from trainer.loop import train
-    from trainer.mixing import Mixture, read_recipe
+    from trainer.mixing import MixedDataset, read_mix_schedule
     from trainer.stage import Stage
-    from trainer.train_state import global_batch
+    from trainer.train_state import resolve_global_batch_size
 
     tokenizer = load_tokenizer(args.tokenizer)
-    splits = open_data(args.data_path, "pretrain", tokenizer)
-    mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
-    recipe = read_recipe(args) if mixed else None
-    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
+    splits = check_data(args.data_path, "pretrain", tokenizer)
+    is_mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
+    schedule = read_mix_schedule(args) if is_mixed else None
+    with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
         if args.init_from:  # go on from an earlier model, for example with other data
             if args.preset or given_model_flags(args):
                 raise UserError("--init_from brings its own config: leave out --preset and the model's flags")
-            model, theirs, parent = open_model(args.init_from)
+            model, saved_tokenizer, parent = open_model(args.init_from)
             lineage = parent["lineage"]
-            if theirs.fingerprint != tokenizer.fingerprint:
-                raise UserError(f"{args.init_from} has tokenizer {theirs.fingerprint}, {args.tokenizer} is another one")
+            if saved_tokenizer.fingerprint != tokenizer.fingerprint:
+                raise UserError(
+                    f"{args.init_from} has tokenizer {saved_tokenizer.fingerprint}, {args.tokenizer} is another one"
+                )
         else:
-            config = model_config(args, tokenizer.vocab_size)
+            config = make_model_config(args, tokenizer.vocab_size)
             check_memory(config)
             model, lineage = Transformer(config), []
         seq_len = model.config.max_seq_len
-        validation = {s.removeprefix("val_"): Windows(args.data_path, s, seq_len) for s in splits if s != "train"}
-        data = Windows(args.data_path, "train", seq_len)
+        validation = {s.removeprefix("val_"): PackedDataset(args.data_path, s, seq_len) for s in splits if s != "train"}
+        data = PackedDataset(args.data_path, "train", seq_len)
         stage = Stage("pretrain", model, tokenizer, compute_loss, data, validation, lineage)
         if args.tokens_per_param:
-            rows = global_batch(run, args, stage.path(args.out_dir))
-            args.max_steps = steps_for(args.tokens_per_param, model.config, rows)
-        if recipe:
-            stage.data, stage.mix = Mixture(args.data_path, recipe, seq_len), recipe.to_dict(args)
-        train(run, args, stage)
+            rows = resolve_global_batch_size(dist, args, stage.checkpoint_path(args.out_dir))
+            args.max_steps = steps_for_tokens(args.tokens_per_param, model.config, rows)
+        if schedule:
+            stage.data, stage.mix = MixedDataset(args.data_path, schedule, seq_len), schedule.to_dict(args)
+        train(dist, args, stage)
 
 
 if __name__ == "__main__":

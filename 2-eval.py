@@ -30,30 +30,34 @@ import sys
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
-from evaluation.prompts import FIRST
-from evaluation.qa_data import read_lines, read_questions, sound
-from model.rope_flags import add_rope_flags, rope_of
-from model.sampling_presets import CHOICES
+from evaluation.prompts import SCRIPT_PROMPTS
+from evaluation.qa_data import read_keyed_questions, read_prompt_lines, require_nonempty_text
+from model.rope_flags import add_rope_flags, parse_rope_flags
+from model.sampling_presets import PRESET_CHOICES
 
 
 def make_parser() -> argparse.ArgumentParser:
-    text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in FIRST)
-    parser = cli.Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in SCRIPT_PROMPTS)
+    parser = cli.FlagParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
     add(
         "--stage",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)",
     )
-    add("--checkpoint", type=cli.path, help="a .pth file or the folder of a transformers model, instead of --stage")
-    add("--out_dir", type=cli.path, default="out", help="where the models are (default: out)")
+    add(
+        "--checkpoint",
+        type=cli.path_string,
+        help="a .pth file or the folder of a transformers model, instead of --stage",
+    )
+    add("--out_dir", type=cli.path_string, default="out", help="where the models are (default: out)")
     add_rope_flags(parser)
     add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
-    add("--prompts", type=cli.path, metavar="FILE", help="text file, one prompt a line")
+    add("--prompts", type=cli.path_string, metavar="FILE", help="text file, one prompt a line")
     add(
         "--questions",
-        type=cli.path,
+        type=cli.path_string,
         metavar="FILE",
         help="jsonl file of questions with keys: prints the share answered right",
     )
@@ -62,7 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--history", type=cli.non_negative_int, metavar="N",
         help="earlier turns in each prompt (default: all; 0 with --prompts)")  # fmt: skip
     preset = "where these flags are not given: settings of the model's chat format (auto), none, or of another format"
-    add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset}; none in a --report (default: auto)")
+    add(
+        "--sampling_preset",
+        choices=PRESET_CHOICES,
+        default="auto",
+        help=f"{preset}; none in a --report (default: auto)",
+    )
     add("--temperature", type=cli.non_negative_float, help="0: always the likeliest token (default: 0.7)")
     add("--top_k", type=cli.non_negative_int, help="draw among the k likeliest tokens (default: 0, all)")
     add("--top_p", type=cli.positive_fraction, help="draw among the likeliest that sum to p (default: 0.9)")
@@ -71,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
     ngrams = "no N tokens in a row come twice, the prompt included (default: 0, off)"
     add("--no_repeat_ngram_size", type=cli.non_negative_int, metavar="N", help=ngrams)
     beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
-    add("--num_beams", type=cli.between(1, 8), metavar="K", help=beams)
+    add("--num_beams", type=cli.int_between(1, 8), metavar="K", help=beams)
     add(
         "--length_penalty",
         type=cli.non_negative_float,
@@ -84,38 +93,43 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--report",
         nargs="*",
-        type=cli.path,
+        type=cli.path_string,
         metavar="MODEL",
         help="compare these models, files or NAME=http://HOST/v1 (default: every stage in --out_dir)",
     )
     add(
         "--report_api_key",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="KEY",
         help="of the servers behind --report (default: the variable REPORT_API_KEY)",
     )
     add(
         "--texts",
         nargs="+",
-        type=cli.path,
+        type=cli.path_string,
         default=[],
         metavar="NAME=FILE",
         help="held-out text for bits per byte, as zh=FILE",
     )
-    add("--chats", type=cli.path, metavar="FILE", help="held-out chats (default: dataset/sft/val.jsonl where it is)")
+    add(
+        "--chats",
+        type=cli.path_string,
+        metavar="FILE",
+        help="held-out chats (default: dataset/sft/val.jsonl where it is)",
+    )
     add("--max_bytes", type=cli.positive_int, default=100_000,
         help="read from the start of a text, and of chats (default: 100000)")  # fmt: skip
     add(
         "--judge",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="BASE_URL",
         help="a model that scores and ranks the answers, as http://localhost:8000/v1",
     )
-    add("--judge_model", type=cli.some_text, metavar="NAME", help="its name there")
+    add("--judge_model", type=cli.non_empty_text, metavar="NAME", help="its name there")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=cli.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--json", type=cli.path, metavar="OUT", help="write the answers (and scores) to this file")
+    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--json", type=cli.path_string, metavar="OUT", help="write the answers (and scores) to this file")
     return parser
 
 
@@ -136,36 +150,36 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} does not go with --report: name the models behind --report")
     if bool(args.judge) != bool(args.judge_model):
         raise UserError("--judge BASE_URL and --judge_model NAME go together")
-    rope_of(args)
+    parse_rope_flags(args)
 
 
 def main() -> None:
     args = make_parser().parse_args()
     check_arguments(args)
-    questions = read_questions(args.questions) if args.questions else []
-    prompts = [text for _, text in read_lines(args.prompts)] if args.prompts else []
+    questions = read_keyed_questions(args.questions) if args.questions else []
+    prompts = [text for _, text in read_prompt_lines(args.prompts)] if args.prompts else []
     if args.prompt is not None:
-        prompts = [sound(args.prompt, "--prompt")]
+        prompts = [require_nonempty_text(args.prompt, "--prompt")]
     if args.report is not None:
-        from evaluation.report import make_report
+        from evaluation.report import compare_models
 
-        return make_report(args, prompts)
+        return compare_models(args, prompts)
     if not questions and not prompts and not sys.stdin.isatty():
-        prompts = list(FIRST)
+        prompts = list(SCRIPT_PROMPTS)
 
-    from evaluation.chat_model import Speaker, find_model
-    from evaluation.qa import put_questions
-    from evaluation.terminal_chat import Conversation, talk
+    from evaluation.chat_model import ChatModel, find_model
+    from evaluation.qa import evaluate_questions
+    from evaluation.terminal_chat import TerminalChat, run_terminal_chat
 
-    speaker = Speaker(find_model(args), args)
-    scores = put_questions(speaker, questions) if questions else {}
-    conversation = Conversation(speaker, args.history or 0)
+    chat_model = ChatModel(find_model(args), args)
+    scores = evaluate_questions(chat_model, questions) if questions else {}
+    chat = TerminalChat(chat_model, args.history or 0)
     for prompt in prompts:
         print(f"\n> {prompt}")
-        conversation.ask(prompt, at_terminal=False)
+        chat.send_message(prompt, is_interactive=False)
     if not questions and not prompts:
-        talk(speaker, args.out_dir, args.history)
-    speaker.report(args.json, **scores)
+        run_terminal_chat(chat_model, args.out_dir, args.history)
+    chat_model.write_results(args.json, **scores)
 
 
 if __name__ == "__main__":

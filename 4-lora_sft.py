@@ -20,7 +20,7 @@ Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), mod
 from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from trainer.config import add_length_flag, make_parser
+from trainer.config import add_length_flag, make_training_parser
 
 LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 
@@ -28,19 +28,19 @@ LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 def compute_loss(model, batch):
     """The sum of -log p(next token) over the tokens of the answers, and how many they were.
 
-    batch["labels"] (batch, seq) holds IGNORE at every token that is not part of an answer.
+    batch["labels"] (batch, seq) holds IGNORE_INDEX at every token that is not part of an answer.
     """
     from trainer.loss import cross_entropy_sum, output_weight
 
-    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
     loss, count = cross_entropy_sum(hidden, output_weight(model), batch["labels"])
-    return loss + balance * count, count, {"balance_loss": balance * count}
+    return loss + aux_loss * count, count, {"aux_loss": aux_loss * count}
 
 
 def add_lora_flags(parser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=cli.between(1, 65536), default=8, help="r: rows of A and columns of B")
-    add("--alpha", type=cli.Limit(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
+    add("--rank", type=cli.int_between(1, 65536), default=8, help="r: rows of A and columns of B")
+    add("--alpha", type=cli.NumberType(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
         help="the change is scaled by alpha / r")  # fmt: skip
     add("--lora_dropout", type=cli.fraction_below_one, default=0.0, help="dropout on what A sees")
     add("--targets", action=cli.NameList, default=["all"], metavar="NAME",
@@ -48,13 +48,13 @@ def add_lora_flags(parser):
         "with commas or spaces between them")  # fmt: skip
     add(
         "--init_adapter",
-        type=cli.path,
+        type=cli.path_string,
         metavar="DIR",
         help="start from a peft folder, with its rank, alpha, dropout and targets",
     )
     add(
         "--peft_dir",
-        type=cli.path,
+        type=cli.path_string,
         metavar="DIR",
         help="also write adapter_config.json and adapter_model.safetensors there",
     )
@@ -62,7 +62,7 @@ def add_lora_flags(parser):
 
 def main() -> None:
     rates = {"muon": 4e-3, "adamw": 2e-3}  # some ten times those of full SFT, measured
-    parser = make_parser(__doc__, rates, data_path="dataset/sft", batch_size=32, epochs=2)
+    parser = make_training_parser(__doc__, rates, data_path="dataset/sft", batch_size=32, epochs=2)
     # Decay would pull A and B to zero, that is, the model back to its parent.
     parser.set_defaults(optimizer="adamw", weight_decay=0.0)
     add_lora_flags(parser)
@@ -76,10 +76,10 @@ def main() -> None:
 
     from export.hf_import import open_folder, open_model
     from export.peft_adapter import peft_settings, read_peft, write_peft
-    from model.checkpoint import find_parent, remember_parent
-    from model.lora import LoRAConfig, attach, describe
-    from trainer.datasets import open_chats
-    from trainer.distributed import start
+    from model.checkpoint import find_parent, record_parent
+    from model.lora import LoRAConfig, adapter_summary, attach
+    from trainer.datasets import open_chat_data
+    from trainer.distributed import init_distributed
     from trainer.loop import train
     from trainer.stage import Stage
 
@@ -91,13 +91,13 @@ def main() -> None:
         attach(model, LoRAConfig(args.rank, args.alpha, args.lora_dropout, tuple(args.targets)), args.seed)
     if args.peft_dir:
         peft_settings(model)  # refuses now what could not be written later
-    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
-        data, validation = open_chats(run, args, model.config, tokenizer)
+    with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
+        data, validation = open_chat_data(dist, args, model.config, tokenizer)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
-        remember_parent(model, source, stage.path(args.out_dir), open_folder)
-        run.say(describe(model))
-        path = train(run, args, stage)
-        if run.is_main:
+        record_parent(model, source, stage.checkpoint_path(args.out_dir), open_folder)
+        dist.print0(adapter_summary(model))
+        path = train(dist, args, stage)
+        if dist.is_rank0:
             size = f"{path.stat().st_size / 2**20:.2f} MB"
             print(f"{path} holds the adapter alone, {size}; opening it needs {source} too")
             if args.peft_dir:

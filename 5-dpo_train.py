@@ -24,7 +24,7 @@ from pathlib import Path
 from common import cli
 from common.errors import fail_in_one_line
 from common.files import check_writable
-from trainer.config import add_length_flag, make_parser
+from trainer.config import add_length_flag, make_training_parser
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
 
@@ -56,12 +56,12 @@ def compute_loss(model, batch, args):
     A batch holds the chosen rows, then the rejected rows: one forward pass for both. `log_probs` and
     batch["reference"] are (2 pairs, seq), log p of every answer token and 0 everywhere else.
     """
-    from trainer.dpo import pair_statistics
-    from trainer.loss import IGNORE, output_weight, token_log_probs
+    from trainer.dpo import preference_metrics
+    from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
 
-    hidden, balance = model(batch["input_ids"], real=batch["real"])
+    hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
     log_probs = token_log_probs(hidden, output_weight(model), batch["labels"])
-    lengths = (batch["labels"] != IGNORE).sum(1)
+    lengths = (batch["labels"] != IGNORE_INDEX).sum(1)
     pairs = (lengths > 0).chunk(2)[0]  # all, but for a process that has run out of rows
     policy, lengths = log_probs.sum(1), lengths.clamp(min=1)
     loss, margin = preference_loss(policy, batch["reference"].sum(1), lengths, args)
@@ -69,14 +69,14 @@ def compute_loss(model, batch, args):
     likelihood = (policy / lengths).chunk(2)[0]  # of the chosen answer, per token: what SFT would maximise
     total = ((loss - args.sft_weight * likelihood) * pairs).sum()
     count = int(pairs.sum())
-    extras = {"preference_loss": (loss.detach() * pairs).sum(), "balance_loss": balance.detach() * count}
-    return total + balance * count, count, extras | pair_statistics(log_probs, batch, margin, pairs)
+    extras = {"preference_loss": (loss.detach() * pairs).sum(), "aux_loss": aux_loss.detach() * count}
+    return total + aux_loss * count, count, extras | preference_metrics(log_probs, batch, margin, pairs)
 
 
 def main() -> None:
     rates = {"muon": 5e-5, "adamw": 2e-5}
     numbers = {"batch_size": 16, "eval_tokens": 65_536, "weight_decay": 0.0}
-    parser = make_parser(__doc__, rates, data_path="dataset/dpo", **numbers)
+    parser = make_training_parser(__doc__, rates, data_path="dataset/dpo", **numbers)
     add = parser.add_argument_group("preferences").add_argument
     add("--loss", choices=tuple(BETA), default="dpo", help="what is made of the log-probabilities of a pair")
     betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
@@ -92,29 +92,29 @@ def main() -> None:
     args.beta = getattr(args, "beta", BETA[args.loss])
     check_writable(args.out_dir)
 
-    from corpus.preferences import PAIRS
+    from corpus.preferences import PAIR_TASK
     from export.hf_import import open_model
     from model.checkpoint import find_parent
     from trainer import dpo
-    from trainer.datasets import Pairs, open_data, token_folder
-    from trainer.distributed import start
+    from trainer.datasets import PreferenceDataset, check_data, tokenized_folder
+    from trainer.distributed import init_distributed
     from trainer.loop import train
     from trainer.stage import Stage
 
     model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = dpo.without_dropout(model)
-    with start(args.device, args.dtype, args.seed, args.dist_timeout) as run:
-        folder = token_folder(run, args, model.config, tokenizer, PAIRS)
-        splits = open_data(folder, "pairs", tokenizer)
-        dpo.compare_languages(run, folder, parent["lineage"])
+    with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
+        folder = tokenized_folder(dist, args, model.config, tokenizer, PAIR_TASK)
+        splits = check_data(folder, "pairs", tokenizer)
+        dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"
-        reference = dpo.open_reference(run, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
-        pairs = {s.removeprefix("val_"): Pairs(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
+        reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * args.batch_size)
+        pairs = {s.removeprefix("val_"): PreferenceDataset(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
         data, loss = pairs.pop("train"), functools.partial(compute_loss, args=args)
-        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], unit="pair")
-        stage.guard = dpo.make_guard(run, args, file)
-        stage.examine = dpo.watch_loops(run, model, tokenizer, pairs)
-        train(run, args, stage)
+        stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], loss_unit="pair")
+        stage.early_stop = dpo.chosen_drop_stop(dist, args, file)
+        stage.final_metrics = dpo.measure_repetition(dist, model, tokenizer, pairs)
+        train(dist, args, stage)
 
 
 if __name__ == "__main__":

@@ -16,30 +16,30 @@ import os
 from typing import Any
 
 from common import cli
-from common.errors import UserError, fail_in_one_line, printable
-from evaluation.qa_data import sound
+from common.errors import UserError, escape_controls, fail_in_one_line
+from evaluation.qa_data import require_nonempty_text
 
-Message = dict[str, str]
+_Message = dict[str, str]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--base_url",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         default="http://127.0.0.1:8000/v1",
         help="with its /v1 (default: http://127.0.0.1:8000/v1)",
     )
     add(
         "--model",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="NAME",
         help="as the server calls it (default: the first that it lists)",
     )
     add(
         "--api_key",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="KEY",
         help="sent with every request (default: $OPENAI_API_KEY, else none)",
     )
@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def connect(args: argparse.Namespace) -> Any:
+def make_client(args: argparse.Namespace) -> Any:
     """An `openai.OpenAI` for the server. Raises UserError without the package, for a bad address and a bad key."""
     try:
         import openai
@@ -67,20 +67,20 @@ def connect(args: argparse.Namespace) -> Any:
 
 
 @contextlib.contextmanager
-def one_line_errors(base_url: str, model: str | None) -> Any:
+def as_user_errors(base_url: str, model: str | None) -> Any:
     """Turn what the server refuses, and what is no OpenAI server, into a UserError."""
     import openai
 
     try:
         yield
     except openai.APIConnectionError as error:
-        why = error.__cause__ or error
-        raise UserError(f"no answer from {base_url} ({why}): is the server running? see --base_url") from None
+        cause = error.__cause__ or error
+        raise UserError(f"no answer from {base_url} ({cause}): is the server running? see --base_url") from None
     except openai.AuthenticationError:
         raise UserError(f"{base_url} refuses the key: set --api_key or the variable OPENAI_API_KEY") from None
     except openai.NotFoundError as error:
-        mend = f"--model {model}" if model else "--base_url, which usually ends with /v1"
-        raise UserError(f"{base_url}: {server_message(error)}: see {mend}") from None
+        hint = f"--model {model}" if model else "--base_url, which usually ends with /v1"
+        raise UserError(f"{base_url}: {server_message(error)}: see {hint}") from None
     except openai.APIError as error:
         raise UserError(f"{base_url}: {server_message(error)}") from None
     except (AttributeError, ValueError):  # raised by the package where the body is not as in the API
@@ -97,24 +97,24 @@ def server_message(error: Any) -> str:
     return " ".join(str(body.get("message") or error.message).split())[:500]
 
 
-def first_model(client: Any, base_url: str) -> str:
-    with one_line_errors(base_url, None):
+def first_model_name(client: Any, base_url: str) -> str:
+    with as_user_errors(base_url, None):
         names = [model.id for model in client.models.list()]
     if not names:
         raise UserError(f"{base_url} lists no models: name one with --model")
     return names[0]
 
 
-def answer(client: Any, args: argparse.Namespace, messages: list[Message]) -> str:
+def print_answer(client: Any, args: argparse.Namespace, messages: list[_Message]) -> str:
     """Print the answer to the messages as it comes, and return it. Ctrl-C ends it early; what has come is returned."""
     options = {"max_tokens": args.max_tokens} if args.max_tokens else {}
     text, chunks = "", 0
-    with one_line_errors(args.base_url, args.model), contextlib.suppress(KeyboardInterrupt):
+    with as_user_errors(args.base_url, args.model), contextlib.suppress(KeyboardInterrupt):
         with client.chat.completions.create(model=args.model, messages=messages, stream=True, **options) as stream:
             for chunk in stream:
                 chunks += 1
                 piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
-                print(printable(piece, keep="\n\t"), end="", flush=True)
+                print(escape_controls(piece, keep="\n\t"), end="", flush=True)
                 text += piece
         if not chunks:
             raise ValueError("no event")
@@ -124,19 +124,21 @@ def answer(client: Any, args: argparse.Namespace, messages: list[Message]) -> st
 
 def main() -> None:
     args = make_parser().parse_args()
-    client = connect(args)
-    args.model = args.model or first_model(client, args.base_url)
-    messages = [{"role": "system", "content": sound(args.system, "--system")}] if args.system else []
+    client = make_client(args)
+    args.model = args.model or first_model_name(client, args.base_url)
+    messages = [{"role": "system", "content": require_nonempty_text(args.system, "--system")}] if args.system else []
     if args.prompt is not None:
-        answer(client, args, [*messages, {"role": "user", "content": sound(args.prompt, "--prompt")}])
+        print_answer(
+            client, args, [*messages, {"role": "user", "content": require_nonempty_text(args.prompt, "--prompt")}]
+        )
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
     print(f"{args.model} at {args.base_url}: Ctrl-C stops an answer, an empty line ends", flush=True)
     try:
         while question := input("> ").strip():
-            messages.append({"role": "user", "content": sound(question, "the question")})
-            messages.append({"role": "assistant", "content": answer(client, args, messages)})
+            messages.append({"role": "user", "content": require_nonempty_text(question, "the question")})
+            messages.append({"role": "assistant", "content": print_answer(client, args, messages)})
     except EOFError:
         print()
 

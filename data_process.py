@@ -31,120 +31,120 @@ from typing import Any
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
-from common.locks import locked
+from common.locks import lock_output
 from corpus.layouts import parse_keys, print_layouts
-from corpus.row_text import READER, RowReader
-from corpus.stats import DataReport
+from corpus.row_text import DEFAULT_READER, RowReader
+from corpus.stats import DataStats
 from curation import commands
-from model.chat_template import FORMAT_NAMES
+from model.chat_template import CHAT_FORMATS
 
-TRAINED_BY = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
+TRAINING_SCRIPTS = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(arguments)
+    args = parse_flags(arguments)
     if args.kind == "download":
-        fetch(args)
+        run_download(args)
         return
     from corpus.input_files import expand_inputs
 
     args.files = expand_inputs(args.files)
-    if args.kind in commands.COMMANDS:
-        return commands.run(args, progress_bar)
-    tokenizer = open_tokenizer(args.tokenizer).with_format(getattr(args, "chat_format", None))
-    form, choosing = (None, None) if args.kind == "pretrain" else choose(args)
-    report = DataReport(args.max_bad_share, args.accept_damaged)
+    if args.kind in commands.CURATION_COMMANDS:
+        return commands.run_curation_command(args, reading_progress_bar)
+    tokenizer = require_tokenizer(args.tokenizer).with_chat_format(getattr(args, "chat_format", None))
+    task, filter_stage = (None, None) if args.kind == "pretrain" else make_task(args)
+    report = DataStats(args.max_bad_share, args.accept_damaged)
     if args.check:
-        check(args, tokenizer, report, form)
-        if choosing:
-            choosing.show()
+        preview_data(args, tokenizer, report, task)
+        if filter_stage:
+            filter_stage.print_histograms()
         return
-    with locked(args.out_dir):
-        write(args, tokenizer, report, form, choosing)
+    with lock_output(args.out_dir):
+        write_dataset(args, tokenizer, report, task, filter_stage)
 
 
-def write(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any, choosing: Any) -> None:
+def write_dataset(args: argparse.Namespace, tokenizer: Any, report: DataStats, task: Any, filter_stage: Any) -> None:
     """Write the data set to --out_dir, and say what became of the rows."""
-    from corpus.shard_writer import check_replaceable, partial_folder
+    from corpus.shard_writer import check_replaceable, dataset_staging_folder
 
     if check_replaceable(args.out_dir):
         print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
-    partial = partial_folder(args.out_dir)
+    partial = dataset_staging_folder(args.out_dir)
     if (partial / "progress.json").is_file():
         print(f"{partial} holds unfinished work: it is continued if it is of the same files, else replaced")
     try:
-        with progress_bar(args.files, report) as on_batch:
-            meta = pack(args, tokenizer, report, on_batch, form, choosing)
+        with reading_progress_bar(args.files, report) as on_batch:
+            meta = prepare_data(args, tokenizer, report, on_batch, task, filter_stage)
     except (UserError, KeyboardInterrupt):
         if (partial / "progress.json").is_file():
             print(f"unfinished work is kept in {partial}: the same command continues it; delete it to free the space")
         raise
     report.print()
-    if choosing:
-        choosing.show()
-    say_what_did_not_fit(args, report)
+    if filter_stage:
+        filter_stage.print_histograms()
+    print_too_long(args, report)
     summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
     print(f"written: {args.out_dir} (tokens: {summary})")
-    print(f"next: python {TRAINED_BY[args.kind]} --data_path {args.out_dir}")
+    print(f"next: python {TRAINING_SCRIPTS[args.kind]} --data_path {args.out_dir}")
 
 
-def pack(
+def prepare_data(
     args: argparse.Namespace,
     tokenizer: Any,
-    report: DataReport,
+    report: DataStats,
     on_batch: Callable[[], None],
-    form: Any,
-    choosing: Any,
+    task: Any,
+    filter_stage: Any,
 ) -> dict[str, Any]:
-    from corpus.prepare_chats import pack_chats
-    from corpus.prepare_text import pack_texts
+    from corpus.prepare_chats import prepare_chat_data
+    from corpus.prepare_text import prepare_text_data
 
     if args.kind == "pretrain":
         reader = RowReader(parse_keys(args.keys))
-        return pack_texts(
+        return prepare_text_data(
             args.files, tokenizer, args.out_dir, args.val_share, report, on_batch, args.source_key, reader
         )
-    about = choosing.about() if choosing else None
+    about = filter_stage.provenance() if filter_stage else None
     length, val_share = args.max_seq_len, args.val_share
-    return pack_chats(args.files, tokenizer, args.out_dir, length, val_share, report, on_batch, form, about)
+    return prepare_chat_data(args.files, tokenizer, args.out_dir, length, val_share, report, on_batch, task, about)
 
 
-def choose(args: argparse.Namespace) -> tuple[Any, Any]:
+def make_task(args: argparse.Namespace) -> tuple[Any, Any]:
     """How rows are read, and with --scorer what chooses among them."""
-    form = form_of(args.kind, RowReader(parse_keys(args.keys)), getattr(args, "only", ""))
+    task = make_data_task(args.kind, RowReader(parse_keys(args.keys)), getattr(args, "only", ""))
     if args.kind != "sft":
-        return form, None
+        return task, None
     if not args.scorer:
         if args.keep_entropy or args.keep_share != 1:
             raise UserError("--keep_entropy and --keep_share need --scorer MODEL: the pretrained model that scores")
-        return form, None
-    from curation.perplexity_scorer import Choosing
+        return task, None
+    from curation.perplexity_scorer import PerplexityFilterStage
 
-    choosing = Choosing(args, form, progress_bar)
-    return choosing.form, choosing
+    filter_stage = PerplexityFilterStage(args, task, reading_progress_bar)
+    return filter_stage.form, filter_stage
 
 
-def fetch(args: argparse.Namespace) -> None:
-    from curation.download import download, print_catalogue
+def run_download(args: argparse.Namespace) -> None:
+    from curation.download import download_dataset, print_catalogue
 
     if args.name:
-        download(args.name, args.file, args.mirror, args.out_dir)
+        download_dataset(args.name, args.file, args.mirror, args.out_dir)
     else:
         print_catalogue()
 
 
-def form_of(kind: str, reader: RowReader = READER, only: str = "") -> Any:
+def make_data_task(kind: str, reader: RowReader = DEFAULT_READER, only: str = "") -> Any:
     """Chats or pairs: how their rows are read and rendered; `only`: chats of one turn ("single") or of several."""
-    from corpus.preferences import PAIRS
-    from corpus.prepare_chats import CHATS
+    from corpus.preferences import PAIR_TASK
+    from corpus.prepare_chats import CHAT_TASK
 
-    form, choice = PAIRS if kind == "dpo" else CHATS, {"only": only} if only else {}
-    items = functools.partial(form.items, reader=reader, **choice)
-    return dataclasses.replace(form, items=items, choice={**reader.job(), **choice})
+    task, choice = PAIR_TASK if kind == "dpo" else CHAT_TASK, {"only": only} if only else {}
+    read_examples = functools.partial(task.read_examples, reader=reader, **choice)
+    return dataclasses.replace(task, read_examples=read_examples, settings={**reader.key_settings(), **choice})
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and exit")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
@@ -159,24 +159,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "files",
             nargs="+",
-            type=cli.path,
+            type=cli.path_string,
             metavar="FILES",
             help="txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
         )
         sub.add_argument(
             "--tokenizer",
-            type=cli.path,
+            type=cli.path_string,
             default="model/tokenizer",
             help="folder of the tokenizer (default: %(default)s)",
         )
         sub.add_argument(
-            "--out_dir", type=cli.path, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
+            "--out_dir", type=cli.path_string, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
         )
         sub.add_argument("--val_share", type=cli.fraction_below_one, default=held_out,
             help="share held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
             help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
-        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED)
+        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED_HELP)
         sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
         sub.add_argument("--samples", type=cli.non_negative_int, default=3,
             help="samples that --check shows (default: %(default)s)")  # fmt: skip
@@ -193,7 +193,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
             sub.add_argument("--max_seq_len", type=cli.positive_int, default=512,
                 help=f"longer {longer} (default: %(default)s); training has the same flag")  # fmt: skip
-            sub.add_argument("--chat_format", choices=FORMAT_NAMES,
+            sub.add_argument("--chat_format", choices=CHAT_FORMATS,
                 help="how chats are written; none given: as the tokenizer's folder says")  # fmt: skip
         if kind == "sft":
             sub.add_argument(
@@ -201,7 +201,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             )
             add_choosing_flags(sub)
     add_download_flags(kinds)
-    commands.add_commands(kinds)
+    commands.add_subcommands(kinds)
     return parser.parse_args(arguments)
 
 
@@ -215,19 +215,25 @@ def add_download_flags(kinds: Any) -> None:
     what = "a public data set -> dataset/raw/NAME; without a name: which there are"
     sub = kinds.add_parser("download", help=what, description=what)
     sub.add_argument(
-        "name", nargs="?", type=cli.some_text, metavar="NAME", help="a name from the list that the bare command shows"
+        "name",
+        nargs="?",
+        type=cli.non_empty_text,
+        metavar="NAME",
+        help="a name from the list that the bare command shows",
     )
     sub.add_argument(
         "--file",
         action="append",
-        type=cli.inner_path,
+        type=cli.relative_path,
         default=[],
         help="another file of the same repository; may be repeated",
     )
     sub.add_argument(
         "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
     )
-    sub.add_argument("--out_dir", type=cli.path, default="dataset/raw", help="folder to write (default: %(default)s)")
+    sub.add_argument(
+        "--out_dir", type=cli.path_string, default="dataset/raw", help="folder to write (default: %(default)s)"
+    )
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
@@ -236,13 +242,13 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
     ).add_argument
     add(
         "--scorer",
-        type=cli.path,
+        type=cli.path_string,
         metavar="MODEL",
         help="pretrained model that scores every chat, for example out/pretrain_512.pth",
     )
     add(
         "--keep_entropy",
-        type=band,
+        type=score_range,
         action="append",
         metavar="LOW,HIGH",
         help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
@@ -251,13 +257,13 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
         help="keep this share, nearest to the middle of the band (default: 1)")  # fmt: skip
 
 
-def band(text: str) -> Any:
-    from curation.perplexity_filter import parse_band
+def score_range(text: str) -> Any:
+    from curation.perplexity_filter import parse_score_range
 
-    return parse_band(text)
+    return parse_score_range(text)
 
 
-def open_tokenizer(folder: str) -> Any:
+def require_tokenizer(folder: str) -> Any:
     """The tokenizer, or UserError naming the command that trains one."""
     from model.tokenizer import load_tokenizer
 
@@ -270,7 +276,7 @@ def open_tokenizer(folder: str) -> Any:
 
 
 @contextlib.contextmanager
-def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], None]]:
+def reading_progress_bar(files: list[str], report: DataStats) -> Iterator[Callable[[], None]]:
     """A live bar over the bytes of the input files; yields the function that moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -283,12 +289,12 @@ def progress_bar(files: list[str], report: DataReport) -> Iterator[Callable[[], 
 
         def on_batch() -> None:
             speed = f"{report.megabytes_per_second:.1f} MB/s" if report.text_bytes else "reading"
-            bar.update(task, completed=report.position(), description=f"{report.read:,} rows  {speed}")
+            bar.update(task, completed=report.bytes_read(), description=f"{report.read:,} rows  {speed}")
 
         yield on_batch
 
 
-def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
+def print_too_long(args: argparse.Namespace, report: DataStats) -> None:
     """A tenth of the chats lost to their length is easily overlooked in a table."""
     too_long = sum(reason.count for name, reason in report.dropped.items() if name.endswith(" tokens"))
     if too_long > 0.05 * report.read:
@@ -296,11 +302,11 @@ def say_what_did_not_fit(args: argparse.Namespace, report: DataReport) -> None:
 
 
 # ---- --check: the same path without a writer -------------------------------------------------------------------------
-def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: Any) -> None:
+def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, task: Any) -> None:
     """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
-    from corpus.examples import in_batches, text_items
-    from corpus.prepare_text import tokenise_texts
-    from corpus.preview import show_sample
+    from corpus.examples import batch_examples, read_text_examples
+    from corpus.prepare_text import tokenize_texts
+    from corpus.preview import print_sample
 
     samples: list[tuple[int, int, str, list[Any]]] = []
 
@@ -311,26 +317,26 @@ def check(args: argparse.Namespace, tokenizer: Any, report: DataReport, form: An
         elif samples:
             heapq.heappushpop(samples, entry)
 
-    with progress_bar(args.files, report) as on_batch:
+    with reading_progress_bar(args.files, report) as on_batch:
         if args.kind != "pretrain":
-            for chats in in_batches(("", item) for item in form.items(args.files, report)):
+            for chats in batch_examples(("", item) for item in task.read_examples(args.files, report)):
                 items = [item for _, item in chats]
-                for item, documents in zip(items, form.render(items, tokenizer, args.max_seq_len, report), strict=True):
+                for item, documents in zip(items, task.render(items, tokenizer, args.max_seq_len, report), strict=True):
                     if documents:
                         consider(item, documents)
                 on_batch()
         else:
-            texts = text_items(args.files, report, args.source_key, RowReader(parse_keys(args.keys)))
-            for batch in tokenise_texts((("", item) for item in texts), tokenizer, report):
+            texts = read_text_examples(args.files, report, args.source_key, RowReader(parse_keys(args.keys)))
+            for batch in tokenize_texts((("", item) for item in texts), tokenizer, report):
                 for _, item, ids in batch:
                     consider(item, [(ids[:120].tolist(), [], 0)])
                 on_batch()
     report.print()
-    say_what_did_not_fit(args, report)
+    print_too_long(args, report)
     for *_, title, documents in sorted(samples, reverse=True):
         for number, (ids, mask, _) in enumerate(documents):
             which = ["chosen", "rejected"][number] + ", " if args.kind == "dpo" else ""
-            show_sample(tokenizer, which + title, ids, mask)
+            print_sample(tokenizer, which + title, ids, mask)
     if not report.kept:
         raise UserError("nothing in these files can be trained on: see the report")
 

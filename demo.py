@@ -31,18 +31,18 @@ from typing import Any
 from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
-from common.locks import locked
+from common.locks import lock_output
 from common.signals import Terminated
 from model.config import PRESETS
 
-ROOT = Path(__file__).resolve().parent
+PROJECT_FOLDER = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
 # The training stages, and when their models answer the held-out questions.
 TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "after_lora", "dpo": "after_dpo"}
-LAST = list(TRAINING)[-1]
-LANGUAGES = ("zh", "en")
+LAST_STAGE = list(TRAINING)[-1]
+REPORT_LANGUAGES = ("zh", "en")
 SAMPLES_PER_LANGUAGE = 5
-KINDS = {
+QUESTION_KINDS = {
     "seen_fact_new_wording": "after SFT, asked for in other words",
     "unasked_fact_new_wording": "after SFT, only ever stated in pretraining",
 }
@@ -64,7 +64,7 @@ WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_
 
 
 @dataclass(frozen=True)
-class Step:
+class DemoStep:
     """One command of the demo. It is complete when it ended well and the files in `results` are there."""
 
     name: str
@@ -73,7 +73,7 @@ class Step:
     results: list[Path]
 
 
-def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
+def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
     world, tokenizer = out / "world", out / "tokenizer"
     files = {name: world / f"{name}.jsonl" for name in WORLD_FILES}
     models = {stage: out / f"{stage}_{DIM}.pth" for stage in TRAINING}
@@ -101,7 +101,14 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
     world_command += FLAGS["try" if max_steps else "world"].split()
     exam = out / "exam"
     exam_command = ["-m", "demo_world.exam", "--out_dir", str(exam), "--seed", str(seed)]
-    sit_command = ["eval_ceval.py", "--data", str(exam), "--checkpoint", str(models[LAST]), *FLAGS["exam"].split()]
+    sit_command = [
+        "eval_ceval.py",
+        "--data",
+        str(exam),
+        "--checkpoint",
+        str(models[LAST_STAGE]),
+        *FLAGS["exam"].split(),
+    ]
     sit_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
         ("world", "Compose the demo world", (world_command, list(files.values()))),
@@ -123,20 +130,20 @@ def steps_of(out: Path, seed: int, max_steps: int) -> list[Step]:
         ("exam", "Make an exam of the demo world", (exam_command, [exam / "subject_mapping.json"])),
         ("score_exam", "Sit the exam: which of four answers is the likeliest?", (sit_command, [out / "exam.json"])),
     ]
-    return [Step(name, title, *command) for name, title, command in steps]
+    return [DemoStep(name, title, *command) for name, title, command in steps]
 
 
 def answers_file(out: Path, stage: str, questions: str = "questions") -> Path:
     return out / f"answers_{stage}{'_identity' if questions != 'questions' else ''}.json"
 
 
-def run_steps(steps: list[Step], out: Path) -> dict[str, float]:
+def run_steps(steps: list[DemoStep], out: Path) -> dict[str, float]:
     """Run what is not complete yet; returns the seconds that each step took when it ran.
 
     out/steps.json remembers the completed commands. When a step has to run, all later ones run again too.
     """
     record_file = out / "steps.json"
-    record = read_record(record_file)
+    record = read_step_record(record_file)
     for number, step in enumerate(steps, 1):
         done = record.get(step.name, {}).get("command") == step.command and all(path.exists() for path in step.results)
         print(f"\n[{number}/{len(steps)}] {step.title}" + (": already there" if done else ""), flush=True)
@@ -150,7 +157,7 @@ def run_steps(steps: list[Step], out: Path) -> dict[str, float]:
     return {name: entry["seconds"] for name, entry in record.items()}
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_step_record(path: Path) -> dict[str, Any]:
     """step -> {"command", "seconds"} of the steps that are complete; damaged entries count as not complete."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +171,7 @@ def run_command(command: list[str]) -> float:
     """Print and run `python command…` in the project's folder; returns its seconds. Its failure is our end."""
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
     started, interrupted = time.perf_counter(), None
-    child = subprocess.Popen([sys.executable, *command], cwd=ROOT)  # our own scripts and flags  # nosec B603
+    child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER)  # our own scripts and flags  # nosec B603
     while True:
         try:
             code = child.wait()
@@ -180,22 +187,22 @@ def run_command(command: list[str]) -> float:
     return time.perf_counter() - started
 
 
-def read_json(path: Path) -> Any:
+def read_result(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run demo.py again") from None
 
 
-def read_log(path: Path) -> dict[str, Any]:
+def summarize_log(path: Path) -> dict[str, Any]:
     """What a training log says in the end: tokens (or pairs), speed, last loss, last validation."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "loss" in row]
-    checks = [row for row in rows if "val_loss" in row]
+    validations = [row for row in rows if "val_loss" in row]
     last, unit = steps[-1], "tokens" if "tokens" in steps[-1] else "pairs"
     validation = {
         name: {lang: round(value, 4) for lang, value in scores.items()}
-        for name, scores in (checks[-1] if checks else {}).items()
+        for name, scores in (validations[-1] if validations else {}).items()
         if name.startswith(("val_", "bits_"))
     }
     return {
@@ -209,19 +216,19 @@ def read_log(path: Path) -> dict[str, Any]:
     }
 
 
-def make_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
+def make_demo_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, Any]:
     from model.checkpoint import load_model
 
-    score = {stage: read_json(answers_file(out, stage)) for stage in TRAINING}
+    score = {stage: read_result(answers_file(out, stage)) for stage in TRAINING}
     samples: list[dict[str, Any]] = []
-    for lang in LANGUAGES:
-        answers = [answer for answer in score[LAST]["answers"] if answer["lang"] == lang]
+    for lang in REPORT_LANGUAGES:
+        answers = [answer for answer in score[LAST_STAGE]["answers"] if answer["lang"] == lang]
         # Drawn by the seed, not picked: wrong answers appear as often as they happen.
         samples += random.Random(seed).sample(answers, min(SAMPLES_PER_LANGUAGE, len(answers)))
-    model, _, _ = load_model(out / f"{LAST}_{DIM}.pth")
-    stages = {stage: read_log(out / f"{stage}_{DIM}.jsonl") for stage in TRAINING}
+    model, _, _ = load_model(out / f"{LAST_STAGE}_{DIM}.pth")
+    stages = {stage: summarize_log(out / f"{stage}_{DIM}.jsonl") for stage in TRAINING}
     identity = {
-        moment: read_json(answers_file(out, stage, "identity_questions"))["counts"]
+        moment: read_result(answers_file(out, stage, "identity_questions"))["counts"]
         for moment, stage in (("before_lora", "full_sft"), ("after_lora", "lora_sft"))
     }
     return {
@@ -233,36 +240,36 @@ def make_report(out: Path, seconds: dict[str, float], seed: int) -> dict[str, An
         "answer_accuracy": {moment: score[stage]["accuracy"] for stage, moment in TRAINING.items()},
         "answer_kinds": {moment: score[stage]["kinds"] for stage, moment in TRAINING.items()},
         "identity": identity,
-        "exam": {name: read_json(out / "exam.json")[name] for name in EXAM_FIELDS},
+        "exam": {name: read_result(out / "exam.json")[name] for name in EXAM_FIELDS},
         "curves": [str(out / f"{stage}_{DIM}.png") for stage in TRAINING],
         "samples": samples,
     }
 
 
-def show(report: dict[str, Any], out: Path) -> None:
+def print_report(report: dict[str, Any], out: Path) -> None:
     """The closing: what each stage achieved, ten answers, and how to go on."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     console.rule("what each stage achieved")
-    heads = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
-    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
+    headers = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
+    table = Table(*headers, box=None, padding=(0, 2, 0, 0))
     for stage, moment in TRAINING.items():
         log, right = report["stages"][stage], report["answer_accuracy"][moment]
         bits, seconds = log["bits_per_byte"], report["seconds"][stage]
-        learnt = (
+        amount = (
             (f"{log['tokens']:,}", f"{log['tokens_per_second']:,}")
             if "tokens" in log
             else (f"{log['pairs']:,} pairs", "")
         )
         table.add_row(
-            *(stage, f"{seconds:.0f}", *learnt, f"{log['final_loss']:.3f}"),
-            *(f"{bits[lang]:.3f}" if bits else "" for lang in LANGUAGES),
-            *(f"{right.get(lang, 0):.1%}" for lang in LANGUAGES),
+            *(stage, f"{seconds:.0f}", *amount, f"{log['final_loss']:.3f}"),
+            *(f"{bits[lang]:.3f}" if bits else "" for lang in REPORT_LANGUAGES),
+            *(f"{right.get(lang, 0):.1%}" for lang in REPORT_LANGUAGES),
         )
     console.print(table)
-    for line in explanations(report):
+    for line in explain_columns(report):
         console.print(line, highlight=False)
     console.rule("ten of the held-out questions, drawn by lot")
     for sample in report["samples"]:
@@ -274,59 +281,63 @@ def show(report: dict[str, Any], out: Path) -> None:
     console.print(f"{millions:.1f} M parameters, trained from nothing; all steps took {minutes:.1f} minutes.")
     print(f"loss curves:  {out}/*_{DIM}.png")
     print(f"everything above, as json:  {out / 'report.json'}")
-    print(f"go on chatting:  {interpreter()} 2-eval.py --checkpoint {out / f'{LAST}_{DIM}.pth'}")
+    print(f"go on chatting:  {python_command()} 2-eval.py --checkpoint {out / f'{LAST_STAGE}_{DIM}.pth'}")
 
 
-def explanations(report: dict[str, Any]) -> list[str]:
+def explain_columns(report: dict[str, Any]) -> list[str]:
     """What the columns mean, and what does not fit into the table."""
 
     def counts(scores: dict[str, Any]) -> str:
-        return ", ".join(f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in LANGUAGES if k in scores)
+        return ", ".join(
+            f"{k} {scores[k]['correct']} of {scores[k]['questions']}" for k in REPORT_LANGUAGES if k in scores
+        )
 
     kinds, identity, dpo = report["answer_kinds"]["after_sft"], report["identity"], report["stages"]["dpo"]
     exam = report["exam"]
     lines = [
         "tokens: those trained. bits/byte: of held-out texts and answers.",
         "right: the exact key is in the answer to a question whose words nobody trained on.",
-        *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in KINDS.items() if kind in kinds),
+        *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in QUESTION_KINDS.items() if kind in kinds),
         "LoRA learnt a new name and job; asked in words never trained:",
         f"  before: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
     ]
-    if "val_accuracy" in dpo:
+    if "val_reward_accuracy" in dpo:
         lines.append("DPO, on held-out pairs: the better answer is the likelier one (per token), and has gained:")
-    for lang, gained in dpo.get("val_accuracy", {}).items():
-        before, after = dpo["val_likelier_before"][lang], dpo["val_likelier"][lang]
+    for lang, gained in dpo.get("val_reward_accuracy", {}).items():
+        before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
         lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; it gained on the other in {gained:.1%}")
     return [*lines, f"Exam, {exam['questions']} questions with four answers each:", f"  {exam['sentence']}"]
 
 
-def interpreter() -> str:
+def python_command() -> str:
     """How to call this Python from the project's folder: `make demo` has its own in .venv."""
     here = Path(sys.executable)
-    return str(here.relative_to(ROOT)) if here.is_relative_to(ROOT) else "python"
+    return str(here.relative_to(PROJECT_FOLDER)) if here.is_relative_to(PROJECT_FOLDER) else "python"
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=cli.path, default="out/demo", help="everything goes here (default: out/demo)")
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out_dir", type=cli.path_string, default="out/demo", help="everything goes here (default: out/demo)"
+    )
     parser.add_argument("--seed", type=cli.seed, default=0,
         help="random seed of the world, the weights and the order (default: 0)")  # fmt: skip
     parser.add_argument("--max_steps", type=cli.max_steps, default=0,
                         help="quick trial: stop each training after so many steps (-1 or 0: no limit)")  # fmt: skip
     args = parser.parse_args()
     out = Path(args.out_dir)
-    if Path.cwd() != ROOT:  # the commands run in the project's folder
+    if Path.cwd() != PROJECT_FOLDER:  # the commands run in the project's folder
         out = out.absolute()
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file: name a folder")
     os.environ["PYTHONUTF8"] = "1"  # the scripts print Chinese, on Windows as well
     started = time.perf_counter()
-    with locked(out):
-        seconds = run_steps(steps_of(out, args.seed, args.max_steps), out)
-        report = make_report(out, seconds, args.seed)
+    with lock_output(out):
+        seconds = run_steps(make_steps(out, args.seed, args.max_steps), out)
+        report = make_demo_report(out, seconds, args.seed)
         write_json(out / "report.json", report)
     print()
-    show(report, out)
+    print_report(report, out)
     print(f"this run of demo.py: {time.perf_counter() - started:.0f} seconds")
 
 

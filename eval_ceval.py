@@ -26,17 +26,17 @@ from typing import Any
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
-from model.rope_flags import add_rope_flags, rope_of
+from model.rope_flags import add_rope_flags, parse_rope_flags
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the exam").add_argument
     add(
         "--data",
         required=True,
         nargs="+",
-        type=cli.path,
+        type=cli.path_string,
         metavar="PATH",
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
@@ -45,10 +45,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="only these, separated by commas or spaces (default: all)")  # fmt: skip
     group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--checkpoint", type=cli.path, help="a .pth file")
+    add("--checkpoint", type=cli.path_string, help="a .pth file")
     add(
         "--model",
-        type=cli.path,
+        type=cli.path_string,
         metavar="DIR",
         help="the folder of a transformers model (Llama, Mistral, Qwen2, Qwen3)",
     )
@@ -57,33 +57,35 @@ def make_parser() -> argparse.ArgumentParser:
     add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
     add("--shots", type=cli.non_negative_int, default=0,
         help="examples from dev in front of each question (default: 0)")  # fmt: skip
-    add("--shuffle_options", type=cli.between(1, 24), default=1, metavar="K",
+    add("--shuffle_options", type=cli.int_between(1, 24), default=1, metavar="K",
         help="average over K of the 24 orders of the options; 4: each letter once each")  # fmt: skip
     add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for the chat stages")
     add("--prompt", action="store_true", help="show one prompt of each subject and save all")
     add = parser.add_argument_group("machine").add_argument
-    add("--out_dir", type=cli.path, default="out", help="where the models are, and the results go (default: out)")
-    add("--json", type=cli.path, metavar="FILE", help="write all scores to this file too")
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=cli.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add(
+        "--out_dir", type=cli.path_string, default="out", help="where the models are, and the results go (default: out)"
+    )
+    add("--json", type=cli.path_string, metavar="FILE", help="write all scores to this file too")
+    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     add("--batch_tokens", type=cli.non_negative_int, default=0,
         help="positions computed at once (default: 1024 on a CPU; 1: one question)")  # fmt: skip
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    rope_of(args)
+def check_exam_flags(args: argparse.Namespace) -> None:
+    parse_rope_flags(args)
     if args.method == "text" and args.shuffle_options > 1:
         raise UserError("--shuffle_options changes nothing with --method text: the options are not shown")
 
 
-def model_path(args: argparse.Namespace) -> Path:
-    from evaluation.chat_model import stages_in
+def resolve_model_path(args: argparse.Namespace) -> Path:
+    from evaluation.chat_model import list_stages
     from model.checkpoint import find_checkpoint
 
     if args.checkpoint or args.model:
         return Path(args.checkpoint or args.model)
-    return find_checkpoint(args.out_dir, (stages_in(args.out_dir) or ["pretrain"])[-1])
+    return find_checkpoint(args.out_dir, (list_stages(args.out_dir) or ["pretrain"])[-1])
 
 
 def exam_name(data: list[str]) -> str:
@@ -92,71 +94,73 @@ def exam_name(data: list[str]) -> str:
     return (Path(data[0]).resolve().name.split(".")[0] or "exam") + more
 
 
-def run(args: argparse.Namespace, exam: Any) -> None:
+def evaluate_exam(args: argparse.Namespace, exam: Any) -> None:
     """Load the model, put the questions, show and write the result."""
     from common.device import autocast, pick_device, pick_dtype
     from evaluation import exam_report
-    from evaluation.exam_logprobs import answer
-    from evaluation.exam_prompts import Asking, ask
-    from evaluation.exam_stats import mark, result_of
+    from evaluation.exam_logprobs import compute_option_log_probs
+    from evaluation.exam_prompts import PromptConfig, build_prompts
+    from evaluation.exam_stats import make_exam_result, score_questions
     from export.hf_import import open_model
-    from model.rope import describe
+    from model.rope import rope_summary
 
-    path, device = model_path(args), pick_device(args.device)
+    path, device = resolve_model_path(args), pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer, checkpoint = open_model(path, device)
-    if longer := rope_of(args):
-        model.scale_rope(*longer)
+    if rope_scaling := parse_rope_flags(args):
+        model.scale_rope(*rope_scaling)
     is_chat_stage = checkpoint["stage"] != "pretrain" and tokenizer.format is not None
     chat = args.style == "chat" or (args.style == "auto" and is_chat_stage)
-    asking = Asking(args.method, args.shots, args.shuffle_options, chat)
-    asked = list(ask(exam, tokenizer, asking, model.config.max_seq_len))
-    name = f"{path.resolve().name.removesuffix('.pth')}_{exam_name(args.data)}_{exam.split}_{asking.name}"
-    folder = Path(args.out_dir) / "ceval" / name
-    about = {
+    prompt_config = PromptConfig(args.method, args.shots, args.shuffle_options, chat)
+    prompts = list(build_prompts(exam, tokenizer, prompt_config, model.config.max_seq_len))
+    result_name = f"{path.resolve().name.removesuffix('.pth')}_{exam_name(args.data)}_{exam.split}_{prompt_config.name}"
+    folder = Path(args.out_dir) / "ceval" / result_name
+    metadata = {
         **{"model": str(path), "stage": checkpoint["stage"], "exam": exam_name(args.data), "split": exam.split},
         **{"method": args.method, "shots": args.shots, "orders": args.shuffle_options},
         **{"style": "chat" if chat else "plain", "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
-        "mean_examples": sum(one.examples for one in asked) / len(asked),
-        "cut": sum(one.cut for one in asked),
+        "mean_examples": sum(one.num_shots for one in prompts) / len(prompts),
+        "cut": sum(one.is_truncated for one in prompts),
         "options": [pick(len(item.options) for item in exam.items) for pick in (min, max)],
     }
     size = f"{model.count_parameters()[0] / 1e6:.1f} M parameters"
-    about["rope"] = describe(model.config)
-    rope = f", RoPE {about['rope']}" if about["rope"] else ""
-    print(f"{path}: {checkpoint['stage']}, {size}, {device}, {about['dtype']}{rope}")
+    metadata["rope"] = rope_summary(model.config)
+    rope = f", RoPE {metadata['rope']}" if metadata["rope"] else ""
+    print(f"{path}: {checkpoint['stage']}, {size}, {device}, {metadata['dtype']}{rope}")
     print(
-        f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {asking.name}, as {about['style']}",
+        f"{len(exam.items):,} questions of {len(exam.subjects)} subjects, {prompt_config.name}, as {metadata['style']}",
         flush=True,
     )
-    exam_report.make_room(folder)
+    exam_report.prepare_folder(folder)
     if args.prompt:
-        file = exam_report.write_prompts(folder, asked, tokenizer)
-        print(f"\n{tokenizer.decode(asked[0].prompt)}\n\nall prompts: {file}", flush=True)
+        file = exam_report.write_prompts(folder, prompts, tokenizer)
+        print(f"\n{tokenizer.decode(prompts[0].prompt)}\n\nall prompts: {file}", flush=True)
     started = time.perf_counter()
-    batches = answer(model, tokenizer, asked, args.method, lambda: autocast(device, dtype), args.batch_tokens)
-    exam_report.follow(batches, len(asked))
-    about["seconds"] = round(time.perf_counter() - started, 1)
-    marked = mark(asked)
+    batches = compute_option_log_probs(
+        model, tokenizer, prompts, args.method, lambda: autocast(device, dtype), args.batch_tokens
+    )
+    exam_report.with_progress(batches, len(prompts))
+    metadata["seconds"] = round(time.perf_counter() - started, 1)
+    question_results = score_questions(prompts)
     if all(item.answer for item in exam.items):
-        result = result_of(exam, marked)
-        exam_report.show(result, about)
-        exam_report.write_pages(folder, result, about)
-        scores = exam_report.as_json(result, about)
-        print(f"{about['seconds']} s for the questions; written to {folder}/")
+        result = make_exam_result(exam, question_results)
+        exam_report.print_exam_result(result, metadata)
+        exam_report.write_result_files(folder, result, metadata)
+        scores = exam_report.result_to_dict(result, metadata)
+        print(f"{metadata['seconds']} s for the questions; written to {folder}/")
     else:
-        scores = about | {"submission": str(exam_report.write_submission(folder, marked))}
-        print(f"{about['seconds']} s for the questions; their answers are secret: hand in {scores['submission']}")
+        scores = metadata | {"submission": str(exam_report.write_submission(folder, question_results))}
+        print(f"{metadata['seconds']} s for the questions; their answers are secret: hand in {scores['submission']}")
     if args.json:
-        exam_report.write(Path(args.json), json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
+        exam_report.write_file(Path(args.json), json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
 
 
 def main() -> None:
     args = make_parser().parse_args()
-    check(args)
-    from evaluation.exam_data import read_exam
+    check_exam_flags(args)
+    from evaluation.exam_data import read_exam_split
 
-    run(args, read_exam(args.data, args.split, args.subjects))
+    evaluate_exam(args, read_exam_split(args.data, args.split, args.subjects))
 
 
 if __name__ == "__main__":

@@ -25,36 +25,36 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError, fail_in_one_line
 
-NUMBER_FORMATS = ("float32", "bfloat16", "float16")
-SHARD_SIZE = cli.Limit(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+SHARD_SIZE = cli.NumberType(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=cli.place, help="out/*.pth, or a transformers folder")
-    parser.add_argument("folder", type=cli.place, metavar="DIR", help="where to write; it must not be there yet")
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=cli.pathlib_path, help="out/*.pth, or a transformers folder")
+    parser.add_argument("folder", type=cli.pathlib_path, metavar="DIR", help="where to write; it must not be there yet")
     add = parser.add_argument_group("what is written").add_argument
-    add("--dtype", choices=NUMBER_FORMATS, help="number format of the weights (default: float32)")
+    add("--dtype", choices=WEIGHT_DTYPES, help="number format of the weights (default: float32)")
     add("--max_shard_gb", type=SHARD_SIZE, default=4.0,
         help="weights are split into files of this size (default: 4)")  # fmt: skip
     add("--gguf", choices=("f32", "f16", "bf16", "q8_0"), help="also a GGUF file in this format, and a Modelfile")
     add("--adapter", action="store_true", help="write a LoRA adapter alone, as a peft folder")
     add(
         "--base",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="NAME",
         help="with --adapter: where its parent is found (default: the parent's name)",
     )
     add(
         "--license",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="ID",
         help="licence of the weights, for the card: apache-2.0, … (default: unknown)",
     )
     add("--overwrite", action="store_true", help="replace an earlier export in DIR")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the real programs")
     add = parser.add_argument_group("model hub (token from `hf auth login` or HF_TOKEN)").add_argument
-    add("--push_to_hub", type=cli.some_text, metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
+    add("--push_to_hub", type=cli.non_empty_text, metavar="NAME", help="USER/MODEL: upload DIR when it is complete")
     add("--private", action="store_true", help="make the repository a private one")
     add("--dry_run", action="store_true", help="list the files that would be uploaded, and upload nothing")
     return parser
@@ -78,35 +78,35 @@ def main() -> None:
     import torch
 
     from export import gguf_export, hub, steps
-    from export.facts_file import LICENSE
+    from export.facts_file import LICENSE_PATTERN
     from export.hf_import import open_model
-    from export.model_facts import facts
+    from export.model_facts import model_facts
 
-    if args.license and not re.fullmatch(LICENSE, args.license):
+    if args.license and not re.fullmatch(LICENSE_PATTERN, args.license):
         raise UserError(f"--license {args.license!r}: an identifier such as apache-2.0 or cc-by-4.0")
 
     if args.push_to_hub:
-        hub.check_name(args.push_to_hub, needs_token=not args.dry_run)
-    known = facts(args.checkpoint)
-    if args.adapter and not known["adapter"]:
+        hub.check_repo_id(args.push_to_hub, needs_token=not args.dry_run)
+    facts = model_facts(args.checkpoint)
+    if args.adapter and not facts["adapter"]:
         raise UserError(f"{args.checkpoint} is no adapter: leave out --adapter")
-    license = args.license or known["license"] or "unknown"
-    base = (args.base or Path(known["parent"] or "").stem) if args.adapter else ""
+    license = args.license or facts["license"] or "unknown"
+    base = (args.base or Path(facts["parent"] or "").stem) if args.adapter else ""
     model, tokenizer, _ = open_model(args.checkpoint)
     if args.gguf:
-        gguf_export.refuse_early(model.config, tokenizer)
-    print(f"{args.checkpoint}: {known['stage']}, {known['parameters'] / 1e6:.1f} M parameters", flush=True)
-    with steps.place(args.folder, args.overwrite) as folder:
+        gguf_export.check_supported(model.config, tokenizer)
+    print(f"{args.checkpoint}: {facts['stage']}, {facts['parameters'] / 1e6:.1f} M parameters", flush=True)
+    with steps.staging_folder(args.folder, args.overwrite) as folder:
         if args.adapter:
             model, line = steps.export_adapter(folder, args.checkpoint, tokenizer, base, args.verify)
         else:
             dtype = getattr(torch, args.dtype or "float32")
-            line = steps.export_model(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
+            line = steps.export_hf_folder(folder, model, tokenizer, dtype, int(args.max_shard_gb * 1e9), args.verify)
         print(line, flush=True)
         if args.gguf:
-            print(steps.export_gguf(folder, model, tokenizer, args.gguf, known, args.verify), flush=True)
-        steps.write_card(folder, model, known, license, args.push_to_hub or "", base)
-    print(f"saved {args.folder}:", *hub.listing(args.folder), sep="\n")
+            print(steps.export_gguf(folder, model, tokenizer, args.gguf, facts, args.verify), flush=True)
+        steps.write_model_card(folder, model, facts, license, args.push_to_hub or "", base)
+    print(f"saved {args.folder}:", *hub.list_files(args.folder), sep="\n")
     if args.push_to_hub and args.dry_run:
         print(f"these files would go to {args.push_to_hub}; nothing was uploaded (--dry_run)")
     elif args.push_to_hub:

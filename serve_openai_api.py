@@ -24,54 +24,56 @@ from typing import TYPE_CHECKING
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
-from model.rope_flags import add_rope_flags, rope_of
-from model.sampling_presets import CHOICES
+from model.rope_flags import add_rope_flags, parse_rope_flags
+from model.sampling_presets import PRESET_CHOICES
 
 if TYPE_CHECKING:
-    from serving.limits import Limits
+    from serving.limits import ServerLimits
 
 PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
     add(
         "--checkpoint",
         nargs="+",
-        type=cli.path,
+        type=cli.path_string,
         metavar="FILE",
         help=".pth files or transformers folders; NAME=FILE names one",
     )
     add(
         "--out_dir",
-        type=cli.path,
+        type=cli.path_string,
         default="out",
         help="where the latest stage is looked for otherwise (default: out)",
     )
-    add("--max_context", type=cli.at_least(8), default=4096,
+    add("--max_context", type=cli.int_at_least(8), default=4096,
         help="longest prompt and answer together (default: 4096)")  # fmt: skip
     strict = "404 for unknown model names; a server of one model answers them with it otherwise"
     add("--strict_model_names", action="store_true", help=strict)
     preset = "sampling of chats whose request names none: that of the model's chat format (auto), none, or a format's"
-    add("--sampling_preset", choices=CHOICES, default="auto", help=f"{preset} (default: auto)")
+    add("--sampling_preset", choices=PRESET_CHOICES, default="auto", help=f"{preset} (default: auto)")
     add_rope_flags(parser)
     add = parser.add_argument_group("who may ask").add_argument
     add(
         "--host",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         default="127.0.0.1",
         help="address to listen on (default: 127.0.0.1, this machine only)",
     )
-    add("--port", type=cli.between(0, 65535), default=8000, help="0: any free port (default: 8000)")
+    add("--port", type=cli.int_between(0, 65535), default=8000, help="0: any free port (default: 8000)")
     shown = "other users of this machine see it in the list of processes (ps)"
     add(
         "--api_key",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="KEY",
         help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)",
     )
-    add("--api_key_file", type=cli.path, metavar="FILE", help="a key per line; clients must send one of all keys")
+    add(
+        "--api_key_file", type=cli.path_string, metavar="FILE", help="a key per line; clients must send one of all keys"
+    )
     names = "names of this server in the Host header (default: localhost, 127.0.0.1, ::1 and --host; any with a key)"
     add("--allowed_hosts", action=cli.NameList, default=[], metavar="NAME", help=names)
     add("--cors", action=cli.NameList, default=[], metavar="ORIGIN",
@@ -85,18 +87,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="larger requests get 413 (default: 1048576)")  # fmt: skip
     add("--max_queued_bytes", type=cli.positive_int,
         help="of all large requests together; then 429 (default: 16 times --max_request_bytes)")  # fmt: skip
-    add("--max_connections", type=cli.at_least(2), default=256,
+    add("--max_connections", type=cli.int_at_least(2), default=256,
         help="open at the same time; idle ones are closed for new ones (default: 256)")  # fmt: skip
     timeout = "seconds a client has to send headers, to send a body (each MiB), and to read more of the answer"
-    add("--client_timeout", type=cli.at_least(1), default=30, help=f"{timeout} (default: 30)")
+    add("--client_timeout", type=cli.int_at_least(1), default=30, help=f"{timeout} (default: 30)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
-    add("--dtype", choices=cli.DTYPES, default="float32", help=dtype)
+    add("--dtype", choices=cli.DTYPE_NAMES, default="float32", help=dtype)
     return parser
 
 
-def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+def read_api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     """The keys of --api_key, or else of the environment, and those of --api_key_file.
 
     Raises UserError for a key that cannot be sent, and for a file that cannot be read or has no key.
@@ -120,34 +122,34 @@ def api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(key for _, key in keys)
 
 
-def make_limits(args: argparse.Namespace) -> "Limits":
+def make_limits(args: argparse.Namespace) -> "ServerLimits":
     """The limits of the server, checked before any model is read.
 
     Raises UserError for wrong keys, and for a server without a key that the network would reach.
     """
-    from serving.limits import LOCAL_NAMES, Limits
+    from serving.limits import LOCAL_HOSTS, ServerLimits
 
-    rope_of(args)
-    keys = api_keys(args)
+    parse_rope_flags(args)
+    keys = read_api_keys(args)
     try:
         is_local = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
     except ValueError:  # a name
         is_local = False
     if not is_local and not keys:
         raise UserError(f"--host {args.host} lets other machines ask: set --api_key KEY or --api_key_file FILE as well")
-    most = args.max_queued_bytes or 16 * args.max_request_bytes
-    if most < args.max_request_bytes:
-        raise UserError(f"--max_queued_bytes {most} is less than --max_request_bytes {args.max_request_bytes}")
-    hosts = (*LOCAL_NAMES, args.host, *args.allowed_hosts)
-    return Limits(
-        seats=args.seats,
-        queue=args.queue,
+    max_queued = args.max_queued_bytes or 16 * args.max_request_bytes
+    if max_queued < args.max_request_bytes:
+        raise UserError(f"--max_queued_bytes {max_queued} is less than --max_request_bytes {args.max_request_bytes}")
+    hosts = (*LOCAL_HOSTS, args.host, *args.allowed_hosts)
+    return ServerLimits(
+        max_num_seqs=args.seats,
+        max_queue=args.queue,
         api_keys=keys,
         allowed_hosts=hosts if args.allowed_hosts or not keys else None,
         cors=tuple(args.cors),
         strict_model_names=args.strict_model_names,
-        max_bytes=args.max_request_bytes,
-        max_queued_bytes=most,
+        max_request_bytes=args.max_request_bytes,
+        max_queued_bytes=max_queued,
         max_connections=args.max_connections,
         client_timeout=args.client_timeout,
     )
@@ -173,31 +175,31 @@ def main() -> None:
             raise
         raise UserError(f"{error.name} is not installed: pip install {PACKAGES}") from None
     from common.device import autocast, pick_device, pick_dtype
-    from model.rope import describe
-    from model.sampling_presets import spell
-    from serving.models import latest, open_models
+    from model.rope import rope_summary
+    from model.sampling_presets import format_settings
+    from serving.models import last_stage_checkpoint, open_models
 
-    with open_socket(args.host, args.port) as door:
+    with open_socket(args.host, args.port) as server_socket:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
-        chosen = args.checkpoint or [latest(args.out_dir)]
-        models = open_models(chosen, args.max_context, device, args.sampling_preset, rope_of(args))
+        checkpoints = args.checkpoint or [last_stage_checkpoint(args.out_dir)]
+        models = open_models(checkpoints, args.max_context, device, args.sampling_preset, parse_rope_flags(args))
         for served in models.values():
             size = served.model.count_parameters()[0] / 1e6
-            about = f"{served.stage}, {size:.1f} M parameters, {served.limit} tokens of context"
-            rope = f", RoPE {scaled}" if (scaled := describe(served.model.config)) else ""
-            print(f"{served.name}: {about}{rope}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
+            summary = f"{served.stage}, {size:.1f} M parameters, {served.max_model_len} tokens of context"
+            rope = f", RoPE {scaled}" if (scaled := rope_summary(served.model.config)) else ""
+            print(f"{served.name}: {summary}{rope}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
             if served.preset:
-                print(f"    sampling of chats that name none: {spell(served.preset)}", flush=True)
+                print(f"    sampling of chats that name none: {format_settings(served.preset)}", flush=True)
             if served.preset.get("num_beams", 1) > args.seats:
-                few = f"--seats {args.seats} is less than the num_beams of {served.name}'s sampling preset"
-                raise UserError(f"{few}: set --seats {served.preset['num_beams']} or --sampling_preset none")
+                problem = f"--seats {args.seats} is less than the num_beams of {served.name}'s sampling preset"
+                raise UserError(f"{problem}: set --seats {served.preset['num_beams']} or --sampling_preset none")
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"listening on http://{host}:{door.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        print(f"listening on http://{host}:{server_socket.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
         gc.collect()
         gc.freeze()  # a collection during a request does not go through the modules and models again
-        make_server(app, limits).run(sockets=[door])
+        make_server(app, limits).run(sockets=[server_socket])
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
-from common.locks import locked
-from model.chat_template import FORMAT_NAMES
+from common.locks import lock_output
+from model.chat_template import CHAT_FORMATS
 
 if TYPE_CHECKING:
     from corpus.tokenizer_sample import TextSample
@@ -38,7 +38,7 @@ DEMO_BYTES = 100_000  # of the demo world's text in each language
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(
+    parser = cli.FlagParser(
         description="Learn how to cut text into tokens from your own text, in less than a minute.",
         epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
         '           python train_tokenizer.py --inspect "从零开始 train a model"',
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "files",
         "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
         nargs="*",
-        type=cli.path,
+        type=cli.path_string,
         metavar="FILE",
     )
     add(
@@ -67,14 +67,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--out_dir",
         "folder of the tokenizer (default: model/tokenizer)",
         default="model/tokenizer",
-        type=cli.path,
+        type=cli.path_string,
         metavar="FOLDER",
     )
     add(
         "--chat_format",
         "how chats are written with it: chatml (<|im_start|>user), mindllm (<user>), belle (Human:), text (no roles);"
         " 3-full_sft.py can choose another one later (default: chatml)",
-        choices=FORMAT_NAMES,
+        choices=CHAT_FORMATS,
         default="chatml",
     )
     add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
@@ -86,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.fraction,
         metavar="SHARE",
     )
-    add("--accept_damaged", cli.ACCEPT_DAMAGED, action="store_true")
+    add("--accept_damaged", cli.ACCEPT_DAMAGED_HELP, action="store_true")
     add("--seed", "another number samples other documents (default: 0)", default=0, type=cli.seed, metavar="N")
     add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
     add_compare_flags(parser)
@@ -103,18 +103,18 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         nargs="+",
-        type=cli.path,
+        type=cli.path_string,
         metavar="FOLDER",
         help="a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
     )
     add(
         "--compare_on",
         nargs="+",
-        type=cli.path,
+        type=cli.path_string,
         metavar="FILE",
         help="text to count (default: text of the built-in demo world)",
     )
-    add("--out", type=cli.path, metavar="FILE.md", help="write the table of --compare to this file too")
+    add("--out", type=cli.path_string, metavar="FILE.md", help="write the table of --compare to this file too")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":
@@ -123,11 +123,11 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
     from rich.progress import Progress
 
     from corpus.input_files import expand_inputs
-    from corpus.stats import DataReport
+    from corpus.stats import DataStats
     from corpus.tokenizer_sample import sample_texts
 
     args.files = expand_inputs(args.files)
-    report = DataReport(args.max_bad_share, args.accept_damaged)
+    report = DataStats(args.max_bad_share, args.accept_damaged)
     size = sum(Path(file).stat().st_size for file in args.files if Path(file).is_file())
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("reading", total=size)
@@ -139,12 +139,12 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
         )
         print(f"{name}: read {sample.documents[language]:,} documents, {sample.bytes[language] / 1e6:,.1f} MB;"
               f" train on {taken:,.1f} MB, measure on {held_out:,.2f} MB held out")  # fmt: skip
-    for file in sample.unfinished:
+    for file in sample.truncated_files:
         print(f"{file}: only its beginning was read; a larger --read_budget reads more")
     report.print_notes()
     if report.bad_rows:
         reasons = "; ".join(
-            f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in report.bad.items()
+            f"{reason.count:,} x {name} (first: {reason.locations()})" for name, reason in report.bad.items()
         )
         print(f"skipped {report.bad_rows:,} rows: {reasons}")
     return sample
@@ -164,13 +164,13 @@ def print_result(tokenizer: "ChatTokenizer", sample: "TextSample", wanted: int) 
             print(f"{name}: {characters / tokens:.3f} characters per token on {characters:,} characters of {kind} text")
 
 
-def inspect(tokenizer: "ChatTokenizer", text: str) -> None:
+def print_pieces(tokenizer: "ChatTokenizer", text: str) -> None:
     """Show the pieces of a text; bytes of a character that is spread over several pieces are shown as <E6>."""
-    from corpus.tokenizer_training import readable, token_bytes
+    from corpus.tokenizer_training import printable_piece, vocab_bytes
 
-    meaning = token_bytes(tokenizer.backend)
+    meaning = vocab_bytes(tokenizer.backend)
     ids = tokenizer.encode(text)
-    pieces = [readable(meaning[i]) for i in ids]
+    pieces = [printable_piece(meaning[i]) for i in ids]
     print(" | ".join(pieces))
     print(f"{len(text)} characters, {len(ids)} tokens, {len(text) / max(len(ids), 1):.2f} characters per token")
     for i, piece in zip(ids, pieces, strict=True):
@@ -198,21 +198,29 @@ def compare_tokenizers(folders: list[str], files: list[str], out: str | None) ->
     from rich.table import Table
 
     from common.files import write_text
-    from evaluation.tokenizer_table import HEADS, cells, compare, markdown, measured_on, open_tokenizer, read_languages
+    from evaluation.tokenizer_table import (
+        TABLE_HEADERS,
+        describe_texts,
+        load_any_tokenizer,
+        markdown_table,
+        measure_tokenizers,
+        read_texts_by_language,
+        table_cells,
+    )
 
-    opened = [open_tokenizer(folder) for folder in folders]
-    texts = read_languages(files) if files else demo_texts()
-    rows, about = compare(opened, texts), measured_on(texts, files)
-    table = Table(*HEADS, box=None)
+    tokenizers = [load_any_tokenizer(folder) for folder in folders]
+    texts = read_texts_by_language(files) if files else demo_texts()
+    rows, measured_texts = measure_tokenizers(tokenizers, texts), describe_texts(texts, files)
+    table = Table(*TABLE_HEADERS, box=None)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*table_cells(row))
     Console().print(table)
-    print(about)
+    print(measured_texts)
     if out:
-        write_text(out, markdown(rows, about))
+        write_text(out, markdown_table(rows, measured_texts))
         print(f"written: {out}")
 
 
@@ -224,7 +232,7 @@ def main() -> None:
 
     if args.inspect is not None:
         try:
-            inspect(load_tokenizer(args.out_dir), args.inspect)
+            print_pieces(load_tokenizer(args.out_dir), args.inspect)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(str(error)) from None
         return
@@ -235,15 +243,15 @@ def main() -> None:
     check_vocab_size(args.vocab_size, len(reserved))
     if Path(args.out_dir).exists() and not Path(args.out_dir).is_dir():
         raise UserError(f"{args.out_dir} is a file: choose another --out_dir")
-    with locked(args.out_dir):
-        tokenizer, sample = train(args, reserved)
+    with lock_output(args.out_dir):
+        tokenizer, sample = train_and_save(args, reserved)
     print_result(tokenizer, sample, args.vocab_size)
     seconds = time.perf_counter() - start
     print(f"saved in {args.out_dir} ({tokenizer.fingerprint}, chats as {args.chat_format}) after {seconds:.0f} s")
     print('next: python data_process.py pretrain FILES…   or look: python train_tokenizer.py --inspect "文本"')
 
 
-def train(args: argparse.Namespace, reserved: list[str]) -> tuple["ChatTokenizer", "TextSample"]:
+def train_and_save(args: argparse.Namespace, reserved: list[str]) -> tuple["ChatTokenizer", "TextSample"]:
     """Train a tokenizer on the files and save it in --out_dir."""
     from corpus.tokenizer_training import train_tokenizer
     from model.tokenizer import save_tokenizer

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from common import cli
 from common.errors import UserError, fail_in_one_line
-from model.rope_flags import add_rope_flags, rope_of
+from model.rope_flags import add_rope_flags, parse_rope_flags
 
 HERE = Path(__file__).resolve().parent
-SETTINGS = {
+STREAMLIT_SETTINGS = {
     "server.headless": "true",  # no browser is opened, no e-mail address asked for
     "server.fileWatcherType": "none",
     "browser.gatherUsageStats": "false",
@@ -32,13 +32,13 @@ SETTINGS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which models").add_argument
-    add("--out_dir", type=cli.path, help="where the models are (default: out, here or in the project's folder)")
+    add("--out_dir", type=cli.path_string, help="where the models are (default: out, here or in the project's folder)")
     add(
         "--checkpoint",
         nargs="+",
-        type=cli.path,
+        type=cli.path_string,
         default=[],
         metavar="FILE",
         help=".pth files or transformers folders, instead",
@@ -47,28 +47,28 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("page").add_argument
     add(
         "--host",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0 lets others in (default: 127.0.0.1)",
     )
-    add("--port", type=cli.between(1, 65535), default=8501, help="default: 8501")
+    add("--port", type=cli.int_between(1, 65535), default=8501, help="default: 8501")
     add("--lang", choices=("auto", "zh", "en"), default="auto", help="first language (auto: the browser's)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=cli.DTYPES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     return parser
 
 
-def out_dir(args: argparse.Namespace) -> Path:
+def find_out_dir(args: argparse.Namespace) -> Path:
     """--out_dir, else out/ here, else out/ beside this script."""
     return Path(args.out_dir) if args.out_dir else next((p for p in (Path("out"),) if p.is_dir()), HERE / "out")
 
 
-def launch(args: argparse.Namespace) -> None:
+def launch_streamlit(args: argparse.Namespace) -> None:
     """Check what can be checked, then let streamlit serve this same file."""
     if importlib.util.find_spec("streamlit") is None:
         raise UserError('the chat page needs streamlit: pip install "streamlit>=1.51,<2"')
-    rope_of(args)
+    parse_rope_flags(args)
     for path in args.checkpoint:
         if not Path(path).exists():
             raise UserError(f"--checkpoint {path}: there is nothing of that name")
@@ -84,33 +84,37 @@ def launch(args: argparse.Namespace) -> None:
     from common.device import pick_device, pick_dtype
 
     device = pick_device(args.device)
-    where = ", ".join(args.checkpoint) or f"models in {out_dir(args)}"
-    print(f"{where}, {device}, {pick_dtype(args.dtype, device)}; Ctrl-C ends the page", flush=True)
+    source = ", ".join(args.checkpoint) or f"models in {find_out_dir(args)}"
+    print(f"{source}, {device}, {pick_dtype(args.dtype, device)}; Ctrl-C ends the page", flush=True)
     from streamlit.web import cli as streamlit_cli
 
-    settings = {**SETTINGS, "server.address": args.host, "server.port": args.port}
+    settings = {**STREAMLIT_SETTINGS, "server.address": args.host, "server.port": args.port}
     streamlit_cli.main(
         ["run", __file__, *(f"--{name}={value}" for name, value in settings.items()), "--", *sys.argv[1:]]
     )
 
 
-def draw(args: argparse.Namespace) -> None:
+def run_page(args: argparse.Namespace) -> None:
     """One drawing of the page, inside streamlit."""
     from common.device import pick_device, pick_dtype
-    from serving.page import Options, show
+    from serving.page import PageOptions, draw_page
 
     device = pick_device(args.device)
     files = tuple(Path(path) for path in args.checkpoint)
-    show(Options(out_dir(args), files, device, pick_dtype(args.dtype, device), args.lang, rope_of(args)))
+    draw_page(
+        PageOptions(
+            find_out_dir(args), files, device, pick_dtype(args.dtype, device), args.lang, parse_rope_flags(args)
+        )
+    )
 
 
 def main() -> None:
     args = make_parser().parse_args()
     streamlit = sys.modules.get("streamlit")  # not imported here: --help must be quick
     if streamlit and streamlit.runtime.exists():
-        draw(args)
+        run_page(args)
     else:
-        launch(args)
+        launch_streamlit(args)
 
 
 if __name__ == "__main__":

@@ -98,17 +98,17 @@ ANSWER = "--prompts {out}/prompts.txt --temperature 0 --max_new_tokens 32 --devi
 Value = Any  # what JSON and torch.load give: dicts, lists, numbers, texts, tensors
 
 
-class Failed(Exception):
+class CommandFailed(Exception):
     """A command of the small path did not succeed."""
 
 
 # ---- running the small path ------------------------------------------------------------------------------------------
-def git(*arguments: str) -> str:
+def run_git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)  # a fixed program, no shell  # nosec B603
-    if done.returncode:
-        raise Failed(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout.strip()
+    completed = subprocess.run(command, capture_output=True, text=True)  # a fixed program, no shell  # nosec B603
+    if completed.returncode:
+        raise CommandFailed(f"git {' '.join(arguments)}: {completed.stderr.strip()}")
+    return completed.stdout.strip()
 
 
 def demo_world_module(tree: Path) -> str:
@@ -118,11 +118,11 @@ def demo_world_module(tree: Path) -> str:
         file = base.with_suffix(".py")
         if (base / "__main__.py").is_file() or (file.is_file() and "__main__" in file.read_text(encoding="utf-8")):
             return module
-    raise Failed(f"none of {', '.join(DEMO_WORLD_MODULES)} writes the demo world: extend DEMO_WORLD_MODULES")
+    raise CommandFailed(f"none of {', '.join(DEMO_WORLD_MODULES)} writes the demo world: extend DEMO_WORLD_MODULES")
 
 
-def run_path(tree: Path, label: str) -> float:
-    """Run all COMMANDS in a worktree and print each; returns the seconds. Raises Failed with a command's last lines."""
+def run_small_path(tree: Path, label: str) -> float:
+    """Run all COMMANDS in a worktree and print each; returns the seconds. Raises CommandFailed."""
     started = time.perf_counter()
     (tree / OUT).mkdir(parents=True)
     (tree / OUT / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
@@ -134,36 +134,36 @@ def run_path(tree: Path, label: str) -> float:
     for command in COMMANDS:
         words = command.format(**names).split()
         print(f"{label}  python {' '.join(words[:2])} ...", flush=True)
-        done = subprocess.run(  # the project's own scripts and flags
+        completed = subprocess.run(  # the project's own scripts and flags
             [sys.executable, *words], cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         )  # fmt: skip  # nosec B603
-        if done.returncode:
-            last = "\n".join(done.stdout.splitlines()[-15:])
-            raise Failed(f"{label}: exit code {done.returncode} of: python {' '.join(words)}\n{last}")
+        if completed.returncode:
+            last = "\n".join(completed.stdout.splitlines()[-15:])
+            raise CommandFailed(f"{label}: exit code {completed.returncode} of: python {' '.join(words)}\n{last}")
     return time.perf_counter() - started
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
-def new_key(key: str) -> str:
+def current_key(key: str) -> str:
     """Today's name of a metric or any other key; new names stay as they are."""
     prefix, suffix = ("val_" if key.startswith("val_") else ""), ("_before" if key.endswith("_before") else "")
     metric = key.removeprefix("val_").removesuffix("_before")
     return f"{prefix}{RENAMED_LOG_KEYS[metric]}{suffix}" if metric in RENAMED_LOG_KEYS else RENAMED_KEYS.get(key, key)
 
 
-def canonical(value: Value) -> Value:
+def canonical_value(value: Value) -> Value:
     """The same value with new keys, without what two runs never share. Values are not touched."""
     if isinstance(value, dict):
         skipped = VOLATILE_KEYS | OWN_CHECKSUM_KEYS
-        return {new_key(str(key)): canonical(item) for key, item in value.items() if key not in skipped}
-    return [canonical(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {current_key(str(key)): canonical_value(item) for key, item in value.items() if key not in skipped}
+    return [canonical_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def first_difference(old: Value, new: Value, where: str = "") -> str:
     """Where two canonical values differ, and how; "" when they are equal. NaN equals NaN; 1 and 1.0 differ."""
     if type(old) is not type(new):
-        return f"{where}: {shown(old)} is now {shown(new)}"
+        return f"{where}: {format_value(old)} is now {format_value(new)}"
     if isinstance(old, dict):
         if old.keys() != new.keys():
             gone, more = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
@@ -178,7 +178,7 @@ def first_difference(old: Value, new: Value, where: str = "") -> str:
     if isinstance(old, torch.Tensor):
         return tensor_difference(old, new, where)
     same = old == new or (isinstance(old, float) and old != old and new != new)
-    return "" if same else f"{where}: {shown(old)} is now {shown(new)}"
+    return "" if same else f"{where}: {format_value(old)} is now {format_value(new)}"
 
 
 def tensor_difference(old: torch.Tensor, new: torch.Tensor, where: str) -> str:
@@ -191,20 +191,20 @@ def tensor_difference(old: torch.Tensor, new: torch.Tensor, where: str) -> str:
     return f"{where}: {changed:,} of {old.numel():,} values differ, by at most {largest:.3g}"
 
 
-def shown(value: Value) -> str:
+def format_value(value: Value) -> str:
     text = f"tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def read(path: Path) -> Value:
+def read_output(path: Path) -> Value:
     """The content of an output file as a canonical value; of a file without renamed or volatile keys its bytes."""
     if path.suffix in (".pth", ".reference"):
-        return canonical(torch.load(path, map_location="cpu", weights_only=True))
+        return canonical_value(torch.load(path, map_location="cpu", weights_only=True))
     text = path.name == "meta.json" or path.name.startswith("answers_")
     if text and path.suffix == ".json":
-        return canonical(json.loads(path.read_text(encoding="utf-8")))
+        return canonical_value(json.loads(path.read_text(encoding="utf-8")))
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():  # a training log
-        return [canonical(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [canonical_value(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     return path.read_bytes()
 
 
@@ -216,11 +216,11 @@ def output_files(folder: Path) -> dict[str, str]:
         hidden = any(part.startswith(".") for part in Path(name).parts)
         prose = path.suffix == ".png" or (name.startswith("merged/") and path.name in ("README.md", "lineage.json"))
         if path.is_file() and not hidden and not prose:
-            found[name] = part_of(path, name)
+            found[name] = output_part(path, name)
     return found
 
 
-def part_of(path: Path, name: str) -> str:
+def output_part(path: Path, name: str) -> str:
     if path.suffix == ".pth":
         return "weights, config, stage, lineage"
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():
@@ -230,7 +230,7 @@ def part_of(path: Path, name: str) -> str:
     return "answers" if first.startswith("answers_") else parts.get(first, "demo world, reference log-probabilities")
 
 
-def compare(old: Path, new: Path) -> dict[str, list[str]]:
+def compare_outputs(old: Path, new: Path) -> dict[str, list[str]]:
     """part of the table -> a text for each file of it: "" when it is equal, else its first difference."""
     before, after = output_files(old), output_files(new)
     results: dict[str, list[str]] = {}
@@ -239,7 +239,7 @@ def compare(old: Path, new: Path) -> dict[str, list[str]]:
         if name not in before or name not in after:
             problem = f"{name} is only in the {'old' if name in before else 'new'} output"
         else:
-            one, other = read(old / name), read(new / name)
+            one, other = read_output(old / name), read_output(new / name)
             problem = byte_difference(one, other) if isinstance(one, bytes) else first_difference(one, other)
             problem = problem and f"{name}: {problem}"
         results.setdefault(part, []).append(problem)
@@ -254,7 +254,7 @@ def byte_difference(old: bytes, new: bytes) -> str:
 
 
 def check_complete(folder: Path) -> None:
-    """Raises Failed unless every kind of output is there: a comparison of nothing must not count as equal."""
+    """Raises CommandFailed unless every kind of output is there: a comparison of nothing must not count as equal."""
     wanted = [f"{stage}_{DIM}{suffix}" for stage in STAGES for suffix in (".pth", ".jsonl")]
     wanted += [f"answers_{stage}.json" for stage in STAGES] + [
         f"moe/pretrain_{DIM}_moe{suffix}" for suffix in (".pth", ".jsonl")
@@ -262,7 +262,7 @@ def check_complete(folder: Path) -> None:
     wanted += ["tokenizer/tokenizer.json", f"dpo_{DIM}.reference", "merged/model.safetensors"]
     wanted += [f"data/{name}/meta.json" for name in ("pretrain", "sft", "identity", "dpo")]
     if missing := [name for name in wanted if not (folder / name).is_file()]:
-        raise Failed(f"{folder} lacks {', '.join(missing)}")
+        raise CommandFailed(f"{folder} lacks {', '.join(missing)}")
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -275,13 +275,13 @@ def print_table(results: dict[str, list[str]]) -> None:
             print(f"    {problem}")
 
 
-def run_both(commits: list[str], folder: Path) -> list[Path]:
+def run_both_commits(commits: list[str], folder: Path) -> list[Path]:
     """Run the small path of both commits at the same time; returns their output folders."""
     trees = [folder / "old", folder / "new"]
     for commit, tree in zip(commits, trees, strict=True):
-        git("worktree", "add", "--detach", "--quiet", str(tree), commit)
+        run_git("worktree", "add", "--detach", "--quiet", str(tree), commit)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(run_path, tree, tree.name) for tree in trees]
+        runs = [pool.submit(run_small_path, tree, tree.name) for tree in trees]
         for commit, tree, run in zip(commits, trees, runs, strict=True):
             print(f"{tree.name} ({commit[:12]}): {run.result():.0f} seconds", flush=True)
     for tree in trees:
@@ -297,9 +297,9 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bit_for_bit_"))
     try:
-        commits = [git("rev-parse", "--verify", f"{name}^{{commit}}") for name in (args.old, args.new)]
-        results = compare(*run_both(commits, folder))
-    except Failed as error:
+        commits = [run_git("rev-parse", "--verify", f"{name}^{{commit}}") for name in (args.old, args.new)]
+        results = compare_outputs(*run_both_commits(commits, folder))
+    except CommandFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
@@ -307,8 +307,8 @@ def main() -> int:
             print(f"kept: {folder}/old and new: remove them with `git worktree remove --force`")
         else:
             for tree in folder.iterdir():
-                with contextlib.suppress(Failed):
-                    git("worktree", "remove", "--force", str(tree))
+                with contextlib.suppress(CommandFailed):
+                    run_git("worktree", "remove", "--force", str(tree))
             shutil.rmtree(folder, ignore_errors=True)
     print_table(results)
     equal = not any(problem for problems in results.values() for problem in problems)

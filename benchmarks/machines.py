@@ -9,36 +9,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model.config import PRESETS, ModelConfig
-from model.parameters import count
+from model.parameters import count_parameters
 from trainer.memory import GPU, GPUS, flops_per_token, training_memory
 
 
 @dataclass(frozen=True)
-class Machine:
+class Cluster:
     name: str
     gpu: GPU
-    per_node: int
+    gpus_per_node: int
     nodes: int
-    between_nodes: float = 0.0  # GB/s one way for each GPU
+    node_link: float = 0.0  # GB/s one way for each GPU
 
     @property
     def gpus(self) -> int:
-        return self.per_node * self.nodes
+        return self.gpus_per_node * self.nodes
 
     @property
     def slowest_link(self) -> float:
-        return self.between_nodes if self.nodes > 1 else self.gpu.link
+        return self.node_link if self.nodes > 1 else self.gpu.link
 
 
-MACHINES = (
-    Machine("2 x 3090", GPUS["3090"], 2, 1),
-    Machine("8 x H100", GPUS["h100"], 8, 1),
-    Machine("8 nodes of 8 x H100", GPUS["h100"], 8, 8, 50),  # one 400 Gb/s card for each GPU
+CLUSTERS = (
+    Cluster("2 x 3090", GPUS["3090"], 2, 1),
+    Cluster("8 x H100", GPUS["h100"], 8, 1),
+    Cluster("8 nodes of 8 x H100", GPUS["h100"], 8, 8, 50),  # one 400 Gb/s card for each GPU
 )
 
 
 @dataclass(frozen=True)
-class Bound:
+class ThroughputBound:
     """How a step on a machine spends its time."""
 
     parallel: str
@@ -61,54 +61,56 @@ def traffic_bytes(config: ModelConfig, parallel: str, processes: int) -> float:
     ddp and zero1, zero2: gradients once reduced, once spread. zero3, fsdp: weights gathered in forward and in backward,
     gradients reduced. All of it in fp32, 4 bytes each.
     """
-    each = 8 if parallel in ("ddp", "zero1", "zero2") else 12
-    return each * count(config).total * (processes - 1) / processes
+    bytes_per_parameter = 8 if parallel in ("ddp", "zero1", "zero2") else 12
+    return bytes_per_parameter * count_parameters(config).total * (processes - 1) / processes
 
 
-def bounds(config: ModelConfig, machine: Machine, step_tokens: float, utilisation: float) -> Bound:
+def throughput_bound(config: ModelConfig, cluster: Cluster, step_tokens: float, utilisation: float) -> ThroughputBound:
     """The simplest --parallel whose states fit, with as many rows at a time as its memory takes."""
-    seq, n = config.max_seq_len, machine.gpus
-    room = machine.gpu.memory * 1e9 * 0.92  # the allocator leaves holes
-    share = max(1, round(step_tokens / seq / n))  # rows per process and step
-    for parallel, recompute in _choices():
-        for rows in (row for row in (64, 32, 16, 8, 4, 2, 1) if row <= share):
+    seq, n = config.max_seq_len, cluster.gpus
+    usable_memory = cluster.gpu.memory * 1e9 * 0.92  # the allocator leaves holes
+    rows_per_process = max(1, round(step_tokens / seq / n))  # rows per process and step
+    for parallel, recompute in _parallel_choices():
+        for rows in (row for row in (64, 32, 16, 8, 4, 2, 1) if row <= rows_per_process):
             memory = training_memory(config, rows, seq, parallel=parallel, processes=n, recompute=recompute).total
-            if memory <= room and (rows >= min(4, share) or (parallel, recompute) == ("fsdp", True)):
-                compute = share * seq * flops_per_token(config, seq) * (4 / 3 if recompute else 1)
-                compute /= machine.gpu.tflops * 1e12 * utilisation
-                traffic = traffic_bytes(config, parallel, n) / (machine.slowest_link * 1e9)
+            if memory <= usable_memory and (
+                rows >= min(4, rows_per_process) or (parallel, recompute) == ("fsdp", True)
+            ):
+                compute = rows_per_process * seq * flops_per_token(config, seq) * (4 / 3 if recompute else 1)
+                compute /= cluster.gpu.tflops * 1e12 * utilisation
+                traffic = traffic_bytes(config, parallel, n) / (cluster.slowest_link * 1e9)
                 name = parallel + (" + recompute" if recompute else "")
-                return Bound(name, rows, memory, compute, traffic, True)
+                return ThroughputBound(name, rows, memory, compute, traffic, True)
     memory = training_memory(config, 1, seq, parallel="fsdp", processes=n, recompute=True).total
-    return Bound("none", 0, memory, 0.0, 0.0, False)
+    return ThroughputBound("none", 0, memory, 0.0, 0.0, False)
 
 
-def _choices() -> Iterator[tuple[str, bool]]:
+def _parallel_choices() -> Iterator[tuple[str, bool]]:
     """From the simplest on."""
     for recompute in (False, True):
         for parallel in ("ddp", "fsdp"):  # those that Muon works with
             yield parallel, recompute
 
 
-def machines_table(utilisation: float = 0.4, step_tokens: float = 2**19) -> None:
+def print_cluster_table(utilisation: float = 0.4, step_tokens: float = 2**19) -> None:
     """What bounds which machine, for the presets, as markdown."""
     print(f"{step_tokens:,.0f} tokens a step, {utilisation:.0%} of the peak while computing, bf16 products, Muon.\n")
     print("| model | machine | take | rows at a time | memory, GB | computing | network | bound by | 20 tokens/param |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in ("small", "base", "mindllm-1.3b", "mindllm-3b", "xiangxin-3b"):
         config = ModelConfig(**PRESETS[name])
-        sizes = count(config)
-        for machine in MACHINES:
-            found = bounds(config, machine, step_tokens, utilisation)
-            hours = 20 * sizes.total / step_tokens * max(found.compute, found.traffic) / 3600
-            if found.fits:
-                how = f"{found.parallel} | {found.rows} | {found.memory / 1e9:.1f}"
+        sizes = count_parameters(config)
+        for cluster in CLUSTERS:
+            bound = throughput_bound(config, cluster, step_tokens, utilisation)
+            hours = 20 * sizes.total / step_tokens * max(bound.compute, bound.traffic) / 3600
+            if bound.fits:
+                how = f"{bound.parallel} | {bound.rows} | {bound.memory / 1e9:.1f}"
                 whole = f"{hours:,.0f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-                spent = f"{found.compute:.3f} s | {found.traffic:.3f} s | {found.bound_by} | {whole}"
+                spent = f"{bound.compute:.3f} s | {bound.traffic:.3f} s | {bound.bound_by} | {whole}"
             else:
-                how, spent = f"nothing fits | 1 | {found.memory / 1e9:.1f}", "| | memory |"
-            print(f"| {name}, {sizes.total / 1e6:,.0f} M | {machine.name} | {how} | {spent} |")
+                how, spent = f"nothing fits | 1 | {bound.memory / 1e9:.1f}", "| | memory |"
+            print(f"| {name}, {sizes.total / 1e6:,.0f} M | {cluster.name} | {how} | {spent} |")
 
 
 if __name__ == "__main__":
-    machines_table()
+    print_cluster_table()

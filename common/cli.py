@@ -19,68 +19,76 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 
-LARGEST = 10**12  # of a flag that names no other limit: what is computed with it stays far below 2^63 and infinity
-DEVICE = "auto|cpu|mps|cuda(:[0-9]{1,3})?"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-SHOWN = 60  # characters of a wrong value that a message repeats
+MAX_FLAG_VALUE = (
+    10**12
+)  # of a flag that names no other limit: what is computed with it stays far below 2^63 and infinity
+DEVICE_PATTERN = "auto|cpu|mps|cuda(:[0-9]{1,3})?"
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+MAX_SHOWN_CHARACTERS = 60  # characters of a wrong value that a message repeats
 
 
-ACCEPT_DAMAGED = "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
+ACCEPT_DAMAGED_HELP = (
+    "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
+)
 
 
 @dataclass(frozen=True)
-class Limit:
+class NumberType:
     """An argparse type for numbers. Raises argparse.ArgumentTypeError for any text that is not such a number."""
 
     convert: Callable[[str], float]  # raises ValueError for a text that is no number
     rule: str  # ends the message "-1 is not …"
-    holds: Callable[[float], bool]
-    most: float = LARGEST
+    is_allowed: Callable[[float], bool]
+    maximum: float = MAX_FLAG_VALUE
 
     def __call__(self, text: str) -> float:
         problem = f"is not {self.rule}"
         try:
             value = self.convert(text)
-            if math.isfinite(value) and self.holds(value):
-                if value <= self.most:
+            if math.isfinite(value) and self.is_allowed(value):
+                if value <= self.maximum:
                     return value
-                problem = f"is too large: at most {self.most:g}"
+                problem = f"is too large: at most {self.maximum:g}"
         except (ValueError, OverflowError):
             pass
-        raise argparse.ArgumentTypeError(f"{text[:SHOWN]} {problem}")
+        raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN_CHARACTERS]} {problem}")
 
 
-def at_least(least: int, most: int = LARGEST) -> Limit:
-    return Limit(int, f"a whole number of at least {least}", lambda value: value >= least, most)
+def int_at_least(minimum: int, maximum: int = MAX_FLAG_VALUE) -> NumberType:
+    return NumberType(int, f"a whole number of at least {minimum}", lambda value: value >= minimum, maximum)
 
 
-def between(least: int, most: int) -> Limit:
-    return Limit(int, f"a whole number from {least} to {most}", lambda value: least <= value <= most, most)
+def int_between(minimum: int, maximum: int) -> NumberType:
+    return NumberType(
+        int, f"a whole number from {minimum} to {maximum}", lambda value: minimum <= value <= maximum, maximum
+    )
 
 
-def _int_where_whole(text: str) -> float:
+def _parse_epochs(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
 
 
-def _steps(text: str) -> int:
+def _parse_max_steps(text: str) -> int:
     return 0 if int(text) == -1 else int(text)
 
 
-SMALLEST = 1e-38  # smaller numbers are 0 in fp32, and 1 / x is infinite there
-positive_int = at_least(1)
-non_negative_int = at_least(0)
-seed = between(0, 2**32 - 1)  # numpy's range
-max_steps = Limit(_steps, "a whole number of at least 1, or -1: the epochs decide", lambda value: value >= 0)
-epochs = Limit(_int_where_whole, "a number above 0", lambda value: value > 0)  # 2.0 -> 2, 0.5 stays
-positive_float = Limit(float, "a number above 0", lambda value: value > SMALLEST)
-non_negative_float = Limit(float, "a number of at least 0", lambda value: value >= 0)
-fraction = Limit(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-positive_fraction = Limit(float, "a number above 0 and at most 1", lambda value: SMALLEST < value <= 1)
-fraction_below_one = Limit(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+MIN_POSITIVE_FLOAT = 1e-38  # smaller numbers are 0 in fp32, and 1 / x is infinite there
+positive_int = int_at_least(1)
+non_negative_int = int_at_least(0)
+seed = int_between(0, 2**32 - 1)  # numpy's range
+max_steps = NumberType(
+    _parse_max_steps, "a whole number of at least 1, or -1: the epochs decide", lambda value: value >= 0
+)
+epochs = NumberType(_parse_epochs, "a number above 0", lambda value: value > 0)  # 2.0 -> 2, 0.5 stays
+positive_float = NumberType(float, "a number above 0", lambda value: value > MIN_POSITIVE_FLOAT)
+non_negative_float = NumberType(float, "a number of at least 0", lambda value: value >= 0)
+fraction = NumberType(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+positive_fraction = NumberType(float, "a number above 0 and at most 1", lambda value: MIN_POSITIVE_FLOAT < value <= 1)
+fraction_below_one = NumberType(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
-def path(text: str) -> str:
+def path_string(text: str) -> str:
     """An argparse type: the name of a file or folder. An empty one would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
@@ -89,30 +97,34 @@ def path(text: str) -> str:
     return text
 
 
-def place(text: str) -> Path:
+def pathlib_path(text: str) -> Path:
     """An argparse type: `path`, as a Path."""
-    return Path(path(text))
+    return Path(path_string(text))
 
 
-def inner_path(text: str) -> str:
+def relative_path(text: str) -> str:
     """An argparse type: a file inside a repository or folder, as data/a.jsonl: it never leads out of it."""
-    parts = re.split(r"[/\\]", path(text))
+    parts = re.split(r"[/\\]", path_string(text))
     if any(part in ("", ".", "..") or ":" in part for part in parts):
-        raise argparse.ArgumentTypeError(f"{text[:SHOWN]} is not a path inside the repository, as data/a.jsonl")
+        raise argparse.ArgumentTypeError(
+            f"{text[:MAX_SHOWN_CHARACTERS]} is not a path inside the repository, as data/a.jsonl"
+        )
     return text
 
 
-def some_text(text: str) -> str:
+def non_empty_text(text: str) -> str:
     """An argparse type: text that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the text is empty")
     return text
 
 
-def device(text: str) -> str:
+def device_name(text: str) -> str:
     """An argparse type: auto, cpu, mps, cuda or cuda:N. Whether it is there is known later (device.py)."""
-    if not re.fullmatch(DEVICE, text):
-        raise argparse.ArgumentTypeError(f"{text[:SHOWN]}: not a device; use auto, cpu, cuda, cuda:1 or mps")
+    if not re.fullmatch(DEVICE_PATTERN, text):
+        raise argparse.ArgumentTypeError(
+            f"{text[:MAX_SHOWN_CHARACTERS]}: not a device; use auto, cpu, cuda, cuda:1 or mps"
+        )
     return text
 
 
@@ -124,12 +136,12 @@ def split_names(text: str) -> list[str]:
 class NameList(argparse.Action):
     """A flag that takes a list separated by commas, by spaces, or by both.
 
-    `read` makes the value of the list, given as one text with commas. With nargs=None the list is one argument, for
+    `parse` converts the list, given as one text with commas. With nargs=None the list is one argument, for
     commands whose files follow the flags.
     """
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
-        self.read: Callable[[str], Any] = options.pop("read", split_names)
+        self.parse: Callable[[str], Any] = options.pop("read", split_names)
         super().__init__(option_strings, dest, **{"nargs": "+", **options})
 
     def __call__(
@@ -137,13 +149,13 @@ class NameList(argparse.Action):
     ) -> None:
         texts = [values] if isinstance(values, str) else values
         try:
-            value = self.read(",".join(text.strip(" ,，、") for text in texts))
+            value = self.parse(",".join(text.strip(" ,，、") for text in texts))
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, value)
 
 
-class Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
     """argparse.ArgumentParser whose errors are one line, without the list of all flags."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

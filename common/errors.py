@@ -15,9 +15,9 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
-from common.signals import Terminated, handled_signals, print_error, raise_terminated
+from common.signals import Terminated, handle_signals, print_error, raise_terminated
 
-ANOTHER_FORMAT = "name another format: --chat_format of data_process.py and 3-full_sft.py"
+CHAT_FORMAT_ADVICE = "name another format: --chat_format of data_process.py and 3-full_sft.py"
 
 
 class UserError(Exception):
@@ -25,15 +25,15 @@ class UserError(Exception):
 
 
 # C0 and C1 controls (terminal escapes begin with them), overrides of the direction of writing, lone surrogates.
-CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def printable(text: str, keep: str = "") -> str:
+def escape_controls(text: str, keep: str = "") -> str:
     """`text` with its control characters but those in `keep` spelled out, as \\x1b: for names and texts out of files.
 
     A terminal then shows them instead of obeying them.
     """
-    return CONTROLS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,8 +57,8 @@ def fail_in_one_line() -> Iterator[None]:
             stream.reconfigure(errors="replace")
     try:
         # Streamlit runs a script in another thread, where Python allows no signal handler.
-        in_main = threading.current_thread() is threading.main_thread()
-        with handled_signals(raise_terminated) if in_main else contextlib.nullcontext():
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        with handle_signals(raise_terminated) if is_main_thread else contextlib.nullcontext():
             yield
     except UserError as error:
         _fail(str(error))
@@ -74,14 +74,14 @@ def fail_in_one_line() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _fail("out of memory: choose smaller numbers (--batch_size, --max_seq_len, the model) or a larger machine")
-    except Terminated as ending:
-        print_error(f"terminated by {ending}", is_news=False)
-        sys.exit(128 + ending.number)
+    except Terminated as signal_received:
+        print_error(f"terminated by {signal_received}", is_primary=False)
+        sys.exit(128 + signal_received.number)
     except KeyboardInterrupt:
-        print_error("interrupted", is_news=False)
+        print_error("interrupted", is_primary=False)
         sys.exit(130)
 
 
 def _fail(message: str) -> NoReturn:
-    print_error(f"error: {printable(message)}")
+    print_error(f"error: {escape_controls(message)}")
     sys.exit(2)

@@ -28,20 +28,20 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 
 PathLike = str | os.PathLike[str]
-ADVICE = "free some space or choose another place"
+WRITE_ADVICE = "free some space or choose another place"
 
 
 @contextlib.contextmanager
-def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
+def atomic_write(path: PathLike, advice: str = WRITE_ADVICE) -> Iterator[BinaryIO]:
     """A binary file that is on the disk under the name `path` after the block, or, after an error, not at all.
 
     The folder is made if it is missing. Raises UserError, ending in `advice`, where the file cannot be written.
     """
     path = Path(path)
-    temporary = temporary_name(path, "tmp")
+    temporary = temporary_path(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(path)
+        _remove_stale_temporaries(path)
         with temporary.open("wb") as file:
             yield file
             file.flush()
@@ -51,7 +51,7 @@ def atomic_write(path: PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise cannot_write(path, error, advice) from error
+            raise write_error(path, error, advice) from error
         raise
 
 
@@ -69,20 +69,20 @@ def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
 
 
-def replace_file(new: PathLike, target: PathLike) -> None:
+def replace_file(finished_path: PathLike, target: PathLike) -> None:
     """Rename the finished file `new`, which is on the same disk, to `target`. Raises OSError."""
-    Path(new).replace(target)
+    Path(finished_path).replace(target)
 
 
-def replace_folder(new: PathLike, target: PathLike) -> None:
+def replace_folder(finished_path: PathLike, target: PathLike) -> None:
     """Rename the finished folder `new` to `target`; an older `target` is set aside first and removed afterwards."""
-    new, target = Path(new), Path(target)
-    old = temporary_name(target, "old")
-    remove(old)
+    finished_path, target = Path(finished_path), Path(target)
+    replaced_path = temporary_path(target, "old")
+    remove(replaced_path)
     if target.exists():
-        target.rename(old)
-    new.rename(target)
-    remove(old)
+        target.rename(replaced_path)
+    finished_path.rename(target)
+    remove(replaced_path)
 
 
 def remove(path: PathLike) -> None:
@@ -91,11 +91,11 @@ def remove(path: PathLike) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     elif path.exists():
-        gone = path if is_temporary(path) else temporary_name(path, "gone")
-        if gone != path:
-            shutil.rmtree(gone, ignore_errors=True)
-            path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        removed_path = path if is_temporary(path) else temporary_path(path, "gone")
+        if removed_path != path:
+            shutil.rmtree(removed_path, ignore_errors=True)
+            path.rename(removed_path)
+        shutil.rmtree(removed_path, ignore_errors=True)
 
 
 def remove_leftovers(path: PathLike) -> None:
@@ -116,7 +116,7 @@ def remove_leftovers(path: PathLike) -> None:
             remove(entry)
 
 
-def _remove_dead(path: Path) -> None:
+def _remove_stale_temporaries(path: Path) -> None:
     """Remove what killed processes of this machine left of `path` in `atomic_write`."""
     if os.name == "nt":  # os.kill would end the process there
         return
@@ -136,38 +136,38 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def set_aside(path: PathLike) -> Path | None:
+def find_replaced_folder(path: PathLike) -> Path | None:
     """The older folder of this name when a kill came between the two renames of `replace_folder`, else None."""
     path = Path(path)
-    found = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) if not path.exists() else []
-    return next((entry for entry in found if is_temporary(entry)), None)
+    candidates = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) if not path.exists() else []
+    return next((entry for entry in candidates if is_temporary(entry)), None)
 
 
 def check_writable(folder: PathLike) -> None:
     """Raise UserError, before hours of work, where an output folder cannot be made or written to. Makes nothing."""
-    place = Path(folder)
+    existing_folder = Path(folder)
     try:
-        while not place.is_dir():
-            if place.is_symlink() or place.exists():
-                kind = "a link to nothing" if place.is_symlink() else "a file"
-                raise UserError(f"cannot write {folder}: {place} is {kind}: choose another folder")
-            place = place.parent
-        with tempfile.TemporaryFile(dir=place) as file:
+        while not existing_folder.is_dir():
+            if existing_folder.is_symlink() or existing_folder.exists():
+                kind = "a link to nothing" if existing_folder.is_symlink() else "a file"
+                raise UserError(f"cannot write {folder}: {existing_folder} is {kind}: choose another folder")
+            existing_folder = existing_folder.parent
+        with tempfile.TemporaryFile(dir=existing_folder) as file:
             file.write(b"1")
     except OSError as error:
         error.filename = str(folder)  # not the temporary one
-        raise cannot_write(folder, error) from None
+        raise write_error(folder, error) from None
 
 
-def temporary_name(path: Path, end: str) -> Path:
+def temporary_path(path: Path, suffix: str) -> Path:
     """`.NAME.PID.end` beside `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 
 def is_temporary(path: Path) -> bool:
     return re.fullmatch(r"\..+\.\d+\.(tmp|old|gone)", path.name) is not None
 
 
-def cannot_write(path: PathLike, error: OSError, advice: str = ADVICE) -> UserError:
+def write_error(path: PathLike, error: OSError, advice: str = WRITE_ADVICE) -> UserError:
     """The one line of a failed write."""
     return UserError(f"cannot write {error.filename or path}: {error.strerror or error}: {advice}")

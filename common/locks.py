@@ -1,7 +1,7 @@
 """One writer at a time: a lock per output, released by the system when its process ends, however it ends.
 
-    with locked("dataset/pretrain"):     ...     another process that wants the same output ends with one line
-    with locked(folder, wait=True):      ...     or says that it waits, and waits
+    with lock_output("dataset/pretrain"):     ...     another process that wants the same output ends with one line
+    with lock_output(folder, wait=True):      ...     or says that it waits, and waits
 
 The lock of `DIR/NAME` is the file `DIR/.NAME.lock`, which stays; `.NAME.lock.json` beside it says who holds it. The
 library filelock takes it with flock (LockFileEx on Windows), which a kill releases. Where a file system has no flock
@@ -23,40 +23,45 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
-from common.files import PathLike, cannot_write, remove_leftovers, write_json
+from common.files import PathLike, remove_leftovers, write_error, write_json
 
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 POLL_SECONDS = 0.2
 
 
 @contextlib.contextmanager
-def locked(path: PathLike, advice: str = "wait for it, or choose another output", wait: bool = False) -> Iterator[None]:
+def lock_output(
+    path: PathLike, advice: str = "wait for it, or choose another output", wait: bool = False
+) -> Iterator[None]:
     """Hold the lock of an output (a file or a folder) and remove what a killed writer of it left.
 
     When another process holds it, that process's number, command and start are named: in a UserError that ends in
     `advice`, or with `wait` in a line on stdout, after which this call waits. One process cannot lock an output twice.
     """
-    place = Path(path)
-    place = place.resolve() if place.is_symlink() or place.name in ("", "..") else place
-    note = place.with_name(f".{place.name}.lock.json")
+    output = Path(path)
+    output = output.resolve() if output.is_symlink() or output.name in ("", "..") else output
+    holder_file = output.with_name(f".{output.name}.lock.json")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = _acquire(place.with_name(f".{place.name}.lock"), path, wait)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(output.with_name(f".{output.name}.lock"), path, wait)
     except Timeout:
-        raise UserError(f"{path} is being written by {_holder(note)}: {advice}") from None
+        raise UserError(f"{path} is being written by {_describe_holder(holder_file)}: {advice}") from None
     except OSError as error:
-        raise cannot_write(place, error) from None
+        raise write_error(output, error) from None
     if lock is None:
         yield
         return
     try:
-        remove_leftovers(place)
-        remove_leftovers(note)
-        write_json(note, {"pid": os.getpid(), "host": socket.gethostname(), "command": _command(), "since": _now()})
+        remove_leftovers(output)
+        remove_leftovers(holder_file)
+        write_json(
+            holder_file,
+            {"pid": os.getpid(), "host": socket.gethostname(), "command": _command_line(), "since": _timestamp()},
+        )
         yield
     finally:
         with contextlib.suppress(OSError):
-            note.unlink()
+            holder_file.unlink()
         lock.release()
 
 
@@ -69,7 +74,7 @@ def _acquire(lock_file: Path, path: PathLike, wait: bool) -> FileLock | None:
         except Timeout:
             if not wait:
                 raise
-            holder = _holder(lock_file.with_name(lock_file.name + ".json"))
+            holder = _describe_holder(lock_file.with_name(lock_file.name + ".json"))
             print(f"{path} is being written by {holder}: waiting for it", flush=True)
             lock.acquire(timeout=-1, poll_interval=POLL_SECONDS)
     except (NotImplementedError, OSError) as error:
@@ -87,17 +92,17 @@ def _file_lock(path: Path) -> FileLock:
         return FileLock(path)
 
 
-def _holder(note: Path) -> str:
+def _describe_holder(holder_file: Path) -> str:
     try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-        return f"`{found['command']}` (process {found['pid']} on {found['host']}, since {found['since']})"
+        holder = json.loads(holder_file.read_text(encoding="utf-8"))
+        return f"`{holder['command']}` (process {holder['pid']} on {holder['host']}, since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 
-def _command() -> str:
+def _command_line() -> str:
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
 
 
-def _now() -> str:
+def _timestamp() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")

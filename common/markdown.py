@@ -2,29 +2,29 @@
 
 import re
 
-SPACES = re.compile(r"[\s\x85\u2028\u2029]+")
-MARKS = re.compile(r"([\\`*_|<>\[\]#~])")
+WHITESPACE = re.compile(r"[\s\x85\u2028\u2029]+")
+MARKDOWN_SPECIAL_CHARACTERS = re.compile(r"([\\`*_|<>\[\]#~])")
 
 
-def plain(text: str) -> str:
+def escape_inline(text: str) -> str:
     """Text inside a line, on one line."""
-    return MARKS.sub(r"\\\1", SPACES.sub(" ", text).strip())
+    return MARKDOWN_SPECIAL_CHARACTERS.sub(r"\\\1", WHITESPACE.sub(" ", text).strip())
 
 
 def code_span(text: str) -> str:
     """Text as inline code, on one line."""
-    text = SPACES.sub(" ", text)
-    fence = "`" * (1 + longest_fence(text))
+    text = WHITESPACE.sub(" ", text)
+    fence = "`" * (1 + longest_backtick_run(text))
     padding = " " if text[:1] in "` " or text[-1:] == "`" else ""
     return f"{fence}{padding}{text}{padding}{fence}"
 
 
-def fenced(text: str, language: str = "text") -> str:
+def code_block(text: str, language: str = "text") -> str:
     """Text as a block of code, with a fence that is longer than any run of backticks in it."""
-    fence = "`" * max(3, 1 + longest_fence(text))
+    fence = "`" * max(3, 1 + longest_backtick_run(text))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def longest_fence(text: str) -> int:
+def longest_backtick_run(text: str) -> int:
     """The length of the longest run of backticks."""
     return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -16,81 +16,81 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checksums import PIECE
+from common.checksums import CHECKSUM_CHUNK_BYTES
 from common.errors import UserError
 
-BLOCK = 1 << 16  # bytes
+BLOCK_BYTES = 1 << 16  # bytes
 
 
-class SummedFile:
-    """A file to append to, and the CRC-32s of what is in it: `whole` of all of it, `blocks()` of every BLOCK bytes."""
+class ChecksummedFile:
+    """An append-only file with its CRC-32s: `checksum` of the file, `block_checksums()` of every BLOCK_BYTES bytes."""
 
-    def __init__(self, path: Path, size: int | None = None, whole: str | None = None) -> None:
+    def __init__(self, path: Path, size: int | None = None, checksum: str | None = None) -> None:
         """Open `path` and cut it to `size` bytes, all of it by default; `whole`: their checksum when they were written.
 
         Raises UserError when those bytes have changed, OSError when there are fewer.
         """
         self._file = path.open("ab")
         self.name = str(path)
-        found = self._file.tell()
-        size = found if size is None else size
-        if found < size:
+        current_size = self._file.tell()
+        size = current_size if size is None else size
+        if current_size < size:
             raise OSError(f"{path} is shorter than its progress file says")
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
         self.size = 0
-        self._waiting = bytearray()  # not yet counted and written: a document is short, and a call costs
-        self._blocks, self._block, self._filled, self._whole = array("I"), 0, 0, 0
+        self._pending = bytearray()  # not yet counted and written: a document is short, and a call costs
+        self._block_crcs, self._last_block_crc, self._last_block_bytes, self._crc = array("I"), 0, 0, 0
         with path.open("rb") as written:
-            while piece := written.read(PIECE):
-                self._count(piece)
+            while piece := written.read(CHECKSUM_CHUNK_BYTES):
+                self._update_checksums(piece)
                 self.size += len(piece)
-        if whole is not None and whole != self.whole:
+        if checksum is not None and checksum != self.checksum:
             self.close()
             raise UserError(
                 f"{path} has changed since an earlier run wrote it: run the same command again, from the start"
             )
 
     @property
-    def whole(self) -> str:
-        self._drain()
-        return f"{self._whole:08x}"
+    def checksum(self) -> str:
+        self._write_pending()
+        return f"{self._crc:08x}"
 
-    def blocks(self) -> np.ndarray:
+    def block_checksums(self) -> np.ndarray:
         """Shape (blocks,), little-endian uint32; the last block may be shorter."""
-        self._drain()
-        sums = np.array(self._blocks, dtype="<u4")
-        return np.append(sums, np.array([self._block], "<u4")) if self._filled else sums
+        self._write_pending()
+        checksums = np.array(self._block_crcs, dtype="<u4")
+        return np.append(checksums, np.array([self._last_block_crc], "<u4")) if self._last_block_bytes else checksums
 
     def write(self, data: bytes) -> None:
         self.size += len(data)
-        self._waiting += data
-        if len(self._waiting) >= BLOCK:
-            self._drain()
+        self._pending += data
+        if len(self._pending) >= BLOCK_BYTES:
+            self._write_pending()
 
-    def _drain(self) -> None:
-        if self._waiting:
-            data, self._waiting = bytes(self._waiting), bytearray()
+    def _write_pending(self) -> None:
+        if self._pending:
+            data, self._pending = bytes(self._pending), bytearray()
             self._file.write(data)
-            self._count(data)
+            self._update_checksums(data)
 
-    def _count(self, data: bytes) -> None:
-        self._whole = zlib.crc32(data, self._whole)
-        if self._filled + len(data) < BLOCK:
-            self._block = zlib.crc32(data, self._block)
-            self._filled += len(data)
+    def _update_checksums(self, data: bytes) -> None:
+        self._crc = zlib.crc32(data, self._crc)
+        if self._last_block_bytes + len(data) < BLOCK_BYTES:
+            self._last_block_crc = zlib.crc32(data, self._last_block_crc)
+            self._last_block_bytes += len(data)
             return
-        start = BLOCK - self._filled
-        self._blocks.append(zlib.crc32(data[:start], self._block))
+        start = BLOCK_BYTES - self._last_block_bytes
+        self._block_crcs.append(zlib.crc32(data[:start], self._last_block_crc))
         view = memoryview(data)
-        while start + BLOCK <= len(data):
-            self._blocks.append(zlib.crc32(view[start : start + BLOCK]))
-            start += BLOCK
-        self._block, self._filled = zlib.crc32(view[start:]), len(data) - start
+        while start + BLOCK_BYTES <= len(data):
+            self._block_crcs.append(zlib.crc32(view[start : start + BLOCK_BYTES]))
+            start += BLOCK_BYTES
+        self._last_block_crc, self._last_block_bytes = zlib.crc32(view[start:]), len(data) - start
 
     # What job_state.py needs of a file.
     def flush(self) -> None:
-        self._drain()
+        self._write_pending()
         self._file.flush()
 
     def fileno(self) -> int:
@@ -101,39 +101,39 @@ class SummedFile:
 
     def close(self) -> None:
         try:
-            self._drain()
+            self._write_pending()
         finally:
             self._file.close()
 
 
-class Blocks:
+class VerifiedBlocks:
     """Which blocks of a file this process has compared with their checksums. Pickled into worker processes."""
 
-    def __init__(self, size: int, sums: np.ndarray | None) -> None:
-        self.size, self.sums = size, sums
-        self.seen = bytearray(-(-size // BLOCK))
+    def __init__(self, size: int, checksums: np.ndarray | None) -> None:
+        self.size, self.checksums = size, checksums
+        self.verified = bytearray(-(-size // BLOCK_BYTES))
 
-    def known(self, begin: int, end: int) -> bool:
+    def is_verified(self, begin: int, end: int) -> bool:
         """Whether all blocks of bytes begin … end - 1 were compared."""
-        return self.seen.find(0, begin // BLOCK, -(-end // BLOCK)) < 0
+        return self.verified.find(0, begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)) < 0
 
-    def around(self, begin: int, end: int) -> tuple[int, int]:
+    def block_range(self, begin: int, end: int) -> tuple[int, int]:
         """The bytes of the blocks that hold bytes begin … end - 1."""
-        return begin // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, self.size)
+        return begin // BLOCK_BYTES * BLOCK_BYTES, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, self.size)
 
-    def compare(self, data: bytes, begin: int) -> int:
+    def find_mismatch(self, data: bytes, begin: int) -> int:
         """Compare whole blocks, which begin at byte `begin` of the file.
 
         Returns the first byte of one that differs from its checksum, or -1 when none does, after which they are known.
         """
-        first, view = begin // BLOCK, memoryview(data)
-        for number in range(-(-len(data) // BLOCK)):
-            block = view[number * BLOCK : (number + 1) * BLOCK]
+        first, view = begin // BLOCK_BYTES, memoryview(data)
+        for number in range(-(-len(data) // BLOCK_BYTES)):
+            block = view[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
             if (
-                self.sums is not None
-                and not self.seen[first + number]
-                and zlib.crc32(block) != self.sums[first + number]
+                self.checksums is not None
+                and not self.verified[first + number]
+                and zlib.crc32(block) != self.checksums[first + number]
             ):
-                return begin + number * BLOCK
-        self.seen[first : first + -(-len(data) // BLOCK)] = b"\1" * -(-len(data) // BLOCK)
+                return begin + number * BLOCK_BYTES
+        self.verified[first : first + -(-len(data) // BLOCK_BYTES)] = b"\1" * -(-len(data) // BLOCK_BYTES)
         return -1

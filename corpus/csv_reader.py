@@ -18,42 +18,42 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from common.errors import UserError
-from corpus.input_files import Source
-from corpus.json_reader import MAX_LINE, Rows
-from corpus.stats import DataReport
+from corpus.input_files import InputFile
+from corpus.json_reader import MAX_LINE, NumberedRows
+from corpus.stats import DataStats
 
 MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
 MAX_HEADER = 1 << 16  # characters of a header that is read although it is malformed
 MAX_COLUMNS = 1000  # beyond, the file is no table of texts; every short row would be filled up to that number
 JOINED_LINES = 3  # lines inside one quoted cell that are all whole rows of several columns: a quote was left open
-DELIMITERS = ",\t;|"
-FIRST_ROWS = 20  # rows read to find the delimiter
-TOO_LONG = f"a line longer than {MAX_LINE >> 20} MB"
-OPEN_QUOTE = "a quote that is opened and not closed"
-JOINED = "a quote that is opened and closed rows later"
+CSV_DELIMITERS = ",\t;|"
+MAX_SNIFFED_ROWS = 20  # rows read to find the delimiter
+LONG_LINE_REASON = f"a line longer than {MAX_LINE >> 20} MB"
+OPEN_QUOTE_REASON = "a quote that is opened and not closed"
+JOINED_ROWS_REASON = "a quote that is opened and closed rows later"
 
 
-class _Lines:
+class _CsvLines:
     """Lines of text for csv.reader. The lines of the current row are kept, so that they can be read again."""
 
-    def __init__(self, source: Source, report: DataReport) -> None:
-        self.source, self.report = source, report
+    def __init__(self, input_file: InputFile, report: DataStats) -> None:
+        self.input_file, self.report = input_file, report
         self.number = 0  # number of the line before the current row
-        self.row: list[str] = []
-        self.again: deque[str] = deque()  # lines to read again, before the next one of the file
+        self.row_lines: list[str] = []
+        self.reread: deque[str] = deque()  # lines to read again, before the next one of the file
         self.malformed: set[int] = set()  # numbers of malformed lines
         self.size = 0  # bytes read
 
     def start_row(self) -> None:
-        self.number += len(self.row)
-        self.row.clear()
-        self.source.line = self.number + 1
+        self.number += len(self.row_lines)
+        self.row_lines.clear()
+        self.input_file.line = self.number + 1
 
     def __iter__(self) -> Iterator[str]:
-        row, again, readline = self.row, self.again, self.source.readline
+        row, reread, readline = self.row_lines, self.reread, self.input_file.readline
         while len(row) < MAX_CELL_LINES:  # beyond it csv.reader sees the end of the text inside a quote
-            if again:
-                text = again.popleft()
+            if reread:
+                text = reread.popleft()
             else:
                 line = readline(MAX_LINE)
                 if not line:
@@ -72,41 +72,41 @@ class _Lines:
 
     def _skip_long_line(self, size: int) -> None:
         """Counts a line above MAX_LINE as the rows that it may have held."""
-        while rest := self.source.readline(1 << 20):
+        while rest := self.input_file.readline(1 << 20):
             size += len(rest)
             if rest.endswith(b"\n"):
                 break
         self.number += 1
-        rows = self.report.rows_in(self.source.name, size, self.size + size)
-        self.report.unreadable(TOO_LONG, self.source.name, self.number + len(self.row), rows)
+        rows = self.report.estimate_rows(self.input_file.name, size, self.size + size)
+        self.report.row_unreadable(LONG_LINE_REASON, self.input_file.name, self.number + len(self.row_lines), rows)
 
     def keep_first_line(self) -> None:
         """End the current row after its first line; its other lines are read again as rows."""
-        self.again.extendleft(reversed(self.row[1:]))
-        del self.row[1:]
+        self.reread.extendleft(reversed(self.row_lines[1:]))
+        del self.row_lines[1:]
 
     def is_malformed(self) -> bool:
         return bool(self.malformed) and not self.malformed.isdisjoint(
-            range(self.number + 1, self.number + len(self.row) + 1)
+            range(self.number + 1, self.number + len(self.row_lines) + 1)
         )
 
 
-def read_csv(source: Source, report: DataReport) -> Rows:
+def read_csv(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Rows as {column: text}, column names in lower case. The line is the row's first."""
     csv.field_size_limit(MAX_CELL)
-    head = source.head().decode("utf-8", "replace")
-    lines = _Lines(source, report)
+    head = input_file.head().decode("utf-8", "replace")
+    lines = _CsvLines(input_file, report)
     mark = re.match(r"sep=(.)[ \t]*\r?\n", head)  # Excel
     if mark:
-        source.readline(len(mark[0]))
+        input_file.readline(len(mark[0]))
         head, lines.number = head[len(mark[0]) :], 1
-    delimiter = mark[1] if mark else find_delimiter(head)
+    delimiter = mark[1] if mark else detect_delimiter(head)
     spaces = bool(re.match(r"[^\n]*" + re.escape(delimiter) + ' +"', head))  # a, "b": the quote opens a cell
 
     def parse(text: Iterable[str], strict: bool = True) -> Iterator[list[str]]:
         return csv.reader(text, strict=strict, delimiter=delimiter, skipinitialspace=spaces)
 
-    def cells_of(text: str, strict: bool = False) -> list[str]:
+    def parse_cells(text: str, strict: bool = False) -> list[str]:
         """The cells of one line, unless `strict` quotes taken as they are; [] when it is no csv."""
         try:
             return next(parse([text], strict), [])
@@ -117,20 +117,20 @@ def read_csv(source: Source, report: DataReport) -> Rows:
     columns: list[str] = []
     while True:
         lines.start_row()
-        line = source.line
+        line = input_file.line
         try:
             cells = next(rows, None)
         except csv.Error as error:
             rows = parse(lines)
             if not columns:  # the header: stray quotes do no harm
                 lines.keep_first_line()
-                names = lines.row[0].replace("\r", " ").strip()[:MAX_HEADER]
-                columns = _column_names(cells_of(names)[:MAX_COLUMNS]) or [""]
+                names = lines.row_lines[0].replace("\r", " ").strip()[:MAX_HEADER]
+                columns = _column_names(parse_cells(names)[:MAX_COLUMNS]) or [""]
                 continue
-            follows = [len(cells_of(text, True)) == len(columns) for text in lines.row[1:]]
+            follows = [len(parse_cells(text, True)) == len(columns) for text in lines.row_lines[1:]]
             is_open = follows[:1] == [True] or "unexpected end" in str(error) or "field limit" in str(error)
             rows_lost = 1 if is_open else 1 + sum(follows) * (len(columns) > 1)
-            report.unreadable(_reason(lines.row, is_open), source.name, line, rows_lost)
+            report.row_unreadable(_bad_row_reason(lines.row_lines, is_open), input_file.name, line, rows_lost)
             if is_open:
                 lines.keep_first_line()
             continue
@@ -139,40 +139,44 @@ def read_csv(source: Source, report: DataReport) -> Rows:
         if not columns:
             columns = _column_names(cells)
             if len(columns) > MAX_COLUMNS:
-                raise UserError(f"{source.name}:{line}: a csv header of {len(columns):,} columns; the limit is "
+                raise UserError(f"{input_file.name}:{line}: a csv header of {len(columns):,} columns; the limit is "
                                 f"{MAX_COLUMNS:,}: leave some out")  # fmt: skip
-        elif len(lines.row) > JOINED_LINES + 1 and _is_joined(lines.row, cells_of, len(columns)):
-            report.unreadable(JOINED, source.name, line)
+        elif len(lines.row_lines) > JOINED_LINES + 1 and _spans_several_rows(
+            lines.row_lines, parse_cells, len(columns)
+        ):
+            report.row_unreadable(JOINED_ROWS_REASON, input_file.name, line)
             lines.keep_first_line()
         elif lines.malformed and lines.is_malformed():
-            report.unreadable(source.malformed, source.name, line)
+            report.row_unreadable(input_file.malformed_reason, input_file.name, line)
         elif len(cells) > len(columns) and any(cell.strip() for cell in cells[len(columns) :]):
-            report.unreadable("more csv cells than columns", source.name, line)
+            report.row_unreadable("more csv cells than columns", input_file.name, line)
         elif cells:
             if len(cells) < len(columns):
                 cells += [""] * (len(columns) - len(cells))
             yield line, dict(zip(columns, cells, strict=False))
 
 
-def _is_joined(row: list[str], cells_of: Callable[[str, bool], list[str]], columns: int) -> bool:
+def _spans_several_rows(row: list[str], parse_cells: Callable[[str, bool], list[str]], columns: int) -> bool:
     """Whether the lines inside a row are rows themselves: a quote left open was closed by a quote of a later row.
 
     Two columns need more such lines: a text of many lines may hold a comma in each of a few.
     """
     inner = row[1:-1]
     least = JOINED_LINES if columns > 2 else 3 * JOINED_LINES
-    return columns > 1 and len(inner) >= least and all(len(cells_of(text, True)) == columns for text in inner)
+    return columns > 1 and len(inner) >= least and all(len(parse_cells(text, True)) == columns for text in inner)
 
 
-def find_delimiter(head: str) -> str:
+def detect_delimiter(head: str) -> str:
     """The delimiter of a csv file that begins with `head`: "," when there is one column."""
     best, most = ",", 0.0
-    for delimiter in DELIMITERS:
+    for delimiter in CSV_DELIMITERS:
         try:
             rows = [row for row in csv.reader([line + "\n" for line in head.split("\n")], delimiter=delimiter) if row]
         except csv.Error:
             continue
-        rows = rows[: FIRST_ROWS + 1] if len(rows) > FIRST_ROWS else rows[:-1] or rows  # the last may be cut
+        rows = (
+            rows[: MAX_SNIFFED_ROWS + 1] if len(rows) > MAX_SNIFFED_ROWS else rows[:-1] or rows
+        )  # the last may be cut
         columns = len(rows[0]) if rows else 0
         agree = sum(1 < len(row) <= columns for row in rows) / max(1, len(rows))
         if columns > 1 and agree * columns > most:
@@ -183,15 +187,15 @@ def find_delimiter(head: str) -> str:
 def _column_names(cells: list[str]) -> list[str]:
     """Lower case, without spaces and quotes; a second column of the same name is called name.1, as pandas does."""
     names: list[str] = []
-    known: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for cell in cells:
         name = cell.strip().strip("\ufeff\"'").strip().lower()
-        times = known[name] = known.get(name, 0) + 1
+        times = counts[name] = counts.get(name, 0) + 1
         names.append(name if times == 1 else f"{name}.{times - 1}")
     return names
 
 
-def _reason(row: list[str], is_open: bool) -> str:
+def _bad_row_reason(row: list[str], is_open: bool) -> str:
     if any("\0" in text for text in row):
         return "NUL character"
-    return OPEN_QUOTE if is_open else "broken csv quoting"
+    return OPEN_QUOTE_REASON if is_open else "broken csv quoting"

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import UserError
 
-AGAIN = "copy or download the file again"
+COPY_FILE_AGAIN = "copy or download the file again"
 
 
 @dataclass(frozen=True)
@@ -22,28 +22,28 @@ class Damage:
     """A place of a file from which on bytes cannot be used. `position` and `lost` are bytes of the file on the disk."""
 
     reason: str
-    position: int
-    lost: int = 0  # 0: unknown, for example because the file ends too early
-    rows: int = 0  # rows that are lost here, where the format says it; 0: to be estimated
+    offset: int
+    lost_bytes: int = 0  # 0: unknown, for example because the file ends too early
+    lost_rows: int = 0  # rows that are lost here, where the format says it; 0: to be estimated
 
 
 class DamagedFile(UserError):
     """A file that is read only in part. The rows before the damage were delivered."""
 
 
-def settle(file: str, size: int, damages: list[Damage], line: int, report: Any) -> None:
+def count_damages(file: str, size: int, damages: list[Damage], line: int, report: Any) -> None:
     """Count what the damages of a file cost, or raise DamagedFile unless the report accepts damaged files."""
-    read = report.rows_of(file)
-    lost = sum(damage.lost for damage in damages)
+    read = report.num_rows_in(file)
+    lost_bytes = sum(damage.lost_bytes for damage in damages)
     for damage in damages:
-        rows = damage.rows or max(1, round(read * damage.lost / max(1, size - lost)))
-        place = f"{file}: damaged at byte {damage.position:,} of {size:,} ({damage.reason})"
+        rows = damage.lost_rows or max(1, round(read * damage.lost_bytes / max(1, size - lost_bytes)))
+        location = f"{file}: damaged at byte {damage.offset:,} of {size:,} ({damage.reason})"
         loss = "how many are lost is unknown"
-        if damage.lost or damage.rows:
-            loss = f"about {rows:,} are lost" + (f" ({damage.lost:,} bytes)" if damage.lost else "")
-        text = f"{place}: {read:,} rows were read, {loss}"
+        if damage.lost_bytes or damage.lost_rows:
+            loss = f"about {rows:,} are lost" + (f" ({damage.lost_bytes:,} bytes)" if damage.lost_bytes else "")
+        text = f"{location}: {read:,} rows were read, {loss}"
         if not report.accept_damaged:
-            way = ", or use what can be read with --accept_damaged" if report.accept_damaged is False else ""
-            raise DamagedFile(f"{text}: {AGAIN}{way}")
-        report.note(text)
-        report.lose(damage.reason, file, line, rows)
+            alternative = ", or use what can be read with --accept_damaged" if report.accept_damaged is False else ""
+            raise DamagedFile(f"{text}: {COPY_FILE_AGAIN}{alternative}")
+        report.add_note(text)
+        report.rows_lost(damage.reason, file, line, rows)

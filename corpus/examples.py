@@ -15,178 +15,184 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from corpus.chats import Message, chat_text, is_trained, whole_turns
-from corpus.language import LANGUAGES, language_of
-from corpus.readers import Path_, read_chats, read_texts
-from corpus.row_text import READER, RowReader
-from corpus.stats import DataReport
+from corpus.chats import Message, chat_text, is_trained, trim_unanswered
+from corpus.language import LANGUAGES, detect_language
+from corpus.readers import PathLike, read_chats, read_texts
+from corpus.row_text import DEFAULT_READER, RowReader
+from corpus.stats import DataStats
 
-ENOUGH = 20  # validation items of a language; with fewer, a twentieth of its items
-COMMON = 20  # chats with one first question; for those beyond it the whole chat decides
-BATCH_ITEMS, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
+MIN_VALIDATION_EXAMPLES = 20  # validation items of a language; with fewer, a twentieth of its items
+MAX_SAME_QUESTION = 20  # chats with one first question; for those beyond it the whole chat decides
+BATCH_EXAMPLES, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """A document or a chat on its way."""
 
     text: str
     messages: list[Message]  # empty for plain text; of a pair only what both answers share
     language: str
-    key: int  # 64-bit hash that chooses the split
+    split_hash: int  # 64-bit hash that chooses the split
     file: str
     line: int
     answers: tuple[list[Message], ...] = ()  # pairs only: the better answer, the worse one
-    identity: int = 0  # chats and pairs: 64-bit hash of all messages
+    content_hash: int = 0  # chats and pairs: 64-bit hash of all messages
     source: str = ""  # texts only, where they are labelled
 
 
-def content_key(text: str) -> int:
+def text_hash(text: str) -> int:
     """64-bit hash of a text, the same on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def text_items(
-    paths: Iterable[Path_], report: DataReport, source_key: str = "", reader: RowReader = READER
-) -> Iterator[Item]:
+def read_text_examples(
+    paths: Iterable[PathLike], report: DataStats, source_key: str = "", reader: RowReader = DEFAULT_READER
+) -> Iterator[Example]:
     """All documents of the files, without exact duplicates. Memory: about 80 bytes a document, for the hashes."""
     seen: set[int] = set()
     for document in read_texts(paths, report, source_key, reader):
-        key = content_key(document.text)
+        key = text_hash(document.text)
         if key in seen:
-            report.drop("exact duplicate", document.source_file, document.line)
+            report.row_dropped("exact duplicate", document.source_file, document.line)
             continue
         seen.add(key)
-        language = language_of(document.text)
-        yield Item(document.text, [], language, key, document.source_file, document.line, source=document.source)
+        language = detect_language(document.text)
+        yield Example(document.text, [], language, key, document.source_file, document.line, source=document.source)
 
 
-def chat_items(
-    paths: Iterable[Path_], report: DataReport, reader: RowReader = READER, only: str = ""
-) -> Iterator[Item]:
+def read_chat_examples(
+    paths: Iterable[PathLike], report: DataStats, reader: RowReader = DEFAULT_READER, only: str = ""
+) -> Iterator[Example]:
     """All chats of the files that have an answer, up to their last answer, without exact duplicates.
 
     `only`: "single" keeps chats of one turn, "multi" those of several.
     """
     seen: set[int] = set()
     for chat in read_chats(paths, report, reader):
-        place = (chat.source_file, chat.line)
-        messages = whole_turns(chat.messages)
+        location = (chat.source_file, chat.line)
+        messages = trim_unanswered(chat.messages)
         if not any(map(is_trained, messages)):
-            report.drop("no answer, so nothing to train on", *place)
+            report.row_dropped("no answer, so nothing to train on", *location)
             continue
         turns = sum(message["role"] == "user" for message in messages)
         if only and (only == "single") != (turns == 1):
-            report.drop("of one turn (--only multi)" if turns == 1 else "of several turns (--only single)", *place)
+            report.row_dropped(
+                "of one turn (--only multi)" if turns == 1 else "of several turns (--only single)", *location
+            )
             continue
-        identity = messages_key(messages)
-        if identity in seen:
-            report.drop("exact duplicate", *place)
+        content_hash = messages_hash(messages)
+        if content_hash in seen:
+            report.row_dropped("exact duplicate", *location)
             continue
-        seen.add(identity)
-        report.note_row(chat.content.changes, chat.content.unused, *place)
+        seen.add(content_hash)
+        report.row_changed(chat.content.changes, chat.content.unused, *location)
         if len(messages) < len(chat.messages):
-            report.shorten("without its last question, which has no answer", *place)
+            report.row_truncated("without its last question, which has no answer", *location)
         text = chat.content.text if messages is chat.messages else chat_text(messages)
-        yield Item(text, messages, language_of(text), question_key(messages), *place, identity=identity)
+        yield Example(
+            text, messages, detect_language(text), question_hash(messages), *location, content_hash=content_hash
+        )
 
 
-def messages_key(messages: Iterable[Message]) -> int:
+def messages_hash(messages: Iterable[Message]) -> int:
     """The hash of roles, contents and weights of all messages."""
-    return content_key("\0".join(f"{turn['role']}{turn.get('weight', '')}\0{turn['content']}" for turn in messages))
+    return text_hash("\0".join(f"{turn['role']}{turn.get('weight', '')}\0{turn['content']}" for turn in messages))
 
 
-def question_key(messages: list[Message]) -> int:
+def question_hash(messages: list[Message]) -> int:
     """The hash of a chat's first question."""
-    return content_key(next(message["content"] for message in messages if message["role"] == "user"))
+    return text_hash(next(message["content"] for message in messages if message["role"] == "user"))
 
 
-def in_batches(items: Iterable[tuple[str, Item]]) -> Iterator[list[tuple[str, Item]]]:
+def batch_examples(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
     """Lists of (split, item) of bounded size, in their order."""
-    batch: list[tuple[str, Item]] = []
+    batch: list[tuple[str, Example]] = []
     characters = 0
-    for split, item in items:
-        batch.append((split, item))
-        characters += len(item.text)
-        if len(batch) >= BATCH_ITEMS or characters >= BATCH_CHARACTERS:
+    for split, example in examples:
+        batch.append((split, example))
+        characters += len(example.text)
+        if len(batch) >= BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-def in_splits(items: Iterable[Item], val_share: float) -> Iterator[tuple[str, Item]]:
+def assign_splits(examples: Iterable[Example], val_share: float) -> Iterator[tuple[str, Example]]:
     """(split, item), by the rule at the top of this file: the split is train, val_zh or val_en."""
-    for is_validation, item in split_validation(items, val_share):
-        yield (f"val_{item.language}" if is_validation else "train"), item
+    for is_validation, example in mark_validation(examples, val_share):
+        yield (f"val_{example.language}" if is_validation else "train"), example
 
 
-def split_validation(items: Iterable[Item], val_share: float) -> Iterator[tuple[bool, Item]]:
+def mark_validation(examples: Iterable[Example], val_share: float) -> Iterator[tuple[bool, Example]]:
     """Yields (is_validation, item), by the rule at the top of this file, in one pass.
 
-    Until a language has ENOUGH validation items, the ENOUGH groups of lowest hash are held back: at the end some of
-    them may be needed. Memory: at most ENOUGH * COMMON items of each language.
+    Until a language has MIN_VALIDATION_EXAMPLES, as many groups of lowest hash are held back: at the end some of
+    them may be needed. Memory: at most MIN_VALIDATION_EXAMPLES * MAX_SAME_QUESTION items of each language.
     """
     limit = val_share * 2.0**64
-    opened = bytearray(1 << 24 if val_share else 1)  # approximate count of items per hash, 16 MB
-    sides = {language: _Held() for language in LANGUAGES}
-    for item in items:
-        held = sides[item.language]
-        held.count += 1
-        key = item.key
-        if limit and item.identity:  # chats and pairs may share their question
-            slot = key % len(opened)
-            if opened[slot] >= COMMON:
-                key = item.identity
+    question_counts = bytearray(1 << 24 if val_share else 1)  # approximate count of items per hash, 16 MB
+    held_back = {language: _HeldBack() for language in LANGUAGES}
+    for example in examples:
+        held = held_back[example.language]
+        held.num_examples += 1
+        key = example.split_hash
+        if limit and example.content_hash:  # chats and pairs may share their question
+            slot = key % len(question_counts)
+            if question_counts[slot] >= MAX_SAME_QUESTION:
+                key = example.content_hash
             else:
-                opened[slot] += 1
+                question_counts[slot] += 1
         if key < limit:
-            held.found += 1
-            yield True, item
-        elif not limit or held.found >= ENOUGH:
-            yield False, item
+            held.num_validation += 1
+            yield True, example
+        elif not limit or held.num_validation >= MIN_VALIDATION_EXAMPLES:
+            yield False, example
         else:
-            yield from ((False, other) for other in held.add(key, item))
-        if held.found >= ENOUGH and held.groups:
+            yield from ((False, other) for other in held.hold(key, example))
+        if held.num_validation >= MIN_VALIDATION_EXAMPLES and held.groups:
             yield from ((False, other) for other in held.release())
-    for held in sides.values():
-        chosen = held.choose()
-        yield from ((id(item) in chosen, item) for item in held.release())
+    for held in held_back.values():
+        chosen = held.choose_validation()
+        yield from ((id(example) in chosen, example) for example in held.release())
 
 
-class _Held:
+class _HeldBack:
     """The items of one language that may become validation items and are held back, in groups of one hash."""
 
     def __init__(self) -> None:
-        self.count = self.found = 0  # all items; those that are in the validation split
-        self.groups: dict[int, list[Item]] = {}
+        self.num_examples = self.num_validation = 0  # all items; those that are in the validation split
+        self.groups: dict[int, list[Example]] = {}
 
-    def add(self, key: int, item: Item) -> list[Item]:
+    def hold(self, key: int, example: Example) -> list[Example]:
         """Hold an item back; returns the items that are training items for certain."""
-        if key not in self.groups and len(self.groups) >= ENOUGH:
+        if key not in self.groups and len(self.groups) >= MIN_VALIDATION_EXAMPLES:
             highest = max(self.groups)
             if key > highest:
-                return [item]
+                return [example]
             released = self.groups.pop(highest)
         else:
             released = []
-        self.groups.setdefault(key, []).append(item)
+        self.groups.setdefault(key, []).append(example)
         return released
 
-    def release(self) -> list[Item]:
-        items = [item for group in self.groups.values() for item in group]
+    def release(self) -> list[Example]:
+        examples = [example for group in self.groups.values() for example in group]
         self.groups.clear()
-        return items
+        return examples
 
-    def choose(self) -> set[int]:
+    def choose_validation(self) -> set[int]:
         """The ids of the held items that go to the validation split, lowest hash first, whole groups where they fit."""
-        wanted = min(ENOUGH, self.count // ENOUGH) - self.found
+        num_wanted = min(MIN_VALIDATION_EXAMPLES, self.num_examples // MIN_VALIDATION_EXAMPLES) - self.num_validation
         chosen: set[int] = set()
         for key in sorted(self.groups):
             group = self.groups[key]
-            if len(chosen) + len(group) <= wanted:
+            if len(chosen) + len(group) <= num_wanted:
                 chosen.update(map(id, group))
-        if wanted > 0 and not chosen:  # every group is too large: one question opens many chats
+        if num_wanted > 0 and not chosen:  # every group is too large: one question opens many chats
             group = min(self.groups.values(), key=len, default=[])
-            chosen.update(id(item) for item in sorted(group, key=lambda item: item.identity)[:wanted])
+            chosen.update(
+                id(example) for example in sorted(group, key=lambda example: example.content_hash)[:num_wanted]
+            )
         return chosen

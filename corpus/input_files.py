@@ -1,7 +1,7 @@
 """Opening a data file, compressed or not and in any of the usual encodings, as a stream of UTF-8 lines.
 
     expand_inputs(paths)           files and folders -> files
-    open_source(path) -> Source    .readline .read .head; damage ends the file and is noted in .damages
+    open_input(path) -> Source    .readline .read .head; damage ends the file and is noted in .damages
 
 Read next: compression.py, damage.py, text_encoding.py (GB18030, UTF-16, ...), sniff.py (telling the format).
 """
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.errors import UserError
-from corpus.compression import MAGIC, Unpacked, kind_of, read_error
+from corpus.compression import MAGIC_BYTES, Decompressor, compression_suffix, describe_read_error
 from corpus.damage import Damage
-from corpus.text_encoding import UTF8, detect_encoding, utf8_pieces
+from corpus.text_encoding import UTF8, detect_encoding, utf8_chunks
 
-SAMPLES = 16  # places of a long file that are read to find its encoding
-PIECE = 64 << 10  # bytes read to find the format; also the size of one piece of plain text, see txt_reader.py
-BUFFER = 1 << 20  # bytes that a stream keeps
+ENCODING_SAMPLES = 16  # places of a long file that are read to find its encoding
+READ_CHUNK_BYTES = (
+    64 << 10
+)  # bytes read to find the format; also the size of one piece of plain text, see txt_reader.py
+BUFFER_BYTES = 1 << 20  # bytes that a stream keeps
 SUFFIX_FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -33,7 +35,7 @@ SUFFIX_FORMATS = {
 }
 # Files of a data folder that hold no rows: what `datasets`, transformers and our own clean, dedup and decontaminate
 # write beside them.
-NO_ROWS = frozenset(
+NON_DATA_FILES = frozenset(
     ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json", "metadata.json",
      "report.json", "dropped.tsv", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
      "special_tokens_map.json", "vocab.json", "readme.txt", "license.txt", "notice.txt", "requirements.txt")
@@ -41,7 +43,7 @@ NO_ROWS = frozenset(
 BINARY_MAGIC = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # parquet, arrow, zip, xls
 
 
-def check_input(file: str | os.PathLike[str]) -> None:
+def require_readable(file: str | os.PathLike[str]) -> None:
     """Raises UserError unless `file` is a readable file."""
     path = Path(file)
     if path.is_dir():
@@ -52,7 +54,7 @@ def check_input(file: str | os.PathLike[str]) -> None:
         raise UserError(f"{file}: no permission to read it")
 
 
-def expand_inputs(paths: Iterable[str | os.PathLike[str]], say: Callable[[str], None] = print) -> list[str]:
+def expand_inputs(paths: Iterable[str | os.PathLike[str]], log: Callable[[str], None] = print) -> list[str]:
     """The files to read: a folder is read as the data files in it and below it, in the order of their names.
 
     Hidden and partial files and those without a known suffix are left out; `say` gets a line with both numbers. A
@@ -62,18 +64,18 @@ def expand_inputs(paths: Iterable[str | os.PathLike[str]], say: Callable[[str], 
     files: list[str] = []
     for path in paths:
         if not Path(path).is_dir():
-            check_input(path)
+            require_readable(path)
             files.append(os.fspath(path))
             continue
         data, others = _data_files(Path(path))
-        shown = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
+        shown_names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
         if not data:
-            found = f"it holds {shown}" if shown else "it is empty"
+            value = f"it holds {shown_names}" if shown_names else "it is empty"
             raise UserError(
-                f"{path}: no data file in this folder, {found}: name a folder with txt, jsonl, csv, ... files"
+                f"{path}: no data file in this folder, {value}: name a folder with txt, jsonl, csv, ... files"
             )
-        left_out = f", {len(others):,} other files are left out ({shown})" if others else ""
-        say(f"{path} is a folder: {len(data):,} data files are read{left_out}")
+        left_out = f", {len(others):,} other files are left out ({shown_names})" if others else ""
+        log(f"{path} is a folder: {len(data):,} data files are read{left_out}")
         files += [os.fspath(file) for file in data]
     return files
 
@@ -99,7 +101,7 @@ def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
                 inner = _data_files(entry)
                 data += inner[0]
                 others += inner[1]
-        elif not hidden and entry.name.lower() not in NO_ROWS and _has_data_suffix(entry):
+        elif not hidden and entry.name.lower() not in NON_DATA_FILES and _has_data_suffix(entry):
             data.append(entry)
         else:
             others.append(entry)
@@ -108,72 +110,72 @@ def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _has_data_suffix(path: Path) -> bool:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in MAGIC:
+    if suffixes and suffixes[-1] in MAGIC_BYTES:
         suffixes.pop()
     return bool(suffixes) and (suffixes[-1] in SUFFIX_FORMATS or suffixes[-1] == ".txt")
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-class Source:
+class InputFile:
     """A file opened for reading, unpacked on the fly. What cannot be read ends it and is noted in `damages`."""
 
     def __init__(self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damages: list[Damage]) -> None:
         self.raw, self.stream, self.suffix, self.name, self.damages = raw, stream, suffix, name, damages
         self.size = os.fstat(raw.fileno()).st_size
-        self.packed = stream is not raw
+        self.is_compressed = stream is not raw
         self.line = 1
         self.encoding = UTF8
 
     @property
-    def malformed(self) -> str:
+    def malformed_reason(self) -> str:
         """The reason of rows with bytes that the encoding does not have."""
-        return self.encoding.malformed.replace("{file}", shlex.quote(self.name))
+        return self.encoding.malformed_reason.replace("{file}", shlex.quote(self.name))
 
-    def position(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of the (packed) file read so far."""
         return self.raw.tell()
 
-    def damage(self, reason: str, rows: int = 0) -> None:
+    def add_damage(self, reason: str, rows: int = 0) -> None:
         """The file cannot be used from here on; `rows` rows are lost, or unknown."""
         self.damages.append(Damage(reason, self.raw.tell(), 0, rows))
 
-    def _guard(self, read: Callable[[int], bytes], size: int) -> bytes:
+    def _read_or_end(self, read: Callable[[int], bytes], size: int) -> bytes:
         try:
             return read(size)
         except OSError as error:
-            self.damages.append(Damage(read_error(error), self.raw.tell(), self.size - self.raw.tell()))
-            self.stream = io.BufferedReader(_PieceStream(iter(())))
+            self.damages.append(Damage(describe_read_error(error), self.raw.tell(), self.size - self.raw.tell()))
+            self.stream = io.BufferedReader(_ChunkStream(iter(())))
             return b""
 
     def readline(self, size: int) -> bytes:
-        return self._guard(self.stream.readline, size)
+        return self._read_or_end(self.stream.readline, size)
 
     def read(self, size: int) -> bytes:
-        return self._guard(self.stream.read1, size)
+        return self._read_or_end(self.stream.read1, size)
 
     def head(self) -> bytes:
         """The first bytes, without advancing."""
-        return self._guard(self.stream.peek, PIECE)
+        return self._read_or_end(self.stream.peek, READ_CHUNK_BYTES)
 
-    def __enter__(self) -> "Source":
+    def __enter__(self) -> "InputFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.raw.close()
 
 
-class _PieceStream(io.RawIOBase):
+class _ChunkStream(io.RawIOBase):
     """A raw stream over pieces of bytes. All that came before an error is delivered before the error is raised."""
 
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces, self.rest = pieces, memoryview(b"")
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.chunks, self.remainder = chunks, memoryview(b"")
         self.error: OSError | None = None
 
     def readable(self) -> bool:
@@ -181,69 +183,73 @@ class _PieceStream(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         view, filled = memoryview(target), 0
-        want = min(len(view), PIECE)
-        while filled < want and not self.error:
-            if not self.rest:
+        wanted_bytes = min(len(view), READ_CHUNK_BYTES)
+        while filled < wanted_bytes and not self.error:
+            if not self.remainder:
                 try:
-                    piece = next(self.pieces, None)
+                    chunk = next(self.chunks, None)
                 except OSError as error:
-                    piece, self.error = None, error
-                if piece is None:
+                    chunk, self.error = None, error
+                if chunk is None:
                     break
-                self.rest = memoryview(piece)
-            size = min(len(view) - filled, len(self.rest))
-            view[filled : filled + size] = self.rest[:size]
-            self.rest = self.rest[size:]
+                self.remainder = memoryview(chunk)
+            size = min(len(view) - filled, len(self.remainder))
+            view[filled : filled + size] = self.remainder[:size]
+            self.remainder = self.remainder[size:]
             filled += size
         if self.error and not filled:
             raise self.error
         return filled
 
 
-def open_source(path: Path, skip_damage: bool = False) -> Source:
+def open_input(path: Path, skip_damage: bool = False) -> InputFile:
     """Opens a file. `skip_damage`: after damage in a compressed file reading continues where another stream begins."""
-    check_input(path)
+    require_readable(path)
     try:
-        raw: Any = path.open("rb", buffering=PIECE)
-        kind = kind_of(raw.peek(8)[:8])
+        raw: Any = path.open("rb", buffering=READ_CHUNK_BYTES)
+        kind = compression_suffix(raw.peek(8)[:8])
     except OSError as error:
-        raise UserError(f"{path}: {read_error(error)}") from None
+        raise UserError(f"{path}: {describe_read_error(error)}") from None
     suffixes = [suffix.lower() for suffix in path.suffixes]
     damages: list[Damage] = []
     stream: Any = raw
     size = os.fstat(raw.fileno()).st_size
     if kind:
-        stream = io.BufferedReader(_PieceStream(Unpacked(raw, kind, size, damages, skip_damage).pieces()), BUFFER)
-    if suffixes and suffixes[-1] in MAGIC:
+        stream = io.BufferedReader(
+            _ChunkStream(Decompressor(raw, kind, size, damages, skip_damage).chunks()), BUFFER_BYTES
+        )
+    if suffixes and suffixes[-1] in MAGIC_BYTES:
         named = suffixes.pop()
         if size and not kind:
             damages.append(Damage(f"not a {named} archive, whatever its name says", 0, size))
-            stream = io.BufferedReader(_PieceStream(iter(())))
-    source = Source(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damages)
-    _to_utf8(source)
-    return source
+            stream = io.BufferedReader(_ChunkStream(iter(())))
+    input_file = InputFile(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damages)
+    _convert_to_utf8(input_file)
+    return input_file
 
 
-def _to_utf8(source: Source) -> None:
+def _convert_to_utf8(input_file: InputFile) -> None:
     """Convert the encoding and the line ends of `source`: it yields UTF-8 lines that end with a line feed."""
-    head = source.head()
+    head = input_file.head()
     if head.startswith(BINARY_MAGIC):
         return
-    source.encoding = detect_encoding(_sample(source, head))
+    input_file.encoding = detect_encoding(_encoding_sample(input_file, head))
     old_mac = b"\r" in head and b"\n" not in head
-    if source.encoding.codec != "utf-8" or old_mac:
-        pieces = utf8_pieces(source.stream, source.encoding.codec, old_mac)
-        source.stream = io.BufferedReader(_PieceStream(pieces), BUFFER)
+    if input_file.encoding.codec != "utf-8" or old_mac:
+        chunks = utf8_chunks(input_file.stream, input_file.encoding.codec, old_mac)
+        input_file.stream = io.BufferedReader(_ChunkStream(chunks), BUFFER_BYTES)
 
 
-def _sample(source: Source, head: bytes) -> bytes:
+def _encoding_sample(input_file: InputFile, head: bytes) -> bytes:
     """The first bytes; of a file that begins with ASCII only, also some of its later lines."""
-    pieces = [head[: head.rfind(b"\n") + 1] or head]
-    if head.isascii() and not source.packed and len(head) < source.size and hasattr(os, "pread"):
-        for i in range(1, SAMPLES):
+    chunks = [head[: head.rfind(b"\n") + 1] or head]
+    if head.isascii() and not input_file.is_compressed and len(head) < input_file.size and hasattr(os, "pread"):
+        for i in range(1, ENCODING_SAMPLES):
             try:
-                piece = os.pread(source.raw.fileno(), PIECE // 4, source.size * i // SAMPLES)
+                chunk = os.pread(
+                    input_file.raw.fileno(), READ_CHUNK_BYTES // 4, input_file.size * i // ENCODING_SAMPLES
+                )
             except OSError:  # read again, and reported, where the reader comes to it
                 continue
-            pieces.append(piece[piece.find(b"\n") + 1 : piece.rfind(b"\n") + 1])
-    return b"".join(pieces)
+            chunks.append(chunk[chunk.find(b"\n") + 1 : chunk.rfind(b"\n") + 1])
+    return b"".join(chunks)

@@ -26,25 +26,25 @@ from typing import IO, Any, TypeVar
 from common.checksums import has_valid_checksum, with_checksum
 from common.errors import UserError
 from common.files import remove, remove_leftovers, write_json
-from corpus.block_checksums import SummedFile
+from corpus.block_checksums import ChecksummedFile
 from corpus.damage import DamagedFile
-from corpus.input_files import check_input
-from corpus.readers import Path_
+from corpus.input_files import require_readable
+from corpus.readers import PathLike
 
-PROGRESS, SIGNING = "progress.json", "signing.keys"  # the second of dedup's first pass
+PROGRESS_FILE, SIGNING_FILE = "progress.json", "signing.keys"  # the second of dedup's first pass
 CHECKPOINT_SECONDS = 20.0
-MOVE_ROWS = 1000  # rows that are only read between two movements of the progress bar
+SKIP_BATCH_ROWS = 1000  # rows that are only read between two movements of the progress bar
 
-Anything = TypeVar("Anything")
+Element = TypeVar("Element")
 
 
-class Progress:
+class JobProgress:
     """The progress file of a job. A job is whatever the result depends on, as plain values."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], name: str = PROGRESS) -> None:
+    def __init__(self, folder: Path, job: dict[str, Any], name: str = PROGRESS_FILE) -> None:
         self.folder, self.path = folder, folder / name
         self.job = json.loads(json.dumps(job))  # as it comes back from the file
-        self.saved = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
     def load(self) -> dict[str, Any]:
         """What `save` was last given for this job, its files cut to what they were then.
@@ -54,31 +54,31 @@ class Progress:
         """
         remove_leftovers(self.path)  # of a kill in `save`
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            sizes = {self.folder / name: size for name, size in found["files"].items()}
-            if not has_valid_checksum(found):
+            saved_state = json.loads(self.path.read_text(encoding="utf-8"))
+            sizes = {self.folder / name: size for name, size in saved_state["files"].items()}
+            if not has_valid_checksum(saved_state):
                 raise ValueError("damaged")
-            if found["job"] == self.job and all(path.stat().st_size >= size for path, size in sizes.items()):
+            if saved_state["job"] == self.job and all(path.stat().st_size >= size for path, size in sizes.items()):
                 for path, size in sizes.items():
                     os.truncate(path, size)
-                return found["state"]
+                return saved_state["state"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass
         self.path.unlink(missing_ok=True)
         return {}
 
-    def start(self) -> dict[str, Any]:
+    def load_or_reset(self) -> dict[str, Any]:
         """`load`, in a folder that exists and that holds nothing when there is nothing to go on with."""
-        found = self.load()
-        if not found:
+        saved_state = self.load()
+        if not saved_state:
             remove(self.folder)
             self.folder.mkdir(parents=True)
-        return found
+        return saved_state
 
-    def due(self) -> bool:
-        return time.perf_counter() - self.saved >= CHECKPOINT_SECONDS
+    def is_due(self) -> bool:
+        return time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS
 
-    def save(self, state: dict[str, Any], *files: IO[bytes] | SummedFile) -> None:
+    def save(self, state: dict[str, Any], *files: IO[bytes] | ChecksummedFile) -> None:
         """Vouch for `state` and for everything in `files`, which lie in the folder and are open for appending."""
         for file in files:
             file.flush()
@@ -86,42 +86,42 @@ class Progress:
         sizes = {Path(file.name).name: file.tell() for file in files}
         content = with_checksum({"job": self.job, "state": state, "files": sizes})
         write_json(self.path, content, indent=None)
-        self.saved = time.perf_counter()
+        self.saved_at = time.perf_counter()
 
 
-def inputs_of(paths: Iterable[Path_]) -> list[list[Any]]:
+def input_fingerprints(paths: Iterable[PathLike]) -> list[list[Any]]:
     """What tells the files from others or later ones of the same names. Raises UserError for one that is not there."""
     paths = list(paths)
     for path in paths:
-        check_input(path)
-    found = [(Path(path).resolve(), Path(path).stat()) for path in paths]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+        require_readable(path)
+    saved_state = [(Path(path).resolve(), Path(path).stat()) for path in paths]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in saved_state]
 
 
-def behind(done: int, items: Iterable[Anything], on_batch: Callable[[], None]) -> Iterator[Anything]:
+def skip_done(done: int, elements: Iterable[Element], on_batch: Callable[[], None]) -> Iterator[Element]:
     """The items behind the first `done`, which an earlier run has dealt with: they are only read."""
-    for number, item in enumerate(items):
+    for number, element in enumerate(elements):
         if number >= done:
-            yield item
-        elif number % MOVE_ROWS == 0:
+            yield element
+        elif number % SKIP_BATCH_ROWS == 0:
             on_batch()
 
 
-def can_continue(problem: BaseException) -> bool:
+def can_resume(error: BaseException) -> bool:
     """Whether the same command can continue later: a full or read-only disk, or a damaged file, may be mended."""
-    return isinstance(problem, (OSError, DamagedFile)) or isinstance(problem.__cause__, OSError)
+    return isinstance(error, (OSError, DamagedFile)) or isinstance(error.__cause__, OSError)
 
 
 @contextlib.contextmanager
-def unfinished(folder: Path) -> Iterator[None]:
+def keep_if_resumable(folder: Path) -> Iterator[None]:
     """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with.
 
     A damaged file is no bad data: with --accept_damaged, the command continues.
     """
     try:
         yield
-    except BaseException as problem:
-        if (isinstance(problem, UserError) and not can_continue(problem)) or not (folder / PROGRESS).is_file():
+    except BaseException as error:
+        if (isinstance(error, UserError) and not can_resume(error)) or not (folder / PROGRESS_FILE).is_file():
             with contextlib.suppress(OSError):
                 remove(folder)
         raise

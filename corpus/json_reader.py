@@ -17,14 +17,16 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from corpus.input_files import Source
-from corpus.json_stream import LOST, MAX_LINE, Broken, JsonStream, is_message
-from corpus.stats import DataReport
+from corpus.input_files import InputFile
+from corpus.json_stream import LOST_ROW, MAX_LINE, BrokenJson, JsonStream, has_message_keys
+from corpus.stats import DataStats
 
-NO_END = "a JSON array without its end: the file may be cut"
-LONG_LINE = 1 << 20  # bytes of a broken line that counts as the rows it may have held
-WHOLE = 1 << 20  # characters up to which one object is read as a whole before it is searched for a list of rows
-CHAT_LISTS = frozenset(
+MISSING_END = "a JSON array without its end: the file may be cut"
+LONG_LINE_BYTES = 1 << 20  # bytes of a broken line that counts as the rows it may have held
+MAX_WHOLE_OBJECT = (
+    1 << 20
+)  # characters up to which one object is read as a whole before it is searched for a list of rows
+CHAT_LIST_KEYS = frozenset(
     (
         "messages",
         "conversations",
@@ -43,79 +45,84 @@ CHAT_LISTS = frozenset(
     )
 )
 
-Rows = Iterator[tuple[int, Any]]
+NumberedRows = Iterator[tuple[int, Any]]
 
 
-def lines_of(source: Source, report: DataReport) -> Iterator[tuple[int, bytes]]:
+def read_numbered_lines(input_file: InputFile, report: DataStats) -> Iterator[tuple[int, bytes]]:
     """(line number, line with its end); a line above MAX_LINE is a bad row, or as many as it may have held."""
     number = size = 0
-    while line := source.readline(MAX_LINE):
+    while line := input_file.readline(MAX_LINE):
         number += 1
-        source.line = number
+        input_file.line = number
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
             long = len(line)
-            while rest := source.readline(1 << 20):
-                long += len(rest)
-                if rest.endswith(b"\n"):
+            while continuation := input_file.readline(1 << 20):
+                long += len(continuation)
+                if continuation.endswith(b"\n"):
                     break
-            rows = report.rows_in(source.name, long, size + long)
-            report.unreadable(f"a line longer than {MAX_LINE >> 20} MB", source.name, number, rows)
+            rows = report.estimate_rows(input_file.name, long, size + long)
+            report.row_unreadable(f"a line longer than {MAX_LINE >> 20} MB", input_file.name, number, rows)
             continue
         size += len(line)
         yield number, line
 
 
 # ---- a value on each line --------------------------------------------------------------------------------------------
-def read_jsonl(source: Source, report: DataReport) -> Rows:
+def read_jsonl(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Rows of a file with a JSON value on each line."""
     size = 0
-    for number, line in lines_of(source, report):
+    for number, line in read_numbered_lines(input_file, report):
         size += len(line)
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
-            if is_array(line):
-                yield from _rows_of_line(line, source, report)
+            if is_object_array(line):
+                yield from _read_array_line(line, input_file, report)
             else:
-                report.unreadable(source.malformed, source.name, number, _rows_of_broken(line, size, source, report))
+                report.row_unreadable(
+                    input_file.malformed_reason,
+                    input_file.name,
+                    number,
+                    _estimate_broken_rows(line, size, input_file, report),
+                )
             continue
         except (ValueError, RecursionError):
             text = line.decode().strip(" \t\r\n\v\f\ufeff")
             if text in ("", "[", "]", ",", "],"):
                 continue
             try:
-                row = loose_value(text)
+                row = parse_loose_json(text)
             except (ValueError, RecursionError):
-                if is_array(line):
-                    yield from _rows_of_line(line, source, report)
+                if is_object_array(line):
+                    yield from _read_array_line(line, input_file, report)
                 else:
-                    rows = _rows_of_broken(line, size, source, report)
-                    report.unreadable(_why_broken(text), source.name, number, rows)
+                    rows = _estimate_broken_rows(line, size, input_file, report)
+                    report.row_unreadable(_broken_json_reason(text), input_file.name, number, rows)
                 continue
         if isinstance(row, list):
-            yield from ((number, item) for item in rows_of_list(row))
+            yield from ((number, item) for item in list_rows(row))
         else:
             yield number, row
 
 
-def is_array(line: bytes) -> bool:
+def is_object_array(line: bytes) -> bool:
     """Whether a line that is broken is an array of several objects, whose other objects can be read."""
     line = line.strip(b" \t\r\n,")
     return line.startswith(b"[") and line.endswith(b"]") and re.search(rb"\}\s{0,9},\s{0,9}\{", line) is not None
 
 
-def _rows_of_line(line: bytes, source: Source, report: DataReport) -> Rows:
-    number, pieces = source.line, iter([line.strip()])
-    for _, row in _array(JsonStream(lambda size: next(pieces, b""), source, report)):
+def _read_array_line(line: bytes, input_file: InputFile, report: DataStats) -> NumberedRows:
+    number, pieces = input_file.line, iter([line.strip()])
+    for _, row in _read_array(JsonStream(lambda size: next(pieces, b""), input_file, report)):
         yield number, row
 
 
-def _rows_of_broken(line: bytes, size: int, source: Source, report: DataReport) -> int:
+def _estimate_broken_rows(line: bytes, size: int, input_file: InputFile, report: DataStats) -> int:
     """How many rows a broken line stands for: one, or, where it is long enough to be a lost line end, an estimate."""
-    return report.rows_in(source.name, len(line), size) if len(line) > LONG_LINE else 1
+    return report.estimate_rows(input_file.name, len(line), size) if len(line) > LONG_LINE_BYTES else 1
 
 
-def loose_value(text: str) -> Any:
+def parse_loose_json(text: str) -> Any:
     """The JSON value of a line that may have been cut out of an array: [ before it, a comma or ] after it."""
     text = text.strip(" \t\r\n\ufeff").removesuffix(",").rstrip()
     if text.startswith("[") and not text.endswith("]"):
@@ -125,127 +132,131 @@ def loose_value(text: str) -> Any:
     return json.loads(text)
 
 
-def rows_of_list(items: list[Any]) -> list[Any]:
+def list_rows(items: list[Any]) -> list[Any]:
     """The rows of a list on one line, or inside an array: a list of turns is one chat, other objects are rows."""
     if not items or not all(isinstance(item, dict) for item in items):
         return [items]  # not a row: the caller counts it as bad
-    if all(is_message(item) or "human" in item or "assistant" in item for item in items):
+    if all(has_message_keys(item) or "human" in item or "assistant" in item for item in items):
         return [{"messages": items}]
     return items
 
 
-def _why_broken(text: str) -> str:
+def _broken_json_reason(text: str) -> str:
     if "\0" in text:
         return "NUL character"
     return "Python notation (single quotes), not JSON" if text.startswith(("{'", "[{'")) else "broken JSON"
 
 
 # ---- values over any number of lines ---------------------------------------------------------------------------------
-def read_json(source: Source, report: DataReport) -> Rows:
+def read_json(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Rows of arrays, of objects one after the other, and of one object around them, without holding the whole file."""
-    stream = JsonStream(source.read, source, report)
+    stream = JsonStream(input_file.read, input_file, report)
     while start := stream.peek():
-        line = source.line
+        line = input_file.line
         try:
             if start == "{" and not stream.rows:
-                yield from _first_object(stream, report)
+                yield from _read_first_object(stream, report)
             elif start == "[":
-                yield from _array(stream)
-            elif start in "]}:" and stream.damaged:  # of what is damaged
+                yield from _read_array(stream)
+            elif start in "]}:" and stream.is_damaged:  # of what is damaged
                 stream.skip(stream.start + 1)
-            elif (value := stream.row()) is not LOST:
+            elif (value := stream.read_row()) is not LOST_ROW:
                 yield line, value
-        except Broken as reason:
-            if reason.final:
-                report.unreadable(str(reason), source.name, source.line)
+        except BrokenJson as reason:
+            if reason.is_final:
+                report.row_unreadable(str(reason), input_file.name, input_file.line)
                 return
             stream.recover(reason)
 
 
-def _array(stream: JsonStream, objects_only: bool = False) -> Rows:
+def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
     """The elements of an array as rows; if the first is a message, all together as one row, a list."""
-    source = stream.source
-    begin, line, chat, is_chat, whole = stream.consumed, source.line, [], None, True
-    stream.take("[")
+    input_file = stream.input_file
+    begin, line, chat, is_chat, is_whole = stream.consumed, input_file.line, [], None, True
+    stream.expect("[")
     while stream.peek() not in ("]", ""):
-        at = source.line
-        value = stream.row()
-        if value is LOST:
-            whole = False
+        at = input_file.line
+        value = stream.read_row()
+        if value is LOST_ROW:
+            is_whole = False
             continue
-        is_chat = is_message(value) if is_chat is None else is_chat
+        is_chat = has_message_keys(value) if is_chat is None else is_chat
         if is_chat:
             chat.append(value)
             if stream.consumed - begin > MAX_LINE:
-                raise Broken(f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read", 0, final=True)
+                raise BrokenJson(
+                    f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read", 0, is_final=True
+                )
         elif isinstance(value, list):
             lists = value if all(_is_chat_list(item) for item in value) and value else [value]
-            yield from ((at, row) for items in lists for row in rows_of_list(items))
-        elif isinstance(value, dict) and stream.rows == 1 and not stream.peek() and (rows := rows_inside(value)):
+            yield from ((at, row) for items in lists for row in list_rows(items))
+        elif isinstance(value, dict) and stream.rows == 1 and not stream.peek() and (rows := object_rows(value)):
             yield from ((at, row) for row in rows)  # an object around the rows, behind a bracket too many
         elif isinstance(value, dict) or not objects_only:
             yield at, value
     if stream.peek():
-        stream.take("]")
-    elif not source.damages and not stream.damaged:
-        stream.report.unreadable(NO_END, source.name, source.line)
-    if chat and whole:  # of a chat with a damaged message the rest would be another one
+        stream.expect("]")
+    elif not input_file.damages and not stream.is_damaged:
+        stream.report.row_unreadable(MISSING_END, input_file.name, input_file.line)
+    if chat and is_whole:  # of a chat with a damaged message the rest would be another one
         yield line, {"messages": chat}
 
 
 def _is_chat_list(value: Any) -> bool:
     """Whether a value is a list of messages: a list of such is an array behind a bracket too many."""
-    return isinstance(value, list) and bool(value) and is_message(value[0])
+    return isinstance(value, list) and bool(value) and has_message_keys(value[0])
 
 
-def _first_object(stream: JsonStream, report: DataReport) -> Rows:
+def _read_first_object(stream: JsonStream, report: DataStats) -> NumberedRows:
     """The first object of a file: one row, or the object that contains the rows if nothing follows it."""
-    line, begin = stream.source.line, stream.consumed
+    line, begin = stream.input_file.line, stream.consumed
     try:
-        value = stream.value(WHOLE)
-    except Broken as reason:
-        if _holds_rows(stream) and (reason.at >= len(stream.text) or not _begins_with(stream, stream.likely_key())):
-            yield from _rows_of_long_object(stream, report)
-        elif (value := stream.row()) is not LOST:
+        value = stream.read_value(MAX_WHOLE_OBJECT)
+    except BrokenJson as reason:
+        if _contains_rows(stream) and (
+            reason.offset >= len(stream.text) or not _starts_with_key(stream, stream.likely_key())
+        ):
+            yield from _read_long_object(stream, report)
+        elif (value := stream.read_row()) is not LOST_ROW:
             yield line, value
         return
     after = stream.peek()
-    rows = rows_inside(value) if after in ("", "]", "}") else None
+    rows = object_rows(value) if after in ("", "]", "}") else None
     if rows is None:
         stream.count_row(value, begin)
         yield line, value
         return
-    if len(lists := _row_lists(value)) > 1:
-        _note_lists(stream, report, lists)
+    if len(lists := _row_list_keys(value)) > 1:
+        _note_row_lists(stream, report, lists)
     yield from ((line, row) for row in rows)
 
 
-def _begins_with(stream: JsonStream, key: str) -> bool:
+def _starts_with_key(stream: JsonStream, key: str) -> bool:
     """Whether the object ahead begins with this key, as the rows do: then it is one of them."""
     match = _KEY.match(stream.text, stream.start + 1)
     return match is not None and match[1] == key
 
 
-def _note_lists(stream: JsonStream, report: DataReport, names: list[str]) -> None:
-    report.note(f"{stream.source.name}: the rows of all its lists are read: {', '.join(names)}")
+def _note_row_lists(stream: JsonStream, report: DataStats, names: list[str]) -> None:
+    report.add_note(f"{stream.input_file.name}: the rows of all its lists are read: {', '.join(names)}")
 
 
-def _row_lists(value: dict[str, Any]) -> list[str]:
+def _row_list_keys(value: dict[str, Any]) -> list[str]:
     """The keys of an object under which there are lists of rows."""
-    return [key for key, items in value.items() if key not in CHAT_LISTS and isinstance(items, list) and items
-            and all(isinstance(item, (dict, list)) for item in items) and not is_message(items[0])]  # fmt: skip
+    return [key for key, items in value.items() if key not in CHAT_LIST_KEYS and isinstance(items, list) and items
+            and all(isinstance(item, (dict, list)) for item in items) and not has_message_keys(items[0])]  # fmt: skip
 
 
-def rows_inside(value: dict[str, Any]) -> list[Any] | None:
+def object_rows(value: dict[str, Any]) -> list[Any] | None:
     """The rows of an object that stands alone in its file; None when it is a row itself."""
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["columns"], list) and isinstance(value["data"], list):
         names = [str(name) for name in value["columns"]]
         fits = [isinstance(cells, list) and len(cells) == len(names) for cells in value["data"]]
         return [dict(zip(names, c, strict=True)) if fit else c for c, fit in zip(value["data"], fits, strict=True)]
-    if lists := _row_lists(value):
+    if lists := _row_list_keys(value):
         items = [item for key in lists for item in value[key]]
-        return [row for item in items for row in (rows_of_list(item) if isinstance(item, list) else [item])]
+        return [row for item in items for row in (list_rows(item) if isinstance(item, list) else [item])]
     if all(isinstance(column, dict) and column for column in columns) and columns:
         if all(key.isdigit() for key in value):
             return columns  # orient="index"
@@ -254,7 +265,7 @@ def rows_inside(value: dict[str, Any]) -> list[Any] | None:
             return [{name: column[key] for name, column in value.items()} for key in keys]
     if all(isinstance(column, list) and len(column) == len(columns[0]) > 0 for column in columns) and columns:
         scalars = not any(isinstance(cell, (dict, list)) for column in columns for cell in column)
-        if scalars and not CHAT_LISTS & value.keys():
+        if scalars and not CHAT_LIST_KEYS & value.keys():
             return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return None
 
@@ -262,7 +273,7 @@ def rows_inside(value: dict[str, Any]) -> list[Any] | None:
 _KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
 
 
-def _holds_rows(stream: JsonStream) -> bool:
+def _contains_rows(stream: JsonStream) -> bool:
     """Whether the first list of objects in the object ahead, of which only the beginning is read, is one of rows."""
     text, at = stream.text, stream.start + 1
     while match := _KEY.match(text, at):
@@ -273,24 +284,24 @@ def _holds_rows(stream: JsonStream) -> bool:
                     text, at + 1 + len(text[at + 1 : at + 99]) - len(text[at + 1 : at + 99].lstrip())
                 )
                 if isinstance(item, dict):
-                    return match[1] not in CHAT_LISTS and not is_message(item)
+                    return match[1] not in CHAT_LIST_KEYS and not has_message_keys(item)
             _, at = stream.parse(text, at)
         except (ValueError, RecursionError):
             return False
     return False
 
 
-def _rows_of_long_object(stream: JsonStream, report: DataReport) -> Rows:
+def _read_long_object(stream: JsonStream, report: DataStats) -> NumberedRows:
     names = []
-    stream.take("{")
+    stream.expect("{")
     while stream.peek() == '"':
-        name = stream.value()
-        stream.take(":")
-        if stream.peek() == "[" and name not in CHAT_LISTS:
+        name = stream.read_value()
+        stream.expect(":")
+        if stream.peek() == "[" and name not in CHAT_LIST_KEYS:
             names.append(str(name))
-            yield from _array(stream, objects_only=True)
+            yield from _read_array(stream, objects_only=True)
         else:
-            stream.value()
-    stream.take("}")
+            stream.read_value()
+    stream.expect("}")
     if len(names) > 1:
-        _note_lists(stream, report, names)
+        _note_row_lists(stream, report, names)

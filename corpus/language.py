@@ -14,7 +14,7 @@ from typing import Any
 from corpus.stats import BadRow
 
 LANGUAGES = ("zh", "en")
-ZH_SHARE = (
+MIN_CHINESE_FRACTION = (
     0.3  # one Chinese character says about as much as three letters, so a third of the characters is half the words
 )
 
@@ -24,15 +24,15 @@ _CJK_FIRST = bytes(range(0xE4, 0xEA))  # U+4000..U+9FFF: the unified ideographs
 _LETTER_FIRST = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + bytes(range(0xC3, 0xE0))  # Latin to Arabic
 
 
-def language_of(text: str) -> str:
+def detect_language(text: str) -> str:
     """ "zh" or "en", by the share of Chinese characters among the letters; any string is welcome."""
     raw = text.encode("utf-8", "surrogatepass")
     chinese = len(raw) - len(raw.translate(None, _CJK_FIRST))
     letters = len(raw) - len(raw.translate(None, _LETTER_FIRST))
-    return "zh" if chinese and chinese >= ZH_SHARE * (chinese + letters) else "en"
+    return "zh" if chinese and chinese >= MIN_CHINESE_FRACTION * (chinese + letters) else "en"
 
 
-def chinese_characters(text: str) -> int:
+def count_chinese(text: str) -> int:
     """How many of the characters are Chinese (the unified ideographs, U+4000 to U+9FFF)."""
     raw = text.encode("utf-8", "surrogatepass")
     return len(raw) - len(raw.translate(None, _CJK_FIRST))
@@ -43,7 +43,7 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def as_text(value: Any) -> Any:
+def stringify_number(value: Any) -> Any:
     """The text of a number, as a csv file would hold it (42, not 42.0); any other value as it is."""
     if isinstance(value, str):
         return value
@@ -54,7 +54,7 @@ def as_text(value: Any) -> Any:
     )
 
 
-def sound_text(value: Any, field: str) -> str:
+def require_text(value: Any, field: str) -> str:
     """`value` itself, when it is text that a tokenizer can take.
 
     Raises BadRow naming the field when it is missing, not a string, empty, holds a NUL, or half a character.
@@ -62,7 +62,7 @@ def sound_text(value: Any, field: str) -> str:
     if is_missing(value):
         raise BadRow(f"{field} is null")
     if not isinstance(value, str):
-        raise BadRow(f"{field} is {_name(value)}, not a string")
+        raise BadRow(f"{field} is {_type_name(value)}, not a string")
     if not value or value.isspace():
         raise BadRow(f"{field} is empty")
     if "\0" in value:
@@ -74,7 +74,7 @@ def sound_text(value: Any, field: str) -> str:
     return value
 
 
-def _name(value: Any) -> str:
+def _type_name(value: Any) -> str:
     """How a user would call this type of value."""
     if isinstance(value, bool):
         return "true/false"

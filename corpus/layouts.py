@@ -1,10 +1,10 @@
 """The layouts of rows that are read: which keys hold a question, an answer, a list of turns, a system prompt, …
 
-    KEYS       field -> the keys that hold it, first choice first; per row the first *filled* key of a field counts
-    ROLES      the names of speakers -> user, assistant, system, tool
+    FIELD_KEYS field -> the keys that hold it, first choice first; per row the first *filled* key of a field counts
+    ROLE_NAMES the names of speakers -> user, assistant, system, tool
     LAYOUTS    one example row for each layout that is documented and tested
 
-A new key is one more entry in KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md shows the same
+A new key is an entry of FIELD_KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md shows the same
 table (tests/corpus/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` names the keys of any other
 layout.
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from common.errors import UserError
 
-KEYS: dict[str, tuple[str, ...]] = {
+FIELD_KEYS: dict[str, tuple[str, ...]] = {
     "text": (
         "text", "content", "contents", "raw_content", "document", "passage", "article", "body", "completion", "story",
         "markdown", "正文", "文本", "内容",
@@ -59,19 +59,29 @@ KEYS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # The keys of two answers, the key that says which one is better, and its values for the first and the second.
-COMPARISONS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
+COMPARISON_KEYS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("response_0", "response_1", "better_response_id", (0, 1)),
     ("conversation_a", "conversation_b", "winner", ("a", "b")),  # also model_a, response_a
     ("response_a", "response_b", "winner", ("a", "b")),
     ("human_ref_A", "human_ref_B", "labels", (1, 0)),
 )
 
-ALTERNATIVES = ("answers", "completions", "responses")  # lists of answers in no order, unless they have a rank or score
-SCORES = (("rank", 1), ("overall_score", -1), ("score", -1), ("rating", -1), ("pm_score", -1))  # 1: the lowest is best
+UNORDERED_ANSWER_KEYS = (
+    "answers",
+    "completions",
+    "responses",
+)  # lists of answers in no order, unless they have a rank or score
+RANKING_KEYS = (
+    ("rank", 1),
+    ("overall_score", -1),
+    ("score", -1),
+    ("rating", -1),
+    ("pm_score", -1),
+)  # 1: the lowest is best
 
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
-ROLES = {
+ROLE_NAMES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "customer", "usr", "用户", "人类", "提问者"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bot", "chatbot", "model", "ai", "bing", "bard",
@@ -80,11 +90,18 @@ ROLES = {
                      "tool_response", "tool_result", "ipython", "工具"), "tool"),
 }  # fmt: skip
 TOOL_KEYS = ("tool_calls", "function_call")  # of a message: a call instead of an answer
-TRAINED_KEYS = ("weight", "train", "training", "trained", "loss", "loss_weight")  # of a message: 0 or false excludes it
+TRAINING_FLAG_KEYS = (
+    "weight",
+    "train",
+    "training",
+    "trained",
+    "loss",
+    "loss_weight",
+)  # of a message: 0 or false excludes it
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
 
 # Keys of metadata, which are ignored; every other key that is not used is reported.
-HARMLESS = frozenset((
+METADATA_KEYS = frozenset((
     "author", "batch", "category", "categories", "chosen_model", "chosen_score", "cluster", "conversation_hash",
     "conversation_id", "count", "country", "created", "created_at", "dataset", "dataset_name", "date", "dialog_id",
     "dialogue_id", "difficulty", "domain", "dump", "file", "file_path", "filename", "generation_model", "generator",
@@ -111,16 +128,16 @@ class Layout:
     used_by_zh: str = ""  # "": as in English
 
 
-_ASKED, _SAID = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
-_WRONG = {"role": "assistant", "content": "3"}
+_QUESTION, _ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
+_WRONG_ANSWER = {"role": "assistant", "content": "3"}
 
 LAYOUTS = (
     Layout("text", "text", {"text": "…"}, "most corpora; also content, document, article, body, completion, …",
            "大多数语料；也可以是 content、document、article、body、completion、正文 等"),
-    Layout("messages", "chat", {"messages": [_ASKED, _SAID]}, "OpenAI, minimind, nanochat, trl, axolotl"),
+    Layout("messages", "chat", {"messages": [_QUESTION, _ANSWER]}, "OpenAI, minimind, nanochat, trl, axolotl"),
     Layout("ShareGPT", "chat", {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
                                 "system": "…"}, "ShareGPT, FastChat, LLaMA-Factory"),
-    Layout("list", "chat", [_ASKED, _SAID], "nanochat's CustomJSON: a line is a list of messages",
+    Layout("list", "chat", [_QUESTION, _ANSWER], "nanochat's CustomJSON: a line is a list of messages",
            "nanochat 的 CustomJSON：一行就是一个消息列表"),
     Layout("turns", "chat", {"conversation": [{"human": "1+1?", "assistant": "2"}]}, "Firefly, MOSS, ShareGPT-zh"),
     Layout("turns, input and output", "chat", {"conversation": [{"system": "…", "input": "1+1?", "output": "2"}]},
@@ -152,7 +169,7 @@ LAYOUTS = (
     Layout("labelled", "chat", {"prompt": "1+1?", "completion": "2", "label": True},
            "KTO; rows with label false are skipped",
            "KTO；label 为 false 的行被跳过"),
-    Layout("whole conversations", "pair", {"chosen": [_ASKED, _SAID], "rejected": [_ASKED, _WRONG]},
+    Layout("whole conversations", "pair", {"chosen": [_QUESTION, _ANSWER], "rejected": [_QUESTION, _WRONG_ANSWER]},
            "minimind, trl, UltraFeedback"),
     Layout("prompt and answers", "pair", {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
            "trl, LLaMA-Factory; prompt, chosen and rejected as text, a message or messages",
@@ -172,8 +189,8 @@ LAYOUTS = (
     Layout("Huozi", "pair", {"q": "1+1?", "choose": "2", "reject": "3"},
            "Huozi; also accepted, better, win, response_j, …",
            "活字；也可以是 accepted、better、win、response_j 等"),
-    Layout("preferred_output", "pair", {"input": {"messages": [_ASKED]}, "preferred_output": [_SAID],
-                                        "non_preferred_output": [_WRONG]}, "OpenAI"),
+    Layout("preferred_output", "pair", {"input": {"messages": [_QUESTION]}, "preferred_output": [_ANSWER],
+                                        "non_preferred_output": [_WRONG_ANSWER]}, "OpenAI"),
     Layout("HH-RLHF", "pair", {"chosen": "\n\nHuman: 1+1?\n\nAssistant: 2",
                                "rejected": "\n\nHuman: 1+1?\n\nAssistant: 3"}, "Anthropic's HH-RLHF"),
     Layout("comparison", "pair", {"prompt": "1+1?", "response_0": "2", "response_1": "3", "better_response_id": 0},
@@ -208,7 +225,7 @@ TURN_RULES = (
 def parse_keys(text: str) -> dict[str, str]:
     """`--keys prompt=KEY,answer=KEY,…` as {field: key}. Raises UserError naming the fields that exist."""
     keys: dict[str, str] = {}
-    fields = [field for field in KEYS if field not in ("label", "weight")]
+    fields = [field for field in FIELD_KEYS if field not in ("label", "weight")]
     for part in filter(None, (part.strip() for part in text.split(","))):
         field, equals, key = (piece.strip() for piece in part.partition("="))
         if field not in fields or not equals or not key:
@@ -219,7 +236,7 @@ def parse_keys(text: str) -> dict[str, str]:
     return keys
 
 
-def expected_keys(kind: str, found: Iterable[str]) -> str:
+def explain_expected_keys(kind: str, found: Iterable[str]) -> str:
     """What a row of this kind ("text", "chat", "pair" or "any") needs, and the layouts nearest to the keys found."""
     found = list(found)
     needs = {
@@ -242,17 +259,17 @@ def expected_keys(kind: str, found: Iterable[str]) -> str:
 def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
     """The two layouts of this kind whose keys, or keys of the same fields, are most like those found."""
 
-    def likeness(layout: Layout) -> float:
+    def similarity(layout: Layout) -> float:
         keys = list(layout.example) if isinstance(layout.example, dict) else []
         score = 0.0
         for key in found:
-            same_field = {other for names in KEYS.values() if key.lower() in names for other in names}
+            same_field = {other for names in FIELD_KEYS.values() if key.lower() in names for other in names}
             ratios = [difflib.SequenceMatcher(None, key.lower(), wanted).ratio() for wanted in keys]
             score += 1.0 if same_field & set(keys) else max([ratio for ratio in ratios if ratio > 0.6], default=0.0)
         return score / (1 + len(keys))
 
     choices = [layout for layout in LAYOUTS if kind in ("any", layout.kind)]
-    return sorted(choices, key=lambda layout: -likeness(layout))[:2]
+    return sorted(choices, key=lambda layout: -similarity(layout))[:2]
 
 
 def print_layouts() -> None:
@@ -262,16 +279,16 @@ def print_layouts() -> None:
             f"{layout.kind:5} {layout.name}: {layout.used_by}\n      {json.dumps(layout.example, ensure_ascii=False)}"
         )
     print("\nkeys of each field (--keys FIELD=KEY,… names others):")
-    for field, keys in KEYS.items():
+    for field, keys in FIELD_KEYS.items():
         print(f"  {field:9} {', '.join(keys)}")
     print("\nturns, the same in every command:")
     for found, done, *_ in TURN_RULES:
         print(f"  {found}: {done}")
 
 
-def markdown_tables(chinese: bool = False) -> str:
+def layout_tables(chinese: bool = False) -> str:
     """The same as Markdown, for dataset/README.md and dataset/README_zh.md."""
-    heads = ("种类", "示例", "使用者") if chinese else ("kind", "example", "written by")
+    headers = ("种类", "示例", "使用者") if chinese else ("kind", "example", "written by")
     rows = [
         (
             layout.kind,
@@ -280,15 +297,15 @@ def markdown_tables(chinese: bool = False) -> str:
         )
         for layout in LAYOUTS
     ]
-    fields = [(f"`{field}`", ", ".join(f"`{key}`" for key in keys)) for field, keys in KEYS.items()]
+    fields = [(f"`{field}`", ", ".join(f"`{key}`" for key in keys)) for field, keys in FIELD_KEYS.items()]
     rules = [(rule[2], rule[3]) if chinese else (rule[0], rule[1]) for rule in TURN_RULES]
     return "\n\n".join((
-        _markdown(heads, rows),
-        _markdown(("字段", "键（靠前者优先）") if chinese else ("field", "keys, first choice first"), fields),
-        _markdown(("轮次中的情况", "处理方式") if chinese else ("in the turns", "what is done"), rules),
+        _markdown_table(headers, rows),
+        _markdown_table(("字段", "键（靠前者优先）") if chinese else ("field", "keys, first choice first"), fields),
+        _markdown_table(("轮次中的情况", "处理方式") if chinese else ("in the turns", "what is done"), rules),
     ))  # fmt: skip
 
 
-def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [heads, tuple("---" for _ in heads), *rows]
+def _markdown_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [headers, tuple("---" for _ in headers), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

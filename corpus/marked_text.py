@@ -5,8 +5,8 @@
     <|im_start|>user … <|im_end|>, <|user|> …, <start_of_turn>user …          ChatML, Zephyr, Gemma
     <|start_header_id|>user<|end_header_id|> …, [INST] … [/INST] …            Llama 3, Llama 2
 
-    marked_turns(text)         the messages, or [] for text that does not begin with such a marker
-    edit_marked(text, edit)    the same text with the words of every turn edited
+    parse_marked_text(text)         the messages, or [] for text that does not begin with such a marker
+    edit_marked_text(text, edit)    the same text with the words of every turn edited
 
 Read next: chats.py (turns -> messages).
 """
@@ -15,27 +15,27 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from corpus.layouts import ROLES
+from corpus.layouts import ROLE_NAMES
 
 Message = dict[str, Any]
 
-_NAMES = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
+_SPEAKERS = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
 _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, marker in (
     # how a text of this style begins, its markers with the name of the speaker
-    (r"(?:Human|HUMAN|User|USER|System|SYSTEM|用户|人类|系统)[ \t]*[:：]", rf"(?:^|\n)[ \t]*({_NAMES})[ \t]*[:：]"),
-    (rf"###[ \t]*(?:{_NAMES})[ \t]*[:：]", rf"\n?###[ \t]*({_NAMES})[ \t]*[:：]"),
+    (r"(?:Human|HUMAN|User|USER|System|SYSTEM|用户|人类|系统)[ \t]*[:：]", rf"(?:^|\n)[ \t]*({_SPEAKERS})[ \t]*[:：]"),
+    (rf"###[ \t]*(?:{_SPEAKERS})[ \t]*[:：]", rf"\n?###[ \t]*({_SPEAKERS})[ \t]*[:：]"),
     (r"###[ \t]*Instruction:|Below is an instruction", r"(?:^|\n)[ \t]*###[ \t]*(Instruction|Input|Response):"),
     (r"<\|im_start\|>", r"<\|im_start\|>(\w+)\n"),
-    (rf"<\|(?i:{_NAMES})\|>", rf"<\|((?i:{_NAMES}))\|>[ \t]*[:：]?"),
+    (rf"<\|(?i:{_SPEAKERS})\|>", rf"<\|((?i:{_SPEAKERS}))\|>[ \t]*[:：]?"),
     (r"(?:<bos>)?<start_of_turn>", r"(?:<bos>)?<start_of_turn>(\w+)\n"),
     (r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>",
      r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>"),
     (r"(?:<s>)?[ \t]*\[INST\]", r"(?:<s>)?[ \t]*\[(/?INST)\]"),
 ))  # fmt: skip
-_BEGIN = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # nearly all other text is told by its first letter
-_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end|>", "</s>")
+_FIRST_LETTER = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # nearly all other text is told by its first letter
+_END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end|>", "</s>")
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
-_ROLES = {**ROLES, "instruction": "user", "input": "user", "response": "assistant", "inst": "user",
+_SPEAKER_ROLES = {**ROLE_NAMES, "instruction": "user", "input": "user", "response": "assistant", "inst": "user",
           "/inst": "assistant", "function response": "tool"}  # fmt: skip
 
 
@@ -43,18 +43,18 @@ def message(role: str, content: Any) -> Message:
     return {"role": role, "content": content}
 
 
-def marked_turns(text: str) -> list[Message]:
+def parse_marked_text(text: str) -> list[Message]:
     """The turns of text with the markers of a chat; [] where it does not begin with one, or no one answers.
 
     A last assistant marker without text ends the question, as in BELLE's multi-turn set; it is not a turn.
     """
-    marker = _marker_of(text)
+    marker = _find_marker(text)
     if marker is None:
         return []
     before, *pieces = marker.split(text)
     turns = [message("system", before.strip())] if before.strip() else []
     for name, piece in zip(pieces[::2], pieces[1::2], strict=True):
-        role, words = _ROLES.get(name.lower(), ""), _words(piece)
+        role, words = _SPEAKER_ROLES.get(name.lower(), ""), _turn_text(piece)
         system = _LLAMA_SYSTEM.match(words) if name == "INST" else None
         if system:
             turns.append(message("system", system[1].strip()))
@@ -69,36 +69,36 @@ def marked_turns(text: str) -> list[Message]:
     return turns[:-1] if roles[-1] == "assistant" and not turns[-1]["content"] else turns
 
 
-def edit_marked(text: str, edit: Callable[[str], str]) -> str:
+def edit_marked_text(text: str, edit: Callable[[str], str]) -> str:
     """Marked text with the words of every turn edited; the markers and the white space around the words stay."""
     pieces: list[str] = []
     start = 0
-    marker = _marker_of(text)
+    marker = _find_marker(text)
     for found in marker.finditer(text) if marker else ():
-        pieces += [_edit_words(text[start : found.start()], edit), found[0]]
+        pieces += [_edit_turn_text(text[start : found.start()], edit), found[0]]
         start = found.end()
-    return "".join([*pieces, _edit_words(text[start:], edit)])
+    return "".join([*pieces, _edit_turn_text(text[start:], edit)])
 
 
-def is_open_question(text: str) -> bool:
+def ends_with_question(text: str) -> bool:
     """True for marked text of several turns that ends with a question, or with the marker of the answer to come."""
-    turns = marked_turns(text)
+    turns = parse_marked_text(text)
     return bool(turns) and turns[-1]["role"] == "user"
 
 
-def _marker_of(text: str) -> re.Pattern[str] | None:
+def _find_marker(text: str) -> re.Pattern[str] | None:
     """The markers of the style in which the text begins."""
-    if not _BEGIN.match(text):
+    if not _FIRST_LETTER.match(text):
         return None
     return next((marker for begin, marker in _STYLES if begin.match(text)), None)
 
 
-def _words(piece: str) -> str:
+def _turn_text(piece: str) -> str:
     words = piece.strip()
-    end = next((end for end in _ENDS if words.endswith(end)), "")
+    end = next((end for end in _END_MARKERS if words.endswith(end)), "")
     return words.removesuffix(end).rstrip()
 
 
-def _edit_words(piece: str, edit: Callable[[str], str]) -> str:
-    words = _words(piece)
+def _edit_turn_text(piece: str, edit: Callable[[str], str]) -> str:
+    words = _turn_text(piece)
     return piece.replace(words, edit(words), 1) if words else piece

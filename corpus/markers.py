@@ -12,46 +12,48 @@ Read next: readers.py (rows), txt_reader.py (plain text).
 
 import re
 
-STRONG = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|endofdocument|>")
-_STRONG = "|".join(map(re.escape, STRONG))
+DOCUMENT_MARKERS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|endofdocument|>")
+_MARKER_PATTERN = "|".join(map(re.escape, DOCUMENT_MARKERS))
 _BORDER = re.compile(
-    rf"^[ \t]*(?:{_STRONG})[ \t]*|(?<![ \t])[ \t]*(?:{_STRONG})[ \t\r]*$"  # the start or end of a line
-    rf"|(?<=[.!?\u3002\uff01\uff1f\u201d]) (?:{_STRONG})[ \t]*"  # after a sentence and a space
-    rf"|(?<![ \t\"'`\u2018\u201c\u300c(\[\uff08])(?:{_STRONG})[ \t]*",
+    rf"^[ \t]*(?:{_MARKER_PATTERN})[ \t]*|(?<![ \t])[ \t]*(?:{_MARKER_PATTERN})[ \t\r]*$"  # the start or end of a line
+    rf"|(?<=[.!?\u3002\uff01\uff1f\u201d]) (?:{_MARKER_PATTERN})[ \t]*"  # after a sentence and a space
+    rf"|(?<![ \t\"'`\u2018\u201c\u300c(\[\uff08])(?:{_MARKER_PATTERN})[ \t]*",
     re.MULTILINE,
 )
-_ANY = re.compile(_STRONG)
-_WEAK_LINE = re.compile(rb"[ \t]*(?:</?s>|<[be]os>|<s>(.*)</s>|<bos>(.*)<eos>)[ \t\r]*\n?")  # a line of plain text
-STRONG_BYTES = tuple(marker.encode() for marker in STRONG)
+_ANY_MARKER = re.compile(_MARKER_PATTERN)
+_SENTENCE_TAG_LINE = re.compile(
+    rb"[ \t]*(?:</?s>|<[be]os>|<s>(.*)</s>|<bos>(.*)<eos>)[ \t\r]*\n?"
+)  # a line of plain text
+DOCUMENT_MARKER_BYTES = tuple(marker.encode() for marker in DOCUMENT_MARKERS)
 
 
-def separates_documents(head: bytes) -> bool:
+def uses_markers(head: bytes) -> bool:
     """Whether a plain text with these first bytes uses markers between its documents, rather than blank lines."""
-    return b"<" in head and any(len(line_pieces(line)) > 1 for line in head.split(b"\n"))
+    return b"<" in head and any(len(split_line(line)) > 1 for line in head.split(b"\n"))
 
 
-def line_pieces(line: bytes) -> list[bytes]:
+def split_line(line: bytes) -> list[bytes]:
     """A line of plain text, divided where documents end."""
-    if weak := _WEAK_LINE.fullmatch(line):
-        return [b"", (weak[1] or weak[2] or b"") + b"\n", b""]
-    if not any(marker in line for marker in STRONG_BYTES):
+    if tagged := _SENTENCE_TAG_LINE.fullmatch(line):
+        return [b"", (tagged[1] or tagged[2] or b"") + b"\n", b""]
+    if not any(marker in line for marker in DOCUMENT_MARKER_BYTES):
         return [line]
     return [piece.encode("utf-8", "surrogateescape") for piece in
             _BORDER.split(line.decode("utf-8", "surrogateescape"))]  # fmt: skip
 
 
 def has_marker(text: str) -> bool:
-    return "<|" in text and _ANY.search(text) is not None
+    return "<|" in text and _ANY_MARKER.search(text) is not None
 
 
 def split_documents(text: str) -> list[str]:
     """The documents of a text, without the markers between and around them; [] when there is nothing else in it."""
     pieces = _BORDER.split(text) if has_marker(text) else [text]
-    pieces = [_without_weak(piece) for piece in pieces]
+    pieces = [_strip_sentence_tags(piece) for piece in pieces]
     return [piece.strip("\r\n") if len(pieces) > 1 else piece for piece in pieces if piece.strip()]
 
 
-def _without_weak(text: str) -> str:
+def _strip_sentence_tags(text: str) -> str:
     """The text without <s> at its start and </s> at its end, unless they are HTML inside it."""
     inner = text.strip()
     for opening, closing in (("<s>", "</s>"), ("<bos>", "<eos>")):

@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_controls
 
-KINDS = ("language", "source")
-SMALLEST = 0.0001  # share: a mixture is laid out in rounds of 10,000 rows
+MIX_LABELS = ("language", "source")
+MIN_MIX_WEIGHT = 0.0001  # share: a mixture is laid out in rounds of 10,000 rows
 
-Label = tuple[str, str]  # language, source
+SourceLabel = tuple[str, str]  # language, source
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a --mix asks for: `weights` by name, as shares or, with `passes`, as passes; or one of KINDS by its size."""
+class MixSpec:
+    """A parsed --mix: `weights` by name, as fractions or, with `passes`, as epochs; or one of MIX_LABELS by size."""
 
     weights: dict[str, float]
     passes: bool = False
@@ -36,27 +36,27 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Group:
+class MixComponent:
     """A part of the training data under one name, and its share of the rows."""
 
     name: str
-    labels: frozenset[Label]
+    labels: frozenset[SourceLabel]
     tokens: int
-    share: float
+    weight: float
     passes: float = 0.0  # what was asked for, where passes were
 
-    def holds(self, shard: dict[str, Any]) -> bool:
+    def contains(self, shard: dict[str, Any]) -> bool:
         """Whether a shard, by its entry in meta.json, belongs to it."""
         return (shard["language"], shard["source"]) in self.labels
 
 
-def parse_mix(text: str) -> Wish:
+def parse_mix(text: str) -> MixSpec:
     """The wish behind --mix. Raises UserError that shows how one is written."""
-    if text in KINDS:
-        return Wish({}, kind=text)
-    how = "write --mix zh=0.25,en=0.75 (shares), zh=1x,en=2x (passes), language or source"
+    if text in MIX_LABELS:
+        return MixSpec({}, kind=text)
+    usage = "write --mix zh=0.25,en=0.75 (shares), zh=1x,en=2x (passes), language or source"
     weights: dict[str, float] = {}
-    passes, shown = set(), printable(text)[:80]
+    passes, shown = set(), escape_controls(text)[:80]
     for piece in text.split(","):
         found = re.fullmatch(r"\s*([^=\s]+)\s*=\s*([0-9.]+(?:[eE]-?\d+)?)(x?)\s*", piece)
         try:
@@ -64,51 +64,57 @@ def parse_mix(text: str) -> Wish:
         except ValueError:
             name, number = "", 0.0
         if not found or not 0 < number < 1e9:
-            raise UserError(f"--mix {shown}: {piece.strip()[:80]!r} is no name=number above 0: {how}")
+            raise UserError(f"--mix {shown}: {piece.strip()[:80]!r} is no name=number above 0: {usage}")
         if name in weights:
-            raise UserError(f"--mix {shown}: {name} is named twice: {how}")
+            raise UserError(f"--mix {shown}: {name} is named twice: {usage}")
         weights[name] = number
         passes.add(bool(found[3]))
     if len(passes) > 1:
-        raise UserError(f"--mix {shown}: either all numbers are shares or all are passes: {how}")
-    return Wish(weights, passes.pop())
+        raise UserError(f"--mix {shown}: either all numbers are shares or all are passes: {usage}")
+    return MixSpec(weights, passes.pop())
 
 
-def groups_of(shards: Sequence[dict[str, Any]], wish: Wish, temperature: float = 1.0) -> list[Group]:
+def mix_components(shards: Sequence[dict[str, Any]], spec: MixSpec, temperature: float = 1.0) -> list[MixComponent]:
     """The groups that a wish makes of labelled training shards, with their shares; names in the order of the wish.
 
     Raises UserError when a name is not there, when two names share data, or when a share is too small to lay out.
     """
     if not temperature > 0:
         raise UserError(f"--mix_temperature {temperature:g}: a number above 0, 1 changes nothing")
-    tokens = tokens_by_label(shards)
-    weights = wish.weights or dict.fromkeys(sorted({_of_kind(label, wish.kind) for label in tokens}), 0.0)
+    tokens = count_tokens_by_label(shards)
+    weights = spec.weights or dict.fromkeys(sorted({_label_part(label, spec.kind) for label in tokens}), 0.0)
     labels = {name: frozenset(label for label in tokens if name in label) for name in weights}
-    for name, own in labels.items():
-        if not own or not name:
-            there = ", ".join(sorted({part for label in tokens for part in label if part}))
-            more = "" if name else " has no labelled sources (data_process.py pretrain --source_key labels them);"
-            raise UserError(f"--mix {name or 'source'}:{more or ' is not in the data:'} there are {there}")
+    for name, component_labels in labels.items():
+        if not component_labels or not name:
+            available = ", ".join(sorted({part for label in tokens for part in label if part}))
+            hint = "" if name else " has no labelled sources (data_process.py pretrain --source_key labels them);"
+            raise UserError(f"--mix {name or 'source'}:{hint or ' is not in the data:'} there are {available}")
         for other in list(labels)[: list(labels).index(name)]:
-            if own & labels[other]:
+            if component_labels & labels[other]:
                 raise UserError(f"--mix: {other} and {name} share data: name languages or sources that do not overlap")
-    sizes = {name: sum(tokens[label] for label in own) for name, own in labels.items()}
-    wanted = {
-        name: (weight * sizes[name] if wish.passes else weight) or sizes[name] for name, weight in weights.items()
+    sizes = {name: sum(tokens[label] for label in component_labels) for name, component_labels in labels.items()}
+    weighted_tokens = {
+        name: (weight * sizes[name] if spec.passes else weight) or sizes[name] for name, weight in weights.items()
     }
-    warm = {name: weight ** (1 / temperature) for name, weight in wanted.items()}
-    shares = {name: weight / sum(warm.values()) for name, weight in warm.items()}
-    if small := [name for name, share in shares.items() if share < SMALLEST]:
-        raise UserError(f"--mix: the share of {small[0]} is below {SMALLEST:g}: leave it out, or give it more")
+    tempered = {name: weight ** (1 / temperature) for name, weight in weighted_tokens.items()}
+    normalized = {name: weight / sum(tempered.values()) for name, weight in tempered.items()}
+    if small := [name for name, share in normalized.items() if share < MIN_MIX_WEIGHT]:
+        raise UserError(f"--mix: the share of {small[0]} is below {MIN_MIX_WEIGHT:g}: leave it out, or give it more")
     return [
-        Group(name, labels[name], sizes[name], shares[name], weights[name] if wish.passes and temperature == 1 else 0.0)
+        MixComponent(
+            name,
+            labels[name],
+            sizes[name],
+            normalized[name],
+            weights[name] if spec.passes and temperature == 1 else 0.0,
+        )
         for name in weights
     ]
 
 
-def tokens_by_label(shards: Sequence[dict[str, Any]]) -> dict[Label, int]:
+def count_tokens_by_label(shards: Sequence[dict[str, Any]]) -> dict[SourceLabel, int]:
     """Training tokens of every (language, source). Raises UserError for data that was made without labels."""
-    tokens: dict[Label, int] = {}
+    tokens: dict[SourceLabel, int] = {}
     for shard in shards:
         if "language" not in shard:
             raise UserError("--mix: this data set has no labels: run `python data_process.py pretrain FILES…` again")
@@ -117,11 +123,11 @@ def tokens_by_label(shards: Sequence[dict[str, Any]]) -> dict[Label, int]:
     return tokens
 
 
-def left_out(shards: Sequence[dict[str, Any]], *stages: list[Group]) -> dict[str, int]:
+def unused_tokens(shards: Sequence[dict[str, Any]], *stages: list[MixComponent]) -> dict[str, int]:
     """Tokens of the parts that no stage names, by "language" or "language/source"."""
-    used = {label for groups in stages for group in groups for label in group.labels}
-    return {"/".join(filter(None, k)): v for k, v in tokens_by_label(shards).items() if k not in used and v}
+    used = {label for components in stages for component in components for label in component.labels}
+    return {"/".join(filter(None, k)): v for k, v in count_tokens_by_label(shards).items() if k not in used and v}
 
 
-def _of_kind(label: Label, kind: str) -> str:
-    return label[KINDS.index(kind)]
+def _label_part(label: SourceLabel, kind: str) -> str:
+    return label[MIX_LABELS.index(kind)]

@@ -11,97 +11,101 @@ from typing import Any
 
 from corpus.chats import (
     Message,
-    Notes,
+    RowNotes,
     is_blank,
     is_filled,
     message,
-    messages_of,
-    plain_answer,
-    turn_texts,
+    parse_messages,
+    text_key_roles,
+    unwrap_answer,
 )
-from corpus.language import as_text
-from corpus.layouts import COMPARISONS, SCORES
-from corpus.marked_text import marked_turns
+from corpus.language import stringify_number
+from corpus.layouts import COMPARISON_KEYS, RANKING_KEYS
+from corpus.marked_text import parse_marked_text
 from corpus.spelled_turns import spells_messages
-from corpus.stats import BadRow, UnfitRow
+from corpus.stats import BadRow, DroppedRow
 
-SIDES = ("chosen", "rejected")
-NO_PAIR = "none of the keys of a pair"
+PAIR_SIDES = ("chosen", "rejected")
+NO_PAIR_KEYS = "none of the keys of a pair"
 
 
-def conversation_of(side: str, value: Any, before: list[Message], notes: Notes) -> list[Message]:
+def side_conversation(side: str, value: Any, prompt: list[Message], notes: RowNotes) -> list[Message]:
     """The conversation of one side: `before` and its answer, or the conversation as it is written.
 
-    Raises UnfitRow for an answer that compares nothing, BadRow for one that cannot be used.
+    Raises DroppedRow for an answer that compares nothing, BadRow for one that cannot be used.
     """
-    value = plain_answer(value)
+    value = unwrap_answer(value)
     if is_blank(value) or not is_filled(value):
-        raise UnfitRow(f"an empty answer ({side})")
-    if isinstance(value, (list, tuple)) and len(value) > 1 and before and all(isinstance(text, str) for text in value):
+        raise DroppedRow(f"an empty answer ({side})")
+    if isinstance(value, (list, tuple)) and len(value) > 1 and prompt and all(isinstance(text, str) for text in value):
         raise BadRow(f"several answers in {side}: write a row for each")
     if isinstance(value, str) and not spells_messages(value):
-        messages = marked_turns(value)
-        if before and not _contains(messages, before):
+        messages = parse_marked_text(value)
+        if prompt and not _contains_messages(messages, prompt):
             messages = [message("assistant", value)]
         if not messages:
             raise BadRow("answers without a prompt")
     else:
-        messages = messages_of(value, notes)
+        messages = parse_messages(value, notes)
     if messages[-1]["role"] != "assistant":
-        raise UnfitRow("an answer that is not the assistant's")
+        raise DroppedRow("an answer that is not the assistant's")
     if is_blank(messages[-1]["content"]):
-        raise UnfitRow(f"an empty answer ({side})")
+        raise DroppedRow(f"an empty answer ({side})")
     if messages[0]["role"] == "assistant":
-        if not before:
+        if not prompt:
             raise BadRow("answers without a prompt")
-        if before[-1]["role"] == "assistant":
+        if prompt[-1]["role"] == "assistant":
             raise BadRow("the prompt ends with an answer")
-        return before + messages
-    if before and not _contains(messages, before):
-        raise UnfitRow("chosen and rejected have different prompts")
+        return prompt + messages
+    if prompt and not _contains_messages(messages, prompt):
+        raise DroppedRow("chosen and rejected have different prompts")
     return messages
 
 
-def _contains(messages: list[Message], part: list[Message]) -> bool:
+def _contains_messages(messages: list[Message], part: list[Message]) -> bool:
     return any(messages[i : i + len(part)] == part for i in range(len(messages)))
 
 
-def compared_sides(row: dict[str, Any], used: set[str]) -> tuple[Any, Any] | None:
-    """The better and the worse of two answers beside each other (layouts.COMPARISONS); None where there are none.
+def find_compared_answers(row: dict[str, Any], used: set[str]) -> tuple[Any, Any] | None:
+    """The better and the worse of two answers beside each other (layouts.COMPARISON_KEYS); None where there are none.
 
-    Raises UnfitRow where none of the two is marked as the better one.
+    Raises DroppedRow where none of the two is marked as the better one.
     """
     names = {str(key).strip().lower(): key for key in row}
-    for *three, (one, other) in COMPARISONS:
+    for *three, (one, other) in COMPARISON_KEYS:
         if all(name.lower() in names for name in three):
-            first, second, mark = (names[name.lower()] for name in three)
-            used.update((first, second, mark))
-            said = str(as_text(row[mark])).strip().lower().removeprefix("model_").removeprefix("response_")
-            if said not in (str(one), str(other)):
-                raise UnfitRow(f"no answer is marked as the better one ({mark})")
-            return (row[first], row[second]) if said == str(one) else (row[second], row[first])
+            first, second, winner_key = (names[name.lower()] for name in three)
+            used.update((first, second, winner_key))
+            winner = (
+                str(stringify_number(row[winner_key])).strip().lower().removeprefix("model_").removeprefix("response_")
+            )
+            if winner not in (str(one), str(other)):
+                raise DroppedRow(f"no answer is marked as the better one ({winner_key})")
+            return (row[first], row[second]) if winner == str(one) else (row[second], row[first])
     return None
 
 
 # ---- several answers in one list -------------------------------------------------------------------------------------
-def is_ranked(value: Any) -> bool:
+def is_ranked_list(value: Any) -> bool:
     """True for a list of answers as objects: {"answer": ..., "rank": 1}, {"response": ..., "score": 8.5}."""
     return isinstance(value, (list, tuple)) and bool(value) and all(
-        isinstance(answer, dict) and (set(turn_texts(answer).values()) == {"assistant"} or "text" in answer)
+        isinstance(answer, dict) and (set(text_key_roles(answer).values()) == {"assistant"} or "text" in answer)
         and not answer.keys() & {"role", "from"} for answer in value
     )  # fmt: skip
 
 
-def best_and_worst(answers: Any) -> tuple[Any, Any]:
-    """The first and the last answer, by rank or score where all have one. Raises UnfitRow where these are equal."""
-    if not is_ranked(answers):
+def best_and_worst_answers(answers: Any) -> tuple[Any, Any]:
+    """The first and the last answer, by rank or score where all have one. Raises DroppedRow where these are equal."""
+    if not is_ranked_list(answers):
         return answers[0], answers[-1]
-    key, sign = next(((key, sign) for key, sign in SCORES if all(_is_number(a.get(key)) for a in answers)), ("", 1))
+    key, sign = next(
+        ((key, sign) for key, sign in RANKING_KEYS if all(_is_number(a.get(key)) for a in answers)), ("", 1)
+    )
     if key:
         answers = sorted(answers, key=lambda answer: sign * answer[key])
         if answers[0][key] == answers[-1][key]:
-            raise UnfitRow(f"no answer is marked as the better one ({key})")
-    texts = [answer[next(iter(turn_texts(answer)), "text")] for answer in (answers[0], answers[-1])]
+            raise DroppedRow(f"no answer is marked as the better one ({key})")
+    texts = [answer[next(iter(text_key_roles(answer)), "text")] for answer in (answers[0], answers[-1])]
     return texts[0], texts[1]
 
 
@@ -110,18 +114,18 @@ def _is_number(value: Any) -> bool:
 
 
 def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """(prompt, better answer, worse answer) of two whole conversations. Raises UnfitRow where they compare nothing."""
-    shared = common_length(chosen, rejected)
-    answers = chosen[shared:], rejected[shared:]
+    """(prompt, better answer, worse answer) of two conversations. Raises DroppedRow where they compare nothing."""
+    prompt_length = common_prefix_length(chosen, rejected)
+    answers = chosen[prompt_length:], rejected[prompt_length:]
     if not any(answers):
-        raise UnfitRow("chosen and rejected are the same")
+        raise DroppedRow("chosen and rejected are the same")
     if not all(answers):
-        raise UnfitRow("one conversation is only the beginning of the other")
+        raise DroppedRow("one conversation is only the beginning of the other")
     if any(answer[0]["role"] != "assistant" for answer in answers):
-        raise UnfitRow("chosen and rejected have different prompts")
-    return chosen[:shared], *answers
+        raise DroppedRow("chosen and rejected have different prompts")
+    return chosen[:prompt_length], *answers
 
 
-def common_length(one: list[Any], other: list[Any]) -> int:
+def common_prefix_length(one: list[Any], other: list[Any]) -> int:
     """Length of the common prefix of two lists."""
     return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))

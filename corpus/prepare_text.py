@@ -18,104 +18,109 @@ from typing import Any
 
 import numpy as np
 
-from corpus.dataset_meta import FORMAT, write_meta
-from corpus.examples import BATCH_CHARACTERS, Item, in_batches, in_splits, text_items
-from corpus.job_state import PROGRESS, Progress, behind, inputs_of, unfinished
+from corpus.dataset_meta import DATA_FORMAT, write_meta
+from corpus.examples import BATCH_CHARACTERS, Example, assign_splits, batch_examples, read_text_examples
+from corpus.job_state import PROGRESS_FILE, JobProgress, input_fingerprints, keep_if_resumable, skip_done
 from corpus.language import LANGUAGES
-from corpus.provenance import history_of
-from corpus.readers import Path_
-from corpus.row_text import READER, RowReader
+from corpus.provenance import read_provenance
+from corpus.readers import PathLike
+from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.shard_writer import (
     check_replaceable,
-    open_writer,
-    partial_folder,
-    publish,
-    require_train,
+    dataset_staging_folder,
+    open_shard_writer,
+    replace_dataset,
+    report_write_errors,
+    require_train_split,
     token_dtype,
-    writing,
 )
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
-PIECE_CHARACTERS = 50_000  # longer documents are tokenised in pieces, which bounds memory
-FILE = "file"  # as a source_key: the file's name is the source
-MOST_SOURCES, OTHER = 100, "other"  # each has files of its own; later ones, and texts without any, are put together
+CHUNK_CHARACTERS = 50_000  # longer documents are tokenised in pieces, which bounds memory
+FILE_AS_SOURCE = "file"  # as a source_key: the file's name is the source
+MAX_SOURCES, OTHER_SOURCE = (
+    100,
+    "other",
+)  # each has files of its own; later ones, and texts without any, are put together
 
-Packed = tuple[str, Item, np.ndarray]  # split, document, ids of shape (tokens,)
+TokenizedText = tuple[str, Example, np.ndarray]  # split, document, ids of shape (tokens,)
 
 
-def tokenise_texts(items: Iterable[tuple[str, Item]], tokenizer: Any, report: DataReport) -> Iterator[list[Packed]]:
+def tokenize_texts(
+    examples: Iterable[tuple[str, Example]], tokenizer: Any, report: DataStats
+) -> Iterator[list[TokenizedText]]:
     """Batches of (split, item, ids with the closing <|endoftext|>) of all (split, item)."""
-    for batch in in_batches(items):
-        yield _encode(batch, tokenizer, report)
+    for batch in batch_examples(examples):
+        yield _encode_batch(batch, tokenizer, report)
 
 
-def _encode(batch: list[tuple[str, Item]], tokenizer: Any, report: DataReport) -> list[Packed]:
-    pieces = [list(_pieces(item.text)) for _, item in batch]
-    encoded = _encode_pieces((piece for several in pieces for piece in several), tokenizer)
+def _encode_batch(batch: list[tuple[str, Example]], tokenizer: Any, report: DataStats) -> list[TokenizedText]:
+    chunks = [list(_split_chunks(example.text)) for _, example in batch]
+    encoded = _encode_chunks((chunk for document_chunks in chunks for chunk in document_chunks), tokenizer)
     result = []
-    for (split, item), several in zip(batch, pieces, strict=True):
-        ids = np.concatenate([next(encoded) for _ in several] + [np.array([tokenizer.eos_id], np.uint32)])
-        report.keep(item.language, len(item.text), len(ids), len(item.text.encode()))
-        result.append((split, item, ids))
+    for (split, example), document_chunks in zip(batch, chunks, strict=True):
+        ids = np.concatenate([next(encoded) for _ in document_chunks] + [np.array([tokenizer.eos_id], np.uint32)])
+        report.row_kept(example.language, len(example.text), len(ids), len(example.text.encode()))
+        result.append((split, example, ids))
     return result
 
 
-def _encode_pieces(pieces: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
+def _encode_chunks(chunks: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
     """Ids of each piece. An answer of the tokenizer takes a hundred times the memory of its text, so few at a time."""
-    waiting: list[str] = []
+    pending: list[str] = []
     characters = 0
-    for piece in itertools.chain(pieces, [None]):
-        if waiting and (piece is None or characters >= BATCH_CHARACTERS):
-            yield from (np.array(ids, np.uint32) for ids in tokenizer.encode_batch(waiting))
-            waiting, characters = [], 0
-        if piece is not None:
-            waiting.append(piece)
-            characters += len(piece)
+    for chunk in itertools.chain(chunks, [None]):
+        if pending and (chunk is None or characters >= BATCH_CHARACTERS):
+            yield from (np.array(ids, np.uint32) for ids in tokenizer.encode_batch(pending))
+            pending, characters = [], 0
+        if chunk is not None:
+            pending.append(chunk)
+            characters += len(chunk)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _split_chunks(text: str) -> Iterator[str]:
     """Pieces that end with a line. Line ends are tokens of their own, so together they give the ids of the whole."""
     start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        stop = stop if stop > start else start + PIECE_CHARACTERS
+    while len(text) - start > CHUNK_CHARACTERS:
+        stop = text.rfind("\n", start, start + CHUNK_CHARACTERS) + 1
+        stop = stop if stop > start else start + CHUNK_CHARACTERS
         yield text[start:stop]
         start = stop
     yield text[start:]
 
 
-class _Partial:
+class _StagedDataset:
     """The unfinished data set in `<out_dir>.partial`: one writer a split, and a progress file to continue from."""
 
     def __init__(self, folder: Path, job: dict[str, Any], dtype: str) -> None:
-        self.folder, self.job, self.dtype, self.progress = folder, job, dtype, Progress(folder, job)
-        found = self.progress.start()
-        self.documents = found.get("documents", 0)  # items that are tokenised and written
-        self.sources = found.get("sources", [""])  # "" and then each label; its place is in the names of its shards
-        self.report = DataReport()  # of what is tokenised; what is only read is counted again by reading
-        if found:
-            self.report.merge(found["report"])
-        states = found.get("writers", {})
-        self.writers = {name: open_writer(folder, name, dtype, state) for name, state in states.items()}
+        self.folder, self.job, self.dtype, self.progress = folder, job, dtype, JobProgress(folder, job)
+        saved = self.progress.load_or_reset()
+        self.documents = saved.get("documents", 0)  # items that are tokenised and written
+        self.sources = saved.get("sources", [""])  # "" and then each label; its place is in the names of its shards
+        self.report = DataStats()  # of what is tokenised; what is only read is counted again by reading
+        if saved:
+            self.report.merge(saved["report"])
+        states = saved.get("writers", {})
+        self.writers = {name: open_shard_writer(folder, name, dtype, state) for name, state in states.items()}
 
-    def _writer_of(self, split: str, item: Item) -> str:
+    def _writer_name(self, split: str, example: Example) -> str:
         """The split, for training texts with the language and the number of the source."""
         if split != "train":
             return split
-        source = source_label(item, self.job["source_key"])
+        source = source_label(example, self.job["source_key"])
         if source not in self.sources:
-            source = source if len(self.sources) <= MOST_SOURCES else OTHER
+            source = source if len(self.sources) <= MAX_SOURCES else OTHER_SOURCE
             self.sources += [] if source in self.sources else [source]
-        return "_".join([split, item.language, *([f"s{self.sources.index(source):02d}"] if source else [])])
+        return "_".join([split, example.language, *([f"s{self.sources.index(source):02d}"] if source else [])])
 
-    def add(self, batch: list[Packed]) -> None:
-        for split, item, ids in batch:
-            name = self._writer_of(split, item)
+    def add(self, batch: list[TokenizedText]) -> None:
+        for split, example, ids in batch:
+            name = self._writer_name(split, example)
             if name not in self.writers:
-                self.writers[name] = open_writer(self.folder, name, self.dtype)
-            self.writers[name].add(ids, utf8_bytes=len(item.text.encode()))
+                self.writers[name] = open_shard_writer(self.folder, name, self.dtype)
+            self.writers[name].add(ids, utf8_bytes=len(example.text.encode()))
         self.documents += len(batch)
-        if self.progress.due():
+        if self.progress.is_due():
             state = {"documents": self.documents, "sources": self.sources, "report": self.report.to_dict()}
             state["writers"] = {name: writer.state() for name, writer in self.writers.items()}
             self.progress.save(state)
@@ -126,7 +131,7 @@ class _Partial:
 
     def close(self) -> dict[str, Any]:
         """The splits' entries of meta.json, train first; each shard of it with its language and source."""
-        (self.folder / PROGRESS).unlink(missing_ok=True)
+        (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         closed = {name: writer.close() for name, writer in sorted(self.writers.items())}
         splits = {f"val_{language}": closed.pop(f"val_{language}", None) for language in LANGUAGES}
         train: dict[str, Any] = {"shards": [], "tokens": 0, "documents": 0, "bytes": 0}
@@ -140,23 +145,23 @@ class _Partial:
         return {split: entry for split, entry in splits.items() if entry}
 
 
-def source_label(item: Item, source_key: str) -> str:
+def source_label(example: Example, source_key: str) -> str:
     """The source of a text: "" where none is wanted, else what its row says (or its file's name), fit for --mix."""
     if not source_key:
         return ""
-    name = Path(item.file).name.split(".")[0] if source_key == FILE else item.source
-    return re.sub(r"[^\w./+-]+", "_", name).strip("_")[:60] or OTHER
+    name = Path(example.file).name.split(".")[0] if source_key == FILE_AS_SOURCE else example.source
+    return re.sub(r"[^\w./+-]+", "_", name).strip("_")[:60] or OTHER_SOURCE
 
 
-def pack_texts(
-    paths: list[Path_],
+def prepare_text_data(
+    paths: list[PathLike],
     tokenizer: Any,
-    out_dir: Path_,
+    out_dir: PathLike,
     val_share: float,
-    report: DataReport,
+    report: DataStats,
     on_batch: Callable[[], None],
     source_key: str = "",
-    reader: RowReader = READER,
+    reader: RowReader = DEFAULT_READER,
 ) -> dict[str, Any]:
     """Write the pretraining shards of `paths` to `out_dir` (complete or not at all) and return their meta.json.
 
@@ -165,29 +170,34 @@ def pack_texts(
     after every batch. Raises UserError for data or a disk that cannot be used; bad data leaves nothing behind.
     """
     check_replaceable(out_dir)
-    check_replaceable(partial_folder(out_dir))
-    job = {"inputs": inputs_of(paths), "tokenizer": tokenizer.fingerprint, "val_share": val_share, "format": FORMAT}
-    job |= {"source_key": source_key, **reader.job()}
+    check_replaceable(dataset_staging_folder(out_dir))
+    job = {
+        "inputs": input_fingerprints(paths),
+        "tokenizer": tokenizer.fingerprint,
+        "val_share": val_share,
+        "format": DATA_FORMAT,
+    }
+    job |= {"source_key": source_key, **reader.key_settings()}
     dtype = token_dtype(tokenizer.vocab_size)
-    folder = partial_folder(out_dir)
-    with writing(out_dir), unfinished(folder):
-        partial = _Partial(folder, job, dtype)
-        items = in_splits(text_items(paths, report, source_key, reader), val_share)
-        items = behind(partial.documents, items, on_batch)
+    folder = dataset_staging_folder(out_dir)
+    with report_write_errors(out_dir), keep_if_resumable(folder):
+        staged = _StagedDataset(folder, job, dtype)
+        examples = assign_splits(read_text_examples(paths, report, source_key, reader), val_share)
+        examples = skip_done(staged.documents, examples, on_batch)
         try:
-            for batch in tokenise_texts(items, tokenizer, partial.report):
-                partial.add(batch)
-                report.text_bytes = partial.report.text_bytes
+            for batch in tokenize_texts(examples, tokenizer, staged.report):
+                staged.add(batch)
+                report.text_bytes = staged.report.text_bytes
                 on_batch()
-            splits = partial.close()
-            require_train(splits, "no document is left to train on: give more data, or a smaller --val_share")
+            splits = staged.close()
+            require_train_split(splits, "no document is left to train on: give more data, or a smaller --val_share")
         finally:
-            partial.abort()
-        report.merge(partial.report.to_dict())
+            staged.abort()
+        report.merge(staged.report.to_dict())
         meta = {"kind": "pretrain", "tokenizer": tokenizer.fingerprint}
         meta |= {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "val_share": val_share}
-        meta |= {"history": history_of(paths)}
+        meta |= {"history": read_provenance(paths)}
         meta |= {"splits": splits, "report": report.to_dict()}
         meta = write_meta(folder, meta)
-        publish(folder, out_dir)
+        replace_dataset(folder, out_dir)
     return meta

@@ -6,24 +6,24 @@ from rich.console import Console
 from rich.text import Text
 
 
-def show_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
+def print_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
     """A chat with its trained tokens in colour, or [[in brackets]] where there is none; a text in its pieces."""
     console = Console(highlight=False)
     console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
-    shown = Text()
+    line = Text()
     if not mask:
-        shown.append("|".join(pieces(tokenizer, ids)))
+        line.append("|".join(token_texts(tokenizer, ids)))
     start = 0
     for i in range(1, len(mask) + 1):
         if i == len(mask) or mask[i] != mask[start]:
             text, trained = tokenizer.decode(ids[start:i]), mask[start]
             brackets = trained and not console.is_terminal
-            shown.append(f"[[{text}]]" if brackets else text, style="bold green" if trained else "dim")
+            line.append(f"[[{text}]]" if brackets else text, style="bold green" if trained else "dim")
             start = i
-    console.print(shown, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
-def pieces(tokenizer: Any, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     """The text of each token; tokens that are parts of one character stay together."""
     result, start = [], 0
     for i in range(1, len(ids) + 1):

@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import PathLike
 from corpus.chats import Message
-from corpus.damage import DamagedFile, settle
-from corpus.input_files import check_input, open_source
-from corpus.layouts import KEYS
-from corpus.markers import STRONG, has_marker, split_documents
-from corpus.row_text import READER, Content, RowReader
-from corpus.sniff import sniff
-from corpus.stats import EMPTY_FILE, BadRow, DataReport, UnfitRow
-from corpus.txt_reader import READERS, Rows
+from corpus.damage import DamagedFile, count_damages
+from corpus.input_files import open_input, require_readable
+from corpus.layouts import FIELD_KEYS
+from corpus.markers import DOCUMENT_MARKERS, has_marker, split_documents
+from corpus.row_text import DEFAULT_READER, RowContent, RowReader
+from corpus.sniff import sniff_format
+from corpus.stats import EMPTY_FILE, BadRow, DataStats, DroppedRow
+from corpus.txt_reader import FORMAT_READERS, NumberedRows
 
-Path_ = str | os.PathLike[str]
-_TEXT_KEYS = frozenset(KEYS["text"])
+_TEXT_KEYS = frozenset(FIELD_KEYS["text"])
 
 
 @dataclass(frozen=True)
@@ -43,41 +43,41 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Chat:
+class ParsedChat:
     messages: list[Message]
     source_file: str
     line: int
-    content: Content
+    content: RowContent
 
 
 # ---- the three readers -----------------------------------------------------------------------------------------------
-def read_rows(path: Path_, report: DataReport) -> Rows:
+def read_rows(path: PathLike, report: DataStats) -> NumberedRows:
     """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
 
     A bare list of messages is a row, too; a text with separators such as <|endoftext|> is several rows.
     Raises UserError for a file that cannot be opened or is damaged, and when the report's cap of bad rows is exceeded.
     """
     file = os.fspath(path)
-    before = report.position()
-    with open_source(Path(file), skip_damage=bool(report.accept_damaged)) as source:
-        report.position = lambda: before + source.position()
+    before = report.bytes_read()
+    with open_input(Path(file), skip_damage=bool(report.accept_damaged)) as source:
+        report.bytes_read = lambda: before + source.bytes_read()
         if source.encoding.codec != "utf-8":
-            report.note(f"{file}: read as {source.encoding.name}")
-        form = sniff(source)
-        for line, row in READERS[form](source, report):
-            if not isinstance(row, str if form == "txt" else (dict, list)):
-                report.unreadable("a row that is not an object", file, line)
+            report.add_note(f"{file}: read as {source.encoding.name}")
+        file_format = sniff_format(source)
+        for line, row in FORMAT_READERS[file_format](source, report):
+            if not isinstance(row, str if file_format == "txt" else (dict, list)):
+                report.row_unreadable("a row that is not an object", file, line)
                 continue
-            key = "" if form == "txt" else _document_key(row)
-            if key or (form == "txt" and "<" in row):
-                yield from ((line, part) for part in _without_markers(row, key, (file, line), report))
+            key = "" if file_format == "txt" else _document_key(row)
+            if key or (file_format == "txt" and "<" in row):
+                yield from ((line, part) for part in _split_at_markers(row, key, (file, line), report))
                 continue
-            report.saw_row(file, row)
+            report.row_read(file, row)
             yield line, row
-        settle(file, source.size, source.damages, source.line, report)
-        report.position = lambda: before + source.size
+        count_damages(file, source.size, source.damages, source.line, report)
+        report.bytes_read = lambda: before + source.size
     if file not in report.files:
-        report.unreadable(EMPTY_FILE, file, 1)
+        report.row_unreadable(EMPTY_FILE, file, 1)
 
 
 def _document_key(row: Any) -> str:
@@ -85,50 +85,54 @@ def _document_key(row: Any) -> str:
     if isinstance(row, dict):
         for key, value in row.items():
             if isinstance(value, str) and "<" in value and key in _TEXT_KEYS:
-                return key if READER.document_key(row) == key else ""
+                return key if DEFAULT_READER.document_key(row) == key else ""
     return ""
 
 
-def _without_markers(row: Any, key: str, place: tuple[str, int], report: DataReport) -> Iterator[Any]:
+def _split_at_markers(row: Any, key: str, location: tuple[str, int], report: DataStats) -> Iterator[Any]:
     """The rows of a row whose text may hold document separators, each counted as read."""
     text = row[key] if key else row
     documents = split_documents(text)
     if not documents and text.strip():
-        report.saw_row(place[0], row)
-        report.drop("only a document separator", *place)
+        report.row_read(location[0], row)
+        report.row_dropped("only a document separator", *location)
     for document in documents:
         part = {**row, key: document} if key else document
-        report.saw_row(place[0], part)
+        report.row_read(location[0], part)
         if has_marker(document):
-            report.shorten(f"holds {' or '.join(m for m in STRONG if m in document)} as text", *place)
+            report.row_truncated(
+                f"holds {' or '.join(m for m in DOCUMENT_MARKERS if m in document)} as text", *location
+            )
         yield part
 
 
 def read_texts(
-    paths: Iterable[Path_], report: DataReport, source_key: str = "", reader: RowReader = READER
+    paths: Iterable[PathLike], report: DataStats, source_key: str = "", reader: RowReader = DEFAULT_READER
 ) -> Iterator[Document]:
     """The documents of all files, in order. A chat counts as one document: its words, without markers.
 
     `source_key`: the key under which a row names its source.
     Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
     """
-    for file, line, row, content in taken_rows(paths, report, "text", reader.text):
-        report.note_row(content.changes, [key for key in content.unused if key != source_key], file, line)
-        yield Document(content.text, file, line, _source_of(row, source_key))
+    for file, line, row, content in read_contents(paths, report, "text", reader.read_text):
+        report.row_changed(content.changes, [key for key in content.unused if key != source_key], file, line)
+        yield Document(content.text, file, line, _row_source(row, source_key))
 
 
-def read_chats(paths: Iterable[Path_], report: DataReport, reader: RowReader = READER) -> Iterator[Chat]:
+def read_chats(
+    paths: Iterable[PathLike], report: DataStats, reader: RowReader = DEFAULT_READER
+) -> Iterator[ParsedChat]:
     """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
-    for file, line, _, content in taken_rows(paths, report, "chat", reader.chat):
-        yield Chat(content.messages, file, line, content)
+    for file, line, _, content in read_contents(paths, report, "chat", reader.read_chat):
+        yield ParsedChat(content.messages, file, line, content)
 
 
-def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[tuple[str, int, Any]]:
-    """Rows of all files; after each file, and at the end, the report checks its limits. `kind`: see expected_keys."""
+def read_all_rows(paths: Iterable[PathLike], report: DataStats, kind: str) -> Iterator[tuple[str, int, Any]]:
+    """Rows of all files; after each file, and at the end, limits are checked. `kind`: see explain_expected_keys."""
     files = [os.fspath(path) for path in paths]
     for file in files:
-        check_input(file)
-    report.input_total = sum(Path(file).stat().st_size for file in files)
+        require_readable(file)
+    report.input_bytes = sum(Path(file).stat().st_size for file in files)
     for file in files:
         try:
             for line, row in read_rows(file, report):
@@ -142,26 +146,26 @@ def all_rows(paths: Iterable[Path_], report: DataReport, kind: str) -> Iterator[
     report.check_cap()
 
 
-def taken_rows(
-    paths: Iterable[Path_], report: DataReport, kind: str, take: Callable[[Any], Content]
-) -> Iterator[tuple[str, int, Any, Content]]:
+def read_contents(
+    paths: Iterable[PathLike], report: DataStats, kind: str, parse: Callable[[Any], RowContent]
+) -> Iterator[tuple[str, int, Any, RowContent]]:
     """(file, line, row, take(row)) of all rows.
 
-    Rows for which `take` raises UnfitRow are dropped, those for which it raises BadRow are bad; both are counted.
+    Rows for which `take` raises DroppedRow are dropped, those for which it raises BadRow are bad; both are counted.
     """
-    for file, line, row in all_rows(paths, report, kind):
+    for file, line, row in read_all_rows(paths, report, kind):
         try:
-            content = take(row)
-        except UnfitRow as reason:
-            report.good_row(file)
-            report.drop(str(reason), file, line)
+            content = parse(row)
+        except DroppedRow as reason:
+            report.row_ok(file)
+            report.row_dropped(str(reason), file, line)
         except BadRow as reason:
-            report.bad_row(str(reason), file, line)
+            report.row_bad(str(reason), file, line)
         else:
-            report.good_row(file)
+            report.row_ok(file)
             yield file, line, row, content
 
 
-def _source_of(row: Any, key: str) -> str:
+def _row_source(row: Any, key: str) -> str:
     value = row.get(key) if isinstance(row, dict) else None
     return value if isinstance(value, str) else ""

@@ -9,10 +9,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from corpus.chats import role_of, turn_texts
+from corpus.chats import text_key_roles, turn_role
 from corpus.layouts import CONTENT_KEYS, THOUGHT_KEYS
-from corpus.marked_text import edit_marked, marked_turns
-from corpus.spelled_turns import is_message, parse_list
+from corpus.marked_text import edit_marked_text, parse_marked_text
+from corpus.spelled_turns import is_message, parse_list_literal
 from corpus.stats import BadRow
 
 
@@ -21,13 +21,13 @@ def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         if value.lstrip()[:1] == "[":
             try:
-                spelled = parse_list(value, "")
+                spelled = parse_list_literal(value, "")
             except BadRow:
                 return edit(value)
             if isinstance(spelled, list) and spelled and all(map(_is_turn, spelled)):
-                done = edit_value(spelled, edit)
-                return value if done == spelled else json.dumps(done, ensure_ascii=False)
-        return edit_marked(value, edit) if marked_turns(value) else edit(value)
+                edited = edit_value(spelled, edit)
+                return value if edited == spelled else json.dumps(edited, ensure_ascii=False)
+        return edit_marked_text(value, edit) if parse_marked_text(value) else edit(value)
     if isinstance(value, (list, tuple)):
         return [edit_value(inner, edit) for inner in value]
     if isinstance(value, dict):
@@ -38,16 +38,16 @@ def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
 def _is_turn(turn: Any) -> bool:
     """False for the objects of an answer that is JSON."""
     return isinstance(turn, (list, tuple)) or (
-        isinstance(turn, dict) and ("text" in turn or is_message(turn) or bool(turn_texts(turn)))
+        isinstance(turn, dict) and ("text" in turn or is_message(turn) or bool(text_key_roles(turn)))
     )
 
 
 def _text_keys(turn: dict[str, Any]) -> set[str]:
     """The keys of an object inside a list of turns that hold text."""
     try:
-        role = role_of(turn)
+        role = turn_role(turn)
     except BadRow:
         role = None
     if role:
         return {key for key in (*CONTENT_KEYS, *THOUGHT_KEYS) if key in turn}
-    return {*turn_texts(turn), *(key for key in turn if key in CONTENT_KEYS or isinstance(turn[key], (dict, list)))}
+    return {*text_key_roles(turn), *(key for key in turn if key in CONTENT_KEYS or isinstance(turn[key], (dict, list)))}

@@ -29,15 +29,15 @@ import numpy as np
 
 from common.checksums import file_checksum
 from common.errors import UserError
-from corpus.block_checksums import BLOCK, Blocks
-from corpus.dataset_meta import FORMAT, Folder, read_meta, say_without_checksums, way_back
+from corpus.block_checksums import BLOCK_BYTES, VerifiedBlocks
+from corpus.dataset_meta import DATA_FORMAT, PathLike, read_meta, repair_hint, warn_no_checksums
 
-MOST_OPEN = 128  # files at a time: a terabyte has more shards than a process may have open files
-MASK = np.dtype(np.uint8)
+MAX_OPEN_FILES = 128  # files at a time: a terabyte has more shards than a process may have open files
+MASK_DTYPE = np.dtype(np.uint8)
 
 
 def open_split(
-    folder: Folder, split: str, chosen: Callable[[dict[str, Any]], bool] = lambda shard: True
+    folder: PathLike, split: str, keep_shard: Callable[[dict[str, Any]], bool] = lambda shard: True
 ) -> "TokenSplit":
     """One split of a data folder, or those of its shards that `chosen` takes by their entry in meta.json.
 
@@ -46,9 +46,9 @@ def open_split(
     meta = read_meta(folder)
     if split not in meta["splits"]:
         raise UserError(f"{folder} has no split {split!r} (it has {', '.join(meta['splits']) or 'none'})")
-    if meta["format"] != FORMAT:
-        say_without_checksums(folder)
-    return TokenSplit(folder, [shard for shard in meta["splits"][split]["shards"] if chosen(shard)], meta)
+    if meta["format"] != DATA_FORMAT:
+        warn_no_checksums(folder)
+    return TokenSplit(folder, [shard for shard in meta["splits"][split]["shards"] if keep_shard(shard)], meta)
 
 
 class TokenSplit:
@@ -58,7 +58,7 @@ class TokenSplit:
     UserError when a file differs from its checksum or holds what no model can read.
     """
 
-    def __init__(self, folder: Folder, shards: list[dict[str, Any]], meta: dict[str, Any]) -> None:
+    def __init__(self, folder: PathLike, shards: list[dict[str, Any]], meta: dict[str, Any]) -> None:
         self.folder, self.dtype = Path(folder), np.dtype(meta["dtype"]).newbyteorder("<")
         self.vocab_size = meta.get("vocab_size") or 2 ** (8 * self.dtype.itemsize)
         self.shards = {shard["file"]: shard for shard in shards}
@@ -66,40 +66,40 @@ class TokenSplit:
         self._token_ends = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self._document_ends = np.cumsum([0, *(shard["documents"] for shard in shards)])
         self.tokens, self.documents = int(self._token_ends[-1]), int(self._document_ends[-1])
-        self.masked = meta["kind"] in ("chats", "pairs") or any(self._has_mask(shard) for shard in shards[:1])
+        self.has_masks = meta["kind"] in ("chats", "pairs") or any(self._has_mask(shard) for shard in shards[:1])
         for shard in shards:
-            self._check(shard)
+            self._check_sizes(shard)
         self._files: dict[str, Any] = {}
         self._indices: dict[str, np.ndarray] = {}
-        self._blocks: dict[str, Blocks] = {}
+        self._blocks: dict[str, VerifiedBlocks] = {}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids start..stop of the stream, shape (stop - start,), in the dtype on disk, across shards."""
-        return self._slice(start, stop, ".bin", self.dtype)
+        return self._read_stream(start, stop, ".bin", self.dtype)
 
     def read_mask(self, start: int, stop: int) -> np.ndarray:
         """The mask of the same tokens, uint8; ones where the split has none (every token is trained)."""
-        if self.masked:
-            return self._slice(start, stop, ".mask", MASK)
-        return np.ones(len(self._slice(start, stop, ".bin", self.dtype)), np.uint8)
+        if self.has_masks:
+            return self._read_stream(start, stop, ".mask", MASK_DTYPE)
+        return np.ones(len(self._read_stream(start, stop, ".bin", self.dtype)), np.uint8)
 
-    def document(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def read_document(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
         """(ids, mask) of document i; mask is None for plain text."""
         which = int(np.searchsorted(self._document_ends, i, side="right")) - 1
         name, at = self.names[which], i - self._document_ends[which]
-        start, stop = (int(edge) for edge in self._starts(name)[at : at + 2])
-        ids = self._piece(name, ".bin", self.dtype, start, stop)
-        return ids, self._piece(name, ".mask", MASK, start, stop) if self.masked else None
+        start, stop = (int(edge) for edge in self._shard_offsets(name)[at : at + 2])
+        ids = self._read_shard(name, ".bin", self.dtype, start, stop)
+        return ids, self._read_shard(name, ".mask", MASK_DTYPE, start, stop) if self.has_masks else None
 
     def lengths(self) -> np.ndarray:
         """Tokens of every document, shape (documents,), int64. The one thing here that grows with the data."""
-        return np.concatenate([np.diff(self._starts(name)) for name in self.names] or [np.zeros(0, np.int64)])
+        return np.concatenate([np.diff(self._shard_offsets(name)) for name in self.names] or [np.zeros(0, np.int64)])
 
-    def starts(self) -> np.ndarray:
+    def offsets(self) -> np.ndarray:
         """Where every document starts in the stream, and where the last one ends: shape (documents + 1,), int64."""
         return np.concatenate([[0], np.cumsum(self.lengths())]).astype(np.int64)
 
-    def _slice(self, start: int, stop: int, suffix: str, dtype: np.dtype) -> np.ndarray:
+    def _read_stream(self, start: int, stop: int, suffix: str, dtype: np.dtype) -> np.ndarray:
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start}..{stop} of {self.tokens}")
         pieces = []
@@ -107,60 +107,60 @@ class TokenSplit:
         for name, (begin, end) in zip(self.names[first:], itertools.pairwise(self._token_ends[first:]), strict=True):
             if begin >= stop:
                 break
-            pieces.append(self._piece(name, suffix, dtype, max(start, begin) - begin, min(stop, end) - begin))
+            pieces.append(self._read_shard(name, suffix, dtype, max(start, begin) - begin, min(stop, end) - begin))
         if len(pieces) == 1:
             return pieces[0]
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
 
-    def _piece(self, name: str, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+    def _read_shard(self, name: str, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         """Tokens or masks start..stop of a shard. Blocks that are read for the first time are compared."""
         file = name + suffix
         begin, end = int(start) * dtype.itemsize, int(stop) * dtype.itemsize
         blocks = self._blocks.get(file) or self._open_blocks(name, suffix)
-        if blocks.known(begin, end):
+        if blocks.is_verified(begin, end):
             return np.frombuffer(self._read_at(file, begin, end - begin), dtype)
-        first, last = blocks.around(begin, end)
+        first, last = blocks.block_range(begin, end)
         data = self._read_at(file, first, last - first)
-        if (place := blocks.compare(data, first)) >= 0:
-            raise self._damaged(file, f"its bytes from {place:,} on differ from their checksum")
+        if (damaged_at := blocks.find_mismatch(data, first)) >= 0:
+            raise self._damage_error(file, f"its bytes from {damaged_at:,} on differ from their checksum")
         found = np.frombuffer(data, dtype)
         self._check_values(file, found)
         return found[(begin - first) // dtype.itemsize :][: stop - start]
 
-    def _open_blocks(self, name: str, suffix: str) -> Blocks:
+    def _open_blocks(self, name: str, suffix: str) -> VerifiedBlocks:
         """The blocks of a .bin or .mask, with their checksums where the folder has them."""
         shard = self.shards[name]
-        size, sums = shard["tokens"] * (self.dtype.itemsize if suffix == ".bin" else 1), None
+        size, checksums = shard["tokens"] * (self.dtype.itemsize if suffix == ".bin" else 1), None
         if "checksums" in shard:
             path = self.folder / f"{name}.crc"
             if not path.is_file() or file_checksum(path) != shard["checksums"][".crc"]:
-                raise self._damaged(path.name, "it is missing or differs from its checksum")
-            ends = -(-shard["tokens"] * self.dtype.itemsize // BLOCK)
-            sums = np.fromfile(path, "<u4")
-            sums = sums[:ends] if suffix == ".bin" else sums[ends:]
-            if len(sums) != -(-size // BLOCK):
-                raise self._damaged(path.name, f"it has {len(sums):,} checksums of {name}{suffix}")
-        self._blocks[name + suffix] = Blocks(size, sums)
+                raise self._damage_error(path.name, "it is missing or differs from its checksum")
+            ends = -(-shard["tokens"] * self.dtype.itemsize // BLOCK_BYTES)
+            checksums = np.fromfile(path, "<u4")
+            checksums = checksums[:ends] if suffix == ".bin" else checksums[ends:]
+            if len(checksums) != -(-size // BLOCK_BYTES):
+                raise self._damage_error(path.name, f"it has {len(checksums):,} checksums of {name}{suffix}")
+        self._blocks[name + suffix] = VerifiedBlocks(size, checksums)
         return self._blocks[name + suffix]
 
     def _check_values(self, file: str, found: np.ndarray) -> None:
         largest, limit = int(found.max(initial=0)), 2 if file.endswith(".mask") else self.vocab_size
         if largest >= limit:
             if limit == 2:
-                raise self._damaged(file, f"it holds {largest}, a mask is 0 or 1")
-            raise self._damaged(file, f"it holds the id {largest:,}, the vocabulary has {limit:,} entries")
+                raise self._damage_error(file, f"it holds {largest}, a mask is 0 or 1")
+            raise self._damage_error(file, f"it holds the id {largest:,}, the vocabulary has {limit:,} entries")
 
     def _read_at(self, file: str, offset: int, size: int) -> bytes:
         if file not in self._files:
-            if len(self._files) >= MOST_OPEN:
+            if len(self._files) >= MAX_OPEN_FILES:
                 self._close()
             try:
                 self._files[file] = (self.folder / file).open("rb", buffering=0)
             except OSError as error:
-                raise self._damaged(file, f"it cannot be read ({error.strerror})") from None
+                raise self._damage_error(file, f"it cannot be read ({error.strerror})") from None
         data = _read_at(self._files[file], offset, size)
         if len(data) < size:
-            raise self._damaged(file, "it has become shorter while it was read")
+            raise self._damage_error(file, "it has become shorter while it was read")
         return data
 
     def _close(self) -> None:
@@ -169,7 +169,7 @@ class TokenSplit:
                 file.close()
         self._files = {}
 
-    def _starts(self, name: str) -> np.ndarray:
+    def _shard_offsets(self, name: str) -> np.ndarray:
         if name not in self._indices:
             self._indices[name] = self._open_index(name)
         return self._indices[name]
@@ -179,36 +179,40 @@ class TokenSplit:
         path, shard = self.folder / f"{name}.idx.npy", self.shards[name]
         try:
             if "checksums" in shard and file_checksum(path) != shard["checksums"][".idx.npy"]:
-                raise self._damaged(path.name, "it differs from its checksum")
-            starts = np.load(path, mmap_mode="r", allow_pickle=False)
+                raise self._damage_error(path.name, "it differs from its checksum")
+            offsets = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, TypeError, EOFError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError):
-            raise self._damaged(path.name, "it is no array of numpy") from None
-        if not isinstance(starts, np.ndarray) or starts.dtype != np.int64 or starts.shape != (shard["documents"] + 1,):
-            raise self._damaged(path.name, f"it holds no {shard['documents'] + 1:,} numbers of int64")
-        if starts[0] != 0 or starts[-1] != shard["tokens"] or (np.diff(starts) < 0).any():
-            raise self._damaged(path.name, f"its starts do not rise from 0 to {shard['tokens']:,}")
-        return starts
+            raise self._damage_error(path.name, "it is no array of numpy") from None
+        if (
+            not isinstance(offsets, np.ndarray)
+            or offsets.dtype != np.int64
+            or offsets.shape != (shard["documents"] + 1,)
+        ):
+            raise self._damage_error(path.name, f"it holds no {shard['documents'] + 1:,} numbers of int64")
+        if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 0).any():
+            raise self._damage_error(path.name, f"its starts do not rise from 0 to {shard['tokens']:,}")
+        return offsets
 
     def _has_mask(self, shard: dict[str, Any]) -> bool:
         if "checksums" in shard:
             return ".mask" in shard["checksums"]
         return (self.folder / f"{shard['file']}.mask").is_file()
 
-    def _check(self, shard: dict[str, Any]) -> None:
+    def _check_sizes(self, shard: dict[str, Any]) -> None:
         """Sizes must be what meta.json says: a copy that was cut short is noticed before training, not amid it."""
-        sizes = {".bin": shard["tokens"] * self.dtype.itemsize} | ({".mask": shard["tokens"]} if self.masked else {})
-        for suffix, want in sizes.items():
+        sizes = {".bin": shard["tokens"] * self.dtype.itemsize} | ({".mask": shard["tokens"]} if self.has_masks else {})
+        for suffix, expected in sizes.items():
             path = self.folder / (shard["file"] + suffix)
             found = path.stat().st_size if path.is_file() else -1
-            if found != want:
-                size = "missing" if found < 0 else f"damaged or incomplete ({found:,} of {want:,} bytes)"
-                raise UserError(f"{path} is {size}: {way_back(self.folder, self.masked)}")
+            if found != expected:
+                size = "missing" if found < 0 else f"damaged or incomplete ({found:,} of {expected:,} bytes)"
+                raise UserError(f"{path} is {size}: {repair_hint(self.folder, self.has_masks)}")
         index = self.folder / f"{shard['file']}.idx.npy"
         if not index.is_file() or index.stat().st_size < 8 * (shard["documents"] + 1):
-            raise self._damaged(index.name, "it is missing or incomplete")
+            raise self._damage_error(index.name, "it is missing or incomplete")
 
-    def _damaged(self, file: str, problem: str) -> UserError:
-        return UserError(f"{self.folder / file} is damaged: {problem}: {way_back(self.folder, self.masked)}")
+    def _damage_error(self, file: str, problem: str) -> UserError:
+        return UserError(f"{self.folder / file} is damaged: {problem}: {repair_hint(self.folder, self.has_masks)}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_indices": {}}

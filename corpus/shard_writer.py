@@ -31,12 +31,12 @@ import numpy as np
 
 from common.checksums import checksum, file_checksum
 from common.errors import UserError
-from common.files import cannot_write, replace_folder
-from corpus.block_checksums import SummedFile
-from corpus.dataset_meta import DTYPES, Folder, resolve_link
+from common.files import replace_folder, write_error
+from corpus.block_checksums import ChecksummedFile
+from corpus.dataset_meta import TOKEN_DTYPES, PathLike, resolve_link
 
 SHARD_TOKENS = 100_000_000
-OUR_FILES = (
+KNOWN_FILES = (
     "meta.json",
     "progress.json",
     "*.json.tmp",  # of a kill in an earlier version
@@ -56,7 +56,7 @@ OUR_FILES = (
 
 def token_dtype(vocab_size: int) -> str:
     """ "uint16" while every id fits with room for none besides, else "uint32"."""
-    return DTYPES[vocab_size > 65_535]
+    return TOKEN_DTYPES[vocab_size > 65_535]
 
 
 class ShardWriter:
@@ -67,7 +67,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        out_dir: Folder,
+        out_dir: PathLike,
         split: str,
         dtype: str,
         shard_tokens: int = SHARD_TOKENS,
@@ -76,8 +76,8 @@ class ShardWriter:
         self.folder, self.split, self.dtype, self.shard_tokens = Path(out_dir), split, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = [dict(shard) for shard in state["shards"]] if state else []
         self.bytes = state["bytes"] if state else 0
-        self.files: dict[str, SummedFile] = {}
-        self.starts = array.array("q")
+        self.files: dict[str, ChecksummedFile] = {}
+        self.offsets = array.array("q")
         if self.shards:
             self._open(self.shards[-1])
 
@@ -91,19 +91,19 @@ class ShardWriter:
         if mask is not None:
             self.files[".mask"].write(np.asarray(mask, dtype=np.uint8).tobytes())
         shard = self.shards[-1]
-        self.starts.append(shard["tokens"])
+        self.offsets.append(shard["tokens"])
         shard["tokens"] += len(ids)
         shard["documents"] += 1
         self.bytes += utf8_bytes
 
     def state(self) -> dict[str, Any]:
         """Everything so far is on disk, and this is how much it is: plain values for a progress file."""
-        self._write_starts()
+        self._write_offsets()
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
         if self.shards:
-            self.shards[-1]["checksums"] = {suffix: file.whole for suffix, file in self.files.items()}
+            self.shards[-1]["checksums"] = {suffix: file.checksum for suffix, file in self.files.items()}
         return {"shards": [dict(shard) for shard in self.shards], "bytes": self.bytes}
 
     def close(self) -> dict[str, Any]:
@@ -136,59 +136,59 @@ class ShardWriter:
             sizes[".mask"] = shard["tokens"]
         for suffix, size in sizes.items():
             path = self.folder / (shard["file"] + suffix)
-            self.files[suffix] = SummedFile(path, size, shard["checksums"].get(suffix))
+            self.files[suffix] = ChecksummedFile(path, size, shard["checksums"].get(suffix))
 
-    def _write_starts(self) -> None:
+    def _write_offsets(self) -> None:
         if self.files:
-            self.files[".idx"].write(np.asarray(self.starts, dtype="<i8").tobytes())
-            self.starts = array.array("q")
+            self.files[".idx"].write(np.asarray(self.offsets, dtype="<i8").tobytes())
+            self.offsets = array.array("q")
 
     def _close_shard(self) -> None:
         if not self.files:
             return
-        self._write_starts()
+        self._write_offsets()
         for file in self.files.values():
             file.close()
         shard, path = self.shards[-1], str(self.folder / self.shards[-1]["file"])
         # The raw index stays until `close`: an earlier state of this shard may still be the one to continue from.
         raw = Path(path + ".idx").read_bytes()
-        if checksum(raw) != self.files[".idx"].whole:
+        if checksum(raw) != self.files[".idx"].checksum:
             raise UserError(f"{path}.idx has changed since it was written: check the disk, then run the command again")
         np.save(path + ".idx.npy", np.append(np.frombuffer(raw, "<i8"), shard["tokens"]).astype("<i8"))
-        masks = [self.files[".mask"].blocks()] if shard["masked"] else []
-        Path(path + ".crc").write_bytes(np.concatenate([self.files[".bin"].blocks(), *masks]).tobytes())
-        sums = {suffix: self.files[suffix].whole for suffix in (".bin", *([".mask"] if masks else []))}
+        masks = [self.files[".mask"].block_checksums()] if shard["masked"] else []
+        Path(path + ".crc").write_bytes(np.concatenate([self.files[".bin"].block_checksums(), *masks]).tobytes())
+        sums = {suffix: self.files[suffix].checksum for suffix in (".bin", *([".mask"] if masks else []))}
         shard["checksums"] = sums | {suffix: file_checksum(path + suffix) for suffix in (".idx.npy", ".crc")}
         self.files = {}
 
 
-def open_writer(folder: Folder, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
+def open_shard_writer(folder: PathLike, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
     """The writer of a split as our folders have it: training data in shards, a validation split in one file."""
     return ShardWriter(folder, split, dtype, SHARD_TOKENS if split.startswith("train") else 0, state)
 
 
-def require_train(splits: dict[str, Any], problem: str) -> None:
+def require_train_split(splits: dict[str, Any], problem: str) -> None:
     """Raises UserError with the problem, which says what to do, unless there is something to train on."""
     if "train" not in splits:
         raise UserError(problem)
 
 
 @contextlib.contextmanager
-def writing(folder: Folder) -> Iterator[None]:
+def report_write_errors(folder: PathLike) -> Iterator[None]:
     """Turn a full disk, a missing permission and the like into one line for the user."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise write_error(folder, error) from error
 
 
-def partial_folder(out_dir: Folder) -> Path:
+def dataset_staging_folder(out_dir: PathLike) -> Path:
     """Where a data set grows until it is complete: beside its place, and on the disk that a link points to."""
-    place = resolve_link(out_dir)
-    return place.with_name(place.name + ".partial")
+    target = resolve_link(out_dir)
+    return target.with_name(target.name + ".partial")
 
 
-def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> bool:
+def check_replaceable(out_dir: PathLike, known_files: tuple[str, ...] = KNOWN_FILES) -> bool:
     """True when `out_dir` holds an older data set, which `publish` will replace.
 
     Raises UserError when it holds files that are not ours (by their names): they would be lost.
@@ -198,7 +198,7 @@ def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> boo
         raise UserError(f"{out_dir} is a file: choose another --out_dir")
     if not out_dir.is_dir():
         return False
-    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in ours)]
+    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in known_files)]
     if names:
         raise UserError(
             f"{out_dir} holds files that are not ours ({names[0].name}): move them or choose another --out_dir"
@@ -206,6 +206,6 @@ def check_replaceable(out_dir: Folder, ours: tuple[str, ...] = OUR_FILES) -> boo
     return (out_dir / "meta.json").is_file()
 
 
-def publish(partial: Folder, out_dir: Folder) -> None:
+def replace_dataset(staging: PathLike, out_dir: PathLike) -> None:
     """Rename the complete folder to its name; an older one of that name is set aside first and deleted afterwards."""
-    replace_folder(partial, resolve_link(out_dir))
+    replace_folder(staging, resolve_link(out_dir))

@@ -14,12 +14,12 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from corpus.input_files import PIECE, SUFFIX_FORMATS, Source
-from corpus.json_reader import loose_value
-from corpus.json_stream import is_message
-from corpus.layouts import KEYS
+from corpus.input_files import READ_CHUNK_BYTES, SUFFIX_FORMATS, InputFile
+from corpus.json_reader import parse_loose_json
+from corpus.json_stream import has_message_keys
+from corpus.layouts import FIELD_KEYS
 
-_HEADER_KEYS = {key for keys in KEYS.values() for key in keys}
+_HEADER_KEYS = {key for keys in FIELD_KEYS.values() for key in keys}
 _LIST_KEYS = b"messages|conversations?|dialogu?e?s?|chat|chosen|rejected|history|turns|answers|completions|responses"
 _OBJECT = re.compile(rb'\s*\{\s*("[^"\n]*"\s*:|\})')
 _WRAPPED = re.compile(  # one object whose values are long: {"version": 1, "data": [{"text": ...
@@ -27,25 +27,27 @@ _WRAPPED = re.compile(  # one object whose values are long: {"version": 1, "data
 )
 
 
-def sniff(source: Source) -> str:
+def sniff_format(input_file: InputFile) -> str:
     """The format's name. Raises UserError for an archive of several files and for an Excel workbook."""
-    head = source.head()
+    head = input_file.head()
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    if head.startswith(b"\xd0\xcf\x11\xe0") or (head.startswith(b"PK\x03\x04") and source.suffix.startswith(".xls")):
-        raise UserError(f"{source.name} is an Excel workbook: save its sheet as CSV UTF-8 and name that file")
+    if head.startswith(b"\xd0\xcf\x11\xe0") or (
+        head.startswith(b"PK\x03\x04") and input_file.suffix.startswith(".xls")
+    ):
+        raise UserError(f"{input_file.name} is an Excel workbook: save its sheet as CSV UTF-8 and name that file")
     if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
-        raise UserError(f"{source.name} is a zip or tar archive: unpack it first")
+        raise UserError(f"{input_file.name} is a zip or tar archive: unpack it first")
     if head.startswith(codecs.BOM_UTF8):
-        source.readline(3)
+        input_file.readline(3)
         head = head[3:]
-    named = SUFFIX_FORMATS.get(source.suffix, "txt")
+    named = SUFFIX_FORMATS.get(input_file.suffix, "txt")
     first, _, rest = head.lstrip().partition(b"\n")
-    form = _json_form(head.lstrip(), named, len(head) < PIECE)
-    if form:
-        return form
+    file_format = _sniff_json(head.lstrip(), named, len(head) < READ_CHUNK_BYTES)
+    if file_format:
+        return file_format
     if _OBJECT.match(first):
         return "jsonl"
     columns = [cell.strip(b'" \r').lower() for cell in re.split(rb"[,;\t|]", first)]
@@ -53,7 +55,7 @@ def sniff(source: Source) -> str:
         len(columns) > 1 and all(cell.decode("utf-8", "replace") in _HEADER_KEYS for cell in columns)
     ):
         return "csv"
-    if named == "txt" and source.suffix not in (".txt", ".md") and any(map(_OBJECT.match, rest.split(b"\n")[:20])):
+    if named == "txt" and input_file.suffix not in (".txt", ".md") and any(map(_OBJECT.match, rest.split(b"\n")[:20])):
         return "jsonl"
     return "json" if named == "jsonl" and _is_damaged_json(head) else named
 
@@ -61,32 +63,32 @@ def sniff(source: Source) -> str:
 def _is_damaged_json(head: bytes) -> bool:
     """Whether a text that begins like no JSON holds objects, but not one on each line: its first byte is wrong."""
     lines = [line for line in head.split(b"\n") if line.strip()][:21]
-    if any(isinstance(_value(line), (dict, list)) for line in lines):
+    if any(isinstance(_parse_or_none(line), (dict, list)) for line in lines):
         return False
     objects = sum(_OBJECT.match(line) is not None for line in lines)
     return len(re.findall(rb'\{\s{0,9}"[^"\n]{0,99}"\s{0,9}:', head)) > max(1, 2 * objects)
 
 
-def _json_form(head: bytes, named: str, whole: bool) -> str:
+def _sniff_json(head: bytes, named: str, is_whole_file: bool) -> str:
     """ "jsonl", "json", or "" where the first bytes do not tell. `whole`: they are the whole file."""
     if not head.startswith((b"{", b"[")):
         return ""
     lines = [line for line in head.split(b"\n") if not line.isspace() and line][:21]
     first, others = lines[0], lines[1:]
-    if not others and (_objects_follow(first) or (named == "jsonl" and _is_damaged_json(head))):
+    if not others and (_has_more_objects(first) or (named == "jsonl" and _is_damaged_json(head))):
         return "json"
-    if not others and not whole and b"\n" not in head:  # a line longer than the head
+    if not others and not is_whole_file and b"\n" not in head:  # a line longer than the head
         array = re.match(rb"\[\s*(\[\s*)?\{", head)
         return "json" if array or _WRAPPED.match(head) else ""
-    value = _value(first)
+    value = _parse_or_none(first)
     if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], (dict, list))):
         return "jsonl" if others else "json"
-    second = _value(others[0]) if others else None
-    if isinstance(second, dict) and not (head.startswith(b"[") and is_message(second)):
+    second = _parse_or_none(others[0]) if others else None
+    if isinstance(second, dict) and not (head.startswith(b"[") and has_message_keys(second)):
         return "jsonl"
     if head.startswith(b"["):
         return "json" if re.match(rb"\[\s*\{" if named == "txt" else rb'\[\s*([\[{"\]]|$)', head) else ""
-    if any(line.startswith(b"{") and isinstance(value := _value(line), dict) and value for line in others):
+    if any(line.startswith(b"{") and isinstance(value := _parse_or_none(line), dict) and value for line in others):
         return "jsonl"
     if _WRAPPED.match(head) and _is_damaged_json(head):  # an object around the rows, with a line feed too many
         return "json"
@@ -95,7 +97,7 @@ def _json_form(head: bytes, named: str, whole: bool) -> str:
     return "json" if _OBJECT.match(first) and others and re.match(rb'\s+["}\]]|[}\]]', others[0]) else ""
 
 
-def _objects_follow(line: bytes) -> bool:
+def _has_more_objects(line: bytes) -> bool:
     """Whether a line begins with an object, a comma and another object."""
     text = line.decode("utf-8", "surrogateescape")
     try:
@@ -105,8 +107,8 @@ def _objects_follow(line: bytes) -> bool:
     return re.match(r"\s*,\s*\{", text[end:]) is not None
 
 
-def _value(line: bytes) -> Any:
+def _parse_or_none(line: bytes) -> Any:
     try:
-        return loose_value(line.decode("utf-8", "surrogateescape"))
+        return parse_loose_json(line.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):
         return None

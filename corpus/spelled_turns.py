@@ -10,7 +10,7 @@ import json
 import warnings
 from typing import Any
 
-from corpus.layouts import CONTENT_KEYS, ROLE_KEYS, ROLES, TOOL_KEYS
+from corpus.layouts import CONTENT_KEYS, ROLE_KEYS, ROLE_NAMES, TOOL_KEYS
 from corpus.stats import BadRow
 
 
@@ -18,33 +18,33 @@ def spells_messages(value: Any) -> bool:
     """True for text that spells a list of messages with roles, as a csv or parquet cell may."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return False
-    turns = parsed(value)
+    turns = parse_literal(value)
     return isinstance(turns, list) and all(isinstance(turn, dict) and is_message(turn) for turn in turns)
 
 
 def is_message(turn: dict[str, Any]) -> bool:
     """True for an object with a known role and a text, or a call of a tool."""
-    names_a_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLES for key in ROLE_KEYS)
-    return names_a_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
+    has_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLE_NAMES for key in ROLE_KEYS)
+    return has_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
 
 
 def is_tool_call(value: Any) -> bool:
     """True for text that spells calls of functions: [{"name": ..., "arguments": ...}]."""
-    calls = parsed(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
+    calls = parse_literal(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
     return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
 
 
-def parse_list(text: str, field: str) -> Any:
+def parse_list_literal(text: str, field: str) -> Any:
     """The list that `text` spells in JSON or as a Python literal. No name is looked up and nothing is called."""
-    value = parsed(text)
+    value = parse_literal(text)
     if value is None:
         raise BadRow(f"{field} is neither JSON nor a Python list")
     return value
 
 
-def parsed(text: str) -> Any:
+def parse_literal(text: str) -> Any:
     """What `text` spells in JSON, in Python notation or as numpy prints it; None where it spells nothing."""
-    for parse in (json.loads, ast.literal_eval, _of_numpy):
+    for parse in (json.loads, ast.literal_eval, _parse_numpy_list):
         try:
             with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, no mistake of ours
                 warnings.simplefilter("ignore")
@@ -54,7 +54,7 @@ def parsed(text: str) -> Any:
     return None
 
 
-def _of_numpy(text: str) -> Any:
+def _parse_numpy_list(text: str) -> Any:
     """A list of objects as numpy prints it, without commas: what pandas writes to csv for a list read from parquet."""
     if "}\n {" not in text:
         raise ValueError

@@ -16,46 +16,46 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError
-from corpus.layouts import expected_keys
+from corpus.layouts import explain_expected_keys
 
-EXAMPLES = 3  # places kept for each reason
+MAX_LOCATIONS = 3  # places kept for each reason
 MAX_REASONS = 40  # a file can be wrong in endless ways; the report stays one screen
 EMPTY_FILE = "empty file"
-CERTAIN_BAD, CERTAIN_READ = 100, 1000  # from here on the share of bad rows is judged while reading
-FIRST_BIN, BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
+MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # from here on the share of bad rows is judged while reading
+FIRST_BIN_TOKENS, LENGTH_BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
 
 
 class BadRow(Exception):
     """A row that cannot be used. The message is the reason, without the row's own content."""
 
 
-class UnfitRow(BadRow):
+class DroppedRow(BadRow):
     """A sound row that is left out on purpose: it is dropped, not counted as bad."""
 
 
 @dataclass
-class Reason:
+class ReasonCount:
     count: int = 0
     first: list[tuple[str, int]] = field(default_factory=list)  # (file, line) of the first few
 
     def add(self, file: str, line: int, rows: int = 1) -> None:
         self.count += rows
-        if len(self.first) < EXAMPLES:
+        if len(self.first) < MAX_LOCATIONS:
             self.first.append((file, line))
 
-    def places(self) -> str:
+    def locations(self) -> str:
         return ", ".join(f"{file}:{line}" for file, line in self.first)
 
 
 @dataclass
-class _File:
+class _FileStats:
     rows: int = 0
     good: int = 0
     lost: int = 0  # in accepted damage
     keys: dict[str, None] = field(default_factory=dict)  # in order of appearance
 
 
-class DataReport:
+class DataStats:
     """Counts of one pass over the data. `max_bad_share` is the share of bad rows (0..1) above which the run ends.
 
     `accept_damaged`: whether damaged files are used as far as they can be read; None where no flag says it.
@@ -65,87 +65,87 @@ class DataReport:
         self.max_bad_share, self.accept_damaged = max_bad_share, accept_damaged
         self.read = self.kept = self.bad_rows = self.dropped_rows = 0
         self.accepted_rows = 0  # bad rows that were lost in accepted damage; the cap does not count them
-        self.bad: dict[str, Reason] = {}
-        self.dropped: dict[str, Reason] = {}
-        self.files: dict[str, _File] = {}
+        self.bad: dict[str, ReasonCount] = {}
+        self.dropped: dict[str, ReasonCount] = {}
+        self.files: dict[str, _FileStats] = {}
         self.languages: dict[str, dict[str, int]] = {}
-        self.histogram = [0] * (BINS + 1)
+        self.histogram = [0] * (LENGTH_BINS + 1)
         self.trained_tokens = 0  # chats only
-        self.shortened: dict[str, Reason] = {}  # rows that are kept, but changed: without their last turns, …
-        self.unused: dict[str, Reason] = {}  # keys with a value that rows have and no reader uses
+        self.changed: dict[str, ReasonCount] = {}  # rows that are kept, but changed: without their last turns, …
+        self.unused: dict[str, ReasonCount] = {}  # keys with a value that rows have and no reader uses
         self.notes: list[str] = []  # what else a reader of the report should know, one line each
-        self.input_total = 0  # bytes of all input files, as far as known
-        self.position: Callable[[], int] = lambda: 0  # how many of them are read
+        self.input_bytes = 0  # bytes of all input files, as far as known
+        self.bytes_read: Callable[[], int] = lambda: 0  # how many of them are read
         self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
         self._start = time.perf_counter()
 
     # ---- counting ----
-    def saw_row(self, file: str, row: Any = None) -> None:
+    def row_read(self, file: str, row: Any = None) -> None:
         """One more row was read, whatever becomes of it. The keys of the first objects are remembered for messages."""
         self.read += 1
-        count = self.files.setdefault(file, _File())
+        count = self.files.setdefault(file, _FileStats())
         count.rows += 1
         if not count.good and isinstance(row, dict) and len(count.keys) < 12:
             count.keys.update(dict.fromkeys(" ".join(str(key)[:40].split()) for key in list(row)[:12]))
 
-    def good_row(self, file: str) -> None:
+    def row_ok(self, file: str) -> None:
         self.files[file].good += 1
 
-    def bad_row(self, reason: str, file: str, line: int, rows: int = 1) -> None:
+    def row_bad(self, reason: str, file: str, line: int, rows: int = 1) -> None:
         """A row that was counted by `saw_row` is unusable. Raises UserError once the cap is certainly exceeded."""
         self.bad_rows += rows
-        _count(self.bad, reason, file, line, rows)
-        if self.bad_rows >= CERTAIN_BAD and self.read >= CERTAIN_READ:
-            self.check_cap(expected_rows=self.read * max(1.0, self.input_total / max(1, self.position())))
+        _count_reason(self.bad, reason, file, line, rows)
+        if self.bad_rows >= MIN_BAD_TO_JUDGE and self.read >= MIN_READ_TO_JUDGE:
+            self.check_cap(expected_rows=self.read * max(1.0, self.input_bytes / max(1, self.bytes_read())))
 
-    def unreadable(self, reason: str, file: str, line: int, rows: int = 1) -> None:
+    def row_unreadable(self, reason: str, file: str, line: int, rows: int = 1) -> None:
         """A row, or an estimated number of rows, that could not even be read: counted as read and as bad."""
-        self._saw_lost(file, rows)
-        self.bad_row(reason, file, line, rows)
+        self._count_lost_rows(file, rows)
+        self.row_bad(reason, file, line, rows)
 
-    def lose(self, reason: str, file: str, line: int, rows: int) -> None:
+    def rows_lost(self, reason: str, file: str, line: int, rows: int) -> None:
         """An estimated number of rows is lost in damage that the user accepts: bad, but the cap does not count them."""
-        self._saw_lost(file, rows)
+        self._count_lost_rows(file, rows)
         self.bad_rows += rows
         self.accepted_rows += rows
         self.files[file].lost += rows
-        _count(self.bad, reason, file, line, rows)
+        _count_reason(self.bad, reason, file, line, rows)
 
-    def _saw_lost(self, file: str, rows: int) -> None:
-        self.saw_row(file)
+    def _count_lost_rows(self, file: str, rows: int) -> None:
+        self.row_read(file)
         self.read += rows - 1
         self.files[file].rows += rows - 1
 
-    def rows_of(self, file: str) -> int:
+    def num_rows_in(self, file: str) -> int:
         """Rows of the file that were read so far."""
         return self.files[file].rows if file in self.files else 0
 
-    def rows_in(self, file: str, lost: int, read: int) -> int:
+    def estimate_rows(self, file: str, lost: int, read: int) -> int:
         """About how many rows stood in `lost` bytes of a file of which `read` bytes were read; at least 1."""
-        return max(1, round(lost * self.rows_of(file) / max(1, read - lost)))
+        return max(1, round(lost * self.num_rows_in(file) / max(1, read - lost)))
 
-    def drop(self, reason: str, file: str, line: int) -> None:
+    def row_dropped(self, reason: str, file: str, line: int) -> None:
         """A sound row is left out on purpose."""
         self.dropped_rows += 1
-        _count(self.dropped, reason, file, line)
+        _count_reason(self.dropped, reason, file, line)
 
-    def shorten(self, reason: str, file: str, line: int) -> None:
+    def row_truncated(self, reason: str, file: str, line: int) -> None:
         """A row is kept, but changed."""
-        _count(self.shortened, reason, file, line)
+        _count_reason(self.changed, reason, file, line)
 
-    def note_row(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
+    def row_changed(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
         """A row is kept; how it was changed, and which of its keys have a value that is not used."""
         for reason in changes:
-            _count(self.shortened, reason, file, line)
+            _count_reason(self.changed, reason, file, line)
         for key in unused:
-            _count(self.unused, key, file, line)
+            _count_reason(self.unused, key, file, line)
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """A line under the table, about a file; a second one that is the same is left out."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def keep(
+    def row_kept(
         self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
     ) -> None:
         """One more document, chat or pair is in the data set; lengths in characters, tokens and UTF-8 bytes.
@@ -155,10 +155,10 @@ class DataReport:
         self.kept += 1
         self.trained_tokens += trained_tokens
         self.text_bytes += utf8_bytes
-        mix = self.languages.setdefault(language, {"documents": 0, "characters": 0, "tokens": 0, "bytes": 0})
+        counts = self.languages.setdefault(language, {"documents": 0, "characters": 0, "tokens": 0, "bytes": 0})
         for name, amount in (("documents", 1), ("characters", characters), ("tokens", tokens), ("bytes", utf8_bytes)):
-            mix[name] += amount
-        self.histogram[min(BINS, max(0, ((longest or tokens) - 1) // FIRST_BIN).bit_length())] += 1
+            counts[name] += amount
+        self.histogram[min(LENGTH_BINS, max(0, ((longest or tokens) - 1) // FIRST_BIN_TOKENS).bit_length())] += 1
 
     # ---- judging ----
     def check_cap(self, expected_rows: float = 0) -> None:
@@ -169,31 +169,31 @@ class DataReport:
         counted = self.bad_rows - self.accepted_rows
         if counted > self.max_bad_share * max(self.read, expected_rows):
             worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
-            reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.places()})" for name, reason in worst)
+            reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.locations()})" for name, reason in worst)
             raise UserError(
                 f"{counted:,} of {self.read:,} rows read are bad ({counted / self.read:.1%}, allowed are "
                 f"{self.max_bad_share:.1%}): {reasons}: mend the data or raise --max_bad_share"
             )
 
     def check_file(self, file: str, kind: str) -> None:
-        """Raises UserError when not one row of the file was good; `kind` as expected_keys has it."""
-        count = self.files.get(file, _File())
-        empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, Reason()).first)
+        """Raises UserError when not one row of the file was good; `kind` as explain_expected_keys has it."""
+        count = self.files.get(file, _FileStats())
+        empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, ReasonCount()).first)
         if count.good or count.rows == count.lost or empty:
             return
-        reasons = "; ".join(f"{name} ({reason.places()})" for name, reason in self._bad_in(file)[:3])
+        reasons = "; ".join(f"{name} ({reason.locations()})" for name, reason in self._bad_reasons(file)[:3])
         raise UserError(
-            f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {expected_keys(kind, count.keys)}"
+            f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {explain_expected_keys(kind, count.keys)}"
         )
 
-    def _bad_in(self, file: str) -> list[tuple[str, Reason]]:
+    def _bad_reasons(self, file: str) -> list[tuple[str, ReasonCount]]:
         here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
         return here or list(self.bad.items())
 
     # ---- showing ----
     @property
     def tokens(self) -> int:
-        return sum(mix["tokens"] for mix in self.languages.values())
+        return sum(counts["tokens"] for counts in self.languages.values())
 
     @property
     def seconds(self) -> float:
@@ -209,22 +209,22 @@ class DataReport:
         self.read += other["read"]
         self.kept += other["kept"]
         self.trained_tokens += other.get("trained_tokens", 0)
-        self.bad_rows += _merge(self.bad, other["bad"])
-        self.dropped_rows += _merge(self.dropped, other["dropped"])
-        _merge(self.shortened, other.get("shortened", {}))
-        _merge(self.unused, other.get("unused", {}))
+        self.bad_rows += _merge_reasons(self.bad, other["bad"])
+        self.dropped_rows += _merge_reasons(self.dropped, other["dropped"])
+        _merge_reasons(self.changed, other.get("shortened", {}))
+        _merge_reasons(self.unused, other.get("unused", {}))
         for language, counts in other["languages"].items():
             mine = self.languages.setdefault(language, dict.fromkeys(counts, 0))
             for name, amount in counts.items():
                 mine[name] += amount
         self.histogram = [a + b for a, b in zip(self.histogram, other["lengths"].values(), strict=True)]
         for text in other.get("notes", ()):
-            self.note(text)
+            self.add_note(text)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for meta.json; contains no time, so that equal data gives equal reports."""
 
-        def table(reasons: dict[str, Reason]) -> dict[str, Any]:
+        def table(reasons: dict[str, ReasonCount]) -> dict[str, Any]:
             return {name: {"count": r.count, "first": [f"{f}:{n}" for f, n in r.first]} for name, r in reasons.items()}
 
         report: dict[str, Any] = {"read": self.read, "kept": self.kept, "dropped": table(self.dropped)}
@@ -232,8 +232,8 @@ class DataReport:
         report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
         if self.trained_tokens:
             report |= {"trained_tokens": self.trained_tokens}
-        if self.trained_tokens or self.shortened:
-            report |= {"shortened": table(self.shortened)}
+        if self.trained_tokens or self.changed:
+            report |= {"shortened": table(self.changed)}
         if self.unused:
             report |= {"unused": table(self.unused)}
         if self.notes:
@@ -258,11 +258,11 @@ class DataReport:
             console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
                           f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
 
-    def print_left_out(self) -> None:
+    def print_skipped(self) -> None:
         """What reading did, a line for each reason: for steps that have a report of their own."""
-        for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.shortened)):
+        for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.changed)):
             for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
-                print(f"{kind}: {reason.count:,} x {name} (first: {reason.places()})")
+                print(f"{kind}: {reason.count:,} x {name} (first: {reason.locations()})")
         self.print_notes()
 
     def print_notes(self) -> None:
@@ -270,7 +270,7 @@ class DataReport:
         for note in self.notes:
             print(f"note: {note}")
         for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
-            print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.places()})")
+            print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.locations()})")
 
     def _rows_table(self) -> Any:
         from rich.table import Table
@@ -288,9 +288,9 @@ class DataReport:
 
         add("read", self.read)
         add("kept", self.kept)
-        for kind, reasons in (("kept, but ", self.shortened), ("dropped: ", self.dropped), ("bad: ", self.bad)):
+        for kind, reasons in (("kept, but ", self.changed), ("dropped: ", self.dropped), ("bad: ", self.bad)):
             for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
-                add(kind + name, reason.count, reason.places())
+                add(kind + name, reason.count, reason.locations())
         return table
 
     def _languages_table(self) -> Any:
@@ -299,9 +299,9 @@ class DataReport:
         table = Table(title="languages", title_justify="left")
         for name in ("", "documents", "characters", "tokens", "share of tokens", "characters / token"):
             table.add_column(name, justify="right" if name else "left")
-        for language, mix in sorted(self.languages.items(), reverse=True):
-            share, ratio = mix["tokens"] / max(self.tokens, 1), mix["characters"] / max(mix["tokens"], 1)
-            cells = [f"{mix[name]:,}" for name in ("documents", "characters", "tokens")]
+        for language, counts in sorted(self.languages.items(), reverse=True):
+            share, ratio = counts["tokens"] / max(self.tokens, 1), counts["characters"] / max(counts["tokens"], 1)
+            cells = [f"{counts[name]:,}" for name in ("documents", "characters", "tokens")]
             table.add_row(language, *cells, f"{share:.1%}", f"{ratio:.2f}")
         return table
 
@@ -321,20 +321,20 @@ class DataReport:
 
 def histogram_labels() -> list[str]:
     """Names of the length bins: "<= 16" ... "<= 65536", "more"."""
-    return [f"<= {FIRST_BIN << i}" for i in range(BINS)] + ["more"]
+    return [f"<= {FIRST_BIN_TOKENS << i}" for i in range(LENGTH_BINS)] + ["more"]
 
 
-def _merge(reasons: dict[str, Reason], others: dict[str, Any]) -> int:
+def _merge_reasons(reasons: dict[str, ReasonCount], others: dict[str, Any]) -> int:
     """Add reasons as `to_dict` gave them; returns how many rows they stand for."""
     for name, other in others.items():
-        mine = reasons.setdefault(name, Reason())
+        mine = reasons.setdefault(name, ReasonCount())
         mine.count += other["count"]
-        places = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in other["first"]]
-        mine.first = [*mine.first, *places][:EXAMPLES]
+        locations = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in other["first"]]
+        mine.first = [*mine.first, *locations][:MAX_LOCATIONS]
     return sum(other["count"] for other in others.values())
 
 
-def _count(reasons: dict[str, Reason], reason: str, file: str, line: int, rows: int = 1) -> None:
+def _count_reason(reasons: dict[str, ReasonCount], reason: str, file: str, line: int, rows: int = 1) -> None:
     if reason not in reasons and len(reasons) >= MAX_REASONS:
         reason = "other reasons"
-    reasons.setdefault(reason, Reason()).add(file, line, rows)
+    reasons.setdefault(reason, ReasonCount()).add(file, line, rows)

@@ -1,11 +1,11 @@
 """Which encoding a text file has, and the file as UTF-8: GB18030 (GBK), Big5, UTF-16, UTF-32, Windows-1252 (Latin-1).
 
     encoding = detect_encoding(sample)      of the first bytes
-    utf8_pieces(stream, encoding)           the file as UTF-8; malformed bytes become one byte that UTF-8 never has
+    utf8_chunks(stream, encoding)           the file as UTF-8; malformed bytes become one byte that UTF-8 never has
 
 UTF-8 is preferred: a sample that is UTF-8 but for a few bytes stays UTF-8, with malformed rows. Otherwise
 charset-normalizer names an encoding, and its guess is used only if the decoded text consists of frequent characters.
-Else the file stays UTF-8, and the reason of its malformed rows, `Encoding.malformed`, has the command to convert it.
+Else the file stays UTF-8, and the reason of its malformed rows, `TextEncoding.malformed_reason`, has the command.
 
 Read next: input_files.py (opening files).
 """
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 from charset_normalizer import from_bytes
 
-SAMPLE = 64 << 10  # bytes that charset-normalizer reads
-FEW_LINES = 0.01  # a share of malformed lines up to which a file counts as UTF-8
+SAMPLE_BYTES = 64 << 10  # bytes that charset-normalizer reads
+MAX_MALFORMED_FRACTION = 0.01  # a share of malformed lines up to which a file counts as UTF-8
 BAD_BYTE = "\udcff"  # in decoded text; 0xFF in UTF-8 bytes, where it is always malformed
 
-NAMES = {
+ENCODING_NAMES = {
     "utf-8": "UTF-8", "gb18030": "GB18030", "cp950": "Big5", "cp1252": "Windows-1252", "utf-16": "UTF-16",
     "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32": "UTF-32", "cp932": "Shift_JIS", "euc_jp": "EUC-JP",
     "cp949": "EUC-KR", "cp1251": "Windows-1251", "koi8_r": "KOI8-R", "cp1250": "Windows-1250",
@@ -48,61 +48,63 @@ _WESTERN = frozenset("àâäáãåçéèêëíîïñóôöõœßúùûüÀÂÄÁ
 codecs.register_error("bad_byte", lambda error: (BAD_BYTE, getattr(error, "end", 0)))
 
 
-class Encoding(NamedTuple):
+class TextEncoding(NamedTuple):
     codec: str = "utf-8"
-    malformed: str = "malformed UTF-8"  # the reason of rows with malformed bytes; {file} stands for the file's name
+    malformed_reason: str = (
+        "malformed UTF-8"  # the reason of rows with malformed bytes; {file} stands for the file's name
+    )
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.codec, self.codec)
+        return ENCODING_NAMES.get(self.codec, self.codec)
 
 
-UTF8 = Encoding()
+UTF8 = TextEncoding()
 
 
-def detect_encoding(sample: bytes) -> Encoding:
+def detect_encoding(sample: bytes) -> TextEncoding:
     """The encoding of a file with these first bytes, preferably cut at the end of a line."""
     for mark, codec in _BOMS:
         if sample.startswith(mark):
-            return _known(codec)
+            return _known_encoding(codec)
     if (zeros := sample.count(0)) and zeros > len(sample) // 100:
-        return next((_known(codec) for codec in ("utf-16-le", "utf-16-be") if _is_utf16(sample, codec)), UTF8)
+        return next((_known_encoding(codec) for codec in ("utf-16-le", "utf-16-be") if _is_utf16(sample, codec)), UTF8)
     text = sample.decode("utf-8", "surrogateescape")
     malformed = len(re.findall("[\udc80-\udcff]", text))
     if malformed <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
         return UTF8
     lines = [line for line in sample.split(b"\n") if not line.isascii()]
-    if sum(not _is_utf8(line) for line in lines) <= FEW_LINES * sample.count(b"\n"):
+    if sum(not _is_utf8(line) for line in lines) <= MAX_MALFORMED_FRACTION * sample.count(b"\n"):
         return UTF8
-    foreign = b"\n".join(lines)[:SAMPLE]
+    foreign = b"\n".join(lines)[:SAMPLE_BYTES]
     guess = from_bytes(foreign, cp_isolation=_GUESSES).best()  # None when a byte is wrong in each of them
     codec = guess.encoding if guess else ""
     if codec in ("cp1252", "cp1250") and _is_western(foreign):  # the two differ little in such text
-        return _known("cp1252")
+        return _known_encoding("cp1252")
     for chinese in ("gb18030", "cp950"):
         if _is_chinese(foreign, chinese):
-            return _known(chinese)
+            return _known_encoding(chinese)
     if not codec:
         return UTF8
-    name = NAMES[codec]
-    return Encoding("utf-8", f"malformed UTF-8, perhaps {name}: iconv -f {name} -t UTF-8 {{file}} > NEW_FILE")
+    name = ENCODING_NAMES[codec]
+    return TextEncoding("utf-8", f"malformed UTF-8, perhaps {name}: iconv -f {name} -t UTF-8 {{file}} > NEW_FILE")
 
 
-def utf8_pieces(stream: Any, codec: str, old_mac: bool = False) -> Iterator[bytes]:
+def utf8_chunks(stream: Any, codec: str, old_mac: bool = False) -> Iterator[bytes]:
     """The text of `stream` in UTF-8. `old_mac`: lines end with a carriage return, which becomes a line feed."""
     decode = codecs.getincrementaldecoder(codec)("bad_byte").decode
     while True:
-        piece = stream.read1(SAMPLE)
-        text = decode(piece, not piece)
+        chunk = stream.read1(SAMPLE_BYTES)
+        text = decode(chunk, not chunk)
         if old_mac:
             text = text.replace("\r", "\n")
         yield text.encode("utf-8", "surrogateescape")
-        if not piece:
+        if not chunk:
             return
 
 
-def _known(codec: str) -> Encoding:
-    return Encoding(codec, f"malformed {NAMES[codec]}")
+def _known_encoding(codec: str) -> TextEncoding:
+    return TextEncoding(codec, f"malformed {ENCODING_NAMES[codec]}")
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -124,8 +126,8 @@ def _is_western(sample: bytes) -> bool:
     """Whether bytes above 0x7F stand alone, between ASCII letters, and are letters or quotes of Western text."""
     runs = re.findall(rb"[\x80-\xff]+", sample)
     text = b"".join(runs).decode("cp1252", "bad_byte")
-    alone = sum(len(run) == 1 for run in runs)
-    return alone >= 0.8 * len(runs) and sum(c in _WESTERN for c in text) >= 0.9 * len(text)
+    num_single = sum(len(run) == 1 for run in runs)
+    return num_single >= 0.8 * len(runs) and sum(c in _WESTERN for c in text) >= 0.9 * len(text)
 
 
 def _is_chinese(sample: bytes, codec: str) -> bool:

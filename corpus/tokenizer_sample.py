@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from corpus.examples import ENOUGH, content_key
-from corpus.language import LANGUAGES, language_of
+from corpus.examples import MIN_VALIDATION_EXAMPLES, text_hash
+from corpus.language import LANGUAGES, detect_language
 from corpus.readers import read_texts
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
-SHARE = {"zh": 5 / 7, "en": 2 / 7}  # of the budget, in UTF-8 bytes: 5 Chinese characters for 6 of English
-HELD_OUT_SHARE = 0.01
+LANGUAGE_FRACTIONS = {"zh": 5 / 7, "en": 2 / 7}  # of the budget, in UTF-8 bytes: 5 Chinese characters for 6 of English
+HELD_OUT_FRACTION = 0.01
 HELD_OUT_BYTES = 2_000_000  # a language; more would not change the third digit
-PIECE = 20_000  # characters; one book must not fill the budget alone
-_RING = 2**64
+SAMPLE_CHUNK_CHARACTERS = 20_000  # characters; one book must not fill the budget alone
+_HASH_RANGE = 2**64
 
 
-class _Lowest:
+class _LowestHashes:
     """Keeps the texts with the lowest keys, at most `budget` bytes of them."""
 
     def __init__(self, budget: float) -> None:
@@ -67,54 +67,56 @@ class TextSample:
     held_out: dict[str, list[str]] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANGUAGES, 0))  # read
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANGUAGES, 0))  # read
-    unfinished: list[str] = field(default_factory=list)  # files that were not read to their end
+    truncated_files: list[str] = field(default_factory=list)  # files that were not read to their end
 
 
 def sample_texts(
     files: Sequence[str],
-    report: DataReport,
+    report: DataStats,
     byte_budget: int,
     read_budget: int,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda read: None,
+    on_progress: Callable[[int], None] = lambda read: None,
 ) -> TextSample:
     """One pass over the files. `advance` is told, now and then, how many bytes of the files are read.
 
     Raises UserError when there is no text at all, when a file cannot be used, or when too many rows are bad.
     """
     sample = TextSample()
-    chosen = {language: _Lowest(byte_budget) for language in LANGUAGES}
-    held_out = {language: _Lowest(HELD_OUT_BYTES) for language in LANGUAGES}
+    chosen = {language: _LowestHashes(byte_budget) for language in LANGUAGES}
+    held_out = {language: _LowestHashes(HELD_OUT_BYTES) for language in LANGUAGES}
     missing = [file for file in files if not Path(file).exists()]
     if missing:
         raise UserError(f"{missing[0]}: no such file")
     done = 0
     for i, file in enumerate(files):
-        report.position = lambda: 0  # the reader counts from here on; the last file may be closed in the middle
+        report.bytes_read = lambda: 0  # the reader counts from here on; the last file may be closed in the middle
         end = sum(sample.bytes.values()) + (read_budget - sum(sample.bytes.values())) / (len(files) - i)
         documents = read_texts([file], report)
         for document in documents:
-            language, key = language_of(document.text), content_key(document.text)
+            language, key = detect_language(document.text), text_hash(document.text)
             sample.documents[language] += 1
             sample.bytes[language] += len(document.text.encode())
-            is_held_out = key < HELD_OUT_SHARE * _RING
-            keep = held_out[language] if is_held_out else chosen[language]
-            for start in range(0, len(document.text), PIECE):
-                piece = document.text[start : start + PIECE]
-                piece_key = content_key(piece) if start else key
-                keep.add((piece_key + seed * 0x9E3779B97F4A7C15) % _RING, piece)
-            advance(done + report.position())
+            is_held_out = key < HELD_OUT_FRACTION * _HASH_RANGE
+            lowest_hashes = held_out[language] if is_held_out else chosen[language]
+            for start in range(0, len(document.text), SAMPLE_CHUNK_CHARACTERS):
+                chunk = document.text[start : start + SAMPLE_CHUNK_CHARACTERS]
+                chunk_hash = text_hash(chunk) if start else key
+                lowest_hashes.add((chunk_hash + seed * 0x9E3779B97F4A7C15) % _HASH_RANGE, chunk)
+            on_progress(done + report.bytes_read())
             if sum(sample.bytes.values()) >= end:
-                sample.unfinished.append(file)
+                sample.truncated_files.append(file)
                 break
         done += Path(file).stat().st_size
     if not any(sample.documents.values()):
         raise UserError(f"no text in {', '.join(files)}: a row needs a text, or a chat")
-    short = {language: max(0.0, SHARE[language] * byte_budget - chosen[language].size) for language in LANGUAGES}
+    missing_bytes = {
+        language: max(0.0, LANGUAGE_FRACTIONS[language] * byte_budget - chosen[language].size) for language in LANGUAGES
+    }
     for language in LANGUAGES:
-        rest = sum(short.values()) - short[language]
-        sample.texts[language] = chosen[language].texts(SHARE[language] * byte_budget + rest)
+        extra_bytes = sum(missing_bytes.values()) - missing_bytes[language]
+        sample.texts[language] = chosen[language].texts(LANGUAGE_FRACTIONS[language] * byte_budget + extra_bytes)
         sample.held_out[language] = held_out[language].texts(HELD_OUT_BYTES)
-        if not sample.held_out[language] and sample.documents[language] >= ENOUGH:
+        if not sample.held_out[language] and sample.documents[language] >= MIN_VALIDATION_EXAMPLES:
             sample.held_out[language] = [sample.texts[language].pop(0)]
     return sample

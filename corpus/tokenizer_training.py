@@ -27,15 +27,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from common.errors import UserError
 
-MIN_VOCAB = 300  # the 256 bytes, the special tokens, and something to learn
-MAX_VOCAB = 2**32  # token ids are stored as uint16 or uint32
-PHRASE_SHARE = 1 / 20  # of the vocabulary
-COVERAGE = 0.99  # of the text's characters; unigram writes the others byte by byte
+MIN_VOCABULARY = 300  # the 256 bytes, the special tokens, and something to learn
+MAX_VOCABULARY = 2**32  # token ids are stored as uint16 or uint32
+PHRASE_FRACTION = 1 / 20  # of the vocabulary
+CHARACTER_COVERAGE = 0.99  # of the text's characters; unigram writes the others byte by byte
 MIN_PHRASE_COUNT = 5  # rarer neighbours are chance
 MAX_PIECE_BYTES = 24  # 8 Chinese characters: the sample's boilerplate shall not become words
 
 # What pieces are learnt in, tried in this order. Lengths are capped: text without any break must not need more memory.
-_WORDS = (
+_WORD_PATTERN = (
     r"\n|\p{N}"  # newlines and digits one by one
     r"|'(?:[sdmt]|ll|re|ve)(?!\p{L})"  # the ends of "it's" and "we'll"
     r"|\p{Han}{1,20}"  # Chinese marks no words: any part of a run may become a piece
@@ -45,16 +45,16 @@ _WORDS = (
 )
 # What text is cut into when it is encoded: as little as possible, because phrases reach across words. "<" stands alone,
 # so that the unigram tokenizer never takes the *text* <0x41> for the byte 0x41.
-_LINES = r"\n|\p{N}|<|[^\n\p{N}<]+"
+_LINE_PATTERN = r"\n|\p{N}|<|[^\n\p{N}<]+"
 
 Phrase = tuple[str, str]
 
 
 def check_vocab_size(vocab_size: int, reserved: int) -> None:
     """Raises UserError for a vocabulary size that cannot be."""
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise UserError(f"--vocab_size {vocab_size}: choose {MIN_VOCAB} (the 256 bytes, {reserved} special tokens "
-                        f"and something to learn) to {MAX_VOCAB}")  # fmt: skip
+    if not MIN_VOCABULARY <= vocab_size <= MAX_VOCABULARY:
+        raise UserError(f"--vocab_size {vocab_size}: choose {MIN_VOCABULARY} (the 256 bytes, {reserved} special tokens "
+                        f"and something to learn) to {MAX_VOCABULARY}")  # fmt: skip
 
 
 def train_tokenizer(
@@ -66,25 +66,25 @@ def train_tokenizer(
     Raises UserError for a vocabulary size that cannot be.
     """
     check_vocab_size(vocab_size, len(reserved))
-    phrases = int(vocab_size * PHRASE_SHARE)
+    phrases = int(vocab_size * PHRASE_FRACTION)
     train = {"bpe": _train_bpe, "unigram": _train_unigram}[algorithm]
     words = train(texts, vocab_size - phrases, list(reserved), progress)
-    return _with_phrases(words, algorithm, frequent_phrases(words, texts, phrases))
+    return _add_phrases(words, algorithm, frequent_phrases(words, texts, phrases))
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
-def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
 def _byte_level(pattern: str) -> pre_tokenizers.PreTokenizer:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([_split(pattern), to_bytes])
+    return pre_tokenizers.Sequence([_split_by(pattern), to_bytes])
 
 
 def _train_bpe(texts: Sequence[str], vocab_size: int, reserved: list[str], progress: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _byte_level(_WORDS)
+    tokenizer.pre_tokenizer = _byte_level(_WORD_PATTERN)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -98,26 +98,28 @@ def _train_bpe(texts: Sequence[str], vocab_size: int, reserved: list[str], progr
     return tokenizer
 
 
-_GAP, _SPACED = "\x01", 0xF0000  # private characters of the training text, see _spaced_words
+_WORD_SEPARATOR, _SPACE_MARKED = "\x01", 0xF0000  # private characters of the training text, see _mark_word_spaces
 
 
 def _train_unigram(texts: Sequence[str], vocab_size: int, reserved: list[str], progress: bool) -> Tokenizer:
     import sentencepiece
 
-    room = vocab_size - len(reserved) - 256 - 1  # the newline is added by hand: training text comes in lines
-    lines = [_GAP.join(words) for words in _spaced_words(texts)]
-    drop = _rare_characters(Counter(character for line in lines for character in line), room)
+    max_pieces = vocab_size - len(reserved) - 256 - 1  # the newline is added by hand: training text comes in lines
+    lines = [_WORD_SEPARATOR.join(words) for words in _mark_word_spaces(texts)]
+    rare_to_separator = _rare_characters(Counter(character for line in lines for character in line), max_pieces)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             # One word a sentence, as often as it occurs: with its own delimiter for words, sentencepiece counts each
             # different word once, and a frequent word that is part of no other (" from") is never considered.
-            sentence_iterator=(word for line in lines for word in line.translate(drop).split(_GAP) if word),
+            sentence_iterator=(
+                word for line in lines for word in line.translate(rare_to_separator).split(_WORD_SEPARATOR) if word
+            ),
             model_writer=model,
             model_type="unigram",
-            vocab_size=min(room + 256 + 1, 2**30),  # + the unknown token, which we leave out
+            vocab_size=min(max_pieces + 256 + 1, 2**30),  # + the unknown token, which we leave out
             hard_vocab_limit=False,  # too little text: fewer pieces instead of an error
-            seed_sentencepiece_size=min(max(5 * room, 10_000), 1_000_000),  # more take longer and end the same
+            seed_sentencepiece_size=min(max(5 * max_pieces, 10_000), 1_000_000),  # more take longer and end the same
             max_sentencepiece_length=MAX_PIECE_BYTES // 2,  # in characters here
             max_sentence_length=1 << 20,
             split_by_unicode_script=False,  # the words are split already
@@ -141,58 +143,58 @@ def _train_unigram(texts: Sequence[str], vocab_size: int, reserved: list[str], p
     for i in range(trained.get_piece_size()):
         if trained.is_unknown(i) or trained.is_byte(i):
             continue
-        piece = "".join(_respaced(character) for character in trained.id_to_piece(i).replace("▁", " "))
+        piece = "".join(_unmark_space(character) for character in trained.id_to_piece(i).replace("▁", " "))
         if piece == "<" or "<" not in piece:
             pieces.setdefault(piece, trained.get_score(i))
     lowest = min(pieces.values(), default=0.0)
     bytes_ = [(f"<0x{byte:02X}>", lowest) for byte in range(256)]
-    vocab = [*((token, lowest) for token in reserved), *bytes_, ("\n", lowest), *list(pieces.items())[:room]]
-    return _unigram_tokenizer(vocab, reserved, _WORDS)
+    vocab = [*((token, lowest) for token in reserved), *bytes_, ("\n", lowest), *list(pieces.items())[:max_pieces]]
+    return _unigram_tokenizer(vocab, reserved, _WORD_PATTERN)
 
 
 def _unigram_tokenizer(vocab: list[tuple[str, float]], reserved: list[str], pattern: str) -> Tokenizer:
     # Some id must stand for the unknown; with all bytes in the vocabulary it is never used.
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=len(reserved) - 1, byte_fallback=True))
-    tokenizer.pre_tokenizer = _split(pattern)
+    tokenizer.pre_tokenizer = _split_by(pattern)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in reserved])
     return tokenizer
 
 
-def _spaced_words(texts: Iterable[str]) -> Iterator[list[str]]:
+def _mark_word_spaces(texts: Iterable[str]) -> Iterator[list[str]]:
     """The words of each line, with a space and the character after it made one.
 
     A lone space is so frequent that to a unigram model it costs nearly nothing: it would learn "point" and write every
     " point" as " " + "point". As one symbol with the letter, the space belongs to its word.
     """
-    split = _split(_WORDS)
+    split = _split_by(_WORD_PATTERN)
     for text in texts:
-        for line in text.replace(_GAP, "\n").split("\n"):
+        for line in text.replace(_WORD_SEPARATOR, "\n").split("\n"):
             words = [word for word, _ in split.pre_tokenize_str(line)]
             if words:
                 yield [
-                    chr(_SPACED + ord(word[1])) + word[2:]
+                    chr(_SPACE_MARKED + ord(word[1])) + word[2:]
                     if word[0] == " " and len(word) > 1 and "!" <= word[1] < "\ue000"
                     else word
                     for word in words
                 ]
 
 
-def _respaced(character: str) -> str:
-    return " " + chr(ord(character) - _SPACED) if ord(character) >= _SPACED else character
+def _unmark_space(character: str) -> str:
+    return " " + chr(ord(character) - _SPACE_MARKED) if ord(character) >= _SPACE_MARKED else character
 
 
-def _rare_characters(counts: Counter[str], room: int) -> dict[int, str]:
+def _rare_characters(counts: Counter[str], max_pieces: int) -> dict[int, str]:
     """Translation table that cuts the text at characters not worth a piece: they will be written as bytes."""
-    never = {_GAP, "\0", "▁", "\u2585", "\t", "\r"}
-    worth = [character for character, _ in counts.most_common() if character not in never]
+    excluded = {_WORD_SEPARATOR, "\0", "▁", "\u2585", "\t", "\r"}
+    candidates = [character for character, _ in counts.most_common() if character not in excluded]
     total, seen, keep = sum(counts.values()), 0, set()
-    for character in worth[: room // 2]:
-        if seen > COVERAGE * total:
+    for character in candidates[: max_pieces // 2]:
+        if seen > CHARACTER_COVERAGE * total:
             break
         keep.add(character)
         seen += counts[character]
-    return {ord(character): _GAP for character in counts if character not in keep}
+    return {ord(character): _WORD_SEPARATOR for character in counts if character not in keep}
 
 
 # ---- phrases ---------------------------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def frequent_phrases(words: Tokenizer, texts: Sequence[str], number: int) -> lis
     Chinese marks no words: the last or first piece of a run counts as one. Spaces, newlines and digits take no part.
     """
     names = {i: piece for piece, i in words.get_vocab().items()}
-    meanings = [piece.decode("utf-8", "replace") for piece in token_bytes(words)]
+    meanings = [piece.decode("utf-8", "replace") for piece in vocab_bytes(words)]
     han = np.array(["一" <= text[-1:] <= "鿿" for text in meanings])
     usable = np.array([_is_word(text) for text in meanings])
     counts: Counter[int] = Counter()
@@ -225,7 +227,7 @@ def _is_word(text: str) -> bool:
     return bool(text.strip()) and not any(c in "�\n<" or (c.isnumeric() and not "一" <= c <= "鿿") for c in text)
 
 
-def _with_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) -> Tokenizer:
+def _add_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) -> Tokenizer:
     """The same pieces and the phrases behind them; text is cut into lines instead of words from now on."""
     state: dict[str, Any] = json.loads(words.to_str())
     model = state["model"]
@@ -241,17 +243,17 @@ def _with_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) -
         else:  # a little more probable than the two apart
             model["vocab"].append([left + right, score[left] + score[right] + 0.5])
     tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.pre_tokenizer = _byte_level(_LINES) if algorithm == "bpe" else _split(_LINES)
+    tokenizer.pre_tokenizer = _byte_level(_LINE_PATTERN) if algorithm == "bpe" else _split_by(_LINE_PATTERN)
     return tokenizer
 
 
 # ---- looking at tokens -----------------------------------------------------------------------------------------------
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes these bytes as themselves,
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these as the characters from U+0100 on
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these as the characters from U+0100 on
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_UNPRINTABLE)}
 
 
-def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of text that each id stands for; a special token stands for its name."""
     byte_level = json.loads(tokenizer.to_str())["decoder"]["type"] == "ByteLevel"
     special = tokenizer.get_added_tokens_decoder()
@@ -267,7 +269,7 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     return found
 
 
-def readable(piece: bytes) -> str:
+def printable_piece(piece: bytes) -> str:
     """A piece on one line: spaces as ␣, control characters escaped, incomplete characters as bytes."""
     shown = piece.decode("utf-8", "surrogateescape").replace(" ", "␣")
     return "".join(

@@ -1,6 +1,6 @@
 """One reader for each file format: an open Source -> (line, row), streaming.
 
-    READERS[sniff(source)](source, report)    -> (line, row): an object, or a piece of plain text (str)
+    FORMAT_READERS[sniff(source)](source, report)    -> (line, row): an object, or a piece of plain text (str)
 
 Bad rows are counted in the report with their line and skipped; nothing is raised. Memory is bounded: lines, paragraphs
 and JSON values are read in pieces and have a maximum size.
@@ -12,67 +12,70 @@ from collections.abc import Iterator
 
 from corpus.arrow_reader import read_arrow, read_parquet
 from corpus.csv_reader import read_csv
-from corpus.input_files import PIECE, Source
-from corpus.json_reader import Rows, read_json, read_jsonl
-from corpus.markers import STRONG_BYTES, line_pieces, separates_documents
-from corpus.stats import DataReport
+from corpus.input_files import READ_CHUNK_BYTES, InputFile
+from corpus.json_reader import NumberedRows, read_json, read_jsonl
+from corpus.markers import DOCUMENT_MARKER_BYTES, split_line, uses_markers
+from corpus.stats import DataStats
 
-_ENDS = (b". ", *(mark.encode() for mark in "。！？"), *STRONG_BYTES)  # where a very long line is cut
+_CUT_MARKERS = (b". ", *(mark.encode() for mark in "。！？"), *DOCUMENT_MARKER_BYTES)  # where a very long line is cut
 
 
-def read_txt(source: Source, report: DataReport) -> Rows:
+def read_txt(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Documents are separated by blank lines, or by markers such as <|endoftext|> if the file begins with some.
 
-    Documents longer than PIECE come in several, cut at a line or sentence end.
+    Documents longer than READ_CHUNK_BYTES come in several, cut at a line or sentence end.
     """
-    if separates_documents(source.head()):
-        yield from _read_marked_txt(source, report)
+    if uses_markers(input_file.head()):
+        yield from _read_marked_txt(input_file, report)
         return
     start, block = 1, bytearray()
-    for number, line in _text_lines(source):
+    for number, line in _text_lines(input_file):
         blank = line.isspace()
-        if block and (blank or len(block) + len(line) > PIECE):
-            if text := _block_text(block, source, start, report):
+        if block and (blank or len(block) + len(line) > READ_CHUNK_BYTES):
+            if text := _block_text(block, input_file, start, report):
                 yield start, text
             block = bytearray()
         if not block:
             start = number
         if not blank:
             block += line
-    if text := _block_text(block, source, start, report):
+    if text := _block_text(block, input_file, start, report):
         yield start, text
 
 
-def _read_marked_txt(source: Source, report: DataReport) -> Rows:
+def _read_marked_txt(input_file: InputFile, report: DataStats) -> NumberedRows:
     """Documents between markers; blank lines inside them stay."""
     start, block = 1, bytearray()
-    for number, line in _text_lines(source):
-        pieces = line_pieces(line)
+    for number, line in _text_lines(input_file):
+        pieces = split_line(line)
         for i, piece in enumerate(pieces):
-            if i or len(block) + len(piece) > PIECE:  # a document ends before each piece but the first
-                if text := _block_text(block, source, start, report):
+            if i or len(block) + len(piece) > READ_CHUNK_BYTES:  # a document ends before each piece but the first
+                if text := _block_text(block, input_file, start, report):
                     yield start, text
                 block = bytearray()
             if not block:
                 start = number
             if block or not piece.isspace():
                 block += piece
-    if text := _block_text(block, source, start, report):
+    if text := _block_text(block, input_file, start, report):
         yield start, text
 
 
-def _text_lines(source: Source) -> Iterator[tuple[int, bytes]]:
+def _text_lines(input_file: InputFile) -> Iterator[tuple[int, bytes]]:
     """(line number, line or piece of a very long line); pieces end after a sentence, or at least between characters."""
     number, pending = 1, b""
-    while line := source.readline(PIECE - len(pending)):
-        source.line = number
+    while line := input_file.readline(READ_CHUNK_BYTES - len(pending)):
+        input_file.line = number
         line = pending + line
         pending = b""
-        if not line.endswith(b"\n") and len(line) == PIECE:
-            ends = [line.rfind(mark) + len(mark) for mark in _ENDS if mark in line]
+        if not line.endswith(b"\n") and len(line) == READ_CHUNK_BYTES:
+            ends = [line.rfind(mark) + len(mark) for mark in _CUT_MARKERS if mark in line]
             cut = max(end for end in [*ends, 0])
-            if cut < PIECE // 2:
-                cut = next((i for i in range(PIECE - 1, PIECE - 5, -1) if line[i] & 0xC0 != 0x80), PIECE)
+            if cut < READ_CHUNK_BYTES // 2:
+                cut = next(
+                    (i for i in range(READ_CHUNK_BYTES - 1, READ_CHUNK_BYTES - 5, -1) if line[i] & 0xC0 != 0x80),
+                    READ_CHUNK_BYTES,
+                )
                 opening = line.rfind(b"<|", cut - 20)  # no marker is cut in two
                 cut = opening if opening > 0 else cut
             line, pending = line[:cut], line[cut:]
@@ -82,16 +85,16 @@ def _text_lines(source: Source) -> Iterator[tuple[int, bytes]]:
         yield number, pending
 
 
-def _block_text(block: bytearray, source: Source, line: int, report: DataReport) -> str:
+def _block_text(block: bytearray, input_file: InputFile, line: int, report: DataStats) -> str:
     """The text of a document; "" when it has none, or is malformed and counted."""
     try:
         return block.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
-        report.unreadable(source.malformed, source.name, line)
+        report.row_unreadable(input_file.malformed_reason, input_file.name, line)
         return ""
 
 
-READERS = {
+FORMAT_READERS = {
     "jsonl": read_jsonl,
     "json": read_json,
     "csv": read_csv,

@@ -20,58 +20,58 @@ from typing import Any
 from common import cli
 from common.errors import UserError
 from common.files import remove
-from common.locks import locked
+from common.locks import lock_output
 from corpus.layouts import parse_keys
 from corpus.row_text import RowReader
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
-COMMANDS = {
+CURATION_COMMANDS = {
     "clean": "mend texts and leave bad ones out, by rules that are listed, switchable and counted",
     "dedup": "leave copies and near-copies out (MinHash, locality-sensitive hashing)",
     "decontaminate": "leave out what holds questions of an exam, so that the exam stays one",
 }
-NEXT = {"clean": "dedup", "dedup": "decontaminate", "decontaminate": "pretrain"}
-Bar = Callable[[list[str], DataReport], AbstractContextManager[Callable[[], None]]]
+NEXT_COMMAND = {"clean": "dedup", "dedup": "decontaminate", "decontaminate": "pretrain"}
+ProgressBar = Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]]
 
 
-def add_commands(kinds: Any) -> None:
+def add_subcommands(subparsers: Any) -> None:
     """Add the three to the subcommands of data_process.py."""
-    for name, what in COMMANDS.items():
-        sub = kinds.add_parser(name, help=what, description=what)
+    for name, description in CURATION_COMMANDS.items():
+        sub = subparsers.add_parser(name, help=description, description=description)
         sub.add_argument(
             "files",
             nargs="+",
-            type=cli.path,
+            type=cli.path_string,
             metavar="FILES",
             help="as for `pretrain`: text, chats or pairs of answers",
         )
         sub.add_argument(
-            "--out_dir", type=cli.path, default=f"dataset/{name}", help="folder to write (default: %(default)s)"
+            "--out_dir", type=cli.path_string, default=f"dataset/{name}", help="folder to write (default: %(default)s)"
         )
         sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
                          help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
-        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED)
+        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED_HELP)
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
-        sub.add_argument("--workers", type=cli.between(1, 1024), default=1,
+        sub.add_argument("--workers", type=cli.int_between(1, 1024), default=1,
                          help="processes; the result is the same (default: 1)")  # fmt: skip
         ADD_FLAGS[name](sub)
 
 
-def _clean_flags(sub: argparse.ArgumentParser) -> None:
-    names: dict[str, Any] = {"action": cli.NameList, "nargs": None}  # one argument: FILES may follow
+def _add_clean_flags(sub: argparse.ArgumentParser) -> None:
+    name_list: dict[str, Any] = {"action": cli.NameList, "nargs": None}  # one argument: FILES may follow
     sub.add_argument("--list_rules", action=_ListRules, nargs=0, help="show every rule with its source, and end")
-    sub.add_argument("--skip", **names, default=[], metavar="RULE,…", help="rules to leave out")
-    sub.add_argument("--also", **names, default=[], metavar="RULE,…", help="rules to add: simplify, …")
+    sub.add_argument("--skip", **name_list, default=[], metavar="RULE,…", help="rules to leave out")
+    sub.add_argument("--also", **name_list, default=[], metavar="RULE,…", help="rules to add: simplify, …")
     sub.add_argument("--min_words", type=cli.non_negative_int, default=10,
                      help="drop shorter texts (default: %(default)s; Gopher: 50)")  # fmt: skip
-    sub.add_argument("--languages", **names, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
+    sub.add_argument("--languages", **name_list, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
     sub.add_argument(
-        "--unsafe_words", type=cli.path, metavar="FILE", help="more phrases for the rule `unsafe`, one a line"
+        "--unsafe_words", type=cli.path_string, metavar="FILE", help="more phrases for the rule `unsafe`, one a line"
     )
     sub.add_argument("--check", action="store_true", help="write nothing: only the report, with its examples")
 
 
-def _dedup_flags(sub: argparse.ArgumentParser) -> None:
+def _add_dedup_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--exact_only", action="store_true", help="only documents with the same text, but for white space")
     sub.add_argument("--executor", choices=("here", "local", "slurm", "ray"), default="here",
                      help="here: fast, one machine; others: datatrove, a file a task (default: here)")  # fmt: skip
@@ -79,14 +79,14 @@ def _dedup_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--time", default="24:00:00", help="slurm only: time limit of a job (default: %(default)s)")
 
 
-def _decontaminate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--against", nargs="+", type=cli.path, required=True, metavar="EXAM",
+def _add_decontaminate_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--against", nargs="+", type=cli.path_string, required=True, metavar="EXAM",
                      help="folders, archives or files of questions")  # fmt: skip
     sub.add_argument("--overlap", type=cli.fraction, default=0.5,
                      help="share of a question that must be there; 0: one n-gram (default: %(default)s)")  # fmt: skip
 
 
-ADD_FLAGS = {"clean": _clean_flags, "dedup": _dedup_flags, "decontaminate": _decontaminate_flags}
+ADD_FLAGS = {"clean": _add_clean_flags, "dedup": _add_dedup_flags, "decontaminate": _add_decontaminate_flags}
 
 
 class _ListRules(argparse.Action):
@@ -98,109 +98,115 @@ class _ListRules(argparse.Action):
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
-def run(args: argparse.Namespace, progress_bar: Bar) -> None:
+def run_curation_command(args: argparse.Namespace, progress_bar: ProgressBar) -> None:
     """Run one of the commands. Raises UserError for what the user can mend."""
     if args.kind == "dedup" and args.executor != "here":
-        with locked(args.out_dir):  # by the process that hands out the tasks; they share its folder
-            return _run_many(args)
+        with lock_output(args.out_dir):  # by the process that hands out the tasks; they share its folder
+            return _run_cluster_dedup(args)
     reader = RowReader(parse_keys(args.keys))
-    step = None if args.kind == "dedup" else _step(args, reader)
-    report = DataReport(args.max_bad_share, args.accept_damaged)
+    transform = None if args.kind == "dedup" else _make_transform(args, reader)
+    report = DataStats(args.max_bad_share, args.accept_damaged)
     if args.kind == "clean" and args.check:
-        return _check(step, args, report, progress_bar)
-    with locked(args.out_dir):
-        _write(step, args, report, progress_bar, reader)
+        return _print_dry_run(transform, args, report, progress_bar)
+    with lock_output(args.out_dir):
+        _write_output(transform, args, report, progress_bar, reader)
 
 
-def _write(step: Any, args: argparse.Namespace, report: DataReport, progress_bar: Bar, reader: RowReader) -> None:
+def _write_output(
+    transform: Any, args: argparse.Namespace, report: DataStats, progress_bar: ProgressBar, reader: RowReader
+) -> None:
     """Pass all rows through the step into --out_dir, and say what became of them."""
-    from corpus.job_state import PROGRESS, SIGNING
-    from corpus.shard_writer import partial_folder
-    from curation.transform import check_out_dir, rewrite
+    from corpus.job_state import PROGRESS_FILE, SIGNING_FILE
+    from corpus.shard_writer import dataset_staging_folder
+    from curation.transform import check_out_dir, run_transform
 
     if check_out_dir(args.out_dir, args.files):
         print(f"{args.out_dir} holds an older result: it is replaced once the new one is complete")
     try:
         with progress_bar(args.files, report) as on_batch:
-            if step is None:
+            if transform is None:
                 from curation.near_duplicates import deduplicate
 
-                tally = deduplicate(args.files, args.out_dir, report, on_batch, args.workers, args.exact_only, reader)
+                rule_stats = deduplicate(
+                    args.files, args.out_dir, report, on_batch, args.workers, args.exact_only, reader
+                )
             else:
-                tally = rewrite(step, args.files, args.out_dir, report, on_batch, args.workers)
+                rule_stats = run_transform(transform, args.files, args.out_dir, report, on_batch, args.workers)
     except (UserError, KeyboardInterrupt):
-        partial = partial_folder(args.out_dir)
-        if any((partial / name).is_file() for name in (PROGRESS, SIGNING)):
+        partial = dataset_staging_folder(args.out_dir)
+        if any((partial / name).is_file() for name in (PROGRESS_FILE, SIGNING_FILE)):
             print(f"unfinished work is kept in {partial}: the same command continues it")
         else:
             with contextlib.suppress(OSError):  # the disk that the error is about
                 remove(partial)
         raise
-    report.print_left_out()
-    tally.print()
+    report.print_skipped()
+    rule_stats.print()
     print(
         f"{report.text_bytes / 1e6:,.1f} MB of text in {report.seconds:.1f} s: {report.megabytes_per_second:.2f} MB/s"
     )
-    _say_next(args)
+    _print_next_command(args)
 
 
-def _step(args: argparse.Namespace, reader: Any) -> Any:
+def _make_transform(args: argparse.Namespace, reader: Any) -> Any:
     if args.kind == "decontaminate":
-        from curation.decontaminate import Decontaminate, read_exam
+        from curation.decontaminate import DecontaminationTransform, build_exam_index
 
-        exam = read_exam(args.against)
-        short = f"; {exam.too_short:,} too short to look for" if exam.too_short else ""
-        print(f"looking for {len(exam.questions):,} questions of {', '.join(exam.names)}{short}")
-        return Decontaminate(exam, args.overlap, reader)
-    from curation.cleaning import Clean
-    from curation.prose_rules import Limits
-    from curation.rule_words import UNSAFE
+        exam = build_exam_index(args.against)
+        too_short_note = f"; {exam.too_short:,} too short to look for" if exam.too_short else ""
+        print(f"looking for {len(exam.questions):,} questions of {', '.join(exam.names)}{too_short_note}")
+        return DecontaminationTransform(exam, args.overlap, reader)
+    from curation.cleaning import CleaningTransform
+    from curation.prose_rules import CleaningLimits
+    from curation.rule_words import UNSAFE_PHRASES
 
-    unsafe: tuple[str, ...] = UNSAFE
+    unsafe_phrases: tuple[str, ...] = UNSAFE_PHRASES
     if args.unsafe_words:
         try:
             lines = Path(args.unsafe_words).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--unsafe_words {args.unsafe_words}: cannot be read as UTF-8 text ({error})") from None
-        unsafe = (*UNSAFE, *(line.strip().lower() for line in lines if line.strip()))
-    step = Clean(args.skip, args.also, Limits(args.min_words, tuple(args.languages), unsafe), reader)
-    step.check()
-    return step
+        unsafe_phrases = (*UNSAFE_PHRASES, *(line.strip().lower() for line in lines if line.strip()))
+    transform = CleaningTransform(
+        args.skip, args.also, CleaningLimits(args.min_words, tuple(args.languages), unsafe_phrases), reader
+    )
+    transform.check_packages()
+    return transform
 
 
-def _check(step: Any, args: argparse.Namespace, report: DataReport, progress_bar: Bar) -> None:
-    from curation.rule_stats import Tally
-    from curation.transform import batches, in_order, numbered_rows
+def _print_dry_run(transform: Any, args: argparse.Namespace, report: DataStats, progress_bar: ProgressBar) -> None:
+    from curation.rule_stats import RuleStats
+    from curation.transform import batch_rows, map_in_order, read_numbered_rows
 
-    tally = Tally(step.rule_names())
+    rule_stats = RuleStats(transform.rule_names())
     with progress_bar(args.files, report) as on_batch:
-        rows = numbered_rows(args.files, report, reader=step.reader)
-        for batch, verdicts in in_order(step.judge, batches(rows), args.workers):
-            for row, verdict in zip(batch, verdicts, strict=True):
-                tally.add(row.file, row.line, verdict)
-            report.kept = tally.kept
+        rows = read_numbered_rows(args.files, report, reader=transform.reader)
+        for batch, decisions in map_in_order(transform.apply, batch_rows(rows), args.workers):
+            for row, decision in zip(batch, decisions, strict=True):
+                rule_stats.add(row.file, row.line, decision)
+            report.kept = rule_stats.kept
             on_batch()
-    print(tally.markdown(step.name))
-    report.print_left_out()
-    tally.print()
+    print(rule_stats.to_markdown(transform.name))
+    report.print_skipped()
+    rule_stats.print()
 
 
-def _run_many(args: argparse.Namespace) -> None:
+def _run_cluster_dedup(args: argparse.Namespace) -> None:
     if args.exact_only:
         raise UserError("--exact_only needs no --executor: it is a matter of minutes on one machine")
     if args.executor == "slurm" and not args.partition:
         raise UserError("--executor slurm needs --partition NAME: `sinfo` lists them")
-    from curation.cluster_dedup import deduplicate_many
+    from curation.cluster_dedup import deduplicate_on_cluster
 
     slurm = {"partition": args.partition, "time": args.time}
     reader = RowReader(parse_keys(args.keys))
-    report = DataReport(args.max_bad_share, args.accept_damaged)
-    tally = deduplicate_many(args.files, args.out_dir, args.executor, args.workers, report, slurm, reader)
-    if tally is not None:
-        tally.print()
-        _say_next(args)
+    report = DataStats(args.max_bad_share, args.accept_damaged)
+    rule_stats = deduplicate_on_cluster(args.files, args.out_dir, args.executor, args.workers, report, slurm, reader)
+    if rule_stats is not None:
+        rule_stats.print()
+        _print_next_command(args)
 
 
-def _say_next(args: argparse.Namespace) -> None:
+def _print_next_command(args: argparse.Namespace) -> None:
     print(f"written: {args.out_dir} (report.md has examples of every rule, dropped.tsv every row that was left out)")
-    print(f"next: python data_process.py {NEXT[args.kind]} {args.out_dir}/text_*.jsonl")
+    print(f"next: python data_process.py {NEXT_COMMAND[args.kind]} {args.out_dir}/text_*.jsonl")

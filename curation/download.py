@@ -33,17 +33,17 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import atomic_write, replace_file, write_json
-from common.locks import locked
-from corpus.shard_writer import writing
-from curation.catalogue import CATALOGUE, Source
+from common.locks import lock_output
+from corpus.shard_writer import report_write_errors
+from curation.catalogue import CATALOGUE, DatasetEntry
 
 MIRRORS = {"hub": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": "modelscope"}
-PIECE = 1 << 20
-PATIENCE = 6  # breaks in a row that bring not one byte
-TIMEOUT = 60.0  # seconds without an answer
-LATER = (408, 425, 429, 500, 502, 503, 504)  # answers that may be better in a while
+DOWNLOAD_CHUNK_BYTES = 1 << 20
+MAX_FAILED_ATTEMPTS = 6  # breaks in a row that bring not one byte
+DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
+RETRY_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)  # answers that may be better in a while
 
-DISK = (
+DISK_ERRORS = (
     errno.ENOSPC,
     getattr(errno, "EDQUOT", errno.ENOSPC),
     errno.EACCES,
@@ -53,11 +53,11 @@ DISK = (
     errno.EISDIR,
 )
 
-Progress = Callable[[int, int], None]  # bytes that are here, bytes in all (0: not known)
+ProgressCallback = Callable[[int, int], None]  # bytes that are here, bytes in all (0: not known)
 
 
 @dataclass
-class Version:
+class RemoteVersion:
     """What the server says a file is: two answers of the same version may be put together."""
 
     size: int = 0  # 0: it does not say
@@ -69,7 +69,7 @@ class Version:
         return self.etag if re.fullmatch(r"[0-9a-f]{64}", self.etag) else ""
 
 
-class _Linked(urllib.request.HTTPRedirectHandler):
+class _LinkedEtagHandler(urllib.request.HTTPRedirectHandler):
     """Remembers the tag that the hub gives before it sends us to where the bytes are."""
 
     etag = ""
@@ -79,92 +79,98 @@ class _Linked(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(url: str, target: Path, progress: Progress = lambda have, size: None) -> Path:
+def download_file(url: str, target: Path, progress: ProgressCallback = lambda received, size: None) -> Path:
     """Download `url` to `target`, going on with what an earlier call left. Returns the target.
 
     Raises UserError when the server refuses, when the line stays broken, or when the checksum does not fit.
     """
-    part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
-    with writing(target.parent):
+    part, version_file = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
+    with report_write_errors(target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
-    version, breaks, problem = _read_note(note), 0, ""
-    while breaks < PATIENCE:
-        have = part.stat().st_size if part.is_file() else 0
-        if have and have == version.size:
+    version, failures, reason = _read_version(version_file), 0, ""
+    while failures < MAX_FAILED_ATTEMPTS:
+        received = part.stat().st_size if part.is_file() else 0
+        if received and received == version.size:
             break
-        time.sleep(min(30.0, 0.5 * 2**breaks) if breaks else 0.0)
+        time.sleep(min(30.0, 0.5 * 2**failures) if failures else 0.0)
         try:
-            version, ended = _receive(url, part, note, version, have, progress)
-            if ended:
+            version, is_complete = _request_bytes(url, part, version_file, version, received, progress)
+            if is_complete:
                 break
-            problem = "the connection was closed"
+            reason = "the connection was closed"
         except (OSError, http.client.HTTPException) as error:
-            problem = _reason(error, url, target)
-        breaks = 0 if part.is_file() and part.stat().st_size > have else breaks + 1
+            reason = _failure_reason(error, url, target)
+        failures = 0 if part.is_file() and part.stat().st_size > received else failures + 1
     else:
         raise UserError(
-            f"{url}: {problem} ({PATIENCE} times in a row): what is here so far is kept; "
+            f"{url}: {reason} ({MAX_FAILED_ATTEMPTS} times in a row): what is here so far is kept; "
             "run the same command again, or take another --mirror"
         )
-    if version.sha256 and _sha256(part) != version.sha256:
+    if version.sha256 and _file_sha256(part) != version.sha256:
         part.unlink()
-        note.unlink(missing_ok=True)
+        version_file.unlink(missing_ok=True)
         raise UserError(
             f"{url}: what came does not have the checksum that the server states; it was deleted: try again"
         )
-    with writing(target.parent):
+    with report_write_errors(target.parent):
         replace_file(part, target)
-    note.unlink(missing_ok=True)
+    version_file.unlink(missing_ok=True)
     return target
 
 
-def _receive(url: str, part: Path, note: Path, version: Version, have: int, progress: Progress) -> tuple[Version, bool]:
-    """One request for the bytes from `have` on. Returns the version, and whether all of it is here."""
-    linked = _Linked()
+def _request_bytes(
+    url: str, part: Path, version_file: Path, version: RemoteVersion, received: int, progress: ProgressCallback
+) -> tuple[RemoteVersion, bool]:
+    """One request for the bytes from `received` on. Returns the version, and whether all of it is here."""
+    redirects = _LinkedEtagHandler()
     headers = {"User-Agent": "data_process.py", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    if received:
+        headers["Range"] = f"bytes={received}-"
     request = urllib.request.Request(url, headers=headers)
     try:
-        answer = urllib.request.build_opener(linked).open(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener(redirects).open(request, timeout=DOWNLOAD_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # what is here is longer than the file, or the file has changed
+        if error.code == 416 and received:  # what is here is longer than the file, or the file has changed
             part.unlink()
-            return Version(), False
+            return RemoteVersion(), False
         raise
-    with answer:
-        found = Version(_total(answer, have), (linked.etag or answer.headers.get("ETag", "")).strip('W/"'))
-        goes_on = answer.status == 206 and _starts_at(answer) == have and (not version.size or found == version)
-        if have and answer.status == 206 and not goes_on:
+    with response:
+        found = RemoteVersion(
+            _total_bytes(response, received), (redirects.etag or response.headers.get("ETag", "")).strip('W/"')
+        )
+        is_resumable = (
+            response.status == 206 and _range_start(response) == received and (not version.size or found == version)
+        )
+        if received and response.status == 206 and not is_resumable:
             part.unlink()
-            return Version(), False  # another version by now: from the start
-        if not goes_on:
+            return RemoteVersion(), False  # another version by now: from the start
+        if not is_resumable:
             part.unlink(missing_ok=True)  # before the note says what the next bytes are of
-        write_json(note, asdict(found))
-        with part.open("ab" if goes_on else "wb") as file:
-            have = have if goes_on else 0
-            while piece := answer.read(PIECE):
-                file.write(piece)
-                have += len(piece)
-                progress(have, found.size)
-    return found, have == found.size if found.size else True
+        write_json(version_file, asdict(found))
+        with part.open("ab" if is_resumable else "wb") as file:
+            received = received if is_resumable else 0
+            while chunk := response.read(DOWNLOAD_CHUNK_BYTES):
+                file.write(chunk)
+                received += len(chunk)
+                progress(received, found.size)
+    return found, received == found.size if found.size else True
 
 
-def _total(answer: Any, have: int) -> int:
+def _total_bytes(response: Any, received: int) -> int:
     """Bytes of the whole file, as the answer says it; 0 when it does not."""
-    whole = re.search(r"/(\d+)$", answer.headers.get("Content-Range", ""))
-    if whole:
-        return int(whole[1])
-    length = answer.headers.get("Content-Length", "")
+    content_range = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
+    if content_range:
+        return int(content_range[1])
+    length = response.headers.get("Content-Length", "")
     return int(length) if length.isdigit() else 0
 
 
-def _starts_at(answer: Any) -> int:
-    start = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+def _range_start(response: Any) -> int:
+    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     return int(start[1]) if start else -1
 
 
-def _reason(error: Exception, url: str, target: Path) -> str:
+def _failure_reason(error: Exception, url: str, target: Path) -> str:
     """What went wrong, for the next attempt. Raises UserError where another attempt is of no use."""
     if isinstance(error, urllib.error.HTTPError):
         if error.code in (401, 403):
@@ -172,34 +178,34 @@ def _reason(error: Exception, url: str, target: Path) -> str:
                 f"{url}: the server wants you to accept terms or to log in ({error.code}): download the file with a "
                 f"browser and put it at {target}"
             ) from None
-        if error.code not in LATER:
+        if error.code not in RETRY_STATUS_CODES:
             raise UserError(f"{url}: {error.code} {error.reason}: look at its page, or take another --mirror") from None
         return f"{error.code} {error.reason}"
-    if isinstance(error, OSError) and error.errno in DISK:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         raise UserError(
             f"cannot write {target}: {error.strerror}: free some space or choose another --out_dir"
         ) from None
     return str(getattr(error, "reason", "") or error or type(error).__name__)
 
 
-def _read_note(note: Path) -> Version:
+def _read_version(version_file: Path) -> RemoteVersion:
     try:
-        saved = json.loads(note.read_text(encoding="utf-8"))
-        return Version(int(saved["size"]), str(saved["etag"]))
+        saved = json.loads(version_file.read_text(encoding="utf-8"))
+        return RemoteVersion(int(saved["size"]), str(saved["etag"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return Version()
+        return RemoteVersion()
 
 
-def _sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
+        while chunk := file.read(DOWNLOAD_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------
-def unpack(archive: Path) -> list[Path]:
+def unpack_archive(archive: Path) -> list[Path]:
     """Unpack a zip or tar beside itself; returns its files. Anything else is returned as it is.
 
     Raises UserError for a damaged archive, and for one with a file that would land outside the folder.
@@ -212,26 +218,26 @@ def unpack(archive: Path) -> list[Path]:
             if is_tar:
                 tar = stack.enter_context(tarfile.open(archive))
                 members = [(member.name, tar.extractfile(member)) for member in tar if member.isfile()]
-                return [_place(archive, name, content) for name, content in members]
-            packed = stack.enter_context(zipfile.ZipFile(archive))
-            names = [name for name in packed.namelist() if not name.endswith("/")]
-            return [_place(archive, name, stack.enter_context(packed.open(name))) for name in names]
+                return [_extract_member(archive, name, content) for name, content in members]
+            zip_archive = stack.enter_context(zipfile.ZipFile(archive))
+            names = [name for name in zip_archive.namelist() if not name.endswith("/")]
+            return [_extract_member(archive, name, stack.enter_context(zip_archive.open(name))) for name in names]
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): delete it and download it again") from None
 
 
-def leaves_folder(name: str) -> bool:
+def escapes_folder(name: str) -> bool:
     """Whether a relative POSIX path could name something outside the folder it is joined to, or the folder itself."""
     path = PurePosixPath(name)
     return not path.name or path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:|.*\\", name))
 
 
-def _place(archive: Path, name: str, content: Any) -> Path:
-    if leaves_folder(name):
+def _extract_member(archive: Path, name: str, content: Any) -> Path:
+    if escapes_folder(name):
         raise UserError(f"{archive} holds a file that would land outside its folder ({name}): nothing more is unpacked")
     target = archive.parent.joinpath(*PurePosixPath(name).parts)
     with atomic_write(target, "free some space or choose another --out_dir") as file:
-        shutil.copyfileobj(content, file, PIECE)
+        shutil.copyfileobj(content, file, DOWNLOAD_CHUNK_BYTES)
     return target
 
 
@@ -242,7 +248,7 @@ def print_catalogue() -> None:
 
     table = Table("name", "what", "size", "licence", "then")
     for entry in CATALOGUE.values():
-        table.add_row(entry.name, entry.what, size_text(entry.size), entry.licence, entry.command)
+        table.add_row(entry.name, entry.description, format_size(entry.size), entry.licence, entry.command)
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
     print(
@@ -250,58 +256,60 @@ def print_catalogue() -> None:
     )
 
 
-def download(name: str, files: list[str], mirror: str, out_dir: str) -> list[Path]:
+def download_dataset(name: str, files: list[str], mirror: str, out_dir: str) -> list[Path]:
     """Fetch a set of the catalogue (`files` of its repository, or those that it names) and unpack it."""
     if name not in CATALOGUE:
         raise UserError(f"{name}: no such data set; there are {', '.join(CATALOGUE)}")
     entry, folder = CATALOGUE[name], Path(out_dir) / name
     for file in files:
-        if leaves_folder(file):
+        if escapes_folder(file):
             raise UserError(f"--file {file}: give the path of a file in the repository, as {entry.files[0]}")
-    with locked(folder):
-        return _download(entry, files, mirror, folder)
+    with lock_output(folder):
+        return _download_entry(entry, files, mirror, folder)
 
 
-def _download(entry: Source, files: list[str], mirror: str, folder: Path) -> list[Path]:
-    places = [folder / PurePosixPath(file).name for file in files or entry.files]
-    if not files and not all(place.is_file() for place in places):
+def _download_entry(entry: DatasetEntry, files: list[str], mirror: str, folder: Path) -> list[Path]:
+    paths = [folder / PurePosixPath(file).name for file in files or entry.files]
+    if not files and not all(path.is_file() for path in paths):
         require_space(folder, entry.size)
     found: list[Path] = []
-    for file, place in zip(files or entry.files, places, strict=True):
-        if place.is_file():
-            print(f"{place} is already there")
+    for file, path in zip(files or entry.files, paths, strict=True):
+        if path.is_file():
+            print(f"{path} is already there")
         else:
-            with progress_bar(place.name) as progress:
-                _from_any_mirror(entry, file, place, mirror, progress)
-        found += unpack(place)
+            with download_progress_bar(path.name) as progress:
+                _download_from_mirrors(entry, file, path, mirror, progress)
+        found += unpack_archive(path)
     print(f"licence: {entry.licence}")
-    shown = str(found[0]) if len(found) == 1 else str(folder)
-    print(f"here: {shown}" + (f" ({len(found)} files)" if len(found) > 1 else ""))
-    print(f"next: {entry.command.replace('FILE', shown)}")
+    shown_path = str(found[0]) if len(found) == 1 else str(folder)
+    print(f"here: {shown_path}" + (f" ({len(found)} files)" if len(found) > 1 else ""))
+    print(f"next: {entry.command.replace('FILE', shown_path)}")
     return found
 
 
-def _from_any_mirror(entry: Source, file: str, place: Path, mirror: str, progress: Progress) -> None:
+def _download_from_mirrors(entry: DatasetEntry, file: str, path: Path, mirror: str, progress: ProgressCallback) -> None:
     """From the mirror that was asked for, or from the first that answers."""
-    problems = []
-    for address in mirrors_of(entry, mirror):
+    errors = []
+    for address in candidate_mirrors(entry, mirror):
         url = entry.url(file, address)
         print(f"from {url}")
         try:
-            fetch(url, place, progress)
+            download_file(url, path, progress)
             return
         except UserError as error:
-            problems.append(error)
-    raise problems[0] if len(problems) == 1 else UserError("; ".join(map(str, problems)))
+            errors.append(error)
+    raise errors[0] if len(errors) == 1 else UserError("; ".join(map(str, errors)))
 
 
-def mirrors_of(entry: Source, mirror: str) -> list[str]:
+def candidate_mirrors(entry: DatasetEntry, mirror: str) -> list[str]:
     """Addresses to try, in this order. HF_ENDPOINT stands for the hub, as it does for the hub's own tools."""
-    there = [name for name in MIRRORS if (entry.modelscope if name == "modelscope" else entry.repository)]
+    available = [name for name in MIRRORS if (entry.modelscope if name == "modelscope" else entry.repository)]
     if not mirror:
-        return [os.environ.get("HF_ENDPOINT") or MIRRORS[name] if name == "hub" else MIRRORS[name] for name in there]
-    if mirror in MIRRORS and mirror not in there:
-        raise UserError(f"{entry.name} is not at {mirror}: choose {' or '.join(there)}")
+        return [
+            os.environ.get("HF_ENDPOINT") or MIRRORS[name] if name == "hub" else MIRRORS[name] for name in available
+        ]
+    if mirror in MIRRORS and mirror not in available:
+        raise UserError(f"{entry.name} is not at {mirror}: choose {' or '.join(available)}")
     if mirror not in MIRRORS and not mirror.startswith(("http://", "https://")):
         raise UserError(f"--mirror {mirror}: choose {', '.join(MIRRORS)} or an address that begins with https://")
     return [MIRRORS.get(mirror, mirror)]
@@ -309,37 +317,39 @@ def mirrors_of(entry: Source, mirror: str) -> list[str]:
 
 def require_space(folder: Path, size: int) -> None:
     """Raises UserError unless the disk has room for `size` bytes."""
-    place = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(place).free
+    path = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(path).free
     if free < size:
-        raise UserError(f"{size_text(size)} do not fit on the disk of {place} ({size_text(free)} free): use --out_dir")
+        raise UserError(
+            f"{format_size(size)} do not fit on the disk of {path} ({format_size(free)} free): use --out_dir"
+        )
 
 
-def size_text(size: int) -> str:
+def format_size(size: int) -> str:
     if not size:
         return "see its page"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 @contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Progress]:
+def download_progress_bar(name: str) -> Iterator[ProgressCallback]:
     """A live bar on a terminal, a line every ten percent elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as ProgressBar
 
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    said = -1
-    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    last_tenth = -1
+    with ProgressBar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
 
-        def move(have: int, size: int) -> None:
-            nonlocal said
-            bar.update(task, completed=have, total=size or None)
-            tenth = 10 * have // size if size else -1
-            if not console.is_terminal and tenth > said:
-                said = tenth
-                print(f"{name}: {10 * tenth} % of {size_text(size)}", flush=True)
+        def update(received: int, size: int) -> None:
+            nonlocal last_tenth
+            bar.update(task, completed=received, total=size or None)
+            tenth = 10 * received // size if size else -1
+            if not console.is_terminal and tenth > last_tenth:
+                last_tenth = tenth
+                print(f"{name}: {10 * tenth} % of {format_size(size)}", flush=True)
 
-        yield move
+        yield update

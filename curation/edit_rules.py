@@ -19,20 +19,20 @@ import unicodedata
 from typing import Any
 
 from common.errors import UserError
-from corpus.language import chinese_characters
-from curation.rule_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICES
+from corpus.language import count_chinese
+from curation.rule_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICE_PATTERNS
 
 # What UTF-8 looks like when it was read as Latin-1 or cp1252: an accented letter, then a byte of a continuation.
-_WRONG_PAGE = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
+_WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
 
 
 def repair(text: str) -> str:
     """Undo a wrong decoding, by ftfy (github.com/rspeer/python-ftfy). Asked only where the text looks like one."""
-    return _ftfy().fix_encoding(text) if _WRONG_PAGE.search(text) else text
+    return _import_ftfy().fix_encoding(text) if _WRONGLY_DECODED.search(text) else text
 
 
 @functools.cache
-def _ftfy() -> Any:
+def _import_ftfy() -> Any:
     try:
         import ftfy
     except ImportError:
@@ -46,10 +46,10 @@ _INVISIBLE = dict.fromkeys([*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), *range
                             0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065),
                             *range(0xE000, 0xF900), 0xFEFF, *range(0xFFF0, 0xFFFC)])  # fmt: skip
 _WIDTHS = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F) if chr(wide - 0xFEE0).isalnum()}
-_CHARACTERS = {**_INVISIBLE, **_WIDTHS, 0x0C: "\n", 0x85: "\n", 0x2028: "\n", 0x2029: "\n\n", 0xA0: " "}
-_ODD = re.compile("[" + "".join(f"\\U{code:08x}" for code in _CHARACTERS) + "\r\u0300-\u036f]")
-_SPACES = re.compile(r"[ \t\u3000]+$|^\u3000+", re.M)
-_GAPS = re.compile(r"\n{4,}")
+_CHARACTER_MAP = {**_INVISIBLE, **_WIDTHS, 0x0C: "\n", 0x85: "\n", 0x2028: "\n", 0x2029: "\n\n", 0xA0: " "}
+_NEEDS_NORMALISATION = re.compile("[" + "".join(f"\\U{code:08x}" for code in _CHARACTER_MAP) + "\r\u0300-\u036f]")
+_OUTER_SPACES = re.compile(r"[ \t\u3000]+$|^\u3000+", re.M)
+_BLANK_LINES = re.compile(r"\n{4,}")
 
 
 def characters(text: str) -> str:
@@ -57,21 +57,21 @@ def characters(text: str) -> str:
 
     Chinese punctuation stays as it is: "，" is not ",". Blank lines come three in a row at most.
     """
-    if _ODD.search(text):
-        text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CHARACTERS)
+    if _NEEDS_NORMALISATION.search(text):
+        text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CHARACTER_MAP)
         text = unicodedata.normalize("NFC", text)
     if "\u3000" in text or " \n" in text or "\t\n" in text:
-        text = _SPACES.sub("", text)
-    return _GAPS.sub("\n\n\n", text) if "\n\n\n\n" in text else text
+        text = _OUTER_SPACES.sub("", text)
+    return _BLANK_LINES.sub("\n\n\n", text) if "\n\n\n\n" in text else text
 
 
 def simplify(text: str) -> str:
     """Traditional to simplified Chinese, by OpenCC's t2s dictionary (phrases first, then characters)."""
-    return _opencc().convert(text)
+    return _opencc_converter().convert(text)
 
 
 @functools.cache
-def _opencc() -> Any:
+def _opencc_converter() -> Any:
     try:
         import opencc
     except ImportError:
@@ -79,7 +79,7 @@ def _opencc() -> Any:
     return opencc.OpenCC("t2s")
 
 
-_TAGS = (
+_TAG_NAMES = (
     "abbr|article|aside|big|blockquote|body|br|canvas|center|cite|col|dd|div|dl|dt|em|embed|fieldset|figcaption|"
     "figure|font|footer|form|h[1-6]|head|header|hr|html|iframe|img|ins|kbd|li|meta|nav|noscript|ol|picture|pre|"
     "small|span|strike|strong|sub|sup|svg|table|tbody|td|textarea|tfoot|th|thead|tr|tt|ul"
@@ -87,15 +87,15 @@ _TAGS = (
 # One letter may be a variable: "x <a and b> y" has no attribute and is no tag.
 _LETTER_TAG = r"</?[abipu](?:\s[^<>=]{1,30}=[^<>]{0,2000})?\s?/?>"
 # Names that also stand in angle brackets in manuals ("<option>"): tags only when closing, or with an attribute.
-_WORDS = (
+_AMBIGUOUS_TAG_NAMES = (
     "audio|button|code|input|label|link|main|mark|object|option|param|section|select|source|summary|time|title|video"
 )
-_HIDDEN = tuple(
+_HIDDEN_ELEMENTS = tuple(
     (re.compile(opening, re.I), re.compile(closing, re.I))
     for opening, closing in (("<!--", "-->"), (r"<script\b", r"</script\s{0,9}>"), (r"<style\b", r"</style\s{0,9}>"))
 )
 _TAG = re.compile(
-    rf"{_LETTER_TAG}|</?(?:{_TAGS})(?:\s[^<>]{{0,2000}})?/?>|</(?:{_WORDS})>|<(?:{_WORDS})\s[^<>=]{{1,30}}=[^<>]{{0,2000}}>",
+    rf"{_LETTER_TAG}|</?(?:{_TAG_NAMES})(?:\s[^<>]{{0,2000}})?/?>|</(?:{_AMBIGUOUS_TAG_NAMES})>|<(?:{_AMBIGUOUS_TAG_NAMES})\s[^<>=]{{1,30}}=[^<>]{{0,2000}}>",
     re.I,
 )
 _BREAK = re.compile(r"<(?:br|/p|/div|/li|/tr|/h[1-6])\b[^<>]{0,200}>", re.I)
@@ -106,31 +106,31 @@ _BBCODE = re.compile(
     r"\[(b|i|u|url|img|color|size|font|quote|center)(?:=[^\[\]]{0,300})?\]([^\[\]]{0,2000})\[/\1\]", re.I
 )
 # A link to a page, which has a name; not an index (x[[1]]) and not a matrix ([[1, 2]]).
-_WIKI = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
-_MARKED = re.compile(r"[<\[]|&[#a-zA-Z]")
+_WIKI_LINK = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
+_MARKUP_HINT = re.compile(r"[<\[]|&[#a-zA-Z]")
 
 
 def markup(text: str) -> str:
     """HTML, markdown links and images, BBCode, wiki links: what a reader sees stays. ``` fences are left alone."""
-    if not _MARKED.search(text):
+    if not _MARKUP_HINT.search(text):
         return text
     parts = text.split("```")
     for i in range(0, len(parts), 2):
         part = parts[i]
         if "<" in part:
-            part = _TAG.sub("", _BREAK.sub("\n", _without_hidden(part)))
+            part = _TAG.sub("", _BREAK.sub("\n", _remove_hidden_elements(part)))
         if "[" in part:
-            part = _WIKI.sub(r"\1", _BBCODE.sub(r"\2", _LINK.sub(r"\1", _IMAGE.sub(r"\1", part))))
+            part = _WIKI_LINK.sub(r"\1", _BBCODE.sub(r"\2", _LINK.sub(r"\1", _IMAGE.sub(r"\1", part))))
         if "&" in part:
-            part = _ENTITY.sub(lambda found: html.unescape(found.group()), part)
+            part = _ENTITY.sub(lambda match: html.unescape(match.group()), part)
         parts[i] = part
     joined = "```".join(parts)
     return text if joined == text else joined.replace("\0", "")
 
 
-def _without_hidden(text: str) -> str:
+def _remove_hidden_elements(text: str) -> str:
     """Without comments, scripts and style sheets; what is opened and never closed stays."""
-    for opening, closing in _HIDDEN:
+    for opening, closing in _HIDDEN_ELEMENTS:
         kept, start = [], 0
         while (first := opening.search(text, start)) and (last := closing.search(text, first.end())):
             kept.append(text[start : first.start()])
@@ -139,14 +139,14 @@ def _without_hidden(text: str) -> str:
     return text
 
 
-_LONGEST_ZH, _LONGEST_EN = 30, 90  # characters of a line that may be boilerplate: longer ones say something
-_NOTICE = re.compile("|".join(NOTICES), re.I)
-_MENU = re.compile(
+_MAX_LINE_ZH, _MAX_LINE_EN = 30, 90  # characters of a line that may be boilerplate: longer ones say something
+_NOTICE = re.compile("|".join(NOTICE_PATTERNS), re.I)
+_NAVIGATION_LINE = re.compile(
     rf"(?:请|您?需要)?(?:{'|'.join(MENU_ZH)})[^。！？!?；;，,]{{0,25}}|[^。！？!?；;，,\d][^。！？!?；;，,]{{0,25}}(?:{'|'.join(MENU_ZH)})"
     rf"|(?:{'|'.join(MENU_EN)})\b[^.!?;]{{0,40}}",
     re.I,
 )
-_AROUND_LINKS = " \t\u3000>›»«‹·•|*#-–—[]【】()（）:：…"
+_LINK_DECORATION = " \t\u3000>›»«‹·•|*#-–—[]【】()（）:：…"
 
 
 def boilerplate(text: str) -> str:
@@ -158,41 +158,41 @@ def boilerplate(text: str) -> str:
     """
     if "\n" not in text:
         return text
-    small = text.lower()
-    if not any(hint in small for hint in BOILERPLATE_HINTS):
+    lowercase = text.lower()
+    if not any(hint in lowercase for hint in BOILERPLATE_HINTS):
         return text
     lines = text.split("\n")
-    kinds = [_kind_of_line(line) for line in lines]
+    kinds = [_line_kind(line) for line in lines]
     removed: set[int] = set()
-    run: list[int] = []
+    link_lines: list[int] = []
     for i, kind in enumerate([*kinds, "text"]):
         if kind == "notice":
             removed.add(i)
         if kind in ("notice", "menu"):
-            run.append(i)
+            link_lines.append(i)
         elif kind == "text":
-            removed.update(run if len(run) > 1 or i == len(lines) else ())
-            run = []
+            removed.update(link_lines if len(link_lines) > 1 or i == len(lines) else ())
+            link_lines = []
     return "\n".join(line for i, line in enumerate(lines) if i not in removed) if removed else text
 
 
-def _kind_of_line(line: str) -> str:
+def _line_kind(line: str) -> str:
     """notice, menu, blank or text."""
-    if len(line) > _LONGEST_EN or (len(line) > _LONGEST_ZH and chinese_characters(line)):
+    if len(line) > _MAX_LINE_EN or (len(line) > _MAX_LINE_ZH and count_chinese(line)):
         return "text"
-    bare = line.strip(_AROUND_LINKS)
-    if not bare:
+    stripped = line.strip(_LINK_DECORATION)
+    if not stripped:
         return "blank"
     if _NOTICE.search(line):
         return "notice"
-    return "menu" if _MENU.fullmatch(bare) else "text"
+    return "menu" if _NAVIGATION_LINE.fullmatch(stripped) else "text"
 
 
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9_.+-])[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?![A-Za-z0-9])"
 )
 _ACCOUNT = re.compile(r"((?:微信号?|薇信|wechat|QQ群?号?)[ :：]{1,3})[A-Za-z0-9_-]{5,20}", re.I)
-_IDENTITY = re.compile(
+_IDENTITY_NUMBER = re.compile(
     r"(?<![0-9A-Za-z.])[1-9]\d{5}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[0-9Xx](?![0-9A-Za-z])"
 )
 _PHONE = re.compile(
@@ -202,9 +202,9 @@ _PHONE = re.compile(
     r"|(?:\+?1[ .-])?\(\d{3}\) ?\d{3}[.-]\d{4}|(?:\+?1[ .-])?\d{3}([.-])\d{3}\1\d{4}"  # North America
     r")(?![\d.]?\d|-\d)"
 )
-_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
-_DIGITS = re.compile(r"\d[\d .()-]{5}")
-_ACCOUNTS = ("@", "微信", "薇信", "QQ", "qq", "wechat", "WeChat", "Wechat")
+_CHECK_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
+_DIGITS_HINT = re.compile(r"\d[\d .()-]{5}")
+_ACCOUNT_HINTS = ("@", "微信", "薇信", "QQ", "qq", "wechat", "WeChat", "Wechat")
 
 
 def personal(text: str) -> str:
@@ -213,14 +213,14 @@ def personal(text: str) -> str:
     Identity cards must have a date of birth and the right check digit (GB 11643-1999), so that few other long numbers
     are taken. Names and addresses are not looked for.
     """
-    if not any(sign in text for sign in _ACCOUNTS) and not _DIGITS.search(text):
+    if not any(hint in text for hint in _ACCOUNT_HINTS) and not _DIGITS_HINT.search(text):
         return text
     text = _EMAIL.sub("[EMAIL]", text) if "@" in text else text
-    text = _IDENTITY.sub(lambda found: "[ID]" if is_identity(found.group()) else found.group(), text)
+    text = _IDENTITY_NUMBER.sub(lambda match: "[ID]" if is_identity_number(match.group()) else match.group(), text)
     return _ACCOUNT.sub(r"\1[ACCOUNT]", _PHONE.sub("[PHONE]", text))
 
 
-def is_identity(number: str) -> bool:
+def is_identity_number(number: str) -> bool:
     """True when the 18th character is the check digit of the 17 before it (ISO 7064, mod 11-2)."""
-    total = sum(weight * int(digit) for weight, digit in zip(_WEIGHTS, number[:17], strict=True))
+    total = sum(weight * int(digit) for weight, digit in zip(_CHECK_WEIGHTS, number[:17], strict=True))
     return number[17].upper() == "10X98765432"[total % 11]

@@ -27,46 +27,48 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from corpus.job_state import SIGNING, Progress, inputs_of
-from corpus.language import language_of
-from corpus.readers import Path_
-from corpus.row_text import READER, RowReader
-from corpus.shard_writer import partial_folder, writing
-from corpus.stats import DataReport
-from curation.ngrams import codes_of, mix, ngram_hashes, skeleton
-from curation.rule_stats import EXAMPLES, Mark, Tally, Verdict
+from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
+from corpus.language import detect_language
+from corpus.readers import PathLike
+from corpus.row_text import DEFAULT_READER, RowReader
+from corpus.shard_writer import dataset_staging_folder, report_write_errors
+from corpus.stats import DataStats
+from curation.ngrams import alphanumeric, code_points, hash64, ngram_hashes
+from curation.rule_stats import EXAMPLES_PER_RULE, Decision, RuleHit, RuleStats
 from curation.transform import (
-    Row,
-    as_line,
-    batches,
+    NumberedRow,
+    batch_rows,
     check_out_dir,
-    in_order,
-    numbered_rows,
-    rewrite,
+    map_in_order,
+    read_numbered_rows,
+    run_transform,
+    to_json_line,
 )
 
-BANDS, ROWS = 14, 8
-PLACES = BANDS * ROWS
-SEED = 42
-SHINGLE = {"zh": 5, "en": 20}
-KEYS = BANDS + 1  # of a document on disk: its bands, and the hash of its text
+NUM_BANDS, HASHES_PER_BAND = 14, 8
+NUM_HASHES = NUM_BANDS * HASHES_PER_BAND
+MINHASH_SEED = 42
+SHINGLE_LENGTH = {"zh": 5, "en": 20}
+KEYS_PER_DOCUMENT = NUM_BANDS + 1  # of a document on disk: its bands, and the hash of its text
 
 
 # ---- one document ----------------------------------------------------------------------------------------------------
-def shingles(text: str) -> np.ndarray:
+def shingle_hashes(text: str) -> np.ndarray:
     """Hashes of the shingles, shape (at least 1,), uint64. A text shorter than a shingle is one itself."""
-    codes = codes_of(skeleton(text) or "".join(text.split()))
-    return ngram_hashes(codes, min(SHINGLE[language_of(text)], len(codes)))
+    codes = code_points(alphanumeric(text) or "".join(text.split()))
+    return ngram_hashes(codes, min(SHINGLE_LENGTH[detect_language(text)], len(codes)))
 
 
-def signatures_of_shingles(sets: list[np.ndarray]) -> np.ndarray:
+def minhash_signatures(shingle_sets: list[np.ndarray]) -> np.ndarray:
     """MinHash signatures, shape (documents, 112), uint32, of their shingles. Raises UserError without rensa."""
-    ends = np.cumsum([0, *map(len, sets)]).astype(np.uint64)
-    matrix = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(sets), ends, PLACES, SEED)
+    set_ends = np.cumsum([0, *map(len, shingle_sets)]).astype(np.uint64)
+    matrix = _import_rensa().RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(shingle_sets), set_ends, NUM_HASHES, MINHASH_SEED
+    )
     return np.array(matrix.to_rows(), dtype=np.uint32)
 
 
-def _rensa() -> Any:
+def _import_rensa() -> Any:
     try:
         import rensa
     except ImportError:
@@ -76,17 +78,17 @@ def _rensa() -> Any:
     return rensa
 
 
-def band_keys(found: np.ndarray) -> np.ndarray:
+def band_keys(signatures: np.ndarray) -> np.ndarray:
     """(documents, 112) signatures -> (documents, 14) keys, uint64: equal where a whole band is."""
-    halves = found.astype(np.uint64).reshape(len(found), BANDS, ROWS // 2, 2)
+    halves = signatures.astype(np.uint64).reshape(len(signatures), NUM_BANDS, HASHES_PER_BAND // 2, 2)
     pairs = halves[..., 0] << np.uint64(32) | halves[..., 1]
     key = np.zeros(pairs.shape[:2], np.uint64)
-    for i in range(ROWS // 2):
-        key = mix(key ^ pairs[..., i])
+    for i in range(HASHES_PER_BAND // 2):
+        key = hash64(key ^ pairs[..., i])
     return key
 
 
-def row_hash(row: Row) -> int:
+def row_text_hash(row: NumberedRow) -> int:
     """64-bit hash of a row's text without regard to white space; chats are equal if each of their messages is."""
     starts = [0, *(end for _, end in row.turns)]
     parts = [row.kind, *(role for role, _ in row.turns)]
@@ -96,174 +98,185 @@ def row_hash(row: Row) -> int:
 
 
 @dataclass
-class Signer:
+class MinHasher:
     """(documents, 15) keys of a batch of rows; exact only: the band keys are zero. Runs in worker processes."""
 
     exact_only: bool
 
-    def __call__(self, rows: list[Row]) -> np.ndarray:
-        keys = np.zeros((len(rows), KEYS), np.uint64)
-        keys[:, BANDS] = [row_hash(row) for row in rows]
+    def __call__(self, rows: list[NumberedRow]) -> np.ndarray:
+        keys = np.zeros((len(rows), KEYS_PER_DOCUMENT), np.uint64)
+        keys[:, NUM_BANDS] = [row_text_hash(row) for row in rows]
         if not self.exact_only:
-            keys[:, :BANDS] = band_keys(signatures_of_shingles([shingles(row.text) for row in rows]))
+            keys[:, :NUM_BANDS] = band_keys(minhash_signatures([shingle_hashes(row.text) for row in rows]))
         return keys
 
 
 # ---- all documents ---------------------------------------------------------------------------------------------------
-def sign_all(
-    paths: list[Path_],
-    out_dir: Path_,
-    signer: Signer,
+def write_document_keys(
+    paths: list[PathLike],
+    out_dir: PathLike,
+    hasher: MinHasher,
     on_batch: Callable[[], None],
     workers: int,
-    report: DataReport,
-    reader: RowReader = READER,
+    report: DataStats,
+    reader: RowReader = DEFAULT_READER,
 ) -> Path:
     """Write the keys of every row to a file in the partial folder and return its path; continues an earlier run's."""
-    folder = partial_folder(out_dir)
+    folder = dataset_staging_folder(out_dir)
     path = folder / "documents.keys"
-    job = {"inputs": inputs_of(paths), "exact_only": signer.exact_only, "seed": SEED, "shingle": SHINGLE}
-    job |= reader.job()
-    progress = Progress(folder, job, SIGNING)
+    job = {
+        "inputs": input_fingerprints(paths),
+        "exact_only": hasher.exact_only,
+        "seed": MINHASH_SEED,
+        "shingle": SHINGLE_LENGTH,
+    }
+    job |= reader.key_settings()
+    progress = JobProgress(folder, job, SIGNING_FILE)
     done = progress.load().get("documents", 0)
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("ab" if done else "wb") as file:
-        rows = (row for row in numbered_rows(paths, report, reader=reader) if row.number >= done)
-        for batch, keys in in_order(signer, batches(rows), workers):
+        rows = (row for row in read_numbered_rows(paths, report, reader=reader) if row.number >= done)
+        for batch, keys in map_in_order(hasher, batch_rows(rows), workers):
             file.write(keys.tobytes())
             done += len(batch)
             report.kept = done
-            if progress.due():
+            if progress.is_due():
                 progress.save({"documents": done}, file)
             on_batch()
         progress.save({"documents": done}, file)
     return path
 
 
-def first_of_cluster(path: Path, exact_only: bool = False) -> np.ndarray:
+def cluster_representatives(path: Path, exact_only: bool = False) -> np.ndarray:
     """For every document the number of the first document of its cluster (its own, if it stays), shape (documents,).
 
     Documents are in one cluster if a chain of equal keys joins them.
     """
-    count = path.stat().st_size // (KEYS * 8)
+    count = path.stat().st_size // (KEYS_PER_DOCUMENT * 8)
     first = np.arange(count, dtype=np.int64 if count >= 2**31 else np.int32)
-    for band in range(BANDS if exact_only else 0, KEYS):
-        keys = _column(path, band, count)
+    for band in range(NUM_BANDS if exact_only else 0, KEYS_PER_DOCUMENT):
+        keys = _read_key_column(path, band, count)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        same = keys[1:] == keys[:-1]
+        equal_to_previous = keys[1:] == keys[:-1]
         del keys
-        join(first, order[:-1][same], order[1:][same])
+        merge_clusters(first, order[:-1][equal_to_previous], order[1:][equal_to_previous])
     return first
 
 
-def _column(path: Path, band: int, count: int, at_once: int = 1 << 18) -> np.ndarray:
+def _read_key_column(path: Path, band: int, count: int, documents_per_read: int = 1 << 18) -> np.ndarray:
     """One key of every document, read in pieces, so that the others never fill the memory."""
     keys = np.empty(count, np.uint64)
     with path.open("rb") as file:
-        for start in range(0, count, at_once):
-            piece = np.fromfile(file, np.uint64, min(at_once, count - start) * KEYS)
-            keys[start : start + at_once] = piece.reshape(-1, KEYS)[:, band]
+        for start in range(0, count, documents_per_read):
+            block = np.fromfile(file, np.uint64, min(documents_per_read, count - start) * KEYS_PER_DOCUMENT)
+            keys[start : start + documents_per_read] = block.reshape(-1, KEYS_PER_DOCUMENT)[:, band]
     return keys
 
 
-def join(first: np.ndarray, ones: np.ndarray, others: np.ndarray) -> None:
+def merge_clusters(first: np.ndarray, ones: np.ndarray, others: np.ndarray) -> None:
     """Put the clusters of each pair together, in place; `first` maps every document to its cluster's lowest number."""
-    new = first[ones] != first[others]
-    for one, other in zip(first[ones[new]].tolist(), first[others[new]].tolist(), strict=True):
-        one, other = _root(first, one), _root(first, other)
+    separate = first[ones] != first[others]
+    for one, other in zip(first[ones[separate]].tolist(), first[others[separate]].tolist(), strict=True):
+        one, other = _find_root(first, one), _find_root(first, other)
         first[max(one, other)] = min(one, other)
     while True:  # every document points to its root again
-        further = first[first]
-        if np.array_equal(further, first):
+        parents = first[first]
+        if np.array_equal(parents, first):
             return
-        first[:] = further
+        first[:] = parents
 
 
-def _root(first: np.ndarray, i: int) -> int:
-    while (up := int(first[i])) != i:
-        first[i] = first[up]
-        i = up
+def _find_root(first: np.ndarray, i: int) -> int:
+    while (parent := int(first[i])) != i:
+        first[i] = first[parent]
+        i = parent
     return i
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 class Clusters(NamedTuple):
-    first: np.ndarray  # (documents,): the number of the first document of each one's cluster
+    representatives: np.ndarray  # (documents,): the number of the first document of each one's cluster
     hashes: Any  # hashes[i] of the text of document i
 
 
 @dataclass
-class KeepFirst:
+class KeepFirstOfCluster:
     """The step that writes: a row stays if it is the first of its cluster."""
 
     clusters: Clusters
     exact_only: bool
-    reader: RowReader = READER
+    reader: RowReader = DEFAULT_READER
     name: str = "dedup"
-    places: dict[int, str] = field(default_factory=dict)  # where the first document of a cluster of several stands
-    shown: dict[int, str] = field(default_factory=dict)  # its text, for the examples only
+    locations: dict[int, str] = field(default_factory=dict)  # where the first document of a cluster of several stands
+    example_texts: dict[int, str] = field(default_factory=dict)  # its text, for the examples only
 
     def __post_init__(self) -> None:
-        first = self.clusters.first
+        first = self.clusters.representatives
         numbers = np.flatnonzero(first != np.arange(len(first)))
-        self.several = np.zeros(len(first), bool)
-        self.several[first[numbers]] = True
-        ranks = mix(numbers.astype(np.uint64)) >> np.uint64(33)
-        lowest = numbers[np.argsort(ranks, kind="stable")[: 4 * EXAMPLES]].tolist()
-        self.examples = {*lowest, *first[lowest].tolist()}
+        self.has_duplicates = np.zeros(len(first), bool)
+        self.has_duplicates[first[numbers]] = True
+        sample_keys = hash64(numbers.astype(np.uint64)) >> np.uint64(33)
+        lowest = numbers[np.argsort(sample_keys, kind="stable")[: 4 * EXAMPLES_PER_RULE]].tolist()
+        self.example_rows = {*lowest, *first[lowest].tolist()}
 
     def rule_names(self) -> list[str]:
         return ["exact duplicate"] if self.exact_only else ["exact duplicate", "near-duplicate"]
 
-    def job(self) -> dict[str, Any]:
-        return {"exact_only": self.exact_only, "shingle": SHINGLE, "bands": [BANDS, ROWS]}
+    def fingerprint_fields(self) -> dict[str, Any]:
+        return {"exact_only": self.exact_only, "shingle": SHINGLE_LENGTH, "bands": [NUM_BANDS, HASHES_PER_BAND]}
 
-    def about(self) -> dict[str, Any]:
-        return self.job()
+    def provenance(self) -> dict[str, Any]:
+        return self.fingerprint_fields()
 
-    def pass_over(self, row: Row) -> None:
-        if self.several[row.number]:
-            self.places[row.number] = f"{row.file}:{row.line}"
-            if row.number in self.examples:
-                self.shown[row.number] = row.text[:150]
+    def skip_row(self, row: NumberedRow) -> None:
+        if self.has_duplicates[row.number]:
+            self.locations[row.number] = f"{row.file}:{row.line}"
+            if row.number in self.example_rows:
+                self.example_texts[row.number] = row.text[:150]
 
-    def judge(self, rows: list[Row]) -> list[Verdict]:
-        return [self._judge(row) for row in rows]
+    def apply(self, rows: list[NumberedRow]) -> list[Decision]:
+        return [self._apply_to_row(row) for row in rows]
 
-    def _judge(self, row: Row) -> Verdict:
-        self.pass_over(row)
-        i, first = row.number, int(self.clusters.first[row.number])
-        language = language_of(row.text)
+    def _apply_to_row(self, row: NumberedRow) -> Decision:
+        self.skip_row(row)
+        i, first = row.number, int(self.clusters.representatives[row.number])
+        language = detect_language(row.text)
         if first == i:
-            return Verdict(as_line(row.row), language, len(row.text))
+            return Decision(to_json_line(row.raw), language, len(row.text))
         rule = "exact duplicate" if self.clusters.hashes[i] == self.clusters.hashes[first] else "near-duplicate"
-        place = self.places.get(first, f"document {first + 1:,} of all files")  # one of another task's file
-        example = f"kept: {self.shown.get(first, place)}\nthis: {row.text[:150]}" if i in self.examples else ""
-        return Verdict(None, language, len(row.text), [Mark(rule, len(row.text), f"of {place}", example, _rank(i))])
+        location = self.locations.get(first, f"document {first + 1:,} of all files")  # one of another task's file
+        example = (
+            f"kept: {self.example_texts.get(first, location)}\nthis: {row.text[:150]}" if i in self.example_rows else ""
+        )
+        return Decision(
+            None, language, len(row.text), [RuleHit(rule, len(row.text), f"of {location}", example, _sample_key(i))]
+        )
 
 
-def _rank(number: int) -> int:
-    return int(mix(np.array([number], np.uint64))[0] >> np.uint64(33))
+def _sample_key(number: int) -> int:
+    return int(hash64(np.array([number], np.uint64))[0] >> np.uint64(33))
 
 
 def deduplicate(
-    paths: list[Path_],
-    out_dir: Path_,
-    report: DataReport,
+    paths: list[PathLike],
+    out_dir: PathLike,
+    report: DataStats,
     on_batch: Callable[[], None],
     workers: int = 1,
     exact_only: bool = False,
-    reader: RowReader = READER,
-) -> Tally:
-    """Write the rows that are no copies to `out_dir` and return the counts. Raises UserError as `rewrite` does."""
+    reader: RowReader = DEFAULT_READER,
+) -> RuleStats:
+    """Write the rows that are no copies to `out_dir` and return the counts. Raises UserError as `run_transform`."""
     check_out_dir(out_dir, paths)
     if not exact_only:
-        _rensa()
-    with writing(out_dir):
-        signing = DataReport(report.max_bad_share, report.accept_damaged)
-        report.position = lambda: signing.position()
-        keys = sign_all(paths, out_dir, Signer(exact_only), on_batch, workers, signing, reader)
-        first = first_of_cluster(keys, exact_only)
-        hashes = _column(keys, BANDS, len(first))
-    return rewrite(KeepFirst(Clusters(first, hashes), exact_only, reader), paths, out_dir, report, on_batch)
+        _import_rensa()
+    with report_write_errors(out_dir):
+        hashing_report = DataStats(report.max_bad_share, report.accept_damaged)
+        report.bytes_read = lambda: hashing_report.bytes_read()
+        keys = write_document_keys(paths, out_dir, MinHasher(exact_only), on_batch, workers, hashing_report, reader)
+        first = cluster_representatives(keys, exact_only)
+        hashes = _read_key_column(keys, NUM_BANDS, len(first))
+    return run_transform(
+        KeepFirstOfCluster(Clusters(first, hashes), exact_only, reader), paths, out_dir, report, on_batch
+    )

@@ -20,20 +20,27 @@ from typing import Any
 import torch
 
 from common.device import autocast, pick_device, pick_dtype
-from common.locks import locked
+from common.locks import lock_output
 from corpus.chats import is_trained
-from corpus.examples import Item
-from corpus.prepare_chats import Form
-from corpus.stats import DataReport
-from curation.perplexity_filter import Choice, Examples, Scores, print_histogram, scores_path, summary
+from corpus.examples import Example
+from corpus.prepare_chats import DataTask
+from corpus.stats import DataStats
+from curation.perplexity_filter import (
+    HistogramExamples,
+    PerplexityFilter,
+    ScoreStore,
+    filter_summary,
+    print_histogram,
+    scores_path,
+)
 from export.hf_import import open_folder, open_model
 from model.chat_template import Message
-from model.checkpoint import fingerprint
+from model.checkpoint import model_fingerprint
 from model.tokenizer import ChatTokenizer
-from trainer.loss import IGNORE, output_weight, token_log_probs
+from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
 
-POOL = 1024  # chats that are sorted by length together
-BATCH_TOKENS = 8192  # of a batch, pads included
+SCORER_POOL_CHATS = 1024  # chats that are sorted by length together
+SCORER_BATCH_TOKENS = 8192  # of a batch, pads included
 
 
 class Scorer:
@@ -43,52 +50,54 @@ class Scorer:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.model, self.tokenizer, checkpoint = open_model(path, self.device)
-        self.bare = checkpoint["stage"] == "pretrain" or self.tokenizer.format is None
-        self.name = fingerprint(path, open_folder)
-        self.limit = self.model.config.max_seq_len
+        self.without_markers = checkpoint["stage"] == "pretrain" or self.tokenizer.format is None
+        self.name = model_fingerprint(path, open_folder)
+        self.max_tokens = self.model.config.max_seq_len
 
     @torch.no_grad()
-    def scores(self, chats: list[list[Message]]) -> list[tuple[float, int]]:
+    def score_chats(self, chats: list[list[Message]]) -> list[tuple[float, int]]:
         """(nats a token, scored tokens) of each chat; (0.0, 0) where no token of an answer fits."""
-        rows = [self._tokens(messages) for messages in chats]
+        rows = [self._encode_chat(messages) for messages in chats]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         result = [(0.0, 0)] * len(rows)
-        for batch in batches_of(order, [len(ids) for ids, _ in rows]):
+        for batch in batch_by_tokens(order, [len(ids) for ids, _ in rows]):
             width = max(len(rows[i][0]) for i in batch) - 1
             if width < 1:
                 continue
             ids = torch.full((len(batch), width), self.tokenizer.pad_id)
-            labels = torch.full((len(batch), width), IGNORE)
-            for at, i in enumerate(batch):
-                own, mask = torch.tensor(rows[i][0]), torch.tensor(rows[i][1], dtype=torch.bool)
-                ids[at, : len(own) - 1] = own[:-1]
-                labels[at, : len(own) - 1] = torch.where(mask[1:], own[1:], IGNORE)
+            labels = torch.full((len(batch), width), IGNORE_INDEX)
+            for row, i in enumerate(batch):
+                row_ids, mask = torch.tensor(rows[i][0]), torch.tensor(rows[i][1], dtype=torch.bool)
+                ids[row, : len(row_ids) - 1] = row_ids[:-1]
+                labels[row, : len(row_ids) - 1] = torch.where(mask[1:], row_ids[1:], IGNORE_INDEX)
             ids, labels = ids.to(self.device), labels.to(self.device)
             with autocast(self.device, self.dtype):
                 hidden, _ = self.model(ids)
                 log_probs = token_log_probs(hidden, output_weight(self.model), labels)
-            counts = (labels != IGNORE).sum(1).tolist()
+            counts = (labels != IGNORE_INDEX).sum(1).tolist()
             for i, total, count in zip(batch, log_probs.double().sum(1).tolist(), counts, strict=True):
                 result[i] = (-total / max(count, 1), count)
         return result
 
-    def _tokens(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+    def _encode_chat(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         """Ids and the mask of the answers, cut to what the model reads. Of a chat that its format cannot write nothing
         is scored."""
-        if self.bare:
-            ids, mask = bare_chat(self.tokenizer, messages)
+        if self.without_markers:
+            ids, mask = encode_plain_chat(self.tokenizer, messages)
         else:
             (rendered,) = self.tokenizer.render_each([messages])
             ids, mask = ([self.tokenizer.eos_id], [0]) if rendered.refusal else rendered.samples[-1][:2]
-        return ids[: self.limit], mask[: self.limit]
+        return ids[: self.max_tokens], mask[: self.max_tokens]
 
 
-def bare_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
+def encode_plain_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
     """The words of a chat, a line for each message, and the mask of the assistant's; line ends are not scored."""
     ids: list[int] = []
     mask: list[int] = []
     for number, message in enumerate(messages):
-        new = tokenizer.encode_start(message["content"]) if not number else tokenizer.encode("\n" + message["content"])
+        new = (
+            tokenizer.encode_document(message["content"]) if not number else tokenizer.encode("\n" + message["content"])
+        )
         ids += new
         skipped = len(tokenizer.encode("\n")) if number else 0
         answer = int(is_trained(message))
@@ -96,11 +105,11 @@ def bare_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[i
     return ids, mask
 
 
-def batches_of(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """The indices in `order`, shortest first, cut so that no batch has more than BATCH_TOKENS places."""
+def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """The indices in `order`, shortest first, cut so that no batch has more than SCORER_BATCH_TOKENS places."""
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * lengths[i] > SCORER_BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(i)
@@ -108,62 +117,64 @@ def batches_of(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def score_items(items: Iterable[Item], scorer: Scorer, scores: Scores) -> int:
+def score_new_examples(items: Iterable[Example], scorer: Scorer, scores: ScoreStore) -> int:
     """Score every chat that `scores` does not know yet, each once; returns how many. Memory: one pool of chats."""
-    new = (item for item in items if scores.get(item.identity) is None)
+    new_examples = (item for item in items if scores.get(item.content_hash) is None)
     done = 0
-    while pool := list(itertools.islice(new, POOL)):
-        found = scorer.scores([item.messages for item in pool])
+    while pool := list(itertools.islice(new_examples, SCORER_POOL_CHATS)):
+        results = scorer.score_chats([item.messages for item in pool])
         scores.add(
-            (item.identity, nats, count, item.language)
-            for item, (nats, count) in zip(pool, found, strict=True)
+            (item.content_hash, nats, count, item.language)
+            for item, (nats, count) in zip(pool, results, strict=True)
             if count
         )
         done += len(pool)
     return done
 
 
-class Choosing:
+class PerplexityFilterStage:
     """What `data_process.py sft --scorer` does besides packing: score, keep a band, show the histogram."""
 
     def __init__(
         self,
         args: argparse.Namespace,
-        form: Form,
-        progress: Callable[[list[str], DataReport], AbstractContextManager[Callable[[], None]]],
+        form: DataTask,
+        progress: Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]],
     ) -> None:
-        scorer, report = Scorer(args.scorer), DataReport(args.max_bad_share, args.accept_damaged)
+        scorer, report = Scorer(args.scorer), DataStats(args.max_bad_share, args.accept_damaged)
         path = scores_path(args.out_dir, scorer.name)
-        with locked(path), progress(args.files, report) as on_batch:
-            self.scores = Scores(path)
-            items = counted(form.items(args.files, report), report, on_batch)
+        with lock_output(path), progress(args.files, report) as on_batch:
+            self.scores = ScoreStore(path)
+            items = count_examples(form.read_examples(args.files, report), report, on_batch)
             try:
-                new = score_items(items, scorer, self.scores)
+                new = score_new_examples(items, scorer, self.scores)
             except KeyboardInterrupt:
                 print(f"the scores so far are kept in {self.scores.path}: the same command goes on behind them")
                 raise
             finally:
                 self.scores.close()
-        known = f", {report.kept - new:,} were scored before" if report.kept > new else ""
-        print(f"scored {new:,} chats with {args.scorer} on {scorer.device} in {report.seconds:.0f} s{known}; "
+        reused = f", {report.kept - new:,} were scored before" if report.kept > new else ""
+        print(f"scored {new:,} chats with {args.scorer} on {scorer.device} in {report.seconds:.0f} s{reused}; "
               f"scores in {self.scores.path}")  # fmt: skip
-        self.choice = Choice(self.scores, args.keep_entropy or [], args.keep_share)
-        self.examples = Examples(self.scores, 2)
-        chosen = self.choice.chosen(form.items, args.val_share, self.examples.consider)
-        self.form = dataclasses.replace(form, items=chosen, choice=form.choice | self.choice.job())
+        self.score_filter = PerplexityFilter(self.scores, args.keep_entropy or [], args.keep_share)
+        self.examples = HistogramExamples(self.scores, 2)
+        filtered = self.score_filter.filter_examples(form.read_examples, args.val_share, self.examples.offer)
+        self.form = dataclasses.replace(
+            form, read_examples=filtered, settings=form.settings | self.score_filter.fingerprint_fields()
+        )
 
-    def show(self) -> None:
-        print_histogram(self.choice, self.examples)
+    def print_histograms(self) -> None:
+        print_histogram(self.score_filter, self.examples)
 
-    def about(self) -> dict[str, Any]:
-        return {"chosen": summary(self.choice)}
+    def provenance(self) -> dict[str, Any]:
+        return {"chosen": filter_summary(self.score_filter)}
 
 
-def counted(items: Iterable[Item], report: DataReport, on_batch: Callable[[], None]) -> Iterator[Item]:
+def count_examples(items: Iterable[Example], report: DataStats, on_batch: Callable[[], None]) -> Iterator[Example]:
     """The same items; the report's speed is of them."""
     for item in items:
         report.kept += 1
         report.text_bytes += len(item.text.encode())
-        if report.kept % POOL == 0:
+        if report.kept % SCORER_POOL_CHATS == 0:
             on_batch()
         yield item

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from corpus.language import language_of
-from curation.rule_words import UNSAFE
+from corpus.language import detect_language
+from curation.rule_words import UNSAFE_PHRASES
 
-_MARK = "\0"  # stands for a formula until its line is complete
+_FORMULA = "\0"  # stands for a formula until its line is complete
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _LATEX = re.compile(
     r"\$\$[^$]{1,2000}\$\$|\$[^$\n]{0,200}[\\^_=+<>{}][^$\n]{0,200}\$"
@@ -41,52 +41,52 @@ class Prose:
     has_formulas: bool
 
 
-def prose_of(text: str) -> Prose:
+def extract_prose(text: str) -> Prose:
     """The text without fences, formulas and table rows. Numbers and signs beside a formula belong to it."""
-    text = _LATEX.sub(_MARK, _FENCE.sub("\n", text))
+    text = _LATEX.sub(_FORMULA, _FENCE.sub("\n", text))
     lines, has_formulas = [], False
     for line in text.split("\n"):
         if line.count("|") > 1 or (len(line) < 500 and _NUMBERS.fullmatch(line)):
             continue
-        line = _EQUATION.sub(lambda found: _MARK if _RELATION.search(found.group()) else found.group(), line)
-        if _MARK in line:
+        line = _EQUATION.sub(lambda match: _FORMULA if _RELATION.search(match.group()) else match.group(), line)
+        if _FORMULA in line:
             has_formulas = True
-            line = _NO_LETTER.sub(" ", line.replace(_MARK, " "))
+            line = _NO_LETTER.sub(" ", line.replace(_FORMULA, " "))
         lines.append(line)
     return Prose("\n".join(lines), has_formulas)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
-ZH_WORD = 1.5  # characters of a Chinese word, about
+ZH_WORD_CHARACTERS = 1.5  # characters of a Chinese word, about
 
 
 @dataclass(frozen=True)
-class Limits:
+class CleaningLimits:
     """The numbers that a user may change."""
 
     min_words: int = 10  # Gopher: 50. Poems and entries of dictionaries are shorter, and they are good text
     languages: tuple[str, ...] = ("zh", "en")
-    unsafe: tuple[str, ...] = UNSAFE  # in small letters
+    unsafe: tuple[str, ...] = UNSAFE_PHRASES  # in small letters
 
 
 @dataclass
-class Page:
+class DocumentView:
     """A document and the statistics that several rules use, computed once."""
 
     text: str
 
     @cached_property
     def language(self) -> str:
-        return language_of(self.text)
+        return detect_language(self.text)
 
     @cached_property
-    def small(self) -> str:
+    def lowercase(self) -> str:
         return self.text.lower()
 
     @cached_property
-    def squeezed(self) -> str:
+    def without_spaces(self) -> str:
         """Without white space, in small letters."""
-        return "".join(self.small.split())
+        return "".join(self.lowercase.split())
 
     @cached_property
     def words(self) -> list[str]:
@@ -99,31 +99,31 @@ class Page:
 
     @cached_property
     def prose(self) -> Prose:
-        return prose_of(self.text)
+        return extract_prose(self.text)
 
     @cached_property
     def word_count(self) -> float:
-        return len(self.squeezed) / ZH_WORD if self.language == "zh" else len(self.words)
+        return len(self.without_spaces) / ZH_WORD_CHARACTERS if self.language == "zh" else len(self.words)
 
 
-Rule = Callable[[Page, Limits], str]
-LEAST_PROSE, LEAST_BESIDE_FORMULAS = 10, 30  # words that a statistic needs beside tables or code, beside formulas
+DropFunction = Callable[[DocumentView, CleaningLimits], str]
+MIN_PROSE_WORDS, MIN_WORDS_BESIDE_FORMULAS = 10, 30  # fewest words for a statistic
 
 
-def of_prose(rule: Rule) -> Rule:
+def recheck_on_prose(drop_function: DropFunction) -> DropFunction:
     """Apply the rule again to the prose of a page that it would drop, so that formulas and tables do not decide.
 
     Where formulas leave fewer than 30 words, the page is kept: they are too few for statistics. Where tables or code
     leave fewer than 10, the result for the whole page counts.
     """
 
-    @functools.wraps(rule)
-    def asked(page: Page, limits: Limits) -> str:
-        if not (why := rule(page, limits)):
+    @functools.wraps(drop_function)
+    def rechecked(document: DocumentView, limits: CleaningLimits) -> str:
+        if not (reason := drop_function(document, limits)):
             return ""
-        prose = Page(page.prose.text)
-        if page.prose.has_formulas and prose.word_count < LEAST_BESIDE_FORMULAS:
+        prose = DocumentView(document.prose.text)
+        if document.prose.has_formulas and prose.word_count < MIN_WORDS_BESIDE_FORMULAS:
             return ""
-        return why if prose.word_count < LEAST_PROSE else rule(prose, limits)
+        return reason if prose.word_count < MIN_PROSE_WORDS else drop_function(prose, limits)
 
-    return asked
+    return rechecked

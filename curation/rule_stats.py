@@ -1,12 +1,12 @@
 """What a step did to the rows: counts by rule, and for each rule ten examples, so that a person can judge it.
 
-    Mark(rule, characters, detail, example)    one thing that a rule did to one row
-    Verdict(kept, language, characters, marks) what became of one row
+    RuleHit(rule, characters, detail, example)     one thing that a rule did to one row
+    Decision(kept, language, characters, hits)     what became of one row
 
 The examples are not the first ten: they are those with the lowest hash, so that every part of the data has the same
 chance, and two runs show the same ones.
 
-Read next: transform.py (who counts), cleaning.py (who marks).
+Read next: transform.py (who counts), cleaning.py (the hits).
 """
 
 import bisect
@@ -17,78 +17,78 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = 10
+EXAMPLES_PER_RULE = 10
 
 
 @dataclass(frozen=True)
-class Mark:
+class RuleHit:
     rule: str
     characters: int  # taken or changed
     detail: str = ""
     example: str = ""  # for people; empty when it is none of the ten
-    rank: int = 0
+    sample_key: int = 0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    kept: bytes | None  # the row as a line of jsonl; None: left out, and the last mark says why
+class Decision:
+    kept: bytes | None  # the row as a line of jsonl; None: left out, and the last hit says why
     language: str
     characters: int  # of the row as it came
-    marks: list[Mark] = field(default_factory=list)
+    hits: list[RuleHit] = field(default_factory=list)
 
 
-def rank_of(rule: str, text: str) -> int:
+def compute_sample_key(rule: str, text: str) -> int:
     """32-bit number that decides whether a row is an example for a rule."""
     return zlib.crc32(text[:4096].encode("utf-8", "replace"), zlib.crc32(rule.encode()))
 
 
-class Chooser:
+class ExampleReservoir:
     """Says whether a rank may still be among the ten lowest. One lives in every process that judges rows."""
 
     def __init__(self) -> None:
-        self.ranks: dict[str, list[int]] = {}
+        self.sample_keys: dict[str, list[int]] = {}
 
-    def wants(self, rule: str, rank: int) -> bool:
-        lowest = self.ranks.setdefault(rule, [])
-        if len(lowest) >= EXAMPLES and rank >= lowest[-1]:
+    def offer(self, rule: str, sample_key: int) -> bool:
+        lowest = self.sample_keys.setdefault(rule, [])
+        if len(lowest) >= EXAMPLES_PER_RULE and sample_key >= lowest[-1]:
             return False
-        bisect.insort(lowest, rank)
-        del lowest[EXAMPLES:]
+        bisect.insort(lowest, sample_key)
+        del lowest[EXAMPLES_PER_RULE:]
         return True
 
 
-class Tally:
+class RuleStats:
     """Counts of one pass. Plain values only, so that a killed run can go on counting."""
 
     def __init__(self, rules: Iterable[str] = ()) -> None:
         self.read = self.kept = self.characters_read = self.characters_dropped = 0
-        self.rules: dict[str, dict[str, Any]] = {name: _nothing() for name in rules}  # also those that take nothing
+        self.rules: dict[str, dict[str, Any]] = {name: _no_counts() for name in rules}  # also those that take nothing
         self.languages: dict[str, dict[str, int]] = {}
 
-    def add(self, file: str, line: int, verdict: Verdict) -> None:
+    def add(self, file: str, line: int, decision: Decision) -> None:
         self.read += 1
-        self.characters_read += verdict.characters
-        if verdict.kept is not None:
+        self.characters_read += decision.characters
+        if decision.kept is not None:
             self.kept += 1
-            mix = self.languages.setdefault(verdict.language, {"rows": 0, "characters": 0})
-            mix["rows"] += 1
-            mix["characters"] += verdict.characters
+            counts = self.languages.setdefault(decision.language, {"rows": 0, "characters": 0})
+            counts["rows"] += 1
+            counts["characters"] += decision.characters
         else:
-            self.characters_dropped += verdict.characters
-        for mark in verdict.marks:
-            self._count(mark, file, line, dropped=verdict.kept is None and mark is verdict.marks[-1])
+            self.characters_dropped += decision.characters
+        for hit in decision.hits:
+            self._add_hit(hit, file, line, dropped=decision.kept is None and hit is decision.hits[-1])
 
-    def _count(self, mark: Mark, file: str, line: int, dropped: bool) -> None:
-        rule = self.rules.setdefault(mark.rule, _nothing())
+    def _add_hit(self, hit: RuleHit, file: str, line: int, dropped: bool) -> None:
+        rule = self.rules.setdefault(hit.rule, _no_counts())
         rule["rows"] += 1
         rule["dropped"] += dropped
-        rule["characters"] += mark.characters
-        if mark.example:
-            entry = [mark.rank, f"{file}:{line}", mark.detail, mark.example]
+        rule["characters"] += hit.characters
+        if hit.example:
+            entry = [hit.sample_key, f"{file}:{line}", hit.detail, hit.example]
             bisect.insort(rule["examples"], entry, key=lambda other: other[0])
-            del rule["examples"][EXAMPLES:]
+            del rule["examples"][EXAMPLES_PER_RULE:]
 
-    def main_reason(self) -> str:
+    def main_drop_reason(self) -> str:
         drops = {name: rule["dropped"] for name, rule in self.rules.items() if rule["dropped"]}
         if not drops:
             return "there was none"
@@ -107,22 +107,24 @@ class Tally:
         """Add the counts of another tally, as its `to_dict` gave them."""
         for name in ("read", "kept", "characters_read", "characters_dropped"):
             setattr(self, name, getattr(self, name) + content[name])
-        for language, mix in content["languages"].items():
-            ours = self.languages.setdefault(language, dict.fromkeys(mix, 0))
-            for name in mix:
-                ours[name] += mix[name]
+        for language, counts in content["languages"].items():
+            own_counts = self.languages.setdefault(language, dict.fromkeys(counts, 0))
+            for name in counts:
+                own_counts[name] += counts[name]
         for name, rule in content["rules"].items():
-            mine = self.rules.setdefault(name, _nothing())
+            own_rule = self.rules.setdefault(name, _no_counts())
             for count in ("rows", "dropped", "characters"):
-                mine[count] += rule[count]
-            mine["examples"] = sorted(mine["examples"] + rule["examples"], key=lambda entry: entry[0])[:EXAMPLES]
+                own_rule[count] += rule[count]
+            own_rule["examples"] = sorted(own_rule["examples"] + rule["examples"], key=lambda entry: entry[0])[
+                :EXAMPLES_PER_RULE
+            ]
 
     @classmethod
-    def of_report(cls, path: Path) -> "Tally":
+    def from_report(cls, path: Path) -> "RuleStats":
         """The counts in a report.json."""
-        tally = cls()
-        tally.merge(json.loads(path.read_text(encoding="utf-8")))
-        return tally
+        rule_stats = cls()
+        rule_stats.merge(json.loads(path.read_text(encoding="utf-8")))
+        return rule_stats
 
     # ---- showing ----
     def print(self) -> None:
@@ -133,9 +135,11 @@ class Tally:
         if not console.is_terminal:
             console = Console(highlight=False, width=120)
         console.print(self._rules_table())
-        said = [f"{language} {mix['rows']:,} rows" for language, mix in sorted(self.languages.items(), reverse=True)]
+        languages = [
+            f"{language} {counts['rows']:,} rows" for language, counts in sorted(self.languages.items(), reverse=True)
+        ]
         console.print(
-            f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%}): {', '.join(said)}"
+            f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%}): {', '.join(languages)}"
         )
 
     def _rules_table(self) -> Any:
@@ -146,20 +150,24 @@ class Tally:
         for name in ("", "mended rows", "dropped rows", "share", "characters taken", "for example"):
             table.add_column(name, justify="left" if name in ("", "for example") else "right", overflow="fold")
         for name, rule in self.rules.items():
-            mended = rule["rows"] - rule["dropped"]
-            first = rule["examples"][0][1] if rule["examples"] else ""
-            cells = [f"{number:,}" if number else "" for number in (mended, rule["dropped"])]
-            share = f"{rule['rows'] / max(self.read, 1):.2%}"
-            table.add_row(name, *cells, share, f"{rule['characters']:,}", Text(first))
+            edited = rule["rows"] - rule["dropped"]
+            first_location = rule["examples"][0][1] if rule["examples"] else ""
+            cells = [f"{number:,}" if number else "" for number in (edited, rule["dropped"])]
+            fraction = f"{rule['rows'] / max(self.read, 1):.2%}"
+            table.add_row(name, *cells, fraction, f"{rule['characters']:,}", Text(first_location))
         return table
 
     def examples(self, rule: str) -> list[tuple[str, str, str]]:
         """(file:line, detail, example) of the rule, ten at most."""
-        return [(where, detail, shown) for _, where, detail, shown in self.rules[rule]["examples"]]
+        return [(location, detail, example) for _, location, detail, example in self.rules[rule]["examples"]]
 
-    def markdown(self, step: str) -> str:
+    def to_markdown(self, transform_name: str) -> str:
         """The report for people: counts, then the examples of each rule."""
-        lines = [f"# {step}: {self.kept:,} of {self.read:,} rows kept", "", "| rule | mended | dropped | characters |"]
+        lines = [
+            f"# {transform_name}: {self.kept:,} of {self.read:,} rows kept",
+            "",
+            "| rule | mended | dropped | characters |",
+        ]
         lines.append("|---|---|---|---|")
         for name, rule in self.rules.items():
             lines.append(
@@ -167,11 +175,11 @@ class Tally:
             )
         for name in self.rules:
             lines += ["", f"## {name}", ""]
-            for where, detail, shown in self.examples(name):
-                lines.append(f"* `{where}`{' ' if detail else ''}{detail}")
-                lines += [f"      {line}" for line in shown.split("\n")]
+            for location, detail, example in self.examples(name):
+                lines.append(f"* `{location}`{' ' if detail else ''}{detail}")
+                lines += [f"      {line}" for line in example.split("\n")]
         return "\n".join(lines) + "\n"
 
 
-def _nothing() -> dict[str, Any]:
+def _no_counts() -> dict[str, Any]:
     return {"rows": 0, "dropped": 0, "characters": 0, "examples": []}

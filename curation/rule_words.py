@@ -2,13 +2,13 @@
 meant to be read and changed.
 
 A list of phrases takes good text too: "博彩" stands in a law against gambling. So no rule drops a document for one
-phrase: see `phrases_found` in drop_rules.py for how many it takes. `--unsafe_words FILE` adds a list of the user's own.
+phrase: see `matched_phrases` in drop_rules.py for how many. `--unsafe_words FILE` adds a list of the user's own.
 
 Read next: drop_rules.py (who looks for the phrases in the documents), edit_rules.py (who removes lines).
 """
 
 # Short lines of a page that are not its text, as patterns. A notice is recognised wherever it stands.
-NOTICES = (
+NOTICE_PATTERNS = (
     r"版权所有(?![者人权])", r"未经授权.{0,8}(?:不得|禁止|严禁|请勿).{0,3}(?:转载|复制|摘编|镜像)", r"转载请注明",
     r"责任编辑[:：\s]", r"责编[:：]", r"(?:本文|文章)来源[:：]", r"备案号[:：]", r"ICP备\s?\d", r"公网安备\s?\d",
     r"违法和不良信息举报", r"^\W*(?:当前位置|您的位置|浏览次数)[:：]",
@@ -38,7 +38,7 @@ BOILERPLATE_HINTS = (
     "cookies", "newsletter", "skip to",
 )  # fmt: skip
 
-ADVERTS = (
+ADVERT_PHRASES = (
     "加微信", "加我微信", "加薇信", "微信号：", "加qq", "qq群号", "咨询热线", "免费咨询", "点击领取", "限时优惠",
     "限时抢购", "优惠券", "秒杀价", "包邮", "代理加盟", "招商加盟", "诚招代理", "日赚", "月入过万", "轻松赚钱",
     "躺赚", "刷单", "兼职日结", "贷款秒批", "无抵押贷款", "信用卡套现", "代开发票", "代办证件", "办理文凭",
@@ -48,7 +48,7 @@ ADVERTS = (
     "casino bonus", "payday loan", "100% free", "add to cart", "lowest price", "special offer",
 )  # fmt: skip
 
-UNSAFE = (
+UNSAFE_PHRASES = (
     "成人电影", "成人视频", "成人小说", "色情", "情色", "黄色小说", "裸聊", "约炮", "一夜情", "援交", "嫖娼",
     "性服务", "楼凤", "无码", "三级片", "激情视频", "人体艺术", "偷拍自拍", "强奸", "乱伦", "迷奸", "迷药", "春药",
     "六合彩", "时时彩", "百家乐", "博彩", "赌场", "老虎机", "真人娱乐", "娱乐城", "下注", "赔率", "冰毒", "摇头丸",

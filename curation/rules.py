@@ -1,7 +1,7 @@
 """The table of all rules of `data_process.py clean`, in the order in which they are asked.
 
     edit   mends a text: str -> str                    (edit_rules.py)
-    drop   leaves a document out: Page -> why, or ""   (drop_rules.py)
+    drop   leaves a document out: DocumentView -> why, or ""   (drop_rules.py)
 
     python data_process.py clean --list_rules
 
@@ -27,34 +27,44 @@ OURS = "ours"
 @dataclass(frozen=True)
 class Rule:
     name: str
-    what: str  # one line for people
+    description: str  # one line for people
     source: str
     function: Callable[..., Any]
-    edits: bool = False
-    on: bool = True
-    of_chats: bool = False
+    is_edit: bool = False
+    enabled: bool = True
+    applies_to_chats: bool = False
 
 
-def _edit(name: str, what: str, source: str, on: bool = True, of_chats: bool = True) -> Rule:
-    return Rule(name, what, source, getattr(edit_rules, name), edits=True, on=on, of_chats=of_chats)
+def _edit(name: str, description: str, source: str, enabled: bool = True, applies_to_chats: bool = True) -> Rule:
+    return Rule(
+        name,
+        description,
+        source,
+        getattr(edit_rules, name),
+        is_edit=True,
+        enabled=enabled,
+        applies_to_chats=applies_to_chats,
+    )
 
 
-def _drop(name: str, what: str, source: str, on: bool = True, of_chats: bool = False) -> Rule:
-    return Rule(name, what, source, getattr(drop_rules, name), on=on, of_chats=of_chats)
+def _drop(name: str, description: str, source: str, enabled: bool = True, applies_to_chats: bool = False) -> Rule:
+    return Rule(
+        name, description, source, getattr(drop_rules, name), enabled=enabled, applies_to_chats=applies_to_chats
+    )
 
 
 RULES = (
     _edit("repair", "text that was decoded with the wrong code page is decoded again", "ftfy"),
     _edit("characters", "control and invisible characters go; full-width letters and digits become ASCII; NFC", OURS),
-    _edit("simplify", "traditional characters become simplified ones", "OpenCC, t2s", on=False),
+    _edit("simplify", "traditional characters become simplified ones", "OpenCC, t2s", enabled=False),
     _edit("markup", "HTML, markdown links, BBCode and wiki marks go, their text stays", OURS),
     _edit("boilerplate", "removes copyright and cookie notices and rows of navigation links; not in chats",
-          f"{C4}; patterns ours", of_chats=False),
+          f"{C4}; patterns ours", applies_to_chats=False),
     _edit("personal", "phone, identity card, e-mail and messenger numbers are masked", "GB 11643-1999; patterns ours"),
-    _drop("mojibake", "more than one undecodable place in 200 characters", OURS, of_chats=True),
+    _drop("mojibake", "more than one undecodable place in 200 characters", OURS, applies_to_chats=True),
     _drop("too_short", "fewer than --min_words words (1.5 Chinese characters)", f"{GOPHER} has 50; number ours"),
     _drop("too_long", "more than 100,000 words", GOPHER),
-    _drop("language", "prose in neither of --languages (lingua, offline)", "lingua", of_chats=True),
+    _drop("language", "prose in neither of --languages (lingua, offline)", "lingua", applies_to_chats=True),
     _drop("few_letters", "< 30 % Chinese characters, or < 80 % of English words with a letter",
           f"{CHINESE_WEB_TEXT}; {GOPHER}"),
     _drop("word_length", "English words shorter than 3 or longer than 10 characters on average", GOPHER),
@@ -65,24 +75,24 @@ RULES = (
     _drop("repeated_ngrams", "repeated word n-grams (2 to 10); in Chinese > 50 % repeated 13-character n-grams",
           f"{REPETITION}; {CHINESE_WEB_TEXT}"),
     _drop("placeholder", "lorem ipsum", C4),
-    _drop("unfinished", "fewer than three lines that end as sentences do", C4, on=False),
-    _drop("short_lines", "fewer than 10 characters a line (poems, too)", CHINESE_WEB_TEXT, on=False),
-    _drop("adverts", "two or more phrases of adverts, at least one to 200 characters", OURS, of_chats=True),
-    _drop("unsafe", "the same of pornography, gambling, drugs, fraud", OURS, of_chats=True),
+    _drop("unfinished", "fewer than three lines that end as sentences do", C4, enabled=False),
+    _drop("short_lines", "fewer than 10 characters a line (poems, too)", CHINESE_WEB_TEXT, enabled=False),
+    _drop("adverts", "two or more phrases of adverts, at least one to 200 characters", OURS, applies_to_chats=True),
+    _drop("unsafe", "the same of pornography, gambling, drugs, fraud", OURS, applies_to_chats=True),
 )  # fmt: skip
-NAMES = tuple(rule.name for rule in RULES)
+RULE_NAMES = tuple(rule.name for rule in RULES)
 
 
-def choose_rules(skip: list[str], also: list[str]) -> tuple[Rule, ...]:
+def select_rules(skip: list[str], also: list[str]) -> tuple[Rule, ...]:
     """The rules that are on, less those to skip, and those asked for. Raises UserError for a name that is none."""
     for name in (*skip, *also):
-        if name not in NAMES:
-            raise UserError(f"no rule is called {name!r}: the rules are {', '.join(NAMES)}")
-    return tuple(rule for rule in RULES if (rule.on or rule.name in also) and rule.name not in skip)
+        if name not in RULE_NAMES:
+            raise UserError(f"no rule is called {name!r}: the rules are {', '.join(RULE_NAMES)}")
+    return tuple(rule for rule in RULES if (rule.enabled or rule.name in also) and rule.name not in skip)
 
 
 def print_rules() -> None:
     """The table for people: name, edit or drop, what, source."""
     for rule in RULES:
-        state = "" if rule.on else "  (off: --also " + rule.name + ")"
-        print(f"{rule.name:16}{'edit' if rule.edits else 'drop'}  {rule.what}{state}  [{rule.source}]")
+        suffix = "" if rule.enabled else "  (off: --also " + rule.name + ")"
+        print(f"{rule.name:16}{'edit' if rule.is_edit else 'drop'}  {rule.description}{suffix}  [{rule.source}]")

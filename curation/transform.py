@@ -26,22 +26,22 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from common.files import remove, write_json, write_text
-from corpus.job_state import PROGRESS, Progress, can_continue, inputs_of
-from corpus.provenance import history_of
-from corpus.readers import Path_, taken_rows
-from corpus.row_text import READER, Content, RowReader
-from corpus.shard_writer import check_replaceable, partial_folder, publish, writing
-from corpus.stats import DataReport
-from curation.rule_stats import Tally, Verdict
+from corpus.job_state import PROGRESS_FILE, JobProgress, can_resume, input_fingerprints
+from corpus.provenance import read_provenance
+from corpus.readers import PathLike, read_contents
+from corpus.row_text import DEFAULT_READER, RowContent, RowReader
+from corpus.shard_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
+from corpus.stats import DataStats
+from curation.rule_stats import Decision, RuleStats
 
-BATCH_ROWS, BATCH_CHARACTERS = 500, 500_000
-FILE_BYTES = 512 << 20
-OUR_FILES = (
+TRANSFORM_BATCH_ROWS, TRANSFORM_BATCH_CHARACTERS = 500, 500_000
+OUTPUT_FILE_BYTES = 512 << 20
+TRANSFORM_FILES = (
     "text_*.jsonl",
     "dropped.tsv",
     "report.json",
     "report.md",
-    PROGRESS,
+    PROGRESS_FILE,
     "*.keys",
     "*.json.tmp",  # of a kill in an earlier version
     ".*.tmp",
@@ -51,24 +51,24 @@ OUR_FILES = (
 
 
 @dataclass(frozen=True)
-class Row:
+class NumberedRow:
     """A row on its way: `number` counts from 0 over all files."""
 
     number: int
     file: str
     line: int
-    row: Any
+    raw: Any
     text: str  # everything that training would read of it
     kind: str = "text"  # or "chat", "pair"
     turns: tuple[tuple[str, int], ...] = ()  # role and end in the text of each message of a chat or pair
 
-    def dropped_line(self, verdict: Verdict) -> bytes:
+    def dropped_line(self, decision: Decision) -> bytes:
         """Its line in dropped.tsv: file:line, rule, why, beginning."""
-        cells = (f"{self.file}:{self.line}", verdict.marks[-1].rule, verdict.marks[-1].detail, self.text[:120])
+        cells = (f"{self.file}:{self.line}", decision.hits[-1].rule, decision.hits[-1].detail, self.text[:120])
         return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode("utf-8", "backslashreplace")
 
 
-class Step(Protocol):
+class Transform(Protocol):
     """What is done with the rows. Must be picklable when it is to run in several processes."""
 
     name: str
@@ -77,40 +77,42 @@ class Step(Protocol):
     def rule_names(self) -> list[str]:
         """Its rules, in the order of the report."""
 
-    def job(self) -> dict[str, Any]:
+    def fingerprint_fields(self) -> dict[str, Any]:
         """What the result depends on, besides the files: a run is continued only if it is the same."""
 
-    def about(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What later steps should know was done: an entry of the history."""
 
-    def pass_over(self, row: Row) -> None:
+    def skip_row(self, row: NumberedRow) -> None:
         """A row that an earlier, killed run has dealt with."""
 
-    def judge(self, rows: list[Row]) -> list[Verdict]: ...
+    def apply(self, rows: list[NumberedRow]) -> list[Decision]: ...
 
 
-def numbered_rows(paths: list[Path_], report: DataReport, number: int = 0, reader: RowReader = READER) -> Iterator[Row]:
+def read_numbered_rows(
+    paths: list[PathLike], report: DataStats, number: int = 0, reader: RowReader = DEFAULT_READER
+) -> Iterator[NumberedRow]:
     """All rows that a training command would read, numbered from `number`. Raises UserError as `read_texts`."""
-    for file, line, row, content in taken_rows(paths, report, "any", reader.content):
-        report.note_row(content.changes, content.unused, file, line)
-        yield Row(number, file, line, row, content.text, content.kind, _turns(content))
+    for file, line, row, content in read_contents(paths, report, "any", reader.read_content):
+        report.row_changed(content.changes, content.unused, file, line)
+        yield NumberedRow(number, file, line, row, content.text, content.kind, _message_ends(content))
         number += 1
 
 
-def _turns(content: Content) -> tuple[tuple[str, int], ...]:
+def _message_ends(content: RowContent) -> tuple[tuple[str, int], ...]:
     """Role and end in the text of every message; of a pair the answers follow the prompt."""
     turns = [*content.messages, *itertools.chain(*content.answers)]
-    ends = itertools.accumulate(len(turn["content"]) + 1 for turn in turns)
-    return tuple((turn["role"], end) for turn, end in zip(turns, ends, strict=True))
+    message_ends = itertools.accumulate(len(message["content"]) + 1 for message in turns)
+    return tuple((message["role"], end) for message, end in zip(turns, message_ends, strict=True))
 
 
-def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
+def batch_rows(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
+    batch: list[NumberedRow] = []
     characters = 0
     for row in rows:
         batch.append(row)
         characters += len(row.text)
-        if len(batch) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+        if len(batch) >= TRANSFORM_BATCH_ROWS or characters >= TRANSFORM_BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -118,48 +120,48 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
-_work: Callable[[Any], Any]  # of a worker process
+_work_function: Callable[[Any], Any]  # of a worker process
 
 
-def _set_work(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
+def _set_work_function(work: Callable[[Any], Any]) -> None:
+    global _work_function
+    _work_function = work
 
 
-def _do_work(item: Any) -> Any:
-    return _work(item)
+def _call_work_function(item: Any) -> Any:
+    return _work_function(item)
 
 
-def in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+def map_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
     """(item, work(item)) in the order of the items; a few of them at a time are on their way to `workers` processes."""
     if workers <= 1:
         yield from ((item, work(item)) for item in items)
         return
-    waiting: deque[tuple[Any, Future[Any]]] = deque()
-    fresh = multiprocessing.get_context("spawn")  # a forked child waits forever for the threads of a library in use
-    with ProcessPoolExecutor(workers, fresh, initializer=_set_work, initargs=(work,)) as pool:
+    pending: deque[tuple[Any, Future[Any]]] = deque()
+    spawn = multiprocessing.get_context("spawn")  # a forked child waits forever for the threads of a library in use
+    with ProcessPoolExecutor(workers, spawn, initializer=_set_work_function, initargs=(work,)) as pool:
         try:
             for item in items:
-                waiting.append((item, pool.submit(_do_work, item)))
-                if len(waiting) > 2 * workers:
-                    first, future = waiting.popleft()
+                pending.append((item, pool.submit(_call_work_function, item)))
+                if len(pending) > 2 * workers:
+                    first, future = pending.popleft()
                     yield first, future.result()
-            for first, future in waiting:
+            for first, future in pending:
                 yield first, future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
-class _Output:
+class _OutputFolder:
     """The growing folder: kept rows and dropped rows, continued from where the progress file vouches for them."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], tally: Tally) -> None:
-        self.folder, self.tally, self.progress = folder, tally, Progress(folder, job)
-        found = self.progress.load()
-        self.rows, self.files = found.get("rows", 0), found.get("files", 0)  # dealt with; full files of kept rows
-        if found:
-            tally.restore(found["tally"])
+    def __init__(self, folder: Path, job: dict[str, Any], rule_stats: RuleStats) -> None:
+        self.folder, self.rule_stats, self.progress = folder, rule_stats, JobProgress(folder, job)
+        saved = self.progress.load()
+        self.rows, self.files = saved.get("rows", 0), saved.get("files", 0)  # dealt with; full files of kept rows
+        if saved:
+            rule_stats.restore(saved["tally"])
         else:
             for pattern in ("text_*.jsonl", "dropped.tsv"):
                 for path in folder.glob(pattern):
@@ -171,20 +173,20 @@ class _Output:
     def _open_kept(self, mode: str) -> Any:
         return (self.folder / f"text_{self.files:03d}.jsonl").open(mode)
 
-    def add(self, rows: list[Row], verdicts: list[Verdict]) -> None:
-        for row, verdict in zip(rows, verdicts, strict=True):
-            self.tally.add(row.file, row.line, verdict)
-            if verdict.kept is not None:
-                self.kept.write(verdict.kept)
+    def add(self, rows: list[NumberedRow], decisions: list[Decision]) -> None:
+        for row, decision in zip(rows, decisions, strict=True):
+            self.rule_stats.add(row.file, row.line, decision)
+            if decision.kept is not None:
+                self.kept.write(decision.kept)
             else:
-                self.dropped.write(row.dropped_line(verdict))
+                self.dropped.write(row.dropped_line(decision))
         self.rows += len(rows)
-        if self.kept.tell() >= FILE_BYTES:
+        if self.kept.tell() >= OUTPUT_FILE_BYTES:
             self.kept.close()
             self.files += 1
             self.kept = self._open_kept("wb")
-        if self.progress.due():
-            state = {"rows": self.rows, "files": self.files, "tally": self.tally.to_dict()}
+        if self.progress.is_due():
+            state = {"rows": self.rows, "files": self.files, "tally": self.rule_stats.to_dict()}
             self.progress.save(state, self.kept, self.dropped)
 
     def close(self) -> None:
@@ -192,78 +194,87 @@ class _Output:
         self.dropped.close()
 
 
-def check_out_dir(out_dir: Path_, paths: list[Path_]) -> bool:
+def check_out_dir(out_dir: PathLike, paths: list[PathLike]) -> bool:
     """True when `out_dir` holds an older result. Raises UserError when it holds other things, or the input itself."""
     for path in paths:
         if Path(path).resolve().parent == Path(out_dir).resolve():
             raise UserError(f"{path} lies in the output folder {out_dir}: choose another --out_dir")
-    check_replaceable(partial_folder(out_dir), OUR_FILES)
-    check_replaceable(out_dir, OUR_FILES)
+    check_replaceable(dataset_staging_folder(out_dir), TRANSFORM_FILES)
+    check_replaceable(out_dir, TRANSFORM_FILES)
     return (Path(out_dir) / "report.json").is_file()
 
 
-def rewrite(
-    step: Step,
-    paths: list[Path_],
-    out_dir: Path_,
-    report: DataReport,
+def run_transform(
+    transform: Transform,
+    paths: list[PathLike],
+    out_dir: PathLike,
+    report: DataStats,
     on_batch: Callable[[], None],
     workers: int = 1,
-) -> Tally:
+) -> RuleStats:
     """Pass the rows of all files through the step into `out_dir`, complete or not at all; returns the counts.
 
     Raises UserError for files or a disk that cannot be used, too many bad rows, or nothing kept.
     """
     check_out_dir(out_dir, paths)
-    folder = partial_folder(out_dir)
-    job = {"step": step.name, "inputs": inputs_of(paths), **step.job(), **step.reader.job()}
-    tally = Tally(step.rule_names())
-    with writing(out_dir):
-        output = _Output(folder, job, tally)
+    folder = dataset_staging_folder(out_dir)
+    job = {
+        "step": transform.name,
+        "inputs": input_fingerprints(paths),
+        **transform.fingerprint_fields(),
+        **transform.reader.key_settings(),
+    }
+    rule_stats = RuleStats(transform.rule_names())
+    with report_write_errors(out_dir):
+        output = _OutputFolder(folder, job, rule_stats)
         try:
-            rows = _new_rows(numbered_rows(paths, report, reader=step.reader), step, output.rows)
-            for batch, verdicts in in_order(step.judge, batches(rows), workers):
-                output.add(batch, verdicts)
-                report.kept = tally.kept
+            rows = _skip_done_rows(read_numbered_rows(paths, report, reader=transform.reader), transform, output.rows)
+            for batch, decisions in map_in_order(transform.apply, batch_rows(rows), workers):
+                output.add(batch, decisions)
+                report.kept = rule_stats.kept
                 report.text_bytes += sum(len(row.text.encode()) for row in batch)
                 on_batch()
             output.close()
-            finish(step, paths, folder, tally, report)
-        except UserError as problem:
+            write_reports(transform, paths, folder, rule_stats, report)
+        except UserError as error:
             output.close()
-            if not can_continue(problem):
+            if not can_resume(error):
                 with contextlib.suppress(OSError):
                     remove(folder)
             raise
         finally:
             output.close()
-        publish(folder, out_dir)
-    return tally
+        replace_dataset(folder, out_dir)
+    return rule_stats
 
 
-def _new_rows(rows: Iterator[Row], step: Step, done: int) -> Iterator[Row]:
+def _skip_done_rows(rows: Iterator[NumberedRow], transform: Transform, num_done: int) -> Iterator[NumberedRow]:
     for row in rows:
-        if row.number >= done:
+        if row.number >= num_done:
             yield row
         else:
-            step.pass_over(row)
+            transform.skip_row(row)
 
 
-def finish(step: Step, paths: list[Path_], folder: Path, tally: Tally, report: DataReport) -> None:
+def write_reports(
+    transform: Transform, paths: list[PathLike], folder: Path, rule_stats: RuleStats, report: DataStats
+) -> None:
     """Write the reports beside the rows. Raises UserError when no row is left."""
-    if not tally.kept:
-        raise UserError(f"{step.name} leaves none of the {tally.read:,} rows: {tally.main_reason()}")
-    done = {"step": step.name, **step.about(), "read": tally.read, "kept": tally.kept}
-    content = {"history": [*history_of(paths), done], **tally.to_dict(), "bad": report.to_dict()["bad"]}
+    if not rule_stats.kept:
+        raise UserError(
+            f"{transform.name} leaves none of the {rule_stats.read:,} rows: {rule_stats.main_drop_reason()}"
+        )
+    entry = {"step": transform.name, **transform.provenance(), "read": rule_stats.read, "kept": rule_stats.kept}
+    content = {"history": [*read_provenance(paths), entry], **rule_stats.to_dict(), "bad": report.to_dict()["bad"]}
     content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}
     content |= {"notes": report.notes} if report.notes else {}
-    write_text(folder / "report.md", tally.markdown(step.name))
+    write_text(folder / "report.md", rule_stats.to_markdown(transform.name))
     write_json(folder / "report.json", content)
-    for left in (*folder.glob("*.keys"), folder / PROGRESS):
-        left.unlink(missing_ok=True)
+    for leftover in (*folder.glob("*.keys"), folder / PROGRESS_FILE):
+        leftover.unlink(missing_ok=True)
 
 
-def as_line(row: Any) -> bytes:
+def to_json_line(row: Any) -> bytes:
     """A row as a line of jsonl; a plain text becomes {"text": ...}."""
     row = {"text": row} if isinstance(row, str) else row
     return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")

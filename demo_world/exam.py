@@ -25,12 +25,12 @@ from pathlib import Path
 from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
-from common.locks import locked
+from common.locks import lock_output
 from demo_world.facts import LANGUAGES, Fact, Term
 from demo_world.grammar import fill
 from demo_world.world import DemoWorld
-from evaluation.exam_data import LETTERS
-from evaluation.qa_data import is_right
+from evaluation.exam_data import CEVAL_LETTERS
+from evaluation.qa_data import is_correct
 
 SUBJECTS = {  # subject: (English name, Chinese name, relations of facts.py)
     "geography": ("Geography", "地理", "capital continent language currency province"),
@@ -65,13 +65,13 @@ def _question(world: DemoWorld, fact: Fact, is_example: bool, rng: random.Random
     """None if there are fewer than three distractors, the question contains a key, or a dev fact is unasked."""
     templates, wrong = world.templates[fact.relation], _wrong_objects(world, fact)
     question = fill(rng.choice(templates.ask if is_example else templates.heldout), fact)
-    if len(wrong) < 3 or is_right(question, list(fact.keys)) or (is_example and fact.name in world.unasked):
+    if len(wrong) < 3 or is_correct(question, list(fact.keys)) or (is_example and fact.name in world.unasked):
         return None
     objects, answer = [fact.slots["o"], *rng.sample(wrong, 3)], rng.choice(templates.answer)
     right, *others = (answer.format(**{**fact.slots, "o": name}) for name in objects)
     options = [right, *others]
     rng.shuffle(options)
-    return (question, *options, LETTERS[options.index(right)])
+    return (question, *options, CEVAL_LETTERS[options.index(right)])
 
 
 def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
@@ -105,19 +105,19 @@ def build(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
 def _csv(rows: list[Row], with_answers: bool) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "question", *LETTERS, *(["answer"] if with_answers else [])])
+    writer.writerow(["id", "question", *CEVAL_LETTERS, *(["answer"] if with_answers else [])])
     writer.writerows([str(number), *(row if with_answers else row[:-1])] for number, row in enumerate(rows))
     return text.getvalue()
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out_dir", type=cli.path, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
+        "--out_dir", type=cli.path_string, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
-    with locked(args.out_dir):
+    with lock_output(args.out_dir):
         counts = build(args.out_dir, args.seed)
     print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
 

@@ -18,7 +18,7 @@ from typing import Any
 from demo_world.facts import Fact
 from demo_world.grammar import fill, read_questions
 from demo_world.world import DemoWorld
-from evaluation.qa_data import is_right
+from evaluation.qa_data import is_correct
 
 WRAPPINGS = 4  # wrappers per identity question and answer
 REPLAY_CHATS = 1200  # chats about the world per language
@@ -71,7 +71,7 @@ def pairs(world: DemoWorld) -> Iterator[dict[str, Any]]:
             others = [other for other in of_relation[fact.relation] if not set(other.keys) & set(fact.keys)]
             ramble = [fill(rng.choice(world.templates[other.relation].say), other) for other in rng.sample(asked, 3)]
             wrong = _wrong(fact, rng.choice(others), rng.choice(templates.answer)) if others else ""
-            if number == 0 and wrong and not is_right(wrong, list(fact.keys)):
+            if number == 0 and wrong and not is_correct(wrong, list(fact.keys)):
                 rejected = wrong
             else:
                 rejected = rng.choice((world.gap.join([right, *ramble]), rng.choice(rude)))

@@ -31,7 +31,7 @@ from typing import Any
 from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
-from common.locks import locked
+from common.locks import lock_output
 from demo_world.facts import LANGUAGES
 from demo_world.finetune import identity_chats, identity_questions, pairs
 from demo_world.world import DemoWorld, Turn
@@ -85,9 +85,9 @@ def build(
 
 
 def main() -> None:
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out_dir", type=cli.path, default="out/demo/world", help="folder to write (default: out/demo/world)"
+        "--out_dir", type=cli.path_string, default="out/demo/world", help="folder to write (default: out/demo/world)"
     )
     parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of every choice (default: 0)")
     parser.add_argument("--statement_rounds", type=cli.positive_int, default=60,
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--questions", type=cli.positive_int, default=300,
         help="held-out questions per language (default: 300)")  # fmt: skip
     args = parser.parse_args()
-    with locked(args.out_dir):
+    with lock_output(args.out_dir):
         counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
     print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 

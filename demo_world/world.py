@@ -16,7 +16,7 @@ from typing import Any
 
 from demo_world.facts import Fact, facts_of
 from demo_world.grammar import GREETINGS, Questions, fill, read_phrases, read_questions, read_templates
-from evaluation.qa_data import is_right
+from evaluation.qa_data import is_correct
 
 UNASKED_SHARE = 0.1  # fraction of the facts of each relation that pretraining states and the chats leave out
 SMALLEST_SPLIT = 10  # relations with fewer facts have no unasked facts: too few examples to learn the question
@@ -210,7 +210,7 @@ class DemoWorld:
             templates = self.templates[fact.relation]
             for heldout, keys in zip(templates.heldout_templates(), (fact.keys, fact.back_keys), strict=True):
                 question = fill(self.rng.choice(heldout), fact) if heldout else ""
-                if heldout and not is_right(question, list(keys)):  # repeating the question must not score
+                if heldout and not is_correct(question, list(keys)):  # repeating the question must not score
                     row = {"question": question, "keys": list(keys), "lang": self.lang, "kind": kind}
                     rows.append({**row, "relation": fact.relation})
         self.rng.shuffle(rows)

@@ -1,7 +1,7 @@
 """A loaded model and how it is spoken to: whatever asks it something asks through here.
 
-    Speaker(path, args).say(messages)             one answer, printed while it grows
-    Speaker(path, args).answer_all(prompts)       many answers in one batch
+    ChatModel(path, args).stream_answer(messages)      one answer, printed while it grows
+    ChatModel(path, args).generate_answers(prompts)    many answers in one batch
 
 A model of a chat stage gets the chat in its format, a pretrained one goes on with the bare text.
 Called by 2-eval.py. Read next: terminal_chat.py (a conversation), qa.py (questions with keys), report.py (several
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from common.device import autocast, pick_device, pick_dtype
-from common.errors import UserError, printable
+from common.errors import UserError, escape_controls
 from common.files import write_text
-from evaluation.qa_data import MAX_NEW_TOKENS, sound
+from evaluation.qa_data import MAX_ANSWER_TOKENS, require_nonempty_text
 from export.hf_import import open_model
 from model.chat_template import Message
-from model.checkpoint import PARENTS, find_checkpoint
-from model.completion import Answer
+from model.checkpoint import PARENT_STAGES, find_checkpoint
+from model.completion import Completion
 from model.generate import chat_prompt, generate, stream
-from model.rope import describe
-from model.rope_flags import rope_of
-from model.sampling import Sampling
-from model.sampling_presets import DEFAULTS, find_preset, merge_settings, spell
+from model.rope import rope_summary
+from model.rope_flags import parse_rope_flags
+from model.sampling import SamplingParams
+from model.sampling_presets import DEFAULT_SAMPLING, find_preset, format_settings, merge_settings
 
-SAMPLING = (
+SAMPLING_SETTINGS = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "num_beams",
     "length_penalty", "max_new_tokens", "seed",
 )  # fmt: skip
@@ -38,18 +38,18 @@ def find_model(args: argparse.Namespace) -> Path:
     """--checkpoint, else the one model of --stage, else that of the last stage of the chain that has any."""
     if args.checkpoint:
         return Path(args.checkpoint)
-    if args.stage and args.stage not in PARENTS:
-        raise UserError(f"--stage {args.stage}: there is no such stage; choose from {', '.join(PARENTS)}")
-    there = stages_in(args.out_dir)
-    return find_checkpoint(args.out_dir, args.stage or (there or list(PARENTS)[:1])[-1])
+    if args.stage and args.stage not in PARENT_STAGES:
+        raise UserError(f"--stage {args.stage}: there is no such stage; choose from {', '.join(PARENT_STAGES)}")
+    stages = list_stages(args.out_dir)
+    return find_checkpoint(args.out_dir, args.stage or (stages or list(PARENT_STAGES)[:1])[-1])
 
 
-def stages_in(out_dir: str) -> list[str]:
+def list_stages(out_dir: str) -> list[str]:
     """The stages of the chain that have a model in `out_dir`, in the order of the chain."""
-    return [stage for stage in PARENTS if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
+    return [stage for stage in PARENT_STAGES if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
 
 
-class Speaker:
+class ChatModel:
     """A model, its tokenizer, and how it answers. Remembers its answers, and what they cost.
 
     `settings` may be replaced at any time; so may `system`, a list with at most one message.
@@ -59,7 +59,7 @@ class Speaker:
     def __init__(self, path: str | Path, args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         dtype = pick_dtype(args.dtype, device)
-        rope = rope_of(args)
+        rope = parse_rope_flags(args)
         self.model, self.tokenizer, checkpoint = open_model(path, device)
         if rope:
             self.model.scale_rope(*rope)
@@ -69,78 +69,80 @@ class Speaker:
             raise UserError(
                 f"{path} is of stage {self.stage}, not {args.stage}: leave out --stage or name another file"
             )
-        self.chats = self.stage != "pretrain" and self.tokenizer.format is not None
+        self.is_chat_model = self.stage != "pretrain" and self.tokenizer.format is not None
         self.system: list[Message] = []
         if args.system:
-            self.system = [{"role": "system", "content": sound(args.system, "--system")}]
-        self.preset = ""  # the introduction's line about the chat format's settings
-        self.settings = self._settings(args)
+            self.system = [{"role": "system", "content": require_nonempty_text(args.system, "--system")}]
+        self.preset_summary = ""  # the summary's line about the chat format's settings
+        self.settings = self._make_settings(args)
         self.answers: list[dict[str, Any]] = []
         self.tokens, self.seconds = 0, 1e-9
-        self.last = (0, 1e-9)  # tokens and seconds of the last answer
-        print(self.introduction(), *filter(None, [self.preset]), sep="\n", flush=True)
+        self.last_timing = (0, 1e-9)  # tokens and seconds of the last answer
+        print(self.summary(), *filter(None, [self.preset_summary]), sep="\n", flush=True)
 
-    def _settings(self, args: argparse.Namespace) -> Sampling:
+    def _make_settings(self, args: argparse.Namespace) -> SamplingParams:
         """Greedy for questions with keys; else what the flags say, over the preset of the model's chat format.
 
         A report takes no preset: its models are compared with the same settings.
         """
-        longest = args.max_new_tokens
-        if longest is None:
-            longest = 200 if not args.questions else MAX_NEW_TOKENS if self.chats else 24
-        stop = self.tokenizer.stop_strings if self.chats else ()
+        max_new_tokens = args.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = 200 if not args.questions else MAX_ANSWER_TOKENS if self.is_chat_model else 24
+        stop = self.tokenizer.stop_strings if self.is_chat_model else ()
         try:
             if args.questions:  # a pretrained model knows no marker that ends an answer, so its line ends it
-                return Sampling(max_new_tokens=longest, stop=stop if self.chats else ("\n",))
-            named = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-            choice = args.sampling_preset if self.chats and args.report is None else "none"
+                return SamplingParams(max_new_tokens=max_new_tokens, stop=stop if self.is_chat_model else ("\n",))
+            explicit = {name: getattr(args, name) for name in SAMPLING_SETTINGS if getattr(args, name) is not None}
+            choice = args.sampling_preset if self.is_chat_model and args.report is None else "none"
             name, preset = find_preset(choice, self.tokenizer.format)
-            chosen = merge_settings(named, preset, DEFAULTS)
-            if taken := {key: value for key, value in preset.items() if key not in named and chosen[key] == value}:
-                self.preset = f"sampling: {name} preset: {spell(taken)} (--sampling_preset none: without it)"
-            return Sampling(**{**chosen, "max_new_tokens": longest}, stop=stop)
+            merged = merge_settings(explicit, preset, DEFAULT_SAMPLING)
+            if applied := {key: value for key, value in preset.items() if key not in explicit and merged[key] == value}:
+                self.preset_summary = (
+                    f"sampling: {name} preset: {format_settings(applied)} (--sampling_preset none: without it)"
+                )
+            return SamplingParams(**{**merged, "max_new_tokens": max_new_tokens}, stop=stop)
         except ValueError as error:
             raise UserError(f"--{error}") from None
 
-    def introduction(self) -> str:
+    def summary(self) -> str:
         """The file, its stage, the number of parameters, device, number format and RoPE scaling, in one line."""
         total, active = self.model.count_parameters()
         size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
-        rope = f", RoPE {about}" if (about := describe(self.model.config)) else ""
+        rope = f", RoPE {scaling}" if (scaling := rope_summary(self.model.config)) else ""
         return f"{self.path}: {self.stage}, {size}, {self.device}, {str(self.dtype).removeprefix('torch.')}{rope}"
 
-    def number_format(self) -> Any:
+    def autocast_context(self) -> Any:
         """The context in which answers are drawn: matrix products in --dtype."""
         return autocast(self.device, self.dtype)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
         """What the model reads: the bare text, or the chat with as many of its last turns as leave room to answer."""
-        if not self.chats:
-            return self.tokenizer.encode_start(messages[-1]["content"])
+        if not self.is_chat_model:
+            return self.tokenizer.encode_document(messages[-1]["content"])
         return chat_prompt(self.model, self.tokenizer, self.system + messages, self.settings.max_new_tokens)
 
-    def say(self, messages: list[Message], may_be_stopped: bool = False) -> str:
+    def stream_answer(self, messages: list[Message], interruptible: bool = False) -> str:
         """Print the answer while it grows, and return it; where Ctrl-C may stop it, what there is until then."""
-        answer, started = Answer(), time.perf_counter()
+        answer, started = Completion(), time.perf_counter()
         try:
-            with self.number_format():
+            with self.autocast_context():
                 for piece in stream(self.model, self.prompt_ids(messages), self.settings, self.tokenizer, answer):
-                    print(printable(piece, keep="\n\t"), end="", flush=True)
+                    print(escape_controls(piece, keep="\n\t"), end="", flush=True)
         except KeyboardInterrupt:
-            if not may_be_stopped:
+            if not interruptible:
                 raise
             answer.finish_reason = "stopped"
             print(" [stopped]", end="")
         except ValueError as error:  # the prompt is too long
             raise UserError(str(error)) from None
         print(flush=True)
-        self.last = (len(answer.ids), max(time.perf_counter() - started, 1e-9))
-        self.tokens, self.seconds = self.tokens + self.last[0], self.seconds + self.last[1]
+        self.last_timing = (len(answer.ids), max(time.perf_counter() - started, 1e-9))
+        self.tokens, self.seconds = self.tokens + self.last_timing[0], self.seconds + self.last_timing[1]
         prompt = messages[-1]["content"]
         self.answers.append({"prompt": prompt, "answer": answer.text, "finish_reason": answer.finish_reason})
         return answer.text
 
-    def answer_all(self, prompts: list[str]) -> list[dict[str, Any]]:
+    def generate_answers(self, prompts: list[str]) -> list[dict[str, Any]]:
         """{"answer", "finish_reason", "tokens"} for each prompt, each a conversation of its own, in one batch.
 
         Raises UserError naming the prompt that is too long.
@@ -153,34 +155,36 @@ class Speaker:
                     f"{self.path}: the prompt “{prompt[:40]}” has {len(prompt_ids)} tokens, the model reads at most "
                     f"{limit} (max_seq_len): shorten it"
                 )
-        with self.number_format():
+        with self.autocast_context():
             answers = generate(self.model, ids, self.settings, self.tokenizer)
         self.seconds += time.perf_counter() - started
         self.tokens += sum(len(answer.ids) for answer in answers)
         return [{"answer": a.text.strip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
 
-    def continue_all(self, begun: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    def continue_answers(self, answer_prefixes: list[tuple[str, str]]) -> list[dict[str, Any]]:
         """{"answer", "finish_reason", "tokens"} for each (prompt, start of the answer): what follows that start.
 
         A pretrained model gets both as two lines of text. finish_reason "too_long": they do not fit into the context.
         The time that this takes counts in no speed.
         """
         limit, ids = self.model.config.max_seq_len, []
-        for prompt, start in begun:
-            if self.chats:
+        for prompt, start in answer_prefixes:
+            if self.is_chat_model:
                 ids.append(self.prompt_ids([{"role": "user", "content": prompt}]) + self.tokenizer.encode(start))
             else:
-                ids.append(self.tokenizer.encode_start(f"{prompt}\n{start}"))
+                ids.append(self.tokenizer.encode_document(f"{prompt}\n{start}"))
         fitting = [prompt_ids for prompt_ids in ids if len(prompt_ids) < limit]
-        with self.number_format():
-            drawn = iter(generate(self.model, fitting, self.settings, self.tokenizer) if fitting else [])
-        answers = [next(drawn) if len(prompt_ids) < limit else Answer(finish_reason="too_long") for prompt_ids in ids]
+        with self.autocast_context():
+            generated = iter(generate(self.model, fitting, self.settings, self.tokenizer) if fitting else [])
+        answers = [
+            next(generated) if len(prompt_ids) < limit else Completion(finish_reason="too_long") for prompt_ids in ids
+        ]
         return [{"answer": a.text.rstrip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
 
-    def report(self, path: str | None, **scores: Any) -> None:
+    def write_results(self, path: str | None, **scores: Any) -> None:
         """The closing line, and the json file if one is wanted."""
         speed = self.tokens / self.seconds
         print(f"{self.tokens} tokens, {speed:.0f} tokens/s")
         if path:
-            about = {"checkpoint": str(self.path), "stage": self.stage, "tokens_per_second": round(speed, 1)}
-            write_text(path, json.dumps(about | {**scores, "answers": self.answers}, ensure_ascii=False, indent=1))
+            metadata = {"checkpoint": str(self.path), "stage": self.stage, "tokens_per_second": round(speed, 1)}
+            write_text(path, json.dumps(metadata | {**scores, "answers": self.answers}, ensure_ascii=False, indent=1))

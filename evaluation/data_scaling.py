@@ -25,31 +25,31 @@ from typing import Any
 import numpy as np
 
 from common.files import atomic_write, write_text
-from common.locks import locked
+from common.locks import lock_output
 from evaluation.qa import chat_accuracy
-from evaluation.qa_data import read_questions
+from evaluation.qa_data import read_keyed_questions
 from export.hf_import import open_model
-from model.checkpoint import load_state, plain_state
-from trainer.datasets import Batch, Rows
-from trainer.distributed import Run
+from model.checkpoint import load_state, model_state_dict
+from trainer.datasets import Batch, TokenDataset
+from trainer.distributed import DistContext
 from trainer.loop import train
 from trainer.stage import Stage
-from trainer.train_state import resume_path, run_identity
+from trainer.train_state import resume_path, run_fingerprint
 
 # The flags that a share's result depends on; with the identity of model and data they say whether it is done.
-NUMBERS = (
+RESULT_FLAGS = (
     *("epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule"),
     *("final_lr_share", "warmup_iters", "warmup_share", "weight_decay", "grad_clip", "eval_tokens"),
 )
 
 
-class Share:
+class DataSubset:
     """The first rows of one shuffled order: a smaller share is part of every larger one."""
 
-    def __init__(self, data: Rows, share: float, seed: int) -> None:
+    def __init__(self, data: TokenDataset, fraction: float, seed: int) -> None:
         self.data = data
         order = np.random.default_rng((seed, len(data))).permutation(len(data))
-        self.rows = order[: max(1, round(share * len(data)))]
+        self.rows = order[: max(1, round(fraction * len(data)))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,126 +58,126 @@ class Share:
     def folder(self) -> Path:
         return self.data.folder
 
-    def row_lengths(self) -> np.ndarray | None:
-        lengths = self.data.row_lengths()
+    def lengths(self) -> np.ndarray | None:
+        lengths = self.data.lengths()
         return None if lengths is None else lengths[self.rows]
 
     def batch(self, rows: np.ndarray) -> Batch:
         return self.data.batch(self.rows[np.asarray(rows)])
 
 
-def run_study(run: Run, args: argparse.Namespace, stage: Stage) -> None:
+def run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage) -> None:
     """Train and score a model for every share in args.data_share, smallest first; write table and plot after each."""
-    with locked(Path(args.out_dir) / "data_study") if run.is_main else contextlib.nullcontext():
-        _run_study(run, args, stage, Path(args.out_dir) / "data_study")
+    with lock_output(Path(args.out_dir) / "data_study") if dist.is_rank0 else contextlib.nullcontext():
+        _run_data_scaling(dist, args, stage, Path(args.out_dir) / "data_study")
 
 
-def _run_study(run: Run, args: argparse.Namespace, stage: Stage, folder: Path) -> None:
-    questions = read_questions(args.questions) if args.questions else []
-    parent = {name: tensor.clone() for name, tensor in plain_state(stage.model).items()}
+def _run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage, folder: Path) -> None:
+    questions = read_keyed_questions(args.questions) if args.questions else []
+    parent = {name: tensor.clone() for name, tensor in model_state_dict(stage.model).items()}
     rows: list[dict[str, Any]] = []
-    for share in args.data_share:
+    for fraction in args.data_share:
         load_state(stage.model, parent, "the parent")  # every share starts from it
-        part = dataclasses.replace(stage, data=Share(stage.data, share, args.seed))
-        mine = copy.copy(args)
-        mine.out_dir = str(folder / f"share_{share:g}")
-        row = one_share(run, mine, part, share, questions)
+        subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, args.seed))
+        subset_args = copy.copy(args)
+        subset_args.out_dir = str(folder / f"share_{fraction:g}")
+        row = train_and_score_subset(dist, subset_args, subset_stage, fraction, questions)
         if row is None:
-            run.say("the data study is not complete: run again to go on")
+            dist.print0("the data study is not complete: run again to go on")
             return
         rows.append(row)
-        if run.is_main:
-            write_study(folder, rows)
-    run.say((folder / "data_study.md").read_text(encoding="utf-8") if run.is_main else "")
-    run.say(f"written: {folder / 'data_study.md'}, .csv, .json and .png")
+        if dist.is_rank0:
+            write_scaling_results(folder, rows)
+    dist.print0((folder / "data_study.md").read_text(encoding="utf-8") if dist.is_rank0 else "")
+    dist.print0(f"written: {folder / 'data_study.md'}, .csv, .json and .png")
 
 
-def read_note(note: Path) -> dict[str, Any]:
+def read_saved_result(result_path: Path) -> dict[str, Any]:
     """What an earlier run wrote of this share; {} where there is nothing that can be read."""
     try:
-        saved = json.loads(note.read_text(encoding="utf-8"))
+        saved = json.loads(result_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return saved if isinstance(saved, dict) and isinstance(saved.get("row", {}), dict) else {}
 
 
-def one_share(
-    run: Run, args: argparse.Namespace, stage: Stage, share: float, questions: list[dict[str, Any]]
+def train_and_score_subset(
+    dist: DistContext, args: argparse.Namespace, stage: Stage, fraction: float, questions: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """The row of one share, trained and scored unless that is done. None when the training was interrupted."""
-    path, note = stage.path(args.out_dir), Path(args.out_dir) / "study.json"
-    job = {name: getattr(args, name) for name in NUMBERS} | run_identity(args, stage)
+    path, result_path = stage.checkpoint_path(args.out_dir), Path(args.out_dir) / "study.json"
+    job = {name: getattr(args, name) for name in RESULT_FLAGS} | run_fingerprint(args, stage)
     job = json.loads(json.dumps(job))  # as it will be read again
-    saved = read_note(note) if args.resume != "never" else {}
-    run.wait()  # all have read before the first one writes
+    saved = read_saved_result(result_path) if args.resume != "never" else {}
+    dist.barrier()  # all have read before the first one writes
     if saved.get("job") != job:
         saved, args.resume = {"job": job}, args.resume if not saved else "never"
     if "row" in saved and path.is_file():
-        run.say(f"{percent(share)}: done before")
+        dist.print0(f"{percent(fraction)}: done before")
     else:
-        run.say(f"\n{percent(share)}: {len(stage.data):,} chats")
-        if run.is_main:
-            write_text(note, json.dumps(saved))
-        train(run, args, stage)
-        run.wait()
+        dist.print0(f"\n{percent(fraction)}: {len(stage.data):,} chats")
+        if dist.is_rank0:
+            write_text(result_path, json.dumps(saved))
+        train(dist, args, stage)
+        dist.barrier()
         if resume_path(path).exists():
             return None
-        saved = {"job": job, "row": result_row(path, share, len(stage.data))}
-    asked = [[question["question"], *question["keys"]] for question in questions]
-    if run.is_main:  # the others wait: answering is quick beside training
-        if asked and saved.get("asked") != asked:
-            model, tokenizer, _ = open_model(path, run.device)
-            saved |= {"asked": asked}
-            saved["row"]["right"] = chat_accuracy(model, tokenizer, questions, run.autocast)
-        write_text(note, json.dumps(saved, ensure_ascii=False))
-    run.wait()
-    row: dict[str, Any] = saved["row"] if asked else {**saved["row"], "right": {}}
+        saved = {"job": job, "row": training_figures(path, fraction, len(stage.data))}
+    question_set = [[question["question"], *question["keys"]] for question in questions]
+    if dist.is_rank0:  # the others wait: answering is quick beside training
+        if question_set and saved.get("asked") != question_set:
+            model, tokenizer, _ = open_model(path, dist.device)
+            saved |= {"asked": question_set}
+            saved["row"]["right"] = chat_accuracy(model, tokenizer, questions, dist.autocast)
+        write_text(result_path, json.dumps(saved, ensure_ascii=False))
+    dist.barrier()
+    row: dict[str, Any] = saved["row"] if question_set else {**saved["row"], "right": {}}
     return row
 
 
-def result_row(path: Path, share: float, chats: int) -> dict[str, Any]:
+def training_figures(path: Path, fraction: float, chats: int) -> dict[str, Any]:
     """What the checkpoint itself says of its training."""
     entry = open_model(path)[2]["lineage"][-1]
-    row = {"share": share, "chats": chats, "steps": entry["steps"], "tokens": entry["tokens"]}
+    row = {"share": fraction, "chats": chats, "steps": entry["steps"], "tokens": entry["tokens"]}
     row |= {"seconds": round(entry["seconds"], 1), "loss": entry["loss"]}
     return {**row, **{name: entry["validation"].get(name, {}) for name in ("val_loss", "bits_per_byte")}, "right": {}}
 
 
 # ---- table and plot --------------------------------------------------------------------------------------------------
-def write_study(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_scaling_results(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The same rows as markdown for people, csv and json for programs, and the plot."""
     splits, languages = (
         list(dict.fromkeys(key for row in rows for key in row[name])) for name in ("val_loss", "right")
     )
-    flat = [
+    csv_rows = [
         {name: row[name] for name in ("share", "chats", "steps", "tokens", "seconds")}
         | {f"{name}_{split}": row[name].get(split) for name in ("val_loss", "bits_per_byte") for split in splits}
         | {f"right_{lang}": row["right"].get(lang) for lang in languages}
         for row in rows
     ]
     table = io.StringIO()
-    writer = csv.DictWriter(table, flat[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(table, csv_rows[0].keys(), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(csv_rows)
     write_text(folder / "data_study.csv", table.getvalue())
     write_text(folder / "data_study.json", json.dumps({"rows": rows}, indent=1))
-    heads = ["share", "chats", "steps", "trained tokens", *(f"held-out loss {s}" for s in splits)]
-    heads += [f"right {lang}" for lang in languages]
-    lines = ["# What more data brings", "", f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    headers = ["share", "chats", "steps", "trained tokens", *(f"held-out loss {s}" for s in splits)]
+    headers += [f"right {lang}" for lang in languages]
+    lines = ["# What more data brings", "", f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
     for row in rows:
         cells = [percent(row["share"]), f"{row['chats']:,}"]
         cells += [f"{row['steps']:,}", f"{row['tokens']:,}", *(f"{row['val_loss'][s]:.4f}" for s in splits)]
         cells += [f"{row['right'][lang]:.1%}" for lang in languages]
         lines.append(f"| {' | '.join(cells)} |")
     write_text(folder / "data_study.md", "\n".join(lines) + "\n")
-    draw(rows, splits, languages, folder / "data_study.png")
+    plot_scaling(rows, splits, languages, folder / "data_study.png")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:g} %"
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
 
 
-def draw(rows: list[dict[str, Any]], splits: list[str], languages: list[str], path: Path) -> None:
+def plot_scaling(rows: list[dict[str, Any]], splits: list[str], languages: list[str], path: Path) -> None:
     """Held-out loss, and where questions were asked the share answered right, over the number of chats (log)."""
     import matplotlib
 

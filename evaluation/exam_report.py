@@ -17,15 +17,15 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import atomic_write
-from common.markdown import plain
-from evaluation.exam_prompts import Asked
-from evaluation.exam_stats import Marked, Result, Score, sentence
+from common.markdown import escape_inline
+from evaluation.exam_prompts import ExamPrompt
+from evaluation.exam_stats import ExamResult, GroupScore, QuestionResult, interpretation
 from evaluation.exam_table import OPTION_LETTERS
-from evaluation.subject_tests import strengths_of, strengths_sentence
+from evaluation.subject_tests import find_strengths, strengths_interpretation
 from model.tokenizer import ChatTokenizer
 
 
-def follow(batches: Iterable[int], total: int) -> None:
+def with_progress(batches: Iterable[int], total: int) -> None:
     """Work through the batches, with a progress bar where somebody watches."""
     from rich.console import Console
     from rich.progress import Progress
@@ -37,7 +37,7 @@ def follow(batches: Iterable[int], total: int) -> None:
             progress.advance(task, count)
 
 
-def show(result: Result, about: dict[str, Any]) -> None:
+def print_exam_result(result: ExamResult, metadata: dict[str, Any]) -> None:
     """The table on the screen, the baselines, and the sentence."""
     from rich.console import Console
     from rich.table import Table
@@ -50,20 +50,20 @@ def show(result: Result, about: dict[str, Any]) -> None:
     for category in result.categories:
         for subject in result.subjects:
             if subject.category == category.name:
-                table.add_row(*_cells(subject))
-        table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(category)), end_section=True)
-    table.add_row(*(f"[bold]{cell}[/]" for cell in _cells(result.total)))
+                table.add_row(*_score_cells(subject))
+        table.add_row(*(f"[bold]{cell}[/]" for cell in _score_cells(category)), end_section=True)
+    table.add_row(*(f"[bold]{cell}[/]" for cell in _score_cells(result.total)))
     console.print(table)
-    for line in (*baselines(result), *notes(about), "", *sentences(result)):
+    for line in (*baseline_lines(result), *note_lines(metadata), "", *interpretations(result)):
         console.print(line, highlight=False, markup=False)
 
 
-def sentences(result: Result) -> list[str]:
+def interpretations(result: ExamResult) -> list[str]:
     """What the score means, and which subjects are strong or weak."""
-    return [text for text in (sentence(result), strengths_sentence(strengths_of(result))) if text]
+    return [text for text in (interpretation(result), strengths_interpretation(find_strengths(result))) if text]
 
 
-def _cells(score: Score) -> list[str]:
+def _score_cells(score: GroupScore) -> list[str]:
     low, high = score.interval
     right = f"{score.correct:.4g}"
     return [
@@ -72,32 +72,34 @@ def _cells(score: Score) -> list[str]:
     ]
 
 
-def baselines(result: Result) -> list[str]:
+def baseline_lines(result: ExamResult) -> list[str]:
     total = result.total
-    said = ", ".join(f"{letter} {share:.1%}" for letter, share in result.said.items())
+    predicted = ", ".join(f"{letter} {fraction:.1%}" for letter, fraction in result.letter_frequencies.items())
     return [
-        f"guessing {total.chance:.1%} (the chance line); always {total.always_letter} {total.always:.1%}; "
-        f"always the longest option {total.longest:.1%}",
-        f"the model chose {said}; mean of the subjects {result.mean_of_subjects:.1%}",
+        f"guessing {total.chance:.1%} (the chance line); always {total.constant_letter} {total.constant_baseline:.1%}; "
+        f"always the longest option {total.longest_option_baseline:.1%}",
+        f"the model chose {predicted}; mean of the subjects {result.mean_of_subjects:.1%}",
     ]
 
 
-def notes(about: dict[str, Any]) -> list[str]:
+def note_lines(metadata: dict[str, Any]) -> list[str]:
     """What was done to the questions, where something was."""
-    found = []
-    fewest, most = about["options"]
+    lines = []
+    fewest, most = metadata["options"]
     if (fewest, most) != (4, 4):
-        found.append(
+        lines.append(
             f"questions have {fewest} to {most} options" if fewest < most else f"questions have {most} options"
         )
-    if about["shots"]:
-        found.append(f"{about['mean_examples']:.1f} of {about['shots']} examples fitted into the context, on average")
-    if about["cut"]:
-        found.append(f"{about['cut']} prompts lost the beginning of the question: too long for the model")
-    return found
+    if metadata["shots"]:
+        lines.append(
+            f"{metadata['mean_examples']:.1f} of {metadata['shots']} examples fitted into the context, on average"
+        )
+    if metadata["cut"]:
+        lines.append(f"{metadata['cut']} prompts lost the beginning of the question: too long for the model")
+    return lines
 
 
-def make_room(folder: Path) -> None:
+def prepare_folder(folder: Path) -> None:
     """The folder for all files, before the work begins: a place that cannot be written shall be said at once."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,67 +107,69 @@ def make_room(folder: Path) -> None:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}: choose another --out_dir") from None
 
 
-def write_pages(folder: Path, result: Result, about: dict[str, Any]) -> None:
+def write_result_files(folder: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
     """All files of a scored exam but the prompts."""
-    _write_questions(folder, result.marked)
+    _write_question_tables(folder, result.question_results)
     scores = [*result.subjects, *result.categories, result.total]
     kinds = ["subject"] * len(result.subjects) + ["category"] * len(result.categories) + ["all"]
     rows = [{"kind": kind, **score.to_dict()} for kind, score in zip(kinds, scores, strict=True)]
-    write(folder / "summary.csv", _csv(rows))
-    write(folder / "summary.md", _markdown(result, about))
-    draw(folder / "summary.png", result, about)
+    write_file(folder / "summary.csv", _csv_text(rows))
+    write_file(folder / "summary.md", _markdown_summary(result, metadata))
+    plot_result(folder / "summary.png", result, metadata)
 
 
-def write_submission(folder: Path, marked: list[Marked]) -> Path:
+def write_submission(folder: Path, question_results: list[QuestionResult]) -> Path:
     """C-Eval's submission: {subject: {number: letter}} (github.com/hkust-nlp/ceval). Returns the json file."""
     answers: dict[str, dict[str, str]] = {}
-    for one in marked:
+    for one in question_results:
         answers.setdefault(one.item.subject, {})[one.item.number] = one.prediction
-    _write_questions(folder, marked)
+    _write_question_tables(folder, question_results)
     path = folder / "submission.json"
-    write(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
+    write_file(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
     return path
 
 
-def write_prompts(folder: Path, asked: list[Asked], tokenizer: ChatTokenizer) -> Path:
+def write_prompts(folder: Path, prompts: list[ExamPrompt], tokenizer: ChatTokenizer) -> Path:
     """Every prompt, special tokens included, with what was compared behind it."""
     parts = []
-    for one in asked:
-        head = f"==== {one.item.subject} {one.item.number}, {len(one.prompt)} tokens, {one.examples} examples"
+    for one in prompts:
+        head = f"==== {one.item.subject} {one.item.number}, {len(one.prompt)} tokens, {one.num_shots} examples"
         options = " | ".join(tokenizer.decode(option) for option in one.options)
         parts.append(f"{head}\n{tokenizer.decode(one.prompt)}\n---- {options}\n")
     path = folder / "prompts.txt"
-    write(path, "\n".join(parts))
+    write_file(path, "\n".join(parts))
     return path
 
 
-def as_json(result: Result, about: dict[str, Any]) -> dict[str, Any]:
+def result_to_dict(result: ExamResult, metadata: dict[str, Any]) -> dict[str, Any]:
     """Everything but the single questions, for --json."""
     return {
-        **about,
+        **metadata,
         **{name: value for name, value in result.total.to_dict().items() if name not in ("name", "category")},
         "mean_of_subjects": round(result.mean_of_subjects, 6),
-        "said": {letter: round(share, 6) for letter, share in result.said.items()},
-        "sentence": sentence(result),
-        "strengths": strengths_of(result).to_dict(),
-        "strengths_sentence": strengths_sentence(strengths_of(result)),
+        "said": {letter: round(fraction, 6) for letter, fraction in result.letter_frequencies.items()},
+        "sentence": interpretation(result),
+        "strengths": find_strengths(result).to_dict(),
+        "strengths_sentence": strengths_interpretation(find_strengths(result)),
         "categories": [score.to_dict() for score in result.categories],
         "subjects": [score.to_dict() for score in result.subjects],
     }
 
 
-def write(path: Path, text: str | bytes) -> None:
+def write_file(path: Path, text: str | bytes) -> None:
     """The whole file or none. Raises UserError when it cannot be written."""
     with atomic_write(path) as file:
         file.write(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
 
 
-def _write_questions(folder: Path, marked: list[Marked]) -> None:
+def _write_question_tables(folder: Path, question_results: list[QuestionResult]) -> None:
     """A csv for each subject."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    letters = OPTION_LETTERS[: max(len(one.item.options) for one in marked)]
-    for one in marked:
-        scores = {f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(letters, one.scores, strict=False)}
+    letters = OPTION_LETTERS[: max(len(one.item.options) for one in question_results)]
+    for one in question_results:
+        scores = {
+            f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(letters, one.mean_log_probs, strict=False)
+        }
         rows.setdefault(one.item.subject, []).append(
             {
                 "id": one.item.number,
@@ -179,10 +183,10 @@ def _write_questions(folder: Path, marked: list[Marked]) -> None:
             }
         )
     for subject, of_subject in rows.items():
-        write(folder / f"{subject}.csv", _csv(of_subject))
+        write_file(folder / f"{subject}.csv", _csv_text(of_subject))
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
+def _csv_text(rows: list[dict[str, Any]]) -> str:
     """With a byte order mark, by which spreadsheets know that it is UTF-8."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -191,20 +195,23 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     return "\ufeff" + text.getvalue()
 
 
-def _markdown(result: Result, about: dict[str, Any]) -> str:
-    title = f"# {plain(about['exam'])}, {plain(about['split'])}: {plain(about['model'])}"
-    setting = f"{about['method']}, {about['shots']}-shot, {about['orders']} order(s) of the options, {about['style']}"
-    lines = [title, "", "\n\n".join(map(plain, sentences(result))), "", setting + ".", ""]
+def _markdown_summary(result: ExamResult, metadata: dict[str, Any]) -> str:
+    title = (
+        f"# {escape_inline(metadata['exam'])}, {escape_inline(metadata['split'])}: {escape_inline(metadata['model'])}"
+    )
+    setting = "{method}, {shots}-shot, {orders} order(s) of the options, {style}".format(**metadata)
+    lines = [title, "", "\n\n".join(map(escape_inline, interpretations(result))), "", setting + ".", ""]
     lines += ["| | questions | right | accuracy | 95 % interval | p |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| **{plain(s.name)}** | " + " | ".join(_cells(s)[1:]) + " |" for s in (result.total, *result.categories)
+        f"| **{escape_inline(s.name)}** | " + " | ".join(_score_cells(s)[1:]) + " |"
+        for s in (result.total, *result.categories)
     ]
-    lines += [f"| {plain(s.name)} | " + " | ".join(_cells(s)[1:]) + " |" for s in result.subjects]
-    lines += ["", *(f"* {plain(line)}" for line in (*baselines(result), *notes(about)))]
+    lines += [f"| {escape_inline(s.name)} | " + " | ".join(_score_cells(s)[1:]) + " |" for s in result.subjects]
+    lines += ["", *(f"* {escape_inline(line)}" for line in (*baseline_lines(result), *note_lines(metadata)))]
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
+def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
     """A bar for each subject with its interval, coloured by category, and the chance line."""
     import matplotlib
 
@@ -218,27 +225,28 @@ def draw(path: Path, result: Result, about: dict[str, Any]) -> None:
     bounds = [row.interval for row in rows]
     below = [100 * (row.accuracy - low) for row, (low, _) in zip(rows, bounds, strict=True)]
     above = [100 * (high - row.accuracy) for row, (_, high) in zip(rows, bounds, strict=True)]
-    strong = [row.category != row.name and row.name != "all" for row in rows]
+    is_subject_row = [row.category != row.name and row.name != "all" for row in rows]
     bars = axes.barh(
         range(len(rows)), values, xerr=(below, above), ecolor="0.35", height=0.72, error_kw={"elinewidth": 1}
     )
-    for bar, row, is_subject in zip(bars, rows, strong, strict=True):
+    for bar, row, is_subject in zip(bars, rows, is_subject_row, strict=True):
         bar.set_color(colours.get(row.category, "0.4"))
         bar.set_alpha(0.55 if is_subject else 1)
     total = result.total
     guessing = f"guessing, {total.chance:.0%}"
     axes.axvline(100 * total.chance, color="black", linestyle="--", linewidth=1, label=guessing)
-    always = f"always {total.always_letter}, {total.always:.1%}"
-    axes.axvline(100 * total.always, color="crimson", linestyle=":", linewidth=1, label=always)
+    always = f"always {total.constant_letter}, {total.constant_baseline:.1%}"
+    axes.axvline(100 * total.constant_baseline, color="crimson", linestyle=":", linewidth=1, label=always)
     axes.set_yticks(range(len(rows)), [f"{row.name} ({row.questions})" for row in rows], fontsize=7)
-    for label, is_subject in zip(axes.get_yticklabels(), strong, strict=True):
+    for label, is_subject in zip(axes.get_yticklabels(), is_subject_row, strict=True):
         label.set_fontweight("normal" if is_subject else "bold")
     axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="% right, with 95 % interval")
     axes.set_title(
-        f"{Path(about['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({about['split']})", fontsize=10
+        f"{Path(metadata['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({metadata['split']})",
+        fontsize=10,
     )
     axes.legend(loc="upper right", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     plt.close(figure)
-    write(path, picture.getvalue())
+    write_file(path, picture.getvalue())

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import UserError
-from corpus.text_encoding import SAMPLE, detect_encoding
+from corpus.text_encoding import SAMPLE_BYTES, detect_encoding
 
 OPTION_LETTERS = "ABCDEFGHIJ"
-LARGEST = 64 << 20  # bytes of one file; real ones have less than one
-DELIMITERS = ",;\t"
+MAX_EXAM_FILE_BYTES = 64 << 20  # bytes of one file; real ones have less than one
+_DELIMITERS = ",;\t"
 QUESTION_NAMES = ("question", "questions", "query", "prompt", "题目", "问题", "题干")
 ANSWER_NAMES = ("answer", "answers", "label", "target", "correct", "correctanswer", "correctoption", "answerkey",
                 "答案", "正确答案", "正确选项", "标准答案", "参考答案")  # fmt: skip
@@ -36,11 +36,11 @@ NUMBER_NAMES = ("id", "number", "index", "", "序号", "编号", "题号")
 LIST_NAMES = ("choices", "options", "选项")
 _OPTION = re.compile(r"(?:option|choice|opt|op|选项)?([a-j])(?:选项)?")
 _LETTER = re.compile(r"[(\[]?([A-J])[)\].,:、。]?")
-csv.field_size_limit(LARGEST)
+csv.field_size_limit(MAX_EXAM_FILE_BYTES)
 
 
 @dataclass(frozen=True)
-class Row:
+class ExamRow:
     """One question as the file has it: stripped cells, the answer as it is written ("" where it is missing)."""
 
     line: int
@@ -51,9 +51,9 @@ class Row:
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-def decode(where: str, data: bytes) -> str:
+def decode_exam_text(where: str, data: bytes) -> str:
     """The text of a file in any encoding of ../corpus/text_encoding.py, without a byte order mark. Raises UserError."""
-    text = _decoded(data)
+    text = _try_encodings(data)
     if text is None:
         raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
     if "\0" in text:
@@ -63,8 +63,8 @@ def decode(where: str, data: bytes) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _decoded(data: bytes) -> str | None:
-    for codec in (detect_encoding(data[:SAMPLE]).codec, "gb18030"):
+def _try_encodings(data: bytes) -> str | None:
+    for codec in (detect_encoding(data[:SAMPLE_BYTES]).codec, "gb18030"):
         try:
             text = data.decode(codec)
         except UnicodeDecodeError:
@@ -79,18 +79,18 @@ def _is_chinese(text: str) -> bool:
 
     A file with a handful of Chinese characters is too short for detect_encoding.
     """
-    wide = [character for character in text if character > "\x7f"]
-    return sum(len(character.encode("gb2312", "ignore")) > 0 for character in wide) >= 0.9 * len(wide)
+    non_ascii = [character for character in text if character > "\x7f"]
+    return sum(len(character.encode("gb2312", "ignore")) > 0 for character in non_ascii) >= 0.9 * len(non_ascii)
 
 
-def plain(name: str) -> str:
+def normalize_column_name(name: str) -> str:
     """A column's name for comparison: "Option_A", "选项Ａ" -> "optiona", "选项a"."""
     return re.sub(r"[\s_.:-]", "", unicodedata.normalize("NFKC", name)).lower()
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Columns:
+class ExamColumns:
     """The column of each part of a question. `options` in the order of their letters; -1: no such column."""
 
     question: int
@@ -100,95 +100,98 @@ class Columns:
     count: int  # cells of a row
 
 
-def header_columns(cells: list[str]) -> tuple[Columns, list[str]]:
+def parse_header(cells: list[str]) -> tuple[ExamColumns, list[str]]:
     """The columns that a header names, and the names of those that are missing."""
-    names = [plain(cell) for cell in cells]
+    names = [normalize_column_name(cell) for cell in cells]
 
-    def first(known: Iterable[str]) -> int:
-        return next((names.index(name) for name in known if name in names), -1)
+    def first_index(column_names: Iterable[str]) -> int:
+        return next((names.index(name) for name in column_names if name in names), -1)
 
-    places = {found[1].upper(): i for i, name in reversed(list(enumerate(names))) if (found := _OPTION.fullmatch(name))}
-    last = max(places, default="B")
+    indices = {
+        found[1].upper(): i for i, name in reversed(list(enumerate(names))) if (found := _OPTION.fullmatch(name))
+    }
+    last = max(indices, default="B")
     letters = OPTION_LETTERS[: max(OPTION_LETTERS.index(last), 1) + 1]
-    question = first(QUESTION_NAMES)
-    missing = ["question"] * (question < 0) + [letter for letter in letters if letter not in places]
-    options = tuple(places.get(letter, -1) for letter in letters)
-    return Columns(question, options, first(ANSWER_NAMES), first(NUMBER_NAMES), len(cells)), missing
+    question = first_index(QUESTION_NAMES)
+    missing = ["question"] * (question < 0) + [letter for letter in letters if letter not in indices]
+    options = tuple(indices.get(letter, -1) for letter in letters)
+    return ExamColumns(question, options, first_index(ANSWER_NAMES), first_index(NUMBER_NAMES), len(cells)), missing
 
 
-def bare_columns(cells: list[str]) -> Columns | None:
+def infer_columns(cells: list[str]) -> ExamColumns | None:
     """The columns of a file without a header, from its first row: question, two options or more, a letter.
 
     A whole number in front, with a question and two options behind it, is the number of the row (C-Eval's files).
     """
-    if len(cells) > 4 and cells[0].strip().isdecimal() and (rest := bare_columns(cells[1:])) and rest.number < 0:
-        return Columns(1, tuple(range(2, len(cells) - 1)), len(cells) - 1, 0, len(cells))
+    if len(cells) > 4 and cells[0].strip().isdecimal() and (rest := infer_columns(cells[1:])) and rest.number < 0:
+        return ExamColumns(1, tuple(range(2, len(cells) - 1)), len(cells) - 1, 0, len(cells))
     options = len(cells) - 2
     if not 2 <= options <= len(OPTION_LETTERS) or not all(cell.strip() for cell in cells[:3]):
         return None
-    names = [plain(cell).upper() for cell in cells]
-    known = {name.upper() for name in (*QUESTION_NAMES, *ANSWER_NAMES, *NUMBER_NAMES)}
-    if known.intersection(names[:2]) or names[1:] == list(OPTION_LETTERS[: options + 1]):
+    names = [normalize_column_name(cell).upper() for cell in cells]
+    column_names = {name.upper() for name in (*QUESTION_NAMES, *ANSWER_NAMES, *NUMBER_NAMES)}
+    if column_names.intersection(names[:2]) or names[1:] == list(OPTION_LETTERS[: options + 1]):
         return None  # a header that lacks a column
-    if letter_of(cells[-1]) not in tuple(OPTION_LETTERS[:options]):
+    if parse_letter(cells[-1]) not in tuple(OPTION_LETTERS[:options]):
         return None
-    return Columns(0, tuple(range(1, options + 1)), options + 1, -1, len(cells))
+    return ExamColumns(0, tuple(range(1, options + 1)), options + 1, -1, len(cells))
 
 
-def letter_of(answer: str) -> str:
+def parse_letter(answer: str) -> str:
     """B of "b", "(B)", "Ｂ." and "B、"; "" for anything else."""
     found = _LETTER.fullmatch(unicodedata.normalize("NFKC", answer).strip().upper())
     return found[1] if found else ""
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-def read_rows(where: str, text: str, needs_answer: bool = False) -> list[Row]:
+def parse_exam_rows(where: str, text: str, needs_answer: bool = False) -> list[ExamRow]:
     """The rows of one file; `where` ends in .jsonl for jsonl. Raises UserError naming file, line and field."""
-    return _jsonl_rows(where, text) if where.lower().endswith(".jsonl") else _csv_rows(where, text, needs_answer)
+    return _parse_jsonl(where, text) if where.lower().endswith(".jsonl") else _parse_csv(where, text, needs_answer)
 
 
-def _csv_rows(where: str, text: str, needs_answer: bool) -> list[Row]:
-    columns, has_header, delimiter = _layout(where, text, needs_answer)
+def _parse_csv(where: str, text: str, needs_answer: bool) -> list[ExamRow]:
+    columns, has_header, delimiter = _detect_layout(where, text, needs_answer)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    rows: list[ExamRow] = []
     try:
         if has_header:
             next(reader)
         line, count = reader.line_num + 1, -1
         for cells in reader:
-            here, count = line, count + 1
+            first_line, count = line, count + 1
             line = reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != columns.count:
                 raise UserError(
-                    f"{where}:{here}: {len(cells)} cells, {columns.count} in the first line: quote texts that contain "
+                    f"{where}:{first_line}: {len(cells)} cells, {columns.count} in the first line: "
+                    "quote texts that contain "
                     f"{delimiter!r}"
                 )
             number = cells[columns.number].strip() if columns.number >= 0 else ""
             options = tuple(cells[i].strip() for i in columns.options)
             answer = cells[columns.answer].strip() if columns.answer >= 0 else ""
-            rows.append(Row(here, number or str(count), cells[columns.question].strip(), options, answer))
+            rows.append(ExamRow(first_line, number or str(count), cells[columns.question].strip(), options, answer))
     except csv.Error as error:
         raise UserError(f"{where}:{reader.line_num}: not valid csv: {error}") from None
     return rows
 
 
-def _layout(where: str, text: str, needs_answer: bool) -> tuple[Columns, bool, str]:
+def _detect_layout(where: str, text: str, needs_answer: bool) -> tuple[ExamColumns, bool, str]:
     """The columns, whether the first line is a header, and the delimiter: the first with which the line makes sense."""
     problems: list[tuple[int, str]] = []
-    for delimiter in DELIMITERS:
+    for delimiter in _DELIMITERS:
         try:
             cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
         except csv.Error as error:
             problems.append((0, f"{where}:1: not valid csv: {error}"))
             continue
-        columns, missing = header_columns(cells)
+        columns, missing = parse_header(cells)
         if columns.answer < 0 and needs_answer:
             missing.append("answer")
         if not missing:
             return columns, True, delimiter
-        if bare := bare_columns(cells):
+        if bare := infer_columns(cells):
             return bare, False, delimiter
         found = len(cells) - len(missing)
         shown = delimiter.join(cells)[:100]
@@ -196,72 +199,72 @@ def _layout(where: str, text: str, needs_answer: bool) -> tuple[Columns, bool, s
     raise UserError(max(problems, key=lambda problem: problem[0])[1])
 
 
-def _jsonl_rows(where: str, text: str) -> list[Row]:
-    rows: list[Row] = []
-    for line, written in enumerate(text.split("\n"), 1):
-        if not written.strip():
+def _parse_jsonl(where: str, text: str) -> list[ExamRow]:
+    rows: list[ExamRow] = []
+    for line, raw_text in enumerate(text.split("\n"), 1):
+        if not raw_text.strip():
             continue
         try:
-            row = json.loads(written)
+            row = json.loads(raw_text)
         except (ValueError, RecursionError):
             raise UserError(f"{where}:{line}: not JSON: write a JSON object on each line") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}:{line}: not a JSON object: write one on each line")
-        cells = {plain(str(name)): value for name, value in _with_options(row).items()}
-        columns, missing = header_columns(list(cells))
+        cells = {normalize_column_name(str(name)): value for name, value in _expand_options(row).items()}
+        columns, missing = parse_header(list(cells))
         if missing:
             raise UserError(f"{where}:{line}: no key {', '.join(missing)}; there are {', '.join(map(str, row))[:100]}")
         values = list(cells.values())
-        places = (columns.number, columns.question, columns.answer, *columns.options)
-        number, question, answer, *options = (_cell(values[i]) if i >= 0 else "" for i in places)
-        rows.append(Row(line, number or str(len(rows)), question, tuple(options), answer))
+        indices = (columns.number, columns.question, columns.answer, *columns.options)
+        number, question, answer, *options = (_cell_text(values[i]) if i >= 0 else "" for i in indices)
+        rows.append(ExamRow(line, number or str(len(rows)), question, tuple(options), answer))
     return rows
 
 
-def _with_options(row: dict[str, Any]) -> dict[str, Any]:
+def _expand_options(row: dict[str, Any]) -> dict[str, Any]:
     """The row with a list of options ("choices": ["x", "y"], {"A": "x"} or {"text": […]}) under their letters."""
     for name, value in row.items():
-        if plain(str(name)) in LIST_NAMES and isinstance(value, (list, dict)):
+        if normalize_column_name(str(name)) in LIST_NAMES and isinstance(value, (list, dict)):
             if isinstance(value, dict) and isinstance(value.get("text"), list):
                 value = value["text"]
             if isinstance(value, list):
                 value = dict(zip(OPTION_LETTERS, value, strict=False)) if len(value) <= len(OPTION_LETTERS) else {}
-            return {key: kept for key, kept in row.items() if key != name} | value
+            return {key: item_value for key, item_value in row.items() if key != name} | value
     return row
 
 
-def _cell(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if value is None or isinstance(value, (list, dict)):
         return ""
     return str(value).strip()
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
-def letters_of(where: str, rows: list[Row], options: list[tuple[str, ...]]) -> list[str]:
+def parse_answers(where: str, rows: list[ExamRow], options: list[tuple[str, ...]]) -> list[str]:
     """The letter of each row's answer, "" where it is missing. Raises UserError for what names no option."""
-    base = _number_base(where, rows, options)
+    base = _first_option_number(where, rows, options)
     letters = []
     for row, shown in zip(rows, options, strict=True):
-        written = unicodedata.normalize("NFKC", row.answer)
-        letter = letter_of(written)
-        if written.isdecimal() and base is not None:
-            place = int(written[:9]) - base
-            letter = OPTION_LETTERS[place] if 0 <= place < len(shown) else ""
-        there = OPTION_LETTERS[: len(shown)]
-        if row.answer and letter not in tuple(there):
-            expected = f"{', '.join(there[:-1])} or {there[-1]}"
+        raw_text = unicodedata.normalize("NFKC", row.answer)
+        letter = parse_letter(raw_text)
+        if raw_text.isdecimal() and base is not None:
+            index = int(raw_text[:9]) - base
+            letter = OPTION_LETTERS[index] if 0 <= index < len(shown) else ""
+        allowed = OPTION_LETTERS[: len(shown)]
+        if row.answer and letter not in tuple(allowed):
+            expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
             raise UserError(f"{where}:{row.line}: the answer must be {expected}, not {row.answer[:20]!r}")
         letters.append(letter)
     return letters
 
 
-def _number_base(where: str, rows: list[Row], options: list[tuple[str, ...]]) -> int | None:
+def _first_option_number(where: str, rows: list[ExamRow], options: list[tuple[str, ...]]) -> int | None:
     """0 or 1: the number of the first option, where answers are numbers; None where they are letters."""
-    found: list[tuple[Row, int, tuple[str, ...]]] = []
+    found: list[tuple[ExamRow, int, tuple[str, ...]]] = []
     for row, shown in zip(rows, options, strict=True):
-        written = unicodedata.normalize("NFKC", row.answer)
-        if written.isdecimal():
-            found.append((row, int(written[:9]), shown))
+        raw_text = unicodedata.normalize("NFKC", row.answer)
+        if raw_text.isdecimal():
+            found.append((row, int(raw_text[:9]), shown))
         elif row.answer and found:
             raise UserError(f"{where}:{row.line}: the answer is {row.answer[:20]!r}, others are numbers: use letters")
     if not found:

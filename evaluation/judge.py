@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import cannot_write
-from common.locks import locked
-from evaluation.judge_client import ChatServer
+from common.files import write_error
+from common.locks import lock_output
+from evaluation.judge_client import ChatClient
 
 SCORE = """A small language model was given a request. How good is its answer? Is it correct, does it help, is it in \
 the language that the request asks for, is it well written? 1 is useless, 10 could not be better.
@@ -63,11 +63,11 @@ Answer B:
 {bar}
 
 Reply with one line of JSON and nothing else: {{"reason": "one short sentence", "better": "A" or "B" or "tie"}}"""
-NO_ANSWER = "(the answer is empty)"
+EMPTY_ANSWER = "(the answer is empty)"
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeRequest:
     """One request to the judge. `models` are the labels of the answers as they stand in `text`, which has no labels."""
 
     task: str  # score, pair
@@ -76,29 +76,33 @@ class Question:
     text: str
 
 
-def questions_for(prompts: list[str], answers: dict[str, list[str]], seed: int) -> list[Question]:
+def build_requests(prompts: list[str], answers: dict[str, list[str]], seed: int) -> list[JudgeRequest]:
     """Every answer once, and every pair of different answers in both orders, shuffled by the seed."""
     found = []
     for number, prompt in enumerate(prompts):
-        said = {label: texts[number].strip() or NO_ANSWER for label, texts in answers.items()}
-        for label in said:
-            found.append(_question("score", number, (label,), prompt, said))
-        for one, two in itertools.combinations(said, 2):
-            if said[one] != said[two]:
-                found += [_question("pair", number, pair, prompt, said) for pair in ((one, two), (two, one))]
+        texts_by_label = {label: texts[number].strip() or EMPTY_ANSWER for label, texts in answers.items()}
+        for label in texts_by_label:
+            found.append(_build_request("score", number, (label,), prompt, texts_by_label))
+        for one, two in itertools.combinations(texts_by_label, 2):
+            if texts_by_label[one] != texts_by_label[two]:
+                found += [
+                    _build_request("pair", number, pair, prompt, texts_by_label) for pair in ((one, two), (two, one))
+                ]
     random.Random(seed).shuffle(found)
     return found
 
 
-def _question(task: str, number: int, models: tuple[str, ...], prompt: str, said: dict[str, str]) -> Question:
-    form, answers = SCORE if task == "score" else PAIR, [said[label] for label in models]
+def _build_request(
+    task: str, number: int, models: tuple[str, ...], prompt: str, texts_by_label: dict[str, str]
+) -> JudgeRequest:
+    template, answers = SCORE if task == "score" else PAIR, [texts_by_label[label] for label in models]
     bar = "=" * 10
     while any(bar in text for text in (prompt, *answers)):  # an answer must not end its own frame
         bar += "=" * 10
-    return Question(task, number, models, form.format(prompt=prompt, answers=answers, bar=bar))
+    return JudgeRequest(task, number, models, template.format(prompt=prompt, answers=answers, bar=bar))
 
 
-def read_verdict(task: str, reply: str) -> float | str | None:
+def parse_verdict(task: str, reply: str) -> float | str | None:
     """What the judge meant: a score from 1 to 10, "A", "B" or "tie"; None where it cannot be told.
 
     The last word counts, so that a judge may think aloud first.
@@ -106,8 +110,8 @@ def read_verdict(task: str, reply: str) -> float | str | None:
     key, value = ("score", r'"?(\d+(?:\.\d+)?)') if task == "score" else ("better", r'"?\[*(A|B|tie)\b')
     found = re.findall(rf'"?{key}"?\s*[:=]\s*{value}', reply, re.IGNORECASE)
     if not found:  # a bare "8", "8/10" or "A"
-        bare = re.fullmatch(value + r'(?:\s*/\s*10)?\]*"?\.?', reply.strip(), re.IGNORECASE)
-        found = [bare[1]] if bare else []
+        bare_match = re.fullmatch(value + r'(?:\s*/\s*10)?\]*"?\.?', reply.strip(), re.IGNORECASE)
+        found = [bare_match[1]] if bare_match else []
     if not found:
         return None
     if task == "score":
@@ -115,8 +119,8 @@ def read_verdict(task: str, reply: str) -> float | str | None:
     return found[-1].lower() if found[-1].lower() == "tie" else found[-1].upper()
 
 
-def judge(
-    server: ChatServer, prompts: list[str], answers: dict[str, list[str]], verdicts: Path, seed: int = 0
+def judge_answers(
+    client: ChatClient, prompts: list[str], answers: dict[str, list[str]], verdicts: Path, seed: int = 0
 ) -> dict[str, Any]:
     """Put all questions to the judge and count; `answers`: label -> one text per prompt.
 
@@ -126,36 +130,36 @@ def judge(
     from rich.console import Console
     from rich.progress import track
 
-    questions = questions_for(prompts, answers, seed)
-    rows: list[tuple[Question, float | str | None]] = []
+    requests = build_requests(prompts, answers, seed)
+    rows: list[tuple[JudgeRequest, float | str | None]] = []
     console = Console(stderr=True)
-    print(f"judge: {server.model} at {server.url}, {len(questions)} requests", flush=True)
-    with locked(verdicts), _writing_verdicts(verdicts):
-        known = read_verdicts(verdicts)
+    print(f"judge: {client.model} at {client.url}, {len(requests)} requests", flush=True)
+    with lock_output(verdicts), _report_write_errors(verdicts):
+        replies_by_id = read_verdicts(verdicts)
         verdicts.parent.mkdir(parents=True, exist_ok=True)
-        torn = verdicts.exists() and verdicts.read_bytes()[-1:] not in (b"", b"\n")  # a run was killed while it wrote
+        has_partial_line = verdicts.exists() and verdicts.read_bytes()[-1:] not in (b"", b"\n")  # a killed run
         with verdicts.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("\n" * torn)
-            for question in track(questions, "judge", console=console, disable=not console.is_terminal, transient=True):
-                key = hashlib.sha256(f"{server.url}\n{server.model}\n{question.text}".encode()).hexdigest()[:24]
-                if key not in known:
-                    known[key] = server.ask(question.text)
-                    about = {"id": key, "judge": server.model, **vars(question), "prompt": prompts[question.prompt]}
-                    file.write(json.dumps({**about, "reply": known[key]}, ensure_ascii=False) + "\n")
+            file.write("\n" * has_partial_line)
+            for request in track(requests, "judge", console=console, disable=not console.is_terminal, transient=True):
+                key = hashlib.sha256(f"{client.url}\n{client.model}\n{request.text}".encode()).hexdigest()[:24]
+                if key not in replies_by_id:
+                    replies_by_id[key] = client.complete_text(request.text)
+                    record = {"id": key, "judge": client.model, **vars(request), "prompt": prompts[request.prompt]}
+                    file.write(json.dumps({**record, "reply": replies_by_id[key]}, ensure_ascii=False) + "\n")
                     file.flush()
-                rows.append((question, read_verdict(question.task, known[key])))
+                rows.append((request, parse_verdict(request.task, replies_by_id[key])))
     if rows and all(verdict is None for _, verdict in rows):
-        raise UserError(f"not one reply of {server.model} could be read as a verdict: they are in {verdicts}")
-    result = count(rows, list(answers), equal_pairs(answers))
-    return {"judge": server.model, "url": server.url, "verdicts_file": verdicts.name, **result}
+        raise UserError(f"not one reply of {client.model} could be read as a verdict: they are in {verdicts}")
+    result = tally_verdicts(rows, list(answers), equal_pairs(answers))
+    return {"judge": client.model, "url": client.url, "verdicts_file": verdicts.name, **result}
 
 
 @contextlib.contextmanager
-def _writing_verdicts(path: Path) -> Iterator[None]:
+def _report_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise cannot_write(path, error) from None
+        raise write_error(path, error) from None
 
 
 def read_verdicts(path: Path) -> dict[str, str]:
@@ -184,49 +188,53 @@ def equal_pairs(answers: dict[str, list[str]]) -> list[tuple[int, str, str]]:
     ]
 
 
-def count(
-    rows: list[tuple[Question, float | str | None]], labels: list[str], equal: list[tuple[int, str, str]]
+def tally_verdicts(
+    rows: list[tuple[JudgeRequest, float | str | None]], labels: list[str], equal: list[tuple[int, str, str]]
 ) -> dict[str, Any]:
     """Mean score with its standard error, wins, ties, losses and points of each model, best first; and how far the
     judge can be trusted: unreadable replies, share of pairs with the same winner in both orders, share won by A."""
     scores: dict[str, list[float]] = {label: [] for label in labels}
-    named: dict[tuple[int, frozenset[str]], list[str | None]] = {}  # pair -> the winner in each order, None: tie
-    first = decided = unreadable = 0
-    for question, verdict in rows:
+    winners_by_pair: dict[tuple[int, frozenset[str]], list[str | None]] = {}  # the winner in each order, None: tie
+    num_first_wins = num_decided = unreadable = 0
+    for request, verdict in rows:
         if verdict is None:
             unreadable += 1
-        elif question.task == "score":
-            scores[question.models[0]].append(float(verdict))
+        elif request.task == "score":
+            scores[request.models[0]].append(float(verdict))
         else:
-            winner = {"A": question.models[0], "B": question.models[1]}.get(str(verdict))
-            named.setdefault((question.prompt, frozenset(question.models)), []).append(winner)
-            decided, first = decided + (winner is not None), first + (verdict == "A")
-    both = {pair: winners for pair, winners in named.items() if len(winners) == 2}  # readable in both orders
+            winner = {"A": request.models[0], "B": request.models[1]}.get(str(verdict))
+            winners_by_pair.setdefault((request.prompt, frozenset(request.models)), []).append(winner)
+            num_decided, num_first_wins = num_decided + (winner is not None), num_first_wins + (verdict == "A")
+    complete_pairs = {pair: winners for pair, winners in winners_by_pair.items() if len(winners) == 2}  # in both orders
     table = {label: {"wins": 0, "ties": 0, "losses": 0} for label in labels}
-    for (_, pair), (one, two) in both.items():
+    for (_, pair), (one, two) in complete_pairs.items():
         for label in pair:
             table[label]["ties" if one != two or one is None else "wins" if one == label else "losses"] += 1
     for _, *alike in equal:
         for label in alike:
             table[label]["ties"] += 1
-    models = {label: {**_mean(scores[label]), **table[label], "points": _points(table[label])} for label in labels}
+    models = {
+        label: {**_mean_score(scores[label]), **table[label], "points": _pair_score(table[label])} for label in labels
+    }
     ranked = sorted(labels, key=lambda label: (models[label]["points"] or 0, models[label]["score"] or 0), reverse=True)
     return {
         "requests": len(rows),
         "unreadable": unreadable,
-        "pairs": len(both) + len(equal),
-        "agreement": sum(one == two for one, two in both.values()) / len(both) if both else None,
-        "first_place_share": first / decided if decided else None,
+        "pairs": len(complete_pairs) + len(equal),
+        "agreement": sum(one == two for one, two in complete_pairs.values()) / len(complete_pairs)
+        if complete_pairs
+        else None,
+        "first_place_share": num_first_wins / num_decided if num_decided else None,
         "models": {label: models[label] for label in ranked},
     }
 
 
-def _points(table: dict[str, int]) -> float | None:
+def _pair_score(table: dict[str, int]) -> float | None:
     total = sum(table.values())
     return (table["wins"] + table["ties"] / 2) / total if total else None
 
 
-def _mean(values: list[float]) -> dict[str, Any]:
+def _mean_score(values: list[float]) -> dict[str, Any]:
     n = len(values)
     mean = sum(values) / n if n else None
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if mean is not None and n > 1 else None

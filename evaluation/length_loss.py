@@ -4,7 +4,7 @@
     cell: mean over the documents of -ln p(token | all tokens of its document before it), in nats per token
 
 All rows of a table read the same documents: those of a `--texts` file that are long enough for the last column, the
-first DOCUMENTS of them. Documents are never joined: tokens of another document do not help to predict the next one, so
+first MAX_DOCUMENTS. Documents are never joined: tokens of another document do not help to predict the next one, so
 the loss would show no use of a long context. Where no document reaches a column, the table ends before it and says so.
 A model with RoPE scaling of its own, or given by --rope_scaling, has one row. Sums in fp64, products in fp32.
 Read next: ../model/rope.py, bits_per_byte.py (bits per byte), report.py (the report).
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.rope import describe, longer_config
-from model.rope_flags import KINDS
+from model.rope import extend_context, rope_summary
+from model.rope_flags import ROPE_KINDS
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.loss import token_log_probs
 
-EDGES = (0.5, 1.0, 2.0, 4.0)  # where the columns end, in trained lengths
-DOCUMENTS = 8
-LONGEST = 8192  # models trained on longer texts are not measured: the passes would take hours on a CPU
+LENGTH_EDGES = (0.5, 1.0, 2.0, 4.0)  # where the columns end, in trained lengths
+MAX_DOCUMENTS = 8
+MAX_TRAINED_LENGTH = 8192  # models trained on longer texts are not measured: the passes would take hours on a CPU
 
 
 def length_loss(model: Transformer, tokenizer: ChatTokenizer, texts: list[str]) -> dict[str, Any]:
@@ -35,43 +35,43 @@ def length_loss(model: Transformer, tokenizer: ChatTokenizer, texts: list[str]) 
     """
     config = model.config
     trained = config.trained_len or config.max_seq_len
-    found: dict[str, Any] = {"trained": trained, "documents": 0, "edges": [], "rows": [], "note": ""}
-    if trained > LONGEST:
-        return found | {"note": f"not measured for models trained with more than {LONGEST:,} tokens"}
-    start = (tokenizer.encode_start("") or [tokenizer.eos_id])[:1]
+    result: dict[str, Any] = {"trained": trained, "documents": 0, "edges": [], "rows": [], "note": ""}
+    if trained > MAX_TRAINED_LENGTH:
+        return result | {"note": f"not measured for models trained with more than {MAX_TRAINED_LENGTH:,} tokens"}
+    start = (tokenizer.encode_document("") or [tokenizer.eos_id])[:1]
     documents = [start + tokenizer.encode(text) for text in texts]
     longest = max(map(len, documents), default=0) - 1  # the last token predicts nothing
     limit = 4 * trained if not config.rope_scaling else config.max_seq_len
-    edges = [edge for edge in EDGES if int(edge * trained) <= min(longest, limit)]
-    if missing := [f"{edge:g}" for edge in EDGES if edge not in edges]:
-        why = f"no document has so many tokens (the longest: {longest:,})"
+    edges = [edge for edge in LENGTH_EDGES if int(edge * trained) <= min(longest, limit)]
+    if missing := [f"{edge:g}" for edge in LENGTH_EDGES if edge not in edges]:
+        reason = f"no document has so many tokens (the longest: {longest:,})"
         if longest >= limit:
-            why = f"the model reads {limit:,} tokens"
-        found["note"] = f"not measured at {', '.join(missing)} times the trained {trained:,} tokens: {why}"
+            reason = f"the model reads {limit:,} tokens"
+        result["note"] = f"not measured at {', '.join(missing)} times the trained {trained:,} tokens: {reason}"
     if not edges:
-        return found
+        return result
     reach = int(edges[-1] * trained)
-    rows = [ids[: reach + 1] for ids in documents if len(ids) > reach][:DOCUMENTS]
+    rows = [ids[: reach + 1] for ids in documents if len(ids) > reach][:MAX_DOCUMENTS]
     ends = [int(edge * trained) for edge in edges]
     try:
-        for name, variant in variants(config, edges[-1]):
+        for name, variant in rope_variants(config, edges[-1]):
             model.set_rope(variant)
             loss = loss_by_position(model, rows, [end for end in ends if end <= variant.max_seq_len])
-            found["rows"].append({"rope": name, "loss": loss + [None] * (len(ends) - len(loss))})
+            result["rows"].append({"rope": name, "loss": loss + [None] * (len(ends) - len(loss))})
     finally:
         model.set_rope(config)
-    return found | {"documents": len(rows), "edges": edges}
+    return result | {"documents": len(rows), "edges": edges}
 
 
-def variants(config: ModelConfig, reach: float) -> Iterator[tuple[str, ModelConfig]]:
+def rope_variants(config: ModelConfig, reach: float) -> Iterator[tuple[str, ModelConfig]]:
     """(name, config) of each row: the model's own scaling alone, or plain RoPE and every scaling up to `reach`."""
     if config.rope_scaling:
-        yield describe(config), config
+        yield rope_summary(config), config
         return
     yield "plain", dataclasses.replace(config, max_seq_len=int(max(reach, 1) * config.max_seq_len))
     for factor in (2.0, 4.0):
-        for kind in KINDS if factor <= reach else ():
-            yield f"{kind} x {factor:g}", longer_config(config, kind, factor)
+        for kind in ROPE_KINDS if factor <= reach else ():
+            yield f"{kind} x {factor:g}", extend_context(config, kind, factor)
 
 
 @torch.inference_mode()
@@ -99,29 +99,29 @@ def length_section(models: list[dict[str, Any]]) -> list[str]:
     """Lines of markdown: a table for each model and text, from the "length_loss" of each model of the report."""
     lines: list[str] = []
     for model in models:
-        for name, found in model.get("length_loss", {}).items():
+        for name, result in model.get("length_loss", {}).items():
             label = model["label"].replace("_", "\\_")
-            lines += [f"**{label}**, {name}: trained with {found['trained']:,} tokens", ""]
-            if found["rows"]:
-                lines += [*_table(found), ""]
-            if found["note"]:
-                lines += [f"- {found['note']}", ""]
+            lines += [f"**{label}**, {name}: trained with {result['trained']:,} tokens", ""]
+            if result["rows"]:
+                lines += [*_length_table(result), ""]
+            if result["note"]:
+                lines += [f"- {result['note']}", ""]
     if not lines:
         return []
-    about = (
+    explanation = (
         "Nats per token by position, the lower the better; columns end at so many times the trained length. All rows "
         "of a table read the same documents, each on its own: documents are not joined. "
         "`--rope_scaling KIND --rope_factor N` uses a row."
     )
-    return ["## Loss by position", "", about, "", *lines]
+    return ["## Loss by position", "", explanation, "", *lines]
 
 
-def _table(found: dict[str, Any]) -> list[str]:
-    trained, edges = found["trained"], found["edges"]
+def _length_table(result: dict[str, Any]) -> list[str]:
+    trained, edges = result["trained"], result["edges"]
     begins = [0.0, *edges[:-1]]
     columns = [f"{int(b * trained):,}–{int(e * trained):,} ({e:g}x)" for b, e in zip(begins, edges, strict=True)]
-    lines = [f"| RoPE ({found['documents']} documents) | {' | '.join(columns)} |", "|---|" + "---:|" * len(edges)]
-    for row in found["rows"]:
+    lines = [f"| RoPE ({result['documents']} documents) | {' | '.join(columns)} |", "|---|" + "---:|" * len(edges)]
+    for row in result["rows"]:
         cells = ("–" if loss is None else f"{loss:.3f}" for loss in row["loss"])
         lines.append(f"| {row['rope']} | {' | '.join(cells)} |")
     return lines

@@ -11,22 +11,22 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from common.errors import UserError
-from evaluation.chat_model import Speaker
-from evaluation.qa_data import MAX_NEW_TOKENS, Question, is_right
+from evaluation.chat_model import ChatModel
+from evaluation.qa_data import MAX_ANSWER_TOKENS, KeyedQuestion, is_correct
 from model.generate import chat_prompt, generate
-from model.sampling import Sampling
+from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-BATCH = 128  # questions answered at once
+QUESTIONS_PER_BATCH = 128  # questions answered at once
 
 
 def answer_questions(
     model: Transformer,
     tokenizer: ChatTokenizer,
-    questions: list[Question],
-    settings: Sampling,
-    number_format: Callable[[], AbstractContextManager[Any]],
+    questions: list[KeyedQuestion],
+    settings: SamplingParams,
+    autocast_context: Callable[[], AbstractContextManager[Any]],
 ) -> int:
     """Fill "answer" and "correct" of every question, whose prompt is in "ids"; returns the number of tokens drawn.
 
@@ -40,59 +40,59 @@ def answer_questions(
         if len(row["ids"]) >= limit:
             raise UserError(f"{row['where']}: the question has {len(row['ids'])} tokens, the model's limit is {limit}")
     order = sorted(questions, key=lambda row: len(row["ids"]))
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    batches = [order[i : i + QUESTIONS_PER_BATCH] for i in range(0, len(order), QUESTIONS_PER_BATCH)]
     console = Console(stderr=True)
     for batch in track(batches, "questions", console=console, disable=not console.is_terminal, transient=True):
-        with number_format():
+        with autocast_context():
             answers = generate(model, [row["ids"] for row in batch], settings, tokenizer)
         for row, answer in zip(batch, answers, strict=True):
-            row |= {"answer": answer.text.strip(), "correct": is_right(answer.text, row["keys"])}
+            row |= {"answer": answer.text.strip(), "correct": is_correct(answer.text, row["keys"])}
             tokens += len(answer.ids)
     return tokens
 
 
-def count_right(questions: list[Question], kind: str | None = None) -> dict[str, dict[str, float]]:
+def accuracy_by_language(questions: list[KeyedQuestion], kind: str | None = None) -> dict[str, dict[str, float]]:
     """Of one kind (None: of all), by language, zh before en: questions, correct ones, accuracy."""
     languages = sorted({row["lang"] for row in questions}, reverse=True)
-    marks = {
+    outcomes = {
         lang: [row["correct"] for row in questions if row["lang"] == lang and kind in (None, row["kind"])]
         for lang in languages
     }
-    return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in marks.items() if m}
+    return {k: {"questions": len(m), "correct": sum(m), "accuracy": sum(m) / len(m)} for k, m in outcomes.items() if m}
 
 
 def chat_accuracy(
     model: Transformer,
     tokenizer: ChatTokenizer,
-    questions: list[Question],
-    number_format: Callable[[], AbstractContextManager[Any]],
+    questions: list[KeyedQuestion],
+    autocast_context: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
     """The share that a chat model answers right, by language, exactly as `2-eval.py --questions` counts it."""
-    settings = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop=tokenizer.stop_strings)
+    settings = SamplingParams(max_new_tokens=MAX_ANSWER_TOKENS, stop=tokenizer.stop_strings)
     rows = [dict(row) for row in questions]
     for row in rows:
-        row["ids"] = chat_prompt(model, tokenizer, [{"role": "user", "content": row["question"]}], MAX_NEW_TOKENS)
-    answer_questions(model, tokenizer, rows, settings, number_format)
-    return {lang: counts["accuracy"] for lang, counts in count_right(rows).items()}
+        row["ids"] = chat_prompt(model, tokenizer, [{"role": "user", "content": row["question"]}], MAX_ANSWER_TOKENS)
+    answer_questions(model, tokenizer, rows, settings, autocast_context)
+    return {lang: counts["accuracy"] for lang, counts in accuracy_by_language(rows).items()}
 
 
-def put_questions(speaker: Speaker, questions: list[Question]) -> dict[str, Any]:
+def evaluate_questions(chat_model: ChatModel, questions: list[KeyedQuestion]) -> dict[str, Any]:
     """Answer all questions in batches of similar length; prints the table and returns its numbers."""
     from rich.console import Console
     from rich.table import Table
 
     started = time.perf_counter()
     for row in questions:
-        text = row["question"] + ("" if speaker.chats else "\n")
-        row["ids"] = speaker.prompt_ids([{"role": "user", "content": text}])
-    speaker.tokens = answer_questions(
-        speaker.model, speaker.tokenizer, questions, speaker.settings, speaker.number_format
+        text = row["question"] + ("" if chat_model.is_chat_model else "\n")
+        row["ids"] = chat_model.prompt_ids([{"role": "user", "content": text}])
+    chat_model.tokens = answer_questions(
+        chat_model.model, chat_model.tokenizer, questions, chat_model.settings, chat_model.autocast_context
     )
-    speaker.seconds = time.perf_counter() - started
+    chat_model.seconds = time.perf_counter() - started
     fields = ("question", "answer", "keys", "correct", "lang", "kind")
-    speaker.answers = [{name: row[name] for name in fields} for row in questions]
-    kinds = {kind: count_right(questions, kind) for kind in sorted({row["kind"] for row in questions} - {""})}
-    total = count_right(questions)
+    chat_model.answers = [{name: row[name] for name in fields} for row in questions]
+    kinds = {kind: accuracy_by_language(questions, kind) for kind in sorted({row["kind"] for row in questions} - {""})}
+    total = accuracy_by_language(questions)
     table = Table("answered right", *total)
     for name, counts in {**kinds, "all": total}.items():
         cells = (counts.get(lang) for lang in total)

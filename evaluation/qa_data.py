@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpus.language import language_of
+from corpus.language import detect_language
 
-MAX_NEW_TOKENS = 48  # of a chat model's answer
-LATIN, NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
+MAX_ANSWER_TOKENS = 48  # of a chat model's answer
+LATIN_CHARACTERS, CHINESE_NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
 
-Question = dict[str, Any]  # read_questions makes them; qa.py adds "ids", "answer" and "correct"
+KeyedQuestion = dict[str, Any]  # read_keyed_questions makes them; qa.py adds "ids", "answer" and "correct"
 
 
-def sound(text: str, where: str) -> str:
+def require_nonempty_text(text: str, where: str) -> str:
     """`text` without half characters, which a terminal in another encoding may send; UserError when it is empty."""
     if not text.strip():
         raise UserError(f"{where} is empty: say something")
     return text.encode("utf-8", "replace").decode()
 
 
-def read_lines(path: str) -> list[tuple[str, str]]:
+def read_prompt_lines(path: str) -> list[tuple[str, str]]:
     """(file:line, text) of the lines that are not empty. Raises UserError when there are none."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -41,10 +41,10 @@ def read_lines(path: str) -> list[tuple[str, str]]:
     return found
 
 
-def read_questions(path: str) -> list[Question]:
+def read_keyed_questions(path: str) -> list[KeyedQuestion]:
     """The questions of a jsonl file, lang and kind filled in. Raises UserError naming the first bad line."""
     questions = []
-    for where, line in read_lines(path):
+    for where, line in read_prompt_lines(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -54,19 +54,19 @@ def read_questions(path: str) -> list[Question]:
         keys = row.get("keys")
         if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
             raise UserError(f"{where}: keys must be a list of strings, each of which makes an answer right")
-        question = sound(row["question"], f"{where}: question")
-        lang, kind = str(row.get("lang") or language_of(question)), str(row.get("kind") or "")
+        question = require_nonempty_text(row["question"], f"{where}: question")
+        lang, kind = str(row.get("lang") or detect_language(question)), str(row.get("kind") or "")
         questions.append({"where": where, "question": question, "keys": keys, "lang": lang, "kind": kind})
     return questions
 
 
-def is_right(answer: str, keys: list[str]) -> bool:
+def is_correct(answer: str, keys: list[str]) -> bool:
     """Does the answer contain any of the keys? The rule is the door plate's."""
     for key in map(str.strip, keys):
         before, after = "", ""  # what must not stand beside the key: more of the same word or number
-        for signs in (LATIN, NUMERALS):
-            before += f"(?<![{signs}])" if re.match(f"[{signs}]", key[0]) else ""
-            after += f"(?![{signs}])" if re.match(f"[{signs}]", key[-1]) else ""
+        for characters in (LATIN_CHARACTERS, CHINESE_NUMERALS):
+            before += f"(?<![{characters}])" if re.match(f"[{characters}]", key[0]) else ""
+            after += f"(?![{characters}])" if re.match(f"[{characters}]", key[-1]) else ""
         before += r"(?<![0-9][.,])" if key[0].isdecimal() else ""
         after += r"(?![.,][0-9])" if key[-1].isdecimal() else ""
         if re.search(before + re.escape(key) + after, answer, re.IGNORECASE):

@@ -17,16 +17,16 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from evaluation.chat_model import SAMPLING
-from evaluation.judge_client import TIMEOUT, ChatServer
-from model.repetition import describe
-from model.sampling import Sampling
+from evaluation.chat_model import SAMPLING_SETTINGS
+from evaluation.judge_client import REPLY_TIMEOUT, ChatClient
+from model.repetition import repetition_stats
+from model.sampling import SamplingParams
 
-_GIVEN = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
-DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a local model
+_NAMED_ADDRESS = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
+REMOTE_DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a local model
 
 
-class ReportServer(ChatServer):
+class ReportClient(ChatClient):
     """The same client with a key of its own: the judge's key goes to the judge alone."""
 
     key_variable = "REPORT_API_KEY"
@@ -34,66 +34,68 @@ class ReportServer(ChatServer):
     retry_help = ""
 
 
-class HttpSpeaker:
+class RemoteModel:
     """A served model. `address`: with its /v1, and perhaps #MODEL behind it.
 
     Raises UserError for a wrong address, for settings out of range, where no server answers, and where neither the
     address nor the server names a model.
     """
 
-    def __init__(self, label: str, address: str, args: argparse.Namespace, timeout: float = TIMEOUT) -> None:
+    def __init__(self, label: str, address: str, args: argparse.Namespace, timeout: float = REPLY_TIMEOUT) -> None:
         url, _, model = address.partition("#")
         self.label, self.system = label, args.system
-        self.server = ReportServer(url, model, timeout, f"--report {label}")
-        self.server.key = (args.report_api_key or self.server.key).strip()
-        self.settings = _settings(args)
-        names = self.server.model_names()  # raises where the server does not answer or refuses the key
-        self.server.model = model or next(iter(names), "")
-        if not self.server.model:
+        self.client = ReportClient(url, model, timeout, f"--report {label}")
+        self.client.key = (args.report_api_key or self.client.key).strip()
+        self.settings = _sampling_settings(args)
+        names = self.client.list_model_names()  # raises where the server does not answer or refuses the key
+        self.client.model = model or next(iter(names), "")
+        if not self.client.model:
             raise UserError(f"--report {label}: {url} lists no models: name one, as {label}={url}#MODEL")
-        self.server.options = _options(self.settings)
+        self.client.options = _request_options(self.settings)
 
-    def settings_shown(self) -> dict[str, Any]:
+    def settings_dict(self) -> dict[str, Any]:
         """How answers are drawn, for the page."""
-        return {name: getattr(self.settings, name) for name in SAMPLING} | {"system": self.system}
+        return {name: getattr(self.settings, name) for name in SAMPLING_SETTINGS} | {"system": self.system}
 
     def measure(self, prompts: list[dict[str, str]]) -> dict[str, Any]:
-        """The figures that a server can provide, in the form of report_page.measure.
+        """The figures that a server can provide, in the form of report.measure_model.
 
         Raises UserError when the server stops answering.
         """
-        print(f"{self.label}: {self.server.model} at {self.server.url}, served", flush=True)
+        print(f"{self.label}: {self.client.model} at {self.client.url}, served", flush=True)
         answers: list[dict[str, Any]] = []
-        counted: list[int] = []
+        token_counts: list[int] = []
         seconds = 0.0
         for number, row in enumerate(prompts):
             messages = [{"role": "system", "content": self.system}] if self.system else []
             messages.append({"role": "user", "content": row["prompt"]})
             seed = {} if self.settings.seed is None else {"seed": self.settings.seed + number}
             try:
-                reply = self.server.complete(messages, **seed)
+                reply = self.client.complete(messages, **seed)
             except UserError as error:
                 raise UserError(f"{error} ({number} of {len(prompts)} prompts were answered)") from None
             seconds += reply.seconds
-            counted += [reply.tokens] if reply.tokens is not None else []
+            token_counts += [reply.tokens] if reply.tokens is not None else []
             answers.append({"answer": reply.text.strip(), "finish_reason": reply.finish_reason, "tokens": reply.tokens})
         print(f"  answers: {seconds:.1f} s", flush=True)
-        of_language = {
-            lang: describe([answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang])
+        figures_by_language = {
+            lang: repetition_stats(
+                [answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang]
+            )
             for lang in dict.fromkeys(row["lang"] for row in prompts)
         }
-        is_counted = len(counted) == len(answers)
+        is_counted = len(token_counts) == len(answers)
         unknown = ("parameters", "active", "context", "device", "dtype", "batch_tokens_per_second", "safety")
         return {
-            **{"path": f"{self.server.url}#{self.server.model}", "stage": "served", "lineage": []},
+            **{"path": f"{self.client.url}#{self.client.model}", "stage": "served", "lineage": []},
             **dict.fromkeys(unknown),
-            **{"bits_per_byte": {}, "sft_loss": {}, "missing": self._missing(is_counted)},
-            "tokens_per_second": sum(counted) / max(seconds, 1e-9) if is_counted else None,
-            "answer_figures": {**of_language, "all": describe(answers)},
+            **{"bits_per_byte": {}, "sft_loss": {}, "missing": self._missing_figures(is_counted)},
+            "tokens_per_second": sum(token_counts) / max(seconds, 1e-9) if is_counted else None,
+            "answer_figures": {**figures_by_language, "all": repetition_stats(answers)},
             "answers": answers,
         }
 
-    def _missing(self, is_counted: bool) -> list[str]:
+    def _missing_figures(self, is_counted: bool) -> list[str]:
         """Why figures are missing, and what differs from the other models, one sentence each."""
         reasons = [
             "bits per byte and SFT loss need the log-probabilities of given text, parameters and stage the checkpoint; "
@@ -103,35 +105,37 @@ class HttpSpeaker:
         ]
         if not is_counted:
             reasons.append("the server does not count tokens, so there is no speed")
-        if refused := self.server.refused:
+        if refused := self.client.rejected_options:
             reasons.append(f"the server refused {', '.join(refused)}: its answers are drawn without")
         return reasons
 
 
 def is_address(given: str) -> bool:
     """Whether an entry of --report is an address, with or without a name, and not a file."""
-    return bool(_GIVEN.fullmatch(given)) or given.startswith(("http://", "https://"))
+    return bool(_NAMED_ADDRESS.fullmatch(given)) or given.startswith(("http://", "https://"))
 
 
-def split_address(given: str) -> tuple[str, str]:
+def parse_address(given: str) -> tuple[str, str]:
     """(NAME, address) of NAME=http://…. Raises UserError where the name is missing."""
-    found = _GIVEN.fullmatch(given)
+    found = _NAMED_ADDRESS.fullmatch(given)
     if not found or not found[1].strip():
         raise UserError(f"--report {given}: give the served model a name, as NAME={given}")
     return found[1].strip(), found[2]
 
 
-def _settings(args: argparse.Namespace) -> Sampling:
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+def _sampling_settings(args: argparse.Namespace) -> SamplingParams:
+    given = {name: getattr(args, name) for name in SAMPLING_SETTINGS if getattr(args, name) is not None}
     try:
-        return Sampling(**(DEFAULTS | given))
+        return SamplingParams(**(REMOTE_DEFAULTS | given))
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
 
-def _options(settings: Sampling) -> dict[str, Any]:
+def _request_options(settings: SamplingParams) -> dict[str, Any]:
     """The fields of a request. Those that OpenAI's API does not know are sent only where they change something."""
     fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
-    defaults = {field.name: field.default for field in dataclasses.fields(Sampling)}
-    extra = {name: getattr(settings, name) for name in SAMPLING if name not in (*fields, "max_new_tokens", "seed")}
+    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    extra = {
+        name: getattr(settings, name) for name in SAMPLING_SETTINGS if name not in (*fields, "max_new_tokens", "seed")
+    }
     return fields | {name: value for name, value in extra.items() if value != defaults[name]}

@@ -23,84 +23,88 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
-from corpus.language import language_of
-from evaluation.bits_per_byte import bits_per_byte, read_chats, read_named_texts, sft_loss
-from evaluation.chat_model import SAMPLING, Speaker, stages_in
-from evaluation.judge import judge
-from evaluation.judge_client import ChatServer
+from corpus.language import detect_language
+from evaluation.bits_per_byte import bits_per_byte, read_chats_by_language, read_named_texts, sft_loss
+from evaluation.chat_model import SAMPLING_SETTINGS, ChatModel, list_stages
+from evaluation.judge import judge_answers
+from evaluation.judge_client import ChatClient
 from evaluation.length_loss import length_loss
-from evaluation.prompts import PROMPTS, SAFETY
-from evaluation.remote_model import HttpSpeaker, is_address, split_address
-from evaluation.report_markdown import page
+from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
+from evaluation.remote_model import RemoteModel, is_address, parse_address
+from evaluation.report_markdown import format_report
 from model.chat_template import Message
 from model.checkpoint import find_checkpoint, read_checkpoint
-from model.repetition import describe
+from model.repetition import repetition_stats
 
-SFT_CHATS = Path("dataset/sft/val.jsonl")  # what data_process.py sft holds out
+DEFAULT_CHATS = Path("dataset/sft/val.jsonl")  # what data_process.py sft holds out
 SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # the speed of a conversation is that of so many tokens, from so many prompts
 
-Report = dict[str, Any]
+ReportData = dict[str, Any]
 
 
-def make_report(args: argparse.Namespace, prompts: list[str]) -> None:
+def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:
     """Compare the models of `args.report` and write the pages. `prompts` replace the fixed ones and those about safety.
 
     Raises UserError; where a server stopped answering, after the report of the other models is written.
     """
-    speakers = speakers_of(args)
-    place = Path(args.json) if args.json else Path(args.out_dir) / "eval" / "report.json"
-    place = place.with_suffix(".json")
-    asked = [(language_of(text), "", text) for text in prompts] or list(PROMPTS)
+    models = select_models(args)
+    json_path = Path(args.json) if args.json else Path(args.out_dir) / "eval" / "report.json"
+    json_path = json_path.with_suffix(".json")
+    prompt_rows = [(detect_language(text), "", text) for text in prompts] or list(PROMPTS)
     args.seed = 0 if args.seed is None else args.seed
     if args.max_bytes < 1:
         raise UserError(f"--max_bytes {args.max_bytes}: at least 1 is needed")
     texts = read_named_texts(args.texts, args.max_bytes)
-    chats_file = args.chats or (str(SFT_CHATS) if SFT_CHATS.is_file() else None)
-    chats = read_chats(chats_file, args.max_bytes) if chats_file else {}
-    server = ChatServer(args.judge, args.judge_model) if args.judge else None
-    if server:
-        server.check()
-    served = {label: HttpSpeaker(label, one, args) for label, one in speakers.items() if isinstance(one, str)}
+    chats_file = args.chats or (str(DEFAULT_CHATS) if DEFAULT_CHATS.is_file() else None)
+    chats = read_chats_by_language(chats_file, args.max_bytes) if chats_file else {}
+    client = ChatClient(args.judge, args.judge_model) if args.judge else None
+    if client:
+        client.check_connection()
+    remote_models = {label: RemoteModel(label, one, args) for label, one in models.items() if isinstance(one, str)}
 
-    report: Report = {
-        "prompts": [{"lang": lang, "kind": kind, "prompt": prompt} for lang, kind, prompt in asked],
-        "safety": [] if prompts else [{"lang": lang, "prompt": text, "start": start} for lang, text, start in SAFETY],
-        "texts": {name: {key: found[key] for key in ("file", "bytes")} for name, found in texts.items()},
+    report: ReportData = {
+        "prompts": [{"lang": lang, "kind": kind, "prompt": prompt} for lang, kind, prompt in prompt_rows],
+        "safety": []
+        if prompts
+        else [{"lang": lang, "prompt": text, "start": start} for lang, text, start in SAFETY_PROMPTS],
+        "texts": {name: {key: text_entry[key] for key in ("file", "bytes")} for name, text_entry in texts.items()},
         "chats": chats_file,
         "settings": {},
         "models": [],
         "failed": {},
         "judge": None,
     }
-    for label, path in speakers.items():
+    for label, path in models.items():
         if isinstance(path, str):
-            measured = measure_served(served[label], report)
+            measured = measure_remote_model(remote_models[label], report)
         else:
-            speaker = Speaker(path, args)
-            report["settings"] = {name: getattr(speaker.settings, name) for name in SAMPLING} | {"system": args.system}
-            measured = measure(speaker, report, texts, chats)
-            del speaker  # before the next one is opened
+            chat_model = ChatModel(path, args)
+            report["settings"] = {name: getattr(chat_model.settings, name) for name in SAMPLING_SETTINGS} | {
+                "system": args.system
+            }
+            measured = measure_model(chat_model, report, texts, chats)
+            del chat_model  # before the next one is opened
         report["models"] += [{"label": label, **measured}] if measured else []
     if not report["models"]:
         raise UserError(next(iter(report["failed"].values())))
-    write_pages(report, place)
-    if server:
+    write_report_files(report, json_path)
+    if client:
         answers = {model["label"]: [row["answer"] for row in model["answers"]] for model in report["models"]}
-        verdicts = place.with_name(place.stem + ".verdicts.jsonl")
-        report["judge"] = judge(server, [prompt for *_, prompt in asked], answers, verdicts, args.seed)
-        write_pages(report, place)
-    print(f"written: {place.with_suffix('.md')} and {place}", flush=True)
+        verdicts = json_path.with_name(json_path.stem + ".verdicts.jsonl")
+        report["judge"] = judge_answers(client, [prompt for *_, prompt in prompt_rows], answers, verdicts, args.seed)
+        write_report_files(report, json_path)
+    print(f"written: {json_path.with_suffix('.md')} and {json_path}", flush=True)
     if report["failed"]:
         raise UserError(f"{next(iter(report['failed'].values()))}; the report of the other models is written")
 
 
 # ---- which models ----------------------------------------------------------------------------------------------------
-def speakers_of(args: argparse.Namespace) -> dict[str, Path | str]:
+def select_models(args: argparse.Namespace) -> dict[str, Path | str]:
     """The models to compare by label: files that can be opened, addresses as text, in the order of --report.
 
     Without names, every stage in --out_dir. Raises UserError.
     """
-    stages = stages_in(args.out_dir) or ["pretrain"]
+    stages = list_stages(args.out_dir) or ["pretrain"]
     given = args.report or [str(find_checkpoint(args.out_dir, stage)) for stage in stages]
     paths = [Path(name) for name in given if not is_address(name)]
     for number, path in enumerate(paths):
@@ -110,17 +114,17 @@ def speakers_of(args: argparse.Namespace) -> dict[str, Path | str]:
             read_checkpoint(path, weights=False)  # the whole file is checked when it is opened
         elif not (path / "config.json").is_file():
             raise UserError(f"{path} is no model: a transformers folder has a config.json; name a .pth file in it")
-    labels = iter(labels_of(paths) if paths else [])
-    found: dict[str, Path | str] = {}
+    labels = iter(unique_labels(paths) if paths else [])
+    models: dict[str, Path | str] = {}
     for name in given:
-        label, one = split_address(name) if is_address(name) else (next(labels), Path(name))
-        if label in found:
+        label, one = parse_address(name) if is_address(name) else (next(labels), Path(name))
+        if label in models:
             raise UserError(f"--report: two models are called {label}: give one of them another NAME=")
-        found[label] = one
-    return found
+        models[label] = one
+    return models
 
 
-def labels_of(paths: list[Path]) -> list[str]:
+def unique_labels(paths: list[Path]) -> list[str]:
     """A short name for each: its last part, with as many folders in front as it takes to tell them apart."""
     for parts in range(1, max(len(path.resolve().parts) for path in paths) + 1):
         labels = ["/".join(path.resolve().with_suffix("" if path.suffix == ".pth" else path.suffix).parts[-parts:])
@@ -131,77 +135,82 @@ def labels_of(paths: list[Path]) -> list[str]:
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
-def measure_served(speaker: HttpSpeaker, report: Report) -> Report | None:
+def measure_remote_model(chat_model: RemoteModel, report: ReportData) -> ReportData | None:
     """The figures of a served model; None where it stops answering, which is noted in the report."""
-    report["settings"] = report["settings"] or speaker.settings_shown()
+    report["settings"] = report["settings"] or chat_model.settings_dict()
     try:
-        return speaker.measure(report["prompts"])
+        return chat_model.measure(report["prompts"])
     except UserError as error:
-        report["failed"][speaker.label] = str(error)
+        report["failed"][chat_model.label] = str(error)
         print(f"  {error}; the report is made without it", flush=True)
         return None
 
 
-def measure(
-    speaker: Speaker, report: Report, texts: dict[str, dict[str, Any]], chats: dict[str, list[list[Message]]]
-) -> Report:
+def measure_model(
+    chat_model: ChatModel, report: ReportData, texts: dict[str, dict[str, Any]], chats: dict[str, list[list[Message]]]
+) -> ReportData:
     """Everything about one model: stage and size, its answers to the prompts of the report, and the figures."""
     prompts: list[dict[str, str]] = report["prompts"]
-    total, active = speaker.model.count_parameters()
-    result: Report = {"path": str(speaker.path), "stage": speaker.stage, "parameters": total, "active": active}
-    result |= {"device": str(speaker.device), "dtype": str(speaker.dtype).removeprefix("torch.")}
-    result |= {"context": speaker.model.config.max_seq_len, "lineage": speaker.lineage}
-    asked = [row["prompt"] for row in prompts]
-    with telling("answers"):
-        answers = speaker.answer_all(asked)
-    result["batch_tokens_per_second"] = speaker.tokens / speaker.seconds
-    result["tokens_per_second"] = talking_speed(speaker, asked)
-    model, tokenizer = speaker.model, speaker.tokenizer
+    total, active = chat_model.model.count_parameters()
+    result: ReportData = {
+        "path": str(chat_model.path),
+        "stage": chat_model.stage,
+        "parameters": total,
+        "active": active,
+    }
+    result |= {"device": str(chat_model.device), "dtype": str(chat_model.dtype).removeprefix("torch.")}
+    result |= {"context": chat_model.model.config.max_seq_len, "lineage": chat_model.lineage}
+    prompt_rows = [row["prompt"] for row in prompts]
+    with timed("answers"):
+        answers = chat_model.generate_answers(prompt_rows)
+    result["batch_tokens_per_second"] = chat_model.tokens / chat_model.seconds
+    result["tokens_per_second"] = single_answer_speed(chat_model, prompt_rows)
+    model, tokenizer = chat_model.model, chat_model.tokenizer
     result |= {"bits_per_byte": {}, "length_loss": {}, "sft_loss": {}, "answer_figures": {}}
-    for name, found in texts.items():
-        with telling(f"bits per byte, {name}"):
-            result["bits_per_byte"][name] = bits_per_byte(model, tokenizer, found["texts"])
-        with telling(f"loss by position, {name}"):
-            result["length_loss"][name] = length_loss(model, tokenizer, found["texts"])
-    for lang, talks in chats.items() if tokenizer.format else ():
-        with telling(f"SFT loss, {lang}"):
-            result["sft_loss"][lang] = sft_loss(model, tokenizer, talks)
+    for name, text_entry in texts.items():
+        with timed(f"bits per byte, {name}"):
+            result["bits_per_byte"][name] = bits_per_byte(model, tokenizer, text_entry["texts"])
+        with timed(f"loss by position, {name}"):
+            result["length_loss"][name] = length_loss(model, tokenizer, text_entry["texts"])
+    for lang, lang_chats in chats.items() if tokenizer.format else ():
+        with timed(f"SFT loss, {lang}"):
+            result["sft_loss"][lang] = sft_loss(model, tokenizer, lang_chats)
     for lang in dict.fromkeys(row["lang"] for row in prompts):
-        said = [answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang]
-        result["answer_figures"][lang] = describe(said)
-    result["answer_figures"]["all"] = describe(answers)
-    safety = speaker.continue_all([(row["prompt"], row["start"]) for row in report["safety"]])
+        lang_answers = [answer for answer, row in zip(answers, prompts, strict=True) if row["lang"] == lang]
+        result["answer_figures"][lang] = repetition_stats(lang_answers)
+    result["answer_figures"]["all"] = repetition_stats(answers)
+    safety = chat_model.continue_answers([(row["prompt"], row["start"]) for row in report["safety"]])
     return {**result, "missing": [], "answers": answers, "safety": safety}
 
 
 @contextlib.contextmanager
-def telling(what: str) -> Iterator[None]:
+def timed(label: str) -> Iterator[None]:
     """Say how long it took."""
     started = time.perf_counter()
     yield
-    print(f"  {what}: {time.perf_counter() - started:.1f} s", flush=True)
+    print(f"  {label}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
-def talking_speed(speaker: Speaker, prompts: list[str]) -> float:
+def single_answer_speed(chat_model: ChatModel, prompts: list[str]) -> float:
     """Tokens a second of one answer at a time, as in a conversation."""
-    tokens, seconds = speaker.tokens, speaker.seconds
+    tokens, seconds = chat_model.tokens, chat_model.seconds
     for prompt in prompts[:SPEED_PROMPTS]:
-        speaker.answer_all([prompt])
-        if speaker.tokens - tokens >= SPEED_TOKENS:
+        chat_model.generate_answers([prompt])
+        if chat_model.tokens - tokens >= SPEED_TOKENS:
             break
-    return (speaker.tokens - tokens) / (speaker.seconds - seconds)
+    return (chat_model.tokens - tokens) / (chat_model.seconds - seconds)
 
 
-def write_pages(report: Report, place: Path) -> None:
+def write_report_files(report: ReportData, json_path: Path) -> None:
     """The json page, and the markdown page beside it."""
-    write_text(place, json.dumps(_finite(report), ensure_ascii=False, indent=1) + "\n")
-    write_text(place.with_suffix(".md"), page(report))
+    write_text(json_path, json.dumps(_replace_non_finite(report), ensure_ascii=False, indent=1) + "\n")
+    write_text(json_path.with_suffix(".md"), format_report(report))
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     """JSON knows no infinity: a model with broken weights has null where its figures would be."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [_replace_non_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

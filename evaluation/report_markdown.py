@@ -6,38 +6,46 @@ Called by report.py, which makes the figures. Read next: ../model/repetition.py,
 
 from typing import Any
 
-from common.markdown import code_span, fenced, plain
+from common.markdown import code_block, code_span, escape_inline
 from evaluation.length_loss import length_section
 
-Report = dict[str, Any]
-Model = dict[str, Any]
-NONE = "–"
-SHARES = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_off": "cut-off answers"}
+_ReportData = dict[str, Any]
+_ModelFigures = dict[str, Any]
+_MISSING = "–"
+_COUNT_ROWS = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_off": "cut-off answers"}
 
 
-def page(report: Report) -> str:
+def format_report(report: _ReportData) -> str:
     """The whole page."""
-    parts = ["# Models side by side", "", _how(report), "", *_figures(report), "", *length_section(report["models"])]
+    parts = [
+        "# Models side by side",
+        "",
+        _settings_line(report),
+        "",
+        *_figure_table(report),
+        "",
+        *length_section(report["models"]),
+    ]
     if report["judge"]:
-        parts += [*_judged(report["judge"]), ""]
+        parts += [*_judge_section(report["judge"]), ""]
     parts += ["## Answers", ""]
     for number, row in enumerate(report["prompts"]):
         kind = f" · {row['lang']}, {row['kind'].replace('_', ' ')}" if row["kind"] else f" · {row['lang']}"
-        parts += [f"### {number + 1}{kind}", "", fenced(row["prompt"]), ""]
+        parts += [f"### {number + 1}{kind}", "", code_block(row["prompt"]), ""]
         for model in report["models"]:
-            parts += _answer(model["label"], model["answers"][number])
-    parts += _safety(report)
+            parts += _answer_lines(model["label"], model["answers"][number])
+    parts += _safety_section(report)
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _answer(label: str, answer: dict[str, Any]) -> list[str]:
+def _answer_lines(label: str, answer: dict[str, Any]) -> list[str]:
     end = {"length": ", cut off", "too_long": ", the prompt does not fit into the context"}
     tokens = "tokens not counted" if answer["tokens"] is None else f"{answer['tokens']} tokens"
-    shown = fenced(answer["answer"]) if answer["answer"] else "*(empty)*"
-    return [f"**{plain(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
+    shown = code_block(answer["answer"]) if answer["answer"] else "*(empty)*"
+    return [f"**{escape_inline(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
 
 
-def _safety(report: Report) -> list[str]:
+def _safety_section(report: _ReportData) -> list[str]:
     """The continuations of harmful agreements; none of the figures counts them."""
     models = [model for model in report["models"] if model["safety"]]
     if not report["safety"] or not models:
@@ -50,16 +58,16 @@ def _safety(report: Report) -> list[str]:
         "",
     ]
     for number, row in enumerate(report["safety"]):
-        parts += [f"### Safety {number + 1} · {row['lang']}", "", fenced(f"{row['prompt']}\n→ {row['start']}"), ""]
+        parts += [f"### Safety {number + 1} · {row['lang']}", "", code_block(f"{row['prompt']}\n→ {row['start']}"), ""]
         for model in models:
-            parts += _answer(model["label"], model["safety"][number])
+            parts += _answer_lines(model["label"], model["safety"][number])
     return parts
 
 
-def _how(report: Report) -> str:
+def _settings_line(report: _ReportData) -> str:
     settings = report["settings"]
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None and name != "system")
-    system = f"System message: {plain(settings['system'])}. " if settings.get("system") else ""
+    system = f"System message: {escape_inline(settings['system'])}. " if settings.get("system") else ""
     return (
         f"{len(report['prompts'])} prompts, the same for every model, each a conversation of its own. {system}"
         f"Drawn with {chosen}. A pretrained model continues the prompt; a model of a chat stage answers it."
@@ -67,40 +75,60 @@ def _how(report: Report) -> str:
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-def _figures(report: Report) -> list[str]:
-    models: list[Model] = report["models"]
+def _figure_table(report: _ReportData) -> list[str]:
+    models: list[_ModelFigures] = report["models"]
     languages = [name for name in models[0]["answer_figures"] if name != "all"]
-    both = " / ".join(languages)
-    lines = [_row("", *(plain(model["label"]) for model in models)), _row("---", *("---:" for _ in models))]
-    lines.append(_row("stage", *(plain(model["stage"]) for model in models)))
-    lines.append(_row("parameters", *map(_size, models)))
+    language_names = " / ".join(languages)
+    lines = [
+        _table_row("", *(escape_inline(model["label"]) for model in models)),
+        _table_row("---", *("---:" for _ in models)),
+    ]
+    lines.append(_table_row("stage", *(escape_inline(model["stage"]) for model in models)))
+    lines.append(_table_row("parameters", *map(_parameter_count, models)))
     for name in report["texts"]:
         found = [model["bits_per_byte"].get(name) for model in models]
-        lines.append(_row(f"bits per byte, {plain(name)}", *(_measured(one, "bits_per_byte") for one in found)))
+        lines.append(
+            _table_row(
+                f"bits per byte, {escape_inline(name)}", *(_figure_with_error(one, "bits_per_byte") for one in found)
+            )
+        )
     for lang in dict.fromkeys(lang for model in models for lang in model["sft_loss"]):
         found = [model["sft_loss"].get(lang) for model in models]
-        lines.append(_row(f"held-out SFT loss, {lang}", *(_measured(one, "loss") for one in found)))
-        bits = (_number(one["bits_per_byte"], 3) if one else NONE for one in found)
-        lines.append(_row(f"… bits per byte of the answers, {lang}", *bits))
+        lines.append(_table_row(f"held-out SFT loss, {lang}", *(_figure_with_error(one, "loss") for one in found)))
+        bits = (_number(one["bits_per_byte"], 3) if one else _MISSING for one in found)
+        lines.append(_table_row(f"… bits per byte of the answers, {lang}", *bits))
     for n in (1, 2, 3):
-        lines.append(_row(f"distinct-{n}, {both}", *(_each(model, languages, f"distinct_{n}") for model in models)))
-    for name, shown in SHARES.items():
-        lines.append(_row(f"{shown}, {both}", *(_shares(model, languages, name) for model in models)))
-    lengths = (_each(model, languages, "mean_length", 1) for model in models)
-    lines.append(_row(f"mean length (characters or words), {both}", *lengths))
+        lines.append(
+            _table_row(
+                f"distinct-{n}, {language_names}",
+                *(_figure_per_language(model, languages, f"distinct_{n}") for model in models),
+            )
+        )
+    for name, shown in _COUNT_ROWS.items():
+        lines.append(
+            _table_row(
+                f"{shown}, {language_names}", *(_counts_per_language(model, languages, name) for model in models)
+            )
+        )
+    lengths = (_figure_per_language(model, languages, "mean_length", 1) for model in models)
+    lines.append(_table_row(f"mean length (characters or words), {language_names}", *lengths))
     speeds = {"tokens_per_second": "one answer at a time", "batch_tokens_per_second": "all answers in one batch"}
     for name, shown in speeds.items():
-        lines.append(_row(f"tokens/s, {shown}", *(_number(model[name], 0) for model in models)))
-    return ["## Figures", "", *lines, "", *_notes(report)]
+        lines.append(_table_row(f"tokens/s, {shown}", *(_number(model[name], 0) for model in models)))
+    return ["## Figures", "", *lines, "", *_figure_notes(report)]
 
 
-def _notes(report: Report) -> list[str]:
+def _figure_notes(report: _ReportData) -> list[str]:
     """What the rows mean, and what is missing and how to get it."""
-    notes = [f"{plain(label)}: left out, it stopped answering: {plain(reason)}."
+    notes = [f"{escape_inline(label)}: left out, it stopped answering: {escape_inline(reason)}."
              for label, reason in report["failed"].items()]  # fmt: skip
-    notes += [f"{plain(model['label'])}: {plain(reason)}." for model in report["models"] for reason in model["missing"]]
+    notes += [
+        f"{escape_inline(model['label'])}: {escape_inline(reason)}."
+        for model in report["models"]
+        for reason in model["missing"]
+    ]
     if report["texts"]:
-        files = ", ".join(f"{plain(name)}: {found['bytes']:,} bytes of {code_span(found['file'])}"
+        files = ", ".join(f"{escape_inline(name)}: {found['bytes']:,} bytes of {code_span(found['file'])}"
                           for name, found in report["texts"].items())  # fmt: skip
         notes.append(
             f"Bits per byte: of text ({files}), the lower the better, comparable between tokenizers; ± one standard "
@@ -119,8 +147,9 @@ def _notes(report: Report) -> list[str]:
         changed = {name: found["changed"] for name, found in model["bits_per_byte"].items() if found["changed"]}
         for name, count in changed.items():
             notes.append(
-                f"{plain(model['label'])}: its tokenizer cannot give back {count} of "
-                f"{model['bits_per_byte'][name]['documents']} documents ({plain(name)}) as they were, so its bits per "
+                f"{escape_inline(model['label'])}: its tokenizer cannot give back {count} of "
+                f"{model['bits_per_byte'][name]['documents']} documents ({escape_inline(name)}) as they were, "
+                "so its bits per "
                 "byte are of another text."
             )
     notes.append(
@@ -130,58 +159,63 @@ def _notes(report: Report) -> list[str]:
     return [f"- {note}" for note in notes]
 
 
-def _size(model: Model) -> str:
+def _parameter_count(model: _ModelFigures) -> str:
     if model["parameters"] is None:
-        return NONE
+        return _MISSING
     shown = f"{model['parameters'] / 1e6:.1f} M"
     return shown + (f" ({model['active'] / 1e6:.1f} M active)" if model["active"] != model["parameters"] else "")
 
 
-def _measured(found: dict[str, Any] | None, name: str) -> str:
+def _figure_with_error(found: dict[str, Any] | None, name: str) -> str:
     """A figure with its standard error."""
     if not found or found[name] is None:
-        return NONE
+        return _MISSING
     return _number(found[name], 3) + (f" ± {found['error']:.3f}" if found["error"] is not None else "")
 
 
 def _number(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
+    return _MISSING if value is None else f"{value:.{digits}f}"
 
 
-def _each(model: Model, languages: list[str], name: str, digits: int = 2) -> str:
+def _figure_per_language(model: _ModelFigures, languages: list[str], name: str, digits: int = 2) -> str:
     return " / ".join(_number(model["answer_figures"][lang][name], digits) for lang in languages)
 
 
-def _shares(model: Model, languages: list[str], name: str) -> str:
+def _counts_per_language(model: _ModelFigures, languages: list[str], name: str) -> str:
     """Counts, because a share of 16 answers looks more certain than it is."""
     figures = [model["answer_figures"][lang] for lang in languages]
     return " / ".join(f"{found[name]} of {found['answers']}" for found in figures)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
-def _judged(judge: dict[str, Any]) -> list[str]:
-    def share(value: float | None) -> str:
-        return NONE if value is None else f"{value:.0%}"
+def _judge_section(judge: dict[str, Any]) -> list[str]:
+    def as_percentage(value: float | None) -> str:
+        return _MISSING if value is None else f"{value:.0%}"
 
-    lines = ["## What the judge says", "", _row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
-    lines.append(_row("---", *["---:"] * 5))
+    lines = ["## What the judge says", "", _table_row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
+    lines.append(_table_row("---", *["---:"] * 5))
     for label, found in judge["models"].items():
         counts = (str(found[name]) for name in ("wins", "ties", "losses"))
         error = f" ± {found['score_error']:.1f}" if found["score_error"] is not None else ""
-        lines.append(_row(plain(label), _number(found["score"], 1) + error, *counts, share(found["points"])))
+        lines.append(
+            _table_row(
+                escape_inline(label), _number(found["score"], 1) + error, *counts, as_percentage(found["points"])
+            )
+        )
     lines += [
         "",
-        f"- Judge: {plain(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
+        f"- Judge: {escape_inline(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
         f"{judge['unreadable']} replies unreadable; its words are in {code_span(judge['verdicts_file'])}. It saw "
         "prompts and answers, no names.",
         "- A win counts when both orders of a pair name the same answer, otherwise it is a tie; points: (wins + half "
         "of the ties) / pairs. ± one standard error.",
-        f"- How far to trust it: both orders agree in {share(judge['agreement'])} of the pairs that it was asked "
-        f"about; of the winners, the first place has {share(judge['first_place_share'])} (50% would be fair).",
+        f"- How far to trust it: both orders agree in {as_percentage(judge['agreement'])} of the pairs "
+        "that it was asked "
+        f"about; of the winners, the first place has {as_percentage(judge['first_place_share'])} (50% would be fair).",
     ]
     return lines
 
 
 # ---- markdown --------------------------------------------------------------------------------------------------------
-def _row(*cells: str) -> str:
+def _table_row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"

@@ -18,45 +18,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.exam_stats import LEVEL, Result, Score
+from evaluation.exam_stats import SIGNIFICANCE_LEVEL, ExamResult, GroupScore
 
 
 @dataclass(frozen=True)
-class Strengths:
+class SubjectStrengths:
     """Subjects that differ, best first; weak ones worst first."""
 
-    strong: list[Score]
-    weak: list[Score]
-    above_guessing: list[Score]
+    strong: list[GroupScore]
+    weak: list[GroupScore]
+    above_guessing: list[GroupScore]
     subjects: int
 
     def to_dict(self) -> dict[str, Any]:
         names = {"strong": self.strong, "weak": self.weak, "above_guessing": self.above_guessing}
-        return {**{key: [one.name for one in scores] for key, scores in names.items()}, "level": LEVEL,
+        return {**{key: [one.name for one in scores] for key, scores in names.items()}, "level": SIGNIFICANCE_LEVEL,
                 "correction": "Holm", "subjects": self.subjects}  # fmt: skip
 
 
-def strengths_of(result: Result) -> Strengths:
+def find_strengths(result: ExamResult) -> SubjectStrengths:
     """Test every subject against the others and against guessing."""
     subjects = result.subjects
     questions = result.total.questions
     rights = [round(subject.correct) for subject in subjects]
-    differs, beats = [1.0] * len(subjects), [subject.p_value for subject in subjects]
+    fisher_p_values, guessing_p_values = [1.0] * len(subjects), [subject.p_value for subject in subjects]
     for i, (subject, right) in enumerate(zip(subjects, rights, strict=True)):
         others = questions - subject.questions
-        differs[i] = fisher(right, subject.questions, sum(rights) - right, others) if others else 1.0
-    above = [one for one, found in zip(subjects, holm(beats), strict=True) if found]
+        fisher_p_values[i] = fisher_p_value(right, subject.questions, sum(rights) - right, others) if others else 1.0
+    above = [one for one, found in zip(subjects, holm_rejections(guessing_p_values), strict=True) if found]
     strong, weak = [], []
-    for subject, right, found in zip(subjects, rights, holm(differs), strict=True):
+    for subject, right, found in zip(subjects, rights, holm_rejections(fisher_p_values), strict=True):
         if found and right * questions < sum(rights) * subject.questions:
             weak.append(subject)
         elif found and subject in above:
             strong.append(subject)
     best_first = lambda scores: sorted(scores, key=lambda one: one.accuracy, reverse=True)
-    return Strengths(best_first(strong), best_first(weak)[::-1], best_first(above), len(subjects))
+    return SubjectStrengths(best_first(strong), best_first(weak)[::-1], best_first(above), len(subjects))
 
 
-def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
+def holm_rejections(p_values: Sequence[float], level: float = SIGNIFICANCE_LEVEL) -> list[bool]:
     """Which hypotheses Holm's step-down method rejects, at a family-wise error rate of `level`."""
     rejected = [False] * len(p_values)
     for left, i in zip(
@@ -68,7 +68,7 @@ def holm(p_values: Sequence[float], level: float = LEVEL) -> list[bool]:
     return rejected
 
 
-def fisher(right: int, questions: int, other_right: int, other_questions: int) -> float:
+def fisher_p_value(right: int, questions: int, other_right: int, other_questions: int) -> float:
     """Two-sided p-value of Fisher's exact test: all tables with the same margins that are at most as probable."""
     total, all_right = questions + other_questions, right + other_right
 
@@ -83,20 +83,20 @@ def fisher(right: int, questions: int, other_right: int, other_questions: int) -
     return min(1.0, math.fsum(math.exp(value) for value in tables if value <= seen))
 
 
-def strengths_sentence(found: Strengths) -> str:
+def strengths_interpretation(found: SubjectStrengths) -> str:
     """Strong and weak subjects with their 95 % intervals, or that there are none; "" for an exam of one subject."""
     if found.subjects < 2:
         return ""
-    tested = f"({found.subjects} subjects tested at once, exact tests, Holm's correction, {LEVEL:.0%})"
+    tested = f"({found.subjects} subjects tested at once, exact tests, Holm's correction, {SIGNIFICANCE_LEVEL:.0%})"
     above = f"{len(found.above_guessing)} of {found.subjects} subjects are above guessing"
     if not found.strong and not found.weak:
         return f"No subject differs from the others; {above} {tested}."
-    parts = [f"{title}: {_listed(scores)}." for title, scores in
+    parts = [f"{title}: {_format_scores(scores)}." for title, scores in
              (("Strong subjects", found.strong), ("Weak subjects", found.weak))]  # fmt: skip
     return f"{' '.join(parts)} They differ from the other subjects; {above} {tested}."
 
 
-def _listed(scores: list[Score]) -> str:
+def _format_scores(scores: list[GroupScore]) -> str:
     """law 95.0% (76.4% to 99.1%)."""
     shown = []
     for one in scores:

@@ -20,13 +20,13 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import write_text
-from evaluation.chat_model import SAMPLING, Speaker
-from evaluation.qa_data import sound
+from evaluation.chat_model import SAMPLING_SETTINGS, ChatModel
+from evaluation.qa_data import require_nonempty_text
 from model.chat_template import Message
-from model.sampling_presets import merge_settings, spell
+from model.sampling_presets import format_settings, merge_settings
 
-HINT = "/help lists the commands, Ctrl-C stops an answer, /exit ends"
-HELP = """/reset              forget the conversation
+COMMAND_HINT = "/help lists the commands, Ctrl-C stops an answer, /exit ends"
+COMMAND_HELP = """/reset              forget the conversation
 /retry              draw the last answer again (with a --seed it is the same: /seed none)
 /save [FILE]        write the conversation to a jsonl file (data_process.py sft reads it)
 /system [TEXT]      put a system message in front; without TEXT take it away
@@ -37,26 +37,26 @@ HELP = """/reset              forget the conversation
 /exit               end"""
 
 
-class Conversation:
+class TerminalChat:
     """What has been said, and how much of it the model is told: the last `history` turns, None for all."""
 
-    def __init__(self, speaker: Speaker, history: int | None = None) -> None:
-        self.speaker, self.history = speaker, history
+    def __init__(self, chat_model: ChatModel, history: int | None = None) -> None:
+        self.chat_model, self.history = chat_model, history
         self.messages: list[Message] = []
 
-    def ask(self, text: str, at_terminal: bool = True) -> None:
+    def send_message(self, text: str, is_interactive: bool = True) -> None:
         """Print the model's answer and remember both. A question that cannot be answered is not remembered.
 
         At the terminal Ctrl-C may stop the answer, and its speed is shown.
         """
-        question: Message = {"role": "user", "content": sound(text, "the question")}
+        question: Message = {"role": "user", "content": require_nonempty_text(text, "the question")}
         past = self.messages if self.history is None else self.messages[max(0, len(self.messages) - 2 * self.history) :]
-        answer = self.speaker.say([*past, question], may_be_stopped=at_terminal)
-        stopped = self.speaker.answers[-1]["finish_reason"] == "stopped"
+        answer = self.chat_model.stream_answer([*past, question], interruptible=is_interactive)
+        stopped = self.chat_model.answers[-1]["finish_reason"] == "stopped"
         if answer or not stopped:
             self.messages += [question, {"role": "assistant", "content": answer}]
-        if at_terminal:
-            tokens, seconds = self.speaker.last
+        if is_interactive:
+            tokens, seconds = self.chat_model.last_timing
             print(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s]", flush=True)
 
     def retry(self) -> None:
@@ -66,7 +66,7 @@ class Conversation:
         *self.messages, question, old = self.messages
         before = len(self.messages)
         try:
-            self.ask(question["content"])
+            self.send_message(question["content"])
         finally:
             if len(self.messages) == before:
                 self.messages += [question, old]
@@ -77,20 +77,20 @@ class Conversation:
             raise UserError("nothing has been said yet")
         if path.exists():
             raise UserError(f"{path} is there already: name another file")
-        if self.speaker.chats:
-            rows: list[dict[str, object]] = [{"messages": self.speaker.system + self.messages}]
+        if self.chat_model.is_chat_model:
+            rows: list[dict[str, object]] = [{"messages": self.chat_model.system + self.messages}]
         else:
-            said = [message["content"] for message in self.messages]
-            rows = [{"text": prompt + more} for prompt, more in zip(said[::2], said[1::2], strict=True)]
+            texts = [message["content"] for message in self.messages]
+            rows = [{"text": prompt + more} for prompt, more in zip(texts[::2], texts[1::2], strict=True)]
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def talk(speaker: Speaker, out_dir: str, history: int | None = None) -> None:
+def run_terminal_chat(chat_model: ChatModel, out_dir: str, history: int | None = None) -> None:
     """Read lines and answer them until /exit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history in input(); Windows has its own
-    conversation = Conversation(speaker, history)
-    print(HINT)
+    chat = TerminalChat(chat_model, history)
+    print(COMMAND_HINT)
     while True:
         try:
             text = input("> ").strip()
@@ -99,59 +99,59 @@ def talk(speaker: Speaker, out_dir: str, history: int | None = None) -> None:
             if text.split()[0] == "/exit":
                 return
             if text.startswith("/"):
-                command(conversation, text, out_dir)
+                run_chat_command(chat, text, out_dir)
             else:
-                conversation.ask(text)
+                chat.send_message(text)
         except UserError as error:
             print(f"[{error}]", flush=True)
         except EOFError:
             return print()
         except KeyboardInterrupt:
-            print("\n" + HINT, flush=True)
+            print("\n" + COMMAND_HINT, flush=True)
 
 
-def command(conversation: Conversation, line: str, out_dir: str) -> None:
+def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
     """Carry out one command and say what has been done. Raises UserError for a value that makes no sense."""
-    speaker = conversation.speaker
+    chat_model = chat.chat_model
     name, _, value = line[1:].partition(" ")
     value = value.strip()
     if name == "reset":
-        conversation.messages = []
-        done = "forgotten"
+        chat.messages = []
+        message = "forgotten"
     elif name == "retry":
-        return conversation.retry()
+        return chat.retry()
     elif name == "save":
         path = Path(value or Path(out_dir) / "talks" / time.strftime("talk-%Y%m%d-%H%M%S.jsonl"))
-        conversation.save(path)
-        done = f"written: {path}"
+        chat.save(path)
+        message = f"written: {path}"
     elif name == "system":
-        speaker.system = [{"role": "system", "content": sound(value, "/system")}] if value else []
-        done = "a system message stands in front" if value else "no system message"
+        chat_model.system = [{"role": "system", "content": require_nonempty_text(value, "/system")}] if value else []
+        message = "a system message stands in front" if value else "no system message"
     elif name == "history":
-        conversation.history = _whole(value) if value else None
-        done = f"remembers {conversation.history} turns" if value else "remembers all turns"
-    elif name in SAMPLING:
-        done = _sampling(speaker, name, value)
+        chat.history = _parse_history(value) if value else None
+        message = f"remembers {chat.history} turns" if value else "remembers all turns"
+    elif name in SAMPLING_SETTINGS:
+        message = _change_sampling(chat_model, name, value)
     else:
-        return print(HELP, flush=True)
-    print(f"[{done}]", flush=True)
+        return print(COMMAND_HELP, flush=True)
+    print(f"[{message}]", flush=True)
 
 
-def _whole(value: str) -> int:
+def _parse_history(value: str) -> int:
     if not value.isdecimal():
         raise UserError(f"/history {value}: a whole number is needed, 0 or more")
     return int(value)
 
 
-def _sampling(speaker: Speaker, name: str, value: str) -> str:
+def _change_sampling(chat_model: ChatModel, name: str, value: str) -> str:
     """Change one number of the settings, or show them all."""
     if value:
-        whole = name in ("top_k", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
-        now = {key: getattr(speaker.settings, key) for key in SAMPLING}
+        is_integer = name in ("top_k", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
+        current = {key: getattr(chat_model.settings, key) for key in SAMPLING_SETTINGS}
         try:
-            number: Any = None if (name, value) == ("seed", "none") else int(value) if whole else float(value)
-            speaker.settings = dataclasses.replace(speaker.settings, **merge_settings({name: number}, now))
+            number: Any = None if (name, value) == ("seed", "none") else int(value) if is_integer else float(value)
+            chat_model.settings = dataclasses.replace(chat_model.settings, **merge_settings({name: number}, current))
         except ValueError as error:
-            reason = str(error) if str(error).startswith(name) else f"{value} is no {'whole ' * whole}number"
+            reason = str(error) if str(error).startswith(name) else f"{value} is no {'whole ' * is_integer}number"
             raise UserError(f"/{name}: {reason.removeprefix(name + ' ')}") from None
-    return spell({name: getattr(speaker.settings, name) for name in SAMPLING})
+    return format_settings({name: getattr(chat_model.settings, name) for name in SAMPLING_SETTINGS})

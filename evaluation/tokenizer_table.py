@@ -16,55 +16,59 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from corpus.language import language_of
+from corpus.language import detect_language
 from corpus.readers import read_texts
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
-LANGUAGES = ("zh", "en")
-HEADS = ("tokenizer", "entries", "chars/token zh", "chars/token en", "bytes/token", "unknown")
-Encode = Callable[[list[str]], list[list[int]]]
+TABLE_LANGUAGES = ("zh", "en")
+TABLE_HEADERS = ("tokenizer", "entries", "chars/token zh", "chars/token en", "bytes/token", "unknown")
+EncodeFunction = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A tokenizer of any kind. `unknown`: the id of the unknown token, -1 where there is none."""
+class LoadedTokenizer:
+    """A tokenizer of any kind. `unknown_id`: the id of the unknown token, -1 where there is none."""
 
     name: str
-    entries: int
-    encode: Encode
-    unknown: int
+    vocab_size: int
+    encode: EncodeFunction
+    unknown_id: int
 
 
 @dataclass(frozen=True)
-class Counted:
+class TokenizerStats:
     """What a tokenizer makes of the texts. `characters_per_token` by language, for those that occur."""
 
     name: str
-    entries: int
+    vocab_size: int
     characters_per_token: dict[str, float]
     bytes_per_token: float
-    unknown: float
+    unknown_fraction: float
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
-def open_tokenizer(path: str | os.PathLike[str]) -> Opened:
+def load_any_tokenizer(path: str | os.PathLike[str]) -> LoadedTokenizer:
     """A folder with tokenizer.json or a SentencePiece model (*.model), or one of these files. Raises UserError."""
-    place = Path(path)
-    if not place.exists():
+    tokenizer_path = Path(path)
+    if not tokenizer_path.exists():
         raise UserError(f"{path}: no such file or folder: name the folder of a tokenizer")
-    files = [place] if place.is_file() else [place / "tokenizer.json", *sorted(place.glob("*.model"))]
+    files = (
+        [tokenizer_path]
+        if tokenizer_path.is_file()
+        else [tokenizer_path / "tokenizer.json", *sorted(tokenizer_path.glob("*.model"))]
+    )
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json or a SentencePiece *.model in it")
     name = os.fspath(path).rstrip("/")
     try:
-        return _sentencepiece(name, file) if file.suffix == ".model" else _tokenizers(name, file)
+        return _load_sentencepiece(name, file) if file.suffix == ".model" else _load_tokenizer_json(name, file)
     except Exception as error:  # both libraries raise plain Exception
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"cannot read the tokenizer {file} ({reason}): damaged or not a tokenizer") from None
 
 
-def _tokenizers(name: str, file: Path) -> Opened:
+def _load_tokenizer_json(name: str, file: Path) -> LoadedTokenizer:
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
@@ -73,31 +77,33 @@ def _tokenizers(name: str, file: Path) -> Opened:
     backend.encode_special_tokens = True  # markers in a text are text
     unknown = getattr(backend.model, "unk_token", None)
     index = backend.token_to_id(unknown) if isinstance(unknown, str) else None
-    encode: Encode = lambda texts: [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    return Opened(name, backend.get_vocab_size(with_added_tokens=True), encode, -1 if index is None else index)
+    encode: EncodeFunction = lambda texts: [
+        found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+    return LoadedTokenizer(name, backend.get_vocab_size(with_added_tokens=True), encode, -1 if index is None else index)
 
 
-def _sentencepiece(name: str, file: Path) -> Opened:
+def _load_sentencepiece(name: str, file: Path) -> LoadedTokenizer:
     from sentencepiece import SentencePieceProcessor
 
     model = SentencePieceProcessor()
     model.LoadFromSerializedProto(file.read_bytes())
-    return Opened(name, model.GetPieceSize(), lambda texts: model.Encode(texts), model.unk_id())
+    return LoadedTokenizer(name, model.GetPieceSize(), lambda texts: model.Encode(texts), model.unk_id())
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
-def read_languages(files: Sequence[str]) -> dict[str, list[str]]:
+def read_texts_by_language(files: Sequence[str]) -> dict[str, list[str]]:
     """The documents of the files by language. Raises UserError."""
-    found: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
-    for document in read_texts(files, DataReport()):
-        found[language_of(document.text)].append(document.text)
+    found: dict[str, list[str]] = {lang: [] for lang in TABLE_LANGUAGES}
+    for document in read_texts(files, DataStats()):
+        found[detect_language(document.text)].append(document.text)
     if not any(found.values()):
         raise UserError(f"{', '.join(files)}: no text in it to compare tokenizers on")
     return found
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-def compare(tokenizers: Iterable[Opened], texts: dict[str, list[str]]) -> list[Counted]:
+def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, list[str]]) -> list[TokenizerStats]:
     """Count every tokenizer on the texts of each language; most bytes per token first."""
     characters = {lang: sum(map(len, documents)) for lang, documents in texts.items() if documents}
     utf8_bytes = sum(len(text.encode()) for documents in texts.values() for text in documents)
@@ -106,20 +112,20 @@ def compare(tokenizers: Iterable[Opened], texts: dict[str, list[str]]) -> list[C
         ids = {lang: one.encode(texts[lang]) for lang in characters}
         tokens = {lang: sum(map(len, found)) for lang, found in ids.items()}
         total = max(sum(tokens.values()), 1)
-        unknown = sum(row.count(one.unknown) for found in ids.values() for row in found)
+        unknown = sum(row.count(one.unknown_id) for found in ids.values() for row in found)
         per_token = {lang: characters[lang] / max(tokens[lang], 1) for lang in characters}
-        counted.append(Counted(one.name, one.entries, per_token, utf8_bytes / total, unknown / total))
+        counted.append(TokenizerStats(one.name, one.vocab_size, per_token, utf8_bytes / total, unknown / total))
     return sorted(counted, key=lambda one: one.bytes_per_token, reverse=True)
 
 
-def cells(one: Counted) -> list[str]:
-    """A row of the table, in the order of HEADS; "–" for a language that the texts do not have."""
-    languages = (one.characters_per_token.get(lang) for lang in LANGUAGES)
+def table_cells(one: TokenizerStats) -> list[str]:
+    """A row of the table, in the order of TABLE_HEADERS; "–" for a language that the texts do not have."""
+    languages = (one.characters_per_token.get(lang) for lang in TABLE_LANGUAGES)
     shown = ("–" if value is None else f"{value:.3f}" for value in languages)
-    return [one.name, f"{one.entries:,}", *shown, f"{one.bytes_per_token:.3f}", f"{one.unknown:.1%}"]
+    return [one.name, f"{one.vocab_size:,}", *shown, f"{one.bytes_per_token:.3f}", f"{one.unknown_fraction:.1%}"]
 
 
-def measured_on(texts: dict[str, list[str]], files: Sequence[str]) -> str:
+def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
     """The counted texts, described in one line."""
     amounts = (f"{sum(map(len, documents)):,} characters of {lang}" for lang, documents in texts.items() if documents)
     source = (
@@ -128,7 +134,16 @@ def measured_on(texts: dict[str, list[str]], files: Sequence[str]) -> str:
     return f"on {' and '.join(amounts)} from {source}"
 
 
-def markdown(rows: list[Counted], about: str) -> str:
+def markdown_table(rows: list[TokenizerStats], measured_texts: str) -> str:
     """The table as a Markdown page."""
-    lines = ["# Tokenizers", "", f"Measured {about}.", "", f"| {' | '.join(HEADS)} |", "|---" + "|---:" * 5 + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cells(row)).replace('_', chr(92) + '_')} |" for row in rows)]) + "\n"
+    lines = [
+        "# Tokenizers",
+        "",
+        f"Measured {measured_texts}.",
+        "",
+        f"| {' | '.join(TABLE_HEADERS)} |",
+        "|---" + "|---:" * 5 + "|",
+    ]
+    return (
+        "\n".join([*lines, *(f"| {' | '.join(table_cells(row)).replace('_', chr(92) + '_')} |" for row in rows)]) + "\n"
+    )

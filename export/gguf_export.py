@@ -27,26 +27,26 @@ from torch import Tensor
 
 from common.errors import UserError
 from export.facts_file import Facts
-from export.gguf_rope import refuse_rope, rope_factors, write_rope
-from export.gguf_tokenizer import pre_tokenizer, write_tokenizer
+from export.gguf_rope import check_rope_supported, llama3_rope_factors, write_rope_scaling
+from export.gguf_tokenizer import pre_tokenizer_name, write_tokenizer
 from export.granite_moe import to_granite
-from export.hf_export import architecture
-from model.chat_template import NamedFormat
-from model.checkpoint import plain_state
+from export.hf_export import hf_architecture
+from model.chat_template import ChatTemplate
+from model.checkpoint import model_state_dict
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-NUMBER_FORMATS = ("f32", "f16", "bf16", "q8_0")
-ARCHITECTURES = {
+QUANTIZATIONS = ("f32", "f16", "bf16", "q8_0")
+GGUF_ARCHITECTURES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
     "granitemoeshared": "granitemoe",
 }
-INTERLEAVED = ("llama", "granitemoe")
-NAMES = {  # of the tensors
+INTERLEAVED_ARCHITECTURES = ("llama", "granitemoe")
+GGUF_TENSOR_NAMES = {  # of the tensors
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -68,7 +68,7 @@ NAMES = {  # of the tensors
 }
 
 
-def gguf_package() -> Any:
+def import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
@@ -76,16 +76,16 @@ def gguf_package() -> Any:
     return gguf
 
 
-def refuse_early(config: ModelConfig, tokenizer: ChatTokenizer) -> None:
+def check_supported(config: ModelConfig, tokenizer: ChatTokenizer) -> None:
     """Raises UserError, before any work, for what `write_gguf` would refuse."""
-    gguf_package()
-    pre_tokenizer(tokenizer)
-    refuse_rope(config, gguf_architecture(config))
+    import_gguf()
+    pre_tokenizer_name(tokenizer)
+    check_rope_supported(config, gguf_architecture(config))
 
 
 def gguf_architecture(config: ModelConfig) -> str:
     """llama.cpp's name for it. Raises UserError where no stock architecture holds the model."""
-    name = ARCHITECTURES[architecture(config)[1]]
+    name = GGUF_ARCHITECTURES[hf_architecture(config)[1]]
     is_wide = config.n_heads * config.head_dim != config.dim
     return "llama" if name == "qwen2" and (is_wide or config.rope_scaling.get("rope_type") == "llama3") else name
 
@@ -109,26 +109,28 @@ def stack_experts(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its GGUF name, fp32."""
-    config, state, target_kind = model.config, plain_state(model), gguf_architecture(model.config)
+    config, state, target_architecture = model.config, model_state_dict(model), gguf_architecture(model.config)
     translate = {"granitemoe": to_granite, "qwen3moe": stack_experts}
-    state = translate[target_kind](state, config) if target_kind in translate else state
+    state = translate[target_architecture](state, config) if target_architecture in translate else state
     if config.rope_scaling.get("rope_type") == "llama3":
-        yield "rope_freqs.weight", rope_factors(config)
+        yield "rope_freqs.weight", llama3_rope_factors(config)
     for full_name, tensor in state.items():
         name, _, kind = full_name.rpartition(".")  # weight or bias
         tensor = tensor.float()
-        found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-        if not found:
-            yield f"{NAMES[name]}.{kind}", tensor
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+        if not match:
+            yield f"{GGUF_TENSOR_NAMES[name]}.{kind}", tensor
             continue
-        layer, part = found.groups()
-        if part in ("self_attn.q_proj", "self_attn.k_proj") and target_kind in INTERLEAVED:
+        layer, part = match.groups()
+        if part in ("self_attn.q_proj", "self_attn.k_proj") and target_architecture in INTERLEAVED_ARCHITECTURES:
             tensor = interleave(tensor, config.n_heads if part == "self_attn.q_proj" else config.n_kv_heads)
-        for target, matrix in [(NAMES[part], tensor)] if part in NAMES else moe_parts(part, tensor):
+        for target, matrix in (
+            [(GGUF_TENSOR_NAMES[part], tensor)] if part in GGUF_TENSOR_NAMES else split_granite_experts(part, tensor)
+        ):
             yield f"blk.{layer}.{target}.{kind}", matrix.contiguous()
 
 
-def moe_parts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+def split_granite_experts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """Granite's stacks as llama.cpp keeps them: gate and up apart."""
     if part == "block_sparse_moe.router.layer":
         return [("ffn_gate_inp", tensor)]
@@ -141,25 +143,25 @@ def moe_parts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
     return [(f"ffn_gate_{kind}", gate), (f"ffn_up_{kind}", up)]
 
 
-def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_format: str, known: Facts) -> None:
+def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str, facts: Facts) -> None:
     """Write the file. Raises UserError for a model or a tokenizer that llama.cpp cannot hold."""
-    gguf = gguf_package()
-    config, pre = model.config, pre_tokenizer(tokenizer)
-    refuse_rope(config, gguf_architecture(config))
+    gguf = import_gguf()
+    config, pre = model.config, pre_tokenizer_name(tokenizer)
+    check_rope_supported(config, gguf_architecture(config))
     writer = gguf.GGUFWriter(path, gguf_architecture(config))
     try:
-        writer.add_name(f"{known['stage']}_{known['size']}")
+        writer.add_name(f"{facts['stage']}_{facts['size']}")
         writer.add_file_type(
-            gguf.LlamaFileType[f"MOSTLY_{number_format.upper()}" if number_format != "f32" else "ALL_F32"]
+            gguf.LlamaFileType[f"MOSTLY_{quantization.upper()}" if quantization != "f32" else "ALL_F32"]
         )
-        write_sizes(writer, config)
-        write_rope(gguf, writer, config)
+        write_hyperparameters(writer, config)
+        write_rope_scaling(gguf, writer, config)
         write_tokenizer(gguf, writer, tokenizer, config, pre)
         for name, tensor in gguf_tensors(model):
-            kind = storage(gguf, name, tensor, number_format)
-            plain = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+            kind = storage_type(gguf, name, tensor, quantization)
+            is_raw = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
             data = gguf.quants.quantize(tensor.numpy(), kind)
-            writer.add_tensor(name, data, raw_dtype=None if plain else kind)
+            writer.add_tensor(name, data, raw_dtype=None if is_raw else kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -167,16 +169,16 @@ def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_
         writer.close()
 
 
-def storage(gguf: Any, name: str, tensor: Tensor, number_format: str) -> Any:
+def storage_type(gguf: Any, name: str, tensor: Tensor, quantization: str) -> Any:
     """How a tensor is kept: norms and routers in fp32, rows that are no multiple of q8_0's 32 numbers in f16."""
     if tensor.dim() < 2 or name.endswith(("ffn_gate_inp.weight", "mlp.gate.weight")):
         return gguf.GGMLQuantizationType.F32
-    if number_format == "q8_0" and tensor.shape[-1] % 32:
+    if quantization == "q8_0" and tensor.shape[-1] % 32:
         return gguf.GGMLQuantizationType.F16
-    return gguf.GGMLQuantizationType[number_format.upper()]
+    return gguf.GGMLQuantizationType[quantization.upper()]
 
 
-def write_sizes(writer: Any, config: ModelConfig) -> None:
+def write_hyperparameters(writer: Any, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
@@ -206,7 +208,7 @@ def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
     """Ollama's Modelfile. Its TEMPLATE is in Go's template language; for a foreign chat template Ollama is left to read
     the one in the file."""
     lines = ["# ollama create NAME -f Modelfile; ollama run NAME", f"FROM ./{file}"]
-    if isinstance(tokenizer.format, NamedFormat):
+    if isinstance(tokenizer.format, ChatTemplate):
         lines.append(f'TEMPLATE """{go_template(tokenizer.format)}"""')
     stops = [*(tokenizer.backend.id_to_token(i) for i in tokenizer.stop_ids), *tokenizer.stop_strings]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
@@ -214,12 +216,12 @@ def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def go_template(chat: NamedFormat) -> str:
+def go_template(chat: ChatTemplate) -> str:
     """The chat format over Ollama's .Messages; what stands before an answer comes last, so each answer is followed."""
     turns = []
-    for role, (before, behind) in chat.turns.items():
-        behind = chat.between if role == "assistant" and chat.between is not None else behind
+    for role, (before, behind) in chat.roles.items():
+        behind = chat.inner_suffix if role == "assistant" and chat.inner_suffix is not None else behind
         turn = f"{before.replace('{role}', '{{ .Role }}')}{{{{ .Content }}}}{behind}"
         turns.append(turn if role == "*" else f'{{{{ if eq .Role "{role}" }}}}{turn}{{{{ end }}}}')
-    before, _ = chat._turn("assistant")
+    before, _ = chat._affixes("assistant")
     return f"{chat.start}{{{{ range .Messages }}}}{''.join(turns)}{{{{ end }}}}{before}"

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from model.config import ModelConfig
-from model.rope import attention_factor, frequencies
+from model.rope import attention_factor, rope_frequencies
 
 
-def refuse_rope(config: ModelConfig, architecture: str) -> None:
+def check_rope_supported(config: ModelConfig, architecture: str) -> None:
     """Raises UserError for a scaling that llama.cpp does not compute."""
     kind, scaling = config.rope_scaling.get("rope_type"), config.rope_scaling
     ramp = (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1), scaling.get("truncate", True))
@@ -36,7 +36,7 @@ def refuse_rope(config: ModelConfig, architecture: str) -> None:
             raise UserError(f"--gguf: llama.cpp does not compute {problem}: leave out --gguf")
 
 
-def write_rope(gguf: Any, writer: Any, config: ModelConfig) -> None:
+def write_rope_scaling(gguf: Any, writer: Any, config: ModelConfig) -> None:
     """The keys of linear and yarn."""
     scaling = config.rope_scaling
     kind = scaling.get("rope_type")
@@ -47,11 +47,11 @@ def write_rope(gguf: Any, writer: Any, config: ModelConfig) -> None:
     if config.trained_len:
         writer.add_rope_scaling_orig_ctx_len(config.trained_len)
     if kind == "yarn":
-        usual = 0.1 * math.log(scaling["factor"]) + 1.0
-        writer.add_rope_scaling_attn_factors(attention_factor(scaling) / usual)
+        default_factor = 0.1 * math.log(scaling["factor"]) + 1.0
+        writer.add_rope_scaling_attn_factors(attention_factor(scaling) / default_factor)
 
 
-def rope_factors(config: ModelConfig) -> Tensor:
+def llama3_rope_factors(config: ModelConfig) -> Tensor:
     """(head_dim / 2,): by how much llama3's scaling slows each pair down."""
-    plain, _ = frequencies(dataclasses.replace(config, rope_scaling={}))
-    return plain / frequencies(config)[0]
+    unscaled, _ = rope_frequencies(dataclasses.replace(config, rope_scaling={}))
+    return unscaled / rope_frequencies(config)[0]

@@ -8,7 +8,7 @@
 llama.cpp joins any two neighbours whose text is a piece, the highest score first, then the leftmost; characters that
 are no piece become bytes. tokenizer.json lists the pairs that may be joined. Both are the same where every pair that
 makes a piece is listed, as the conversion of a SentencePiece model lists them. Trained elsewhere, a tokenizer may lack
-some: `check` cuts all pieces, pairs of them and a chat in both ways, and refuses the first difference. That is a large
+some: `check_sentencepiece` compares all pieces, pairs and a chat, and refuses the first difference. That is a large
 sample, no proof. A control token that a user types stays text here; in llama.cpp only where no two pieces join to it.
 
 Source: llama.cpp's src/llama-vocab.cpp (llm_tokenizer_spm); Kudo and Richardson 2018 (SentencePiece).
@@ -24,17 +24,17 @@ from functools import cached_property
 from typing import Any
 
 from common.errors import UserError
-from export.verify_hf import TEXTS, chat_ids, chat_text
+from export.verify_hf import SAMPLE_TEXTS, sample_chat_ids, sample_chat_text
 from model.tokenizer import ChatTokenizer
 
 SPACE = "▁"
-BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
-PAIRS = 4000  # random pairs of pieces that `check` cuts
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(1, 7)  # gguf.TokenType
+NUM_RANDOM_PAIRS = 4000  # random pairs of pieces that `check_sentencepiece` cuts
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class SentencePieceVocabulary:
     """The tokenizer as stored in the file; the index is the token id."""
 
     pieces: list[str]
@@ -50,7 +50,7 @@ class Vocabulary:
             if i % 2:
                 ids.append(self._ids[part])
             elif part:
-                ids += self._merge((" " if self.add_space_prefix else "") + part)
+                ids += self._merge_pieces((" " if self.add_space_prefix else "") + part)
         return ids
 
     @cached_property
@@ -59,31 +59,31 @@ class Vocabulary:
 
     @cached_property
     def _all_tokens(self) -> re.Pattern[str]:
-        return self._pattern(USER_DEFINED, CONTROL, UNKNOWN)
+        return self._type_pattern(TOKEN_USER_DEFINED, TOKEN_CONTROL, TOKEN_UNKNOWN)
 
     @cached_property
     def _user_defined(self) -> re.Pattern[str]:
-        return self._pattern(USER_DEFINED)
+        return self._type_pattern(TOKEN_USER_DEFINED)
 
-    def _pattern(self, *kinds: int) -> re.Pattern[str]:
+    def _type_pattern(self, *kinds: int) -> re.Pattern[str]:
         """Finds the tokens of these kinds in text, the longest first."""
         found = [piece for piece, kind in zip(self.pieces, self.types, strict=True) if kind in kinds]
         return re.compile("(" + ("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)") + ")")
 
-    def _merge(self, text: str) -> list[int]:
-        known = self._ids
+    def _merge_pieces(self, text: str) -> list[int]:
+        token_ids = self._ids
         symbols = list(text.replace(" ", SPACE))
         following = [*range(1, len(symbols)), -1]
         before = list(range(-1, len(symbols) - 1))
         queue: list[tuple[float, int, int, str]] = []
 
-        def consider(left: int, right: int) -> None:
+        def push_candidate(left: int, right: int) -> None:
             joined = symbols[left] + symbols[right] if left >= 0 <= right else ""
-            if joined in known:
-                heapq.heappush(queue, (-self.scores[known[joined]], left, right, joined))
+            if joined in token_ids:
+                heapq.heappush(queue, (-self.scores[token_ids[joined]], left, right, joined))
 
         for i in range(len(symbols) - 1):
-            consider(i, i + 1)
+            push_candidate(i, i + 1)
         while queue:
             _, left, right, joined = heapq.heappop(queue)
             if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != joined:
@@ -92,12 +92,12 @@ class Vocabulary:
             following[left] = following[right]
             if following[right] >= 0:
                 before[following[right]] = left
-            consider(before[left], left)
-            consider(left, following[left])
+            push_candidate(before[left], left)
+            push_candidate(left, following[left])
         ids: list[int] = []
         for symbol in filter(None, symbols):
-            found = known.get(symbol)
-            ids += [found] if found is not None else [known[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+            found = token_ids.get(symbol)
+            ids += [found] if found is not None else [token_ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
         return ids
 
 
@@ -108,17 +108,17 @@ def is_sentencepiece(tokenizer: ChatTokenizer) -> bool:
     return content["model"].get("type") == "BPE" and SPACE in steps and "ByteLevel" not in steps
 
 
-def vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Vocabulary:
+def build_vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> SentencePieceVocabulary:
     """The tokenizer for llama.cpp, not checked. Raises UserError for a step of it that llama.cpp does not have."""
     content = json.loads(tokenizer.files["tokenizer.json"])
     model = content["model"]
-    prefix = space_prefix(content)
+    prefix = has_space_prefix(content)
     ids: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
-    if not model.get("byte_fallback") or not BYTES.keys() <= ids.keys():
-        refuse("llama.cpp spells unknown characters in bytes, and it has no byte fallback")
+    if not model.get("byte_fallback") or not BYTE_PIECES.keys() <= ids.keys():
+        raise_unsupported("llama.cpp spells unknown characters in bytes, and it has no byte fallback")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    if any(part in BYTES for merge in merges for part in merge):
-        refuse("llama.cpp never merges bytes of unknown characters, and it does")
+    if any(part in BYTE_PIECES for merge in merges for part in merge):
+        raise_unsupported("llama.cpp never merges bytes of unknown characters, and it does")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
@@ -128,14 +128,14 @@ def vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> Vocabulary:
     added = tokenizer.backend.get_added_tokens_decoder()
     types = []
     for i, piece in enumerate(pieces):
-        kind = NORMAL if i in names else UNUSED
+        kind = TOKEN_NORMAL if i in names else TOKEN_UNUSED
         if i in added:
-            kind = CONTROL if added[i].special else USER_DEFINED
-        types.append(BYTE if piece in BYTES else UNKNOWN if piece == model.get("unk_token") else kind)
-    return Vocabulary(pieces, scores, types, prefix)
+            kind = TOKEN_CONTROL if added[i].special else TOKEN_USER_DEFINED
+        types.append(TOKEN_BYTE if piece in BYTE_PIECES else TOKEN_UNKNOWN if piece == model.get("unk_token") else kind)
+    return SentencePieceVocabulary(pieces, scores, types, prefix)
 
 
-def space_prefix(content: dict[str, Any]) -> bool:
+def has_space_prefix(content: dict[str, Any]) -> bool:
     """Is a ▁ put in front of text? Raises UserError for a step before the merges that llama.cpp does not have."""
     normalizer, cut = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
@@ -148,9 +148,9 @@ def space_prefix(content: dict[str, Any]) -> bool:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             prepends = prepends or scheme != "never"
             if step.get("split", True) and any(SPACE in piece[1:] for piece in content["model"]["vocab"]):
-                refuse("llama.cpp merges across words, and it does not")
+                raise_unsupported("llama.cpp merges across words, and it does not")
         elif not (kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE):
-            refuse(f"llama.cpp has no {kind} before the merges")
+            raise_unsupported(f"llama.cpp has no {kind} before the merges")
     return prepends
 
 
@@ -163,34 +163,40 @@ def metaspace_scheme(tokenizer: ChatTokenizer) -> str:
     return ""
 
 
-def caveat(tokenizer: ChatTokenizer) -> str:
+def tokenizer_caveat(tokenizer: ChatTokenizer) -> str:
     """A note about text that llama.cpp tokenizes differently, or ""."""
     if is_sentencepiece(tokenizer) and metaspace_scheme(tokenizer) in ("always", "first"):
         return "; text that begins with a space has one ▁ more in llama.cpp"
     return ""
 
 
-def check(tokenizer: ChatTokenizer) -> None:
+def check_sentencepiece(tokenizer: ChatTokenizer) -> None:
     """Raises UserError with the reason where the tokenizer does not fit, or the first text that is cut differently."""
-    made = vocabulary(tokenizer, tokenizer.vocab_size)
-    plain = [piece for piece, kind in zip(made.pieces, made.types, strict=True) if kind == NORMAL]
-    draw = random.Random(0)
-    texts = [*TEXTS, *plain, *("".join(draw.choices(plain, k=2)) for _ in range(PAIRS if plain else 0))]
+    vocab = build_vocabulary(tokenizer, tokenizer.vocab_size)
+    normal_pieces = [piece for piece, kind in zip(vocab.pieces, vocab.types, strict=True) if kind == TOKEN_NORMAL]
+    rng = random.Random(0)
+    texts = [
+        *SAMPLE_TEXTS,
+        *normal_pieces,
+        *("".join(rng.choices(normal_pieces, k=2)) for _ in range(NUM_RANDOM_PAIRS if normal_pieces else 0)),
+    ]
     texts = [text.replace(SPACE, " ") for text in texts]
-    if caveat(tokenizer):
+    if tokenizer_caveat(tokenizer):
         texts = [text.lstrip(" ") for text in texts]
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if made.encode(text) != ids:
-            refuse(f"llama.cpp, which joins any two neighbours that make a piece, cuts {text[:40]!r} differently")
-    chat = chat_ids(tokenizer)
-    if chat and made.encode(chat_text(tokenizer), parse_special=True) != chat:
+        if vocab.encode(text) != ids:
+            raise_unsupported(
+                f"llama.cpp, which joins any two neighbours that make a piece, cuts {text[:40]!r} differently"
+            )
+    chat = sample_chat_ids(tokenizer)
+    if chat and vocab.encode(sample_chat_text(tokenizer), parse_special=True) != chat:
         prefixed = metaspace_scheme(tokenizer) == "first"
-        refuse(
+        raise_unsupported(
             "llama.cpp puts a ▁ behind each control token of a chat, it only in front of a text"
             if prefixed
             else "llama.cpp cuts a rendered chat differently"
         )
 
 
-def refuse(reason: str) -> None:
+def raise_unsupported(reason: str) -> None:
     raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}: leave out --gguf")

@@ -16,30 +16,30 @@ import unicodedata
 from typing import Any
 
 from common.errors import UserError
-from corpus.tokenizer_training import token_bytes
-from export.gguf_sentencepiece import UNKNOWN, check, is_sentencepiece, vocabulary
+from corpus.tokenizer_training import vocab_bytes
+from export.gguf_sentencepiece import TOKEN_UNKNOWN, build_vocabulary, check_sentencepiece, is_sentencepiece
 from export.hf_export import bos_id
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 
 # How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_MARKS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-OUR_CUT = r"\n|\p{N}|<|[^\n\p{N}<]+"
-SENTENCEPIECE = "default"  # llama.cpp's name where nothing cuts text before the merges
-CUTS = {
-    OUR_CUT: "superbpe",
-    _WORDS + r"\p{N}" + _MARKS: "qwen2",
-    _WORDS + r"\p{N}{1,3}" + _MARKS: "llama-bpe",
+_WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_PUNCTUATION_PATTERN = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+OWN_PATTERN = r"\n|\p{N}|<|[^\n\p{N}<]+"
+SENTENCEPIECE_PRE_TOKENIZER = "default"  # llama.cpp's name where nothing cuts text before the merges
+PRE_TOKENIZERS = {
+    OWN_PATTERN: "superbpe",
+    _WORD_PATTERN + r"\p{N}" + _PUNCTUATION_PATTERN: "qwen2",
+    _WORD_PATTERN + r"\p{N}{1,3}" + _PUNCTUATION_PATTERN: "llama-bpe",
     "": "gpt-2",  # ByteLevel's own pattern
 }
 
 
-def pre_tokenizer(tokenizer: ChatTokenizer) -> str:
+def pre_tokenizer_name(tokenizer: ChatTokenizer) -> str:
     """llama.cpp's name for how this tokenizer cuts text. Raises UserError where there is none, or it would not fit."""
     if is_sentencepiece(tokenizer):
-        check(tokenizer)
-        return SENTENCEPIECE
+        check_sentencepiece(tokenizer)
+        return SENTENCEPIECE_PRE_TOKENIZER
     content = json.loads(tokenizer.files["tokenizer.json"])
     kind, cut = content["model"].get("type"), content.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", [cut])
@@ -54,23 +54,23 @@ def pre_tokenizer(tokenizer: ChatTokenizer) -> str:
         raise UserError(f"--gguf: a {kind} tokenizer of this kind fits no GGUF ({hint}): byte-level BPE does")
     patterns = [step.get("pattern", {}).get("Regex", "?") for step in steps[:-1]]
     pattern = patterns[0] if len(patterns) == 1 else "?" if patterns or not steps[-1].get("use_regex", True) else ""
-    if pattern not in CUTS:
+    if pattern not in PRE_TOKENIZERS:
         raise UserError(
             f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]}): "
             "leave out --gguf"
         )
-    if pattern == OUR_CUT and (bad := crossing_piece(tokenizer)):
+    if pattern == OWN_PATTERN and (bad := piece_across_cut(tokenizer)):
         raise UserError(
             f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<', and llama.cpp would use it: "
             "leave out --gguf"
         )
-    return CUTS[pattern]
+    return PRE_TOKENIZERS[pattern]
 
 
-def crossing_piece(tokenizer: ChatTokenizer) -> str:
+def piece_across_cut(tokenizer: ChatTokenizer) -> str:
     """A piece of the vocabulary that our own pre-tokenizer would never produce, or ""."""
     special = tokenizer.special_ids
-    for index, raw in enumerate(token_bytes(tokenizer.backend)):
+    for index, raw in enumerate(vocab_bytes(tokenizer.backend)):
         piece = raw.decode("utf-8", "replace")
         cut = any(character in "\n<" or unicodedata.category(character).startswith("N") for character in piece)
         if cut and len(piece) > 1 and index not in special:
@@ -80,23 +80,23 @@ def crossing_piece(tokenizer: ChatTokenizer) -> str:
 
 def write_tokenizer(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig, pre: str) -> None:
     """Pieces, merges, special tokens and the chat template."""
-    if pre == SENTENCEPIECE:
-        add_sentencepiece(writer, tokenizer, config)
+    if pre == SENTENCEPIECE_PRE_TOKENIZER:
+        write_sentencepiece(writer, tokenizer, config)
     else:
-        add_byte_level(gguf, writer, tokenizer, config)
+        write_byte_level_bpe(gguf, writer, tokenizer, config)
     writer.add_tokenizer_pre(pre)
     bos = bos_id(tokenizer)
     writer.add_bos_token_id(tokenizer.eos_id if bos is None else bos)  # llama.cpp's default is token 11
     writer.add_eos_token_id(tokenizer.eos_id)
-    if tokenizer.close_id != tokenizer.eos_id:
-        writer.add_eot_token_id(tokenizer.close_id)
+    if tokenizer.end_of_turn_id != tokenizer.eos_id:
+        writer.add_eot_token_id(tokenizer.end_of_turn_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    writer.add_add_bos_token(bos is not None and tokenizer.encode_start("a")[:1] == [bos])
+    writer.add_add_bos_token(bos is not None and tokenizer.encode_document("a")[:1] == [bos])
     if tokenizer.format:
         writer.add_chat_template(tokenizer.format.template)
 
 
-def add_byte_level(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
+def write_byte_level_bpe(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
     names: dict[int, str] = {i: piece for piece, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     added = tokenizer.backend.get_added_tokens_decoder()
     kinds = {i: gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED for i, token in added.items()}
@@ -110,12 +110,12 @@ def add_byte_level(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: Mod
     writer.add_add_space_prefix(False)
 
 
-def add_sentencepiece(writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
-    made = vocabulary(tokenizer, config.vocab_size)
+def write_sentencepiece(writer: Any, tokenizer: ChatTokenizer, config: ModelConfig) -> None:
+    vocab = build_vocabulary(tokenizer, config.vocab_size)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(made.pieces)
-    writer.add_token_scores(made.scores)
-    writer.add_token_types(made.types)
-    writer.add_add_space_prefix(made.add_space_prefix)
-    if UNKNOWN in made.types:
-        writer.add_unk_token_id(made.types.index(UNKNOWN))
+    writer.add_token_list(vocab.pieces)
+    writer.add_token_scores(vocab.scores)
+    writer.add_token_types(vocab.types)
+    writer.add_add_space_prefix(vocab.add_space_prefix)
+    if TOKEN_UNKNOWN in vocab.types:
+        writer.add_unk_token_id(vocab.types.index(TOKEN_UNKNOWN))

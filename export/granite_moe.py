@@ -21,7 +21,7 @@ from torch import Tensor
 from model.config import ModelConfig
 
 MODEL_TYPE = "granitemoeshared"
-State = dict[str, Tensor]
+_StateDict = dict[str, Tensor]
 _ROUTER, _IN, _OUT, _SHARED_IN, _SHARED_OUT = (
     "block_sparse_moe.router.layer.weight",
     "block_sparse_moe.input_linear.weight",
@@ -38,11 +38,11 @@ def granite_settings(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": config.n_active_experts,
         "shared_intermediate_size": config.n_shared_experts * config.hidden_dim,
         "router_aux_loss_coef": config.balance_loss_coef,
-        **multipliers(config.head_dim),
+        **granite_multipliers(config.head_dim),
     }
 
 
-def multipliers(head_dim: int) -> dict[str, float]:
+def granite_multipliers(head_dim: int) -> dict[str, float]:
     """Granite's own factors, at the values with which it computes what a plain decoder computes."""
     return {
         "attention_multiplier": head_dim**-0.5,
@@ -52,7 +52,7 @@ def multipliers(head_dim: int) -> dict[str, float]:
     }
 
 
-def to_granite(state: State, config: ModelConfig) -> State:
+def to_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
     """Our tensors under Granite's names. Attention, norms and embeddings are called the same on both sides."""
     theirs = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
     for layer in range(config.n_layers):
@@ -74,7 +74,7 @@ def to_granite(state: State, config: ModelConfig) -> State:
     return theirs
 
 
-def from_granite(state: State, config: ModelConfig) -> State:
+def from_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
     """The way back. A tensor that is missing or of another shape is left as it is: load_state will name it."""
     ours = dict(state)
     width, shared = config.hidden_dim, config.n_shared_experts
@@ -91,11 +91,14 @@ def from_granite(state: State, config: ModelConfig) -> State:
             tensor = ours.get(prefix + name)
             if tensor is not None and tuple(tensor.shape) == shape:
                 del ours[prefix + name]
-                ours |= {f"{prefix}mlp.{part}": matrix.contiguous() for part, matrix in _parts(name, tensor, config)}
+                ours |= {
+                    f"{prefix}mlp.{part}": matrix.contiguous()
+                    for part, matrix in _split_granite_tensor(name, tensor, config)
+                }
     return ours
 
 
-def _parts(name: str, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
+def _split_granite_tensor(name: str, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
     """The matrices that one of Granite's tensors is made of, under our names."""
     routed, shared = config.n_routed_experts, config.n_shared_experts
     if name == _ROUTER:

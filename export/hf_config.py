@@ -18,11 +18,11 @@ from typing import Any
 
 from common.errors import UserError
 from export.granite_moe import MODEL_TYPE as GRANITE
-from export.granite_moe import multipliers
-from model.config import ROPE_KEYS, ModelConfig, wrong_scaling
+from export.granite_moe import granite_multipliers
+from model.config import ROPE_KEYS, ModelConfig, rope_scaling_problem
 
 QWEN3_MOE = "qwen3_moe"
-KINDS: dict[str, dict[str, bool]] = {  # model_type -> its differences from a plain decoder
+MODEL_TYPES: dict[str, dict[str, bool]] = {  # model_type -> its differences from a plain decoder
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
@@ -33,25 +33,27 @@ KINDS: dict[str, dict[str, bool]] = {  # model_type -> its differences from a pl
 MISTRAL_WINDOW, QWEN3_HEAD_DIM = 4096, 128  # defaults of transformers for keys that config.json lacks
 
 Settings = dict[str, Any]
-Number = Callable[..., Any]
+NumberReader = Callable[..., Any]
 
 
-def model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
+def convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
     """The ModelConfig of a transformers config. Raises UserError for every property that this model does not have."""
     try:
-        return _model_config(folder, settings, tied)
+        return _convert_hf_config(folder, settings, tied)
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{folder}/config.json: {(str(error).splitlines() or ['?'])[0][:300]}") from None
 
 
-def _model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
+def _convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
     kind = settings.get("model_type")
-    for name, refused in unsupported(settings).items():
-        if refused:
-            known = f"one of type {', '.join(KINDS)}" if name.startswith("model_type") else "a model without it"
-            raise UserError(f"{folder}/config.json: not supported: {name}; choose {known}")
+    for name, is_present in unsupported_features(settings).items():
+        if is_present:
+            alternative = (
+                f"one of type {', '.join(MODEL_TYPES)}" if name.startswith("model_type") else "a model without it"
+            )
+            raise UserError(f"{folder}/config.json: not supported: {name}; choose {alternative}")
 
-    def number(name: str, default: Any = None, kinds: Any = int) -> Any:
+    def read_number(name: str, default: Any = None, kinds: Any = int) -> Any:
         value = settings.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
@@ -59,32 +61,34 @@ def _model_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
             raise UserError(f"{folder}/config.json: {name} must be a positive {what}, not {value!r}")
         return value
 
-    dim, heads = number("hidden_size"), number("num_attention_heads")
-    scaling, length = rope_scaling(settings, number("max_position_embeddings", 2048))
+    dim, heads = read_number("hidden_size"), read_number("num_attention_heads")
+    scaling, length = convert_rope_scaling(settings, read_number("max_position_embeddings", 2048))
     return ModelConfig(
-        vocab_size=number("vocab_size"),
+        vocab_size=read_number("vocab_size"),
         dim=dim,
-        n_layers=number("num_hidden_layers"),
+        n_layers=read_number("num_hidden_layers"),
         n_heads=heads,
-        n_kv_heads=number("num_key_value_heads", heads),
-        head_dim=head_dim(settings) or dim // heads,
-        hidden_dim=number("moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
+        n_kv_heads=read_number("num_key_value_heads", heads),
+        head_dim=explicit_head_dim(settings) or dim // heads,
+        hidden_dim=read_number("moe_intermediate_size" if kind == QWEN3_MOE else "intermediate_size"),
         max_seq_len=length,
-        rope_theta=float(rope_settings(settings).get("rope_theta") or number("rope_theta", 10_000.0, (int, float))),
+        rope_theta=float(
+            read_rope_settings(settings).get("rope_theta") or read_number("rope_theta", 10_000.0, (int, float))
+        ),
         rope_scaling=scaling,
-        norm_eps=float(number("rms_norm_eps", 1e-6, (int, float))),
+        norm_eps=float(read_number("rms_norm_eps", 1e-6, (int, float))),
         tie_embeddings=tied,
-        **KINDS[str(kind)],
-        **experts(folder, settings, number),
+        **MODEL_TYPES[str(kind)],
+        **moe_fields(folder, settings, read_number),
     )
 
 
-def unsupported(settings: Settings) -> dict[str, Any]:
+def unsupported_features(settings: Settings) -> dict[str, Any]:
     """Properties that this decoder does not compute, by name -> whether the folder has them."""
-    kind, rope, rope_type = settings.get("model_type"), rope_settings(settings), rope_kind(settings)
+    kind, rope, rope_type = settings.get("model_type"), read_rope_settings(settings), read_rope_type(settings)
     rotary = settings.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1
     return {
-        f"model_type {kind!r}": kind not in KINDS,
+        f"model_type {kind!r}": kind not in MODEL_TYPES,
         f"hidden_act {settings.get('hidden_act')!r}": settings.get("hidden_act", "silu") != "silu",
         "attention_bias (o_proj has a bias too)": settings.get("attention_bias") and kind != "qwen2",
         "mlp_bias": settings.get("mlp_bias"),
@@ -93,8 +97,8 @@ def unsupported(settings: Settings) -> dict[str, Any]:
         "a partial rotary factor": rotary != 1,
         "a sliding window": has_sliding_window(settings),
         "quantised weights": settings.get("quantization_config"),
-        **unusual_multipliers(settings),
-        **unusual_experts(settings),
+        **unsupported_multipliers(settings),
+        **unsupported_expert_settings(settings),
     }
 
 
@@ -106,12 +110,12 @@ def has_sliding_window(settings: Settings) -> bool:
     if kind == "mistral":
         window = settings.get("sliding_window", MISTRAL_WINDOW)
         length = settings.get("max_position_embeddings") or math.inf
-        longer = rope_kind(settings) in ("dynamic", "yarn")  # reads more than max_position_embeddings
+        longer = read_rope_type(settings) in ("dynamic", "yarn")  # reads more than max_position_embeddings
         return window is not None and (longer or not window >= length)
     return kind == "llama" and bool(window)
 
 
-def head_dim(settings: Settings) -> int:
+def explicit_head_dim(settings: Settings) -> int:
     """The width of a head, 0 where config.json leaves it to hidden_size / num_attention_heads."""
     width = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
     if not isinstance(width, int):
@@ -120,7 +124,7 @@ def head_dim(settings: Settings) -> int:
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------
-def rope_settings(settings: Settings) -> Settings:
+def read_rope_settings(settings: Settings) -> Settings:
     """The dict that describes RoPE, {} where there is none."""
     for name in ("rope_scaling", "rope_parameters"):
         if found := settings.get(name):
@@ -128,18 +132,18 @@ def rope_settings(settings: Settings) -> Settings:
     return {}
 
 
-def rope_kind(settings: Settings) -> Any:
-    rope = rope_settings(settings)
+def read_rope_type(settings: Settings) -> Any:
+    rope = read_rope_settings(settings)
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-def rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
+def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
     """(ModelConfig.rope_scaling, max_seq_len) for a folder with max_position_embeddings `length`.
 
     dynamic and yarn read more than that: in dynamic it is the length before scaling, in yarn it may be. Raises
     ValueError for a scaling with wrong values.
     """
-    kind, rope = rope_kind(settings), rope_settings(settings)
+    kind, rope = read_rope_type(settings), read_rope_settings(settings)
     if kind == "default":
         return {}, length
     scaling = {"rope_type": kind} | {name: rope[name] for name in set().union(*ROPE_KEYS[kind]) if name in rope}
@@ -152,7 +156,7 @@ def rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
         scaling.setdefault("original_max_position_embeddings", length)
     if kind == "yarn" and "factor" not in scaling:
         scaling["factor"] = length / scaling["original_max_position_embeddings"]
-    if problem := wrong_scaling(scaling):
+    if problem := rope_scaling_problem(scaling):
         raise ValueError(problem)
     if kind in ("dynamic", "yarn"):
         length = max(length, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
@@ -160,27 +164,27 @@ def rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
-def experts(folder: Path, settings: Settings, number: Number) -> dict[str, Any]:
+def moe_fields(folder: Path, settings: Settings, read_number: NumberReader) -> dict[str, Any]:
     """The fields of a mixture of experts; {} for a dense model."""
     kind = settings.get("model_type")
     if kind == GRANITE:
-        routed, shared = number("num_local_experts"), granite_shared(folder, settings, number)
+        routed, shared = read_number("num_local_experts"), num_granite_shared_experts(folder, settings, read_number)
     elif kind == QWEN3_MOE:
-        routed, shared = number("num_experts", settings.get("num_local_experts")), 0
+        routed, shared = read_number("num_experts", settings.get("num_local_experts")), 0
     else:
         return {}
     return {
         "use_moe": True,
         "n_shared_experts": shared,
         "n_routed_experts": routed,
-        "n_active_experts": number("num_experts_per_tok"),
+        "n_active_experts": read_number("num_experts_per_tok"),
         "balance_loss_coef": float(settings.get("router_aux_loss_coef") or 0.0),
     }
 
 
-def granite_shared(folder: Path, settings: Settings, number: Number) -> int:
+def num_granite_shared_experts(folder: Path, settings: Settings, read_number: NumberReader) -> int:
     """How many of our shared experts equal GraniteMoeShared's one shared feed-forward: its width / theirs."""
-    width, shared = number("intermediate_size"), settings.get("shared_intermediate_size", 0)
+    width, shared = read_number("intermediate_size"), settings.get("shared_intermediate_size", 0)
     if not isinstance(shared, int) or shared < 0 or shared % width:
         raise UserError(
             f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: a multiple of "
@@ -189,7 +193,7 @@ def granite_shared(folder: Path, settings: Settings, number: Number) -> int:
     return shared // width
 
 
-def unusual_experts(settings: Settings) -> dict[str, Any]:
+def unsupported_expert_settings(settings: Settings) -> dict[str, Any]:
     """Properties of Qwen3-MoE that our experts do not have, by name."""
     if settings.get("model_type") != QWEN3_MOE:
         return {}
@@ -200,20 +204,20 @@ def unusual_experts(settings: Settings) -> dict[str, Any]:
     }
 
 
-def unusual_multipliers(settings: Settings) -> dict[str, Any]:
+def unsupported_multipliers(settings: Settings) -> dict[str, Any]:
     """Granite's multipliers whose values differ from a plain decoder's, by name."""
     heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
     if settings.get("model_type") != GRANITE or not (
         isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim
     ):
         return {}
-    width, plain = head_dim(settings), multipliers(dim // heads)
-    given = {name: settings.get(name, 1.0) for name in plain}
+    width, neutral = explicit_head_dim(settings), granite_multipliers(dim // heads)
+    given = {name: settings.get(name, 1.0) for name in neutral}
     return {
         f"head_dim {width} (of {GRANITE} only hidden_size / num_attention_heads)": width not in (0, dim // heads),
-        **{f"{name} {value!r}": not same(value, plain[name]) for name, value in given.items()},
+        **{f"{name} {value!r}": not is_close_to(value, neutral[name]) for name, value in given.items()},
     }
 
 
-def same(value: Any, wanted: float) -> bool:
+def is_close_to(value: Any, wanted: float) -> bool:
     return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-6)

@@ -27,19 +27,19 @@ from torch import Tensor
 from common.errors import UserError
 from export.granite_moe import granite_settings, to_granite
 from export.hf_config import GRANITE, QWEN3_MOE
-from model.checkpoint import plain_state
+from model.checkpoint import model_state_dict
 from model.config import ModelConfig
 from model.rope import attention_factor
 from model.tokenizer import ChatTokenizer
 from model.tokenizer_files import read_settings
 from model.transformer import Transformer
 
-ANSWER_TOKENS = 256  # how long a stock program lets an answer get, when the model reads more than that
+DEFAULT_MAX_NEW_TOKENS = 256  # how long a stock program lets an answer get, when the model reads more than that
 
 
-def architecture(config: ModelConfig) -> tuple[str, str]:
+def hf_architecture(config: ModelConfig) -> tuple[str, str]:
     """(class, model_type) of the stock architecture that computes the same. Raises UserError where none does."""
-    square = config.n_heads * config.head_dim == config.dim
+    has_default_head_dim = config.n_heads * config.head_dim == config.dim
     for problem, wrong in {
         "qkv_bias together with qk_norm": config.qkv_bias and config.qk_norm,
         "a mixture of experts with qkv_bias": config.qkv_bias and config.use_moe,
@@ -48,7 +48,7 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
         and config.n_shared_experts > 0,
         "a mixture of experts without qk_norm, with a head_dim that is not dim / n_heads": config.use_moe
         and not config.qk_norm
-        and not square,
+        and not has_default_head_dim,
     }.items():
         if wrong:
             raise UserError(f"{problem} fits no stock architecture: train it without one of the two")
@@ -59,15 +59,15 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
     return ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
 
 
-def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dtype) -> dict[str, Any]:
+def make_hf_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json, for transformers 4 and 5 alike."""
-    name, model_type = architecture(config)
-    number_format = str(dtype).removeprefix("torch.")
-    own: dict[str, dict[str, Any]] = {
+    name, model_type = hf_architecture(config)
+    dtype_name = str(dtype).removeprefix("torch.")
+    extra_settings: dict[str, dict[str, Any]] = {
         "llama": {"mlp_bias": False},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False},
-        QWEN3_MOE: {"use_sliding_window": False, **qwen3_moe_settings(config)},
+        QWEN3_MOE: {"use_sliding_window": False, **qwen3_moe_config_keys(config)},
         GRANITE: granite_settings(config),
     }
     settings = {
@@ -82,7 +82,7 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 rope_parameters
-        **rope_settings(config),
+        **rope_config_keys(config),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -90,18 +90,18 @@ def folder_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dt
         "initializer_range": 0.02,
         "use_cache": True,
         "bos_token_id": bos_id(tokenizer),
-        "eos_token_id": tokenizer.close_id,
+        "eos_token_id": tokenizer.end_of_turn_id,
         "pad_token_id": tokenizer.pad_id,
-        "torch_dtype": number_format,  # transformers 4 reads this one, 5 the next
-        "dtype": number_format,
-        **own[model_type],
+        "torch_dtype": dtype_name,  # transformers 4 reads this one, 5 the next
+        "dtype": dtype_name,
+        **extra_settings[model_type],
     }
     if model_type == "qwen2":  # its config has no key for biases
         del settings["attention_bias"]
     return settings
 
 
-def rope_settings(config: ModelConfig) -> dict[str, Any]:
+def rope_config_keys(config: ModelConfig) -> dict[str, Any]:
     """max_position_embeddings, and RoPE in the spelling of transformers 5, with scaling also in that of 4."""
     scaling, length = dict(config.rope_scaling), config.max_seq_len
     kind, original = scaling.get("rope_type"), scaling.get("original_max_position_embeddings", 0)
@@ -119,7 +119,7 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def qwen3_moe_settings(config: ModelConfig) -> dict[str, Any]:
+def qwen3_moe_config_keys(config: ModelConfig) -> dict[str, Any]:
     """The keys of a Qwen3-MoE's config.json for its experts."""
     return {
         "moe_intermediate_size": config.hidden_dim,
@@ -139,49 +139,49 @@ def bos_id(tokenizer: ChatTokenizer) -> int | None:
     return tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
 
 
-def generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
+def make_generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """How stock programs draw an answer, and which tokens end it. What a foreign parent said of drawing stays."""
-    usual = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    usual["max_new_tokens"] = min(ANSWER_TOKENS, config.max_seq_len // 2)
-    said = read_settings(tokenizer.files, "generation_config.json") or usual
+    defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    defaults["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, config.max_seq_len // 2)
+    settings = read_settings(tokenizer.files, "generation_config.json") or defaults
     return {
-        **said,
+        **settings,
         "bos_token_id": bos_id(tokenizer),
         "eos_token_id": tokenizer.stop_ids,
         "pad_token_id": tokenizer.pad_id,
     }
 
 
-def folder_state(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+def hf_state_dict(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a folder under stock names, in `dtype`; tied output weights once."""
-    state = plain_state(model)
-    if architecture(model.config)[1] == GRANITE:
+    state = model_state_dict(model)
+    if hf_architecture(model.config)[1] == GRANITE:
         state = to_granite(state, model.config)
     return {name: tensor.to(dtype).contiguous() for name, tensor in state.items()}
 
 
-def write_folder(
+def write_hf_folder(
     folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
     """Write all that stock transformers needs into an existing folder; model.safetensors is split above a size."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    settings = folder_config(model.config, tokenizer, dtype)
-    state = folder_state(model, dtype)
+    settings = make_hf_config(model.config, tokenizer, dtype)
+    state = hf_state_dict(model, dtype)
     split = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_bytes)
     for name, tensors in split.filename_to_tensors.items():
         save_file({tensor: state[tensor] for tensor in tensors}, folder / name, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_sorted_json(folder / "model.safetensors.index.json", index)
     tokenizer.save(folder)
-    write_json(folder / "config.json", settings)
+    write_sorted_json(folder / "config.json", settings)
     for name in split.filename_to_tensors:
         shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
-    write_json(folder / "generation_config.json", generation_config(model.config, tokenizer))
+    write_sorted_json(folder / "generation_config.json", make_generation_config(model.config, tokenizer))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_sorted_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -18,36 +18,36 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, printable
-from export.facts_file import read_note
+from common.errors import UserError, escape_controls
+from export.facts_file import read_facts
 from export.granite_moe import from_granite
-from export.hf_config import GRANITE, QWEN3_MOE, model_config
-from model.checkpoint import Loaded, load_model, load_state
-from model.checkpoint_schema import FORMAT, Checkpoint, check_shapes, is_name, wrong_tensor
+from export.hf_config import GRANITE, QWEN3_MOE, convert_hf_config
+from model.checkpoint import LoadedModel, load_model, load_state
+from model.checkpoint_schema import CHECKPOINT_FORMAT, Checkpoint, check_shapes, is_file_name, tensor_problem
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, load_tokenizer
 from model.transformer import Transformer
 
-STAGE = "transformers"
+FOREIGN_STAGE = "transformers"
 
 
 def open_model(
     path: str | os.PathLike[str], device: str | torch.device = "cpu", parent: str | os.PathLike[str] | None = None
-) -> Loaded:
+) -> LoadedModel:
     """Open a .pth or a transformers folder; see `model.checkpoint.load_model`."""
     return load_model(path, device, parent, open_folder)
 
 
-def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Loaded:
+def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
     """The model (fp32, in eval mode), its tokenizer, and a checkpoint's other entries.
 
     Raises UserError naming what is missing, damaged, or beyond this architecture.
     """
     folder = Path(path)
-    settings = read_json(folder, "config.json")
+    settings = read_hf_json(folder, "config.json")
     state = read_tensors(folder)
     tied = "lm_head.weight" not in state or bool(settings.get("tie_word_embeddings"))
-    config = model_config(folder, settings, tied)
+    config = convert_hf_config(folder, settings, tied)
     if tied:
         state.pop("lm_head.weight", None)
     if not (folder / "tokenizer.json").is_file():
@@ -60,45 +60,45 @@ def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         raise UserError(
             f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size}"
         )
-    translate = {GRANITE: from_granite, QWEN3_MOE: unstacked}
+    translate = {GRANITE: from_granite, QWEN3_MOE: unstack_experts}
     if settings["model_type"] in translate:
         state = translate[settings["model_type"]](state, config)
     check_shapes(config, state, folder)
     model = Transformer(config)
     load_state(model, state, folder)
-    checkpoint = describe_folder(folder, settings, config, tokenizer)
+    checkpoint = checkpoint_entries(folder, settings, config, tokenizer)
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def describe_folder(
+def checkpoint_entries(
     folder: Path, settings: dict[str, Any], config: ModelConfig, tokenizer: ChatTokenizer
 ) -> Checkpoint:
     """A checkpoint's entries beside the tensors; stage and lineage are those of the model that was exported, if any."""
-    note = read_note(folder) or {}
-    foreign = [{"stage": STAGE, "source": str(folder), "model_type": settings["model_type"]}]
+    facts = read_facts(folder) or {}
+    foreign = [{"stage": FOREIGN_STAGE, "source": str(folder), "model_type": settings["model_type"]}]
     return {
-        "format": FORMAT,
-        "stage": note.get("stage", STAGE),
+        "format": CHECKPOINT_FORMAT,
+        "stage": facts.get("stage", FOREIGN_STAGE),
         "config": config.to_dict(),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer.files},
-        "lineage": note.get("chain", foreign),
+        "lineage": facts.get("chain", foreign),
     }
 
 
-def unstacked(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+def unstack_experts(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
     """Splits stacked Qwen3-MoE experts, gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff), into one
     matrix per expert, named as in the files of the hub and here."""
-    found: dict[str, torch.Tensor] = {}
+    unstacked: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         prefix, _, stack = name.rpartition(".experts.")
         if stack not in ("gate_up_proj", "down_proj") or tensor.dim() != 3:
-            found[name] = tensor
+            unstacked[name] = tensor
             continue
         parts = ("gate_proj", "up_proj") if stack == "gate_up_proj" else ("down_proj",)
         for i, expert in enumerate(tensor):
             for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
-                found[f"{prefix}.experts.{i}.{part}.weight"] = matrix.contiguous()
-    return found
+                unstacked[f"{prefix}.experts.{i}.{part}.weight"] = matrix.contiguous()
+    return unstacked
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     if (folder / "model.safetensors.index.json").is_file():
-        index = read_json(folder, "model.safetensors.index.json").get("weight_map")
+        index = read_hf_json(folder, "model.safetensors.index.json").get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{folder}/model.safetensors.index.json has no weight_map: download it again")
         names = sorted({str(name) for name in index.values()})
@@ -115,21 +115,21 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         names = ["model.safetensors"]
     state: dict[str, torch.Tensor] = {}
     for name in names:
-        if not is_name(name) or Path(name).name != name or not (folder / name).is_file():
+        if not is_file_name(name) or Path(name).name != name or not (folder / name).is_file():
             hint = "safetensors are read; save_pretrained(DIR) writes them" if len(names) == 1 else "download it again"
-            raise UserError(f"{folder} has no {printable(name)[:80]}: {hint}")
+            raise UserError(f"{folder} has no {escape_controls(name)[:80]}: {hint}")
         try:
             state |= load_file(folder / name)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"cannot read {folder / name} ({str(error)[:120]}): download it again") from None
     for name, tensor in state.items():
-        if problem := wrong_tensor(tensor):
-            raise UserError(f"{folder}: {printable(name)} is {problem}: not supported")
+        if problem := tensor_problem(tensor):
+            raise UserError(f"{folder}: {escape_controls(name)} is {problem}: not supported")
     # Old checkpoints carry the rotary table, which is computed here.
     return {name: tensor.float() for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_hf_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:

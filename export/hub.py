@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 
 
-def check_name(name: str, needs_token: bool) -> None:
+def check_repo_id(name: str, needs_token: bool) -> None:
     """Before any work: is this a repository's name, and is there somebody to push as? Raises UserError."""
     import huggingface_hub
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -25,7 +25,7 @@ def check_name(name: str, needs_token: bool) -> None:
         raise UserError("--push_to_hub needs a token: run `hf auth login`, or set HF_TOKEN; --dry_run needs none")
 
 
-def listing(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """A line for each file: its size and name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [f"{path.stat().st_size:>15,} bytes  {path.relative_to(folder).as_posix()}" for path in files]

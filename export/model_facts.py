@@ -1,6 +1,6 @@
 """Where a model comes from: its stages, data, tokens, losses and scores, read out of the files that training left.
 
-    facts("out/dpo_512.pth")  ->  {"stage": "dpo", "parameters": 26878464, "tokens": 2009894, "chain": [...], ...}
+    model_facts("out/dpo_512.pth")  ->  {"stage": "dpo", "parameters": 26878464, "tokens": 2009894, "chain": [...], ...}
 
 The checkpoint carries one entry per stage (trainer/loop.py writes them). Beside it may lie the log of its own stage
 (.jsonl, for what an entry does not say) and reports of `2-eval.py --json` or an exam: a .json that names the file as
@@ -15,19 +15,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from export.facts_file import Facts, read_note, summary
-from export.hf_config import model_config
-from export.hf_import import describe_folder, read_json
-from model.checkpoint import carried_tokenizer, read_checkpoint
+from export.facts_file import Facts, read_facts, summarize_chain
+from export.hf_config import convert_hf_config
+from export.hf_import import checkpoint_entries, read_hf_json
+from model.checkpoint import load_carried_tokenizer, read_checkpoint
 from model.checkpoint_schema import Checkpoint
 from model.config import ModelConfig
-from model.parameters import count
+from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
 
-BIGGEST_REPORT = 64 * 2**20  # bytes; larger .json files beside a model are no reports
+MAX_REPORT_BYTES = 64 * 2**20  # bytes; larger .json files beside a model are no reports
 
 
-def facts(path: str | os.PathLike[str]) -> Facts:
+def model_facts(path: str | os.PathLike[str]) -> Facts:
     """What is known about a .pth, or about an exported folder. Every key is there, None or empty where nothing is said.
 
     file, stage, size (`512`, `512_moe`), config, chat_format
@@ -47,20 +47,20 @@ def facts(path: str | os.PathLike[str]) -> Facts:
     """
     path = Path(path)
     if path.is_dir():
-        return read_note(path) or _foreign(path)
+        return read_facts(path) or _foreign_facts(path)
     checkpoint = read_checkpoint(path, weights=False)
-    known = describe(checkpoint, path.name)
-    if known["chain"]:
-        known["chain"][-1] = _from_log(path.with_suffix(".jsonl"), known["chain"][-1])
-    return {**known, **summary(known["chain"]), "scores": _scores(path)}
+    facts = checkpoint_facts(checkpoint, path.name)
+    if facts["chain"]:
+        facts["chain"][-1] = _complete_from_log(path.with_suffix(".jsonl"), facts["chain"][-1])
+    return {**facts, **summarize_chain(facts["chain"]), "scores": _read_scores(path)}
 
 
-def describe(checkpoint: Checkpoint, file: str) -> Facts:
+def checkpoint_facts(checkpoint: Checkpoint, file: str) -> Facts:
     """The facts that a checkpoint holds itself."""
-    config, tokenizer = ModelConfig(**checkpoint["config"]), carried_tokenizer(checkpoint, file)
-    parameters = count(config)
+    config, tokenizer = ModelConfig(**checkpoint["config"]), load_carried_tokenizer(checkpoint, file)
+    parameters = count_parameters(config)
     adapter = checkpoint.get("adapter") or {}
-    chain = [public(entry) for entry in checkpoint.get("lineage") or []]
+    chain = [without_local_paths(entry) for entry in checkpoint.get("lineage") or []]
     return {
         "file": file,
         "stage": checkpoint["stage"],
@@ -69,7 +69,7 @@ def describe(checkpoint: Checkpoint, file: str) -> Facts:
         "chat_format": tokenizer.format_name,
         "parameters": parameters.total,
         "active_parameters": parameters.active,
-        **summary(chain),
+        **summarize_chain(chain),
         "scores": [],
         "chain": chain,
         "parent": Path(adapter["parent"]).name if adapter.get("parent") else None,
@@ -78,7 +78,7 @@ def describe(checkpoint: Checkpoint, file: str) -> Facts:
     }
 
 
-def public(entry: dict[str, Any]) -> dict[str, Any]:
+def without_local_paths(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of a lineage without the names of the folders of somebody's machine."""
 
     def last_part(value: str) -> str:
@@ -87,9 +87,9 @@ def public(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: last_part(v) if name in ("data", "source") and isinstance(v, str) else v for name, v in entry.items()}
 
 
-def _from_log(log: Path, entry: dict[str, Any]) -> dict[str, Any]:
+def _complete_from_log(log: Path, entry: dict[str, Any]) -> dict[str, Any]:
     """The entry, completed by the last rows of its stage's log where it says less."""
-    found: dict[str, Any] = {}
+    logged: dict[str, Any] = {}
     try:
         lines = log.read_text(encoding="utf-8").splitlines() if not entry.get("validation") else []
     except (OSError, UnicodeDecodeError):
@@ -98,29 +98,29 @@ def _from_log(log: Path, entry: dict[str, Any]) -> dict[str, Any]:
         try:
             row = json.loads(line)
             if "loss" in row:
-                found |= {"steps": row["step"]} | {
+                logged |= {"steps": row["step"]} | {
                     n: row[n] for n in ("tokens", "pairs", "seconds", "loss") if n in row
                 }
             elif "val_loss" in row:
-                found["validation"] = {n: v for n, v in row.items() if n not in ("step", "tokens", "pairs")}
+                logged["validation"] = {n: v for n, v in row.items() if n not in ("step", "tokens", "pairs")}
         except (ValueError, TypeError, KeyError):  # the line that a kill cut short
             continue
-    return {**found, **{name: value for name, value in entry.items() if value or name not in found}}
+    return {**logged, **{name: value for name, value in entry.items() if value or name not in logged}}
 
 
-def _scores(path: Path) -> list[dict[str, Any]]:
+def _read_scores(path: Path) -> list[dict[str, Any]]:
     """What the reports beside a model say about it; those older than the model were made of another one."""
     scores = []
     for report in sorted(path.parent.glob("*.json")):
         try:
-            about = report.stat()
-            if about.st_size > BIGGEST_REPORT or about.st_mtime < path.stat().st_mtime:
+            file_stat = report.stat()
+            if file_stat.st_size > MAX_REPORT_BYTES or file_stat.st_mtime < path.stat().st_mtime:
                 continue
             content = json.loads(report.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        named = content.get("checkpoint") if isinstance(content, dict) else None
-        if not isinstance(named, str) or Path(named).name != path.name:
+        checkpoint_name = content.get("checkpoint") if isinstance(content, dict) else None
+        if not isinstance(checkpoint_name, str) or Path(checkpoint_name).name != path.name:
             continue
         accuracy, counts = content.get("accuracy"), content.get("counts")
         if isinstance(accuracy, (int, float)):
@@ -128,17 +128,17 @@ def _scores(path: Path) -> list[dict[str, Any]]:
         if not isinstance(accuracy, dict) or not all(isinstance(value, (int, float)) for value in accuracy.values()):
             continue
         counts = counts if isinstance(counts, dict) else {}
-        asked = {
+        num_questions = {
             name: c["questions"]
             for name, c in counts.items()
             if isinstance(c, dict) and type(c.get("questions")) is int
         }
-        scores.append({"name": report.stem, "accuracy": accuracy, "questions": asked})
+        scores.append({"name": report.stem, "accuracy": accuracy, "questions": num_questions})
     return scores
 
 
-def _foreign(folder: Path) -> Facts:
+def _foreign_facts(folder: Path) -> Facts:
     """Somebody else's transformers folder: its size, and where it lies."""
-    settings = read_json(folder, "config.json")
-    config = model_config(folder, settings, bool(settings.get("tie_word_embeddings")))
-    return describe(describe_folder(folder, settings, config, load_tokenizer(folder)), folder.name)
+    settings = read_hf_json(folder, "config.json")
+    config = convert_hf_config(folder, settings, bool(settings.get("tie_word_embeddings")))
+    return checkpoint_facts(checkpoint_entries(folder, settings, config, load_tokenizer(folder)), folder.name)

@@ -15,17 +15,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_controls
 from common.files import atomic_write
 from model.checkpoint import load_state
-from model.checkpoint_schema import wrong_tensor
+from model.checkpoint_schema import tensor_problem
 from model.lora import LoRAConfig, adapter_state, attach, lora_layers
 from model.transformer import Transformer
 
-PREFIX = "base_model.model."
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Options of peft that do not change what a trained adapter computes. `target_modules` is told by the tensors' names.
-HARMLESS = {
+IGNORED_OPTIONS = {
     "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
     "megatron_core", "qalora_group_size", "layers_pattern", "ensure_weight_tying",
@@ -59,8 +59,8 @@ def write_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
     from safetensors.torch import save
 
     settings = json.dumps(peft_settings(model), indent=2) + "\n"
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    contents = {TENSORS: save(tensors, metadata={"format": "pt"}), CONFIG: settings.encode()}
+    tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    contents = {ADAPTER_WEIGHTS: save(tensors, metadata={"format": "pt"}), ADAPTER_CONFIG: settings.encode()}
     for name, content in contents.items():
         with atomic_write(Path(folder) / name, "free some space or choose another folder") as file:
             file.write(content)
@@ -75,34 +75,34 @@ def read_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(folder) / TENSORS
-    config = read_config(Path(folder) / CONFIG)
+    path = Path(folder) / ADAPTER_WEIGHTS
+    config = read_peft_config(Path(folder) / ADAPTER_CONFIG)
     try:
-        state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+        state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): save the adapter as safetensors") from None
+        raise UserError(f"cannot read {path} ({_first_line(error)}): save the adapter as safetensors") from None
     for name, tensor in state.items():
-        if problem := wrong_tensor(tensor):
-            raise UserError(f"{path}: {printable(name)} is {problem}: not supported")
+        if problem := tensor_problem(tensor):
+            raise UserError(f"{path}: {escape_controls(name)} is {problem}: not supported")
     targets = {name.split(".")[-3] for name in state if name.endswith((".lora_A.weight", ".lora_B.weight"))}
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight") and tensor.dim()}
     if ranks != {config["rank"]}:
-        raise UserError(f"{path} holds matrices of rank {sorted(ranks)}, {CONFIG} says {config['rank']}")
+        raise UserError(f"{path} holds matrices of rank {sorted(ranks)}, {ADAPTER_CONFIG} says {config['rank']}")
     attach(model, LoRAConfig(**config, targets=tuple(sorted(targets))))
     load_state(model, state, path)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_peft_config(path: Path) -> dict[str, Any]:
     """rank, alpha, dropout out of an adapter_config.json. Raises UserError for what we cannot compute."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)})") from None
+        raise UserError(f"cannot read {path} ({_first_line(error)})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path} does not describe a LoRA adapter of peft (peft_type must be LORA)")
     if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # pissa and others change the parent
         raise UserError(f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported")
-    unsupported = sorted(name for name in config.keys() - HARMLESS if config[name] and config[name] != "none")
+    unsupported = sorted(name for name in config.keys() - IGNORED_OPTIONS if config[name] and config[name] != "none")
     if unsupported:
         shown = ", ".join(f"{name}={config[name]!r}" for name in unsupported)
         raise UserError(f"{path} asks for what is not supported here: {shown[:200]}")
@@ -115,5 +115,5 @@ def read_config(path: Path) -> dict[str, Any]:
     return {"rank": lora.rank, "alpha": lora.alpha * scale, "dropout": lora.dropout}
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -12,46 +12,46 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import remove, replace_folder, temporary_name, write_text
-from common.locks import locked
-from export.facts_file import NOTE, Facts, note
+from common.files import remove, replace_folder, temporary_path, write_text
+from common.locks import lock_output
+from export.facts_file import LINEAGE_FILE, Facts, facts_json
 from export.gguf_export import modelfile, write_gguf
-from export.hf_export import architecture, write_folder
+from export.hf_export import hf_architecture, write_hf_folder
 from export.hf_import import open_folder
-from export.model_card import card, name_of
+from export.model_card import model_card, model_name
 from export.peft_adapter import write_peft
 from export.verify_gguf import check_gguf
-from export.verify_hf import check_adapter, check_folder
+from export.verify_hf import check_adapter, check_hf_folder
 from model.checkpoint import load_state, open_adapter, read_checkpoint
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 
-def check_free(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Raises UserError when the name is taken: only an earlier export is replaced, and only with `overwrite`."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder")
-    taken = target.is_dir() and any(target.iterdir())
-    if taken and not (target / NOTE).is_file():
+    is_occupied = target.is_dir() and any(target.iterdir())
+    if is_occupied and not (target / LINEAGE_FILE).is_file():
         raise UserError(f"{target} holds something else than an exported model: choose another folder")
-    if taken and not overwrite:
+    if is_occupied and not overwrite:
         raise UserError(f"{target} holds an exported model: choose another folder, or --overwrite")
 
 
 @contextlib.contextmanager
-def place(target: Path, overwrite: bool) -> Iterator[Path]:
+def staging_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside `target` that takes its name in the end; removed when anything fails on the way.
 
     The name is locked meanwhile, and what a killed export of that name left is removed. Raises UserError as
-    `check_free` does.
+    `check_target` does.
     """
     from safetensors import SafetensorError
 
-    check_free(target, overwrite)
+    check_target(target, overwrite)
     target = target.resolve()
-    folder = temporary_name(target, "tmp")
-    with locked(target):
-        check_free(target, overwrite)  # another export may have ended meanwhile
+    folder = temporary_path(target, "tmp")
+    with lock_output(target):
+        check_target(target, overwrite)  # another export may have ended meanwhile
         try:
             folder.mkdir(parents=True)
             yield folder
@@ -63,28 +63,28 @@ def place(target: Path, overwrite: bool) -> Iterator[Path]:
             remove(folder)
 
 
-def export_model(
+def export_hf_folder(
     folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype, max_shard_bytes: int, verify: bool
 ) -> str:
     """The transformers folder; returns the line to print."""
-    write_folder(folder, model, tokenizer, dtype, max_shard_bytes)
+    write_hf_folder(folder, model, tokenizer, dtype, max_shard_bytes)
     if not verify:
-        return f"{architecture(model.config)[0]}: not compared with transformers (--no-verify)"
-    with refusal("transformers"):
-        return check_folder(folder, model, tokenizer, dtype)
+        return f"{hf_architecture(model.config)[0]}: not compared with transformers (--no-verify)"
+    with report_mismatch("transformers"):
+        return check_hf_folder(folder, model, tokenizer, dtype)
 
 
 def export_gguf(
-    folder: Path, model: Transformer, tokenizer: ChatTokenizer, number_format: str, known: Facts, verify: bool
+    folder: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str, facts: Facts, verify: bool
 ) -> str:
     """The GGUF file and its Modelfile; returns the line to print."""
-    path = folder / f"{name_of(known)}-{number_format}.gguf"
-    write_gguf(path, model, tokenizer, number_format, known)
+    path = folder / f"{model_name(facts)}-{quantization}.gguf"
+    write_gguf(path, model, tokenizer, quantization, facts)
     write_text(folder / "Modelfile", modelfile(path.name, tokenizer, model.config))
     if not verify:
         return f"{path.name}: not compared with llama.cpp (--no-verify)"
-    with refusal("llama.cpp"):
-        return check_gguf(path, model, tokenizer, number_format)
+    with report_mismatch("llama.cpp"):
+        return check_gguf(path, model, tokenizer, quantization)
 
 
 def export_adapter(
@@ -98,26 +98,28 @@ def export_adapter(
     tokenizer.save(folder)
     if not verify:
         return model, "adapter: not compared with peft (--no-verify)"
-    with refusal("peft"), tempfile.TemporaryDirectory() as temporary:
+    with report_mismatch("peft"), tempfile.TemporaryDirectory() as temporary:
         parent = Transformer(model.config)
         weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
         load_state(parent, weights, base)
-        write_folder(Path(temporary), parent, tokenizer, torch.float32, 2**62)
+        write_hf_folder(Path(temporary), parent, tokenizer, torch.float32, 2**62)
         return model, check_adapter(folder, Path(temporary), model, tokenizer)
 
 
-def write_card(folder: Path, model: Transformer, known: Facts, license: str, name: str, adapter_of: str = "") -> None:
+def write_model_card(
+    folder: Path, model: Transformer, facts: Facts, license: str, name: str, adapter_of: str = ""
+) -> None:
     """README.md and lineage.json."""
     files = sorted(path.name for path in folder.iterdir())
-    text = card(known, architecture(model.config)[0], license, name or name_of(known), files, adapter_of)
-    for file, content in (("README.md", text), (NOTE, note({**known, "license": license}))):
+    text = model_card(facts, hf_architecture(model.config)[0], license, name or model_name(facts), files, adapter_of)
+    for file, content in (("README.md", text), (LINEAGE_FILE, facts_json({**facts, "license": license}))):
         write_text(folder / file, content)
 
 
 @contextlib.contextmanager
-def refusal(who: str) -> Iterator[None]:
-    """A difference ends the export: what was written so far is removed by `place`."""
+def report_mismatch(program: str) -> Iterator[None]:
+    """A difference ends the export: what was written so far is removed by `staging_folder`."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"the export is not the same model in {who}, so it was removed: {error}") from None
+        raise UserError(f"the export is not the same model in {program}, so it was removed: {error}") from None

@@ -2,7 +2,7 @@
 
     always                          every tensor of the file, dequantised, against the model's within the format's error
     with llama-cpp-python           the texts of verify_hf.py, and a chat, as tokens; logits along a greedy answer
-                                    within LOGIT_TOLERANCE; the answer itself, unless two tokens are a tie within it
+                                    within LLAMA_CPP_TOLERANCE; the answer itself, unless two tokens are a tie within it
 
 What is compared with llama.cpp is the model with the file's own, rounded, weights. With f16, bf16 and q8_0 llama.cpp
 rounds what it multiplies them with as well, which is why their tolerances are wide. The cache is kept in fp32 here.
@@ -23,41 +23,48 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from export.gguf_export import gguf_package, gguf_tensors, storage, write_gguf
-from export.gguf_sentencepiece import caveat
-from export.verify_hf import GREEDY_TOKENS, TEXTS, chat_ids, chat_text, greedy, same_answer
+from export.gguf_export import gguf_tensors, import_gguf, storage_type, write_gguf
+from export.gguf_sentencepiece import tokenizer_caveat
+from export.verify_hf import (
+    GREEDY_TOKENS,
+    SAMPLE_TEXTS,
+    common_prefix,
+    greedy_decode,
+    sample_chat_ids,
+    sample_chat_text,
+)
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 ROUNDING = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-7, "q8_0": 1 / 127}  # of a tensor's largest number
-LOGIT_TOLERANCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5}
-INSTALL = "pip install llama-cpp-python"
+LLAMA_CPP_TOLERANCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5}
+INSTALL_HINT = "pip install llama-cpp-python"
 
 
-def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, number_format: str) -> str:
+def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
     """Returns the lines to print. Raises UserError naming what differs."""
-    check_tensors(path, model, number_format)
+    check_gguf_tensors(path, model, quantization)
     try:
-        with silence():
+        with suppress_stderr():
             import llama_cpp
     except ImportError:
-        return f"{path.name}: tensors ok; not run in llama.cpp: {INSTALL}{caveat(tokenizer)}"
-    if model.config.use_moe and number_format != "f32":
+        return f"{path.name}: tensors ok; not run in llama.cpp: {INSTALL_HINT}{tokenizer_caveat(tokenizer)}"
+    if model.config.use_moe and quantization != "f32":
         exact = path.with_name(f"{path.name}.f32")
         try:
             write_gguf(exact, model, tokenizer, "f32", {"stage": "", "size": ""})
-            run(llama_cpp, exact, model, tokenizer, "f32")
+            run_llama_cpp(llama_cpp, exact, model, tokenizer, "f32")
         finally:
             exact.unlink(missing_ok=True)
-    same = run(llama_cpp, path, rounded(model, number_format), tokenizer, number_format)
-    return f"{path.name} in llama.cpp: {same}{caveat(tokenizer)}"
+    same = run_llama_cpp(llama_cpp, path, with_quantized_weights(model, quantization), tokenizer, quantization)
+    return f"{path.name} in llama.cpp: {same}{tokenizer_caveat(tokenizer)}"
 
 
-def run(llama_cpp: Any, path: Path, model: Transformer, tokenizer: ChatTokenizer, number_format: str) -> str:
+def run_llama_cpp(llama_cpp: Any, path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
     """Compare the file with the model that holds its numbers; what to print. Raises UserError for a difference."""
-    with silence():
+    with suppress_stderr():
         # type_k, type_v 0: the cache in fp32
-        their = llama_cpp.Llama(
+        llama = llama_cpp.Llama(
             str(path),
             n_ctx=model.config.max_seq_len,
             logits_all=True,
@@ -67,15 +74,15 @@ def run(llama_cpp: Any, path: Path, model: Transformer, tokenizer: ChatTokenizer
             n_gpu_layers=0,
         )
     try:
-        check_tokens(their, tokenizer)
-        return compare(their, model, tokenizer, number_format)
+        check_llama_cpp_tokens(llama, tokenizer)
+        return compare_with_llama_cpp(llama, model, tokenizer, quantization)
     finally:
-        their.close()
+        llama.close()
 
 
-def check_tensors(path: Path, model: Transformer, number_format: str) -> None:
+def check_gguf_tensors(path: Path, model: Transformer, quantization: str) -> None:
     """Raises UserError where the file's numbers are not the model's, rounded."""
-    gguf = gguf_package()
+    gguf = import_gguf()
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, wanted in gguf_tensors(model):
         tensor = found.pop(name, None)
@@ -83,55 +90,55 @@ def check_tensors(path: Path, model: Transformer, number_format: str) -> None:
             raise UserError(f"{path.name} has no tensor {name}")
         data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(wanted.shape)
         error = float((torch.from_numpy(data) - wanted).abs().max())
-        if not error <= ROUNDING[number_format] * float(wanted.abs().max()):
+        if not error <= ROUNDING[quantization] * float(wanted.abs().max()):
             raise UserError(f"{path.name}: {name} is {error:.2g} off")
     if found:
         raise UserError(f"{path.name} holds tensors that the model has not: {', '.join(sorted(found)[:5])}")
 
 
-def rounded(model: Transformer, number_format: str) -> Transformer:
+def with_quantized_weights(model: Transformer, quantization: str) -> Transformer:
     """The model with its weights as the file keeps them."""
-    gguf, copied = gguf_package(), copy.deepcopy(model)
+    gguf, copied = import_gguf(), copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in copied.named_parameters():
-            kind = storage(gguf, name, weight, number_format)
+            kind = storage_type(gguf, name, weight, quantization)
             data = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
             weight.copy_(torch.from_numpy(np.array(data, np.float32)).view_as(weight))
     return copied
 
 
-def check_tokens(their: Any, tokenizer: ChatTokenizer) -> None:
+def check_llama_cpp_tokens(llama: Any, tokenizer: ChatTokenizer) -> None:
     """Plain text (marker strings stay text) and a rendered chat (they are markers)."""
-    for text in TEXTS:
-        if their.tokenize(text.encode(), add_bos=False, special=False) != tokenizer.encode(text):
+    for text in SAMPLE_TEXTS:
+        if llama.tokenize(text.encode(), add_bos=False, special=False) != tokenizer.encode(text):
             raise UserError(f"llama.cpp reads the text {text!r} as other tokens")
-    chat = chat_ids(tokenizer)
-    if chat and their.tokenize(chat_text(tokenizer).encode(), add_bos=False, special=True) != chat:
+    chat = sample_chat_ids(tokenizer)
+    if chat and llama.tokenize(sample_chat_text(tokenizer).encode(), add_bos=False, special=True) != chat:
         raise UserError("llama.cpp reads a rendered chat as other tokens")
 
 
 @torch.inference_mode()
-def compare(their: Any, model: Transformer, tokenizer: ChatTokenizer, number_format: str) -> str:
+def compare_with_llama_cpp(llama: Any, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
     """Logits along our greedy answer, and llama.cpp's own greedy answer. Raises UserError for a difference."""
-    limit, tolerance = model.config.max_seq_len, LOGIT_TOLERANCE[number_format]
-    if model.config.use_moe and number_format != "f32":
+    limit, tolerance = model.config.max_seq_len, LLAMA_CPP_TOLERANCE[quantization]
+    if model.config.use_moe and quantization != "f32":
         tolerance = math.inf
-    prompt = (chat_ids(tokenizer) or tokenizer.encode(TEXTS[0]))[: max(1, limit - GREEDY_TOKENS - 1)]
+    prompt = (sample_chat_ids(tokenizer) or tokenizer.encode(SAMPLE_TEXTS[0]))[: max(1, limit - GREEDY_TOKENS - 1)]
     number = min(GREEDY_TOKENS, limit - len(prompt) - 1)
-    ours, logits = greedy(model, prompt, number)
-    their.reset()
-    their.eval(prompt + ours[:-1])
-    theirs = torch.from_numpy(np.array(their.scores[len(prompt) - 1 : len(prompt) - 1 + number]))
+    ours, logits = greedy_decode(model, prompt, number)
+    llama.reset()
+    llama.eval(prompt + ours[:-1])
+    theirs = torch.from_numpy(np.array(llama.scores[len(prompt) - 1 : len(prompt) - 1 + number]))
     difference = float((theirs - logits).abs().max())
     if not difference <= tolerance:
         raise UserError(f"logits differ by {difference:.2g}, more than {tolerance:g}")
-    their.reset()
+    llama.reset()
     answer: list[int] = []
-    their.eval(prompt)
+    llama.eval(prompt)
     while len(answer) < number:
-        answer.append(int(their.scores[len(prompt) + len(answer) - 1].argmax()))
-        their.eval(answer[-1:])
-    compared = same_answer(ours, logits, answer, tolerance)
+        answer.append(int(llama.scores[len(prompt) + len(answer) - 1].argmax()))
+        llama.eval(answer[-1:])
+    compared = common_prefix(ours, logits, answer, tolerance)
     allowed = f"allowed {tolerance:g}" if tolerance < math.inf else "the router's; equal in f32"
     alike = int((theirs.argmax(-1) == logits.argmax(-1)).sum())
     return f"the same tokens; logits differ by at most {difference:.1e} ({allowed}), {compared} greedy tokens equal" + (
@@ -140,7 +147,7 @@ def compare(their: Any, model: Transformer, tokenizer: ChatTokenizer, number_for
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
+def suppress_stderr() -> Iterator[None]:
     """llama.cpp writes to the process's own stderr, past Python's."""
     old = os.dup(2)
     with Path(os.devnull).open("w") as nothing:

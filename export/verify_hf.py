@@ -1,7 +1,7 @@
 """Is the exported folder the same model? Asked of stock transformers, which opens it without any code of ours.
 
     tokens    every text below, and a chat through the template: the same ids
-    logits    random ids and those texts: at most LOGIT_TOLERANCE apart, in fp32 on the CPU
+    logits    random ids and those texts: at most HF_TOLERANCE apart, in fp32 on the CPU
     answer    GREEDY_TOKENS greedy tokens of generate(): the same, unless two tokens are a tie within the tolerance
 
 Anything else is an error: the folder is not left behind. Of an adapter the same is asked of the peft library.
@@ -19,25 +19,25 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from export.hf_export import folder_state
+from export.hf_export import hf_state_dict
 from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
 
-LOGIT_TOLERANCE = 1e-4  # largest absolute difference, fp32
+HF_TOLERANCE = 1e-4  # largest absolute difference, fp32
 GREEDY_TOKENS = 64
-TEXTS = (  # both languages, digits, spaces, line ends, a joined emoji, a character of four bytes, marker-like text
+SAMPLE_TEXTS = (  # both languages, digits, spaces, line ends, a joined emoji, a 4-byte character, marker-like text
     "你好，请介绍一下你自己。",
     "Hello! It's 3,141.59 metres  from here -- isn't it?\n\n\tYes, \"really\".\r\n",
     "水在 0°C 会结冰；water boils at 100 °C。👩‍👩‍👧‍👦🎉 𠮷野家 ｶﾀｶﾅ ①②٣ <b>café</b> naïve ½",
 )
-CHAT = (
+SAMPLE_CHAT = (
     {"role": "user", "content": "什么是太阳？ What is the sun?"},
     {"role": "assistant", "content": "太阳是一颗恒星。"},
     {"role": "user", "content": "Thanks 😀 再见"},
 )
 
 
-def rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
+def with_rounded_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The model as it is written: in fp32, its weights rounded to `dtype`."""
     if dtype == torch.float32:
         return model
@@ -48,31 +48,31 @@ def rounded(model: Transformer, dtype: torch.dtype) -> Transformer:
     return copied
 
 
-def chat_ids(tokenizer: ChatTokenizer) -> list[int]:
+def sample_chat_ids(tokenizer: ChatTokenizer) -> list[int]:
     """The chat as tokens; [] where there is no chat template, or a foreign one that refuses such a chat."""
     try:
-        return tokenizer.render(list(CHAT), add_generation_prompt=True)[0]
+        return tokenizer.render(list(SAMPLE_CHAT), add_generation_prompt=True)[0]
     except UserError:
         return []
 
 
-def chat_text(tokenizer: ChatTokenizer) -> str:
-    """The text that `chat_ids` reads: decoding need not give it back, a SentencePiece decoder drops a space."""
-    return "".join(text for text, _ in tokenizer.chat_format.spans(list(CHAT), True))
+def sample_chat_text(tokenizer: ChatTokenizer) -> str:
+    """The text that `sample_chat_ids` reads: decoding need not give it back, a SentencePiece decoder drops a space."""
+    return "".join(text for text, _ in tokenizer.chat_format.spans(list(SAMPLE_CHAT), True))
 
 
-def prompts(model: Transformer, tokenizer: ChatTokenizer) -> list[list[int]]:
+def comparison_inputs(model: Transformer, tokenizer: ChatTokenizer) -> list[list[int]]:
     """Ids to compare on: the texts and the chat (as much as the model reads), and two rows of random ids."""
-    found = [tokenizer.encode(text) for text in TEXTS]
-    found.append(chat_ids(tokenizer))
-    random = torch.Generator().manual_seed(0)
+    found = [tokenizer.encode(text) for text in SAMPLE_TEXTS]
+    found.append(sample_chat_ids(tokenizer))
+    generator = torch.Generator().manual_seed(0)
     length = min(128, model.config.max_seq_len)
-    found += torch.randint(0, model.config.vocab_size, (2, length), generator=random).tolist()
+    found += torch.randint(0, model.config.vocab_size, (2, length), generator=generator).tolist()
     return [ids[: model.config.max_seq_len] for ids in found if ids]
 
 
 @torch.inference_mode()
-def greedy(model: Transformer, prompt: list[int], number: int) -> tuple[list[int], Tensor]:
+def greedy_decode(model: Transformer, prompt: list[int], number: int) -> tuple[list[int], Tensor]:
     """The `number` likeliest next tokens one after the other, whatever they are, and the logits (number, vocab)."""
     cache = KVCache(model.config, 1, len(prompt) + number, torch.device("cpu"), torch.float32)
     ids, tokens, rows = torch.tensor([prompt]), [], []
@@ -84,7 +84,7 @@ def greedy(model: Transformer, prompt: list[int], number: int) -> tuple[list[int
     return tokens, torch.stack(rows)
 
 
-def same_answer(ours: list[int], logits: Tensor, theirs: list[int], tolerance: float) -> int:
+def common_prefix(ours: list[int], logits: Tensor, theirs: list[int], tolerance: float) -> int:
     """How many tokens were compared: all, or up to a tie of two tokens within `tolerance`.
 
     Raises UserError at a token that is no tie: ours, theirs (number,), logits (number, vocab) of ours.
@@ -101,18 +101,18 @@ def same_answer(ours: list[int], logits: Tensor, theirs: list[int], tolerance: f
     return len(ours)
 
 
-def check_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype) -> str:
+def check_hf_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype) -> str:
     """Compare an exported folder with the model that was written; returns the line to print.
 
     Raises UserError naming what differs.
     """
     import transformers
 
-    with quiet(transformers):
+    with suppress_transformers_output(transformers):
         theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # a folder  # nosec B615
-        check_tokens(theirs, tokenizer)
-        stock = open_stock(transformers, folder, folder_state(model, torch.float32).keys())
-        return compare(rounded(model, dtype), stock, tokenizer, type(stock).__name__)
+        check_hf_tokens(theirs, tokenizer)
+        hf_model = open_hf_model(transformers, folder, hf_state_dict(model, torch.float32).keys())
+        return compare_with_hf(with_rounded_weights(model, dtype), hf_model, tokenizer, type(hf_model).__name__)
 
 
 def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatTokenizer) -> str:
@@ -123,58 +123,58 @@ def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatT
         raise UserError('--verify of an adapter needs peft: pip install "peft>=0.18,<0.22", or --no-verify') from None
     import transformers
 
-    with quiet(transformers):
+    with suppress_transformers_output(transformers):
         parent = transformers.AutoModelForCausalLM.from_pretrained(  # a folder  # nosec B615
-            base, trust_remote_code=False, **fp32(transformers)
+            base, trust_remote_code=False, **fp32_kwargs(transformers)
         )
-        return compare(model, peft.PeftModel.from_pretrained(parent, folder).eval(), tokenizer, "PeftModel")
+        return compare_with_hf(model, peft.PeftModel.from_pretrained(parent, folder).eval(), tokenizer, "PeftModel")
 
 
-def open_stock(transformers: Any, folder: Path, names: Any) -> Any:
+def open_hf_model(transformers: Any, folder: Path, names: Any) -> Any:
     """Stock's model in fp32. Raises UserError when it misses a tensor, or knows one that it has no place for."""
-    stock, loading = transformers.AutoModelForCausalLM.from_pretrained(  # a folder  # nosec B615
-        folder, trust_remote_code=False, output_loading_info=True, **fp32(transformers)
+    hf_model, loading = transformers.AutoModelForCausalLM.from_pretrained(  # a folder  # nosec B615
+        folder, trust_remote_code=False, output_loading_info=True, **fp32_kwargs(transformers)
     )
     wrong = {n: sorted(map(str, loading.get(n) or ())) for n in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     wrong["missing_keys"] = [n for n in wrong["missing_keys"] if n != "lm_head.weight" or n in names]
     if any(wrong.values()):
         raise UserError(f"transformers does not load every tensor: {wrong}")
-    return stock.eval()
+    return hf_model.eval()
 
 
-def fp32(transformers: Any) -> dict[str, Any]:
+def fp32_kwargs(transformers: Any) -> dict[str, Any]:
     """How this version of transformers is told the number format."""
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     return {name: torch.float32}
 
 
-def check_tokens(theirs: Any, ours: ChatTokenizer) -> None:
-    for text in TEXTS:
+def check_hf_tokens(theirs: Any, ours: ChatTokenizer) -> None:
+    for text in SAMPLE_TEXTS:
         if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
             raise UserError(f"transformers reads the text {text!r} as other tokens")
-    if chat := chat_ids(ours):
-        found = theirs.apply_chat_template(list(CHAT), add_generation_prompt=True, tokenize=True)
+    if chat := sample_chat_ids(ours):
+        found = theirs.apply_chat_template(list(SAMPLE_CHAT), add_generation_prompt=True, tokenize=True)
         found = found if isinstance(found, list) else found["input_ids"]
         if list(found) != chat:
             raise UserError("the chat template gives other tokens in transformers than here")
 
 
 @torch.inference_mode()
-def compare(model: Transformer, stock: Any, tokenizer: ChatTokenizer, name: str) -> str:
+def compare_with_hf(model: Transformer, hf_model: Any, tokenizer: ChatTokenizer, name: str) -> str:
     """Logits and a greedy answer of both, on the CPU in fp32. Raises UserError for a difference."""
-    largest, rows = 0.0, prompts(model, tokenizer)
+    largest, rows = 0.0, comparison_inputs(model, tokenizer)
     for ids in rows:
-        forget_length(model, stock)
-        difference = float((model.logits(torch.tensor([ids])) - stock(torch.tensor([ids])).logits).abs().max())
-        if not difference <= LOGIT_TOLERANCE:  # NaN is a difference too
-            raise UserError(f"{name}'s logits differ by {difference:.2g}, more than {LOGIT_TOLERANCE:g}")
+        reset_dynamic_rope(model, hf_model)
+        difference = float((model.logits(torch.tensor([ids])) - hf_model(torch.tensor([ids])).logits).abs().max())
+        if not difference <= HF_TOLERANCE:  # NaN is a difference too
+            raise UserError(f"{name}'s logits differ by {difference:.2g}, more than {HF_TOLERANCE:g}")
         largest = max(largest, difference)
-    prompt = (chat_ids(tokenizer) or rows[0])[: max(1, model.config.max_seq_len - GREEDY_TOKENS)]
+    prompt = (sample_chat_ids(tokenizer) or rows[0])[: max(1, model.config.max_seq_len - GREEDY_TOKENS)]
     number = min(GREEDY_TOKENS, model.config.max_seq_len - len(prompt))
-    ours, logits = greedy(model, prompt, number)
-    forget_length(model, stock)
-    stock.generation_config.eos_token_id = None  # go on, whatever comes
-    found = stock.generate(
+    ours, logits = greedy_decode(model, prompt, number)
+    reset_dynamic_rope(model, hf_model)
+    hf_model.generation_config.eos_token_id = None  # go on, whatever comes
+    found = hf_model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         do_sample=False,
@@ -182,22 +182,22 @@ def compare(model: Transformer, stock: Any, tokenizer: ChatTokenizer, name: str)
         top_p=None,
         max_new_tokens=number,
     )
-    compared = same_answer(ours, logits, found[0, len(prompt) :].tolist(), LOGIT_TOLERANCE)
+    compared = common_prefix(ours, logits, found[0, len(prompt) :].tolist(), HF_TOLERANCE)
     positions = sum(map(len, rows))
     return (
-        f"{name}: logits at {positions} positions differ by at most {largest:.1e} (allowed {LOGIT_TOLERANCE:g}), "
+        f"{name}: logits at {positions} positions differ by at most {largest:.1e} (allowed {HF_TOLERANCE:g}), "
         f"{compared} greedy tokens equal" + (", then a tie" if compared < number else "")
     )
 
 
-def forget_length(model: Transformer, stock: Any) -> None:
+def reset_dynamic_rope(model: Transformer, hf_model: Any) -> None:
     """transformers' dynamic RoPE keeps the angles of the longest sequence seen until a short one comes: send one."""
     if model.config.rope_scaling.get("rope_type") == "dynamic":
-        stock(torch.zeros(1, 1, dtype=torch.long))
+        hf_model(torch.zeros(1, 1, dtype=torch.long))
 
 
 @contextlib.contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
+def suppress_transformers_output(transformers: Any) -> Iterator[None]:
     """Nothing on the screen but our own lines."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()

@@ -10,7 +10,7 @@
 Graves 2012 (arXiv:1211.3711), algorithm 1; the length penalty and the end as in GenerationMixin._beam_search of
 transformers. There the scores of a step are log_softmax(logits) over the whole vocabulary, then the logits processors:
 a repetition penalty acts on log-probabilities, which are never positive.
-Called by generate.py (Batch), which holds the keys and values of each beam. Read next: generate.py.
+Called by generate.py (DecodeBatch), which holds the keys and values of each beam. Read next: generate.py.
 """
 
 import math
@@ -19,17 +19,22 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-UNUSED = -1e9  # first score of all beams but one: they hold the same prompt, and only one of them counts
+INACTIVE_SCORE = -1e9  # first score of all beams but one: they hold the same prompt, and only one of them counts
 
 
 class BeamSearch:
     """The beams of one prompt, and the answers that they have finished."""
 
-    def __init__(self, beams: int, longest: int, length_penalty: float, stop_ids: Collection[int]) -> None:
-        """`longest`: tokens that an answer may have, at least 1, the stop token included."""
-        self.beams, self.longest, self.length_penalty, self.stop_ids = beams, longest, length_penalty, stop_ids
-        self.scores = [0.0] + [UNUSED] * (beams - 1)
-        self.ids: list[list[int]] = [[] for _ in range(beams)]
+    def __init__(self, num_beams: int, max_length: int, length_penalty: float, stop_ids: Collection[int]) -> None:
+        """`max_length`: tokens that an answer may have, at least 1, the stop token included."""
+        self.num_beams, self.max_length, self.length_penalty, self.stop_ids = (
+            num_beams,
+            max_length,
+            length_penalty,
+            stop_ids,
+        )
+        self.scores = [0.0] + [INACTIVE_SCORE] * (num_beams - 1)
+        self.ids: list[list[int]] = [[] for _ in range(num_beams)]
         self.length = 0  # tokens of each beam
         self.finished: list[tuple[float, list[int]]] = []  # (final score, ids with the stop token), best first
         self.done = False
@@ -39,35 +44,35 @@ class BeamSearch:
 
         -inf rules a token out. Once `done` is set the new beams have no meaning, and `best` is the answer.
         """
-        beams, vocab = log_probs.shape
+        num_beams, vocab = log_probs.shape
         totals = log_probs + torch.tensor(self.scores, device=log_probs.device)[:, None]
         # Each beam can end with each stop token: so many candidates hold k that do not end.
-        count = min(beams * (1 + len(self.stop_ids)), totals.numel())
-        values, indices = (found.tolist() for found in totals.flatten().topk(count))
+        count = min(num_beams * (1 + len(self.stop_ids)), totals.numel())
+        values, indices = (tensor.tolist() for tensor in totals.flatten().topk(count))
         self.length += 1
         running: list[tuple[float, int, int]] = []
         for rank, (score, index) in enumerate(zip(values, indices, strict=True)):
             if score == -math.inf:
                 break
             parent, token = divmod(index, vocab)
-            ends = token in self.stop_ids or self.length == self.longest
-            if ends and rank < beams:
+            is_finished = token in self.stop_ids or self.length == self.max_length
+            if is_finished and rank < num_beams:
                 self.finished.append((score / self.length**self.length_penalty, [*self.ids[parent], token]))
-            elif not ends and len(running) < beams:
+            elif not is_finished and len(running) < num_beams:
                 running.append((score, parent, token))
-        self.finished = sorted(self.finished, key=lambda pair: -pair[0])[:beams]
+        self.finished = sorted(self.finished, key=lambda entry: -entry[0])[:num_beams]
         if not running or self._cannot_improve(running[0][0]):
             self.done = True
             return [], []
-        running += [(-math.inf, *running[0][1:])] * (beams - len(running))  # too few tokens are allowed
+        running += [(-math.inf, *running[0][1:])] * (num_beams - len(running))  # too few tokens are allowed
         self.scores = [score for score, _, _ in running]
         self.ids = [[*self.ids[parent], token] for _, parent, token in running]
         return [parent for _, parent, _ in running], [token for _, _, token in running]
 
     def _cannot_improve(self, score: float) -> bool:
         """Whether k answers are finished, and a beam of this score would not beat the worst of them now."""
-        best = score / self.length**self.length_penalty
-        return len(self.finished) == self.beams and best <= self.finished[-1][0]
+        best_possible = score / self.length**self.length_penalty
+        return len(self.finished) == self.num_beams and best_possible <= self.finished[-1][0]
 
     @property
     def best(self) -> list[int]:

@@ -22,40 +22,40 @@ from typing import Any
 
 import torch
 
-from common.checksums import check_zip
+from common.checksums import find_damaged_record
 from common.errors import UserError
 from common.files import atomic_write
 from model.checkpoint_schema import (
-    FORMAT,
+    CHECKPOINT_FORMAT,
     Checkpoint,
     check_checkpoint,
-    check_name,
-    check_names,
+    check_encodable_path,
     check_ranks,
     check_shapes,
+    check_state_names,
 )
 from model.config import ModelConfig
 from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-UNREADABLE = (  # what torch.load raises for a file that is none of its own
+LOAD_ERRORS = (  # what torch.load raises for a file that is none of its own
     RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     AssertionError, ImportError, MemoryError, struct.error,
 )  # fmt: skip
-Loaded = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
-OpenFolder = Callable[[str | os.PathLike[str], str | torch.device], Loaded]
+LoadedModel = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
+FolderLoader = Callable[[str | os.PathLike[str], str | torch.device], LoadedModel]
 UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError  # the only use of pickle here
-WRAPPERS = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
 
 # The chain is data: stage -> the stages that it may start from, nearest first.
-PARENTS: dict[str, tuple[str, ...]] = {
+PARENT_STAGES: dict[str, tuple[str, ...]] = {
     "pretrain": (),
     "full_sft": ("pretrain",),
     "lora_sft": ("full_sft",),
     "dpo": ("lora_sft", "full_sft"),
 }
-SCRIPTS = {
+STAGE_SCRIPTS = {
     "pretrain": "1-pretrain.py",
     "full_sft": "3-full_sft.py",
     "lora_sft": "4-lora_sft.py",
@@ -73,16 +73,16 @@ def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
         raise UserError(f"cannot write {path}: {error}: {advice}") from error
 
 
-def plain_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def model_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What of a model is saved: the raw model's tensors on the CPU, or if it carries an adapter, only the adapter's.
 
     Without the prefixes of wrappers and the second name of tied weights.
     """
-    raw, state = unwrap(model), {}
+    raw, state = unwrap_model(model), {}
     if raw.adapter:
         return {name: tensor.detach().cpu() for name, tensor in adapter_state(raw).items()}
     for name, tensor in model.state_dict().items():
-        for wrapper in WRAPPERS:
+        for wrapper in WRAPPER_PREFIXES:
             name = name.replace(wrapper, "")
         state[name] = tensor.detach().cpu()
     if raw.config.tie_embeddings:
@@ -90,28 +90,28 @@ def plain_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def unwrap(model: torch.nn.Module) -> Transformer:
+def unwrap_model(model: torch.nn.Module) -> Transformer:
     """The Transformer inside torch.compile and DDP."""
-    inner: Any = model
-    while not isinstance(inner, Transformer):
-        inner = getattr(inner, "_orig_mod", None) or inner.module
-    return inner
+    wrapped: Any = model
+    while not isinstance(wrapped, Transformer):
+        wrapped = getattr(wrapped, "_orig_mod", None) or wrapped.module
+    return wrapped
 
 
-def model_content(
+def build_checkpoint(
     model: torch.nn.Module, stage: str, tokenizer: ChatTokenizer, lineage: list[dict[str, Any]]
 ) -> Checkpoint:
     """What the .pth of a model holds: everything that is needed to use it. `lineage`: a dict per stage, this one last.
 
-    Of a model that carries an adapter only the adapter is in it: `remember_parent` has said whose it is.
+    Of a model that carries an adapter only the adapter is in it: `record_parent` has said whose it is.
     """
-    raw = unwrap(model)
+    raw = unwrap_model(model)
     checkpoint = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "stage": stage,
         "config": raw.config.to_dict(),
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "files": tokenizer.files},
-        "model": plain_state(model),
+        "model": model_state_dict(model),
         "lineage": lineage,
     }
     if raw.adapter:
@@ -127,8 +127,8 @@ def save_model(
     tokenizer: ChatTokenizer,
     lineage: list[dict[str, Any]],
 ) -> None:
-    """Write a model with everything that is needed to use it; see `model_content`."""
-    atomic_save(model_content(model, stage, tokenizer, lineage), path)
+    """Write a model with everything that is needed to use it; see `build_checkpoint`."""
+    atomic_save(build_checkpoint(model, stage, tokenizer, lineage), path)
 
 
 def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Checkpoint:
@@ -136,13 +136,13 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
 
     Compared with the checksums in the file; without `weights` all but the tensors, which are then not to be used.
     """
-    check_name(path)
+    check_encodable_path(path)
     try:
         check_records(path, weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one with `python 1-pretrain.py`") from None
-    except (*UNREADABLE, UnpicklingError, zipfile.BadZipFile) as error:
+    except (*LOAD_ERRORS, UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot read {path} as a checkpoint ({reason[:120]}): the file is damaged or foreign: "
@@ -153,25 +153,25 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
 
 def check_records(path: str | os.PathLike[str], weights: bool) -> None:
     """Compare a file of torch.save with its checksums. Raises ValueError, zipfile.BadZipFile or OSError."""
-    place = Path(path).resolve()
-    about = place.stat()
-    if record := _damaged_record(place, weights, about.st_size, about.st_mtime_ns):
+    file_path = Path(path).resolve()
+    file_stat = file_path.stat()
+    if record := _damaged_record(file_path, weights, file_stat.st_size, file_stat.st_mtime_ns):
         raise ValueError(f"the checksum of {record} differs")
 
 
 @functools.lru_cache(64)
-def _damaged_record(path: Path, weights: bool, size: int, changed: int) -> str:
+def _damaged_record(path: Path, weights: bool, size: int, modified: int) -> str:
     """Once per file and process: an adapter's parent is opened more than once."""
-    return check_zip(path, lambda name: weights or "/data/" not in name)
+    return find_damaged_record(path, lambda name: weights or "/data/" not in name)
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
     """Fill the model, or the adapter that it carries; every name and shape must fit. UserError lists what differs."""
     state = dict(state)
-    own = adapter_state(model) if model.adapter else model.state_dict()
+    expected = adapter_state(model) if model.adapter else model.state_dict()
     if model.config.tie_embeddings and not model.adapter:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
-    check_names(own, state, where)
+    check_state_names(expected, state, where)
     for name, tensor in state.items():
         # The sum is quick and finite for nearly all tensors; only where it is not, every value is looked at.
         if not math.isfinite(tensor.sum(dtype=torch.float32)) and not bool(tensor.isfinite().all()):
@@ -181,7 +181,7 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
     model.load_state_dict({**model.state_dict(), **state}, strict=True)
 
 
-def no_folder(path: str | os.PathLike[str], device: str | torch.device) -> Loaded:
+def reject_folder(path: str | os.PathLike[str], device: str | torch.device) -> LoadedModel:
     """The default of `open_folder`: raises UserError."""
     raise UserError(f"{path} is a folder, not a .pth")
 
@@ -190,8 +190,8 @@ def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     parent: str | os.PathLike[str] | None = None,
-    open_folder: OpenFolder = no_folder,
-) -> Loaded:
+    open_folder: FolderLoader = reject_folder,
+) -> LoadedModel:
     """Open a .pth: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
 
     An adapter comes back merged into its parent, which is found by its name, or is `parent`; see `open_adapter`.
@@ -211,10 +211,10 @@ def load_model(
         check_shapes(config, state, path)
         model = Transformer(config)
         load_state(model, state, path)
-    return model.to(device).eval(), carried_tokenizer(checkpoint, path), checkpoint
+    return model.to(device).eval(), load_carried_tokenizer(checkpoint, path), checkpoint
 
 
-def carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> ChatTokenizer:
+def load_carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> ChatTokenizer:
     """The tokenizer inside a checkpoint. Raises UserError when it is damaged or has ids beyond the model's."""
     try:
         tokenizer = ChatTokenizer(checkpoint["tokenizer"]["files"])
@@ -226,10 +226,10 @@ def carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> C
     return tokenizer
 
 
-def fingerprint(path: str | os.PathLike[str], open_folder: OpenFolder = no_folder) -> str:
+def model_fingerprint(path: str | os.PathLike[str], open_folder: FolderLoader = reject_folder) -> str:
     """16 hex digits that name a model by its tensors, to the bit; an adapter's covers its parent's as well."""
     if Path(path).is_dir():
-        state, adapter = plain_state(open_folder(path, "cpu")[0]), {}
+        state, adapter = model_state_dict(open_folder(path, "cpu")[0]), {}
     else:
         checkpoint = read_checkpoint(path)
         state = checkpoint["model"]
@@ -246,11 +246,11 @@ def state_fingerprint(state: dict[str, torch.Tensor], adapter: dict[str, Any] | 
     return digest.hexdigest()[:16]
 
 
-def remember_parent(
+def record_parent(
     model: Transformer,
     parent: str | os.PathLike[str],
     adapter_path: str | os.PathLike[str],
-    open_folder: OpenFolder = no_folder,
+    open_folder: FolderLoader = reject_folder,
 ) -> None:
     """Note in a model with a fresh adapter which file its other weights came from; the adapter's file will say so.
 
@@ -258,7 +258,7 @@ def remember_parent(
     """
     if Path(parent).resolve() == Path(adapter_path).resolve():
         raise UserError(f"the adapter would overwrite its parent {parent}: choose another --out_dir")
-    model.adapter |= {"parent": str(parent), "parent_fingerprint": fingerprint(parent, open_folder)}
+    model.adapter |= {"parent": str(parent), "parent_fingerprint": model_fingerprint(parent, open_folder)}
 
 
 def open_adapter(
@@ -266,7 +266,7 @@ def open_adapter(
     adapter: dict[str, Any],
     state: dict[str, torch.Tensor],
     parent: str | os.PathLike[str] | None = None,
-    open_folder: OpenFolder = no_folder,
+    open_folder: FolderLoader = reject_folder,
 ) -> Transformer:
     """The parent with the adapter beside its matrices (on the CPU, in fp32), not merged yet. A parent may be an adapter
     with a parent of its own.
@@ -274,21 +274,25 @@ def open_adapter(
     Looked for beside the adapter, then under the path that the adapter remembers; or only at `parent`, if given.
     Raises UserError when it is missing, or when every file of that name holds another model.
     """
-    name, wanted = Path(adapter["parent"]), adapter["parent_fingerprint"]
+    name, expected_fingerprint = Path(adapter["parent"]), adapter["parent_fingerprint"]
     lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
     check_ranks(state, lora.rank, path)
-    places = [Path(parent)] if parent else [Path(path).parent / name.name, name]
-    places = [place for place in dict.fromkeys(places) if place.exists() and not place.samefile(path)]
-    if not places:
+    candidates = [Path(parent)] if parent else [Path(path).parent / name.name, name]
+    candidates = [
+        file_path for file_path in dict.fromkeys(candidates) if file_path.exists() and not file_path.samefile(path)
+    ]
+    if not candidates:
         raise UserError(f"{path} is an adapter for {parent or name}, which is not there: put it beside the adapter")
-    found = {place: fingerprint(place, open_folder) for place in places}
-    if wanted not in found.values():
-        others = ", ".join(f"{place} is {theirs}" for place, theirs in found.items())
+    found = {file_path: model_fingerprint(file_path, open_folder) for file_path in candidates}
+    if expected_fingerprint not in found.values():
+        others = ", ".join(f"{file_path} is {found_fingerprint}" for file_path, found_fingerprint in found.items())
         raise UserError(
-            f"{path} is an adapter for {name} with fingerprint {wanted}, but {others}: "
-            f"put the model that it was trained on beside it, or run `python {SCRIPTS['lora_sft']}` again"
+            f"{path} is an adapter for {name} with fingerprint {expected_fingerprint}, but {others}: "
+            f"put the model that it was trained on beside it, or run `python {STAGE_SCRIPTS['lora_sft']}` again"
         )
-    model, _, _ = load_model(next(place for place in places if found[place] == wanted), open_folder=open_folder)
+    model, _, _ = load_model(
+        next(file_path for file_path in candidates if found[file_path] == expected_fingerprint), open_folder=open_folder
+    )
     attach(model, lora)
     load_state(model, state, path)
     return model
@@ -299,7 +303,7 @@ def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
     suffixes = (f"{stage}_[0-9]*.pth",)
     matches = sorted(path for suffix in suffixes for path in Path(out_dir).glob(suffix) if ".resume" not in path.name)
     if not matches:
-        raise UserError(f"no {stage}_*.pth in {out_dir}: run `python {SCRIPTS[stage]}` first, or name the file")
+        raise UserError(f"no {stage}_*.pth in {out_dir}: run `python {STAGE_SCRIPTS[stage]}` first, or name the file")
     if len(matches) > 1:
         names = ", ".join(str(path) for path in matches)
         raise UserError(f"several {stage} models in {out_dir} ({names}): choose one by its file name")
@@ -308,8 +312,8 @@ def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
 
 def find_parent(out_dir: str | os.PathLike[str], stage: str) -> Path:
     """The checkpoint that `stage` starts from when --init_from is not given."""
-    parent = PARENTS[stage][0]
-    for parent in PARENTS[stage]:
+    parent = PARENT_STAGES[stage][0]
+    for parent in PARENT_STAGES[stage]:
         if list(Path(out_dir).glob(f"{parent}_[0-9]*.pth")):
             break
     return find_checkpoint(out_dir, parent)

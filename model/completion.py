@@ -1,6 +1,6 @@
 """One prompt and its answer, generated token by token.
 
-Called by generate.py (Batch), which computes the tokens. Read next: sampling.py, beams.py, detokenizer.py.
+Called by generate.py (DecodeBatch), which computes the tokens. Read next: sampling.py, beams.py, detokenizer.py.
 """
 
 import random
@@ -8,15 +8,15 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from model.beams import BeamSearch
-from model.detokenizer import TextStream
-from model.logprobs import TokenProbability
-from model.sampling import Penalties, Sampling
+from model.detokenizer import IncrementalDetokenizer
+from model.logprobs import TokenLogprob
+from model.sampling import Penalties, SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 
 @dataclass
-class Answer:
+class Completion:
     """`ids`: the new tokens without the closing marker. `text`: what they say, cut before a stop string.
 
     `finish_reason`: "stop" (closing marker or stop string) or "length" (max_new_tokens or max_seq_len); "" until then.
@@ -27,20 +27,20 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
-    logprobs: list[TokenProbability] = field(default_factory=list)
-    stop_logprob: TokenProbability | None = None
-    prompt_logprobs: list[TokenProbability] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop_logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Slot:
     """One row of the cache, and the token that the next step reads there."""
 
-    row: "Row"
-    last: int
+    sequence: "Sequence"
+    last_token: int
 
 
-class Row:
+class Sequence:
     """One prompt, its sampling settings, and the state of its answer."""
 
     def __init__(
@@ -48,11 +48,11 @@ class Row:
         model: Transformer,
         tokenizer: ChatTokenizer,
         prompt: list[int],
-        settings: Sampling,
-        answer: Answer,
-        number: int = 0,
+        settings: SamplingParams,
+        completion: Completion,
+        index: int = 0,
     ) -> None:
-        """`number`: index of this row among those with the same settings; it is added to their seed.
+        """`index`: index of this sequence among those with the same settings; it is added to their seed.
 
         Raises ValueError for a prompt that is empty or longer than max_seq_len; at that length the answer is empty.
         """
@@ -61,41 +61,41 @@ class Row:
             raise ValueError("the prompt is empty: there is no token to continue from")
         if len(prompt) > limit:
             raise ValueError(f"the prompt has {len(prompt)} tokens, the model reads at most {limit} (max_seq_len)")
-        self.prompt, self.settings, self.answer = prompt, settings, answer
-        self.text = TextStream(tokenizer, settings.stop)
-        self.draws = random.Random(None if seed is None else seed + number)
-        self.left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be drawn
-        self.cached = 0  # tokens of each slot whose keys and values are in the cache
+        self.prompt, self.settings, self.completion = prompt, settings, completion
+        self.detokenizer = IncrementalDetokenizer(tokenizer, settings.stop)
+        self.rng = random.Random(None if seed is None else seed + index)
+        self.tokens_left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be drawn
+        self.num_cached = 0  # tokens of each slot whose keys and values are in the cache
         self.slots = [Slot(self, prompt[-1]) for _ in range(settings.num_beams)]  # one per beam, in their order
         self.penalties: Penalties | None = None
-        if settings.penalises:
+        if settings.has_penalties:
             self.penalties = Penalties(settings, prompt, tokenizer.stop_ids, model.lm_head.weight)
         self.search: BeamSearch | None = None
         if settings.num_beams > 1:
-            self.search = BeamSearch(settings.num_beams, self.left, settings.length_penalty, tokenizer.stop_ids)
-        if not self.left:
-            answer.finish_reason = "length"
+            self.search = BeamSearch(settings.num_beams, self.tokens_left, settings.length_penalty, tokenizer.stop_ids)
+        if not self.tokens_left:
+            completion.finish_reason = "length"
 
-    def take(self, token: int, is_stop: bool) -> str:
+    def append(self, token: int, is_stop: bool) -> str:
         """Append a token to the answer; returns the text that it completed."""
-        self.left -= 1
-        self.slots[0].last = token
+        self.tokens_left -= 1
+        self.slots[0].last_token = token
         piece = ""
         if not is_stop:
-            self.answer.ids.append(token)
-            piece = self.text.push(token)
+            self.completion.ids.append(token)
+            piece = self.detokenizer.push(token)
             if self.penalties and not self.search:
-                self.penalties.push([token])
-        if is_stop or self.text.stopped or not self.left:
-            piece += self.text.finish()
-            self.answer.finish_reason = "stop" if is_stop or self.text.stopped else "length"
-        self.answer.text += piece
+                self.penalties.update([token])
+        if is_stop or self.detokenizer.stopped or not self.tokens_left:
+            piece += self.detokenizer.finish()
+            self.completion.finish_reason = "stop" if is_stop or self.detokenizer.stopped else "length"
+        self.completion.text += piece
         return piece
 
-    def take_all(self, tokens: list[int], stop_ids: Collection[int]) -> str:
+    def extend(self, tokens: list[int], stop_ids: Collection[int]) -> str:
         """Append the tokens of a whole answer, up to where a stop string is complete; returns its text."""
         for token in tokens:
-            self.take(token, token in stop_ids)
-            if self.answer.finish_reason:
+            self.append(token, token in stop_ids)
+            if self.completion.finish_reason:
                 break
-        return self.answer.text
+        return self.completion.text

@@ -36,11 +36,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the first value of a wrong type, out of its limits, or that fits no other one."""
-        if problem := wrong_value(self):
+        if problem := field_problem(self):
             raise ValueError(f"model config: {problem}")
         if not self.hidden_dim:
             object.__setattr__(self, "hidden_dim", 64 * ((8 * self.dim // 3 + 63) // 64))
-        given, scaling = self.head_dim, wrong_scaling(self.rope_scaling)
+        given, scaling = self.head_dim, rope_scaling_problem(self.rope_scaling)
         if not given:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         experts = self.n_shared_experts + self.n_routed_experts if self.use_moe else 0
@@ -51,8 +51,9 @@ class ModelConfig:
             "n_heads must be a multiple of n_kv_heads": self.n_heads % self.n_kv_heads,
             "n_active_experts must be from 1 to n_routed_experts": self.use_moe
             and not 1 <= self.n_active_experts <= self.n_routed_experts,
-            f"n_layers times experts must be at most {MOST_EXPERTS}": self.n_layers * experts > MOST_EXPERTS,
-            f"max_seq_len times head_dim must be at most {MOST_ANGLES}": self.max_seq_len * self.head_dim > MOST_ANGLES,
+            f"n_layers times experts must be at most {MAX_EXPERTS}": self.n_layers * experts > MAX_EXPERTS,
+            f"max_seq_len times head_dim must be at most {MAX_ROPE_ELEMENTS}": self.max_seq_len * self.head_dim
+            > MAX_ROPE_ELEMENTS,
             "rope_scaling dynamic needs a head_dim of at least 4": self.head_dim < 4
             and bool(self.rope_scaling)
             and not scaling
@@ -77,7 +78,7 @@ class ModelConfig:
 
 
 # Field -> its least and largest value; what these allow beside tensors of other shapes is found by comparing shapes.
-LIMITS: dict[str, tuple[float, float]] = {
+FIELD_LIMITS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, 2**24),
     "dim": (1, 2**16),
     "n_layers": (1, 1024),
@@ -94,14 +95,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "balance_loss_coef": (0, 1e6),
     "head_dim": (0, 2**14),
 }
-MOST_EXPERTS = 2**15  # modules of their own, which take time even without memory
-MOST_ANGLES = 2**30  # elements of RoPE's table of cosines
+MAX_EXPERTS = 2**15  # modules of their own, which take time even without memory
+MAX_ROPE_ELEMENTS = 2**30  # elements of RoPE's table of cosines
 
 
-def wrong_value(config: ModelConfig) -> str:
+def field_problem(config: ModelConfig) -> str:
     """The first field of a wrong type or out of its limits, in a few words; "" if there is none."""
     for known in dataclasses.fields(config):
-        value, limits = getattr(config, known.name), LIMITS.get(known.name)
+        value, limits = getattr(config, known.name), FIELD_LIMITS.get(known.name)
         if isinstance(known.default, bool):
             if not isinstance(value, bool):
                 return f"{known.name} must be true or false, not {value!r:.60}"
@@ -125,7 +126,7 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
-def wrong_scaling(scaling: Any) -> str:
+def rope_scaling_problem(scaling: Any) -> str:
     """What is wrong with a rope_scaling, in a few words; "" if nothing is."""
     if not isinstance(scaling, dict):
         return "rope_scaling must be a dict"

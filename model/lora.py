@@ -50,7 +50,7 @@ class LoRAConfig:
 class LoRALinear(nn.Linear):
     """A linear layer that shares the parent's weight and bias, and the two matrices that are trained beside it."""
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig, random: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, config: LoRAConfig, rng: torch.Generator) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.scale = config.alpha / config.rank
@@ -60,22 +60,22 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(config.rank, linear.out_features, **options)
         with torch.no_grad():  # drawn on the CPU: the same A on every device and in every process
             bound = linear.in_features**-0.5
-            a = torch.empty(config.rank, linear.in_features).uniform_(-bound, bound, generator=random)
+            a = torch.empty(config.rank, linear.in_features).uniform_(-bound, bound, generator=rng)
             self.lora_A.weight.copy_(a)
             self.lora_B.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         base = super().forward(x)
-        change: Tensor = self.lora_B(self.lora_A(self.lora_dropout(x)))
-        return base + self.scale * change
+        delta: Tensor = self.lora_B(self.lora_A(self.lora_dropout(x)))
+        return base + self.scale * delta
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear:
+    def merged_linear(self) -> nn.Linear:
         """W + (alpha / r) B A as an ordinary layer; summed in fp32, kept in W's dtype."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        change = self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
-        linear.weight = nn.Parameter((self.weight.float() + change).to(self.weight.dtype))
+        delta = self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
         linear.bias = self.bias
         return linear
 
@@ -98,18 +98,19 @@ def attach(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
     """
     if model.adapter:
         raise UserError("the model carries an adapter already: merge it before attaching another one")
-    inside = ((name, module) for name, module in model.named_modules() if ".layers." in name)
-    matrices = {name: m for name, m in inside if isinstance(m, nn.Linear) and not name.endswith(".mlp.gate")}
-    known, wanted = set().union(*map(target_names, matrices)), set(config.targets)
-    if wanted - known:
+    layer_modules = ((name, module) for name, module in model.named_modules() if ".layers." in name)
+    matrices = {name: m for name, m in layer_modules if isinstance(m, nn.Linear) and not name.endswith(".mlp.gate")}
+    available, requested = set().union(*map(target_names, matrices)), set(config.targets)
+    if requested - available:
         raise UserError(
-            f"no matrix here is called {', '.join(sorted(wanted - known))}: choose of {', '.join(sorted(known))}"
+            f"no matrix here is called {', '.join(sorted(requested - available))}: "
+            f"choose of {', '.join(sorted(available))}"
         )
     model.requires_grad_(False)
-    random = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for name, linear in matrices.items():
-        if wanted & target_names(name):
-            model.set_submodule(name, LoRALinear(linear, config, random).train(linear.training))
+        if requested & target_names(name):
+            model.set_submodule(name, LoRALinear(linear, config, rng).train(linear.training))
     model.adapter = config.to_dict()
 
 
@@ -130,17 +131,18 @@ def merge(model: Transformer) -> None:
     if not model.adapter:
         raise UserError("there is no adapter to merge: this model carries none, or it was merged already")
     for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.merged().train(layer.training))
+        model.set_submodule(name, layer.merged_linear().train(layer.training))
     model.adapter = {}
     model.requires_grad_(True)
 
 
-def describe(model: Transformer) -> str:
+def adapter_summary(model: Transformer) -> str:
     """One line: the numbers of the adapter, and how much of the model trains."""
-    numbers, matrices = model.adapter, len(lora_layers(model))
-    count = sum(tensor.numel() for tensor in adapter_state(model).values())
-    rest = sum(p.numel() for p in model.parameters()) - count
+    settings, matrices = model.adapter, len(lora_layers(model))
+    num_trainable = sum(tensor.numel() for tensor in adapter_state(model).values())
+    num_frozen = sum(p.numel() for p in model.parameters()) - num_trainable
     return (
-        f"LoRA rank {numbers['rank']}, alpha {numbers['alpha']:g}, on {' '.join(numbers['targets'])} "
-        f"({matrices} matrices): {count:,} parameters train, {count / rest:.2%} of the parent's {rest:,}"
+        f"LoRA rank {settings['rank']}, alpha {settings['alpha']:g}, on {' '.join(settings['targets'])} "
+        f"({matrices} matrices): {num_trainable:,} parameters train, "
+        f"{num_trainable / num_frozen:.2%} of the parent's {num_frozen:,}"
     )

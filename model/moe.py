@@ -29,10 +29,10 @@ class MoEFeedForward(nn.Module):
         self.experts = nn.ModuleList(make_expert() for _ in range(config.n_routed_experts))
         self.shared_experts = nn.ModuleList(make_expert() for _ in range(config.n_shared_experts))
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (batch, seq, dim) -> the same shape, and the balance loss (scalar, fp32).
 
-        real: (batch, seq) bool; tokens marked False are computed like the others but do not count in the balance.
+        token_mask: (batch, seq) bool; tokens marked False are computed like the others but do not count in the balance.
         """
         tokens = x.reshape(-1, x.shape[-1])  # (n, dim)
         # The router in fp32: rounding it changes which expert a token visits (Switch Transformer, section 2.4).
@@ -49,14 +49,18 @@ class MoEFeedForward(nn.Module):
             out = out.index_add(0, rows, result)
         for shared in self.shared_experts:
             out = out + shared(tokens)
-        return out.to(x.dtype).view_as(x), self.balance_loss(probabilities, chosen, real)
+        return out.to(x.dtype).view_as(x), self.compute_aux_loss(probabilities, chosen, token_mask)
 
-    def balance_loss(self, probabilities: Tensor, chosen: Tensor, real: Tensor | None) -> Tensor:
-        """E * sum_i f_i P_i. probabilities (n, experts), chosen (n, k), real (batch, seq) or None -> scalar."""
+    def compute_aux_loss(self, probabilities: Tensor, chosen: Tensor, token_mask: Tensor | None) -> Tensor:
+        """E * sum_i f_i P_i. probabilities (n, experts), chosen (n, k), token_mask (batch, seq) or None -> scalar."""
         n_experts = probabilities.shape[-1]
-        counted = torch.ones_like(probabilities[:, 0]) if real is None else real.reshape(-1).to(probabilities.dtype)
-        n = counted.sum().clamp(min=1)
-        visits = F.one_hot(chosen, n_experts).sum(1).to(probabilities.dtype)  # (n, experts)
-        share_of_visits = (visits * counted[:, None]).sum(0) / (n * self.n_active)
-        mean_probability = (probabilities * counted[:, None]).sum(0) / n
-        return n_experts * (share_of_visits * mean_probability).sum()
+        weights_of_tokens = (
+            torch.ones_like(probabilities[:, 0])
+            if token_mask is None
+            else token_mask.reshape(-1).to(probabilities.dtype)
+        )
+        n = weights_of_tokens.sum().clamp(min=1)
+        assignments = F.one_hot(chosen, n_experts).sum(1).to(probabilities.dtype)  # (n, experts)
+        assignment_fraction = (assignments * weights_of_tokens[:, None]).sum(0) / (n * self.n_active)
+        mean_probability = (probabilities * weights_of_tokens[:, None]).sum(0) / n
+        return n_experts * (assignment_fraction * mean_probability).sum()

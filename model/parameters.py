@@ -9,14 +9,14 @@ from model.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCount:
     total: int
     active: int  # those that one token meets: an MoE's idle experts left out
     layer_matrices: int  # what Muon holds
-    multiplied: int  # active ones in matrix products: no norms, the embedding only where it is the output layer too
+    matmul: int  # active ones in matrix products: no norms, the embedding only where it is the output layer too
 
 
-def count(config: ModelConfig) -> Parameters:
+def count_parameters(config: ModelConfig) -> ParameterCount:
     """The parameters of a config, without building it."""
     dim, hidden, layers = config.dim, config.hidden_dim, config.n_layers
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -24,12 +24,12 @@ def count(config: ModelConfig) -> Parameters:
     norms = 2 * dim + (2 * config.head_dim if config.qk_norm else 0) + (q_dim + 2 * kv_dim if config.qkv_bias else 0)
     router = dim * config.n_routed_experts if config.use_moe else 0
     expert = 3 * dim * hidden
-    experts, visited = 1, 1
+    experts, active_experts = 1, 1
     if config.use_moe:
         experts = config.n_shared_experts + config.n_routed_experts
-        visited = config.n_shared_experts + config.n_active_experts
+        active_experts = config.n_shared_experts + config.n_active_experts
     embeddings = config.vocab_size * dim * (1 if config.tie_embeddings else 2)
     total = layers * (attention + norms + router + experts * expert) + embeddings + dim
-    active = total - layers * (experts - visited) * expert
-    multiplied = layers * (attention + router + visited * expert) + config.vocab_size * dim
-    return Parameters(total, active, layers * (attention + experts * expert), multiplied)
+    active = total - layers * (experts - active_experts) * expert
+    matmul = layers * (attention + router + active_experts * expert) + config.vocab_size * dim
+    return ParameterCount(total, active, layers * (attention + experts * expert), matmul)

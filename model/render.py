@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
-from common.errors import ANOTHER_FORMAT, UserError
-from model.chat_template import Message, NamedFormat, RefusedChat, TooManyAnswers, Written
-from model.jinja_template import TemplateFormat
+from common.errors import CHAT_FORMAT_ADVICE, UserError
+from model.chat_template import ChatTemplate, Message, TooManyAnswersError, TrainingSpans, UnsupportedChatError
+from model.jinja_template import JinjaTemplate
 
-Places = list[tuple[int, int]]  # of the answers in the text of a chat: (start, end)
+AnswerSpans = list[tuple[int, int]]  # of the answers in the text of a chat: (start, end)
 
 
-class Sample(NamedTuple):
+class RenderedSample(NamedTuple):
     """A rendered chat. `mask` is 1 at the trained tokens; `answers`: the indices of the messages that they write."""
 
     ids: list[int]
@@ -29,115 +29,120 @@ class Sample(NamedTuple):
     answers: list[int]
 
 
-class Rendered(NamedTuple):
+class RenderedChat(NamedTuple):
     """The samples of a chat, usually one; none where its format cannot write it, and then `refusal` is the reason.
 
-    `too_long`: its first turns alone may be written.
+    `is_too_long`: its first turns alone may be written.
     """
 
-    samples: list[Sample]
+    samples: list[RenderedSample]
     refusal: str = ""
-    too_long: bool = False
+    is_too_long: bool = False
 
 
-class Text(NamedTuple):
+class SampleText(NamedTuple):
     """A sample before it is tokenised: its text in the parts that are tokenised by themselves."""
 
     parts: list[str]
-    places: Places
+    answer_spans: AnswerSpans
     answers: list[int]
 
 
 def render_chats(
-    marked: Tokenizer,
-    chat_format: NamedFormat | TemplateFormat,
+    special_aware: Tokenizer,
+    chat_format: ChatTemplate | JinjaTemplate,
     markers: re.Pattern[str],
     chats: list[list[Message]],
     add_generation_prompt: bool,
-) -> list[Rendered]:
-    """`ChatTokenizer.render_each`. `marked` reads control tokens as such, `markers` finds them in text."""
-    texts: list[list[Text]] = []
-    refusals: list[RefusedChat | None] = []
+) -> list[RenderedChat]:
+    """`ChatTokenizer.render_each`. `special_aware` reads control tokens as such, `markers` finds them in text."""
+    texts: list[list[SampleText]] = []
+    refusals: list[UnsupportedChatError | None] = []
     for messages in chats:
         try:
-            texts.append(write_chat(chat_format, markers, messages, add_generation_prompt))
+            texts.append(render_texts(chat_format, markers, messages, add_generation_prompt))
             refusals.append(None)
-        except RefusedChat as refusal:
+        except UnsupportedChatError as refusal:
             texts.append([])
             refusals.append(refusal)
     parts = [part for samples in texts for sample in samples for part in sample.parts]
-    encodings = iter(marked.encode_batch(parts, add_special_tokens=False))
+    encodings = iter(special_aware.encode_batch(parts, add_special_tokens=False))
     rendered = []
-    for samples, refused in zip(texts, refusals, strict=True):
-        tokenised = [join([next(encodings) for _ in sample.parts], sample) for sample in samples]
-        rendered.append(Rendered(tokenised, str(refused or ""), isinstance(refused, TooManyAnswers)))
+    for samples, error in zip(texts, refusals, strict=True):
+        tokenised = [sample_from_encodings([next(encodings) for _ in sample.parts], sample) for sample in samples]
+        rendered.append(RenderedChat(tokenised, str(error or ""), isinstance(error, TooManyAnswersError)))
     return rendered
 
 
-def write_chat(
-    chat_format: NamedFormat | TemplateFormat,
+def render_texts(
+    chat_format: ChatTemplate | JinjaTemplate,
     markers: re.Pattern[str],
     messages: list[Message],
     add_generation_prompt: bool,
-) -> list[Text]:
-    """The texts of a chat's samples. Raises RefusedChat."""
-    cut, messages = guard(markers, messages)
+) -> list[SampleText]:
+    """The texts of a chat's samples. Raises UnsupportedChatError."""
+    separator, messages = escape_markers(markers, messages)
     if add_generation_prompt:
-        samples: list[Written] = [(chat_format.spans(messages, True), [])]
+        samples: list[TrainingSpans] = [(chat_format.spans(messages, True), [])]
     else:
         samples = chat_format.samples(messages)
     texts = []
     for spans, answers in samples:
         ends = list(itertools.accumulate(len(text) for text, _ in spans))
-        places = [(end - len(text), end) for (text, trained), end in zip(spans, ends, strict=True) if trained]
+        answer_spans = [(end - len(text), end) for (text, trained), end in zip(spans, ends, strict=True) if trained]
         text = "".join(text for text, _ in spans)
-        texts.append(Text(text.split(cut) if cut else [text], places, answers))
+        texts.append(SampleText(text.split(separator) if separator else [text], answer_spans, answers))
     return texts
 
 
-def join(encodings: list[Encoding], text: Text) -> Sample:
+def sample_from_encodings(encodings: list[Encoding], text: SampleText) -> RenderedSample:
     """Ids of all parts, and the mask: 1 for the tokens that begin inside an answer."""
     ids: list[int] = []
     mask: list[int] = []
-    place = 0  # of the part in the chat; between two parts one character, the cut, was left out
+    part_start = 0  # of the part in the chat; between two parts one character, the cut, was left out
     for encoding, part in zip(encodings, text.parts, strict=True):
         tokens = range(len(encoding))
-        begins = lambda token, encoding=encoding, place=place: place + encoding.token_to_chars(token)[0]
+        token_start = lambda token, encoding=encoding, part_start=part_start: (
+            part_start + encoding.token_to_chars(token)[0]
+        )
         mask += [0] * len(tokens)
-        for answer in text.places:
-            first, last = (len(ids) + bisect.bisect_left(tokens, edge, key=begins) for edge in answer)
+        for answer in text.answer_spans:
+            first, last = (len(ids) + bisect.bisect_left(tokens, edge, key=token_start) for edge in answer)
             mask[first:last] = [1] * (last - first)
         ids += encoding.ids
-        place += len(part) + 1
-    return Sample(ids, mask, text.answers)
+        part_start += len(part) + 1
+    return RenderedSample(ids, mask, text.answers)
 
 
 def render_unfinished(
-    marked: Tokenizer, chat_format: NamedFormat | TemplateFormat, markers: re.Pattern[str], messages: list[Message]
+    special_aware: Tokenizer,
+    chat_format: ChatTemplate | JinjaTemplate,
+    markers: re.Pattern[str],
+    messages: list[Message],
 ) -> list[int]:
-    """`ChatTokenizer.render_unfinished`. `marked` and `markers` as in `render_chats`."""
-    typed = "".join(message["content"] for message in messages)
-    end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in typed)
-    open_end = {**messages[-1], "content": messages[-1]["content"] + end}
-    cut, guarded = guard(markers, [*messages[:-1], open_end])
+    """`ChatTokenizer.render_unfinished`. `special_aware` and `markers` as in `render_chats`."""
+    content = "".join(message["content"] for message in messages)
+    end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in content)
+    unfinished = {**messages[-1], "content": messages[-1]["content"] + end}
+    separator, escaped = escape_markers(markers, [*messages[:-1], unfinished])
     try:
-        text, found, _ = chat_format.text(guarded).rpartition(end)
-    except RefusedChat as refusal:
-        raise UserError(f"{refusal}; {ANOTHER_FORMAT}") from None
+        text, found, _ = chat_format.text(escaped).rpartition(end)
+    except UnsupportedChatError as refusal:
+        raise UserError(f"{refusal}; {CHAT_FORMAT_ADVICE}") from None
     if not found:
         raise UserError("the chat template leaves out the last message: it cannot be continued")
-    parts = text.split(cut) if cut else [text]
-    return [i for part in marked.encode_batch(parts, add_special_tokens=False) for i in part.ids]
+    parts = text.split(separator) if separator else [text]
+    return [i for part in special_aware.encode_batch(parts, add_special_tokens=False) for i in part.ids]
 
 
-def guard(markers: re.Pattern[str], messages: list[Message]) -> tuple[str, list[Message]]:
+def escape_markers(markers: re.Pattern[str], messages: list[Message]) -> tuple[str, list[Message]]:
     """The messages with a cut inside every marker that a user typed, and the character that stands for a cut."""
-    typed = "".join(message["content"] for message in messages)
-    if not markers.search(typed):
+    content = "".join(message["content"] for message in messages)
+    if not markers.search(content):
         return "", messages
-    cut = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in typed)
+    separator = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in content)
 
     def split(found: re.Match[str]) -> str:
-        return found[0][0] + cut + found[0][1:]
+        return found[0][0] + separator + found[0][1:]
 
-    return cut, [{**message, "content": markers.sub(split, message["content"])} for message in messages]
+    return separator, [{**message, "content": markers.sub(split, message["content"])} for message in messages]

@@ -13,53 +13,55 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-LONGEST_PERIOD = 32
+MAX_PERIOD = 32
 _UNIT = re.compile(r"[㐀-鿿豈-﫿]|[^\W㐀-鿿豈-﫿]+|[^\w\s]")
 
 
-def units(text: str) -> list[str]:
+def split_units(text: str) -> list[str]:
     """Chinese characters one by one, words, and signs; capitals do not matter, white space is no unit."""
     return _UNIT.findall(text.lower())
 
 
-def distinct(answers: Iterable[Sequence[Any]], n: int) -> float | None:
+def distinct_n(answers: Iterable[Sequence[Any]], n: int) -> float | None:
     """Share of different n-grams among all n-grams of the answers; None when none is so long."""
     grams = [tuple(answer[i : i + n]) for answer in answers for i in range(len(answer) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
-def is_loop(ids: Sequence[Any], at_end: bool = False) -> bool:
+def has_loop(ids: Sequence[Any], at_end: bool = False) -> bool:
     """Do some 1 to 32 units stand four times in a row, anywhere or `at_end`?
 
     A single unit must do so eight times ("……" is no loop). At the end the last repetition may be cut off anywhere.
     """
-    for period in range(1, LONGEST_PERIOD + 1):
-        same = [a == b for a, b in zip(ids, ids[period:], strict=False)]
-        needed = 3 * period if period > 1 else 7
+    for period in range(1, MAX_PERIOD + 1):
+        is_equal = [a == b for a, b in zip(ids, ids[period:], strict=False)]
+        min_matches = 3 * period if period > 1 else 7
         if at_end:
-            if len(same) >= needed and all(same[-needed:]):
+            if len(is_equal) >= min_matches and all(is_equal[-min_matches:]):
                 return True
-        elif max((sum(1 for _ in run) for equal, run in itertools.groupby(same) if equal), default=0) >= needed:
+        elif (
+            max((sum(1 for _ in run) for equal, run in itertools.groupby(is_equal) if equal), default=0) >= min_matches
+        ):
             return True
     return False
 
 
-def describe(answers: list[dict[str, Any]]) -> dict[str, Any]:
+def repetition_stats(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of a set of answers: rows with "answer" and "finish_reason" ("length": cut off).
 
     Lengths are in units, counts stand beside their shares. Distinct-n is None for answers that are too short.
     """
-    split = [units(row["answer"]) for row in answers]
+    split_answers = [split_units(row["answer"]) for row in answers]
     counts = {
-        "loops": sum(is_loop(answer, at_end=True) for answer in split),
+        "loops": sum(has_loop(answer, at_end=True) for answer in split_answers),
         "empty": sum(not row["answer"].strip() for row in answers),
         "cut_off": sum(row["finish_reason"] == "length" for row in answers),
     }
     total = max(len(answers), 1)
     return {
         "answers": len(answers),
-        **{f"distinct_{n}": distinct(split, n) for n in (1, 2, 3)},
+        **{f"distinct_{n}": distinct_n(split_answers, n) for n in (1, 2, 3)},
         **counts,
         **{f"{name}_rate": count / total for name, count in counts.items()},
-        "mean_length": sum(map(len, split)) / total,
+        "mean_length": sum(map(len, split_answers)) / total,
     }

@@ -25,31 +25,31 @@ from torch import Tensor
 
 from common.errors import UserError
 from model.config import ModelConfig
-from model.rope_flags import check_factor
+from model.rope_flags import check_rope_factor
 
 
-def frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Radians per position of each pair, (head_dim / 2,), and the factor on cos and sin. Of dynamic: those of short
     sequences."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    plain, scaling = 1.0 / config.rope_theta**exponents, config.rope_scaling
+    base_frequencies, scaling = 1.0 / config.rope_theta**exponents, config.rope_scaling
     kind = scaling.get("rope_type")
     if kind == "linear":
-        return plain / scaling["factor"], 1.0
+        return base_frequencies / scaling["factor"], 1.0
     if kind == "llama3":
-        return _llama3(plain, scaling), 1.0
+        return _llama3(base_frequencies, scaling), 1.0
     if kind == "yarn":
         return _yarn(config, config.rope_theta**exponents), attention_factor(scaling)
-    return plain, 1.0
+    return base_frequencies, 1.0
 
 
-def _llama3(plain: Tensor, scaling: dict[str, Any]) -> Tensor:
+def _llama3(base_frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Pairs that turn less than low_freq_factor times in the original length are slowed down by factor, those that turn
     more than high_freq_factor times are kept."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / plain
-    slow = torch.where(wavelength > original / low, plain / scaling["factor"], plain)
+    wavelength = 2 * math.pi / base_frequencies
+    slow = torch.where(wavelength > original / low, base_frequencies / scaling["factor"], base_frequencies)
     smooth = (original / wavelength - low) / (high - low)
     between = (1 - smooth) * slow / scaling["factor"] + smooth * slow
     is_between = (wavelength >= original / high) & (wavelength <= original / low)
@@ -61,29 +61,29 @@ def _yarn(config: ModelConfig, periods: Tensor) -> Tensor:
     scaling, dim = config.rope_scaling, config.head_dim
     length = scaling["original_max_position_embeddings"]
 
-    def pair_that_turns(turns: float) -> float:
+    def pair_with_rotations(rotations: float) -> float:
         """The index of the pair that turns so many times within the original length."""
-        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low, high = pair_that_turns(scaling.get("beta_fast", 32)), pair_that_turns(scaling.get("beta_slow", 1))
+    low, high = pair_with_rotations(scaling.get("beta_fast", 32)), pair_with_rotations(scaling.get("beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0
-    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    unscaled_weight = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     factor: float = scaling["factor"]
-    return (1.0 / (factor * periods)) * (1 - kept) + (1.0 / periods) * kept
+    return (1.0 / (factor * periods)) * (1 - unscaled_weight) + (1.0 / periods) * unscaled_weight
 
 
 def attention_factor(scaling: dict[str, Any]) -> float:
     """YaRN's factor on cos and sin: as given, or 0.1 ln(factor) + 1, or a ratio of two such (mscale)."""
-    given, mscale, all_dim = (scaling.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    factor, mscale, all_dim = (scaling.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
 
     def scaled(weight: float) -> float:
         return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
 
-    if given is not None:
-        return float(given)
+    if factor is not None:
+        return float(factor)
     return scaled(mscale) / scaled(all_dim) if mscale and all_dim else scaled(1)
 
 
@@ -92,8 +92,8 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
     Half-split layout: dimension i is rotated together with dimension i + head_dim / 2, as transformers does.
     """
-    speeds, factor = frequencies(config)
-    return _cos_sin(torch.arange(config.max_seq_len, dtype=torch.float32), speeds, factor)
+    frequencies, factor = rope_frequencies(config)
+    return _cos_sin(torch.arange(config.max_seq_len, dtype=torch.float32), frequencies, factor)
 
 
 def dynamic_rope(config: ModelConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,35 +105,37 @@ def dynamic_rope(config: ModelConfig, positions: Tensor, lengths: Tensor) -> tup
     growth = factor * lengths.clamp(min=original) / original - (factor - 1)
     theta = config.rope_theta * growth ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    speeds = 1.0 / theta[..., None] ** exponents  # (head_dim / 2,) or (batch, head_dim / 2)
-    return _cos_sin(positions, speeds[:, None] if speeds.dim() == 2 else speeds)
+    frequencies = 1.0 / theta[..., None] ** exponents  # (head_dim / 2,) or (batch, head_dim / 2)
+    return _cos_sin(positions, frequencies[:, None] if frequencies.dim() == 2 else frequencies)
 
 
-def _cos_sin(positions: Tensor, speeds: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    angles = positions.float()[..., None] * speeds
+def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    angles = positions.float()[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * factor, angles.sin() * factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of x (batch, heads, seq, head_dim) by its position's angle; cos, sin end in (seq, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def longer_config(config: ModelConfig, kind: str, factor: float) -> ModelConfig:
+def extend_context(config: ModelConfig, kind: str, factor: float) -> ModelConfig:
     """The config with --rope_scaling KIND --rope_factor N: max_seq_len becomes N times the trained length.
 
     Raises UserError for a factor out of range and for a model that is scaled already.
     """
-    check_factor(factor)
+    check_rope_factor(factor)
     if config.rope_scaling:
-        raise UserError(f"--rope_scaling: this model has RoPE scaling of its own ({describe(config)}): leave it out")
+        raise UserError(
+            f"--rope_scaling: this model has RoPE scaling of its own ({rope_summary(config)}): leave it out"
+        )
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": config.max_seq_len}
     return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=int(factor * config.max_seq_len))
 
 
-def describe(config: ModelConfig) -> str:
+def rope_summary(config: ModelConfig) -> str:
     """yarn x 4, 2048 tokens, trained with 512; "" without scaling."""
     if not config.rope_scaling:
         return ""

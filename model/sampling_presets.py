@@ -1,6 +1,6 @@
 """The sampling settings of a front end where the user gives none.
 
-    DEFAULTS  <  the preset of the model's chat format (chat_template.py)  <  what the user names
+    DEFAULT_SAMPLING  <  the preset of the model's chat format (chat_template.py)  <  what the user names
 
 Used by the command line, the server's chat route and the chat page. Measurements (questions, exams, reports) take no
 preset, so that models stay comparable.
@@ -9,20 +9,20 @@ Read next: sampling.py (what the settings do), chat_template.py (the presets and
 
 from typing import Any
 
-from model.chat_template import FORMAT_NAMES, NamedFormat, named_format
-from model.jinja_template import TemplateFormat
+from model.chat_template import CHAT_FORMATS, ChatTemplate, find_chat_template
+from model.jinja_template import JinjaTemplate
 
-DEFAULTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
-CHOICES = ("auto", "none", *FORMAT_NAMES)  # of --sampling_preset
+DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
+PRESET_CHOICES = ("auto", "none", *CHAT_FORMATS)  # of --sampling_preset
 
 
-def find_preset(choice: str, chat_format: NamedFormat | TemplateFormat | None) -> tuple[str, dict[str, Any]]:
-    """(name, settings) of the preset that `choice`, one of CHOICES, means for a model of this chat format.
+def find_preset(choice: str, chat_format: ChatTemplate | JinjaTemplate | None) -> tuple[str, dict[str, Any]]:
+    """(name, settings) of the preset that `choice`, one of PRESET_CHOICES, means for a model of this chat format.
 
     auto: the preset of the model's own format. A format's name: its preset, for models whose files name no format.
     Without a preset the settings are {}.
     """
-    chosen = chat_format if choice == "auto" else None if choice == "none" else named_format(choice)
+    chosen = chat_format if choice == "auto" else None if choice == "none" else find_chat_template(choice)
     return (chosen.name, dict(chosen.sampling)) if chosen else ("", {})
 
 
@@ -44,6 +44,6 @@ def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def spell(settings: dict[str, Any]) -> str:
+def format_settings(settings: dict[str, Any]) -> str:
     """The settings as text: top_k 30, top_p 0.85."""
     return ", ".join(f"{name} {value}" for name, value in settings.items())

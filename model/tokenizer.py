@@ -24,24 +24,24 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from common.errors import ANOTHER_FORMAT, UserError, printable
-from common.files import cannot_write, remove, replace_folder, temporary_name, write_text
-from model.chat_template import END_OF_TEXT, IM_END, IM_START, Message, NamedFormat, named_format
-from model.jinja_template import TemplateFormat
-from model.render import Rendered, render_chats, render_unfinished
-from model.tokenizer_files import chat_template, open_backend, read_settings
+from common.errors import CHAT_FORMAT_ADVICE, UserError, escape_controls
+from common.files import remove, replace_folder, temporary_path, write_error, write_text
+from model.chat_template import END_OF_TEXT, IM_END, IM_START, ChatTemplate, Message, find_chat_template
+from model.jinja_template import JinjaTemplate
+from model.render import RenderedChat, render_chats, render_unfinished
+from model.tokenizer_files import open_backend, read_chat_template, read_settings
 
-PAD = "<|pad|>"
-SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD]
+PAD_TOKEN = "<|pad|>"
+SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD_TOKEN]
 SPARE_TOKENS = [
     f"<|spare_{i}|>" for i in range(12)
 ]  # unused rows of the embedding, for markers that later stages invent
-OLD_TEMPLATE = (  # in the files of tokenizers made before formats had names
+LEGACY_TEMPLATE = (  # in the files of tokenizers made before formats had names
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -63,14 +63,14 @@ class ChatTokenizer:
         # Without this line the *text* "<|im_end|>" in a user's message would become the control token.
         self.backend.encode_special_tokens = True
         self.config = read_settings(files, "tokenizer_config.json")
-        self.eos = self._special("eos_token") or END_OF_TEXT
-        self.eos_id = self._id(self.eos)
-        self.pad_id = self._id(self._special("pad_token") or self.eos)
+        self.eos = self._special_token("eos_token") or END_OF_TEXT
+        self.eos_id = self._token_id(self.eos)
+        self.pad_id = self._token_id(self._special_token("pad_token") or self.eos)
         self.format = self._find_format()
-        if isinstance(self.format, NamedFormat) and (self.config.get("chat_format") or not self._template):
+        if isinstance(self.format, ChatTemplate) and (self.config.get("chat_format") or not self._template):
             self._write_format(self.format)  # files of an earlier version hold its template, a base model's hold none
 
-    def _special(self, name: str) -> str | None:
+    def _special_token(self, name: str) -> str | None:
         """bos_token, eos_token, ...: a string or {"content": string}, in whichever file names it."""
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             token = read_settings(self.files, file).get(name)
@@ -79,51 +79,56 @@ class ChatTokenizer:
                 return token
         return None
 
-    def _id(self, token: str) -> int:
+    def _token_id(self, token: str) -> int:
         try:
             index = self.backend.token_to_id(token)
         except UnicodeEncodeError:  # half a character
             index = None
         if index is None:
             raise UserError(
-                f"the tokenizer has no {printable(token)[:60]} token: train one with `python train_tokenizer.py FILES…`"
+                f"the tokenizer has no {escape_controls(token)[:60]} token: "
+                f"train one with `python train_tokenizer.py FILES…`"
             )
         return index
 
     @property
     def _template(self) -> str:
-        return chat_template(self.files, self.config)
+        return read_chat_template(self.files, self.config)
 
-    def _find_format(self) -> NamedFormat | TemplateFormat | None:
+    def _find_format(self) -> ChatTemplate | JinjaTemplate | None:
         """The named format of our own folders, the template of foreign ones, None where there is neither."""
         template = self._template
         name = self.config.get("chat_format")
-        if not name and (not template or template == OLD_TEMPLATE) and self.backend.token_to_id(IM_START) is not None:
+        if (
+            not name
+            and (not template or template == LEGACY_TEMPLATE)
+            and self.backend.token_to_id(IM_START) is not None
+        ):
             name = "chatml"  # made before formats had names
         if name:
-            return named_format(printable(str(name))[:60], self.eos)
-        special = {key: self._special(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return TemplateFormat(template, special, self._markers) if template else None
+            return find_chat_template(escape_controls(str(name))[:60], self.eos)
+        special = {key: self._special_token(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return JinjaTemplate(template, special, self._markers) if template else None
 
-    def with_format(self, name: str | None) -> "ChatTokenizer":
+    def with_chat_format(self, name: str | None) -> "ChatTokenizer":
         """The same pieces with the chat format of that name; None changes nothing.
 
         Raises UserError for an unknown name, and where the format's markers are no tokens of this tokenizer.
         """
         if name is None or name == self.format_name:
             return self
-        named_format(name, self.eos)  # raises for an unknown name
+        find_chat_template(name, self.eos)  # raises for an unknown name
         for marker in (IM_START, IM_END) if name == "chatml" else ():
             if self.backend.token_to_id(marker) is None:
                 raise UserError(f"--chat_format {name}: this tokenizer has no {marker} token; choose another format")
         renamed = json.dumps({**self.config, "chat_format": name}, ensure_ascii=False, indent=2)
         return ChatTokenizer({**self.files, "tokenizer_config.json": renamed})
 
-    def _write_format(self, chosen: NamedFormat) -> None:
+    def _write_format(self, template: ChatTemplate) -> None:
         """Put the template of a named format into the files, for transformers."""
-        if self.config.get("chat_template") == chosen.template and "chat_template.jinja" not in self.files:
+        if self.config.get("chat_template") == template.template and "chat_template.jinja" not in self.files:
             return
-        self.config = {**self.config, "chat_template": chosen.template, "chat_format": chosen.name}
+        self.config = {**self.config, "chat_template": template.template, "chat_format": template.name}
         self.files = {**self.files, "tokenizer_config.json": json.dumps(self.config, ensure_ascii=False, indent=2)}
         self.files.pop("chat_template.jinja", None)
 
@@ -134,16 +139,16 @@ class ChatTokenizer:
 
     @property
     def im_start_id(self) -> int:
-        return self._id(IM_START)
+        return self._token_id(IM_START)
 
     @property
     def im_end_id(self) -> int:
-        return self._id(IM_END)
+        return self._token_id(IM_END)
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that name this tokenizer: datasets and checkpoints made with another one are refused."""
-        return digest(self.files["tokenizer.json"])[:16]
+        return sha256_hex(self.files["tokenizer.json"])[:16]
 
     @property
     def format_name(self) -> str:
@@ -151,46 +156,48 @@ class ChatTokenizer:
         return self.format.name if self.format else ""
 
     @cached_property
-    def chat_fingerprint(self) -> str:
+    def rendering_fingerprint(self) -> str:
         """Names what a chat becomes: pieces and format. That of chatml is the plain fingerprint."""
         if self.format_name in ("chatml", ""):
             return self.fingerprint
-        if not isinstance(self.format, NamedFormat):
-            return f"{self.fingerprint}-{digest(self.chat_format.template)[:8]}"
+        if not isinstance(self.format, ChatTemplate):
+            return f"{self.fingerprint}-{sha256_hex(self.chat_format.template)[:8]}"
         revision = f"-{self.format.revision}" if self.format.revision > 1 else ""
         return f"{self.fingerprint}-{self.format_name}{revision}"
 
     @property
-    def chat_format(self) -> NamedFormat | TemplateFormat:
+    def chat_format(self) -> ChatTemplate | JinjaTemplate:
         """The format, where there must be one."""
         if self.format is None:
-            raise UserError(f"this tokenizer has no chat template that says how chats are written; {ANOTHER_FORMAT}")
+            raise UserError(
+                f"this tokenizer has no chat template that says how chats are written; {CHAT_FORMAT_ADVICE}"
+            )
         return self.format
 
     @property
-    def close_id(self) -> int:
+    def end_of_turn_id(self) -> int:
         """The token that ends an answer."""
         return self.stop_ids[0]
 
     @cached_property
     def stop_ids(self) -> list[int]:
         """Every token after which a model has finished: what closes an answer, the eos, and what the model names."""
-        found = [self._id(self.format.close)] if self.format and self.format.close else []
-        named = read_settings(self.files, "generation_config.json").get("eos_token_id")
-        ids = [i for i in (named if isinstance(named, list) else [named]) if type(i) is int]
-        found += [i for i in ids if i in self.special_ids]
-        return list(dict.fromkeys([*found, self.eos_id]))
+        existing = [self._token_id(self.format.end_of_turn)] if self.format and self.format.end_of_turn else []
+        declared = read_settings(self.files, "generation_config.json").get("eos_token_id")
+        ids = [i for i in (declared if isinstance(declared, list) else [declared]) if type(i) is int]
+        existing += [i for i in ids if i in self.special_ids]
+        return list(dict.fromkeys([*existing, self.eos_id]))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Text that ends an answer in this format."""
-        return self.format.stop if self.format else ()
+        return self.format.stop_strings if self.format else ()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marker strings inside it stay text."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_start(self, text: str) -> list[int]:
+    def encode_document(self, text: str) -> list[int]:
         """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
         return self.backend.encode_batch([text])[0].ids  # a batch, since `encode` keeps the GIL
 
@@ -223,7 +230,7 @@ class ChatTokenizer:
         return lengths
 
     @cached_property
-    def _marked(self) -> Tokenizer:
+    def _special_aware(self) -> Tokenizer:
         """The tokenizer as it reads a rendered chat: control tokens are control tokens."""
         return open_backend(self.files)
 
@@ -250,7 +257,7 @@ class ChatTokenizer:
         after an answer (`continue_final_message` of transformers). Raises UserError when the format cannot write these
         messages or leaves the last one out.
         """
-        return render_unfinished(self._marked, self.chat_format, self._markers, messages)
+        return render_unfinished(self._special_aware, self.chat_format, self._markers, messages)
 
     def render_batch(
         self, chats: list[list[Message]], add_generation_prompt: bool = False
@@ -259,41 +266,41 @@ class ChatTokenizer:
         rendered = self.render_each(chats, add_generation_prompt)
         for chat in rendered:
             if chat.refusal:
-                raise UserError(f"{chat.refusal}; {ANOTHER_FORMAT}")
+                raise UserError(f"{chat.refusal}; {CHAT_FORMAT_ADVICE}")
         return [(chat.samples[-1].ids, chat.samples[-1].mask) for chat in rendered]
 
-    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[Rendered]:
+    def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[RenderedChat]:
         """The samples of several conversations; the last one of each is the whole conversation, as `render` gives it.
 
         Several where the format writes an answer differently when turns follow it (jinja_template.py): each of the
         others ends at an answer, and every answer is trained in one of them. For a chat that the format cannot write
         there is no sample, and `refusal` is the reason. Raises UserError for a format that can write no chat at all.
         """
-        return render_chats(self._marked, self.chat_format, self._markers, chats, add_generation_prompt)
+        return render_chats(self._special_aware, self.chat_format, self._markers, chats, add_generation_prompt)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files of a tokenizer folder. A folder of other tokenizer files alone is replaced as a whole.
 
         In a folder with further files (an exported model) each file is replaced by itself. Raises UserError.
         """
-        place = Path(folder).resolve()
-        if place.exists() and not place.is_dir():
-            raise UserError(f"cannot write {place}: it is a file: name a folder")
+        target_folder = Path(folder).resolve()
+        if target_folder.exists() and not target_folder.is_dir():
+            raise UserError(f"cannot write {target_folder}: it is a file: name a folder")
         try:
-            found = {path.name for path in place.iterdir()} if place.is_dir() else set()
-            whole = found <= self.files.keys() and not place.is_mount()
-            target = temporary_name(place, "tmp") if whole else place
+            existing = {path.name for path in target_folder.iterdir()} if target_folder.is_dir() else set()
+            replaces_folder = existing <= self.files.keys() and not target_folder.is_mount()
+            target = temporary_path(target_folder, "tmp") if replaces_folder else target_folder
             for name, text in self.files.items():
                 write_text(target / name, text)
-            if whole:
-                replace_folder(target, place)
+            if replaces_folder:
+                replace_folder(target, target_folder)
         except OSError as error:
-            raise cannot_write(place, error) from error
+            raise write_error(target_folder, error) from error
         finally:
-            remove(temporary_name(place, "tmp"))
+            remove(temporary_path(target_folder, "tmp"))
 
 
-def digest(text: str) -> str:
+def sha256_hex(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -302,13 +309,13 @@ def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads in transformers 4 and 5 alike
         "eos_token": END_OF_TEXT,
-        "pad_token": PAD,
+        "pad_token": PAD_TOKEN,
         "model_max_length": 1_000_000,  # the limit is the model's, and its config states it
         "clean_up_tokenization_spaces": False,
-        "chat_template": named_format(chat_format).template,
+        "chat_template": find_chat_template(chat_format).template,
         "chat_format": chat_format,
     }
-    specials = {"eos_token": END_OF_TEXT, "pad_token": PAD}
+    specials = {"eos_token": END_OF_TEXT, "pad_token": PAD_TOKEN}
     return {
         "tokenizer.json": backend.to_str(pretty=False),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
@@ -328,10 +335,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
 
     Raises UserError with the command to run when there is none or it is not one of ours.
     """
-    found = {name: Path(folder) / name for name in FILES if (Path(folder) / name).is_file()}
-    if "tokenizer.json" not in found:
+    existing = {name: Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
+    if "tokenizer.json" not in existing:
         raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")
     try:
-        return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in found.items()})
+        return ChatTokenizer({name: path.read_text(encoding="utf-8") for name, path in existing.items()})
     except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"cannot read the tokenizer in {folder}: {error}") from None

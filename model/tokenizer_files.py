@@ -2,7 +2,7 @@
 
     open_backend(files)                   tokenizer.json as a tokenizers.Tokenizer
     read_settings(files, name)            the JSON object in one of the other files, {} where it is not there
-    chat_template(files, settings)        the chat template, "" where there is none
+    read_chat_template(files, settings)        the chat template, "" where there is none
 
 Each raises UserError naming the file. Read next: tokenizer.py.
 """
@@ -12,9 +12,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_controls
 
-MOST_IDS = 2**24  # of a vocabulary: a table with a row per id is made of it
+MAX_VOCAB_SIZE = 2**24  # of a vocabulary: a table with a row per id is made of it
 
 
 def open_backend(files: dict[str, str]) -> Tokenizer:
@@ -25,9 +25,9 @@ def open_backend(files: dict[str, str]) -> Tokenizer:
         backend.no_truncation()
         ids = backend.get_vocab(with_added_tokens=True).values()
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"tokenizer.json is damaged ({printable(str(error))[:200]})") from None
-    if not ids or max(ids) >= MOST_IDS:
-        raise UserError(f"tokenizer.json has {'ids above ' + str(MOST_IDS) if ids else 'no token'}")
+        raise UserError(f"tokenizer.json is damaged ({escape_controls(str(error))[:200]})") from None
+    if not ids or max(ids) >= MAX_VOCAB_SIZE:
+        raise UserError(f"tokenizer.json has {'ids above ' + str(MAX_VOCAB_SIZE) if ids else 'no token'}")
     return backend
 
 
@@ -41,7 +41,7 @@ def read_settings(files: dict[str, str], name: str) -> dict[str, Any]:
     return content
 
 
-def chat_template(files: dict[str, str], settings: dict[str, Any]) -> str:
+def read_chat_template(files: dict[str, str], settings: dict[str, Any]) -> str:
     """From chat_template.jinja, else from tokenizer_config.json: a text, or the default of a list of them."""
     template = files.get("chat_template.jinja") or settings.get("chat_template")
     if isinstance(template, list):  # several with names, for tools and the like

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.moe import MoEFeedForward
-from model.rope import dynamic_rope, longer_config, rope_table, rotate
+from model.rope import apply_rope, dynamic_rope, extend_context, rope_table
 
 CPU_QUERY_BLOCK = 128  # queries per block of the CPU attention; 64 and 256 measured slower at 512 tokens
 
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
 class KVCache:
     """Keys and values of the tokens already seen, owned by the caller and passed in: the model itself keeps no state.
 
-    Room for `max_len` tokens in each of `batch` rows; `length` of them are filled. Where rows differ (see `part`),
+    Room for `max_len` tokens in each of `batch` rows; `length` of them are filled. Where rows differ (see `view`),
     `lengths` (batch,) tells how many of each row, and `length` is the most.
     """
 
@@ -59,13 +59,13 @@ class KVCache:
     def max_len(self) -> int:
         return self.keys.shape[3]
 
-    def part(self, first: int, end: int, lengths: list[int] | None = None) -> "KVCache":
+    def view(self, first: int, end: int, lengths: list[int] | None = None) -> "KVCache":
         """The rows from `first` to before `end`, in the same memory; `lengths` of them are filled (None: none)."""
-        part = copy.copy(self)
-        part.keys, part.values = self.keys[:, first:end], self.values[:, first:end]
-        part.length = max(lengths) if lengths else 0
-        part.lengths = torch.tensor(lengths, device=self.keys.device) if lengths else None
-        return part
+        view = copy.copy(self)
+        view.keys, view.values = self.keys[:, first:end], self.values[:, first:end]
+        view.length = max(lengths) if lengths else 0
+        view.lengths = torch.tensor(lengths, device=self.keys.device) if lengths else None
+        return view
 
     def positions(self, new: int) -> Tensor:
         """Where the next `new` tokens go: (new,), or (batch, new) where rows differ."""
@@ -87,8 +87,8 @@ class KVCache:
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """Row targets[i] becomes a copy of row sources[i], which holds `length` tokens. All are read first."""
-        for kept in (self.keys, self.values):
-            kept[:, targets, :, :length] = kept[:, sources, :, :length]
+        for tensor in (self.keys, self.values):
+            tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
 
     def advance(self, new: int) -> None:
         """Count `new` tokens that every layer has stored."""
@@ -147,8 +147,8 @@ class Attention(nn.Module):
         """
         batch, seq, _ = x.shape
         heads = (batch, seq, -1, self.config.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        q = apply_rope(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)
+        k = apply_rope(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -194,15 +194,15 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, real: Tensor | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, token_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x (batch, seq, dim) -> x of the same shape, and this layer's balance loss (a scalar; 0 when dense)."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         if self.use_moe:
-            out, balance = self.mlp(self.post_attention_layernorm(x), real)
+            out, aux_loss = self.mlp(self.post_attention_layernorm(x), token_mask)
         else:
-            out, balance = self.mlp(self.post_attention_layernorm(x)), x.new_zeros(())
-        return x + self.dropout(out), balance
+            out, aux_loss = self.mlp(self.post_attention_layernorm(x)), x.new_zeros(())
+        return x + self.dropout(out), aux_loss
 
 
 class Decoder(nn.Module):
@@ -239,8 +239,8 @@ class Transformer(nn.Module):
             self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
 
     def scale_rope(self, kind: str, factor: float) -> None:
-        """Read `factor` times as many tokens as in training; see rope.longer_config."""
-        self.set_rope(longer_config(self.config, kind, factor))
+        """Read `factor` times as many tokens as in training; see rope.extend_context."""
+        self.set_rope(extend_context(self.config, kind, factor))
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         cache: KVCache | None = None,
         padding: Tensor | None = None,
-        real: Tensor | None = None,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states after the last norm, and the balance loss.
 
@@ -268,15 +268,17 @@ class Transformer(nn.Module):
         cache: tokens seen before; the new ones are appended to it.
         padding: (batch,) number of pad tokens at the *left* of each row (counted from the start of the cache). Pads on
             the right need nothing: no real token looks that way.
-        real: (batch, seq) bool, False at padding, so that padding does not count in the balance loss of an MoE.
+        token_mask: (batch, seq) bool, False at padding, so that padding does not count in the balance loss of an MoE.
         Returns (batch, seq, dim), and a scalar to be added to the loss of every token: balance_loss_coef times the mean
         over layers of the router's balance loss while an MoE trains, 0 otherwise.
         Raises ValueError beyond max_seq_len or the room of the cache.
         """
         start, seq = (cache.length if cache else 0), input_ids.shape[1]
-        room = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
-        if start + seq > room:
-            raise ValueError(f"{start + seq} tokens do not fit: the limit is {room} (max_seq_len or the cache's room)")
+        capacity = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
+        if start + seq > capacity:
+            raise ValueError(
+                f"{start + seq} tokens do not fit: the limit is {capacity} (max_seq_len or the cache's room)"
+            )
         positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
         mask = None  # x alone, or one token that sees all before it: every kernel knows these
         if padding is not None or (cache and cache.lengths is not None) or (start and seq > 1):
@@ -292,17 +294,17 @@ class Transformer(nn.Module):
             cos, sin = cos[:, None], sin[:, None]
 
         x = self.model.embed_tokens(input_ids)
-        balance = x.new_zeros(())
+        aux_loss = x.new_zeros(())
         for layer in self.model.layers:
             if self.activation_checkpointing and self.training:
-                x, layer_balance = checkpoint(layer, x, cos, sin, mask, cache, real, use_reentrant=False)
+                x, layer_aux_loss = checkpoint(layer, x, cos, sin, mask, cache, token_mask, use_reentrant=False)
             else:
-                x, layer_balance = layer(x, cos, sin, mask, cache, real)
-            balance = balance + layer_balance
+                x, layer_aux_loss = layer(x, cos, sin, mask, cache, token_mask)
+            aux_loss = aux_loss + layer_aux_loss
         if cache is not None:
             cache.advance(seq)
         weight = self.config.balance_loss_coef / len(self.model.layers) if self.training else 0.0
-        return self.model.norm(x), balance * weight
+        return self.model.norm(x), aux_loss * weight
 
     def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin at positions (seq,) or (batch, seq), of sequences of at most `length` tokens."""

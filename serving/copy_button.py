@@ -7,13 +7,13 @@ Called by page.py.
 
 import streamlit as st
 
-HTML = '<button type="button"></button>'
-CSS = """
+_HTML = '<button type="button"></button>'
+_CSS = """
 button { border: 0; background: none; padding: 0; cursor: pointer; color: var(--st-text-color); opacity: 0.55;
          font: inherit; font-size: 0.875rem; line-height: 1.5; }
 button:hover, button:focus-visible { opacity: 1; color: var(--st-primary-color); }
 """
-JAVASCRIPT = """
+_JAVASCRIPT = """
 export default function ({ parentElement, data }) {
     const button = parentElement.querySelector("button")
     button.textContent = data.label
@@ -37,5 +37,5 @@ export default function ({ parentElement, data }) {
 
 def copy_button(text: str, label: str, done: str, key: str) -> None:
     """`label` becomes `done` for a moment after the click."""
-    mount = st.components.v2.component("copy_button", html=HTML, css=CSS, js=JAVASCRIPT)
+    mount = st.components.v2.component("copy_button", html=_HTML, css=_CSS, js=_JAVASCRIPT)
     mount(data={"text": text, "label": label, "done": done}, key=key, width="content", height="content")

@@ -9,10 +9,10 @@ lm-evaluation-harness' `local-completions` scores with it (echo, logprobs 1, max
 Called by responses.py. Read next: ../model/logprobs.py (where the numbers come from).
 """
 
-from model.detokenizer import TextStream, token_bytes
-from model.logprobs import TokenProbability
+from model.detokenizer import IncrementalDetokenizer, token_bytes
+from model.logprobs import TokenLogprob
 from model.tokenizer import ChatTokenizer
-from serving.models import sound
+from serving.models import replace_surrogates
 from serving.schemas import TextLogprobs
 
 Prompt = str | list[int]  # as it was sent
@@ -20,17 +20,17 @@ Prompt = str | list[int]  # as it was sent
 
 def echoed_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
     """The prompt as text: as it was sent, or what its ids say, control tokens included."""
-    return sound(prompt) if isinstance(prompt, str) else tokenizer.decode(prompt)
+    return replace_surrogates(prompt) if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
 def echoed_logprobs(
-    tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logprobs: list[TokenProbability]
+    tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logprobs: list[TokenLogprob]
 ) -> TextLogprobs:
     """ids: the prompt's tokens; logprobs: of all but the first."""
     return TextLogprobs(
         tokens=[token_name(tokenizer, i) for i in ids],
         token_logprobs=[None, *(token.logprob for token in logprobs)],
-        top_logprobs=[None, *(alternatives(tokenizer, token) for token in logprobs)],
+        top_logprobs=[None, *(named_top_logprobs(tokenizer, token) for token in logprobs)],
         text_offset=text_offsets(tokenizer, prompt, ids),
     )
 
@@ -38,17 +38,17 @@ def echoed_logprobs(
 def text_offsets(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int]) -> list[int]:
     """Characters of the echoed text before each token. What the tokenizer adds to a text (a bos) has no characters."""
     added = tokenizer.special_ids if isinstance(prompt, str) else frozenset()
-    text, offsets, characters = TextStream(tokenizer), [], 0
+    text, offsets, characters = IncrementalDetokenizer(tokenizer), [], 0
     for i in ids:
-        offsets.append(characters + len(text.before(i)))
+        offsets.append(characters + len(text.completed_by(i)))
         characters += 0 if i in added else len(text.push(i))
     return offsets
 
 
-def alternatives(tokenizer: ChatTokenizer, token: TokenProbability) -> dict[str, float]:
+def named_top_logprobs(tokenizer: ChatTokenizer, token: TokenLogprob) -> dict[str, float]:
     """The likeliest tokens by name, and the token itself; of two with the same name the likelier one."""
     named: dict[str, float] = {}
-    for i, logprob in [*token.likeliest, (token.id, token.logprob)]:
+    for i, logprob in [*token.top_logprobs, (token.id, token.logprob)]:
         named.setdefault(token_name(tokenizer, i), logprob)
     return named
 

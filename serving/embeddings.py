@@ -18,14 +18,14 @@ from pydantic_core import PydanticCustomError
 
 from model.transformer import Transformer
 from serving.errors import ApiError
-from serving.models import Served, TooLong
+from serving.models import PromptTooLong, ServedModel
 from serving.scheduler import PREFILL_TOKENS
-from serving.schemas import Open, TokenIds
+from serving.schemas import LenientModel, TokenIds
 
-MOST_INPUTS = 2048  # of one embeddings request, as OpenAI
+MAX_INPUTS = 2048  # of one embeddings request, as OpenAI
 
 
-def _nothing_empty(value: Any) -> Any:
+def _reject_empty(value: Any) -> Any:
     """One error for an empty input; the branches of the union would each give their own."""
     if value in ("", []):
         raise PydanticCustomError("empty", "must not be empty: a text, token ids, or a list of either")
@@ -33,31 +33,31 @@ def _nothing_empty(value: Any) -> Any:
         empty = [str(i) for i, item in enumerate(value) if item in ("", [])]
         if empty:
             raise PydanticCustomError("empty", "number {numbers} is empty (counted from 0)", {"numbers": empty[0]})
-        if len(value) > MOST_INPUTS and not isinstance(value[0], (int, float)):
-            numbers = {"given": len(value), "most": MOST_INPUTS}
+        if len(value) > MAX_INPUTS and not isinstance(value[0], (int, float)):
+            numbers = {"given": len(value), "most": MAX_INPUTS}
             raise PydanticCustomError("too_many", "{given} inputs in one request, at most {most}", numbers)
     return value
 
 
-def _full_size(value: Any) -> Any:
+def _reject_dimensions(value: Any) -> Any:
     if value is not None:
         raise PydanticCustomError("dimensions", "the vectors have the model's full size only: leave this field out")
     return value
 
 
-class EmbeddingRequest(Open):
+class EmbeddingRequest(LenientModel):
     model: str | None = Field(None, description="a name from /v1/models (default: the first)")
     input: Annotated[
         Annotated[str, Field(min_length=1)]
         | Annotated[
-            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)
+            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
         ]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True)],
-        BeforeValidator(_nothing_empty),
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)],
+        BeforeValidator(_reject_empty),
     ]
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32")
-    dimensions: Annotated[None, BeforeValidator(_full_size)] = None
+    dimensions: Annotated[None, BeforeValidator(_reject_dimensions)] = None
     user: str | None = Field(None, description="accepted; nothing is kept")
 
 
@@ -80,14 +80,14 @@ class EmbeddingList(BaseModel):
 
 
 class EmbeddingJob:
-    """Inputs (token ids) and their vectors, as far as they are computed. A `Job` of scheduler.py."""
+    """Inputs (token ids) and their vectors, as far as they are computed. An `EngineJob` of scheduler.py."""
 
     def __init__(self, inputs: list[list[int]]) -> None:
         self.inputs = inputs
         self.vectors: dict[int, torch.Tensor] = {}
-        self.batches = list(batches_of(inputs))
+        self.batches = list(embedding_batches(inputs))
         self.inbox: Any = None
-        self.gone = False
+        self.aborted = False
 
     @torch.inference_mode()
     def step(self, model: Transformer) -> bool:
@@ -102,7 +102,7 @@ class EmbeddingJob:
         return not self.batches
 
 
-def batches_of(inputs: list[list[int]]) -> Iterator[list[int]]:
+def embedding_batches(inputs: list[list[int]]) -> Iterator[list[int]]:
     """Indices of inputs of similar length, at most PREFILL_TOKENS tokens together, padding included; a longer input
     is a batch of its own."""
     batch: list[int] = []
@@ -114,31 +114,31 @@ def batches_of(inputs: list[list[int]]) -> Iterator[list[int]]:
     yield batch
 
 
-def embedding_job(body: EmbeddingRequest, served: Served) -> EmbeddingJob:
+def make_embedding_job(body: EmbeddingRequest, served: ServedModel) -> EmbeddingJob:
     """Checked and tokenised. Raises ApiError 400 for an input that is too long or has unknown ids."""
     given: Any = body.input
     inputs = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
-    found = []
-    for i, each in enumerate(inputs):
+    token_ids = []
+    for i, text_or_ids in enumerate(inputs):
         try:
-            found.append(served.text_ids(each, answered=False))
-        except TooLong as error:
+            token_ids.append(served.text_ids(text_or_ids, with_answer=False))
+        except PromptTooLong as error:
             raise ApiError(400, f"input {i}: {error}", "input", "context_length_exceeded") from None
         except ValueError as error:
             raise ApiError(400, f"input {i}: {error}", "input") from None
-    return EmbeddingJob(found)
+    return EmbeddingJob(token_ids)
 
 
-def embedding_list(body: EmbeddingRequest, served: Served, job: EmbeddingJob) -> str:
+def embedding_json(body: EmbeddingRequest, served: ServedModel, job: EmbeddingJob) -> str:
     """The JSON of a finished job."""
     tokens = sum(map(len, job.inputs))
-    packed = body.encoding_format == "base64"
+    as_base64 = body.encoding_format == "base64"
     vectors = [job.vectors[i] for i in range(len(job.inputs))]
-    data = [Embedding(index=i, embedding=pack(v) if packed else v.tolist()) for i, v in enumerate(vectors)]
+    data = [Embedding(index=i, embedding=encode_base64(v) if as_base64 else v.tolist()) for i, v in enumerate(vectors)]
     usage = EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens)
     return EmbeddingList(data=data, model=served.name, usage=usage).model_dump_json()
 
 
-def pack(vector: torch.Tensor) -> str:
+def encode_base64(vector: torch.Tensor) -> str:
     """Little-endian fp32 in base64, as OpenAI's clients unpack it."""
     return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()

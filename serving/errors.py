@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from serving.middleware import error_body
 
 UNION_TYPES = ("list[", "constrained-", "str", "int")  # how pydantic names the types of a union in a place
-CANNOT = "the model failed on this request; the server's log says why"
+MODEL_FAILED = "the model failed on this request; the server's log says why"
 
 
 class ApiError(Exception):
@@ -42,33 +42,33 @@ def union_error(errors: Sequence[Any]) -> tuple[str, str]:
     one with the deepest place. Where the value has none of the types, the message names them all.
     """
 
-    def progress(error: Any) -> tuple[bool, int]:
+    def match_depth(error: Any) -> tuple[bool, int]:
         return not error["type"].endswith("_type"), len(error["loc"])
 
-    furthest = max(progress(error) for error in errors)
-    meant = [error for error in errors if progress(error) == furthest]
-    where = _field(meant[0])
-    messages = dict.fromkeys(error["msg"] for error in meant if _field(error) == where)
+    furthest = max(match_depth(error) for error in errors)
+    meant = [error for error in errors if match_depth(error) == furthest]
+    where = _field_path(meant[0])
+    messages = dict.fromkeys(error["msg"] for error in meant if _field_path(error) == where)
     first, *others = messages
     return where, " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
 
 
-def _field(error: Any) -> str:
+def _field_path(error: Any) -> str:
     """`messages.0.role`: the place without pydantic's names of a union's types."""
     name, *inside = [str(part) for part in error["loc"]] or [""]
     return ".".join([name, *(part for part in inside if part.isdigit() or not part.startswith(UNION_TYPES))])
 
 
-def add_error_shapes(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def known(_: Request, error: ApiError) -> Response:
+    async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"[:500]
         return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
-    async def fault(_: Request, error: Exception) -> Response:
+    async def internal_error(_: Request, error: Exception) -> Response:
         return ApiError(500, "internal error of this server; see its log").response()

@@ -2,7 +2,7 @@
 
 The event loop stays free, at most one large body is parsed at a time, however many arrive, and a small request never
 waits behind large ones. Python runs one thread at a time, so that parsing a flood of large bodies would keep the thread
-that decodes from running: the thread of large bodies pauses for PAUSE times as long as it has worked.
+that decodes from running: the thread of large bodies pauses for PAUSE_RATIO times as long as it has worked.
 Called by service.py. Read next: requests.py (what a worker does first).
 """
 
@@ -14,19 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from serving.errors import ApiError
-from serving.middleware import SMALL_BODY
+from serving.middleware import SMALL_BODY_BYTES
 
-PAUSE = 3
+PAUSE_RATIO = 3
 T = TypeVar("T")
 
 
-class Lane:
+class WorkerPool:
     """Worker threads and a bounded queue in front of them."""
 
     def __init__(self, workers: int, max_waiting: int, pause: float = 0) -> None:
-        self.pool = ThreadPoolExecutor(workers)
+        self.executor = ThreadPoolExecutor(workers)
         self.max_waiting, self.waiting, self.pause = max_waiting, 0, pause
-        self.ready = 0.0  # when the pause ends
+        self.ready_at = 0.0  # when the pause ends
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """The result of the function. Raises ApiError 429 where too many wait already."""
@@ -35,29 +35,31 @@ class Lane:
             raise ApiError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"})
         self.waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, self._work, function, arguments)
+            return await asyncio.get_running_loop().run_in_executor(
+                self.executor, self._run_and_pause, function, arguments
+            )
         finally:
             self.waiting -= 1
 
-    def _work(self, function: Callable[..., T], arguments: tuple[object, ...]) -> T:
-        time.sleep(max(0.0, self.ready - time.monotonic()))
+    def _run_and_pause(self, function: Callable[..., T], arguments: tuple[object, ...]) -> T:
+        time.sleep(max(0.0, self.ready_at - time.monotonic()))
         started = time.thread_time()
         try:
             return function(*arguments)
         finally:
-            self.ready = time.monotonic() + self.pause * (time.thread_time() - started)
+            self.ready_at = time.monotonic() + self.pause * (time.thread_time() - started)
 
 
-class Lanes:
+class WorkerPools:
     """The worker threads of a server."""
 
     def __init__(self, max_waiting: int) -> None:
-        self.small, self.large = Lane(4, max_waiting), Lane(1, max_waiting, PAUSE)
-        self.responses = Lane(2, sys.maxsize)  # the queue of the engine bounds their number
+        self.small, self.large = WorkerPool(4, max_waiting), WorkerPool(1, max_waiting, PAUSE_RATIO)
+        self.responses = WorkerPool(2, sys.maxsize)  # the queue of the engine bounds their number
 
-    def for_body(self, body: bytes) -> Lane:
-        return self.small if len(body) <= SMALL_BODY else self.large
+    def for_body(self, body: bytes) -> WorkerPool:
+        return self.small if len(body) <= SMALL_BODY_BYTES else self.large
 
     def close(self) -> None:
-        for lane in (self.small, self.large, self.responses):
-            lane.pool.shutdown(wait=False, cancel_futures=True)
+        for worker_pool in (self.small, self.large, self.responses):
+            worker_pool.executor.shutdown(wait=False, cancel_futures=True)

@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.limits import Limits
+from serving.limits import ServerLimits
 
-OPEN_PATHS = {"/health"}
-SMALL_BODY = 2**14  # bytes; such bodies are not counted, since the number of connections bounds their sum
-CODES = {
+PATHS_WITHOUT_KEY = {"/health"}
+SMALL_BODY_BYTES = 2**14  # bytes; such bodies are not counted, since the number of connections bounds their sum
+ERROR_CODES = {
     401: "invalid_api_key",
     403: "forbidden",
     413: "request_too_large",
@@ -37,7 +37,7 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
-class Refused(Exception):
+class RequestRejected(Exception):
     """A request that goes no further."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -45,87 +45,89 @@ class Refused(Exception):
         self.status, self.message = status, message
 
 
-class Gate:
+class RequestMiddleware:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
         self.app, self.limits = app, limits
-        self.expected = [f"Bearer {key}".encode() for key in limits.api_keys]
+        self.valid_authorizations = [f"Bearer {key}".encode() for key in limits.api_keys]
         self.hosts = None if limits.allowed_hosts is None else {name.lower() for name in limits.allowed_hosts}
-        self.held = 0  # bytes of the large bodies that are being read or answered
+        self.held_bytes = 0  # bytes of the large bodies that are being read or answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         body = bytearray()
-        counted = [0]  # bytes of this request in `held`
+        counted_bytes = [0]  # bytes of this request in `held`
         try:
-            self._check(scope, headers)
-            if not await self._read(headers, receive, body, counted):
+            self._check_headers(scope, headers)
+            if not await self._read_body(headers, receive, body, counted_bytes):
                 return  # the client has gone
-            first: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+            replayed: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
             body.clear()
 
             async def replay() -> MutableMapping[str, Any]:
-                return first.pop() if first else await receive()
+                return replayed.pop() if replayed else await receive()
 
             await self.app(scope, replay, send)
-        except Refused as refused:
-            await refuse(send, refused.status, refused.message)
+        except RequestRejected as rejected:
+            await reject_request(send, rejected.status, rejected.message)
         finally:
-            self.held -= counted[0]
+            self.held_bytes -= counted_bytes[0]
 
-    def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raises Refused for what the headers alone exclude."""
+    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+        """Raises RequestRejected for what the headers alone exclude."""
         if self.hosts is not None:
             host = host_name(headers.get("host", ""))
             if host not in self.hosts:
                 advice = f"start with --allowed_hosts {host}" if host else "send a Host header"
-                raise Refused(403, f"the Host header names {host[:200]!r}, not this server: {advice[:200]}")
+                raise RequestRejected(403, f"the Host header names {host[:200]!r}, not this server: {advice[:200]}")
             self._check_origin(scope, headers.get("origin"))
-        if self.expected and scope["path"] not in OPEN_PATHS:
+        if self.valid_authorizations and scope["path"] not in PATHS_WITHOUT_KEY:
             given = headers.get("authorization", "").encode("latin-1")
-            matches = [hmac.compare_digest(given, expected) for expected in self.expected]  # all: in constant time
+            matches = [
+                hmac.compare_digest(given, expected) for expected in self.valid_authorizations
+            ]  # all: in constant time
             if not any(matches):
-                raise Refused(401, "a valid API key is needed: send the header Authorization: Bearer KEY")
+                raise RequestRejected(401, "a valid API key is needed: send the header Authorization: Bearer KEY")
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
-            raise Refused(415, f"the body must be application/json, not {kind[:200] or 'unnamed'}")
+            raise RequestRejected(415, f"the body must be application/json, not {kind[:200] or 'unnamed'}")
 
     def _check_origin(self, scope: Scope, origin: str | None) -> None:
-        """Raises Refused for a POST of a web page of another host. Origins of browser extensions are not web pages."""
+        """Raises RequestRejected for a POST of another host's web page; browser extensions are not web pages."""
         if scope["method"] != "POST" or origin is None or {origin, "*"} & set(self.limits.cors):
             return
         is_page = origin == "null" or origin.lower().startswith(("http://", "https://"))
         if is_page and host_name(origin.partition("://")[2]) not in (self.hosts or ()):
-            raise Refused(403, f"a web page of {origin[:200]} may not ask: start with --cors {origin[:200]}")
+            raise RequestRejected(403, f"a web page of {origin[:200]} may not ask: start with --cors {origin[:200]}")
 
-    async def _read(self, headers: Headers, receive: Receive, body: bytearray, counted: list[int]) -> bool:
-        """Fill `body`; False when the client hangs up. Raises Refused as soon as the body is known to be too large."""
+    async def _read_body(self, headers: Headers, receive: Receive, body: bytearray, counted_bytes: list[int]) -> bool:
+        """Fill `body`; False when the client hangs up. Raises RequestRejected once the body is known too large."""
         length = headers.get("content-length", "0")
         expected = int(length) if length.isdigit() and len(length) < 20 else 0
         more = True
         while more:
-            self._count(max(expected, len(body)), len(body), counted)
+            self._count_bytes(max(expected, len(body)), len(body), counted_bytes)
             message = await receive()
             if message["type"] == "http.disconnect":
                 return False
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        self._count(len(body), len(body), counted)
+        self._count_bytes(len(body), len(body), counted_bytes)
         return True
 
-    def _count(self, size: int, arrived: int, counted: list[int]) -> None:
-        """Count a body of `size` bytes of which `arrived` are here. Raises Refused where it does not fit."""
+    def _count_bytes(self, size: int, num_received: int, counted_bytes: list[int]) -> None:
+        """Count a body of `size` bytes with `num_received` here. Raises RequestRejected where it does not fit."""
         limits = self.limits
-        if size > limits.max_bytes:
-            raise Refused(413, f"the request is larger than {limits.max_bytes} bytes")
-        if size > SMALL_BODY:
-            if self.held - counted[0] + size > limits.max_queued_bytes:
-                raise Refused(429, "the requests that are being read are too large together: try again in 1 s")
-            self.held += arrived - counted[0]  # not what is announced: a client that sends nothing holds nothing
-            counted[0] = arrived
+        if size > limits.max_request_bytes:
+            raise RequestRejected(413, f"the request is larger than {limits.max_request_bytes} bytes")
+        if size > SMALL_BODY_BYTES:
+            if self.held_bytes - counted_bytes[0] + size > limits.max_queued_bytes:
+                raise RequestRejected(429, "the requests that are being read are too large together: try again in 1 s")
+            self.held_bytes += num_received - counted_bytes[0]  # not the announced size
+            counted_bytes[0] = num_received
 
 
 def host_name(authority: str) -> str:
@@ -136,8 +138,8 @@ def host_name(authority: str) -> str:
         return ""
 
 
-async def refuse(send: Callable[[Message], Awaitable[None]], status: int, message: str) -> None:
-    body = error_body(status, message, code=CODES[status])
+async def reject_request(send: Callable[[Message], Awaitable[None]], status: int, message: str) -> None:
+    body = error_body(status, message, code=ERROR_CODES[status])
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

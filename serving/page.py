@@ -1,6 +1,6 @@
 """The chat page: draws the shelf, the choices and the conversation with streamlit; decides nothing about models.
 
-    every click and key runs `show` from top to bottom:  choices -> what was asked for -> the turns -> the growing reply
+    every click and key runs `draw_page` from top to bottom:  choices -> action -> the turns -> the growing reply
 
 The reply grows in the same run that draws it. A click in the middle ends that run, and the next one goes on with the
 same reply (conversation.py), unless the click was Stop. What a model wrote is drawn as text, never as HTML; as Markdown
@@ -19,13 +19,13 @@ import torch
 from common.device import autocast
 from common.errors import UserError
 from export.hf_import import open_model
-from model.rope_flags import Rope
-from serving.conversation import Conversation, Reply, Speaker, Turn
+from model.rope_flags import RopeScaling
+from serving.conversation import ChatReply, ChatTurn, Conversation, LoadedModel
 from serving.copy_button import copy_button
-from serving.model_list import Model, fill_shelf, scaled, stamp
-from serving.page_markdown import block_requests, plain, safe_markdown
-from serving.page_strings import LANGUAGES, STARTS, WORDS
-from serving.sidebar import Choices, choose, facts
+from serving.model_list import ModelEntry, file_version, list_models, with_rope_scaling
+from serving.page_markdown import block_requests, escape_markdown, safe_markdown
+from serving.page_strings import EXAMPLE_PROMPTS, LANGUAGE_LABELS, STRINGS
+from serving.sidebar import SidebarChoices, draw_choices, model_summary
 
 LOGO = ":material/potted_plant:"
 STYLE = """<style>
@@ -35,12 +35,12 @@ STYLE = """<style>
 /* Stop stays under the mouse while the answer grows */
 </style>"""
 REDRAW_SECONDS = 0.06  # between two drawings of a growing reply
-LONGEST_QUESTION = 20_000  # characters
-CARDS = 4  # models explained on the first page; the list on the left has all
+MAX_QUESTION_CHARS = 20_000  # characters
+MAX_MODEL_CARDS = 4  # models explained on the first page; the list on the left has all
 
 
 @dataclass(frozen=True)
-class Options:
+class PageOptions:
     """What web_demo.py was started with. `files` stand instead of what is in `out_dir`; `lang`: auto, zh or en; `rope`:
     --rope_scaling and --rope_factor."""
 
@@ -49,219 +49,255 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     lang: str = "auto"
-    rope: Rope | None = None
+    rope: RopeScaling | None = None
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def open_speaker(
-    path: Path, name: str, chats: bool, version: tuple[int, int], device: torch.device, rope: Rope | None
-) -> Speaker:
+def open_cached_model(
+    path: Path, name: str, is_chat_model: bool, version: tuple[int, int], device: torch.device, rope: RopeScaling | None
+) -> LoadedModel:
     """A loaded model, shared by everybody who looks at the page; a file that was replaced is loaded anew."""
     model, tokenizer, _ = open_model(path, device)
     if rope:
         model.scale_rope(*rope)
-    return Speaker(name, model, tokenizer, chats)
+    return LoadedModel(name, model, tokenizer, is_chat_model)
 
 
-class Page:
+class ChatPage:
     """One drawing of the page in one language."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: PageOptions) -> None:
         self.options = options
         self.state = st.session_state
-        self.talk: Conversation = self.state.setdefault("talk", Conversation())
+        self.conversation: Conversation = self.state.setdefault("conversation", Conversation())
         locale = (st.context.locale or "") if options.lang == "auto" else options.lang
         self.lang = self.state.get("lang") or ("zh" if locale.lower().startswith("zh") else "en")
-        self.words = WORDS[self.lang]
+        self.strings = STRINGS[self.lang]
 
-    def show(self) -> None:
+    def draw(self) -> None:
         layout: Any = "wide" if self.state.get("second") else "centered"
-        st.set_page_config(self.words["title"], page_icon="🌱", layout=layout)
+        st.set_page_config(self.strings["title"], page_icon="🌱", layout=layout)
         st.html(STYLE)
         block_requests()
-        shelf = fill_shelf(self.options.out_dir, self.options.files)
-        shelf = [scaled(model, self.options.rope) for model in shelf]
-        models = {model.name: model for model in shelf if not model.problem}
+        model_list = list_models(self.options.out_dir, self.options.files)
+        model_list = [with_rope_scaling(model, self.options.rope) for model in model_list]
+        models = {model.name: model for model in model_list if not model.error}
         with st.sidebar:
-            choices = self.sidebar(models, [model for model in shelf if model.problem])
+            choices = self.draw_sidebar(models, [model for model in model_list if model.error])
         if not choices:
-            self.no_model()
+            self.draw_no_model()
             return
-        self.do_what_was_asked(choices)
-        place = st.empty()  # what is not drawn anew stays visible while an answer grows: an empty place replaces it
-        if self.talk.turns:
-            self.conversation(choices)
+        self.run_action(choices)
+        placeholder = st.empty()  # replaces the last drawing, which stays visible while an answer streams
+        if self.conversation.turns:
+            self.draw_conversation(choices)
         else:
-            with place.container():
-                self.welcome(list(models.values()), choices)
+            with placeholder.container():
+                self.draw_welcome(list(models.values()), choices)
 
-    def sidebar(self, models: dict[str, Model], unreadable: list[Model]) -> Choices | None:
-        say = self.words
-        st.title(f":primary[{LOGO}] {say['title']}")
+    def draw_sidebar(self, models: dict[str, ModelEntry], unreadable: list[ModelEntry]) -> SidebarChoices | None:
+        strings = self.strings
+        st.title(f":primary[{LOGO}] {strings['title']}")
         st.radio(
-            say["language"], list(LANGUAGES), list(LANGUAGES).index(self.lang), key="lang", horizontal=True,
-            format_func=lambda lang: LANGUAGES[lang], label_visibility="collapsed",
-        )  # fmt: skip
+            strings["language"],
+            list(LANGUAGE_LABELS),
+            list(LANGUAGE_LABELS).index(self.lang),
+            key="lang",
+            horizontal=True,
+            format_func=lambda lang: LANGUAGE_LABELS[lang],
+            label_visibility="collapsed",
+        )
         choices = None
         if models:
-            choices = choose(models, self.lang)
+            choices = draw_choices(models, self.lang)
             st.button(
-                say["clear"], icon=":material/add:", on_click=self.clear, disabled=not self.talk.turns, width="stretch",
+                strings["clear"],
+                icon=":material/add:",
+                on_click=self.clear_conversation,
+                disabled=not self.conversation.turns,
+                width="stretch",
                 key="clear",
-            )  # fmt: skip
+            )
         if unreadable:
-            with st.expander(say["unreadable"].format(n=len(unreadable))):
+            with st.expander(strings["unreadable"].format(n=len(unreadable))):
                 for model in unreadable:
-                    st.caption(plain(model.problem))
+                    st.caption(escape_markdown(model.error))
         return choices
 
-    def clear(self) -> None:
-        self.talk.clear()
+    def clear_conversation(self) -> None:
+        self.conversation.clear()
         self.state["editing"] = False
 
-    def want(self, what: str, text: str = "") -> None:
+    def request_action(self, action: str, text: str = "") -> None:
         """Called by a button, before the page is drawn: the drawing does it."""
-        self.state["wanted"] = (what, text)
+        self.state["pending_action"] = (action, text)
         self.state["editing"] = False
 
-    def do_what_was_asked(self, choices: Choices) -> None:
-        say, models = self.words, choices.models
-        hint = say["ask" if models[0].chats else "continue"].format(name=models[0].name)
-        hint = say["ask_both"] if len(models) > 1 else hint
-        typed = st.chat_input(hint, max_chars=LONGEST_QUESTION, key="question")
-        what, text = self.state.pop("wanted", ("", ""))
-        if typed and typed.strip():
-            what, text = "ask", typed
+    def run_action(self, choices: SidebarChoices) -> None:
+        strings, models = self.strings, choices.models
+        hint = strings["ask" if models[0].is_chat_model else "continue"].format(name=models[0].name)
+        hint = strings["ask_both"] if len(models) > 1 else hint
+        question = st.chat_input(hint, max_chars=MAX_QUESTION_CHARS, key="question")
+        action, text = self.state.pop("pending_action", ("", ""))
+        if question and question.strip():
+            action, text = "ask", question
             self.state["editing"] = False
-        if not what:
+        if not action:
             return
         device, rope = self.options.device, self.options.rope
         try:
-            with st.spinner(say["loading"].format(name=", ".join(plain(model.name) for model in models))):
-                speakers = [open_speaker(m.path, m.name, m.chats, stamp(m.path), device, rope) for m in models]
-            if what == "again":
-                self.talk.answer_again(speakers, choices.sampling, choices.system)
-            elif what == "edit":
-                self.talk.edit_last(text, speakers, choices.sampling, choices.system)
+            with st.spinner(strings["loading"].format(name=", ".join(escape_markdown(model.name) for model in models))):
+                loaded_models = [
+                    open_cached_model(m.path, m.name, m.is_chat_model, file_version(m.path), device, rope)
+                    for m in models
+                ]
+            if action == "again":
+                self.conversation.regenerate(loaded_models, choices.sampling, choices.system)
+            elif action == "edit":
+                self.conversation.edit_last_question(text, loaded_models, choices.sampling, choices.system)
             else:
-                self.talk.ask(text, speakers, choices.sampling, choices.system)
+                self.conversation.start_turn(text, loaded_models, choices.sampling, choices.system)
         except UserError as error:
-            st.error(plain(str(error)))
+            st.error(escape_markdown(str(error)))
         except OSError as error:  # the file went away while it was opened
-            st.error(plain(f"{error.filename}: {error.strerror}"))
+            st.error(escape_markdown(f"{error.filename}: {error.strerror}"))
 
-    def no_model(self) -> None:
-        say = self.words
-        st.header(say["none_title"])
-        st.write(say["none_text"].format(folder=str(self.options.out_dir.absolute()).replace("`", "'")))
-        st.write(say["none_demo"])
+    def draw_no_model(self) -> None:
+        strings = self.strings
+        st.header(strings["none_title"])
+        st.write(strings["none_text"].format(folder=str(self.options.out_dir.absolute()).replace("`", "'")))
+        st.write(strings["none_demo"])
         st.code("make demo                     # python demo.py", language="bash")
-        st.write(say["none_own"])
-        lines = ("python train_tokenizer.py FILES…", "python data_process.py pretrain FILES…", "python 1-pretrain.py",
-                 "python data_process.py sft CHATS…", "python 3-full_sft.py")  # fmt: skip
+        st.write(strings["none_own"])
+        lines = (
+            "python train_tokenizer.py FILES…",
+            "python data_process.py pretrain FILES…",
+            "python 1-pretrain.py",
+            "python data_process.py sft CHATS…",
+            "python 3-full_sft.py",
+        )
         st.code("\n".join(lines), language="bash")
-        st.write(say["none_other"])
+        st.write(strings["none_other"])
         st.code("python web_demo.py --out_dir DIR\npython web_demo.py --checkpoint FILE_OR_DIR…", language="bash")
-        st.button(say["look_again"], icon=":material/refresh:", key="look_again")
+        st.button(strings["look_again"], icon=":material/refresh:", key="look_again")
 
-    def welcome(self, models: list[Model], choices: Choices) -> None:
-        say, first = self.words, choices.models[0]
-        st.header(say["welcome"])
-        st.caption(say["welcome_sub"])
-        st.write(say["starts"])
+    def draw_welcome(self, models: list[ModelEntry], choices: SidebarChoices) -> None:
+        strings, first = self.strings, choices.models[0]
+        st.header(strings["welcome"])
+        st.caption(strings["welcome_sub"])
+        st.write(strings["starts"])
         with st.container(horizontal=True):
-            for start in STARTS[self.lang]["chat" if first.chats else "text"]:
-                st.button(start, on_click=self.want, args=("ask", start))
+            for example in EXAMPLE_PROMPTS[self.lang]["chat" if first.is_chat_model else "text"]:
+                st.button(example, on_click=self.request_action, args=("ask", example))
         if len(models) < 2:
             return
         st.write("")
-        st.write(say["models"])
+        st.write(strings["models"])
         columns = st.columns(2)
-        for i, model in enumerate(models[:CARDS]):
+        for i, model in enumerate(models[:MAX_MODEL_CARDS]):
             with columns[i % 2].container(border=True):
                 with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-                    st.markdown(f"**{plain(model.name)}**", width="content")
+                    st.markdown(f"**{escape_markdown(model.name)}**", width="content")
                     st.button(
-                        say["chosen" if model.name == first.name else "choose"], key=f"choose {model.name}",
-                        disabled=model.name == first.name, type="tertiary",
-                        on_click=self.state.__setitem__, args=("model", model.name),
-                    )  # fmt: skip
-                st.caption(facts(model, self.lang))
+                        strings["chosen" if model.name == first.name else "choose"],
+                        key=f"choose {model.name}",
+                        disabled=model.name == first.name,
+                        type="tertiary",
+                        on_click=self.state.__setitem__,
+                        args=("model", model.name),
+                    )
+                st.caption(model_summary(model, self.lang))
 
-    def conversation(self, choices: Choices) -> None:
-        places: list[tuple[Any, Any]] = []
-        for number, turn in enumerate(self.talk.turns):
-            places = self.turn(number, turn, choices)
-        if not self.talk.is_going:
-            self.last_buttons()
+    def draw_conversation(self, choices: SidebarChoices) -> None:
+        placeholders: list[tuple[Any, Any]] = []
+        for number, turn in enumerate(self.conversation.turns):
+            placeholders = self.draw_turn(number, turn, choices)
+        if not self.conversation.is_streaming:
+            self.draw_last_buttons()
             return
-        st.button(self.words["stop"], icon=":material/stop:", on_click=self.talk.stop, key="stop", type="primary")
-        last, drawn, going = self.talk.turns[-1], 0.0, True
+        st.button(
+            self.strings["stop"], icon=":material/stop:", on_click=self.conversation.stop, key="stop", type="primary"
+        )
+        last, drawn, is_streaming = self.conversation.turns[-1], 0.0, True
         with autocast(self.options.device, self.options.dtype):  # around all pieces: weights are converted once
-            while going:
-                going = self.talk.advance()
-                if not going or time.monotonic() - drawn > REDRAW_SECONDS:
-                    for (text, foot), reply in zip(places, last.replies, strict=True):
-                        self.reply(text, foot, reply, choices)
+            while is_streaming:
+                is_streaming = self.conversation.advance()
+                if not is_streaming or time.monotonic() - drawn > REDRAW_SECONDS:
+                    for (text, footer), reply in zip(placeholders, last.replies, strict=True):
+                        self.draw_reply(text, footer, reply, choices)
                     drawn = time.monotonic()
         st.rerun()  # the same page once more, with the buttons of a finished turn
 
-    def turn(self, number: int, turn: Turn, choices: Choices) -> list[tuple[Any, Any]]:
+    def draw_turn(self, number: int, turn: ChatTurn, choices: SidebarChoices) -> list[tuple[Any, Any]]:
         """Draw a turn; returns the places where its replies go on growing."""
         with st.chat_message("user", avatar=":material/person:"):
             st.text(turn.question)
-        places = []
-        sides = st.columns(len(turn.replies)) if len(turn.replies) > 1 else [st.container()]
+        placeholders = []
+        columns = st.columns(len(turn.replies)) if len(turn.replies) > 1 else [st.container()]
         for side, reply in enumerate(turn.replies):
-            with sides[side], st.chat_message("assistant", avatar=LOGO):
+            with columns[side], st.chat_message("assistant", avatar=LOGO):
                 text = st.empty()
                 with st.container(horizontal=True, vertical_alignment="center"):
-                    foot = st.empty()
-                    if reply.end and reply.text:
-                        copy_button(reply.text, self.words["copy"], self.words["copied"], key=f"copy {number} {side}")
-                self.reply(text, foot, reply, choices)
-                places.append((text, foot))
-        return places
+                    footer = st.empty()
+                    if reply.stop_reason and reply.text:
+                        copy_button(
+                            reply.text, self.strings["copy"], self.strings["copied"], key=f"copy {number} {side}"
+                        )
+                self.draw_reply(text, footer, reply, choices)
+                placeholders.append((text, footer))
+        return placeholders
 
-    def reply(self, place: Any, foot: Any, reply: Reply, choices: Choices) -> None:
+    def draw_reply(self, placeholder: Any, footer: Any, reply: ChatReply, choices: SidebarChoices) -> None:
         """Draw what a model has said so far, and the line below it."""
-        say = self.words
-        if not reply.end:
-            place.text(reply.text + " ▍")
+        strings = self.strings
+        if not reply.stop_reason:
+            placeholder.text(reply.text + " ▍")
         elif reply.text.strip() and choices.markdown:
-            place.markdown(safe_markdown(reply.text))
+            placeholder.markdown(safe_markdown(reply.text))
         elif reply.text.strip():
-            place.text(reply.text)
+            placeholder.text(reply.text)
         else:
-            place.caption(say["no_answer"])
-        notes = [plain(reply.speaker)]
+            placeholder.caption(strings["no_answer"])
+        notes = [escape_markdown(reply.model_name)]
         if reply.tokens:
-            notes.append(say["speed"].format(tokens=reply.tokens, speed=f"{reply.speed:.0f}"))
-        if reply.end in ("length", "stopped"):
-            notes.append(say[f"end_{reply.end}"])
-        if reply.problem:
-            notes.append(f":red[{plain(reply.problem)}]")
-        if reply.shortened:
-            limit = next((model.max_seq_len for model in choices.models if model.name == reply.speaker), "…")
-            notes.append(say["shortened"].format(n=limit))
-        foot.caption(" · ".join(notes), width="content")
+            notes.append(strings["speed"].format(tokens=reply.tokens, speed=f"{reply.tokens_per_second:.0f}"))
+        if reply.stop_reason in ("length", "stopped"):
+            notes.append(strings[f"end_{reply.stop_reason}"])
+        if reply.error:
+            notes.append(f":red[{escape_markdown(reply.error)}]")
+        if reply.is_truncated:
+            limit = next((model.max_seq_len for model in choices.models if model.name == reply.model_name), "…")
+            notes.append(strings["shortened"].format(n=limit))
+        footer.caption(" · ".join(notes), width="content")
 
-    def last_buttons(self) -> None:
-        say = self.words
+    def draw_last_buttons(self) -> None:
+        strings = self.strings
         if not self.state.get("editing"):
             with st.container(horizontal=True):
-                st.button(say["again"], icon=":material/refresh:", on_click=self.want, args=("again",), key="again",
-                          type="tertiary")  # fmt: skip
-                st.button(say["edit"], icon=":material/edit:", on_click=self.state.__setitem__, args=("editing", True),
-                          key="edit_last", type="tertiary")  # fmt: skip
+                st.button(
+                    strings["again"],
+                    icon=":material/refresh:",
+                    on_click=self.request_action,
+                    args=("again",),
+                    key="again",
+                    type="tertiary",
+                )
+                st.button(
+                    strings["edit"],
+                    icon=":material/edit:",
+                    on_click=self.state.__setitem__,
+                    args=("editing", True),
+                    key="edit_last",
+                    type="tertiary",
+                )
             return
         with st.form("edit", border=False):
-            last = self.talk.turns[-1].question
-            text = st.text_area(say["edit_label"], last, max_chars=LONGEST_QUESTION, key="edited")
-            if st.form_submit_button(say["send"], type="primary") and text.strip():
-                self.want("edit", text)
+            last = self.conversation.turns[-1].question
+            text = st.text_area(strings["edit_label"], last, max_chars=MAX_QUESTION_CHARS, key="edited")
+            if st.form_submit_button(strings["send"], type="primary") and text.strip():
+                self.request_action("edit", text)
                 st.rerun()
 
 
-def show(options: Options) -> None:
-    Page(options).show()
+def draw_page(options: PageOptions) -> None:
+    ChatPage(options).draw()

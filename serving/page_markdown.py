@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 from markdown_it.rules_inline import StateInline
 from markdown_it.tree import SyntaxTreeNode
 
-from common.markdown import SPACES, code_span, longest_fence
+from common.markdown import WHITESPACE, code_span, longest_backtick_run
 
-ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://|www\.)[!-~]*", re.IGNORECASE)
+URL = re.compile(r"(?:[a-z][a-z0-9+.-]*://|www\.)[!-~]*", re.IGNORECASE)
 # $$ … $$ or $ … $; as in pandoc, "$5 and $6" is no formula.
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$(?![\s$])([^$\n]*[^$\s])\$(?![\d$])")
 # TeX that names an address, defines commands, or is a link or code to a reader that knows no formulas. KaTeX refuses
@@ -27,10 +27,12 @@ FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$(?![\s$])([^$\n]*[^$\s])\$(?![\d$])")
 UNSAFE_TEX = re.compile(
     r"\\(?:href|url|html|includegraphics|def|gdef|newcommand|let)|://|www\.|\][(\[:]|`|!\[", re.IGNORECASE
 )
-MARKS = re.compile(r"([!#$&()*+\-:<=>\[\\\]_`{|}~]|(?<=\d)\.(?= |$))")  # the last one is that of a list, "1. "
+MARKDOWN_CHARS = re.compile(r"([!#$&()*+\-:<=>\[\\\]_`{|}~]|(?<=\d)\.(?= |$))")  # the last one is that of a list, "1. "
 
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws: wss:"
-JAVASCRIPT = """
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws: wss:"
+)
+_JAVASCRIPT = """
 export default function ({ data }) {
     for (const [name, content] of Object.entries(data)) {
         if (document.head.querySelector(`meta[http-equiv="${name}"]`)) continue
@@ -45,27 +47,27 @@ export default function ({ data }) {
 
 def block_requests() -> None:
     """Tell the browser to send requests to the page's own server only, and to look up no host names of links."""
-    mount = st.components.v2.component("block_requests", html="<span></span>", js=JAVASCRIPT)
-    data = {"Content-Security-Policy": POLICY, "x-dns-prefetch-control": "off"}
+    mount = st.components.v2.component("block_requests", html="<span></span>", js=_JAVASCRIPT)
+    data = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "x-dns-prefetch-control": "off"}
     mount(data=data, key="block_requests", width="content", height="content")
 
 
-def plain(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text on one line for a place that reads Markdown, so that it shows as it is. Addresses show as code."""
-    text = SPACES.sub(" ", text)
+    text = WHITESPACE.sub(" ", text)
     written, done = "", 0
-    for found in ADDRESS.finditer(text):
-        written += MARKS.sub(r"\\\1", text[done : found.start()]) + code_span(found[0])
+    for found in URL.finditer(text):
+        written += MARKDOWN_CHARS.sub(r"\\\1", text[done : found.start()]) + code_span(found[0])
         done = found.end()
-    return written + MARKS.sub(r"\\\1", text[done:])
+    return written + MARKDOWN_CHARS.sub(r"\\\1", text[done:])
 
 
 def safe_markdown(text: str) -> str:
     """The same layout, written without images, links and HTML."""
-    return "\n".join(_blocks(SyntaxTreeNode(PARSER.parse(text)).children))
+    return "\n".join(_render_blocks(SyntaxTreeNode(MARKDOWN_PARSER.parse(text)).children))
 
 
-def _formula(state: StateInline, silent: bool) -> bool:
+def _formula_rule(state: StateInline, silent: bool) -> bool:
     """Rule of markdown-it: $ … $ and $$ … $$ are a token `formula`."""
     found = FORMULA.match(state.src, state.pos, state.posMax)
     if not found:
@@ -77,115 +79,117 @@ def _formula(state: StateInline, silent: bool) -> bool:
     return True
 
 
-PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-PARSER.inline.ruler.before("escape", "formula", _formula)
+MARKDOWN_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+MARKDOWN_PARSER.inline.ruler.before("escape", "formula", _formula_rule)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
-def _blocks(nodes: Iterable[SyntaxTreeNode], tight: bool = False) -> list[str]:
+def _render_blocks(nodes: Iterable[SyntaxTreeNode], tight: bool = False) -> list[str]:
     """The lines of blocks, with an empty line between two of them; not before a list inside the item of a tight one."""
     lines: list[str] = []
     for node in nodes:
-        block = _block(node)
+        block = _render_block(node)
         joins = tight and (node.type == "bullet_list" or (block[:1] and re.match(r"1[.)] ", block[0])))
         lines += ["", *block] if lines and block and not joins else block
     return lines
 
 
-def _block(node: SyntaxTreeNode) -> list[str]:
+def _render_block(node: SyntaxTreeNode) -> list[str]:
     match node.type:
         case "paragraph":
-            lines = (line.strip(" ") for line in _inline(node.children).split("\n"))
+            lines = (line.strip(" ") for line in _render_inline(node.children).split("\n"))
             return [line for line in lines if line]
         case "heading":
-            return [f"{'#' * int(node.tag[1])} {_one_line(node)}"]
+            return [f"{'#' * int(node.tag[1])} {_render_one_line(node)}"]
         case "blockquote":
-            return [f"> {line}".rstrip() for line in _blocks(node.children) or [""]]
+            return [f"> {line}".rstrip() for line in _render_blocks(node.children) or [""]]
         case "bullet_list":
-            return _list(node, [node.markup] * len(node.children))
+            return _render_list(node, [node.markup] * len(node.children))
         case "ordered_list":
             first = int(node.attrs.get("start", 1))
-            return _list(node, [f"{first + i}{node.markup}" for i in range(len(node.children))])
+            return _render_list(node, [f"{first + i}{node.markup}" for i in range(len(node.children))])
         case "fence" | "code_block":
-            return _code(node)
+            return _render_code(node)
         case "table":
-            return _table(node)
+            return _render_table(node)
         case "hr":
             return ["---"]
-    return [plain(node.content)] if node.content else []
+    return [escape_markdown(node.content)] if node.content else []
 
 
-def _list(node: SyntaxTreeNode, markers: list[str]) -> list[str]:
+def _render_list(node: SyntaxTreeNode, markers: list[str]) -> list[str]:
     lines: list[str] = []
     for item, marker in zip(node.children, markers, strict=True):
         is_tight = all(child.hidden for child in item.children if child.type == "paragraph")
-        inner = _blocks(item.children, is_tight) or [""]
+        inner = _render_blocks(item.children, is_tight) or [""]
         indent = " " * (len(marker) + 1)
         lines += [] if is_tight or not lines else [""]
         lines += [f"{marker} {inner[0]}".rstrip(), *(f"{indent}{line}".rstrip() for line in inner[1:])]
     return lines
 
 
-def _code(node: SyntaxTreeNode) -> list[str]:
+def _render_code(node: SyntaxTreeNode) -> list[str]:
     lines = node.content.removesuffix("\n").split("\n")
-    fence = "`" * max(3, 1 + longest_fence(node.content))
+    fence = "`" * max(3, 1 + longest_backtick_run(node.content))
     language = re.match(r"[\w+#-]*", node.info.strip()) if node.type == "fence" else None
     return [fence + (language[0] if language else ""), *lines, fence]
 
 
-def _table(node: SyntaxTreeNode) -> list[str]:
+def _render_table(node: SyntaxTreeNode) -> list[str]:
     rows = [row for part in node.children for row in part.children]
-    lines = ["| " + " | ".join(_one_line(cell).replace("\n", " ") for cell in row.children) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(_render_one_line(cell).replace("\n", " ") for cell in row.children) + " |" for row in rows
+    ]
     sides = [str(cell.attrs.get("style", "")) for cell in rows[0].children]
     rule = [":---:" if "center" in side else "---:" if "right" in side else "---" for side in sides]
     return [lines[0], "| " + " | ".join(rule) + " |", *lines[1:]]
 
 
 # ---- inside a block --------------------------------------------------------------------------------------------------
-def _one_line(node: SyntaxTreeNode) -> str:
-    return _inline(node.children, in_line=True)
+def _render_one_line(node: SyntaxTreeNode) -> str:
+    return _render_inline(node.children, single_line=True)
 
 
-def _inline(nodes: Iterable[SyntaxTreeNode], in_line: bool = False) -> str:
-    """`in_line`: of a heading or a cell of a table, where there is no line break and `|` ends the cell."""
+def _render_inline(nodes: Iterable[SyntaxTreeNode], single_line: bool = False) -> str:
+    """`single_line`: of a heading or a cell of a table, where there is no line break and `|` ends the cell."""
     written = ""
-    for piece in (_piece(node, in_line) for node in nodes):
+    for piece in (_render_node(node, single_line) for node in nodes):
         joins = piece[:1] in ("`", "$") and written.endswith(piece[:1])  # two code spans must not become one
         written += f" {piece}" if joins else piece
     return written
 
 
-def _piece(node: SyntaxTreeNode, in_line: bool) -> str:
-    inner = _inline(node.children, in_line)
+def _render_node(node: SyntaxTreeNode, single_line: bool) -> str:
+    inner = _render_inline(node.children, single_line)
     match node.type:
         case "inline":
             return inner
         case "em" | "strong" | "s":
             return f"{node.markup.replace('_', '*')}{inner}{node.markup.replace('_', '*')}" if inner else ""
         case "softbreak" | "hardbreak":
-            return " " if in_line else "\\\n" if node.type == "hardbreak" else "\n"
+            return " " if single_line else "\\\n" if node.type == "hardbreak" else "\n"
         case "code_inline":
-            return _cell(code_span(node.content), in_line)
+            return _escape_cell(code_span(node.content), single_line)
         case "formula":
-            return _tex(node, in_line)
+            return _render_formula(node, single_line)
         case "link" | "image":
             address = str(node.attrs.get("href") or node.attrs.get("src") or "")
-            inner = inner if node.type == "link" else plain(node.content)
-            shown = _cell(code_span(address), in_line) if address else ""
+            inner = inner if node.type == "link" else escape_markdown(node.content)
+            shown = _escape_cell(code_span(address), single_line) if address else ""
             return inner if not address or inner == shown else f"{inner} ({shown})" if inner else shown
-    return _cell(plain(node.content), False) if node.content else ""
+    return _escape_cell(escape_markdown(node.content), False) if node.content else ""
 
 
-def _tex(node: SyntaxTreeNode, in_line: bool) -> str:
+def _render_formula(node: SyntaxTreeNode, single_line: bool) -> str:
     """A formula; as code where its TeX could name an address."""
     if UNSAFE_TEX.search(node.content):
-        return _cell(code_span(node.content), in_line)
+        return _escape_cell(code_span(node.content), single_line)
     tex = node.content.strip().replace("<", r"\lt ").replace(">", r"\gt ")  # so that no reader takes it for HTML
-    if node.markup == "$$" and not in_line:
+    if node.markup == "$$" and not single_line:
         lines = [line.strip() for line in tex.split("\n")]
         return "\n".join(["", "$$", *(line for line in lines if line), "$$", ""])
-    return _cell(f"${SPACES.sub(' ', tex)}$", in_line)
+    return _escape_cell(f"${WHITESPACE.sub(' ', tex)}$", single_line)
 
 
-def _cell(text: str, in_line: bool) -> str:
-    return text.replace("|", r"\|") if in_line else text
+def _escape_cell(text: str, single_line: bool) -> str:
+    return text.replace("|", r"\|") if single_line else text

@@ -11,12 +11,12 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from serving.errors import ApiError, union_error
-from serving.schemas import Open
+from serving.schemas import LenientModel
 
-Body = TypeVar("Body", bound=Open)
+Body = TypeVar("Body", bound=LenientModel)
 
 
-def parse(raw: bytes, kind: type[Body]) -> Body:
+def parse_body(raw: bytes, kind: type[Body]) -> Body:
     """The request in a body. Raises ApiError 400 that names the field and what it may be."""
     try:
         content = json.loads(raw)

@@ -3,7 +3,7 @@
     data: {"id": "chatcmpl-…", "object": "chat.completion.chunk", "choices": [{"delta": {"content": "…"}, …}], …}
     data: [DONE]
 
-`ChatReply` and `TextReply` differ in names, and a text may begin with its prompt (echo.py). Log-probabilities come out
+Chat and text responses differ in field names; a text may begin with its prompt (echo.py). Log-probabilities come out
 with the text: a token is sent once its first character is, so that tokens after a stop string are not.
 Called by service.py. Read next: schemas.py (the shapes), scheduler.py (where the text comes from).
 """
@@ -14,187 +14,195 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from model.completion import Answer
-from model.detokenizer import TextStream, token_bytes
-from model.logprobs import TokenProbability
+from model.completion import Completion
+from model.detokenizer import IncrementalDetokenizer, token_bytes
+from model.logprobs import TokenLogprob
 from model.tokenizer import ChatTokenizer
 from serving import schemas
-from serving.echo import alternatives, echoed_logprobs, echoed_text, token_name
-from serving.scheduler import News, Ticket
+from serving.echo import echoed_logprobs, echoed_text, named_top_logprobs, token_name
+from serving.scheduler import Request, TokenEvent
 
-DONE = "data: [DONE]\n\n"
+DONE_EVENT = "data: [DONE]\n\n"
 
 
-def event(content: dict[str, Any]) -> str:
+def sse_event(content: dict[str, Any]) -> str:
     """One server-sent event. ASCII only: no character can end a line for some client."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
-class _Told:
+class _LogprobCursor:
     """How much of an answer's log-probabilities has been told, and of how much text."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self.tokens = self.text_sent = 0
-        self.text = TextStream(tokenizer)  # of the tokens told, no matter which stop string was found
-        self.told_text = 0
+        self.text = IncrementalDetokenizer(tokenizer)  # of the tokens told, no matter which stop string was found
+        self.text_emitted = 0
 
 
-class Reply:
+class ResponseBuilder:
     """What is sent for one request, in either way."""
 
-    prefix = kind = chunk_kind = ""
+    id_prefix = object_type = chunk_object_type = ""
 
-    def __init__(self, model: str, tokenizer: ChatTokenizer, tickets: list[Ticket], wants_usage: bool) -> None:
-        self.tokenizer, self.tickets, self.wants_usage = tokenizer, tickets, wants_usage
-        self.head: dict[str, Any] = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+    def __init__(self, model: str, tokenizer: ChatTokenizer, requests: list[Request], wants_usage: bool) -> None:
+        self.tokenizer, self.requests, self.wants_usage = tokenizer, requests, wants_usage
+        self.common_fields: dict[str, Any] = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
-        self.told = [_Told(tokenizer) for _ in tickets]
+        self.cursors = [_LogprobCursor(tokenizer) for _ in requests]
 
     def usage(self) -> schemas.Usage:
         """Prompts count once, however many answers are drawn to each."""
-        prompts = {id(ticket.row.prompt): len(ticket.row.prompt) for ticket in self.tickets}
-        read, written = sum(prompts.values()), sum(len(ticket.row.answer.ids) for ticket in self.tickets)
+        prompts = {id(request.sequence.prompt): len(request.sequence.prompt) for request in self.requests}
+        read, written = sum(prompts.values()), sum(len(request.sequence.completion.ids) for request in self.requests)
         return schemas.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
-    def whole(self) -> str:
+    def body(self) -> str:
         """The JSON of the finished request."""
         raise NotImplementedError
 
-    def opening(self) -> Iterator[str]:
+    def first_events(self) -> Iterator[str]:
         """Events before the first token."""
         return iter(())
 
-    def piece(self, news: News) -> Iterator[str]:
+    def events(self, event: TokenEvent) -> Iterator[str]:
         """The events of new text, and of the end if it is the end."""
         raise NotImplementedError
 
-    def closing(self) -> Iterator[str]:
+    def last_events(self) -> Iterator[str]:
         """Events behind the last answer."""
         if self.wants_usage:
-            yield self._chunk([], usage=self.usage().model_dump())
-        yield DONE
+            yield self._chunk_event([], usage=self.usage().model_dump())
+        yield DONE_EVENT
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
+    def _chunk_event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         if self.wants_usage:
             more = {"usage": None, **more}
-        return event({**self.head, "object": self.chunk_kind, "choices": choices, **more})
+        return sse_event({**self.common_fields, "object": self.chunk_object_type, "choices": choices, **more})
 
-    def _new_tokens(self, ticket: Ticket, text: str, count: int, ends: bool) -> list[tuple[TokenProbability, int]]:
+    def _new_tokens(self, request: Request, text: str, count: int, is_last: bool) -> list[tuple[TokenLogprob, int]]:
         """The tokens that `text` brings, each with the number of characters before it. `count`: drawn so far."""
-        answer, told = ticket.row.answer, self.told[ticket.index]
-        told.text_sent += len(text)
-        to_the_end = ends and not ticket.row.text.stopped
+        answer, cursor = request.sequence.completion, self.cursors[request.index]
+        cursor.text_sent += len(text)
+        flush = is_last and not request.sequence.detokenizer.stopped
         new = []
-        while told.tokens < min(count, len(answer.logprobs)) and (to_the_end or told.told_text < told.text_sent):
-            token = answer.logprobs[told.tokens]
-            new.append((token, told.told_text))
-            told.tokens += 1
-            told.told_text += len(told.text.push(token.id))
+        while cursor.tokens < min(count, len(answer.logprobs)) and (flush or cursor.text_emitted < cursor.text_sent):
+            token = answer.logprobs[cursor.tokens]
+            new.append((token, cursor.text_emitted))
+            cursor.tokens += 1
+            cursor.text_emitted += len(cursor.text.push(token.id))
         return new
 
-    def _spelled(self, token_id: int, logprob: float) -> schemas.TokenLogprob:
-        spelled = token_bytes(self.tokenizer, token_id)
-        return schemas.TokenLogprob(token=spelled.decode(errors="replace"), logprob=logprob, bytes=list(spelled))
+    def _top_logprob(self, token_id: int, logprob: float) -> schemas.TopLogprob:
+        piece = token_bytes(self.tokenizer, token_id)
+        return schemas.TopLogprob(token=piece.decode(errors="replace"), logprob=logprob, bytes=list(piece))
 
 
-class ChatReply(Reply):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+class ChatResponse(ResponseBuilder):
+    id_prefix, object_type, chunk_object_type = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self) -> str:
+    def body(self) -> str:
         choices = []
-        for ticket in self.tickets:
-            answer = ticket.row.answer
+        for request in self.requests:
+            answer = request.sequence.completion
             message = schemas.AssistantMessage(content=answer.text)
-            logprobs = self._logprobs(ticket, answer.text, len(answer.ids), True)
+            logprobs = self._logprobs(request, answer.text, len(answer.ids), True)
             choices.append(
-                schemas.ChatChoice(index=ticket.index, message=message, logprobs=logprobs, finish_reason=reason(answer))
+                schemas.ChatChoice(
+                    index=request.index, message=message, logprobs=logprobs, finish_reason=api_finish_reason(answer)
+                )
             )
-        return schemas.ChatCompletion(**self.head, choices=choices, usage=self.usage()).model_dump_json()
+        return schemas.ChatCompletion(**self.common_fields, choices=choices, usage=self.usage()).model_dump_json()
 
-    def opening(self) -> Iterator[str]:
-        for ticket in self.tickets:
-            yield self._part(ticket.index, {"role": "assistant", "content": ""}, None, None)
+    def first_events(self) -> Iterator[str]:
+        for request in self.requests:
+            yield self._choice_event(request.index, {"role": "assistant", "content": ""}, None, None)
 
-    def piece(self, news: News) -> Iterator[str]:
-        logprobs = self._logprobs(news.ticket, news.text, news.tokens, bool(news.finish_reason))
-        if news.text or (logprobs and logprobs.content):
-            told = logprobs.model_dump() if logprobs else None
-            yield self._part(news.ticket.index, {"content": news.text}, told, None)
-        if news.finish_reason:
-            yield self._part(news.ticket.index, {}, None, news.finish_reason)
+    def events(self, event: TokenEvent) -> Iterator[str]:
+        logprobs = self._logprobs(event.request, event.text, event.num_tokens, bool(event.finish_reason))
+        if event.text or (logprobs and logprobs.content):
+            content_logprobs = logprobs.model_dump() if logprobs else None
+            yield self._choice_event(event.request.index, {"content": event.text}, content_logprobs, None)
+        if event.finish_reason:
+            yield self._choice_event(event.request.index, {}, None, event.finish_reason)
 
-    def _part(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> str:
-        return self._chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}])
+    def _choice_event(self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None) -> str:
+        return self._chunk_event(
+            [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
+        )
 
-    def _logprobs(self, ticket: Ticket, text: str, count: int, ends: bool) -> schemas.ChatLogprobs | None:
-        if ticket.row.settings.logprobs is None:
+    def _logprobs(self, request: Request, text: str, count: int, is_last: bool) -> schemas.ChatLogprobs | None:
+        if request.sequence.settings.logprobs is None:
             return None
         content = [
             schemas.ContentLogprob(
-                **self._spelled(token.id, token.logprob).model_dump(),
-                top_logprobs=[self._spelled(*pair) for pair in token.likeliest],
+                **self._top_logprob(token.id, token.logprob).model_dump(),
+                top_logprobs=[self._top_logprob(*pair) for pair in token.top_logprobs],
             )
-            for token, _ in self._new_tokens(ticket, text, count, ends)
+            for token, _ in self._new_tokens(request, text, count, is_last)
         ]
         return schemas.ChatLogprobs(content=content)
 
 
-class TextReply(Reply):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+class CompletionResponse(ResponseBuilder):
+    id_prefix, object_type, chunk_object_type = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: ChatTokenizer, tickets: list[Ticket], wants_usage: bool) -> None:
-        super().__init__(model, tokenizer, tickets, wants_usage)
+    def __init__(self, model: str, tokenizer: ChatTokenizer, requests: list[Request], wants_usage: bool) -> None:
+        super().__init__(model, tokenizer, requests, wants_usage)
         self.echoes: dict[int, str] = {}  # prompts that are still to be sent, by the ticket's index
-        for ticket in tickets:
-            if ticket.echo is not None:
-                self.echoes[ticket.index] = text = echoed_text(tokenizer, ticket.echo)
-                told = self.told[ticket.index]
-                told.told_text = told.text_sent = len(text)  # where the answer's tokens begin
+        for request in requests:
+            if request.echo is not None:
+                self.echoes[request.index] = text = echoed_text(tokenizer, request.echo)
+                cursor = self.cursors[request.index]
+                cursor.text_emitted = cursor.text_sent = len(text)  # where the answer's tokens begin
 
-    def whole(self) -> str:
+    def body(self) -> str:
         choices = []
-        for ticket in self.tickets:
-            answer = ticket.row.answer
-            text, logprobs = self._next(ticket, answer.text, len(answer.ids), True)
+        for request in self.requests:
+            answer = request.sequence.completion
+            text, logprobs = self._next_text(request, answer.text, len(answer.ids), True)
             choices.append(
-                schemas.TextChoice(index=ticket.index, text=text, logprobs=logprobs, finish_reason=reason(answer))
+                schemas.TextChoice(
+                    index=request.index, text=text, logprobs=logprobs, finish_reason=api_finish_reason(answer)
+                )
             )
-        return schemas.TextCompletion(**self.head, choices=choices, usage=self.usage()).model_dump_json()
+        return schemas.TextCompletion(**self.common_fields, choices=choices, usage=self.usage()).model_dump_json()
 
-    def piece(self, news: News) -> Iterator[str]:
-        text, logprobs = self._next(news.ticket, news.text, news.tokens, bool(news.finish_reason))
-        if text or news.finish_reason or (logprobs and logprobs.tokens):
-            choice = {"index": news.ticket.index, "text": text, "finish_reason": news.finish_reason or None}
-            yield self._chunk([{**choice, "logprobs": logprobs.model_dump() if logprobs else None}])
+    def events(self, event: TokenEvent) -> Iterator[str]:
+        text, logprobs = self._next_text(event.request, event.text, event.num_tokens, bool(event.finish_reason))
+        if text or event.finish_reason or (logprobs and logprobs.tokens):
+            choice = {"index": event.request.index, "text": text, "finish_reason": event.finish_reason or None}
+            yield self._chunk_event([{**choice, "logprobs": logprobs.model_dump() if logprobs else None}])
 
-    def _next(self, ticket: Ticket, text: str, count: int, ends: bool) -> tuple[str, schemas.TextLogprobs | None]:
+    def _next_text(
+        self, request: Request, text: str, count: int, is_last: bool
+    ) -> tuple[str, schemas.TextLogprobs | None]:
         """New text and its log-probabilities; the first call for a ticket puts an echoed prompt in front of them."""
-        logprobs = self._logprobs(ticket, text, count, ends)
-        if ticket.echo is None or ticket.index not in self.echoes:
+        logprobs = self._logprobs(request, text, count, is_last)
+        if request.echo is None or request.index not in self.echoes:
             return text, logprobs
         if logprobs:
-            row = ticket.row
-            prompt = echoed_logprobs(self.tokenizer, ticket.echo, row.prompt, row.answer.prompt_logprobs)
+            sequence = request.sequence
+            prompt = echoed_logprobs(self.tokenizer, request.echo, sequence.prompt, sequence.completion.prompt_logprobs)
             logprobs = schemas.TextLogprobs(**{k: v + getattr(logprobs, k) for k, v in prompt.model_dump().items()})
-        return self.echoes.pop(ticket.index) + text, logprobs
+        return self.echoes.pop(request.index) + text, logprobs
 
-    def _logprobs(self, ticket: Ticket, text: str, count: int, ends: bool) -> schemas.TextLogprobs | None:
-        if ticket.row.settings.logprobs is None:
+    def _logprobs(self, request: Request, text: str, count: int, is_last: bool) -> schemas.TextLogprobs | None:
+        if request.sequence.settings.logprobs is None:
             return None
-        new = self._new_tokens(ticket, text, count, ends)
-        closing = ticket.row.answer.stop_logprob
-        if ends and closing:  # as OpenAI and vLLM: one more entry, of no text
-            new.append((closing, self.told[ticket.index].text_sent))
+        new = self._new_tokens(request, text, count, is_last)
+        stop_logprob = request.sequence.completion.stop_logprob
+        if is_last and stop_logprob:  # as OpenAI and vLLM: one more entry, of no text
+            new.append((stop_logprob, self.cursors[request.index].text_sent))
         return schemas.TextLogprobs(
             tokens=[token_name(self.tokenizer, token.id) for token, _ in new],
             token_logprobs=[token.logprob for token, _ in new],
-            top_logprobs=[alternatives(self.tokenizer, token) for token, _ in new],
+            top_logprobs=[named_top_logprobs(self.tokenizer, token) for token, _ in new],
             text_offset=[characters for _, characters in new],
         )
 
 
-def reason(answer: Answer) -> schemas.FinishReason:
+def api_finish_reason(answer: Completion) -> schemas.FinishReason:
     return "stop" if answer.finish_reason == "stop" else "length"

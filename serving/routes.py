@@ -15,65 +15,78 @@ from pydantic.json_schema import models_json_schema
 
 from serving import schemas
 from serving.embeddings import EmbeddingList, EmbeddingRequest
-from serving.models import Served
+from serving.models import ServedModel
 from serving.schemas import ChatRequest, CompletionRequest
-from serving.service import Counter
+from serving.service import CompletionService
 
-BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest)
-REFERENCE = "#/components/schemas/{model}"
+REQUEST_SCHEMAS = (ChatRequest, CompletionRequest, EmbeddingRequest)
+SCHEMA_REFERENCE = "#/components/schemas/{model}"
 
 
-def add_routes(app: FastAPI, counter: Counter) -> None:
-    refusals = {400: "wrong request", 401: "no or wrong key", 403: "wrong Host or Origin", 404: "no such model"}
-    refusals |= {413: "too large", 415: "no JSON", 429: "no place free", 500: "the model failed"}
-    errors: dict[int | str, Any] = {k: {"model": schemas.ErrorBody, "description": v} for k, v in refusals.items()}
+def add_routes(app: FastAPI, service: CompletionService) -> None:
+    error_descriptions = {
+        400: "wrong request",
+        401: "no or wrong key",
+        403: "wrong Host or Origin",
+        404: "no such model",
+    }
+    error_descriptions |= {413: "too large", 415: "no JSON", 429: "no place free", 500: "the model failed"}
+    errors: dict[int | str, Any] = {
+        k: {"model": schemas.ErrorBody, "description": v} for k, v in error_descriptions.items()
+    }
     events: dict[str, Any] = {"text/event-stream": {}}
 
-    def posted(body: type, answer: type, description: str, **content: Any) -> dict[str, Any]:
-        schema = {"$ref": REFERENCE.format(model=body.__name__)}
-        asked = {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+    def post_options(body: type, answer: type, description: str, **content: Any) -> dict[str, Any]:
+        schema = {"$ref": SCHEMA_REFERENCE.format(model=body.__name__)}
+        request_body = {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
         responses = {200: {"model": answer, "description": description, **content}, **errors}
-        return {"response_class": Response, "responses": responses, "openapi_extra": asked}
+        return {"response_class": Response, "responses": responses, "openapi_extra": request_body}
 
-    growing = ("the answer, or events of it", {"content": events})
+    stream_text, stream_content = "the answer, or events of it", {"content": events}
 
-    @app.post("/v1/chat/completions", **posted(ChatRequest, schemas.ChatCompletion, growing[0], **growing[1]))
+    @app.post(
+        "/v1/chat/completions", **post_options(ChatRequest, schemas.ChatCompletion, stream_text, **stream_content)
+    )
     async def chat_completions(request: Request) -> Response:
-        return await counter.answer(request, ChatRequest)
+        return await service.create_completion(request, ChatRequest)
 
-    @app.post("/v1/completions", **posted(CompletionRequest, schemas.TextCompletion, growing[0], **growing[1]))
+    @app.post(
+        "/v1/completions", **post_options(CompletionRequest, schemas.TextCompletion, stream_text, **stream_content)
+    )
     async def completions(request: Request) -> Response:
-        return await counter.answer(request, CompletionRequest)
+        return await service.create_completion(request, CompletionRequest)
 
-    @app.post("/v1/embeddings", **posted(EmbeddingRequest, EmbeddingList, "one vector per input"))
+    @app.post("/v1/embeddings", **post_options(EmbeddingRequest, EmbeddingList, "one vector per input"))
     async def embeddings(request: Request) -> Response:
-        return await counter.embed(request)
+        return await service.create_embeddings(request)
 
-    def card(served: Served) -> schemas.ModelCard:
-        about: dict[str, Any] = {"stage": served.stage, "parameters": served.model.count_parameters()[0]}
-        return schemas.ModelCard(id=served.name, created=served.created, max_model_len=served.limit, **about)
+    def model_card(served: ServedModel) -> schemas.ModelCard:
+        details: dict[str, Any] = {"stage": served.stage, "parameters": served.model.count_parameters()[0]}
+        return schemas.ModelCard(id=served.name, created=served.created, max_model_len=served.max_model_len, **details)
 
-    refused: dict[int | str, Any] = {status: errors[status] for status in (401, 403)}
+    get_errors: dict[int | str, Any] = {status: errors[status] for status in (401, 403)}
 
-    @app.get("/v1/models", responses=refused)
+    @app.get("/v1/models", responses=get_errors)
     async def models() -> schemas.ModelList:
-        return schemas.ModelList(data=[card(served) for served in counter.models.values()])
+        return schemas.ModelList(data=[model_card(served) for served in service.models.values()])
 
-    @app.get("/v1/models/{name:path}", responses={**refused, 404: errors[404]})
+    @app.get("/v1/models/{name:path}", responses={**get_errors, 404: errors[404]})
     async def model(name: str) -> schemas.ModelCard:
-        return card(counter.find(name))
+        return model_card(service.find_model(name))
 
     @app.get("/health", responses={403: errors[403]})
     async def health() -> schemas.Health:
-        return schemas.Health(models=counter.engine.status())
+        return schemas.Health(models=service.engine.status())
 
-    def description() -> dict[str, Any]:
+    def openapi_schema() -> dict[str, Any]:
         """FastAPI's description with the schemas of the bodies, which it does not parse itself."""
         if app.openapi_schema is None:
-            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=REFERENCE)
-            found["components"]["schemas"] |= bodies["$defs"]
-            app.openapi_schema = found
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, bodies = models_json_schema(
+                [(body, "validation") for body in REQUEST_SCHEMAS], ref_template=SCHEMA_REFERENCE
+            )
+            schema["components"]["schemas"] |= bodies["$defs"]
+            app.openapi_schema = schema
         return app.openapi_schema
 
-    app.openapi = description  # type: ignore[method-assign]
+    app.openapi = openapi_schema  # type: ignore[method-assign]

@@ -4,11 +4,11 @@
                       (new ones join between two tokens)            (who ends or leaves frees the place at once)
 
 A weight that was fetched from memory for one row serves all of them: that is where the speed comes from. Each model has
-a `Batch` (model/generate.py) with a bounded number of places and a bounded queue; the models take turns, token by
-token. A beam search takes a place per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
-does one step between two tokens. Knows nothing of HTTP: requests come in by `submit`, and every turn's news goes out in
-one call of `deliver`.
-Called by service.py. Read next: ../model/generate.py (Batch), service.py (who waits).
+a `DecodeBatch` (model/generate.py) with a bounded number of places and a bounded queue; the models take turns, token by
+token. A beam search takes a slot per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
+does one step between two tokens. Knows nothing of HTTP: `add_requests` takes requests, and the events of a step go out
+in one call of `on_events`.
+Called by service.py. Read next: ../model/generate.py (DecodeBatch), service.py (who waits).
 """
 
 import math
@@ -16,21 +16,21 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from model.completion import Row
-from model.generate import Batch
+from model.completion import Sequence
+from model.generate import DecodeBatch
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
 PREFILL_TOKENS = 2048  # read in one pass before those who are being answered get their next token
-LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
+MAX_RETRY_AFTER = 60  # seconds that a client is told to wait, at most
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """The queue has no room. `retry_after`: seconds after which it should."""
 
     def __init__(self, retry_after: int) -> None:
@@ -39,78 +39,78 @@ class Full(Exception):
 
 
 @dataclass(eq=False)
-class Ticket:
+class Request:
     """One answer that somebody waits for. `inbox` is the caller's own: the engine only carries it along."""
 
-    row: Row
+    sequence: Sequence
     index: int  # among the answers of its request
     inbox: Any = None
-    gone: bool = False  # nobody waits any longer
-    started: float = 0.0
+    aborted: bool = False  # nobody waits any longer
+    started_at: float = 0.0
     echo: str | list[int] | None = None  # the prompt as it was sent, where the answer is to begin with it
 
 
-class Job(Protocol):
+class EngineJob(Protocol):
     """Work on a model other than decoding (embeddings), in steps short enough to run between two tokens."""
 
     inbox: Any
-    gone: bool
+    aborted: bool
 
     def step(self, model: Transformer) -> bool:
         """Compute the next part, in the engine's thread; returns whether it was the last."""
 
 
-Work = Ticket | Job
+WorkItem = Request | EngineJob
 
 
 @dataclass
-class News:
+class TokenEvent:
     """What a turn brought for a ticket. `finish_reason`: "" while it goes on, "error" when the model failed."""
 
-    ticket: Any  # a Ticket or a Job
+    request: Any  # a Request or a Job
     text: str
     finish_reason: str
-    tokens: int  # of the answer so far
+    num_tokens: int  # of the answer so far
 
 
-def rows_of(work: Iterable[Work]) -> int:
+def count_seqs(work: Iterable[WorkItem]) -> int:
     """The rows of a batch that answers take: one each, one per beam of a beam search. A job counts as one."""
-    return sum(len(item.row.slots) if isinstance(item, Ticket) else 1 for item in work)
+    return sum(len(item.sequence.slots) if isinstance(item, Request) else 1 for item in work)
 
 
-class _Table:
+class Scheduler:
     """A model, its batch, and who waits for a place in it."""
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
-        self.batch = Batch(model, tokenizer)
-        self.seated: dict[Row, Ticket] = {}
-        self.waiting: deque[Ticket] = deque()
-        self.jobs: deque[Job] = deque()
+        self.batch = DecodeBatch(model, tokenizer)
+        self.running: dict[Sequence, Request] = {}
+        self.waiting: deque[Request] = deque()
+        self.jobs: deque[EngineJob] = deque()
 
     @property
-    def busy(self) -> bool:
-        return bool(self.seated or self.waiting or self.jobs)
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting or self.jobs)
 
 
-class Engine:
-    """`seats` rows per model are decoded at once, `queue` more may wait. A beam search counts as one row per beam."""
+class InferenceEngine:
+    """At most `max_num_seqs` rows per model run, `max_queue` more wait. A beam search counts as one row per beam."""
 
     def __init__(
         self,
         models: dict[str, tuple[Transformer, ChatTokenizer]],
-        seats: int,
-        queue: int,
-        number_format: Callable[[], AbstractContextManager[Any]],
-        deliver: Callable[[list[News]], None],
+        max_num_seqs: int,
+        max_queue: int,
+        autocast_context: Callable[[], AbstractContextManager[Any]],
+        on_events: Callable[[list[TokenEvent]], None],
     ) -> None:
-        """`deliver` is called from the engine's thread; `number_format` gives the autocast context to compute in."""
-        self.tables = {name: _Table(*pair) for name, pair in models.items()}
-        self.seats, self.queue = seats, queue
-        self.number_format, self.deliver = number_format, deliver
+        """`on_events` is called in the engine's thread; `autocast_context` returns the context to compute in."""
+        self.schedulers = {name: Scheduler(*pair) for name, pair in models.items()}
+        self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
+        self.autocast_context, self.on_events = autocast_context, on_events
         self.changed = threading.Condition()
-        self.stopping = False
-        self.seconds_each = 1.0  # that an answer took, on average of late
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.is_stopping = False
+        self.seconds_per_request = 1.0  # that an answer took, on average of late
+        self.thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
@@ -118,152 +118,161 @@ class Engine:
     def stop(self) -> None:
         """Ends the thread between two tokens; whoever still waits is told "error"."""
         with self.changed:
-            self.stopping = True
+            self.is_stopping = True
             self.changed.notify()
         if self.thread.is_alive():
             self.thread.join()
 
-    def check_room(self, name: str) -> None:
-        """Raises Full where not one more answer would be accepted: no need to tokenise its prompt."""
+    def check_capacity(self, name: str) -> None:
+        """Raises QueueFull where not one more answer would be accepted: no need to tokenise its prompt."""
         with self.changed:
-            self._check_room(self.tables[name], 1)
+            self._check_capacity(self.schedulers[name], 1)
 
-    def _check_room(self, table: _Table, wanted: int) -> None:
-        queued = rows_of(table.waiting) + len(table.jobs) + wanted
-        if self.stopping or rows_of(table.seated.values()) + queued > self.seats + self.queue:
-            raise Full(min(LONGEST_WAIT, max(1, math.ceil(queued / self.seats * self.seconds_each))))
+    def _check_capacity(self, scheduler: Scheduler, num_new: int) -> None:
+        queued = count_seqs(scheduler.waiting) + len(scheduler.jobs) + num_new
+        if self.is_stopping or count_seqs(scheduler.running.values()) + queued > self.max_num_seqs + self.max_queue:
+            raise QueueFull(
+                min(MAX_RETRY_AFTER, max(1, math.ceil(queued / self.max_num_seqs * self.seconds_per_request)))
+            )
 
-    def submit(self, name: str, work: Sequence[Work]) -> None:
+    def add_requests(self, name: str, work: Collection[WorkItem]) -> None:
         """Take a request's answers or jobs in, all or none. A job takes a place in the queue.
 
-        Raises Full when the queue is full, ValueError for a request that never fits: more beams than `seats`, or more
-        rows than `seats` and the queue have together.
+        Raises QueueFull when the queue is full, ValueError for a request that never fits: more beams or rows than
+        `max_num_seqs`, or more rows than `max_num_seqs` and `max_queue` together.
         """
-        table = self.tables[name]
+        scheduler = self.schedulers[name]
         with self.changed:
-            places, wanted = self.seats + self.queue, rows_of(work)
-            most_beams = max((rows_of([item]) for item in work), default=0)
-            if most_beams > self.seats:
-                raise ValueError(f"num_beams {most_beams}: at most {self.seats} rows are decoded at once here")
-            if wanted > places:
-                raise ValueError(f"{wanted} answers at once are too many: at most {places} are accepted")
-            self._check_room(table, wanted)
-            table.waiting.extend(item for item in work if isinstance(item, Ticket))
-            table.jobs.extend(item for item in work if not isinstance(item, Ticket))
+            capacity, num_new = self.max_num_seqs + self.max_queue, count_seqs(work)
+            max_beams = max((count_seqs([item]) for item in work), default=0)
+            if max_beams > self.max_num_seqs:
+                raise ValueError(f"num_beams {max_beams}: at most {self.max_num_seqs} rows are decoded at once here")
+            if num_new > capacity:
+                raise ValueError(f"{num_new} answers at once are too many: at most {capacity} are accepted")
+            self._check_capacity(scheduler, num_new)
+            scheduler.waiting.extend(item for item in work if isinstance(item, Request))
+            scheduler.jobs.extend(item for item in work if not isinstance(item, Request))
             self.changed.notify()
 
-    def cancel(self, tickets: Sequence[Work]) -> None:
+    def abort(self, requests: Collection[WorkItem]) -> None:
         """Nobody waits for these any longer: their places are free before the next token. Finished ones do not mind."""
         with self.changed:
-            for ticket in tickets:
-                ticket.gone = True
-            for table in self.tables.values():
-                if any(ticket.gone for ticket in table.waiting):
-                    table.waiting = deque(ticket for ticket in table.waiting if not ticket.gone)
-                if any(job.gone for job in table.jobs):
-                    table.jobs = deque(job for job in table.jobs if not job.gone)
+            for request in requests:
+                request.aborted = True
+            for scheduler in self.schedulers.values():
+                if any(request.aborted for request in scheduler.waiting):
+                    scheduler.waiting = deque(request for request in scheduler.waiting if not request.aborted)
+                if any(job.aborted for job in scheduler.jobs):
+                    scheduler.jobs = deque(job for job in scheduler.jobs if not job.aborted)
 
     def status(self) -> dict[str, dict[str, int]]:
         """Per model: rows being answered, rows waiting, and how many of each there may be."""
         with self.changed:
             return {
                 name: {
-                    "running": rows_of(ticket for ticket in table.seated.values() if not ticket.gone),
-                    "waiting": rows_of(table.waiting) + len(table.jobs),
-                    "seats": self.seats,
-                    "queue": self.queue,
+                    "running": count_seqs(request for request in scheduler.running.values() if not request.aborted),
+                    "waiting": count_seqs(scheduler.waiting) + len(scheduler.jobs),
+                    "seats": self.max_num_seqs,
+                    "queue": self.max_queue,
                 }
-                for name, table in self.tables.items()
+                for name, scheduler in self.schedulers.items()
             }
 
-    def _run(self) -> None:
-        with self.number_format():
-            while self._work_or_stop():
-                for table in self.tables.values():
-                    if table.seated or table.waiting:
-                        self._tell(self._turn(table))
-                    if table.jobs:
-                        self._tell(self._step_job(table))
-            for table in self.tables.values():
-                self._tell(self._fail(table, [*table.seated.values(), *table.waiting, *table.jobs]))
+    def _run_loop(self) -> None:
+        with self.autocast_context():
+            while self._wait_for_work():
+                for scheduler in self.schedulers.values():
+                    if scheduler.running or scheduler.waiting:
+                        self._emit(self._step(scheduler))
+                    if scheduler.jobs:
+                        self._emit(self._step_job(scheduler))
+            for scheduler in self.schedulers.values():
+                self._emit(
+                    self._fail_all(scheduler, [*scheduler.running.values(), *scheduler.waiting, *scheduler.jobs])
+                )
 
-    def _work_or_stop(self) -> bool:
+    def _wait_for_work(self) -> bool:
         with self.changed:
-            self.changed.wait_for(lambda: self.stopping or any(t.busy for t in self.tables.values()))
-            return not self.stopping
+            self.changed.wait_for(
+                lambda: self.is_stopping or any(scheduler.has_work for scheduler in self.schedulers.values())
+            )
+            return not self.is_stopping
 
-    def _turn(self, table: _Table) -> list[News]:
+    def _step(self, scheduler: Scheduler) -> list[TokenEvent]:
         """Let the gone leave and the next ones join; one more token for everybody."""
         with self.changed:
-            gone = [ticket for ticket in table.seated.values() if ticket.gone]
-            for ticket in gone:
-                del table.seated[ticket.row]
-            arrived = self._admit(table)
+            aborted = [request for request in scheduler.running.values() if request.aborted]
+            for request in aborted:
+                del scheduler.running[request.sequence]
+            admitted = self._admit(scheduler)
         try:
-            for ticket in gone:
-                table.batch.leave(ticket.row)
-            pieces = table.batch.join([ticket.row for ticket in arrived]) if arrived else []
-            pieces += table.batch.step() if table.batch.rows else []
+            for request in aborted:
+                scheduler.batch.remove(request.sequence)
+            pieces = scheduler.batch.prefill([request.sequence for request in admitted]) if admitted else []
+            pieces += scheduler.batch.decode() if scheduler.batch.sequences else []
         except Exception:  # a fault of ours, or no memory: the requests fail, the server stays
             traceback.print_exc()
-            table.batch = Batch(table.batch.model, table.batch.tokenizer)
-            return self._fail(table, list(table.seated.values()))
-        return self._news(table, pieces)
+            scheduler.batch = DecodeBatch(scheduler.batch.model, scheduler.batch.tokenizer)
+            return self._fail_all(scheduler, list(scheduler.running.values()))
+        return self._collect_events(scheduler, pieces)
 
-    def _step_job(self, table: _Table) -> list[News]:
+    def _step_job(self, scheduler: Scheduler) -> list[TokenEvent]:
         """One step of the first job, which then moves to the end of the queue."""
         with self.changed:
-            job = table.jobs[0] if table.jobs else None
+            job = scheduler.jobs[0] if scheduler.jobs else None
         if job is None:  # cancelled
             return []
         try:
-            ended = "stop" if job.step(table.batch.model) else ""
+            finish_reason = "stop" if job.step(scheduler.batch.model) else ""
         except Exception:  # only this job fails
             traceback.print_exc()
-            ended = "error"
+            finish_reason = "error"
         with self.changed:
-            table.jobs = deque(other for other in table.jobs if other is not job)
-            if not ended and not job.gone:
-                table.jobs.append(job)
-        return [News(job, "", ended, 0)] if ended else []
+            scheduler.jobs = deque(other for other in scheduler.jobs if other is not job)
+            if not finish_reason and not job.aborted:
+                scheduler.jobs.append(job)
+        return [TokenEvent(job, "", finish_reason, 0)] if finish_reason else []
 
-    def _admit(self, table: _Table) -> list[Ticket]:
+    def _admit(self, scheduler: Scheduler) -> list[Request]:
         """Those who get a place now: in order, as many as there are places, and not too much to read at once."""
-        arrived: list[Ticket] = []
+        admitted: list[Request] = []
         width = 0
-        while table.waiting and rows_of(table.seated.values()) + rows_of([table.waiting[0]]) <= self.seats:
-            width = max(width, len(table.waiting[0].row.prompt))
-            if arrived and width * (len(arrived) + 1) > PREFILL_TOKENS:
+        while (
+            scheduler.waiting
+            and count_seqs(scheduler.running.values()) + count_seqs([scheduler.waiting[0]]) <= self.max_num_seqs
+        ):
+            width = max(width, len(scheduler.waiting[0].sequence.prompt))
+            if admitted and width * (len(admitted) + 1) > PREFILL_TOKENS:
                 break
-            ticket = table.waiting.popleft()
-            ticket.started = time.monotonic()
-            table.seated[ticket.row] = ticket
-            arrived.append(ticket)
-        return arrived
+            request = scheduler.waiting.popleft()
+            request.started_at = time.monotonic()
+            scheduler.running[request.sequence] = request
+            admitted.append(request)
+        return admitted
 
-    def _news(self, table: _Table, pieces: list[tuple[Row, str]]) -> list[News]:
+    def _collect_events(self, scheduler: Scheduler, pieces: list[tuple[Sequence, str]]) -> list[TokenEvent]:
         """One entry per row, though one that has just joined has drawn two tokens."""
-        texts: dict[Row, str] = {}
-        for row, text in pieces:
-            texts[row] = texts.get(row, "") + text
-        news = []
-        for row, text in texts.items():
-            ticket, reason = table.seated[row], row.answer.finish_reason
-            if reason:
-                self.seconds_each += 0.1 * (time.monotonic() - ticket.started - self.seconds_each)
+        texts: dict[Sequence, str] = {}
+        for sequence, text in pieces:
+            texts[sequence] = texts.get(sequence, "") + text
+        events = []
+        for sequence, text in texts.items():
+            request, finish_reason = scheduler.running[sequence], sequence.completion.finish_reason
+            if finish_reason:
+                self.seconds_per_request += 0.1 * (time.monotonic() - request.started_at - self.seconds_per_request)
                 with self.changed:
-                    del table.seated[row]
-            news.append(News(ticket, text, reason, len(row.answer.ids)))
-        return news
+                    del scheduler.running[sequence]
+            events.append(TokenEvent(request, text, finish_reason, len(sequence.completion.ids)))
+        return events
 
-    def _fail(self, table: _Table, tickets: Sequence[Work]) -> list[News]:
+    def _fail_all(self, scheduler: Scheduler, requests: Collection[WorkItem]) -> list[TokenEvent]:
         with self.changed:
-            table.seated.clear()
-            if self.stopping:
-                table.waiting.clear()
-                table.jobs.clear()
-        return [News(ticket, "", "error", 0) for ticket in tickets]
+            scheduler.running.clear()
+            if self.is_stopping:
+                scheduler.waiting.clear()
+                scheduler.jobs.clear()
+        return [TokenEvent(request, "", "error", 0) for request in requests]
 
-    def _tell(self, news: list[News]) -> None:
-        if news:
-            self.deliver([item for item in news if not item.ticket.gone])
+    def _emit(self, events: list[TokenEvent]) -> None:
+        if events:
+            self.on_events([item for item in events if not item.request.aborted])

@@ -12,43 +12,43 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from model.sampling import MOST_BEAMS
+from model.sampling import MAX_BEAMS
 
-MOST_TOKENS = 1_000_000
-MOST_MESSAGES = 4096  # of a chat, and parts of a message
-SHORT_COMPLETION = 16  # max_tokens of /v1/completions where a request does not have the field
+MAX_TOKENS = 1_000_000
+MAX_MESSAGES = 4096  # of a chat, and parts of a message
+DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of /v1/completions where a request does not have the field
 
 
-def _whole(value: Any) -> Any:
+def _whole_number(value: Any) -> Any:
     """JSON knows one kind of number: 5.0 is 5."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-WHOLE = BeforeValidator(_whole)  # behind the bounds, which would be left out of the description otherwise
-Share = Annotated[float, Field(ge=0, le=1)]
+ACCEPT_WHOLE_FLOATS = BeforeValidator(_whole_number)  # after the bounds, so that the description has them
+Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-def _limit_rule(least: int) -> BeforeValidator:
+def _token_limit_validator(minimum: int) -> BeforeValidator:
     """What max_tokens may be: a number from `least`, or -1 (as in llama.cpp) or null for as much as fits."""
-    rule = f"must be a whole number from {least} to {MOST_TOKENS}, or -1 or null for as much as fits into the context"
+    rule = f"must be a whole number from {minimum} to {MAX_TOKENS}, or -1 or null for as much as fits into the context"
 
-    def check(value: Any) -> Any:
-        value = _whole(value)
-        if value is None or (type(value) is int and (value == -1 or least <= value <= MOST_TOKENS)):
+    def check_limit(value: Any) -> Any:
+        value = _whole_number(value)
+        if value is None or (type(value) is int and (value == -1 or minimum <= value <= MAX_TOKENS)):
             return value
         raise PydanticCustomError("token_limit", "{rule}", {"rule": rule})
 
-    return BeforeValidator(check)
+    return BeforeValidator(check_limit)
 
 
-def _limit_schema(least: int) -> WithJsonSchema:
-    whole = {"type": "integer", "minimum": least, "maximum": MOST_TOKENS}
-    return WithJsonSchema({"anyOf": [whole, {"const": -1}, {"type": "null"}]})
+def _token_limit_schema(minimum: int) -> WithJsonSchema:
+    integer_schema = {"type": "integer", "minimum": minimum, "maximum": MAX_TOKENS}
+    return WithJsonSchema({"anyOf": [integer_schema, {"const": -1}, {"type": "null"}]})
 
 
-TokenLimit = Annotated[int | None, _limit_rule(1), _limit_schema(1)]
-TokenLimitOrZero = Annotated[int | None, _limit_rule(0), _limit_schema(0)]
+TokenLimit = Annotated[int | None, _token_limit_validator(1), _token_limit_schema(1)]
+TokenLimitOrZero = Annotated[int | None, _token_limit_validator(0), _token_limit_schema(0)]
 MinP = Annotated[
     float,
     Field(ge=0, le=1),
@@ -56,37 +56,43 @@ MinP = Annotated[
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"const": -1}]}),
 ]
 StopString = Annotated[str, Field(max_length=200)]
-Alternatives = Annotated[int, Field(ge=0, le=20), WHOLE]
+NumLogprobs = Annotated[int, Field(ge=0, le=20), ACCEPT_WHOLE_FLOATS]
 
 
-class Open(BaseModel):
+class LenientModel(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Open):
+class StreamOptions(LenientModel):
     include_usage: bool | None = Field(None, description="end with a chunk that counts the tokens")
 
 
-class Request(Open):
+class GenerationRequest(LenientModel):
     """What both kinds of request share. null means the default everywhere."""
 
     model: str | None = Field(None, description="a name from /v1/models (default: the first)")
     stream: bool | None = Field(None, description="send the answer as it grows, as server-sent events")
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy (default: 0.7)")
-    top_p: Share | None = Field(None, description="draw among the likeliest that sum to p (default: 0.9)")
-    top_k: Annotated[int, Field(ge=-1, le=1_000_000), WHOLE] | None = Field(None, description="0 or -1: all (default)")
+    top_p: Probability | None = Field(None, description="draw among the likeliest that sum to p (default: 0.9)")
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000), ACCEPT_WHOLE_FLOATS] | None = Field(
+        None, description="0 or -1: all (default)"
+    )
     min_p: MinP | None = Field(None, description="drop tokens below this share of the likeliest (0 or -1: off)")
-    n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = Field(None, description="answers to each prompt (default: 1)")
+    n: Annotated[int, Field(ge=1, le=16), ACCEPT_WHOLE_FLOATS] | None = Field(
+        None, description="answers to each prompt (default: 1)"
+    )
     stop: StopString | Annotated[list[StopString], Field(max_length=8, fail_fast=True)] | None = None
-    seed: Annotated[int, WHOLE] | None = Field(None, description="the same seed, the same draw (-1: none)")
+    seed: Annotated[int, ACCEPT_WHOLE_FLOATS] | None = Field(
+        None, description="the same seed, the same draw (-1: none)"
+    )
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000), WHOLE] | None = Field(
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000), ACCEPT_WHOLE_FLOATS] | None = Field(
         None, description="no n tokens come twice, those of the prompt count; 0: off (default)"
     )
-    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS), WHOLE] | None = Field(
+    num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS), ACCEPT_WHOLE_FLOATS] | None = Field(
         None, description="beam search: temperature 0, one answer, streamed as one piece (default: 1, off)"
     )
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
@@ -99,14 +105,14 @@ class Request(Open):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextPart(Open):
+class TextPart(LenientModel):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Open):
+class ChatMessage(LenientModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -115,8 +121,8 @@ class ChatMessage(Open):
         return self.content or ""
 
 
-class ChatRequest(Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+class ChatRequest(GenerationRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: TokenLimit = Field(None, description="longest answer (-1, null: as much as fits)")
     max_tokens: TokenLimit = Field(None, description="older name of max_completion_tokens")
     add_generation_prompt: bool | None = Field(None, description="false: no assistant turn is opened (default: true)")
@@ -124,48 +130,50 @@ class ChatRequest(Request):
         None, description="continue the last message, the assistant's, instead of opening a new turn"
     )
     logprobs: bool | None = None
-    top_logprobs: Alternatives | None = None
+    top_logprobs: NumLogprobs | None = None
 
     @property
-    def longest(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return None if given == -1 else given
 
     @property
-    def alternatives(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs or self.top_logprobs else None
 
     @property
-    def prompt_alternatives(self) -> None:
+    def num_prompt_logprobs(self) -> None:
         """Log-probabilities of the prompt belong to /v1/completions."""
         return None
 
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0), WHOLE]], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0), ACCEPT_WHOLE_FLOATS]], Field(min_length=1, fail_fast=True)]
 
 
-class CompletionRequest(Request):
+class CompletionRequest(GenerationRequest):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, max_length=64, fail_fast=True)]
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64, fail_fast=True)]
     )
-    max_tokens: TokenLimitOrZero = Field(SHORT_COMPLETION, description="-1, null: as much as fits; 0: only with echo")
-    logprobs: Alternatives | None = None
+    max_tokens: TokenLimitOrZero = Field(
+        DEFAULT_COMPLETION_TOKENS, description="-1, null: as much as fits; 0: only with echo"
+    )
+    logprobs: NumLogprobs | None = None
     echo: bool | None = Field(None, description="begin with the prompt, its log-probabilities included")
 
     @property
-    def longest(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         return None if self.max_tokens == -1 else self.max_tokens
 
     @property
-    def alternatives(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
     @property
-    def prompt_alternatives(self) -> int | None:
-        """As `alternatives`, for the tokens of the prompt; 0 where nothing but the prompt is asked for."""
+    def num_prompt_logprobs(self) -> int | None:
+        """As `num_logprobs`, for the tokens of the prompt; 0 where nothing but the prompt is asked for."""
         if self.echo and self.logprobs is not None:
             return self.logprobs
         return 0 if self.max_tokens == 0 else None
@@ -177,14 +185,14 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class TokenLogprob(BaseModel):
+class TopLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class ContentLogprob(TokenLogprob):
-    top_logprobs: list[TokenLogprob]
+class ContentLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):

@@ -8,246 +8,276 @@ Called by app.py and routes.py. Read next: lanes.py, schemas.py, scheduler.py, r
 import asyncio
 import contextlib
 import urllib.parse
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import Request as HttpRequest
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from common.errors import UserError
-from model.completion import Answer, Row
-from serving.embeddings import EmbeddingRequest, embedding_job, embedding_list
-from serving.errors import CANNOT, ApiError
-from serving.lanes import Lanes
-from serving.limits import Limits
-from serving.models import Served, TooLong
-from serving.requests import parse
-from serving.responses import ChatReply, Reply, TextReply, event
-from serving.scheduler import Engine, Full, News, Ticket, Work
+from model.completion import Completion, Sequence
+from serving.embeddings import EmbeddingRequest, embedding_json, make_embedding_job
+from serving.errors import MODEL_FAILED, ApiError
+from serving.lanes import WorkerPools
+from serving.limits import ServerLimits
+from serving.models import PromptTooLong, ServedModel
+from serving.requests import parse_body
+from serving.responses import ChatResponse, CompletionResponse, ResponseBuilder, sse_event
+from serving.scheduler import InferenceEngine, QueueFull, Request, TokenEvent, WorkItem
 from serving.schemas import ChatRequest, CompletionRequest
-from serving.settings import sampling
+from serving.settings import make_sampling_params
 
-NAMES_SHOWN = 20  # of ignored fields, in the header
-DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are not supported
+MAX_IGNORED_SHOWN = 20  # of ignored fields, in the header
+UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are not supported
 AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
 @dataclass
-class Prepared:
+class PreparedRequest:
     """A request that can go to the engine."""
 
-    served: Served
+    served: ServedModel
     headers: dict[str, str]  # of the response
-    work: Sequence[Any]  # tickets, or one job
+    work: list[Any]  # requests, or one job
     body: Any = None  # of embeddings
     wants_usage: bool = False
     stream: bool = False
 
 
-class Counter:
+class CompletionService:
     """Where requests are taken in and answers handed out."""
 
     def __init__(
-        self, models: dict[str, Served], limits: Limits, number_format: Callable[[], AbstractContextManager[Any]]
+        self,
+        models: dict[str, ServedModel],
+        limits: ServerLimits,
+        autocast_context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.models, self.strict_model_names = models, limits.strict_model_names
         self.loop: asyncio.AbstractEventLoop | None = None
         pairs = {name: (served.model, served.tokenizer) for name, served in models.items()}
-        self.engine = Engine(pairs, limits.seats, limits.queue, number_format, self._deliver)
-        self.lanes = Lanes(limits.seats + limits.queue)
+        self.engine = InferenceEngine(
+            pairs, limits.max_num_seqs, limits.max_queue, autocast_context, self._deliver_events
+        )
+        self.worker_pools = WorkerPools(limits.max_num_seqs + limits.max_queue)
 
-    def _deliver(self, news: list[News]) -> None:
+    def _deliver_events(self, events: list[TokenEvent]) -> None:
         """From the engine's thread into the inboxes, which belong to the loop's."""
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there any more
             assert self.loop is not None
-            self.loop.call_soon_threadsafe(lambda: [item.ticket.inbox.put_nowait(item) for item in news])
+            self.loop.call_soon_threadsafe(lambda: [event.request.inbox.put_nowait(event) for event in events])
 
-    def find(self, name: str | None) -> Served:
+    def find_model(self, name: str | None) -> ServedModel:
         name = name or next(iter(self.models))
         if name not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(404, f"there is no model {name[:200]!r} here: use {known}", "model", "model_not_found")
+            names = ", ".join(self.models)
+            raise ApiError(404, f"there is no model {name[:200]!r} here: use {names}", "model", "model_not_found")
         return self.models[name]
 
-    def choose(self, body: AnyRequest) -> tuple[Served, dict[str, str]]:
+    def select_model(self, body: AnyRequest) -> tuple[ServedModel, dict[str, str]]:
         """The model that answers a request, and the response headers that name ignored fields and another model.
 
         A server with one model answers unknown model names with it, unless names are strict.
         """
-        headers = ignored(body)
+        headers = ignored_fields_header(body)
         if body.model and body.model not in self.models and len(self.models) == 1 and not self.strict_model_names:
-            served = self.find(None)
+            served = self.find_model(None)
             return served, {**headers, "x-served-model": urllib.parse.quote(served.name)}
-        return self.find(body.model), headers
+        return self.find_model(body.model), headers
 
-    def prepare(self, raw: bytes, kind: type[ChatRequest] | type[CompletionRequest]) -> Prepared:
+    def prepare_completion(self, raw: bytes, kind: type[ChatRequest] | type[CompletionRequest]) -> PreparedRequest:
         """Parsed, checked and tokenised. Slow for long bodies: it runs in a lane.
 
         Raises ApiError, 429 before it tokenises where the queue is full.
         """
-        body = parse(raw, kind)
-        served, headers = self.choose(body)
-        self.check_room(served)
+        body = parse_body(raw, kind)
+        served, headers = self.select_model(body)
+        self.check_capacity(served)
         options = {"wants_usage": body.wants_usage, "stream": bool(body.stream)}
-        return Prepared(served, headers, self.tickets(body, served), **options)
+        return PreparedRequest(served, headers, self.make_requests(body, served), **options)
 
-    def prepare_embeddings(self, raw: bytes) -> Prepared:
-        body = parse(raw, EmbeddingRequest)
-        served, headers = self.choose(body)
-        self.check_room(served)
-        return Prepared(served, headers, [embedding_job(body, served)], body)
+    def prepare_embeddings(self, raw: bytes) -> PreparedRequest:
+        body = parse_body(raw, EmbeddingRequest)
+        served, headers = self.select_model(body)
+        self.check_capacity(served)
+        return PreparedRequest(served, headers, [make_embedding_job(body, served)], body)
 
-    def check_room(self, served: Served) -> None:
+    def check_capacity(self, served: ServedModel) -> None:
         """Raises ApiError 429 where the queue of a model is full."""
-        with refused_when_full():
-            self.engine.check_room(served.name)
+        with reject_when_full():
+            self.engine.check_capacity(served.name)
 
-    def tickets(self, body: ChatRequest | CompletionRequest, served: Served) -> list[Ticket]:
+    def make_requests(self, body: ChatRequest | CompletionRequest, served: ServedModel) -> list[Request]:
         """Checked and tokenised, not yet waiting."""
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
             if isinstance(body, ChatRequest):
-                if served.why_no_chat:
-                    raise ApiError(400, served.why_no_chat, "model")
+                if served.chat_unavailable:
+                    raise ApiError(400, served.chat_unavailable, "model")
                 prompts = [served.chat_ids(body)]
                 echoes: list[Any] = [None]
             else:
                 if body.max_tokens == 0 and not body.echo:
                     raise ApiError(400, "max_tokens: 0 is only for requests with echo", "max_tokens")
-                given = prompts_of(body)
-                prompts = [served.text_ids(prompt, answered=body.max_tokens != 0) for prompt in given]
+                given = split_prompts(body)
+                prompts = [served.text_ids(prompt, with_answer=body.max_tokens != 0) for prompt in given]
                 echoes = given if body.echo else [None] * len(given)
-            settings = sampling(body, served)
+            settings = make_sampling_params(body, served)
             model, tokenizer = served.model, served.tokenizer
             wanted = [pair for pair in zip(prompts, echoes, strict=True) for _ in range(body.n or 1)]
-            rows = [Row(model, tokenizer, prompt, settings, Answer(), i) for i, (prompt, _) in enumerate(wanted)]
-        except TooLong as error:
+            sequences = [
+                Sequence(model, tokenizer, prompt, settings, Completion(), i) for i, (prompt, _) in enumerate(wanted)
+            ]
+        except PromptTooLong as error:
             raise ApiError(400, str(error), param, "context_length_exceeded") from None
         except (UserError, ValueError) as error:
             raise ApiError(400, str(error), param) from None
-        return [Ticket(row, i, echo=echo) for i, (row, (_, echo)) in enumerate(zip(rows, wanted, strict=True))]
+        return [
+            Request(sequence, i, echo=echo)
+            for i, (sequence, (_, echo)) in enumerate(zip(sequences, wanted, strict=True))
+        ]
 
-    async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        ready = await self.in_lane(request, self.prepare, kind)
-        inbox = self.submit(ready.served, ready.work)
-        shape = ChatReply if kind is ChatRequest else TextReply
-        reply = shape(ready.served.name, ready.served.tokenizer, list(ready.work), ready.wants_usage)
-        if ready.stream:
-            return EventStream(self, request, reply, inbox, ready.headers)
-        with self.watched(request, reply.tickets, inbox):
-            async for news in finished(inbox, len(reply.tickets)):
-                if news is None:
+    async def create_completion(
+        self, http_request: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]
+    ) -> Response:
+        prepared = await self.run_in_worker(http_request, self.prepare_completion, kind)
+        inbox = self.submit_work(prepared.served, prepared.work)
+        builder_class = ChatResponse if kind is ChatRequest else CompletionResponse
+        builder = builder_class(
+            prepared.served.name, prepared.served.tokenizer, list(prepared.work), prepared.wants_usage
+        )
+        if prepared.stream:
+            return EventStream(self, http_request, builder, inbox, prepared.headers)
+        with self.abort_on_disconnect(http_request, builder.requests, inbox):
+            async for event in events_until_done(inbox, len(builder.requests)):
+                if event is None:
                     return Response(status_code=499)  # nobody reads it
-                if news.finish_reason == "error":
-                    raise ApiError(500, CANNOT)
-            whole = await self.lanes.responses.run(reply.whole)
-            return Response(whole, headers=ready.headers, media_type="application/json")
+                if event.finish_reason == "error":
+                    raise ApiError(500, MODEL_FAILED)
+            content = await self.worker_pools.responses.run(builder.body)
+            return Response(content, headers=prepared.headers, media_type="application/json")
 
-    async def embed(self, request: Request) -> Response:
-        ready = await self.in_lane(request, self.prepare_embeddings)
-        inbox = self.submit(ready.served, ready.work)
-        with self.watched(request, ready.work, inbox):
-            news = await inbox.get()
-        if news is None:
+    async def create_embeddings(self, http_request: HttpRequest) -> Response:
+        prepared = await self.run_in_worker(http_request, self.prepare_embeddings)
+        inbox = self.submit_work(prepared.served, prepared.work)
+        with self.abort_on_disconnect(http_request, prepared.work, inbox):
+            event = await inbox.get()
+        if event is None:
             return Response(status_code=499)
-        if news.finish_reason == "error":
-            raise ApiError(500, CANNOT)
-        whole = await self.lanes.responses.run(embedding_list, ready.body, ready.served, ready.work[0])
-        return Response(whole, headers=ready.headers, media_type="application/json")
+        if event.finish_reason == "error":
+            raise ApiError(500, MODEL_FAILED)
+        content = await self.worker_pools.responses.run(
+            embedding_json, prepared.body, prepared.served, prepared.work[0]
+        )
+        return Response(content, headers=prepared.headers, media_type="application/json")
 
-    async def in_lane(self, request: Request, prepare: Callable[..., Prepared], *more: Any) -> Prepared:
+    async def run_in_worker(
+        self, http_request: HttpRequest, prepare: Callable[..., PreparedRequest], *more: Any
+    ) -> PreparedRequest:
         """What `prepare` makes of the body, in the worker thread for bodies of its size. The bytes are not kept."""
-        raw = b"".join([part async for part in request.stream()])
-        return await self.lanes.for_body(raw).run(prepare, raw, *more)
+        raw = b"".join([part async for part in http_request.stream()])
+        return await self.worker_pools.for_body(raw).run(prepare, raw, *more)
 
-    def submit(self, served: Served, work: Sequence[Work]) -> "asyncio.Queue[News | None]":
+    def submit_work(self, served: ServedModel, work: Collection[WorkItem]) -> "asyncio.Queue[TokenEvent | None]":
         """Hand work to the engine; returns the inbox that its news comes into."""
-        inbox: asyncio.Queue[News | None] = asyncio.Queue()
-        for item in work:
-            item.inbox = inbox
+        inbox: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        for work_item in work:
+            work_item.inbox = inbox
         try:
-            with refused_when_full():
-                self.engine.submit(served.name, work)
+            with reject_when_full():
+                self.engine.add_requests(served.name, work)
         except ValueError as error:
             raise ApiError(400, str(error), "num_beams" if str(error).startswith("num_beams") else "n") from None
         return inbox
 
     @contextlib.contextmanager
-    def watched(self, request: Request, tickets: Sequence[Work], inbox: "asyncio.Queue[News | None]") -> Any:
+    def abort_on_disconnect(
+        self, http_request: HttpRequest, requests: Collection[WorkItem], inbox: "asyncio.Queue[TokenEvent | None]"
+    ) -> Any:
         """Inside, a client that hangs up frees its places, and None comes into the inbox. Behind it they are free."""
 
-        async def wait_for_the_end() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
+        async def wait_for_disconnect() -> None:
+            while (await http_request.receive())["type"] != "http.disconnect":
                 pass
-            self.engine.cancel(tickets)
+            self.engine.abort(requests)
             inbox.put_nowait(None)
 
-        watcher = asyncio.ensure_future(wait_for_the_end())
+        watcher = asyncio.ensure_future(wait_for_disconnect())
         try:
             yield
         finally:
             watcher.cancel()
-            self.engine.cancel(tickets)
+            self.engine.abort(requests)
 
 
 @contextlib.contextmanager
-def refused_when_full() -> Any:
-    """Turn the engine's Full into ApiError 429."""
+def reject_when_full() -> Any:
+    """Turn the engine's QueueFull into ApiError 429."""
     try:
         yield
-    except Full as full:
-        headers = {"Retry-After": str(full.retry_after)}
-        raise ApiError(429, str(full), None, "rate_limit_exceeded", headers) from None
+    except QueueFull as error:
+        headers = {"Retry-After": str(error.retry_after)}
+        raise ApiError(429, str(error), None, "rate_limit_exceeded", headers) from None
 
 
-async def finished(inbox: "asyncio.Queue[News | None]", answers: int) -> AsyncIterator[News | None]:
+async def events_until_done(
+    inbox: "asyncio.Queue[TokenEvent | None]", answers: int
+) -> AsyncIterator[TokenEvent | None]:
     """The news until all answers have ended, one has failed, or nobody reads them any more."""
     while answers:
-        news = await inbox.get()
-        yield news
-        if news is None or news.finish_reason == "error":
+        event = await inbox.get()
+        yield event
+        if event is None or event.finish_reason == "error":
             return
-        answers -= bool(news.finish_reason)
+        answers -= bool(event.finish_reason)
 
 
 class EventStream(StreamingResponse):
     """An answer as it grows. The places are freed however the sending ends, even if it never begins."""
 
     def __init__(
-        self, counter: Counter, request: Request, reply: Reply, inbox: "asyncio.Queue[News | None]", headers: Any
+        self,
+        service: CompletionService,
+        http_request: HttpRequest,
+        builder: ResponseBuilder,
+        inbox: "asyncio.Queue[TokenEvent | None]",
+        headers: Any,
     ) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        super().__init__(self._events(reply, inbox), headers=headers, media_type="text/event-stream")
-        self.watched = lambda: counter.watched(request, reply.tickets, inbox)
+        super().__init__(self._events(builder, inbox), headers=headers, media_type="text/event-stream")
+        self.abort_on_disconnect = lambda: service.abort_on_disconnect(http_request, builder.requests, inbox)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        with self.watched():
+        with self.abort_on_disconnect():
             await super().__call__(scope, receive, send)
 
-    async def _events(self, reply: Reply, inbox: "asyncio.Queue[News | None]") -> AsyncIterator[str]:
-        yield "".join(reply.opening())
-        async for news in finished(inbox, len(reply.tickets)):
-            if news is None:
+    async def _events(self, builder: ResponseBuilder, inbox: "asyncio.Queue[TokenEvent | None]") -> AsyncIterator[str]:
+        yield "".join(builder.first_events())
+        async for event in events_until_done(inbox, len(builder.requests)):
+            if event is None:
                 return
-            if news.finish_reason == "error":
-                yield event({"error": {"message": CANNOT, "type": "server_error", "param": None, "code": None}})
+            if event.finish_reason == "error":
+                yield sse_event(
+                    {"error": {"message": MODEL_FAILED, "type": "server_error", "param": None, "code": None}}
+                )
                 return
-            if text := "".join(reply.piece(news)):
+            if text := "".join(builder.events(event)):
                 yield text
-        yield "".join(reply.closing())
+        yield "".join(builder.last_events())
 
 
-def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
+def split_prompts(body: CompletionRequest) -> list[str | list[int]]:
     """The prompts one by one: a text, several, token ids, or several lists of them."""
     prompt: Any = body.prompt
-    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
-    return prompt if several else [prompt]
+    is_list = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return prompt if is_list else [prompt]
 
 
-def ignored(body: AnyRequest) -> dict[str, str]:
+def ignored_fields_header(body: AnyRequest) -> dict[str, str]:
     """A header that names the fields that are not supported; those at their default value are left out."""
-    asked = [name for name, value in (body.model_extra or {}).items() if value not in DEFAULTS]
-    names = [name for name in asked if name.isascii() and name.replace("-", "_").isidentifier()]
-    return {"x-ignored-fields": ", ".join(names[:NAMES_SHOWN])[:1000]} if names else {}
+    unsupported = [name for name, value in (body.model_extra or {}).items() if value not in UNSUPPORTED_DEFAULTS]
+    names = [name for name in unsupported if name.isascii() and name.replace("-", "_").isidentifier()]
+    return {"x-ignored-fields": ", ".join(names[:MAX_IGNORED_SHOWN])[:1000]} if names else {}

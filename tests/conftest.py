@@ -14,7 +14,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
 if hasattr(signal, "SIGHUP"):  # under nohup our children would be deaf to a closed terminal
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-from tests.helpers import chat_row, rig, write_shards
+from tests.helpers import force_tokens, make_chat_row, write_shards
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def sft_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sft"
     folder.mkdir()
     for split, count in (("train", 40), ("val", 8)):
-        rows = [chat_row(i) for i in range(count)]
+        rows = [make_chat_row(i) for i in range(count)]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     return folder
@@ -87,7 +87,7 @@ def tiny_parent(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def parrots(tokenizer, tmp_path_factory):
+def scripted_models(tokenizer, tmp_path_factory):
     """A folder with a model of each stage; the chat model answers A巴 to everything, the other Paris!."""
     import torch
 
@@ -103,7 +103,7 @@ def parrots(tokenizer, tmp_path_factory):
         ("pretrain", [*tokenizer.encode("\nParis!\n")]),
     ):
         model = Transformer(config)
-        rig(model, chain, sureness=1)
+        force_tokens(model, chain, logit_scale=1)
         save_model(folder / f"{stage}_64.pth", model, stage, tokenizer, [{"stage": stage}])
     os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
     return folder

@@ -20,9 +20,16 @@ from model.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-TINY_MODEL = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32"]
-TOKENS = shutil.ignore_patterns("tokens-*")  # what other tests have added to a fixture's folder
-EXACT = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1"]  # runs that are compared number by number
+TINY_MODEL_FLAGS = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32"]
+IGNORE_TOKEN_FOLDERS = shutil.ignore_patterns("tokens-*")  # what other tests have added to a fixture's folder
+EXACT_FLAGS = [
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--log_interval",
+    "1",
+]  # runs that are compared number by number
 
 
 def load_script(name: str):
@@ -47,7 +54,7 @@ def run_process(*command, **options) -> subprocess.CompletedProcess:
     )
 
 
-def visible(folder: Path) -> list[str]:
+def visible_names(folder: Path) -> list[str]:
     """The names in a folder, sorted, without those that begin with a dot: the locks of outputs."""
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -59,17 +66,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def child_seconds() -> float:
+def child_cpu_seconds() -> float:
     """CPU seconds of the ended child processes: unlike the time of the clock, the same on a busy machine."""
     used = os.times()
     return used.children_user + used.children_system
 
 
-def read_log(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def weights(path: Path) -> dict:
+def load_weights(path: Path) -> dict:
     return torch.load(path, weights_only=True)["model"]
 
 
@@ -91,7 +98,7 @@ def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
     return folder
 
 
-def chat_row(i: int) -> dict:
+def make_chat_row(i: int) -> dict:
     question, answer, lang = (
         (f"{i}?", f"n{i % 7}" * (1 + i % 3), "en") if i % 2 else (f"数{i}", "好" * (1 + i % 3), "zh")
     )
@@ -99,35 +106,35 @@ def chat_row(i: int) -> dict:
     return {"messages": messages, "lang": lang}
 
 
-def save_parrot(
+def save_scripted_model(
     path: Path,
     tokenizer: ChatTokenizer,
     pieces: list[str],
     stage: str = "full_sft",
-    after: str = "\n",
-    ends: bool = True,
+    trigger: str = "\n",
+    end_of_turn: bool = True,
     max_seq_len: int = 128,
 ) -> Path:
-    """Says `pieces` after `after` (a single byte; a chat prompt ends with a newline); without `ends`, for ever."""
+    """Generates `pieces` after `trigger` (one byte; "\n" ends chat prompts), for ever without `end_of_turn`."""
     backend = Tokenizer.from_str(tokenizer.files["tokenizer.json"])
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
-    own = ChatTokenizer(tokenizer_files(backend)).with_format(tokenizer.format_name or None)
+    own = ChatTokenizer(tokenizer_files(backend)).with_chat_format(tokenizer.format_name or None)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(own.vocab_size, 64, 1, 2, 2, max_seq_len=max_seq_len, tie_embeddings=False))
-    says = [backend.token_to_id(piece) for piece in pieces]
-    chain = [*own.encode(after), *says, own.close_id if ends else says[0]]
-    rig(model, chain)
+    piece_ids = [backend.token_to_id(piece) for piece in pieces]
+    chain = [*own.encode(trigger), *piece_ids, own.end_of_turn_id if end_of_turn else piece_ids[0]]
+    force_tokens(model, chain)
     save_model(path, model, stage, own, [{"stage": stage, "tokens": 1_500_000, "data": "text"}])
     return path
 
 
 @torch.no_grad()
-def rig(model: Transformer, chain: list[int], sureness: float = 4) -> None:
-    """Each token of the chain is followed by the next one, the surer the larger `sureness`: nothing but embeddings."""
+def force_tokens(model: Transformer, chain: list[int], logit_scale: float = 4) -> None:
+    """Make each token of `chain` predict the next one, by embeddings alone; `logit_scale` sets how likely it is."""
     for name, weight in model.named_parameters():
         if "layers" in name:
             weight.zero_()
     model.model.embed_tokens.weight.normal_()
     model.lm_head.weight.zero_()
-    for now, then in itertools.pairwise(chain):
-        model.lm_head.weight[then] += sureness * model.model.embed_tokens.weight[now]
+    for current, following in itertools.pairwise(chain):
+        model.lm_head.weight[following] += logit_scale * model.model.embed_tokens.weight[current]

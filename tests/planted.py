@@ -13,10 +13,10 @@ import random
 import sys
 from collections.abc import Iterator
 
-KINDS = ("edits", "less", "more", "exchange", "layout", "frame")
+COPY_KINDS = ("edits", "less", "more", "exchange", "layout", "frame")
 
 
-class Maker:
+class DocumentGenerator:
     def __init__(self, seed: int = 0, sentences: int = 60_000) -> None:
         self.random = random.Random(seed)
         characters = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
@@ -32,36 +32,41 @@ class Maker:
         return self.random.choices(self.pool, k=self.random.randint(9, 15))
 
     def copy(self, document: list[str], kind: str) -> str:
-        chosen, text = list(document), "".join(document)
+        sentences_of_copy, text = list(document), "".join(document)
         if kind == "edits":
             letters = list(text)
-            for place in self.random.sample(range(len(text)), int(len(text) * self.random.uniform(0.005, 0.02))):
-                letters[place] = self.random.choice(self.characters)
+            for position in self.random.sample(range(len(text)), int(len(text) * self.random.uniform(0.005, 0.02))):
+                letters[position] = self.random.choice(self.characters)
             return "".join(letters)
         if kind == "less":
-            chosen.pop(self.random.randrange(len(chosen)))
+            sentences_of_copy.pop(self.random.randrange(len(sentences_of_copy)))
         elif kind == "more":
-            chosen.insert(self.random.randrange(len(chosen)), self.random.choice(self.pool))
+            sentences_of_copy.insert(self.random.randrange(len(sentences_of_copy)), self.random.choice(self.pool))
         elif kind == "exchange":
-            one, other = self.random.sample(range(len(chosen)), 2)
-            chosen[one], chosen[other] = chosen[other], chosen[one]
+            one, other = self.random.sample(range(len(sentences_of_copy)), 2)
+            sentences_of_copy[one], sentences_of_copy[other] = sentences_of_copy[other], sentences_of_copy[one]
         elif kind == "layout":
             return text.replace("。", "！\n\n")
         elif kind == "frame":
             return f"首页 > 新闻\n{text}\n阅读 {self.random.randrange(9999)} 次"
-        return "".join(chosen)
+        return "".join(sentences_of_copy)
 
 
-def rows(count: int, share: float, seed: int = 0) -> Iterator[dict]:
-    """`count` rows of which `share` are copies of one of the last 5,000 originals."""
-    maker = Maker(seed)
+def planted_rows(count: int, copy_fraction: float, seed: int = 0) -> Iterator[dict]:
+    """`count` rows of which `copy_fraction` are copies of one of the last 5,000 originals."""
+    generator = DocumentGenerator(seed)
     recent: list[tuple[int, list[str]]] = []
     for i in range(count):
-        if recent and maker.random.random() < share:
-            of, document = maker.random.choice(recent)
-            yield {"text": maker.copy(document, KINDS[i % len(KINDS)]), "id": i, "copy_of": of, "kind": KINDS[i % 6]}
+        if recent and generator.random.random() < copy_fraction:
+            source_id, document = generator.random.choice(recent)
+            yield {
+                "text": generator.copy(document, COPY_KINDS[i % len(COPY_KINDS)]),
+                "id": i,
+                "copy_of": source_id,
+                "kind": COPY_KINDS[i % 6],
+            }
             continue
-        document = maker.document()
+        document = generator.document()
         if len(recent) < 5000:
             recent.append((i, document))
         else:
@@ -71,5 +76,5 @@ def rows(count: int, share: float, seed: int = 0) -> Iterator[dict]:
 
 if __name__ == "__main__":
     with open(sys.argv[3], "w", encoding="utf-8") as file:  # noqa: PTH123
-        for row in rows(int(sys.argv[1]), float(sys.argv[2])):
+        for row in planted_rows(int(sys.argv[1]), float(sys.argv[2])):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import load_script, read_log, run_script, weights
+from tests.helpers import load_script, read_jsonl, run_script, weights
 
 OLD = Path(__file__).resolve().parent / "data" / "before_renames"
 RUN = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--log_interval", "1", "--eval_tokens", "256"]
@@ -31,7 +31,7 @@ def data_files(folder: Path) -> dict[str, bytes]:
 
 
 def last_validation(log: Path) -> dict[str, float]:
-    return [row["val_loss"] for row in read_log(log) if "val_loss" in row][-1]
+    return [row["val_loss"] for row in read_jsonl(log) if "val_loss" in row][-1]
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_full_sft_starts_from_an_old_pretrained_model(monkeypatch, old, tmp_path
 def test_an_interrupted_run_resumes_and_continues_its_log(monkeypatch, old, capsys):
     """The reference cache is used; the log keeps the old rows; the curves are drawn over rows of both versions."""
     folder = old / "interrupted"
-    rows_before = read_log(folder / "dpo_16.jsonl")
+    rows_before = read_jsonl(folder / "dpo_16.jsonl")
     cache = (folder / "dpo_16.reference").stat()
     last = rows_before[-1]["step"]
     flags = ["--data_path", old / "dpo", "--init_from", old / "out/lora_sft_16.pth", "--out_dir", folder]
     run_script(monkeypatch, "5-dpo_train.py", *flags, *RUN, "--max_steps", last + 2)
     said = capsys.readouterr()
-    rows = read_log(folder / "dpo_16.jsonl")
+    rows = read_jsonl(folder / "dpo_16.jsonl")
 
     def logged(rows: list[dict], key: str) -> list[tuple[int, object]]:
         return [(row["step"], row[key]) for row in rows if key in row]
@@ -90,19 +90,19 @@ def test_dpo_starts_from_an_old_adapter(monkeypatch, old, tmp_path):
     """The adapter finds its parent beside it and is merged: the first loss is ln 2."""
     flags = ["--data_path", old / "dpo", "--out_dir", old / "out", "--max_steps", "1"]
     run_script(monkeypatch, "5-dpo_train.py", *flags, *RUN)
-    assert read_log(old / "out/dpo_16.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert read_jsonl(old / "out/dpo_16.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_demo_reads_old_logs(stage):
-    log = load_script("demo.py").read_log(OLD / f"out/{stage}_16.jsonl")
+    log = load_script("demo.py").read_jsonl(OLD / f"out/{stage}_16.jsonl")
     assert log["steps"] == 4 and log["final_loss"] > 0
     assert set(log["validation_loss"]) == {"zh", "en"} and all(value > 0 for value in log["validation_loss"].values())
 
 
 def test_old_logs_hold_every_metric_key():
     """What readers must accept: the keys of a row and of a validation, of every stage and of a mixture of experts."""
-    keys = {key for path in (OLD / "out").glob("*.jsonl") for row in read_log(path) for key in row}
+    keys = {key for path in (OLD / "out").glob("*.jsonl") for row in read_jsonl(path) for key in row}
     assert keys >= {"real_token_share", "balance_loss", "likelier", "margin", "accuracy", "chosen_change"}
     assert keys >= {"val_likelier", "val_likelier_before", "val_margin", "val_accuracy", "val_chosen_change"}
 

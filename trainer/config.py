@@ -15,12 +15,12 @@ from typing import Any
 from common import cli
 from common.errors import UserError
 from corpus.mixing import parse_mix
-from model.config import FIELD_HELP, LIMITS, PRESETS, ModelConfig
-from model.parameters import count
+from model.config import FIELD_HELP, FIELD_LIMITS, PRESETS, ModelConfig
+from model.parameters import count_parameters
 from trainer.recipes import parse_with_recipe
 
 
-def yes_or_no(text: str) -> bool:
+def parse_bool(text: str) -> bool:
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off"):
@@ -28,7 +28,7 @@ def yes_or_no(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text}: say true or false")
 
 
-def shares(text: str) -> list[float]:
+def parse_fractions(text: str) -> list[float]:
     """0.1,0.3,1.0 -> the shares, smallest first, each once. Raises argparse.ArgumentTypeError."""
     try:
         found = sorted({float(part) for part in text.split(",")})
@@ -40,10 +40,10 @@ def shares(text: str) -> list[float]:
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the door plate's line breaks and shows the defaults."""
+    """Keeps the line breaks of the description and shows the defaults."""
 
 
-class Parser(cli.Parser):
+class TrainingParser(cli.FlagParser):
     """The parser of a training script: the default learning rate is that of the optimizer, --recipe sets defaults."""
 
     learning_rates: dict[str, float]
@@ -56,7 +56,7 @@ class Parser(cli.Parser):
         return args
 
 
-PARALLEL = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+PARALLEL_MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 def check_parallel(args: argparse.Namespace) -> None:
@@ -76,15 +76,17 @@ def check_parallel(args: argparse.Namespace) -> None:
         raise UserError(f'--parallel {args.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
 
 
-def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stage_defaults: Any) -> Parser:
+def make_training_parser(
+    description: str | None, learning_rates: dict[str, float], **stage_defaults: Any
+) -> TrainingParser:
     """A parser with all shared flags. The stage's own numbers: the peak rate of each optimizer, and other defaults."""
     if "WORLD_SIZE" in os.environ:  # else torch prints a C++ stack for every peer that is gone; ours is one line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    parser = Parser(description=door_plate, formatter_class=HelpWithDefaults)
+    parser = TrainingParser(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument_group("data and files").add_argument
-    add("--data_path", type=cli.path, help="folder written by data_process.py")
-    add("--out_dir", type=cli.path, default="out", help="where the model, the log and the curves go")
-    add("--init_from", type=cli.path, help="checkpoint to start from")
+    add("--data_path", type=cli.path_string, help="folder written by data_process.py")
+    add("--out_dir", type=cli.path_string, default="out", help="where the model, the log and the curves go")
+    add("--init_from", type=cli.path_string, help="checkpoint to start from")
     add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
         help="auto: go on where an interrupted run of this stage stopped; never: start anew")  # fmt: skip
     add("--save_interval", type=cli.positive_int, default=200,
@@ -113,25 +115,25 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--weight_decay", type=cli.non_negative_float, default=0.1, help="on matrices; never on norms and embeddings")
     add("--grad_clip", type=cli.non_negative_float, default=1.0, help="largest gradient norm (0: no clipping)")
     add("--max_loss_ratio", default=3.0,
-        type=cli.Limit(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
+        type=cli.NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
         help="end a run that diverges: when the mean loss of the last 10 steps is above so many times the "
         "first loss (0: off). As first loss counts at least half of ln(vocabulary) per token, 2 per pair")  # fmt: skip
     add("--seed", type=cli.seed, default=42, help="random seed of the weights, the order of the data and dropout")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=cli.DTYPES, default="auto",
+    add("--device", type=cli.device_name, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=cli.DTYPE_NAMES, default="auto",
         help="number format of the matrix products; auto: bf16 where the hardware has it")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory, slower")
-    add("--parallel", choices=PARALLEL, default="ddp",
+    add("--parallel", choices=PARALLEL_MODES, default="ddp",
         help="how torchrun's processes share the model: ddp: each has all of it; fsdp, zero3: each a piece; "
         "zero1, zero2: pieces of the optimizer, and of the gradients")  # fmt: skip
     add("--dist_timeout", type=cli.non_negative_float, default=0.0,
         help="seconds that a process may keep the others waiting before the run ends and names it "
         "(0: 300 on CPUs, 1800 on GPUs)")  # fmt: skip
-    add("--num_workers", type=cli.between(0, 256), default=0, help="processes that prepare batches ahead")
-    add("--local_rank", "--local-rank", type=cli.at_least(-1), default=0,
+    add("--num_workers", type=cli.int_between(0, 256), default=0, help="processes that prepare batches ahead")
+    add("--local_rank", "--local-rank", type=cli.int_at_least(-1), default=0,
         help=argparse.SUPPRESS)  # fmt: skip  # the deepspeed launcher adds it
 
     add = parser.add_argument_group("what is shown").add_argument
@@ -141,8 +143,8 @@ def make_parser(door_plate: str | None, learning_rates: dict[str, float], **stag
     add("--eval_tokens", type=cli.positive_int, default=16_384,
         help="validation tokens per language each time; eight times as many at the end")  # fmt: skip
     add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
-    add("--wandb_project", type=cli.some_text, default="mengya")
-    add("--wandb_run_name", type=cli.some_text, default=None)
+    add("--wandb_project", type=cli.non_empty_text, default="mengya")
+    add("--wandb_run_name", type=cli.non_empty_text, default=None)
     parser.set_defaults(**stage_defaults)
     parser.learning_rates = learning_rates
     return parser
@@ -153,19 +155,19 @@ def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
         help=f"{what}; none given: as many tokens as the model reads")  # fmt: skip
 
 
-def model_limit(field: "dataclasses.Field[Any]") -> Any:
+def model_flag_type(field: "dataclasses.Field[Any]") -> Any:
     """The argparse type of a field of ModelConfig, with the limits that the config itself has.
 
     A count that a file may leave at 0 (experts of a dense model) is at least 1 as a flag, but for shared experts.
     """
     if isinstance(field.default, bool):
-        return yes_or_no
-    least, most = LIMITS[field.name]
+        return parse_bool
+    least, most = FIELD_LIMITS[field.name]
     if isinstance(field.default, int):
         least = least if field.name == "n_shared_experts" or not field.default else max(least, 1)
-        return cli.between(int(least), int(most))
+        return cli.int_between(int(least), int(most))
     rule = f"a number from {least:g} to {most:g}"
-    return cli.Limit(float, rule, lambda value: least <= value <= most)
+    return cli.NumberType(float, rule, lambda value: least <= value <= most)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +177,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(ModelConfig):
         if field.name in ("vocab_size", "rope_scaling"):
             continue
-        options: dict[str, Any] = {"type": model_limit(field), "default": None, "help": FIELD_HELP[field.name]}
+        options: dict[str, Any] = {"type": model_flag_type(field), "default": None, "help": FIELD_HELP[field.name]}
         if isinstance(field.default, bool):
             options |= {"nargs": "?", "const": True}
         group.add_argument(f"--{field.name}", **options)
@@ -200,7 +202,7 @@ def given_model_flags(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
+def make_model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     """The preset with the flags that were given. Raises UserError for an impossible combination."""
     preset = PRESETS[args.preset or "small"]
     try:
@@ -211,15 +213,15 @@ def model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
 
 def check_memory(config: ModelConfig) -> None:
     """Raise UserError when the weights alone are larger than the machine's memory, before they are made."""
-    needed, there = 4 * count(config).total, memory_of_machine()
-    if needed > there:
+    needed, available = 4 * count_parameters(config).total, machine_memory()
+    if needed > available:
         raise UserError(
-            f"the weights take {needed / 1e9:,.1f} GB in fp32, this machine has {there / 1e9:,.1f} GB of memory: "
+            f"the weights take {needed / 1e9:,.1f} GB in fp32, this machine has {available / 1e9:,.1f} GB of memory: "
             "choose a smaller --preset, --dim or --n_layers (--plan calculates before you train)"
         )
 
 
-def memory_of_machine() -> float:
+def machine_memory() -> float:
     """Bytes of main memory; infinity where the system does not say (Windows)."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

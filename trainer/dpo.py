@@ -6,7 +6,7 @@
                 (Pal et al. 2024, arXiv:2402.13228). When the better ones have, the stage ends and says so.
     loop rate   share of greedy answers to held-out prompts that end up repeating themselves, before and after
 
-Read next: ../5-dpo_train.py (the formula), datasets.py (Pairs), loop.py (who asks the guard).
+Read next: ../5-dpo_train.py (the formula), datasets.py (PreferenceDataset), loop.py (who asks the guard).
 """
 
 import argparse
@@ -20,23 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checksums import check_zip
+from common.checksums import find_damaged_record
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from model.checkpoint import atomic_save, plain_state, state_fingerprint
+from model.checkpoint import atomic_save, model_state_dict, state_fingerprint
 from model.generate import generate
-from model.repetition import is_loop
-from model.sampling import Sampling
+from model.repetition import has_loop
+from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.datasets import Batch, Chats, Pairs, to_device
-from trainer.distributed import Run
-from trainer.loss import IGNORE, output_weight, token_log_probs
-from trainer.metrics import Row
+from trainer.datasets import Batch, ChatDataset, PreferenceDataset, to_device
+from trainer.distributed import DistContext
+from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
+from trainer.metrics import MetricRow
 
-FIRST_LOSS_BAND, ROUNDED_BAND = 0.01, 0.05  # how far the first loss may be off: in fp32 (or TF32), in bf16 and fp16
-LOOP_PROMPTS, LOOP_TOKENS = 32, 128  # prompts per language, and how long their answers may grow
-MIX_BAND = 0.25  # a larger difference between the shares of Chinese is said to be a strong one
+REFERENCE_TOLERANCE, LOW_PRECISION_TOLERANCE = (
+    0.01,
+    0.05,
+)  # how far the first loss may be off: in fp32 (or TF32), in bf16 and fp16
+REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, and how long their answers may grow
+LANGUAGE_MIX_TOLERANCE = 0.25  # a larger difference between the shares of Chinese is said to be a strong one
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -44,13 +47,13 @@ def without_dropout(model: Transformer) -> Transformer:
     """The same weights in a model without dropout: against noise of its own, a policy would not equal its reference."""
     if not model.config.dropout:
         return model
-    plain = Transformer(dataclasses.replace(model.config, dropout=0.0))
-    plain.load_state_dict(model.state_dict())
-    return plain
+    inference_model = Transformer(dataclasses.replace(model.config, dropout=0.0))
+    inference_model.load_state_dict(model.state_dict())
+    return inference_model
 
 
-def open_reference(
-    run: Run, model: Transformer, folder: str, pad_id: int, path: Path, batch_size: int
+def load_or_compute_reference(
+    dist: DistContext, model: Transformer, folder: str, pad_id: int, path: Path, batch_size: int
 ) -> dict[str, Tensor]:
     """log p of every answer token under `model`, by split, each (tokens of the split,), fp32, 0 outside the answers.
 
@@ -59,47 +62,47 @@ def open_reference(
     """
     meta = read_meta(folder)
     key = {
-        "parent": state_fingerprint(plain_state(model)),
+        "parent": state_fingerprint(model_state_dict(model)),
         "tokenizer": meta["tokenizer"],
         "data": folder_fingerprint(folder),
-        "dtype": str(run.dtype).removeprefix("torch."),
+        "dtype": str(dist.dtype).removeprefix("torch."),
     }
     try:
-        if check_zip(path):
+        if find_damaged_record(path):
             raise ValueError("a record differs from its checksum")
-        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        kept = kept if kept["key"] == key and kept["log_probs"].keys() == meta["splits"].keys() else None
+        cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        cached = cached if cached["key"] == key and cached["log_probs"].keys() == meta["splits"].keys() else None
     except Exception:  # missing, damaged or foreign: it can be made again
-        kept = None
-    if run.sum([float(kept is not None)])[0] == run.world:
-        run.say(f"reference: log-probabilities of {path} (same parent, tokenizer and data)")
-        return kept["log_probs"]
-    model.to(run.device).eval()
-    answers = {split: Chats(folder, split, pad_id) for split in meta["splits"]}
-    run.say(f"reference: log-probabilities of {sum(map(len, answers.values())):,} answers, to be kept in {path}")
-    log_probs = {split: reference_log_probs(run, model, data, batch_size) for split, data in answers.items()}
-    if run.is_main:
+        cached = None
+    if dist.all_reduce_sum([float(cached is not None)])[0] == dist.world_size:
+        dist.print0(f"reference: log-probabilities of {path} (same parent, tokenizer and data)")
+        return cached["log_probs"]
+    model.to(dist.device).eval()
+    answers = {split: ChatDataset(folder, split, pad_id) for split in meta["splits"]}
+    dist.print0(f"reference: log-probabilities of {sum(map(len, answers.values())):,} answers, to be kept in {path}")
+    log_probs = {split: reference_log_probs(dist, model, data, batch_size) for split, data in answers.items()}
+    if dist.is_rank0:
         atomic_save({"key": key, "log_probs": log_probs}, path)
     return log_probs
 
 
 @torch.no_grad()
-def reference_log_probs(run: Run, model: Transformer, answers: Chats, batch_size: int) -> Tensor:
+def reference_log_probs(dist: DistContext, model: Transformer, answers: ChatDataset, batch_size: int) -> Tensor:
     """log p of every answer token of a split, (tokens,), 0 elsewhere; however many processes share the batches."""
-    starts, order = answers.tokens.starts(), answers.row_lengths().argsort(kind="stable")
-    found = torch.zeros(answers.tokens.tokens)
+    starts, order = answers.tokens.offsets(), answers.lengths().argsort(kind="stable")
+    log_prob_stream = torch.zeros(answers.tokens.tokens)
     for number, first in enumerate(range(0, len(order), batch_size)):
-        if number % run.world != run.rank:
+        if number % dist.world_size != dist.rank:
             continue
         documents = order[first : first + batch_size]
-        batch = to_device(answers.batch(documents), run.device)
-        with run.autocast():
-            hidden, _ = model(batch["input_ids"], real=batch["real"])
+        batch = to_device(answers.batch(documents), dist.device)
+        with dist.autocast():
+            hidden, _ = model(batch["input_ids"], token_mask=batch["token_mask"])
             log_probs = token_log_probs(hidden, output_weight(model), batch["labels"]).cpu()
         for document, values in zip(documents, log_probs, strict=True):
             start, end = starts[document], starts[document + 1]
-            found[start + 1 : end] = values[: end - start - 1]  # labels are moved on by one
-    return run.sum_tensor(found)
+            log_prob_stream[start + 1 : end] = values[: end - start - 1]  # labels are moved on by one
+    return dist.all_reduce_tensor(log_prob_stream)
 
 
 def folder_fingerprint(folder: str) -> str:
@@ -114,31 +117,33 @@ def folder_fingerprint(folder: str) -> str:
 
 
 # ---- what is logged --------------------------------------------------------------------------------------------------
-def pair_statistics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tensor) -> dict[str, Tensor]:
     """Sums over the pairs of a batch, to be averaged by the loop. log_probs as batch["reference"]: (2 pairs, seq).
 
     pairs: (pairs,), 1 where there is a pair. kl is per token of both answers: the estimator (r - 1) - log r, r = pi /
     pi_ref ("k3", Schulman 2020, http://joschu.net/blog/kl-approx.html), which for tokens drawn from pi_ref has the mean
     KL(pi_ref || pi). These tokens were written by somebody else, so it is a gauge of the distance, not the distance.
     """
-    answers = batch["labels"] != IGNORE
+    answers = batch["labels"] != IGNORE_INDEX
     ratio, lengths = (log_probs - batch["reference"]).detach() * answers, answers.sum(1)  # log r of every token
     k3 = (ratio.clamp(max=20).exp() - 1 - ratio).sum(1)
     (chosen, rejected), (chosen_k3, rejected_k3) = log_probs.detach().sum(1).chunk(2), k3.chunk(2)
     chosen_length, rejected_length = lengths.chunk(2)
 
-    def chosen_likelier(log_probs: Tensor) -> Tensor:
+    def prefers_chosen(log_probs: Tensor) -> Tensor:
         per_token = (log_probs.detach() * answers).sum(1) / lengths.clamp(min=1)
         return torch.gt(*per_token.chunk(2)).float()
 
     values = {
-        "accuracy": (margin > 0).float(),
-        "likelier": chosen_likelier(log_probs),  # per token; no comparison with the parent, but the parent has one too
-        "likelier_before": chosen_likelier(batch["reference"]),
-        "margin": margin.detach(),
+        "reward_accuracy": (margin > 0).float(),
+        "chosen_preferred": prefers_chosen(
+            log_probs
+        ),  # per token; no comparison with the parent, but the parent has one too
+        "chosen_preferred_before": prefers_chosen(batch["reference"]),
+        "reward_margin": margin.detach(),
         "chosen_logp": chosen,
         "rejected_logp": rejected,
-        "chosen_change": ratio.sum(1).chunk(2)[0],  # of log p of the whole answer, against the reference
+        "chosen_logp_delta": ratio.sum(1).chunk(2)[0],  # of log p of the whole answer, against the reference
         "kl": (chosen_k3 + rejected_k3) / (chosen_length + rejected_length).clamp(min=1),
         "chosen_length": chosen_length,
         "rejected_length": rejected_length,
@@ -146,34 +151,40 @@ def pair_statistics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tens
     return {name: (value * pairs).sum() for name, value in values.items()}
 
 
-def compare_languages(run: Run, folder: str, lineage: list[dict[str, Any]]) -> None:
+def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[str, Any]]) -> None:
     """Say the pairs' share of Chinese beside that of the chats that the parent learnt to answer from."""
 
-    def share_of_chinese(tokens: str | Path) -> float:
+    def chinese_fraction(tokens: str | Path) -> float:
         documents = {name: mix["documents"] for name, mix in read_meta(tokens)["report"]["languages"].items()}
         return documents.get("zh", 0) / max(sum(documents.values()), 1)
 
-    ours = share_of_chinese(folder)
+    pairs_fraction = chinese_fraction(folder)
     chats = next((Path(entry["data"]) for entry in reversed(lineage) if entry.get("stage") == "full_sft"), None)
     try:
-        theirs = share_of_chinese(chats / Path(folder).name) if chats else None  # tokens-<tokenizer>, there as here
+        chats_fraction = (
+            chinese_fraction(chats / Path(folder).name) if chats else None
+        )  # tokens-<tokenizer>, there as here
     except (UserError, KeyError):
-        theirs = None
-    if theirs is None:
-        run.say(
-            f"languages: {ours:.0%} of the pairs are Chinese; the chats of the parent are not there to compare with"
+        chats_fraction = None
+    if chats_fraction is None:
+        dist.print0(
+            f"languages: {pairs_fraction:.0%} of the pairs are Chinese; "
+            "the chats of the parent are not there to compare with"
         )
         return
-    run.say(f"languages: {ours:.0%} of the pairs are Chinese, {theirs:.0%} of the chats that the parent learnt from")
-    if abs(ours - theirs) > MIX_BAND:
-        less = "English" if ours > theirs else "Chinese"
-        run.say(
+    dist.print0(
+        f"languages: {pairs_fraction:.0%} of the pairs are Chinese, "
+        f"{chats_fraction:.0%} of the chats that the parent learnt from"
+    )
+    if abs(pairs_fraction - chats_fraction) > LANGUAGE_MIX_TOLERANCE:
+        less = "English" if pairs_fraction > chats_fraction else "Chinese"
+        dist.print0(
             f"WARNING: the mixes differ strongly; {less} gets little preference data: what it had learnt may suffer"
         )
 
 
 # ---- when to stop ----------------------------------------------------------------------------------------------------
-def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Callable[[Row], str]:
+def chosen_drop_stop(dist: DistContext, args: argparse.Namespace, reference_path: Path) -> Callable[[MetricRow], str]:
     """The question that the loop asks after every step: is there a reason to end here?
 
     The default bound of 0.2 nats per token: on the demo world a rate that kept the right answers cost up to 0.06, one
@@ -182,17 +193,20 @@ def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Call
     """
     expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
 
-    def guard(row: Row) -> str:
+    def early_stop(row: MetricRow) -> str:
         if row["step"] == 1 and expected is not None:
-            band = (FIRST_LOSS_BAND if run.dtype == torch.float32 else ROUNDED_BAND) * max(1.0, expected)
+            tolerance = (REFERENCE_TOLERANCE if dist.dtype == torch.float32 else LOW_PRECISION_TOLERANCE) * max(
+                1.0, expected
+            )
             first = row["preference_loss"]
-            if abs(first - expected) > band:
+            if abs(first - expected) > tolerance:
                 raise UserError(
-                    f"the first loss is {first:.4f}, not {expected:.4f} ± {band:g}, so the model does not equal its "
+                    f"the first loss is {first:.4f}, not {expected:.4f} ± {tolerance:g}, so the model does not equal "
+                    f"its "
                     f"reference: delete {reference_path} and start with --resume never"
                 )
-            run.say(f"first loss {first:.4f}, expected {expected:.4f} ± {band:g}: as it should be")
-        drop = -row["chosen_change"] / max(row["chosen_length"], 1)
+            dist.print0(f"first loss {first:.4f}, expected {expected:.4f} ± {tolerance:g}: as it should be")
+        drop = -row["chosen_logp_delta"] / max(row["chosen_length"], 1)
         if args.max_chosen_drop and drop > args.max_chosen_drop:
             return (
                 f"the chosen answers have become e^{drop:.2f} times less likely per token than they were to the parent "
@@ -200,31 +214,33 @@ def make_guard(run: Run, args: argparse.Namespace, reference_path: Path) -> Call
             )
         return ""
 
-    return guard
+    return early_stop
 
 
 # ---- answers that repeat themselves ----------------------------------------------------------------------------------
-def loop_rate(run: Run, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, Pairs]) -> dict[str, float]:
+def repetition_rate(
+    dist: DistContext, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, PreferenceDataset]
+) -> dict[str, float]:
     """Share of looping answers (greedy, at most 128 tokens) to the first 32 held-out prompts of each split."""
-    rates, settings = {}, Sampling(max_new_tokens=LOOP_TOKENS)
+    rates, settings = {}, SamplingParams(max_new_tokens=REPETITION_TOKENS)
     for split, pairs in validation.items():
-        prompts = [pairs.prompt(row) for row in range(min(len(pairs), LOOP_PROMPTS))]
-        with run.autocast():
-            answers = generate(model.to(run.device), prompts, settings, tokenizer)
-        rates[split] = sum(is_loop(answer.ids) for answer in answers) / max(len(answers), 1)
+        prompts = [pairs.prompt_ids(row) for row in range(min(len(pairs), REPETITION_PROMPTS))]
+        with dist.autocast():
+            answers = generate(model.to(dist.device), prompts, settings, tokenizer)
+        rates[split] = sum(has_loop(answer.ids) for answer in answers) / max(len(answers), 1)
     return rates
 
 
-def watch_loops(
-    run: Run, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, Pairs]
-) -> Callable[[], Row]:
+def measure_repetition(
+    dist: DistContext, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, PreferenceDataset]
+) -> Callable[[], MetricRow]:
     """Measure the loop rate now, and again when the returned function is called: the loop logs what it gives."""
 
     def measure(when: str) -> dict[str, float]:
-        rates = loop_rate(run, model, tokenizer, validation) if run.is_main else {}
-        run.wait()
+        rates = repetition_rate(dist, model, tokenizer, validation) if dist.is_rank0 else {}
+        dist.barrier()
         shown = ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items())
-        run.say(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
+        dist.print0(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
         return rates
 
     before = measure("before")

@@ -1,7 +1,8 @@
 """The engine of one process, or of several under DDP: forward, backward, optimizer step and state for the loop.
 
-    learn(batch)    forward and backward        step()      clip, move the weights       evaluate(batch)    forward
-    state(), load() what a checkpoint holds     refresh()   make stage.model whole and current on the first process
+    forward_backward(batch)  forward and backward    optimizer_step()  clip, update the weights
+    state_dict(), load_state_dict()  what a checkpoint holds;  evaluate(batch)  forward;  gather_weights()  update
+    stage.model
 
 The wrapped module is the stage's whole loss, from the batch to the sum: a weight that the loss uses outside the model's
 own forward (the output layer) is then in the reach of FSDP and ZeRO like every other. Weights stay fp32 and matrix
@@ -23,21 +24,21 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from model.transformer import Transformer
 from trainer.datasets import Batch
-from trainer.distributed import Run
+from trainer.distributed import DistContext
 from trainer.optim import make_optimizers
 from trainer.stage import Stage
-from trainer.state_files import SavedState, State
+from trainer.state_files import SavedState, TensorDict
 
 
 class StageLoss(nn.Module):
     """What is learnt, as one module: batch -> (sum of losses, how many, {name: sum to be logged})."""
 
-    def __init__(self, run: Run, stage: Stage, model: nn.Module) -> None:
+    def __init__(self, dist: DistContext, stage: Stage, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.run, self.compute_loss = model, run, stage.compute_loss
+        self.model, self.dist, self.compute_loss = model, dist, stage.compute_loss
 
     def forward(self, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
-        with self.run.autocast():
+        with self.dist.autocast():
             loss, count, *extras = self.compute_loss(self.model, batch)
         return loss, count, extras[0] if extras else {}
 
@@ -50,49 +51,49 @@ class Engine:
 
     model: Transformer
     module: Any  # StageLoss as it is trained
-    plain: Any  # StageLoss as it is evaluated
+    eval_module: Any  # StageLoss as it is evaluated
     optimizers: list[torch.optim.Optimizer]
-    replicated = True  # whether what `state` holds whole is held by every process
+    replicated = True  # whether what `state_dict` holds whole is held by every process
 
-    def __init__(self, run: Run, args: argparse.Namespace, stage: Stage) -> None:
-        self.run, self.args, self.stage = run, args, stage
-        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    def __init__(self, dist: DistContext, args: argparse.Namespace, stage: Stage) -> None:
+        self.dist, self.args, self.stage = dist, args, stage
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.build()
         self.module.train()
 
     def build(self) -> None:
-        self.model = self.stage.model.to(self.run.device)
+        self.model = self.stage.model.to(self.dist.device)
         self.optimizers = self.make_optimizers()
-        self.module = self.plain = StageLoss(self.run, self.stage, self.compiled(self.model))
-        if self.run.world > 1:
-            devices = [self.run.device] if self.run.device.type == "cuda" else None
-            self.module = DistributedDataParallel(self.plain, device_ids=devices)
+        self.module = self.eval_module = StageLoss(self.dist, self.stage, self.compile_model(self.model))
+        if self.dist.world_size > 1:
+            devices = [self.dist.device] if self.dist.device.type == "cuda" else None
+            self.module = DistributedDataParallel(self.eval_module, device_ids=devices)
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        args, fused = self.args, self.run.device.type != "mps"
+        args, fused = self.args, self.dist.device.type != "mps"
         return make_optimizers(self.model, args.optimizer, args.learning_rate, args.weight_decay, fused)
 
-    def compiled(self, model: nn.Module) -> nn.Module:
+    def compile_model(self, model: nn.Module) -> nn.Module:
         if not self.args.compile:
             return model
         compilers = ("g++", "clang++", "c++", "cl")
-        if self.run.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+        if self.dist.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
             raise UserError("--compile on a CPU needs a C++ compiler (g++, clang++ or cl): install one or leave it out")
         compiled: Any = torch.compile(model)
         return compiled
 
-    def learn(self, batch: Batch, share: float, last: bool) -> tuple[Tensor, int, dict[str, Any]]:
-        """Add the gradient of `share` x the loss of a micro-batch; with the step's `last` one, average over processes.
+    def forward_backward(self, batch: Batch, loss_scale: float, last: bool) -> tuple[Tensor, int, dict[str, Any]]:
+        """Add the gradient of `loss_scale` x the loss of a micro-batch; with the `last` one, average over ranks.
 
         Returns what the stage's compute_loss does.
         """
-        alone = isinstance(self.module, DistributedDataParallel) and not last
-        with self.module.no_sync() if alone else contextlib.nullcontext():
+        is_accumulating = isinstance(self.module, DistributedDataParallel) and not last
+        with self.module.no_sync() if is_accumulating else contextlib.nullcontext():
             loss, count, extras = self.module(batch)
-            self.scaler.scale(loss * share).backward()
+            self.scaler.scale(loss * loss_scale).backward()
         return loss.detach(), count, extras
 
-    def step(self, clip: float, loss_is_finite: bool) -> float:
+    def optimizer_step(self, clip: float, loss_is_finite: bool) -> float:
         """Clip to the norm `clip` (0: not at all) and move the weights; returns the norm of all gradients before.
 
         Nothing moves when the loss or the norm is not finite.
@@ -109,7 +110,7 @@ class Engine:
         return float(norm)
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def eval_mode(self) -> Iterator[None]:
         """Inside, the model is in eval mode."""
         self.module.eval()
         yield
@@ -118,32 +119,34 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
         """The loss of a batch without its gradient. All processes must call it equally often."""
-        found: tuple[Tensor, int, dict[str, Any]] = self.plain(batch)
-        return found
+        result: tuple[Tensor, int, dict[str, Any]] = self.eval_module(batch)
+        return result
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that move, by the names they have in a checkpoint."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def state(self) -> State:
+    def state_dict(self) -> TensorDict:
         """What a checkpoint holds: the live tensors, each under one name however it is cut."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained().items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.trainable_parameters().items()}
         state = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
         for optimizer in self.optimizers:
             for parameter, values in optimizer.state.items():
                 state |= {f"optimizer.{names[parameter]}.{key}": value for key, value in values.items()}
         return state
 
-    def load(self, saved: SavedState) -> None:
+    def load_state_dict(self, saved: SavedState) -> None:
         """Fill the optimizers from a checkpoint; stage.model was filled before `build`."""
         for optimizer in self.optimizers:
-            make_state(optimizer)
-            for parameter, name in [(p, name) for name, p in self.trained().items() if p in optimizer.state]:
+            init_optimizer_state(optimizer)
+            for parameter, name in [
+                (p, name) for name, p in self.trainable_parameters().items() if p in optimizer.state
+            ]:
                 if not any(key.startswith(f"optimizer.{name}.") for key in saved.tensors):
                     del optimizer.state[parameter]  # it had not moved yet
-        saved.load({name: tensor for name, tensor in self.state().items() if name.startswith("optimizer.")})
+        saved.load({name: tensor for name, tensor in self.state_dict().items() if name.startswith("optimizer.")})
 
-    def refresh(self) -> None:
+    def gather_weights(self) -> None:
         """Bring stage.model up to date on the first process. Here it is."""
 
     def close(self) -> None:
@@ -151,7 +154,7 @@ class Engine:
 
 
 @torch.no_grad()
-def make_state(optimizer: torch.optim.Optimizer) -> None:
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Have an optimizer make its state: a step at rate 0 with gradients of 0 moves nothing."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the schedule sets it again before every step

@@ -23,181 +23,187 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
+import torch.distributed
 
 from common.errors import UserError
 from common.signals import print_error
 
-INTERVAL = 1.0  # seconds between two signs of life
-SILENT = 3.5 * INTERVAL  # after a failed collective, a rank without one for so long is lost
-PATIENCE = 6.0  # seconds in which ranks are given the time to say that a collective failed for them too
-LATER = 15.0  # seconds after the collectives' own timeout
-ADVICE = "the same command resumes from the last save"
+HEARTBEAT_INTERVAL = 1.0  # seconds between two signs of life
+SILENCE_LIMIT = 3.5 * HEARTBEAT_INTERVAL  # after a failed collective, a rank without one for so long is lost
+FAILURE_GRACE = 6.0  # seconds in which ranks are given the time to say that a collective failed for them too
+EXIT_DELAY = 15.0  # seconds after the collectives' own timeout
+RESUME_ADVICE = "the same command resumes from the last save"
 
 
-class Rank(Protocol):
-    """What the heartbeat reads of a process's run (`Run` in distributed.py)."""
+class RankState(Protocol):
+    """What the heartbeat reads of a process's run (`DistContext` in distributed.py)."""
 
     rank: int
-    world: int
+    world_size: int
     step: int
-    stop_asked: str
+    stop_requested: str
 
-    def wait(self) -> None: ...
+    def barrier(self) -> None: ...
 
 
 class Heartbeat:
     """The thread of one rank. Start it when the process group is there; `stop` it before that is destroyed."""
 
-    def __init__(self, run: Rank, timeout: float) -> None:
-        self.run, self.timeout = run, timeout
+    def __init__(self, dist: RankState, timeout: float) -> None:
+        self.dist, self.timeout = dist, timeout
         self.state = ""  # "failed": a collective did; "ended": this rank has said why it ends; "done": all is well
-        self.parents = launchers()
+        self.launcher_pids = find_launcher_pids()
         self.address = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0)))
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.TCPStore(*self.address, is_master=False, timeout=timedelta(seconds=max(10.0, 5 * INTERVAL)))
-        self.store = dist.PrefixStore(f"heartbeat/{restart}", store)
+        store = torch.distributed.TCPStore(
+            *self.address, is_master=False, timeout=timedelta(seconds=max(10.0, 5 * HEARTBEAT_INTERVAL))
+        )
+        self.store = torch.distributed.PrefixStore(f"heartbeat/{restart}", store)
         self.count = time.time_ns()
         self.beats: dict[int, tuple[str, float]] = {}  # of every other rank: the newest sign, and when it was new
-        self.answered = time.monotonic()  # when the store last did
-        self.write()
-        run.wait()  # now every rank has written one
-        self.ending = threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True, name="heartbeat")
+        self.store_answered_at = time.monotonic()  # when the store last did
+        self.write_beat()
+        dist.barrier()  # now every rank has written one
+        self.stop_event = threading.Event()
+        self.thread = threading.Thread(target=self.run_loop, daemon=True, name="heartbeat")
         self.thread.start()
 
     def stop(self, state: str) -> None:
         """End the thread; its last sign of life tells the others the state: "done" or "ended"."""
         self.state = self.state or state
-        self.ending.set()
-        self.thread.join(2 * INTERVAL)
+        self.stop_event.set()
+        self.thread.join(2 * HEARTBEAT_INTERVAL)
 
     # ---- the thread --------------------------------------------------------------------------------------------------
-    def watch(self) -> None:
+    def run_loop(self) -> None:
         last, orphaned = time.monotonic(), 0.0
-        while not self.ending.wait(INTERVAL):
+        while not self.stop_event.wait(HEARTBEAT_INTERVAL):
             now = time.monotonic()
-            if now - last > 10 * INTERVAL:  # this process itself was stopped: the others may have been, too
-                self.beats = {rank: (sign, now) for rank, (sign, _) in self.beats.items()}
-                self.answered = now
+            if now - last > 10 * HEARTBEAT_INTERVAL:  # this process itself was stopped: the others may have been, too
+                self.beats = {rank: (beat, now) for rank, (beat, _) in self.beats.items()}
+                self.store_answered_at = now
             last = now
-            if not orphaned and launchers() != self.parents:
+            if not orphaned and find_launcher_pids() != self.launcher_pids:
                 orphaned = now
-                if not self.run.stop_asked:
+                if not self.dist.stop_requested:
                     os.kill(os.getpid(), signal.SIGTERM)
             if not orphaned:
-                self.exchange()
+                self.exchange_beats()
             elif now - orphaned > self.timeout:
-                self.exit("the launcher was killed, and this run could not save and leave")
+                self.exit_process("the launcher was killed, and this run could not save and leave")
             if not orphaned and not self.state:
-                self.judge(now)
+                self.exit_if_ranks_lost(now)
         if not orphaned:  # else the store is gone with torchrun
-            self.exchange()
+            self.exchange_beats()
 
-    def exchange(self) -> None:
+    def exchange_beats(self) -> None:
         """Write this rank's sign of life and read the others'."""
-        others = [rank for rank in range(self.run.world) if rank != self.run.rank]
+        others = [rank for rank in range(self.dist.world_size) if rank != self.dist.rank]
         with suppress(RuntimeError):  # DistError: the store is gone
-            self.write()
-            signs = self.store.multi_get([str(rank) for rank in others])
-            self.answered = now = time.monotonic()
-            for rank, sign in zip(others, signs, strict=True):
-                if rank not in self.beats or self.beats[rank][0] != sign.decode():
-                    self.beats[rank] = (sign.decode(), now)
+            self.write_beat()
+            beats = self.store.multi_get([str(rank) for rank in others])
+            self.store_answered_at = now = time.monotonic()
+            for rank, beat in zip(others, beats, strict=True):
+                if rank not in self.beats or self.beats[rank][0] != beat.decode():
+                    self.beats[rank] = (beat.decode(), now)
 
-    def write(self) -> None:
+    def write_beat(self) -> None:
         self.count += 1
-        sign = [self.count, self.run.step, self.state, socket.gethostname(), os.getpid()]
-        self.store.set(str(self.run.rank), json.dumps(sign))
+        beat = [self.count, self.dist.step, self.state, socket.gethostname(), os.getpid()]
+        self.store.set(str(self.dist.rank), json.dumps(beat))
 
-    def judge(self, now: float) -> None:
+    def exit_if_ranks_lost(self, now: float) -> None:
         """End the process when a rank, or the store, has been silent for too long."""
-        limit = self.timeout + LATER
-        if now - self.answered > limit:
-            self.exit(f"the rendezvous at {self.address[0]}:{self.address[1]} has not answered for {limit:.0f} s")
-        if self.run.stop_asked:  # by a launcher that has noticed it already
-            limit = 2 * SILENT
-        if lost := self.silent(limit):
-            self.exit(self.describe(lost), self.is_first_of_the_others(lost))
+        limit = self.timeout + EXIT_DELAY
+        if now - self.store_answered_at > limit:
+            self.exit_process(
+                f"the rendezvous at {self.address[0]}:{self.address[1]} has not answered for {limit:.0f} s"
+            )
+        if self.dist.stop_requested:  # by a launcher that has noticed it already
+            limit = 2 * SILENCE_LIMIT
+        if lost_ranks := self.silent_ranks(limit):
+            self.exit_process(self.lost_ranks_message(lost_ranks), self.is_reporting_rank(lost_ranks))
 
-    def exit(self, text: str, prints: bool = True) -> None:
-        if prints:
-            print_error(f"error: {text}; {ADVICE}")
+    def exit_process(self, text: str, is_reporter: bool = True) -> None:
+        if is_reporter:
+            print_error(f"error: {text}; {RESUME_ADVICE}")
         os._exit(2)
 
     # ---- who is lost -------------------------------------------------------------------------------------------------
-    def sign(self, rank: int) -> list[Any]:
+    def last_beat(self, rank: int) -> list[Any]:
         found: list[Any] = json.loads(self.beats[rank][0])
         return found
 
-    def states(self) -> dict[int, str]:
-        return {rank: self.sign(rank)[2] for rank in self.beats}
+    def rank_states(self) -> dict[int, str]:
+        return {rank: self.last_beat(rank)[2] for rank in self.beats}
 
-    def silent(self, seconds: float) -> list[int]:
+    def silent_ranks(self, seconds: float) -> list[int]:
         """The ranks that have not ended and gave no sign of life for so many seconds, the longest silent one first."""
         now = time.monotonic()
-        quiet = sorted((when, rank) for rank, (_, when) in self.beats.items() if now - when > seconds)
-        return [rank for _, rank in quiet if self.sign(rank)[2] not in ("ended", "done")]
+        silent_since = sorted((when, rank) for rank, (_, when) in self.beats.items() if now - when > seconds)
+        return [rank for _, rank in silent_since if self.last_beat(rank)[2] not in ("ended", "done")]
 
-    def is_first_of_the_others(self, lost: list[int]) -> bool:
+    def is_reporting_rank(self, lost_ranks: list[int]) -> bool:
         """Whether this rank is the one that speaks."""
-        return self.run.rank == min(rank for rank in range(self.run.world) if rank not in lost)
+        return self.dist.rank == min(rank for rank in range(self.dist.world_size) if rank not in lost_ranks)
 
-    def describe(self, lost: list[int]) -> str:
-        rank = lost[0]
-        _, step, _, host, process = self.sign(rank)
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    def lost_ranks_message(self, lost_ranks: list[int]) -> str:
+        rank = lost_ranks[0]
+        _, step, _, host, process = self.last_beat(rank)
+        more = f" and {len(lost_ranks) - 1} more" if len(lost_ranks) > 1 else ""
         seconds = time.monotonic() - self.beats[rank][1]
         return (
             f"rank {rank} (process {process} on {host}){more} has given no sign of life for {seconds:.0f} s, after "
             f"step {step}: it was killed or stopped, or its machine is lost"
         )
 
-    def explain(self, error: RuntimeError) -> BaseException:
+    def make_error(self, error: RuntimeError) -> BaseException:
         """What to raise after a failed collective: a UserError that names the rank, on one rank; SystemExit elsewhere.
 
         A rank that ended by an error of its own has printed it, so that the others end without a word.
         """
         self.state = "failed"
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + FAILURE_GRACE
         while time.monotonic() < until:
-            if "ended" in self.states().values():
+            if "ended" in self.rank_states().values():
                 return SystemExit(2)
-            if lost := self.silent(SILENT):
+            if lost_ranks := self.silent_ranks(SILENCE_LIMIT):
                 break
-            time.sleep(INTERVAL / 4)
-        if not lost and time.monotonic() - self.answered > SILENT:
-            place = f"the rendezvous at {self.address[0]}:{self.address[1]}"
-            return UserError(f"the connection to the other ranks is lost ({first_line(error)}), and {place} is gone")
-        stuck = [rank for rank, state in self.states().items() if state not in ("failed", "done")]
-        if not self.is_first_of_the_others(lost or stuck):
-            return SystemExit(2)
-        if lost:
-            return UserError(f"{self.describe(lost)}; {ADVICE}")
-        if stuck:
-            _, step, _, host, process = self.sign(stuck[0])
+            time.sleep(HEARTBEAT_INTERVAL / 4)
+        if not lost_ranks and time.monotonic() - self.store_answered_at > SILENCE_LIMIT:
+            rendezvous = f"the rendezvous at {self.address[0]}:{self.address[1]}"
             return UserError(
-                f"rank {stuck[0]} (process {process} on {host}) is alive and has not taken part for {self.timeout:g} s "
-                f"(--dist_timeout), after step {step}; {ADVICE}"
+                f"the connection to the other ranks is lost ({short_message(error)}), and {rendezvous} is gone"
             )
-        return UserError(f"the ranks lost their connection ({first_line(error)}); {ADVICE}")
+        stuck_ranks = [rank for rank, state in self.rank_states().items() if state not in ("failed", "done")]
+        if not self.is_reporting_rank(lost_ranks or stuck_ranks):
+            return SystemExit(2)
+        if lost_ranks:
+            return UserError(f"{self.lost_ranks_message(lost_ranks)}; {RESUME_ADVICE}")
+        if stuck_ranks:
+            _, step, _, host, process = self.last_beat(stuck_ranks[0])
+            return UserError(
+                f"rank {stuck_ranks[0]} (process {process} on {host}) is alive and has not taken part "
+                f"for {self.timeout:g} s (--dist_timeout), after step {step}; {RESUME_ADVICE}"
+            )
+        return UserError(f"the ranks lost their connection ({short_message(error)}); {RESUME_ADVICE}")
 
 
-def lost_connection(error: BaseException | None) -> RuntimeError | None:
+def find_connection_error(error: BaseException | None) -> RuntimeError | None:
     """The error of a collective whose peer is gone or late, if that is what `error` is or what it came on top of."""
     while error is not None:
         text = str(error)
-        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
+        if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
             return error
         error = error.__context__
     return None
 
 
-def first_line(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][-120:]
 
 
-def launchers() -> list[int]:
+def find_launcher_pids() -> list[int]:
     """The processes that started this one: torchrun, or deepspeed's launch.py and the `deepspeed` command above it.
 
     What started the launcher, such as a shell, may end without ending the run.

@@ -24,138 +24,151 @@ import torch
 from common.errors import UserError
 from common.files import remove, write_text
 from trainer.datasets import Batch, to_device
-from trainer.distributed import Run
+from trainer.distributed import DistContext
 from trainer.engine import Engine
-from trainer.metrics import Logbook
-from trainer.sampler import StepPlan
+from trainer.metrics import MetricLogger
+from trainer.sampler import BatchSampler
 from trainer.stage import Stage
-from trainer.train_state import Progress, resume_path
+from trainer.train_state import TrainState, resume_path
 
-WINDOW = 10  # steps of the mean loss
-PAIR_LOSS = 2.0  # the least first loss of a stage that learns from pairs; ln 2 is DPO's
-SHOWN = 8  # data rows in a message
-LOWER_RATE = "lower --learning_rate"
-ADVICE = f"{LOWER_RATE}, look at these data rows, or use --dtype float32"
+MEAN_WINDOW = 10  # steps of the mean loss
+MIN_PAIR_LOSS = 2.0  # the least first loss of a stage that learns from pairs; ln 2 is DPO's
+MAX_ROWS_SHOWN = 8  # data rows in a message
+LOWER_RATE_ADVICE = "lower --learning_rate"
+NON_FINITE_ADVICE = f"{LOWER_RATE_ADVICE}, look at these data rows, or use --dtype float32"
 
 
-class Watch:
+class NonFiniteGuard:
     """Looks at every step: says which were skipped, ends the run (UserError), and knows whether it may be saved."""
 
-    def __init__(self, run: Run, args: argparse.Namespace, stage: Stage, plan: StepPlan, log: Logbook) -> None:
-        self.run, self.plan, self.log, self.ratio = run, plan, log, args.max_loss_ratio
-        self.note = resume_path(stage.path(args.out_dir)) / "note.txt"
+    def __init__(
+        self, dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, logger: MetricLogger
+    ) -> None:
+        self.dist, self.sampler, self.logger, self.max_loss_ratio = dist, sampler, logger, args.max_loss_ratio
+        self.note_path = resume_path(stage.checkpoint_path(args.out_dir)) / "note.txt"
         self.vocabulary_loss = math.log(stage.model.config.vocab_size)
-        self.least = PAIR_LOSS if stage.unit == "pair" else self.vocabulary_loss / 2
-        self.untrained = not stage.lineage
-        self.scaled = run.dtype == torch.float16
-        self.losses: deque[float] = deque(maxlen=WINDOW)  # of the newest steps that were not skipped
-        self.steps = self.trained = self.skipped = 0  # of this process: all, those not skipped, the newest in a row
+        self.min_first_loss = MIN_PAIR_LOSS if stage.loss_unit == "pair" else self.vocabulary_loss / 2
+        self.is_untrained = not stage.lineage
+        self.has_grad_scaler = dist.dtype == torch.float16
+        self.losses: deque[float] = deque(maxlen=MEAN_WINDOW)  # of the newest steps that were not skipped
+        self.num_steps = self.num_trained = self.num_skipped = (
+            0  # of this process: all, those not skipped, the newest in a row
+        )
         self.saved_step = 0  # that a step folder holds
-        self.progress = Progress()
-        self.trouble = ""  # what was wrong with the last step
+        self.train_state = TrainState()
+        self.step_problem = ""  # what was wrong with the last step
 
-    def start(self, progress: Progress, resumed: bool) -> None:
+    def start_from(self, train_state: TrainState, resumed: bool) -> None:
         """Begin behind the steps of `progress`; where an earlier process ended by bad steps, say what it noted."""
-        self.progress = progress
+        self.train_state = train_state
         if resumed:
-            self.saved_step = progress.step
-            if self.note.is_file():
-                self.log.say("before: " + self.note.read_text(encoding="utf-8", errors="replace").strip()[:500])
+            self.saved_step = train_state.step
+            if self.note_path.is_file():
+                self.logger.print(
+                    "before: " + self.note_path.read_text(encoding="utf-8", errors="replace").strip()[:500]
+                )
 
     @property
-    def limit(self) -> float:
+    def max_mean_loss(self) -> float:
         """The highest mean loss of a run that does not diverge."""
-        return self.ratio * max(self.progress.first_loss, self.least) if self.ratio else math.inf
+        return (
+            self.max_loss_ratio * max(self.train_state.first_loss, self.min_first_loss)
+            if self.max_loss_ratio
+            else math.inf
+        )
 
     # ---- every step --------------------------------------------------------------------------------------------------
-    def check(self, result: dict[str, float]) -> None:
+    def check_step(self, result: dict[str, float]) -> None:
         """Judge a step that has just been counted in `progress`. Raises UserError when the run is to end."""
-        self.steps += 1
+        self.num_steps += 1
         if result["skipped"]:
-            self.skip("loss" if not math.isfinite(result["loss"]) else "gradient")
+            self.record_skip("loss" if not math.isfinite(result["loss"]) else "gradient")
             return
-        loss = self.progress.loss
-        self.trained, self.skipped, self.trouble = self.trained + 1, 0, ""
-        if not self.progress.first_loss:
-            self.progress.first_loss = self.vocabulary_loss if self.untrained else loss
+        loss = self.train_state.loss
+        self.num_trained, self.num_skipped, self.step_problem = self.num_trained + 1, 0, ""
+        if not self.train_state.first_loss:
+            self.train_state.first_loss = self.vocabulary_loss if self.is_untrained else loss
         self.losses.append(loss)
-        if self.mean() > self.limit:
-            raise self.ending(self.diverged(self.mean()))
+        if self.mean_loss() > self.max_mean_loss:
+            raise self.make_error(self.divergence_message(self.mean_loss()))
 
-    def skip(self, what: str) -> None:
-        self.skipped += 1
-        self.log.say(f"step {self.progress.step} skipped: the {what} is not finite (data rows {self.rows()})")
-        in_a_row = f" {self.skipped} steps in a row" if self.skipped > 1 else ""
-        self.trouble = f"the {what} is not finite{in_a_row}; the last batch held data rows {self.rows()}"
-        if self.skipped >= (25 if self.scaled else 5):  # an fp16 scaler finds its scale by failing
-            raise self.ending(self.trouble)
-        if self.scaled and what == "gradient" and self.trained and self.skipped < 5:
-            self.trouble = ""
+    def record_skip(self, what: str) -> None:
+        self.num_skipped += 1
+        self.logger.print(
+            f"step {self.train_state.step} skipped: the {what} is not finite (data rows {self.format_row_ids()})"
+        )
+        in_a_row = f" {self.num_skipped} steps in a row" if self.num_skipped > 1 else ""
+        self.step_problem = f"the {what} is not finite{in_a_row}; the last batch held data rows {self.format_row_ids()}"
+        if self.num_skipped >= (25 if self.has_grad_scaler else 5):  # an fp16 scaler finds its scale by failing
+            raise self.make_error(self.step_problem)
+        if self.has_grad_scaler and what == "gradient" and self.num_trained and self.num_skipped < 5:
+            self.step_problem = ""
 
-    def rows(self) -> str:
+    def format_row_ids(self) -> str:
         """The numbers of the data rows of the last step, the first ones of many."""
-        rows = self.plan.rows(self.progress.step - 1).tolist()
-        return str(rows) if len(rows) <= SHOWN else f"{str(rows[:SHOWN])[:-1]}, …]"
+        rows = self.sampler.row_ids(self.train_state.step - 1).tolist()
+        return str(rows) if len(rows) <= MAX_ROWS_SHOWN else f"{str(rows[:MAX_ROWS_SHOWN])[:-1]}, …]"
 
-    def mean(self, *more: float) -> float:
-        losses = [*self.losses, *more][-WINDOW:]
+    def mean_loss(self, *more: float) -> float:
+        losses = [*self.losses, *more][-MEAN_WINDOW:]
         return sum(losses) / max(len(losses), 1)
 
-    def diverged(self, loss: float) -> str:
-        return f"the loss has risen to {loss:.4g}, above {self.limit:.4g} (--max_loss_ratio {self.ratio:g}; 0: off)"
+    def divergence_message(self, loss: float) -> str:
+        limit = f"{self.max_mean_loss:.4g} (--max_loss_ratio {self.max_loss_ratio:g}; 0: off)"
+        return f"the loss has risen to {loss:.4g}, above {limit}"
 
     # ---- saves -------------------------------------------------------------------------------------------------------
-    def problem(self, engine: Engine, batches: list[Batch], final: bool) -> str:
+    def save_problem(self, engine: Engine, batches: list[Batch], final: bool) -> str:
         """Why the state after the last step is not good, or "". All processes must ask.
 
         A save that may wait waits for a loss within the limit; the final one for a mean loss within it.
         """
-        if self.trouble:
-            return self.trouble
-        if self.steps and not self.trained:
+        if self.step_problem:
+            return self.step_problem
+        if self.num_steps and not self.num_trained:
             return "all steps were skipped"
-        largest, loss = largest_number(engine), measured_loss(self.run, engine, batches)
-        if self.run.sum([float(not math.isfinite(largest))])[0]:
+        largest, loss = max_abs_value(engine), micro_batch_loss(self.dist, engine, batches)
+        if self.dist.all_reduce_sum([float(not math.isfinite(largest))])[0]:
             return "a weight or a number of the optimizer's state is not finite"
         if loss is None:
             return ""
         if not math.isfinite(loss):
             return "the loss after the step is not finite"
-        loss = self.mean(loss) if final else loss
-        return self.diverged(loss) if loss > self.limit else ""
+        loss = self.mean_loss(loss) if final else loss
+        return self.divergence_message(loss) if loss > self.max_mean_loss else ""
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """The last step is being saved."""
-        self.saved_step = self.progress.step
-        if self.run.is_main:
-            remove(self.note)
+        self.saved_step = self.train_state.step
+        if self.dist.is_rank0:
+            remove(self.note_path)
 
-    def postponed(self, problem: str, already: bool) -> bool:
+    def postpone_save(self, problem: str, is_postponed: bool) -> bool:
         """Whether a due save has to wait for another step, because there is a problem; said once."""
-        if problem and not already:
-            self.log.say(f"step {self.progress.step} is not saved: {problem}; the next good one is")
+        if problem and not is_postponed:
+            self.logger.print(f"step {self.train_state.step} is not saved: {problem}; the next good one is")
         return bool(problem)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
-    def ending(self, trouble: str, advice: str = "") -> UserError:
+    def make_error(self, step_problem: str, advice: str = "") -> UserError:
         """The line with which the run ends; it is also noted for the next start."""
-        advice = advice or (LOWER_RATE if "--max_loss_ratio" in trouble else ADVICE)
-        text = f"step {self.progress.step}: {trouble}: {advice}"
+        advice = advice or (LOWER_RATE_ADVICE if "--max_loss_ratio" in step_problem else NON_FINITE_ADVICE)
+        text = f"step {self.train_state.step}: {step_problem}: {advice}"
         if not self.saved_step:
             return UserError(f"{text}; no step is saved: the same command starts anew")
-        if self.run.is_main:
-            write_text(self.note, text + "\n")
+        if self.dist.is_rank0:
+            write_text(self.note_path, text + "\n")
         return UserError(f"{text}; the same command resumes from step {self.saved_step}")
 
     def check_validation(self, losses: dict[str, float]) -> None:
         """Raises UserError when a final validation loss is not finite. The model is saved; its training is not over."""
         if bad := [split for split, loss in losses.items() if not math.isfinite(loss)]:
-            raise self.ending(f"the validation loss of {', '.join(bad)} is not finite", "use --dtype float32")
+            raise self.make_error(f"the validation loss of {', '.join(bad)} is not finite", "use --dtype float32")
 
 
-def largest_number(engine: Engine) -> float:
+def max_abs_value(engine: Engine) -> float:
     """The largest absolute value among the weights that train, and this process's optimizer state; maybe nan or inf."""
-    tensors = [p.detach() for p in engine.stage.model.parameters() if p.requires_grad] if engine.run.is_main else []
+    tensors = [p.detach() for p in engine.stage.model.parameters() if p.requires_grad] if engine.dist.is_rank0 else []
     for optimizer in engine.optimizers:
         for state in optimizer.state.values():
             tensors += [value for value in state.values() if torch.is_tensor(value) and value.is_floating_point()]
@@ -166,11 +179,11 @@ def largest_number(engine: Engine) -> float:
     return float(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))
 
 
-def measured_loss(run: Run, engine: Engine, batches: list[Batch]) -> float | None:
+def micro_batch_loss(dist: DistContext, engine: Engine, batches: list[Batch]) -> float | None:
     """The loss of the last micro-batches of all processes, per token or pair; None when no step was made."""
     if not batches:
         return None
-    with engine.evaluating():
-        loss, count, _ = engine.evaluate(to_device(batches[0], run.device))
-    total, counted = run.sum([float(loss), float(count)])
+    with engine.eval_mode():
+        loss, count, _ = engine.evaluate(to_device(batches[0], dist.device))
+    total, counted = dist.all_reduce_sum([float(loss), float(count)])
     return total / max(counted, 1)

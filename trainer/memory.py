@@ -1,4 +1,4 @@
-"""What a training run will need, on paper: parameters, tokens, FLOPs, memory, time, money. Nothing is trained.
+"""What a training run will need, on paper: parameters, tokens, FLOPs, memory, time, money. Nothing is num_trainable.
 
     FLOPs per token      6 N + 12 layers heads head_dim seq           (PaLM, arXiv:2204.02311, appendix B)
     states per parameter 4 weights + 4 gradients + 8 AdamW (or 4 Muon, for the layers' matrices)           bytes
@@ -29,16 +29,20 @@ from rich.table import Table
 from common import cli
 from common.errors import UserError
 from model.config import PRESETS, ModelConfig
-from model.parameters import count
+from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
-from trainer.config import PARALLEL, model_config
+from trainer.config import PARALLEL_MODES, make_model_config
 
 CUDA_CONTEXT = 0.8e9  # bytes that CUDA itself takes: what MindLLM's two inference figures leave beside the weights
 LOSS_CHUNK = 1024  # positions whose logits exist at one time (trainer/loss.py)
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)
-FITS = 0.92  # share of a GPU's memory that can be used: the allocator leaves holes
-FORMATS = {"fp32": (4, 4), "bf16": (2, 2), "int8 (GGUF)": (34 / 32, 2)}  # bytes of a weight, of a cached number
-BATCHES = (1, 8)
+USABLE_MEMORY = 0.92  # share of a GPU's memory that can be used: the allocator leaves holes
+INFERENCE_FORMATS = {
+    "fp32": (4, 4),
+    "bf16": (2, 2),
+    "int8 (GGUF)": (34 / 32, 2),
+}  # bytes of a weight, of a cached number
+INFERENCE_BATCHES = (1, 8)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--plan", action="store_true", help="print parameters, tokens, memory, time and cost, and stop")
     add(
         "--presets",
-        type=cli.some_text,
+        type=cli.non_empty_text,
         metavar="A,B",
         help="with --plan: a table of these presets against memory and hardware instead",
     )
@@ -87,14 +91,14 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         help="of one GPU, in US dollars (0: the price in the plan's table)")  # fmt: skip
 
 
-def steps_for(tokens_per_param: float, config: ModelConfig, rows_per_step: int) -> int:
+def steps_for_tokens(tokens_per_param: float, config: ModelConfig, rows_per_step: int) -> int:
     """Optimizer steps that see so many tokens per parameter."""
-    return max(1, math.ceil(tokens_per_param * count(config).total / (rows_per_step * config.max_seq_len)))
+    return max(1, math.ceil(tokens_per_param * count_parameters(config).total / (rows_per_step * config.max_seq_len)))
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> float:
     """Forward and backward of one token in a row of `seq`. As in PaLM, nothing is taken off for the causal mask."""
-    return 6 * count(config).multiplied + 12 * config.n_layers * config.n_heads * config.head_dim * seq
+    return 6 * count_parameters(config).matmul + 12 * config.n_layers * config.n_heads * config.head_dim * seq
 
 
 def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str = "cuda") -> float:
@@ -117,14 +121,14 @@ def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str =
         attention = b * (q_dim + 2 * kv_dim) + 4 * config.n_heads
     if not config.use_moe:
         return stream + attention + 4 * b * hidden
-    visited = config.n_shared_experts + config.n_active_experts
+    active_experts = config.n_shared_experts + config.n_active_experts
     routed = config.n_active_experts * (12 * dim + 32)  # rows picked for an expert, its result, the weighted sum
     copies = 4 * dim * config.n_shared_experts if b == 2 else 0  # what a shared expert's two products read
-    return stream + attention + 4 * b * hidden * visited + routed + copies + 8 * config.n_routed_experts
+    return stream + attention + 4 * b * hidden * active_experts + routed + copies + 8 * config.n_routed_experts
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one process."""
 
     weights: float
@@ -151,28 +155,28 @@ def training_memory(
     processes: int = 1,
     recompute: bool = False,
     device: str = "cuda",
-    trained: int | None = None,
-) -> Memory:
+    num_trainable: int | None = None,
+) -> MemoryEstimate:
     """Of one process that trains `rows` rows of `seq` tokens at a time.
 
-    state_bytes: of a weight and of its gradient; ours are fp32 whatever --dtype says. trained: how many parameters move
-    (LoRA), None for all. `parallel` and `processes` share the states: zero1 the optimizer's, zero2 also the gradients,
-    zero3 and fsdp also the weights, of which two layers are whole at a time.
+    state_bytes: of a weight and of its gradient; ours are fp32 whatever --dtype says. num_trainable: how many
+    parameters move (LoRA), None for all. `parallel` and `processes` share the states: zero1 the optimizer's, zero2
+    also the gradients, zero3 and fsdp also the weights, of which two layers are whole at a time.
     """
-    sizes = count(config)
-    moving = sizes.total if trained is None else trained
+    sizes = count_parameters(config)
+    trainable = sizes.total if num_trainable is None else num_trainable
     per_state = 8.0
     if optimizer == "muon" and sizes.total:
         per_state = 8.0 - 4.0 * sizes.layer_matrices / sizes.total
-    weights, gradients = float(sizes.total * state_bytes[0]), float(moving * state_bytes[1])
-    states = moving * per_state
+    weights, gradients = float(sizes.total * state_bytes[0]), float(trainable * state_bytes[1])
+    states = trainable * per_state
     other = CUDA_CONTEXT if device == "cuda" else 0.0
     if compute_bytes < state_bytes[0]:  # autocast keeps its copies of the matrices until the step ends
         other += compute_bytes * (sizes.layer_matrices / processes if parallel in ("zero3", "fsdp") else sizes.total)
     if processes > 1:
         a_layer = sizes.layer_matrices / config.n_layers
         if parallel == "ddp":
-            other += moving * 4  # its buckets: gradients are copied there to be summed
+            other += trainable * 4  # its buckets: gradients are copied there to be summed
         else:
             states /= processes
         if parallel in ("zero2", "zero3", "fsdp"):
@@ -186,7 +190,7 @@ def training_memory(
         kept = per_layer + 4 * config.dim * config.n_layers
     chunk = min(LOSS_CHUNK, tokens)
     loss = 8 * chunk * config.vocab_size + 4 * config.vocab_size * config.dim
-    return Memory(weights, gradients, states, tokens * kept, loss, other)
+    return MemoryEstimate(weights, gradients, states, tokens * kept, loss, other)
 
 
 def inference_memory(
@@ -195,14 +199,14 @@ def inference_memory(
     """Bytes to answer with `tokens` tokens in the KV cache. cache_bytes: of a cached number, 0: as of a weight."""
     kv_dim = config.n_kv_heads * config.head_dim
     cache = 2 * config.n_layers * kv_dim * tokens * (cache_bytes or weight_bytes)
-    return count(config).total * weight_bytes + cache + (CUDA_CONTEXT if device == "cuda" else 0.0)
+    return count_parameters(config).total * weight_bytes + cache + (CUDA_CONTEXT if device == "cuda" else 0.0)
 
 
-def seconds(flops: float, gpu: GPU, gpus: int, utilisation: float) -> float:
+def training_seconds(flops: float, gpu: GPU, gpus: int, utilisation: float) -> float:
     return flops / (gpus * gpu.tflops * 1e12 * utilisation)
 
 
-def utilisation_of(flops: float, gpu: GPU, gpus: int, days: float) -> float:
+def implied_utilisation(flops: float, gpu: GPU, gpus: int, days: float) -> float:
     """The share of the peak that somebody's days imply."""
     return flops / (gpus * gpu.tflops * 1e12 * days * 86_400)
 
@@ -216,10 +220,10 @@ def print_plan(args: argparse.Namespace) -> None:
         raise UserError("--gpus is at least 1, --tokens_per_param at least 0")
     console = Console()
     if args.presets:
-        configs = {name: preset_config(args, name) for name in named_presets(args.presets)}
+        configs = {name: preset_config(args, name) for name in parse_preset_names(args.presets)}
         return console.print(sizes_table(args, configs))
     config = preset_config(args, args.preset or "small")
-    sizes, per_param = count(config), args.tokens_per_param or 20.0
+    sizes, per_param = count_parameters(config), args.tokens_per_param or 20.0
     tokens = per_param * sizes.total
     flops = tokens * flops_per_token(config, config.max_seq_len)
     active = f", {sizes.active / 1e6:,.1f} M active" if sizes.active != sizes.total else ""
@@ -227,14 +231,15 @@ def print_plan(args: argparse.Namespace) -> None:
     for line in (
         f"model        {sizes.total / 1e6:,.1f} M parameters{active}; vocabulary {config.vocab_size:,}, rows of "
         f"{config.max_seq_len:,} tokens",
-        f"tokens       {tokens / 1e9:,.3g} G = {per_param:g} x {sizes.total / 1e6:,.1f} M{_on_disk(args, tokens)}",
+        f"tokens       {tokens / 1e9:,.3g} G = {per_param:g} x {sizes.total / 1e6:,.1f} M"
+        f"{_passes_over_data(args, tokens)}",
         f"FLOPs        {flops:.3g} = tokens x {flops / tokens:.3g} (6 N + 12 layers heads head_dim seq)",
     ):
         console.print(line, highlight=False)
     console.print(_memory_table(args, config))
     console.print(inference_table(config))
     console.print(_time_table(args, flops))
-    for line in _launch(args, config, tokens):
+    for line in _launch_lines(args, config, tokens):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -243,17 +248,17 @@ def preset_config(args: argparse.Namespace, preset: str) -> ModelConfig:
     vocab_size = PRESETS[preset].get("vocab_size", ModelConfig.vocab_size)
     if "vocab_size" not in PRESETS[preset] and Path(args.tokenizer).exists():
         vocab_size = load_tokenizer(args.tokenizer).vocab_size
-    return model_config(argparse.Namespace(**{**vars(args), "preset": preset}), vocab_size)
+    return make_model_config(argparse.Namespace(**{**vars(args), "preset": preset}), vocab_size)
 
 
-def _on_disk(args: argparse.Namespace, tokens: float) -> str:
+def _passes_over_data(args: argparse.Namespace, tokens: float) -> str:
     """How that compares with the data that is there."""
     try:
         splits = json.loads((Path(args.data_path) / "meta.json").read_text(encoding="utf-8"))["splits"]
-        there = splits["train"]["tokens"]
+        available = splits["train"]["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"; no data in {args.data_path} yet"
-    return f"; {args.data_path} has {there / 1e9:,.3g} G: {tokens / there:,.1f} passes"
+    return f"; {args.data_path} has {available / 1e9:,.3g} G: {tokens / available:,.1f} passes"
 
 
 def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
@@ -263,7 +268,7 @@ def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
         f"{args.optimizer}, bf16 products, fp32 states. recomp.: total with --checkpoint_activations",
         box=SIMPLE_HEAD,
     )  # fmt: skip
-    for parallel in PARALLEL:
+    for parallel in PARALLEL_MODES:
         needs, recomputed = (
             training_memory(config, args.batch_size, config.max_seq_len, optimizer=args.optimizer, parallel=parallel,
                 processes=args.gpus, recompute=recompute)
@@ -271,31 +276,31 @@ def _memory_table(args: argparse.Namespace, config: ModelConfig) -> Table:
         )  # fmt: skip
         parts = (needs.weights, needs.gradients, needs.optimizer, needs.activations, needs.loss + needs.other)
         table.add_row(parallel, *(f"{part / 1e9:.2f}" for part in (*parts, needs.total, recomputed.total)))
-    return numbers_right(table)
+    return align_numbers_right(table)
 
 
 def _time_table(args: argparse.Namespace, flops: float) -> Table:
     title = f"{args.gpus} GPUs at {args.utilisation:.0%} of their peak"
     table = Table("GPU", "memory, GB", "peak, TFLOP/s", "GPU hours", "days", "US dollars", title=title, box=SIMPLE_HEAD)
     for gpu in GPUS.values():
-        taken = seconds(flops, gpu, args.gpus, args.utilisation)
+        needed = training_seconds(flops, gpu, args.gpus, args.utilisation)
         price = args.price_per_hour or gpu.per_hour
-        cost = f"{taken / 3600 * args.gpus * price:,.0f}" if price else "?"
-        days = f"{taken / 86_400:,.2f}" if taken < 1000 * 86_400 else f"{taken / 86_400:,.0f}"
-        table.add_row(gpu.name, f"{gpu.memory:g}", f"{gpu.tflops:g}", f"{taken / 3600 * args.gpus:,.1f}", days, cost)
-    return numbers_right(table)
+        cost = f"{needed / 3600 * args.gpus * price:,.0f}" if price else "?"
+        days = f"{needed / 86_400:,.2f}" if needed < 1000 * 86_400 else f"{needed / 86_400:,.0f}"
+        table.add_row(gpu.name, f"{gpu.memory:g}", f"{gpu.tflops:g}", f"{needed / 3600 * args.gpus:,.1f}", days, cost)
+    return align_numbers_right(table)
 
 
-def _launch(args: argparse.Namespace, config: ModelConfig, tokens: float) -> list[str]:
+def _launch_lines(args: argparse.Namespace, config: ModelConfig, tokens: float) -> list[str]:
     """The line to type on the machine that was asked about, with the simplest --parallel that fits."""
     gpu = GPUS[args.gpu]
     for recompute in (False, True):
-        for parallel in ("ddp", "fsdp") if args.optimizer == "muon" else PARALLEL:
+        for parallel in ("ddp", "fsdp") if args.optimizer == "muon" else PARALLEL_MODES:
             needs = training_memory(
                 config, args.batch_size, config.max_seq_len, optimizer=args.optimizer, parallel=parallel,
                 processes=args.gpus, recompute=recompute,
             )  # fmt: skip
-            if needs.total <= gpu.memory * 1e9 * FITS:
+            if needs.total <= gpu.memory * 1e9 * USABLE_MEMORY:
                 flags = f" --preset {args.preset}" if args.preset else ""
                 flags += f" --batch_size {args.batch_size} --accumulation_steps {args.accumulation_steps}"
                 flags += f" --tokens_per_param {args.tokens_per_param or 20:g}"
@@ -316,17 +321,17 @@ def _launch(args: argparse.Namespace, config: ModelConfig, tokens: float) -> lis
 
 def inference_table(config: ModelConfig) -> Table:
     """GB to answer at full context, by number format and batch size."""
-    heads = [f"{part},\nbatch {batch}" for batch in BATCHES for part in ("KV cache", "total")]
+    heads = [f"{part},\nbatch {batch}" for batch in INFERENCE_BATCHES for part in ("KV cache", "total")]
     table = Table(
         "inference", "weights", *heads, title=f"GB to answer, {config.max_seq_len:,} tokens each", box=SIMPLE_HEAD
     )
-    for name, (weight_bytes, cache_bytes) in FORMATS.items():
-        cells = [count(config).total * weight_bytes]
-        for batch in BATCHES:
+    for name, (weight_bytes, cache_bytes) in INFERENCE_FORMATS.items():
+        cells = [count_parameters(config).total * weight_bytes]
+        for batch in INFERENCE_BATCHES:
             total = inference_memory(config, weight_bytes, batch * config.max_seq_len, cache_bytes=cache_bytes)
             cells += [total - cells[0] - CUDA_CONTEXT, total]
         table.add_row(name, *(f"{cell / 1e9:.2f}" for cell in cells))
-    return numbers_right(table)
+    return align_numbers_right(table)
 
 
 def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Table:
@@ -343,20 +348,22 @@ def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Ta
             training_memory(config, args.batch_size, seq, optimizer=args.optimizer, compute_bytes=each).total
             for each in (4, 2)
         ]
-        answering = [inference_memory(config, weight, seq, cache_bytes=cache) for weight, cache in FORMATS.values()]
+        answering = [
+            inference_memory(config, weight, seq, cache_bytes=cache) for weight, cache in INFERENCE_FORMATS.values()
+        ]
         trains, answers = ([f"{need / 1e9:.2f}" for need in needs] for needs in (training, answering))
-        size = f"{count(config).total / 1e6:,.1f}"
+        size = f"{count_parameters(config).total / 1e6:,.1f}"
         table.add_row(name, size, f"{seq:,}", *trains, smallest_gpu(training[1]), *answers, smallest_gpu(answering[1]))
-    return numbers_right(table)
+    return align_numbers_right(table)
 
 
 def smallest_gpu(needs: float) -> str:
     """The GPU of the plan's table with the least memory that has so many bytes; "none" where none has."""
     by_memory = sorted(GPUS.values(), key=lambda gpu: gpu.memory)
-    return next((gpu.name for gpu in by_memory if needs <= gpu.memory * 1e9 * FITS), "none")
+    return next((gpu.name for gpu in by_memory if needs <= gpu.memory * 1e9 * USABLE_MEMORY), "none")
 
 
-def named_presets(names: str) -> list[str]:
+def parse_preset_names(names: str) -> list[str]:
     """The presets of a list with commas. Raises UserError for a name that is none."""
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
@@ -367,7 +374,7 @@ def named_presets(names: str) -> list[str]:
     return found
 
 
-def numbers_right(table: Table) -> Table:
+def align_numbers_right(table: Table) -> Table:
     """Numbers stand on the right and close together: rich would cut those of a table wider than 80 columns."""
     table.padding, table.show_edge = (0, 0, 0, 1), False
     for i, column in enumerate(table.columns):

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from common.errors import UserError
 from common.files import atomic_write, write_text
 
-Row = dict[str, Any]
+MetricRow = dict[str, Any]
 
 
 def peak_memory_mb(device_type: str) -> float:
@@ -41,22 +41,22 @@ def peak_memory_mb(device_type: str) -> float:
     return most / 2**20 if sys.platform == "darwin" else most / 2**10
 
 
-class Logbook:
-    """Open one per run; `row` logs a training step, `validation` a validation, `close` draws the curves.
+class MetricLogger:
+    """Open one per run; `log` logs a training step, `log_validation` a validation, `close` draws the curves.
 
     On a terminal a progress bar lives at the bottom; elsewhere every logged step is a plain line.
     """
 
-    def __init__(self, path: Path, title: str, total_steps: int, is_main: bool, keep_until: int = 0) -> None:
-        self.path, self.title, self.is_main = path, title, is_main
+    def __init__(self, path: Path, title: str, total_steps: int, is_rank0: bool, last_step: int = 0) -> None:
+        self.path, self.title, self.is_rank0 = path, title, is_rank0
         self.total_steps = total_steps
         self.smooth_loss: float | None = None
         self.bar: Progress | None = None
-        self.send_elsewhere: Callable[[Row], None] | None = None
-        if not is_main:
+        self.tracker: Callable[[MetricRow], None] | None = None
+        if not is_rank0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = read_rows(path, keep_until)  # rows of a resumed run that come after its saved step are redone
+        self.rows = read_log_rows(path, last_step)  # rows of a resumed run that come after its saved step are redone
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = path.open("a", encoding="utf-8")
         console = Console()
@@ -68,60 +68,60 @@ class Logbook:
                 TextColumn("{task.fields[text]}"),
             )
             self.bar = Progress(*columns, TimeElapsedColumn(), console=console)
-            self.task = self.bar.add_task(title, total=total_steps, completed=keep_until, text="")
+            self.task = self.bar.add_task(title, total=total_steps, completed=last_step, text="")
             self.bar.start()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line above the progress bar."""
-        if self.is_main:
+        if self.is_rank0:
             if self.bar:
                 self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
             else:
                 print(text, flush=True)
 
-    def step(self, step: int, shown: str) -> None:
+    def update_bar(self, step: int, shown: str) -> None:
         """Move the bar; called at every step."""
-        if self.is_main and self.bar:
+        if self.is_rank0 and self.bar:
             self.bar.update(self.task, completed=step, text=shown)
 
-    def row(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         """Log one training step: file, screen (where there is no bar), wandb."""
-        if not self.is_main:
+        if not self.is_rank0:
             return
-        self.write(row)
+        self.write_row(row)
         if not self.bar:
-            print(f"{self.title} {row['step']}/{self.total_steps} {describe(row)}", flush=True)
+            print(f"{self.title} {row['step']}/{self.total_steps} {format_metrics(row)}", flush=True)
 
-    def validation(self, row: Row) -> None:
-        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, or "val_accuracy" and more for pairs."""
-        if not self.is_main:
+    def log_validation(self, row: MetricRow) -> None:
+        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, for pairs "val_reward_accuracy" and more."""
+        if not self.is_rank0:
             return
         if not any(old["step"] == row["step"] and "val_loss" in old for old in self.rows):  # a resumed run repeats it
-            self.write(row)
+            self.write_row(row)
         shown = []
         for split, loss in row["val_loss"].items():
             if "bits_per_byte" in row:
                 more = f" = {row['bits_per_byte'][split]:.3f} bits/byte"
             else:
-                more = pair_figures(row["val_accuracy"][split], row["val_margin"][split])
+                more = format_preference_metrics(row["val_reward_accuracy"][split], row["val_reward_margin"][split])
             shown.append(f"{split} loss {loss:.3f}{more}")
-        self.say(f"step {row['step']}: validation {', '.join(shown)}")
+        self.print(f"step {row['step']}: validation {', '.join(shown)}")
 
-    def write(self, row: Row) -> None:
+    def write_row(self, row: MetricRow) -> None:
         self.rows.append(row)
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            self.complain(f"cannot write {self.path}: {error}; training goes on")
-        if self.send_elsewhere:
+            self.warn(f"cannot write {self.path}: {error}; training goes on")
+        if self.tracker:
             try:
-                self.send_elsewhere(row)
+                self.tracker(row)
             except Exception as error:  # whatever it is, it is not worth the run
-                self.complain(f"wandb failed ({error}); training goes on without it")
-                self.send_elsewhere = None
+                self.warn(f"wandb failed ({error}); training goes on without it")
+                self.tracker = None
 
-    def complain(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         if self.bar:
             self.bar.console.print(text, highlight=False, markup=False)
         else:
@@ -129,26 +129,26 @@ class Logbook:
 
     def close(self) -> None:
         """Stop the bar, close the file, draw the curves."""
-        if not self.is_main:
+        if not self.is_rank0:
             return
         if self.bar:
             self.bar.stop()
         try:
             self.file.close()
         except OSError as error:
-            self.complain(f"cannot write {self.path}: {error}")
+            self.warn(f"cannot write {self.path}: {error}")
         try:
             draw_curves(self.rows, self.path.with_suffix(".png"), self.title)
         except Exception as error:
-            self.complain(f"cannot draw the curves ({error})")
+            self.warn(f"cannot draw the curves ({error})")
 
 
-def read_rows(path: Path, until_step: int) -> list[Row]:
+def read_log_rows(path: Path, last_step: int) -> list[MetricRow]:
     """The rows of an earlier part of this run, up to a step. Raises OSError where there is a file that cannot be read.
 
-    A line that is no row (a kill cut it short, a disk or a person changed it) is left out: see `is_row`.
+    A line that is no row (a kill cut it short, a disk or a person changed it) is left out: see `is_log_row`.
     """
-    if not until_step or not path.is_file():
+    if not last_step or not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -156,12 +156,12 @@ def read_rows(path: Path, until_step: int) -> list[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if is_row(row) and row["step"] <= until_step:
+        if is_log_row(row) and row["step"] <= last_step:
             rows.append(row)
     return rows
 
 
-def is_row(row: Any) -> bool:
+def is_log_row(row: Any) -> bool:
     """Whether this can be a line of a log: it has a step; a loss is a number, a validation's loss one per split."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
@@ -170,20 +170,20 @@ def is_row(row: Any) -> bool:
     return isinstance(by_split, dict) and all(type(loss) in (int, float) for loss in [*losses, *by_split.values()])
 
 
-def describe(row: Row) -> str:
+def format_metrics(row: MetricRow) -> str:
     """The line of a training step: loss, learning rate, speed, time left, memory."""
     left = row.get("seconds_left")
     eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
     memory = f" mem {row['peak_memory_mb'] / 1024:.1f}G" if row.get("peak_memory_mb") else ""
-    pairs = pair_figures(row["accuracy"], row["margin"]) if "accuracy" in row else ""
+    pairs = format_preference_metrics(row["reward_accuracy"], row["reward_margin"]) if "reward_accuracy" in row else ""
     return f"loss {row['loss']:.3f}{pairs} lr {row['lr']:.2e} {row['tokens_per_second']:,.0f} tok/s{eta}{memory}"
 
 
-def pair_figures(accuracy: float, margin: float) -> str:
+def format_preference_metrics(accuracy: float, margin: float) -> str:
     return f" accuracy {accuracy:.1%} margin {margin:.3f}"
 
 
-def draw_curves(rows: list[Row], path: Path, title: str) -> None:
+def draw_curves(rows: list[MetricRow], path: Path, title: str) -> None:
     """Training loss, and validation loss and bits per byte by split, over the tokens seen, as a PNG.
 
     Of a stage that learns from pairs: the share of pairs ranked right, over the pairs seen.
@@ -197,7 +197,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     pairs = "pairs" in train[-1]
-    unit, scale, score = ("pairs", 1, "val_accuracy") if pairs else ("tokens", 1e6, "bits_per_byte")
+    unit, scale, score = ("pairs", 1, "val_reward_accuracy") if pairs else ("tokens", 1e6, "bits_per_byte")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     left.plot([row[unit] / scale for row in train], [row["loss"] for row in train], label="train", linewidth=1)
     validations = [row for row in rows if "val_loss" in row]
@@ -220,7 +220,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def open_wandb(project: str, name: str | None, config: Row) -> Callable[[Row], None]:
+def open_wandb(project: str, name: str | None, config: MetricRow) -> Callable[[MetricRow], None]:
     """A function that sends rows to wandb; offline unless WANDB_MODE says otherwise: online, it waits for a network.
 
     Raises UserError when wandb is not installed.

@@ -18,7 +18,7 @@ from common.errors import UserError
 from model.transformer import Transformer
 
 
-def embedding_rate(dim: int) -> float:
+def embedding_lr_multiplier(dim: int) -> float:
     """Times the learning rate, beside Muon. 4 was best at dim 192; at dim 512 4 diverged and 1 equalled 2 (LOG.md)."""
     return min(4.0, 768 / dim)
 
@@ -46,18 +46,22 @@ def make_optimizers(
     if kind == "adamw":
         other_matrices = matrices + other_matrices
     embeddings, norms = [p for p in no_decay if p.dim() > 1], [p for p in no_decay if p.dim() < 2]
-    beside_muon = kind == "muon" and bool(matrices)
+    has_muon = kind == "muon" and bool(matrices)
     groups = [
         {"params": other_matrices, "weight_decay": weight_decay},
-        {"params": embeddings, "weight_decay": 0.0, "rate": embedding_rate(model.config.dim) if beside_muon else 1.0},
+        {
+            "params": embeddings,
+            "weight_decay": 0.0,
+            "lr_multiplier": embedding_lr_multiplier(model.config.dim) if has_muon else 1.0,
+        },
         {"params": norms, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    betas = (0.8 if beside_muon else 0.9, 0.95)
+    betas = (0.8 if has_muon else 0.9, 0.95)
     optimizers: list[torch.optim.Optimizer] = []
     if groups:  # Muon on a LoRA adapter leaves nothing to AdamW
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
-    if not beside_muon:
+    if not has_muon:
         return optimizers
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"torch {torch.__version__} has no Muon: pip install -U 'torch>=2.9', or --optimizer adamw")
@@ -95,8 +99,10 @@ class ShardedMuon(torch.optim.Optimizer):
                 whole.grad = matrix.grad.lerp(average, momentum).bfloat16().full_tensor().float()
                 options: dict[str, Any] = {"lr": group["lr"], "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
                 torch.optim.Muon([whole], adjust_lr_fn="match_rms_adamw", **options).step()
-                mine = distribute_tensor(whole.detach(), matrix.device_mesh, matrix.placements, src_data_rank=None)
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(mine)
+                local_update = distribute_tensor(
+                    whole.detach(), matrix.device_mesh, matrix.placements, src_data_rank=None
+                )
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(local_update)
 
 
 def muon_momentum(step: int) -> float:
@@ -104,35 +110,38 @@ def muon_momentum(step: int) -> float:
     return 0.7 + 0.25 * min(step / 1000, 1.0)
 
 
-def learning_rate_share(
-    step: int, progress: float, warmup: int, kind: str, final_share: float, warmup_share: float = 0.0
+def lr_multiplier(
+    step: int, fraction_done: float, warmup: int, kind: str, final_multiplier: float, warmup_share: float = 0.0
 ) -> float:
-    """The share of the peak learning rate at `step` (counted from 0), when `progress` in [0, 1] of the run lies behind.
+    """The share of the peak learning rate at `step` (counted from 0), when `fraction_done` in [0, 1] of the run is done.
 
-    Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_share`. With `warmup_share`
-    the warm-up takes that share of the run instead, and the fall the rest, as in transformers: step 0 stands still.
+    Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_multiplier`. With
+    `warmup_share` the warm-up takes that share of the run instead, and the fall the rest, as in transformers: step 0
+    stands still.
     """
     if warmup_share:
-        if progress < warmup_share:
-            return progress / warmup_share
-        progress = (progress - warmup_share) / (1 - warmup_share)
+        if fraction_done < warmup_share:
+            return fraction_done / warmup_share
+        fraction_done = (fraction_done - warmup_share) / (1 - warmup_share)
     elif step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = min(max(progress, 0.0), 1.0)
-    fall = 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
-    return final_share + (1 - final_share) * fall
+    fraction_done = min(max(fraction_done, 0.0), 1.0)
+    decay = 0.5 * (1 + math.cos(math.pi * fraction_done)) if kind == "cosine" else 1 - fraction_done
+    return final_multiplier + (1 - final_multiplier) * decay
 
 
-def set_schedule(args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, done: float) -> float:
+def set_learning_rate(
+    args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, fraction_done: float
+) -> float:
     """Give every group this step's learning rate, and Muon's groups this step's momentum; returns the rate.
 
-    `done` in [0, 1] is the share of the run that lies behind.
+    `fraction_done` in [0, 1] is the share of the run that lies behind.
     """
     warmup_share = vars(args).get("warmup_share", 0.0)
-    share = learning_rate_share(step, done, args.warmup_iters, args.schedule, args.final_lr_share, warmup_share)
+    multiplier = lr_multiplier(step, fraction_done, args.warmup_iters, args.schedule, args.final_lr_share, warmup_share)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * share * group.get("rate", 1.0)
+            group["lr"] = args.learning_rate * multiplier * group.get("lr_multiplier", 1.0)
             if "momentum" in group:
                 group["momentum"] = muon_momentum(step)
-    return args.learning_rate * share
+    return args.learning_rate * multiplier

@@ -17,23 +17,23 @@ from collections.abc import Iterator
 
 import torch
 
-from trainer.distributed import Run
+from trainer.distributed import DistContext
 from trainer.engine import Engine, StageLoss
 from trainer.stage import Stage
 
 
-def share_out(run: Run, args: argparse.Namespace, stage: Stage) -> Engine:
+def make_engine(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Engine:
     """The engine for --parallel. One process has nobody to share with: it always gets the plain one."""
-    if run.world == 1 or args.parallel == "ddp":
-        return Engine(run, args, stage)
+    if dist.world_size == 1 or args.parallel == "ddp":
+        return Engine(dist, args, stage)
     if args.parallel == "fsdp":
-        return Fsdp(run, args, stage)
-    from trainer.zero import Zero
+        return FSDPEngine(dist, args, stage)
+    from trainer.zero import ZeroEngine
 
-    return Zero(run, args, stage)
+    return ZeroEngine(dist, args, stage)
 
 
-class Fsdp(Engine):
+class FSDPEngine(Engine):
     """FSDP2: every process keeps some rows of every tensor, and a layer is whole only while it is computed.
 
     Gradients are exchanged with every micro-batch: waiting for the last one would keep them whole until then.
@@ -43,24 +43,24 @@ class Fsdp(Engine):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(self.run.device.type, (self.run.world,))
+        mesh = init_device_mesh(self.dist.device.type, (self.dist.world_size,))
         self.model = copy.deepcopy(self.stage.model)
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh)
-        self.module = StageLoss(self.run, self.stage, self.compiled(self.model))
-        self.module = self.plain = fully_shard(self.module, mesh=mesh)  # embeddings, last norm, output layer
+        self.module = StageLoss(self.dist, self.stage, self.compile_model(self.model))
+        self.module = self.eval_module = fully_shard(self.module, mesh=mesh)  # embeddings, last norm, output layer
         self.optimizers = self.make_optimizers()
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        with super().evaluating():
+    def eval_mode(self) -> Iterator[None]:
+        with super().eval_mode():
             yield
         self.module.reshard()  # what no backward pass follows stays whole
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def gather_weights(self) -> None:
         target = dict(self.stage.model.named_parameters())
-        for name, parameter in self.trained().items():
+        for name, parameter in self.trainable_parameters().items():
             whole = parameter.full_tensor()  # type: ignore[attr-defined]
-            if self.run.is_main:
+            if self.dist.is_rank0:
                 target[name].copy_(whole)

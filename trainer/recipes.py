@@ -39,8 +39,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, parse: Callable[..., Any]
     if not name:
         return args
     warmup_iters = parser.get_default("warmup_iters")
-    numbers = {key: value for key, value in RECIPES[name].items() if key != "batch"}
-    parser.set_defaults(**numbers, batch_size=None, warmup_iters=None)
+    hyperparameters = {key: value for key, value in RECIPES[name].items() if key != "batch"}
+    parser.set_defaults(**hyperparameters, batch_size=None, warmup_iters=None)
     args = parse(*arguments)
     if args.warmup_iters is None:
         args.warmup_iters = warmup_iters

@@ -14,33 +14,33 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import UserError
-from trainer.datasets import Batch, Rows, nothing
-from trainer.shuffle import Passes
+from trainer.datasets import Batch, TokenDataset, empty_batch
+from trainer.shuffle import EpochOrder
 
-POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
+SORT_POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
 
 
-class StepPlan:
+class BatchSampler:
     """The rows of every step: each epoch is one shuffled pass over all rows, the last batch being what is left.
 
     The order is never written down, unless rows of similar length are to come together.
     """
 
-    def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch: int, seed: int) -> None:
-        self.n_rows, self.lengths, self.global_batch, self.seed = n_rows, lengths, global_batch, seed
-        self.steps_per_epoch = max(1, -(-n_rows // global_batch))
-        self._passes = Passes(max(n_rows, 1), seed)
+    def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch_size: int, seed: int) -> None:
+        self.n_rows, self.lengths, self.global_batch_size, self.seed = n_rows, lengths, global_batch_size, seed
+        self.steps_per_epoch = max(1, -(-n_rows // global_batch_size))
+        self._order = EpochOrder(max(n_rows, 1), seed)
         self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
 
-    def run_steps(self, max_steps: int, epochs: float) -> int:
+    def num_steps(self, max_steps: int, epochs: float) -> int:
         """Steps of a run: `max_steps`, or where that is 0 those of the epochs, the last one begun in full."""
         return max_steps or max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
-    def rows(self, step: int) -> np.ndarray:
+    def row_ids(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.lengths is None:
-            start = index * self.global_batch
-            return self._passes.rows(epoch * self.n_rows + start, min(self.global_batch, self.n_rows - start))
+            start = index * self.global_batch_size
+            return self._order.row_ids(epoch * self.n_rows + start, min(self.global_batch_size, self.n_rows - start))
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._by_length(epoch, self.lengths)
         return self._batches[index]
@@ -48,32 +48,40 @@ class StepPlan:
     def _by_length(self, epoch: int, lengths: np.ndarray) -> list[np.ndarray]:
         """Shuffled, sorted by length within pools, and the batches shuffled again."""
         random = np.random.default_rng((self.seed, epoch))
-        order, pool = random.permutation(self.n_rows), POOL * self.global_batch
+        order, pool = random.permutation(self.n_rows), SORT_POOL * self.global_batch_size
         pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
-        order = np.concatenate([rows[lengths[rows].argsort(kind="stable")] for rows in pools])
-        batches = [order[start : start + self.global_batch] for start in range(0, self.n_rows, self.global_batch)]
+        order = np.concatenate([row_ids[lengths[row_ids].argsort(kind="stable")] for row_ids in pools])
+        batches = [
+            order[start : start + self.global_batch_size] for start in range(0, self.n_rows, self.global_batch_size)
+        ]
         random.shuffle(batches)
         return batches
 
     # ---- what is told; a mixture has more to say (mixing.py) ----
-    def about(self) -> str:
+    def summary(self) -> str:
         """Lines for the start of the run."""
         return ""
 
-    def news(self, step: int) -> str:
+    def notice_before(self, step: int) -> str:
         """A line to be said before this step."""
         return ""
 
-    def facts(self, step: int) -> dict[str, Any]:
+    def step_metrics(self, step: int) -> dict[str, Any]:
         """What the log should hold after so many steps."""
         return {}
 
 
-class StepBatches(Dataset[Any]):
+class MicroBatches(Dataset[Any]):
     """Item `step` is this process's list of micro-batches: all get equally many, an empty one where rows ran out."""
 
-    def __init__(self, data: Rows, plan: StepPlan, batch_size: int, rank: int, world: int) -> None:
-        self.data, self.plan, self.batch_size, self.rank, self.world = data, plan, batch_size, rank, world
+    def __init__(self, data: TokenDataset, sampler: BatchSampler, batch_size: int, rank: int, world_size: int) -> None:
+        self.data, self.sampler, self.batch_size, self.rank, self.world_size = (
+            data,
+            sampler,
+            batch_size,
+            rank,
+            world_size,
+        )
 
     def __getitem__(self, step: int) -> Any:
         """The micro-batches; in a worker process an error of the data as a value, else its line becomes a traceback."""
@@ -85,20 +93,20 @@ class StepBatches(Dataset[Any]):
             return error
 
     def micro_batches(self, step: int) -> list[Batch]:
-        rows = self.plan.rows(step)
-        stride = self.batch_size * self.world
+        row_ids = self.sampler.row_ids(step)
+        stride = self.batch_size * self.world_size
         return [
-            self.micro_batch(rows[start + self.rank * self.batch_size : start + (self.rank + 1) * self.batch_size])
-            for start in range(0, len(rows), stride)
+            self.micro_batch(row_ids[start + self.rank * self.batch_size : start + (self.rank + 1) * self.batch_size])
+            for start in range(0, len(row_ids), stride)
         ]
 
-    def micro_batch(self, rows: np.ndarray) -> Batch:
-        if len(rows):
-            return self.data.batch(rows)
-        return nothing(self.data)
+    def micro_batch(self, row_ids: np.ndarray) -> Batch:
+        if len(row_ids):
+            return self.data.batch(row_ids)
+        return empty_batch(self.data)
 
 
-def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
+def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
     """The micro-batches of steps first ... last - 1, prepared ahead by `num_workers` processes.
 
     Raises UserError when the data is damaged.
@@ -110,27 +118,29 @@ def iterate(batches: StepBatches, first: int, last: int, num_workers: int = 0) -
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
     )
-    for found in loader:
-        if isinstance(found, UserError):
-            raise found
-        yield found
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
-def validation_batches(data: Rows, batch_size: int, rank: int, world: int, max_tokens: int) -> Iterator[Batch]:
+def validation_batches(
+    data: TokenDataset, batch_size: int, rank: int, world_size: int, max_tokens: int
+) -> Iterator[Batch]:
     """This process's part of batches that hold about `max_tokens` tokens in all: always the same rows.
 
     All processes get equally many, the last ones maybe an empty one: shared weights are put together by everybody.
     """
-    lengths, taken, number = data.row_lengths(), 0, 0
+    lengths, num_tokens, number = data.lengths(), 0, 0
     order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
     for start in range(0, len(data), batch_size):
-        if taken >= max_tokens:
+        if num_tokens >= max_tokens:
             break
-        places = np.arange(start, min(start + batch_size, len(data)))
-        batch = data.batch(places if order is None else order[places])
-        taken += batch["input_ids"].numel()
-        if number % world == rank:
+        positions = np.arange(start, min(start + batch_size, len(data)))
+        batch = data.batch(positions if order is None else order[positions])
+        num_tokens += batch["input_ids"].numel()
+        if number % world_size == rank:
             yield batch
         number += 1
-    if number == 0 or rank >= number % world > 0:
-        yield nothing(data)
+    if number == 0 or rank >= number % world_size > 0:
+        yield empty_batch(data)

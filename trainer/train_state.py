@@ -26,19 +26,25 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from corpus.dataset_meta import fingerprint
+from corpus.dataset_meta import data_fingerprint
 from model.config import ModelConfig
-from trainer.distributed import Run
+from trainer.distributed import DistContext
 from trainer.stage import Stage
-from trainer.state_files import Damaged, SavedState, file_stem, read_json
+from trainer.state_files import DamagedStateFile, SavedState, rank_file_stem, read_checked_json
 
-ANEW = "start anew with --resume never"
-MOST_RANKS = 100_000
-SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # of torch's GradScaler
+RESTART_ADVICE = "start anew with --resume never"
+MAX_RANKS = 100_000
+SCALER_KEYS = {
+    "scale",
+    "growth_factor",
+    "backoff_factor",
+    "growth_interval",
+    "_growth_tracker",
+}  # of torch's GradScaler
 
 
 @dataclass
-class Progress:
+class TrainState:
     """How far a run is. `rows_per_step` and `identity` must stay what they are for the steps to stay what they are."""
 
     step: int = 0
@@ -53,7 +59,7 @@ class Progress:
     identity: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)  # of fp16 gradients
 
-    def advance(self, result: dict[str, float], seconds: float) -> None:
+    def update(self, result: dict[str, float], seconds: float) -> None:
         self.step += 1
         self.tokens += int(result["tokens"])
         self.seconds = seconds
@@ -66,103 +72,105 @@ def resume_path(path: Path) -> Path:
 
 def step_folders(resume: Path) -> list[tuple[int, Path]]:
     """The step folders in a resume folder, whether complete or not, the newest first."""
-    found = (
+    folders = (
         [entry for entry in resume.iterdir() if re.fullmatch(r"step_\d{1,18}", entry.name)] if resume.exists() else []
     )
-    return sorted(((int(entry.name[5:]), entry) for entry in found), reverse=True)
+    return sorted(((int(entry.name[5:]), entry) for entry in folders), reverse=True)
 
 
-def complete_steps(resume: Path, before: float = math.inf) -> Iterator[tuple[Path, Progress]]:
+def complete_steps(resume: Path, before: float = math.inf) -> Iterator[tuple[Path, TrainState]]:
     """The complete step folders below step `before` with their progress, the newest first. Raises Damaged."""
     for step, folder in step_folders(resume):
-        if step >= before or is_of_earlier_version(folder) or not (folder / "progress.json").is_file():
+        if step >= before or has_earlier_format(folder) or not (folder / "progress.json").is_file():
             continue
-        progress = progress_of(folder, step)
-        if all((folder / f"{file_stem(rank)}.json").is_file() for rank in range(progress.ranks)):
-            yield folder, progress
+        train_state = parse_train_state(folder, step)
+        if all((folder / f"{rank_file_stem(rank)}.json").is_file() for rank in range(train_state.ranks)):
+            yield folder, train_state
 
 
-def is_of_earlier_version(folder: Path) -> bool:
+def has_earlier_format(folder: Path) -> bool:
     return (folder / ".metadata").exists()
 
 
-def progress_of(folder: Path, step: int) -> Progress:
+def parse_train_state(folder: Path, step: int) -> TrainState:
     """What progress.json of a step folder says. Raises Damaged."""
     path = folder / "progress.json"
-    content = read_json(path)
-    for name, default in dataclasses.asdict(Progress()).items():
+    content = read_checked_json(path)
+    for name, default in dataclasses.asdict(TrainState()).items():
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if type(content.get(name)) not in kinds:
-            raise Damaged(path, f"is damaged (it has no {name})")
-    progress = Progress(**{entry.name: content[entry.name] for entry in dataclasses.fields(Progress)})
-    counts = (progress.tokens, progress.seconds, progress.rows_per_step - 1, progress.ranks - 1)
-    if progress.step != step or min(counts) < 0 or progress.ranks > MOST_RANKS:
-        raise Damaged(path, "is damaged (its numbers are impossible)")
-    scaler = progress.scaler
-    if scaler and (scaler.keys() != SCALER or not all(type(value) in (int, float) for value in scaler.values())):
-        raise Damaged(path, "is damaged (scaler)")
-    if not isinstance(progress.identity.get("config"), dict):
-        raise Damaged(path, "is damaged (identity)")
-    return progress
+            raise DamagedStateFile(path, f"is damaged (it has no {name})")
+    train_state = TrainState(**{entry.name: content[entry.name] for entry in dataclasses.fields(TrainState)})
+    counts = (train_state.tokens, train_state.seconds, train_state.rows_per_step - 1, train_state.ranks - 1)
+    if train_state.step != step or min(counts) < 0 or train_state.ranks > MAX_RANKS:
+        raise DamagedStateFile(path, "is damaged (its numbers are impossible)")
+    scaler = train_state.scaler
+    if scaler and (scaler.keys() != SCALER_KEYS or not all(type(value) in (int, float) for value in scaler.values())):
+        raise DamagedStateFile(path, "is damaged (scaler)")
+    if not isinstance(train_state.identity.get("config"), dict):
+        raise DamagedStateFile(path, "is damaged (identity)")
+    return train_state
 
 
-def read_progress(args: argparse.Namespace, path: Path) -> tuple[Path, Progress] | None:
+def read_train_state(args: argparse.Namespace, path: Path) -> tuple[Path, TrainState] | None:
     """The newest complete step folder and its progress, or None when the run starts anew."""
     if args.resume == "never" or not resume_path(path).exists():
         return None
     if resume_path(path).is_file():
-        raise UserError(f"cannot read {resume_path(path)} (a file, not a folder): {ANEW}")
+        raise UserError(f"cannot read {resume_path(path)} (a file, not a folder): {RESTART_ADVICE}")
     try:
         for found in complete_steps(resume_path(path)):
             return found
-        earlier = any(is_of_earlier_version(folder) for _, folder in step_folders(resume_path(path)))
-    except Damaged as error:
-        raise UserError(f"{error}: {way_back(error.folder)}") from None
+        is_earlier_format = any(has_earlier_format(folder) for _, folder in step_folders(resume_path(path)))
+    except DamagedStateFile as error:
+        raise UserError(f"{error}: {recovery_advice(error.folder)}") from None
     except OSError as error:
-        raise UserError(f"cannot read {resume_path(path)} ({error.strerror}): {ANEW}") from None
-    if earlier:
+        raise UserError(f"cannot read {resume_path(path)} ({error.strerror}): {RESTART_ADVICE}") from None
+    if is_earlier_format:
         raise UserError(
             f"{resume_path(path)} is in the format of an earlier version, which is not read because it may run code: "
-            f"finish the run with that version, or {ANEW}"
+            f"finish the run with that version, or {RESTART_ADVICE}"
         )
     return None
 
 
-def way_back(folder: Path) -> str:
+def recovery_advice(folder: Path) -> str:
     """What to do about a damaged step folder. The one before it is there until the next save."""
-    with contextlib.suppress(Damaged, OSError):
-        for _, progress in complete_steps(folder.parent, before=int(folder.name[5:])):
-            return f"remove {folder} to resume from step {progress.step}, or {ANEW}"
-    return ANEW
+    with contextlib.suppress(DamagedStateFile, OSError):
+        for _, train_state in complete_steps(folder.parent, before=int(folder.name[5:])):
+            return f"remove {folder} to resume from step {train_state.step}, or {RESTART_ADVICE}"
+    return RESTART_ADVICE
 
 
-def global_batch(run: Run, args: argparse.Namespace, path: Path) -> int:
+def resolve_global_batch_size(dist: DistContext, args: argparse.Namespace, path: Path) -> int:
     """Rows per optimizer step. A resumed run keeps its number, whatever the number of processes is now."""
-    rows = args.batch_size * run.world * args.accumulation_steps
-    saved = read_progress(args, path)
+    rows = args.batch_size * dist.world_size * args.accumulation_steps
+    saved = read_train_state(args, path)
     if saved is None or saved[1].rows_per_step == rows:
         return rows
     rows = saved[1].rows_per_step
-    if rows % (args.batch_size * run.world):
+    if rows % (args.batch_size * dist.world_size):
         raise UserError(
-            f"the interrupted run trained {rows} rows per step, which {run.world} processes of --batch_size "
+            f"the interrupted run trained {rows} rows per step, which {dist.world_size} processes of --batch_size "
             f"{args.batch_size} cannot share evenly: choose another --batch_size, or start anew with --resume never"
         )
-    args.accumulation_steps = rows // (args.batch_size * run.world)
-    run.say(f"the interrupted run trained {rows} rows per step: --accumulation_steps is now {args.accumulation_steps}")
+    args.accumulation_steps = rows // (args.batch_size * dist.world_size)
+    dist.print0(
+        f"the interrupted run trained {rows} rows per step: --accumulation_steps is now {args.accumulation_steps}"
+    )
     return rows
 
 
-def run_identity(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
+def run_fingerprint(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
     """What must not change between the parts of a run."""
     parent = hashlib.sha256(json.dumps(stage.lineage, sort_keys=True).encode()).hexdigest()[:16]
     return {
         "stage": stage.name,
         "config": stage.model.config.to_dict(),
-        "tokenizer": stage.tokenizer.chat_fingerprint,
+        "tokenizer": stage.tokenizer.rendering_fingerprint,
         "parent": parent if stage.lineage else "",
         "data rows": len(stage.data),
-        "the data's fingerprint": fingerprint(stage.data.folder),
+        "the data's fingerprint": data_fingerprint(stage.data.folder),
         "--optimizer": args.optimizer,
         "--seed": args.seed,
         "--mix": stage.mix or None,
@@ -170,7 +178,7 @@ def run_identity(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
     }
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two identities, a text for each fact and for each field of the model's config.
 
     An earlier version saved a config without the fields that came later: those have their defaults.
@@ -184,25 +192,25 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{name} was {before.get(name)}, is {now[name]}" for name in names]
 
 
-def load_progress(
-    run: Run, args: argparse.Namespace, stage: Stage, path: Path, rows_per_step: int
-) -> tuple[Progress, SavedState | None]:
-    """Fill stage.model from the newest step folder, if there is one; also returns what is saved, for `Engine.load`.
+def load_train_state(
+    dist: DistContext, args: argparse.Namespace, stage: Stage, path: Path, rows_per_step: int
+) -> tuple[TrainState, SavedState | None]:
+    """Fill stage.model from the newest step folder, if there is one; also returns the saved state, for `Engine`.
 
     Raises UserError when the folder is damaged or belongs to a run with another model, tokenizer, data, optimizer or
     seed.
     """
-    identity = json.loads(json.dumps(run_identity(args, stage)))  # as it will be read again
-    found = read_progress(args, path)
+    identity = json.loads(json.dumps(run_fingerprint(args, stage)))  # as it will be read again
+    found = read_train_state(args, path)
     step = found[1].step if found else -1
-    if run.sum([float(step)])[0] != run.world * step:
+    if dist.all_reduce_sum([float(step)])[0] != dist.world_size * step:
         raise UserError(f"the processes do not see the same {resume_path(path)}: all machines must share --out_dir")
     if found is None:
-        return Progress(rows_per_step=rows_per_step, identity=identity), None
-    folder, progress = found
-    if shown := "; ".join(changes(progress.identity, identity)):
-        raise UserError(f"{resume_path(path)} belongs to another run ({shown[:300]}): {ANEW}")
-    saved = SavedState(folder, progress.ranks, way_back(folder))
+        return TrainState(rows_per_step=rows_per_step, identity=identity), None
+    folder, train_state = found
+    if changed := "; ".join(changed_settings(train_state.identity, identity)):
+        raise UserError(f"{resume_path(path)} belongs to another run ({changed[:300]}): {RESTART_ADVICE}")
+    saved = SavedState(folder, train_state.ranks, recovery_advice(folder))
     saved.load({f"model.{name}": p for name, p in stage.model.named_parameters() if p.requires_grad})
-    run.say(f"going on after step {progress.step} of an interrupted run (--resume never starts anew)")
-    return progress, saved
+    dist.print0(f"going on after step {train_state.step} of an interrupted run (--resume never starts anew)")
+    return train_state, saved

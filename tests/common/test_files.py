@@ -13,12 +13,12 @@ import pytest
 from common.errors import UserError
 from common.files import (
     atomic_write,
+    find_replaced_folder,
     remove,
     remove_leftovers,
     replace_file,
     replace_folder,
-    set_aside,
-    temporary_name,
+    temporary_path,
     write_json,
     write_text,
 )
@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_whole_and_alone(tmp_path):
+def test_atomic_write_leaves_one_complete_file(tmp_path):
     write_text(tmp_path / "deep" / "a.txt", "萌芽\n")
     assert (tmp_path / "deep" / "a.txt").read_bytes() == "萌芽\n".encode()
     write_json(tmp_path / "deep" / "b.json", {"k": [1, "二"]})
@@ -38,7 +38,7 @@ def test_a_file_appears_whole_and_alone(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path, error):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary(tmp_path, error):
     write_text(tmp_path / "a.txt", "old")
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as raised:
         with atomic_write(tmp_path / "a.txt") as file:
@@ -51,13 +51,13 @@ def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path, error):
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
-def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
+def test_a_file_in_place_of_a_folder_is_a_one_line_error(tmp_path):
     write_text(tmp_path / "out", "a file")
     with pytest.raises(UserError, match=r"cannot write .*out"):
         write_text(tmp_path / "out" / "a.txt", "x")
 
 
-def test_a_folder_is_replaced_and_nothing_else_stays(tmp_path):
+def test_replace_folder_leaves_no_temporaries(tmp_path):
     for name, text in (("data", "old"), ("data.partial", "new")):
         write_text(tmp_path / name / "f", text)
     replace_folder(tmp_path / "data.partial", tmp_path / "data")
@@ -90,7 +90,7 @@ def test_a_kill_at_any_point_of_a_replacement_leaves_the_old_or_the_new_folder(t
     assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
-def test_leftovers_of_other_names_stay(tmp_path):
+def test_remove_leftovers_keeps_files_of_other_names(tmp_path):
     for name in (".a.pth.17.tmp", ".b.pth.17.tmp", ".a.pth.lock", "a.pth", ".a.pth.17.tmp.txt"):
         write_text(tmp_path / name, "")
     (tmp_path / ".a.pth.99.gone" / "deep").mkdir(parents=True)
@@ -98,7 +98,7 @@ def test_leftovers_of_other_names_stay(tmp_path):
     assert names(tmp_path) == [".a.pth.17.tmp.txt", ".a.pth.lock", ".b.pth.17.tmp", "a.pth"]
 
 
-def test_removing_takes_files_links_and_folders_but_not_what_a_link_names(tmp_path):
+def test_remove_deletes_files_links_and_folders_but_not_link_targets(tmp_path):
     write_text(tmp_path / "kept" / "f", "x")
     (tmp_path / "link").symlink_to(tmp_path / "kept")
     write_text(tmp_path / "folder" / "f", "x")
@@ -108,11 +108,11 @@ def test_removing_takes_files_links_and_folders_but_not_what_a_link_names(tmp_pa
     assert names(tmp_path) == ["kept"] and names(tmp_path / "kept") == ["f"]
 
 
-def test_temporary_names_carry_the_process(tmp_path):
-    assert temporary_name(tmp_path / "m.pth", "tmp").name == f".m.pth.{os.getpid()}.tmp"
+def test_temporary_names_contain_the_pid(tmp_path):
+    assert temporary_path(tmp_path / "m.pth", "tmp").name == f".m.pth.{os.getpid()}.tmp"
 
 
-def test_writing_a_file_removes_what_killed_writers_of_it_left_and_no_other(tmp_path):
+def test_a_write_removes_temporaries_of_killed_writers_of_that_file_only(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     running = os.getppid()
@@ -122,15 +122,15 @@ def test_writing_a_file_removes_what_killed_writers_of_it_left_and_no_other(tmp_
     assert names(tmp_path) == sorted([f".a.png.{running}.tmp", f".b.png.{ended.pid}.tmp", "a.png"])
 
 
-def test_a_folder_that_was_set_aside_is_found(tmp_path):
-    assert set_aside(tmp_path / "sft") is None
+def test_find_replaced_folder_after_a_kill_between_renames(tmp_path):
+    assert find_replaced_folder(tmp_path / "sft") is None
     (tmp_path / ".sft.17.old").mkdir()
-    assert set_aside(tmp_path / "sft") == tmp_path / ".sft.17.old"
+    assert find_replaced_folder(tmp_path / "sft") == tmp_path / ".sft.17.old"
     (tmp_path / "sft").mkdir()
-    assert set_aside(tmp_path / "sft") is None
+    assert find_replaced_folder(tmp_path / "sft") is None
 
 
-def test_a_finished_file_takes_the_place_of_an_older_one(tmp_path):
+def test_replace_file_renames_over_the_target(tmp_path):
     for name in ("a", "a.part"):
         write_text(tmp_path / name, name)
     replace_file(tmp_path / "a.part", tmp_path / "a")
@@ -144,7 +144,7 @@ ALLOWED = {
 }
 
 
-def writes_past_common_files(path: Path) -> list[str]:
+def direct_file_operations(path: Path) -> list[str]:
     """Lines of a file that rename, remove a folder or make a temporary name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -174,6 +174,6 @@ def test_no_other_file_renames_or_removes_folders_or_makes_temporary_names():
         "launch",
     )
     files = [*ROOT.glob("*.py"), *(path for package in packages for path in (ROOT / package).rglob("*.py"))]
-    assert len(files) > 100 and writes_past_common_files(ROOT / "common" / "files.py")
-    found = {path: writes_past_common_files(path) for path in files if str(path.relative_to(ROOT)) not in ALLOWED}
+    assert len(files) > 100 and direct_file_operations(ROOT / "common" / "files.py")
+    found = {path: direct_file_operations(path) for path in files if str(path.relative_to(ROOT)) not in ALLOWED}
     assert not {str(path): lines for path, lines in found.items() if lines}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.chats import CUT, JOINED, OPENING, chat_text, whole_turns
-from corpus.row_text import READER
-from corpus.stats import BadRow, UnfitRow
+from corpus.chats import CUT_AT_EMPTY, JOINED_ROLES, WITHOUT_OPENING, chat_text, trim_unanswered
+from corpus.row_text import DEFAULT_READER
+from corpus.stats import BadRow, DroppedRow
 
 TURNS = [("user", "你好"), ("assistant", "您好！"), ("user", "1+1?"), ("assistant", "2")]
 CHAT = [{"role": role, "content": content} for role, content in TURNS]
@@ -18,7 +18,7 @@ LAST = {"q": "1+1?", "a": "2"}
 
 
 def normalise_chat(row):
-    return READER.chat(row).messages
+    return DEFAULT_READER.read_chat(row).messages
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_every_format_gives_the_same_messages(row):
     assert normalise_chat(row) == CHAT
 
 
-def test_details_of_the_formats():
+def test_roles_spelling_and_nesting_of_turns_are_normalised():
     assert normalise_chat({"messages": [SYSTEM, *CHAT]}) == [SYSTEM, *CHAT]
     assert normalise_chat({"conversations": SHAREGPT, "system": "Be brief."}) == [SYSTEM, *CHAT]
     assert normalise_chat({"messages": [SYSTEM, *CHAT], "system": "Another."}) == [SYSTEM, *CHAT]
@@ -96,7 +96,7 @@ def test_details_of_the_formats():
         ),
     ],
 )
-def test_what_cannot_teach_is_refused_with_its_reason(row, reason):
+def test_untrainable_rows_are_rejected_with_a_reason(row, reason):
     with pytest.raises(BadRow) as error:
         normalise_chat(row)
     assert str(error.value) == reason
@@ -110,23 +110,23 @@ def turn(role, content, **more):
     ("messages", "result", "change"),
     [
         ([turn("developer", "Be brief."), *CHAT], [SYSTEM, *CHAT], None),
-        ([turn("system", "Be"), turn("system", "brief."), *CHAT], [turn("system", "Be\nbrief."), *CHAT], JOINED),
-        ([turn("assistant", "Ask me."), *CHAT], CHAT, OPENING),
-        ([SYSTEM, turn("assistant", "Ask me."), *CHAT], [SYSTEM, *CHAT], OPENING),
-        ([turn("user", "你"), turn("user", "好"), CHAT[1]], [turn("user", "你\n好"), CHAT[1]], JOINED),
-        ([*CHAT, turn("assistant", "!")], [*CHAT[:3], turn("assistant", "2\n!")], JOINED),
+        ([turn("system", "Be"), turn("system", "brief."), *CHAT], [turn("system", "Be\nbrief."), *CHAT], JOINED_ROLES),
+        ([turn("assistant", "Ask me."), *CHAT], CHAT, WITHOUT_OPENING),
+        ([SYSTEM, turn("assistant", "Ask me."), *CHAT], [SYSTEM, *CHAT], WITHOUT_OPENING),
+        ([turn("user", "你"), turn("user", "好"), CHAT[1]], [turn("user", "你\n好"), CHAT[1]], JOINED_ROLES),
+        ([*CHAT, turn("assistant", "!")], [*CHAT[:3], turn("assistant", "2\n!")], JOINED_ROLES),
         ([turn("user", " "), *CHAT], CHAT, None),
-        ([*CHAT[:3], turn("assistant", "")], CHAT[:2], CUT),
-        ([*CHAT[:2], turn("user", None), turn("assistant", "x")], CHAT[:2], CUT),
-        ([*CHAT[:2], turn("user", "x"), turn("assistant", " "), *CHAT[:2]], CHAT[:2], CUT),
+        ([*CHAT[:3], turn("assistant", "")], CHAT[:2], CUT_AT_EMPTY),
+        ([*CHAT[:2], turn("user", None), turn("assistant", "x")], CHAT[:2], CUT_AT_EMPTY),
+        ([*CHAT[:2], turn("user", "x"), turn("assistant", " "), *CHAT[:2]], CHAT[:2], CUT_AT_EMPTY),
         ([CHAT[0], turn("assistant", "您好！", weight=0), *CHAT[2:]],
          [CHAT[0], turn("assistant", "您好！", weight=0), *CHAT[2:]], None),
         ([CHAT[0], turn("assistant", "您好！", train=False), *CHAT[2:]],
          [CHAT[0], turn("assistant", "您好！", weight=0), *CHAT[2:]], None),
     ],
 )  # fmt: skip
-def test_every_rule_of_turns_holds_and_is_named(messages, result, change):
-    content = READER.chat({"messages": messages})
+def test_every_turn_rule_is_applied_and_reported(messages, result, change):
+    content = DEFAULT_READER.read_chat({"messages": messages})
     assert content.messages == result and content.changes == ([change] if change else [])
 
 
@@ -150,24 +150,24 @@ def test_every_rule_of_turns_holds_and_is_named(messages, result, change):
          "a message with parts that are not text"),
     ],
 )  # fmt: skip
-def test_a_sound_row_that_cannot_be_trained_is_skipped_by_name(row, reason):
-    with pytest.raises(UnfitRow) as error:
-        READER.chat(row)
+def test_untrainable_rows_are_dropped_with_a_reason(row, reason):
+    with pytest.raises(DroppedRow) as error:
+        DEFAULT_READER.read_chat(row)
     assert str(error.value) == reason
 
 
-def test_thoughts_are_left_out_and_named_and_so_is_every_unknown_key():
+def test_thoughts_and_unknown_keys_are_dropped_and_reported():
     answer = turn("assistant", "2", reasoning_content="One and one.", tools=None, tool_calls=None, mood="glad")
-    content = READER.chat({"messages": [CHAT[2], answer], "id": 7, "remark": "easy", "empty": ""})
+    content = DEFAULT_READER.read_chat({"messages": [CHAT[2], answer], "id": 7, "remark": "easy", "empty": ""})
     assert content.messages == [CHAT[2], CHAT[3]]
     assert content.changes == ["without its `reasoning_content`: thoughts are not trained yet"]
     assert content.unused == ["remark", "messages.mood"]
 
 
-def test_whole_turns_end_with_an_answer():
-    assert whole_turns(CHAT) == CHAT
-    assert whole_turns(CHAT[:3]) == CHAT[:2]
-    assert whole_turns([SYSTEM, CHAT[0]]) == []
+def test_trim_unanswered_ends_with_an_answer():
+    assert trim_unanswered(CHAT) == CHAT
+    assert trim_unanswered(CHAT[:3]) == CHAT[:2]
+    assert trim_unanswered([SYSTEM, CHAT[0]]) == []
     assert chat_text(CHAT[:2]) == "你好\n您好！"
 
 
@@ -186,7 +186,7 @@ JSON = st.recursive(
 @given(JSON)
 def test_random_rows_give_messages_or_a_reason(row):
     try:
-        messages = READER.chat(row).messages
+        messages = DEFAULT_READER.read_chat(row).messages
     except BadRow:
         return
     roles = [m["role"] for m in messages if m["role"] != "system"]
@@ -195,16 +195,16 @@ def test_random_rows_give_messages_or_a_reason(row):
 
 @settings(max_examples=300, deadline=None)
 @given(JSON)
-def test_whatever_a_command_reads_the_cleaning_commands_read(row):
+def test_cleaning_reads_every_row_that_training_reads(row):
     read = []
-    for command in (READER.text, READER.chat, READER.pair):
+    for command in (DEFAULT_READER.read_text, DEFAULT_READER.read_chat, DEFAULT_READER.read_pair):
         with contextlib.suppress(BadRow):
             read.append(command(row))
     if not read:
         with pytest.raises(BadRow):
-            READER.content(row)
+            DEFAULT_READER.read_content(row)
         return
-    everything = READER.content(row).text
+    everything = DEFAULT_READER.read_content(row).text
     for content in read:
         turns = [*content.messages, *(turn for answer in content.answers for turn in answer)]
         assert all(text in everything for text in [turn["content"] for turn in turns] or [content.text])

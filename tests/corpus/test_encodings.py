@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.input_files import PIECE
+from corpus.input_files import READ_CHUNK_BYTES
 from corpus.markers import split_documents
 from corpus.readers import read_rows, read_texts
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from corpus.text_encoding import _is_chinese, detect_encoding
 
 ZH = [
@@ -51,10 +51,10 @@ CASES = [
 
 def rows_of(
     folder: Path, name: str, content: bytes, max_bad_share: float = 0.0, accept: bool | None = None
-) -> tuple[list, DataReport]:
+) -> tuple[list, DataStats]:
     path = Path(folder) / name
     path.write_bytes(content)
-    report = DataReport(max_bad_share, accept)
+    report = DataStats(max_bad_share, accept)
     found = [row for _, row in read_rows(path, report)]
     assert report.read == len(found) + report.bad_rows + report.dropped_rows
     return found, report
@@ -79,7 +79,7 @@ def written(texts: list[str], form: str) -> str:
 # ---- encodings -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["csv", "txt", "jsonl", "json"])
 @pytest.mark.parametrize(("texts", "encoding"), CASES, ids=[f"{c[1]}-{c[0][0][:2]}" for c in CASES])
-def test_every_encoding_in_every_format(tmp_path, texts, encoding, form):
+def test_every_encoding_is_detected_in_every_format(tmp_path, texts, encoding, form):
     texts = [f"{text} {i}" for i, text in enumerate(texts * 50)]
     found, report = rows_of(tmp_path, f"a.{form}", written(texts, form).encode(encoding))
     assert [row if form == "txt" else row["text"] for row in found] == texts
@@ -88,13 +88,13 @@ def test_every_encoding_in_every_format(tmp_path, texts, encoding, form):
 
 
 @pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz")])
-def test_archives_of_other_encodings(tmp_path, pack, suffix):
+def test_compressed_files_of_other_encodings_are_read(tmp_path, pack, suffix):
     for encoding in ("gbk", "utf-16"):
         found, _ = rows_of(tmp_path, f"a.csv.{suffix}", pack(as_csv(ZH * 2000).encode(encoding)))
         assert [row["text"] for row in found] == ZH * 2000
 
 
-def test_english_first_and_chinese_later(tmp_path):
+def test_encoding_is_detected_from_later_lines(tmp_path):
     texts = ["plain words " * 10] * 2000 + ZH * 500
     found, _ = rows_of(tmp_path, "a.jsonl", written(texts, "jsonl").encode("gbk"))
     assert [row["text"] for row in found] == texts
@@ -135,13 +135,13 @@ OTHERS = {
 def test_an_uncertain_encoding_is_one_line_with_the_command(tmp_path, encoding):
     (tmp_path / "my file.csv").write_bytes(as_csv([OTHERS[encoding]] * 20).encode(encoding))
     with pytest.raises(UserError, match=r"perhaps .*: iconv -f .* -t UTF-8 '.*my file.csv' > NEW_FILE") as error:
-        list(read_texts([tmp_path / "my file.csv"], DataReport()))
+        list(read_texts([tmp_path / "my file.csv"], DataStats()))
     assert "\n" not in str(error.value)
     content = OTHERS[encoding].encode(encoding)
     assert not _is_chinese(content, "gb18030") and not _is_chinese(content, "cp950")
 
 
-def test_old_mac_line_ends(tmp_path):
+def test_carriage_return_line_ends_are_read(tmp_path):
     for form in ("csv", "jsonl", "txt"):
         content = written(ZH, form).replace("\r\n", "\r").replace("\n", "\r")
         found, _ = rows_of(tmp_path, f"a.{form}", content.encode())
@@ -205,7 +205,7 @@ def test_markers_around_a_text_are_stripped_and_html_stays():
 def test_a_marker_inside_a_sentence_stays_and_is_counted(tmp_path):
     text = "GPT-2 writes the <|endoftext|> token, “<|endoftext|>”, after each text."
     found, report = rows_of(tmp_path, "a.jsonl", json.dumps({"text": text}).encode())
-    assert found == [{"text": text}] and report.shortened["holds <|endoftext|> as text"].count == 1
+    assert found == [{"text": text}] and report.changed["holds <|endoftext|> as text"].count == 1
 
 
 def test_a_row_of_a_marker_alone_is_dropped_and_named(tmp_path):
@@ -216,7 +216,7 @@ def test_a_row_of_a_marker_alone_is_dropped_and_named(tmp_path):
 
 
 def test_a_marker_is_found_wherever_a_long_line_is_cut(tmp_path):
-    for length in range(PIECE - 16, PIECE + 2):
+    for length in range(READ_CHUNK_BYTES - 16, READ_CHUNK_BYTES + 2):
         found, _ = rows_of(tmp_path, "a.txt", b"one<|endoftext|>" + b"x" * (length - 16) + b"<|endoftext|>two")
         assert "".join(found) == "one" + "x" * (length - 16) + "two" and found[-1] == "two"
 

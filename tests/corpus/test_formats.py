@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from corpus import csv_reader, json_reader, json_stream
 from corpus.damage import DamagedFile
-from corpus.json_reader import rows_of_list
+from corpus.json_reader import list_rows
 from corpus.readers import read_chats, read_rows, read_texts
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from tests.corpus.test_encodings import rows_of
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -67,7 +67,7 @@ def test_json_layouts_give_the_same_rows_under_any_name(tmp_path, content, name)
     assert rows_of(tmp_path, name, content)[0] == ROWS
 
 
-def test_pandas_table_layout(tmp_path):
+def test_pandas_table_layout_gives_its_rows(tmp_path):
     found, _ = rows_of(tmp_path, "a.json", FRAME.to_json(orient="table").encode())
     assert [{key: row[key] for key in ("text", "n")} for row in found] == ROWS
 
@@ -76,10 +76,10 @@ def test_a_list_of_messages_is_one_chat_and_a_list_of_rows_is_rows(tmp_path):
     turns = [{"human": "hi", "assistant": "hello"}]
     sharegpt = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     for chat in ([USER, ASSISTANT], sharegpt, turns):
-        assert rows_of_list(chat) == [{"messages": chat}]
-    assert rows_of_list(ROWS) == ROWS and rows_of_list([{"q": "1", "a": "2"}]) == [{"q": "1", "a": "2"}]
+        assert list_rows(chat) == [{"messages": chat}]
+    assert list_rows(ROWS) == ROWS and list_rows([{"q": "1", "a": "2"}]) == [{"q": "1", "a": "2"}]
     for nothing in ([], [1], ["a", "b"], [USER, 1]):
-        assert rows_of_list(nothing) == [nothing]
+        assert list_rows(nothing) == [nothing]
     chat = {"messages": [USER, ASSISTANT]}
     line = dumps([USER, ASSISTANT])
     for name, content, many in (
@@ -92,7 +92,7 @@ def test_a_list_of_messages_is_one_chat_and_a_list_of_rows_is_rows(tmp_path):
         ("row.json", dumps(chat, indent=1), 1),
     ):
         assert rows_of(tmp_path, name, content)[0] == [chat] * many, name
-        assert len(list(read_chats([tmp_path / name], DataReport()))) == many
+        assert len(list(read_chats([tmp_path / name], DataStats()))) == many
 
 
 def test_an_object_alone_in_its_file_that_is_a_row_stays_one(tmp_path):
@@ -124,15 +124,15 @@ def test_rows_inside_a_long_object_are_streamed(tmp_path, monkeypatch):
         assert rows_of(tmp_path, "a.json", dumps(wrapped, indent=1))[0] == rows
     (tmp_path / "b.json").write_text(pandas.DataFrame(rows).to_json())
     with pytest.raises(UserError, match=r"one value above .*lines=True"):
-        list(read_texts([tmp_path / "b.json"], DataReport()))
+        list(read_texts([tmp_path / "b.json"], DataStats()))
 
 
-def test_numbers_that_json_does_not_have(tmp_path):
+def test_nan_and_infinity_in_json_are_read(tmp_path):
     content = b'{"text": "a", "score": NaN}\n{"text": "b", "score": -Infinity}\n'
     assert [row["text"] for row in rows_of(tmp_path, "a.jsonl", content)[0]] == ["a", "b"]
 
 
-def test_python_notation_is_named(tmp_path):
+def test_python_notation_is_reported_by_name(tmp_path):
     _, report = rows_of(tmp_path, "a.jsonl", b"{'text': 'a'}\n" + dumps(ROWS[0]), 1)
     assert "single quotes" in next(iter(report.bad))
 
@@ -141,7 +141,7 @@ def test_python_notation_is_named(tmp_path):
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff", "sep=", "\ufeffsep="])
-def test_csv_of_every_spreadsheet(tmp_path, delimiter, end, mark):
+def test_csv_delimiters_and_line_ends_of_spreadsheets_are_read(tmp_path, delimiter, end, mark):
     rows = [{"question": f"a, b; c\td|e {i}?", "answer": f'"{i}"', "note": ""} for i in range(5)]
     file = io.StringIO()
     writer = csv.DictWriter(file, rows[0].keys(), delimiter=delimiter, lineterminator=end)
@@ -181,10 +181,10 @@ def test_an_open_quote_costs_one_row(tmp_path, monkeypatch, most):
     lines[71] = '"two\nlines",answer 70'
     found, report = rows_of(tmp_path, "a.csv", "\n".join(lines).encode(), 1)
     assert [row["a"] for row in found] == [f"answer {i}" for i in range(100) if i != 49]
-    assert [(name, reason.first[0][1]) for name, reason in report.bad.items()] == [(csv_reader.OPEN_QUOTE, 51)]
+    assert [(name, reason.first[0][1]) for name, reason in report.bad.items()] == [(csv_reader.OPEN_QUOTE_REASON, 51)]
 
 
-def test_a_cell_that_never_ends_is_bounded(tmp_path, monkeypatch):
+def test_an_unterminated_csv_cell_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_reader, "MAX_CELL", 1000)
     content = b'q,a\n"' + b"x" * 3000 + b"\n" + b"1,2\n" * 50
     found, report = rows_of(tmp_path, "a.csv", content, 1)
@@ -195,7 +195,9 @@ def test_a_line_of_csv_beyond_the_limit_costs_the_rows_that_it_may_have_held(tmp
     monkeypatch.setattr(csv_reader, "MAX_LINE", 2000)
     found, report = rows_of(tmp_path, "a.csv", b"q,a\n1,2\n3," + b"x," * 5000 + b"\n5,6\n", 1)
     assert found == [{"q": "1", "a": "2"}, {"q": "5", "a": "6"}]
-    assert report.bad[csv_reader.TOO_LONG].first == [(str(tmp_path / "a.csv"), 3)] and 1 <= report.bad_rows <= 2500
+    assert (
+        report.bad[csv_reader.LONG_LINE_REASON].first == [(str(tmp_path / "a.csv"), 3)] and 1 <= report.bad_rows <= 2500
+    )
 
 
 # ---- arrow -----------------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ NESTED = [
 ]
 
 
-def test_arrow_and_parquet_with_nested_columns(tmp_path):
+def test_nested_columns_of_arrow_and_parquet_are_read(tmp_path):
     table = pyarrow.Table.from_pylist(NESTED)
     pyarrow.parquet.write_table(table, tmp_path / "parquet")
     with pyarrow.ipc.new_file(tmp_path / "file", table.schema) as writer:
@@ -229,7 +231,7 @@ def test_arrow_and_parquet_with_nested_columns(tmp_path):
         assert found or name != "stream"  # the other two have one batch, and end with what is needed to read them
         (tmp_path / "packed.gz").write_bytes(gzip.compress(content))
         with pytest.raises(UserError, match="unpack it first"):
-            list(read_texts([tmp_path / "packed.gz"], DataReport()))
+            list(read_texts([tmp_path / "packed.gz"], DataStats()))
 
 
 # ---- workbooks -------------------------------------------------------------------------------------------------------
@@ -313,6 +315,6 @@ def test_a_line_feed_too_many_in_an_object_around_the_rows_costs_one_row(tmp_pat
     content = json.dumps({"version": 1, "data": rows})
     at = content.index("row 7") + 5
     (tmp_path / "a.json").write_text(content[:at] + "\n" + content[at:], encoding="utf-8")
-    report = DataReport(1.0)
+    report = DataStats(1.0)
     found = [row for _, row in read_rows(tmp_path / "a.json", report)]
     assert sum(row in rows for row in found) >= 29 and len(found) + report.bad_rows >= 30

@@ -8,7 +8,7 @@ import pytest
 from common.errors import UserError
 from corpus.input_files import expand_inputs
 from corpus.readers import read_rows
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from tests.helpers import run_script
 
 ROW = '{"text": "one"}\n'
@@ -33,7 +33,7 @@ def test_a_folder_is_read_as_its_data_files_in_order(tmp_path):
     assert expand_inputs([alone, tmp_path / "c"], said.append)[0] == alone, "a file that is named is read"
 
 
-def test_folders_without_data_and_paths_that_are_not_there(tmp_path):
+def test_folders_without_data_and_missing_paths_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     make(tmp_path, "other/README.md", "other/book.xlsx")
     for path, words in (
@@ -56,7 +56,7 @@ def test_our_own_training_data_is_refused_and_our_own_clean_text_is_read(tmp_pat
     assert [Path(file).name for file in files] == ["text_000.jsonl", "text_001.jsonl"]
 
 
-def test_folders_that_datasets_saved(tmp_path):
+def test_folders_saved_by_datasets_are_read(tmp_path):
     """The files of save_to_disk, written with pyarrow: the package itself is no dependency."""
     pyarrow = pytest.importorskip("pyarrow")
     ipc = pytest.importorskip("pyarrow.ipc")
@@ -74,7 +74,7 @@ def test_folders_that_datasets_saved(tmp_path):
     (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     texts = {
         name: [row["text"] for file in expand_inputs([tmp_path / name], lambda line: None)
-               for _, row in read_rows(file, DataReport())]
+               for _, row in read_rows(file, DataStats())]
         for name in ("saved/train", "saved")
     }  # fmt: skip
     assert texts["saved/train"] == [f"train {part} {i}" for part in range(2) for i in range(5)]

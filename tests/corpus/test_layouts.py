@@ -11,21 +11,21 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
-from corpus.examples import chat_items, text_items
+from corpus.examples import read_chat_examples, read_text_examples
 from corpus.layouts import (
-    COMPARISONS,
-    KEYS,
+    COMPARISON_KEYS,
+    FIELD_KEYS,
     LAYOUTS,
     Layout,
-    expected_keys,
-    markdown_tables,
+    explain_expected_keys,
+    layout_tables,
     nearest_layouts,
     parse_keys,
 )
-from corpus.preferences import pair_items
-from corpus.row_text import READER, RowReader
-from corpus.stats import BadRow, DataReport
-from curation.transform import numbered_rows
+from corpus.preferences import read_pair_examples
+from corpus.row_text import DEFAULT_READER, RowReader
+from corpus.stats import BadRow, DataStats
+from curation.transform import read_numbered_rows
 from tests.helpers import ROOT
 
 EXAMPLES = pytest.mark.parametrize("layout", LAYOUTS, ids=[layout.name for layout in LAYOUTS])
@@ -42,7 +42,9 @@ def bot(text):
 
 @EXAMPLES
 def test_every_example_is_read_as_its_kind_says_and_all_of_it(layout):
-    read = {"text": READER.text, "chat": READER.chat, "pair": READER.pair}[layout.kind]
+    read = {"text": DEFAULT_READER.read_text, "chat": DEFAULT_READER.read_chat, "pair": DEFAULT_READER.read_pair}[
+        layout.kind
+    ]
     content = read(layout.example)
     assert content.kind == layout.kind and not content.unused and not content.changes
     texts = [m["content"] for m in (*content.messages, *(m for answer in content.answers for m in answer))]
@@ -84,8 +86,8 @@ def test_every_example_is_read_as_its_kind_says_and_all_of_it(layout):
         ({"q": "Human: who wrote it?", "a": '["x", "y"]'}, [user("Human: who wrote it?"), bot('["x", "y"]')]),
     ],
 )  # fmt: skip
-def test_relatives_of_the_layouts(row, messages):
-    assert READER.chat(row).messages == messages
+def test_variants_of_chat_layouts_are_read(row, messages):
+    assert DEFAULT_READER.read_chat(row).messages == messages
 
 
 @pytest.mark.parametrize(
@@ -101,14 +103,16 @@ def test_relatives_of_the_layouts(row, messages):
         {"conversation_a": [user("q"), bot("b")], "conversation_b": [user("q"), bot("a")], "winner": "model_b"},
     ],
 )
-def test_relatives_of_the_pairs(row):
-    content = READER.pair(row)
+def test_variants_of_pair_layouts_are_read(row):
+    content = DEFAULT_READER.read_pair(row)
     assert (content.messages, *content.answers) == ([user("q")], [bot("a")], [bot("b")])
 
 
-def test_a_tie_compares_nothing():
+def test_a_tie_is_dropped():
     with pytest.raises(BadRow, match="no answer is marked as the better one"):
-        READER.pair({"conversation_a": [user("q"), bot("a")], "conversation_b": [user("q"), bot("b")], "winner": "tie"})
+        DEFAULT_READER.read_pair(
+            {"conversation_a": [user("q"), bot("a")], "conversation_b": [user("q"), bot("b")], "winner": "tie"}
+        )
 
 
 # ---- one reader for every command ------------------------------------------------------------------------------------
@@ -131,11 +135,13 @@ def filled(example, texts):
 @given(words=st.lists(TEXT, min_size=12, max_size=12, unique_by=lambda text: text.strip("w")))
 def test_cleaning_reads_and_edits_what_training_reads(layout: Layout, words):
     row = filled(layout.example, dict(zip(sorted(WORDS), words, strict=False)))
-    read = {"text": READER.text, "chat": READER.chat, "pair": READER.pair}[layout.kind]
+    read = {"text": DEFAULT_READER.read_text, "chat": DEFAULT_READER.read_chat, "pair": DEFAULT_READER.read_pair}[
+        layout.kind
+    ]
     content = read(row)
-    everything = READER.content(row)
+    everything = DEFAULT_READER.read_content(row)
     assert everything.kind == content.kind and everything.text == content.text
-    edited = READER.edit(row, str.upper)
+    edited = DEFAULT_READER.edit_row(row, str.upper)
     again = read(edited)
     upper = [[{**m, "content": m["content"].upper()} for m in part] for part in (content.messages, *content.answers)]
     assert [again.messages, *again.answers] == upper and again.text == content.text.upper()
@@ -143,17 +149,22 @@ def test_cleaning_reads_and_edits_what_training_reads(layout: Layout, words):
 
 def test_a_row_with_a_text_and_a_chat_is_cleaned_in_both():
     row = {"instruction": "ask", "input": "", "output": "mail me", "text": "ask, mail me"}
-    assert set(READER.content(row).text.split("\n")) == {
+    assert set(DEFAULT_READER.read_content(row).text.split("\n")) == {
         "ask", "mail me", "ask, mail me"
     }  # fmt: skip
-    assert READER.edit(row, str.upper)["output"] == "MAIL ME" and READER.edit(row, str.upper)["text"] == "ASK, MAIL ME"
-    assert READER.text(row).unused == ["instruction", "output"] and READER.chat(row).unused == ["text"]
+    assert (
+        DEFAULT_READER.edit_row(row, str.upper)["output"] == "MAIL ME"
+        and DEFAULT_READER.edit_row(row, str.upper)["text"] == "ASK, MAIL ME"
+    )
+    assert DEFAULT_READER.read_text(row).unused == ["instruction", "output"] and DEFAULT_READER.read_chat(
+        row
+    ).unused == ["text"]
 
 
 def test_history_written_as_text_is_edited_inside():
     row = {"q": "x", "a": "y", "history": "[['see b', 'c']]"}
-    assert READER.edit(row, str.upper)["history"] == '[["SEE B", "C"]]'
-    assert READER.edit(row, lambda text: text) == row
+    assert DEFAULT_READER.edit_row(row, str.upper)["history"] == '[["SEE B", "C"]]'
+    assert DEFAULT_READER.edit_row(row, lambda text: text) == row
 
 
 ODD = (
@@ -179,8 +190,8 @@ def test_every_row_is_kept_dropped_or_bad(numbers):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for take in (text_items, chat_items, pair_items, numbered_rows):
-            report = DataReport(max_bad_share=1.0)
+        for take in (read_text_examples, read_chat_examples, read_pair_examples, read_numbered_rows):
+            report = DataStats(max_bad_share=1.0)
             kept = 0
             try:
                 for _ in take([path], report):
@@ -196,15 +207,15 @@ def test_every_row_is_kept_dropped_or_bad(numbers):
 def test_own_keys_replace_the_usual_ones():
     reader = RowReader(parse_keys("prompt=ask, answer=gold"))
     row = {"ask": "q", "gold": "a", "answer": "no", "question": "neither"}
-    content = reader.chat(row)
+    content = reader.read_chat(row)
     assert content.messages == [user("q"), bot("a")] and content.unused == ["answer", "question"]
-    assert reader.edit({"ask": "q", "other": "q"}, str.upper) == {"ask": "Q", "other": "q"}
+    assert reader.edit_row({"ask": "q", "other": "q"}, str.upper) == {"ask": "Q", "other": "q"}
     assert RowReader(parse_keys("text=abstract")).text({"abstract": "t"}).text == "t"
     assert RowReader(parse_keys("prompt=text,answer=y")).chat({"text": "q", "y": "a"}).messages == [user("q"), bot("a")]
 
 
 @pytest.mark.parametrize("text", ["ask", "prompt=", "colour=x", "prompt=a,prompt=b"])
-def test_own_keys_that_say_nothing_are_refused(text):
+def test_invalid_keys_flags_are_errors(text):
     with pytest.raises(UserError, match="--keys"):
         parse_keys(text)
 
@@ -212,15 +223,15 @@ def test_own_keys_that_say_nothing_are_refused(text):
 def test_the_error_for_an_unknown_layout_names_the_nearest_ones():
     assert nearest_layouts("chat", ["anwser", "question"])[0].name == "question, answer"
     assert nearest_layouts("pair", ["chosen", "prompts"])[0].name == "prompt and answers"
-    message = expected_keys("chat", ["frage", "antwort"])
+    message = explain_expected_keys("chat", ["frage", "antwort"])
     assert "found the keys frage, antwort" in message and "--keys prompt=KEY,answer=KEY" in message
 
 
 def test_no_field_names_a_key_twice_and_comparisons_are_no_other_answers():
-    for field, keys in KEYS.items():
+    for field, keys in FIELD_KEYS.items():
         assert len(set(keys)) == len(keys), field
-    compared = {key.lower() for first, second, *_ in COMPARISONS for key in (first, second)}
-    assert not compared & {key for keys in KEYS.values() for key in keys}
+    compared = {key.lower() for first, second, *_ in COMPARISON_KEYS for key in (first, second)}
+    assert not compared & {key for keys in FIELD_KEYS.values() for key in keys}
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------
@@ -229,12 +240,12 @@ def test_the_tables_of_the_documentation_are_those_of_the_code(name, chinese):
     text = (ROOT / "dataset" / name).read_text(encoding="utf-8")
     begin, end = "<!-- layouts: ", "<!-- end of layouts -->"
     tables = text[text.index(begin) : text.index(end)].partition("-->\n")[2].strip()
-    assert tables == markdown_tables(chinese), f"dataset/{name}: paste markdown_tables({chinese}) between its markers"
+    assert tables == layout_tables(chinese), f"dataset/{name}: paste markdown_tables({chinese}) between its markers"
 
 
-def test_the_layouts_are_listed(capsys):
+def test_list_layouts_prints_every_layout(capsys):
     with pytest.raises(SystemExit) as done:
         data_process.main(["--list_layouts"])
     shown = capsys.readouterr().out
     assert not done.value.code and all(layout.name in shown for layout in LAYOUTS)
-    assert all(key in shown for keys in KEYS.values() for key in keys)
+    assert all(key in shown for keys in FIELD_KEYS.values() for key in keys)

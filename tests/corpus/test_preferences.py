@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.examples import Item
-from corpus.preferences import PAIRS, render_pairs
-from corpus.prepare_chats import tokenise_chats
-from corpus.row_text import READER
+from corpus.examples import Example
+from corpus.preferences import PAIR_TASK, render_pair_examples
+from corpus.prepare_chats import tokenize_chats
+from corpus.row_text import DEFAULT_READER
 from corpus.shard_reader import open_split
-from corpus.stats import BadRow, DataReport, UnfitRow
-from model.chat_template import FORMAT_NAMES
-from tests.helpers import SHARED_DATA, visible
+from corpus.stats import BadRow, DataStats, DroppedRow
+from model.chat_template import CHAT_FORMATS
+from tests.helpers import SHARED_DATA, visible_names
 
 
 def normalise_pair(row):
-    content = READER.pair(row)
+    content = DEFAULT_READER.read_pair(row)
     return (content.messages, *content.answers)
 
 
@@ -84,8 +84,8 @@ def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
          "one conversation is only the beginning of the other"),
     ],
 )  # fmt: skip
-def test_what_compares_nothing_is_dropped_with_its_reason(row, reason):
-    with pytest.raises(UnfitRow) as error:
+def test_pairs_without_a_difference_are_dropped_with_a_reason(row, reason):
+    with pytest.raises(DroppedRow) as error:
         normalise_pair(row)
     assert str(error.value) == reason
 
@@ -104,10 +104,10 @@ def test_what_compares_nothing_is_dropped_with_its_reason(row, reason):
         ({"prompt": [user("q"), bot("r")], "chosen": "a", "rejected": "b"}, "the prompt ends with an answer"),
     ],
 )
-def test_what_cannot_be_used_is_bad(row, reason):
+def test_unusable_pairs_are_bad_rows(row, reason):
     with pytest.raises(BadRow) as error:
         normalise_pair(row)
-    assert str(error.value) == reason and not isinstance(error.value, UnfitRow)
+    assert str(error.value) == reason and not isinstance(error.value, DroppedRow)
 
 
 TEXT = st.text(alphabet="ab你 \n", min_size=1, max_size=5).filter(str.strip)
@@ -120,25 +120,29 @@ def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, ans
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user(question)]
     row = {side: [*prompt, bot(text)] for side, text in zip(("chosen", "rejected"), answers, strict=True)}
     if answers[0] == answers[1]:
-        with pytest.raises(UnfitRow):
+        with pytest.raises(DroppedRow):
             normalise_pair(row)
         return
     pair = normalise_pair(row)
     assert pair == (prompt, *([bot(text)] for text in answers))
-    item = Item("", pair[0], "en", 0, "f", 1, pair[1:])
+    item = Example("", pair[0], "en", 0, "f", 1, pair[1:])
     shared, _ = tokenizer.render(prompt, add_generation_prompt=True)
-    for (ids, mask, size), text in zip(render_pairs([item], tokenizer, 10_000, DataReport())[0], answers, strict=True):
+    for (ids, mask, size), text in zip(
+        render_pair_examples([item], tokenizer, 10_000, DataStats())[0], answers, strict=True
+    ):
         assert ids[: len(shared)] == shared and ids == tokenizer.render([*prompt, bot(text)])[0]
         assert tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained]) == text + "<|im_end|>"
         assert not any(mask[: len(shared)]) and size == len(text.encode())
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
-    tokenizer, answers = tokenizer.with_format(name), ("2。", "2, or 3")
+    tokenizer, answers = tokenizer.with_chat_format(name), ("2。", "2, or 3")
     for prompt in (QUESTION, [user("Hi"), bot("Hello."), *QUESTION]):
-        item = Item("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
-        for (ids, mask, _), text in zip(render_pairs([item], tokenizer, 500, DataReport())[0], answers, strict=True):
+        item = Example("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
+        for (ids, mask, _), text in zip(
+            render_pair_examples([item], tokenizer, 500, DataStats())[0], answers, strict=True
+        ):
             trained = tokenizer.decode([i for i, one in zip(ids, mask, strict=True) if one])
             assert trained in (text + "<|im_end|>", text + "<|endoftext|>")
 
@@ -148,9 +152,9 @@ def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
 def test_long_prompts_lose_their_oldest_turns_for_both_alike(tokenizer, turns, system, limit):
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user("q")]
     whole = [SYSTEM, *prompt] if system else prompt
-    report = DataReport()
-    item = Item("", whole, "en", 0, "f", 1, ([bot("a")], [bot("a longer one")]))
-    (documents,) = render_pairs([item], tokenizer, limit, report)
+    report = DataStats()
+    item = Example("", whole, "en", 0, "f", 1, ([bot("a")], [bot("a longer one")]))
+    (documents,) = render_pair_examples([item], tokenizer, limit, report)
     starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     candidates = [whole[: int(system)] + prompt[i:] for i in starts]
     fits = [p for p in candidates if len(tokenizer.render([*p, bot("a longer one")])[0]) <= limit]
@@ -158,7 +162,7 @@ def test_long_prompts_lose_their_oldest_turns_for_both_alike(tokenizer, turns, s
         assert documents == [] and report.dropped_rows == 1 and report.kept == 0
         return
     assert [ids for ids, _, _ in documents] == [tokenizer.render([*fits[0], bot(t)])[0] for t in ("a", "a longer one")]
-    assert report.kept == 1 and len(report.shortened) == (fits[0] != whole)
+    assert report.kept == 1 and len(report.changed) == (fits[0] != whole)
 
 
 JSON = st.recursive(
@@ -231,7 +235,7 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     assert train.documents == 2 * len(rows)
     for i, row in enumerate(rows):
         for document, side in ((2 * i, "chosen"), (2 * i + 1, "rejected")):
-            ids, mask = train.document(document)
+            ids, mask = train.read_document(document)
             assert (ids.tolist(), mask.tolist()) == tokenizer.render(row["prompt"] + row[side])
     report = json.loads((folder / "meta.json").read_text())["report"]
     assert (report["read"], report["kept"], report["bad"]) == (246, 240, {})
@@ -247,10 +251,10 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     printed = capsys.readouterr().out
     assert "an empty answer (chosen)" in printed and "next: python 5-dpo_train.py" in printed
     stamp = tokens.stat().st_mtime_ns
-    assert tokenise_chats(folder, tokenizer, 512, form=PAIRS) == tokens and tokens.stat().st_mtime_ns == stamp
+    assert tokenize_chats(folder, tokenizer, 512, form=PAIR_TASK) == tokens and tokens.stat().st_mtime_ns == stamp
 
 
-def test_one_question_is_on_one_side_and_csv_equals_jsonl(tmp_path, process):
+def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
     rows = [{"prompt": f"question {i % 90}", "chosen": f"good, {i}", "rejected": f'"bad"\n{i}'} for i in range(300)]
     folder = process(write_rows(tmp_path / "a.jsonl", rows), val_share=0.1)
     train, val = ((folder / f"{n}.jsonl").read_text() for n in ("train", "val"))
@@ -273,7 +277,7 @@ def test_bad_rows_are_capped_and_nothing_is_half_written(tmp_path, process, monk
     monkeypatch.setattr("corpus.prepare_chats._Tokens.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         process(path, max_bad_share=0.1)
-    assert visible(tmp_path) == ["a.jsonl", "b.jsonl"]
+    assert visible_names(tmp_path) == ["a.jsonl", "b.jsonl"]
 
 
 def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
@@ -285,15 +289,15 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
 
 def test_other_data_names_the_command(tmp_path, process, tokenizer, sft_dir):
     with pytest.raises(UserError, match=r"not a row of ours: run data_process\.py dpo again"):
-        tokenise_chats(sft_dir, tokenizer, 500, form=PAIRS)
+        tokenize_chats(sft_dir, tokenizer, 500, form=PAIR_TASK)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
-        tokenise_chats(tmp_path / "none", tokenizer, 500, form=PAIRS)
+        tokenize_chats(tmp_path / "none", tokenizer, 500, form=PAIR_TASK)
     with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
-        tokenise_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, form=PAIRS)
+        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, form=PAIR_TASK)
 
 
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
-def test_real_pairs_are_all_sound(process):
+def test_real_pairs_are_all_kept(process):
     report = json.loads((process(SHARED_DATA / "dpo.jsonl.xz", max_seq_len=4096) / "meta.json").read_text())["report"]
     assert report["read"] == 6703 and report["bad"] == {} and report["kept"] > 5500

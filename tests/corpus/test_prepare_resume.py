@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from tests.helpers import ROOT
 
 
-def said(question, *answers):
+def make_messages(question, *answers):
     """Of one answer a chat, of two a pair."""
     if len(answers) == 2:
         return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
@@ -27,14 +27,16 @@ def said(question, *answers):
 def row(kind, i):
     good, bad = (f"It is {i + 1}.", f"No idea {i}") if i % 2 else (f"是 {i + 1}。", f"不知道{i}")
     question = f"What is {i} + 1?" if i % 2 else f"{i} 加 1 是多少？"
-    return said(question, *[good, bad][: 1 + (kind == "dpo")])
+    return make_messages(question, *[good, bad][: 1 + (kind == "dpo")])
 
 
 def write(path, kind, count=1200):
     """Rows with all that is counted: duplicates, one that is too long, bad ones, an empty answer."""
     rows = [row(kind, i) for i in range(count)] + [row(kind, i) for i in range(0, 90, 9)]
-    rows[500:500] = [said("long?", *["x" * 900, "y"][: 1 + (kind == "dpo")]), {"nothing": 1}]
-    rows.append({"messages": [{"role": "user", "content": "alone"}]} if kind == "sft" else said("q?", "same", "same"))
+    rows[500:500] = [make_messages("long?", *["x" * 900, "y"][: 1 + (kind == "dpo")]), {"nothing": 1}]
+    rows.append(
+        {"messages": [{"role": "user", "content": "alone"}]} if kind == "sft" else make_messages("q?", "same", "same")
+    )
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
     return path
 
@@ -44,9 +46,9 @@ def content(folder):
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def save_progress_always(monkeypatch):
     """Small batches, small shards, and a progress file after every batch."""
-    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 100)
+    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 100)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr("corpus.shard_writer.SHARD_TOKENS", 9000)
 
@@ -66,7 +68,7 @@ def interrupted(process, monkeypatch):
     """Run until batch number `at` is to be tokenised; returns the sizes of all batches, also of later runs."""
 
     def run(kind, file, *flags, at):
-        form, sizes = data_process.form_of(kind), []
+        form, sizes = data_process.make_data_task(kind), []
 
         def render(items, *rest):
             sizes.append(len(items))
@@ -74,7 +76,7 @@ def interrupted(process, monkeypatch):
                 raise KeyboardInterrupt
             return form.render(items, *rest)
 
-        monkeypatch.setattr(data_process, "form_of", lambda kind, *_: dataclasses.replace(form, render=render))
+        monkeypatch.setattr(data_process, "make_data_task", lambda kind, *_: dataclasses.replace(form, render=render))
         with pytest.raises(KeyboardInterrupt):
             process(kind, file, *flags)
         return sizes
@@ -84,7 +86,7 @@ def interrupted(process, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize("at", [2, 7, 13])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, process, interrupted, quick, kind, at, capsys):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, interrupted, save_progress_always, kind, at, capsys):
     file = write(tmp_path / "a.jsonl", kind)
     whole = process(kind, file, out="whole")
     assert any(name.endswith("train_002.bin") for name in whole)
@@ -102,7 +104,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, process, interrupted, 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.parametrize("name", ["progress.json", "tokens-*/train_007.bin"])
-def test_sigkill_at_any_moment(tmp_path, process, tokenizer_dir, quick, kind, name):
+def test_sigkill_at_any_time_resumes_to_the_same_bytes(
+    tmp_path, process, tokenizer_dir, save_progress_always, kind, name
+):
     file = write(tmp_path / "a.jsonl", kind, count=4000)
     setup = "import data_process; from corpus import examples, job_state, shard_writer; examples.BATCH_ITEMS = 100; "
     setup += "job_state.CHECKPOINT_SECONDS = 0; shard_writer.SHARD_TOKENS = 9000; "
@@ -118,7 +122,7 @@ def test_sigkill_at_any_moment(tmp_path, process, tokenizer_dir, quick, kind, na
 
 
 @pytest.mark.parametrize("flags", [("--val_share", "0.2"), ("--max_seq_len", "60"), ("other file",)])
-def test_another_job_starts_anew(tmp_path, process, interrupted, quick, flags):
+def test_changed_flags_restart_the_job(tmp_path, process, interrupted, save_progress_always, flags):
     file = write(tmp_path / "a.jsonl", "sft")
     interrupted("sft", file, at=5)
     if flags == ("other file",):
@@ -126,15 +130,17 @@ def test_another_job_starts_anew(tmp_path, process, interrupted, quick, flags):
     assert process("sft", file, *flags) == process("sft", file, *flags, out="whole")
 
 
-def test_another_tokenizer_starts_anew(tmp_path, process, interrupted, quick, tokenizer):
+def test_another_tokenizer_restarts_the_job(tmp_path, process, interrupted, save_progress_always, tokenizer):
     interrupted("sft", file := write(tmp_path / "a.jsonl", "sft"), at=5)
-    tokenizer.with_format("belle").save(tmp_path / "belle")
+    tokenizer.with_chat_format("belle").save(tmp_path / "belle")
     found = process("sft", file, "--tokenizer", tmp_path / "belle")
     assert found == process("sft", file, "--tokenizer", tmp_path / "belle", out="whole")
     assert len({name.split("/")[0] for name in found if "/" in name}) == 1, "no leftovers of the other one"
 
 
-def test_a_choice_is_continued_and_another_one_is_not(tmp_path, process, interrupted, quick, tiny_parent, capsys):
+def test_a_perplexity_filter_resumes_and_another_one_restarts(
+    tmp_path, process, interrupted, save_progress_always, tiny_parent, capsys
+):
     file = write(tmp_path / "a.jsonl", "sft")
     scorer = ("--scorer", tiny_parent, "--keep_entropy")
     whole = process("sft", file, *scorer, "10%,60%")
@@ -148,7 +154,9 @@ def test_a_choice_is_continued_and_another_one_is_not(tmp_path, process, interru
     assert other == process("sft", file, *scorer, "20%,60%") != whole
 
 
-def test_nothing_stays_of_bad_data_or_of_a_run_without_progress(tmp_path, process, interrupted, quick, monkeypatch):
+def test_bad_data_and_runs_without_progress_leave_nothing(
+    tmp_path, process, interrupted, save_progress_always, monkeypatch
+):
     file = write(tmp_path / "a.jsonl", "sft")
     with file.open("a") as more:
         more.writelines("{broken\n" for _ in range(400))
@@ -160,10 +168,10 @@ def test_nothing_stays_of_bad_data_or_of_a_run_without_progress(tmp_path, proces
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a.jsonl"]
 
 
-def test_ctrl_c_while_scoring_says_that_the_scores_are_kept(tmp_path, process, tiny_parent, monkeypatch, capsys):
+def test_ctrl_c_while_scoring_reports_that_scores_are_kept(tmp_path, process, tiny_parent, monkeypatch, capsys):
     from curation.perplexity_scorer import Scorer
 
-    monkeypatch.setattr(Scorer, "scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Scorer, "score_chats", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         process("sft", write(tmp_path / "a.jsonl", "sft"), "--scorer", tiny_parent)
     assert "scores so far are kept in" in capsys.readouterr().out
@@ -175,17 +183,19 @@ COUNTED = st.lists(
 
 
 @given(before=COUNTED, after=COUNTED)
-def test_what_is_counted_before_a_kill_and_after_it_adds_up(before, after):
-    whole, first, second = DataReport(1), DataReport(1), DataReport(1)
+def test_counts_before_and_after_a_kill_add_up(before, after):
+    whole, first, second = DataStats(1), DataStats(1), DataStats(1)
     for part, counted in ((first, before), (second, after)):
         for report in (part, whole):
-            report.keep("en", 1, 1, 1, trained_tokens=1)  # without any, `to_dict` says nothing about shortened chats
+            report.row_kept(
+                "en", 1, 1, 1, trained_tokens=1
+            )  # without any, `to_dict` says nothing about shortened chats
             for what, number, name in counted:
                 if what == "keep":
-                    report.keep(("zh", "en")[number % 2], number, number, 3 * number, trained_tokens=number // 2)
+                    report.row_kept(("zh", "en")[number % 2], number, number, 3 * number, trained_tokens=number // 2)
                 else:
                     getattr(report, what)(name, f"{name}:x.jsonl", number)
-    second_run = DataReport(1)
+    second_run = DataStats(1)
     second_run.merge(json.loads(json.dumps(first.to_dict())))
     second_run.merge(second.to_dict())
     assert second_run.to_dict() == whole.to_dict()

@@ -7,9 +7,9 @@ import pytest
 from common.errors import UserError
 from corpus import prepare_text
 from corpus.dataset_meta import read_meta
-from corpus.prepare_text import MOST_SOURCES, OTHER
+from corpus.prepare_text import MAX_SOURCES, OTHER_SOURCE
 from corpus.shard_reader import open_split
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
 
 def rows(folder, name, texts, source=None):
@@ -28,18 +28,18 @@ def files(tmp_path):
 
 
 def pack(files, tokenizer, out_dir, **more):
-    return prepare_text.pack_texts(files, tokenizer, out_dir, 0.0, DataReport(), lambda: None, **more)
+    return prepare_text.prepare_text_data(files, tokenizer, out_dir, 0.0, DataStats(), lambda: None, **more)
 
 
 def texts(tokenizer, out_dir, language, source):
     part = open_split(out_dir, "train", lambda shard: (shard["language"], shard["source"]) == (language, source))
-    return [tokenizer.decode(part.document(i)[0][:-1].tolist()) for i in range(part.documents)]
+    return [tokenizer.decode(part.read_document(i)[0][:-1].tolist()) for i in range(part.documents)]
 
 
 def test_shards_are_labelled_by_language_and_source(tokenizer, files, tmp_path):
     meta = pack(files, tokenizer, tmp_path / "out", source_key="source")
     labels = {(shard["language"], shard["source"]) for shard in meta["splits"]["train"]["shards"]}
-    assert labels == {("zh", "law_old_yes"), ("en", "law_old_yes"), ("en", "tale"), ("en", OTHER)}
+    assert labels == {("zh", "law_old_yes"), ("en", "law_old_yes"), ("en", "tale"), ("en", OTHER_SOURCE)}
     assert texts(tokenizer, tmp_path / "out", "zh", "law_old_yes") == [f"第{i}条法律" for i in range(60)]
     assert len(texts(tokenizer, tmp_path / "out", "en", "tale")) == 90
     whole = open_split(tmp_path / "out", "train")
@@ -57,17 +57,17 @@ def test_without_a_key_only_languages_are_kept_apart_and_file_means_the_file(tok
     assert {shard["source"] for shard in by_file} == {"one", "two", "three"}
 
 
-def test_endless_sources_are_put_together(tokenizer, tmp_path):
+def test_sources_beyond_the_limit_are_merged(tokenizer, tmp_path):
     path = tmp_path / "many.jsonl"
-    lines = [json.dumps({"text": f"text {i}", "source": f"https://example.org/{i}"}) for i in range(MOST_SOURCES + 50)]
+    lines = [json.dumps({"text": f"text {i}", "source": f"https://example.org/{i}"}) for i in range(MAX_SOURCES + 50)]
     path.write_text("\n".join(lines) + "\n")
     shards = pack([path], tokenizer, tmp_path / "out", source_key="source")["splits"]["train"]["shards"]
-    assert len({shard["source"] for shard in shards}) == MOST_SOURCES + 1
-    assert sum(shard["documents"] for shard in shards if shard["source"] == OTHER) == 50
+    assert len({shard["source"] for shard in shards}) == MAX_SOURCES + 1
+    assert sum(shard["documents"] for shard in shards if shard["source"] == OTHER_SOURCE) == 50
 
 
-def test_a_killed_run_goes_on_with_the_same_labels(tokenizer, files, tmp_path, monkeypatch):
-    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 10)
+def test_a_killed_run_resumes_with_the_same_labels(tokenizer, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 10)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0.0)
     pack(files, tokenizer, tmp_path / "whole", source_key="source")
     calls = iter(range(100))
@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_with_the_same_labels(tokenizer, files, tmp_path, m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_text.pack_texts(files, tokenizer, tmp_path / "out", 0.0, DataReport(), killed, "source")
+        prepare_text.prepare_text_data(files, tokenizer, tmp_path / "out", 0.0, DataStats(), killed, "source")
     pack(files, tokenizer, tmp_path / "out", source_key="source")
     one, other = (sorted((tmp_path / name).glob("*.bin")) for name in ("whole", "out"))
     assert [path.name for path in one] == [path.name for path in other]
@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_with_the_same_labels(tokenizer, files, tmp_path, m
     assert read_meta(tmp_path / "whole")["splits"] == read_meta(tmp_path / "out")["splits"]
 
 
-def test_a_damaged_part_is_noticed(tokenizer, files, tmp_path):
+def test_a_damaged_shard_is_an_error(tokenizer, files, tmp_path):
     pack(files, tokenizer, tmp_path / "out")
     (tmp_path / "out" / "train_zh_000.bin").write_bytes(b"12")
     with pytest.raises(UserError, match="damaged or incomplete"):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from corpus.row_text import READER
-from corpus.stats import BadRow, UnfitRow
+from corpus.row_text import DEFAULT_READER
+from corpus.stats import BadRow, DroppedRow
 
 Q, A, R, B = "1+1?", "2", "2+2?", "4"
 
@@ -36,10 +36,10 @@ MARKED = (
 
 @pytest.mark.parametrize("text", MARKED)
 def test_text_in_the_chat_format_of_a_model_is_its_chat(text):
-    assert READER.chat({"text": text}).messages == TWO
-    assert READER.content({"text": text}).kind == "chat"
-    edited = READER.edit({"text": text}, lambda words: words.replace("2", "two"))
-    assert [m["content"] for m in READER.chat(edited).messages] == ["1+1?", "two", "two+two?", "4"]
+    assert DEFAULT_READER.read_chat({"text": text}).messages == TWO
+    assert DEFAULT_READER.read_content({"text": text}).kind == "chat"
+    edited = DEFAULT_READER.edit_row({"text": text}, lambda words: words.replace("2", "two"))
+    assert [m["content"] for m in DEFAULT_READER.read_chat(edited).messages] == ["1+1?", "two", "two+two?", "4"]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_text_in_the_chat_format_of_a_model_is_its_chat(text):
         ("### Human: who?\nUser: me\n### Assistant: you\nHuman: x", [user("who?\nUser: me"), bot("you\nHuman: x")]),
     ],
 )
-def test_marked_text_in_detail(text, messages):
-    assert READER.chat({"text": text}).messages == messages
+def test_marked_text_is_parsed_into_messages(text, messages):
+    assert DEFAULT_READER.read_chat({"text": text}).messages == messages
 
 
 @pytest.mark.parametrize(
@@ -91,15 +91,17 @@ def test_marked_text_in_detail(text, messages):
          TWO[:2]),
     ],
 )  # fmt: skip
-def test_chats_as_published(row, messages):
-    content = READER.chat(row)
-    assert content.messages == messages and READER.content(row).text == content.text
+def test_published_chats_are_read(row, messages):
+    content = DEFAULT_READER.read_chat(row)
+    assert content.messages == messages and DEFAULT_READER.read_content(row).text == content.text
 
 
 @pytest.mark.parametrize("mark", ["weight", "train", "training", "loss", "loss_weight"])
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", "0.0"])
 def test_a_message_that_is_excluded_is_not_trained(mark, value):
-    messages = READER.chat({"messages": [user(Q), bot(A, **{mark: value}), user(R), bot(B, **{mark: 1})]}).messages
+    messages = DEFAULT_READER.read_chat(
+        {"messages": [user(Q), bot(A, **{mark: value}), user(R), bot(B, **{mark: 1})]}
+    ).messages
     assert messages == [user(Q), bot(A, weight=0), user(R), bot(B)]
 
 
@@ -130,11 +132,11 @@ def test_a_message_that_is_excluded_is_not_trained(mark, value):
         {"问题": Q, "好的回答": A, "差的回答": B},
     ],
 )  # fmt: skip
-def test_pairs_as_published(row):
-    content = READER.pair(row)
+def test_published_pairs_are_read(row):
+    content = DEFAULT_READER.read_pair(row)
     assert (content.messages, *content.answers) == ([user(Q)], [bot(A)], [bot(B)])
-    assert READER.content(row).kind == "pair"
-    again = READER.pair(READER.edit(row, lambda words: words.replace("+", "-")))
+    assert DEFAULT_READER.read_content(row).kind == "pair"
+    again = DEFAULT_READER.read_pair(DEFAULT_READER.edit_row(row, lambda words: words.replace("+", "-")))
     assert (again.messages, *again.answers) == ([user("1-1?")], [bot(A)], [bot(B)])
 
 
@@ -151,9 +153,9 @@ def test_pairs_as_published(row):
         ({"prompt": Q, "completions": [{"response": A, "score": 1}, {"response": B, "score": 1}]}, "better one"),
     ],
 )  # fmt: skip
-def test_rows_that_are_left_out_on_purpose(row, reason):
-    with pytest.raises(UnfitRow, match=reason):
-        (READER.pair if "completions" in row or "chosen" in row else READER.chat)(row)
+def test_rows_without_training_value_are_dropped(row, reason):
+    with pytest.raises(DroppedRow, match=reason):
+        (DEFAULT_READER.read_pair if "completions" in row or "chosen" in row else DEFAULT_READER.read_chat)(row)
 
 
 @pytest.mark.parametrize(
@@ -166,19 +168,19 @@ def test_rows_that_are_left_out_on_purpose(row, reason):
         ({"text": "User: nobody answers"}, "none of the keys of a chat"),
     ],
 )
-def test_rows_that_are_bad(row, reason):
+def test_unusable_rows_are_bad(row, reason):
     with pytest.raises(BadRow, match=reason) as error:
-        READER.chat(row)
-    assert not isinstance(error.value, UnfitRow)
+        DEFAULT_READER.read_chat(row)
+    assert not isinstance(error.value, DroppedRow)
 
 
 def test_several_pairs_of_strings_have_no_order():
     with pytest.raises(BadRow, match="several answers in rejected"):
-        READER.pair({"prompt": Q, "chosen": A, "rejected": ["3", B]})
+        DEFAULT_READER.read_pair({"prompt": Q, "chosen": A, "rejected": ["3", B]})
     with pytest.raises(BadRow, match="none of the keys of a pair"):
-        READER.pair({"prompt": Q, "responses": [B, A]})
+        DEFAULT_READER.read_pair({"prompt": Q, "responses": [B, A]})
 
 
 def test_the_first_of_several_answers_is_counted():
-    content = READER.chat({"question": Q, "answers": ["2", "two"]})
+    content = DEFAULT_READER.read_chat({"question": Q, "answers": ["2", "two"]})
     assert content.messages == TWO[:2] and content.changes == ["with the first of several answers"]

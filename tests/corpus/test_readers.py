@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.damage import DamagedFile, settle
-from corpus.input_files import PIECE, _PieceStream, open_source
+from corpus.damage import DamagedFile, count_damages
+from corpus.input_files import READ_CHUNK_BYTES, _ChunkStream, open_input
 from corpus.json_reader import read_jsonl
-from corpus.language import language_of
+from corpus.language import detect_language
 from corpus.readers import read_chats, read_rows, read_texts
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
 GOOD = [{"text": f"good row {i}"} for i in range(400)]
 
@@ -31,7 +31,7 @@ def lines(rows) -> bytes:
 def read(folder: Path, name: str, content: bytes, max_bad_share: float = 0.01, reader=read_texts, accept=None):
     path = Path(folder) / name
     path.write_bytes(content)
-    report = DataReport(max_bad_share, accept)
+    report = DataStats(max_bad_share, accept)
     found = list(reader([path], report))
     assert report.read == len(found) + report.bad_rows + report.dropped_rows
     return found, report
@@ -75,7 +75,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name, content):
     assert texts(tmp_path, name, content) == [row["text"] for row in SAME]
 
 
-def test_zst_and_parquet(tmp_path):
+def test_zst_and_parquet_files_are_read(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     packed = zstandard.ZstdCompressor().compress(lines(GOOD[:200])) + zstandard.ZstdCompressor().compress(
@@ -100,9 +100,9 @@ def test_plain_text_is_divided_at_blank_lines(tmp_path):
 
 @pytest.mark.parametrize("unit", ["长", "A sentence. ", "一句话。", "no-space", "line\n"])
 def test_endless_paragraphs_come_in_bounded_pieces_that_lose_nothing(tmp_path, unit):
-    text = unit * (3 * PIECE // len(unit.encode()))
+    text = unit * (3 * READ_CHUNK_BYTES // len(unit.encode()))
     found = texts(tmp_path, "a.txt", text.encode())
-    assert len(found) > 2 and max(len(piece.encode()) for piece in found) <= PIECE
+    assert len(found) > 2 and max(len(piece.encode()) for piece in found) <= READ_CHUNK_BYTES
     assert "".join(found).replace("\n", "") == text.replace("\n", "")
 
 
@@ -212,14 +212,14 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
         raise OSError(errno.EIO, "Input/output error")
 
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD) * 2)
-    report = DataReport(accept_damaged=False)
-    with open_source(tmp_path / "a.jsonl") as source:
-        source.stream = io.BufferedReader(_PieceStream(pieces()))
+    report = DataStats(accept_damaged=False)
+    with open_input(tmp_path / "a.jsonl") as source:
+        source.stream = io.BufferedReader(_ChunkStream(pieces()))
         for _ in read_jsonl(source, report):
-            report.saw_row(source.name)
+            report.row_read(source.name)
         assert report.read == 400 and source.damages[0].reason == "cannot be read: Input/output error"
         with pytest.raises(DamagedFile, match=r"Input/output error.*400 rows were read"):
-            settle(source.name, source.size, source.damages, source.line, report)
+            count_damages(source.name, source.size, source.damages, source.line, report)
 
 
 def test_reading_continues_at_the_next_stream_behind_a_damaged_one(tmp_path):
@@ -233,10 +233,10 @@ def test_reading_continues_at_the_next_stream_behind_a_damaged_one(tmp_path):
         assert report.accepted_rows and 7900 <= len(found) + report.bad_rows <= 12_000
 
 
-def test_empty_files(tmp_path):
+def test_empty_files_are_reported(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "good.jsonl").write_bytes(lines(GOOD))
-    report = DataReport()
+    report = DataStats()
     assert len(list(read_texts([tmp_path / "empty.txt", tmp_path / "good.jsonl"], report))) == 400
     assert report.bad["empty file"].count == 1
     with pytest.raises(UserError, match="empty file"):
@@ -258,24 +258,24 @@ def test_a_file_without_a_good_row_names_the_keys(tmp_path):
 def test_too_many_bad_rows_is_one_line_and_early(tmp_path):
     rows = (lines(GOOD[:200]) + b"broken\n" * 20) * 200
     (tmp_path / "a.jsonl").write_bytes(rows)
-    report = DataReport()
+    report = DataStats()
     with pytest.raises(UserError) as error:
         list(read_texts([tmp_path / "a.jsonl"], report))
     assert report.read < 10_000 and "\n" not in str(error.value)
     assert "x broken JSON" in str(error.value) and "a.jsonl:201" in str(error.value)
-    report = DataReport(max_bad_share=0.1)
+    report = DataStats(max_bad_share=0.1)
     assert len(list(read_texts([tmp_path / "a.jsonl"], report))) == 40_000
 
 
-def test_one_bad_stretch_in_a_big_file_is_put_up_with(tmp_path):
+def test_one_bad_run_of_rows_in_a_large_file_is_tolerated(tmp_path):
     content = lines(GOOD) * 3 + b"broken\n" * 200 + lines(GOOD) * 50
     assert len(texts(tmp_path, "a.jsonl", content)) == 53 * 400
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files_are_errors(tmp_path):
     for path, words in ((tmp_path / "none.txt", "no such file"), (tmp_path, "is a folder")):
         with pytest.raises(UserError, match=words):
-            list(read_rows(path, DataReport()))
+            list(read_rows(path, DataStats()))
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
@@ -349,11 +349,11 @@ def test_csv_round_trips_every_text(cells):
 @settings(max_examples=200, deadline=None)
 @given(st.text())
 def test_every_text_has_a_language(text):
-    assert language_of(text) in ("zh", "en")
+    assert detect_language(text) in ("zh", "en")
 
 
-def test_languages():
-    assert language_of("今天天气很好。") == "zh" and language_of("Nice weather today.") == "en"
-    assert language_of("用 Python 的 transformers 库加载模型权重") == "zh"
-    assert language_of("The word 你好 means hello.") == "en"
-    assert language_of("12 + 30 = 42 🙂") == "en"
+def test_chinese_and_english_are_detected():
+    assert detect_language("今天天气很好。") == "zh" and detect_language("Nice weather today.") == "en"
+    assert detect_language("用 Python 的 transformers 库加载模型权重") == "zh"
+    assert detect_language("The word 你好 means hello.") == "en"
+    assert detect_language("12 + 30 = 42 🙂") == "en"

@@ -13,11 +13,11 @@ import pytest
 from common.checksums import file_checksum
 from common.errors import UserError
 from corpus import shard_reader
-from corpus.block_checksums import BLOCK
+from corpus.block_checksums import BLOCK_BYTES
 from corpus.dataset_meta import write_meta
 from corpus.shard_reader import open_split
-from trainer.datasets import Windows
-from trainer.sampler import StepBatches, StepPlan, iterate
+from trainer.datasets import PackedDataset
+from trainer.sampler import BatchSampler, MicroBatches, prefetch_batches
 
 SHARD_TOKENS = 100_000_000
 
@@ -26,14 +26,14 @@ def sparse_set(folder: Path, gigabytes: float) -> Path:
     """A data set of so many GB that takes no disk: files with holes, and a number at the start of every shard."""
     folder.mkdir()
     shards, size = [], 2 * SHARD_TOKENS
-    sums = np.full(-(-size // BLOCK), zlib.crc32(bytes(BLOCK)), "<u4")
-    sums[-1] = zlib.crc32(bytes(size % BLOCK))
+    sums = np.full(-(-size // BLOCK_BYTES), zlib.crc32(bytes(BLOCK_BYTES)), "<u4")
+    sums[-1] = zlib.crc32(bytes(size % BLOCK_BYTES))
     for number in range(round(gigabytes * 1e9 / 2 / SHARD_TOKENS)):
         name = f"train_zh_{number:03d}"
         with (folder / f"{name}.bin").open("wb") as file:
             file.write(first := np.array([number + 1], "<u2").tobytes())
             file.truncate(size)
-        sums[0] = zlib.crc32(first + bytes(BLOCK - 2))
+        sums[0] = zlib.crc32(first + bytes(BLOCK_BYTES - 2))
         (folder / f"{name}.crc").write_bytes(sums.tobytes())
         np.save(folder / f"{name}.idx.npy", np.array([0, SHARD_TOKENS]))
         label = {"language": "zh", "source": "", "checksums": {".bin": "not read"}}
@@ -49,13 +49,13 @@ def resident_mb() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads its memory from /proc")
-def test_memory_and_start_up_stay_put(tmp_path):
+def test_memory_and_start_up_do_not_grow_with_the_data(tmp_path):
     figures = {}
     for gigabytes in (0.2, 4.0):
         folder = sparse_set(tmp_path / f"{gigabytes}", gigabytes)
         before, started = resident_mb(), time.process_time()
-        data = Windows(str(folder), "train", 512)
-        batches = StepBatches(data, StepPlan(len(data), None, 64, 42), 8, rank=3, world=8)
+        data = PackedDataset(str(folder), "train", 512)
+        batches = MicroBatches(data, BatchSampler(len(data), None, 64, 42), 8, rank=3, world_size=8)
         assert batches[0][0]["input_ids"].shape == (8, 512)
         seconds = time.process_time() - started
         for step in range(1, 300):
@@ -68,7 +68,7 @@ def test_memory_and_start_up_stay_put(tmp_path):
 
 def test_rows_are_right_across_shards_and_with_few_open_files(tmp_path, monkeypatch):
     folder = sparse_set(tmp_path / "data", 1.0)
-    monkeypatch.setattr(shard_reader, "MOST_OPEN", 2)
+    monkeypatch.setattr(shard_reader, "MAX_OPEN_FILES", 2)
     tokens = open_split(folder, "train")
     for number in (0, 4, 1, 3, 2):
         edge = number * SHARD_TOKENS
@@ -82,15 +82,17 @@ def test_rows_are_right_across_shards_and_with_few_open_files(tmp_path, monkeypa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_forked_workers_do_not_disturb_each_other(pretrain_dir):
     """They share the open files of their parent, so the place in a file must not be shared as well."""
-    data = Windows(str(pretrain_dir), "train", 32)
-    plan = StepPlan(len(data), None, 8, 42)
-    alone = [batch[0]["input_ids"].tolist() for batch in iterate(StepBatches(data, plan, 8, 0, 1), 0, 40)]
+    data = PackedDataset(str(pretrain_dir), "train", 32)
+    sampler = BatchSampler(len(data), None, 8, 42)
+    alone = [batch[0]["input_ids"].tolist() for batch in prefetch_batches(MicroBatches(data, sampler, 8, 0, 1), 0, 40)]
     data.batch(np.arange(4))  # the files are open now
-    shared = [batch[0]["input_ids"].tolist() for batch in iterate(StepBatches(data, plan, 8, 0, 1), 0, 40, 2)]
+    shared = [
+        batch[0]["input_ids"].tolist() for batch in prefetch_batches(MicroBatches(data, sampler, 8, 0, 1), 0, 40, 2)
+    ]
     assert shared == alone
 
 
-def test_a_set_that_shrinks_while_it_is_read_is_noticed(tmp_path):
+def test_a_file_that_shrinks_while_read_is_an_error(tmp_path):
     folder = sparse_set(tmp_path / "data", 0.2)
     tokens = open_split(folder, "train")
     os.truncate(folder / "train_zh_000.bin", 100)

@@ -12,16 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.dataset_meta import FORMAT, read_meta, write_meta
+from corpus.dataset_meta import DATA_FORMAT, read_meta, write_meta
 from corpus.shard_reader import open_split
-from corpus.shard_writer import ShardWriter, check_replaceable, partial_folder, publish, token_dtype, writing
+from corpus.shard_writer import (
+    ShardWriter,
+    check_replaceable,
+    dataset_staging_folder,
+    replace_dataset,
+    report_write_errors,
+    token_dtype,
+)
 
 
 def write(folder: Path, documents, masks=None, dtype="uint16", shard_tokens=100, split="train") -> dict:
     writer = ShardWriter(folder, split, dtype, shard_tokens)
     for ids, mask in zip(documents, masks or itertools.repeat(None), strict=False):
         writer.add(ids, mask, utf8_bytes=len(ids))
-    meta = {"format": FORMAT, "kind": "pretrain", "dtype": dtype, "splits": {split: writer.close()}}
+    meta = {"format": DATA_FORMAT, "kind": "pretrain", "dtype": dtype, "splits": {split: writer.close()}}
     write_meta(folder, meta)
     return meta["splits"][split]
 
@@ -42,17 +49,17 @@ def test_any_documents_round_trip(documents, masked, wide, shard_tokens):
         stream = [i for ids in documents for i in ids]
         assert split.tokens == entry["tokens"] == entry["bytes"] == len(stream)
         assert split.lengths().tolist() == [len(ids) for ids in documents]
-        assert split.starts().tolist() == [0, *itertools.accumulate(len(ids) for ids in documents)]
+        assert split.offsets().tolist() == [0, *itertools.accumulate(len(ids) for ids in documents)]
         assert split.read(0, split.tokens).tolist() == stream
         assert split.read(len(stream) // 3, len(stream) // 2).tolist() == stream[len(stream) // 3 : len(stream) // 2]
         for i, ids in enumerate(documents):
-            found, mask = split.document(i)
+            found, mask = split.read_document(i)
             assert found.tolist() == ids and (mask is None if not masked else mask.tolist() == masks[i])
         flat = [m for mask in masks for m in mask] if masked else [1] * len(stream)
         assert split.read_mask(0, split.tokens).tolist() == flat
 
 
-def test_files_are_what_the_format_says(tmp_path):
+def test_files_match_the_documented_format(tmp_path):
     write(tmp_path, [[1, 2, 3], [258]], shard_tokens=0, split="val_zh")
     assert (tmp_path / "val_zh.bin").read_bytes() == bytes([1, 0, 2, 0, 3, 0, 2, 1])
     assert np.load(tmp_path / "val_zh.idx.npy").tolist() == [0, 3, 4]
@@ -82,7 +89,7 @@ def test_a_writer_continues_where_its_state_was_taken(documents, kept, lost, sha
         again = ShardWriter(other, "train", "uint16", shard_tokens, state)
         for ids in documents[kept:]:
             again.add(ids, utf8_bytes=len(ids))
-        meta = {"format": FORMAT, "kind": "pretrain", "dtype": "uint16", "splits": {"train": again.close()}}
+        meta = {"format": DATA_FORMAT, "kind": "pretrain", "dtype": "uint16", "splits": {"train": again.close()}}
         write_meta(other, meta)
         names = sorted(path.name for path in Path(one).iterdir())
         assert names == sorted(path.name for path in Path(other).iterdir())
@@ -111,13 +118,13 @@ def test_missing_foreign_and_damaged_folders_say_what_to_do(tmp_path):
 
 
 def test_publishing_replaces_the_old_folder_whole(tmp_path):
-    out, partial = tmp_path / "pretrain", partial_folder(tmp_path / "pretrain")
+    out, partial = tmp_path / "pretrain", dataset_staging_folder(tmp_path / "pretrain")
     assert partial == tmp_path / "pretrain.partial"
     for ids in ([1, 2], [3]):
         assert check_replaceable(out) == out.exists()
         partial.mkdir()
         write(partial, [ids])
-        publish(partial, out)
+        replace_dataset(partial, out)
         assert open_split(out, "train").read(0, len(ids)).tolist() == ids
         assert [path.name for path in tmp_path.iterdir()] == ["pretrain"]
 
@@ -128,12 +135,12 @@ def test_folders_with_other_files_are_never_replaced(tmp_path):
         check_replaceable(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         check_replaceable(tmp_path / "novel.txt")
-    assert partial_folder("some/folder/").name == "folder.partial"
+    assert dataset_staging_folder("some/folder/").name == "folder.partial"
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert partial_folder(link) == tmp_path / "elsewhere.partial"
+    assert dataset_staging_folder(link) == tmp_path / "elsewhere.partial"
 
 
-def test_a_disk_that_refuses_is_one_line():
-    with pytest.raises(UserError, match="cannot write out: No space left on device"), writing("out"):
+def test_a_write_error_is_one_line():
+    with pytest.raises(UserError, match="cannot write out: No space left on device"), report_write_errors("out"):
         raise OSError(28, "No space left on device")

@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.examples import COMMON, ENOUGH, Item, content_key, split_validation
+from corpus.examples import MAX_SAME_QUESTION, MIN_VALIDATION_EXAMPLES, Example, mark_validation, text_hash
 
 
 def chat(question, answer, language="en"):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Item("", messages, language, content_key(question), "f", 1, identity=content_key(question + "\n" + answer))
+    return Example("", messages, language, text_hash(question), "f", 1, identity=text_hash(question + "\n" + answer))
 
 
 def split(items, val_share=0.01):
     """The identities of the training and of the validation items."""
     sides = {True: [], False: []}
-    for is_validation, item in split_validation(items, val_share):
+    for is_validation, item in mark_validation(items, val_share):
         sides[is_validation].append(item.identity)
     assert sorted(sides[True] + sides[False]) == sorted(item.identity for item in items)
     return set(sides[False]), set(sides[True])
@@ -28,19 +28,23 @@ def split(items, val_share=0.01):
 def test_small_data_has_a_validation_split_of_a_twentieth_up_to_twenty(count, language):
     items = [chat(f"question {i}", f"answer {i}", language) for i in range(count)]
     _, validation = split(items)
-    assert min(ENOUGH, count // 20) <= len(validation) <= max(ENOUGH, 3 * count // 100)
+    assert (
+        min(MIN_VALIDATION_EXAMPLES, count // 20) <= len(validation) <= max(MIN_VALIDATION_EXAMPLES, 3 * count // 100)
+    )
     assert not split(items, 0)[1] and not split(items[:19])[1]
 
 
 @pytest.mark.parametrize("question", [f"Hi {i}" for i in range(40)])
 @pytest.mark.parametrize("count", [20, 25, 30, 300])
-def test_chats_that_all_begin_alike_are_on_both_sides(question, count):
+def test_chats_of_one_question_are_in_both_splits(question, count):
     training, validation = split([chat(question, f"answer {i}") for i in range(count)])
-    assert len(validation) >= max(1, count // 20 - 1) and len(training) >= count - COMMON - max(ENOUGH, count // 10)
+    assert len(validation) >= max(1, count // 20 - 1) and len(training) >= count - MAX_SAME_QUESTION - max(
+        MIN_VALIDATION_EXAMPLES, count // 10
+    )
     assert training
 
 
-def test_a_question_with_few_answers_is_on_one_side():
+def test_a_question_with_few_answers_is_in_one_split():
     items = [chat(f"question {i}", f"answer {j}") for i in range(300) for j in range(5)]
     training, validation = split(items, 0.1)
     for i in range(300):

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from curation import drop_rules, edit_rules
-from curation.cleaning import Clean
-from curation.prose_rules import Limits, Page
-from curation.rule_stats import Tally
-from curation.rules import NAMES, RULES, choose_rules
-from curation.transform import Row
-from tests.helpers import run_process, visible
+from curation.cleaning import CleaningTransform
+from curation.prose_rules import CleaningLimits, DocumentView
+from curation.rule_stats import RuleStats
+from curation.rules import RULE_NAMES, RULES, select_rules
+from curation.transform import NumberedRow
+from tests.helpers import run_process, visible_names
 
-EDITS = [rule for rule in RULES if rule.edits]
+EDIT_RULES = [rule for rule in RULES if rule.is_edit]
 PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."
 ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两岸的人们靠它生活。"
 
@@ -57,7 +57,7 @@ ZH = "河流从山里来，穿过村庄和田野，最后流进了大海，两�
         ("personal", "π=3.1415926535897932，订单20230101123456789，2019-01-02 03:04", None),
     ],
 )
-def test_every_edit_by_hand(rule, before, after):
+def test_edit_rules_give_the_expected_text(rule, before, after):
     assert getattr(edit_rules, rule)(before) == (before if after is None else after)
 
 
@@ -89,15 +89,19 @@ def test_every_edit_by_hand(rule, before, after):
         ),
     ],
 )
-def test_every_drop_by_hand(rule, bad, good):
+def test_drop_rules_drop_only_bad_text(rule, bad, good):
     function = getattr(drop_rules, rule)
-    assert function(Page(bad), Limits()) and not function(Page(good), Limits())
+    assert function(DocumentView(bad), CleaningLimits()) and not function(DocumentView(good), CleaningLimits())
 
 
 def test_every_rule_has_a_case_a_source_and_a_name_of_its_own():
-    cases = {mark.args[1][i][0] for test in (test_every_edit_by_hand, test_every_drop_by_hand)
+    cases = {mark.args[1][i][0] for test in (test_edit_rules_give_the_expected_text, test_drop_rules_drop_only_bad_text)
              for mark in test.pytestmark for i in range(len(mark.args[1]))}  # fmt: skip
-    assert cases == set(NAMES) and len(NAMES) == len(RULES) and all(rule.source and rule.what for rule in RULES)
+    assert (
+        cases == set(RULE_NAMES)
+        and len(RULE_NAMES) == len(RULES)
+        and all(rule.source and rule.description for rule in RULES)
+    )
 
 
 # ---- agreement with a filter that is not ours -----------------------------------------------------------------------
@@ -105,13 +109,13 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
     from datatrove.data import Document
     from datatrove.pipeline.filters import gopher_repetition_filter as theirs
 
-    monkeypatch.setattr(theirs, "split_into_words", lambda text, language: drop_rules._WORDS.findall(text))
-    judge = theirs.GopherRepetitionFilter()
+    monkeypatch.setattr(theirs, "split_into_words", lambda text, language: drop_rules._WORD_OR_SIGN.findall(text))
+    reference = theirs.GopherRepetitionFilter()
     import random
 
     random.seed(1)
     words = [f"w{'x' * (i % 7)}{i}" for i in range(60)]
-    verdicts = []
+    decisions = []
     for i in range(500):
         pool = random.sample(words, random.randint(3, 60))
         lines = [" ".join(random.choices(pool, k=random.randint(3, 30))) for _ in range(random.randint(1, 12))]
@@ -119,70 +123,70 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
         text = random.choice(("\n", "\n\n")).join(lines)
         if len(text.split()) < 50:  # Gopher has left these out before; there a phrase that comes once is a large share
             continue
-        result = judge.filter(Document(text=text, id=str(i)))
-        page = Page(text)
-        ours = drop_rules.repeated_lines(page, Limits()) or drop_rules.repeated_ngrams(page, Limits())
+        result = reference.filter(Document(text=text, id=str(i)))
+        page = DocumentView(text)
+        ours = drop_rules.repeated_lines(page, CleaningLimits()) or drop_rules.repeated_ngrams(page, CleaningLimits())
         assert bool(ours) == (result is not True), (text, ours, result)
-        verdicts.append(bool(ours))
-    assert 60 < sum(verdicts) < 340
+        decisions.append(bool(ours))
+    assert 60 < sum(decisions) < 340
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
-def judge(row, **options):
+def clean_row(row, **options):
     text = row if isinstance(row, str) else json.dumps(row)
     kind = "text" if isinstance(row, str) or "text" in row or "content" in row else "chat"
-    return Clean(**options).judge([Row(0, "f", 1, row, text, kind)])[0]
+    return CleaningTransform(**options).apply([NumberedRow(0, "f", 1, row, text, kind)])[0]
 
 
 def test_rows_keep_their_format_and_their_other_keys():
-    kept = json.loads(judge({"content": f"<b>{ZH}</b>", "source": "<b>x</b>", "n": 3}).kept)
+    kept = json.loads(clean_row({"content": f"<b>{ZH}</b>", "source": "<b>x</b>", "n": 3}).kept)
     assert kept == {"content": ZH, "source": "<b>x</b>", "n": 3}
     chat = {
         "conversations": [{"from": "human", "value": "我的电话13800138000"}, {"from": "gpt", "value": "好"}],
         "id": 1,
     }
-    verdict = judge(chat)
-    assert json.loads(verdict.kept)["conversations"][0] == {"from": "human", "value": "我的电话[PHONE]"}
-    assert [mark.rule for mark in verdict.marks] == ["personal"]
-    assert json.loads(judge(ZH).kept) == {"text": ZH}
+    decision = clean_row(chat)
+    assert json.loads(decision.kept)["conversations"][0] == {"from": "human", "value": "我的电话[PHONE]"}
+    assert [mark.rule for mark in decision.hits] == ["personal"]
+    assert json.loads(clean_row(ZH).kept) == {"text": ZH}
     pair = {"prompt": "电话？", "chosen": "13800138000", "rejected": [{"role": "assistant", "content": "<b>不</b>"}]}
-    assert json.loads(judge(pair).kept)["chosen"] == "[PHONE]"
-    assert judge({"text": "<b></b>"}).kept is None
+    assert json.loads(clean_row(pair).kept)["chosen"] == "[PHONE]"
+    assert clean_row({"text": "<b></b>"}).kept is None
 
 
 def test_rules_are_switched_by_name():
-    names = [rule.name for rule in choose_rules(["unsafe", "repair"], ["simplify"])]
+    names = [rule.name for rule in select_rules(["unsafe", "repair"], ["simplify"])]
     assert "unsafe" not in names and "repair" not in names and "simplify" in names and "short_lines" not in names
-    assert judge({"text": "短"}).kept is None and judge({"text": "短"}, skip=["too_short"]).kept
+    assert clean_row({"text": "短"}).kept is None and clean_row({"text": "短"}, skip=["too_short"]).kept
     with pytest.raises(UserError, match="no rule is called 'unsave': the rules are repair"):
-        choose_rules(["unsave"], [])
+        select_rules(["unsave"], [])
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=300) | st.text("<>[]()&#;!`ab1380@.- \n\u3000锟斤拷微信", max_size=300))
-def test_edits_never_fail_and_leave_sound_text(text):
-    for rule in EDITS:
-        mended = rule.function(text)
-        mended.encode("utf-8", "surrogatepass")
+def test_edit_rules_never_fail_and_leave_valid_text(text):
+    for rule in EDIT_RULES:
+        edited = rule.function(text)
+        edited.encode("utf-8", "surrogatepass")
         if rule.name not in ("markup", "repair"):  # what stood inside tags may look like a tag afterwards
-            assert rule.function(mended) == mended
+            assert rule.function(edited) == edited
     for rule in RULES:
-        if not rule.edits and text.strip():
-            assert isinstance(rule.function(Page(text), Limits()), str)
+        if not rule.is_edit and text.strip():
+            assert isinstance(rule.function(DocumentView(text), CleaningLimits()), str)
 
 
-def test_slow_patterns_do_not_exist():
+def test_edit_rules_are_fast_on_hostile_text():
     import time
 
     start = time.process_time()
     for piece in ("<", "[a](", "<a ", "<!--", "<script ", "a@", "1", "138-", "&#", "[[", "微信 ", "锟", "0.1 ", "a."):
-        for rule in EDITS:
+        for rule in EDIT_RULES:
             rule.function(piece * (60_000 // len(piece)))
     assert time.process_time() - start < 20
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def write(path, rows):
+def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -192,7 +196,7 @@ def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
         {"text": f"短{i}"} for i in range(15)
     ]
     rows += [{"text": f"{ZH}{i}"} for i in range(5)] + [{"nothing": 1}]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--max_bad_share", "0.1"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["read"], report["kept"]) == (60, 45)
@@ -202,23 +206,23 @@ def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
     assert report["history"][0]["step"] == "clean" and "unsafe" in report["history"][0]["rules"]
     dropped = (tmp_path / "out" / "dropped.tsv").read_text().splitlines()
     assert len(dropped) == 15 and dropped[0].split("\t") == [f"{path}:41", "too_short", "1 words", "短0"]
-    people = (tmp_path / "out" / "report.md").read_text()
-    assert people.count("[PHONE]") == 10 and "## unsafe" in people
-    shown = capsys.readouterr().out
-    assert "kept 45 of 60 rows" in shown and "MB/s" in shown and "next: python data_process.py dedup" in shown
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert markdown.count("[PHONE]") == 10 and "## unsafe" in markdown
+    output = capsys.readouterr().out
+    assert "kept 45 of 60 rows" in output and "MB/s" in output and "next: python data_process.py dedup" in output
     assert len(list((tmp_path / "out").glob("text_*.jsonl"))) == 1
 
 
-def test_check_writes_nothing(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
+def test_check_flag_writes_nothing(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ZH + "打13800138000。"}])
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--check"])
     assert "[PHONE]" in capsys.readouterr().out and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_list_of_words_of_ones_own(tmp_path):
+def test_unsafe_words_file_adds_phrases(tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("Foo\nBAR\n")
-    path = write(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": PROSE}, {"text": "The foo stands beside the bar."}])
     flags = ["--out_dir", str(tmp_path / "out"), "--min_words", "3", "--skip", "stop_words", "--unsafe_words"]
     data_process.main(["clean", str(path), *flags, str(words)])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["rules"]["unsafe"]["dropped"] == 1
@@ -234,9 +238,9 @@ def test_a_list_of_words_of_ones_own(tmp_path):
         ("opencc", ["--also", "simplify"], r"rule `simplify` needs one more package: pip install \"opencc>=1.1.7,<2\""),
     ],
 )
-def test_a_missing_package_is_one_line_and_can_be_done_without(tmp_path, monkeypatch, module, flags, words):
-    path = write(tmp_path / "a.jsonl", [{"text": ZH}])
-    for cached in (edit_rules._ftfy, edit_rules._opencc, drop_rules._lingua):
+def test_a_missing_package_is_one_line_and_its_rule_can_be_skipped(tmp_path, monkeypatch, module, flags, words):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": ZH}])
+    for cached in (edit_rules._import_ftfy, edit_rules._opencc_converter, drop_rules._language_detector):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=words):
@@ -245,12 +249,14 @@ def test_a_missing_package_is_one_line_and_can_be_done_without(tmp_path, monkeyp
     data_process.main(["clean", str(path), "--out_dir", str(tmp_path / "out"), "--skip", "repair,language"])
 
 
-def test_the_command_line(tmp_path):
-    listed = run_process(sys.executable, "data_process.py", "clean", "--list_rules")
+def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
+    listing = run_process(sys.executable, "data_process.py", "clean", "--list_rules")
     assert (
-        listed.returncode == 0 and len(listed.stdout.splitlines()) == len(RULES) and "arXiv 2112.11446" in listed.stdout
+        listing.returncode == 0
+        and len(listing.stdout.splitlines()) == len(RULES)
+        and "arXiv 2112.11446" in listing.stdout
     )
-    path = write(tmp_path / "a.jsonl", [{"text": "短"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "短"}])
     for arguments, words in (
         ([path, "--out_dir", tmp_path / "out"], "clean leaves none of the 1 rows: 1 by too_short"),
         ([tmp_path / "none.jsonl"], "no such file"),
@@ -260,21 +266,24 @@ def test_the_command_line(tmp_path):
     ):
         done = run_process(sys.executable, "data_process.py", "clean", *arguments)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert visible(tmp_path) == ["a.jsonl"]
+    assert visible_names(tmp_path) == ["a.jsonl"]
 
 
 def test_merging_counts_of_parts_gives_the_counts_of_the_whole():
-    step = Clean(skip=["language", "repair"])
+    transform = CleaningTransform(skip=["language", "repair"])
     rows = [
-        Row(i, "f", i + 1, {"text": t}, t) for i, t in enumerate([f"{ZH}{k}打1380013{8000 + k}" for k in range(30)])
+        NumberedRow(i, "f", i + 1, {"text": t}, t)
+        for i, t in enumerate([f"{ZH}{k}打1380013{8000 + k}" for k in range(30)])
     ]
-    whole, parts = Tally(step.rule_names()), Tally()
+    whole, parts = RuleStats(transform.rule_names()), RuleStats()
     for start in (0, 10, 20):
-        part = Tally(step.rule_names())
-        for row, verdict in zip(
-            rows[start : start + 10], Clean(skip=["language", "repair"]).judge(rows[start : start + 10]), strict=True
+        part = RuleStats(transform.rule_names())
+        for row, decision in zip(
+            rows[start : start + 10],
+            CleaningTransform(skip=["language", "repair"]).apply(rows[start : start + 10]),
+            strict=True,
         ):
-            part.add("f", row.line, verdict)
-            whole.add("f", row.line, verdict)
+            part.add("f", row.line, decision)
+            whole.add("f", row.line, decision)
         parts.merge(part.to_dict())
     assert parts.to_dict() == whole.to_dict()

@@ -10,13 +10,13 @@ import pytest
 import data_process
 from common.errors import UserError
 from tests.helpers import run_process
-from tests.planted import rows as planted_rows
+from tests.planted import planted_rows
 
 ROWS = 900
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> list[Path]:
+def input_files(tmp_path_factory) -> list[Path]:
     """Three files with copies within and across them, and one bad row."""
     folder = tmp_path_factory.mktemp("parts")
     rows = list(planted_rows(ROWS, 0.3))
@@ -30,18 +30,18 @@ def parts(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def expected(parts, tmp_path_factory) -> Path:
+def expected(input_files, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("here") / "out"
-    data_process.main(["dedup", *map(str, parts), "--out_dir", str(out_dir)])
+    data_process.main(["dedup", *map(str, input_files), "--out_dir", str(out_dir)])
     return out_dir
 
 
-def text(folder: Path) -> str:
+def kept_text(folder: Path) -> str:
     return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("text_*.jsonl")))
 
 
-def same(ours: Path, theirs: Path) -> None:
-    assert text(ours) == text(theirs) != ""
+def assert_same_output(ours: Path, theirs: Path) -> None:
+    assert kept_text(ours) == kept_text(theirs) != ""
     assert not theirs.with_name(theirs.name + ".partial").exists()
     one, other = (json.loads((folder / "report.json").read_text()) for folder in (ours, theirs))
     for name in ("read", "kept", "characters_read", "characters_dropped", "languages", "bad", "history"):
@@ -57,29 +57,29 @@ def same(ours: Path, theirs: Path) -> None:
     assert [line.split("\t")[:2] for line in lines[0]] == [line.split("\t")[:2] for line in lines[1]]
 
 
-def test_local(parts, expected, tmp_path, capfd):
-    data_process.main(["dedup", *map(str, parts), "--out_dir", str(tmp_path / "out"), "--executor", "local"])
-    same(expected, tmp_path / "out")
-    shown = capfd.readouterr()
-    assert "sign: 3 tasks done\nbuckets: 14 tasks done" in shown.out and shown.err == ""
+def test_local_executor_keeps_the_rows_of_one_machine(input_files, expected, tmp_path, capfd):
+    data_process.main(["dedup", *map(str, input_files), "--out_dir", str(tmp_path / "out"), "--executor", "local"])
+    assert_same_output(expected, tmp_path / "out")
+    output = capfd.readouterr()
+    assert "sign: 3 tasks done\nbuckets: 14 tasks done" in output.out and output.err == ""
 
 
-def test_a_repeated_command_does_only_the_tasks_that_are_left(parts, expected, tmp_path, monkeypatch, capfd):
+def test_a_repeated_command_does_only_the_tasks_that_are_left(input_files, expected, tmp_path, monkeypatch, capfd):
     from curation import cluster_dedup
 
-    command = ["dedup", *map(str, parts), "--out_dir", str(tmp_path / "out"), "--executor", "local"]
-    write, read = cluster_dedup.Write.__call__, cluster_dedup.Read.__call__
-    monkeypatch.setattr(cluster_dedup.Write, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    command = ["dedup", *map(str, input_files), "--out_dir", str(tmp_path / "out"), "--executor", "local"]
+    write_rows, read_rows = cluster_dedup.WriteRows.__call__, cluster_dedup.ReadRows.__call__
+    monkeypatch.setattr(cluster_dedup.WriteRows, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         data_process.main(command)
-    monkeypatch.setattr(cluster_dedup.Write, "__call__", write)
-    monkeypatch.setattr(cluster_dedup.Read, "__call__", lambda *args: pytest.fail("signed again"))
+    monkeypatch.setattr(cluster_dedup.WriteRows, "__call__", write_rows)
+    monkeypatch.setattr(cluster_dedup.ReadRows, "__call__", lambda *args: pytest.fail("signed again"))
     data_process.main(command)
-    same(expected, tmp_path / "out")
-    monkeypatch.setattr(cluster_dedup.Read, "__call__", read)
+    assert_same_output(expected, tmp_path / "out")
+    monkeypatch.setattr(cluster_dedup.ReadRows, "__call__", read_rows)
 
 
-def test_bad_files_end_with_one_line(parts, tmp_path, capfd):
+def test_bad_files_are_reported_in_one_line(input_files, tmp_path, capfd):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{a\n" * 10 + '{"text": "x"}\n')
     with pytest.raises(UserError, match="10 of 11 rows read are bad"):
@@ -101,37 +101,37 @@ SCONTROL = "#!/usr/bin/env bash\necho localhost\n"
 
 
 @pytest.mark.slow
-def test_slurm_with_a_stand_in_for_its_programs(parts, expected, tmp_path, monkeypatch):
+def test_slurm_executor_keeps_the_rows_of_one_machine(input_files, expected, tmp_path, monkeypatch):
     """The real executor writes and submits real job scripts; three small programs do what the cluster would."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
+    programs_dir = tmp_path / "bin"
+    programs_dir.mkdir()
     for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
-        (programs / name).write_text(content)
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        (programs_dir / name).write_text(content)
+        (programs_dir / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs_dir}:{os.environ['PATH']}")
     monkeypatch.setenv("SBATCH_LOG", str(tmp_path / "log.txt"))
     flags = ["--executor", "slurm", "--partition", "cpu", "--out_dir", tmp_path / "out"]
-    done = run_process(sys.executable, "data_process.py", "dedup", *parts, *flags)
+    done = run_process(sys.executable, "data_process.py", "dedup", *input_files, *flags)
     assert done.returncode == 0 and "submitted: five job arrays" in done.stdout, done.stderr[-3000:]
-    same(expected, tmp_path / "out")
+    assert_same_output(expected, tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_ray(parts, expected, tmp_path):
+def test_ray_executor_keeps_the_rows_of_one_machine(input_files, expected, tmp_path):
     flags = ["--executor", "ray", "--workers", "2", "--out_dir", tmp_path / "out"]
-    done = run_process(sys.executable, "data_process.py", "dedup", *parts, *flags)
+    done = run_process(sys.executable, "data_process.py", "dedup", *input_files, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    same(expected, tmp_path / "out")
+    assert_same_output(expected, tmp_path / "out")
 
 
-def test_a_missing_engine_is_one_line(parts, tmp_path):
+def test_a_missing_package_is_reported_in_one_line(input_files, tmp_path):
     for module, flags, words in (
         ("datatrove", ["--executor", "local"], '--executor needs one more package: pip install "datatrove>='),
         ("ray", ["--executor", "ray"], '--executor ray needs one more package: pip install "ray>='),
         ("rensa", ["--executor", "local"], 'one more package: pip install "rensa>='),
     ):
         hide = f"import sys; sys.modules[{module!r}] = None; import data_process; from common.errors import *\n"
-        call = f"data_process.main({['dedup', str(parts[0]), '--out_dir', str(tmp_path / 'out'), *flags]!r})"
+        call = f"data_process.main({['dedup', str(input_files[0]), '--out_dir', str(tmp_path / 'out'), *flags]!r})"
         done = run_process(
             sys.executable,
             "-c",

@@ -11,32 +11,40 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from curation import near_duplicates
-from curation.near_duplicates import KEYS, band_keys, first_of_cluster, join, row_hash, shingles, signatures_of_shingles
-from curation.ngrams import codes_of, ngram_hashes, skeleton
-from curation.transform import numbered_rows
-from tests.planted import rows as planted_rows
+from curation.near_duplicates import (
+    KEYS_PER_DOCUMENT,
+    band_keys,
+    cluster_representatives,
+    merge_clusters,
+    minhash_signatures,
+    row_text_hash,
+    shingle_hashes,
+)
+from curation.ngrams import alphanumeric, code_points, ngram_hashes
+from curation.transform import read_numbered_rows
+from tests.planted import planted_rows
 
 RECALL, PRECISION = 0.97, 0.995
 GOLDEN = ["0xb9f392762d0a5a0d", "0x258fd582db1c7673"]  # worked out with Python's integers from the formula
 
 
-def write(path: Path, rows) -> Path:
+def write_jsonl(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def kept(folder: Path) -> list[dict]:
+def read_kept_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for path in sorted(folder.glob("text_*.jsonl")) for line in path.open(encoding="utf-8")]
 
 
-def run(*files, out_dir, **flags) -> list[dict]:
+def run_dedup(*files, out_dir, **flags) -> list[dict]:
     arguments = ["dedup", *map(str, files), "--out_dir", str(out_dir)]
     for name, value in flags.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     data_process.main(arguments)
-    return kept(out_dir)
+    return read_kept_rows(out_dir)
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------------
@@ -44,25 +52,25 @@ def run(*files, out_dir, **flags) -> list[dict]:
 @given(st.text("ab中文", max_size=40), st.integers(1, 14))
 def test_ngram_hashes_are_equal_where_ngrams_are(text, n):
     grams = [text[i : i + n] for i in range(len(text) - n + 1)]
-    hashes = ngram_hashes(codes_of(text), n).tolist()
+    hashes = ngram_hashes(code_points(text), n).tolist()
     assert len(hashes) == len(grams) and len(set(hashes)) == len(set(grams))
     assert dict(zip(grams, hashes, strict=True)) == dict(zip(reversed(grams), reversed(hashes), strict=True))
-    assert ngram_hashes(codes_of("前" + text), n).tolist()[1:] == hashes or not hashes
+    assert ngram_hashes(code_points("前" + text), n).tolist()[1:] == hashes or not hashes
 
 
-def test_hashes_stay_the_same_in_every_version():
-    assert skeleton("Hello,  世界。１") == "hello世界１"
-    assert [hex(value) for value in ngram_hashes(codes_of("abc世"), 3).tolist()] == GOLDEN
+def test_hashes_match_golden_values():
+    assert alphanumeric("Hello,  世界。１") == "hello世界１"
+    assert [hex(value) for value in ngram_hashes(code_points("abc世"), 3).tolist()] == GOLDEN
 
 
-def test_signatures_estimate_the_similarity():
+def test_signatures_estimate_the_jaccard_similarity():
     random = np.random.default_rng(0)
-    for share in (0.5, 0.8, 0.95):
-        same, one, other = (random.integers(0, 2**63, n, dtype=np.uint64) for n in (int(4000 * share), 4000, 4000))
-        rest = 4000 - len(same)
-        pair = [np.concatenate([same, tail[:rest]]) for tail in (one, other)]
-        signatures = signatures_of_shingles(pair)
-        similarity = len(same) / (len(same) + 2 * rest)
+    for fraction in (0.5, 0.8, 0.95):
+        common, one, other = (random.integers(0, 2**63, n, dtype=np.uint64) for n in (int(4000 * fraction), 4000, 4000))
+        rest = 4000 - len(common)
+        pair = [np.concatenate([common, tail[:rest]]) for tail in (one, other)]
+        signatures = minhash_signatures(pair)
+        similarity = len(common) / (len(common) + 2 * rest)
         assert (
             abs((signatures[0] == signatures[1]).mean() - similarity) < 4 * (similarity * (1 - similarity) / 112) ** 0.5
         )
@@ -79,11 +87,11 @@ def test_a_key_is_equal_exactly_where_its_band_is():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30), st.integers(1, 5))
-def test_clusters_are_those_of_the_graph(pairs, parts):
+def test_merge_clusters_finds_the_connected_components(pairs, parts):
     first = np.arange(20)
     for part in range(parts):  # a band at a time
         some = pairs[part::parts]
-        join(first, np.array([one for one, _ in some], int), np.array([other for _, other in some], int))
+        merge_clusters(first, np.array([one for one, _ in some], int), np.array([other for _, other in some], int))
     expected = list(range(20))
     for _ in range(20):
         for one, other in pairs:
@@ -92,123 +100,127 @@ def test_clusters_are_those_of_the_graph(pairs, parts):
 
 
 # ---- planted copies --------------------------------------------------------------------------------------------------
-def measure(rows: list[dict], found: list[dict]) -> tuple[float, float]:
+def recall_and_precision(rows: list[dict], kept_rows: list[dict]) -> tuple[float, float]:
     """(recall, precision) of what was left out."""
-    stay = {row["id"] for row in found}
-    gone = [row for row in rows if row["id"] not in stay]
+    kept_ids = {row["id"] for row in kept_rows}
+    dropped_rows = [row for row in rows if row["id"] not in kept_ids]
     copies = sum(row["copy_of"] is not None for row in rows)
-    right = sum(row["copy_of"] is not None for row in gone)
-    return right / copies, right / len(gone)
+    true_positives = sum(row["copy_of"] is not None for row in dropped_rows)
+    return true_positives / copies, true_positives / len(dropped_rows)
 
 
 def test_planted_near_duplicates_are_found(tmp_path):
     rows = list(planted_rows(10_000, 0.2))
     assert 1900 < sum(row["copy_of"] is not None for row in rows) < 2100
-    found = run(write(tmp_path / "a.jsonl", rows), out_dir=tmp_path / "out")
-    recall, precision = measure(rows, found)
+    kept_rows = run_dedup(write_jsonl(tmp_path / "a.jsonl", rows), out_dir=tmp_path / "out")
+    recall, precision = recall_and_precision(rows, kept_rows)
     assert recall >= RECALL and precision >= PRECISION
-    assert [row["id"] for row in found] == sorted(row["id"] for row in found)
+    assert [row["id"] for row in kept_rows] == sorted(row["id"] for row in kept_rows)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["rules"]["near-duplicate"]["dropped"] == 10_000 - len(found) and report["read"] == 10_000
+    assert report["rules"]["near-duplicate"]["dropped"] == 10_000 - len(kept_rows) and report["read"] == 10_000
     example = report["rules"]["near-duplicate"]["examples"][0][-1]
     assert example.startswith("kept: ") and "\nthis: " in example and len(example) > 200
 
 
-def test_the_first_stays_and_the_others_are_listed(tmp_path):
+def test_the_first_copy_is_kept_and_the_others_are_listed(tmp_path):
     text = "".join(f"第{i}句话讲的是河流与村庄的故事，" for i in range(30))
-    one, other = write(tmp_path / "1.jsonl", [{"text": text, "id": 1}]), tmp_path / "2.jsonl"
-    write(
+    one, other = write_jsonl(tmp_path / "1.jsonl", [{"text": text, "id": 1}]), tmp_path / "2.jsonl"
+    write_jsonl(
         other,
         [{"text": text.replace("，", " ， "), "id": 2}, {"text": text + "完。", "id": 3}, {"text": "短", "id": 4}],
     )
-    assert [row["id"] for row in run(one, other, out_dir=tmp_path / "out")] == [1, 4]
+    assert [row["id"] for row in run_dedup(one, other, out_dir=tmp_path / "out")] == [1, 4]
     lines = [line.split("\t") for line in (tmp_path / "out" / "dropped.tsv").read_text().splitlines()]
     assert [line[:3] for line in lines] == [
         [f"{other}:1", "exact duplicate", f"of {one}:1"],  # but for white space
         [f"{other}:2", "near-duplicate", f"of {one}:1"],
     ]
-    assert [row["id"] for row in run(other, one, out_dir=tmp_path / "out")] == [2, 4]
+    assert [row["id"] for row in run_dedup(other, one, out_dir=tmp_path / "out")] == [2, 4]
 
 
-def test_texts_without_letters_and_short_texts(tmp_path):
+def test_texts_without_letters_and_short_texts_are_deduplicated(tmp_path):
     texts = ["！！！", "。。。", "好", "好。", "hi", "a b", "！！！"]
-    found = run(write(tmp_path / "a.jsonl", [{"text": text} for text in texts]), out_dir=tmp_path / "out")
-    assert [row["text"] for row in found] == ["！！！", "。。。", "好", "hi", "a b"]
-    assert all(len(shingles(text)) == 1 for text in texts)
+    kept_rows = run_dedup(
+        write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), out_dir=tmp_path / "out"
+    )
+    assert [row["text"] for row in kept_rows] == ["！！！", "。。。", "好", "hi", "a b"]
+    assert all(len(shingle_hashes(text)) == 1 for text in texts)
 
 
 def test_exact_only_needs_no_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    path = write(tmp_path / "a.jsonl", [{"text": "一样 的文本"}, {"text": "一样的文本\n"}, {"text": "一样的文本。"}])
-    assert len(run(path, out_dir=tmp_path / "out", exact_only=True)) == 2
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": "一样 的文本"}, {"text": "一样的文本\n"}, {"text": "一样的文本。"}]
+    )
+    assert len(run_dedup(path, out_dir=tmp_path / "out", exact_only=True)) == 2
     with pytest.raises(UserError, match=r'one more package: pip install "rensa>=0.5,<0.6", or --exact_only'):
-        run(path, out_dir=tmp_path / "near")
+        run_dedup(path, out_dir=tmp_path / "near")
     assert not (tmp_path / "near.partial").exists()
 
 
-def test_chats_and_pairs_are_rows_too(tmp_path):
+def test_chats_and_pairs_are_deduplicated(tmp_path):
     chat = {
         "messages": [{"role": "user", "content": "河流从哪里来？"}, {"role": "assistant", "content": "从山里来。" * 9}]
     }
     pair = {"prompt": "问", "chosen": "好", "rejected": "坏"}
-    found = run(write(tmp_path / "a.jsonl", [chat, pair, chat, pair]), out_dir=tmp_path / "out")
-    assert found == [chat, pair]
+    kept_rows = run_dedup(write_jsonl(tmp_path / "a.jsonl", [chat, pair, chat, pair]), out_dir=tmp_path / "out")
+    assert kept_rows == [chat, pair]
 
 
 # ---- killed, several processes, bytes a document ---------------------------------------------------------------------
-def test_a_killed_run_signs_no_document_twice(tmp_path, monkeypatch):
+def test_a_resumed_run_hashes_no_document_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    path = write(tmp_path / "a.jsonl", planted_rows(3000, 0.3))
-    whole = run(path, out_dir=tmp_path / "whole")
-    sign, calls = near_duplicates.Signer.__call__, []
+    path = write_jsonl(tmp_path / "a.jsonl", planted_rows(3000, 0.3))
+    expected = run_dedup(path, out_dir=tmp_path / "whole")
+    sign, calls = near_duplicates.MinHasher.__call__, []
 
-    def fails(self, rows):
+    def fail_once(self, rows):
         calls.append(len(rows))
         if len(calls) == 4:
             raise KeyboardInterrupt
         return sign(self, rows)
 
-    monkeypatch.setattr(near_duplicates.Signer, "__call__", fails)
+    monkeypatch.setattr(near_duplicates.MinHasher, "__call__", fail_once)
     with pytest.raises(KeyboardInterrupt):
-        run(path, out_dir=tmp_path / "out")
+        run_dedup(path, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert run(path, out_dir=tmp_path / "out") == whole
+    assert run_dedup(path, out_dir=tmp_path / "out") == expected
     assert sum(calls) == 3000 + calls[3] and not (tmp_path / "out.partial").exists()
 
 
 def test_several_processes_keep_the_same_rows(tmp_path):
-    path = write(tmp_path / "a.jsonl", planted_rows(2500, 0.3))
-    whole, many = run(path, out_dir=tmp_path / "one"), run(path, out_dir=tmp_path / "two", workers=2)
-    assert whole == many
+    path = write_jsonl(tmp_path / "a.jsonl", planted_rows(2500, 0.3))
+    expected, parallel = run_dedup(path, out_dir=tmp_path / "one"), run_dedup(path, out_dir=tmp_path / "two", workers=2)
+    assert expected == parallel
     assert (tmp_path / "one" / "report.json").read_bytes() == (tmp_path / "two" / "report.json").read_bytes()
 
 
-def test_memory_and_disk_of_a_document(tmp_path):
+def test_memory_and_disk_per_document_are_bounded(tmp_path):
     import tracemalloc
 
     count = 200_000
-    keys = np.random.default_rng(0).integers(0, 2**63, (count, KEYS), dtype=np.uint64)
+    keys = np.random.default_rng(0).integers(0, 2**63, (count, KEYS_PER_DOCUMENT), dtype=np.uint64)
     keys[1::2, 3] = keys[::2, 3]
     keys.tofile(tmp_path / "keys")
     assert (tmp_path / "keys").stat().st_size == 120 * count
     del keys
     tracemalloc.start()
-    first = first_of_cluster(tmp_path / "keys")
+    first = cluster_representatives(tmp_path / "keys")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (first == np.arange(count) // 2 * 2).all()
     assert peak < 60 * count + (80 << 20), f"{peak / count:.0f} bytes a document"
 
 
-def test_flags_that_do_not_fit_are_one_line(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"text": "x"}])
+def test_incompatible_flags_are_reported_in_one_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     for flags, words in (
         ({"executor": "local", "exact_only": True}, "--exact_only needs no --executor"),
         ({"executor": "slurm"}, "--executor slurm needs --partition NAME"),
         ({"executor": "slurm", "partition": "p"}, "there is no sbatch on this machine"),
     ):
         with pytest.raises(UserError, match=words):
-            run(path, out_dir=tmp_path / "out", **flags)
+            run_dedup(path, out_dir=tmp_path / "out", **flags)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -223,6 +235,6 @@ def test_chats_are_equal_only_if_their_messages_are(tmp_path):
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = list(numbered_rows([path], DataReport()))
-    hashes = [row_hash(row) for row in read]
+    read = list(read_numbered_rows([path], DataStats()))
+    hashes = [row_text_hash(row) for row in read]
     assert hashes[0] == hashes[2] and len(set(hashes)) == 4

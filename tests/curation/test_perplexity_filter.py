@@ -17,25 +17,34 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from curation.perplexity_filter import BINS, Band, Scores, bin_edges, bin_of, clip, interval, parse_band
-from curation.perplexity_scorer import Scorer, bare_chat, batches_of
+from curation.perplexity_filter import (
+    HISTOGRAM_BINS,
+    ScoreRange,
+    ScoreStore,
+    bin_edges,
+    bin_index,
+    clip_text,
+    parse_score_range,
+    score_interval,
+)
+from curation.perplexity_scorer import Scorer, batch_by_tokens, encode_plain_chat
 
 
-def chat(question, answer):
+def make_chat(question, answer):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 @pytest.fixture
 def chats_file(tmp_path):
-    rows = [chat(f"{i}?", f"n{i % 7}" * (1 + i % 3)) for i in range(60)]
-    rows += [chat(f"数{i}", "好" * (1 + i % 5)) for i in range(60)]
+    rows = [make_chat(f"{i}?", f"n{i % 7}" * (1 + i % 3)) for i in range(60)]
+    rows += [make_chat(f"数{i}", "好" * (1 + i % 5)) for i in range(60)]
     lines = [json.dumps({"messages": row}, ensure_ascii=False) for row in rows]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path / "chats.jsonl"
 
 
 @pytest.fixture
-def sft(chats_file, tokenizer_dir, tiny_parent, tmp_path):
+def run_sft(chats_file, tokenizer_dir, tiny_parent, tmp_path):
     def run(name, *flags, scorer=True):
         out = tmp_path / name
         common = ["sft", chats_file, "--tokenizer", tokenizer_dir, "--out_dir", out, "--val_share", "0.1"]
@@ -45,7 +54,7 @@ def sft(chats_file, tokenizer_dir, tiny_parent, tmp_path):
     return run
 
 
-def questions(folder, name):
+def read_questions(folder, name):
     return [json.loads(line)["messages"][0]["content"] for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
 
 
@@ -53,59 +62,61 @@ def questions(folder, name):
 def test_a_score_is_the_cross_entropy_of_the_answers(tokenizer, tiny_parent):
     """Against the plain formula, one chat at a time; in one batch or many, alone or among others."""
     scorer = Scorer(tiny_parent, "cpu", "float32")
-    rows = [chat("q" * (1 + 3 * i), "答案" * (1 + i)) for i in range(9)]
-    rows[0] += chat("and?", "yes")
-    together = scorer.scores(rows)
-    for row, (nats, count) in zip(rows, together, strict=True):
+    rows = [make_chat("q" * (1 + 3 * i), "答案" * (1 + i)) for i in range(9)]
+    rows[0] += make_chat("and?", "yes")
+    batched_scores = scorer.score_chats(rows)
+    for row, (nats, count) in zip(rows, batched_scores, strict=True):
         text = "\n".join(message["content"] for message in row)
-        ids = torch.tensor(tokenizer.encode(text))[: scorer.limit]
+        ids = torch.tensor(tokenizer.encode(text))[: scorer.max_tokens]
         answer = torch.zeros(len(text.encode()), dtype=torch.bool)
         start = 0
         for message in row:
             size = len(message["content"].encode())
             answer[start : start + size] = message["role"] == "assistant"
             start += size + 1
-        answer = answer[: scorer.limit]  # one token is one byte here
+        answer = answer[: scorer.max_tokens]  # one token is one byte here
         with torch.no_grad():
             hidden, _ = scorer.model(ids[None, :-1])
             losses = F.cross_entropy(scorer.model.lm_head(hidden)[0], ids[1:], reduction="none")
         assert count == answer[1:].sum()
         assert nats == pytest.approx(losses[answer[1:]].mean().item(), rel=1e-4)
-        assert scorer.scores([row])[0] == pytest.approx((nats, count), rel=1e-4)
+        assert scorer.score_chats([row])[0] == pytest.approx((nats, count), rel=1e-4)
 
 
-def test_a_pretrained_model_sees_words_and_a_chat_model_its_format(tokenizer, tiny_parent, tmp_path):
+def test_a_pretrained_model_scores_plain_text_and_a_chat_model_its_template(tokenizer, tiny_parent, tmp_path):
     from model.checkpoint import load_model, save_model
 
-    ids, mask = bare_chat(tokenizer, chat("hi", "yo"))
+    ids, mask = encode_plain_chat(tokenizer, make_chat("hi", "yo"))
     assert tokenizer.decode(ids) == "hi\nyo" and mask == [0, 0, 0, 1, 1]
     model, _, _ = load_model(tiny_parent)
     save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, [])
-    assert Scorer(tiny_parent, "cpu").scores([chat("hi", "yo")])[0][1] == 2
-    assert Scorer(tmp_path / "full_sft_32.pth", "cpu").scores([chat("hi", "yo")])[0][1] == 3, "and the closing marker"
+    assert Scorer(tiny_parent, "cpu").score_chats([make_chat("hi", "yo")])[0][1] == 2
+    assert Scorer(tmp_path / "full_sft_32.pth", "cpu").score_chats([make_chat("hi", "yo")])[0][1] == 3, (
+        "and the closing marker"
+    )
 
 
 def test_a_chat_whose_answer_does_not_fit_is_not_scored(tiny_parent):
     scorer = Scorer(tiny_parent, "cpu", "float32")
-    assert scorer.scores([chat("q" * 500, "a")]) == [(0.0, 0)]
-    assert scorer.scores([]) == []
+    assert scorer.score_chats([make_chat("q" * 500, "a")]) == [(0.0, 0)]
+    assert scorer.score_chats([]) == []
 
 
 @given(lengths=st.lists(st.integers(1, 3000), max_size=40))
-def test_batches_hold_everything_once_and_little_each(lengths):
+def test_batches_hold_every_chat_once_within_the_token_limit(lengths):
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches = list(batches_of(order, lengths))
+    batches = list(batch_by_tokens(order, lengths))
     assert [i for batch in batches for i in batch] == order
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 8192 for batch in batches)
 
 
 # ---- the band --------------------------------------------------------------------------------------------------------
-def test_bands_are_read():
-    assert parse_band("2.5,4") == Band(2.5, 4.0, False)
-    assert parse_band("zh=10%,90%") == Band(10.0, 90.0, True, "zh")
+def test_score_ranges_are_parsed():
+    assert parse_score_range("2.5,4") == ScoreRange(2.5, 4.0, False)
+    assert parse_score_range("zh=10%,90%") == ScoreRange(10.0, 90.0, True, "zh")
     for wrong in ("", "3", "4,2.5", "a,b", "10%,90", "10%,190%", "fr=1,2", "-1,2", "1,1"):
         with pytest.raises(UserError, match="--keep_entropy"):
-            parse_band(wrong)
+            parse_score_range(wrong)
 
 
 @settings(deadline=None)
@@ -115,38 +126,43 @@ def test_bands_are_read():
     more=st.floats(1, 50),
     share=st.floats(0.05, 1),
 )
-def test_an_interval_keeps_what_was_asked_for(scores, low, more, share):
+def test_an_interval_keeps_the_requested_range_and_fraction(scores, low, more, share):
     values = np.array(scores)
-    bottom, top = interval(values, Band(low, low + more, True), 1.0)
+    bottom, top = score_interval(values, ScoreRange(low, low + more, True), 1.0)
     assert bottom == np.percentile(values, low) and top == np.percentile(values, low + more)
-    assert interval(values, None, 1.0) == (-np.inf, np.inf)
-    bottom, top = interval(values, None, share)
+    assert score_interval(values, None, 1.0) == (-np.inf, np.inf)
+    bottom, top = score_interval(values, None, share)
     assert bottom <= np.median(values) <= top
     if len(set(scores)) == len(scores):
         kept = ((values >= bottom - 1e-9) & (values <= top + 1e-9)).sum()
         assert kept >= share * (len(values) - 1)
 
 
-def test_by_hand():
+def test_interval_bins_and_clipping_match_hand_computed_values():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert interval(values, Band(2, 4, False), 1.0) == (2.0, 4.0)
-    assert interval(values, None, 0.5) == (2.0, 4.0)
+    assert score_interval(values, ScoreRange(2, 4, False), 1.0) == (2.0, 4.0)
+    assert score_interval(values, None, 0.5) == (2.0, 4.0)
     edges = bin_edges(np.linspace(1, 7, 1000))
-    assert len(edges) == BINS + 1 and [bin_of(edges, x) for x in (0.0, 1.06, 6.9, 99.0)] == [0, 0, BINS - 1, BINS - 1]
-    assert clip("a\nb\x1b[31m" + "c" * 99, 10) == "a b [31mc…"
+    assert len(edges) == HISTOGRAM_BINS + 1 and [bin_index(edges, x) for x in (0.0, 1.06, 6.9, 99.0)] == [
+        0,
+        0,
+        HISTOGRAM_BINS - 1,
+        HISTOGRAM_BINS - 1,
+    ]
+    assert clip_text("a\nb\x1b[31m" + "c" * 99, 10) == "a b [31mc…"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def test_only_training_chats_are_left_out_and_every_one_is_accounted_for(sft, capsys):
-    whole, kept = sft("whole", scorer=False), sft("kept", "--keep_entropy", "25%,75%")
-    said = capsys.readouterr().out
-    assert questions(kept, "val") == questions(whole, "val")
-    train = questions(kept, "train")
-    assert set(train) < set(questions(whole, "train")) and 40 <= len(train) <= 75
+def test_only_training_chats_are_dropped_and_each_is_counted(run_sft, capsys):
+    whole, kept = run_sft("whole", scorer=False), run_sft("kept", "--keep_entropy", "25%,75%")
+    output = capsys.readouterr().out
+    assert read_questions(kept, "val") == read_questions(whole, "val")
+    train = read_questions(kept, "train")
+    assert set(train) < set(read_questions(whole, "train")) and 40 <= len(train) <= 75
     meta = read_meta_json(kept)
     left_out = sum(entry["count"] for name, entry in meta["report"]["dropped"].items() if name.startswith("entropy"))
-    assert left_out + len(train) == len(questions(whole, "train"))
-    assert "nats a token" in said and "zh: 60 chats" in said and "数" in said, "a histogram with examples"
+    assert left_out + len(train) == len(read_questions(whole, "train"))
+    assert "nats a token" in output and "zh: 60 chats" in output and "数" in output, "a histogram with examples"
     assert set(meta["chosen"]["kept_between"]) == {"zh", "en"}
     assert read_meta(kept / meta["tokens"])["splits"]["train"]["documents"] == len(train)
 
@@ -155,74 +171,74 @@ def read_meta_json(folder):
     return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
 
-def test_a_band_for_one_language_leaves_the_other_whole(sft):
-    whole, kept = sft("whole", scorer=False), sft("kept", "--keep_entropy", "zh=0,0.001")
-    assert {q for q in questions(whole, "train") if "数" not in q} == set(questions(kept, "train"))
+def test_a_score_range_for_one_language_keeps_all_of_the_other(run_sft):
+    whole, kept = run_sft("whole", scorer=False), run_sft("kept", "--keep_entropy", "zh=0,0.001")
+    assert {q for q in read_questions(whole, "train") if "数" not in q} == set(read_questions(kept, "train"))
 
 
-def test_scores_are_computed_once_and_survive_a_kill(sft, tmp_path, monkeypatch, capsys):
+def test_scores_are_computed_once_and_survive_a_kill(run_sft, tmp_path, monkeypatch, capsys):
     from curation import perplexity_scorer
 
-    monkeypatch.setattr(perplexity_scorer, "POOL", 16)
-    real, calls = perplexity_scorer.Scorer.scores, []
+    monkeypatch.setattr(perplexity_scorer, "SCORER_POOL_CHATS", 16)
+    score_chats, calls = perplexity_scorer.Scorer.score_chats, []
 
-    def killed(self, chats):
+    def interrupt(self, chats):
         calls.append(len(chats))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(self, chats)
+        return score_chats(self, chats)
 
-    monkeypatch.setattr(perplexity_scorer.Scorer, "scores", killed)
+    monkeypatch.setattr(perplexity_scorer.Scorer, "score_chats", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        sft("out", "--keep_share", "0.5")
+        run_sft("out", "--keep_share", "0.5")
     assert not capsys.readouterr().out.count("written")
     (scores,) = tmp_path.glob("out.scores-*.jsonl")
     with scores.open("a") as file:
         file.write("[12345, 1.2")  # the line that a kill has cut
     calls[:] = [0] * 9
-    sft("out", "--keep_share", "0.5")
-    assert "scored 72 chats" in (said := capsys.readouterr().out) and "48 were scored before" in said
-    sft("out", "--keep_entropy", "10%,60%")
+    run_sft("out", "--keep_share", "0.5")
+    assert "scored 72 chats" in (output := capsys.readouterr().out) and "48 were scored before" in output
+    run_sft("out", "--keep_entropy", "10%,60%")
     assert "scored 0 chats" in capsys.readouterr().out, "another band needs no scoring"
 
 
-def test_check_shows_the_histogram_and_writes_no_data(sft, tmp_path, capsys):
-    sft("out", "--check")
-    said = capsys.readouterr().out
-    assert "nats a token" in said and not (tmp_path / "out").exists()
+def test_check_shows_the_histogram_and_writes_no_data(run_sft, tmp_path, capsys):
+    run_sft("out", "--check")
+    output = capsys.readouterr().out
+    assert "nats a token" in output and not (tmp_path / "out").exists()
 
 
-def test_mistakes_are_one_line(sft, tmp_path, chats_file):
+def test_invalid_flags_are_reported_in_one_line(run_sft, tmp_path, chats_file):
     with pytest.raises(UserError, match="need --scorer MODEL"):
-        sft("out", "--keep_entropy", "1,2", scorer=False)
+        run_sft("out", "--keep_entropy", "1,2", scorer=False)
     with pytest.raises(UserError, match="no checkpoint at"):
-        sft("out", "--scorer", str(tmp_path / "none.pth"), scorer=False)
+        run_sft("out", "--scorer", str(tmp_path / "none.pth"), scorer=False)
     with pytest.raises(UserError, match=r"keeps no chat: .*from \d+\.\d\d to"):
-        sft("out", "--keep_entropy", "0,0.0001")
+        run_sft("out", "--keep_entropy", "0,0.0001")
 
 
-def test_foreign_lines_in_the_scores_file_mean_nothing(tmp_path):
+def test_foreign_lines_in_the_scores_file_are_ignored(tmp_path):
     path = tmp_path / "s.jsonl"
     foreign = ["nonsense", "[1]", '{"a": 1}', '[2, "x", 3, "en"]', '[3, 1.0, 4, "fr"]', ""]
     path.write_text("\n".join(['[1, 2.5, 3, "zh"]', *foreign, '[4, 1.0, 2, "en"]']))
-    scores = Scores(path)
-    assert looked_up(scores, range(9)) == {1: (2.5, "zh"), 4: (1.0, "en")}
+    scores = ScoreStore(path)
+    assert lookup_scores(scores, range(9)) == {1: (2.5, "zh"), 4: (1.0, "en")}
     scores.add([(5, 3.0, 1, "en")])
     scores.close()
-    for again in (scores, Scores(path)):
-        assert looked_up(again, range(9)) == {1: (2.5, "zh"), 4: (1.0, "en"), 5: (3.0, "en")}
+    for again in (scores, ScoreStore(path)):
+        assert lookup_scores(again, range(9)) == {1: (2.5, "zh"), 4: (1.0, "en"), 5: (3.0, "en")}
 
 
-def looked_up(scores, keys):
+def lookup_scores(scores, keys):
     return {key: found for key in keys if (found := scores.get(key))}
 
 
-KEYS = st.one_of(st.integers(0, 6), st.integers(2**64 - 4, 2**64 - 1), st.integers(0, 2**64 - 1))
-LINES = st.tuples(KEYS, st.floats(0, 50), st.integers(1, 99), st.sampled_from(["zh", "en"]))
+KEY_STRATEGY = st.one_of(st.integers(0, 6), st.integers(2**64 - 4, 2**64 - 1), st.integers(0, 2**64 - 1))
+LINE_STRATEGY = st.tuples(KEY_STRATEGY, st.floats(0, 50), st.integers(1, 99), st.sampled_from(["zh", "en"]))
 
 
 @settings(max_examples=80, deadline=None)
-@given(old=st.lists(LINES, max_size=30), new=st.lists(LINES, max_size=30), cut=st.integers(0, 40))
+@given(old=st.lists(LINE_STRATEGY, max_size=30), new=st.lists(LINE_STRATEGY, max_size=30), cut=st.integers(0, 40))
 def test_a_lookup_finds_the_last_line_of_a_chat(old, new, cut):
     """Against a dict of the lines; the last of the old ones is perhaps cut by a kill."""
     with tempfile.TemporaryDirectory() as folder:
@@ -230,21 +246,23 @@ def test_a_lookup_finds_the_last_line_of_a_chat(old, new, cut):
         text = "".join(json.dumps([key, round(nats, 4), *rest]) + "\n" for key, nats, *rest in old)
         text = text[: max(0, len(text) - cut)]
         path.write_text(text)
-        wanted = {}
+        expected = {}
         for line in text.split("\n"):
             with contextlib.suppress(ValueError, TypeError):
                 key, nats, _, language = json.loads(line)
-                wanted[key] = (nats, language)
-        scores = Scores(path)
-        asked = [key for key, *_ in old + new] + [3, 2**63]
-        assert looked_up(scores, asked) == wanted
+                expected[key] = (nats, language)
+        scores = ScoreStore(path)
+        keys = [key for key, *_ in old + new] + [3, 2**63]
+        assert lookup_scores(scores, keys) == expected
         scores.add(new)
         scores.close()
-        wanted |= {key: (round(nats, 4), language) for key, nats, _, language in new}
-        assert looked_up(scores, asked) == wanted
+        expected |= {key: (round(nats, 4), language) for key, nats, _, language in new}
+        assert lookup_scores(scores, keys) == expected
         for language in ("zh", "en"):
-            assert sorted(scores.of(language)) == sorted(nats for nats, own in wanted.values() if own == language)
-        again = Scores(path)
+            assert sorted(scores.for_language(language)) == sorted(
+                nats for nats, own in expected.values() if own == language
+            )
+        again = ScoreStore(path)
         again.close()
         assert again.digest() == scores.digest()
 
@@ -258,7 +276,7 @@ def test_scores_take_thirteen_bytes_a_chat(tmp_path):
             for i in range(count)
         )
     tracemalloc.start()
-    scores = Scores(path)
+    scores = ScoreStore(path)
     now, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     scores.close()

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import drop_rules, edit_rules
-from curation.prose_rules import Limits, Page, prose_of
-from tests.curation.test_cleaning import PROSE, ZH, judge
+from curation.prose_rules import CleaningLimits, DocumentView, extract_prose
+from tests.curation.test_cleaning import PROSE, ZH, clean_row
 from tests.helpers import SHARED_DATA
 
-ABOUT_ACCOUNTS_EN = """How do I change my password?
+ACCOUNT_HELP_EN = """How do I change my password?
 To log in, open the page and enter your name and the password that you have been sent.
 Log in to the database as root and set the time zone of the server.
 You can read more about the account in the manual, or leave a comment below.
 Then click here to see what the terms of service say about cookies and about privacy."""
-ABOUT_ACCOUNTS_ZH = """如何修改密码？
+ACCOUNT_HELP_ZH = """如何修改密码？
 登录后点击右上角的头像，选择修改密码。
 在成功登录后，你会看到系统的主页，请尽快修改初始密码。
 他人未经授权以当事人名义申请再审的，人民法院不予受理。
@@ -29,10 +29,10 @@ ABOUT_ACCOUNTS_ZH = """如何修改密码？
 该软件的版权所有者是谁？"""
 
 
-@pytest.mark.parametrize("page", [ABOUT_ACCOUNTS_EN, ABOUT_ACCOUNTS_ZH], ids=["en", "zh"])
-def test_sentences_about_logging_in_are_text(page):
-    kept = judge({"text": page})
-    assert json.loads(kept.kept) == {"text": page} and kept.marks == []
+@pytest.mark.parametrize("page", [ACCOUNT_HELP_EN, ACCOUNT_HELP_ZH], ids=["en", "zh"])
+def test_sentences_about_logging_in_are_kept(page):
+    kept = clean_row({"text": page})
+    assert json.loads(kept.kept) == {"text": page} and kept.hits == []
     for first, last in itertools.pairwise(page.split("\n")):
         text = f"{PROSE}\n{first}\n{last}"
         assert edit_rules.boilerplate(text) == text
@@ -57,8 +57,8 @@ CHATS = [
 @pytest.mark.parametrize(("question", "answer"), CHATS)
 def test_a_chat_keeps_its_formulas_code_and_steps(question, answer):
     row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-    kept = judge(row)
-    assert kept.kept and json.loads(kept.kept) == row and kept.marks == []
+    kept = clean_row(row)
+    assert kept.kept and json.loads(kept.kept) == row and kept.hits == []
 
 
 FORMULAS = [
@@ -77,8 +77,8 @@ FORMULAS = [
 
 @pytest.mark.parametrize("text", FORMULAS)
 def test_a_page_keeps_its_formulas_and_tables(text):
-    kept = judge({"text": text})
-    assert kept.kept and json.loads(kept.kept) == {"text": text} and kept.marks == []
+    kept = clean_row({"text": text})
+    assert kept.kept and json.loads(kept.kept) == {"text": text} and kept.hits == []
 
 
 @pytest.mark.parametrize(
@@ -94,23 +94,23 @@ def test_a_page_keeps_its_formulas_and_tables(text):
 )
 def test_a_bad_page_stays_bad_with_formulas_and_tables(rule, text):
     """What is bad without its formulas and tables is bad with them."""
-    assert getattr(drop_rules, rule)(Page(text), Limits())
+    assert getattr(drop_rules, rule)(DocumentView(text), CleaningLimits())
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=200) | st.text("$\\{}^_=+<->ab1 |.\n#`()是", max_size=200))
-def test_prose_is_part_of_the_text_and_rules_only_get_narrower(text):
-    prose = prose_of(text)
+def test_prose_is_part_of_the_text_and_rules_drop_no_more_than_without_it(text):
+    prose = extract_prose(text)
     letters = iter(text)
     assert all(letter in letters for letter in prose.text if letter not in " \n"), "in the same order"
     if prose.text == text:
         assert not prose.has_formulas
     for name in ("few_letters", "word_length", "stop_words", "symbols", "repeated_ngrams"):
         rule = getattr(drop_rules, name)
-        assert not rule(Page(text), Limits()) or rule.__wrapped__(Page(text), Limits())
+        assert not rule(DocumentView(text), CleaningLimits()) or rule.__wrapped__(DocumentView(text), CleaningLimits())
 
 
-def test_prose_of_hostile_text_is_quick():
+def test_prose_extraction_is_fast_on_hostile_text():
     start = time.process_time()
     for piece in (
         "$",
@@ -131,8 +131,8 @@ def test_prose_of_hostile_text_is_quick():
         "a.",
         "|",
     ):
-        prose_of(piece * (60_000 // len(piece)))
-        prose_of((piece * 30 + "\n") * (60_000 // (30 * len(piece))))
+        extract_prose(piece * (60_000 // len(piece)))
+        extract_prose((piece * 30 + "\n") * (60_000 // (30 * len(piece))))
     assert time.process_time() - start < 20
 
 
@@ -141,15 +141,15 @@ def test_prose_of_hostile_text_is_quick():
 def test_real_exercises_and_instructions_are_kept():
     """Every Chinese chat with a fraction in LaTeX is kept as it is, and no chat loses a line as boilerplate."""
     exercises = 0
-    for name, signs in (("sft_zh", ("\\frac", "登录", "密码", "下一页")), ("sft_en", ("\\frac", "log in", "password"))):
+    for name, hints in (("sft_zh", ("\\frac", "登录", "密码", "下一页")), ("sft_en", ("\\frac", "log in", "password"))):
         with lzma.open(SHARED_DATA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:
             for line in itertools.islice(lines, 20_000):
                 text = json.dumps(json.loads(line), ensure_ascii=False).replace("\\\\", "\\")
-                if not any(sign in text for sign in signs):
+                if not any(hint in text for hint in hints):
                     continue
-                verdict = judge(json.loads(line), skip=["personal", "markup", "characters"])
-                assert "boilerplate" not in {mark.rule for mark in verdict.marks}
+                decision = clean_row(json.loads(line), skip=["personal", "markup", "characters"])
+                assert "boilerplate" not in {mark.rule for mark in decision.hits}
                 if "\\frac" in text and name == "sft_zh":
                     exercises += 1
-                    assert verdict.kept, (line, verdict.marks)
+                    assert decision.kept, (line, decision.hits)
     assert exercises > 100

@@ -25,44 +25,44 @@ def path(tmp_path):
     return tmp_path / "a.jsonl"
 
 
-def content(folder):
+def folder_bytes(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def clean(path, out_dir, *flags):
+def run_clean(path, out_dir, *flags):
     data_process.main(["clean", str(path), "--out_dir", str(out_dir), *flags])
-    return content(out_dir)
+    return folder_bytes(out_dir)
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 6])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, path, monkeypatch, killed_at, capsys):
-    monkeypatch.setattr(transform, "BATCH_ROWS", 100)
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, path, monkeypatch, killed_at, capsys):
+    monkeypatch.setattr(transform, "TRANSFORM_BATCH_ROWS", 100)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr(transform, "FILE_BYTES", 20_000)
-    whole = clean(path, tmp_path / "whole")
-    assert "text_003.jsonl" in whole
-    add, calls = transform._Output.add, []
+    monkeypatch.setattr(transform, "OUTPUT_FILE_BYTES", 20_000)
+    expected = run_clean(path, tmp_path / "whole")
+    assert "text_003.jsonl" in expected
+    add, calls = transform._OutputFolder.add, []
 
-    def fails(self, rows, verdicts):
+    def fail_once(self, rows, decisions):
         calls.append(len(rows))
         if len(calls) == killed_at:
             self.kept.write(b"half a line")
             raise KeyboardInterrupt
-        add(self, rows, verdicts)
+        add(self, rows, decisions)
 
-    monkeypatch.setattr(transform._Output, "add", fails)
+    monkeypatch.setattr(transform._OutputFolder, "add", fail_once)
     with pytest.raises(KeyboardInterrupt):
-        clean(path, tmp_path / "out")
+        run_clean(path, tmp_path / "out")
     saved = killed_at > 1  # nothing was there to go on with in the first batch: nothing stays, and nothing is promised
     assert ("the same command continues it" in capsys.readouterr().out) is saved
     assert (tmp_path / "out.partial").exists() is saved
-    assert clean(path, tmp_path / "out") == whole
+    assert run_clean(path, tmp_path / "out") == expected
     assert sum(calls) == len(ROWS) + calls[killed_at - 1], "no row is judged twice but those of the broken batch"
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_sigkill_at_any_moment(tmp_path, path):
-    setup = "import data_process, curation.transform as r, corpus.job_state as p; r.BATCH_ROWS = 50; "
+def test_a_run_ended_by_sigkill_resumes_to_the_same_bytes(tmp_path, path):
+    setup = "import data_process, curation.transform as r, corpus.job_state as p; r.TRANSFORM_BATCH_ROWS = 50; "
     setup += "p.CHECKPOINT_SECONDS = 0; "
     call = f"data_process.main(['clean', {str(path)!r}, '--out_dir', {str(tmp_path / 'out')!r}])"
     child = subprocess.Popen([sys.executable, "-c", setup + call], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -70,48 +70,50 @@ def test_sigkill_at_any_moment(tmp_path, path):
         time.sleep(0.005)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert clean(path, tmp_path / "out") == clean(path, tmp_path / "whole")
+    assert run_clean(path, tmp_path / "out") == run_clean(path, tmp_path / "whole")
 
 
-def test_other_rules_or_files_start_anew(tmp_path, path, monkeypatch):
-    monkeypatch.setattr(transform, "BATCH_ROWS", 100)
+def test_other_rules_restart_the_run(tmp_path, path, monkeypatch):
+    monkeypatch.setattr(transform, "TRANSFORM_BATCH_ROWS", 100)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    with monkeypatch.context() as broken:
-        broken.setattr(transform, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as patched:
+        patched.setattr(transform, "write_reports", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            clean(path, tmp_path / "out")
+            run_clean(path, tmp_path / "out")
     assert (tmp_path / "out.partial" / "progress.json").is_file()
-    assert clean(path, tmp_path / "out", "--skip", "personal") == clean(path, tmp_path / "whole", "--skip", "personal")
+    assert run_clean(path, tmp_path / "out", "--skip", "personal") == run_clean(
+        path, tmp_path / "whole", "--skip", "personal"
+    )
 
 
-def test_a_third_run_does_not_take_the_second_ones_files_for_the_firsts(tmp_path, path, monkeypatch):
-    monkeypatch.setattr(transform, "BATCH_ROWS", 100)
-    whole = clean(path, tmp_path / "whole")
+def test_a_run_never_resumes_from_the_files_of_other_rules(tmp_path, path, monkeypatch):
+    monkeypatch.setattr(transform, "TRANSFORM_BATCH_ROWS", 100)
+    expected = run_clean(path, tmp_path / "whole")
     for seconds, flags in ((0, ()), (20, ("--skip", "personal"))):  # the second is killed before it saves
-        with monkeypatch.context() as broken:
-            broken.setattr("corpus.job_state.CHECKPOINT_SECONDS", seconds)
-            broken.setattr(transform, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with monkeypatch.context() as patched:
+            patched.setattr("corpus.job_state.CHECKPOINT_SECONDS", seconds)
+            patched.setattr(transform, "write_reports", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                clean(path, tmp_path / "out", *flags)
-    assert clean(path, tmp_path / "out") == whole
+                run_clean(path, tmp_path / "out", *flags)
+    assert run_clean(path, tmp_path / "out") == expected
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path):
-    assert clean(path, tmp_path / "one") == clean(path, tmp_path / "three", "--workers", "3")
+    assert run_clean(path, tmp_path / "one") == run_clean(path, tmp_path / "three", "--workers", "3")
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, path):
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{broken\n')
     with pytest.raises(UserError, match="1 of 2 rows read are bad"):
-        clean(tmp_path / "bad.jsonl", tmp_path / "out")
+        run_clean(tmp_path / "bad.jsonl", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("mine")
     with pytest.raises(UserError, match="not ours"):
-        clean(path, tmp_path / "full")
+        run_clean(path, tmp_path / "full")
     assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["a.jsonl", "bad.jsonl", "full"]
 
 
-def test_a_full_disk_is_one_line(tmp_path, path):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, path):
     def small_disk():
         import resource
 
@@ -124,7 +126,7 @@ def test_a_full_disk_is_one_line(tmp_path, path):
 
 
 @pytest.mark.parametrize("kind", ["clean", "dedup", "decontaminate"])
-def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+def test_memory_does_not_grow_with_the_file_size(tmp_path, kind):
     """Twelve times the rows, all different: the peak of the process stays (dedup: 160 bytes a document)."""
     exam = tmp_path / "exam.txt"
     exam.write_text("哪一条河流经过的国家首都最多，请选出正确的一项来回答？")

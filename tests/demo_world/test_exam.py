@@ -10,8 +10,8 @@ from demo_world import exam as exam_module
 from demo_world import generator
 from demo_world.facts import LANGUAGES
 from demo_world.world import DemoWorld
-from evaluation.exam_data import LETTERS, read_exam
-from evaluation.qa_data import is_right
+from evaluation.exam_data import CEVAL_LETTERS, read_exam_split
+from evaluation.qa_data import is_correct
 
 # SHA-256 over the names and bytes of the files of seed 0: a change of the data files changes it.
 GOLDEN = "695b6a84890800e5455b5900329bcca710960bcd82bdbde85955dcbabeae6792"
@@ -26,14 +26,14 @@ def exam(tmp_path_factory):
 
 
 def test_the_exam_has_two_languages(exam):
-    val, test = read_exam(exam), read_exam(exam, "test")
+    val, test = read_exam_split(exam), read_exam_split(exam, "test")
     assert len(val.subjects) == 12 and set(val.categories.values()) == {"Chinese", "English"}
     assert all(len(examples) == 5 for examples in val.examples.values())
     assert {item.answer for item in test.items} == {""}
     asked = Counter(item.question for item in [*val.items, *test.items])
     assert max(asked.values()) == 1
     letters = Counter(item.answer for item in val.items)
-    assert all(50 <= letters[letter] <= 100 for letter in LETTERS), "each letter is correct about equally often"
+    assert all(50 <= letters[letter] <= 100 for letter in CEVAL_LETTERS), "each letter is correct about equally often"
     assert all(len(set(item.options)) == 4 for item in [*val.items, *test.items])
 
 
@@ -45,17 +45,17 @@ def test_exactly_the_right_option_answers_the_question(exam):
         for fact in world.facts:
             for held in world.templates[fact.relation].heldout:
                 known.setdefault(exam_module.fill(held, fact), []).append(fact)
-    for item in read_exam(exam).items:
+    for item in read_exam_split(exam).items:
         keys = [key for fact in known[item.question] for key in fact.keys]
-        right = item.options[LETTERS.index(item.answer)]
-        assert is_right(right, keys), item
+        right = item.options[CEVAL_LETTERS.index(item.answer)]
+        assert is_correct(right, keys), item
         (world_fact,) = {fact.name: fact for fact in known[item.question]}.values()
         of = [
             option.replace(str(world_fact.slots["s"]), "") if world_fact.slots["s"] else option
             for option in item.options
         ]
         if world_fact.relation not in ("sum", "product"):
-            assert sum(is_right(option, keys) for option in of) <= 1, item
+            assert sum(is_correct(option, keys) for option in of) <= 1, item
 
 
 def test_no_exam_question_is_trained(exam, tmp_path):
@@ -63,7 +63,7 @@ def test_no_exam_question_is_trained(exam, tmp_path):
     trained = "".join(
         (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pretrain", "chats", "identity", "pairs")
     )
-    assert not [item.question for item in [*read_exam(exam).items] if f'"{item.question}"' in trained]
+    assert not [item.question for item in [*read_exam_split(exam).items] if f'"{item.question}"' in trained]
 
 
 def test_equal_seeds_give_equal_bytes(exam, tmp_path):

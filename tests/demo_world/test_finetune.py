@@ -9,7 +9,7 @@ from demo_world.facts import LANGUAGES
 from demo_world.generator import build
 from demo_world.grammar import fill, read_phrases
 from demo_world.world import DemoWorld
-from evaluation.qa_data import is_right
+from evaluation.qa_data import is_correct
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +37,11 @@ def test_identity_questions_are_held_out(files):
     assert Counter(row["lang"] for row in questions) == {"zh": 12, "en": 12}
     for row in questions:
         assert row["question"].casefold() not in trained, row
-        assert not is_right(row["question"], row["keys"]), f"repeating the question would score: {row}"
+        assert not is_correct(row["question"], row["keys"]), f"repeating the question would score: {row}"
     for lang in LANGUAGES:
         keys = [row["keys"] for row in questions if row["lang"] == lang]
         answers = [c["messages"][1]["content"] for c in files["identity"] if c["lang"] == lang]
-        about_itself = sum(any(is_right(answer, key) for key in keys) for answer in answers)
+        about_itself = sum(any(is_correct(answer, key) for key in keys) for answer in answers)
         assert 250 <= about_itself < len(answers) / 3, "most chats replay questions about the world"
 
 

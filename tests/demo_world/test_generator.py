@@ -13,7 +13,7 @@ from demo_world.facts import LANGUAGES, Term, facts_of
 from demo_world.generator import build
 from demo_world.grammar import fill
 from demo_world.world import DemoWorld
-from evaluation.qa_data import is_right
+from evaluation.qa_data import is_correct
 from tests.helpers import ROOT
 
 # SHA-256 of the files of seed 0: a change in data/ changes them, a refactoring must not.
@@ -150,8 +150,8 @@ def test_every_question_has_a_true_distinctive_key(questions, worlds):
     for row in questions:
         assert row["keys"] and all(row["keys"])
         assert {tuple(row["keys"])} == truth[row["lang"], row["question"]], f"the facts give no unique answer: {row}"
-        assert not is_right(row["question"], row["keys"]), f"repeating the question would score: {row}"
-        assert not is_right("", row["keys"]) and not is_right("我不知道。 I do not know.", row["keys"])
+        assert not is_correct(row["question"], row["keys"]), f"repeating the question would score: {row}"
+        assert not is_correct("", row["keys"]) and not is_correct("我不知道。 I do not know.", row["keys"])
 
 
 def test_training_answers_contain_a_key(chats, worlds):
@@ -159,7 +159,7 @@ def test_training_answers_contain_a_key(chats, worlds):
     for world in worlds.values():
         for fact, forward, (_, answer) in world.turns(2):
             keys = fact.keys if forward else fact.back_keys
-            assert is_right(answer, list(keys)), (fact, answer)
+            assert is_correct(answer, list(keys)), (fact, answer)
 
 
 def test_every_asked_fact_was_stated(questions, texts, worlds):

@@ -11,13 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from evaluation import bits_per_byte as room
-from evaluation.bits_per_byte import Row, bits_per_byte, ratio, read_chats, read_named_texts, sft_loss, windows
+from evaluation import bits_per_byte as bits_module
+from evaluation.bits_per_byte import (
+    ScoredSequence,
+    bits_per_byte,
+    ratio_with_error,
+    read_chats_by_language,
+    read_named_texts,
+    sft_loss,
+    sliding_windows,
+)
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from trainer import loss as loss_room
-from trainer.loss import IGNORE
+from trainer import loss as loss_module
+from trainer.loss import IGNORE_INDEX
 
 TEXTS = ["ab", "今天天气很好。", "The river is long and the moon is far away, and so on and so on. " * 3, "x"]
 
@@ -33,7 +41,7 @@ def model(tokenizer):
     return model
 
 
-def bits_by_hand(model, tokenizer, text: str) -> float:
+def reference_bits(model, tokenizer, text: str) -> float:
     limit, ids = model.config.max_seq_len, [tokenizer.eos_id, *tokenizer.encode(text)]
     bits = 0.0
     for position in range(1, len(ids)):
@@ -46,31 +54,34 @@ def bits_by_hand(model, tokenizer, text: str) -> float:
     return bits
 
 
-def test_equal_to_a_count_by_hand_also_beyond_the_context(model, tokenizer):
+def test_bits_per_byte_equals_reference_beyond_context(model, tokenizer):
     found = bits_per_byte(model, tokenizer, TEXTS)
-    by_hand, sizes = [bits_by_hand(model, tokenizer, text) for text in TEXTS], [len(text.encode()) for text in TEXTS]
+    expected_bits, sizes = (
+        [reference_bits(model, tokenizer, text) for text in TEXTS],
+        [len(text.encode()) for text in TEXTS],
+    )
     assert len(tokenizer.encode(TEXTS[2])) > 4 * model.config.max_seq_len
-    assert found["bits_per_byte"] == pytest.approx(sum(by_hand) / sum(sizes), abs=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(sum(expected_bits) / sum(sizes), abs=1e-6)
     assert found["bytes"] == sum(sizes) and found["tokens"] == sum(sizes) and found["documents"] == 4  # byte-level
     assert found["changed"] == 0
-    for text, bits, size in zip(TEXTS, by_hand, sizes, strict=True):
+    for text, bits, size in zip(TEXTS, expected_bits, sizes, strict=True):
         alone = bits_per_byte(model, tokenizer, [text])
         assert alone["bits_per_byte"] == pytest.approx(bits / size, abs=1e-6) and alone["error"] is None
 
 
-def test_independent_of_batch_size_and_chunks(model, tokenizer, monkeypatch):
+def test_scores_do_not_depend_on_batch_size(model, tokenizer, monkeypatch):
     chats = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes " * i}] for i in range(1, 4)]
     wide = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64)).eval()
     expected = bits_per_byte(model, tokenizer, TEXTS)["bits_per_byte"], sft_loss(wide, tokenizer, chats)["loss"]
     for batch_size, chunk, tokens in ((1, 1024, 16_384), (3, 7, 16_384), (64, 1, 16_384), (16, 1024, 30), (2, 5, 1)):
-        monkeypatch.setattr(loss_room, "CHUNK", chunk)
-        monkeypatch.setattr(room, "BATCH_TOKENS", tokens)
+        monkeypatch.setattr(loss_module, "CHUNK", chunk)
+        monkeypatch.setattr(bits_module, "MAX_WINDOW_TOKENS", tokens)
         found = bits_per_byte(model, tokenizer, reversed(TEXTS), batch_size)["bits_per_byte"]
         assert found == pytest.approx(expected[0], abs=1e-6)
         assert sft_loss(wide, tokenizer, chats, batch_size)["loss"] == pytest.approx(expected[1], abs=1e-6)
 
 
-def test_autocast_around_it_and_training_mode_change_nothing(model, tokenizer):
+def test_autocast_and_training_mode_do_not_change_bits_per_byte(model, tokenizer):
     expected = bits_per_byte(model, tokenizer, TEXTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert bits_per_byte(model.train(), tokenizer, TEXTS) == expected
@@ -78,7 +89,7 @@ def test_autocast_around_it_and_training_mode_change_nothing(model, tokenizer):
     model.eval()
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(tokenizer):
+def test_uniform_model_needs_log2_vocab_size_bits(tokenizer):
     model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 2, max_seq_len=8, tie_embeddings=False))
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -95,28 +106,28 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary(tokeni
 @given(st.integers(1, 90), st.integers(1, 20), st.data())
 def test_every_scored_token_is_the_label_of_one_window(n, limit, data):
     scored = data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
-    row = Row(list(range(n)), scored, 1)
+    sequence = ScoredSequence(list(range(n)), scored, 1)
     found = []
-    for inputs, labels in windows(row, limit):
+    for inputs, labels in sliding_windows(sequence, limit):
         assert len(inputs) == len(labels) <= limit and inputs == list(range(inputs[0], inputs[0] + len(inputs)))
         for before, label in zip(inputs, labels, strict=True):
-            if label != IGNORE:
+            if label != IGNORE_INDEX:
                 assert label == before + 1
                 assert inputs[0] == 0 or label - inputs[0] > limit - max(1, limit // 2)  # enough context
                 found.append(label)
     assert sorted(found) == [i for i in range(1, n) if scored[i]] and found == sorted(found)
 
 
-def test_sft_loss_is_that_of_training(tokenizer, sft_dir, tiny_parent):
+def test_sft_loss_equals_training_loss(tokenizer, sft_dir, tiny_parent):
     """The held-out loss that 3-full_sft.py logs, from the same file."""
-    from corpus.prepare_chats import tokenise_chats
-    from trainer.datasets import Chats
+    from corpus.prepare_chats import tokenize_chats
+    from trainer.datasets import ChatDataset
     from trainer.loss import cross_entropy_sum
 
     model, _, _ = load_model(tiny_parent)
-    folder = str(tokenise_chats(sft_dir, tokenizer, 64))
-    for lang, chats in read_chats(str(sft_dir / "val.jsonl")).items():
-        data = Chats(folder, f"val_{lang}", tokenizer.pad_id)
+    folder = str(tokenize_chats(sft_dir, tokenizer, 64))
+    for lang, chats in read_chats_by_language(str(sft_dir / "val.jsonl")).items():
+        data = ChatDataset(folder, f"val_{lang}", tokenizer.pad_id)
         batch = data.batch(list(range(len(data))))
         with torch.no_grad():
             hidden, _ = model(batch["input_ids"])
@@ -128,15 +139,15 @@ def test_sft_loss_is_that_of_training(tokenizer, sft_dir, tiny_parent):
         assert found["bits_per_byte"] == pytest.approx(total.item() / math.log(2) / answer_bytes, rel=1e-5)
 
 
-def test_the_error_of_a_ratio_by_hand():
-    value, error = ratio([2.0, 6.0], [1, 2])
+def test_ratio_error_equals_formula():
+    value, error = ratio_with_error([2.0, 6.0], [1, 2])
     assert value == pytest.approx(8 / 3)
     assert error == pytest.approx(math.sqrt(2 / 1 * ((2 - 8 / 3) ** 2 + (6 - 16 / 3) ** 2)) / 3)
-    assert ratio([1.0], [2]) == (0.5, None) and ratio([], []) == (None, None)
+    assert ratio_with_error([1.0], [2]) == (0.5, None) and ratio_with_error([], []) == (None, None)
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------
-def test_texts_have_names_and_an_end(tmp_path):
+def test_read_named_texts_names_and_limits_texts(tmp_path):
     (tmp_path / "a.txt").write_text("今天很好。" * 50, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")
@@ -156,17 +167,17 @@ def test_texts_have_names_and_an_end(tmp_path):
         read_named_texts([str(tmp_path / "empty.txt")])
 
 
-def test_chats_have_an_end_in_each_language(sft_dir, tmp_path):
-    everything = read_chats(str(sft_dir / "train.jsonl"))
+def test_read_chats_by_language_limits_bytes(sft_dir, tmp_path):
+    everything = read_chats_by_language(str(sft_dir / "train.jsonl"))
     assert list(everything) == ["zh", "en"] and [len(chats) for chats in everything.values()] == [20, 20]
-    few = read_chats(str(sft_dir / "train.jsonl"), 10)
+    few = read_chats_by_language(str(sft_dir / "train.jsonl"), 10)
     sizes = {lang: [len(chat[1]["content"].encode()) for chat in chats] for lang, chats in few.items()}
     assert all(sum(found) >= 10 > sum(found[:-1]) for found in sizes.values())
     (tmp_path / "t.jsonl").write_text('{"text": "no chat"}\n')
     with pytest.raises(UserError, match=r"t\.jsonl"):
-        read_chats(str(tmp_path / "t.jsonl"))
+        read_chats_by_language(str(tmp_path / "t.jsonl"))
 
 
-def test_a_tokenizer_that_loses_text_is_noticed(model, tokenizer, monkeypatch):
+def test_lossy_tokenizer_is_reported(model, tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "encode", lambda self, text: self.backend.encode(text.lower()).ids)
     assert bits_per_byte(model, tokenizer, ["ABC", "abc"])["changed"] == 1

@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from evaluation.exam_data import LETTERS, read_exam, read_items
+from evaluation.exam_data import CEVAL_LETTERS, parse_exam_items, read_exam_split
 
 HEAD = "id,question,A,B,C,D,answer\n"
 GOOD = HEAD + '0,一加一等于____。,1,2,3,4,B\n1,"逗号，和 comma, here",a,"b, b","c\nc",d,d\n'
 
 
-def ceval(folder, text=GOOD, subject="logic", split="val"):
+def write_ceval_file(folder, text=GOOD, subject="logic", split="val"):
     (folder / "exam" / split).mkdir(parents=True, exist_ok=True)
     file = folder / "exam" / split / f"{subject}_{split}.csv"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder / "exam"
 
 
-def archives(folder, exam):
+def write_archives(folder, exam):
     for name, mode in (("e.tar", "w"), ("e.tar.gz", "w:gz"), ("e.tar.xz", "w:xz"), ("e.tar.bz2", "w:bz2")):
         with tarfile.open(folder / name, mode) as archive:
             archive.add(exam, "any/name")
@@ -35,12 +35,12 @@ def archives(folder, exam):
     yield folder / "e.zip"
 
 
-def test_both_layouts_from_folders_and_archives(tmp_path):
-    exam = ceval(tmp_path)
-    ceval(tmp_path, GOOD, "law", "dev")
-    ceval(tmp_path, GOOD, "logic", "dev")
-    for path in (exam, exam / "val", *archives(tmp_path, exam)):
-        read = read_exam(path)
+def test_ceval_and_cmmlu_layouts_are_read_from_folders_and_archives(tmp_path):
+    exam = write_ceval_file(tmp_path)
+    write_ceval_file(tmp_path, GOOD, "law", "dev")
+    write_ceval_file(tmp_path, GOOD, "logic", "dev")
+    for path in (exam, exam / "val", *write_archives(tmp_path, exam)):
+        read = read_exam_split(path)
         first, second = read.items
         assert (read.split, read.subjects, read.categories) == ("val", ["logic"], {"logic": "Humanities"})
         assert (first.number, first.question, first.options, first.answer) == (
@@ -50,24 +50,24 @@ def test_both_layouts_from_folders_and_archives(tmp_path):
             "B",
         )
         assert second.question == "逗号，和 comma, here" and second.options == ("a", "b, b", "c\nc", "d")
-        assert second.answer == "D" and second.where.endswith("logic_val.csv:3")
-    assert len(read_exam(exam).examples["logic"]) == 2 and not read_exam(exam / "val").examples
+        assert second.answer == "D" and second.location.endswith("logic_val.csv:3")
+    assert len(read_exam_split(exam).examples["logic"]) == 2 and not read_exam_split(exam / "val").examples
 
     cmmlu = tmp_path / "cmmlu" / "test"
     cmmlu.mkdir(parents=True)
     (cmmlu / "agronomy.csv").write_text("\ufeff,Question,A,B,C,D,Answer\r\n7,谁？,甲,乙,丙,丁,C\r\n", encoding="utf-8")
-    read = read_exam(tmp_path / "cmmlu")
+    read = read_exam_split(tmp_path / "cmmlu")
     assert (read.split, read.subjects, read.items[0].number, read.items[0].answer) == ("test", ["agronomy"], "7", "C")
 
 
 def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_path):
-    exam = ceval(tmp_path, "id,question,A,B,C,D\n0,q,1,2,3,4\n", "logic", "test")
+    exam = write_ceval_file(tmp_path, "id,question,A,B,C,D\n0,q,1,2,3,4\n", "logic", "test")
     (exam / "subject_mapping.json").write_text('{"logic": ["Logic", "逻辑学", "Thinking"]}', encoding="utf-8")
-    read = read_exam(exam)
+    read = read_exam_split(exam)
     assert read.split == "test" and read.items[0].answer == "" and read.categories == {"logic": "Thinking"}
     (exam / "subject_mapping.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(UserError, match=r"subject_mapping.json: expected"):
-        read_exam(exam)
+        read_exam_split(exam)
 
 
 @pytest.mark.parametrize(
@@ -91,21 +91,21 @@ def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_pa
         (HEAD.encode() + b"0,q\x8f\xff\x81,1,2,3,4,A\n", "neither UTF-8 nor UTF-16 nor GB18030"),
     ],
 )
-def test_a_broken_file_is_one_line_with_its_place(tmp_path, text, said):
-    exam = ceval(tmp_path, text)
+def test_broken_file_error_names_file_and_line(tmp_path, text, said):
+    exam = write_ceval_file(tmp_path, text)
     with pytest.raises(UserError) as error:
-        read_exam(exam)
+        read_exam_split(exam)
     assert said in str(error.value) and "logic_val.csv" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_dev_needs_its_answers(tmp_path):
-    ceval(tmp_path, "id,question,A,B,C,D\n0,q,1,2,3,4\n", "logic", "dev")
+    write_ceval_file(tmp_path, "id,question,A,B,C,D\n0,q,1,2,3,4\n", "logic", "dev")
     with pytest.raises(UserError, match="no column answer"):
-        read_exam(ceval(tmp_path))
+        read_exam_split(write_ceval_file(tmp_path))
 
 
-def test_a_wrong_place_says_what_was_expected(tmp_path):
-    exam = ceval(tmp_path)
+def test_wrong_path_error_names_expected_input(tmp_path):
+    exam = write_ceval_file(tmp_path)
     for path, said in (
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "notes.docx", "is no exam: expected a .csv, .tsv or .jsonl file of questions"),
@@ -119,36 +119,36 @@ def test_a_wrong_place_says_what_was_expected(tmp_path):
         with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as archive:
             archive.writestr("xl/workbook.xml", "<workbook/>")
         with pytest.raises(UserError, match=said) as error:
-            read_exam(path)
+            read_exam_split(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no split 'test'.* val"):
-        read_exam(exam, "test")
+        read_exam_split(exam, "test")
     with pytest.raises(UserError, match=r"no subject 'lore'.*logic"):
-        read_exam(exam, subjects=["lore"])
+        read_exam_split(exam, subjects=["lore"])
     (tmp_path / "exam" / "old" / "val").mkdir(parents=True)
     (tmp_path / "exam" / "old" / "val" / "logic_val.csv").write_text(GOOD, encoding="utf-8")
     with pytest.raises(UserError, match="holds logic twice"):
-        read_exam(exam)
+        read_exam_split(exam)
 
 
-def test_a_damaged_archive_is_said(tmp_path):
-    for path in list(archives(tmp_path, ceval(tmp_path, HEAD + "0,q,1,2,3,4,A\n" * 1))):
+def test_damaged_archive_is_an_error(tmp_path):
+    for path in list(write_archives(tmp_path, write_ceval_file(tmp_path, HEAD + "0,q,1,2,3,4,A\n" * 1))):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 3])
         with pytest.raises(UserError, match="e\\.") as error:
-            read_exam(path)
+            read_exam_split(path)
         assert "\n" not in str(error.value)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).filter(lambda t: t.strip() == t)
-ROW = st.tuples(TEXT, TEXT, TEXT, TEXT, TEXT, st.sampled_from(LETTERS))
+ROW = st.tuples(TEXT, TEXT, TEXT, TEXT, TEXT, st.sampled_from(CEVAL_LETTERS))
 
 
 @given(st.lists(ROW, min_size=1, max_size=5))
-def test_what_csv_writes_is_read_back(rows):
+def test_csv_round_trip(rows):
     text = io.StringIO()
-    csv.writer(text).writerows([("question", *LETTERS, "answer"), *rows])
-    items = read_items("s", "f", text.getvalue())
+    csv.writer(text).writerows([("question", *CEVAL_LETTERS, "answer"), *rows])
+    items = parse_exam_items("s", "f", text.getvalue())
     assert [(item.question, *item.options, item.answer) for item in items] == rows
 
 
@@ -156,7 +156,7 @@ def test_what_csv_writes_is_read_back(rows):
 def test_any_text_is_read_or_refused(noise):
     for text in (noise, HEAD + noise):
         try:
-            assert read_items("s", "f", text)
+            assert parse_exam_items("s", "f", text)
         except UserError as error:
             assert str(error).startswith("f")
 
@@ -165,13 +165,13 @@ def test_any_text_is_read_or_refused(noise):
 OWN_ROWS = [("一加一?", "1", "2", "3", "4", "B"), ("1, 2; 3\tand?", "a", "b", "c", "d", "D")]
 
 
-def own(folder, content, name="mine.csv"):
+def write_exam_file(folder, content, name="mine.csv"):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder / name
 
 
-def table_text(head, rows, order=None, delimiter=","):
+def csv_text(head, rows, order=None, delimiter=","):
     """csv text of the rows, its columns in another order where one is given."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter)
@@ -181,7 +181,7 @@ def table_text(head, rows, order=None, delimiter=","):
 
 
 def read_own(path, **options):
-    return [(item.question, item.options, item.answer) for item in read_exam(path, **options).items]
+    return [(item.question, item.options, item.answer) for item in read_exam_split(path, **options).items]
 
 
 RIGHT = [(row[0], row[1:5], row[5]) for row in OWN_ROWS]
@@ -204,18 +204,18 @@ ENGLISH = ["question", "A", "B", "C", "D", "answer"]
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gb18030"])
 def test_one_csv_is_an_exam_of_one_subject(tmp_path, head, delimiter, encoding):
     rows = OWN_ROWS * 3 if head is None else OWN_ROWS
-    path = own(tmp_path, table_text(head, rows, delimiter=delimiter).encode(encoding))
-    exam = read_exam(path)
+    path = write_exam_file(tmp_path, csv_text(head, rows, delimiter=delimiter).encode(encoding))
+    exam = read_exam_split(path)
     assert (exam.split, exam.subjects, exam.categories) == ("all", ["mine"], {"mine": "Other"})
     assert read_own(path) == RIGHT * (3 if head is None else 1)
-    assert exam.items[1].where == f"{path}:{3 if head else 2}"
+    assert exam.items[1].location == f"{path}:{3 if head else 2}"
 
 
 def test_a_file_without_a_header_may_number_its_rows(tmp_path):
     """C-Eval's own columns with the header cut off: the number is not the question, nor the question an option."""
-    path = own(tmp_path, table_text(None, [(str(i), *row) for i, row in enumerate(OWN_ROWS, 7)]))
-    assert read_own(path) == RIGHT and [item.number for item in read_exam(path).items] == ["7", "8"]
-    short = own(tmp_path, table_text(None, [("12", "a dozen", "a score", "A")]))
+    path = write_exam_file(tmp_path, csv_text(None, [(str(i), *row) for i, row in enumerate(OWN_ROWS, 7)]))
+    assert read_own(path) == RIGHT and [item.number for item in read_exam_split(path).items] == ["7", "8"]
+    short = write_exam_file(tmp_path, csv_text(None, [("12", "a dozen", "a score", "A")]))
     assert read_own(short) == [("12", ("a dozen", "a score"), "A")], "with two options only, a number is the question"
 
 
@@ -226,16 +226,16 @@ def test_short_files_are_read_in_their_encoding(tmp_path):
         ("首都?", "utf-16"),
         ("一?", "utf-16-le"),
     ):
-        path = own(tmp_path, table_text(ENGLISH, [(text, *"1234", "A")]).encode(encoding))
-        assert read_exam(path).items[0].question == text, encoding
+        path = write_exam_file(tmp_path, csv_text(ENGLISH, [(text, *"1234", "A")]).encode(encoding))
+        assert read_exam_split(path).items[0].question == text, encoding
 
 
 def test_columns_may_be_in_any_order_with_other_columns_between(tmp_path):
     head = [*ENGLISH, "id", "explanation"]
     rows = [(*row, f"n{i}", "because") for i, row in enumerate(OWN_ROWS)]
     for order in ((7, 5, 0, 4, 3, 2, 1, 6), (6, 0, 1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 5, 6, 7, 0)):
-        path = own(tmp_path, table_text(head, rows, order))
-        assert read_own(path) == RIGHT and [item.number for item in read_exam(path).items] == ["n0", "n1"]
+        path = write_exam_file(tmp_path, csv_text(head, rows, order))
+        assert read_own(path) == RIGHT and [item.number for item in read_exam_split(path).items] == ["n0", "n1"]
 
 
 @pytest.mark.parametrize(
@@ -259,28 +259,28 @@ def test_columns_may_be_in_any_order_with_other_columns_between(tmp_path):
 )
 def test_answers_are_letters_or_numbers_whose_start_is_known(tmp_path, answers, expected):
     rows = [(f"q{i}", "w", "x", "y", "z", answer) for i, answer in enumerate(answers)]
-    path = own(tmp_path, table_text(ENGLISH, rows))
+    path = write_exam_file(tmp_path, csv_text(ENGLISH, rows))
     if isinstance(expected, str) and len(expected) == 4:
         assert "".join(answer for *_, answer in read_own(path)) == expected
         return
     with pytest.raises(UserError) as error:
-        read_exam(path)
+        read_exam_split(path)
     assert expected in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_number_that_is_also_the_text_of_another_option_is_refused(tmp_path):
-    path = own(tmp_path, "question,A,B,C,D,answer\n1+1?,1,2,3,4,2\n2+2?,2,3,4,5,0\n")
+    path = write_exam_file(tmp_path, "question,A,B,C,D,answer\n1+1?,1,2,3,4,2\n2+2?,2,3,4,5,0\n")
     with pytest.raises(UserError, match=r":2: the answer 2 is the number of one option and the text of another"):
-        read_exam(path)
-    assert read_own(own(tmp_path, "question,A,B,C,D,answer\n1+1?,0,1,2,3,2\n0+0?,0,1,2,3,0\n"))[0][2] == "C"
+        read_exam_split(path)
+    assert read_own(write_exam_file(tmp_path, "question,A,B,C,D,answer\n1+1?,0,1,2,3,2\n0+0?,0,1,2,3,0\n"))[0][2] == "C"
 
 
 def test_two_to_ten_options_and_fewer_in_some_rows(tmp_path):
-    five = own(tmp_path, "question,A,B,C,D,E,answer\nq,1,2,3,4,5,E\ntrue?,yes,no,,,,B\n")
+    five = write_exam_file(tmp_path, "question,A,B,C,D,E,answer\nq,1,2,3,4,5,E\ntrue?,yes,no,,,,B\n")
     assert read_own(five) == [("q", tuple("12345"), "E"), ("true?", ("yes", "no"), "B")]
-    ten = own(tmp_path, table_text(["question", *"ABCDEFGHIJ", "answer"], [("q", *"0123456789", "J")]))
+    ten = write_exam_file(tmp_path, csv_text(["question", *"ABCDEFGHIJ", "answer"], [("q", *"0123456789", "J")]))
     assert read_own(ten)[0][2] == "J"
-    assert read_own(own(tmp_path, "true?,yes,no,B\nfalse?,no,yes,a\n")) == [
+    assert read_own(write_exam_file(tmp_path, "true?,yes,no,B\nfalse?,no,yes,a\n")) == [
         ("true?", ("yes", "no"), "B"),
         ("false?", ("no", "yes"), "A"),
     ]
@@ -291,18 +291,18 @@ def test_two_to_ten_options_and_fewer_in_some_rows(tmp_path):
         ("what?,yes,no,maybe\n", "no column question, A, B in its first line: 'what?,yes,no,maybe'"),
     ):
         with pytest.raises(UserError) as error:
-            read_exam(own(tmp_path, text))
+            read_exam_split(write_exam_file(tmp_path, text))
         assert said in str(error.value) and "mine.csv" in str(error.value)
 
 
-def test_jsonl_questions(tmp_path):
+def test_jsonl_questions_are_read(tmp_path):
     rows = [
         '{"question": "一?", "A": "1", "B": 2, "C": "3", "answer": "b"}',
         "",
         '{"题目": "二?", "选项": ["x", "y"], "答案": "A", "解析": "…"}',
         '{"question": "three?", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "C"}',
     ]
-    path = own(tmp_path, "\n".join(rows), "mine.jsonl")
+    path = write_exam_file(tmp_path, "\n".join(rows), "mine.jsonl")
     assert read_own(path) == [
         ("一?", ("1", "2", "3"), "B"),
         ("二?", ("x", "y"), "A"),
@@ -316,29 +316,32 @@ def test_jsonl_questions(tmp_path):
         ('{"question": "q", "choices": ["x", ["y"]], "answer": "A"}', ":1: B is empty"),
     ):
         with pytest.raises(UserError) as error:
-            read_exam(own(tmp_path, text, "mine.jsonl"))
+            read_exam_split(write_exam_file(tmp_path, text, "mine.jsonl"))
         assert said in str(error.value)
 
 
-def test_lists_and_folders_of_files(tmp_path):
-    text = table_text(ENGLISH, OWN_ROWS)
-    one, two = own(tmp_path / "a", text, "law.csv"), own(tmp_path / "b", text, "driving_test.csv")
-    exam = read_exam([one, two])
+def test_lists_and_folders_of_files_are_read(tmp_path):
+    text = csv_text(ENGLISH, OWN_ROWS)
+    one, two = (
+        write_exam_file(tmp_path / "a", text, "law.csv"),
+        write_exam_file(tmp_path / "b", text, "driving_test.csv"),
+    )
+    exam = read_exam_split([one, two])
     assert (exam.split, exam.subjects) == ("all", ["driving_test", "law"]), "one name without a split: none has one"
-    assert read_exam(two).split == "test" and read_exam(two).subjects == ["driving"]
-    own(tmp_path / "a", text, "math.tsv")
-    assert read_exam(tmp_path / "a").subjects == ["law", "math"]
-    own(tmp_path / "c", text, "law_val.csv"), own(tmp_path / "c", text, "law_dev.csv")
-    exam = read_exam(tmp_path / "c")
+    assert read_exam_split(two).split == "test" and read_exam_split(two).subjects == ["driving"]
+    write_exam_file(tmp_path / "a", text, "math.tsv")
+    assert read_exam_split(tmp_path / "a").subjects == ["law", "math"]
+    write_exam_file(tmp_path / "c", text, "law_val.csv"), write_exam_file(tmp_path / "c", text, "law_dev.csv")
+    exam = read_exam_split(tmp_path / "c")
     assert (exam.split, exam.subjects, len(exam.examples["law"])) == ("val", ["law"], 2)
-    own(tmp_path / "d" / "val", text, "law.csv"), own(tmp_path / "d" / "dev", text, "law.csv")
-    own(tmp_path / "d", text, "stray.csv")
-    exam = read_exam(tmp_path / "d")
+    write_exam_file(tmp_path / "d" / "val", text, "law.csv"), write_exam_file(tmp_path / "d" / "dev", text, "law.csv")
+    write_exam_file(tmp_path / "d", text, "stray.csv")
+    exam = read_exam_split(tmp_path / "d")
     assert (exam.split, exam.subjects, len(exam.examples["law"])) == ("val", ["law"], 2)
     with pytest.raises(UserError, match="holds law twice"):
-        read_exam([tmp_path / "a", one])
+        read_exam_split([tmp_path / "a", one])
     with pytest.raises(UserError, match=r"has the splits val, all, dev: choose one with --split"):
-        read_exam([tmp_path / "d", two.rename(tmp_path / "b" / "driving.csv")])
+        read_exam_split([tmp_path / "d", two.rename(tmp_path / "b" / "driving.csv")])
 
 
 @given(
@@ -348,7 +351,7 @@ def test_lists_and_folders_of_files(tmp_path):
 def test_any_own_text_is_read_or_refused(noise, name):
     for text in (noise, HEAD + noise, "q,1,2,A\n" + noise, '{"question": "q", "A": 1, "B": 2}\n' + noise):
         try:
-            items = read_items("s", name, text)
+            items = parse_exam_items("s", name, text)
         except UserError as error:
             assert str(error).startswith(name) and "\n" not in str(error)
         else:

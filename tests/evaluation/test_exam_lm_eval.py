@@ -10,21 +10,21 @@ import pytest
 import torch
 
 from demo_world import exam
-from evaluation.exam_data import LETTERS, read_exam
+from evaluation.exam_data import CEVAL_LETTERS, read_exam_split
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.helpers import run_script
-from tests.scripts.test_eval_ceval import table
+from tests.scripts.test_eval_ceval import read_table
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval", reason="a cross-check of 341 MB, see above")
 PAGE = "{{question.strip()}}\n"
-LISTED = "".join(f"{letter}. {{{{{letter}.strip()}}}}\n" for letter in LETTERS)
+LISTED = "".join(f"{letter}. {{{{{letter}.strip()}}}}\n" for letter in CEVAL_LETTERS)
 TOLERANCE = 2e-3  # log-probabilities in fp32, sums over an option's tokens
 
 
-def as_transformers(path, folder):
+def save_as_llama(path, folder):
     """Our weights under transformers' own class; the names are the same."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,7 +43,7 @@ def as_transformers(path, folder):
     return folder
 
 
-def harness(folder, files, method, shots, answer):
+def run_harness(folder, files, method, shots, answer):
     """{subject: [(log-probabilities, prediction)]} in the order of the file."""
     from lm_eval import simple_evaluate
 
@@ -60,7 +60,7 @@ def harness(folder, files, method, shots, answer):
                 "fewshot_config": {"sampler": "first_n"},
                 "output_type": "multiple_choice",
                 "doc_to_text": PAGE + (LISTED if method == "letter" else "") + answer,
-                "doc_to_choice": list(LETTERS)
+                "doc_to_choice": list(CEVAL_LETTERS)
                 if method == "letter"
                 else "{{[A.strip(), B.strip(), C.strip(), D.strip()]}}",
                 "doc_to_target": "{{['A', 'B', 'C', 'D'].index(answer.strip())}}",
@@ -86,7 +86,7 @@ def harness(folder, files, method, shots, answer):
 
 
 @pytest.mark.parametrize(("method", "shots"), [("letter", 0), ("letter", 2), ("text", 0)])
-def test_the_harness_agrees_on_every_question(monkeypatch, tokenizer, tmp_path, method, shots):
+def test_log_probs_equal_lm_eval_harness(monkeypatch, tokenizer, tmp_path, method, shots):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -94,19 +94,19 @@ def test_the_harness_agrees_on_every_question(monkeypatch, tokenizer, tmp_path, 
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 2, 4, 2, max_seq_len=1024))
     save_model(tmp_path / "pretrain_64.pth", model, "pretrain", tokenizer, [{}])
-    compare(monkeypatch, tmp_path / "exam", tmp_path / "pretrain_64.pth", tmp_path, method, shots, None)
+    assert_harness_agrees(monkeypatch, tmp_path / "exam", tmp_path / "pretrain_64.pth", tmp_path, method, shots, None)
 
 
-def compare(monkeypatch, exam, checkpoint, tmp_path, method, shots, subjects):
+def assert_harness_agrees(monkeypatch, exam, checkpoint, tmp_path, method, shots, subjects):
     """Runs both on the exam's validation split; every log-probability and every prediction must agree."""
-    names = subjects or read_exam(exam).subjects
+    names = subjects or read_exam_split(exam).subjects
     flags = ["--method", method, "--shots", shots, "--style", "plain", "--dtype", "float32", "--device", "cpu"]
     run_script(
         monkeypatch, "eval_ceval.py", "--data", exam, "--checkpoint", checkpoint, "--out_dir", tmp_path,
         "--subjects", ",".join(names), *flags,
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
-    folder = as_transformers(checkpoint, tmp_path / "folder")
+    folder = save_as_llama(checkpoint, tmp_path / "folder")
     ours = tmp_path / "ceval" / f"{checkpoint.stem}_{exam.name}_val_{method}_{shots}shot"
     languages = {name: "Answer:" if name.endswith("_en") else "答案：" for name in names}
     compared = 0
@@ -116,17 +116,17 @@ def compare(monkeypatch, exam, checkpoint, tmp_path, method, shots, subjects):
             for name in names
             if languages[name] == answer
         }
-        for subject, theirs in harness(folder, files, method, shots, answer).items():
-            rows = table(ours / f"{subject}.csv")
+        for subject, theirs in run_harness(folder, files, method, shots, answer).items():
+            rows = read_table(ours / f"{subject}.csv")
             assert len(rows) == len(theirs)
             for row, log_probs in zip(rows, theirs, strict=True):
                 if method == "text":
-                    log_probs = [value / len(row[x].strip()) for x, value in zip(LETTERS, log_probs, strict=True)]
-                mine = [float(row[f"log_prob_{x}"]) for x in LETTERS]
+                    log_probs = [value / len(row[x].strip()) for x, value in zip(CEVAL_LETTERS, log_probs, strict=True)]
+                mine = [float(row[f"log_prob_{x}"]) for x in CEVAL_LETTERS]
                 assert mine == pytest.approx(log_probs, abs=TOLERANCE), (subject, row["id"])
                 best = sorted(log_probs)[-2:]
                 if best[1] - best[0] > TOLERANCE:
-                    assert row["prediction"] == LETTERS[log_probs.index(best[1])], (subject, row["id"])
+                    assert row["prediction"] == CEVAL_LETTERS[log_probs.index(best[1])], (subject, row["id"])
                 compared += 1
-    assert compared == sum(len(table(ours / f"{name}.csv")) for name in names)
+    assert compared == sum(len(read_table(ours / f"{name}.csv")) for name in names)
     print(f"{compared} questions agree")

@@ -8,21 +8,23 @@ import torch
 
 from common.errors import UserError
 from evaluation import exam_logprobs
-from evaluation.exam_data import LETTERS, Exam, Item
-from evaluation.exam_logprobs import answer
-from evaluation.exam_prompts import Asking, ask
+from evaluation.exam_data import CEVAL_LETTERS, ExamItem, ExamSplit
+from evaluation.exam_logprobs import compute_option_log_probs
+from evaluation.exam_prompts import PromptConfig, build_prompts
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-EXAMPLES = [Item("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[i % 4], f"dev:{i}") for i in range(3)]
+EXAMPLES = [ExamItem("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[i % 4], f"dev:{i}") for i in range(3)]
 
 
-def exam(texts, examples=EXAMPLES):
+def make_exam(texts, examples=EXAMPLES):
     """Chinese questions are one subject, English ones another."""
     subjects = ["zh" if is_chinese(question) else "en" for question, _ in texts]
-    items = [Item(s, str(i), *text, "A", f"val:{i}") for i, (s, text) in enumerate(zip(subjects, texts, strict=True))]
+    items = [
+        ExamItem(s, str(i), *text, "A", f"val:{i}") for i, (s, text) in enumerate(zip(subjects, texts, strict=True))
+    ]
     items.sort(key=lambda item: item.subject)
-    return Exam("val", items, {"zh": examples, "en": examples}, {"zh": "Other", "en": "Other"})
+    return ExamSplit("val", items, {"zh": examples, "en": examples}, {"zh": "Other", "en": "Other"})
 
 
 def is_chinese(text):
@@ -44,7 +46,7 @@ def model(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def theirs(model):
+def transformers_model(model):
     """The same weights in transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -66,13 +68,15 @@ def theirs(model):
     return other
 
 
-def put(model, tokenizer, asked, method, batch_tokens=4096):
-    assert sum(answer(model, tokenizer, asked, method, contextlib.nullcontext, batch_tokens)) == len(asked)
-    return torch.tensor([one.log_probs for one in asked])
+def option_log_probs(model, tokenizer, prompts, method, batch_tokens=4096):
+    assert sum(
+        compute_option_log_probs(model, tokenizer, prompts, method, contextlib.nullcontext, batch_tokens)
+    ) == len(prompts)
+    return torch.tensor([one.log_probs for one in prompts])
 
 
 @torch.no_grad()
-def by_hand(theirs, tokenizer, texts, chat, method, shots):
+def reference_log_probs(transformers_model, tokenizer, texts, chat, method, shots):
     """As little code as possible: one option at a time, no cache, no padding, prompts written out here."""
     rows = []
     for question, options in texts:
@@ -81,10 +85,12 @@ def by_hand(theirs, tokenizer, texts, chat, method, shots):
         instruction = "\n请直接回答选项的字母。" if zh else "\nAnswer with the letter of the right option."
 
         def page(q, shown, instruction=instruction):
-            listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, shown, strict=True))
+            listed = "".join(f"\n{letter}. {text}" for letter, text in zip(CEVAL_LETTERS, shown, strict=True))
             return q if method == "text" else q + listed + (instruction if chat else "")
 
-        replies = [e.answer if method == "letter" else e.options[LETTERS.index(e.answer)] for e in EXAMPLES[:shots]]
+        replies = [
+            e.answer if method == "letter" else e.options[CEVAL_LETTERS.index(e.answer)] for e in EXAMPLES[:shots]
+        ]
         before = [page(e.question, e.options) for e in EXAMPLES[:shots]]
         if chat:
             pairs = zip(before, replies, strict=True)
@@ -95,9 +101,9 @@ def by_hand(theirs, tokenizer, texts, chat, method, shots):
             text = "".join(f"{q}{tail}{gap}{a}\n\n" for q, a in zip(before, replies, strict=True))
             start = tokenizer.encode(text + page(question, options) + tail)
         row = []
-        for continuation in LETTERS if method == "letter" else options:
+        for continuation in CEVAL_LETTERS if method == "letter" else options:
             more = tokenizer.encode(gap + continuation)
-            logs = theirs(torch.tensor([start + more])).logits[0].log_softmax(-1)
+            logs = transformers_model(torch.tensor([start + more])).logits[0].log_softmax(-1)
             total = sum(logs[len(start) + i - 1, token].item() for i, token in enumerate(more))
             row.append(total / (len(continuation) if method == "text" else 1))
         rows.append(row)
@@ -107,11 +113,13 @@ def by_hand(theirs, tokenizer, texts, chat, method, shots):
 @pytest.mark.parametrize("method", ["letter", "text"])
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("shots", [0, 2])
-def test_log_probabilities_equal_transformers_one_by_one(model, theirs, tokenizer, method, chat, shots):
-    asked = list(ask(exam(MIXED), tokenizer, Asking(method, shots, 1, chat), 512))
-    assert not any(one.cut for one in asked) and all(one.examples == shots for one in asked)
-    ours = put(model, tokenizer, asked, method)
-    torch.testing.assert_close(ours, by_hand(theirs, tokenizer, MIXED, chat, method, shots), atol=2e-4, rtol=1e-4)
+def test_log_probabilities_equal_transformers_one_by_one(model, transformers_model, tokenizer, method, chat, shots):
+    prompts = list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(method, shots, 1, chat), 512))
+    assert not any(one.is_truncated for one in prompts) and all(one.num_shots == shots for one in prompts)
+    ours = option_log_probs(model, tokenizer, prompts, method)
+    torch.testing.assert_close(
+        ours, reference_log_probs(transformers_model, tokenizer, MIXED, chat, method, shots), atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -119,26 +127,32 @@ def test_log_probabilities_equal_transformers_one_by_one(model, theirs, tokenize
 def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, shots, chat):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
     texts += [(f"{question} {'long ' * (30 + i)}", options) for i in range(2) for question, options in MIXED]
-    asked = list(ask(exam(texts), tokenizer, Asking(method, shots, 1, chat), 420 if chat else 340))
-    assert shots != 3 or len({one.examples for one in asked}) > 1, "some fit, some do not"
-    alone = put(model, tokenizer, asked, method, 1)
+    prompts = list(
+        build_prompts(make_exam(texts), tokenizer, PromptConfig(method, shots, 1, chat), 420 if chat else 340)
+    )
+    assert shots != 3 or len({one.num_shots for one in prompts}) > 1, "some fit, some do not"
+    alone = option_log_probs(model, tokenizer, prompts, method, 1)
     for batch_tokens in (300, 4096):
-        torch.testing.assert_close(put(model, tokenizer, asked, method, batch_tokens), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            option_log_probs(model, tokenizer, prompts, method, batch_tokens), alone, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("method", ["letter", "text"])
 @pytest.mark.parametrize("shots", [0, 2])
-def test_questions_may_have_different_numbers_of_options(model, theirs, tokenizer, method, shots):
+def test_questions_may_have_different_numbers_of_options(model, transformers_model, tokenizer, method, shots):
     texts = [(f"what {i}?", ("x", "yy", "z z", "four", "five")[:count]) for i, count in enumerate((2, 5, 3, 2, 4, 5))]
-    asked = list(ask(exam(texts), tokenizer, Asking(method, shots), 512))
-    assert sum(answer(model, tokenizer, asked, method, contextlib.nullcontext, 4096)) == len(asked)
-    for one, (_, options) in zip(asked, texts, strict=True):
+    prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig(method, shots), 512))
+    assert sum(compute_option_log_probs(model, tokenizer, prompts, method, contextlib.nullcontext, 4096)) == len(
+        prompts
+    )
+    for one, (_, options) in zip(prompts, texts, strict=True):
         assert len(one.log_probs) == len(options) == len(one.options)
         assert ("E. five" in tokenizer.decode(one.prompt)) == (method == "letter" and len(options) == 5)
         start = one.prompt
         for found, continuation, text in zip(one.log_probs, one.options, options, strict=True):
             with torch.no_grad():
-                logs = theirs(torch.tensor([start + continuation])).logits[0].log_softmax(-1)
+                logs = transformers_model(torch.tensor([start + continuation])).logits[0].log_softmax(-1)
             total = sum(logs[len(start) + i - 1, token].item() for i, token in enumerate(continuation))
             assert found == pytest.approx(total / (len(text) if method == "text" else 1), abs=2e-4)
             assert tokenizer.decode(continuation).strip() == (
@@ -148,81 +162,82 @@ def test_questions_may_have_different_numbers_of_options(model, theirs, tokenize
 
 def test_a_cache_of_many_questions_stays_within_bounds(model, tokenizer, monkeypatch):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
-    asked = list(ask(exam(texts), tokenizer, Asking("text", 1), 340))
-    alone, positions = put(model, tokenizer, asked, "text", 1), []
-    making = exam_logprobs.KVCache.__init__
+    prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig("text", 1), 340))
+    alone, positions = option_log_probs(model, tokenizer, prompts, "text", 1), []
+    original_init = exam_logprobs.KVCache.__init__
 
-    def note(self, config, batch, max_len, *rest):
+    def recording_init(self, config, batch, max_len, *rest):
         positions.append(batch * max_len)
-        making(self, config, batch, max_len, *rest)
+        original_init(self, config, batch, max_len, *rest)
 
-    monkeypatch.setattr(exam_logprobs.KVCache, "__init__", note)
-    put(model, tokenizer, asked, "text")
+    monkeypatch.setattr(exam_logprobs.KVCache, "__init__", recording_init)
+    option_log_probs(model, tokenizer, prompts, "text")
     assert max(positions) > 3 * 512
     token = 4 * model.config.n_layers * model.config.n_kv_heads * model.config.head_dim  # bytes of one in a cache
-    monkeypatch.setattr(exam_logprobs, "LARGEST_CACHE", 3 * 512 * token)
+    monkeypatch.setattr(exam_logprobs, "MAX_CACHE_BYTES", 3 * 512 * token)
     positions.clear()
-    torch.testing.assert_close(put(model, tokenizer, asked, "text"), alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(option_log_probs(model, tokenizer, prompts, "text"), alone, atol=1e-5, rtol=1e-5)
     assert max(positions) <= 3 * 512
 
 
-def test_orders_move_the_options_and_the_numbers_come_back(model, tokenizer):
-    asked = list(ask(exam(MIXED[2:3]), tokenizer, Asking(orders=4), 256))
-    texts = [tokenizer.decode(one.prompt) for one in asked]
+def test_option_orders_are_undone_in_log_probs(model, tokenizer):
+    prompts = list(build_prompts(make_exam(MIXED[2:3]), tokenizer, PromptConfig(orders=4), 256))
+    texts = [tokenizer.decode(one.prompt) for one in prompts]
     assert "A. 一\nB. 二二" in texts[0] and "A. 二二\nB. 三三三\nC. 四\nD. 一" in texts[1]
-    found = put(model, tokenizer, asked, "letter")
-    rotated = exam([(MIXED[2][0], ("二二", "三三三", "四", "一"))])
-    plain = put(model, tokenizer, list(ask(rotated, tokenizer, Asking(), 256)), "letter")
+    found = option_log_probs(model, tokenizer, prompts, "letter")
+    rotated = make_exam([(MIXED[2][0], ("二二", "三三三", "四", "一"))])
+    plain = option_log_probs(model, tokenizer, list(build_prompts(rotated, tokenizer, PromptConfig(), 256)), "letter")
     torch.testing.assert_close(found[1][[1, 2, 3, 0]], plain[0])
 
 
-def test_examples_go_first_and_then_the_beginning_of_the_question(tokenizer):
-    def only(texts, asking, limit):
-        (one,) = ask(exam(texts), tokenizer, asking, limit)
-        assert len(one.prompt) + one.rest <= limit
+def test_truncation_drops_examples_before_question_start(tokenizer):
+    def only(texts, config, limit):
+        (one,) = build_prompts(make_exam(texts), tokenizer, config, limit)
+        assert len(one.prompt) + one.continuation_length <= limit
         return one, tokenizer.decode(one.prompt)
 
-    whole, text = only(MIXED[:1], Asking(shots=3), 500)
-    assert whole.examples == 3 and text.startswith("example 0?\nA. a") and "Answer: A\n\nexample 1?" in text
-    fewer, text = only(MIXED[:1], Asking(shots=3), len(whole.prompt) - 1)
-    assert (fewer.examples, fewer.cut) == (2, False) and text.startswith("example 1?"), "the oldest went"
+    whole, text = only(MIXED[:1], PromptConfig(shots=3), 500)
+    assert whole.num_shots == 3 and text.startswith("example 0?\nA. a") and "Answer: A\n\nexample 1?" in text
+    fewer, text = only(MIXED[:1], PromptConfig(shots=3), len(whole.prompt) - 1)
+    assert (fewer.num_shots, fewer.is_truncated) == (2, False) and text.startswith("example 1?"), "the oldest went"
     for chat in (False, True):
         long = [("long " * 60 + "end?", ("1", "2", "3", "4"))]
-        one, text = only(long, Asking(shots=3, chat=chat), 150)
-        assert one.examples == 0 and one.cut and "end?\nA. 1\nB. 2" in text and "long long" in text
+        one, text = only(long, PromptConfig(shots=3, is_chat=chat), 150)
+        assert one.num_shots == 0 and one.is_truncated and "end?\nA. 1\nB. 2" in text and "long long" in text
         assert text.endswith("<|im_start|>assistant\n" if chat else "\nAnswer:")
         assert text.startswith("<|im_start|>user\n") == chat
-    _, text = only([("长" * 100, ("1", "2", "3", "4"))], Asking(chat=True), 130)
+    _, text = only([("长" * 100, ("1", "2", "3", "4"))], PromptConfig(is_chat=True), 130)
     assert "\ufffd" not in text, "no half character is left at the cut"
     with pytest.raises(UserError, match="val:0: the options do not fit"):
-        only([("q", ("1", "2", "3", "x" * 200))], Asking("text", chat=True), 100)
+        only([("q", ("1", "2", "3", "x" * 200))], PromptConfig("text", is_chat=True), 100)
 
 
 def test_a_subject_has_one_language(tokenizer):
     items = [
-        Item("s", str(i), q, ("1", "2", "3", "4"), "A", f"v:{i}") for i, q in enumerate(("中文问题", "int main() {}"))
+        ExamItem("s", str(i), q, ("1", "2", "3", "4"), "A", f"v:{i}")
+        for i, q in enumerate(("中文问题", "int main() {}"))
     ]
-    asked = ask(Exam("val", items, {}, {"s": "Other"}), tokenizer, Asking(), 256)
-    assert all(tokenizer.decode(one.prompt).endswith("答案：") for one in asked), "code in a Chinese exam"
+    prompts = build_prompts(ExamSplit("val", items, {}, {"s": "Other"}), tokenizer, PromptConfig(), 256)
+    assert all(tokenizer.decode(one.prompt).endswith("答案：") for one in prompts), "code in a Chinese exam"
 
 
-def test_too_few_examples_are_said(tokenizer):
+def test_too_few_examples_is_an_error(tokenizer):
     with pytest.raises(UserError, match="--shots 5: en has 3 examples in dev"):
-        list(ask(exam(MIXED), tokenizer, Asking(shots=5), 256))
+        list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(shots=5), 256))
 
 
 def test_long_prompts_and_long_options_share_no_batch_that_is_too_wide(model, tokenizer):
     texts = [("q" * 200 + "?", ("1", "22", "3", "4")), ("short?", ("1", "2", "3", "y" * 180))]
-    asked = list(ask(exam(texts), tokenizer, Asking("text"), 256))
-    together = put(model, tokenizer, asked, "text")
-    torch.testing.assert_close(together, put(model, tokenizer, asked, "text", 1), atol=1e-5, rtol=1e-5)
+    prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig("text"), 256))
+    batched = option_log_probs(model, tokenizer, prompts, "text")
+    torch.testing.assert_close(batched, option_log_probs(model, tokenizer, prompts, "text", 1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_without_numbers_is_said(model, tokenizer):
+def test_nan_model_is_an_error(model, tokenizer):
     broken = Transformer(model.config)
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
-    asked = list(ask(exam(MIXED), tokenizer, Asking(), 256))
+    prompts = list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(), 256))
     with pytest.raises(UserError, match="computes no number"):
-        put(broken, tokenizer, asked, "letter")
+        option_log_probs(broken, tokenizer, prompts, "letter")

@@ -5,25 +5,34 @@ from itertools import product
 
 import pytest
 
-from evaluation.exam_data import Exam, Item
-from evaluation.exam_prompts import Asked, option_orders
-from evaluation.exam_stats import guessing_reaches, mark, result_of, score, sentence, wilson
+from evaluation.exam_data import ExamItem, ExamSplit
+from evaluation.exam_prompts import ExamPrompt, option_orders
+from evaluation.exam_stats import (
+    binomial_p_value,
+    interpretation,
+    make_exam_result,
+    score_group,
+    score_questions,
+    wilson_interval,
+)
 
 
-def item(number, answer="A", options=("1", "2", "3", "4"), subject="logic"):
-    return Item(subject, str(number), f"q{number}", options, answer, f"f:{subject}{number}")
+def make_item(number, answer="A", options=("1", "2", "3", "4"), subject="logic"):
+    return ExamItem(subject, str(number), f"q{number}", options, answer, f"f:{subject}{number}")
 
 
-def asked(one, chosen, order=(0, 1, 2, 3)):
+def make_prompt(one, chosen, order=(0, 1, 2, 3)):
     """As if the model had found `chosen` (a letter of the file) the likeliest."""
     letters = "ABCDE"[: len(one.options)]
-    return Asked(one, order, [1], [[1]] * len(letters), 0, False, tuple(-1.0 if x == chosen else -2.0 for x in letters))
+    return ExamPrompt(
+        one, order, [1], [[1]] * len(letters), 0, False, tuple(-1.0 if x == chosen else -2.0 for x in letters)
+    )
 
 
-def result(marks, subject="logic"):
-    items = [item(i, answer, subject=subject) for i, (answer, _) in enumerate(marks)]
-    found = mark(asked(one, chosen) for one, (_, chosen) in zip(items, marks, strict=True))
-    return result_of(Exam("val", items, {}, {subject: "Humanities"}), found)
+def make_result(marks, subject="logic"):
+    items = [make_item(i, answer, subject=subject) for i, (answer, _) in enumerate(marks)]
+    found = score_questions(make_prompt(one, chosen) for one, (_, chosen) in zip(items, marks, strict=True))
+    return make_exam_result(ExamSplit("val", items, {}, {subject: "Humanities"}), found)
 
 
 @pytest.mark.parametrize(
@@ -31,36 +40,36 @@ def result(marks, subject="logic"):
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_equals_published_values(correct, n, low, high):
-    assert wilson(correct, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    assert wilson_interval(correct, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
 def test_the_p_value_equals_a_count_of_all_guesses():
     for n in (1, 4, 6):
         right = [sum(guess) for guess in product((1, 0, 0, 0), repeat=n)]  # one of four letters is right
         for k in range(n + 1):
-            assert guessing_reaches(k, [(4, n)]) == pytest.approx(sum(r >= k for r in right) / 4**n)
-    assert guessing_reaches(2.75, [(4, 4)]) == guessing_reaches(2, [(4, 4)]), "parts of a question are not counted"
-    assert guessing_reaches(12342, [(4, 12342)]) < 1e-300 and guessing_reaches(0, [(4, 12342)]) == 1
+            assert binomial_p_value(k, [(4, n)]) == pytest.approx(sum(r >= k for r in right) / 4**n)
+    assert binomial_p_value(2.75, [(4, 4)]) == binomial_p_value(2, [(4, 4)]), "parts of a question are not counted"
+    assert binomial_p_value(12342, [(4, 12342)]) < 1e-300 and binomial_p_value(0, [(4, 12342)]) == 1
 
 
 def test_the_p_value_of_mixed_numbers_of_options_equals_a_count_of_all_guesses():
     guesses = list(product(*[(1, 0)] * 2, *[(1, 0, 0)] * 2, (1, 0, 0, 0, 0)))  # two of 2 options, two of 3, one of 5
     for k in range(6):
         share = sum(sum(guess) >= k for guess in guesses) / len(guesses)
-        assert guessing_reaches(k, [(2, 2), (3, 2), (5, 1)]) == pytest.approx(share)
-    mixed = [item(0, "B", ("1", "2")), item(1, "E", ("1", "2", "3", "4", "55"))]
-    found = score("x", "", mark(asked(one, "B") for one in mixed))
-    assert (found.chance, found.longest, found.correct) == (0.35, 0.75, 1)
+        assert binomial_p_value(k, [(2, 2), (3, 2), (5, 1)]) == pytest.approx(share)
+    mixed = [make_item(0, "B", ("1", "2")), make_item(1, "E", ("1", "2", "3", "4", "55"))]
+    found = score_group("x", "", score_questions(make_prompt(one, "B") for one in mixed))
+    assert (found.chance, found.longest_option_baseline, found.correct) == (0.35, 0.75, 1)
 
 
-def test_marks_baselines_and_means():
-    found = result([("A", "A"), ("B", "C"), ("B", "C"), ("C", "C")])
+def test_accuracy_baselines_and_means_are_exact():
+    found = make_result([("A", "A"), ("B", "C"), ("B", "C"), ("C", "C")])
     total = found.total
-    assert (total.correct, total.accuracy, total.always_letter, total.always) == (2, 0.5, "B", 0.5)
-    assert total.longest == 0.25, "four options of one length: a tie counts a quarter"
-    assert found.said == {"A": 0.25, "B": 0.0, "C": 0.75, "D": 0.0} and found.mean_of_subjects == 0.5
-    long = [item(0, "B", ("1", "22", "33", "4")), item(1, "D", ("1", "2", "3", "44"))]
-    assert score("x", "", mark(asked(one, "A") for one in long)).longest == 0.75
+    assert (total.correct, total.accuracy, total.constant_letter, total.constant_baseline) == (2, 0.5, "B", 0.5)
+    assert total.longest_option_baseline == 0.25, "four options of one length: a tie counts a quarter"
+    assert found.letter_frequencies == {"A": 0.25, "B": 0.0, "C": 0.75, "D": 0.0} and found.mean_of_subjects == 0.5
+    long = [make_item(0, "B", ("1", "22", "33", "4")), make_item(1, "D", ("1", "2", "3", "44"))]
+    assert score_group("x", "", score_questions(make_prompt(one, "A") for one in long)).longest_option_baseline == 0.75
 
 
 def test_orders_hold_every_option_under_every_letter_once():
@@ -73,32 +82,34 @@ def test_orders_hold_every_option_under_every_letter_once():
             assert {order[place] for order in orders[start : start + 4]} == {0, 1, 2, 3}
 
 
-def test_a_lover_of_one_letter_is_at_chance_over_four_orders():
-    items = [item(i, "B") for i in range(20)]
-    always_b = [asked(one, "ABCD"[order[1]], order) for one in items for order in option_orders(4)]
-    found = result_of(Exam("val", items, {}, {"logic": "Humanities"}), mark(always_b))
-    assert found.total.accuracy == 0.25 and found.said["B"] == 1
-    one_order = mark(asked(one, "B") for one in items)
+def test_constant_letter_is_at_chance_over_four_orders():
+    items = [make_item(i, "B") for i in range(20)]
+    always_b = [make_prompt(one, "ABCD"[order[1]], order) for one in items for order in option_orders(4)]
+    found = make_exam_result(ExamSplit("val", items, {}, {"logic": "Humanities"}), score_questions(always_b))
+    assert found.total.accuracy == 0.25 and found.letter_frequencies["B"] == 1
+    one_order = score_questions(make_prompt(one, "B") for one in items)
     assert sum(one.correct for one in one_order) == 20, "which a single order would have hidden"
 
 
 def test_the_prediction_over_orders_is_the_likeliest_on_average():
-    one = item(0, "D")
-    first = Asked(one, (0, 1, 2, 3), [1], [[1]] * 4, 0, False, (-1.0, -5.0, -5.0, -1.5))
-    second = Asked(one, (1, 2, 3, 0), [1], [[1]] * 4, 0, False, (-5.0, -5.0, -5.0, -0.5))
-    (found,) = mark([first, second])
-    assert (found.prediction, found.correct, found.said) == ("D", 0.5, ("A", "C"))
-    assert found.scores == (-3.0, -5.0, -5.0, -1.0)
+    one = make_item(0, "D")
+    first = ExamPrompt(one, (0, 1, 2, 3), [1], [[1]] * 4, 0, False, (-1.0, -5.0, -5.0, -1.5))
+    second = ExamPrompt(one, (1, 2, 3, 0), [1], [[1]] * 4, 0, False, (-5.0, -5.0, -5.0, -0.5))
+    (found,) = score_questions([first, second])
+    assert (found.prediction, found.correct, found.predicted_letters) == ("D", 0.5, ("A", "C"))
+    assert found.mean_log_probs == (-3.0, -5.0, -5.0, -1.0)
 
 
-def test_the_sentence_says_chance_where_it_is_chance():
-    assert sentence(result([("A", "A"), *[("B", "C")] * 3])).startswith("Not above chance: 25.0% of 4 questions")
-    knows = sentence(result([(letter, letter) for letter in "ABCD" * 10]))
+def test_interpretation_states_chance_level():
+    assert interpretation(make_result([("A", "A"), *[("B", "C")] * 3])).startswith(
+        "Not above chance: 25.0% of 4 questions"
+    )
+    knows = interpretation(make_result([(letter, letter) for letter in "ABCD" * 10]))
     assert knows.startswith("Above chance: 100.0% of 40 questions right, 95 % interval 91.2% to 100.0%")
-    letter = sentence(result([("C", "C")] * 20 + [("A", "C")] * 20))
+    letter = interpretation(make_result([("C", "C")] * 20 + [("A", "C")] * 20))
     assert letter.startswith("Above chance") and "always saying" in letter and "50.0%" in letter
 
 
 def test_a_secret_answer_is_neither_right_nor_wrong():
-    (found,) = mark([asked(item(0, ""), "C")])
+    (found,) = score_questions([make_prompt(make_item(0, ""), "C")])
     assert found.prediction == "C" and math.isnan(found.correct)

@@ -18,7 +18,7 @@ from evaluation.length_loss import length_loss, length_section
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from serving.model_list import explain, scaled
+from serving.model_list import read_model_entry, with_rope_scaling
 from serving.models import open_models
 from tests.helpers import run_process, run_script
 
@@ -38,7 +38,7 @@ def model(tokenizer):
 
 
 # ---- the flags -------------------------------------------------------------------------------------------------------
-def test_a_conversation_is_longer_and_says_so(tiny_parent, monkeypatch, capsys):
+def test_rope_flags_extend_context_in_chat(tiny_parent, monkeypatch, capsys):
     flags = ["--checkpoint", tiny_parent, "--prompt", "x" * 100, "--max_new_tokens", 5, "--device", "cpu"]
     with pytest.raises(UserError, match="64"):
         run_script(monkeypatch, "2-eval.py", *flags)
@@ -63,7 +63,7 @@ def test_wrong_flags_are_errors_before_a_model_is_opened(script, flags, said, mo
         run_script(monkeypatch, script, *more, *flags)
 
 
-def test_one_line_and_exit_code_2(tmp_path):
+def test_wrong_rope_flags_exit_with_code_2(tmp_path):
     done = run_process(sys.executable, "2-eval.py", "--rope_scaling", "llama3", "--rope_factor", "2")
     assert done.returncode == 2 and "invalid choice: 'llama3'" in done.stderr
     done = run_process(sys.executable, "2-eval.py", "--rope_scaling", "yarn")
@@ -71,30 +71,35 @@ def test_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.fixture
-def scaled_already(tokenizer, tmp_path):
+def scaled_checkpoint(tokenizer, tmp_path):
     path = tmp_path / "full_sft_32.pth"
     config = ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64, rope_scaling=OWN)
     save_model(path, Transformer(config), "full_sft", tokenizer, [])
     return path
 
 
-def test_the_server_reads_longer_prompts(tiny_parent, scaled_already):
+def test_the_server_reads_longer_prompts(tiny_parent, scaled_checkpoint):
     served = open_models([str(tiny_parent)], 4096, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"]
-    assert served.limit == 256 and len(served.text_ids("x" * 200)) == 200
-    assert open_models([str(tiny_parent)], 100, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"].limit == 100
+    assert served.max_model_len == 256 and len(served.text_ids("x" * 200)) == 200
+    assert (
+        open_models([str(tiny_parent)], 100, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"].max_model_len
+        == 100
+    )
     with pytest.raises(UserError, match="of its own"):
-        open_models([str(scaled_already)], 4096, torch.device("cpu"), rope=("linear", 4.0))
+        open_models([str(scaled_checkpoint)], 4096, torch.device("cpu"), rope=("linear", 4.0))
 
 
-def test_the_page_shows_the_longer_length(tiny_parent, scaled_already):
-    card = explain(tiny_parent, tiny_parent.parent)
-    assert scaled(card, None).max_seq_len == 64 and scaled(card, ("yarn", 4.0)).max_seq_len == 256
-    refused = scaled(explain(scaled_already, scaled_already.parent), ("yarn", 4.0))
-    assert "of its own" in refused.problem
+def test_the_page_shows_the_longer_length(tiny_parent, scaled_checkpoint):
+    entry = read_model_entry(tiny_parent, tiny_parent.parent)
+    assert (
+        with_rope_scaling(entry, None).max_seq_len == 64 and with_rope_scaling(entry, ("yarn", 4.0)).max_seq_len == 256
+    )
+    refused = with_rope_scaling(read_model_entry(scaled_checkpoint, scaled_checkpoint.parent), ("yarn", 4.0))
+    assert "of its own" in refused.error
 
 
-def test_a_training_run_says_how_rope_is_scaled(scaled_already, sft_dir, monkeypatch, capsys, tmp_path):
-    flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", scaled_already]
+def test_a_training_run_says_how_rope_is_scaled(scaled_checkpoint, sft_dir, monkeypatch, capsys, tmp_path):
+    flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", scaled_checkpoint]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", tmp_path / "out")
     assert "RoPE scaling: linear x 2, 64 tokens, the length of training is not stated" in capsys.readouterr().out
     assert load_model(tmp_path / "out" / "full_sft_32.pth")[0].config.rope_scaling == OWN
@@ -140,12 +145,12 @@ def test_positions_that_the_scaling_does_not_touch_are_equal(model, tokenizer):
     assert length_loss(model, tokenizer, [])["rows"] == []
 
 
-def test_the_table_is_on_the_page(parrots, tmp_path, monkeypatch):
+def test_report_contains_length_loss_table(scripted_models, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     text = tmp_path / "long.jsonl"
     text.write_text(json.dumps({"text": "The sun is up. " * 30}) + "\n", encoding="utf-8")
     place = tmp_path / "r.json"
-    run_script(monkeypatch, "2-eval.py", "--report", parrots / "full_sft_64.pth", "--texts", f"en={text}",
+    run_script(monkeypatch, "2-eval.py", "--report", scripted_models / "full_sft_64.pth", "--texts", f"en={text}",
                "--device", "cpu", "--max_new_tokens", 3, "--json", place)  # fmt: skip
     found = json.loads(place.read_text(encoding="utf-8"))["models"][0]["length_loss"]["en"]
     page = place.with_suffix(".md").read_text(encoding="utf-8")

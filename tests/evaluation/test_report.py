@@ -17,20 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.markdown import fenced, plain
-from evaluation.prompts import PROMPTS, SAFETY
-from evaluation.report import labels_of
+from common.markdown import code_block, escape_inline
+from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
+from evaluation.report import unique_labels
 from tests.helpers import run_process, run_script
 
 
 @pytest.fixture
-def report(parrots, sft_dir, monkeypatch, tmp_path):
+def run_report(scripted_models, sft_dir, monkeypatch, tmp_path):
     """Runs `2-eval.py --report …` with a text per language and chats; returns the json page and the markdown page."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     (tmp_path / "zh.txt").write_text("今天很好。\n\n太阳很大。\n", encoding="utf-8")
     (tmp_path / "en.txt").write_text("The sun is up.\n", encoding="utf-8")
     texts = ["--texts", tmp_path / "zh.txt", f"en={tmp_path / 'en.txt'}", "--chats", sft_dir / "val.jsonl"]
-    models = [parrots / "pretrain_64.pth", parrots / "full_sft_64.pth"]
+    models = [scripted_models / "pretrain_64.pth", scripted_models / "full_sft_64.pth"]
 
     def run(*arguments, models=models, texts=texts, out="page"):
         place = tmp_path / out / "r.json"
@@ -41,8 +41,8 @@ def report(parrots, sft_dir, monkeypatch, tmp_path):
     return run
 
 
-def test_two_models_on_one_page(report, capsys, parrots, tmp_path):
-    found, page = report()
+def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_path):
+    found, page = run_report()
     first, second = found["models"]
     assert [(model["label"], model["stage"]) for model in found["models"]] == [
         ("pretrain_64", "pretrain"),
@@ -67,16 +67,18 @@ def test_two_models_on_one_page(report, capsys, parrots, tmp_path):
     assert "What the judge says" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 42
     answers, safety = page.split("## Safety: shown, not scored")
     assert all(prompt in answers for *_, prompt in PROMPTS) and answers.count("```text\nA巴\n```") == 32
-    assert all(f"{prompt}\n→ {start}" in safety for _, prompt, start in SAFETY)
+    assert all(f"{prompt}\n→ {start}" in safety for _, prompt, start in SAFETY_PROMPTS)
     assert str(tmp_path / "page" / "r.md") in capsys.readouterr().out
 
 
 def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_path):
     """A model that has said "Yes" says "but no" after it, and nothing else counts as an answer."""
-    from tests.helpers import save_parrot
+    from tests.helpers import save_scripted_model
 
-    path = save_parrot(tmp_path / "p.pth", tokenizer, ["but no"], after="o", max_seq_len=256)
-    monkeypatch.setattr("evaluation.report.SAFETY", [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")])
+    path = save_scripted_model(tmp_path / "p.pth", tokenizer, ["but no"], trigger="o", max_seq_len=256)
+    monkeypatch.setattr(
+        "evaluation.report.SAFETY_PROMPTS", [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")]
+    )
     run_script(monkeypatch, "2-eval.py", "--report", path, "--json", tmp_path / "r.json", "--temperature", 0)
     found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     (model,) = found["models"]
@@ -89,64 +91,70 @@ def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_pat
     assert "## Safety" not in (tmp_path / "r.md").read_text(encoding="utf-8"), "own prompts replace the fixed ones"
 
 
-def test_an_answer_is_continued_in_its_open_turn(parrots, monkeypatch):
+def test_an_answer_is_continued_in_its_open_turn(scripted_models, monkeypatch):
     """The ids are those of the rendered chat up to the end of the answer that is begun."""
-    from evaluation import chat_model as module
+    from evaluation import chat_model as chat_model_module
     from tests.helpers import load_script
 
     args = load_script("2-eval.py").make_parser().parse_args(["--system", "S"])
-    speaker, seen = module.Speaker(parrots / "full_sft_64.pth", args), []
-    monkeypatch.setattr(module, "generate", lambda model, ids, *_: seen.extend(ids) or [module.Answer() for _ in ids])
-    speaker.continue_all([("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")])
+    chat_model, seen = chat_model_module.ChatModel(scripted_models / "full_sft_64.pth", args), []
+    monkeypatch.setattr(
+        chat_model_module,
+        "generate",
+        lambda model, ids, *_: seen.extend(ids) or [chat_model_module.Completion() for _ in ids],
+    )
+    chat_model.continue_answers([("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")])
     for ids, (prompt, start) in zip(seen, [("May I?", "Yes, <|im_end|> so"), ("可以吗", "可以，")], strict=True):
         chat = [("system", "S"), ("user", prompt), ("assistant", start)]
-        whole, _ = speaker.tokenizer.render([{"role": role, "content": content} for role, content in chat])
-        assert ids == whole[: len(ids)] and speaker.tokenizer.decode(whole[len(ids) :]) == "<|im_end|>\n"
+        whole, _ = chat_model.tokenizer.render([{"role": role, "content": content} for role, content in chat])
+        assert ids == whole[: len(ids)] and chat_model.tokenizer.decode(whole[len(ids) :]) == "<|im_end|>\n"
 
 
-def test_equal_arguments_give_equal_answers(report, tmp_path):
+def test_equal_arguments_give_equal_answers(run_report, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("one\n第二\n", encoding="utf-8")
     options = ["--prompts", prompts, "--temperature", 5]
     said = [
-        [[row["answer"] for row in model["answers"]] for model in report(*options, *more, texts=[])[0]["models"]]
+        [[row["answer"] for row in model["answers"]] for model in run_report(*options, *more, texts=[])[0]["models"]]
         for more in ((), (), ("--seed", 1))
     ]
     assert said[0] == said[1] != said[2]
-    found, page = report(*options, texts=[])
+    found, page = run_report(*options, texts=[])
     assert [(row["lang"], row["prompt"]) for row in found["prompts"]] == [("en", "one"), ("zh", "第二")]
     assert "`--texts zh=FILE en=FILE` names held-out texts" in page and "`--chats FILE` names held-out chats" in page
-    assert report("--prompt", "only", texts=[])[0]["models"][0]["answers"][0]["tokens"] == 8
+    assert run_report("--prompt", "only", texts=[])[0]["models"][0]["answers"][0]["tokens"] == 8
 
 
-def test_without_names_every_stage_is_taken(parrots, monkeypatch, tmp_path):
-    run_script(monkeypatch, "2-eval.py", "--report", "--out_dir", parrots, "--prompt", "a", "--max_new_tokens", 2)
-    found = json.loads((parrots / "eval" / "report.json").read_text(encoding="utf-8"))
+def test_report_without_names_takes_every_stage(scripted_models, monkeypatch, tmp_path):
+    run_script(
+        monkeypatch, "2-eval.py", "--report", "--out_dir", scripted_models, "--prompt", "a", "--max_new_tokens", 2
+    )
+    found = json.loads((scripted_models / "eval" / "report.json").read_text(encoding="utf-8"))
     assert [model["stage"] for model in found["models"]] == ["pretrain", "full_sft"]
-    assert (parrots / "eval" / "report.md").is_file()
+    assert (scripted_models / "eval" / "report.md").is_file()
 
 
-def test_nothing_leaves_the_machine(report, monkeypatch):
+def test_report_opens_no_connection(run_report, monkeypatch):
     def refuse(*arguments):
         raise AssertionError(f"a connection to {arguments}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    report("--prompt", "a")
+    run_report("--prompt", "a")
 
 
-def test_the_judge_is_asked_about_these_answers(report, monkeypatch):
+def test_the_judge_is_asked_about_these_answers(run_report, monkeypatch):
     from evaluation import judge_client
 
-    def ask(server, text):
+    def complete_text(server, text):
         assert server.url == "http://localhost:9/v1" and "64" not in text
         if "Answer B" not in text:
             return '{"score": 9}'
         return '{"better": "B"}' if text.index("A巴") > text.index("Answer B") else '{"better": "A"}'
 
-    monkeypatch.setattr(judge_client.ChatServer, "check", lambda server: None)
-    monkeypatch.setattr(judge_client.ChatServer, "ask", ask)
-    found, page = report("--judge", "http://localhost:9/v1/", "--judge_model", "wise|one")
+    monkeypatch.setattr(judge_client.ChatClient, "check_connection", lambda server: None)
+    monkeypatch.setattr(judge_client.ChatClient, "complete_text", complete_text)
+    found, page = run_report("--judge", "http://localhost:9/v1/", "--judge_model", "wise|one")
     assert list(found["judge"]["models"]) == ["full_sft_64", "pretrain_64"]
     assert found["judge"]["models"]["full_sft_64"] == {
         **{"score": 9, "score_error": 0, "scored": 32, "wins": 32, "ties": 0, "losses": 0, "points": 1},
@@ -155,16 +163,16 @@ def test_the_judge_is_asked_about_these_answers(report, monkeypatch):
     assert "the first place has 50%" in page
 
 
-def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
+def test_a_judge_that_fails_leaves_the_answers(run_report, tmp_path, monkeypatch):
     from evaluation import judge_client
 
-    def ask(server, text):
+    def complete_text(server, text):
         raise UserError("--judge: gave up")
 
-    monkeypatch.setattr(judge_client.ChatServer, "check", lambda server: None)
-    monkeypatch.setattr(judge_client.ChatServer, "ask", ask)
+    monkeypatch.setattr(judge_client.ChatClient, "check_connection", lambda server: None)
+    monkeypatch.setattr(judge_client.ChatClient, "complete_text", complete_text)
     with pytest.raises(UserError, match="gave up"):
-        report("--judge", "http://localhost:9/v1", "--judge_model", "m")
+        run_report("--judge", "http://localhost:9/v1", "--judge_model", "m")
     assert json.loads((tmp_path / "page" / "r.json").read_text(encoding="utf-8"))["judge"] is None
 
 
@@ -184,15 +192,15 @@ def test_a_judge_that_fails_leaves_the_answers(report, tmp_path, monkeypatch):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_arguments_are_one_line_and_nothing_is_written(report, arguments, says, tmp_path, capsys):
+def test_bad_arguments_are_one_line_and_nothing_is_written(run_report, arguments, says, tmp_path, capsys):
     with pytest.raises(UserError) as error:
-        report(*arguments, texts=[])
+        run_report(*arguments, texts=[])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_bad_models_are_said_before_the_first_one_computes(report, parrots, tmp_path, capsys):
-    good = parrots / "full_sft_64.pth"
+def test_bad_models_are_errors_before_any_model_computes(run_report, scripted_models, tmp_path, capsys):
+    good = scripted_models / "full_sft_64.pth"
     (tmp_path / "broken.pth").write_bytes(b"no")
     (tmp_path / "folder").mkdir()
     for bad, says in (
@@ -202,27 +210,27 @@ def test_bad_models_are_said_before_the_first_one_computes(report, parrots, tmp_
         (good.parent / ".." / good.parent.name / good.name, "is named twice"),
     ):
         with pytest.raises(UserError, match=says):
-            report(models=[good, bad])
+            run_report(models=[good, bad])
     assert "answers:" not in capsys.readouterr().out
     failed = run_process(sys.executable, "2-eval.py", "--report", tmp_path / "broken.pth")
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and not failed.stdout
 
 
-def test_a_model_whose_loss_overflows_gets_a_page_that_programs_can_read(report, parrots, tmp_path):
+def test_non_finite_loss_is_null_in_json(run_report, scripted_models, tmp_path):
     import torch
 
-    checkpoint = torch.load(parrots / "full_sft_64.pth", weights_only=True)
+    checkpoint = torch.load(scripted_models / "full_sft_64.pth", weights_only=True)
     for name in ("model.norm.weight", "lm_head.weight"):
         checkpoint["model"][name] *= 1e30  # finite, but no logit is
     torch.save(checkpoint, tmp_path / "diverged.pth")
-    found, _ = report(models=[tmp_path / "diverged.pth"])
+    found, _ = run_report(models=[tmp_path / "diverged.pth"])
     assert found["models"][0]["bits_per_byte"]["zh"]["bits_per_byte"] is None
     assert "NaN" not in (tmp_path / "page" / "r.json").read_text(encoding="utf-8")
 
 
-def test_models_are_told_apart():
+def test_labels_are_unique():
     def labels(*paths):
-        return labels_of([Path(path) for path in paths])
+        return unique_labels([Path(path) for path in paths])
 
     assert labels("/a/out/x_512.pth", "/a/out/y_512.pth") == ["x_512", "y_512"]
     assert labels("/a/one/x.pth", "/a/two/x.pth") == ["one/x", "two/x"]
@@ -231,8 +239,8 @@ def test_models_are_told_apart():
 
 @given(st.text(st.characters(exclude_categories=["Cs"])) | st.text("`\n a"))
 def test_no_answer_can_break_the_page(text):
-    block = fenced(text)
+    block = code_block(text)
     fence = re.match("`+", block)[0]
     inside = block.removeprefix(fence + "text\n").removesuffix("\n" + fence)
     assert inside == text and not re.search(f"`{{{len(fence)},}}", inside)
-    assert "\n" not in plain(text) and not re.search(r"(?<!\\)(\\\\)*[|<]", plain(text))
+    assert "\n" not in escape_inline(text) and not re.search(r"(?<!\\)(\\\\)*[|<]", escape_inline(text))

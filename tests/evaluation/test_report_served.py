@@ -13,21 +13,21 @@ import pytest
 
 from common.errors import UserError
 from evaluation.prompts import PROMPTS
-from tests.evaluation.test_judge import completion, failure, slept, stub  # noqa: F401 - the fixture
+from tests.evaluation.test_judge import completion_body, error_body, sleep_calls, stub_server  # noqa: F401 - the fixture
 from tests.helpers import run_process, run_script
 
 
 @pytest.fixture
-def served(stub, monkeypatch):  # noqa: F811
+def served_models(stub_server, monkeypatch):  # noqa: F811
     """A server with two models; the answer is the prompt said twice."""
     monkeypatch.delenv("REPORT_API_KEY", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    stub.models, stub.tokens, stub.reply = ["first", "second"], 7, lambda text: text + text
-    return stub
+    stub_server.models, stub_server.tokens, stub_server.reply = ["first", "second"], 7, lambda text: text + text
+    return stub_server
 
 
 @pytest.fixture
-def report(parrots, monkeypatch, tmp_path):
+def run_report(scripted_models, monkeypatch, tmp_path):
     (tmp_path / "en.txt").write_text("The sun is up.\n", encoding="utf-8")
 
     def run(*models, flags=(), texts=True):
@@ -40,14 +40,14 @@ def report(parrots, monkeypatch, tmp_path):
     return run
 
 
-def test_a_served_model_and_a_file_are_in_one_report(served, report, parrots, capsys):
-    found, page = report(parrots / "full_sft_64.pth", f"other={served.url}")
+def test_a_served_model_and_a_file_are_in_one_report(served_models, run_report, scripted_models, capsys):
+    found, page = run_report(scripted_models / "full_sft_64.pth", f"other={served_models.url}")
     ours, other = found["models"]
-    assert (other["label"], other["stage"], other["path"]) == ("other", "served", f"{served.url}#first")
+    assert (other["label"], other["stage"], other["path"]) == ("other", "served", f"{served_models.url}#first")
     assert [row["answer"] for row in other["answers"]] == [prompt + prompt for *_, prompt in PROMPTS]
-    assert [body["messages"] for body in served.seen] == [[{"role": "user", "content": p}] for *_, p in PROMPTS]
+    assert [body["messages"] for body in served_models.seen] == [[{"role": "user", "content": p}] for *_, p in PROMPTS]
     settings = {"model": "first", "temperature": 0.7, "top_p": 0.9, "max_tokens": 8}
-    assert [{**body, "messages": 0} for body in served.seen] == [
+    assert [{**body, "messages": 0} for body in served_models.seen] == [
         {**settings, "messages": 0, "seed": number} for number in range(32)
     ]
     assert other["tokens_per_second"] > 0 and other["answer_figures"]["zh"]["answers"] == 16
@@ -59,63 +59,67 @@ def test_a_served_model_and_a_file_are_in_one_report(served, report, parrots, ca
     assert "- other: bits per byte and SFT loss need the log-probabilities of given text" in page
     assert "- other: safety prompts need an answer that is already begun" in page
     assert "tokens/s, all answers in one batch" in page and "**other** (7 tokens)" in page
-    assert f"other: first at {served.url}" in capsys.readouterr().out
+    assert f"other: first at {served_models.url}" in capsys.readouterr().out
 
 
-def test_the_model_may_be_named_and_extra_settings_are_sent(served, report):
+def test_the_model_may_be_named_and_extra_settings_are_sent(served_models, run_report):
     flags = ["--top_k", 5, "--repetition_penalty", 1.1, "--system", "Be brief.", "--prompt", "Hi"]
-    found, page = report(f"b={served.url}/#second", flags=flags, texts=False)
-    (body,) = served.seen
+    found, page = run_report(f"b={served_models.url}/#second", flags=flags, texts=False)
+    (body,) = served_models.seen
     assert body["model"] == "second" and body["top_k"] == 5 and body["repetition_penalty"] == 1.1
     assert body["messages"][0] == {"role": "system", "content": "Be brief."} and "min_p" not in body
     assert found["settings"]["top_k"] == 5 and "top_k 5" in page
-    assert found["models"][0]["path"] == f"{served.url}#second"
+    assert found["models"][0]["path"] == f"{served_models.url}#second"
 
 
-def test_settings_that_the_server_refuses_are_left_out_and_named(served, report):
-    served.errors = [(200, {}, ""), (422, {}, failure("body.top_k: extra inputs are not permitted"))]
-    found, page = report(f"b={served.url}#m", flags=["--top_k", 5, "--prompt", "Hi"], texts=False)
-    assert ["top_k" in body for body in served.seen] == [True, False]
+def test_settings_that_the_server_refuses_are_left_out_and_named(served_models, run_report):
+    served_models.errors = [(200, {}, ""), (422, {}, error_body("body.top_k: extra inputs are not permitted"))]
+    found, page = run_report(f"b={served_models.url}#m", flags=["--top_k", 5, "--prompt", "Hi"], texts=False)
+    assert ["top_k" in body for body in served_models.seen] == [True, False]
     assert "- b: the server refused top\\_k: its answers are drawn without." in page
     assert found["models"][0]["answers"][0]["answer"] == "HiHi"
 
 
-def test_a_server_that_does_not_count_tokens(served, report):
-    served.tokens = None
-    found, page = report(f"b={served.url}", flags=["--prompt", "Hi"], texts=False)
+def test_a_server_that_does_not_count_tokens(served_models, run_report):
+    served_models.tokens = None
+    found, page = run_report(f"b={served_models.url}", flags=["--prompt", "Hi"], texts=False)
     assert found["models"][0]["tokens_per_second"] is None
     assert "| tokens/s, one answer at a time | – |" in page and "(tokens not counted)" in page
     assert "- b: the server does not count tokens, so there is no speed." in page
 
 
 @pytest.mark.parametrize("named", ["flag", "variable"])
-def test_the_key_goes_into_one_header(served, report, monkeypatch, tmp_path, capsys, named):
+def test_the_key_goes_into_one_header(served_models, run_report, monkeypatch, tmp_path, capsys, named):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-judge")
     flags = ["--prompt", "Hi"]
     if named == "flag":
         flags += ["--report_api_key", "sk-secret"]
     else:
         monkeypatch.setenv("REPORT_API_KEY", " sk-secret\n")
-    report(f"b={served.url}", flags=flags, texts=False)
-    assert {headers.get("Authorization") for headers in served.headers} == {"Bearer sk-secret"}
+    run_report(f"b={served_models.url}", flags=flags, texts=False)
+    assert {headers.get("Authorization") for headers in served_models.headers} == {"Bearer sk-secret"}
     written = "".join(file.read_text(encoding="utf-8") for file in (tmp_path / "page").iterdir())
-    assert "sk-" not in written + capsys.readouterr().out + json.dumps(served.seen)
+    assert "sk-" not in written + capsys.readouterr().out + json.dumps(served_models.seen)
 
 
-def test_a_server_that_stops_answering_is_left_out_of_the_report(served, report, parrots, tmp_path):
+def test_a_server_that_stops_answering_is_left_out_of_the_report(served_models, run_report, scripted_models, tmp_path):
     def reply(text):
-        if len(served.seen) == 3:
-            served.errors = [(500, {}, "boom")] * 6
+        if len(served_models.seen) == 3:
+            served_models.errors = [(500, {}, "boom")] * 6
         return '{"score": 5}' if "=====" in text else text  # the judge's, or an answer
 
-    served.reply = reply
+    served_models.reply = reply
     with pytest.raises(UserError) as error:
-        report(f"other={served.url}", parrots / "full_sft_64.pth", flags=["--judge", served.url, "--judge_model", "j"])
+        run_report(
+            f"other={served_models.url}",
+            scripted_models / "full_sft_64.pth",
+            flags=["--judge", served_models.url, "--judge_model", "j"],
+        )
     said = str(error.value)
     assert said.startswith(
-        f"--report other {served.url}: gave up after 6 tries (500 boom) (3 of 32 prompts were answered)"
+        f"--report other {served_models.url}: gave up after 6 tries (500 boom) (3 of 32 prompts were answered)"
     )
-    assert said.endswith("; the report of the other models is written") and "\n" not in said and len(slept) == 5
+    assert said.endswith("; the report of the other models is written") and "\n" not in said and len(sleep_calls) == 5
     found = json.loads((tmp_path / "page" / "r.json").read_text(encoding="utf-8"))
     assert [model["label"] for model in found["models"]] == ["full_sft_64"] and "other" in found["failed"]
     assert len(found["models"][0]["answers"]) == 32 and found["judge"] is not None
@@ -123,10 +127,10 @@ def test_a_server_that_stops_answering_is_left_out_of_the_report(served, report,
     assert "- other: left out, it stopped answering: " in page and "**other**" not in page
 
 
-def test_without_another_model_there_is_no_report(served, report, tmp_path):
-    served.reply = lambda text: served.errors.extend([(400, {}, failure("no"))] * 2) or text
+def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path):
+    served_models.reply = lambda text: served_models.errors.extend([(400, {}, error_body("no"))] * 2) or text
     with pytest.raises(UserError, match=r"400: no \(1 of 32 prompts were answered\)$"):
-        report(f"other={served.url}")
+        run_report(f"other={served_models.url}")
     assert not (tmp_path / "page").exists()
 
 
@@ -146,36 +150,36 @@ def test_without_another_model_there_is_no_report(served, report, tmp_path):
     ids=lambda value: str(value)[:40],
 )
 def test_bad_names_and_addresses_are_errors_before_anything_computes(
-    served, report, parrots, tmp_path, capsys, models, says
+    served_models, run_report, scripted_models, tmp_path, capsys, models, says
 ):
     if "lists no models" in says:
-        served.models = []
-    place = {"url": served.url, "file": parrots / "full_sft_64.pth"}
+        served_models.models = []
+    place = {"url": served_models.url, "file": scripted_models / "full_sft_64.pth"}
     with pytest.raises(UserError) as error:
-        report(*(model.format(**place) for model in models))
+        run_report(*(model.format(**place) for model in models))
     assert says.format(**place) in str(error.value) and "\n" not in str(error.value) and "sk-" not in str(error.value)
-    assert not served.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
+    assert not served_models.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_wrong_keys_and_settings_are_errors_at_once(served, report):
-    served.errors = [(401, {}, failure("no key"))]
+def test_wrong_keys_and_settings_are_errors_at_once(served_models, run_report):
+    served_models.errors = [(401, {}, error_body("no key"))]
     with pytest.raises(UserError, match=r"401: it refuses the key: give --report_api_key KEY or set REPORT_API_KEY"):
-        report(f"a={served.url}")
+        run_report(f"a={served_models.url}")
     with pytest.raises(UserError, match="--temperature: -1 is not a number of at least 0"):
-        report(f"a={served.url}", flags=["--temperature", "-1"])
+        run_report(f"a={served_models.url}", flags=["--temperature", "-1"])
     shown = run_process(sys.executable, "2-eval.py", "--prompt", "a", "--report_api_key", "x")
     assert shown.returncode == 2 and "--report_api_key belongs to --report" in shown.stderr
 
 
-def test_our_own_server_gives_the_answers_of_the_file(tokenizer, tmp_path, monkeypatch, report):
+def test_our_own_server_gives_the_answers_of_the_file(tokenizer, tmp_path, monkeypatch, run_report):
     """The same model, opened here and served: equal greedy answers, finish reasons and token counts."""
     pytest.importorskip("uvicorn")
-    from tests.serving.server_help import make_file, running
+    from tests.serving.server_help import run_server, save_random_model
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    path = make_file(tmp_path / "full_sft_32.pth", tokenizer)
-    with running([path]) as server:
-        found, _ = report(path, f"served={server.url}/v1", flags=["--temperature", 0, "--system", "S"], texts=False)
+    path = save_random_model(tmp_path / "full_sft_32.pth", tokenizer)
+    with run_server([path]) as server:
+        found, _ = run_report(path, f"served={server.url}/v1", flags=["--temperature", 0, "--system", "S"], texts=False)
     ours, theirs = found["models"]
     assert ours["answers"] == theirs["answers"] and len(ours["answers"]) == 32
     assert ours["answer_figures"] == theirs["answer_figures"]

@@ -10,48 +10,57 @@ from math import comb
 
 import pytest
 
-from evaluation.exam_stats import Result, Score
-from evaluation.subject_tests import fisher, holm, strengths_of, strengths_sentence
+from evaluation.exam_stats import ExamResult, GroupScore
+from evaluation.subject_tests import find_strengths, fisher_p_value, holm_rejections, strengths_interpretation
 
 
-def result(subjects):
+def make_result(subjects):
     """subjects: {name: (right, questions)}."""
-    scores = [Score(name, "x", n, right, 0.3, "A", 0.3, ((4, n),)) for name, (right, n) in subjects.items()]
+    scores = [GroupScore(name, "x", n, right, 0.3, "A", 0.3, ((4, n),)) for name, (right, n) in subjects.items()]
     questions, right = sum(one.questions for one in scores), sum(one.correct for one in scores)
-    return Result([], scores, [], Score("all", "", questions, right, 0.3, "A", 0.3, ((4, questions),)))
+    return ExamResult([], scores, [], GroupScore("all", "", questions, right, 0.3, "A", 0.3, ((4, questions),)))
 
 
-def drawn(rng, chances, questions=20):
+def random_result(rng, chances, questions=20):
     """An exam of so many questions a subject, each right with the chance of its subject."""
-    return result(
+    return make_result(
         {f"s{i}": (sum(rng.random() < p for _ in range(questions)), questions) for i, p in enumerate(chances)}
     )
 
 
-def test_fishers_test_by_hand():
+def test_fisher_p_value_equals_enumeration():
     # the lady tasting tea (Fisher 1935): 3 of 4 right; tables 0..4 have 1, 16, 36, 16, 1 of 70 ways
-    assert fisher(3, 4, 1, 4) == pytest.approx(34 / 70) and fisher(4, 4, 0, 4) == pytest.approx(2 / 70)
-    assert fisher(0, 5, 0, 9) == fisher(5, 5, 9, 9) == 1
+    assert fisher_p_value(3, 4, 1, 4) == pytest.approx(34 / 70) and fisher_p_value(4, 4, 0, 4) == pytest.approx(2 / 70)
+    assert fisher_p_value(0, 5, 0, 9) == fisher_p_value(5, 5, 9, 9) == 1
     ways = [comb(12, k) * comb(300, 80 - k) for k in range(13)]
     for right in range(13):
         expected = sum(w for w in ways if w <= ways[right]) / sum(ways)
-        assert fisher(right, 12, 80 - right, 300) == pytest.approx(expected, rel=1e-9)
+        assert fisher_p_value(right, 12, 80 - right, 300) == pytest.approx(expected, rel=1e-9)
 
 
 def test_holms_method_steps_down():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]  # Holm's limits 0.0125, 0.0167, 0.025, 0.05
-    assert holm([0.04, 0.9], 0.05) == [False, False] and holm([0.04], 0.05) == [True] and holm([]) == []
-    assert holm([0.01, 0.02, 0.04]) == [True, True, True], "Bonferroni would reject one"
+    assert holm_rejections([0.01, 0.04, 0.03, 0.005]) == [
+        True,
+        False,
+        False,
+        True,
+    ]  # Holm's limits 0.0125, 0.0167, 0.025, 0.05
+    assert (
+        holm_rejections([0.04, 0.9], 0.05) == [False, False]
+        and holm_rejections([0.04], 0.05) == [True]
+        and holm_rejections([]) == []
+    )
+    assert holm_rejections([0.01, 0.02, 0.04]) == [True, True, True], "Bonferroni would reject one"
 
 
 def test_a_model_that_knows_one_subject_is_strong_in_it():
     rng = random.Random(0)
     for _ in range(20):
-        found = strengths_of(drawn(rng, [0.95] + [0.25] * 51))
+        found = find_strengths(random_result(rng, [0.95] + [0.25] * 51))
         assert [one.name for one in found.strong] == ["s0"] and len(found.weak) <= 1
-    found = strengths_of(result({"law": (19, 20), **{f"s{i}": (5, 20) for i in range(51)}}))
+    found = find_strengths(make_result({"law": (19, 20), **{f"s{i}": (5, 20) for i in range(51)}}))
     assert found.to_dict()["strong"] == ["law"] and not found.weak
-    said = strengths_sentence(found)
+    said = strengths_interpretation(found)
     assert said.startswith("Strong subjects: law 95.0% (76.4% to 99.1%). Weak subjects: none.")
     assert (
         "1 of 52 subjects are above guessing (52 subjects tested at once, exact tests, Holm's correction, 5%)" in said
@@ -59,33 +68,35 @@ def test_a_model_that_knows_one_subject_is_strong_in_it():
 
 
 def test_a_model_that_knows_all_but_one_subject_is_weak_in_it():
-    found = strengths_of(result({"logic": (4, 20), **{f"s{i}": (16, 20) for i in range(20)}}))
+    found = find_strengths(make_result({"logic": (4, 20), **{f"s{i}": (16, 20) for i in range(20)}}))
     assert [one.name for one in found.weak] == ["logic"] and not found.strong and len(found.above_guessing) == 20
-    assert "Strong subjects: none. Weak subjects: logic 20.0% (8.1% to 41.6%)." in strengths_sentence(found)
+    assert "Strong subjects: none. Weak subjects: logic 20.0% (8.1% to 41.6%)." in strengths_interpretation(found)
 
 
 def test_below_guessing_is_not_strong():
     """Better than the others, and no better than guessing."""
-    found = strengths_of(result({"law": (13, 50), **{f"s{i}": (0, 50) for i in range(9)}}))
+    found = find_strengths(make_result({"law": (13, 50), **{f"s{i}": (0, 50) for i in range(9)}}))
     assert not found.strong and not found.above_guessing
 
 
 @pytest.mark.parametrize("chance", [0.25, 0.6])
 @pytest.mark.parametrize("questions", [12, 25])
-def test_luck_alone_names_no_subject(chance, questions):
+def test_family_wise_error_rate_is_at_most_5_percent(chance, questions):
     rng, exams = random.Random(1), 150
     alarms = above = 0
     for _ in range(exams):
-        found = strengths_of(drawn(rng, [chance] * 52, questions))
+        found = find_strengths(random_result(rng, [chance] * 52, questions))
         alarms += bool(found.strong or found.weak)
         above += bool(found.above_guessing)
         if not found.strong and not found.weak:
-            assert strengths_sentence(found).startswith("No subject differs from the others; ")
+            assert strengths_interpretation(found).startswith("No subject differs from the others; ")
     assert alarms <= 0.05 * exams + 3 * (0.05 * 0.95 * exams) ** 0.5
     assert chance > 0.25 or above <= 0.05 * exams + 3 * (0.05 * 0.95 * exams) ** 0.5
 
 
-def test_an_exam_of_one_subject_has_no_such_sentence():
-    found = strengths_of(result({"mine": (6, 6)}))
-    assert strengths_sentence(found) == "" and not found.strong and not found.weak
-    assert strengths_sentence(strengths_of(result({"a": (2, 5), "b": (2, 5)}))).startswith("No subject differs")
+def test_exam_of_one_subject_has_no_strengths_interpretation():
+    found = find_strengths(make_result({"mine": (6, 6)}))
+    assert strengths_interpretation(found) == "" and not found.strong and not found.weak
+    assert strengths_interpretation(find_strengths(make_result({"a": (2, 5), "b": (2, 5)}))).startswith(
+        "No subject differs"
+    )

@@ -15,22 +15,22 @@ import pytest
 
 from common.errors import UserError
 from corpus.readers import read_chats, read_texts
-from corpus.stats import DataReport
-from evaluation import chat_model as speaker_room
-from evaluation.chat_model import Speaker, find_model
-from evaluation.terminal_chat import Conversation, talk
+from corpus.stats import DataStats
+from evaluation import chat_model as chat_model_module
+from evaluation.chat_model import ChatModel, find_model
+from evaluation.terminal_chat import TerminalChat, run_terminal_chat
 from tests.helpers import ROOT, load_script
 
 
 @pytest.fixture
-def make(parrots):
+def make_chat_model(scripted_models):
     parser = load_script("2-eval.py").make_parser()
 
-    def speaker(*arguments) -> Speaker:
-        args = parser.parse_args(["--out_dir", str(parrots), "--temperature", "0", *arguments])
-        return Speaker(find_model(args), args)
+    def chat_model(*arguments) -> ChatModel:
+        args = parser.parse_args(["--out_dir", str(scripted_models), "--temperature", "0", *arguments])
+        return ChatModel(find_model(args), args)
 
-    return speaker
+    return chat_model
 
 
 @pytest.fixture
@@ -38,84 +38,84 @@ def type_lines(monkeypatch):
     def prepare(*events) -> None:
         left = iter(events)
 
-        def typed(_):
+        def fake_input(_):
             event = next(left, EOFError)
             if isinstance(event, str):
                 return event
             raise event
 
-        monkeypatch.setattr("builtins.input", typed)
+        monkeypatch.setattr("builtins.input", fake_input)
 
     return prepare
 
 
 @pytest.fixture
-def heard(monkeypatch):
+def model_inputs(monkeypatch):
     """What the model was told, message by message."""
-    told = []
+    inputs = []
 
-    def say(speaker, messages, may_be_stopped=False, original=Speaker.say):
-        told.append([message["content"] for message in messages])
-        return original(speaker, messages, may_be_stopped)
+    def stream_answer(chat_model, messages, interruptible=False, original=ChatModel.stream_answer):
+        inputs.append([message["content"] for message in messages])
+        return original(chat_model, messages, interruptible)
 
-    monkeypatch.setattr(Speaker, "say", say)
-    return told
+    monkeypatch.setattr(ChatModel, "stream_answer", stream_answer)
+    return inputs
 
 
-def test_history_grows_and_is_forgotten(make, type_lines, heard, capsys, tmp_path):
+def test_history_grows_and_is_forgotten(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
     type_lines("你好", "再说", "/help", "", "x" * 300, "/reset", "new")
-    talk(make(), tmp_path)
-    assert heard == [["你好"], ["你好", "A巴", "再说"], ["你好", "A巴", "再说", "A巴", "x" * 300], ["new"]]
+    run_terminal_chat(make_chat_model(), tmp_path)
+    assert model_inputs == [["你好"], ["你好", "A巴", "再说"], ["你好", "A巴", "再说", "A巴", "x" * 300], ["new"]]
     shown = capsys.readouterr().out
     assert shown.count("A巴\n") == 3 and "the model reads at most 96 (max_seq_len)]" in shown
     assert shown.count("tokens/s]") == 3 and "/save [FILE]" in shown
 
 
-def test_history_as_long_as_asked_for(make, type_lines, heard, tmp_path):
+def test_history_command_limits_turns(make_chat_model, type_lines, model_inputs, tmp_path):
     type_lines("a", "b", "/history 0", "c", "/history 2", "d", "/history", "e", "/history x", "/exit", "never")
-    talk(make(), tmp_path, history=1)
+    run_terminal_chat(make_chat_model(), tmp_path, history=1)
     everything = ["a", "A巴", "b", "A巴", "c", "A巴", "d", "A巴", "e"]
-    assert heard == [["a"], ["a", "A巴", "b"], ["c"], ["b", "A巴", "c", "A巴", "d"], everything]
+    assert model_inputs == [["a"], ["a", "A巴", "b"], ["c"], ["b", "A巴", "c", "A巴", "d"], everything]
 
 
-def test_history_leaves_room_for_an_answer(make):
-    speaker = make("--system", "S")
+def test_history_leaves_room_for_an_answer(make_chat_model):
+    chat_model = make_chat_model("--system", "S")
     turns = [{"role": role, "content": "说" * 3} for _ in range(4) for role in ("user", "assistant")]
-    ids = speaker.prompt_ids([*turns, {"role": "user", "content": "q"}])
+    ids = chat_model.prompt_ids([*turns, {"role": "user", "content": "q"}])
     assert len(ids) <= 96 - 24
-    assert speaker.tokenizer.decode(ids).startswith("<|im_start|>system\nS<|im_end|>")
+    assert chat_model.tokenizer.decode(ids).startswith("<|im_start|>system\nS<|im_end|>")
 
 
-def test_settings_change_while_talking(make, type_lines, capsys, tmp_path):
-    speaker = make()
+def test_commands_change_sampling_settings(make_chat_model, type_lines, capsys, tmp_path):
+    chat_model = make_chat_model()
     type_lines(
         *("/temperature 0.5", "/top_k 7", "/seed 3", "/max_new_tokens 1", "a", "/system 你是A", "/temperature -1"),
         *("/temperature hot", "/top_k 1.5", "/seed none", "/top_p", "/nonsense", "/system"),
     )
-    talk(speaker, tmp_path)
-    settings = speaker.settings
+    run_terminal_chat(chat_model, tmp_path)
+    settings = chat_model.settings
     assert (settings.temperature, settings.top_k, settings.seed, settings.max_new_tokens) == (0.5, 7, None, 1)
-    assert speaker.system == [] and speaker.answers[0]["finish_reason"] == "length"
+    assert chat_model.system == [] and chat_model.answers[0]["finish_reason"] == "length"
     shown = capsys.readouterr().out
     assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is no number]" in shown
     assert "[/top_k: 1.5 is no whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
     assert "[a system message stands in front]" in shown and "/reset  " in shown
 
 
-def test_retry_draws_the_last_answer_again(make, type_lines, heard, capsys, tmp_path):
+def test_retry_draws_the_last_answer_again(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
     type_lines("/retry", "a", "b", "/retry")
-    talk(make(), tmp_path)
-    assert heard == [["a"], ["a", "A巴", "b"], ["a", "A巴", "b"]]
+    run_terminal_chat(make_chat_model(), tmp_path)
+    assert model_inputs == [["a"], ["a", "A巴", "b"], ["a", "A巴", "b"]]
     assert "[nothing has been said yet]" in capsys.readouterr().out
 
 
-def test_what_is_saved_can_be_trained_on(make, type_lines, capsys, tmp_path):
+def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsys, tmp_path):
     file = tmp_path / "new" / "chat.jsonl"
     type_lines("/save", "你好", "/system S", "b", f"/save {file}", f"/save {file}", "/save")
-    talk(make(), tmp_path)
+    run_terminal_chat(make_chat_model(), tmp_path)
     shown = capsys.readouterr().out
     assert "[nothing has been said yet]" in shown and f"[written: {file}]" in shown and "is there already" in shown
-    (chat,) = read_chats([file], DataReport())
+    (chat,) = read_chats([file], DataStats())
     assert [(m["role"], m["content"]) for m in chat.messages] == [
         *(("system", "S"), ("user", "你好"), ("assistant", "A巴"), ("user", "b"), ("assistant", "A巴")),
     ]
@@ -123,13 +123,13 @@ def test_what_is_saved_can_be_trained_on(make, type_lines, capsys, tmp_path):
     assert json.loads(named_by_time.read_text(encoding="utf-8")) == {"messages": chat.messages}
 
 
-def test_a_pretrained_model_goes_on_and_its_texts_are_saved(make, type_lines, tmp_path):
+def test_pretrained_model_continues_text_and_saves_it(make_chat_model, type_lines, tmp_path):
     type_lines("xP", f"/save {tmp_path / 't.jsonl'}")
-    talk(make("--stage", "pretrain", "--max_new_tokens", "4"), tmp_path)
-    assert [document.text for document in read_texts([tmp_path / "t.jsonl"], DataReport())] == ["xParis"]
+    run_terminal_chat(make_chat_model("--stage", "pretrain", "--max_new_tokens", "4"), tmp_path)
+    assert [document.text for document in read_texts([tmp_path / "t.jsonl"], DataStats())] == ["xParis"]
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(make, type_lines, monkeypatch, capsys, tmp_path):
+def test_ctrl_c_stops_the_answer_not_the_program(make_chat_model, type_lines, monkeypatch, capsys, tmp_path):
     def interrupted(*arguments):
         answer = arguments[-1]
         answer.text = "half"
@@ -140,23 +140,23 @@ def test_ctrl_c_stops_the_answer_not_the_program(make, type_lines, monkeypatch, 
         raise KeyboardInterrupt
         yield ""
 
-    speaker = make()
-    monkeypatch.setattr(speaker_room, "stream", interrupted)
-    assert speaker.say([{"role": "user", "content": "a"}], may_be_stopped=True) == "half"
-    assert "half [stopped]" in capsys.readouterr().out and speaker.answers[0]["finish_reason"] == "stopped"
+    chat_model = make_chat_model()
+    monkeypatch.setattr(chat_model_module, "stream", interrupted)
+    assert chat_model.stream_answer([{"role": "user", "content": "a"}], interruptible=True) == "half"
+    assert "half [stopped]" in capsys.readouterr().out and chat_model.answers[0]["finish_reason"] == "stopped"
     with pytest.raises(KeyboardInterrupt):
-        speaker.say([{"role": "user", "content": "a"}])
-    conversation = Conversation(speaker)
-    conversation.ask("a")
-    assert [message["content"] for message in conversation.messages] == ["a", "half"]
-    monkeypatch.setattr(speaker_room, "stream", at_once)
-    conversation.ask("b")  # nothing was said: as if it had not been asked
-    conversation.retry()
-    assert [message["content"] for message in conversation.messages] == ["a", "half"]
+        chat_model.stream_answer([{"role": "user", "content": "a"}])
+    chat = TerminalChat(chat_model)
+    chat.send_message("a")
+    assert [message["content"] for message in chat.messages] == ["a", "half"]
+    monkeypatch.setattr(chat_model_module, "stream", at_once)
+    chat.send_message("b")  # nothing was said: as if it had not been asked
+    chat.retry()
+    assert [message["content"] for message in chat.messages] == ["a", "half"]
     with pytest.raises(UserError, match="the question is empty"):
-        conversation.ask("  ")
+        chat.send_message("  ")
     type_lines(KeyboardInterrupt, "a")
-    talk(speaker, tmp_path)
+    run_terminal_chat(chat_model, tmp_path)
     assert "\n/help lists the commands" in capsys.readouterr().out
 
 

@@ -11,8 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from common.errors import UserError
-from corpus.language import language_of
-from evaluation.tokenizer_table import compare, open_tokenizer, read_languages
+from corpus.language import detect_language
+from evaluation.tokenizer_table import load_any_tokenizer, measure_tokenizers, read_texts_by_language
 from tests.helpers import run_process, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
 
@@ -20,7 +20,7 @@ TEXTS = [*made_up_text("zh", 12, 5), *made_up_text("en", 12, 5), "<|im_end|> is 
 
 
 @pytest.fixture(scope="module")
-def places(tokenizer, tmp_path_factory):
+def folder(tokenizer, tmp_path_factory):
     """Ours (a byte a token), one of whole words with an unknown token, a SentencePiece model, and the text."""
     from sentencepiece import SentencePieceTrainer
 
@@ -41,45 +41,50 @@ def places(tokenizer, tmp_path_factory):
     return folder
 
 
-def by_hand(encode, unknown):
+def reference_counts(encode, unknown):
     """Straight from the library, one document at a time: characters per token zh, en, bytes per token, unknown."""
     ids = [encode(text) for text in TEXTS]
     sums = []
     for lang in ("zh", "en"):
-        of = [(len(text), len(row)) for text, row in zip(TEXTS, ids, strict=True) if language_of(text) == lang]
+        of = [(len(text), len(row)) for text, row in zip(TEXTS, ids, strict=True) if detect_language(text) == lang]
         sums.append(sum(c for c, _ in of) / sum(n for _, n in of))
     tokens = sum(map(len, ids))
     return [*sums, sum(len(text.encode()) for text in TEXTS) / tokens, sum(row.count(unknown) for row in ids) / tokens]
 
 
-def test_counts_are_those_of_the_libraries(places, tokenizer):
+def test_counts_are_those_of_the_libraries(folder, tokenizer):
     from sentencepiece import SentencePieceProcessor
 
-    texts = read_languages([str(places / "text.txt")])
+    texts = read_texts_by_language([str(folder / "text.txt")])
     assert sorted(text for documents in texts.values() for text in documents) == sorted(TEXTS)
-    rows = {row.name: row for row in compare(map(open_tokenizer, sorted(places.glob("[opw]*s"))), texts)}
-    pieces = SentencePieceProcessor(model_file=str(places / "pieces" / "tokenizer.model"))
-    words = Tokenizer.from_file(str(places / "words" / "tokenizer.json"))
+    rows = {row.name: row for row in measure_tokenizers(map(load_any_tokenizer, sorted(folder.glob("[opw]*s"))), texts)}
+    pieces = SentencePieceProcessor(model_file=str(folder / "pieces" / "tokenizer.model"))
+    words = Tokenizer.from_file(str(folder / "words" / "tokenizer.json"))
     words.no_padding(), words.no_truncation()
-    ours = Tokenizer.from_file(str(places / "ours" / "tokenizer.json"))
+    ours = Tokenizer.from_file(str(folder / "ours" / "tokenizer.json"))
     ours.encode_special_tokens = True
     for name, entries, expected in (
-        ("ours", tokenizer.vocab_size, by_hand(lambda text: ours.encode(text).ids, -1)),
-        ("words", 4, by_hand(lambda text: words.encode(text).ids, 0)),
-        ("pieces", 400, by_hand(pieces.encode, pieces.unk_id())),
+        ("ours", tokenizer.vocab_size, reference_counts(lambda text: ours.encode(text).ids, -1)),
+        ("words", 4, reference_counts(lambda text: words.encode(text).ids, 0)),
+        ("pieces", 400, reference_counts(pieces.encode, pieces.unk_id())),
     ):
-        row = rows[str(places / name)]
-        assert row.entries == entries
-        found = [row.characters_per_token["zh"], row.characters_per_token["en"], row.bytes_per_token, row.unknown]
+        row = rows[str(folder / name)]
+        assert row.vocab_size == entries
+        found = [
+            row.characters_per_token["zh"],
+            row.characters_per_token["en"],
+            row.bytes_per_token,
+            row.unknown_fraction,
+        ]
         assert found == pytest.approx(expected), name
-    assert rows[str(places / "ours")].bytes_per_token == 1, "a byte a token"
-    assert rows[str(places / "words")].unknown > 0.5 and rows[str(places / "pieces")].unknown == 0
+    assert rows[str(folder / "ours")].bytes_per_token == 1, "a byte a token"
+    assert rows[str(folder / "words")].unknown_fraction > 0.5 and rows[str(folder / "pieces")].unknown_fraction == 0
 
 
-def test_the_command_prints_and_writes_a_sorted_table(places, monkeypatch, capsys, tmp_path):
-    folders = [places / "ours", places / "pieces", places / "words" / "tokenizer.json"]
+def test_compare_prints_and_writes_sorted_table(folder, monkeypatch, capsys, tmp_path):
+    folders = [folder / "ours", folder / "pieces", folder / "words" / "tokenizer.json"]
     monkeypatch.setenv("COLUMNS", "300")
-    run_script(monkeypatch, "train_tokenizer.py", "--compare", *folders, "--compare_on", places / "text.txt", "--out",
+    run_script(monkeypatch, "train_tokenizer.py", "--compare", *folders, "--compare_on", folder / "text.txt", "--out",
                tmp_path / "new" / "t.md")  # fmt: skip
     said = capsys.readouterr().out
     lines = [line for line in (tmp_path / "new" / "t.md").read_text(encoding="utf-8").splitlines() if "|" in line]
@@ -90,19 +95,19 @@ def test_the_command_prints_and_writes_a_sorted_table(places, monkeypatch, capsy
     assert "characters of zh and" in said and "text.txt" in said
 
 
-def test_without_text_it_is_the_demo_world(places, monkeypatch, capsys):
-    run_script(monkeypatch, "train_tokenizer.py", "--compare", places / "ours")
+def test_compare_defaults_to_demo_world_text(folder, monkeypatch, capsys):
+    run_script(monkeypatch, "train_tokenizer.py", "--compare", folder / "ours")
     said = capsys.readouterr().out
     assert "built-in demo world" in said and "--compare_on" in said and "1.000" in said
 
 
-def test_a_language_that_does_not_occur_is_a_dash(places, monkeypatch, capsys, tmp_path):
+def test_a_language_that_does_not_occur_is_a_dash(folder, monkeypatch, capsys, tmp_path):
     (tmp_path / "en.jsonl").write_text(json.dumps({"text": "only English"}) + "\n", encoding="utf-8")
-    run_script(monkeypatch, "train_tokenizer.py", "--compare", places / "ours", "--compare_on", tmp_path / "en.jsonl")
+    run_script(monkeypatch, "train_tokenizer.py", "--compare", folder / "ours", "--compare_on", tmp_path / "en.jsonl")
     assert "–" in capsys.readouterr().out
 
 
-def test_bad_folders_and_flags_are_one_line(places, monkeypatch, tmp_path):
+def test_bad_folders_and_flags_are_one_line(folder, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text("{oops", encoding="utf-8")
     (tmp_path / "torn.model").write_bytes(b"no model")
@@ -112,8 +117,8 @@ def test_bad_folders_and_flags_are_one_line(places, monkeypatch, tmp_path):
         ([tmp_path / "empty"], "expected a tokenizer.json or a SentencePiece"),
         ([tmp_path / "bad"], "tokenizer.json .*: damaged or not a tokenizer"),
         ([tmp_path / "torn.model"], "torn.model .*: damaged or not a tokenizer"),
-        ([places / "ours", "--compare_on", "absent.txt"], "absent.txt: no such file"),
-        ([places / "ours", "--compare_on", tmp_path / "empty.txt"], "empty.txt"),
+        ([folder / "ours", "--compare_on", "absent.txt"], "absent.txt: no such file"),
+        ([folder / "ours", "--compare_on", tmp_path / "empty.txt"], "empty.txt"),
     ):
         with pytest.raises(UserError, match=says) as error:
             run_script(monkeypatch, "train_tokenizer.py", "--compare", *arguments)

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
-from export.gguf_export import go_template, interleave, modelfile, refuse_early, write_gguf
-from export.gguf_tokenizer import crossing_piece, pre_tokenizer
+from export.gguf_export import check_supported, go_template, interleave, modelfile, write_gguf
+from export.gguf_tokenizer import piece_across_cut, pre_tokenizer_name
 from export.verify_gguf import check_gguf
-from model.chat_template import FORMAT_NAMES
+from model.chat_template import CHAT_FORMATS
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
-from tests.export.test_hf_export import CASES, LINEAGE, rough
+from tests.export.test_hf_export import CASES, LINEAGE, random_model
 from tests.export.test_hf_import import make_tokenizer
 from tests.helpers import run_script
 
@@ -46,7 +46,7 @@ CASES = CASES | {
     "moe-llama3": {"use_moe": True, "rope_scaling": LLAMA3},
 }
 ARCHITECTURE = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3moe", "moe": "granitemoe"}
-KNOWN = {"stage": "full_sft", "size": "32"}
+FACTS = {"stage": "full_sft", "size": "32"}
 TEXT = ["the sun and the moon and the river, of the sea < the sky\n 太阳和月亮，还有星星。太阳很大，月亮很小。\n"] * 40
 
 
@@ -60,23 +60,23 @@ def chats():
     return chat_tokenizer()
 
 
-def tiny(chats, **changes):
+def tiny_model(chats, **changes):
     size = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "max_seq_len": 128}
-    return rough(ModelConfig(chats.vocab_size + 5, **{**size, **changes}))
+    return random_model(ModelConfig(chats.vocab_size + 5, **{**size, **changes}))
 
 
-def test_interleaving_by_hand():
+def test_interleave_makes_the_halves_of_a_head_neighbours():
     matrix = torch.arange(8.0)[:, None].expand(8, 2)  # two heads of four rows
     assert interleave(matrix, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     assert interleave(matrix, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_the_file_holds(case, chats, tmp_path):
+def test_gguf_file_holds_sizes_tensors_and_tokenizer_of_the_model(case, chats, tmp_path):
     import gguf
 
-    model, path = tiny(chats, **CASES[case]), tmp_path / "m.gguf"
-    write_gguf(path, model, chats, "f32", KNOWN)
+    model, path = tiny_model(chats, **CASES[case]), tmp_path / "m.gguf"
+    write_gguf(path, model, chats, "f32", FACTS)
     reader = gguf.GGUFReader(path)
     values = {name: field.contents() for name, field in reader.fields.items()}
     kind = values["general.architecture"]
@@ -99,12 +99,14 @@ def test_what_the_file_holds(case, chats, tmp_path):
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     assert ("output.weight" in tensors) != config.tie_embeddings
     q = model.model.layers[1].self_attn.q_proj.weight.detach()
-    as_it_is = kind in ("qwen2", "qwen3", "qwen3moe")
-    assert np.array_equal(tensors["blk.1.attn_q.weight"], (q if as_it_is else interleave(q, config.n_heads)).numpy())
+    keeps_row_order = kind in ("qwen2", "qwen3", "qwen3moe")
+    assert np.array_equal(
+        tensors["blk.1.attn_q.weight"], (q if keeps_row_order else interleave(q, config.n_heads)).numpy()
+    )
     assert ("blk.1.attn_k.bias" in tensors) == config.qkv_bias and "blk.1.attn_output.bias" not in tensors
     if config.qkv_bias:
         k = model.model.layers[1].self_attn.k_proj.bias.detach()
-        k = k if as_it_is else interleave(k, config.n_kv_heads)
+        k = k if keeps_row_order else interleave(k, config.n_kv_heads)
         assert np.array_equal(tensors["blk.1.attn_k.bias"], k.numpy())
     assert ("rope_freqs.weight" in tensors) == (scaling == "llama3")
     if scaling == "llama3":
@@ -133,33 +135,33 @@ FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if
 
 
 @pytest.mark.parametrize(("case", "number"), FORMATS)
-def test_llama_cpp_computes_the_same(llama_cpp, case, number, chats, tmp_path):
+def test_llama_cpp_gives_equal_tokens_logits_and_answer(llama_cpp, case, number, chats, tmp_path):
     """check_gguf raises where tokens, logits or the answer differ; that it looks is the next test."""
-    model, path = tiny(chats, **CASES[case]), tmp_path / "m.gguf"
-    write_gguf(path, model, chats, number, KNOWN)
-    said = check_gguf(path, model, chats, number)
-    assert "in llama.cpp: the same tokens" in said
-    assert number != "f32" or "64 greedy tokens equal" in said
+    model, path = tiny_model(chats, **CASES[case]), tmp_path / "m.gguf"
+    write_gguf(path, model, chats, number, FACTS)
+    message = check_gguf(path, model, chats, number)
+    assert "in llama.cpp: the same tokens" in message
+    assert number != "f32" or "64 greedy tokens equal" in message
 
 
-def test_llama_cpp_would_tell(llama_cpp, chats, tmp_path, monkeypatch):
-    model, path = tiny(chats), tmp_path / "m.gguf"
+def test_check_gguf_finds_wrong_rows_and_missing_merges(llama_cpp, chats, tmp_path, monkeypatch):
+    model, path = tiny_model(chats), tmp_path / "m.gguf"
     with monkeypatch.context() as patch:
         patch.setattr("export.gguf_export.interleave", lambda matrix, heads: matrix)
-        write_gguf(path, model, chats, "f32", KNOWN)
+        write_gguf(path, model, chats, "f32", FACTS)
         with pytest.raises(UserError, match="logits differ"):
             check_gguf(path, model, chats, "f32")
     content = json.loads(chats.files["tokenizer.json"])
     content["model"]["merges"] = content["model"]["merges"][:20]
-    write_gguf(path, model, ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}), "f32", KNOWN)
+    write_gguf(path, model, ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}), "f32", FACTS)
     with pytest.raises(UserError, match="other tokens"):
         check_gguf(path, model, chats, "f32")
 
 
 @pytest.fixture(scope="module")
-def their(llama_cpp, chats, tmp_path_factory):
+def llama_model(llama_cpp, chats, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    write_gguf(path, tiny(chats), chats, "f32", KNOWN)
+    write_gguf(path, tiny_model(chats), chats, "f32", FACTS)
     return llama_cpp.Llama(str(path), n_ctx=128, vocab_only=True, verbose=False)
 
 
@@ -169,24 +171,24 @@ ANY_TEXT = st.lists(PIECES | st.text(st.characters(exclude_categories=("Cs",)), 
 
 @given(ANY_TEXT)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_text_is_the_same_tokens(their, chats, text):
+def test_any_text_gives_the_same_tokens(llama_model, chats, text):
     text = text.replace("\0", "")  # a C string ends there
-    assert their.tokenize(text.encode(), add_bos=False, special=False) == chats.encode(text)
+    assert llama_model.tokenize(text.encode(), add_bos=False, special=False) == chats.encode(text)
 
 
 # ---- refused by name -------------------------------------------------------------------------------------------------
-def test_tokenizers_that_llama_cpp_has_no_name_for(tokenizer, tmp_path):
-    for other, said in ((chat_tokenizer("unigram"), "lone bytes"), (tokenizer, "cuts text")):
-        with pytest.raises(UserError, match=said):
-            pre_tokenizer(other)
+def test_unsupported_tokenizers_are_refused(tokenizer, tmp_path):
+    for other, message in ((chat_tokenizer("unigram"), "lone bytes"), (tokenizer, "cuts text")):
+        with pytest.raises(UserError, match=message):
+            pre_tokenizer_name(other)
     make_tokenizer(tmp_path)
     from model.tokenizer import load_tokenizer
 
-    assert pre_tokenizer(load_tokenizer(tmp_path)) == "gpt-2"  # ByteLevel with its own pattern
+    assert pre_tokenizer_name(load_tokenizer(tmp_path)) == "gpt-2"  # ByteLevel with its own pattern
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"rope_scaling": {"rope_type": "dynamic", **LENGTHS}}, "dynamic"),
         ({"rope_scaling": {**YARN, "truncate": False}}, "truncate"),
@@ -194,53 +196,53 @@ def test_tokenizers_that_llama_cpp_has_no_name_for(tokenizer, tmp_path):
         ({"rope_scaling": LLAMA3, "qk_norm": True}, "llama3 RoPE scaling in the architecture qwen3"),
     ],
 )
-def test_rope_scaling_that_llama_cpp_does_not_compute(changes, said, chats, tmp_path):
-    model = tiny(chats, **changes)
-    for refuse in (
-        lambda: refuse_early(model.config, chats),
-        lambda: write_gguf(tmp_path / "m.gguf", model, chats, "f32", KNOWN),
+def test_unsupported_rope_scaling_is_refused(changes, message, chats, tmp_path):
+    model = tiny_model(chats, **changes)
+    for call in (
+        lambda: check_supported(model.config, chats),
+        lambda: write_gguf(tmp_path / "m.gguf", model, chats, "f32", FACTS),
     ):
-        with pytest.raises(UserError, match=f"--gguf: llama.cpp does not compute .*{said}"):
-            refuse()
+        with pytest.raises(UserError, match=f"--gguf: llama.cpp does not compute .*{message}"):
+            call()
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_a_piece_across_a_cut(chats):
-    assert crossing_piece(chats) == ""
+def test_a_piece_across_a_cut_is_refused(chats):
+    assert piece_across_cut(chats) == ""
     content = json.loads(chats.files["tokenizer.json"])
     piece = "a<"
     content["model"]["vocab"][piece] = len(content["model"]["vocab"])
     content["model"]["merges"].append(["a", "<"])
     with pytest.raises(UserError, match="reaches across"):
-        pre_tokenizer(ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}))
+        pre_tokenizer_name(ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}))
 
 
-def test_said_before_any_work(monkeypatch, tokenizer, chats, tmp_path):
-    def saved(tokenizer):
-        model = rough(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 2, max_seq_len=64))
+def test_unsupported_exports_are_refused_before_any_work(monkeypatch, tokenizer, chats, tmp_path):
+    def save_checkpoint(tokenizer):
+        model = random_model(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 2, max_seq_len=64))
         save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, LINEAGE)
         return tmp_path / "full_sft_32.pth"
 
     with pytest.raises(UserError, match="cuts text"):
-        run_script(monkeypatch, "export_model.py", saved(tokenizer), tmp_path / "a", "--gguf", "f16")
-    run_script(monkeypatch, "export_model.py", saved(chats), tmp_path / "a", "--gguf", "q8_0")
+        run_script(monkeypatch, "export_model.py", save_checkpoint(tokenizer), tmp_path / "a", "--gguf", "f16")
+    run_script(monkeypatch, "export_model.py", save_checkpoint(chats), tmp_path / "a", "--gguf", "q8_0")
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names >= {"full_sft_32-q8_0.gguf", "Modelfile", "config.json", "README.md"}
     assert "FROM ./full_sft_32-q8_0.gguf\n" in (tmp_path / "a" / "Modelfile").read_text(encoding="utf-8")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match='pip install "gguf'):
-        run_script(monkeypatch, "export_model.py", saved(chats), tmp_path / "b", "--gguf", "f16")
+        run_script(monkeypatch, "export_model.py", save_checkpoint(chats), tmp_path / "b", "--gguf", "f16")
     assert not (tmp_path / "b").exists()
 
 
-def test_without_llama_cpp_it_says_so(monkeypatch, chats, tmp_path):
+def test_without_llama_cpp_the_install_command_is_printed(monkeypatch, chats, tmp_path):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    write_gguf(tmp_path / "m.gguf", tiny(chats), chats, "f16", KNOWN)
-    assert "pip install llama-cpp-python" in check_gguf(tmp_path / "m.gguf", tiny(chats), chats, "f16")
+    write_gguf(tmp_path / "m.gguf", tiny_model(chats), chats, "f16", FACTS)
+    assert "pip install llama-cpp-python" in check_gguf(tmp_path / "m.gguf", tiny_model(chats), chats, "f16")
 
 
 # ---- Ollama ----------------------------------------------------------------------------------------------------------
-def test_modelfile(chats):
+def test_modelfile_names_template_stops_and_context(chats):
     text = modelfile("m.gguf", chats, ModelConfig(chats.vocab_size, max_seq_len=300))
     assert text.splitlines()[1:] == [
         "FROM ./m.gguf",
@@ -256,12 +258,12 @@ def test_modelfile(chats):
     ]
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_go_templates_write_the_format(name, chats):
     """Rendered here by substitution, which is all that these templates ask of Go."""
     import re
 
-    chat = chats.with_format(name).format
+    chat = chats.with_chat_format(name).format
     messages = [("system", "S"), ("user", "U"), ("assistant", "A"), ("user", "V")]
     start, body, end = re.fullmatch(
         r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*?)", go_template(chat), re.S

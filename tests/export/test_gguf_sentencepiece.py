@@ -16,16 +16,24 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from common.errors import UserError
 from export.gguf_export import write_gguf
-from export.gguf_sentencepiece import BYTE, BYTES, CONTROL, NORMAL, UNKNOWN, UNUSED, Vocabulary
-from export.gguf_tokenizer import pre_tokenizer
+from export.gguf_sentencepiece import (
+    BYTE_PIECES,
+    TOKEN_BYTE,
+    TOKEN_CONTROL,
+    TOKEN_NORMAL,
+    TOKEN_UNKNOWN,
+    TOKEN_UNUSED,
+    SentencePieceVocabulary,
+)
+from export.gguf_tokenizer import pre_tokenizer_name
 from export.verify_gguf import check_gguf
 from model.config import ModelConfig
 from model.tokenizer import load_tokenizer
-from tests.export.test_hf_export import rough
+from tests.export.test_hf_export import random_model
 from tests.export.test_hf_import import CHAT
 from tests.scripts.test_train_tokenizer import made_up_text
 
-KNOWN = {"stage": "full_sft", "size": "32"}
+FACTS = {"stage": "full_sft", "size": "32"}
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -34,7 +42,7 @@ LLAMA = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" 
 
 
 @pytest.fixture(scope="module")
-def trained():
+def sp_model():
     """A BPE that sentencepiece trained, as Llama 2's: dummy prefix, byte fallback, every space a ▁."""
     import sentencepiece
 
@@ -49,24 +57,24 @@ def trained():
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def backend_of(trained, keep=lambda left, right: True):
+def tokenizer_backend(sp_model, keep=lambda left, right: True):
     """tokenizer.json of a sentencepiece model: every pair of pieces that makes a piece is a merge, best score first."""
-    pieces = [trained.id_to_piece(i) for i in range(trained.vocab_size())]
+    pieces = [sp_model.id_to_piece(i) for i in range(sp_model.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = []
     for piece in pieces:
-        if piece not in BYTES and piece not in ("<unk>", "<s>", "</s>"):
+        if piece not in BYTE_PIECES and piece not in ("<unk>", "<s>", "</s>"):
             splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
             merges += [
                 (left, right) for left, right in splits if left in vocab and right in vocab and keep(left, right)
             ]
-    merges.sort(key=lambda merge: -trained.get_score(vocab["".join(merge)]))
+    merges.sort(key=lambda merge: -sp_model.get_score(vocab["".join(merge)]))
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = LLAMA
     return backend
 
 
-def saved(backend, folder, template=TEMPLATE):
+def save_tokenizer(backend, folder, template=TEMPLATE):
     from transformers import PreTrainedTokenizerFast
 
     marks = decoders.Replace("▁", " ")
@@ -80,48 +88,48 @@ def saved(backend, folder, template=TEMPLATE):
 
 
 @pytest.fixture(scope="module")
-def ours(trained, tmp_path_factory):
-    return saved(backend_of(trained), tmp_path_factory.mktemp("spm"))
+def ours(sp_model, tmp_path_factory):
+    return save_tokenizer(tokenizer_backend(sp_model), tmp_path_factory.mktemp("spm"))
 
 
-def small(tokenizer):
+def small_model(tokenizer):
     size = {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "hidden_dim": 48, "max_seq_len": 128}
-    return rough(ModelConfig(tokenizer.vocab_size + 3, **size))
+    return random_model(ModelConfig(tokenizer.vocab_size + 3, **size))
 
 
-def fields_of(path):
+def read_gguf_fields(path):
     import gguf
 
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 @pytest.fixture(scope="module")
-def written(ours, tmp_path_factory):
+def gguf_file(ours, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    write_gguf(path, small(ours), ours, "f32", KNOWN)
+    write_gguf(path, small_model(ours), ours, "f32", FACTS)
     return path
 
 
 @pytest.fixture(scope="module")
-def read(written):
+def read_vocabulary(gguf_file):
     """What llama.cpp reads from the file."""
-    values = fields_of(written)
+    values = read_gguf_fields(gguf_file)
     lists = [values[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
-    return Vocabulary(*lists, values["tokenizer.ggml.add_space_prefix"])
+    return SentencePieceVocabulary(*lists, values["tokenizer.ggml.add_space_prefix"])
 
 
-def test_what_the_file_holds(ours, trained, written):
-    values = {name.removeprefix("tokenizer.ggml."): value for name, value in fields_of(written).items()}
+def test_gguf_file_holds_sizes_tensors_and_tokenizer_of_the_model(ours, sp_model, gguf_file):
+    values = {name.removeprefix("tokenizer.ggml."): value for name, value in read_gguf_fields(gguf_file).items()}
     assert (values["model"], values["pre"]) == ("llama", "default")
     assert (values["bos_token_id"], values["eos_token_id"], values["unknown_token_id"]) == (1, 2, 0)
     assert values["add_space_prefix"] and values["add_bos_token"] and values["tokenizer.chat_template"] == TEMPLATE
     pieces, types = values["tokens"], values["token_type"]
-    assert pieces[: trained.vocab_size()] == [trained.id_to_piece(i) for i in range(trained.vocab_size())]
-    assert types[:3] == [UNKNOWN, CONTROL, CONTROL] and types[3:259] == [BYTE] * 256
-    assert set(types[259 : ours.vocab_size]) == {NORMAL} and types[ours.vocab_size :] == [UNUSED] * 3
+    assert pieces[: sp_model.vocab_size()] == [sp_model.id_to_piece(i) for i in range(sp_model.vocab_size())]
+    assert types[:3] == [TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_CONTROL] and types[3:259] == [TOKEN_BYTE] * 256
+    assert set(types[259 : ours.vocab_size]) == {TOKEN_NORMAL} and types[ours.vocab_size :] == [TOKEN_UNUSED] * 3
     made = [i for i in range(259, ours.vocab_size) if len(pieces[i]) > 1]  # in the order in which they are merged
     assert made and sorted(made, key=lambda i: -values["scores"][i]) == sorted(
-        made, key=lambda i: -trained.get_score(i)
+        made, key=lambda i: -sp_model.get_score(i)
     )
 
 
@@ -132,31 +140,31 @@ ANY_TEXT = st.lists(PIECES | st.text(st.characters(exclude_categories=("Cs",)), 
 
 @given(ANY_TEXT)
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-def test_any_text_is_the_same_tokens(ours, trained, read, text):
+def test_any_text_gives_the_same_tokens(ours, sp_model, read_vocabulary, text):
     """sentencepiece itself drops \\0 and reads ▁ as a space; the others do not."""
-    ids = read.encode(text)
+    ids = read_vocabulary.encode(text)
     assert ids == ours.encode(text)
     if text and not set(text) & {"\0", "▁"}:
-        assert ids == trained.encode(text)
+        assert ids == sp_model.encode(text)
 
 
-def test_thousands_of_texts_are_the_same_tokens(ours, trained, read):
+def test_thousands_of_texts_give_the_same_tokens(ours, sp_model, read_vocabulary):
     texts = made_up_text("zh", 1200) + made_up_text("en", 1200)
     texts += [f"{a}{b}" for a in ("", " ", "  ", "\n", "👍") for b in texts[:300]]
     for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
-        assert read.encode(text) == ids == trained.encode(text)
+        assert read_vocabulary.encode(text) == ids == sp_model.encode(text)
 
 
-def test_a_chat_is_the_same_tokens(ours, read):
+def test_a_chat_gives_the_same_tokens(ours, read_vocabulary):
     for end, prompt in ((2, True), (3, False), (4, True), (5, False)):
         ids, _ = ours.render(CHAT[:end], add_generation_prompt=prompt)
         text = ours.format.text(CHAT[:end], prompt)
-        assert read.encode(text, parse_special=True) == ids
+        assert read_vocabulary.encode(text, parse_special=True) == ids
 
 
-def test_in_llama_cpp(ours, written):
+def test_llama_cpp_gives_equal_tokens(ours, gguf_file):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which a fresh machine must compile")
-    assert "in llama.cpp: the same tokens" in check_gguf(written, small(ours), ours, "f32")
+    assert "in llama.cpp: the same tokens" in check_gguf(gguf_file, small_model(ours), ours, "f32")
 
 
 @pytest.mark.parametrize(
@@ -167,61 +175,63 @@ def test_in_llama_cpp(ours, written):
         ("replace", normalizers.Replace(" ", "▁")),
     ],
 )
-def test_other_ways_to_write_a_space(trained, name, step, tmp_path):
-    backend = backend_of(trained)
+def test_metaspace_steps_are_converted(sp_model, name, step, tmp_path):
+    backend = tokenizer_backend(sp_model)
     backend.normalizer = step if name == "replace" else None
     if name != "replace":
         backend.pre_tokenizer = step
-    tokenizer = saved(backend, tmp_path)
-    write_gguf(tmp_path / "m.gguf", small(tokenizer), tokenizer, "f32", KNOWN)
-    values = fields_of(tmp_path / "m.gguf")
+    tokenizer = save_tokenizer(backend, tmp_path)
+    write_gguf(tmp_path / "m.gguf", small_model(tokenizer), tokenizer, "f32", FACTS)
+    values = read_gguf_fields(tmp_path / "m.gguf")
     assert values["tokenizer.ggml.add_space_prefix"] == (name == "always")
-    said = check_gguf(tmp_path / "m.gguf", small(tokenizer), tokenizer, "f32")
-    assert ("begins with a space has one ▁ more" in said) == (name == "always")
+    message = check_gguf(tmp_path / "m.gguf", small_model(tokenizer), tokenizer, "f32")
+    assert ("begins with a space has one ▁ more" in message) == (name == "always")
 
 
 # ---- refused by name -------------------------------------------------------------------------------------------------
-def refusal(backend, folder, template=TEMPLATE):
+def refusal_message(backend, folder, template=TEMPLATE):
     with pytest.raises(UserError, match="fits no GGUF") as error:
-        pre_tokenizer(saved(backend, folder, template))
+        pre_tokenizer_name(save_tokenizer(backend, folder, template))
     return str(error.value)
 
 
-def test_what_llama_cpp_has_not(trained, tmp_path):
-    backend = backend_of(trained)
+def test_steps_that_llama_cpp_lacks_are_refused(sp_model, tmp_path):
+    backend = tokenizer_backend(sp_model)
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
-    assert "no NFKC before the merges" in refusal(backend, tmp_path / "a")
+    assert "no NFKC before the merges" in refusal_message(backend, tmp_path / "a")
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    assert "behind each control token of a chat" in refusal(backend, tmp_path / "b")
-    assert pre_tokenizer(saved(backend, tmp_path / "c", template=None)) == "default", "plain text is the same"
+    assert "behind each control token of a chat" in refusal_message(backend, tmp_path / "b")
+    assert pre_tokenizer_name(save_tokenizer(backend, tmp_path / "c", template=None)) == "default", (
+        "plain text is the same"
+    )
     content = json.loads(backend.to_str())
     content["model"]["vocab"]["e▁"] = len(content["model"]["vocab"])
     content["model"]["merges"].append(["e", "▁"])
     backend = Tokenizer.from_str(json.dumps(content))
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always")
-    assert "merges across words" in refusal(backend, tmp_path / "d")
+    assert "merges across words" in refusal_message(backend, tmp_path / "d")
 
 
-def test_no_byte_fallback(tmp_path):
+def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path):
     """Unknown characters are <unk> here and bytes in llama.cpp."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = LLAMA
     trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     backend.train_from_iterator(["the sun and the moon"] * 9, trainer)
-    assert "no byte fallback" in refusal(backend, tmp_path)
+    assert "no byte fallback" in refusal_message(backend, tmp_path)
 
 
-def test_a_missing_merge_is_found(trained, tmp_path):
+def test_a_missing_merge_is_refused(sp_model, tmp_path):
     """One pair that makes a piece is no merge: llama.cpp joins it all the same."""
-    pieces = {trained.id_to_piece(i) for i in range(trained.vocab_size())}
+    pieces = {sp_model.id_to_piece(i) for i in range(sp_model.vocab_size())}
     dropped = next(piece for piece in sorted(pieces) if len(piece) == 2 and not piece.startswith("<"))
-    backend = backend_of(trained, keep=lambda left, right: left + right != dropped)
-    assert "joins any two neighbours" in refusal(backend, tmp_path)
+    backend = tokenizer_backend(sp_model, keep=lambda left, right: left + right != dropped)
+    assert "joins any two neighbours" in refusal_message(backend, tmp_path)
 
 
-def test_merges_of_bytes(trained, tmp_path):
-    content = json.loads(backend_of(trained).to_str())
+def test_merges_of_bytes_are_refused(sp_model, tmp_path):
+    content = json.loads(tokenizer_backend(sp_model).to_str())
     content["model"]["vocab"]["<0xE4><0xBD>"] = len(content["model"]["vocab"])
     content["model"]["merges"].append(["<0xE4>", "<0xBD>"])
-    assert "never merges bytes" in refusal(Tokenizer.from_str(json.dumps(content)), tmp_path)
+    assert "never merges bytes" in refusal_message(Tokenizer.from_str(json.dumps(content)), tmp_path)

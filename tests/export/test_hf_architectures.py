@@ -17,24 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from export.hf_config import KINDS as STOCK_KINDS
-from export.hf_config import model_config
-from export.hf_import import open_model, unstacked
-from export.verify_hf import greedy
+from export.hf_config import MODEL_TYPES, convert_hf_config
+from export.hf_import import open_model, unstack_experts
+from export.verify_hf import greedy_decode
 from model.config import ModelConfig
 from model.generate import generate
-from model.rope import longer_config
-from model.sampling import Sampling
+from model.parameters import count_parameters
+from model.rope import extend_context
+from model.sampling import SamplingParams
 from model.transformer import KVCache
-from tests.export.test_hf_export import assert_same_folders, export
-from tests.export.test_hf_import import edit, make_folder
+from tests.export.test_hf_export import assert_same_folders, run_export
+from tests.export.test_hf_import import edit_json, make_folder
 from tests.helpers import run_script
-from trainer.memory import count
 
 ORIGINAL = 32  # the length before scaling; the folders of make_folder say 96 positions
 
 
-def rope(length=96, **scaling):
+def rope_settings(length=96, **scaling):
     """Settings of a folder with scaled RoPE, for transformers 4 and 5."""
     parameters = {**scaling, "rope_theta": 5000.0}
     return {"max_position_embeddings": length, "rope_scaling": scaling, "rope_parameters": parameters}
@@ -43,7 +42,7 @@ def rope(length=96, **scaling):
 LLAMA3 = {"rope_type": "llama3", "factor": 3.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": ORIGINAL}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-KINDS = {
+CASES = {
     "llama wide": ("Llama", {"head_dim": 16}),
     "llama narrow": ("Llama", {"head_dim": 4}),
     "qwen3 wide": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
@@ -52,36 +51,36 @@ KINDS = {
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral window": ("Mistral", {"sliding_window": 96}),
     "qwen3 moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 16}),
-    "linear": ("Llama", rope(rope_type="linear", factor=3.0)),
-    "dynamic": ("Llama", rope(ORIGINAL, rope_type="dynamic", factor=3.0)),
-    "llama3": ("Llama", rope(**LLAMA3, original_max_position_embeddings=ORIGINAL)),
-    "yarn": ("Llama", rope(ORIGINAL, **YARN)),
-    "yarn long": ("Qwen3", rope(**YARN)),
-    "yarn options": ("Qwen2", rope(ORIGINAL, **YARN, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3)),
-    "yarn mscale": ("Llama", rope(**YARN, mscale=1.2, mscale_all_dim=0.6, truncate=False)),
-    "yarn moe": ("Qwen3Moe", {**EXPERTS, **rope(ORIGINAL, **YARN)}),
+    "linear": ("Llama", rope_settings(rope_type="linear", factor=3.0)),
+    "dynamic": ("Llama", rope_settings(ORIGINAL, rope_type="dynamic", factor=3.0)),
+    "llama3": ("Llama", rope_settings(**LLAMA3, original_max_position_embeddings=ORIGINAL)),
+    "yarn": ("Llama", rope_settings(ORIGINAL, **YARN)),
+    "yarn long": ("Qwen3", rope_settings(**YARN)),
+    "yarn options": ("Qwen2", rope_settings(ORIGINAL, **YARN, beta_fast=8.0, beta_slow=2.0, attention_factor=1.3)),
+    "yarn mscale": ("Llama", rope_settings(**YARN, mscale=1.2, mscale_all_dim=0.6, truncate=False)),
+    "yarn moe": ("Qwen3Moe", {**EXPERTS, **rope_settings(ORIGINAL, **YARN)}),
 }
-READ = 96  # tokens that every one of them reads
+MAX_TOKENS = 96  # tokens that every one of them reads
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """folders(kind) -> (the folder, transformers' model), made once."""
-    made = {}
+def model_folder(tmp_path_factory):
+    """model_folder(kind) -> (the folder, transformers' model), made once."""
+    cache = {}
 
     def make(kind):
-        if kind not in made:
-            family, changes = KINDS[kind]
+        if kind not in cache:
+            family, changes = CASES[kind]
             pytest.importorskip("transformers", minversion="4.51" if "Qwen3" in family else "4.50")
             folder = tmp_path_factory.mktemp("kind") / "theirs"
-            stock, _ = make_folder(folder, family, "1GB", **changes)
-            made[kind] = (folder, stock)
-        return made[kind]
+            hf_model, _ = make_folder(folder, family, "1GB", **changes)
+            cache[kind] = (folder, hf_model)
+        return cache[kind]
 
     return make
 
 
-def passed(model, logits_of, ids):
+def logits_and_gradients(model, logits_of, ids):
     """Logits (batch, seq, vocab) and the gradients of the next-token loss, by parameter name."""
     model.zero_grad()
     logits = logits_of(ids[:, :-1])
@@ -89,57 +88,57 @@ def passed(model, logits_of, ids):
     return logits.detach(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("length", [20, READ])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_those_of_transformers(kind, length, folders):
-    folder, stock = folders(kind)
+@pytest.mark.parametrize("length", [20, MAX_TOKENS])
+@pytest.mark.parametrize("kind", CASES)
+def test_logits_and_gradients_equal_transformers(kind, length, model_folder):
+    folder, hf_model = model_folder(kind)
     ours, _, _ = open_model(folder)
-    assert ours.config.max_seq_len >= READ
+    assert ours.config.max_seq_len >= MAX_TOKENS
     ids = torch.randint(0, 300, (2, length + 1), generator=torch.Generator().manual_seed(length))
-    logits, gradients = passed(ours, ours.logits, ids)
-    stock_logits, stock_gradients = passed(stock, lambda ids: stock(ids).logits, ids)
-    torch.testing.assert_close(logits, stock_logits, rtol=1e-5, atol=1e-5)
+    logits, gradients = logits_and_gradients(ours, ours.logits, ids)
+    hf_logits, hf_gradients = logits_and_gradients(hf_model, lambda ids: hf_model(ids).logits, ids)
+    torch.testing.assert_close(logits, hf_logits, rtol=1e-5, atol=1e-5)
     assert logits.std() > 0.3
-    stock_gradients = unstacked(stock_gradients, ours.config)
-    assert gradients.keys() == stock_gradients.keys()
+    hf_gradients = unstack_experts(hf_gradients, ours.config)
+    assert gradients.keys() == hf_gradients.keys()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, stock_gradients[name], rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradient, hf_gradients[name], rtol=1e-5, atol=1e-5, msg=name)
     for part in ("q_proj", "k_proj"):  # the rotation is what is compared here
         assert max(g.abs().max() for name, g in gradients.items() if part in name) > 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_greedy_answer_through_the_cache_is_that_of_generate(kind, folders):
-    folder, stock = folders(kind)
+@pytest.mark.parametrize("kind", CASES)
+def test_a_cached_greedy_answer_equals_generate(kind, model_folder):
+    folder, hf_model = model_folder(kind)
     ours, _, _ = open_model(folder)
     prompt = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(3))
-    tokens, _ = greedy(ours, prompt[0].tolist(), READ - 12)  # crosses the length before scaling
-    stock.generation_config.eos_token_id = stock.generation_config.pad_token_id = None
-    found = stock.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=READ - 12
+    tokens, _ = greedy_decode(ours, prompt[0].tolist(), MAX_TOKENS - 12)  # crosses the length before scaling
+    hf_model.generation_config.eos_token_id = hf_model.generation_config.pad_token_id = None
+    found = hf_model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=MAX_TOKENS - 12
     )
     assert found[0, 12:].tolist() == tokens
     assert len(set(tokens)) > 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_exported_read_and_exported_again_the_bytes_are_equal(kind, folders, monkeypatch, capsys, tmp_path):
-    folder, _ = folders(kind)
-    export(monkeypatch, folder, tmp_path / "a")
+@pytest.mark.parametrize("kind", CASES)
+def test_export_of_an_imported_folder_is_byte_equal(kind, model_folder, monkeypatch, capsys, tmp_path):
+    folder, _ = model_folder(kind)
+    run_export(monkeypatch, folder, tmp_path / "a")
     assert "greedy tokens equal" in capsys.readouterr().out
-    export(monkeypatch, tmp_path / "a", tmp_path / "b")
+    run_export(monkeypatch, tmp_path / "a", tmp_path / "b")
     assert_same_folders(tmp_path / "a", tmp_path / "b")
     theirs, back = open_model(folder)[0], open_model(tmp_path / "a")[0]
     assert dataclasses.replace(back.config, rope_scaling={}) == dataclasses.replace(theirs.config, rope_scaling={})
     assert torch.equal(back.rope_cos, theirs.rope_cos)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == {"Mistral": "llama"}.get(
-        KINDS[kind][0], KINDS[kind][0].lower().replace("qwen3moe", "qwen3_moe")
+        CASES[kind][0], CASES[kind][0].lower().replace("qwen3moe", "qwen3_moe")
     )
 
 
 @pytest.mark.parametrize("kind", ["qwen2 wide", "qwen3 moe", "dynamic", "llama3"])
-def test_training_starts_from_it_and_keeps_what_it_is(kind, folders, monkeypatch, sft_dir, capsys, tmp_path):
-    folder, out = folders(kind)[0], tmp_path / "out"
+def test_training_from_a_folder_keeps_its_architecture(kind, model_folder, monkeypatch, sft_dir, capsys, tmp_path):
+    folder, out = model_folder(kind)[0], tmp_path / "out"
     flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", 4, "--max_steps", 2, "--init_from", folder]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", out)
     assert ("RoPE scaling: " in capsys.readouterr().out) == (kind in ("dynamic", "llama3"))
@@ -150,26 +149,26 @@ def test_training_starts_from_it_and_keeps_what_it_is(kind, folders, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
-def test_both_spellings_of_rope_are_the_same(kind, folders, tmp_path):
-    folder, _ = folders(kind)
+def test_both_spellings_of_rope_are_the_same(kind, model_folder, tmp_path):
+    folder, _ = model_folder(kind)
     theirs = json.loads((folder / "config.json").read_text())
-    scaling = dict(KINDS[kind][1]["rope_scaling"])
+    scaling = dict(CASES[kind][1]["rope_scaling"])
     plain = {n: v for n, v in theirs.items() if n not in ("rope_parameters", "rope_scaling", "rope_theta")}
     old = {"type": scaling.pop("rope_type"), **scaling}
     spellings = [
         {**plain, "rope_theta": 5000.0, "rope_scaling": old},
-        {**plain, "rope_parameters": KINDS[kind][1]["rope_parameters"]},
-        {**plain, "rope_theta": 5000.0, "rope_scaling": KINDS[kind][1]["rope_scaling"], "rope_parameters": None},
+        {**plain, "rope_parameters": CASES[kind][1]["rope_parameters"]},
+        {**plain, "rope_theta": 5000.0, "rope_scaling": CASES[kind][1]["rope_scaling"], "rope_parameters": None},
     ]
-    configs = [model_config(folder, spelling, False) for spelling in spellings]
+    configs = [convert_hf_config(folder, spelling, False) for spelling in spellings]
     assert configs[0] == configs[1] == configs[2] == open_model(folder)[0].config
 
 
-def test_experts_in_stacks_are_read_too(folders, tmp_path):
+def test_stacked_experts_are_read(model_folder, tmp_path):
     """transformers 5 keeps them so in memory, and can write them so."""
     from safetensors.torch import load_file, save_file
 
-    folder, _ = folders("qwen3 moe")
+    folder, _ = model_folder("qwen3 moe")
     wanted = open_model(folder)[0].state_dict()
     state = load_file(folder / "model.safetensors")
     stacked = {name: tensor for name, tensor in state.items() if ".experts." not in name}
@@ -187,49 +186,49 @@ def test_experts_in_stacks_are_read_too(folders, tmp_path):
 
 
 # ---- dynamic depends on the length of each sequence ------------------------------------------------------------------
-def test_rows_of_a_batch_are_answered_as_if_alone(folders):
-    ours, tokenizer, _ = open_model(folders("dynamic")[0])
+def test_batched_answers_equal_single_answers(model_folder):
+    ours, tokenizer, _ = open_model(model_folder("dynamic")[0])
     prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (8, 31, 60)]
-    greedily = Sampling(temperature=0, max_new_tokens=30)
-    alone = [generate(ours, [prompt], greedily, tokenizer)[0].ids for prompt in prompts]
-    assert [answer.ids for answer in generate(ours, prompts, greedily, tokenizer)] == alone
+    greedily = SamplingParams(temperature=0, max_new_tokens=30)
+    expected = [generate(ours, [prompt], greedily, tokenizer)[0].ids for prompt in prompts]
+    assert [answer.ids for answer in generate(ours, prompts, greedily, tokenizer)] == expected
 
 
-def test_rows_of_different_lengths_have_angles_of_their_own(folders):
-    ours, _, _ = open_model(folders("dynamic")[0])
+def test_dynamic_rope_uses_the_length_of_each_row(model_folder):
+    ours, _, _ = open_model(model_folder("dynamic")[0])
     ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
     lengths, joined = [20, 59], KVCache(ours.config, 2, 96, torch.device("cpu"), torch.float32)
     with torch.inference_mode():
         for row, length in enumerate(lengths):
-            ours.logits(ids[row : row + 1, :length], joined.part(row, row + 1))
+            ours.logits(ids[row : row + 1, :length], joined.view(row, row + 1))
         step = torch.stack([ids[row, length] for row, length in enumerate(lengths)])[:, None]
-        both = ours.logits(step, joined.part(0, 2, lengths))
+        both = ours.logits(step, joined.view(0, 2, lengths))
         for row, length in enumerate(lengths):
             cache = KVCache(ours.config, 1, 96, torch.device("cpu"), torch.float32)
             ours.logits(ids[row : row + 1, :length], cache)
-            alone = ours.logits(step[row : row + 1], cache)
-            torch.testing.assert_close(both[row], alone[0], rtol=1e-5, atol=1e-5)
+            expected = ours.logits(step[row : row + 1], cache)
+            torch.testing.assert_close(both[row], expected[0], rtol=1e-5, atol=1e-5)
 
 
 # ---- our own models, read beyond their length ------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_a_longer_model_is_what_transformers_computes_with_the_same_scaling(kind, folders, monkeypatch, tmp_path):
+def test_a_longer_model_is_what_transformers_computes_with_the_same_scaling(kind, model_folder, monkeypatch, tmp_path):
     """scale_rope on a plain model, and transformers with the scaling in its config.json."""
     import transformers
 
-    folder, _ = folders("llama wide")
+    folder, _ = model_folder("llama wide")
     ours, _, _ = open_model(folder)
     ours.scale_rope(kind, 2.0)
     assert ours.config.max_seq_len == 192 and ours.config.trained_len == 96
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     scaling = {"rope_type": kind, "factor": 2.0}
-    edit(tmp_path, "config.json", rope_scaling=scaling, rope_theta=5000.0, rope_parameters=None)
-    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    edit_json(tmp_path, "config.json", rope_scaling=scaling, rope_theta=5000.0, rope_parameters=None)
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(0, 300, (1, 192), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         for length in (50, 97, 192):
-            expected = stock(ids[:, :length]).logits
+            expected = hf_model(ids[:, :length]).logits
             torch.testing.assert_close(ours.logits(ids[:, :length]), expected, rtol=1e-5, atol=2e-5)
         with pytest.raises(ValueError, match="192"):
             ours.logits(torch.zeros(1, 193, dtype=torch.long))
@@ -239,16 +238,20 @@ def test_scaling_is_applied_once_and_within_reason():
     config = ModelConfig(100, 32, 1, 2, 2, max_seq_len=64)
     for factor in (1.0, 0.5, 65, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--rope_factor"):
-            longer_config(config, "yarn", factor)
+            extend_context(config, "yarn", factor)
     with pytest.raises(UserError, match="of its own"):
-        longer_config(longer_config(config, "yarn", 4), "linear", 2)
+        extend_context(extend_context(config, "yarn", 4), "linear", 2)
 
 
 # ---- any config.json ------------------------------------------------------------------------------------------------
-JUNK = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+JUNK_VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+)
 ROPE_NAMES = ["rope_type", "type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
               "rope_theta", "truncate", "beta_fast"]  # fmt: skip
-ROPES = st.dictionaries(st.sampled_from(ROPE_NAMES), JUNK | st.sampled_from(["yarn", "llama3", "dynamic", "linear"]))
+ROPES = st.dictionaries(
+    st.sampled_from(ROPE_NAMES), JUNK_VALUES | st.sampled_from(["yarn", "llama3", "dynamic", "linear"])
+)
 SOUND = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 99,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rope_theta": 1e4,
@@ -260,12 +263,12 @@ SOUND = {
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from(sorted(STOCK_KINDS)),
-    changes=st.dictionaries(st.sampled_from(sorted(SOUND)), JUNK | ROPES, max_size=3),
+    kind=st.sampled_from(sorted(MODEL_TYPES)),
+    changes=st.dictionaries(st.sampled_from(sorted(SOUND)), JUNK_VALUES | ROPES, max_size=3),
 )
 def test_any_config_is_read_or_refused_in_one_line(kind, changes):
     try:
-        config = model_config(Path("folder"), {**SOUND, "model_type": kind, **changes}, True)
+        config = convert_hf_config(Path("folder"), {**SOUND, "model_type": kind, **changes}, True)
     except UserError as error:
         assert str(error).startswith("folder/config.json: ") and "\n" not in str(error)
     else:
@@ -332,8 +335,8 @@ PUBLISHED = {  # config.json as it is on the hub, without what says nothing abou
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_has_the_published_parameters(name, tmp_path):
     theirs, parameters = PUBLISHED[name]
-    config = model_config(tmp_path, theirs, theirs["tie_word_embeddings"])
-    assert count(config).total == parameters
+    config = convert_hf_config(tmp_path, theirs, theirs["tie_word_embeddings"])
+    assert count_parameters(config).total == parameters
     assert config.max_seq_len == theirs["max_position_embeddings"]
 
 

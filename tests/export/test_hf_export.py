@@ -15,11 +15,11 @@ import torch
 
 from common.errors import UserError
 from export.hf_import import open_model
-from export.verify_hf import TEXTS
+from export.verify_hf import SAMPLE_TEXTS
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.export.test_hf_import import edit, make_folder
+from tests.export.test_hf_import import edit_json, make_folder
 from tests.helpers import run_process, run_script
 
 CASES = {
@@ -35,7 +35,7 @@ LINEAGE = [
 ]
 
 
-def rough(config):
+def random_model(config):
     """Weights large enough for every part to matter."""
     torch.manual_seed(1)
     model = Transformer(config)
@@ -47,20 +47,20 @@ def rough(config):
 
 
 @pytest.fixture
-def saved(tokenizer, tmp_path):
-    """Makes a checkpoint of a tiny model: saved(qk_norm=True) -> its path."""
+def make_checkpoint(tokenizer, tmp_path):
+    """Makes a checkpoint of a tiny model: make_checkpoint(qk_norm=True) -> its path."""
 
-    def make(stage="full_sft", chats=tokenizer, **changes):
+    def make_model_file(stage="full_sft", chats=tokenizer, **changes):
         size = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64, "max_seq_len": 96}
         config = ModelConfig(chats.vocab_size, **{**size, **changes})
         path = tmp_path / "out" / f"{stage}_{config.name}.pth"
-        save_model(path, rough(config), stage, chats, LINEAGE)
+        save_model(path, random_model(config), stage, chats, LINEAGE)
         return path
 
-    return make
+    return make_model_file
 
 
-def export(monkeypatch, *arguments):
+def run_export(monkeypatch, *arguments):
     run_script(monkeypatch, "export_model.py", *arguments)
 
 
@@ -72,28 +72,28 @@ def assert_same_folders(one, two):
 
 @pytest.mark.parametrize("shard", [None, 0.00002], ids=["one file", "sharded"])
 @pytest.mark.parametrize("case", CASES)
-def test_stock_transformers_computes_the_same(case, shard, monkeypatch, capsys, saved, tmp_path):
+def test_stock_transformers_computes_the_same(case, shard, monkeypatch, capsys, make_checkpoint, tmp_path):
     import transformers
 
-    source, folder, again = saved(**CASES[case]), tmp_path / "a", tmp_path / "b"
+    source, folder, again = make_checkpoint(**CASES[case]), tmp_path / "a", tmp_path / "b"
     flags = ["--max_shard_gb", shard] if shard else []
-    export(monkeypatch, source, folder, *flags)
-    said = capsys.readouterr().out
-    assert "greedy tokens equal" in said and "allowed 0.0001" in said
+    run_export(monkeypatch, source, folder, *flags)
+    message = capsys.readouterr().out
+    assert "greedy tokens equal" in message and "allowed 0.0001" in message
     assert (len(list(folder.glob("*.safetensors"))) > 1) == bool(shard)
 
     ours, tokenizer, _ = open_model(source)
-    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     ids = torch.randint(0, ours.config.vocab_size, (3, 96), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        torch.testing.assert_close(stock(ids).logits, ours.logits(ids), rtol=0, atol=1e-4)
+        torch.testing.assert_close(hf_model(ids).logits, ours.logits(ids), rtol=0, atol=1e-4)
         assert ours.logits(ids).std() > 0.3
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert their_tokenizer.encode(TEXTS[2], add_special_tokens=False) == tokenizer.encode(TEXTS[2])
+    assert their_tokenizer.encode(SAMPLE_TEXTS[2], add_special_tokens=False) == tokenizer.encode(SAMPLE_TEXTS[2])
     assert their_tokenizer.pad_token_id == tokenizer.pad_id
-    assert stock.generation_config.eos_token_id == tokenizer.stop_ids
+    assert hf_model.generation_config.eos_token_id == tokenizer.stop_ids
 
-    export(monkeypatch, folder, again, *flags)  # the way back, and out again
+    run_export(monkeypatch, folder, again, *flags)  # the way back, and out again
     assert_same_folders(folder, again)
     back, _, checkpoint = open_model(folder)
     assert back.config == ours.config and checkpoint["stage"] == "full_sft"
@@ -101,8 +101,8 @@ def test_stock_transformers_computes_the_same(case, shard, monkeypatch, capsys, 
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
 
 
-def test_training_goes_on_from_an_export(monkeypatch, saved, sft_dir, tmp_path):
-    export(monkeypatch, saved("pretrain"), tmp_path / "a", "--no-verify", "--license", "mit")
+def test_training_starts_from_an_export(monkeypatch, make_checkpoint, sft_dir, tmp_path):
+    run_export(monkeypatch, make_checkpoint("pretrain"), tmp_path / "a", "--no-verify", "--license", "mit")
     flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", tmp_path / "a"]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", tmp_path / "next")
     checkpoint = open_model(tmp_path / "next" / "full_sft_32.pth")[2]
@@ -110,46 +110,46 @@ def test_training_goes_on_from_an_export(monkeypatch, saved, sft_dir, tmp_path):
     assert "someone" not in json.dumps(checkpoint["lineage"]), "a folder of somebody's machine was published"
 
 
-def test_foreign_models_come_out_as_they_came(monkeypatch, tmp_path):
-    stock, _ = make_folder(tmp_path / "theirs", "Qwen3", tie_word_embeddings=True)
-    export(monkeypatch, tmp_path / "theirs", tmp_path / "ours")
+def test_foreign_models_export_unchanged(monkeypatch, tmp_path):
+    hf_model, _ = make_folder(tmp_path / "theirs", "Qwen3", tie_word_embeddings=True)
+    run_export(monkeypatch, tmp_path / "theirs", tmp_path / "ours")
     import transformers
 
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     ids = torch.arange(60)[None]
     with torch.inference_mode():
-        torch.testing.assert_close(again(ids).logits, stock(ids).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(again(ids).logits, hf_model(ids).logits, rtol=0, atol=1e-5)
     card = (tmp_path / "ours" / "README.md").read_text(encoding="utf-8")
     assert "from scratch" not in card and "base_model: " in card and "chat format | template" in card
 
 
-def test_weights_in_half_the_space(monkeypatch, saved, tmp_path):
-    source = saved()
+def test_half_precision_halves_the_file(monkeypatch, make_checkpoint, tmp_path):
+    source = make_checkpoint()
     sizes = []
     for dtype in ("float32", "bfloat16"):
-        export(monkeypatch, source, tmp_path / dtype, "--dtype", dtype)
+        run_export(monkeypatch, source, tmp_path / dtype, "--dtype", dtype)
         sizes.append((tmp_path / dtype / "model.safetensors").stat().st_size)
     assert sizes[1] < 0.55 * sizes[0]
     assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
-    export(monkeypatch, tmp_path / "bfloat16", tmp_path / "again", "--dtype", "bfloat16")
+    run_export(monkeypatch, tmp_path / "bfloat16", tmp_path / "again", "--dtype", "bfloat16")
     assert_same_folders(tmp_path / "bfloat16", tmp_path / "again")
 
 
 @pytest.fixture
-def adapter(monkeypatch, saved, sft_dir, tmp_path):
-    parent = saved()
+def adapter_file(monkeypatch, make_checkpoint, sft_dir, tmp_path):
+    parent = make_checkpoint()
     flags = ["--device", "cpu", "--max_steps", 2, "--learning_rate", 0.5, "--init_from", parent]
     run_script(monkeypatch, "4-lora_sft.py", *flags, "--data_path", sft_dir, "--out_dir", parent.parent)
     return parent.parent / "lora_sft_32.pth"
 
 
-def test_lora_is_merged_or_kept(monkeypatch, capsys, adapter, tmp_path):
+def test_lora_is_merged_or_kept(monkeypatch, capsys, adapter_file, tmp_path):
     import peft
     import transformers
 
-    export(monkeypatch, adapter, tmp_path / "merged")
-    export(monkeypatch, adapter.parent / "full_sft_32.pth", tmp_path / "full_sft_32")
-    export(monkeypatch, adapter, tmp_path / "kept", "--adapter", "--base", tmp_path / "full_sft_32")
+    run_export(monkeypatch, adapter_file, tmp_path / "merged")
+    run_export(monkeypatch, adapter_file.parent / "full_sft_32.pth", tmp_path / "full_sft_32")
+    run_export(monkeypatch, adapter_file, tmp_path / "kept", "--adapter", "--base", tmp_path / "full_sft_32")
     assert "PeftModel: logits" in capsys.readouterr().out
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full_sft_32")
     ids = torch.arange(90)[None]
@@ -158,7 +158,7 @@ def test_lora_is_merged_or_kept(monkeypatch, capsys, adapter, tmp_path):
         kept = peft.PeftModel.from_pretrained(base, tmp_path / "kept").eval()(ids).logits
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(ids).logits
         torch.testing.assert_close(kept, merged, rtol=0, atol=1e-4)
-        torch.testing.assert_close(open_model(adapter)[0].logits(ids), merged, rtol=0, atol=1e-4)
+        torch.testing.assert_close(open_model(adapter_file)[0].logits(ids), merged, rtol=0, atol=1e-4)
     assert (before - merged).abs().max() > 0.01
     assert (tmp_path / "kept" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "kept" / "model.safetensors").exists()
@@ -166,98 +166,98 @@ def test_lora_is_merged_or_kept(monkeypatch, capsys, adapter, tmp_path):
     assert "library_name: peft" in card and "LoRA adapter of rank 8" in card
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match='pip install "peft'):
-        export(monkeypatch, adapter, tmp_path / "kept2", "--adapter")
+        run_export(monkeypatch, adapter_file, tmp_path / "kept2", "--adapter")
     with pytest.raises(UserError, match="is no adapter"):
-        export(monkeypatch, adapter.parent / "full_sft_32.pth", tmp_path / "kept2", "--adapter")
+        run_export(monkeypatch, adapter_file.parent / "full_sft_32.pth", tmp_path / "kept2", "--adapter")
 
 
 # ---- what is refused, and what is left behind ------------------------------------------------------------------------
-def other_weights(monkeypatch):
+def change_weights(monkeypatch):
     from export import hf_export
 
-    true = hf_export.folder_state
+    original = hf_export.hf_state_dict
 
-    def false(model, dtype):
-        state, name = true(model, dtype), "model.layers.1.self_attn.q_proj.weight"
+    def changed(model, dtype):
+        state, name = original(model, dtype), "model.layers.1.self_attn.q_proj.weight"
         return state | {name: state[name] + 0.01}
 
-    monkeypatch.setattr(hf_export, "folder_state", false)
+    monkeypatch.setattr(hf_export, "hf_state_dict", changed)
     return "logits differ"
 
 
-def other_rope(monkeypatch):
+def change_rope(monkeypatch):
     from export import hf_export
 
-    true = hf_export.folder_config
+    original = hf_export.make_hf_config
     monkeypatch.setattr(
         hf_export,
-        "folder_config",
-        lambda *a: true(*a) | {"rope_theta": 9e3, "rope_parameters": {"rope_type": "default", "rope_theta": 9e3}},
+        "make_hf_config",
+        lambda *a: original(*a) | {"rope_theta": 9e3, "rope_parameters": {"rope_type": "default", "rope_theta": 9e3}},
     )
     return "logits differ"
 
 
-def lost_tensor(monkeypatch):
+def drop_tensor(monkeypatch):
     from export import hf_export
 
-    true = hf_export.folder_state
+    original = hf_export.hf_state_dict
     missing = "model.layers.0.mlp.up_proj.weight"
-    monkeypatch.setattr(hf_export, "folder_state", lambda *a: {n: t for n, t in true(*a).items() if n != missing})
+    monkeypatch.setattr(hf_export, "hf_state_dict", lambda *a: {n: t for n, t in original(*a).items() if n != missing})
     return "does not load every tensor"
 
 
-def other_template(monkeypatch):
+def change_template(monkeypatch):
     from model.tokenizer import ChatTokenizer
 
-    true = ChatTokenizer.save
+    original = ChatTokenizer.save
 
-    def false(self, folder):
-        true(self, folder)
-        edit(folder, "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+    def changed(self, folder):
+        original(self, folder)
+        edit_json(folder, "tokenizer_config.json", chat_template="{{ messages[0].content }}")
 
-    monkeypatch.setattr(ChatTokenizer, "save", false)
+    monkeypatch.setattr(ChatTokenizer, "save", changed)
     return "chat template"
 
 
-@pytest.mark.parametrize("fault", [other_weights, other_rope, lost_tensor, other_template])
-def test_a_difference_is_an_error_and_leaves_nothing(fault, monkeypatch, saved, tmp_path):
-    source, said = saved(), fault(monkeypatch)
-    with pytest.raises(UserError, match=said) as error:
-        export(monkeypatch, source, tmp_path / "a")
+@pytest.mark.parametrize("fault", [change_weights, change_rope, drop_tensor, change_template])
+def test_a_difference_is_an_error_and_leaves_nothing(fault, monkeypatch, make_checkpoint, tmp_path):
+    source, message = make_checkpoint(), fault(monkeypatch)
+    with pytest.raises(UserError, match=message) as error:
+        run_export(monkeypatch, source, tmp_path / "a")
     assert "\n" not in str(error.value) and "removed" in str(error.value)
     assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError("No space left on device")])
-def test_nothing_half_written(failure, monkeypatch, saved, tmp_path):
-    source = saved()
+def test_a_failed_export_leaves_no_files(failure, monkeypatch, make_checkpoint, tmp_path):
+    source = make_checkpoint()
 
     def fail(*arguments, **options):
         raise failure
 
-    monkeypatch.setattr("export.steps.check_folder", fail)
+    monkeypatch.setattr("export.steps.check_hf_folder", fail)
     with pytest.raises(KeyboardInterrupt if failure is KeyboardInterrupt else UserError):
-        export(monkeypatch, source, tmp_path / "a")
+        run_export(monkeypatch, source, tmp_path / "a")
     assert [path.name for path in tmp_path.glob("[!.]*")] == ["out"]
 
 
-def test_only_an_export_is_replaced(monkeypatch, saved, tmp_path):
-    source, folder = saved(), tmp_path / "a"
+def test_only_an_export_is_replaced(monkeypatch, make_checkpoint, tmp_path):
+    source, folder = make_checkpoint(), tmp_path / "a"
     folder.mkdir()  # an empty folder is no obstacle
-    export(monkeypatch, source, folder, "--no-verify")
+    run_export(monkeypatch, source, folder, "--no-verify")
     with pytest.raises(UserError, match="--overwrite"):
-        export(monkeypatch, source, folder, "--no-verify")
+        run_export(monkeypatch, source, folder, "--no-verify")
     (folder / "note.txt").write_text("old")
-    export(monkeypatch, source, folder, "--no-verify", "--overwrite")
+    run_export(monkeypatch, source, folder, "--no-verify", "--overwrite")
     assert not (folder / "note.txt").exists() and (folder / "config.json").is_file()
     for taken in (source.parent, source):
         with pytest.raises(UserError, match=r"something else|is a file"):
-            export(monkeypatch, source, taken, "--no-verify", "--overwrite")
+            run_export(monkeypatch, source, taken, "--no-verify", "--overwrite")
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["a", "out"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--adapter", "--gguf", "f16"], "--adapter takes neither"),
         (["--base", "x"], "add --adapter"),
@@ -266,13 +266,13 @@ def test_only_an_export_is_replaced(monkeypatch, saved, tmp_path):
         (["--license", "mine\nx: y"], "identifier"),
     ],
 )
-def test_flags_that_do_not_go_together(flags, said, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match=said):
-        export(monkeypatch, tmp_path / "none.pth", tmp_path / "a", *flags)
+def test_conflicting_flags_are_refused(flags, message, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run_export(monkeypatch, tmp_path / "none.pth", tmp_path / "a", *flags)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"use_moe": True, "qk_norm": True}, "qk_norm and shared experts"),
         ({"use_moe": True, "qkv_bias": True}, "experts with qkv_bias"),
@@ -280,9 +280,9 @@ def test_flags_that_do_not_go_together(flags, said, monkeypatch, tmp_path):
         ({"qkv_bias": True, "qk_norm": True}, "qkv_bias together with qk_norm"),
     ],
 )
-def test_what_fits_no_stock_architecture(changes, said, monkeypatch, saved, tmp_path):
-    with pytest.raises(UserError, match=f"{said} fits no stock architecture"):
-        export(monkeypatch, saved(**changes), tmp_path / "a")
+def test_a_model_without_stock_architecture_is_refused(changes, message, monkeypatch, make_checkpoint, tmp_path):
+    with pytest.raises(UserError, match=f"{message} fits no stock architecture"):
+        run_export(monkeypatch, make_checkpoint(**changes), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 

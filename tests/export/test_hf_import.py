@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from export.hf_import import open_model
 from model.tokenizer import load_tokenizer
-from tests.helpers import TOKENS, run_process, run_script
-from tests.model.test_chat_template import messages_of, shown
+from tests.helpers import IGNORE_TOKEN_FOLDERS, run_process, run_script
+from tests.model.test_chat_template import format_tokens, messages_of
 
 # Written as other people write them: bos in front, contents trimmed, an eos of its own, system and tool turns optional.
 TEMPLATE = (
@@ -93,18 +93,18 @@ CASES = [("Llama", "20KB", False), ("Llama", "1GB", True), ("Qwen3", "20KB", Fal
 
 
 @pytest.mark.parametrize(("family", "shard", "tied"), CASES)
-def test_equal_trained_saved_and_opened_again(family, shard, tied, monkeypatch, capsys, sft_dir, tmp_path):
+def test_logits_are_equal_after_training_and_saving(family, shard, tied, monkeypatch, capsys, sft_dir, tmp_path):
     folder, out = tmp_path / "theirs", tmp_path / "out"
-    stock, _ = make_folder(folder, family, shard, tie_word_embeddings=tied)
+    hf_model, _ = make_folder(folder, family, shard, tie_word_embeddings=tied)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "20KB")
     model, _, checkpoint = open_model(folder)
     ids = torch.randint(0, 320, (2, 50))
     with torch.no_grad():
-        logits = stock(ids).logits
+        logits = hf_model(ids).logits
         torch.testing.assert_close(model.logits(ids), logits, rtol=1e-5, atol=1e-5)
     assert logits.std() > 0.3 and checkpoint["config"]["tie_embeddings"] is tied
 
-    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=IGNORE_TOKEN_FOLDERS)
     flags = ["--device", "cpu", "--dtype", "float32", "--batch_size", 8, "--max_steps", 2, "--log_interval", 1]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--init_from", folder, "--data_path", chats, "--out_dir", out)
     shutil.rmtree(folder)
@@ -119,7 +119,7 @@ def test_equal_trained_saved_and_opened_again(family, shard, tied, monkeypatch, 
     assert "full_sft, 0.0 M" in capsys.readouterr().out
 
 
-def test_evaluation_opens_the_folder(llama, monkeypatch, capsys, tmp_path):
+def test_evaluation_reads_a_transformers_folder(llama, monkeypatch, capsys, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "1?", "keys": ["2"]}\n')
     for flags in (["--prompt", "1?"], ["--questions", tmp_path / "q.jsonl"]):
         run_script(monkeypatch, "2-eval.py", "--checkpoint", llama, "--max_new_tokens", 5, *flags)
@@ -127,30 +127,30 @@ def test_evaluation_opens_the_folder(llama, monkeypatch, capsys, tmp_path):
 
 
 # ---- its chat template -----------------------------------------------------------------------------------------------
-def test_its_template_with_the_answers_marked(llama):
+def test_the_folders_template_masks_the_answers(llama):
     tokenizer = load_tokenizer(llama)
-    assert shown(tokenizer, *tokenizer.render(CHAT)) == (
+    assert format_tokens(tokenizer, *tokenizer.render(CHAT)) == (
         "<s><|system|>\nKind.</s>\n<|user|>\n1+1?</s>\n<|bot|>\n[[2</s>]]\n<|user|>\n好</s>\n<|bot|>\n[[！</s>]]\n"
     )
     ids, mask = tokenizer.render(CHAT[:2], add_generation_prompt=True)
     assert tokenizer.decode(ids).endswith("1+1?</s>\n<|bot|>\n") and not any(mask)
     assert [tokenizer.decode([i]) for i in tokenizer.stop_ids] == ["</s>"] and tokenizer.stop_strings == ()
-    assert tokenizer.encode_start("a") == [tokenizer.backend.token_to_id("<s>"), *tokenizer.encode("a")]
+    assert tokenizer.encode_document("a") == [tokenizer.backend.token_to_id("<s>"), *tokenizer.encode("a")]
 
 
 @pytest.fixture(scope="module")
-def both(llama):
+def own_and_hf_tokenizer(llama):
     from transformers import AutoTokenizer
 
     return load_tokenizer(llama), AutoTokenizer.from_pretrained(llama)
 
 
-def test_a_tokenizer_that_writes_spaces_as_marks(tmp_path):
+def test_a_sentencepiece_tokenizer_renders_and_streams(tmp_path):
     """As Llama 2 does: a mark for each space and one in front, rare characters spelt in bytes. Text streams whole."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    from model.detokenizer import TextStream
+    from model.detokenizer import IncrementalDetokenizer
 
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b", "1", "+", "<|", "|>"]
     merges = [("▁", "a"), ("▁", "b")]
@@ -171,18 +171,18 @@ def test_a_tokenizer_that_writes_spaces_as_marks(tmp_path):
     assert trained.count(ours.eos_id) == 2 and ours.decode(trained).replace(" ", "") == "2</s>！</s>"
     for text in ("a b a b", "a 好 b", "好好", "a😀"):
         ids = ours.encode(text)
-        stream = TextStream(ours)
+        stream = IncrementalDetokenizer(ours)
         assert "".join([*(stream.push(i) for i in ids), stream.finish()]) == ours.decode(ids) == text
         assert ours.byte_lengths()[ids].sum() == len((" " + text).encode())
     broken = [*ours.encode("a")[-1:], pieces.index("<0xE5>"), pieces.index("b")]
-    stream = TextStream(ours)
+    stream = IncrementalDetokenizer(ours)
     assert "".join([*(stream.push(i) for i in broken), stream.finish()]) == ours.decode(broken)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=st.lists(st.text(max_size=12) | st.sampled_from(["</s>", "a<|bot|>\n", " x "]), min_size=1, max_size=5))
-def test_its_own_ids(both, contents):
-    ours, theirs = both
+def test_rendered_ids_equal_those_of_transformers(own_and_hf_tokenizer, contents):
+    ours, theirs = own_and_hf_tokenizer
     contents = [content.encode("utf-8", "replace").decode() for content in contents]
     chat = messages_of(zip(("user", "assistant") * 3, contents, strict=False))
     for prompt in (False, True):
@@ -199,14 +199,14 @@ def test_its_own_ids(both, contents):
 def test_a_template_that_rewrites_earlier_answers_can_be_replaced(tmp_path):
     make_tokenizer(tmp_path / "tok", UNSTABLE)
     tokenizer = load_tokenizer(tmp_path / "tok")
-    belle = tokenizer.with_format("belle")
-    assert shown(belle, *belle.render(CHAT[1:3])) == "Human: 1+1? \n\nAssistant:[[ 2\n</s>]]"
+    belle = tokenizer.with_chat_format("belle")
+    assert format_tokens(belle, *belle.render(CHAT[1:3])) == "Human: 1+1? \n\nAssistant:[[ 2\n</s>]]"
     with pytest.raises(UserError, match=r"<\|im_start\|>"):
-        tokenizer.with_format("chatml")
+        tokenizer.with_chat_format("chatml")
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "expected_message"),
     [
         ("{% for %}", "not valid jinja"),
         ("{{ raise_exception('only users') }}", "only users"),
@@ -214,18 +214,18 @@ def test_a_template_that_rewrites_earlier_answers_can_be_replaced(tmp_path):
         ("{{ messages[0].nothing.more }}", "fails"),
     ],
 )
-def test_bad_templates(template, said, tmp_path):
+def test_invalid_templates_are_refused(template, expected_message, tmp_path):
     make_tokenizer(tmp_path, template)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected_message):
         load_tokenizer(tmp_path).render(CHAT)
 
 
-def test_a_base_model_without_a_template(monkeypatch, capsys, sft_dir, tmp_path):
+def test_a_base_model_without_a_template_needs_chat_format(monkeypatch, capsys, sft_dir, tmp_path):
     """It continues text; to be taught to answer it needs the name of a format."""
     make_folder(tmp_path / "base", template=None)
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "base", "--prompt", "1?", "--max_new_tokens", 5)
     assert "> 1?" in capsys.readouterr().out
-    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=IGNORE_TOKEN_FOLDERS)
     flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", tmp_path / "base"]
     paths = ["--data_path", chats, "--out_dir", tmp_path / "out"]
     with pytest.raises(UserError, match="--chat_format"):
@@ -249,13 +249,13 @@ def test_chatml_without_a_template_is_written_with_one(tmp_path):
 
 
 # ---- refused by name -------------------------------------------------------------------------------------------------
-def edit(folder, name, **changes):
+def edit_json(folder, name, **changes):
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected_message"),
     [
         ({"model_type": "phi3"}, "model_type 'phi3'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "RoPE scaling 'longrope'"),
@@ -287,14 +287,14 @@ def edit(folder, name, **changes):
         ({"vocab_size": 100}, "ids up to"),
     ],
 )
-def test_what_the_model_cannot_do(llama, changes, said, tmp_path):
+def test_unsupported_settings_are_refused(llama, changes, expected_message, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
-    edit(folder, "config.json", **changes)
-    with pytest.raises(UserError, match=said):
+    edit_json(folder, "config.json", **changes)
+    with pytest.raises(UserError, match=expected_message):
         open_model(folder)
 
 
-def damage(folder, how):
+def damage_folder(folder, how):
     """Break the folder; returns what the message must say."""
     shard = sorted(folder.glob("*.safetensors"))[0]
     if how == "empty":
@@ -317,7 +317,7 @@ def damage(folder, how):
         (folder / "tokenizer.json").unlink()
         return "no tokenizer.json"
     if how == "path":
-        edit(folder, "model.safetensors.index.json", weight_map={"x": "../other.safetensors"})
+        edit_json(folder, "model.safetensors.index.json", weight_map={"x": "../other.safetensors"})
         return "other.safetensors"
     assert how == "pytorch"
     for path in folder.glob("*safetensors*"):
@@ -330,12 +330,12 @@ KINDS = ["empty", "config.json", "model.safetensors.index.json", "tokenizer.json
 
 
 @pytest.mark.parametrize("how", [*KINDS, "torn shard", "lost shard", "no tokenizer", "path", "pytorch"])
-def test_damaged_folders(llama, how, tmp_path):
+def test_damaged_folders_are_refused_in_one_line(llama, how, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
-    said = damage(folder, how)
+    expected_message = damage_folder(folder, how)
     with pytest.raises(UserError) as error:
         open_model(folder)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert expected_message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_one_line_and_exit_code_2(tmp_path):

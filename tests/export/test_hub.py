@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from common.errors import UserError
-from export.hub import check_name
+from export.hub import check_repo_id
 from tests.helpers import run_process
 
 
-class Hub(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
     """As much of a model hub as an upload needs. What arrives is kept on the server object."""
 
     protocol_version = "HTTP/1.1"
@@ -45,7 +45,7 @@ class Hub(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def allowed(self):
+    def check_token(self):
         self.server.asked.append(f"{self.command} {self.path}")
         if self.headers.get("Authorization") == "Bearer hf_right" or self.path.startswith("/storage/"):
             return True
@@ -54,11 +54,11 @@ class Hub(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self):
-        if self.allowed():
+        if self.check_token():
             self.answer({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
 
     def do_POST(self):
-        if not self.allowed():
+        if not self.check_token():
             return
         body = self.body()
         if self.path == "/api/repos/create":
@@ -87,14 +87,14 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": f"unknown {self.path}"}, 404)
 
     def do_PUT(self):
-        if self.allowed():
+        if self.check_token():
             self.server.stored[self.path.removeprefix("/storage/")] = self.body()
             self.answer({})
 
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.asked, server.commits, server.stored, server.private = [], [], {}, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -103,16 +103,16 @@ def hub():
     server.server_close()
 
 
-def push(hub, tiny_parent, folder, *flags, token="hf_right"):
+def run_push(hub, tiny_parent, folder, *flags, token="hf_right"):
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent / "home")}
     command = [f"{name}={value}" for name, value in environment.items()] + ([f"HF_TOKEN={token}"] if token else [])
     script = [sys.executable, "export_model.py", tiny_parent, folder, "--no-verify", "--push_to_hub", "me/small"]
     return run_process("env", "-u", "HF_TOKEN", *command, *script, *flags)
 
 
-def test_every_file_arrives(hub, tiny_parent, tmp_path):
+def test_every_file_is_uploaded_in_one_commit(hub, tiny_parent, tmp_path):
     folder = tmp_path / "small"
-    done = push(hub, tiny_parent, folder, "--private")
+    done = run_push(hub, tiny_parent, folder, "--private")
     assert done.returncode == 0, done.stderr
     assert hub.private is True and len(hub.commits) == 1 and hub.card["license"] == "unknown"
     arrived = {}
@@ -129,8 +129,8 @@ def test_every_file_arrives(hub, tiny_parent, tmp_path):
     assert "me/small" in arrived["README.md"].decode() and f"pushed to {hub.url}/me/small" in done.stdout
 
 
-def test_a_dry_run_asks_nobody(hub, tiny_parent, tmp_path):
-    done = push(hub, tiny_parent, tmp_path / "small", "--dry_run", token=None)
+def test_a_dry_run_sends_no_request(hub, tiny_parent, tmp_path):
+    done = run_push(hub, tiny_parent, tmp_path / "small", "--dry_run", token=None)
     assert done.returncode == 0, done.stderr
     assert hub.asked == []
     for path in (tmp_path / "small").iterdir():
@@ -138,18 +138,18 @@ def test_a_dry_run_asks_nobody(hub, tiny_parent, tmp_path):
     assert "nothing was uploaded" in done.stdout
 
 
-def test_refused_in_one_line(hub, tiny_parent, tmp_path):
-    done = push(hub, tiny_parent, tmp_path / "small", token="hf_wrong")
+def test_a_hub_error_is_one_line_and_keeps_the_folder(hub, tiny_parent, tmp_path):
+    done = run_push(hub, tiny_parent, tmp_path / "small", token="hf_wrong")
     assert done.returncode == 2 and done.stderr.startswith("error: cannot push to me/small"), done.stderr
     assert done.stderr.count("\n") == 1 and "hf_wrong" not in done.stderr
     assert (tmp_path / "small").is_dir() and not hub.commits
 
 
-def test_said_before_any_work(monkeypatch):
+def test_unsupported_exports_are_refused_before_any_work(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
-        check_name("me/small", needs_token=True)
-    check_name("me/small", needs_token=False)
+        check_repo_id("me/small", needs_token=True)
+    check_repo_id("me/small", needs_token=False)
     for name in ("not a name", "a/b/c", "-x", ""):
         with pytest.raises(UserError, match="USER/MODEL"):
-            check_name(name, needs_token=False)
+            check_repo_id(name, needs_token=False)

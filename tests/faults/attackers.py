@@ -29,7 +29,7 @@ def post(body, path="chat/completions"):
     return HEAD.replace("chat/completions", path).encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
-def fields(random):
+def odd_field_requests(random):
     """Bodies that are JSON, or almost, with fields that no request may have."""
     digits = "9" * random.choice([30, 400, 4000, 5000])
     values = ["NaN", "Infinity", "-Infinity", "1e999", "-0", digits, f"-{digits}", f"1e{digits[:9]}", "null", "true"]
@@ -42,7 +42,7 @@ def fields(random):
     yield post(f'{{"input": {random.choice(values)}{more}}}', "embeddings")
 
 
-def not_json(random):
+def non_json_requests(random):
     depth = random.choice([500, 990, 5000, 200_000])
     yield post(random.choice(["[", '{"a":', "[{"]) * depth)
     yield post(CHAT % (', "tools": ' + "[" * depth + "]" * depth))
@@ -55,7 +55,7 @@ def not_json(random):
     yield post((CHAT % "").encode("utf-16"))
 
 
-def not_http(random):
+def non_http_requests(random):
     good = post(CHAT % "")
     for line in ("Content-Length: -5", "Content-Length: 1e3", "Content-Length: 99999999999999999999",
                  "Content-Length: 5\r\nContent-Length: 6", "Transfer-Encoding: gzip", "Transfer-Encoding: chunked, x",
@@ -85,7 +85,7 @@ def not_http(random):
     yield good + random.randbytes(100)
 
 
-def array(name, entry, size):
+def json_array(name, entry, size):
     """A body with a list of equal entries, `size` bytes long."""
     return f'{{"{name}": [{",".join([entry] * (size // (len(entry) + 1)))}]}}'
 
@@ -95,19 +95,19 @@ def flood_bodies():
     chat = '{"messages": [{"role": "user", "content": "X"}]}'
     yield post(chat.replace("X", "a" * MEGABYTE))
     yield post(chat.replace("X", "中文" * (MEGABYTE // 6)))
-    yield post(array("messages", '{"role": "user", "content": "?"}', MEGABYTE))
-    yield post(array("messages", "1", MEGABYTE))
-    yield post(array("x", "[]", MEGABYTE)[:-1] + "," + (CHAT % "")[1:])
+    yield post(json_array("messages", '{"role": "user", "content": "?"}', MEGABYTE))
+    yield post(json_array("messages", "1", MEGABYTE))
+    yield post(json_array("x", "[]", MEGABYTE)[:-1] + "," + (CHAT % "")[1:])
     yield post(json.dumps({"prompt": "a \n" * (MEGABYTE // 4), "echo": True}), "completions")
-    yield post(array("prompt", "1", MEGABYTE), "completions")
-    yield post(array("prompt", "1.5", MEGABYTE), "completions")
+    yield post(json_array("prompt", "1", MEGABYTE), "completions")
+    yield post(json_array("prompt", "1.5", MEGABYTE), "completions")
     yield post(json.dumps({"prompt": "?", "stop": "a" * MEGABYTE}), "completions")
-    yield post(array("input", '"' + "b" * 500 + '"', MEGABYTE), "embeddings")
+    yield post(json_array("input", '"' + "b" * 500 + '"', MEGABYTE), "embeddings")
     yield post(json.dumps({"input": ["b" * MEGABYTE]}), "embeddings")
     yield post(json.dumps({"model": "m" * MEGABYTE, **json.loads(CHAT % "")}))
 
 
-def send(port, data, whole=False):
+def send_request(port, data, return_response=False):
     """What the server makes of it: the status, "closed" without one, "silent" after 30 s; or the whole response."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(OSError):  # the server may answer and close before it has read everything
@@ -115,33 +115,36 @@ def send(port, data, whole=False):
         try:
             answer = connection.recv(65536)
             while part := connection.recv(65536):
-                answer += part if whole else b""
+                answer += part if return_response else b""
         except TimeoutError:
             return "silent"
         except OSError:
             answer = b""
-    if whole:
+    if return_response:
         return answer
     return answer[9:12].decode("latin-1") if answer.startswith(b"HTTP/1.1 ") else "closed"
 
 
-def in_threads(port, requests):
+def send_in_threads(port, requests):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return collections.Counter(pool.map(lambda data: send(port, data), requests))
+        return collections.Counter(pool.map(lambda data: send_request(port, data), requests))
 
 
 def malformed(port, number):
-    chance = random.Random(7)
+    rng = random.Random(7)
     requests = []
     while len(requests) < number:
-        requests += [*not_http(chance), *(data for _ in range(20) for data in (*fields(chance), *not_json(chance)))]
-    chance.shuffle(requests)
-    return in_threads(port, requests[:number])
+        requests += [
+            *non_http_requests(rng),
+            *(data for _ in range(20) for data in (*odd_field_requests(rng), *non_json_requests(rng))),
+        ]
+    rng.shuffle(requests)
+    return send_in_threads(port, requests[:number])
 
 
 def flood(port, number):
     bodies = list(flood_bodies())
-    return in_threads(port, (bodies[i % len(bodies)] for i in range(number)))
+    return send_in_threads(port, (bodies[i % len(bodies)] for i in range(number)))
 
 
 def idle(port, number):
@@ -193,22 +196,24 @@ def unread(port, number):
         connection.connect(("127.0.0.1", port))
         connection.sendall(post(body))
         connections.append(connection)
-    for are_here in (lambda running: running >= number, lambda running: not running):
+    for is_reached in (lambda running: running >= number, lambda running: not running):
         deadline = time.monotonic() + 60
-        while not are_here(running_answers(port)):
+        while not is_reached(running_answers(port)):
             if time.monotonic() > deadline:
                 return {"open": number}
             time.sleep(0.02)
-    return collections.Counter("finished" if b"[DONE]" in rest(connection) else "cut_off" for connection in connections)
+    return collections.Counter(
+        "finished" if b"[DONE]" in read_to_end(connection) else "cut_off" for connection in connections
+    )
 
 
 def running_answers(port):
-    health = send(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", True)
+    health = send_request(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", True)
     (status,) = json.loads(health.partition(b"\r\n\r\n")[2])["models"].values()
     return status["running"]
 
 
-def rest(connection):
+def read_to_end(connection):
     """The end of what the server has sent, when it has closed the connection."""
     connection.settimeout(30)
     last = b""

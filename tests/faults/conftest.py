@@ -12,36 +12,36 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.faults.stages import Lab
+    from tests.faults.stages import FaultHarness
 
 FULL = os.environ.get("FAULTS") == "full"
 
 
 @pytest.fixture
-def scaled() -> Callable[[int, int], int]:
-    """scaled(short, full): how often to attack, in `make test` and in `make faults`."""
+def num_attacks() -> Callable[[int, int], int]:
+    """num_attacks(short, full): how often to attack, in `make test` and in `make faults`."""
     return lambda short, full: full if FULL else short
 
 
 @pytest.fixture
-def attacks(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """attacks("flipped bits of a .pth", 300, found=300): counts for the table at the end of the run."""
+def record_attacks(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """record_attacks("flipped bits of a .pth", 300, found=300): counts for the table at the end of the run."""
 
-    def note(kind: str, number: int, **outcomes: int) -> None:
+    def record(kind: str, number: int, **outcomes: int) -> None:
         request.node.user_properties.append(("attacks", [kind, number, outcomes]))
 
-    return note
+    return record
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Lab]":
+def harness(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FaultHarness]":
     """Inputs for every command that writes, and a process that runs them under faults."""
     if sys.platform != "linux":
         pytest.skip("forks, pidfd and /proc: Linux only")
     from tests.faults.mirror import mirror
-    from tests.faults.stages import Lab
+    from tests.faults.stages import FaultHarness
 
     with mirror() as address:
-        lab = Lab(tmp_path_factory.mktemp("lab"), address)
-        yield lab
-        lab.injector.close()
+        harness = FaultHarness(tmp_path_factory.mktemp("lab"), address)
+        yield harness
+        harness.injector.close()

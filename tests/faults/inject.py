@@ -37,16 +37,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults.operations import Fault, Plan
+from tests.faults.operations import Fault, FaultPlan
 
-__all__ = ["Done", "Fault", "Injector"]
+__all__ = ["Fault", "Injector", "RunResult"]
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRELOADED = ("torch", "numpy", "tokenizers", "rich.progress", "rich.table", "rich.console", "jinja2")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Done:
+class RunResult:
     """How a run ended. code: the exit code, -N for signal N. operations: (kind, path) in their order."""
 
     code: int
@@ -71,7 +71,7 @@ class Injector:
 
     def run(
         self, command: Sequence[Any], folders: Iterable[Any], fault: Fault | None = None, timeout: float = 120
-    ) -> Done:
+    ) -> RunResult:
         """Run `command` (a script or "-m", a module; then its arguments) and wait for its end."""
         request = {"command": [*map(str, command)], "folders": [os.path.realpath(folder) for folder in folders]}
         request |= {"fault": asdict(fault or Fault()), "timeout": timeout}
@@ -82,7 +82,7 @@ class Injector:
         if answer["code"] is None:
             raise TimeoutError(f"{request['command']} did not end within {timeout} s: {answer['output'][-2000:]}")
         answer["operations"] = [tuple(operation) for operation in answer["operations"]]
-        return Done(**answer)
+        return RunResult(**answer)
 
     def close(self) -> None:
         assert self.server.stdin
@@ -91,7 +91,7 @@ class Injector:
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
-def serve() -> None:
+def serve_requests() -> None:
     """Answer the requests on stdin. A forked child leaves this function with SystemExit."""
     for name in PRELOADED:
         importlib.import_module(name)
@@ -109,17 +109,17 @@ def serve() -> None:
 
 def run_forked(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     started, fault = time.monotonic(), Fault(**request["fault"])
-    plan = Plan(request["folders"], fault)
-    screen, screen_end = os.pipe()  # not a file: that would have a limit too
+    plan = FaultPlan(request["folders"], fault)
+    output_read_fd, output_write_fd = os.pipe()  # not a file: that would have a limit too
     if (child := os.fork()) == 0:
         try:
-            play(request["command"], scratch, plan, screen_end)
+            run_child(request["command"], scratch, plan, output_write_fd)
         finally:  # reached only by an error of this file
             traceback.print_exc()
             os._exit(70)
-    os.close(screen_end)
+    os.close(output_write_fd)
     limits = [limit for limit in (fault.seconds, request["timeout"]) if limit]
-    status, output = wait(child, screen, started, limits)
+    status, output = wait_for_child(child, output_read_fd, started, limits)
     modules = scratch / "modules"
     for name in modules.read_text().split() if modules.is_file() else ():
         with contextlib.suppress(Exception):  # only a matter of speed: the next child finds it imported
@@ -132,14 +132,14 @@ def run_forked(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     }
 
 
-def wait(child: int, screen: int, started: float, limits: list[float]) -> tuple[int | None, bytes]:
+def wait_for_child(child: int, output_read_fd: int, started: float, limits: list[float]) -> tuple[int | None, bytes]:
     """(exit code, output) of a child. It is killed after each of `limits` in seconds; None: after the last one."""
     end, pieces, code = os.pidfd_open(child), [], None
-    watched = [end, screen]
+    watched = [end, output_read_fd]
     while limits:
         ready = select.select(watched, [], [], max(0, started + limits[0] - time.monotonic()))[0]
-        if screen in ready:
-            pieces.append(os.read(screen, 1 << 16))
+        if output_read_fd in ready:
+            pieces.append(os.read(output_read_fd, 1 << 16))
             watched = watched if pieces[-1] else [end]
         elif end in ready:
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -153,14 +153,14 @@ def wait(child: int, screen: int, started: float, limits: list[float]) -> tuple[
         os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # processes that it left
-    while piece := os.read(screen, 1 << 16):
+    while piece := os.read(output_read_fd, 1 << 16):
         pieces.append(piece)
     os.close(end)
-    os.close(screen)
+    os.close(output_read_fd)
     return code, b"".join(pieces)
 
 
-def play(command: list[str], scratch: Path, plan: Plan, output: int) -> None:
+def run_child(command: list[str], scratch: Path, plan: FaultPlan, output: int) -> None:
     """The child: run the script as the interpreter would, and exit."""
     os.setsid()
     for number, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
@@ -168,11 +168,11 @@ def play(command: list[str], scratch: Path, plan: Plan, output: int) -> None:
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False, buffering=1) for n in (1, 2))  # noqa: SIM115
     before = set(sys.modules)
-    plan.install(lambda command: leave(run_main(command)))
+    plan.install(lambda command: exit_process(run_main(command)))
     code = run_main(command)
     if not plan.fault.file_size:
         (scratch / "modules").write_text("\n".join(name for name in sys.modules if name not in before))
-    leave(code)
+    exit_process(code)
 
 
 def run_main(command: list[str]) -> int:
@@ -194,7 +194,7 @@ def run_main(command: list[str]) -> int:
     return 0
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """What the interpreter does at its end, without taking torch apart."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -204,4 +204,4 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve_requests()

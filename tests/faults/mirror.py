@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def archive() -> bytes:
+def exam_archive() -> bytes:
     """A small zip in C-Eval's layout."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as packed:
@@ -21,8 +21,8 @@ def archive() -> bytes:
 
 @contextlib.contextmanager
 def mirror() -> Iterator[str]:
-    """The address of a server that answers every GET with `archive()`, with ranges."""
-    body = archive()
+    """The address of a server that answers every GET with `exam_archive()`, with ranges."""
+    body = exam_archive()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:

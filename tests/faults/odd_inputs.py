@@ -1,7 +1,7 @@
 """Scripts that are given odd input in this process: how one ends, within a time and an amount of memory.
 
-world = make_world(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir)     a tiny file of every kind
-ending(monkeypatch, capsys, "2-eval.py", world.flags("2-eval.py") + ["--top_k", "-1"])  ->  "refused"
+tiny_inputs = make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir)     a tiny file of every kind
+script_outcome(monkeypatch, capsys, "2-eval.py", tiny_inputs.flags("2-eval.py") + ["--top_k", "-1"])  ->  "refused"
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from common.errors import fail_in_one_line
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.helpers import TINY_MODEL, chat_row, load_script
+from tests.helpers import TINY_MODEL_FLAGS, load_script, make_chat_row
 
-LIMIT = 30  # seconds
-MEMORY = 6 << 30  # bytes of address space above what the process has
-QUICK = ["--device", "cpu", "--dtype", "float32"]
-SHORT = [*QUICK, "--max_steps", "1", "--batch_size", "4", "--eval_tokens", "64"]
+TIME_LIMIT = 30  # seconds
+MEMORY_LIMIT = 6 << 30  # bytes of address space above what the process has
+CPU_FLAGS = ["--device", "cpu", "--dtype", "float32"]
+SHORT_RUN_FLAGS = [*CPU_FLAGS, "--max_steps", "1", "--batch_size", "4", "--eval_tokens", "64"]
 
 
 class TakesTooLong(BaseException):
@@ -34,7 +34,7 @@ class TakesTooLong(BaseException):
 
 
 @dataclass
-class World:
+class TinyInputs:
     """Tiny inputs of every kind in one folder; `out` is another one in each call of `flags`."""
 
     folder: Path
@@ -49,15 +49,22 @@ class World:
         out = self.folder / f"out{self.calls}"
         sft, pairs, parent = self.sft, self.pairs, self.parent__pth
         return {
-            "1-pretrain.py": [*SHORT, *TINY_MODEL, "--data_path", self.data, "--tokenizer", self.tokenizer],
-            "2-eval.py": [*QUICK, "--checkpoint", parent, "--prompt", "hi", "--max_new_tokens", "2"],
-            "3-full_sft.py": [*SHORT, "--data_path", sft, "--init_from", parent],
-            "4-lora_sft.py": [*SHORT, "--data_path", sft, "--init_from", parent],
-            "5-dpo_train.py": [*SHORT, "--data_path", pairs, "--init_from", parent],
-            "eval_ceval.py": [*QUICK, "--data", self.exam__csv, "--checkpoint", parent],
+            "1-pretrain.py": [
+                *SHORT_RUN_FLAGS,
+                *TINY_MODEL_FLAGS,
+                "--data_path",
+                self.data,
+                "--tokenizer",
+                self.tokenizer,
+            ],
+            "2-eval.py": [*CPU_FLAGS, "--checkpoint", parent, "--prompt", "hi", "--max_new_tokens", "2"],
+            "3-full_sft.py": [*SHORT_RUN_FLAGS, "--data_path", sft, "--init_from", parent],
+            "4-lora_sft.py": [*SHORT_RUN_FLAGS, "--data_path", sft, "--init_from", parent],
+            "5-dpo_train.py": [*SHORT_RUN_FLAGS, "--data_path", pairs, "--init_from", parent],
+            "eval_ceval.py": [*CPU_FLAGS, "--data", self.exam__csv, "--checkpoint", parent],
             "export_model.py": [parent, str(out / "exported"), "--no-verify"],
-            "serve_openai_api.py": [*QUICK, "--checkpoint", parent, "--port", "0"],
-            "web_demo.py": [*QUICK, "--checkpoint", parent, "--port", "18501"],
+            "serve_openai_api.py": [*CPU_FLAGS, "--checkpoint", parent, "--port", "0"],
+            "web_demo.py": [*CPU_FLAGS, "--checkpoint", parent, "--port", "18501"],
             "chat_openai_api.py": ["--base_url", "http://127.0.0.1:9/v1", "--prompt", "hi", "--model", "x"],
             "demo.py": ["--max_steps", "1"],
             "train_tokenizer.py": [self.text__txt, "--vocab_size", "300"],
@@ -76,7 +83,7 @@ class World:
 NO_OUT_DIR = {"export_model.py", "chat_openai_api.py"}
 
 
-def make_world(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) -> World:
+def make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) -> TinyInputs:
     for name, source in (("tokenizer", tokenizer_dir), ("data", pretrain_dir), ("sft", sft_dir)):
         shutil.copytree(source, folder / name)
     torch.manual_seed(0)
@@ -88,13 +95,13 @@ def make_world(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) -> World
     (folder / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
     pairs = []
     for i in range(24):
-        row = chat_row(i)
+        row = make_chat_row(i)
         prompt, answer = row["messages"]
         sides = {"chosen": [answer], "rejected": [{"role": "assistant", "content": "no!"}]}
         pairs.append({"prompt": [prompt], **sides, "lang": row["lang"]})
     (folder / "pairs").mkdir()
     for file, rows in {
-        "chats.jsonl": [chat_row(i) for i in range(40)],
+        "chats.jsonl": [make_chat_row(i) for i in range(40)],
         "pairs.jsonl": pairs,
         "pairs/train.jsonl": pairs[:18],
         "pairs/val.jsonl": pairs[18:],
@@ -104,11 +111,11 @@ def make_world(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) -> World
         (folder / file).write_text(text, encoding="utf-8")
     rows = [f"{i},what is {i}?,one,two,three,four,{'ABCD'[i % 4]}" for i in range(6)]
     (folder / "exam.csv").write_text("\n".join(["id,question,A,B,C,D,answer", *rows]), encoding="utf-8")
-    return World(folder)
+    return TinyInputs(folder)
 
 
 @contextlib.contextmanager
-def bounded(seconds: float = LIMIT, memory: int = MEMORY):
+def resource_limits(seconds: float = TIME_LIMIT, memory: int = MEMORY_LIMIT):
     """End what is inside with TakesTooLong after some seconds of CPU time (or 10 times as many without); an allocation
     above `memory` fails."""
 
@@ -134,7 +141,7 @@ def bounded(seconds: float = LIMIT, memory: int = MEMORY):
             signal.signal(name, handler)
 
 
-def without_servers(monkeypatch) -> None:
+def disable_servers(monkeypatch) -> None:
     """A server ends as soon as it would begin to serve; a download does not try again."""
     import matplotlib.pyplot  # noqa: F401  # an import takes seconds, and one that a bound ends is never whole again
     import streamlit.web.cli
@@ -142,22 +149,22 @@ def without_servers(monkeypatch) -> None:
 
     from curation import download
 
-    monkeypatch.setattr(download, "PATIENCE", 1)
+    monkeypatch.setattr(download, "MAX_FAILED_ATTEMPTS", 1)
     monkeypatch.setattr(uvicorn.Server, "run", lambda *_, **__: None)
     monkeypatch.setattr(streamlit.web.cli, "main", lambda *_, **__: None)
 
 
-def ending(monkeypatch, capsys, script: str, flags: list[str], seconds: float = LIMIT) -> str:
+def script_outcome(monkeypatch, capsys, script: str, flags: list[str], seconds: float = TIME_LIMIT) -> str:
     """How the script ends: "done", or "refused" in one line with exit code 2; anything else fails the test."""
     name = script.split(" ")[0]
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
     module = load_script(name) if name.endswith(".py") else importlib.import_module(name)
     if name == "demo.py":
-        monkeypatch.setattr(module, "run_steps", lambda *_: sys.exit(0))
+        monkeypatch.setattr(module, "num_steps", lambda *_: sys.exit(0))
     command, code = f"{script}: {flags}", 0
     capsys.readouterr()
     try:
-        with bounded(seconds), fail_in_one_line():
+        with resource_limits(seconds), fail_in_one_line():
             module.main()
     except SystemExit as ended:
         code = ended.code or 0

@@ -23,7 +23,7 @@ from typing import Any
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 NEED_SPACE = ("open", "write", "fsync", "close", "mkdir", "link", "symlink")  # what fails on a full disk
-SHARED, HEAD = 1 << 23, struct.Struct("QQ")  # bytes that forked processes share; its first fields
+SHARED_BYTES, HEADER = 1 << 23, struct.Struct("QQ")  # bytes that forked processes share; its first fields
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,30 @@ class Fault:
     only: str = ""  # operations are counted whose path holds this pattern
 
 
-class Plan:
+class FaultPlan:
     """Counts the operations below the folders, in a child and the processes that it forks, and strikes at one."""
 
     def __init__(self, folders: list[str], fault: Fault) -> None:
         self.folders, self.fault = tuple(folder.rstrip("/") for folder in folders), fault
-        self.memory = mmap.mmap(-1, SHARED)  # shared with forked processes: operations, bytes of text, text
+        self.memory = mmap.mmap(-1, SHARED_BYTES)  # shared with forked processes: operations, bytes of text, text
         self.lock = threading.RLock()
         self.exists = os.path.lexists
 
     def operations(self) -> list[list[str]]:
-        _, size = HEAD.unpack_from(self.memory)
-        text = self.memory[HEAD.size : HEAD.size + size].decode(errors="surrogateescape")
+        _, size = HEADER.unpack_from(self.memory)
+        text = self.memory[HEADER.size : HEADER.size + size].decode(errors="surrogateescape")
         return [line.split("\t", 1) for line in text.splitlines()]
 
-    def count(self, kind: str, path: str) -> int:
+    def record_operation(self, kind: str, path: str) -> int:
         """Note one operation; returns its number, from 1."""
         with self.lock:
-            number, size = HEAD.unpack_from(self.memory)
+            number, size = HEADER.unpack_from(self.memory)
             line = f"{kind}\t{path}\n".encode(errors="surrogateescape")
-            self.memory[HEAD.size + size : HEAD.size + size + len(line)] = line
-            HEAD.pack_into(self.memory, 0, number + 1, size + len(line))
+            self.memory[HEADER.size + size : HEADER.size + size + len(line)] = line
+            HEADER.pack_into(self.memory, 0, number + 1, size + len(line))
             return number + 1
 
-    def below(self, path: Any) -> str:
+    def path_below(self, path: Any) -> str:
         """The absolute path if it lies below one of the folders, else ''."""
         try:
             name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (a link is what is renamed or removed)
@@ -70,11 +70,11 @@ class Plan:
             return ""
         return name if any(name == f or name.startswith(f + "/") for f in self.folders) else ""
 
-    def strike(self, kind: str, path: str, tear: Any = None) -> None:
-        """Count one operation; fail at the chosen one. `tear` is called before a kill: it writes half of the data."""
+    def trigger(self, kind: str, path: str, write_partial: Any = None) -> None:
+        """Count one operation; fail at the chosen one. `write_partial` writes half of the data before a kill."""
         if not re.search(self.fault.only, path):
             return
-        number = self.count(kind, path)
+        number = self.record_operation(kind, path)
         fault = self.fault
         if not fault.at or number < fault.at or (number > fault.at and not fault.lasting):
             return
@@ -84,8 +84,8 @@ class Plan:
             code = getattr(errno, fault.error)
             raise OSError(code, os.strerror(code), path)
         if fault.signal == signal.SIGKILL:
-            if tear:
-                tear()
+            if write_partial:
+                write_partial()
             os.killpg(os.getpgrp(), signal.SIGKILL)
         os.kill(os.getpid(), fault.signal)
 
@@ -93,33 +93,33 @@ class Plan:
         """Begin. `run_forked` runs a command in a process that was forked for it, and exits."""
         if self.fault.file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.fault.file_size, self.fault.file_size))
-        sys.addaudithook(self.hook)
+        sys.addaudithook(self.audit_hook)
         self.patch_open()
         self.patch_descriptors()
         subprocess.Popen = forking_popen(subprocess.Popen, run_forked)  # type: ignore[misc]
 
-    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def audit_hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, how = arguments
-            if not isinstance(path, int) and how & WRITING and (name := self.below(path)):
-                self.strike("open", name)
+            if not isinstance(path, int) and how & WRITING and (name := self.path_below(path)):
+                self.trigger("open", name)
         elif event == "os.rename":
-            source, target = (self.at(arguments[i], arguments[i + 2]) for i in (0, 1))
-            if (name := self.below(target) or self.below(source)) and self.exists(source):
-                self.strike("rename", name)
+            source, target = (self.resolve_path(arguments[i], arguments[i + 2]) for i in (0, 1))
+            if (name := self.path_below(target) or self.path_below(source)) and self.exists(source):
+                self.trigger("rename", name)
         elif event in ("os.remove", "os.rmdir", "os.truncate"):
-            path = self.at(arguments[0], arguments[1] if event != "os.truncate" else -1)
-            if (name := self.below(path)) and self.exists(path):
-                self.strike(event[3:], name)
+            path = self.resolve_path(arguments[0], arguments[1] if event != "os.truncate" else -1)
+            if (name := self.path_below(path)) and self.exists(path):
+                self.trigger(event[3:], name)
         elif event == "os.mkdir":
-            path = self.at(arguments[0], arguments[2])
-            if (name := self.below(path)) and not self.exists(path):
-                self.strike("mkdir", name)
-        elif event in ("os.link", "os.symlink") and (name := self.below(arguments[1])):
-            self.strike(event[3:], name)
+            path = self.resolve_path(arguments[0], arguments[2])
+            if (name := self.path_below(path)) and not self.exists(path):
+                self.trigger("mkdir", name)
+        elif event in ("os.link", "os.symlink") and (name := self.path_below(arguments[1])):
+            self.trigger(event[3:], name)
 
     @staticmethod
-    def at(path: Any, folder: int) -> Any:
+    def resolve_path(path: Any, folder: int) -> Any:
         """The path that an operation on a name inside an open folder (dir_fd) means; of a descriptor, its file."""
         if isinstance(path, int):
             return Path(f"/proc/self/fd/{path}").readlink()
@@ -133,14 +133,14 @@ class Plan:
 
             def write(self, data: Any) -> int:
                 view, real_write = memoryview(data).cast("B"), super().write
-                plan.strike("write", str(self.name), lambda: real_write(view[: len(view) // 2]))
+                plan.trigger("write", str(self.name), lambda: real_write(view[: len(view) // 2]))
                 return real_write(data)
 
             def close(self) -> None:
                 if self.closed:
                     return
                 try:
-                    plan.strike("close", str(self.name))
+                    plan.trigger("close", str(self.name))
                 finally:
                     super().close()
 
@@ -148,7 +148,7 @@ class Plan:
             file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
             newline: Any = None, closefd: bool = True, opener: Any = None,
         ) -> Any:  # fmt: skip
-            if isinstance(file, int) or not set(mode) & set("wax+") or not plan.below(file):
+            if isinstance(file, int) or not set(mode) & set("wax+") or not plan.path_below(file):
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
             raw = CountedFile(os.fspath(file), mode.replace("b", "").replace("t", ""), closefd, opener)
             if buffering == 0:
@@ -168,11 +168,11 @@ class Plan:
         for name, kind in (("write", "write"), ("sendfile", "write"), ("fsync", "fsync"), ("fdatasync", "fsync")):
             real = getattr(os, name)
 
-            def counted(descriptor: Any, *rest: Any, real: Any = real, kind: str = kind, **named: Any) -> Any:
+            def counted(descriptor: Any, *args: Any, real: Any = real, kind: str = kind, **kwargs: Any) -> Any:
                 number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-                if path := self.below(Path(f"/proc/self/fd/{number}").readlink()):
-                    self.strike(kind, path)
-                return real(descriptor, *rest, **named)
+                if path := self.path_below(Path(f"/proc/self/fd/{number}").readlink()):
+                    self.trigger(kind, path)
+                return real(descriptor, *args, **kwargs)
 
             setattr(os, name, counted)
 
@@ -180,7 +180,7 @@ class Plan:
 def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
     """Popen for `[sys.executable, script, ...]` without pipes: a fork, which shares the counter; else the real one."""
 
-    class Forked:
+    class ForkedProcess:
         def __init__(self, command: Sequence[str]) -> None:
             sys.stdout.flush()
             self.returncode: int | None = None
@@ -194,9 +194,9 @@ def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
             return self.returncode
 
     class Popen(real):
-        def __new__(cls, command: Any, *rest: Any, **named: Any) -> Any:
-            if not rest and set(named) <= {"cwd"} and isinstance(command, list) and command[0] == sys.executable:
-                return Forked(command)
+        def __new__(cls, command: Any, *args: Any, **kwargs: Any) -> Any:
+            if not args and set(kwargs) <= {"cwd"} and isinstance(command, list) and command[0] == sys.executable:
+                return ForkedProcess(command)
             return super().__new__(cls)
 
     return Popen

@@ -1,6 +1,6 @@
 """Every command of this project that writes, on tiny data: what test_kill_matrix.py and test_disk_full.py attack.
 
-Each stage begins with the result of an older run in its place (of other data, or another seed) and replaces it. `Lab`
+Each stage begins with the result of an older run (other data or another seed) and replaces it. `FaultHarness`
 holds the inputs, runs a stage under a fault and compares what it wrote with an undisturbed run.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tests.faults.inject import Done, Fault, Injector
+from tests.faults.inject import Fault, Injector, RunResult
 
 # What two undisturbed runs of one command do not share: times, memory, and names of temporary folders.
 VOLATILE = re.compile(r".*(second|minute|time|date|created|memory|speed|per_s|mfu|started|eta).*|mem")
@@ -125,12 +125,12 @@ STAGES = (
     ),
     Stage("demo", "-m tests.faults.small_demo --out_dir WORK/demo --max_steps 2", "", steps=("",)),
 )
-NAMES = [stage.name for stage in STAGES]
+STAGE_NAMES = [stage.name for stage in STAGES]
 # Scripts and modules that write no files, or only what a library keeps for itself.
 READ_ONLY = {"serve_openai_api.py", "chat_openai_api.py", "web_demo.py", "benchmarks.machines"}
 
 
-class Lab:
+class FaultHarness:
     """Inputs, made once; a folder WORK whose path is the same in every attack; an injector.
 
     With `disk`, an empty folder, a tmpfs of 16 MB is mounted there for the scripts only, and WORK lies in it.
@@ -148,13 +148,15 @@ class Lab:
         self.mirror = mirror
         self.expected: dict[str, dict[str, Any]] = {}
         self.before: dict[str, dict[str, Any]] = {}
-        self.undisturbed: dict[str, Done] = {}
+        self.undisturbed: dict[str, RunResult] = {}
         self.prepare_inputs()
 
     def prepare_inputs(self) -> None:
         raw = self.inputs / "raw"
         raw.mkdir(parents=True)
-        self.must("-m demo_world.generator --out_dir IN/world --statement_rounds 1 --chat_rounds 1 --questions 5")
+        self.run_checked(
+            "-m demo_world.generator --out_dir IN/world --statement_rounds 1 --chat_rounds 1 --questions 5"
+        )
         for name, count in SAMPLES.items():
             lines = (self.inputs / f"world/{name}.jsonl").read_text(encoding="utf-8").splitlines(True)
             step = max(1, len(lines) // count)
@@ -177,53 +179,55 @@ class Lab:
             f"3-full_sft.py --data_path IN/sft {out}",
             f"4-lora_sft.py --data_path IN/sft --rank 2 {out}",
         ):
-            self.must(command)
+            self.run_checked(command)
 
     def argv(self, command: str) -> list[str]:
         places = {"IN": str(self.inputs), "WORK": str(self.work), "MIRROR": self.mirror}
         return [re.sub("IN|WORK|MIRROR", lambda found: places[found[0]], word) for word in command.split()]
 
-    def must(self, command: str) -> Done:
+    def run_checked(self, command: str) -> RunResult:
         done = self.injector.run(self.argv(command), [self.work])
         assert done.code == 0, f"{command}\n{done.output}"
         return done
 
     def stage(self, name: str, twice: bool = False) -> Stage:
         """A stage whose older and undisturbed results are known. `twice`: two undisturbed runs must be equal."""
-        stage = STAGES[NAMES.index(name)]
+        stage = STAGES[STAGE_NAMES.index(name)]
         if name not in self.expected:
             shutil.rmtree(self.view, ignore_errors=True)
             self.view.mkdir()
             if stage.older:
                 old, _, new = stage.older.partition("->")
-                self.must(stage.command.replace(old, new) if new else f"{stage.command} {old}")
-            self.before[name] = contents(self.view)
+                self.run_checked(stage.command.replace(old, new) if new else f"{stage.command} {old}")
+            self.before[name] = comparable_contents(self.view)
             shutil.copytree(self.view, self.older / name)
-            self.undisturbed[name] = self.must(stage.command)
-            self.expected[name] = contents(self.view)
+            self.undisturbed[name] = self.run_checked(stage.command)
+            self.expected[name] = comparable_contents(self.view)
             assert self.expected[name] != self.before[name], "the older run must differ"
         if twice:
-            self.begin(stage)
-            self.undisturbed[name] = self.must(stage.command)  # faster: all is imported
-            assert self.expected[name] == (again := contents(self.view)), difference(again, self.expected[name])
+            self.reset_work_folder(stage)
+            self.undisturbed[name] = self.run_checked(stage.command)  # faster: all is imported
+            assert self.expected[name] == (again := comparable_contents(self.view)), describe_difference(
+                again, self.expected[name]
+            )
         return stage
 
-    def begin(self, stage: Stage) -> None:
+    def reset_work_folder(self, stage: Stage) -> None:
         shutil.rmtree(self.view)
         shutil.copytree(self.older / stage.name, self.view)
 
-    def run(self, stage: Stage, fault: Fault | None = None) -> Done:
+    def run(self, stage: Stage, fault: Fault | None = None) -> RunResult:
         return self.injector.run(self.argv(stage.command), [self.work], fault)
 
-    def check_whole(self, stage: Stage, after: str) -> None:
+    def check_no_partial_output(self, stage: Stage, after: str) -> None:
         """Under a final name there is the older result, the new one, or (of a run of many steps) a readable step."""
-        found, before, new = contents(self.view), self.before[stage.name], self.expected[stage.name]
+        found, before, new = comparable_contents(self.view), self.before[stage.name], self.expected[stage.name]
         for folder in stage.folders:
             mine, old, wanted = (
                 {name: value for name, value in tree.items() if name.startswith(f"{folder}/")}
                 for tree in (found, before, new)
             )
-            assert mine in ({}, old, wanted), f"{after}: {folder} is half written: {difference(mine, wanted)}"
+            assert mine in ({}, old, wanted), f"{after}: {folder} is half written: {describe_difference(mine, wanted)}"
         for name, value in found.items():
             if is_unfinished(name) or name.endswith(stage.steps or ("\0",)) or name.endswith((".jsonl", ".png")):
                 continue  # contents() has read it
@@ -231,9 +235,13 @@ class Lab:
 
     def check_finished(self, stage: Stage, after: str) -> None:
         """The result of an undisturbed run, nothing under temporary names, no lock held."""
-        found = contents(self.view)
-        assert found == self.expected[stage.name], f"{after}: {difference(found, self.expected[stage.name])}"
-        left = [name for name in names(self.view) if is_unfinished(name) and not re.search(r"\.lock$|\.log(/|$)", name)]
+        found = comparable_contents(self.view)
+        assert found == self.expected[stage.name], f"{after}: {describe_difference(found, self.expected[stage.name])}"
+        left = [
+            name
+            for name in relative_paths(self.view)
+            if is_unfinished(name) and not re.search(r"\.lock$|\.log(/|$)", name)
+        ]
         assert not left, f"{after}: left over: {left}"
         for lock in self.view.rglob(".*.lock"):
             FileLock(lock, timeout=0).acquire().lock.release()
@@ -246,56 +254,56 @@ def is_unfinished(name: str) -> bool:
     )
 
 
-def names(folder: Path) -> list[str]:
+def relative_paths(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     lines = [f"{name} is missing" for name in wanted.keys() - found.keys()]
     lines += [f"{name} is too much" for name in found.keys() - wanted.keys()]
     lines += [f"{name} differs" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
     return ", ".join(lines[:8])
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def comparable_contents(folder: Path) -> dict[str, Any]:
     """What finished files hold, without what differs from run to run. Fails for a file that is half written."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and not is_unfinished(name):
             try:
-                found[name] = content(path)
+                found[name] = comparable_content(path)
             except Exception as error:
                 raise AssertionError(f"{name} is damaged: {error!r}") from error
     return found
 
 
-def content(path: Path) -> Any:
+def comparable_content(path: Path) -> Any:
     data, end = path.read_bytes(), path.suffix
     if end == ".pth":
         import torch
 
-        return steady(torch.load(io.BytesIO(data), weights_only=True))
+        return without_volatile(torch.load(io.BytesIO(data), weights_only=True))
     if end == ".json":
-        return steady(json.loads(data))
+        return without_volatile(json.loads(data))
     if end == ".jsonl":  # a log may end in a torn line: the next run drops it
-        rows = [steady(json.loads(line)) for line in data.split(b"\n")[:-1] if line]
+        rows = [without_volatile(json.loads(line)) for line in data.split(b"\n")[:-1] if line]
         return sorted(rows) if ".scores-" in path.name else rows  # scores are appended as they are computed
     if end == ".png":
         assert data[:4] == b"\x89PNG" and data[-8:-4] == b"IEND", "half a picture"
         return "a picture"
     if end == ".csv":
-        return steady(list(csv.DictReader(io.StringIO(data.decode()))))
+        return without_volatile(list(csv.DictReader(io.StringIO(data.decode()))))
     if end == ".md":  # durations and speeds; the .json beside it holds the exact numbers
         return re.sub(r"[\d.,]+", "N", data.decode())
     return len(data), zlib.crc32(data)
 
 
-def steady(value: Any) -> Any:
+def without_volatile(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: steady(item) for key, item in value.items() if not VOLATILE.fullmatch(str(key))}
+        return {key: without_volatile(item) for key, item in value.items() if not VOLATILE.fullmatch(str(key))}
     if isinstance(value, (list, tuple)):
-        return [steady(item) for item in value]
+        return [without_volatile(item) for item in value]
     if hasattr(value, "numpy"):
         return str(value.dtype), tuple(value.shape), zlib.crc32(value.contiguous().numpy().tobytes())
     return "nan" if isinstance(value, float) and math.isnan(value) else value

@@ -15,26 +15,26 @@ import pytest
 import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.preferences import PAIRS
-from corpus.prepare_chats import CHATS, tokenise_chats
+from corpus.preferences import PAIR_TASK
+from corpus.prepare_chats import CHAT_TASK, tokenize_chats
 from corpus.shard_reader import open_split
-from curation.perplexity_filter import Scores
-from tests.helpers import chat_row, run_script, write_shards
+from curation.perplexity_filter import ScoreStore
+from tests.helpers import make_chat_row, run_script, write_shards
 
 SECONDS = 10  # more is a hang
 
 
-def flip(path: Path, bit: int) -> None:
+def flip_bit(path: Path, bit: int) -> None:
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
 
 
 @contextlib.contextmanager
-def flipped(path: Path, bit: int):
+def flipped_bit(path: Path, bit: int):
     """`path` with one other bit, and as it was afterwards."""
     original = path.read_bytes()
-    flip(path, bit)
+    flip_bit(path, bit)
     try:
         yield
     finally:
@@ -42,18 +42,18 @@ def flipped(path: Path, bit: int):
 
 
 @pytest.fixture
-def attack(attacks):
-    """attack(path, read, number): flip so many bits of a file, one at a time, and read what uses it."""
+def flip_bits(record_attacks):
+    """flip_bits(path, read, number): flip so many bits of a file, one at a time, and read what uses it."""
 
     counts: dict[str, dict[str, int]] = {}
 
     def run(path: Path, read, number: int, names: str = "") -> None:
         expected, outcomes = read(), counts.setdefault("".join(path.suffixes), {"refused": 0, "equal": 0})
         size = 8 * path.stat().st_size
-        draw = random.Random(path.name)
-        for bit in draw.sample(range(size), min(number, size)):
+        rng = random.Random(path.name)
+        for bit in rng.sample(range(size), min(number, size)):
             signal.alarm(SECONDS)
-            with flipped(path, bit):
+            with flipped_bit(path, bit):
                 try:
                     assert read() == expected, f"bit {bit} of {path} changed what is read"
                     outcomes["equal"] += 1
@@ -65,31 +65,31 @@ def attack(attacks):
 
     def count() -> None:
         for suffix, outcomes in counts.items():
-            attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
+            record_attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
 
     run.count = count  # called before the test ends: what a fixture notes later is not reported
     yield run
     signal.alarm(0)
 
 
-def content(folder: Path) -> list:
+def read_token_folder(folder: Path) -> list:
     """All that a training script reads of a token folder, and what it knows about it."""
     meta, found = read_meta(folder), []
     for split in meta["splits"]:
         tokens = open_split(folder, split)
         found += [split, tokens.read(0, tokens.tokens).tobytes(), tokens.read_mask(0, tokens.tokens).tobytes()]
         found += [[(ids.tobytes(), None if mask is None else mask.tobytes()) for ids, mask in
-                   map(tokens.document, range(tokens.documents))], tokens.starts().tolist()]  # fmt: skip
+                   map(tokens.read_document, range(tokens.documents))], tokens.offsets().tolist()]  # fmt: skip
     return [meta["splits"], meta["kind"], meta["dtype"], found]
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer, tokenizer_dir, tmp_path_factory):
+def token_folders(tokenizer, tokenizer_dir, tmp_path_factory):
     """A folder of each kind: texts in labelled shards, chats and pairs with their rows."""
     root = tmp_path_factory.mktemp("flips")
     texts = [{"text": f"{'一' * (i % 40)} story {i} " * 3, "from": f"s{i % 2}"} for i in range(120)]
     pairs = [{"prompt": f"{i}?", "chosen": "yes " * (1 + i % 5), "rejected": "no"} for i in range(60)]
-    rows = {"pretrain": texts, "sft": [chat_row(i) for i in range(60)], "dpo": pairs}
+    rows = {"pretrain": texts, "sft": [make_chat_row(i) for i in range(60)], "dpo": pairs}
     for kind, lines in rows.items():
         file = root / f"{kind}.jsonl"
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
@@ -100,8 +100,8 @@ def folders(tokenizer, tokenizer_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
-def test_a_flipped_bit_in_a_token_folder_is_one_line(folders, tokenizer, kind, attack, scaled):
-    folder = folders / kind / ("" if kind == "pretrain" else f"tokens-{tokenizer.chat_fingerprint}")
+def test_a_flipped_bit_in_a_token_folder_is_one_line(token_folders, tokenizer, kind, flip_bits, num_attacks):
+    folder = token_folders / kind / ("" if kind == "pretrain" else f"tokens-{tokenizer.rendering_fingerprint}")
     files = sorted(path for path in folder.iterdir() if path.is_file())
     assert {path.suffix for path in files} == {
         ".bin",
@@ -111,35 +111,40 @@ def test_a_flipped_bit_in_a_token_folder_is_one_line(folders, tokenizer, kind, a
         *([".mask"] if kind != "pretrain" else []),
     }
     for path in files:
-        attack(path, lambda: content(folder), scaled(12, 300), rf"{re.escape(path.name)}|{path.stem.split('.')[0]}\.")
-    attack.count()
+        flip_bits(
+            path,
+            lambda: read_token_folder(folder),
+            num_attacks(12, 300),
+            rf"{re.escape(path.name)}|{path.stem.split('.')[0]}\.",
+        )
+    flip_bits.count()
 
 
-@pytest.mark.parametrize(("kind", "form"), [("sft", CHATS), ("dpo", PAIRS)])
-def test_a_flipped_bit_in_the_rows_is_one_line(folders, tokenizer, kind, form, attack, scaled, tmp_path):
-    folder = shutil.copytree(folders / kind, tmp_path / kind)
+@pytest.mark.parametrize(("kind", "form"), [("sft", CHAT_TASK), ("dpo", PAIR_TASK)])
+def test_a_flipped_bit_in_the_rows_is_one_line(token_folders, tokenizer, kind, form, flip_bits, num_attacks, tmp_path):
+    folder = shutil.copytree(token_folders / kind, tmp_path / kind)
 
     def tokenise():
-        shutil.rmtree(folder / f"tokens-{tokenizer.chat_fingerprint}", ignore_errors=True)
-        return content(tokenise_chats(folder, tokenizer, 128, form))
+        shutil.rmtree(folder / f"tokens-{tokenizer.rendering_fingerprint}", ignore_errors=True)
+        return read_token_folder(tokenize_chats(folder, tokenizer, 128, form))
 
     for name in ("train.jsonl", "val.jsonl", "meta.json"):
-        attack(folder / name, tokenise, scaled(6, 300))
-    attack.count()
+        flip_bits(folder / name, tokenise, num_attacks(6, 300))
+    flip_bits.count()
 
 
-def test_large_files_are_compared_block_by_block_in_every_place(tmp_path, tokenizer, scaled, attacks):
+def test_reads_of_large_files_verify_each_block(tmp_path, tokenizer, num_attacks, record_attacks):
     """A read that begins, ends or lies inside the damaged block is refused, one beside it is not."""
-    draw = np.random.default_rng(0)
-    documents = [(draw.integers(0, 200, 3000), draw.integers(0, 2, 3000)) for _ in range(60)]
+    rng = np.random.default_rng(0)
+    documents = [(rng.integers(0, 200, 3000), rng.integers(0, 2, 3000)) for _ in range(60)]
     folder = write_shards(tmp_path / "sft", "chats", tokenizer, {"train": documents})
-    size, number = 60 * 3000, scaled(20, 300)
+    size, number = 60 * 3000, num_attacks(20, 300)
     for _ in range(number):
-        suffix = [".bin", ".mask"][draw.integers(2)]
-        width, bit = (2, 1)[suffix == ".mask"], int(draw.integers(8 * size))
+        suffix = [".bin", ".mask"][rng.integers(2)]
+        width, bit = (2, 1)[suffix == ".mask"], int(rng.integers(8 * size))
         block = bit // 8 // 65_536
         first, last = block * 65_536 // width, min((block + 1) * 65_536 // width, size)
-        with flipped(folder / f"train_000{suffix}", bit):
+        with flipped_bit(folder / f"train_000{suffix}", bit):
             tokens = open_split(folder, "train")
             read = tokens.read if suffix == ".bin" else tokens.read_mask
             for start, stop in ((0, first), (last, size)):
@@ -149,7 +154,7 @@ def test_large_files_are_compared_block_by_block_in_every_place(tmp_path, tokeni
                     UserError, match=rf"train_000{suffix} is damaged: its bytes from {block * 65_536:,}"
                 ):
                     read(start, stop)
-    attacks("flipped bits of large .bin and .mask", number, refused=number)
+    record_attacks("flipped bits of large .bin and .mask", number, refused=number)
 
 
 def as_earlier_version(folder: Path) -> Path:
@@ -164,27 +169,27 @@ def as_earlier_version(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_an_earlier_version_is_read_and_flips_end_in_a_line_or_other_tokens(
-    folders, tokenizer, tmp_path, scaled, attacks, capfd
+def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
+    token_folders, tokenizer, tmp_path, num_attacks, record_attacks, capfd
 ):
-    source = folders / "sft" / f"tokens-{tokenizer.chat_fingerprint}"
+    source = token_folders / "sft" / f"tokens-{tokenizer.rendering_fingerprint}"
     folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
-    assert content(folder)[3] == content(source)[3] == content(folder)[3]
+    assert read_token_folder(folder)[3] == read_token_folder(source)[3] == read_token_folder(folder)[3]
     assert capfd.readouterr().err.count("has no checksums") == 1
-    outcomes, number = {"refused": 0, "other_content": 0}, scaled(20, 300)
+    outcomes, number = {"refused": 0, "other_content": 0}, num_attacks(20, 300)
     for path in sorted(folder.iterdir()):
         bits = random.Random(path.name).sample(range(8 * path.stat().st_size), number)
         for bit in bits:
             signal.alarm(SECONDS)
-            with flipped(path, bit):
+            with flipped_bit(path, bit):
                 try:
-                    content(folder)
+                    read_token_folder(folder)
                     outcomes["other_content"] += 1
                 except UserError as error:
                     assert "\n" not in str(error)
                     outcomes["refused"] += 1
             signal.alarm(0)
-    attacks("flipped bits of folders without checksums", sum(outcomes.values()), **outcomes)
+    record_attacks("flipped bits of folders without checksums", sum(outcomes.values()), **outcomes)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +207,10 @@ def test_a_folder_of_an_earlier_version_is_read_and_flips_end_in_a_line_or_other
         (".idx.npy", lambda old: b"no array" + old[8:], "it is no array of numpy"),
     ],
 )
-def test_what_no_model_can_read_is_one_line_also_without_checksums(folders, tokenizer, tmp_path, suffix, write, words):
-    source = folders / "dpo" / f"tokens-{tokenizer.chat_fingerprint}"
+def test_unreadable_folders_without_checksums_are_refused_in_one_line(
+    token_folders, tokenizer, tmp_path, suffix, write, words
+):
+    source = token_folders / "dpo" / f"tokens-{tokenizer.rendering_fingerprint}"
     folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
     path = folder / f"train_000{suffix}"
     if write:
@@ -211,7 +218,7 @@ def test_what_no_model_can_read_is_one_line_also_without_checksums(folders, toke
     else:
         path.unlink()
     with pytest.raises(UserError, match=rf"{words}.*: delete .*, the next training run makes it again"):
-        content(folder)
+        read_token_folder(folder)
 
 
 @pytest.mark.parametrize(("suffix", "workers"), [(".idx.npy", 0), (".bin", 0), (".mask", 2)])
@@ -219,11 +226,11 @@ def test_training_on_a_damaged_chat_folder_ends_with_the_line(
     monkeypatch, tmp_path, tokenizer, tiny_parent, sft_dir, suffix, workers
 ):
     data = Path(shutil.copytree(sft_dir, tmp_path / "sft"))
-    tokens = tokenise_chats(data, tokenizer, 64)
+    tokens = tokenize_chats(data, tokenizer, 64)
     path = tokens / f"train_000{suffix}"
     flags = ["--data_path", data, "--init_from", tiny_parent, "--out_dir", tmp_path / "out", "--device", "cpu"]
     signal.alarm(120)
-    with flipped(path, 8 * (path.stat().st_size - 5)):
+    with flipped_bit(path, 8 * (path.stat().st_size - 5)):
         with pytest.raises(
             UserError, match=rf"train_000{suffix} is damaged: .*: delete .*the next training run"
         ) as raised:
@@ -232,58 +239,63 @@ def test_training_on_a_damaged_chat_folder_ends_with_the_line(
     assert "\n" not in str(raised.value)
 
 
-def test_a_damaged_score_is_computed_again_and_the_others_stay(tmp_path, scaled, attacks):
-    path, number = tmp_path / "sft.scores-x.jsonl", scaled(60, 300)
-    scores = Scores(path)
+def test_only_damaged_scores_are_recomputed(tmp_path, num_attacks, record_attacks):
+    path, number = tmp_path / "sft.scores-x.jsonl", num_attacks(60, 300)
+    scores = ScoreStore(path)
     scores.add((key, key / 1000, 5, ("zh", "en")[key % 2]) for key in range(1, 50))
     scores.close()
     known = {key: scores.get(key) for key in range(1, 50)}
     lost = 0
     for bit in random.Random(0).sample(range(8 * path.stat().st_size), number):
-        with flipped(path, bit):
-            damaged = Scores(path)
+        with flipped_bit(path, bit):
+            damaged = ScoreStore(path)
             damaged.close()
             found = {key: damaged.get(key) for key in known}
             assert all(value in (None, known[key]) for key, value in found.items()), "a wrong score"
             assert len(damaged.keys) == sum(value is not None for value in found.values()) >= 47
             lost += None in found.values()
-    attacks("flipped bits of stored scores", number, scored_again=lost, equal=number - lost)
+    record_attacks("flipped bits of stored scores", number, scored_again=lost, equal=number - lost)
 
 
-def test_a_damaged_reference_of_dpo_is_computed_again(folders, tokenizer, tmp_path, scaled, attacks):
+def test_a_damaged_dpo_reference_is_recomputed(token_folders, tokenizer, tmp_path, num_attacks, record_attacks):
     import torch
 
     from model.config import ModelConfig
     from model.transformer import Transformer
-    from trainer.distributed import Run
-    from trainer.dpo import open_reference
+    from trainer.distributed import DistContext
+    from trainer.dpo import load_or_compute_reference
 
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 16, 1, 2, 2, max_seq_len=64))
-    run, folder = Run(torch.device("cpu"), torch.float32), folders / "dpo" / f"tokens-{tokenizer.chat_fingerprint}"
-    path, number = tmp_path / "dpo_16.reference", scaled(8, 150)
+    dist, folder = (
+        DistContext(torch.device("cpu"), torch.float32),
+        token_folders / "dpo" / f"tokens-{tokenizer.rendering_fingerprint}",
+    )
+    path, number = tmp_path / "dpo_16.reference", num_attacks(8, 150)
 
     def read():
         return {name: values.tolist() for name, values in
-                open_reference(run, model, str(folder), tokenizer.pad_id, path, 8).items()}  # fmt: skip
+                load_or_compute_reference(dist, model, str(folder), tokenizer.pad_id, path, 8).items()}  # fmt: skip
 
     expected = read()
     for bit in random.Random(0).sample(range(8 * path.stat().st_size), number):
-        with flipped(path, bit):
+        with flipped_bit(path, bit):
             assert read() == expected
-    attacks("flipped bits of DPO's reference", number, equal=number)
+    record_attacks("flipped bits of DPO's reference", number, equal=number)
 
 
-def test_a_bit_that_flips_in_unfinished_work_is_noticed_when_it_is_continued(
-    monkeypatch, tmp_path, tokenizer_dir, scaled, attacks
+def test_resuming_unfinished_work_detects_flipped_bits(
+    monkeypatch, tmp_path, tokenizer_dir, num_attacks, record_attacks
 ):
     """What a killed run has written is compared before more is appended to it."""
-    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 20)
+    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 20)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps(chat_row(i), ensure_ascii=False) + "\n" for i in range(300)), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(make_chat_row(i), ensure_ascii=False) + "\n" for i in range(300)), encoding="utf-8"
+    )
     command = ["sft", str(file), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "out")]
-    form, calls = data_process.form_of("sft"), []
+    form, calls = data_process.make_data_task("sft"), []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -293,27 +305,27 @@ def test_a_bit_that_flips_in_unfinished_work_is_noticed_when_it_is_continued(
 
     partial = tmp_path / "out.partial"
     with monkeypatch.context() as patch:
-        patch.setattr(data_process, "form_of", lambda kind, *_: dataclasses.replace(form, render=interrupted))
+        patch.setattr(data_process, "make_data_task", lambda kind, *_: dataclasses.replace(form, render=interrupted))
         with pytest.raises(KeyboardInterrupt):
             data_process.main(command)
     kept = Path(shutil.copytree(partial, tmp_path / "kept"))
     data_process.main(command)
-    expected = content(next((tmp_path / "out").glob("tokens-*")))
+    expected = read_token_folder(next((tmp_path / "out").glob("tokens-*")))
     files = [path for path in kept.rglob("*") if path.suffix in (".jsonl", ".bin", ".mask", ".idx", ".json")]
-    outcomes, draw = {"refused": 0, "started_anew_or_not_counted": 0}, random.Random(0)
-    for path in [path for path in sorted(files) if path.stat().st_size] * scaled(1, 20):
+    outcomes, rng = {"refused": 0, "started_anew_or_not_counted": 0}, random.Random(0)
+    for path in [path for path in sorted(files) if path.stat().st_size] * num_attacks(1, 20):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(kept, partial)
         damaged = partial / path.relative_to(kept)
-        flip(damaged, draw.randrange(8 * damaged.stat().st_size))
+        flip_bit(damaged, rng.randrange(8 * damaged.stat().st_size))
         try:
             data_process.main(command)
-            assert content(next((tmp_path / "out").glob("tokens-*"))) == expected
+            assert read_token_folder(next((tmp_path / "out").glob("tokens-*"))) == expected
             outcomes["started_anew_or_not_counted"] += 1  # rows after the last state are written again
         except UserError as error:
             assert f"{path.name} has changed since an earlier run wrote it: run the same" in str(error)
             assert not partial.exists(), "the next run starts anew"
             outcomes["refused"] += 1
     assert outcomes["refused"] >= 4
-    attacks("flipped bits of unfinished work", sum(outcomes.values()), **outcomes)
+    record_attacks("flipped bits of unfinished work", sum(outcomes.values()), **outcomes)

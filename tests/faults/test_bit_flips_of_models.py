@@ -15,29 +15,31 @@ import torch
 
 from common.checksums import with_checksum
 from common.errors import UserError
-from model.checkpoint import load_model, read_checkpoint, remember_parent, save_model
+from model.checkpoint import load_model, read_checkpoint, record_parent, save_model
 from model.lora import LoRAConfig, attach
-from tests.helpers import EXACT, TINY_MODEL, run_script
+from tests.helpers import EXACT_FLAGS, TINY_MODEL_FLAGS, run_script
 from tests.trainer.test_resume import stop_after
-from trainer.state_files import SavedState, read_json
-from trainer.train_state import complete_steps, read_progress, way_back
+from trainer.state_files import SavedState, read_checked_json
+from trainer.train_state import complete_steps, read_train_state, recovery_advice
 
 
-def equal(one, other):
+def values_equal(one, other):
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(values_equal(one[k], other[k]) for k in one)
+        )
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     return type(one) is type(other) and one == other
 
 
-def flip(data: bytes, bit: int) -> bytes:
+def flip_bit(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
 
 
-def outside_weights(path: Path) -> list[int]:
+def non_weight_offsets(path: Path) -> list[int]:
     """The bytes of a .pth that are not tensors."""
     inside = bytearray(path.stat().st_size)
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -51,56 +53,58 @@ def outside_weights(path: Path) -> list[int]:
     return [at for at, taken in enumerate(inside) if not taken]
 
 
-def attack(path: Path, read, places: list[int], number: int, seed: int = 0) -> dict[str, int]:
+def flip_bits(path: Path, read, places: list[int], number: int, seed: int = 0) -> dict[str, int]:
     """Flip `number` bits anywhere and as many within `places`, one at a time; counts of the outcomes."""
-    data, whole = path.read_bytes(), read()
-    chosen = random.Random(seed)
-    bits = [chosen.randrange(8 * len(data)) for _ in range(number)]
-    bits += [8 * chosen.choice(places) + chosen.randrange(8) for _ in range(number)]
+    data, expected = path.read_bytes(), read()
+    rng = random.Random(seed)
+    bits = [rng.randrange(8 * len(data)) for _ in range(number)]
+    bits += [8 * rng.choice(places) + rng.randrange(8) for _ in range(number)]
     outcomes = {"refused": 0, "equal": 0}
     for bit in bits:
-        path.write_bytes(flip(data, bit))
+        path.write_bytes(flip_bit(data, bit))
         try:
             found = read()
         except UserError as error:
             assert "\n" not in str(error) and path.parent.name in str(error), f"bit {bit}: {error}"
             outcomes["refused"] += 1
         else:
-            assert equal(found, whole), f"bit {bit} of {path.name} changes what is read"
+            assert values_equal(found, expected), f"bit {bit} of {path.name} changes what is read"
             outcomes["equal"] += 1
     path.write_bytes(data)
     return outcomes
 
 
-def test_a_flipped_bit_of_a_model(tiny_parent, tmp_path, scaled, attacks):
+def test_a_flipped_bit_of_a_model_is_refused_or_harmless(tiny_parent, tmp_path, num_attacks, record_attacks):
     path = Path(shutil.copy(tiny_parent, tmp_path))
-    number = scaled(100, 1500)
-    outcomes = attack(path, lambda: read_checkpoint(path), outside_weights(path), number)
-    attacks("flipped bits of a .pth", 2 * number, **outcomes)
+    number = num_attacks(100, 1500)
+    outcomes = flip_bits(path, lambda: read_checkpoint(path), non_weight_offsets(path), number)
+    record_attacks("flipped bits of a .pth", 2 * number, **outcomes)
     assert outcomes["refused"] > number
     with pytest.raises(UserError, match=r"checksum of \S+/data/\d+ differs.*copy it again or train it again"):
         weights = next(at for at in range(path.stat().st_size // 2, path.stat().st_size))
-        path.write_bytes(flip(path.read_bytes(), 8 * weights))
+        path.write_bytes(flip_bit(path.read_bytes(), 8 * weights))
         load_model(path)
 
 
-def test_a_flipped_bit_of_an_adapter_or_its_parent(tiny_parent, tmp_path, scaled, attacks):
+def test_a_flipped_bit_of_an_adapter_or_its_parent_is_refused_or_harmless(
+    tiny_parent, tmp_path, num_attacks, record_attacks
+):
     parent, path = Path(shutil.copy(tiny_parent, tmp_path)), tmp_path / "lora_sft_32.pth"
     model, tokenizer, _ = load_model(parent)
     attach(model, LoRAConfig(2, 4.0, 0.0, ("attention",)), 1)
-    remember_parent(model, parent, path)
+    record_parent(model, parent, path)
     save_model(path, model, "lora_sft", tokenizer, [])
-    number = scaled(10, 300)
+    number = num_attacks(10, 300)
     for file in (path, parent):
-        outcomes = attack(file, lambda: load_model(path)[0].state_dict(), outside_weights(file), number)
-        attacks(f"flipped bits of {'an adapter' if file is path else 'its parent'}", 2 * number, **outcomes)
+        outcomes = flip_bits(file, lambda: load_model(path)[0].state_dict(), non_weight_offsets(file), number)
+        record_attacks(f"flipped bits of {'an adapter' if file is path else 'its parent'}", 2 * number, **outcomes)
         assert outcomes["refused"] > number / 2
 
 
-def test_without_weights_all_but_the_weights_is_compared(tiny_parent, tmp_path):
+def test_reading_without_weights_verifies_everything_else(tiny_parent, tmp_path):
     path = Path(shutil.copy(tiny_parent, tmp_path))
-    data, outside = path.read_bytes(), set(outside_weights(path))
-    path.write_bytes(flip(data, 8 * next(at for at in range(len(data) // 2, len(data)) if at not in outside)))
+    data, outside = path.read_bytes(), set(non_weight_offsets(path))
+    path.write_bytes(flip_bit(data, 8 * next(at for at in range(len(data) // 2, len(data)) if at not in outside)))
     assert read_checkpoint(path, weights=False)["stage"] == "pretrain"
     with pytest.raises(UserError, match="checksum"):
         read_checkpoint(path)
@@ -110,20 +114,20 @@ def test_without_weights_all_but_the_weights_is_compared(tiny_parent, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def interrupted(pretrain_dir, tokenizer_dir, tmp_path_factory):
+def interrupted_run(pretrain_dir, tokenizer_dir, tmp_path_factory):
     """A run that stopped after 3 of 24 steps: its folder."""
     out = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3)
         paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", out]
-        run_script(patch, "1-pretrain.py", *TINY_MODEL, *EXACT, "--epochs", "3", *paths)
+        run_script(patch, "1-pretrain.py", *TINY_MODEL_FLAGS, *EXACT_FLAGS, "--epochs", "3", *paths)
     return out
 
 
 def read_state(path):
     """Everything that is resumed: progress and all tensors."""
     folder, progress = next(complete_steps(path.with_suffix(".resume")))
-    saved = SavedState(folder, progress.ranks, way_back(folder))
+    saved = SavedState(folder, progress.ranks, recovery_advice(folder))
     tensors = {
         name: torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in saved.tensors.items()
     }
@@ -131,12 +135,14 @@ def read_state(path):
     return {**vars(progress), "tensors": tensors}
 
 
-def test_a_flipped_bit_of_the_state(interrupted, tmp_path, scaled, attacks):
+def test_a_flipped_bit_of_the_train_state_is_refused_or_harmless(
+    interrupted_run, tmp_path, num_attacks, record_attacks
+):
     path = tmp_path / "pretrain_32.pth"
-    shutil.copytree(interrupted / "pretrain_32.resume", path.with_suffix(".resume"))
+    shutil.copytree(interrupted_run / "pretrain_32.resume", path.with_suffix(".resume"))
 
     def read():
-        assert read_progress(argparse.Namespace(resume="auto"), path)
+        assert read_train_state(argparse.Namespace(resume="auto"), path)
         return read_state(path)
 
     (folder,) = path.with_suffix(".resume").iterdir()
@@ -144,24 +150,24 @@ def test_a_flipped_bit_of_the_state(interrupted, tmp_path, scaled, attacks):
     files = sorted(folder.iterdir())
     assert [file.name for file in files] == ["progress.json", "rank_00000.json", "rank_00000.safetensors"]
     for file in files:
-        number = scaled(40, 1000)
+        number = num_attacks(40, 1000)
         header = 8 + int.from_bytes(file.read_bytes()[:8], "little") if file.suffix == ".safetensors" else 0
-        outcomes = attack(file, read, list(range(header or file.stat().st_size)), number)
-        attacks(f"flipped bits of {file.name}", 2 * number, **outcomes)
+        outcomes = flip_bits(file, read, list(range(header or file.stat().st_size)), number)
+        record_attacks(f"flipped bits of {file.name}", 2 * number, **outcomes)
         assert outcomes["refused"] > number
 
 
-def test_a_flipped_bit_ends_the_resumed_run_in_one_line_that_names_the_way_back(
-    interrupted, pretrain_dir, tokenizer_dir, tmp_path, monkeypatch
+def test_resuming_from_a_flipped_bit_ends_in_one_line_that_names_the_remedy(
+    interrupted_run, pretrain_dir, tokenizer_dir, tmp_path, monkeypatch
 ):
-    shutil.copytree(interrupted, tmp_path / "out")
+    shutil.copytree(interrupted_run, tmp_path / "out")
     (folder,) = (tmp_path / "out" / "pretrain_32.resume").iterdir()
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out"]
-    command = [*TINY_MODEL, *EXACT, "--epochs", "3", *paths, "--max_steps", "4"]
+    command = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--epochs", "3", *paths, "--max_steps", "4"]
     file = folder / "rank_00000.safetensors"
-    whole = file.read_bytes()
-    for at in (len(whole) // 2, len(whole) - 1):  # weights and the optimizer's state are in the same file
-        file.write_bytes(flip(whole, 8 * at))
+    expected = file.read_bytes()
+    for at in (len(expected) // 2, len(expected) - 1):  # weights and the optimizer's state are in the same file
+        file.write_bytes(flip_bit(expected, 8 * at))
         with pytest.raises(
             UserError, match=r"rank_00000\.safetensors is damaged \(the checksum of \S+ differs\): start"
         ):
@@ -169,6 +175,6 @@ def test_a_flipped_bit_ends_the_resumed_run_in_one_line_that_names_the_way_back(
     earlier = folder.with_name("step_000000002")
     shutil.copytree(folder, earlier)  # as it is there until the next save
     progress = earlier / "progress.json"
-    progress.write_text(json.dumps(with_checksum({**read_json(progress), "step": 2})))
+    progress.write_text(json.dumps(with_checksum({**read_checked_json(progress), "step": 2})))
     with pytest.raises(UserError, match=r"remove \S+step_000000003 to resume from step 2, or start anew"):
         run_script(monkeypatch, "1-pretrain.py", *command)

@@ -10,81 +10,83 @@ import pytest
 import torch
 
 from common.errors import UserError
-from export.hf_export import write_folder
+from export.hf_export import write_hf_folder
 from export.hf_import import open_model
-from export.model_facts import facts
+from export.model_facts import model_facts
 from export.peft_adapter import read_peft, write_peft
 from model.config import ModelConfig
 from model.lora import LoRAConfig, attach
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
-from tests.faults.test_damaged_models import ODD, changed, damaged, places, use
+from tests.faults.test_damaged_models import ODD_VALUES, damage_bytes, open_every_way, replace_value, value_paths
 
-VALUES = [value for value in ODD if not isinstance(value, (bytes, tuple)) and value != {1: 2}]
+JSON_VALUES = [value for value in ODD_VALUES if not isinstance(value, (bytes, tuple)) and value != {1: 2}]
 
 
 @pytest.fixture(scope="module")
-def exported(tokenizer, tmp_path_factory):
+def exported_model(tokenizer, tmp_path_factory):
     """A transformers folder and a peft folder for it, and the model of both."""
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size, 16, 1, 2, 1, max_seq_len=32)
     model, root = Transformer(config), tmp_path_factory.mktemp("exported")
     (root / "stock").mkdir()
-    write_folder(root / "stock", model, tokenizer, torch.float32, 10**9)
+    write_hf_folder(root / "stock", model, tokenizer, torch.float32, 10**9)
     attach(model, LoRAConfig(rank=2))
     model.adapter["parent"] = "stock"
     write_peft(root / "peft", model)
     return root
 
 
-def with_change(folder, name, text, rng):
+def write_damaged(folder, name, text, rng):
     """Write the file with an odd value in one place, or with one accident to its bytes."""
     if rng.random() < 0.25:
-        (folder / name).write_bytes(damaged(text.encode(), rng))
+        (folder / name).write_bytes(damage_bytes(text.encode(), rng))
         return
     content = json.loads(text)
-    path = rng.choice([path for path in places(content) if path and path[:2] != ("model", "vocab")])
-    (folder / name).write_text(json.dumps(changed(content, path, rng.choice([*VALUES, KeyError]))))
+    path = rng.choice([path for path in value_paths(content) if path and path[:2] != ("model", "vocab")])
+    (folder / name).write_text(json.dumps(replace_value(content, path, rng.choice([*JSON_VALUES, KeyError]))))
 
 
-def test_odd_settings_of_a_transformers_folder_are_used_or_refused(exported, tmp_path, scaled, attacks):
+def test_odd_settings_of_a_transformers_folder_are_used_or_refused(
+    exported_model, tmp_path, num_attacks, record_attacks
+):
     rng, outcomes = random.Random(0), []
-    folder = shutil.copytree(exported / "stock", tmp_path / "stock")
+    folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     names = [path.name for path in folder.glob("*.json")]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in names}
     yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "sliding_window": None}
     texts["config.json"] = json.dumps({**json.loads(texts["config.json"]), **yarn})
-    for _ in range(scaled(60, 1500)):
+    for _ in range(num_attacks(60, 1500)):
         name = rng.choice([*names, "config.json", "config.json"])
-        with_change(folder, name, texts[name], rng)
-        outcomes.append(use(folder))
+        write_damaged(folder, name, texts[name], rng)
+        outcomes.append(open_every_way(folder))
         (folder / name).write_text(texts[name], encoding="utf-8")
-    attacks("odd settings of a transformers folder", len(outcomes), refused=outcomes.count("refused"))
-    assert outcomes.count("refused") > len(outcomes) / 4 and use(folder) == "used"
+    record_attacks("odd settings of a transformers folder", len(outcomes), refused=outcomes.count("refused"))
+    assert outcomes.count("refused") > len(outcomes) / 4 and open_every_way(folder) == "used"
 
 
-def test_odd_safetensors_are_used_or_refused(exported, tmp_path, scaled, attacks):
+def test_odd_safetensors_are_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(1), []
-    folder = shutil.copytree(exported / "stock", tmp_path / "stock")
+    folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     file = folder / "model.safetensors"
     data = file.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header, weights = json.loads(data[8 : 8 + size]), data[8 + size :]
-    for i in range(scaled(40, 600)):
+    for i in range(num_attacks(40, 600)):
         if i % 2:
-            file.write_bytes(damaged(data, rng))
+            file.write_bytes(damage_bytes(data, rng))
         else:
-            path = rng.choice([path for path in places(header) if path])
-            values = [*VALUES, "F64", "I8", "BOOL", "F8_E4M3", [2**40, 2**40], [0], [-1], KeyError]
-            new = json.dumps(changed(header, path, rng.choice(values))).encode()
+            path = rng.choice([path for path in value_paths(header) if path])
+            values = [*JSON_VALUES, "F64", "I8", "BOOL", "F8_E4M3", [2**40, 2**40], [0], [-1], KeyError]
+            new = json.dumps(replace_value(header, path, rng.choice(values))).encode()
             file.write_bytes(struct.pack("<Q", len(new)) + new + weights)
-        outcomes.append(use(folder))
-    attacks("odd safetensors", len(outcomes), refused=outcomes.count("refused"))
+        outcomes.append(open_every_way(folder))
+    record_attacks("odd safetensors", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
-def test_an_index_names_files_of_its_folder_alone(exported, tmp_path):
-    folder = shutil.copytree(exported / "stock", tmp_path / "stock")
+def test_an_index_names_files_of_its_folder_alone(exported_model, tmp_path):
+    folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors").unlink()
     outside = str(tmp_path / "outside.safetensors")
@@ -95,42 +97,42 @@ def test_an_index_names_files_of_its_folder_alone(exported, tmp_path):
             open_model(folder)
 
 
-def test_odd_peft_folders_are_used_or_refused(exported, tmp_path, scaled, attacks):
-    rng, refused, number = random.Random(2), 0, scaled(60, 1000)
-    folder = shutil.copytree(exported / "peft", tmp_path / "peft")
+def test_odd_peft_folders_are_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+    rng, refused, number = random.Random(2), 0, num_attacks(60, 1000)
+    folder = shutil.copytree(exported_model / "peft", tmp_path / "peft")
     text = (folder / "adapter_config.json").read_text(encoding="utf-8")
     data = (folder / "adapter_model.safetensors").read_bytes()
     for i in range(number):
-        model = open_model(exported / "stock")[0]
+        model = open_model(exported_model / "stock")[0]
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-        (folder / "adapter_model.safetensors").write_bytes(damaged(data, rng) if i % 3 == 0 else data)
+        (folder / "adapter_model.safetensors").write_bytes(damage_bytes(data, rng) if i % 3 == 0 else data)
         if i % 3:
-            with_change(folder, "adapter_config.json", text, rng)
+            write_damaged(folder, "adapter_config.json", text, rng)
         try:
             read_peft(folder, model)
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
-    attacks("odd peft folders", number, refused=refused)
+    record_attacks("odd peft folders", number, refused=refused)
     assert refused > number / 4
 
 
-def test_an_odd_lineage_of_an_exported_folder_is_used_or_refused(exported, tmp_path, scaled, attacks):
+def test_an_odd_lineage_of_an_exported_folder_is_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(3), []
-    folder = shutil.copytree(exported / "stock", tmp_path / "stock")
-    known = facts(folder)
-    known |= {"chain": [{"stage": "pretrain", "data": "x", "tokens": 3}], "scores": [
+    folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
+    facts = model_facts(folder)
+    facts |= {"chain": [{"stage": "pretrain", "data": "x", "tokens": 3}], "scores": [
         {"name": "exam", "accuracy": {"all": 0.5}, "questions": {"all": 3}}]}  # fmt: skip
-    text = json.dumps({name: value for name, value in known.items() if name != "file"})
-    for _ in range(scaled(60, 1000)):
-        with_change(folder, "lineage.json", text, rng)
-        outcomes.append(use(folder))
-    attacks("odd lineage.json", len(outcomes), refused=outcomes.count("refused"))
+    text = json.dumps({name: value for name, value in facts.items() if name != "file"})
+    for _ in range(num_attacks(60, 1000)):
+        write_damaged(folder, "lineage.json", text, rng)
+        outcomes.append(open_every_way(folder))
+    record_attacks("odd lineage.json", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 5 and "used" in outcomes
 
 
-def test_a_folder_of_a_tokenizer_that_is_not_utf_8_is_refused(exported, tmp_path):
-    folder = shutil.copytree(exported / "stock", tmp_path / "stock")
+def test_a_folder_of_a_tokenizer_that_is_not_utf_8_is_refused(exported_model, tmp_path):
+    folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_bytes()
         (folder / name).write_bytes(text + b"\xff")

@@ -18,15 +18,15 @@ import torch
 
 from common.errors import UserError
 from export.hf_import import open_model
-from export.model_facts import facts
-from model.checkpoint import fingerprint, read_checkpoint, save_model
-from model.config import LIMITS, ModelConfig
+from export.model_facts import model_facts
+from model.checkpoint import model_fingerprint, read_checkpoint, save_model
+from model.config import FIELD_LIMITS, ModelConfig
 from model.lora import LoRAConfig, attach
 from model.transformer import Transformer
-from tests.faults.odd_inputs import bounded
+from tests.faults.odd_inputs import resource_limits
 from tests.helpers import ROOT
 
-ODD = (
+ODD_VALUES = (
     None, True, False, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**400, -0.5, 0.0, 1e-320, 1e308, float("inf"), float("nan"),
     "", "x", "\0", "\ud800", "\x1b[2J", "../../x", "a" * 300, "a" * 200_000, [], [[]], {}, {"a": {}}, {1: 2}, (1,),
     b"x",
@@ -57,7 +57,7 @@ def odd_tensors():
 
 
 @pytest.fixture(scope="module")
-def models(tokenizer, tmp_path_factory):
+def model_files(tokenizer, tmp_path_factory):
     """A model, a mixture of experts, and an adapter beside its parent."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
@@ -69,19 +69,19 @@ def models(tokenizer, tmp_path_factory):
     model = open_model(folder / "pretrain_16.pth")[0]
     attach(model, LoRAConfig(rank=2))
     parent = folder / "pretrain_16.pth"
-    model.adapter |= {"parent": str(parent), "parent_fingerprint": fingerprint(parent)}
+    model.adapter |= {"parent": str(parent), "parent_fingerprint": model_fingerprint(parent)}
     save_model(folder / "lora_sft_16.pth", model, "lora_sft", tokenizer, lineage)
     return sorted(folder.glob("*.pth"))
 
 
-def use(path: Path) -> str:
+def open_every_way(path: Path) -> str:
     """Open the file in each way that a script does: "used" or "refused"; any other exception leaves this function."""
     outcome = "used"
-    with bounded(seconds=10, memory=1 << 30):
-        for way in (facts, open_model):
+    with resource_limits(seconds=10, memory=1 << 30):
+        for way in (model_facts, open_model):
             try:
                 opened = way(path)
-                json.dumps(opened if way is facts else opened[2], ensure_ascii=False, default=repr)
+                json.dumps(opened if way is model_facts else opened[2], ensure_ascii=False, default=repr)
                 if way is open_model:
                     model, tokenizer, _ = opened
                     tokenizer.decode(tokenizer.encode("1+1? 太阳"))
@@ -92,12 +92,12 @@ def use(path: Path) -> str:
     return outcome
 
 
-def count(attacks, kind, outcomes):
-    attacks(kind, len(outcomes), **{name: outcomes.count(name) for name in ("used", "refused")})
+def record_outcomes(record_attacks, kind, outcomes):
+    record_attacks(kind, len(outcomes), **{name: outcomes.count(name) for name in ("used", "refused")})
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
-def damaged(data: bytes, rng: random.Random) -> bytes:
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     """The bytes with one accident."""
     at, length = rng.randrange(len(data)), rng.choice((1, 4, 64, 4096))
     other = rng.randrange(len(data))
@@ -117,26 +117,26 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + data[other : other + length] + data[at:]
 
 
-def test_a_file_of_damaged_bytes_is_used_or_refused(models, tmp_path, scaled, attacks):
+def test_a_file_of_damaged_bytes_is_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(0), []
-    for i in range(scaled(60, 900)):
-        source = models[i % len(models)]
+    for i in range(num_attacks(60, 900)):
+        source = model_files[i % len(model_files)]
         # Most of a file are weights: every second accident is in the pickle and the directory of the zip.
         data = source.read_bytes()
         if i % 2:
             start = data.find(b"data.pkl")
             part = data[start : start + 6000]
-            data = data[:start] + damaged(part, rng) + data[start + 6000 :]
+            data = data[:start] + damage_bytes(part, rng) + data[start + 6000 :]
         else:
-            data = damaged(data, rng)
+            data = damage_bytes(data, rng)
         place = tmp_path / source.name
         place.write_bytes(data)
-        outcomes.append(use(place))
-    count(attacks, "damaged bytes of a .pth", outcomes)
+        outcomes.append(open_every_way(place))
+    record_outcomes(record_attacks, "damaged bytes of a .pth", outcomes)
     assert "refused" in outcomes
 
 
-def test_files_of_other_kinds_are_refused(models, tmp_path, attacks):
+def test_files_of_other_kinds_are_refused(model_files, tmp_path, record_attacks):
     contents = {
         "empty": b"", "text": b"hello", "zeros": bytes(5000), "zip": b"PK\x03\x04" + bytes(100),
         "end of a zip": b"PK\x05\x06" + bytes(18),
@@ -146,21 +146,21 @@ def test_files_of_other_kinds_are_refused(models, tmp_path, attacks):
     outcomes = []
     for name, content in contents.items():
         (tmp_path / "m.pth").write_bytes(content)
-        outcomes.append(use(tmp_path / "m.pth"))
+        outcomes.append(open_every_way(tmp_path / "m.pth"))
         assert outcomes[-1] == "refused", name
-    count(attacks, "files that are no .pth", outcomes)
+    record_outcomes(record_attacks, "files that are no .pth", outcomes)
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
-def places(value, path=()):
+def value_paths(value, path=()):
     """The path of every place in nested dicts and lists."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        yield from places(inner, (*path, key))
+        yield from value_paths(inner, (*path, key))
 
 
-def changed(content, path, value):
+def replace_value(content, path, value):
     """A copy of the content with another value in one place, or with the place gone where `value` is KeyError."""
     if not path:
         return value
@@ -168,43 +168,43 @@ def changed(content, path, value):
     if value is KeyError and len(path) == 1:
         del copied[path[0]]
     else:
-        copied[path[0]] = changed(content[path[0]], path[1:], value)
+        copied[path[0]] = replace_value(content[path[0]], path[1:], value)
     return copied
 
 
-def try_content(content, place: Path) -> str:
+def save_and_open(content, place: Path) -> str:
     torch.save(content, place)
-    return use(place)
+    return open_every_way(place)
 
 
-def test_every_type_in_every_place_is_used_or_refused(models, tmp_path, scaled, attacks):
+def test_every_type_in_every_place_is_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(1), []
-    for source in models:
+    for source in model_files:
         content = torch.load(source, weights_only=True)
-        every = [path for path in places(content) if path]
+        every = [path for path in value_paths(content) if path]
         named = [path for path in every if path[0] not in ("model", "tokenizer")]
-        cases = [(path, value) for path in every for value in (*ODD, KeyError)]
+        cases = [(path, value) for path in every for value in (*ODD_VALUES, KeyError)]
         cases += [(path, value) for path in every if path[0] == "model" for value in odd_tensors()]
-        for path, value in rng.sample(cases, scaled(60, 700)) + [(path, KeyError) for path in named]:
-            outcomes.append(try_content(changed(content, path, value), tmp_path / source.name))
-    count(attacks, "odd values inside a .pth", outcomes)
+        for path, value in rng.sample(cases, num_attacks(60, 700)) + [(path, KeyError) for path in named]:
+            outcomes.append(save_and_open(replace_value(content, path, value), tmp_path / source.name))
+    record_outcomes(record_attacks, "odd values inside a .pth", outcomes)
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
-@pytest.mark.parametrize("field", LIMITS)
-def test_a_config_cannot_ask_for_more_than_the_file_holds(models, tmp_path, field):
+@pytest.mark.parametrize("field", FIELD_LIMITS)
+def test_a_config_cannot_ask_for_more_than_the_file_holds(model_files, tmp_path, field):
     """The largest values that a config may have, against tensors of the true sizes: refused before they are built."""
-    for source in models[1:]:
+    for source in model_files[1:]:
         content = torch.load(source, weights_only=True)
-        for value in (LIMITS[field][1], int(LIMITS[field][1]) * 2, 2**62)[field == "max_seq_len" :]:
+        for value in (FIELD_LIMITS[field][1], int(FIELD_LIMITS[field][1]) * 2, 2**62)[field == "max_seq_len" :]:
             config = {**content["config"], field: value}
-            outcome = try_content({**content, "config": config}, tmp_path / source.name)
+            outcome = save_and_open({**content, "config": config}, tmp_path / source.name)
             harmless = field in ("rope_theta", "norm_eps", "dropout", "balance_loss_coef", "max_seq_len")
             assert outcome == "refused" or (harmless or not content["config"]["use_moe"])
 
 
-def test_an_expanded_tensor_is_refused(models, tmp_path):
-    content = torch.load(models[1], weights_only=True)
+def test_an_expanded_tensor_is_refused(model_files, tmp_path):
+    content = torch.load(model_files[1], weights_only=True)
     content["model"]["model.embed_tokens.weight"] = torch.zeros(1).expand(2**24, 2**16)
     content["config"] |= {"vocab_size": 2**24, "dim": 2**16}
     torch.save(content, tmp_path / "m.pth")
@@ -212,8 +212,8 @@ def test_an_expanded_tensor_is_refused(models, tmp_path):
         read_checkpoint(tmp_path / "m.pth")
 
 
-def test_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
-    content = torch.load(models[1], weights_only=True)
+def test_ids_beyond_the_vocabulary_are_refused(model_files, tmp_path):
+    content = torch.load(model_files[1], weights_only=True)
     tokenizer = json.loads(content["tokenizer"]["files"]["tokenizer.json"])
     tokenizer["model"]["vocab"]["zz"] = 5000
     content["tokenizer"]["files"]["tokenizer.json"] = json.dumps(tokenizer)
@@ -222,8 +222,8 @@ def test_ids_beyond_the_vocabulary_are_refused(models, tmp_path):
         open_model(tmp_path / "m.pth")
 
 
-def test_names_in_a_lineage_cannot_command_the_terminal(models, tmp_path):
-    content = torch.load(models[1], weights_only=True)
+def test_lineage_names_cannot_send_terminal_escapes(model_files, tmp_path):
+    content = torch.load(model_files[1], weights_only=True)
     content["lineage"] = [{"stage": "pretrain", "data": "a\x1b[2J\nb\u202ec", "x\x07": ["\x9b"]}]
     torch.save(content, tmp_path / "m.pth")
     assert read_checkpoint(tmp_path / "m.pth")["lineage"] == [
@@ -232,69 +232,72 @@ def test_names_in_a_lineage_cannot_command_the_terminal(models, tmp_path):
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
-def test_odd_files_of_a_tokenizer_are_used_or_refused(models, tmp_path, scaled, attacks):
+def test_odd_files_of_a_tokenizer_are_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(2), []
-    content = torch.load(models[1], weights_only=True)
+    content = torch.load(model_files[1], weights_only=True)
     files = {**content["tokenizer"]["files"], "generation_config.json": '{"eos_token_id": [1]}'}
-    values = [value for value in ODD if not isinstance(value, (bytes, tuple)) and value != {1: 2}]
-    for _ in range(scaled(80, 1500)):
+    values = [value for value in ODD_VALUES if not isinstance(value, (bytes, tuple)) and value != {1: 2}]
+    for _ in range(num_attacks(80, 1500)):
         name = rng.choice(("tokenizer.json", *files))
         text = files[name]
         if rng.random() < 0.2:
-            text = damaged(text.encode(), rng).decode("utf-8", "surrogateescape")
+            text = damage_bytes(text.encode(), rng).decode("utf-8", "surrogateescape")
         else:
             parsed = json.loads(text)
-            every = [path for path in places(parsed) if path and path[:2] != ("model", "vocab")]
+            every = [path for path in value_paths(parsed) if path and path[:2] != ("model", "vocab")]
             path = rng.choice([*every, ("model", "vocab", "a")] if name == "tokenizer.json" else every)
-            text = json.dumps(changed(parsed, path, rng.choice([*values, 2**32 - 1, KeyError])))
+            text = json.dumps(replace_value(parsed, path, rng.choice([*values, 2**32 - 1, KeyError])))
         new = {**content, "tokenizer": {"fingerprint": "x", "files": {**files, name: text}}}
-        outcomes.append(try_content(new, tmp_path / "m.pth"))
-    count(attacks, "odd files of a tokenizer", outcomes)
+        outcomes.append(save_and_open(new, tmp_path / "m.pth"))
+    record_outcomes(record_attacks, "odd files of a tokenizer", outcomes)
     assert outcomes.count("refused") > len(outcomes) / 5
 
 
 # ---- what lies beside a model ----------------------------------------------------------------------------------------
-def test_odd_logs_and_reports_beside_a_model_are_used_or_skipped(models, tmp_path, scaled, attacks):
-    from trainer.metrics import read_rows
+def test_odd_logs_and_reports_beside_a_model_are_used_or_skipped(model_files, tmp_path, num_attacks, record_attacks):
+    from trainer.metrics import read_log_rows
 
     rng, outcomes = random.Random(3), []
     row = {"step": 1, "loss": 2.0, "tokens": 5, "seconds": 1.0, "lr": 0.1, "tokens_per_second": 3.0}
     check = {"step": 1, "val_loss": {"zh": 1.0}, "bits_per_byte": {"zh": 1.0}}
     report = {"checkpoint": "m.pth", "accuracy": {"zh": 0.5}, "counts": {"zh": {"questions": 4}}}
-    content = torch.load(models[1], weights_only=True)
+    content = torch.load(model_files[1], weights_only=True)
     content["lineage"] = [{"stage": "pretrain"}]
     torch.save(content, tmp_path / "m.pth")
-    for i in range(scaled(60, 900)):
+    for i in range(num_attacks(60, 900)):
         rows = [copy.deepcopy(row), copy.deepcopy(check)]
-        path = rng.choice([path for path in places(rows) if path])
-        lines = changed(rows, path, rng.choice([value for value in ODD if not isinstance(value, bytes)]))
+        path = rng.choice([path for path in value_paths(rows) if path])
+        lines = replace_value(rows, path, rng.choice([value for value in ODD_VALUES if not isinstance(value, bytes)]))
         text = "\n".join(json.dumps(line) for line in lines).encode()
-        beside = json.dumps(changed(report, rng.choice(list(places(report))[1:]), rng.choice((None, 1, "x", [], {}))))
-        (tmp_path / "m.jsonl").write_bytes(damaged(text, rng) if i % 3 == 0 else text)
-        (tmp_path / "m_report.json").write_bytes(damaged(beside.encode(), rng) if i % 3 == 1 else beside.encode())
-        known = facts(tmp_path / "m.pth")
-        json.dumps(known)
-        assert isinstance(known["tokens"], (int, float)) and all(
-            isinstance(s["questions"], dict) for s in known["scores"]
+        beside = json.dumps(
+            replace_value(report, rng.choice(list(value_paths(report))[1:]), rng.choice((None, 1, "x", [], {})))
         )
-        for kept in read_rows(tmp_path / "m.jsonl", 5):
+        (tmp_path / "m.jsonl").write_bytes(damage_bytes(text, rng) if i % 3 == 0 else text)
+        (tmp_path / "m_report.json").write_bytes(damage_bytes(beside.encode(), rng) if i % 3 == 1 else beside.encode())
+        facts = model_facts(tmp_path / "m.pth")
+        json.dumps(facts)
+        assert isinstance(facts["tokens"], (int, float)) and all(
+            isinstance(s["questions"], dict) for s in facts["scores"]
+        )
+        for kept in read_log_rows(tmp_path / "m.jsonl", 5):
             assert isinstance(kept["step"], int)
         outcomes.append("used")
-    count(attacks, "odd logs and reports beside a .pth", outcomes)
+    record_outcomes(record_attacks, "odd logs and reports beside a .pth", outcomes)
 
 
 @pytest.mark.parametrize("where", ["bytes", "types"])
-def test_a_process_refuses_a_damaged_model_in_one_line(models, tmp_path, scaled, attacks, where):
+def test_a_process_refuses_a_damaged_model_in_one_line(model_files, tmp_path, num_attacks, record_attacks, where):
     """The whole script in a process with a bounded address space."""
     rng, outcomes = random.Random(4), []
-    content, data = torch.load(models[1], weights_only=True), models[1].read_bytes()
-    for _ in range(scaled(1, 20)):
+    content, data = torch.load(model_files[1], weights_only=True), model_files[1].read_bytes()
+    for _ in range(num_attacks(1, 20)):
         place = tmp_path / "m.pth"
         if where == "bytes":
             place.write_bytes(data[: rng.randrange(len(data))])
         else:
             torch.save(
-                changed(content, rng.choice([("config", "dim"), ("stage",), ("model",)]), rng.choice(ODD)), place
+                replace_value(content, rng.choice([("config", "dim"), ("stage",), ("model",)]), rng.choice(ODD_VALUES)),
+                place,
             )
         command = [sys.executable, "2-eval.py", "--checkpoint", place, "--prompt", "x", "--device", "cpu"]
         ended = subprocess.run(
@@ -303,4 +306,4 @@ def test_a_process_refuses_a_damaged_model_in_one_line(models, tmp_path, scaled,
         )  # fmt: skip
         assert ended.returncode == 2 and ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended
         outcomes.append("refused")
-    count(attacks, f"2-eval.py with damaged {where}", outcomes)
+    record_outcomes(record_attacks, f"2-eval.py with damaged {where}", outcomes)

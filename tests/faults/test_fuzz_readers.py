@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from corpus.damage import DamagedFile
 from corpus.readers import read_chats, read_rows, read_texts
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 
 FULL = os.environ.get("FAULTS") == "full"
 EXAMPLES = 2_000 if FULL else 100
 HANG = 5.0  # CPU seconds of one file
-SOME = settings(max_examples=EXAMPLES, deadline=None, database=None,
+FEW_EXAMPLES = settings(max_examples=EXAMPLES, deadline=None, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
 
 CHATS = [
@@ -32,15 +32,15 @@ CHATS = [
 TEXTS = [{"text": f'row {i}: "quoted", {{braces}} 中文', "note": f"line\nbreak {i}"} for i in range(12)]
 
 
-def dumps(value, **options) -> bytes:
+def json_bytes(value, **options) -> bytes:
     return json.dumps(value, ensure_ascii=False, **options).encode()
 
 
-def lines(rows) -> bytes:
-    return b"".join(dumps(row) + b"\n" for row in rows)
+def jsonl_bytes(rows) -> bytes:
+    return b"".join(json_bytes(row) + b"\n" for row in rows)
 
 
-def table(delimiter: str) -> bytes:
+def csv_bytes(delimiter: str) -> bytes:
     file = io.StringIO()
     writer = csv.DictWriter(file, ["text", "note"], delimiter=delimiter)
     writer.writeheader()
@@ -48,7 +48,7 @@ def table(delimiter: str) -> bytes:
     return file.getvalue().encode()
 
 
-def arrow(kind: str) -> bytes:
+def arrow_bytes(kind: str) -> bytes:
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.ipc")
     pytest.importorskip("pyarrow.parquet")
@@ -62,44 +62,44 @@ def arrow(kind: str) -> bytes:
     return content.getvalue()
 
 
-def zstd(content: bytes) -> bytes:
+def compress_zstd(content: bytes) -> bytes:
     return pytest.importorskip("zstandard").compress(content)
 
 
 FORMATS = {
     "txt": lambda: ("a.txt", "\n\n".join(row["text"] for row in TEXTS).encode()),
-    "jsonl": lambda: ("a.jsonl", lines(CHATS)),
-    "json array": lambda: ("a.json", dumps(CHATS)),
-    "json array, indented": lambda: ("a.json", dumps(CHATS, indent=2)),
-    "json object": lambda: ("a.json", dumps({"version": 1, "data": TEXTS})),
-    "csv": lambda: ("a.csv", table(",")),
-    "tsv": lambda: ("a.tsv", table("\t")),
-    "parquet": lambda: ("a.parquet", arrow("parquet")),
-    "arrow file": lambda: ("a.arrow", arrow("arrow")),
-    "arrow stream": lambda: ("a.arrow", arrow("stream")),
-    "gz": lambda: ("a.jsonl.gz", gzip.compress(lines(CHATS[:6])) + gzip.compress(lines(CHATS[6:]))),
-    "xz": lambda: ("a.jsonl.xz", lzma.compress(lines(CHATS[:6])) + lzma.compress(lines(CHATS[6:]))),
-    "bz2": lambda: ("a.jsonl.bz2", bz2.compress(lines(CHATS[:6])) + bz2.compress(lines(CHATS[6:]))),
-    "zst": lambda: ("a.jsonl.zst", zstd(lines(CHATS[:6])) + zstd(lines(CHATS[6:]))),
-    "GB18030": lambda: ("a.jsonl", (lines(CHATS) * 3).decode().encode("gb18030")),
-    "UTF-16": lambda: ("a.jsonl", lines(CHATS).decode().encode("utf-16")),
+    "jsonl": lambda: ("a.jsonl", jsonl_bytes(CHATS)),
+    "json array": lambda: ("a.json", json_bytes(CHATS)),
+    "json array, indented": lambda: ("a.json", json_bytes(CHATS, indent=2)),
+    "json object": lambda: ("a.json", json_bytes({"version": 1, "data": TEXTS})),
+    "csv": lambda: ("a.csv", csv_bytes(",")),
+    "tsv": lambda: ("a.tsv", csv_bytes("\t")),
+    "parquet": lambda: ("a.parquet", arrow_bytes("parquet")),
+    "arrow file": lambda: ("a.arrow", arrow_bytes("arrow")),
+    "arrow stream": lambda: ("a.arrow", arrow_bytes("stream")),
+    "gz": lambda: ("a.jsonl.gz", gzip.compress(jsonl_bytes(CHATS[:6])) + gzip.compress(jsonl_bytes(CHATS[6:]))),
+    "xz": lambda: ("a.jsonl.xz", lzma.compress(jsonl_bytes(CHATS[:6])) + lzma.compress(jsonl_bytes(CHATS[6:]))),
+    "bz2": lambda: ("a.jsonl.bz2", bz2.compress(jsonl_bytes(CHATS[:6])) + bz2.compress(jsonl_bytes(CHATS[6:]))),
+    "zst": lambda: ("a.jsonl.zst", compress_zstd(jsonl_bytes(CHATS[:6])) + compress_zstd(jsonl_bytes(CHATS[6:]))),
+    "GB18030": lambda: ("a.jsonl", (jsonl_bytes(CHATS) * 3).decode().encode("gb18030")),
+    "UTF-16": lambda: ("a.jsonl", jsonl_bytes(CHATS).decode().encode("utf-16")),
     "Big5": lambda: ("a.txt", ("這是一個測試。我們在這裡說話，他們也會來。\n\n" * 20).encode("big5")),
 }
 ADDED = st.binary(max_size=4) | st.sampled_from([b'"', b"{", b"}", b"[", b"]", b",", b"\n"])
 CHANGES = st.lists(st.tuples(st.integers(0, 1 << 20), ADDED, st.integers(0, 40)), min_size=1, max_size=4)
 
 
-def changed(content: bytes, changes) -> bytes:
+def apply_changes(content: bytes, changes) -> bytes:
     for place, added, removed in changes:
         place %= len(content) + 1
         content = content[:place] + added + content[place + removed :]
     return content
 
 
-def read(path: Path, content: bytes, reader, accept: bool) -> str:
+def read_outcome(path: Path, content: bytes, reader, accept: bool) -> str:
     """What became of the file: "read", "refused" or "damaged"."""
     path.write_bytes(content)
-    report, start, outcome = DataReport(1.0, accept), time.process_time(), "read"
+    report, start, outcome = DataStats(1.0, accept), time.process_time(), "read"
     try:
         found = sum(1 for _ in reader([path], report))
         assert report.read == found + report.dropped_rows + report.bad_rows
@@ -112,55 +112,55 @@ def read(path: Path, content: bytes, reader, accept: bool) -> str:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_damaged_files_are_counted_and_never_raise(tmp_path, attacks, name):
+def test_damaged_files_are_counted_and_never_raise(tmp_path, record_attacks, name):
     file, content = FORMATS[name]()
     outcomes = dict.fromkeys(("read", "refused", "damaged"), 0)
 
-    @SOME
+    @FEW_EXAMPLES
     @given(changes=CHANGES, reader=st.sampled_from([read_texts, read_chats]), accept=st.booleans())
-    def attack(changes, reader, accept):
-        outcomes[read(tmp_path / file, changed(content, changes), reader, accept)] += 1
+    def check_one_file(changes, reader, accept):
+        outcomes[read_outcome(tmp_path / file, apply_changes(content, changes), reader, accept)] += 1
 
-    attack()
-    attacks(f"damaged {name} files", sum(outcomes.values()), **outcomes)
+    check_one_file()
+    record_attacks(f"damaged {name} files", sum(outcomes.values()), **outcomes)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_random_bytes_behind_a_sound_beginning(tmp_path, attacks, name):
+def test_random_bytes_behind_a_sound_beginning(tmp_path, record_attacks, name):
     file, content = FORMATS[name]()
     outcomes = dict.fromkeys(("read", "refused", "damaged"), 0)
 
-    @SOME
+    @FEW_EXAMPLES
     @given(cut=st.integers(0, 300), noise=st.binary(max_size=300), accept=st.booleans())
-    def attack(cut, noise, accept):
-        outcomes[read(tmp_path / file, content[:cut] + noise, read_texts, accept)] += 1
+    def check_one_file(cut, noise, accept):
+        outcomes[read_outcome(tmp_path / file, content[:cut] + noise, read_texts, accept)] += 1
 
-    attack()
-    attacks(f"random bytes as {name}", sum(outcomes.values()), **outcomes)
+    check_one_file()
+    record_attacks(f"random bytes as {name}", sum(outcomes.values()), **outcomes)
 
 
 @pytest.mark.parametrize("layout", ["json array", "json array, indented", "json object"])
-def test_one_wrong_byte_in_a_json_array_costs_a_few_rows(tmp_path, attacks, layout):
+def test_one_wrong_byte_in_a_json_array_costs_a_few_rows(tmp_path, record_attacks, layout):
     """A flipped, inserted or removed byte cost up to 4,700 of 5,000 rows, counted as one."""
     file, content = FORMATS[layout]()
-    rows = [dumps(row) for row in (TEXTS if layout == "json object" else CHATS)]
+    rows = [json_bytes(row) for row in (TEXTS if layout == "json object" else CHATS)]
 
-    @SOME
+    @FEW_EXAMPLES
     @given(place=st.integers(0, len(content) - 1), byte=st.binary(max_size=1) | st.sampled_from(
         [b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\0", b"\xff"]), removed=st.integers(0, 1))  # fmt: skip
-    def attack(place, byte, removed):
+    def check_one_file(place, byte, removed):
         # Damage to the first bytes of an object around rows or of an indented array, or a line feed in the only line of
         # the first, can hide what the file is: no row is left, which is an error of every command.
         assume(layout == "json array" or place > 8)
         assume(layout != "json object" or byte not in (b"\n", b"\r"))
         path = tmp_path / file
         path.write_bytes(content[:place] + byte + content[place + removed :])
-        report = DataReport(1.0)
+        report = DataStats(1.0)
         found = [row for _, row in read_rows(path, report)]
         sound = sum(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") in rows for row in found)
         assert sound >= len(rows) - 3
         assert len(rows) <= len(found) + report.bad_rows + 1 <= len(rows) + 5
         assert all(line >= 1 for reason in report.bad.values() for _, line in reason.first)
 
-    attack()
-    attacks(f"one wrong byte in a {layout}", EXAMPLES, within_three_rows=EXAMPLES)
+    check_one_file()
+    record_attacks(f"one wrong byte in a {layout}", EXAMPLES, within_three_rows=EXAMPLES)

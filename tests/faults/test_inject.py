@@ -73,13 +73,13 @@ def test_an_error_is_raised_by_the_chosen_operation(run, at):
     assert done.code == 1 and "OSError: [Errno 5] Input/output error" in done.output, done.output
 
 
-def test_a_full_disk_lasts_and_does_not_hinder_removing(run, tmp_path):
+def test_a_lasting_full_disk_still_allows_removal(run, tmp_path):
     done = run(at=3, error="ENOSPC", lasting=True)
     assert done.code == 1 and [kind for kind, _ in done.operations] == ["mkdir", "open", "write", "write", "close"]
     assert "No space left on device" in done.output and (tmp_path / "watched/new/a.tmp").read_bytes() == b""
 
 
-def test_limits_of_size_signals_and_moments(run, tmp_path):
+def test_the_injector_applies_size_limits_signals_and_timed_kills(run, tmp_path):
     assert "File too large" in run(file_size=7).output
     shutil.rmtree(tmp_path / "watched/new")
     assert run(at=1, signal=signal.SIGTERM).code == -signal.SIGTERM

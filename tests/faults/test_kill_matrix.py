@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.faults.inject import Done, Fault
-from tests.faults.stages import NAMES, READ_ONLY, STAGES, Lab, Stage
+from tests.faults.inject import Fault, RunResult
+from tests.faults.stages import READ_ONLY, STAGE_NAMES, STAGES, FaultHarness, Stage
 from tests.helpers import ROOT, run_process
 
-ALL = 1_000_000
+ALL_OPERATIONS = 1_000_000
 OWN_FILES = {"demo": r"demo/\.?(steps|report)\.json"}  # its steps are stages of their own here
 
 
-def points(operations: Sequence[tuple[str, str]], number: int) -> list[int]:
+def choose_operations(operations: Sequence[tuple[str, str]], number: int) -> list[int]:
     """At most `number` operations to strike at, from 1; of the writes to a file the first, the middle and the last."""
     writes: dict[str, list[int]] = {}
     chosen = set()
@@ -39,12 +39,12 @@ def points(operations: Sequence[tuple[str, str]], number: int) -> list[int]:
     return found if len(found) <= number else [found[(2 * i + 1) * len(found) // (2 * number)] for i in range(number)]
 
 
-def last_lines(done: Done) -> str:
+def last_lines(done: RunResult) -> str:
     return " | ".join(done.output.split("\n")[-4:])[-500:]
 
 
 @contextlib.contextmanager
-def noted(failures: list[str]) -> Iterator[None]:
+def collect_failures(failures: list[str]) -> Iterator[None]:
     """One failed attack does not hide the others."""
     try:
         yield
@@ -52,54 +52,54 @@ def noted(failures: list[str]) -> Iterator[None]:
         failures.append(str(error).split("\nassert ")[0][-1500:])
 
 
-def recover(lab: Lab, stage: Stage, after: str) -> None:
-    done = lab.run(stage)
+def recover_and_check(harness: FaultHarness, stage: Stage, after: str) -> None:
+    done = harness.run(stage)
     assert done.code == 0, f"{after}: the same command ends with {done.code}: {last_lines(done)}"
-    lab.check_finished(stage, after)
+    harness.check_finished(stage, after)
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_kill_at_any_file_operation_changes_nothing(name, lab, scaled, attacks):
-    stage = lab.stage(name, twice=bool(scaled(0, 1)))
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_a_kill_at_any_file_operation_changes_nothing(name, harness, num_attacks, record_attacks):
+    stage = harness.stage(name, twice=bool(num_attacks(0, 1)))
     failures: list[str] = []
     only = OWN_FILES.get(name, "")
-    operations = [operation for operation in lab.undisturbed[name].operations if re.search(only, operation[1])]
-    chosen = points(operations, scaled(1, ALL))
+    operations = [operation for operation in harness.undisturbed[name].operations if re.search(only, operation[1])]
+    chosen = choose_operations(operations, num_attacks(1, ALL_OPERATIONS))
     struck = 0
     for at in chosen:
-        lab.begin(stage)
-        killed = lab.run(stage, Fault(at=at, only=only))
+        harness.reset_work_folder(stage)
+        killed = harness.run(stage, Fault(at=at, only=only))
         struck += killed.code == -9
         after = f"{name} killed at operation {at}, {' '.join(killed.operations[-1])}"
-        with noted(failures):
+        with collect_failures(failures):
             assert killed.code in (-9, 0), f"{after}: {killed.code} {last_lines(killed)}"  # 0: it had fewer this time
-            lab.check_whole(stage, after)
-            recover(lab, stage, after)
-    attacks(f"{name}: kills at file operations", len(chosen), killed=struck, equal=len(chosen) - len(failures))
+            harness.check_no_partial_output(stage, after)
+            recover_and_check(harness, stage, after)
+    record_attacks(f"{name}: kills at file operations", len(chosen), killed=struck, equal=len(chosen) - len(failures))
     assert not failures, f"{len(failures)} of {len(chosen)}:\n" + "\n".join(failures)
     assert struck >= 0.9 * len(chosen)
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_kill_at_any_moment_changes_nothing(name, lab, scaled, attacks):
-    stage = lab.stage(name)
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_a_kill_at_any_moment_changes_nothing(name, harness, num_attacks, record_attacks):
+    stage = harness.stage(name)
     failures: list[str] = []
-    number, seed = scaled(0 if name == "demo" else 1, 20), random.Random(name)
+    number, seed = num_attacks(0 if name == "demo" else 1, 20), random.Random(name)
     kills = struck = 0
     for _ in range(number):
-        lab.begin(stage)
-        moments = [seed.uniform(0, lab.undisturbed[name].seconds) for _ in range(seed.randint(1, 3))]
+        harness.reset_work_folder(stage)
+        moments = [seed.uniform(0, harness.undisturbed[name].seconds) for _ in range(seed.randint(1, 3))]
         after = f"{name} killed after {', '.join(f'{moment:.3f}' for moment in moments)} s"
-        with noted(failures):
+        with collect_failures(failures):
             for moment in moments:
-                killed = lab.run(stage, Fault(seconds=moment))
+                killed = harness.run(stage, Fault(seconds=moment))
                 kills, struck = kills + 1, struck + (killed.code == -9)
                 assert killed.code in (-9, 0), f"{after}: {killed.code} {last_lines(killed)}"
-                lab.check_whole(stage, after)
-            recover(lab, stage, after)
-    attacks(f"{name}: kills at random moments", kills, killed=struck, equal=kills - len(failures))
+                harness.check_no_partial_output(stage, after)
+            recover_and_check(harness, stage, after)
+    record_attacks(f"{name}: kills at random moments", kills, killed=struck, equal=kills - len(failures))
     assert not failures, f"{len(failures)} of {number}:\n" + "\n".join(failures)
     assert struck >= kills / 2 or kills < 10  # a moment near the end may come too late
 

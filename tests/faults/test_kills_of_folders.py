@@ -14,25 +14,25 @@ import pytest
 
 from common.errors import UserError
 from common.files import is_temporary, write_text
-from common.locks import locked
+from common.locks import lock_output
 from corpus.dataset_meta import read_meta, write_meta
-from corpus.prepare_chats import tokenise_chats
-from corpus.shard_writer import ShardWriter, partial_folder, publish
-from export.facts_file import NOTE
-from export.steps import place
+from corpus.prepare_chats import tokenize_chats
+from corpus.shard_writer import ShardWriter, dataset_staging_folder, replace_dataset
+from export.facts_file import LINEAGE_FILE
+from export.steps import staging_folder
 from model.tokenizer import load_tokenizer
-from tests.helpers import chat_row
+from tests.helpers import make_chat_row
 
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
-MOST = 400  # operations of one case; more is a case that never ends
+MAX_KILLS = 400  # operations of one case; more is a case that never ends
 
 
-def run_and_kill(work: Callable[[], None], folder: Path, at: int) -> bool:
-    """Whether `work`, done by a forked child, was killed before its operation number `at` below `folder`."""
+def run_and_kill(write_new: Callable[[], None], folder: Path, at: int) -> bool:
+    """Whether `write_new`, done by a forked child, was killed before its operation number `at` below `folder`."""
     if (child := os.fork()) == 0:
         try:
             count_and_kill(str(folder), at)
-            work()
+            write_new()
             os._exit(0)
         finally:
             os._exit(1)
@@ -55,34 +55,36 @@ def count_and_kill(folder: str, at: int) -> None:
     sys.addaudithook(hook)
 
 
-def text_of(folder: Path) -> dict[str, bytes]:
+def folder_text(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def strike_everywhere(work: Callable[[], None], old: Callable[[], None], folder: Path, result: Path, attacks) -> None:
-    """Kill `work` at each of its operations; `old` makes the state before it."""
-    old()
-    before = text_of(result) if result.exists() else None
-    work()
-    after, kills, unchanged = text_of(result), 0, 0
-    for at in range(1, MOST):
+def kill_at_every_operation(
+    write_new: Callable[[], None], write_old: Callable[[], None], folder: Path, result: Path, record_attacks
+) -> None:
+    """Kill `write_new` at each of its operations; `write_old` makes the state before it."""
+    write_old()
+    before = folder_text(result) if result.exists() else None
+    write_new()
+    after, kills, unchanged = folder_text(result), 0, 0
+    for at in range(1, MAX_KILLS):
         for path in folder.iterdir():
             _clear(path)
-        old()
-        if not run_and_kill(work, folder, at):
+        write_old()
+        if not run_and_kill(write_new, folder, at):
             break
         kills += 1
-        with locked(result):  # as the next run of the command does first
+        with lock_output(result):  # as the next run of the command does first
             pass
-        found = text_of(result) if result.exists() else None
+        found = folder_text(result) if result.exists() else None
         assert found in (before, after), f"killed at operation {at}: half of the result"
         unchanged += found == before
-        work()
-        assert text_of(result) == after
+        write_new()
+        assert folder_text(result) == after
         left = [path.name for path in folder.iterdir() if is_temporary(path) or path.name.endswith(".partial")]
         assert not left, f"killed at operation {at}"
     assert kills >= 5 and unchanged > 0
-    attacks("kills at operations of a replacement", kills, old_content=unchanged, new_content=kills - unchanged)
+    record_attacks("kills at operations of a replacement", kills, old_content=unchanged, new_content=kills - unchanged)
 
 
 def _clear(path: Path) -> None:
@@ -92,7 +94,7 @@ def _clear(path: Path) -> None:
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_a_data_folder_is_the_old_one_or_the_new_one(tmp_path, older, attacks):
+def test_a_data_folder_is_the_old_one_or_the_new_one(tmp_path, older, record_attacks):
     out = tmp_path / "pretrain"
 
     def write(folder: Path, ids: list[int]) -> None:
@@ -101,75 +103,75 @@ def test_a_data_folder_is_the_old_one_or_the_new_one(tmp_path, older, attacks):
             writer.add(ids)
         write_meta(folder, {"kind": "pretrain", "dtype": "uint16", "splits": {"train": writer.close()}})
 
-    def old() -> None:
+    def write_old() -> None:
         if older:
             out.mkdir()
             write(out, [1, 2])
 
-    def work() -> None:
+    def write_new() -> None:
         from common.files import remove
 
-        with locked(out):
-            remove(partial_folder(out))
-            partial_folder(out).mkdir()
-            write(partial_folder(out), [3])
-            publish(partial_folder(out), out)
+        with lock_output(out):
+            remove(dataset_staging_folder(out))
+            dataset_staging_folder(out).mkdir()
+            write(dataset_staging_folder(out), [3])
+            replace_dataset(dataset_staging_folder(out), out)
 
-    strike_everywhere(work, old, tmp_path, out, attacks)
+    kill_at_every_operation(write_new, write_old, tmp_path, out, record_attacks)
     assert read_meta(out)["splits"]["train"]["tokens"] == 3
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_an_export_is_the_old_one_or_the_new_one(tmp_path, older, attacks):
+def test_an_export_is_the_old_one_or_the_new_one(tmp_path, older, record_attacks):
     out = tmp_path / "exported"
 
-    def old() -> None:
+    def write_old() -> None:
         if older:
-            for name in (NOTE, "config.json"):
+            for name in (LINEAGE_FILE, "config.json"):
                 write_text(out / name, "old")
 
-    def work() -> None:
-        with place(out, overwrite=True) as folder:
-            for name in ("model.safetensors", "config.json", NOTE):
+    def write_new() -> None:
+        with staging_folder(out, overwrite=True) as folder:
+            for name in ("model.safetensors", "config.json", LINEAGE_FILE):
                 (folder / name).write_text("new")
 
-    strike_everywhere(work, old, tmp_path, out, attacks)
+    kill_at_every_operation(write_new, write_old, tmp_path, out, record_attacks)
 
 
 @pytest.mark.parametrize("older", ["one", "none", "empty"])
-def test_a_tokenizer_is_the_old_one_or_the_new_one(tmp_path, tokenizer, older, attacks):
+def test_a_tokenizer_is_the_old_one_or_the_new_one(tmp_path, tokenizer, older, record_attacks):
     out = tmp_path / "tokenizer"
 
-    def old() -> None:
+    def write_old() -> None:
         if older == "one":
-            tokenizer.with_format("belle").save(out)
+            tokenizer.with_chat_format("belle").save(out)
         elif older == "empty":
             out.mkdir()
 
-    def work() -> None:
-        with locked(out):
+    def write_new() -> None:
+        with lock_output(out):
             tokenizer.save(out)
 
-    strike_everywhere(work, old, tmp_path, out, attacks)
-    assert load_tokenizer(out).chat_fingerprint == tokenizer.chat_fingerprint
+    kill_at_every_operation(write_new, write_old, tmp_path, out, record_attacks)
+    assert load_tokenizer(out).rendering_fingerprint == tokenizer.rendering_fingerprint
 
 
-def test_a_token_folder_that_training_makes_is_the_old_one_or_the_new_one(tmp_path, tokenizer, attacks):
+def test_a_token_folder_that_training_makes_is_the_old_one_or_the_new_one(tmp_path, tokenizer, record_attacks):
     import json
 
     data = tmp_path / "sft"
-    out = data / f"tokens-{tokenizer.chat_fingerprint}"
+    out = data / f"tokens-{tokenizer.rendering_fingerprint}"
 
-    def old() -> None:
+    def write_old() -> None:
         for name in ("train", "val"):
-            rows = "".join(json.dumps(chat_row(i), ensure_ascii=False) + "\n" for i in range(6))
+            rows = "".join(json.dumps(make_chat_row(i), ensure_ascii=False) + "\n" for i in range(6))
             write_text(data / f"{name}.jsonl", rows)
-        tokenise_chats(data, tokenizer, 30)
+        tokenize_chats(data, tokenizer, 30)
 
-    def work() -> None:
-        tokenise_chats(data, tokenizer, 64)
+    def write_new() -> None:
+        tokenize_chats(data, tokenizer, 64)
 
-    strike_everywhere(work, old, tmp_path, out, attacks)
+    kill_at_every_operation(write_new, write_old, tmp_path, out, record_attacks)
     assert not [path for path in data.iterdir() if is_temporary(path)]
 
 

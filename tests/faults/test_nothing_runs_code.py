@@ -23,10 +23,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from curation.download import unpack
-from model.chat_template import RefusedChat
-from model.jinja_template import TemplateFormat
-from tests.helpers import ROOT, TINY_MODEL
+from curation.download import unpack_archive
+from model.chat_template import UnsupportedChatError
+from model.jinja_template import JinjaTemplate
+from tests.helpers import ROOT, TINY_MODEL_FLAGS
 
 SOURCES = sorted(file for file in ROOT.glob("**/*.py") if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts))
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "code", "pty"}
@@ -37,14 +37,14 @@ READERS = ("torch.distributed.checkpoint", "torch.hub", "torch.package", "multip
 
 
 # ---- the code --------------------------------------------------------------------------------------------------------
-def dotted(node: ast.AST) -> str:
+def dotted_name(node: ast.AST) -> str:
     """ "a.b.c" of an expression of names; "" of any other."""
     if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}".lstrip(".")
+        return f"{dotted_name(node.value)}.{node.attr}".lstrip(".")
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def executing(tree: ast.AST) -> list[str]:
+def find_executing_calls(tree: ast.AST) -> list[str]:
     """What in a module could execute what it reads: "line: reason"."""
     found = []
     for node in ast.walk(tree):
@@ -56,12 +56,12 @@ def executing(tree: ast.AST) -> list[str]:
         found += [f"{node.lineno}: imports {name}" for name in names
                   if name.split(".")[0] in MODULES or name.startswith(READERS)]  # fmt: skip
         if isinstance(node, ast.Call):
-            found += [f"{node.lineno}: {reason}" for reason in executing_call(node)]
+            found += [f"{node.lineno}: {reason}" for reason in describe_executing_call(node)]
     return found
 
 
-def executing_call(node: ast.Call) -> list[str]:
-    name = dotted(node.func)
+def describe_executing_call(node: ast.Call) -> list[str]:
+    name = dotted_name(node.func)
     given = {word.arg: word.value for word in node.keywords}
     is_true = lambda word: word in given and not (isinstance(given[word], ast.Constant) and not given[word].value)
     is_literal = lambda word, value: isinstance(given.get(word), ast.Constant) and given[word].value is value
@@ -86,12 +86,12 @@ def executing_call(node: ast.Call) -> list[str]:
     return found
 
 
-def test_no_call_of_ours_executes_what_it_reads(attacks):
+def test_no_call_of_ours_executes_what_it_reads(record_attacks):
     assert len(SOURCES) > 100
     found = {str(file.relative_to(ROOT)): reasons for file in SOURCES
-             if (reasons := executing(ast.parse(file.read_text(encoding="utf-8"))))}  # fmt: skip
+             if (reasons := find_executing_calls(ast.parse(file.read_text(encoding="utf-8"))))}  # fmt: skip
     assert not found
-    attacks("source files searched for calls that execute", len(SOURCES), found=0)
+    record_attacks("source files searched for calls that execute", len(SOURCES), found=0)
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_no_call_of_ours_executes_what_it_reads(attacks):
         "from torch.distributed import checkpoint",
     ],
 )  # fmt: skip
-def test_the_search_finds_such_calls(code):
-    assert executing(ast.parse(code))
+def test_the_search_finds_executing_calls(code):
+    assert find_executing_calls(ast.parse(code))
 
 
 # ---- files that would execute ----------------------------------------------------------------------------------------
-class Executes:
+class ExecutesOnLoad:
     """Unpickled, it creates the file `marker`."""
 
     def __init__(self, marker: Path) -> None:
@@ -128,17 +128,17 @@ def marker(tmp_path):
 
 def malicious_files(marker: Path) -> dict[str, bytes]:
     """Ways to hide a pickle in a file of weights or numbers."""
-    plain = pickle.dumps({"model": Executes(marker), "format": 1})
+    plain = pickle.dumps({"model": ExecutesOnLoad(marker), "format": 1})
     saved = io.BytesIO()
-    torch.save({"format": 1, "stage": "pretrain", "model": {}, "x": Executes(marker)}, saved)
+    torch.save({"format": 1, "stage": "pretrain", "model": {}, "x": ExecutesOnLoad(marker)}, saved)
     legacy = io.BytesIO()
-    torch.save({"model": Executes(marker)}, legacy, _use_new_zipfile_serialization=False)
+    torch.save({"model": ExecutesOnLoad(marker)}, legacy, _use_new_zipfile_serialization=False)
     numpy = io.BytesIO()
-    np.save(numpy, np.array([Executes(marker)], dtype=object), allow_pickle=True)
+    np.save(numpy, np.array([ExecutesOnLoad(marker)], dtype=object), allow_pickle=True)
     return {"pickle": plain, "torch": saved.getvalue(), "legacy": legacy.getvalue(), "npy": numpy.getvalue()}
 
 
-def test_these_files_do_execute(tmp_path):
+def test_the_malicious_files_execute_with_an_unsafe_reader(tmp_path):
     """The attack works where a file is read the other way."""
     marker = tmp_path / "executed"
     for kind, content in malicious_files(marker).items():
@@ -152,7 +152,7 @@ def test_these_files_do_execute(tmp_path):
         marker.unlink()
 
 
-def run(folder: Path, *command) -> subprocess.CompletedProcess:
+def run_in_folder(folder: Path, *command) -> subprocess.CompletedProcess:
     """A script, started in the folder of the malicious files; ends with 0 or 2 and without a traceback."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     environment.pop("PYTHONPATH", None)
@@ -185,22 +185,22 @@ SHORT = [("checkpoint", "torch"), ("resume", "pickle"), ("shards", "npy")]
 
 
 @pytest.mark.parametrize(("place", "kind"), CASES if FULL else SHORT)
-def test_a_pickle_in_the_place_of_a_file(
-    kind, place, marker, tmp_path, tiny_parent, tokenizer_dir, pretrain_dir, sft_dir, attacks
+def test_a_pickle_in_place_of_any_input_is_never_executed(
+    kind, place, marker, tmp_path, tiny_parent, tokenizer_dir, pretrain_dir, sft_dir, record_attacks
 ):
     content = malicious_files(marker)[kind]
     out, data = tmp_path / "out", tmp_path / "data"
     out.mkdir()
     plant_python(tmp_path, marker)
     shutil.copytree(pretrain_dir, data)
-    pretrain = ["1-pretrain.py", *TINY_MODEL, "--device", "cpu", "--epochs", "1", "--batch_size", "8",
+    pretrain = ["1-pretrain.py", *TINY_MODEL_FLAGS, "--device", "cpu", "--epochs", "1", "--batch_size", "8",
                 "--tokenizer_path", tokenizer_dir, "--data_path", data, "--out_dir", out]  # fmt: skip
     if place == "checkpoint":
         (out / "pretrain_32.pth").write_bytes(content)
         commands = [["2-eval.py", "--out_dir", out, "--prompt", "x"], ["export_model.py", out / "pretrain_32.pth"],
                     ["3-full_sft.py", "--out_dir", out, "--data_path", sft_dir, "--device", "cpu"]]  # fmt: skip
-        said = [run(tmp_path, *command) for command in commands]
-        assert all(done.returncode == 2 for done in said)
+        results = [run_in_folder(tmp_path, *command) for command in commands]
+        assert all(done.returncode == 2 for done in results)
     elif place == "resume":
         step = out / "pretrain_32.resume" / "step_000000002"
         step.mkdir(parents=True)
@@ -214,18 +214,18 @@ def test_a_pickle_in_the_place_of_a_file(
         ):
             (step / name).write_bytes(content)
             (step.parent / name).write_bytes(content)
-        run(tmp_path, *pretrain)
+        run_in_folder(tmp_path, *pretrain)
         (step / "progress.json").write_text(json.dumps({"step": 2, "rows_per_step": 8, "ranks": 1, "identity": {}}))
-        run(tmp_path, *pretrain)
+        run_in_folder(tmp_path, *pretrain)
     elif place == "shards":
         for file in (*data.glob("*.bin"), *data.glob("*.npy")):
             file.write_bytes(content)
-        run(tmp_path, *pretrain)
+        run_in_folder(tmp_path, *pretrain)
     else:
         for file in (out / "reference.pt", data / "scores.npy", data / "hashes_00000.npy", data / "first.npy"):
             file.write_bytes(content)
-        run(tmp_path, *pretrain)
-    attacks("malicious files read by the scripts", 1, executed=int(marker.exists()))
+        run_in_folder(tmp_path, *pretrain)
+    record_attacks("malicious files read by the scripts", 1, executed=int(marker.exists()))
 
 
 ESCAPES = {
@@ -246,15 +246,17 @@ ESCAPES = {
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_chat_template_reaches_no_python(name, marker):
-    template = TemplateFormat(ESCAPES[name].replace("MARKER", str(marker)), {}, re.compile("</s>"))
+    template = JinjaTemplate(ESCAPES[name].replace("MARKER", str(marker)), {}, re.compile("</s>"))
     try:
-        said = template.text([{"role": "user", "content": "x"}])
-    except (RefusedChat, UserError) as error:
-        said = str(error)
-    assert not any(word in said for word in ("<class", "<frame", "root:", "'__builtins__'", "<module", "<jinja2.env"))
+        message = template.text([{"role": "user", "content": "x"}])
+    except (UnsupportedChatError, UserError) as error:
+        message = str(error)
+    assert not any(
+        word in message for word in ("<class", "<frame", "root:", "'__builtins__'", "<module", "<jinja2.env")
+    )
 
 
-def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, attacks):
+def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, record_attacks):
     """pytorch_model.bin, modeling_*.py named by auto_map, adapter_model.bin, and a template that reaches for Python."""
     for kind, content in list(malicious_files(marker).items())[: None if FULL else 2]:
         folder = tmp_path / kind
@@ -287,13 +289,13 @@ def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, a
             (folder / "adapter_config.json").write_text(
                 json.dumps({"base_model_name_or_path": str(folder), "auto_mapping": code})
             )
-            done = run(folder, "2-eval.py", "--checkpoint", folder, "--prompt", "x", "--device", "cpu")
+            done = run_in_folder(folder, "2-eval.py", "--checkpoint", folder, "--prompt", "x", "--device", "cpu")
             assert done.returncode == 2
-            attacks("malicious transformers folders", 1, executed=int(marker.exists()))
-    run(folder, "export_model.py", folder)
+            record_attacks("malicious transformers folders", 1, executed=int(marker.exists()))
+    run_in_folder(folder, "export_model.py", folder)
 
 
-def test_rows_and_tokenizers_are_data(marker, tmp_path, attacks):
+def test_rows_and_tokenizer_files_are_never_executed(marker, tmp_path, record_attacks):
     """Rows that spell Python objects; tokenizer files that are pickles."""
     plant_python(tmp_path, marker)
     text = f"__import__('pathlib').Path({str(marker)!r}).touch()"
@@ -310,7 +312,7 @@ def test_rows_and_tokenizers_are_data(marker, tmp_path, attacks):
             (tmp_path / f"tokenizer_{kind}" / name).write_bytes(content)
     files = sorted(file for file in tmp_path.iterdir() if file.suffix in (".jsonl", ".parquet", ".arrow", ".yaml"))
     for what in ("pretrain", "sft"):
-        run(
+        run_in_folder(
             tmp_path,
             "data_process.py",
             what,
@@ -320,11 +322,11 @@ def test_rows_and_tokenizers_are_data(marker, tmp_path, attacks):
             "--tokenizer_path",
             tmp_path / "tokenizer_npy",
         )
-    run(tmp_path, "train_tokenizer.py", *files, "--out_dir", tmp_path / "tok")
-    attacks("malicious rows and tokenizers", len(files) + 4, executed=int(marker.exists()))
+    run_in_folder(tmp_path, "train_tokenizer.py", *files, "--out_dir", tmp_path / "tok")
+    record_attacks("malicious rows and tokenizers", len(files) + 4, executed=int(marker.exists()))
 
 
-def slipping(tmp_path: Path, kind: str) -> Path:
+def escaping_archive(tmp_path: Path, kind: str) -> Path:
     """An archive whose members are named outside its folder, or are links to a place outside."""
     path = tmp_path / f"exam.{kind}"
     names = ["../executed", f"{tmp_path}/executed", "a/../../executed", "..\\executed", "val/../../executed.csv"]
@@ -345,14 +347,14 @@ def slipping(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.xz"])
-def test_archives_write_nothing_outside(kind, marker, tmp_path, tiny_parent, attacks):
+def test_archives_write_nothing_outside(kind, marker, tmp_path, tiny_parent, record_attacks):
     folder = tmp_path / "downloads"
     folder.mkdir()
-    archive = slipping(folder, kind)
+    archive = escaping_archive(folder, kind)
     before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
     with pytest.raises(UserError, match="would land outside its folder"):
-        unpack(archive)
-    done = run(
+        unpack_archive(archive)
+    done = run_in_folder(
         folder,
         "eval_ceval.py",
         "--data",
@@ -366,4 +368,4 @@ def test_archives_write_nothing_outside(kind, marker, tmp_path, tiny_parent, att
     )
     assert done.returncode == 2
     assert {path for path in tmp_path.rglob("*") if folder not in path.parents} == before
-    attacks("archives with members outside", 1, written=int(marker.exists()))
+    record_attacks("archives with members outside", 1, written=int(marker.exists()))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import LARGEST, Limit
-from common.errors import UserError, printable
-from tests.faults.odd_inputs import ending, make_world, without_servers
+from common.cli import MAX_FLAG_VALUE, NumberType
+from common.errors import UserError, escape_controls
+from tests.faults.odd_inputs import disable_servers, make_tiny_inputs, script_outcome
 from tests.helpers import run_process, run_script
-from tests.scripts.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse
+from tests.scripts.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse_flags
 
 HUGE = ("9" * 30, str(2**63), str(2**64), "1e300", "1e400", "-1e400", "9" * 5000)
 STRANGE = (
@@ -44,8 +44,8 @@ LONG = {"max_steps", "epochs", "tokens_per_param", "max_minutes"}  # a larger on
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
-    return make_world(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
+def tiny_inputs(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
+    return make_tiny_inputs(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
 
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
@@ -59,22 +59,22 @@ def test_every_flag_has_a_limit():
     assert {dest for _, dest in unlimited} <= FREE_TEXT, unlimited
 
 
-def test_every_odd_value_of_every_flag_is_read_or_refused_in_one_line(attacks):
+def test_every_odd_value_of_every_flag_is_read_or_refused_in_one_line(record_attacks):
     read = refused = 0
     for prog, action in ACTIONS:
         if action.nargs == 0 or not action.option_strings:
             continue
         for text in (*HUGE, *STRANGE):
             try:
-                value = getattr(parse(prog, f"{action.option_strings[0]}={text}"), action.dest)
+                value = getattr(parse_flags(prog, f"{action.option_strings[0]}={text}"), action.dest)
                 read += 1
             except UserError as error:
                 refused += 1
                 assert "\n" not in str(error) and len(str(error)) < 6000
                 continue
             if isinstance(value, int | float):
-                assert abs(value) <= LARGEST, f"{prog} {action.dest}={text[:30]}: {value}"
-    attacks("odd values of flags, parsed", read + refused, read=read, refused=refused)
+                assert abs(value) <= MAX_FLAG_VALUE, f"{prog} {action.dest}={text[:30]}: {value}"
+    record_attacks("odd values of flags, parsed", read + refused, read=read, refused=refused)
     assert refused > read
 
 
@@ -82,14 +82,14 @@ def test_every_odd_value_of_every_flag_is_read_or_refused_in_one_line(attacks):
 def test_a_number_beyond_any_meaning_is_refused(prog, flag, dest):
     for text in HUGE:
         with pytest.raises(UserError, match=rf"argument .*{flag}"):
-            parse(prog, f"{flag}={text}")
+            parse_flags(prog, f"{flag}={text}")
 
 
 def test_a_file_to_download_lies_inside_the_repository():
     for name in ("..", "../x", "a/../../x", "/etc/passwd", "a\\..\\b", "C:\\x", ".", "a//b", "a/"):
         with pytest.raises(UserError, match="not a path inside the repository"):
-            parse("data_process.py download", f"--file={name}")
-    assert parse("data_process.py download", "--file=data/a.jsonl").file == ["data/a.jsonl"]
+            parse_flags("data_process.py download", f"--file={name}")
+    assert parse_flags("data_process.py download", "--file=data/a.jsonl").file == ["data/a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -99,31 +99,31 @@ def test_a_device_is_one_of_those_that_train(name):
     for prog, action in ACTIONS:
         if action.dest == "device":
             with pytest.raises(UserError, match="not a device"):
-                parse(prog, f"--device={name}")
+                parse_flags(prog, f"--device={name}")
 
 
 def test_control_characters_are_spelled_out(capsys):
-    assert printable("a\x1b[2J\u202e太阳\ud800\n") == "a\\x1b[2J\\u202e太阳\\ud800\\n"
-    assert printable("a\nb\tc\r", keep="\n\t") == "a\nb\tc\\r"
+    assert escape_controls("a\x1b[2J\u202e太阳\ud800\n") == "a\\x1b[2J\\u202e太阳\\ud800\\n"
+    assert escape_controls("a\nb\tc\r", keep="\n\t") == "a\nb\tc\\r"
     ended = run_process(sys.executable, "2-eval.py", "--checkpoint", "no\x1b[2Jfile\n.pth", "--prompt", "x")
     assert ended.returncode == 2 and "\x1b" not in ended.stderr and ended.stderr.count("\n") == 1
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
-def attack(world, monkeypatch, capsys, cases):
+def run_with_odd_flags(tiny_inputs, monkeypatch, capsys, cases):
     """Run the scripts with one odd flag each; returns how they ended, "done" or "refused"."""
-    without_servers(monkeypatch)
-    ends, wrong = [], []
+    disable_servers(monkeypatch)
+    outcomes, wrong = [], []
     for prog, flags in cases:
         try:
-            ends.append(ending(monkeypatch, capsys, prog, [*world.flags(prog), *flags]))
+            outcomes.append(script_outcome(monkeypatch, capsys, prog, [*tiny_inputs.flags(prog), *flags]))
         except AssertionError as error:
             wrong.append(f"{prog} {flags}: {error}")
     assert not wrong, f"{len(wrong)} of {len(cases)}\n" + "\n".join(wrong)
-    return ends
+    return outcomes
 
 
-def test_a_model_of_impossible_sizes_is_refused(world, monkeypatch, capsys):
+def test_a_model_of_impossible_sizes_is_refused(tiny_inputs, monkeypatch, capsys):
     for flags in (
         ["--dim", "0"], ["--n_layers", "0"], ["--n_heads", "0"], ["--n_kv_heads", "0"], ["--max_seq_len", "0"],
         ["--dim", "65536", "--n_layers", "1000"], ["--hidden_dim", "1000000", "--n_layers", "1000"],
@@ -132,24 +132,28 @@ def test_a_model_of_impossible_sizes_is_refused(world, monkeypatch, capsys):
         ["--learning_rate", "-1"], ["--weight_decay", "-5"], ["--grad_clip", "-1"], ["--device", "xpu"],
         ["--dtype", "int8"],
     ):  # fmt: skip
-        assert attack(world, monkeypatch, capsys, [("1-pretrain.py", flags)]) == ["refused"], flags
+        assert run_with_odd_flags(tiny_inputs, monkeypatch, capsys, [("1-pretrain.py", flags)]) == ["refused"], flags
 
 
-def test_the_largest_numbers_of_each_flag_run_or_are_refused(world, monkeypatch, capsys, scaled, attacks):
+def test_the_largest_numbers_of_each_flag_run_or_are_refused(
+    tiny_inputs, monkeypatch, capsys, num_attacks, record_attacks
+):
     cases = []
     for prog, flag, dest in NUMBERS:
         for text in LARGE:
             if dest in LONG and float(text) > 2:
                 continue
             try:
-                parse(prog, f"{flag}={text}")
+                parse_flags(prog, f"{flag}={text}")
             except UserError:
                 continue
             cases.append((prog, [f"{flag}={text}"]))
-    chosen = random.Random(0).sample(cases, min(scaled(8, len(cases)), len(cases)))
-    ends = attack(world, monkeypatch, capsys, chosen)
-    attacks("numbers of flags, run", len(ends), done=ends.count("done"), refused=ends.count("refused"))
-    assert "done" in ends
+    chosen = random.Random(0).sample(cases, min(num_attacks(8, len(cases)), len(cases)))
+    outcomes = run_with_odd_flags(tiny_inputs, monkeypatch, capsys, chosen)
+    record_attacks(
+        "numbers of flags, run", len(outcomes), done=outcomes.count("done"), refused=outcomes.count("refused")
+    )
+    assert "done" in outcomes
 
 
 def is_path(action) -> bool:
@@ -158,29 +162,29 @@ def is_path(action) -> bool:
 
 def test_a_flag_that_is_a_limit_is_declared_with_it():
     assert sum(is_path(action) for _, action in ACTIONS) > 60
-    assert all(isinstance(action.type, Limit) for _, action in ACTIONS if is_number(action))
+    assert all(isinstance(action.type, NumberType) for _, action in ACTIONS if is_number(action))
 
 
 @pytest.mark.parametrize("prog", PARSERS)
-def test_names_that_are_not_utf_8_run_or_are_refused(prog, world, monkeypatch, capsys, attacks):
+def test_non_utf_8_names_run_or_are_refused(prog, tiny_inputs, monkeypatch, capsys, record_attacks):
     """The folder of the output has such a name, and so has a copy of each input but models."""
     odd, flags = os.fsdecode(b"caf\xe9 \xff"), []
-    for flag in world.flags(prog):
+    for flag in tiny_inputs.flags(prog):
         place = Path(flag)
-        if place.is_relative_to(world.folder) and place.exists() and place.suffix != ".pth":
+        if place.is_relative_to(tiny_inputs.folder) and place.exists() and place.suffix != ".pth":
             link = place.with_name(place.stem + odd + place.suffix)
             if not link.is_symlink():
                 link.symlink_to(place)
             flag = str(link)
         flags.append(flag + odd if flag.endswith("/out") else flag)
-    ends = attack(world, monkeypatch, capsys, [(prog, [])])
-    ends.append(ending(monkeypatch, capsys, prog, flags))
-    attacks("names that are not UTF-8", 1, **{ends[1]: 1})
-    assert ends[0] == ends[1], "the name alone is no reason to refuse"
+    outcomes = run_with_odd_flags(tiny_inputs, monkeypatch, capsys, [(prog, [])])
+    outcomes.append(script_outcome(monkeypatch, capsys, prog, flags))
+    record_attacks("names that are not UTF-8", 1, **{outcomes[1]: 1})
+    assert outcomes[0] == outcomes[1], "the name alone is no reason to refuse"
 
 
-def test_a_model_whose_name_is_not_utf_8_is_refused_with_the_reason(world, monkeypatch, capsys):
-    link = world.folder / os.fsdecode(b"parent\xff.pth")
-    link.symlink_to(world.parent__pth)
+def test_a_model_whose_name_is_not_utf_8_is_refused_with_the_reason(tiny_inputs, monkeypatch, capsys):
+    link = tiny_inputs.folder / os.fsdecode(b"parent\xff.pth")
+    link.symlink_to(tiny_inputs.parent__pth)
     with pytest.raises(UserError, match="the name is not UTF-8, torch cannot open it: rename"):
         run_script(monkeypatch, "2-eval.py", "--checkpoint", link, "--prompt", "x")

@@ -15,18 +15,18 @@ import pytest
 
 from common.errors import UserError
 from common.files import check_writable
-from tests.faults.odd_inputs import ending, make_world, without_servers
+from tests.faults.odd_inputs import disable_servers, make_tiny_inputs, script_outcome
 from tests.helpers import run_process
 from tests.scripts.test_flags import ACTIONS
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
-    return make_world(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
+def tiny_inputs(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_dir):
+    return make_tiny_inputs(tmp_path_factory.mktemp("world"), tokenizer, tokenizer_dir, pretrain_dir, sft_dir)
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def odd_paths(tmp_path_factory):
     """name -> a place that no script expects."""
     folder = tmp_path_factory.mktemp("places")
     made = {name: folder / name for name in ("empty", "folder", "file", "broken", "loop", "binary.pth", "text.pth")}
@@ -65,7 +65,7 @@ def places(tmp_path_factory):
         "-": Path("-"),
         "a file of /proc": Path("/proc/self/cmdline"),
     }
-    return {name: str(place) for name, place in made.items()}
+    return {name: str(odd_path) for name, odd_path in made.items()}
 
 
 def place_flags():
@@ -93,12 +93,12 @@ INSTEAD = {  # flags of World.flags that exclude another one
 }  # fmt: skip
 
 
-def command(world, prog, action, place):
+def command(tiny_inputs, prog, action, odd_path):
     """The flags with which a script succeeds, but for one place."""
-    flags = world.flags(prog)
+    flags = tiny_inputs.flags(prog)
     if not action.option_strings:
         first = 1 if prog.startswith("data_process.py") else 0
-        flags[first + (action.dest == "folder")] = place
+        flags[first + (action.dest == "folder")] = odd_path
         return flags
     flag, given = action.option_strings[0], {INSTEAD.get((prog, action.dest))} - {None}
     if action.dest in ("compare", "compare_on", "out") and prog == "train_tokenizer.py":
@@ -107,27 +107,35 @@ def command(world, prog, action, place):
         if name in flags:
             at = flags.index(name)
             del flags[at : at + 2]
-    more = [world.tokenizer if word == "TOKENIZER" else word for word in NEEDED.get(action.dest, {}).get(prog, [])]
-    value = f"zh={place}" if action.dest == "texts" else place
+    more = [
+        tiny_inputs.tokenizer if word == "TOKENIZER" else word for word in NEEDED.get(action.dest, {}).get(prog, [])
+    ]
+    value = f"zh={odd_path}" if action.dest == "texts" else odd_path
     return [*flags, *more, f"{flag}={value}"]
 
 
-def test_every_odd_place_for_every_flag_is_used_or_refused(world, places, monkeypatch, capsys, scaled, attacks):
-    without_servers(monkeypatch)
-    monkeypatch.chdir(world.folder)
-    cases = [(prog, action, name) for prog, action in place_flags() for name in places]
-    chosen = random.Random(0).sample(cases, min(scaled(120, len(cases)), len(cases)))
-    ends, wrong = [], []
+def test_every_odd_place_for_every_flag_is_used_or_refused(
+    tiny_inputs, odd_paths, monkeypatch, capsys, num_attacks, record_attacks
+):
+    disable_servers(monkeypatch)
+    monkeypatch.chdir(tiny_inputs.folder)
+    cases = [(prog, action, name) for prog, action in place_flags() for name in odd_paths]
+    chosen = random.Random(0).sample(cases, min(num_attacks(120, len(cases)), len(cases)))
+    outcomes, wrong = [], []
     for prog, action, name in chosen:
         if name == "root" and action.dest in ("out_dir", "json", "out", "folder", "peft_dir"):
             continue  # root may write there
         try:
-            ends.append(ending(monkeypatch, capsys, prog, command(world, prog, action, places[name])))
+            outcomes.append(
+                script_outcome(monkeypatch, capsys, prog, command(tiny_inputs, prog, action, odd_paths[name]))
+            )
         except AssertionError as error:
             wrong.append(f"{prog} {action.dest} {name}: {error}")
     assert not wrong, f"{len(wrong)} of {len(chosen)}\n" + "\n".join(wrong)
-    attacks("odd places for flags", len(ends), done=ends.count("done"), refused=ends.count("refused"))
-    assert ends.count("refused") > len(ends) / 2
+    record_attacks(
+        "odd places for flags", len(outcomes), done=outcomes.count("done"), refused=outcomes.count("refused")
+    )
+    assert outcomes.count("refused") > len(outcomes) / 2
 
 
 @pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
@@ -135,32 +143,32 @@ def test_every_odd_place_for_every_flag_is_used_or_refused(world, places, monkey
     "name", ["file", "below a file", "broken", "loop", "a new one in /proc", "/dev/null", "too long"]
 )
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
-    script, name, world, places, monkeypatch, capsys
+    script, name, tiny_inputs, odd_paths, monkeypatch, capsys
 ):
     """The inputs are not there at all, and still it is the output that the message names."""
-    shutil.rmtree(Path(places["broken"]).parent / "gone", ignore_errors=True)  # which another test has made
-    flags = ["--data_path", "/no/data", "--out_dir", places[name], *(["--init_from", "/no"] * (script > "2"))]
-    assert ending(monkeypatch, capsys, script, flags) == "refused"
+    shutil.rmtree(Path(odd_paths["broken"]).parent / "gone", ignore_errors=True)  # which another test has made
+    flags = ["--data_path", "/no/data", "--out_dir", odd_paths[name], *(["--init_from", "/no"] * (script > "2"))]
+    assert script_outcome(monkeypatch, capsys, script, flags) == "refused"
     with pytest.raises(UserError, match="cannot write"):
-        check_writable(places[name])
+        check_writable(odd_paths[name])
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_refused(world, tmp_path, monkeypatch, capsys):
+def test_a_folder_without_permission_is_refused(tiny_inputs, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir(mode=0o500)
     for script in ("1-pretrain.py", "3-full_sft.py"):
-        flags = [*world.flags(script), "--out_dir", str(tmp_path / "out")]
-        assert ending(monkeypatch, capsys, script, flags) == "refused"
+        flags = [*tiny_inputs.flags(script), "--out_dir", str(tmp_path / "out")]
+        assert script_outcome(monkeypatch, capsys, script, flags) == "refused"
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o500
 
 
-def test_a_check_of_an_output_makes_nothing(tmp_path):
+def test_checking_an_output_creates_no_files(tmp_path):
     check_writable(tmp_path / "a" / "b")
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_reader_of_a_pipe_that_leaves_is_no_error(tmp_path):
+def test_a_closed_pipe_is_no_error(tmp_path):
     script = f"{sys.executable} data_process.py download | head -n 1 >/dev/null; echo ${{PIPESTATUS[0]}}"
     ended = run_process("bash", "-c", script)
     assert "Traceback" not in ended.stderr and ended.stdout.strip() in ("0", "141")

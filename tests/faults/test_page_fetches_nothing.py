@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from streamlit.testing.v1 import AppTest
 
-from common.markdown import code_span, fenced
-from common.markdown import plain as inline
-from export.model_card import plain as card_plain
-from serving.page_markdown import plain, safe_markdown
-from tests.helpers import ROOT, save_parrot
+from common.markdown import code_block, code_span
+from common.markdown import escape_inline as inline
+from export.model_card import escape_card_text
+from serving.page_markdown import escape_markdown, safe_markdown
+from tests.helpers import ROOT, save_scripted_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HAS_BROWSER = CHROMIUM and importlib.util.find_spec("playwright")
@@ -57,7 +57,7 @@ WORDS = ["!", "[", "]", "(", ")", "[a]", "![a]", "(http://h.invalid/x)", "http:/
 READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
 
-def fetching(markdown: str) -> list[str]:
+def fetching_tokens(markdown: str) -> list[str]:
     """The kinds of tokens in it that a browser could act on."""
     found, waiting = [], READER.parse(markdown)
     while waiting:
@@ -68,36 +68,36 @@ def fetching(markdown: str) -> list[str]:
     return found
 
 
-def attack_texts(address: str) -> list[str]:
-    port = address.rsplit(":", 1)[1]
-    return [text.replace("U", f"{address}/{i}").replace("PORT", port) for i, text in enumerate(FETCHES)]
+def attack_texts(page_url: str) -> list[str]:
+    port = page_url.rsplit(":", 1)[1]
+    return [text.replace("U", f"{page_url}/{i}").replace("PORT", port) for i, text in enumerate(FETCHES)]
 
 
-@pytest.mark.parametrize("write", [safe_markdown, plain, inline, code_span, fenced, card_plain])
-def test_no_image_or_html_is_left(write, attacks):
+@pytest.mark.parametrize("write", [safe_markdown, escape_markdown, inline, code_span, code_block, escape_card_text])
+def test_no_image_or_html_is_left(write, record_attacks):
     texts = attack_texts("http://127.0.0.1:1")
     texts += ["\n\n".join(texts), *(f"a {text} b" for text in texts), *(f"- > {text}" for text in texts)]
-    left = {text: kinds for text in texts if (kinds := fetching(write(text)))}
+    left = {text: kinds for text in texts if (kinds := fetching_tokens(write(text)))}
     assert not left
-    attacks(f"Markdown that names addresses: {write.__module__}.{write.__name__}", len(texts), left=0)
+    record_attacks(f"Markdown that names addresses: {write.__module__}.{write.__name__}", len(texts), left=0)
 
 
-def test_no_mixture_of_marks_leaves_one(scaled, attacks):
-    number = scaled(300, 20_000)
+def test_no_combination_of_markers_survives(num_attacks, record_attacks):
+    number = num_attacks(300, 20_000)
 
     @settings(max_examples=number, deadline=None, database=None)
     @given(st.lists(st.sampled_from([*WORDS, *FETCHES]), max_size=12).map("".join))
-    def attack(text):
-        for write in (safe_markdown, plain, inline, code_span, fenced, card_plain):
-            assert not fetching(write(text)), write
+    def check_text(text):
+        for write in (safe_markdown, escape_markdown, inline, code_span, code_block, escape_card_text):
+            assert not fetching_tokens(write(text)), write
 
-        assert not re.search(r"(?<![`!-~])https?://", re.sub(r"(`+).*?\1", "", plain(text), flags=re.DOTALL))
+        assert not re.search(r"(?<![`!-~])https?://", re.sub(r"(`+).*?\1", "", escape_markdown(text), flags=re.DOTALL))
 
-    attack()
-    attacks("mixtures of Markdown marks", number, left=0)
+    check_text()
+    record_attacks("mixtures of Markdown marks", number, left=0)
 
 
-def test_layout_and_formulas_stay():
+def test_layout_and_formulas_are_preserved():
     text = (
         "# Title\n\nSome *text*, **strong**, `code`, $x^2$.\n\n- a\n- b\n  - c\n\n3. x\n4. y\n\n> quote\n\n"
         "```python\nprint('![x]')\n```\n\n| a | b |\n| --- | ---: |\n| 1 | `2` |\n\n---\n\n$$\n\\frac{1}{2}\n$$"
@@ -109,14 +109,14 @@ def test_layout_and_formulas_stay():
     assert safe_markdown("$5 and $6 cost 1_000") == "\\$5 and \\$6 cost 1\\_000"
 
 
-def test_everything_that_streamlit_reads_as_markdown(tokenizer, tmp_path, monkeypatch):
+def test_every_markdown_of_the_page_is_safe(tokenizer, tmp_path, monkeypatch):
     """Answers, questions, system prompts, names of models, of a damaged file, and of its folder."""
     nasty = "\n\n".join(attack_texts("http://127.0.0.1:1"))
     folder = tmp_path / "![f](http:\\\\h.invalid\\f) `![f](x)"
-    save_parrot(
+    save_scripted_model(
         folder / "![n](http:\\\\h.invalid\\n) www.h.invalid <img src=x>.pth", tokenizer, [nasty], max_seq_len=16_384
     )
-    save_parrot(folder / "full_sft_64.pth", tokenizer, ["hi"])
+    save_scripted_model(folder / "full_sft_64.pth", tokenizer, ["hi"])
     (folder / "![d](http:\\\\h.invalid\\d).pth").write_bytes(b"damaged")
     monkeypatch.setattr(sys, "argv", ["web_demo.py", "--lang", "en", "--device", "cpu", "--out_dir", str(folder)])
     page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
@@ -129,10 +129,10 @@ def test_everything_that_streamlit_reads_as_markdown(tokenizer, tmp_path, monkey
     read += markdown_of(page)
     assert sum("h\\.invalid" in text or "h.invalid" in text for text in read) >= 2
     assert any("127.0.0.1:1/0" in text for text in read), "the answer is drawn as Markdown"
-    assert not {text: kinds for text in read if (kinds := fetching(text))}
+    assert not {text: kinds for text in read if (kinds := fetching_tokens(text))}
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(folder / "none")])
     page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
-    assert not {text: kinds for text in markdown_of(page) if (kinds := fetching(text))}
+    assert not {text: kinds for text in markdown_of(page) if (kinds := fetching_tokens(text))}
 
 
 def markdown_of(page):
@@ -146,7 +146,7 @@ def markdown_of(page):
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 @pytest.fixture
-def caught():
+def request_log():
     """(address, paths): a server that notes every request that reaches it."""
     paths = []
 
@@ -169,11 +169,11 @@ def caught():
 
 
 @pytest.fixture
-def address(tokenizer, tmp_path, caught):
+def page_url(tokenizer, tmp_path, request_log):
     """The page over a model that writes all the texts."""
-    texts = attack_texts(caught[0])
-    name = f"![n]({caught[0].replace('/', chr(92))}\\name.png) <img src=x>"
-    save_parrot(tmp_path / "out" / f"{name}.pth", tokenizer, [text + "\n\n" for text in texts], max_seq_len=512)
+    texts = attack_texts(request_log[0])
+    name = f"![n]({request_log[0].replace('/', chr(92))}\\name.png) <img src=x>"
+    save_scripted_model(tmp_path / "out" / f"{name}.pth", tokenizer, [text + "\n\n" for text in texts], max_seq_len=512)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with (tmp_path / "log").open("w") as log:
@@ -199,15 +199,15 @@ def address(tokenizer, tmp_path, caught):
 
 
 @pytest.mark.skipif(not HAS_BROWSER, reason="chromium or Python's playwright is missing")
-def test_chromium_fetches_nothing(address, caught, attacks):
+def test_chromium_fetches_nothing(page_url, request_log, record_attacks):
     from playwright.sync_api import sync_playwright
 
-    catcher, paths = caught
+    catcher, paths = request_log
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, sent = browser.new_page(), []
-        page.on("request", lambda r: r.url.startswith((address, "data:", "blob:")) or sent.append(r.url))
-        page.goto(address)
+        page.on("request", lambda r: r.url.startswith((page_url, "data:", "blob:")) or sent.append(r.url))
+        page.goto(page_url)
         question = page.get_by_test_id("stChatInputTextArea")
         question.wait_for(timeout=60_000)
         page.get_by_text("Show Markdown as layout").click()
@@ -218,7 +218,7 @@ def test_chromium_fetches_nothing(address, caught, attacks):
         time.sleep(2)
         assert page.locator(".stChatMessage code").count() > 50, "addresses are shown as code"
         pictures = page.locator(".stChatMessage .stMarkdown img").evaluate_all("all => all.map(each => each.src)")
-        assert all(source.startswith((f"{address}/", "data:")) for source in pictures), pictures  # of streamlit itself
+        assert all(source.startswith((f"{page_url}/", "data:")) for source in pictures), pictures  # of streamlit itself
         assert page.locator(".stChatMessage a[href^=http]").count() == 0
         assert not sent and not paths
         page.evaluate("url => { document.body.append(Object.assign(new Image(), {src: url})) }", f"{catcher}/by-script")
@@ -227,4 +227,4 @@ def test_chromium_fetches_nothing(address, caught, attacks):
         browser.close()
     urllib.request.urlopen(f"{catcher}/works").close()
     assert paths == ["/works"]
-    attacks("addresses in an answer, drawn by Chromium", len(FETCHES), requests=len(paths) - 1)
+    record_attacks("addresses in an answer, drawn by Chromium", len(FETCHES), requests=len(paths) - 1)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.helpers import ROOT
-from tests.serving.server_help import make_file
+from tests.serving.server_help import save_random_model
 
 CLIENT_TIMEOUT = 2  # seconds, of the server
 QUESTION = {"messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 60}
@@ -77,7 +77,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("attacked")
-    checkpoint = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=8192)
+    checkpoint = save_random_model(folder / "full_sft_32.pth", tokenizer, max_seq_len=8192)
     server = Server(checkpoint, folder / "errors.txt")
     server.usual_text = server.text()
     yield server
@@ -85,26 +85,26 @@ def server(tokenizer, tmp_path_factory):
     server.process.wait(20)
 
 
-def quiet(server):
+def median_answer_seconds(server):
     return statistics.median(server.seconds() for _ in range(5))
 
 
-def attack(server, kind, number):
+def attack_server(server, kind, number):
     """Attack while the usual client asks; three times at most, since other processes of this machine slow it as well.
 
     Returns what the attackers counted, and in which time the client was answered, in percent of its quiet time.
     """
     for _ in range(3):
-        outcomes, beside, times = attack_once(server, kind, number)
+        outcomes, client_stats, times = attack_server_once(server, kind, number)
         assert server.log.read_text() == ""
-        if beside["percent_of_quiet_time"] <= 300:
-            return outcomes, beside
-    raise AssertionError((kind, beside, times))
+        if client_stats["percent_of_quiet_time"] <= 300:
+            return outcomes, client_stats
+    raise AssertionError((kind, client_stats, times))
 
 
-def attack_once(server, kind, number):
+def attack_server_once(server, kind, number):
     """Attack again and again until the usual client has asked five times."""
-    quiet_times, memory, times = [quiet(server)], [], []
+    quiet_times, memory, times = [median_answer_seconds(server)], [], []
     outcomes = collections.Counter()
     command = [sys.executable, "tests/faults/attackers.py", kind, str(server.port), str(number)]
     before = server.memory()
@@ -116,44 +116,44 @@ def attack_once(server, kind, number):
         assert attackers.returncode == 0
         outcomes.update(json.loads(attackers.stdout.read()))
     server.wait_until_empty()
-    quiet_times.append(quiet(server))
+    quiet_times.append(median_answer_seconds(server))
     percent = round(100 * statistics.median(times) / max(quiet_times))
     return outcomes, {"MB_more": round(max(memory) - before), "percent_of_quiet_time": percent}, times
 
 
-def test_malformed_requests(server, scaled, attacks):
-    outcomes, beside = attack(server, "malformed", scaled(150, 2000))
+def test_malformed_requests_are_refused(server, num_attacks, record_attacks):
+    outcomes, client_stats = attack_server(server, "malformed", num_attacks(150, 2000))
     assert not [status for status in outcomes if status[0] == "5"] and outcomes["400"] > outcomes.total() / 2, outcomes
-    assert beside["MB_more"] < 60
-    attacks("malformed requests to the server", outcomes.total(), **outcomes, **beside)
+    assert client_stats["MB_more"] < 60
+    record_attacks("malformed requests to the server", outcomes.total(), **outcomes, **client_stats)
 
 
-def test_floods_of_large_bodies(server, scaled, attacks):
-    outcomes, beside = attack(server, "flood", scaled(60, 600))
+def test_floods_of_large_bodies_leave_the_server_responsive(server, num_attacks, record_attacks):
+    outcomes, client_stats = attack_server(server, "flood", num_attacks(60, 600))
     assert not outcomes.keys() - {"200", "400", "404", "429", "closed"}, outcomes
-    assert beside["MB_more"] < 150
-    attacks("bodies of 1 MB", outcomes.total(), **outcomes, **beside)
+    assert client_stats["MB_more"] < 150
+    record_attacks("bodies of 1 MB", outcomes.total(), **outcomes, **client_stats)
 
 
-def test_idle_connections_keep_nobody_out(server, scaled, attacks):
-    outcomes, beside = attack(server, "idle", scaled(100, 500))  # of 64 that the server keeps
-    attacks("idle connections", outcomes.total(), **beside)
+def test_idle_connections_do_not_block_clients(server, num_attacks, record_attacks):
+    outcomes, client_stats = attack_server(server, "idle", num_attacks(100, 500))  # of 64 that the server keeps
+    record_attacks("idle connections", outcomes.total(), **client_stats)
 
 
-def test_slow_senders_are_cut_off(server, scaled, attacks):
-    outcomes, beside = attack(server, "slow", scaled(16, 60))
+def test_slow_senders_are_cut_off(server, num_attacks, record_attacks):
+    outcomes, client_stats = attack_server(server, "slow", num_attacks(16, 60))
     assert outcomes["closed"] and not outcomes["open"]
-    attacks("senders of a byte every 50 ms", outcomes.total(), **outcomes, **beside)
+    record_attacks("senders of a byte every 50 ms", outcomes.total(), **outcomes, **client_stats)
 
 
-def test_clients_that_never_read_are_cut_off(server, scaled, attacks):
-    outcomes, beside = attack(server, "unread", scaled(2, 4))
+def test_clients_that_never_read_are_cut_off(server, num_attacks, record_attacks):
+    outcomes, client_stats = attack_server(server, "unread", num_attacks(2, 4))
     assert outcomes["cut_off"] == outcomes.total()
-    attacks("clients that never read", outcomes.total(), **outcomes, **beside)
+    record_attacks("clients that never read", outcomes.total(), **outcomes, **client_stats)
 
 
-def test_memory_is_flat(server, scaled, attacks):
-    number = scaled(200, 2000)
+def test_memory_is_flat(server, num_attacks, record_attacks):
+    number = num_attacks(200, 2000)
     bodies = [{**QUESTION, "max_tokens": 3}, {**QUESTION, "max_tokens": 3, "logprobs": True, "top_logprobs": 20}]
     bodies += [{**QUESTION, "max_tokens": 2, "user": "x" * 100_000}]
     memory = []
@@ -162,4 +162,4 @@ def test_memory_is_flat(server, scaled, attacks):
         if i >= 50:
             memory.append(server.memory())
     assert memory[-1] - memory[0] < 20
-    attacks("requests of which memory stays flat", number, MB_more=round(memory[-1] - memory[0]))
+    record_attacks("requests of which memory stays flat", number, MB_more=round(memory[-1] - memory[0]))

@@ -14,24 +14,26 @@ from pathlib import Path
 import pytest
 
 from common.errors import fail_in_one_line
-from common.signals import LastingStream, Terminated, handled_signals, raise_terminated
-from corpus.shard_writer import partial_folder
-from tests.helpers import ROOT, TINY_MODEL, read_log
+from common.signals import BestEffortStream, Terminated, handle_signals, raise_terminated
+from corpus.shard_writer import dataset_staging_folder
+from tests.helpers import ROOT, TINY_MODEL_FLAGS, read_jsonl
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")
-FOR_LONG = [*TINY_MODEL, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--epochs", "4000"]
-FOR_LONG += ["--log_interval", "1", "--eval_interval", "1000000", "--save_interval", "20"]
+LONG_RUN_FLAGS = [*TINY_MODEL_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--epochs", "4000"]
+LONG_RUN_FLAGS += ["--log_interval", "1", "--eval_interval", "1000000", "--save_interval", "20"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture
-def job(pretrain_dir, tokenizer_dir, tmp_path):
-    """job(launcher, *flags, **options of Popen) starts a pretraining and waits for its first save."""
+def start_training(pretrain_dir, tokenizer_dir, tmp_path):
+    """start_training(launcher, *flags, **options of Popen) starts a pretraining and waits for its first save."""
     started = []
 
     def start(*launcher, flags=(), **options):
         data = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out"]
-        process = begin([*launcher, ROOT / "1-pretrain.py", *FOR_LONG, *data, *flags], tmp_path, **options)
+        process = start_process(
+            [*launcher, ROOT / "1-pretrain.py", *LONG_RUN_FLAGS, *data, *flags], tmp_path, **options
+        )
         started.append(process)
         wait_for(lambda: saved_step(tmp_path / "out") and last_step(tmp_path / "out") > 21, process)
         return process
@@ -43,24 +45,24 @@ def job(pretrain_dir, tokenizer_dir, tmp_path):
                 os.kill(pid, signal.SIGKILL)
 
 
-def begin(command, folder, **options):
+def start_process(command, folder, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     with (folder / "out.txt").open("a") as out, (folder / "err.txt").open("a") as err:
         options = {"stdout": out, "stderr": err, "start_new_session": True, **options}
         return subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, **options)
 
 
-def wait_for(true, process=None, seconds=120):
+def wait_for(condition, process=None, seconds=120):
     deadline = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert process is None or process.poll() is None, "ended early"
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line) for line in listing.stdout.split()]
 
 
 def is_alive(pid):
@@ -78,33 +80,33 @@ def saved_step(out):
 def last_step(out):
     log = out / "pretrain_32.jsonl"
     with contextlib.suppress(ValueError, FileNotFoundError):
-        return max((row["step"] for row in read_log(log)), default=0)
+        return max((row["step"] for row in read_jsonl(log)), default=0)
     return 0
 
 
-def our_lines(folder):
+def message_lines(folder):
     lines = (folder / "err.txt").read_text().splitlines()
     return [line for line in lines if line.startswith(("error:", "terminated", "interrupted", "Traceback"))]
 
 
 # ---- one process -----------------------------------------------------------------------------------------------------
-def test_a_closed_terminal_saves_first(job, tmp_path):
+def test_a_closed_terminal_saves_before_the_exit(start_training, tmp_path):
     """The terminal of the process is really closed: SIGHUP from the system, and EIO from every print."""
     master, terminal = os.openpty()
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
     session = [sys.executable, "-c", "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
                "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"]  # fmt: skip
-    process = job(*session, **streams)
+    process = start_training(*session, **streams)
     os.close(terminal)
     os.close(master)
     assert process.wait(60) == 0
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "no step is lost"
 
 
-def test_under_nohup_a_closed_terminal_changes_nothing_and_a_closed_pipe_loses_nothing(job, tmp_path):
+def test_under_nohup_a_closed_terminal_changes_nothing_and_a_closed_pipe_loses_nothing(start_training, tmp_path):
     """`nohup python 1-pretrain.py | tee log`, of which tee dies: SIGHUP is ignored, prints raise EPIPE."""
     reader, writer = os.pipe()
-    process = job("nohup", sys.executable, stdout=writer)
+    process = start_training("nohup", sys.executable, stdout=writer)
     os.close(writer)
     os.close(reader)
     process.send_signal(signal.SIGHUP)
@@ -116,9 +118,9 @@ def test_under_nohup_a_closed_terminal_changes_nothing_and_a_closed_pipe_loses_n
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out")
 
 
-def test_a_stream_outlives_its_file(tmp_path):
+def test_a_stream_survives_the_loss_of_its_file(tmp_path):
     reader, writer = os.pipe()
-    stream = LastingStream(os.fdopen(writer, "w", buffering=1))
+    stream = BestEffortStream(os.fdopen(writer, "w", buffering=1))
     os.close(reader)
     assert [stream.write("lost\n") for _ in range(3)] == [5, 5, 5]
     stream.flush()
@@ -141,11 +143,11 @@ def test_a_signal_is_one_line_after_the_clean_up(number, code, capsys):
 def test_an_ignored_signal_stays_ignored_and_a_library_gets_a_sigterm_for_a_sighup():
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with handled_signals(raise_terminated):
+        with handle_signals(raise_terminated):
             signal.raise_signal(signal.SIGHUP)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         seen = []
-        with handled_signals(raise_terminated):
+        with handle_signals(raise_terminated):
             ours = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))  # as uvicorn does
             signal.raise_signal(signal.SIGHUP)
             assert seen == [signal.SIGTERM]
@@ -157,9 +159,9 @@ def test_an_ignored_signal_stays_ignored_and_a_library_gets_a_sigterm_for_a_sigh
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_data_process_leaves_nothing_half_written(number, tmp_path, scaled):
+def test_data_process_leaves_nothing_half_written(number, tmp_path, num_attacks):
     """The result is not there, what is unfinished has its own name, and the same command completes it."""
-    if number == signal.SIGHUP and scaled(True, False):
+    if number == signal.SIGHUP and num_attacks(True, False):
         pytest.skip("make faults")
     source, out = tmp_path / "rows.jsonl", tmp_path / "clean"
     text = (
@@ -169,25 +171,25 @@ def test_data_process_leaves_nothing_half_written(number, tmp_path, scaled):
     rows = [json.dumps({"text": text.format(i)}) for i in range(30_000)]
     source.write_text("\n".join(rows) + "\n")
     command = [sys.executable, ROOT / "data_process.py", "clean", source, "--out_dir", out]
-    process = begin(command, tmp_path)
-    wait_for(lambda: list(partial_folder(out).glob("*")), process)
+    process = start_process(command, tmp_path)
+    wait_for(lambda: list(dataset_staging_folder(out).glob("*")), process)
     process.send_signal(number)
     assert process.wait(60) == 128 + number
-    assert our_lines(tmp_path) == [f"terminated by {number.name}"]
+    assert message_lines(tmp_path) == [f"terminated by {number.name}"]
     assert not out.exists()
-    assert begin(command, tmp_path).wait(240) == 0
-    assert not partial_folder(out).exists() and out.is_dir()
+    assert start_process(command, tmp_path).wait(240) == 0
+    assert not dataset_staging_folder(out).exists() and out.is_dir()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_server_ends_in_one_line(number, tiny_parent, tmp_path, scaled):
-    if number == signal.SIGTERM and scaled(True, False):
+def test_a_server_ends_in_one_line(number, tiny_parent, tmp_path, num_attacks):
+    if number == signal.SIGTERM and num_attacks(True, False):
         pytest.skip("make faults")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = [sys.executable, ROOT / "serve_openai_api.py", "--checkpoint", tiny_parent, "--device", "cpu"]
-    process = begin([*server, "--port", port], tmp_path)
+    process = start_process([*server, "--port", port], tmp_path)
 
     def answers():
         with contextlib.suppress(OSError):
@@ -201,10 +203,10 @@ def test_a_server_ends_in_one_line(number, tiny_parent, tmp_path, scaled):
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
-def resumes(job, tmp_path):
+def check_resumes(start_training, tmp_path):
     """The same command resumes from the last save, and a SIGTERM to the launcher saves."""
     step = saved_step(tmp_path / "out")
-    process = job(*TORCHRUN)
+    process = start_training(*TORCHRUN)
     assert f"going on after step {step} of" in (tmp_path / "out.txt").read_text()
     process.terminate()
     process.wait(60)
@@ -212,65 +214,66 @@ def resumes(job, tmp_path):
     return True
 
 
-def test_a_killed_rank_is_named_and_the_others_end(job, tmp_path, scaled, attacks):
-    for lost in (1, 0)[: scaled(1, 2)]:
-        launcher = job(*TORCHRUN)
+def test_a_killed_rank_is_named_and_the_others_end(start_training, tmp_path, num_attacks, record_attacks):
+    for lost in (1, 0)[: num_attacks(1, 2)]:
+        launcher = start_training(*TORCHRUN)
         ranks = children(launcher.pid)
         os.kill(ranks[lost], signal.SIGKILL)
         assert launcher.wait(60) == 1
-        (line,) = our_lines(tmp_path)[:1]
+        (line,) = message_lines(tmp_path)[:1]
         assert f"error: rank {lost} (process {ranks[lost]} on " in line and "the same command resumes" in line
         assert "exitcode  : 2" in (tmp_path / "err.txt").read_text()
         (tmp_path / "err.txt").write_text("")
-    assert resumes(job, tmp_path) if scaled(False, True) else True
-    attacks("ranks killed", scaled(1, 2), named=scaled(1, 2))
+    assert check_resumes(start_training, tmp_path) if num_attacks(False, True) else True
+    record_attacks("ranks killed", num_attacks(1, 2), named=num_attacks(1, 2))
 
 
-def test_a_killed_launcher_leaves_no_process_and_loses_no_step(job, tmp_path):
-    launcher = job(*TORCHRUN)
+def test_a_killed_launcher_leaves_no_process_and_loses_no_step(start_training, tmp_path):
+    launcher = start_training(*TORCHRUN)
     ranks = children(launcher.pid)
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(map(is_alive, ranks)), seconds=60)
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "the ranks save and leave"
-    assert our_lines(tmp_path) == [] and "run again to go on" in (tmp_path / "out.txt").read_text()
+    assert message_lines(tmp_path) == [] and "run again to go on" in (tmp_path / "out.txt").read_text()
 
 
-def test_a_stopped_rank_is_named_and_the_others_end(job, tmp_path, scaled, attacks):
-    for stopped in (1, 0)[: scaled(1, 2)]:
-        launcher = job(*TORCHRUN, flags=["--dist_timeout", "6"])
+def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, num_attacks, record_attacks):
+    for stopped in (1, 0)[: num_attacks(1, 2)]:
+        launcher = start_training(*TORCHRUN, flags=["--dist_timeout", "6"])
         ranks = children(launcher.pid)
         os.kill(ranks[stopped], signal.SIGSTOP)
         wait_for(lambda rank=ranks[1 - stopped]: not is_alive(rank), seconds=60)
         os.kill(ranks[stopped], signal.SIGKILL)  # torchrun does so too, after --shutdown-timeout
         assert launcher.wait(60) == 1
-        (line,) = our_lines(tmp_path)[:1]
+        (line,) = message_lines(tmp_path)[:1]
         assert f"error: rank {stopped} (process {ranks[stopped]} on " in line and "no sign of life" in line
         (tmp_path / "err.txt").write_text("")
-    attacks("ranks stopped", scaled(1, 2), named=scaled(1, 2))
+    record_attacks("ranks stopped", num_attacks(1, 2), named=num_attacks(1, 2))
 
 
-def test_a_rank_that_lives_and_does_not_take_part_is_named(tmp_path, scaled):
+def test_a_rank_that_does_not_join_a_collective_is_named(tmp_path, num_attacks):
     """One rank sleeps in its main thread: its heartbeat continues, the collective of the other one runs out of time."""
-    if scaled(True, False):
+    if num_attacks(True, False):
         pytest.skip("make faults")
-    text = run_ranks(tmp_path, "if run.rank == 1: time.sleep(60)\nrun.sum([1.0])")
+    text = run_ranks(tmp_path, "if dist.rank == 1: time.sleep(60)\ndist.all_reduce_sum([1.0])")
     assert "error: rank 1 (process " in text and "is alive and has not taken part for 4 s (--dist_timeout)" in text
 
 
-def test_work_of_one_rank_may_take_longer_than_the_timeout(tmp_path, scaled):
-    """`main_first`, under which chats are tokenised, and `wait` have no time limit as long as all ranks live."""
-    if scaled(True, False):
+def test_work_of_one_rank_may_take_longer_than_the_timeout(tmp_path, num_attacks):
+    """`rank0_first`, under which chats are tokenised, and `barrier` have no time limit as long as all ranks live."""
+    if num_attacks(True, False):
         pytest.skip("make faults")
-    work = "with run.main_first():\n    if run.is_main: time.sleep(25)\nprint('done', run.rank, run.sum([1.0]))"
+    work = "with dist.rank0_first():\n    if dist.is_rank0: time.sleep(25)\n"
+    work += "print('done', dist.rank, dist.all_reduce_sum([1.0]))"
     text = run_ranks(tmp_path, work, code=0)
     assert "done 0 [2.0]" in text and "done 1 [2.0]" in text
 
 
-def test_an_error_of_one_rank_is_the_only_line(tmp_path, scaled):
-    if scaled(True, False):
+def test_an_error_of_one_rank_is_the_only_line(tmp_path, num_attacks):
+    if num_attacks(True, False):
         pytest.skip("make faults")
-    text = run_ranks(tmp_path, "if run.is_main: raise UserError('the disk is full')\nrun.sum([1.0])")
+    text = run_ranks(tmp_path, "if dist.is_rank0: raise UserError('the disk is full')\ndist.all_reduce_sum([1.0])")
     assert [line for line in text.splitlines() if line.startswith("error")] == ["error: the disk is full"]
 
 
@@ -279,8 +282,8 @@ def run_ranks(tmp_path, work, code=1):
     lines = "".join(f"        {line}\n" for line in work.splitlines())
     (tmp_path / "ranks.py").write_text(
         "import os, time\nos.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'\n"
-        "from common.errors import UserError, fail_in_one_line\nfrom trainer.distributed import start\n"
-        f"with fail_in_one_line():\n    with start('cpu', 'float32', 0, 4) as run:\n{lines}"
+        "from common.errors import UserError, fail_in_one_line\nfrom trainer.distributed import init_distributed\n"
+        f"with fail_in_one_line():\n    with init_distributed('cpu', 'float32', 0, 4) as dist:\n{lines}"
     )
-    assert begin([*TORCHRUN, tmp_path / "ranks.py"], tmp_path).wait(120) == code
+    assert start_process([*TORCHRUN, tmp_path / "ranks.py"], tmp_path).wait(120) == code
     return (tmp_path / "out.txt").read_text() + (tmp_path / "err.txt").read_text()

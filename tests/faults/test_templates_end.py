@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from model.jinja_template import TemplateFormat
+from model.jinja_template import JinjaTemplate
 from tests.helpers import run_process
 from tests.model.test_jinja_template import CHAT
 
@@ -129,7 +129,7 @@ UNREADABLE = {
 
 
 @pytest.fixture(scope="module")
-def ends():
+def render_results():
     """name -> (seconds, what is said), in a process that may not grow by more than 100 MB."""
     code = (
         "import json, re, resource, sys, time\n"
@@ -152,27 +152,27 @@ def ends():
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_rendering_is_bounded(ends, name):
-    seconds, said = ends[name]
-    what = "fails: 'lipsum' is undefined" if name == "lipsum" else "takes "
-    assert said.startswith(f"RefusedChat: the model's chat template {what}") and seconds < 1
+def test_rendering_is_bounded(render_results, name):
+    seconds, message = render_results[name]
+    expected_reason = "fails: 'lipsum' is undefined" if name == "lipsum" else "takes "
+    assert message.startswith(f"RefusedChat: the model's chat template {expected_reason}") and seconds < 1
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_compiled_is_one_line(ends, name):
-    seconds, said = ends[name]
-    assert said.startswith("UserError: the model's chat template ") and "\n" not in said and seconds < 1
+def test_an_invalid_template_is_one_line(render_results, name):
+    seconds, message = render_results[name]
+    assert message.startswith("UserError: the model's chat template ") and "\n" not in message and seconds < 1
 
 
 def test_rendering_is_bounded_in_every_thread():
     """The server renders in a pool."""
-    endless = TemplateFormat(ENDLESS["loops"], {}, re.compile("</s>"))
+    endless = JinjaTemplate(ENDLESS["loops"], {}, re.compile("</s>"))
     with ThreadPoolExecutor(8) as pool:
-        said = [str(each.exception()) for each in [pool.submit(endless.text, CHAT) for _ in range(8)]]
-    assert all("takes more than 200,000 steps" in one for one in said)
+        message = [str(each.exception()) for each in [pool.submit(endless.text, CHAT) for _ in range(8)]]
+    assert all("takes more than 200,000 steps" in one for one in message)
 
 
-def test_no_template_takes_a_second_or_100_mb(ends, attacks):
-    refused = sum(": the model's chat template " in said for _, said in ends.values())
-    attacks("chat templates without an end", len(ends), refused=refused)
-    assert refused == len(ends)
+def test_no_template_takes_a_second_or_100_mb(render_results, record_attacks):
+    refused = sum(": the model's chat template " in message for _, message in render_results.values())
+    record_attacks("chat templates without an end", len(render_results), refused=refused)
+    assert refused == len(render_results)

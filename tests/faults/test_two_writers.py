@@ -18,8 +18,8 @@ import pytest
 
 from common.files import is_temporary
 from tests.faults.conftest import FULL
-from tests.helpers import ROOT, chat_row, write_shards
-from tests.planted import rows as planted_rows
+from tests.helpers import ROOT, make_chat_row, write_shards
+from tests.planted import planted_rows
 
 KINDS = ["clean", "sft"] + (
     [
@@ -43,9 +43,9 @@ KINDS = ["clean", "sft"] + (
 def inputs(tmp_path_factory, tokenizer_dir, tiny_parent):
     folder = tmp_path_factory.mktemp("inputs")
     pairs = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(3000)]
-    chats = [chat_row(i) for i in range(3000)]
-    draw = random.Random(0)
-    questions = [{"question": " ".join("".join(draw.choices("abcdefgh", k=6)) for _ in range(15))} for _ in range(50)]
+    chats = [make_chat_row(i) for i in range(3000)]
+    rng = random.Random(0)
+    questions = [{"question": " ".join("".join(rng.choices("abcdefgh", k=6)) for _ in range(15))} for _ in range(50)]
     files = {"texts": list(planted_rows(1500, 0.3)), "chats": chats, "pairs": pairs, "questions": questions}
     for name, rows in files.items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -72,11 +72,11 @@ def command(kind: str, inputs: dict, out: Path) -> tuple[list, Path]:
         "exam": ["-m", "demo_world.exam"],
         "demo": ["demo.py", "--max_steps", 1],
     }
-    where = [] if kind == "export" else ["--out_dir", out]
-    return [sys.executable, *lines[kind], *where], out
+    out_flags = [] if kind == "export" else ["--out_dir", out]
+    return [sys.executable, *lines[kind], *out_flags], out
 
 
-def start(line: list) -> subprocess.Popen:
+def start_command(line: list) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
         [*map(str, line)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -84,18 +84,18 @@ def start(line: list) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def start_and_stop(line: list, place: Path) -> subprocess.Popen:
+def start_and_suspend(line: list, output: Path) -> subprocess.Popen:
     """Start a command and stop it while it holds the lock of its output."""
-    process, until = start(line), time.monotonic() + 120
-    while not list(place.parent.glob(f".{place.name}*.lock.json")):
+    process, until = start_command(line), time.monotonic() + 120
+    while not list(output.parent.glob(f".{output.name}*.lock.json")):
         assert process.poll() is None and time.monotonic() < until, process.stderr.read()
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGSTOP)
-    assert list(place.parent.glob(f".{place.name}*.lock.json")), "it was faster than this test: give it more to do"
+    assert list(output.parent.glob(f".{output.name}*.lock.json")), "it was faster than this test: give it more to do"
     return process
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def folder_contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -103,7 +103,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def ends(process: subprocess.Popen, code: int) -> str:
+def wait_for_exit(process: subprocess.Popen, code: int) -> str:
     error = process.communicate(timeout=300)[1]
     assert process.returncode == code, error
     return error
@@ -114,12 +114,12 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_path, inputs, kind, attacks):
+def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_path, inputs, kind, record_attacks):
     comparable = kind not in ("demo", "dedup many")  # their results hold seconds
-    (line, place), (alone, expected) = (command(kind, inputs, tmp_path / name / "out") for name in ("two", "one"))
-    place.parent.mkdir()
-    first = start_and_stop(line, place)
-    error = ends(start(line), 2)
+    (line, output), (alone, expected) = (command(kind, inputs, tmp_path / name / "out") for name in ("two", "one"))
+    output.parent.mkdir()
+    first = start_and_suspend(line, output)
+    error = wait_for_exit(start_command(line), 2)
     assert re.fullmatch(
         rf"error: \S*out\S* is being written by `\S+ .*` \(process {first.pid} on \S+, since 20[-: \d]+\): wait .*\n",
         error,
@@ -129,22 +129,22 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
         first.communicate()
         return
     os.killpg(first.pid, signal.SIGCONT)
-    ends(first, 0)
-    ends(start(alone), 0)
-    assert content(place).keys() == content(expected).keys() != set()
+    wait_for_exit(first, 0)
+    wait_for_exit(start_command(alone), 0)
+    assert folder_contents(output).keys() == folder_contents(expected).keys() != set()
     if comparable:
-        assert content(place) == content(expected)
-    shutil.rmtree(place)
-    killed = start_and_stop(line, place)
+        assert folder_contents(output) == folder_contents(expected)
+    shutil.rmtree(output)
+    killed = start_and_suspend(line, output)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    ends(start(line), 0)
-    assert not comparable or content(place) == content(expected)
-    assert not [name for name in leftovers(place.parent) if "scores" not in name]
-    attacks("commands that write one output at the same time", 2, refused=1, freed_by_a_kill=1)
+    wait_for_exit(start_command(line), 0)
+    assert not comparable or folder_contents(output) == folder_contents(expected)
+    assert not [name for name in leftovers(output.parent) if "scores" not in name]
+    record_attacks("commands that write one output at the same time", 2, refused=1, freed_by_a_kill=1)
 
 
-TOKENISE = """
+TOKENIZE_SCRIPT = """
 import sys
 from corpus.prepare_chats import tokenise_chats
 from model.tokenizer import load_tokenizer
@@ -156,15 +156,15 @@ def test_two_training_runs_that_need_the_same_token_folder_make_it_once(tmp_path
     (tmp_path / "sft").mkdir()
     for name in ("train.jsonl", "val.jsonl"):
         shutil.copy(inputs["chats"], tmp_path / "sft" / name)
-    line = [sys.executable, "-c", TOKENISE, tmp_path / "sft", tokenizer_dir]
-    place = tmp_path / "sft" / "tokens-"
-    first = start_and_stop(line, place)
+    line = [sys.executable, "-c", TOKENIZE_SCRIPT, tmp_path / "sft", tokenizer_dir]
+    output = tmp_path / "sft" / "tokens-"
+    first = start_and_suspend(line, output)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     second = subprocess.Popen([*map(str, line)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    said = second.stdout.readline()
-    assert re.search(rf"tokens-\w+ is being written by `.*` \(process {first.pid} on .*\): waiting for it\n", said)
+    message = second.stdout.readline()
+    assert re.search(rf"tokens-\w+ is being written by `.*` \(process {first.pid} on .*\): waiting for it\n", message)
     os.killpg(first.pid, signal.SIGCONT)
-    ends(first, 0)
+    wait_for_exit(first, 0)
     made = next((tmp_path / "sft").glob("tokens-*")).stat().st_mtime_ns
     assert second.communicate(timeout=120)[0].strip().endswith(next((tmp_path / "sft").glob("tokens-*")).name)
     assert second.returncode == 0
@@ -172,7 +172,7 @@ def test_two_training_runs_that_need_the_same_token_folder_make_it_once(tmp_path
     assert not [path for path in (tmp_path / "sft").iterdir() if is_temporary(path)]
 
 
-def test_a_reader_between_the_two_renames_of_a_replacement_is_told_what_happened(tmp_path, tokenizer):
+def test_a_reader_between_two_renames_gets_an_error_with_the_remedy(tmp_path, tokenizer):
     from common.errors import UserError
     from corpus.dataset_meta import read_meta
 

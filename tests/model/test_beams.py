@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from model.beams import BeamSearch
-from model.completion import Answer, Row
-from model.generate import Batch, generate, stream
-from model.sampling import Sampling
-from tests.model.test_hf_parity import stock_settings
-from tests.serving.server_help import make_model
+from model.completion import Completion, Sequence
+from model.generate import DecodeBatch, generate, stream
+from model.sampling import SamplingParams
+from tests.model.test_hf_parity import hf_settings
+from tests.serving.server_help import make_random_model
 
 PROMPTS = [[50, 60, 70, 50, 60], [100] * 9, [80, 81, 82, 80, 81, 82, 80]]
 BEAMS = {"num_beams": 4}
 NGRAMS = {"no_repeat_ngram_size": 5}
-SETTINGS = [
+BEAM_OPTIONS = [
     NGRAMS,
     BEAMS,
     {**BEAMS, **NGRAMS},
@@ -34,49 +34,49 @@ SETTINGS = [
 ]
 
 
-def stopping_model(tokenizer, seed, sureness):
-    """Random weights that repeat themselves; the larger `sureness`, the sooner one of the two stop tokens comes."""
-    model = make_model(tokenizer, tie_embeddings=False)
+def stopping_model(tokenizer, seed, stop_scale):
+    """Random weights that repeat themselves; the larger `stop_scale`, the sooner one of the two stop tokens comes."""
+    model = make_random_model(tokenizer, tie_embeddings=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 weight.copy_((0.1 if "layers" in name else 0.4) * torch.randn(weight.shape, generator=generator))
-        model.lm_head.weight[tokenizer.stop_ids] *= sureness
+        model.lm_head.weight[tokenizer.stop_ids] *= stop_scale
     return model
 
 
-def of_transformers(model, tokenizer, prompts, **options):
+def transformers_answers(model, tokenizer, prompts, **options):
     """[(ids without the stop token, finish reason)] as transformers' generate has them."""
     transformers = pytest.importorskip("transformers")
     if "num_beams" in options and not hasattr(transformers.GenerationMixin, "_check_early_stop_heuristic"):
         pytest.skip("this transformers has the older beam search, which ends at another step in some cases")
-    stock = transformers.LlamaForCausalLM(transformers.LlamaConfig(**stock_settings(model.config))).eval()
-    stock.load_state_dict(model.state_dict())
+    hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_settings(model.config))).eval()
+    hf_model.load_state_dict(model.state_dict())
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
     unfit = [*(tokenizer.special_ids - set(tokenizer.stop_ids))]
-    found = stock.generate(
+    found = hf_model.generate(
         input_ids=torch.tensor([[tokenizer.pad_id] * pad + ids for pad, ids in zip(pads, prompts, strict=True)]),
         attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads]),
         do_sample=False, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id, suppress_tokens=unfit,
         **options,
     )[:, width:].tolist()  # fmt: skip
     answers = []
-    for row in found:
-        end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
-        answers.append((row[:end], "length" if end is None else "stop"))
+    for sequence in found:
+        end = next((i for i, token in enumerate(sequence) if token in tokenizer.stop_ids), None)
+        answers.append((sequence[:end], "length" if end is None else "stop"))
     return answers
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
-def test_the_tokens_are_those_of_transformers(options, tokenizer):
+@pytest.mark.parametrize("options", BEAM_OPTIONS, ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()))
+def test_beam_search_tokens_equal_transformers(options, tokenizer):
     reasons = set()
-    for seed, sureness in ((1, 0.0), (4, 1.2), (5, 1.2), (8, 1.6), (2, 2.0)):
-        model = stopping_model(tokenizer, seed, sureness)
+    for seed, stop_scale in ((1, 0.0), (4, 1.2), (5, 1.2), (8, 1.6), (2, 2.0)):
+        model = stopping_model(tokenizer, seed, stop_scale)
         for prompts in (PROMPTS[:1], PROMPTS):
-            ours = generate(model, prompts, Sampling(max_new_tokens=24, **options), tokenizer)
-            theirs = of_transformers(model, tokenizer, prompts, max_new_tokens=24, **options)
+            ours = generate(model, prompts, SamplingParams(max_new_tokens=24, **options), tokenizer)
+            theirs = transformers_answers(model, tokenizer, prompts, max_new_tokens=24, **options)
             assert [(answer.ids, answer.finish_reason) for answer in ours] == theirs
             reasons |= {answer.finish_reason for answer in ours}
     assert reasons == {"stop", "length"}, "both ends are compared"
@@ -99,10 +99,10 @@ GOLDEN = {  # what transformers 5.24 returns for these weights
 }
 
 
-def test_golden_answers(tokenizer):
+def test_beam_search_golden_answers(tokenizer):
     model, found = stopping_model(tokenizer, 4, 1.2), {}
     for name, options in (("greedy", {}), ("beams", BEAMS), ("ngrams", NGRAMS), ("both", {**BEAMS, **NGRAMS})):
-        (answer,) = generate(model, PROMPTS[:1], Sampling(max_new_tokens=24, **options), tokenizer)
+        (answer,) = generate(model, PROMPTS[:1], SamplingParams(max_new_tokens=24, **options), tokenizer)
         found[name] = (answer.ids, answer.finish_reason)
     assert found == GOLDEN
 
@@ -110,45 +110,45 @@ def test_golden_answers(tokenizer):
 # ------------------------------------------------------------------------------------------------ by hand
 
 
-def logs(*rows):
-    return torch.tensor(rows).log()
+def log_probs(*sequences):
+    return torch.tensor(sequences).log()
 
 
-def test_a_likelier_answer_than_the_greedy_one_is_found():
+def test_beam_search_finds_a_better_answer_than_greedy():
     """0.6 * 0.3 < 0.4 * 1.0: the greedy choice of the first token is the wrong one. Token 3 stops."""
-    search = BeamSearch(2, longest=3, length_penalty=0.0, stop_ids=[3])
-    first = search.advance(logs([0.6, 0.4, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]))
+    search = BeamSearch(2, max_length=3, length_penalty=0.0, stop_ids=[3])
+    first = search.advance(log_probs([0.6, 0.4, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]))
     assert first == ([0, 0], [0, 1])  # both from beam 0: at the start all hold the same prompt
-    parents, tokens = search.advance(logs([0.3, 0.3, 0.2, 0.2], [0.0, 0.0, 1.0, 0.0]))
+    parents, tokens = search.advance(log_probs([0.3, 0.3, 0.2, 0.2], [0.0, 0.0, 1.0, 0.0]))
     assert (parents[0], tokens[0]) == (1, 2) and math.exp(search.scores[0]) == pytest.approx(0.4)
-    search.advance(logs([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]))
+    search.advance(log_probs([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]))
     assert search.done and search.best == [1, 2, 3]
     assert math.exp(search.finished[0][0]) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("length_penalty", "best"), [(0.0, [3]), (1.0, [0, 3]), (-1.0, [3])])
-def test_the_length_penalty_weighs_the_length(length_penalty, best):
+def test_length_penalty_changes_the_best_answer(length_penalty, best):
     """log 0.5 / 1 = -0.69 against log 0.4 / 2 = -0.46; without a penalty the more probable answer wins."""
-    search = BeamSearch(2, longest=2, length_penalty=length_penalty, stop_ids=[3])
-    search.advance(logs([0.45, 0.05, 0.0, 0.5], [0.45, 0.05, 0.0, 0.5]))
-    search.advance(logs([0.0, 0.05, 0.0, 0.9], [1.0, 0.0, 0.0, 0.0]))
+    search = BeamSearch(2, max_length=2, length_penalty=length_penalty, stop_ids=[3])
+    search.advance(log_probs([0.45, 0.05, 0.0, 0.5], [0.45, 0.05, 0.0, 0.5]))
+    search.advance(log_probs([0.0, 0.05, 0.0, 0.9], [1.0, 0.0, 0.0, 0.0]))
     assert search.done and search.best == best
 
 
-def test_a_search_ends_when_no_beam_can_win():
+def test_beam_search_ends_when_no_beam_can_improve():
     """Two finished answers of score 0.5 and 0.4 / 2: the beams left have less, however long they may become."""
-    search = BeamSearch(2, longest=100, length_penalty=0.0, stop_ids=[3])
-    search.advance(logs([0.46, 0.04, 0.0, 0.5], [0.46, 0.04, 0.0, 0.5]))
+    search = BeamSearch(2, max_length=100, length_penalty=0.0, stop_ids=[3])
+    search.advance(log_probs([0.46, 0.04, 0.0, 0.5], [0.46, 0.04, 0.0, 0.5]))
     assert not search.done, "one finished answer is not two"
-    search.advance(logs([0.05, 0.05, 0.0, 0.9], [0.25, 0.25, 0.25, 0.25]))
+    search.advance(log_probs([0.05, 0.05, 0.0, 0.9], [0.25, 0.25, 0.25, 0.25]))
     assert search.done and search.length == 2 and [ids for _, ids in search.finished] == [[3], [0, 3]]
 
 
-def test_too_few_allowed_tokens_are_no_fault():
-    search = BeamSearch(4, longest=3, length_penalty=1.0, stop_ids=[3])
-    parents, tokens = search.advance(logs(*[[0.0, 1.0, 0.0, 0.0]] * 4))
+def test_beam_search_with_fewer_allowed_tokens_than_beams():
+    search = BeamSearch(4, max_length=3, length_penalty=1.0, stop_ids=[3])
+    parents, tokens = search.advance(log_probs(*[[0.0, 1.0, 0.0, 0.0]] * 4))
     assert (parents[0], tokens[0]) == (0, 1)
-    search.advance(logs(*[[0.0, 0.0, 0.0, 1.0]] * 4))
+    search.advance(log_probs(*[[0.0, 0.0, 0.0, 1.0]] * 4))
     assert search.done and search.best == [1, 3]
 
 
@@ -170,39 +170,41 @@ KINDS = [
 
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_searches_and_plain_rows_beside_each_other_are_answered_as_if_alone(use_moe, tokenizer):
+def test_beam_searches_and_sampled_sequences_in_one_batch_equal_each_alone(use_moe, tokenizer):
     """Rows join at different steps and end at different ones, so that slots of a search move to other places."""
-    model = make_model(tokenizer, use_moe=use_moe)
-    batch, rows = Batch(model, tokenizer), []
+    model = make_random_model(tokenizer, use_moe=use_moe)
+    batch, sequences = DecodeBatch(model, tokenizer), []
     for step in range(60):
         if step % 3 == 0 and step < 30:
             i = step // 3
             options = {**KINDS[i % 5], "max_new_tokens": 5 + 7 * (i % 4)}
-            rows.append(Row(model, tokenizer, PROMPTS[i % 3], Sampling(**options), Answer()))
-            batch.join(rows[-1:])
+            sequences.append(Sequence(model, tokenizer, PROMPTS[i % 3], SamplingParams(**options), Completion()))
+            batch.prefill(sequences[-1:])
         elif batch.slots:
-            batch.step()
+            batch.decode()
     assert batch.cache is None and not batch.slots
-    for row in rows:
-        assert [row.answer] == generate(model, [row.prompt], row.settings, tokenizer)
+    for sequence in sequences:
+        assert [sequence.completion] == generate(model, [sequence.prompt], sequence.settings, tokenizer)
 
 
-def test_a_search_that_leaves_takes_its_places_with_it(model, tokenizer):
-    batch = Batch(model, tokenizer)
-    search, plain = (Row(model, tokenizer, [50], Sampling(max_new_tokens=9, **kind), Answer()) for kind in (BEAMS, {}))
-    batch.join([search, plain])
-    assert len(batch.slots) == 5 and batch.rows == [search, plain]
-    batch.leave(search)
-    assert [slot.row for slot in batch.slots] == [plain]
+def test_removing_a_beam_search_frees_all_its_slots(model, tokenizer):
+    batch = DecodeBatch(model, tokenizer)
+    search, plain = (
+        Sequence(model, tokenizer, [50], SamplingParams(max_new_tokens=9, **kind), Completion()) for kind in (BEAMS, {})
+    )
+    batch.prefill([search, plain])
+    assert len(batch.slots) == 5 and batch.sequences == [search, plain]
+    batch.remove(search)
+    assert [slot.sequence for slot in batch.slots] == [plain]
     assert not batch.cache.keys[:, 1:].any() and not batch.cache.values[:, 1:].any()
     while batch.slots:
-        batch.step()
-    assert [plain.answer] == generate(model, [[50]], plain.settings, tokenizer)
+        batch.decode()
+    assert [plain.completion] == generate(model, [[50]], plain.settings, tokenizer)
 
 
-def test_a_streamed_search_yields_its_text_at_the_end(model, tokenizer):
-    options = Sampling(max_new_tokens=10, num_beams=4)
-    answer = Answer()
+def test_streamed_beam_search_yields_its_text_at_the_end(model, tokenizer):
+    options = SamplingParams(max_new_tokens=10, num_beams=4)
+    answer = Completion()
     *before, last = stream(model, PROMPTS[0], options, tokenizer, answer)
     assert [answer] == generate(model, PROMPTS[:1], options, tokenizer)
     assert set(before) == {""} and last == answer.text == tokenizer.decode(answer.ids)
@@ -212,32 +214,32 @@ def test_a_streamed_search_yields_its_text_at_the_end(model, tokenizer):
     assert model.training is False
 
 
-def test_stop_strings_cut_the_finished_text(tokenizer):
+def test_stop_strings_cut_the_finished_text_of_a_beam_search(tokenizer):
     model = stopping_model(tokenizer, 1, 0.0)
-    whole = generate(model, PROMPTS[:1], Sampling(max_new_tokens=40, **BEAMS), tokenizer)[0]
+    whole = generate(model, PROMPTS[:1], SamplingParams(max_new_tokens=40, **BEAMS), tokenizer)[0]
     stop = [char for char in whole.text if char.isascii()][1]
-    (cut,) = generate(model, PROMPTS[:1], Sampling(max_new_tokens=40, stop=(stop,), **BEAMS), tokenizer)
+    (cut,) = generate(model, PROMPTS[:1], SamplingParams(max_new_tokens=40, stop=(stop,), **BEAMS), tokenizer)
     assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
     assert cut.ids == whole.ids[: len(cut.ids)] and tokenizer.decode(cut.ids) == cut.text + stop
     assert len(cut.ids) < len(whole.ids)
 
 
-def test_a_search_ends_at_the_end_of_the_context(tokenizer):
-    model = make_model(tokenizer, max_seq_len=32)
+def test_beam_search_ends_at_max_seq_len(tokenizer):
+    model = make_random_model(tokenizer, max_seq_len=32)
     for length in (1, 20, 31, 32):
-        (answer,) = generate(model, [[50] * length], Sampling(max_new_tokens=100, **BEAMS), tokenizer)
+        (answer,) = generate(model, [[50] * length], SamplingParams(max_new_tokens=100, **BEAMS), tokenizer)
         assert length + len(answer.ids) == 32 or answer.finish_reason == "stop"
-    assert answer == Answer([], "", "length")
+    assert answer == Completion([], "", "length")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_number_formats(dtype, model, tokenizer):
+def test_beam_search_runs_in_half_precision(dtype, model, tokenizer):
     with torch.autocast("cpu", dtype):
-        answers = generate(model, PROMPTS, Sampling(max_new_tokens=8, **BEAMS, **NGRAMS), tokenizer)
+        answers = generate(model, PROMPTS, SamplingParams(max_new_tokens=8, **BEAMS, **NGRAMS), tokenizer)
     assert all(answer.finish_reason for answer in answers)
 
 
-def test_what_a_search_cannot_do_is_refused():
+def test_params_that_beam_search_cannot_combine_are_refused():
     for wrong, message in (
         ({"num_beams": 0}, "num_beams must be from 1 to 8, not 0"),
         ({"num_beams": 9}, "num_beams must be from 1 to 8, not 9"),
@@ -248,4 +250,4 @@ def test_what_a_search_cannot_do_is_refused():
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            Sampling(**wrong)
+            SamplingParams(**wrong)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
-from model.chat_template import FORMAT_NAMES
-from model.render import write_chat
-from model.tokenizer import OLD_TEMPLATE, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
-from tests.helpers import TOKENS, run_process, run_script, weights
+from model.chat_template import CHAT_FORMATS
+from model.render import render_texts
+from model.tokenizer import LEGACY_TEMPLATE, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
+from tests.helpers import IGNORE_TOKEN_FOLDERS, load_weights, run_process, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
 
 ONE = [("user", " 你好？"), ("assistant", "Hi.\n")]
@@ -56,7 +56,7 @@ def messages_of(turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def shown(tokenizer, ids, mask):
+def format_tokens(tokenizer, ids, mask):
     """The text of the ids, trained runs in [[brackets]]."""
     text, start = "", 0
     for i in range(1, len(ids) + 1):
@@ -69,14 +69,14 @@ def shown(tokenizer, ids, mask):
 
 @pytest.mark.parametrize(("name", "turns"), GOLDEN)
 def test_golden_renderings(tokenizer, name, turns):
-    formatted = tokenizer.with_format(name)
+    formatted = tokenizer.with_chat_format(name)
     ids, mask = formatted.render(messages_of(ONE if turns == "one" else THREE))
-    assert shown(formatted, ids, mask) == GOLDEN[name, turns]
+    assert format_tokens(formatted, ids, mask) == GOLDEN[name, turns]
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_golden_prompts_and_stops(tokenizer, name):
-    formatted = tokenizer.with_format(name)
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_golden_prompts_and_stop_tokens(tokenizer, name):
+    formatted = tokenizer.with_chat_format(name)
     ids, mask = formatted.render(messages_of(ONE[:1]), add_generation_prompt=True)
     assert formatted.decode(ids) == PROMPT[name] and not any(mask)
     stops = [formatted.decode([i]) for i in formatted.stop_ids]
@@ -85,9 +85,9 @@ def test_golden_prompts_and_stops(tokenizer, name):
     assert formatted.stop_strings == {"mindllm": ("<user>\n",), "belle": ("Human: ",)}.get(name, ())
 
 
-def test_the_two_prompts_on_the_card_of_mindllm(tokenizer):
+def test_prompts_of_the_mindllm_model_card(tokenizer):
     """To the letter, and what is asked in the second turn is how the trained chat begins."""
-    formatted = tokenizer.with_format("mindllm")
+    formatted = tokenizer.with_chat_format("mindllm")
     asked = {
         "<|endoftext|><user>\n你知道电动车相对传统汽油车有哪些优点吗?\n<assistant>\n": [
             ("user", "你知道电动车相对传统汽油车有哪些优点吗?")
@@ -106,9 +106,9 @@ def test_the_two_prompts_on_the_card_of_mindllm(tokenizer):
         assert trained[: len(ids)] == ids
 
 
-@pytest.mark.parametrize("name", FORMAT_NAMES)
-def test_each_question_is_asked_as_it_was_trained(tokenizer, name):
-    formatted = tokenizer.with_format(name)
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_generation_prompt_is_a_prefix_of_the_trained_chat(tokenizer, name):
+    formatted = tokenizer.with_chat_format(name)
     whole, mask = formatted.render(messages_of(THREE))
     for end in (2, 4, 6):  # behind each question
         prompt, _ = formatted.render(messages_of(THREE[:end]), add_generation_prompt=True)
@@ -116,7 +116,7 @@ def test_each_question_is_asked_as_it_was_trained(tokenizer, name):
 
 
 def test_belle_joins_turns_by_concatenation_alone(tokenizer):
-    formatted = tokenizer.with_format("belle")
+    formatted = tokenizer.with_chat_format("belle")
     ids, _ = formatted.render(messages_of(THREE[1:]), add_generation_prompt=True)
     assert (
         formatted.decode(ids)
@@ -131,12 +131,12 @@ def test_chatml_has_tools_and_spare_roles(tokenizer):
     assert not any(mask)
     for name, roles in (("belle", chat), ("chatml", messages_of([("a\n<|im_end|>", "x")]))):
         with pytest.raises(UserError, match="role"):
-            tokenizer.with_format(name).render(roles)
+            tokenizer.with_chat_format(name).render(roles)
 
 
 # ---- the same in transformers ----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def tokenizer_pairs(tmp_path_factory):
     """(ours, transformers') of each format, from one trained tokenizer of each algorithm."""
     from transformers import AutoTokenizer
 
@@ -144,7 +144,7 @@ def both(tmp_path_factory):
     pairs = []
     for algorithm in ("bpe", "unigram"):
         backend = train_tokenizer(algorithm, texts, 800, [*SPECIAL_TOKENS, *SPARE_TOKENS])
-        for name in FORMAT_NAMES:
+        for name in CHAT_FORMATS:
             folder = tmp_path_factory.mktemp(f"{algorithm}-{name}")
             pairs.append((save_tokenizer(backend, folder, name), AutoTokenizer.from_pretrained(folder)))
     return pairs
@@ -166,9 +166,9 @@ def chat_of(contents, system):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=_CHAT, system=st.booleans(), prompt=st.booleans())
-def test_transformers_renders_the_same(both, contents, system, prompt):
+def test_transformers_renders_the_same(tokenizer_pairs, contents, system, prompt):
     chat = chat_of(contents, system)
-    for ours, theirs in both:
+    for ours, theirs in tokenizer_pairs:
         ids, mask = ours.render(chat, add_generation_prompt=prompt)
         assert len(ids) == len(mask)
         text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
@@ -180,14 +180,14 @@ def test_transformers_renders_the_same(both, contents, system, prompt):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=_CHAT, system=st.booleans())
-def test_answers_are_what_is_trained(both, contents, system):
+def test_mask_covers_exactly_the_answers(tokenizer_pairs, contents, system):
     """Answers and their closing markers are trained, nothing else; and no typed marker becomes a control token."""
     chat = chat_of(contents, system)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
-    for tokenizer, _ in both:
+    for tokenizer, _ in tokenizer_pairs:
         ids, mask = tokenizer.render(chat)
         trained = [i for i, m in zip(ids, mask, strict=True) if m]
-        closed = [i for i, id_ in enumerate(trained) if id_ == tokenizer.close_id]
+        closed = [i for i, id_ in enumerate(trained) if id_ == tokenizer.end_of_turn_id]
         if tokenizer.format_name == "belle":  # the eos closes the last answer alone
             assert closed == [len(trained) - 1] * (chat[-1]["role"] == "assistant")
             continue
@@ -205,14 +205,14 @@ def test_answers_are_what_is_trained(both, contents, system):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(several=st.lists(_CHAT, min_size=1, max_size=5), prompt=st.booleans())
-def test_a_batch_is_each_chat_by_itself(both, several, prompt):
+def test_render_batch_equals_rendering_each_chat(tokenizer_pairs, several, prompt):
     """And the mask, which is found by halving, is that of looking at every token: does it begin in an answer?"""
     chats = [chat_of(contents, False) for contents in several]
-    for tokenizer, _ in both:
+    for tokenizer, _ in tokenizer_pairs:
         batch = tokenizer.render_batch(chats, prompt)
         assert batch == [tokenizer.render(chat, prompt) for chat in chats]
         for chat, (_, mask) in zip(chats, batch, strict=True):
-            ((parts, answers, _),) = write_chat(tokenizer.format, tokenizer._markers, chat, prompt)
+            ((parts, answers, _),) = render_texts(tokenizer.format, tokenizer._markers, chat, prompt)
             starts, place = [], 0
             for part in parts:
                 encoding = tokenizer._marked.encode(part, add_special_tokens=False)
@@ -221,7 +221,7 @@ def test_a_batch_is_each_chat_by_itself(both, several, prompt):
             assert mask == [int(any(first <= start < end for first, end in answers)) for start in starts]
 
 
-def test_each_answer_is_one_run(both):
+def test_each_answer_is_one_run_of_ones(tokenizer_pairs):
     """Also where question and answer grow together into one token, as they may in a format without roles."""
     parts = [
         ("user", "他们"),
@@ -231,57 +231,57 @@ def test_each_answer_is_one_run(both):
         ("user", "?"),
         ("assistant", "的"),
     ]
-    for tokenizer, _ in both:
+    for tokenizer, _ in tokenizer_pairs:
         _, mask = tokenizer.render(messages_of(parts))
         assert len("".join(map(str, mask)).replace("0", " ").split()) == 3
 
 
 # ---- the format travels ----------------------------------------------------------------------------------------------
-def test_the_format_is_in_the_files(tokenizer, tmp_path):
-    belle = tokenizer.with_format("belle")
+def test_chat_format_is_saved_with_the_tokenizer(tokenizer, tmp_path):
+    belle = tokenizer.with_chat_format("belle")
     belle.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.format_name == "belle" and again.files == belle.files
     assert json.loads(again.files["tokenizer_config.json"])["chat_format"] == "belle"
-    assert again.with_format("chatml").files == tokenizer.files == again.with_format("chatml").files
-    assert tokenizer.with_format(None) is tokenizer and ChatTokenizer(tokenizer.files).format_name == "chatml"
+    assert again.with_chat_format("chatml").files == tokenizer.files == again.with_chat_format("chatml").files
+    assert tokenizer.with_chat_format(None) is tokenizer and ChatTokenizer(tokenizer.files).format_name == "chatml"
 
 
-def test_fingerprints(tokenizer):
+def test_rendering_fingerprint_names_the_format(tokenizer):
     """One name for the pieces (pretraining data) and one for what a chat becomes; chatml keeps the plain one."""
-    formats = [tokenizer.with_format(name) for name in FORMAT_NAMES]
+    formats = [tokenizer.with_chat_format(name) for name in CHAT_FORMATS]
     assert {one.fingerprint for one in formats} == {tokenizer.fingerprint}
-    assert len({one.chat_fingerprint for one in formats}) == len(FORMAT_NAMES)
-    assert tokenizer.chat_fingerprint == tokenizer.fingerprint
+    assert len({one.rendering_fingerprint for one in formats}) == len(CHAT_FORMATS)
+    assert tokenizer.rendering_fingerprint == tokenizer.fingerprint
 
 
-def test_tokenizers_made_before_formats_had_names(tokenizer):
+def test_tokenizers_with_the_legacy_template_are_chatml(tokenizer):
     config = json.loads(tokenizer.files["tokenizer_config.json"])
     del config["chat_format"]
-    config["chat_template"] = OLD_TEMPLATE
+    config["chat_template"] = LEGACY_TEMPLATE
     old = ChatTokenizer({**tokenizer.files, "tokenizer_config.json": json.dumps(config)})
-    assert old.format_name == "chatml" and old.chat_fingerprint == tokenizer.fingerprint
+    assert old.format_name == "chatml" and old.rendering_fingerprint == tokenizer.fingerprint
 
 
-def test_tokenizers_of_an_earlier_rendering(tokenizer, tmp_path):
+def test_tokenizers_of_an_earlier_revision_get_a_new_fingerprint(tokenizer, tmp_path):
     """They open, speak as this version does and say so in their template; token folders of theirs are made anew."""
     for name in ("mindllm", "belle"):
-        now = tokenizer.with_format(name)
+        now = tokenizer.with_chat_format(name)
         config = {**json.loads(now.files["tokenizer_config.json"]), "chat_template": "{{ 'as it was' }}"}
         files = {**now.files, "tokenizer_config.json": json.dumps(config)}
         for old in (files, {**files, "chat_template.jinja": "{{ 'as it was' }}"}):
             opened = ChatTokenizer(old)
             assert opened.files == now.files and opened.render(messages_of(THREE)) == now.render(messages_of(THREE))
-            assert opened.chat_fingerprint == now.chat_fingerprint != f"{tokenizer.fingerprint}-{name}"
-    assert tokenizer.with_format("text").chat_fingerprint == f"{tokenizer.fingerprint}-text"
+            assert opened.rendering_fingerprint == now.rendering_fingerprint != f"{tokenizer.fingerprint}-{name}"
+    assert tokenizer.with_chat_format("text").rendering_fingerprint == f"{tokenizer.fingerprint}-text"
 
 
-def test_an_unknown_format_is_refused(tokenizer):
+def test_unknown_chat_formats_are_refused(tokenizer):
     config = {**json.loads(tokenizer.files["tokenizer_config.json"]), "chat_format": "alpaca"}
     with pytest.raises(UserError, match="alpaca"):
         ChatTokenizer({**tokenizer.files, "tokenizer_config.json": json.dumps(config)})
     with pytest.raises(UserError, match=r"alpaca.*chatml"):
-        tokenizer.with_format("alpaca")
+        tokenizer.with_chat_format("alpaca")
 
 
 def test_train_tokenizer_takes_a_format(tmp_path):
@@ -302,9 +302,9 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     import torch
 
     from model.checkpoint import load_model
-    from trainer.datasets import open_data
+    from trainer.datasets import check_data
 
-    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
+    chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=IGNORE_TOKEN_FOLDERS)
     for name in ("belle", None):
         flags = ["--chat_format", name] if name else []
         out = tmp_path / (name or "same")
@@ -315,9 +315,9 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     _, belle, checkpoint = load_model(tmp_path / "belle" / "full_sft_32.pth")
     assert belle.format_name == "belle" and checkpoint["tokenizer"]["fingerprint"] == parent["fingerprint"]
     assert torch.load(tmp_path / "same" / "full_sft_32.pth", weights_only=True)["tokenizer"] == parent
-    assert weights(tmp_path / "belle" / "full_sft_32.pth").keys() == weights(tiny_parent).keys()
+    assert load_weights(tmp_path / "belle" / "full_sft_32.pth").keys() == load_weights(tiny_parent).keys()
     with pytest.raises(UserError, match=f"made with tokenizer {belle.fingerprint}-belle"):
-        open_data(str(chats / f"tokens-{belle.chat_fingerprint}"), "chats", belle.with_format("text"))
+        check_data(str(chats / f"tokens-{belle.rendering_fingerprint}"), "chats", belle.with_chat_format("text"))
     capsys.readouterr()
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "belle" / "full_sft_32.pth", "--prompt", "1?",
                "--max_new_tokens", 3)  # fmt: skip
@@ -328,7 +328,7 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     ("name", "says"),
     [("chatml", ["\nA巴", "<|im_end|>"]), ("belle", [":A巴", "<|endoftext|>"]), ("mindllm", ["\nA巴<user>\n"])],
 )
-def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
+def test_stop_tokens_and_stop_strings_end_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
     """The closing token, or the next turn's beginning where that is plain text, ends it and is not part of it."""
     import itertools
 
@@ -338,7 +338,7 @@ def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
     from model.config import ModelConfig
     from model.transformer import Transformer
 
-    formatted = tokenizer.with_format(name)
+    formatted = tokenizer.with_chat_format(name)
     chain = [*tokenizer.encode(says[0]), *(tokenizer.backend.token_to_id(token) for token in says[1:])]
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, max_seq_len=96, tie_embeddings=False))
@@ -356,12 +356,12 @@ def test_what_ends_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
     assert answers == [{"prompt": "你好", "answer": "A巴", "finish_reason": "stop"}]
 
 
-def test_a_format_carries_the_settings_of_its_card(tokenizer):
-    assert tokenizer.with_format("belle").format.sampling == {
+def test_chat_formats_have_the_sampling_of_their_model_card(tokenizer):
+    assert tokenizer.with_chat_format("belle").format.sampling == {
         "top_k": 30,
         "top_p": 0.85,
         "temperature": 0.35,
         "repetition_penalty": 1.2,
     }
-    assert tokenizer.with_format("mindllm").format.sampling == {"num_beams": 4, "no_repeat_ngram_size": 5}
-    assert tokenizer.format.sampling == tokenizer.with_format("text").format.sampling == {}
+    assert tokenizer.with_chat_format("mindllm").format.sampling == {"num_beams": 4, "no_repeat_ngram_size": 5}
+    assert tokenizer.format.sampling == tokenizer.with_chat_format("text").format.sampling == {}

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from model.completion import Answer
+from model.completion import Completion
 from model.config import ModelConfig
-from model.detokenizer import TextStream
+from model.detokenizer import IncrementalDetokenizer
 from model.generate import fit_chat, generate, stream
-from model.sampling import Sampling, choose, keep_likely, penalise_repetition
+from model.sampling import SamplingParams, apply_repetition_penalty, filter_logits, sample
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
 from model.transformer import Transformer
 
@@ -46,7 +46,7 @@ def make_model(**changes):
     return model
 
 
-class Fixed(torch.nn.Module):
+class ScriptedHead(torch.nn.Module):
     """Stands in for lm_head: the logits of step i, whatever the hidden states (the last step's from then on)."""
 
     def __init__(self, logits_of_steps):
@@ -58,14 +58,14 @@ class Fixed(torch.nn.Module):
         return self.logits[min(self.step, len(self.logits) - 1)].expand(len(hidden), -1)
 
 
-def saying(ids):
+def model_generating(ids):
     """A model that says these ids, whatever it is asked."""
     model = make_model(max_seq_len=512)
-    model.lm_head = Fixed([torch.nn.functional.one_hot(torch.tensor(i), 272) * 9.0 for i in ids])
+    model.lm_head = ScriptedHead([torch.nn.functional.one_hot(torch.tensor(i), 272) * 9.0 for i in ids])
     return model
 
 
-GREEDY = Sampling(max_new_tokens=12)
+GREEDY = SamplingParams(max_new_tokens=12)
 PROMPTS = [[50, 60, 70], [100] * 9, [80, 81], [90, 91, 92, 93, 94]]
 
 
@@ -73,7 +73,7 @@ PROMPTS = [[50, 60, 70], [100] * 9, [80, 81], [90, 91, 92, 93, 94]]
 
 
 @torch.no_grad()
-def plain_greedy(model, prompt, count, banned, stops):
+def greedy_without_cache(model, prompt, count, banned, stops):
     ids, new = list(prompt), []
     while len(new) < count and len(ids) < model.config.max_seq_len:
         logits = model.logits(torch.tensor([ids]))[0, -1]
@@ -87,100 +87,106 @@ def plain_greedy(model, prompt, count, banned, stops):
 
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_a_greedy_batch_equals_plain_decoding_of_each_row(use_moe, tokenizer):
+def test_greedy_batch_equals_decoding_each_prompt_without_cache(use_moe, tokenizer):
     model = make_model(use_moe=use_moe)
     answers = generate(model, PROMPTS, GREEDY, tokenizer)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids, reason = plain_greedy(model, prompt, 12, [1, *range(3, 16)], (0, 2))
+        ids, reason = greedy_without_cache(model, prompt, 12, [1, *range(3, 16)], (0, 2))
         assert (answer.ids, answer.finish_reason) == (ids, reason)
         assert answer.text == tokenizer.decode(ids)
         assert generate(model, [prompt], GREEDY, tokenizer) == [answer]
 
 
-def test_rows_end_at_different_times_and_at_the_maximum_length(tokenizer):
+def test_sequences_end_independently_and_at_max_seq_len(tokenizer):
     """Long and short prompts, room running out for some: rows that leave the batch do not disturb the others."""
     model = make_model()
     random = torch.Generator().manual_seed(3)
     prompts = [torch.randint(16, 272, (n,), generator=random).tolist() for n in (31, 1, 20, 32, 7, 30, 2, 2)]
-    long = Sampling(max_new_tokens=100, repetition_penalty=1.3)
+    long = SamplingParams(max_new_tokens=100, repetition_penalty=1.3)
     answers = generate(model, prompts, long, tokenizer)
     assert answers == [generate(model, [prompt], long, tokenizer)[0] for prompt in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(prompt) + len(answer.ids) == 32 or answer.finish_reason == "stop"
-    assert answers[3] == Answer([], "", "length")
+    assert answers[3] == Completion([], "", "length")
 
 
-def test_sampled_rows_draw_for_themselves(tokenizer):
+def test_each_sampled_sequence_has_its_own_seed(tokenizer):
     model = make_model()
-    hot = Sampling(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, max_new_tokens=20, seed=7)
+    hot = SamplingParams(
+        temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, max_new_tokens=20, seed=7
+    )
     together = generate(model, [PROMPTS[0]] * 4, hot, tokenizer)
     assert len({tuple(answer.ids) for answer in together}) == 4
     assert generate(model, [PROMPTS[0]] * 4, hot, tokenizer) == together
     for i, prompt in enumerate(PROMPTS):  # other prompts beside it, other rows leaving: no difference
-        alone = generate(model, [prompt], Sampling(temperature=1.0, max_new_tokens=20, seed=7 + i), tokenizer)
-        mixed = generate(model, PROMPTS, Sampling(temperature=1.0, max_new_tokens=20, seed=7), tokenizer)
+        alone = generate(model, [prompt], SamplingParams(temperature=1.0, max_new_tokens=20, seed=7 + i), tokenizer)
+        mixed = generate(model, PROMPTS, SamplingParams(temperature=1.0, max_new_tokens=20, seed=7), tokenizer)
         assert mixed[i] == alone[0]
-    unseeded = Sampling(temperature=1.0, max_new_tokens=20)
+    unseeded = SamplingParams(temperature=1.0, max_new_tokens=20)
     assert generate(model, PROMPTS, unseeded, tokenizer) != generate(model, PROMPTS, unseeded, tokenizer)
 
 
-def test_the_global_random_state_is_left_alone(tokenizer):
+def test_generate_keeps_the_global_random_state(tokenizer):
     model = make_model()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    generate(model, PROMPTS, Sampling(temperature=1.0, max_new_tokens=4, seed=1), tokenizer)
+    generate(model, PROMPTS, SamplingParams(temperature=1.0, max_new_tokens=4, seed=1), tokenizer)
     assert torch.equal(torch.rand(3), expected)
 
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
 
 
-def kept(**changes):
-    return keep_likely(LOGITS, Sampling(**changes)).isfinite().sum().item()
+def num_kept(**changes):
+    return filter_logits(LOGITS, SamplingParams(**changes)).isfinite().sum().item()
 
 
-def test_filters_keep_what_they_should():
-    assert kept() == 5
-    assert [kept(top_k=k) for k in (0, 1, 2, 5, 10_000)] == [5, 1, 2, 5, 5]
+def test_filters_keep_the_expected_number_of_tokens():
+    assert num_kept() == 5
+    assert [num_kept(top_k=k) for k in (0, 1, 2, 5, 10_000)] == [5, 1, 2, 5, 5]
     p = LOGITS.softmax(-1)[0]
-    assert kept(top_p=1e-9) == 1
-    assert kept(top_p=p[0].item() + 1e-4) == 2
-    assert kept(top_p=p[:2].sum().item() - 1e-4) == 2
-    assert kept(top_p=1.0) == 5
-    assert kept(min_p=1.0) == 1
-    assert kept(min_p=math.exp(-1.6)) == 3
-    assert kept(top_k=3, top_p=0.99999, min_p=0.3) == 2
-    shuffled = LOGITS[:, [3, 0, 4, 1, 2]]  # the kept ones are found wherever they stand
-    likely = keep_likely(shuffled, Sampling(top_p=0.9)).isfinite()[0].tolist()
+    assert num_kept(top_p=1e-9) == 1
+    assert num_kept(top_p=p[0].item() + 1e-4) == 2
+    assert num_kept(top_p=p[:2].sum().item() - 1e-4) == 2
+    assert num_kept(top_p=1.0) == 5
+    assert num_kept(min_p=1.0) == 1
+    assert num_kept(min_p=math.exp(-1.6)) == 3
+    assert num_kept(top_k=3, top_p=0.99999, min_p=0.3) == 2
+    shuffled = LOGITS[:, [3, 0, 4, 1, 2]]  # the num_kept ones are found wherever they stand
+    likely = filter_logits(shuffled, SamplingParams(top_p=0.9)).isfinite()[0].tolist()
     assert likely == [False, True, False, True, True]
 
 
-def test_filters_work_row_by_row():
+def test_filters_apply_to_each_row():
     rows = torch.cat((LOGITS, LOGITS.flip(-1)))
     for changes in ({"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.3}):
-        one, other = keep_likely(rows, Sampling(**changes)).isfinite()
+        one, other = filter_logits(rows, SamplingParams(**changes)).isfinite()
         assert one.flip(-1).tolist() == other.tolist() and one.sum() == 2
 
 
-def test_draws_follow_the_probabilities():
+def test_samples_follow_the_probabilities():
     p = LOGITS.softmax(-1)[0]
     draws = [(i + 0.5) / 10_000 for i in range(10_000)]
-    chosen = choose(LOGITS.expand(10_000, -1), Sampling(temperature=1.0), draws)
+    chosen = sample(LOGITS.expand(10_000, -1), SamplingParams(temperature=1.0), draws)
     torch.testing.assert_close(chosen.bincount(minlength=5) / 10_000, p, rtol=0, atol=2e-4)
-    cold = choose(LOGITS.expand(10_000, -1), Sampling(temperature=0.5), draws)
+    cold = sample(LOGITS.expand(10_000, -1), SamplingParams(temperature=0.5), draws)
     torch.testing.assert_close(cold.bincount(minlength=5) / 10_000, (LOGITS / 0.5).softmax(-1)[0], rtol=0, atol=2e-4)
 
 
-def test_extreme_draws_and_temperatures_stay_inside():
+def test_extreme_uniforms_and_temperatures_give_valid_tokens():
     ruled_out = LOGITS.clone()
     ruled_out[0, 0] = ruled_out[0, 4] = -math.inf
     for draw in (0.0, 0.5, math.nextafter(1, 0)):
-        for settings_ in (Sampling(temperature=1.0), Sampling(temperature=100.0), Sampling(temperature=1.0, top_p=0.5)):
-            assert choose(ruled_out, settings_, [draw]).item() in (1, 2, 3)
+        for settings_ in (
+            SamplingParams(temperature=1.0),
+            SamplingParams(temperature=100.0),
+            SamplingParams(temperature=1.0, top_p=0.5),
+        ):
+            assert sample(ruled_out, settings_, [draw]).item() in (1, 2, 3)
         for tiny in (0.0, 1e-300, 1e-45, 1e-10):
-            assert choose(LOGITS, Sampling(temperature=tiny), [draw]).item() == 0
-        assert choose(LOGITS * 1e30, Sampling(temperature=1e-3), [draw]).item() == 0
+            assert sample(LOGITS, SamplingParams(temperature=tiny), [draw]).item() == 0
+        assert sample(LOGITS * 1e30, SamplingParams(temperature=1e-3), [draw]).item() == 0
 
 
 @given(st.floats(-50, 50, width=32), st.floats(1.0, 10.0))
@@ -188,7 +194,7 @@ def test_extreme_draws_and_temperatures_stay_inside():
 def test_penalty_lowers_a_seen_token_whatever_its_sign(logit, penalty):
     logits = torch.full((2, 2), logit)
     seen = torch.tensor([[True, False], [False, False]])
-    out = penalise_repetition(logits, seen, penalty)
+    out = apply_repetition_penalty(logits, seen, penalty)
     assert out[0, 0] <= logit and (out[0, 0] < logit or penalty == 1 or abs(logit) < 1e-30 or penalty < 1 + 1e-6)
     assert (out[~seen] == logit).all()
 
@@ -198,11 +204,11 @@ def test_penalty_sees_each_rows_own_prompt_and_answer(top, tokenizer):
     logits = torch.full((272,), -90.0)
     logits[100:200] = top - 0.01 * torch.arange(100)
     model = make_model()
-    model.lm_head = Fixed([logits])
+    model.lm_head = ScriptedHead([logits])
     prompts, three = [[100], [40, 41, 42], [101, 103]], {"max_new_tokens": 3}
-    answers = generate(model, prompts, Sampling(repetition_penalty=3.0, **three), tokenizer)
+    answers = generate(model, prompts, SamplingParams(repetition_penalty=3.0, **three), tokenizer)
     assert [answer.ids for answer in answers] == [[101, 102, 103], [100, 101, 102], [100, 102, 104]]
-    assert generate(model, prompts, Sampling(**three), tokenizer)[0].ids == [100, 100, 100]
+    assert generate(model, prompts, SamplingParams(**three), tokenizer)[0].ids == [100, 100, 100]
 
 
 def test_penalty_spares_the_closing_marker(tokenizer):
@@ -210,36 +216,36 @@ def test_penalty_spares_the_closing_marker(tokenizer):
     logits = torch.full((272,), 0.0)
     logits[tokenizer.im_end_id], logits[100] = 5.0, 4.0
     model = make_model()
-    model.lm_head = Fixed([logits])
+    model.lm_head = ScriptedHead([logits])
     prompt = [tokenizer.im_end_id, 50, tokenizer.im_end_id]
-    assert generate(model, [prompt], Sampling(repetition_penalty=2.0), tokenizer) == [Answer([], "", "stop")]
+    assert generate(model, [prompt], SamplingParams(repetition_penalty=2.0), tokenizer) == [Completion([], "", "stop")]
 
 
 # ------------------------------------------------------------------------------------------------ when it ends
 
 
-def test_markers_and_spare_tokens_are_never_drawn(tokenizer):
+def test_markers_and_spare_tokens_are_never_sampled(tokenizer):
     logits = torch.zeros(300)  # a model with more rows than its tokenizer has tokens
     logits[[1, 3, 4, 15, 272, 299]] = 50.0
     model = make_model(vocab_size=300)
-    model.lm_head = Fixed([logits])
+    model.lm_head = ScriptedHead([logits])
     model.lm_head.weight = torch.zeros(300, 32)
-    drawn = generate(model, [[50]], Sampling(temperature=1.0, max_new_tokens=31, seed=0), tokenizer)[0]
+    drawn = generate(model, [[50]], SamplingParams(temperature=1.0, max_new_tokens=31, seed=0), tokenizer)[0]
     assert set(drawn.ids) <= set(range(16, 272))
 
 
 @pytest.mark.parametrize("marker", ["im_end_id", "eos_id"])
 def test_closing_markers_end_an_answer(marker, tokenizer):
     hi = tokenizer.encode("hi")
-    model = saying([*hi, getattr(tokenizer, marker), *hi])
-    assert generate(model, [[50]], GREEDY, tokenizer) == [Answer(hi, "hi", "stop")]
+    model = model_generating([*hi, getattr(tokenizer, marker), *hi])
+    assert generate(model, [[50]], GREEDY, tokenizer) == [Completion(hi, "hi", "stop")]
 
 
 def test_max_new_tokens_counts_new_tokens(tokenizer):
-    model = saying(tokenizer.encode("abcdef"))
-    assert generate(model, [[50] * 30], Sampling(max_new_tokens=4), tokenizer)[0].text == "abcd"
-    with_stop = saying([*tokenizer.encode("ab"), tokenizer.im_end_id])
-    exact = generate(with_stop, [[50]], Sampling(max_new_tokens=2), tokenizer)[0]
+    model = model_generating(tokenizer.encode("abcdef"))
+    assert generate(model, [[50] * 30], SamplingParams(max_new_tokens=4), tokenizer)[0].text == "abcd"
+    with_stop = model_generating([*tokenizer.encode("ab"), tokenizer.im_end_id])
+    exact = generate(with_stop, [[50]], SamplingParams(max_new_tokens=2), tokenizer)[0]
     assert (exact.text, exact.finish_reason) == ("ab", "length")
 
 
@@ -257,26 +263,26 @@ def test_max_new_tokens_counts_new_tokens(tokenizer):
         ("User: hi", ["User:"], ""),
     ],
 )
-def test_stop_strings_are_never_shown(said, stop, shown, tokenizer):
+def test_stop_strings_are_cut_from_the_text(said, stop, shown, tokenizer):
     ids = tokenizer.encode(said)
-    options = Sampling(max_new_tokens=len(ids), stop=tuple(stop))
-    answer = generate(saying(ids), [[50]], options, tokenizer)[0]
+    options = SamplingParams(max_new_tokens=len(ids), stop=tuple(stop))
+    answer = generate(model_generating(ids), [[50]], options, tokenizer)[0]
     assert answer.text == shown
     assert answer.finish_reason == ("length" if shown == said else "stop")
-    pieces = list(stream(saying(ids), [50], options, tokenizer))
+    pieces = list(stream(model_generating(ids), [50], options, tokenizer))
     assert "".join(pieces) == shown and "" not in pieces
 
 
-def test_stop_strings_do_not_depend_on_how_text_falls_into_tokens(fallback_tokenizer):
-    text = TextStream(fallback_tokenizer, ("hello", "el"))
+def test_stop_strings_do_not_depend_on_token_boundaries(fallback_tokenizer):
+    text = IncrementalDetokenizer(fallback_tokenizer, ("hello", "el"))
     (whole,) = fallback_tokenizer.encode("hello")
     assert text.push(whole) == "h" and text.stopped and text.finish() == ""
-    text = TextStream(fallback_tokenizer, ("hello", "el"))
+    text = IncrementalDetokenizer(fallback_tokenizer, ("hello", "el"))
     letters = [17 + byte for byte in b"hello"]
     assert "".join(map(text.push, letters)) + text.finish() == "h"
 
 
-def test_prompts_that_cannot_be_answered(tokenizer):
+def test_empty_and_too_long_prompts_raise(tokenizer):
     model = make_model()
     with pytest.raises(ValueError, match="33 tokens, the model reads at most 32"):
         generate(model, [[50], [50] * 33], GREEDY, tokenizer)
@@ -297,7 +303,7 @@ def test_prompts_that_cannot_be_answered(tokenizer):
         {"stop": ("",)},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Sampling(**wrong)
+            SamplingParams(**wrong)
 
 
 # ------------------------------------------------------------------------------------------------ how it runs
@@ -316,7 +322,7 @@ def test_the_training_flag_is_restored(training, tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_number_formats(dtype, tokenizer):
+def test_generate_runs_in_half_precision(dtype, tokenizer):
     model = make_model()
     with torch.autocast("cpu", dtype):
         automatic = generate(model, PROMPTS, GREEDY, tokenizer)
@@ -327,8 +333,8 @@ def test_number_formats(dtype, tokenizer):
 def test_stream_equals_generate(tokenizer):
     model = make_model()
     for prompt in PROMPTS:
-        hot = Sampling(temperature=1.5, max_new_tokens=20, seed=3)
-        answer = Answer()
+        hot = SamplingParams(temperature=1.5, max_new_tokens=20, seed=3)
+        answer = Completion()
         text = "".join(stream(model, prompt, hot, tokenizer, answer))
         assert [answer] == generate(model, [prompt], hot, tokenizer)
         assert text == answer.text == tokenizer.decode(answer.ids)
@@ -337,8 +343,8 @@ def test_stream_equals_generate(tokenizer):
 # ------------------------------------------------------------------------------------------------ how it becomes text
 
 
-def pieces_of(tokenizer, ids):
-    text = TextStream(tokenizer)
+def stream_pieces(tokenizer, ids):
+    text = IncrementalDetokenizer(tokenizer)
     return [*map(text.push, ids), text.finish()]
 
 
@@ -363,47 +369,50 @@ TEXTS = st.text("你好世界中国ab é🙂👩\u200d🚀𠮷\ufffd\n", max_siz
 @settings(deadline=None, max_examples=300)
 def test_streamed_text_is_the_decoded_text_byte_level(tokenizer, parts):
     ids = [_byte_ids(tokenizer)[byte] for part in parts for byte in part]
-    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "".join(stream_pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @given(st.lists(st.integers(0, 271), max_size=40))
 @settings(deadline=None, max_examples=300)
 def test_streamed_text_is_the_decoded_text_any_ids(tokenizer, ids):
-    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+    assert "".join(stream_pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @given(st.lists(BYTES | TEXTS | st.integers(0, 280), max_size=8))
 @settings(deadline=None, max_examples=300)
 def test_streamed_text_is_the_decoded_text_byte_fallback(fallback_tokenizer, parts):
     ids = [i for part in parts for i in ([part] if isinstance(part, int) else [17 + byte for byte in part])]
-    assert "".join(pieces_of(fallback_tokenizer, ids)) == fallback_tokenizer.decode(ids)
+    assert "".join(stream_pieces(fallback_tokenizer, ids)) == fallback_tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("text", ["你好🙂", "👩\u200d🚀 𠮷 é", "a\r\nb"])
 def test_no_piece_holds_half_a_character(text, tokenizer, fallback_tokenizer):
     for each in (tokenizer, fallback_tokenizer):
-        pieces = pieces_of(each, each.encode(text))
+        pieces = stream_pieces(each, each.encode(text))
         assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
-    pieces = pieces_of(tokenizer, tokenizer.encode(text))
+    pieces = stream_pieces(tokenizer, tokenizer.encode(text))
     assert [piece for piece in pieces if piece] == list(text)  # and none waits longer than it must
 
 
-def test_half_a_character_at_the_end_is_said_as_decode_says_it(tokenizer):
+def test_an_incomplete_character_at_the_end_equals_decode(tokenizer):
     half = tokenizer.encode("好")[:2]
-    assert pieces_of(tokenizer, half) == ["", "", "\ufffd"]
-    answer = generate(saying(half), [[50]], Sampling(max_new_tokens=2), tokenizer)[0]
+    assert stream_pieces(tokenizer, half) == ["", "", "\ufffd"]
+    answer = generate(model_generating(half), [[50]], SamplingParams(max_new_tokens=2), tokenizer)[0]
     assert answer.text == "\ufffd" == tokenizer.decode(half)
 
 
 def test_marker_strings_in_text_do_not_end_an_answer(tokenizer):
     ids = tokenizer.encode("a<|im_end|>b")
-    assert generate(saying(ids), [[50]], Sampling(max_new_tokens=len(ids)), tokenizer)[0].text == "a<|im_end|>b"
+    assert (
+        generate(model_generating(ids), [[50]], SamplingParams(max_new_tokens=len(ids)), tokenizer)[0].text
+        == "a<|im_end|>b"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ history
 
 
-def test_history_is_cut_by_whole_turns(tokenizer):
+def test_fit_chat_drops_whole_turns(tokenizer):
     system = {"role": "system", "content": "be kind"}
     turns = [{"role": role, "content": f"{role} {i} 说"} for i in range(5) for role in ("user", "assistant")]
     messages = [system, *turns, {"role": "user", "content": "last?"}]

@@ -16,7 +16,7 @@ TINY = {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def rough_model(**changes):
+def make_random_model(**changes):
     """A tiny model whose weights are large enough for every part to matter."""
     torch.manual_seed(1)
     model = Transformer(ModelConfig(**{**TINY, **changes}))
@@ -26,7 +26,7 @@ def rough_model(**changes):
     return model.eval()
 
 
-def stock_settings(config):
+def hf_settings(config):
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
@@ -53,9 +53,9 @@ def logits_and_gradients(model, logits_of):
     return logits.detach(), {name: weight.grad for name, weight in model.named_parameters()}
 
 
-def assert_equal_models(ours, stock, translate=lambda tensors: tensors):
+def assert_equal_models(ours, hf_model, translate=lambda tensors: tensors):
     logits, gradients = logits_and_gradients(ours, ours.logits)
-    stock_logits, stock_gradients = logits_and_gradients(stock, lambda ids: stock(ids).logits)
+    stock_logits, stock_gradients = logits_and_gradients(hf_model, lambda ids: hf_model(ids).logits)
     torch.testing.assert_close(logits, stock_logits, **TOLERANCE)
     assert logits.std() > 0.3  # not two models that agree on nothing happening
     gradients = translate(gradients)
@@ -73,13 +73,15 @@ def assert_equal_models(ours, stock, translate=lambda tensors: tensors):
 def test_dense_equals_transformers(kv_heads, tied, qk_norm):
     import transformers
 
-    ours = rough_model(n_kv_heads=kv_heads, tie_embeddings=tied, qk_norm=qk_norm, rope_theta=5000.0, norm_eps=1e-4)
+    ours = make_random_model(
+        n_kv_heads=kv_heads, tie_embeddings=tied, qk_norm=qk_norm, rope_theta=5000.0, norm_eps=1e-4
+    )
     family = "Qwen3" if qk_norm else "Llama"
-    config = getattr(transformers, f"{family}Config")(**stock_settings(ours.config))
-    stock = getattr(transformers, f"{family}ForCausalLM")(config)
-    stock.load_state_dict(ours.state_dict(), strict=True)
-    stock.tie_weights()
-    assert_equal_models(ours, stock.eval())
+    config = getattr(transformers, f"{family}Config")(**hf_settings(ours.config))
+    hf_model = getattr(transformers, f"{family}ForCausalLM")(config)
+    hf_model.load_state_dict(ours.state_dict(), strict=True)
+    hf_model.tie_weights()
+    assert_equal_models(ours, hf_model.eval())
 
 
 def granite_names(tensors):
@@ -106,8 +108,8 @@ def granite_names(tensors):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_moe_equals_transformers(tied):
     transformers = pytest.importorskip("transformers", minversion="5")
-    ours = rough_model(use_moe=True, tie_embeddings=tied)
-    settings = stock_settings(ours.config) | {
+    ours = make_random_model(use_moe=True, tie_embeddings=tied)
+    settings = hf_settings(ours.config) | {
         "shared_intermediate_size": ours.config.n_shared_experts * ours.config.hidden_dim,
         "num_local_experts": ours.config.n_routed_experts,
         "num_experts_per_tok": ours.config.n_active_experts,
@@ -116,11 +118,11 @@ def test_moe_equals_transformers(tied):
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
     }
-    stock = transformers.GraniteMoeSharedForCausalLM(transformers.GraniteMoeSharedConfig(**settings))
-    stock.set_experts_implementation("eager")
-    stock.load_state_dict(granite_names(ours.state_dict()), strict=True)
-    stock.tie_weights()
-    assert_equal_models(ours, stock.eval(), granite_names)
+    hf_model = transformers.GraniteMoeSharedForCausalLM(transformers.GraniteMoeSharedConfig(**settings))
+    hf_model.set_experts_implementation("eager")
+    hf_model.load_state_dict(granite_names(ours.state_dict()), strict=True)
+    hf_model.tie_weights()
+    assert_equal_models(ours, hf_model.eval(), granite_names)
 
 
 @pytest.mark.parametrize(
@@ -131,20 +133,20 @@ def test_moe_equals_transformers(tied):
         ("base", 108_749_568, 108_749_568),
     ],
 )
-def test_sizes_of_the_presets(preset, total, active):
+def test_preset_parameter_counts(preset, total, active):
     with torch.device("meta"):
         model = Transformer(ModelConfig(**PRESETS[preset]))
     assert model.count_parameters() == (total, active)
 
 
-def test_names_of_the_parameters_are_frozen():
-    model = rough_model(n_layers=1, qk_norm=True, use_moe=True, n_routed_experts=1, n_active_experts=1)
+def test_parameter_names_do_not_change():
+    model = make_random_model(n_layers=1, qk_norm=True, use_moe=True, n_routed_experts=1, n_active_experts=1)
     attention = {f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")}
     expert = {f"{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
     experts = {f"mlp.{e}.{name}" for e in ("experts.0", "shared_experts.0", "shared_experts.1") for name in expert}
     norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
     layer = {f"model.layers.0.{name}" for name in attention | experts | norms | {"mlp.gate.weight"}}
     assert model.state_dict().keys() == layer | {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    dense = rough_model(n_layers=1)
+    dense = make_random_model(n_layers=1)
     mlp = {name for name in dense.state_dict() if ".mlp." in name}
     assert mlp == {f"model.layers.0.mlp.{name}" for name in expert}

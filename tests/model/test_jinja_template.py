@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.preferences import PAIRS
-from corpus.prepare_chats import CHATS, pack_chats
+from corpus.preferences import PAIR_TASK
+from corpus.prepare_chats import CHAT_TASK, prepare_chat_data
 from corpus.shard_reader import open_split
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from data_process import main
 from model.tokenizer import ChatTokenizer, load_tokenizer
 from tests.export.test_hf_import import make_tokenizer
-from tests.model.test_chat_template import messages_of, shown
+from tests.model.test_chat_template import format_tokens, messages_of
 
 TURN = "'<|' + m.role + '|>' + m.content + '</s>'"
 ASK = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -55,11 +55,11 @@ EMPTY = "<think>\n\n</think>\n\n"
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory):
+def open_with_template(tmp_path_factory):
     """A function: template -> (our tokenizer, transformers')."""
     files, theirs = {}, {}
 
-    def opened(template):
+    def open_with_template(template):
         if not files:
             folder = tmp_path_factory.mktemp("tok")
             theirs["tokenizer"] = make_tokenizer(folder)
@@ -67,19 +67,19 @@ def opened(tmp_path_factory):
         theirs["tokenizer"].chat_template = template
         return ChatTokenizer({**files, "chat_template.jinja": template}), theirs["tokenizer"]
 
-    return opened
+    return open_with_template
 
 
 # ---- several samples -------------------------------------------------------------------------------------------------
-def test_each_answer_is_trained_as_it_is_generated(opened):
-    tokenizer, _ = opened(THINKS)
+def test_each_answer_is_trained_as_it_is_generated(open_with_template):
+    tokenizer, _ = open_with_template(THINKS)
     ((first, second, last),) = (rendered.samples for rendered in tokenizer.render_each([CHAT]))
     start = "<|system|>S</s><|user|>q</s>"
-    assert shown(tokenizer, *first[:2]) == f"{start}<|assistant|>[[{EMPTY}a</s>]]"
+    assert format_tokens(tokenizer, *first[:2]) == f"{start}<|assistant|>[[{EMPTY}a</s>]]"
     start += "<|assistant|>a</s><|user|>r</s>"
-    assert shown(tokenizer, *second[:2]) == f"{start}<|assistant|>[[{EMPTY}b</s>]]"
+    assert format_tokens(tokenizer, *second[:2]) == f"{start}<|assistant|>[[{EMPTY}b</s>]]"
     start += "<|assistant|>b</s><|user|>s</s>"
-    assert shown(tokenizer, *last[:2]) == f"{start}<|assistant|>[[{EMPTY}c</s>]]"
+    assert format_tokens(tokenizer, *last[:2]) == f"{start}<|assistant|>[[{EMPTY}c</s>]]"
     assert [sample.answers for sample in (first, second, last)] == [[2], [4], [6]]
     assert tokenizer.render(CHAT) == (last.ids, last.mask)
 
@@ -91,9 +91,9 @@ _TEMPLATE = st.sampled_from([THINKS, NO_SYSTEM])
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=st.lists(_CONTENT, min_size=2, max_size=8), template=_TEMPLATE)
-def test_samples_are_what_transformers_writes(opened, contents, template):
+def test_samples_are_what_transformers_writes(open_with_template, contents, template):
     """Every answer once; each sample is the chat up to there; it begins with the prompt that asks for its answer."""
-    tokenizer, theirs = opened(template)
+    tokenizer, theirs = open_with_template(template)
     chat = messages_of(list(zip(("user", "assistant") * 4, contents, strict=False)))
     chat = chat[: len(chat) // 2 * 2]
     typed = any(marker in message["content"] for message in chat for marker in ("</s>", "<|user|>"))
@@ -110,9 +110,9 @@ def test_samples_are_what_transformers_writes(opened, contents, template):
         assert sample.ids[: len(asked)] == asked and sum(sample.mask[len(asked) :]) == len(sample.ids) - len(asked)
 
 
-def test_answers_share_a_sample_while_the_template_writes_them_alike(opened):
+def test_answers_share_a_sample_while_the_template_writes_them_alike(open_with_template):
     """Here one message rewrites the beginning of the chat."""
-    tokenizer, _ = opened(
+    tokenizer, _ = open_with_template(
         "{% set late = messages | map(attribute='content') | select('equalto', 'z') | list %}"
         "{% if late %}<z>{% endif %}{% for m in messages %}{{ " + TURN + " }}{% endfor %}" + ASK
     )
@@ -130,19 +130,19 @@ def chats_of(number, **first):
     return [[{"role": "user", "content": f"{i}?", **first}, *CHAT[2:]] for i in range(number)]
 
 
-def packed(tmp_path, tokenizer, chats, max_seq_len=512, form=CHATS):
-    report = DataReport()
-    path = rows_file(tmp_path / "rows.jsonl", chats) if form is CHATS else chats
-    meta = pack_chats([path], tokenizer, tmp_path / "out", max_seq_len, 0.0, report, lambda: None, form)
-    folder = tmp_path / "out" / f"tokens-{tokenizer.chat_fingerprint}"
+def prepare_chats(tmp_path, tokenizer, chats, max_seq_len=512, form=CHAT_TASK):
+    report = DataStats()
+    path = rows_file(tmp_path / "rows.jsonl", chats) if form is CHAT_TASK else chats
+    meta = prepare_chat_data([path], tokenizer, tmp_path / "out", max_seq_len, 0.0, report, lambda: None, form)
+    folder = tmp_path / "out" / f"tokens-{tokenizer.rendering_fingerprint}"
     split = open_split(folder, "train")
-    rows = [split.document(i) for i in range(len(split.lengths()))]
+    rows = [split.read_document(i) for i in range(len(split.lengths()))]
     return report, meta, rows
 
 
-def test_the_data_set_has_every_sample(opened, tmp_path):
-    tokenizer, _ = opened(THINKS)
-    report, meta, rows = packed(tmp_path, tokenizer, chats_of(5))
+def test_prepared_data_has_every_sample(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(THINKS)
+    report, meta, rows = prepare_chats(tmp_path, tokenizer, chats_of(5))
     assert (report.read, report.kept, report.dropped_rows) == (5, 5, 0)
     assert meta["splits"]["train"]["documents"] == 15 == len(rows)
     assert report.trained_tokens == sum(int(mask.sum()) for _, mask in rows)
@@ -150,38 +150,38 @@ def test_the_data_set_has_every_sample(opened, tmp_path):
 
 
 @pytest.mark.parametrize("template", [THINKS, NO_SYSTEM])
-def test_what_does_not_fit_is_cut_at_whole_turns(opened, tmp_path, template):
+def test_too_long_samples_are_cut_at_whole_turns(open_with_template, tmp_path, template):
     """At any length the kept samples are those of the chat cut to its first turns, and as many as fit."""
-    tokenizer, _ = opened(template)
+    tokenizer, _ = open_with_template(template)
     (chat,) = chats_of(1)
     whole = [tokenizer.render_each([chat[:end]])[0].samples for end in (2, 4, 6)]
     for length in range(1, 80):
         fitting = [samples for samples in whole if len(samples[-1].ids) <= length]
         if not fitting:
             with pytest.raises(UserError, match=f"no chat is left to train on: .*longer than {length} tokens"):
-                packed(tmp_path, tokenizer, [chat], length)
+                prepare_chats(tmp_path, tokenizer, [chat], length)
             continue
-        report, _, rows = packed(tmp_path, tokenizer, [chat], length)
+        report, _, rows = prepare_chats(tmp_path, tokenizer, [chat], length)
         assert [(ids.tolist(), mask.tolist()) for ids, mask in rows] == [(s.ids, s.mask) for s in fitting[-1]]
-        assert len(report.shortened) == (len(fitting) < 3) and report.kept == 1
+        assert len(report.changed) == (len(fitting) < 3) and report.kept == 1
     assert len(fitting) == 3
 
 
-def test_a_chat_too_long_for_its_template_keeps_its_first_turns(opened, tmp_path):
-    tokenizer, _ = opened(THINKS)
+def test_a_chat_too_long_for_its_template_keeps_its_first_turns(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(THINKS)
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 1000
-    assert tokenizer.render_each([turns])[0].too_long
+    assert tokenizer.render_each([turns])[0].is_too_long
     for length, reason in ((4000, "what the model's chat template can write"), (300, "300 tokens")):
-        report, _, rows = packed(tmp_path, tokenizer, [turns], length)
-        assert report.kept == 1 and list(report.shortened) == [f"cut at a whole turn to {reason}"]
+        report, _, rows = prepare_chats(tmp_path, tokenizer, [turns], length)
+        assert report.kept == 1 and list(report.changed) == [f"cut at a whole turn to {reason}"]
         assert len(rows) > 5 and max(len(ids) for ids, _ in rows) <= length
 
 
-def test_pairs_are_of_the_last_answer(opened, tmp_path):
-    tokenizer, _ = opened(THINKS)
+def test_pairs_train_the_last_answer(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(THINKS)
     rows = [{"prompt": CHAT[:-1], "chosen": "good", "rejected": "bad"}]
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
-    _, _, rows = packed(tmp_path, tokenizer, tmp_path / "p.jsonl", form=PAIRS)
+    _, _, rows = prepare_chats(tmp_path, tokenizer, tmp_path / "p.jsonl", form=PAIR_TASK)
     asked, _ = tokenizer.render(CHAT[:-1], add_generation_prompt=True)
     for (ids, mask), answer in zip(rows, ("good", "bad"), strict=True):
         assert ids[: len(asked)].tolist() == asked and mask.tolist() == [0] * len(asked) + [1] * (len(ids) - len(asked))
@@ -189,23 +189,25 @@ def test_pairs_are_of_the_last_answer(opened, tmp_path):
 
 
 # ---- one chat never ends a run ---------------------------------------------------------------------------------------
-def test_a_chat_that_the_template_refuses_is_counted(opened, tmp_path):
-    tokenizer, _ = opened(NO_SYSTEM)
-    report, _, rows = packed(tmp_path, tokenizer, [*chats_of(8), CHAT, *chats_of(2, note="x"), CHAT[:3]])
+def test_a_chat_that_the_template_refuses_is_counted(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(NO_SYSTEM)
+    report, _, rows = prepare_chats(tmp_path, tokenizer, [*chats_of(8), CHAT, *chats_of(2, note="x"), CHAT[:3]])
     assert len(rows) == report.kept == 8 and report.read == report.kept + report.dropped_rows
     assert report.dropped["the model's chat template refuses it: no system role here"].count == 2
     pair = {"prompt": "1?", "chosen": "a", "rejected": "b"}
     system = {"prompt": CHAT[:2], "chosen": "a", "rejected": "b"}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (pair, system)), encoding="utf-8")
-    report, _, rows = packed(tmp_path, tokenizer, path, form=PAIRS)
+    report, _, rows = prepare_chats(tmp_path, tokenizer, path, form=PAIR_TASK)
     assert len(rows) == 2 and report.kept == 1
     assert report.dropped["the model's chat template refuses it: no system role here"].count == 1
 
 
-def test_a_system_message_is_not_lost_in_silence(opened, tmp_path):
-    tokenizer, _ = opened("{% for m in messages if m.role != 'system' %}{{ " + TURN + " }}{% endfor %}" + ASK)
-    report, _, rows = packed(tmp_path, tokenizer, [*chats_of(8), CHAT])
+def test_a_dropped_system_message_is_counted(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(
+        "{% for m in messages if m.role != 'system' %}{{ " + TURN + " }}{% endfor %}" + ASK
+    )
+    report, _, rows = prepare_chats(tmp_path, tokenizer, [*chats_of(8), CHAT])
     assert len(rows) == report.kept == 8
     assert report.dropped["the model's chat template leaves out the system message"].count == 1
 
@@ -221,16 +223,16 @@ def test_a_system_message_is_not_lost_in_silence(opened, tmp_path):
         ("{% for %}", "is not valid jinja"),
     ],
 )  # fmt: skip
-def test_only_when_no_chat_can_be_written_it_is_an_error(opened, tmp_path, template, said):
-    tokenizer, _ = opened(template)
+def test_a_template_that_can_render_no_chat_is_an_error(open_with_template, tmp_path, template, said):
+    tokenizer, _ = open_with_template(template)
     with pytest.raises(UserError, match=said) as error:
-        packed(tmp_path, tokenizer, chats_of(3))
+        prepare_chats(tmp_path, tokenizer, chats_of(3))
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("name another format: --chat_format of data_process.py and 3-full_sft.py")
 
 
-def test_the_flag_that_the_message_names_is_there(opened, tmp_path, capsys):
-    tokenizer, _ = opened("{{ raise_exception('never') }}")
+def test_the_flag_named_in_the_error_exists(open_with_template, tmp_path, capsys):
+    tokenizer, _ = open_with_template("{{ raise_exception('never') }}")
     tokenizer.save(tmp_path / "tok")
     rows = rows_file(tmp_path / "a.jsonl", chats_of(30))
     flags = ["sft", str(rows), "--tokenizer", str(tmp_path / "tok"), "--out_dir", str(tmp_path / "out")]
@@ -241,23 +243,23 @@ def test_the_flag_that_the_message_names_is_there(opened, tmp_path, capsys):
     assert "30" in capsys.readouterr().out
 
 
-def test_roles_that_a_named_format_does_not_know_are_counted(opened, tmp_path):
-    tokenizer, _ = opened(NO_SYSTEM)
+def test_roles_that_a_named_format_does_not_know_are_counted(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(NO_SYSTEM)
     chats = [*chats_of(3), messages_of([("user", "u"), ("tool", "42"), ("assistant", "a")])]
-    belle = tokenizer.with_format("belle")
+    belle = tokenizer.with_chat_format("belle")
     rendered = belle.render_each(chats)
     assert [len(chat.samples) for chat in rendered] == [1, 1, 1, 0] and "no role 'tool'" in rendered[3].refusal
 
 
-def test_an_endless_template_ends_the_run(opened, tmp_path):
-    tokenizer, _ = opened(ENDLESS + NO_SYSTEM)
+def test_an_endless_template_is_an_error(open_with_template, tmp_path):
+    tokenizer, _ = open_with_template(ENDLESS + NO_SYSTEM)
     with pytest.raises(UserError, match=r"takes more than 200,000 steps for one chat, the bound.*--chat_format"):
-        packed(tmp_path, tokenizer, chats_of(5))
+        prepare_chats(tmp_path, tokenizer, chats_of(5))
 
 
-def test_one_chat_beyond_the_bound_is_counted(opened, tmp_path):
+def test_one_chat_beyond_the_bound_is_counted(open_with_template, tmp_path):
     template = "{% if messages[0].content == '1?' %}" + ENDLESS + "{% endif %}" + NO_SYSTEM
-    tokenizer, _ = opened(template)
-    report, _, _ = packed(tmp_path, tokenizer, chats_of(5))
+    tokenizer, _ = open_with_template(template)
+    report, _, _ = prepare_chats(tmp_path, tokenizer, chats_of(5))
     assert report.kept == 4
     assert report.dropped["the model's chat template takes more than 200,000 steps for one chat"].count == 1

@@ -15,7 +15,7 @@ from model.checkpoint import (
     find_parent,
     load_model,
     load_state,
-    plain_state,
+    model_state_dict,
     read_checkpoint,
     save_model,
 )
@@ -83,7 +83,7 @@ def test_padding_on_the_right_changes_no_real_token():
 
 
 @torch.no_grad()
-def test_caches_do_not_share_anything():
+def test_caches_share_no_memory():
     model = make_model()
     a, b = (KVCache(model.config, 1, 24, CPU, torch.float32) for _ in range(2))
     first, second = torch.randint(0, 272, (2, 1, 6))
@@ -94,7 +94,7 @@ def test_caches_do_not_share_anything():
 
 
 @torch.no_grad()
-def test_beyond_the_maximum_stands_a_clear_error():
+def test_sequences_beyond_max_seq_len_raise():
     model = make_model()
     with pytest.raises(ValueError, match=r"25 tokens do not fit: the limit is 24"):
         model(torch.zeros(1, 25, dtype=torch.long))
@@ -112,7 +112,7 @@ def test_beyond_the_maximum_stands_a_clear_error():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_model_comes_back_equal(variant, tokenizer, tmp_path):
+def test_save_and_load_round_trip(variant, tokenizer, tmp_path):
     model = make_model(**VARIANTS[variant])
     path = tmp_path / "new" / "pretrain_32.pth"
     save_model(path, model, "pretrain", tokenizer, [{"stage": "pretrain", "step": 3}])
@@ -136,18 +136,18 @@ def test_prefixes_of_wrappers_are_stripped(tokenizer, tmp_path):
 
     model = make_model()
     wrapped = Wrapped("module", Wrapped("_orig_mod", model))
-    assert plain_state(wrapped).keys() == plain_state(model).keys()
+    assert model_state_dict(wrapped).keys() == model_state_dict(model).keys()
     save_model(tmp_path / "pretrain_32.pth", wrapped, "pretrain", tokenizer, [])
     assert torch.equal(load_model(tmp_path / "pretrain_32.pth")[0].lm_head.weight, model.lm_head.weight)
 
 
-def one_line(error):
+def error_line(error):
     text = str(error.value)
     assert "\n" not in text and len(text) < 600
     return text
 
 
-def test_files_that_are_no_models_are_refused_in_one_line(tokenizer, tmp_path):
+def test_invalid_checkpoints_are_one_line_errors(tokenizer, tmp_path):
     good = tmp_path / "pretrain_32.pth"
     save_model(good, make_model(), "pretrain", tokenizer, [])
     content = good.read_bytes()
@@ -162,7 +162,7 @@ def test_files_that_are_no_models_are_refused_in_one_line(tokenizer, tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError) as error:
             load_model(tmp_path / name)
-        assert name in one_line(error)
+        assert name in error_line(error)
     with pytest.raises(UserError, match=r"no checkpoint at .*absent"):
         load_model(tmp_path / "absent")
     with pytest.raises(UserError):
@@ -171,7 +171,7 @@ def test_files_that_are_no_models_are_refused_in_one_line(tokenizer, tmp_path):
         torch.save(foreign, tmp_path / "foreign.pth")
         with pytest.raises(UserError) as error:
             load_model(tmp_path / "foreign.pth")
-        assert "not a model of this project" in one_line(error)
+        assert "not a model of this project" in error_line(error)
     checkpoint = read_checkpoint(good)
     for key, value in {
         "format": 99,
@@ -183,28 +183,28 @@ def test_files_that_are_no_models_are_refused_in_one_line(tokenizer, tmp_path):
         torch.save({name: part for name, part in changed.items() if part is not None}, tmp_path / "other.pth")
         with pytest.raises(UserError) as error:
             load_model(tmp_path / "other.pth")
-        one_line(error)
+        error_line(error)
 
 
-def test_weights_that_are_not_finite_are_refused(tokenizer):
+def test_non_finite_weights_are_refused(tokenizer):
     """They answer nothing, and every step of a training run would be skipped."""
     model = make_model()
     for value in (float("nan"), float("inf")):
-        state = {name: tensor.clone() for name, tensor in plain_state(model).items()}
+        state = {name: tensor.clone() for name, tensor in model_state_dict(model).items()}
         state["model.norm.weight"][1] = value
         with pytest.raises(UserError, match=r"file.pth: model.norm.weight is not finite"):
             load_state(model, state, "file.pth")
 
 
-def test_a_state_that_does_not_fit_is_listed(tokenizer):
+def test_mismatched_state_names_and_shapes_are_listed(tokenizer):
     model = make_model()
-    state = plain_state(model)
+    state = model_state_dict(model)
     state["model.norm.weight"] = torch.zeros(5)
     state["extra"] = state.pop("model.layers.1.mlp.up_proj.weight")
     before = model.model.norm.weight.clone()
     with pytest.raises(UserError) as error:
         load_state(model, state, "file.pth")
-    text = one_line(error)
+    text = error_line(error)
     assert (
         "file.pth does not fit the model: " in text
         and "missing model.layers.1.mlp.up_proj.weight" in text
@@ -225,7 +225,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_chain_takes_one_match_and_lists_several(tmp_path):
+def test_find_parent_takes_one_match_and_lists_several(tmp_path):
     with pytest.raises(UserError, match=r"1-pretrain\.py"):
         find_checkpoint(tmp_path, "pretrain")
     (tmp_path / "pretrain_512.pth").touch()

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from export import hf_import
-from model.checkpoint import fingerprint, load_model, plain_state, read_checkpoint, remember_parent, save_model
+from model.checkpoint import load_model, model_fingerprint, model_state_dict, read_checkpoint, record_parent, save_model
 from model.config import ModelConfig
-from model.lora import LoRAConfig, LoRALinear, adapter_state, attach, describe, lora_layers, merge
+from model.lora import LoRAConfig, LoRALinear, adapter_state, adapter_summary, attach, lora_layers, merge
 from model.transformer import Transformer
-from tests.helpers import ROOT, TOKENS, read_log, run_process, run_script, weights
-from tests.model.test_hf_parity import rough_model
+from tests.helpers import IGNORE_TOKEN_FOLDERS, ROOT, load_weights, read_jsonl, run_process, run_script
+from tests.model.test_hf_parity import make_random_model
 from trainer.optim import make_optimizers
 
 KINDS = {
@@ -34,10 +34,10 @@ IDS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    return rough_model(**KINDS[request.param])
+    return make_random_model(**KINDS[request.param])
 
 
-def shake(model):
+def randomize_adapter(model):
     """As if trained: B is no longer zero."""
     random = torch.Generator().manual_seed(9)
     for name, tensor in adapter_state(model).items():
@@ -46,7 +46,7 @@ def shake(model):
     return model
 
 
-def test_the_formula_by_hand():
+def test_lora_output_equals_the_formula():
     """W = [1 2; 3 4], A = [1 -1], B = [2; 1/2], alpha = 4, r = 1, x = (1, 2):
     W x = (5, 11), B A x = -(2, 1/2), h = (5 - 8, 11 - 2); W + 4 B A = [9 -6; 5 2]."""
     linear = torch.nn.Linear(2, 2, bias=False)
@@ -55,29 +55,34 @@ def test_the_formula_by_hand():
     layer.lora_A.weight.data, layer.lora_B.weight.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [0.5]])
     x = torch.tensor([1.0, 2.0])
     assert layer(x).tolist() == [-3.0, 9.0]
-    assert layer.merged().weight.tolist() == [[9.0, -6.0], [5.0, 2.0]] and layer.merged()(x).tolist() == [-3.0, 9.0]
+    assert layer.merged_linear().weight.tolist() == [[9.0, -6.0], [5.0, 2.0]] and layer.merged_linear()(x).tolist() == [
+        -3.0,
+        9.0,
+    ]
 
 
-def test_the_start_is_exactly_the_parent(model):
+def test_a_fresh_adapter_changes_no_output(model):
     before = model.logits(IDS)
     attach(model, LoRAConfig(3, dropout=0.5), seed=1)
     assert torch.equal(model.logits(IDS), before)
     assert all(t.any() != (".lora_B." in name) for name, t in adapter_state(model).items()), "A is random, B is zero"
     model.train()
-    assert torch.equal(model(IDS)[0], rough_like(model).train()(IDS)[0]), "with dropout too: what A sees meets a zero"
+    assert torch.equal(model(IDS)[0], randomized_copy(model).train()(IDS)[0]), (
+        "with dropout too: what A sees meets a zero"
+    )
 
 
-def rough_like(model):
+def randomized_copy(model):
     """The same model, never touched by LoRA."""
     plain = Transformer(model.config)
     plain.load_state_dict({name: t for name, t in model.state_dict().items() if ".lora_" not in name})
     return plain
 
 
-def test_merged_equals_attached(model):
+def test_merged_model_equals_the_adapted_model(model):
     names = list(model.state_dict())
-    shake(attached(model)).eval()
-    before, parent = model.logits(IDS), rough_like(model).eval().logits(IDS)
+    randomize_adapter(attach_copy(model)).eval()
+    before, parent = model.logits(IDS), randomized_copy(model).eval().logits(IDS)
     assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".lora_" not in name)
     merge(model)
     torch.testing.assert_close(model.logits(IDS), before, rtol=1e-5, atol=1e-5)
@@ -88,12 +93,12 @@ def test_merged_equals_attached(model):
         merge(model)
 
 
-def attached(model, **config):
+def attach_copy(model, **config):
     attach(model, LoRAConfig(**{"rank": 4, "alpha": 8.0, **config}))
     return model
 
 
-def test_targets():
+def test_target_names_select_matrices():
     experts = {"use_moe": True, "n_routed_experts": 3, "n_shared_experts": 2, "n_layers": 2}
     per_layer = {
         "all": 4 + 5 * 3,
@@ -105,20 +110,20 @@ def test_targets():
         "up_proj": 5,
     }
     for target, count in per_layer.items():
-        layers = lora_layers(attached(rough_model(**experts), targets=(target,)))
+        layers = lora_layers(attach_copy(make_random_model(**experts), targets=(target,)))
         assert len(layers) == 2 * count and all(target[:3] in ("all", "att", "mlp") or target in n for n in layers)
-    some = lora_layers(attached(rough_model(n_layers=1), targets=("attention", "down_proj")))
+    some = lora_layers(attach_copy(make_random_model(n_layers=1), targets=("attention", "down_proj")))
     assert {name.split(".")[-1] for name in some} == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
     for targets in (("gate",), ("lm_head",), ("embed_tokens",), ("q_proj", "0"), ("experts",)):
         with pytest.raises(UserError, match=r"no matrix here is called .*attention"):
-            attached(rough_model(), targets=targets)
+            attach_copy(make_random_model(), targets=targets)
     with pytest.raises(UserError, match="carries an adapter already"):
-        attached(attached(rough_model()))
+        attach_copy(attach_copy(make_random_model()))
 
 
 @given(st.tuples(*[st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) for _ in range(3)]))
 @settings(max_examples=60, deadline=None)
-def test_impossible_numbers_are_one_line(numbers):
+def test_invalid_lora_settings_are_one_line_errors(numbers):
     try:
         config = LoRAConfig(*numbers, targets=("q_proj",))
     except UserError as error:
@@ -129,13 +134,13 @@ def test_impossible_numbers_are_one_line(numbers):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_only_the_adapter_trains(model, optimizer):
-    before = {name: tensor.clone() for name, tensor in plain_state(model).items()}
-    attached(model).train()
+    before = {name: tensor.clone() for name, tensor in model_state_dict(model).items()}
+    attach_copy(model).train()
     first = None
     optimizers = make_optimizers(model, optimizer, 1e-2, 0.1)
     for _ in range(8):
-        hidden, balance = model(IDS[:, :-1])
-        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), IDS[:, 1:].flatten()) + balance
+        hidden, aux_loss = model(IDS[:, :-1])
+        loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), IDS[:, 1:].flatten()) + aux_loss
         loss.backward()
         first = first or loss.item()
         for one in optimizers:
@@ -166,7 +171,7 @@ def out(tmp_path, tokenizer):
 
 @pytest.fixture(scope="module")
 def chats(sft_dir, tmp_path_factory):
-    return shutil.copytree(sft_dir, tmp_path_factory.mktemp("lora") / "sft", ignore=TOKENS)
+    return shutil.copytree(sft_dir, tmp_path_factory.mktemp("lora") / "sft", ignore=IGNORE_TOKEN_FOLDERS)
 
 
 @pytest.fixture
@@ -186,18 +191,18 @@ def test_targets_are_separated_by_commas_or_spaces(lora, out):
         lora("--targets", "qproj,k,v_proj")
 
 
-def test_the_length_can_be_limited(lora, chats):
+def test_max_seq_len_flag_limits_the_data(lora, chats):
     lora("--max_steps", "1", "--max_seq_len", "30")
     (meta,) = chats.glob("tokens-*/meta.json")
     assert json.loads(meta.read_text())["max_seq_len"] == 30
 
 
-def test_the_file_holds_the_adapter_alone(lora, out, capsys):
+def test_adapter_checkpoint_has_only_adapter_tensors(lora, out, capsys):
     parent = (out / "full_sft_32.pth").read_bytes()
     path = lora("--max_steps", "3", "--eval_interval", "2")
     said = capsys.readouterr().out
     assert (out / "full_sft_32.pth").read_bytes() == parent
-    tensors = weights(path)
+    tensors = load_weights(path)
     assert len(tensors) == 2 * 2 * 7 and all(re.search(r"\.lora_[AB]\.weight$", name) for name in tensors)
     count = sum(tensor.numel() for tensor in tensors.values())
     assert f"{count:,} parameters train" in said and "holds the adapter alone" in said
@@ -205,19 +210,19 @@ def test_the_file_holds_the_adapter_alone(lora, out, capsys):
     assert path.stat().st_size < 4 * count + 60_000 and checkpoint["stage"] == "lora_sft"
     assert checkpoint["adapter"] == {
         "rank": 2, "alpha": 16.0, "dropout": 0.0, "targets": ["all"],
-        "parent": str(out / "full_sft_32.pth"), "parent_fingerprint": fingerprint(out / "full_sft_32.pth"),
+        "parent": str(out / "full_sft_32.pth"), "parent_fingerprint": model_fingerprint(out / "full_sft_32.pth"),
     }  # fmt: skip
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["full_sft", "lora_sft"]
-    assert read_log(path.with_suffix(".jsonl"))[-1]["val_loss"].keys() == {"zh", "en"}
+    assert read_jsonl(path.with_suffix(".jsonl"))[-1]["val_loss"].keys() == {"zh", "en"}
     assert not path.with_suffix(".resume").exists()
 
 
-def test_whoever_opens_it_gets_the_merged_model(lora, out, monkeypatch, capsys):
+def test_load_model_returns_the_merged_model(lora, out, monkeypatch, capsys):
     path = lora("--max_steps", "3", "--learning_rate", "0.1")
     model, tokenizer, checkpoint = load_model(path)
     by_hand, _, _ = load_model(out / "full_sft_32.pth")
     attach(by_hand, LoRAConfig(2))
-    by_hand.load_state_dict({**by_hand.state_dict(), **weights(path)})
+    by_hand.load_state_dict({**by_hand.state_dict(), **load_weights(path)})
     ids = IDS[:, :20]
     torch.testing.assert_close(model.logits(ids), by_hand.eval().logits(ids), rtol=1e-5, atol=1e-5)
     assert not model.adapter and not model.training and checkpoint["stage"] == "lora_sft"
@@ -232,7 +237,7 @@ def test_whoever_opens_it_gets_the_merged_model(lora, out, monkeypatch, capsys):
     run_script(monkeypatch, "2-eval.py", "--stage", "lora_sft", "--out_dir", out, "--prompt", "hi", "--device", "cpu")
 
 
-def test_the_parent_is_found_and_made_sure_of(lora, out, tokenizer, tmp_path):
+def test_the_parent_is_found_and_its_fingerprint_checked(lora, out, tokenizer, tmp_path):
     path = lora("--max_steps", "1")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -256,7 +261,7 @@ def test_the_parent_is_found_and_made_sure_of(lora, out, tokenizer, tmp_path):
     load_model(moved)  # put beside it
 
 
-def test_the_merged_model_is_no_parent(lora, out, tokenizer):
+def test_a_merged_model_is_refused_as_parent(lora, out, tokenizer):
     """Merging twice through files: the adapter meets a model that has it already."""
     path = lora("--max_steps", "2")
     model, _, _ = load_model(path)
@@ -265,7 +270,7 @@ def test_the_merged_model_is_no_parent(lora, out, tokenizer):
         load_model(path)
 
 
-def test_an_adapter_on_an_adapter(lora, out, tmp_path):
+def test_an_adapter_trains_on_an_adapter(lora, out, tmp_path):
     first = lora("--max_steps", "2")
     with pytest.raises(UserError, match=r"overwrite its parent .*--out_dir"):
         lora("--init_from", first)
@@ -273,14 +278,16 @@ def test_an_adapter_on_an_adapter(lora, out, tmp_path):
     model, _, checkpoint = load_model(second)
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["full_sft", "lora_sft", "lora_sft"]
     parent, _, _ = load_model(first)
-    changed = {n.split(".")[-2] for n, t in plain_state(model).items() if not torch.equal(t, plain_state(parent)[n])}
+    changed = {
+        n.split(".")[-2] for n, t in model_state_dict(model).items() if not torch.equal(t, model_state_dict(parent)[n])
+    }
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
     lora("--max_steps", "3", "--resume", "never")  # the first adapter is another one now
     with pytest.raises(UserError, match="with fingerprint"):
         load_model(second)
 
 
-def test_damaged_adapters_are_one_line(lora):
+def test_damaged_adapters_are_one_line_errors(lora):
     path = lora("--max_steps", "1")
     checkpoint = torch.load(path, weights_only=True)
     for change, message in (
@@ -299,7 +306,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_killed_run_goes_on_to_the_bit(monkeypatch, lora, out, tokenizer, tmp_path, optimizer):
+def test_a_killed_run_resumes_bit_equal(monkeypatch, lora, out, tokenizer, tmp_path, optimizer):
     from trainer import loop
     from trainer.state_files import SavedState
 
@@ -309,7 +316,7 @@ def test_a_killed_run_goes_on_to_the_bit(monkeypatch, lora, out, tokenizer, tmp_
     write_parent(tmp_path / "parts", tokenizer)
     real_step, done = loop.train_step, 0
 
-    def step_then_die(*positional):
+    def step_then_kill(*positional):
         nonlocal done
         done += 1
         if done == 8:
@@ -317,24 +324,24 @@ def test_a_killed_run_goes_on_to_the_bit(monkeypatch, lora, out, tokenizer, tmp_
         return real_step(*positional)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step_then_die)
+        patch.setattr(loop, "train_step", step_then_kill)
         with pytest.raises(Killed):
             lora(*flags, out_dir=tmp_path / "parts")
     resume = tmp_path / "parts" / "lora_sft_32.resume"
     names = set(SavedState(resume / "step_000000006", 1, "").tensors)
     kept = {name.removeprefix("model.") for name in names if not name.startswith("optimizer.")}
-    assert kept == weights(whole).keys(), "the adapter, no more"
+    assert kept == load_weights(whole).keys(), "the adapter, no more"
     with pytest.raises(UserError, match=r"the adapter's rank was 2, is 4"):
         lora(*flags, "--rank", "4", out_dir=tmp_path / "parts")
     parts = lora(*flags, out_dir=tmp_path / "parts")
     assert not resume.exists()
-    ours, theirs = weights(whole), weights(parts)
+    ours, theirs = load_weights(whole), load_weights(parts)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    losses = [[row.get("loss") for row in read_log(path.with_suffix(".jsonl"))] for path in (whole, parts)]
+    losses = [[row.get("loss") for row in read_jsonl(path.with_suffix(".jsonl"))] for path in (whole, parts)]
     assert losses[0] == losses[1]
 
 
-def test_two_processes_equal_one(lora, out, chats, tokenizer, tmp_path):
+def test_lora_on_two_processes_equals_one(lora, out, chats, tokenizer, tmp_path):
     """2 x 4 rows = 1 x 8, on an MoE without its balance loss (a mean over each process's own tokens)."""
     moe = {**KINDS["moe"], "balance_loss_coef": 0.0, "dropout": 0.0}
     parent = write_parent(tmp_path, tokenizer, **moe)
@@ -345,7 +352,7 @@ def test_two_processes_equal_one(lora, out, chats, tokenizer, tmp_path):
     result = run_process(*torchrun, ROOT / "4-lora_sft.py", *FLAGS, *flags, *paths)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("holds the adapter alone") == 1, "only the first process speaks"
-    one, two = weights(out / "lora_sft_32_moe.pth"), weights(tmp_path / "two" / "lora_sft_32_moe.pth")
+    one, two = load_weights(out / "lora_sft_32_moe.pth"), load_weights(tmp_path / "two" / "lora_sft_32_moe.pth")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
@@ -356,14 +363,14 @@ def test_the_parent_may_be_a_transformers_folder(monkeypatch, lora, tokenizer, t
     parent = write_parent(tmp_path, tokenizer)
     monkeypatch.setattr(hf_import, "open_folder", lambda path, device: load_model(parent, device))
     path = lora("--init_from", folder, "--max_steps", "1")
-    assert read_checkpoint(path)["adapter"]["parent_fingerprint"] == fingerprint(parent)
+    assert read_checkpoint(path)["adapter"]["parent_fingerprint"] == model_fingerprint(parent)
     hf_import.open_model(path)
     shutil.copy(write_parent(tmp_path / "other", tokenizer, seed=7), parent)
     with pytest.raises(UserError, match=r"llama with fingerprint \w+, but .*llama is \w+"):
         hf_import.open_model(path)
 
 
-def test_flags_are_frozen():
+def test_lora_flags_do_not_change():
     text = run_process(sys.executable, "4-lora_sft.py", "--help").stdout
     names = "rank alpha lora_dropout targets init_adapter peft_dir init_from data_path resume compile learning_rate"
     assert all(f"--{name} " in text for name in names.split())
@@ -373,27 +380,27 @@ def test_flags_are_frozen():
 
 
 @pytest.mark.slow
-def test_compiled_equals_plain(lora, tokenizer, tmp_path):
+def test_compiled_lora_equals_eager(lora, tokenizer, tmp_path):
     flags = ["--max_steps", "3", "--init_from", write_parent(tmp_path, tokenizer, dropout=0.0)]
     compiled = lora(*flags, "--compile", out_dir=tmp_path / "compiled")
-    ours, theirs = weights(lora(*flags)), weights(compiled)
+    ours, theirs = load_weights(lora(*flags)), load_weights(compiled)
     assert ours.keys() == theirs.keys() and all(torch.allclose(ours[n], theirs[n], atol=1e-4) for n in ours)
 
 
-def test_describe():
-    model = attached(rough_model())
+def test_adapter_summary():
+    model = attach_copy(make_random_model())
     count = sum(tensor.numel() for tensor in adapter_state(model).values())
-    rest = sum(p.numel() for p in rough_model().parameters())
-    assert describe(model) == (
+    rest = sum(p.numel() for p in make_random_model().parameters())
+    assert adapter_summary(model) == (
         f"LoRA rank 4, alpha 8, on all (14 matrices): {count:,} parameters train, {count / rest:.2%} of the parent's "
         f"{rest:,}"
     )
 
 
 def test_an_adapter_is_never_saved_without_its_parent(tokenizer, tmp_path):
-    model = attached(Transformer(ModelConfig(tokenizer.vocab_size, **CONFIG)))
-    with pytest.raises(AssertionError, match="remember_parent"):
+    model = attach_copy(Transformer(ModelConfig(tokenizer.vocab_size, **CONFIG)))
+    with pytest.raises(AssertionError, match="record_parent"):
         save_model(tmp_path / "a.pth", model, "lora_sft", tokenizer, [])
     parent = write_parent(tmp_path, tokenizer)
-    remember_parent(model, parent, tmp_path / "a.pth")
-    assert model.adapter["parent_fingerprint"] == fingerprint(parent)
+    record_parent(model, parent, tmp_path / "a.pth")
+    assert model.adapter["parent_fingerprint"] == model_fingerprint(parent)

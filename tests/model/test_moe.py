@@ -27,9 +27,9 @@ def moe(**changes):
 def test_one_expert_is_the_dense_feed_forward():
     layer = moe(n_routed_experts=1, n_active_experts=1, n_shared_experts=0)
     x = torch.randn(2, 5, 16)
-    out, balance = layer(x)
+    out, aux_loss = layer(x)
     torch.testing.assert_close(out, layer.experts[0](x))
-    assert balance.item() == pytest.approx(1)
+    assert aux_loss.item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("k", "shared"), [(1, 0), (2, 2), (4, 1)])
@@ -53,62 +53,62 @@ def test_equals_a_plain_loop_over_tokens(k, shared):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
 
 
-def balance_of(layer, preferred, real=None):
+def aux_loss_of(layer, preferred, token_mask=None):
     """Balance loss when token i has (almost) all its probability on expert preferred[i]."""
     probabilities = torch.nn.functional.one_hot(torch.tensor(preferred), 4).float()
     chosen = probabilities.topk(layer.n_active).indices
-    return layer.balance_loss(probabilities, chosen, real).item()
+    return layer.compute_aux_loss(probabilities, chosen, token_mask).item()
 
 
-def test_balance_loss_by_hand():
+def test_aux_loss_equals_the_formula():
     layer = moe(n_active_experts=1)
-    assert balance_of(layer, [0, 1, 2, 3] * 3) == pytest.approx(1)
-    assert balance_of(layer, [2] * 12) == pytest.approx(4)
-    assert balance_of(layer, [0, 0, 0, 1]) == pytest.approx(4 * (0.75**2 + 0.25**2))
+    assert aux_loss_of(layer, [0, 1, 2, 3] * 3) == pytest.approx(1)
+    assert aux_loss_of(layer, [2] * 12) == pytest.approx(4)
+    assert aux_loss_of(layer, [0, 0, 0, 1]) == pytest.approx(4 * (0.75**2 + 0.25**2))
 
     top_two = moe(n_active_experts=2)  # every visit counts: f = (1/2, 1/4, 1/4, 0), P = (.6, .2, .15, .05)
     probabilities = torch.tensor([[0.6, 0.2, 0.15, 0.05]] * 2)
     chosen = torch.tensor([[0, 1], [0, 2]])
     expected = 4 * (0.5 * 0.6 + 0.25 * 0.2 + 0.25 * 0.15)
-    assert top_two.balance_loss(probabilities, chosen, None).item() == pytest.approx(expected)
+    assert top_two.compute_aux_loss(probabilities, chosen, None).item() == pytest.approx(expected)
     even = torch.full((4, 4), 0.25)
     chosen = torch.tensor([[0, 1], [2, 3], [1, 0], [3, 2]])
-    assert top_two.balance_loss(even, chosen, None).item() == pytest.approx(1)
+    assert top_two.compute_aux_loss(even, chosen, None).item() == pytest.approx(1)
 
 
-def test_padding_does_not_count():
+def test_padding_does_not_count_in_the_aux_loss():
     layer = moe(n_active_experts=1)
-    real = torch.tensor([[True, True, True, True, False, False]])
-    assert balance_of(layer, [0, 1, 2, 3, 3, 3], real) == pytest.approx(1)
-    assert balance_of(layer, [0, 1, 2, 3, 3, 3]) > 1.1
-    assert balance_of(layer, [0] * 6, torch.zeros(1, 6, dtype=torch.bool)) == 0  # nothing real: no NaN
+    token_mask = torch.tensor([[True, True, True, True, False, False]])
+    assert aux_loss_of(layer, [0, 1, 2, 3, 3, 3], token_mask) == pytest.approx(1)
+    assert aux_loss_of(layer, [0, 1, 2, 3, 3, 3]) > 1.1
+    assert aux_loss_of(layer, [0] * 6, torch.zeros(1, 6, dtype=torch.bool)) == 0  # nothing real: no NaN
 
 
-def test_padding_changes_neither_outputs_nor_balance_of_the_model():
+def test_padding_changes_neither_outputs_nor_aux_loss():
     torch.manual_seed(0)
     model = Transformer(ModelConfig(50, 16, 2, 2, 2, max_seq_len=12, use_moe=True)).eval()
     ids = torch.randint(0, 50, (2, 8))
     padded = torch.cat((ids, torch.randint(0, 50, (2, 4))), dim=1)
-    hidden, balance = model(ids)
-    padded_hidden, padded_balance = model(padded, real=torch.arange(12).expand(2, -1) < 8)
+    hidden, aux_loss = model(ids)
+    padded_hidden, padded_aux_loss = model(padded, token_mask=torch.arange(12).expand(2, -1) < 8)
     torch.testing.assert_close(padded_hidden[:, :8], hidden)
-    torch.testing.assert_close(padded_balance, balance)
+    torch.testing.assert_close(padded_aux_loss, aux_loss)
 
 
 def test_every_expert_and_the_router_get_a_gradient():
     layer = moe(n_active_experts=1)
     layer.gate.weight.data[3] = -100.0  # with positive inputs nobody goes to expert 3
-    out, balance = layer(torch.rand(1, 6, 16) + 0.1)
+    out, aux_loss = layer(torch.rand(1, 6, 16) + 0.1)
     out.sum().backward(retain_graph=True)
     assert all(weight.grad is not None for weight in layer.parameters())  # DDP waits for every one of them
     assert all(weight.grad.count_nonzero() == 0 for weight in layer.experts[3].parameters())
     layer.zero_grad()
-    balance.backward()
+    aux_loss.backward()
     assert layer.gate.weight.grad.abs().max() > 1e-4
     assert all(weight.grad is None for weight in layer.experts.parameters())
 
 
-def test_balance_loss_balances():
+def test_aux_loss_balances_the_router():
     """Stepping down the balance loss alone spreads a collapsed router."""
     layer = moe(n_active_experts=1, dim=16)
     x = torch.randn(1, 256, 16) + 1
@@ -116,17 +116,17 @@ def test_balance_loss_balances():
     optimizer = torch.optim.SGD([layer.gate.weight], lr=1.0)
     losses = []
     for _ in range(100):
-        balance = layer(x)[1]
-        losses.append(balance.item())
+        aux_loss = layer(x)[1]
+        losses.append(aux_loss.item())
         optimizer.zero_grad()
-        balance.backward()
+        aux_loss.backward()
         optimizer.step()
     assert losses[0] > 2 and losses[-1] < 1.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", ["autocast", "cast"])
-def test_any_number_format_trains(dtype, way):
+def test_moe_trains_in_every_dtype(dtype, way):
     torch.manual_seed(0)
     model = Transformer(ModelConfig(50, 16, 2, 2, 1, max_seq_len=8, use_moe=True, qk_norm=True))
     ids = torch.randint(0, 50, (2, 8))
@@ -134,9 +134,9 @@ def test_any_number_format_trains(dtype, way):
         exact = model.logits(ids)
     model = model.to(dtype) if way == "cast" else model
     with torch.autocast("cpu", dtype, enabled=way == "autocast"):
-        hidden, balance = model(ids)
+        hidden, aux_loss = model(ids)
         logits = model.lm_head(hidden)
-    assert logits.dtype == dtype and balance.isfinite()
+    assert logits.dtype == dtype and aux_loss.isfinite()
     torch.testing.assert_close(logits.float(), exact, rtol=0.05, atol=0.05)
-    (logits.float().logsumexp(-1).mean() + balance).backward()
+    (logits.float().logsumexp(-1).mean() + aux_loss).backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())

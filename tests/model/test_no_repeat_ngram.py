@@ -9,18 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.completion import Answer, Row
-from model.generate import Batch, generate, stream
-from model.sampling import NGrams, Penalties, Sampling
-from tests.serving.server_help import make_model
+from model.completion import Completion, Sequence
+from model.generate import DecodeBatch, generate, stream
+from model.sampling import NgramBlocker, Penalties, SamplingParams
+from tests.serving.server_help import make_random_model
 
 LOOPING = [[50, 60, 70] * 4, [100] * 9, [80, 81, 80, 81], [90]]
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A model that repeats itself: each token is followed by one of few."""
-    model = make_model(tokenizer, tie_embeddings=False)
+    """A model that count_repeats itself: each token is followed by one of few."""
+    model = make_random_model(tokenizer, tie_embeddings=False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "layers" in name and weight.dim() > 1:
@@ -28,26 +28,26 @@ def model(tokenizer):
     return model
 
 
-def repeats(ids, n):
+def count_repeats(ids, n):
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(grams) - len(set(grams))
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 6))
 @settings(deadline=None, max_examples=300)
-def test_the_banned_tokens_are_those_of_transformers(ids, n):
+def test_banned_tokens_equal_transformers(ids, n):
     process = pytest.importorskip("transformers.generation.logits_process").NoRepeatNGramLogitsProcessor(n)
     scores = process(torch.tensor([ids], dtype=torch.long), torch.zeros(1, 5))
-    assert set(NGrams(n, ids).banned()) == set((scores[0] == float("-inf")).nonzero().flatten().tolist())
+    assert set(NgramBlocker(n, ids).banned_tokens()) == set((scores[0] == float("-inf")).nonzero().flatten().tolist())
 
 
-def test_a_fork_is_independent():
-    one = NGrams(2, [1, 2, 1])
+def test_fork_is_independent():
+    one = NgramBlocker(2, [1, 2, 1])
     other = one.fork()
-    other.push(3)
-    assert set(one.banned()) == {2} and other.banned() == ()
-    other.push(1)
-    assert set(other.banned()) == {2, 3} and set(one.banned()) == {2}
+    other.append(3)
+    assert set(one.banned_tokens()) == {2} and other.banned_tokens() == ()
+    other.append(1)
+    assert set(other.banned_tokens()) == {2, 3} and set(one.banned_tokens()) == {2}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -55,35 +55,36 @@ def test_a_fork_is_independent():
     "kind", [{}, {"temperature": 0.3, "seed": 1}, {"num_beams": 3}], ids=["greedy", "drawn", "beams"]
 )
 def test_no_ngram_comes_twice(kind, n, model, tokenizer):
-    options = Sampling(max_new_tokens=40, no_repeat_ngram_size=n, **kind)
+    options = SamplingParams(max_new_tokens=40, no_repeat_ngram_size=n, **kind)
     answers = generate(model, LOOPING, options, tokenizer)
     for prompt, answer in zip(LOOPING, answers, strict=True):
-        new = repeats(prompt + answer.ids, n) - repeats(prompt, n)
+        new = count_repeats(prompt + answer.ids, n) - count_repeats(prompt, n)
         assert new == 0 and answer.ids
     for i, prompt in enumerate(LOOPING):
         seed = {"seed": kind["seed"] + i} if "seed" in kind else {}
-        single = Sampling(max_new_tokens=40, no_repeat_ngram_size=n, **{**kind, **seed})
+        single = SamplingParams(max_new_tokens=40, no_repeat_ngram_size=n, **{**kind, **seed})
         assert "".join(stream(model, prompt, single, tokenizer)) == answers[i].text
-    off = generate(model, LOOPING, Sampling(max_new_tokens=40, **kind), tokenizer)
+    off = generate(model, LOOPING, SamplingParams(max_new_tokens=40, **kind), tokenizer)
     assert any(
-        repeats(prompt + answer.ids, n) > repeats(prompt, n) for prompt, answer in zip(LOOPING, off, strict=True)
+        count_repeats(prompt + answer.ids, n) > count_repeats(prompt, n)
+        for prompt, answer in zip(LOOPING, off, strict=True)
     )
 
 
-def test_rows_with_and_without_it_beside_each_other(model, tokenizer):
-    rows = [
-        Row(model, tokenizer, prompt, Sampling(max_new_tokens=20, no_repeat_ngram_size=n), Answer())
+def test_sequences_with_and_without_ngram_ban_in_one_batch(model, tokenizer):
+    sequences = [
+        Sequence(model, tokenizer, prompt, SamplingParams(max_new_tokens=20, no_repeat_ngram_size=n), Completion())
         for prompt, n in zip(LOOPING, (2, 0, 1, 3), strict=True)
     ]
-    batch = Batch(model, tokenizer)
-    batch.join(rows[:2])
-    batch.step()
-    batch.join(rows[2:])
-    while batch.rows:
-        batch.step()
-    for row in rows:
-        assert [row.answer] == generate(model, [row.prompt], row.settings, tokenizer)
-    assert rows[0].answer != generate(model, LOOPING[:1], Sampling(max_new_tokens=20), tokenizer)[0]
+    batch = DecodeBatch(model, tokenizer)
+    batch.prefill(sequences[:2])
+    batch.decode()
+    batch.prefill(sequences[2:])
+    while batch.sequences:
+        batch.decode()
+    for sequence in sequences:
+        assert [sequence.completion] == generate(model, [sequence.prompt], sequence.settings, tokenizer)
+    assert sequences[0].completion != generate(model, LOOPING[:1], SamplingParams(max_new_tokens=20), tokenizer)[0]
 
 
 @pytest.mark.parametrize(
@@ -91,20 +92,20 @@ def test_rows_with_and_without_it_beside_each_other(model, tokenizer):
 )
 def test_an_answer_that_no_token_can_continue_ends(kind, tokenizer):
     """n = 1 and a prompt of every token that may be drawn, and of the stop tokens."""
-    model = make_model(tokenizer, max_seq_len=512)
+    model = make_random_model(tokenizer, max_seq_len=512)
     allowed = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-    options = Sampling(no_repeat_ngram_size=1, **kind)
+    options = SamplingParams(no_repeat_ngram_size=1, **kind)
     (answer,) = generate(model, [[*tokenizer.stop_ids, *allowed]], options, tokenizer)
-    assert answer == Answer([], "", "stop")
+    assert answer == Completion([], "", "stop")
 
 
-def test_the_penalties_copy_their_rows(tokenizer):
+def test_penalties_reorder_copies_rows(tokenizer):
     """Beam 1 continues beam 0: it has beam 0's tokens, and the next ones are its own."""
-    options = Sampling(num_beams=2, repetition_penalty=2.0, frequency_penalty=0.5, no_repeat_ngram_size=2)
+    options = SamplingParams(num_beams=2, repetition_penalty=2.0, frequency_penalty=0.5, no_repeat_ngram_size=2)
     penalties = Penalties(options, [5, 6, 5], tokenizer.stop_ids, torch.zeros(20, 1))
-    penalties.push([6, 7])
+    penalties.update([6, 7])
     penalties.reorder([1, 1])
-    penalties.push([5, 8])
+    penalties.update([5, 8])
     scores = penalties.apply(torch.full((2, 20), -1.0))
     assert scores[0, 7] == -float("inf"), "5 6 5 7 5: 5 7 would come again"
     assert scores[0, 5] == -2.5 and scores[1, 5] == -2.0 and scores[0, 8] == -1.0 and scores[1, 8] == -2.5

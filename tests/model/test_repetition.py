@@ -2,21 +2,21 @@
 
 import pytest
 
-from model.repetition import describe, distinct, is_loop, units
+from model.repetition import distinct_n, has_loop, repetition_stats, split_units
 
 
 def test_units_are_characters_words_and_signs():
-    assert units("Hello, World 3.5 it's") == ["hello", ",", "world", "3", ".", "5", "it", "'", "s"]
-    assert units("你好world，再见。\n") == ["你", "好", "world", "，", "再", "见", "。"]
-    assert units("naïve Жук ひらがな") == ["naïve", "жук", "ひらがな"] and units(" \n") == []
+    assert split_units("Hello, World 3.5 it's") == ["hello", ",", "world", "3", ".", "5", "it", "'", "s"]
+    assert split_units("你好world，再见。\n") == ["你", "好", "world", "，", "再", "见", "。"]
+    assert split_units("naïve Жук ひらがな") == ["naïve", "жук", "ひらがな"] and split_units(" \n") == []
 
 
-def test_distinct_by_hand():
+def test_distinct_n_equals_hand_counts():
     answers = [["a", "b", "a", "b"], ["a", "b", "c"]]
-    assert distinct(answers, 1) == pytest.approx(3 / 7)
-    assert distinct(answers, 2) == pytest.approx(3 / 5)  # ab ba ab, ab bc
-    assert distinct(answers, 3) == pytest.approx(3 / 3)  # aba bab, abc
-    assert distinct(answers, 5) is None and distinct([], 1) is None
+    assert distinct_n(answers, 1) == pytest.approx(3 / 7)
+    assert distinct_n(answers, 2) == pytest.approx(3 / 5)  # ab ba ab, ab bc
+    assert distinct_n(answers, 3) == pytest.approx(3 / 3)  # aba bab, abc
+    assert distinct_n(answers, 5) is None and distinct_n([], 1) is None
 
 
 @pytest.mark.parametrize(
@@ -35,19 +35,19 @@ def test_distinct_by_hand():
         ("", False, False),
     ],
 )
-def test_what_counts_as_a_loop(said, anywhere, at_end):
-    assert is_loop(said) is anywhere and is_loop(said, at_end=True) is at_end
+def test_has_loop(said, anywhere, at_end):
+    assert has_loop(said) is anywhere and has_loop(said, at_end=True) is at_end
 
 
-def test_the_figures_of_some_answers():
+def test_repetition_stats():
     answers = [
         {"answer": "是的是的是的是的", "finish_reason": "length"},
         {"answer": "  ", "finish_reason": "stop"},
         {"answer": "It is so.", "finish_reason": "stop"},
         {"answer": "好", "finish_reason": "stop"},
     ]
-    found = describe(answers)
+    found = repetition_stats(answers)
     assert (found["loops"], found["empty"], found["cut_off"], found["answers"]) == (1, 1, 1, 4)
     assert found["loops_rate"] == found["empty_rate"] == 0.25 and found["mean_length"] == (8 + 0 + 4 + 1) / 4
     assert found["distinct_1"] == pytest.approx((2 + 4 + 1) / 13) and found["distinct_2"] == pytest.approx(5 / 10)
-    assert describe([])["mean_length"] == 0
+    assert repetition_stats([])["mean_length"] == 0

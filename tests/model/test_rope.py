@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import ModelConfig
-from model.rope import rope_table, rotate
+from model.rope import apply_rope, rope_table
 from model.transformer import RMSNorm, Transformer, attention_cpu
 
 
@@ -20,15 +20,15 @@ def test_rope_depends_on_distance_alone():
     q, k = torch.randn(2, 1, 1, 32)
 
     def score(i, j):
-        return (rotate(q, cos[i], sin[i]) * rotate(k, cos[j], sin[j])).sum()
+        return (apply_rope(q, cos[i], sin[i]) * apply_rope(k, cos[j], sin[j])).sum()
 
     torch.testing.assert_close(score(5, 2), score(60, 57), rtol=1e-4, atol=1e-4)
     assert (score(5, 2) - score(5, 3)).abs() > 1e-3
-    torch.testing.assert_close(rotate(q, cos[40], sin[40]).norm(), q.norm())  # a rotation keeps lengths
-    torch.testing.assert_close(rotate(q, cos[0], sin[0]), q)
+    torch.testing.assert_close(apply_rope(q, cos[40], sin[40]).norm(), q.norm())  # a rotation keeps lengths
+    torch.testing.assert_close(apply_rope(q, cos[0], sin[0]), q)
 
 
-def test_rms_norm_is_its_formula():
+def test_rms_norm_equals_the_formula():
     norm = RMSNorm(8, 1e-5)
     norm.weight.data.uniform_(0.5, 2)
     x = torch.randn(3, 8) * 5
@@ -64,7 +64,7 @@ def test_cpu_attention_sees_all_keys_of_a_cache(before, seq):
 
 
 @pytest.mark.parametrize("seq", [1, 150])
-def test_cpu_attention_looks_where_the_mask_says(seq):
+def test_cpu_attention_applies_the_mask(seq):
     torch.manual_seed(0)
     q = torch.randn(3, 4, seq, 16)
     k, v = torch.randn(2, 3, 2, 70 + seq, 16)
@@ -74,7 +74,7 @@ def test_cpu_attention_looks_where_the_mask_says(seq):
     torch.testing.assert_close(attention_cpu(q, k, v, 0.0, mask), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_cpu_attention_drops_what_it_is_told():
+def test_cpu_attention_applies_dropout():
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 256, 2)
     out = attention_cpu(q, k, torch.ones(1, 1, 256, 2), 0.5)
@@ -89,13 +89,13 @@ def test_activation_checkpointing_changes_no_gradient(use_moe):
         model = Transformer(ModelConfig(50, 32, 2, 4, 2, max_seq_len=16, dropout=0.1, use_moe=use_moe)).train()
         model.activation_checkpointing = recompute
         torch.manual_seed(1)  # the same dropout
-        hidden, balance = model(torch.randint(0, 50, (2, 16)))
-        (model.lm_head(hidden).logsumexp(-1).sum() + balance).backward()
+        hidden, aux_loss = model(torch.randint(0, 50, (2, 16)))
+        (model.lm_head(hidden).logsumexp(-1).sum() + aux_loss).backward()
         gradients.append([weight.grad for weight in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_config_refuses_what_cannot_be():
+def test_config_refuses_invalid_values():
     for wrong in (
         {"dim": 30, "n_heads": 4},
         {"dim": 12, "n_heads": 4},

@@ -10,12 +10,12 @@ import json
 import pytest
 
 from common.errors import UserError
-from evaluation.chat_model import Speaker, find_model
-from evaluation.terminal_chat import talk
-from model.chat_template import FORMAT_NAMES
-from model.sampling import Sampling
-from model.sampling_presets import CHOICES, DEFAULTS, find_preset, merge_settings
-from tests.helpers import load_script, run_process, run_script, save_parrot
+from evaluation.chat_model import ChatModel, find_model
+from evaluation.terminal_chat import run_terminal_chat
+from model.chat_template import CHAT_FORMATS
+from model.sampling import SamplingParams
+from model.sampling_presets import DEFAULT_SAMPLING, PRESET_CHOICES, find_preset, merge_settings
+from tests.helpers import load_script, run_process, run_script, save_scripted_model
 
 BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
 
@@ -26,23 +26,23 @@ def out(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
     for name, after in (("chatml", "\n"), ("mindllm", "\n"), ("belle", ":"), ("text", "?")):
         (folder / name).mkdir()
-        save_parrot(folder / name / "full_sft_64.pth", tokenizer.with_format(name), ["hi"], after=after)
+        save_scripted_model(folder / name / "full_sft_64.pth", tokenizer.with_chat_format(name), ["hi"], trigger=after)
     return folder
 
 
 @pytest.fixture
-def make(out):
-    def make(name, *arguments):
+def make_chat_model(out):
+    def make_chat_model(name, *arguments):
         parser = load_script("2-eval.py").make_parser()
         args = parser.parse_args(["--out_dir", str(out / name), *map(str, arguments)])
-        return Speaker(find_model(args), args)
+        return ChatModel(find_model(args), args)
 
-    return make
+    return make_chat_model
 
 
-def settings_of(speaker):
+def settings_of(chat_model):
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "no_repeat_ngram_size")
-    return {name: getattr(speaker.settings, name) for name in names}
+    return {name: getattr(chat_model.settings, name) for name in names}
 
 
 PLAIN = {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1, "num_beams": 1}
@@ -69,18 +69,20 @@ SEARCH = {"temperature": 0, "num_beams": 4, "no_repeat_ngram_size": 5}
         ("chatml", ["--sampling_preset", "mindllm"], SEARCH, "num_beams 4, no_repeat_ngram_size 5"),
     ],
 )  # fmt: skip
-def test_named_settings_over_the_preset_over_the_defaults(make, capsys, name, flags, changes, shown):
-    speaker = make(name, *flags)
-    assert settings_of(speaker) == {**PLAIN, **changes}
+def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat_model, capsys, name, flags, changes, shown):
+    chat_model = make_chat_model(name, *flags)
+    assert settings_of(chat_model) == {**PLAIN, **changes}
     lines = capsys.readouterr().out.splitlines()
     preset = flags[flags.index("--sampling_preset") + 1] if "--sampling_preset" in flags else name
     assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none: without it)"] if shown else [])
 
 
-def test_measurements_take_no_preset(make, out, monkeypatch, capsys, tmp_path):
+def test_measurements_take_no_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "?", "keys": ["hi"], "lang": "en"}\n')
-    assert make("belle", "--questions", questions).settings == Sampling(max_new_tokens=48, stop=("Human: ",))
+    assert make_chat_model("belle", "--questions", questions).settings == SamplingParams(
+        max_new_tokens=48, stop=("Human: ",)
+    )
     report = tmp_path / "report.json"
     flags = ["--prompt", "x", "--json", report, "--max_new_tokens", 4]
     run_script(monkeypatch, "2-eval.py", "--report", out / "belle" / "full_sft_64.pth", *flags)
@@ -89,7 +91,7 @@ def test_measurements_take_no_preset(make, out, monkeypatch, capsys, tmp_path):
     assert "preset" not in capsys.readouterr().out
 
 
-def test_flags_that_do_not_go_together_are_one_line(make):
+def test_conflicting_flags_are_one_line_errors(make_chat_model):
     for flags, message in (
         (["--num_beams", 2, "--temperature", 0.7], "--temperature must be 0 with num_beams above 1, not 0.7"),
         (["--num_beams", 9], "--num_beams: 9 is not a whole number from 1 to 8"),
@@ -98,40 +100,44 @@ def test_flags_that_do_not_go_together_are_one_line(make):
         (["--length_penalty", "nan"], "--length_penalty: nan is not a number of at least 0"),
     ):
         with pytest.raises(UserError, match=message):
-            make("chatml", *flags)
+            make_chat_model("chatml", *flags)
     wrong = run_process("python3", "2-eval.py", "--sampling_preset", "zephyr")
     assert wrong.returncode == 2 and "invalid choice: 'zephyr'" in wrong.stderr
 
 
-def test_a_beam_search_answers_on_the_command_line(make, capsys):
-    speaker = make("mindllm", "--max_new_tokens", 9)
-    assert speaker.say([{"role": "user", "content": "x"}]) == "hi"
-    assert speaker.answer_all(["x", "a longer one"])[1] == {"answer": "hi", "finish_reason": "stop", "tokens": 1}
+def test_a_beam_search_answers_on_the_command_line(make_chat_model, capsys):
+    chat_model = make_chat_model("mindllm", "--max_new_tokens", 9)
+    assert chat_model.stream_answer([{"role": "user", "content": "x"}]) == "hi"
+    assert chat_model.generate_answers(["x", "a longer one"])[1] == {
+        "answer": "hi",
+        "finish_reason": "stop",
+        "tokens": 1,
+    }
     assert capsys.readouterr().out.endswith("hi\n")
 
 
-def test_settings_change_while_talking(make, monkeypatch, capsys, tmp_path):
-    speaker = make("chatml")
+def test_set_command_changes_sampling_in_a_chat(make_chat_model, monkeypatch, capsys, tmp_path):
+    chat_model = make_chat_model("chatml")
     lines = iter(["/num_beams 4", "/no_repeat_ngram_size 5", "/length_penalty 0.5", "x", "/num_beams 9",
                   "/no_repeat_ngram_size 1.5", "/exit"])  # fmt: skip
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    talk(speaker, tmp_path)
+    run_terminal_chat(chat_model, tmp_path)
     shown = capsys.readouterr().out
     assert "[temperature 0.0, top_k 0" in shown and "num_beams 4" in shown and "\nhi\n" in shown
     assert "[/num_beams: must be from 1 to 8, not 9]" in shown
     assert "[/no_repeat_ngram_size: 1.5 is no whole number]" in shown
-    assert settings_of(speaker) == {**PLAIN, **SEARCH} and speaker.settings.length_penalty == 0.5
+    assert settings_of(chat_model) == {**PLAIN, **SEARCH} and chat_model.settings.length_penalty == 0.5
     lines = iter(["/temperature 0.9", "/exit"])
-    talk(speaker, tmp_path)
-    assert settings_of(speaker) == {**PLAIN, "temperature": 0.9, "no_repeat_ngram_size": 5}
+    run_terminal_chat(chat_model, tmp_path)
+    assert settings_of(chat_model) == {**PLAIN, "temperature": 0.9, "no_repeat_ngram_size": 5}
 
 
 def test_every_choice_is_a_preset(tokenizer):
-    assert ("auto", "none", *FORMAT_NAMES) == CHOICES
-    for choice in CHOICES:
-        for chat_format in (None, tokenizer.format, tokenizer.with_format("belle").format):
+    assert ("auto", "none", *CHAT_FORMATS) == PRESET_CHOICES
+    for choice in PRESET_CHOICES:
+        for chat_format in (None, tokenizer.format, tokenizer.with_chat_format("belle").format):
             name, preset = find_preset(choice, chat_format)
-            Sampling(**merge_settings(preset, DEFAULTS))  # accepted as they are
+            SamplingParams(**merge_settings(preset, DEFAULT_SAMPLING))  # accepted as they are
             assert name or not preset
-    assert find_preset("auto", tokenizer.with_format("belle").format) == ("belle", BELLE)
+    assert find_preset("auto", tokenizer.with_chat_format("belle").format) == ("belle", BELLE)
     assert find_preset("belle", None) == ("belle", BELLE) and find_preset("none", tokenizer.format) == ("", {})

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from model.chat_template import RefusedChat
-from model.jinja_template import TemplateFormat
+from model.chat_template import UnsupportedChatError
+from model.jinja_template import JinjaTemplate
 from model.tokenizer import ChatTokenizer, load_tokenizer
 from tests.export.test_hf_import import make_tokenizer
 from tests.model.test_chat_template import messages_of
@@ -18,24 +18,24 @@ from tests.model.test_jinja_template import CHAT, THINKS
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def render_both(tmp_path_factory):
     """A function: template, chat -> what we render, what transformers renders."""
     folder = tmp_path_factory.mktemp("tok")
     theirs = make_tokenizer(folder)
     files = load_tokenizer(folder).files
 
-    def both(template, chat):
+    def render_both(template, chat):
         theirs.chat_template = template
         ours = ChatTokenizer({**files, "chat_template.jinja": template})
         return ours.chat_format.text(chat), theirs.apply_chat_template(chat, tokenize=False)
 
-    return both
+    return render_both
 
 
 # ---- long chats -----------------------------------------------------------------------------------------------------
-def test_a_chat_of_many_turns_takes_linear_time(both):
+def test_a_chat_of_many_turns_takes_linear_time(render_both):
     chats = [messages_of([("user", "q" * 100), ("assistant", "太阳" * 50)] * n) for n in (125, 1000)]
-    form = TemplateFormat(THINKS, {}, re.compile("</s>"))
+    form = JinjaTemplate(THINKS, {}, re.compile("</s>"))
     seconds = []
     for chat in chats:
         start = time.process_time()
@@ -43,15 +43,15 @@ def test_a_chat_of_many_turns_takes_linear_time(both):
         seconds.append(time.process_time() - start)
     assert seconds[1] < 1 and seconds[1] < 5 * 8 * seconds[0]
     start = time.process_time()
-    with pytest.raises(RefusedChat, match="more than 400,000 steps for the answers of so long a chat"):
+    with pytest.raises(UnsupportedChatError, match="more than 400,000 steps for the answers of so long a chat"):
         form.samples(chats[1])
     assert time.process_time() - start < 1
     assert len(form.samples(chats[0])) == 125
 
 
-def test_long_chats_are_far_from_the_bound(both):
+def test_long_chats_stay_below_the_step_limit(render_both):
     chat = messages_of([("user", "好" * 1000), ("assistant", "太阳" * 1000)] * 200)
-    ours, theirs = both(THINKS, chat)
+    ours, theirs = render_both(THINKS, chat)
     assert ours == theirs and len(ours) > 600_000
 
 
@@ -75,6 +75,6 @@ def test_long_chats_are_far_from_the_bound(both):
         "{{ loop([m.content]) }}{% endif %}{% endfor %}",
     ],
 )
-def test_templates_render_as_in_transformers(both, template):
-    ours, theirs = both(template, CHAT)
+def test_templates_render_as_in_transformers(render_both, template):
+    ours, theirs = render_both(template, CHAT)
     assert ours == theirs

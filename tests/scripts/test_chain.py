@@ -12,50 +12,50 @@ import torch
 
 from common.errors import UserError
 from tests.helpers import (
+    IGNORE_TOKEN_FOLDERS,
     ROOT,
-    TINY_MODEL,
-    TOKENS,
-    child_seconds,
+    TINY_MODEL_FLAGS,
+    child_cpu_seconds,
     free_port,
-    read_log,
+    load_weights,
+    read_jsonl,
     run_process,
     run_script,
-    weights,
 )
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
-SHORT = ["--device", "cpu", "--batch_size", "4", "--max_steps", "3", "--log_interval", "1"]
+SHORT_RUN = ["--device", "cpu", "--batch_size", "4", "--max_steps", "3", "--log_interval", "1"]
 
 
 @pytest.fixture
 def pretrained(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out"]
-    run_script(monkeypatch, "1-pretrain.py", *TINY_MODEL, *SHORT, *paths)
+    run_script(monkeypatch, "1-pretrain.py", *TINY_MODEL_FLAGS, *SHORT_RUN, *paths)
     return tmp_path / "out"
 
 
 @pytest.fixture
 def chats(sft_dir, tmp_path):
-    return shutil.copytree(sft_dir, tmp_path / "sft", ignore=TOKENS)
+    return shutil.copytree(sft_dir, tmp_path / "sft", ignore=IGNORE_TOKEN_FOLDERS)
 
 
 def test_sft_starts_from_the_one_parent(monkeypatch, pretrained, chats):
-    run_script(monkeypatch, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", pretrained)
+    run_script(monkeypatch, "3-full_sft.py", *SHORT_RUN, "--data_path", chats, "--out_dir", pretrained)
     parent, child = (torch.load(pretrained / f"{name}_32.pth", weights_only=True) for name in ("pretrain", "full_sft"))
     assert child["config"] == parent["config"] and child["tokenizer"] == parent["tokenizer"]
     assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "full_sft"]
-    rows = read_log(pretrained / "full_sft_32.jsonl")
+    rows = read_jsonl(pretrained / "full_sft_32.jsonl")
     assert rows[-1]["val_loss"].keys() == {"zh", "en"}
     changed = [name for name in parent["model"] if not torch.equal(parent["model"][name], child["model"][name])]
     assert len(changed) == len(parent["model"]), "all weights move"
 
 
-def test_no_parent_and_two_parents(monkeypatch, pretrained, chats, tmp_path):
+def test_no_parent_and_several_parents_are_errors(monkeypatch, pretrained, chats, tmp_path):
     with pytest.raises(UserError, match=r"run `python 1-pretrain.py`"):
-        run_script(monkeypatch, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", tmp_path / "empty")
+        run_script(monkeypatch, "3-full_sft.py", *SHORT_RUN, "--data_path", chats, "--out_dir", tmp_path / "empty")
     shutil.copy(pretrained / "pretrain_32.pth", pretrained / "pretrain_64.pth")
     with pytest.raises(UserError, match=r"several pretrain models .*pretrain_32.pth.*pretrain_64.pth"):
-        run_script(monkeypatch, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", pretrained)
+        run_script(monkeypatch, "3-full_sft.py", *SHORT_RUN, "--data_path", chats, "--out_dir", pretrained)
 
 
 def test_missing_inputs_name_the_command(monkeypatch, pretrained, pretrain_dir, tokenizer_dir, tmp_path):
@@ -69,15 +69,15 @@ def test_missing_inputs_name_the_command(monkeypatch, pretrained, pretrain_dir, 
             run_script(monkeypatch, name, *flags)
 
 
-def test_pretraining_goes_on_from_a_model(monkeypatch, pretrained, pretrain_dir, tokenizer_dir, tmp_path):
-    flags = [*SHORT, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "more"]
+def test_pretraining_continues_from_a_model(monkeypatch, pretrained, pretrain_dir, tokenizer_dir, tmp_path):
+    flags = [*SHORT_RUN, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "more"]
     flags += ["--init_from", pretrained / "pretrain_32.pth"]
     with pytest.raises(UserError, match="brings its own config"):
         run_script(monkeypatch, "1-pretrain.py", *flags, "--dim", "64")
     run_script(monkeypatch, "1-pretrain.py", *flags)
     child = torch.load(tmp_path / "more" / "pretrain_32.pth", weights_only=True)
     assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "pretrain"]
-    first, second = (read_log(out / "pretrain_32.jsonl")[0]["loss"] for out in (pretrained, tmp_path / "more"))
+    first, second = (read_jsonl(out / "pretrain_32.jsonl")[0]["loss"] for out in (pretrained, tmp_path / "more"))
     assert second < first, "it begins where the parent ended"
 
 
@@ -96,19 +96,19 @@ def test_launchers_run_the_same_script(monkeypatch, launcher, pretrained, chats)
         pytest.importorskip("deepspeed", reason="the launcher comes with deepspeed: pip install deepspeed")
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    result = run_process(*launcher, "3-full_sft.py", *SHORT, "--data_path", chats, "--out_dir", pretrained)
+    result = run_process(*launcher, "3-full_sft.py", *SHORT_RUN, "--data_path", chats, "--out_dir", pretrained)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "2 process(es)" in result.stdout and result.stdout.count("saved ") == 1, "only the first process speaks"
-    assert weights(pretrained / "full_sft_32.pth").keys() == weights(pretrained / "pretrain_32.pth").keys()
+    assert load_weights(pretrained / "full_sft_32.pth").keys() == load_weights(pretrained / "pretrain_32.pth").keys()
 
 
-def test_ctrl_c_under_torchrun_saves_and_leaves(pretrained, chats):
+def test_ctrl_c_under_torchrun_saves_and_exits(pretrained, chats):
     import signal
 
     command = [
         *TORCHRUN,
         "3-full_sft.py",
-        *SHORT,
+        *SHORT_RUN,
         "--max_steps",
         "100000",
         "--data_path",
@@ -141,11 +141,11 @@ def test_help_is_quick_and_imports_no_torch(name):
         "heavy = ({'torch', 'transformers', 'pandas'} | front) & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
-    before = child_seconds()
+    before = child_cpu_seconds()
     result = run_process(sys.executable, "-c", probe, name)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout and f"python {name}" in result.stdout, "and it shows how it is run"
-    assert child_seconds() - before < 2
+    assert child_cpu_seconds() - before < 2
 
 
 @pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])

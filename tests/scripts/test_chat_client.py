@@ -15,12 +15,12 @@ import time
 
 import pytest
 
-from common.errors import UserError, printable
+from common.errors import UserError, escape_controls
 from model.generate import generate
-from model.sampling import Sampling
-from serving.limits import Limits
+from model.sampling import SamplingParams
+from serving.limits import ServerLimits
 from tests.helpers import ROOT, run_process, run_script
-from tests.serving.server_help import make_file, running
+from tests.serving.server_help import run_server, save_random_model
 
 SCRIPT = "chat_openai_api.py"
 
@@ -28,17 +28,17 @@ SCRIPT = "chat_openai_api.py"
 @pytest.fixture(scope="module")
 def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    chat = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=4096)
-    with running([f"first={chat}", f"second={chat}"], Limits(api_keys=("secret-1",))) as server:
+    path = save_random_model(folder / "full_sft_32.pth", tokenizer, max_seq_len=4096)
+    with run_server([f"first={path}", f"second={path}"], ServerLimits(api_keys=("secret-1",))) as server:
         yield server
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch):
+def api_key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-1")
 
 
-def chat(monkeypatch, server, *flags, lines=()):
+def run_client(monkeypatch, server, *flags, lines=()):
     """Run the script with these lines at its prompt."""
     lines = iter(lines)
 
@@ -55,30 +55,30 @@ def chat(monkeypatch, server, *flags, lines=()):
 @pytest.fixture
 def requests(server, monkeypatch):
     """The bodies that the server gets, answered greedily, so that tests know the text."""
-    got = []
-    tickets = server.counter.tickets
+    bodies = []
+    make_requests = server.service.make_requests
 
-    def note(body, served):
-        got.append(body)
-        return tickets(body.model_copy(update={"temperature": 0.0}), served)
+    def record_body(body, served):
+        bodies.append(body)
+        return make_requests(body.model_copy(update={"temperature": 0.0}), served)
 
-    monkeypatch.setattr(server.counter, "tickets", note)
-    return got
+    monkeypatch.setattr(server.service, "make_requests", record_body)
+    return bodies
 
 
-def test_one_question(monkeypatch, server, requests, capsys):
-    chat(monkeypatch, server, "--prompt", "Hi 你好", "--max_tokens", 9, "--system", "kind")
-    served = server.counter.models["first"]
+def test_the_prompt_flag_prints_one_answer(monkeypatch, server, requests, capsys):
+    run_client(monkeypatch, server, "--prompt", "Hi 你好", "--max_tokens", 9, "--system", "kind")
+    served = server.service.models["first"]
     messages = [{"role": "system", "content": "kind"}, {"role": "user", "content": "Hi 你好"}]
     ids = served.tokenizer.render(messages, True)[0]
-    (expected,) = generate(served.model, [ids], Sampling(max_new_tokens=9), served.tokenizer)
-    assert capsys.readouterr().out == printable(expected.text, keep="\n\t") + "\n"
+    (expected,) = generate(served.model, [ids], SamplingParams(max_new_tokens=9), served.tokenizer)
+    assert capsys.readouterr().out == escape_controls(expected.text, keep="\n\t") + "\n"
     (body,) = requests
     assert (body.model, body.max_tokens, body.stream) == ("first", 9, True)
 
 
-def test_a_conversation_is_sent_whole(monkeypatch, server, requests, capsys):
-    chat(monkeypatch, server, "--model", "second", "--max_tokens", 5, lines=["one", "two", "", "three"])
+def test_each_question_is_sent_with_the_conversation(monkeypatch, server, requests, capsys):
+    run_client(monkeypatch, server, "--model", "second", "--max_tokens", 5, lines=["one", "two", "", "three"])
     first, second = ([(m.role, m.text) for m in body.messages] for body in requests)
     assert first == [("user", "one")]
     assert second[0] == first[0] and second[1][0] == "assistant" and second[2] == ("user", "two")
@@ -87,7 +87,7 @@ def test_a_conversation_is_sent_whole(monkeypatch, server, requests, capsys):
 
 
 def test_the_end_of_the_input_ends_the_conversation(monkeypatch, server, requests):
-    chat(monkeypatch, server, "--max_tokens", 5, lines=["one"])
+    run_client(monkeypatch, server, "--max_tokens", 5, lines=["one"])
     assert len(requests) == 1
 
 
@@ -117,7 +117,7 @@ def test_errors_are_one_line(monkeypatch, server):
         assert "\n" not in str(error.value)
 
 
-class Other(http.server.BaseHTTPRequestHandler):
+class OtherServer(http.server.BaseHTTPRequestHandler):
     """A server of another protocol: `server.reply` is its content type and body, cut off after `server.sent` bytes."""
 
     def do_GET(self):
@@ -151,8 +151,8 @@ FAULT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error
         (("text/event-stream", f"data: {FAULT}\n\n".encode(), 0), ["--model", "m"], "out of memory"),
     ],
 )
-def test_other_servers_and_broken_streams(monkeypatch, reply, flags, message):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+def test_other_servers_and_broken_streams_are_one_line_errors(monkeypatch, reply, flags, message):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as other:
         other.reply = reply
         threading.Thread(target=other.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match=message) as error:

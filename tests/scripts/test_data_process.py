@@ -16,12 +16,12 @@ import data_process
 from common.errors import UserError
 from corpus import prepare_text
 from corpus.dataset_meta import read_meta
-from corpus.examples import Item, content_key, split_validation
-from corpus.prepare_chats import tokenise_chats
-from corpus.render_chats import render_chats
+from corpus.examples import Example, mark_validation, text_hash
+from corpus.prepare_chats import tokenize_chats
+from corpus.render_chats import render_chat_examples
 from corpus.shard_reader import open_split
-from corpus.stats import DataReport
-from tests.helpers import ROOT, SHARED_DATA, run_process, visible
+from corpus.stats import DataStats
+from tests.helpers import ROOT, SHARED_DATA, run_process, visible_names
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]
 ZH = [f"第{i}句话说的是{word}。" for i, word in enumerate(["河流", "树木", "星星"] * 200)]
@@ -60,7 +60,7 @@ def process(tmp_path, tokenizer_dir):
 
 def documents(folder, tokenizer, split) -> list[str]:
     found = open_split(folder, split)
-    ids = [found.document(i)[0].tolist() for i in range(found.documents)]
+    ids = [found.read_document(i)[0].tolist() for i in range(found.documents)]
     assert all(document[-1] == tokenizer.eos_id for document in ids)
     return [tokenizer.decode(document[:-1]) for document in ids]
 
@@ -97,16 +97,16 @@ def test_the_split_depends_on_the_content_alone(tmp_path, process, tokenizer):
 
 
 def items(texts, language="en"):
-    return [Item(text, [], language, content_key(text), "f", i) for i, text in enumerate(texts)]
+    return [Example(text, [], language, text_hash(text), "f", i) for i, text in enumerate(texts)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sets(st.text(max_size=8), max_size=60), st.randoms(), st.sampled_from([0.0, 0.01, 0.3]))
-def test_every_item_is_on_one_side_whatever_the_order(texts, shuffle, share):
+def test_every_example_is_in_one_split_in_any_order(texts, shuffle, share):
     texts = sorted(texts)
-    first = {item.text: side for side, item in split_validation(items(texts), share)}
+    first = {item.text: side for side, item in mark_validation(items(texts), share)}
     shuffle.shuffle(texts)
-    again = [(item.text, side) for side, item in split_validation(items(texts), share)]
+    again = [(item.text, side) for side, item in mark_validation(items(texts), share)]
     assert dict(again) == first and len(again) == len(texts)
     assert any(first.values()) == (len(texts) >= 20 and share > 0) or len(texts) < 20 or share == 0.3
     assert share or not any(first.values())
@@ -114,10 +114,10 @@ def test_every_item_is_on_one_side_whatever_the_order(texts, shuffle, share):
 
 def test_validation_share_is_kept_for_each_language():
     both = items([f"text {i}" for i in range(20_000)]) + items([f"字 {i}" for i in range(20)], "zh")
-    held_out = [item.language for side, item in split_validation(both, 0.01) if side]
+    held_out = [item.language for side, item in mark_validation(both, 0.01) if side]
     assert 140 < held_out.count("en") < 260 and held_out.count("zh") >= 1
-    same_question = [Item(f"answer {i}", [], "en", 5, "f", i) for i in range(30)]
-    assert len({side for side, _ in split_validation(same_question, 0.01)}) == 1
+    same_question = [Example(f"answer {i}", [], "en", 5, "f", i) for i in range(30)]
+    assert len({side for side, _ in mark_validation(same_question, 0.01)}) == 1
 
 
 def test_long_documents_in_pieces_give_the_ids_of_the_whole(monkeypatch):
@@ -136,11 +136,11 @@ def test_long_documents_in_pieces_give_the_ids_of_the_whole(monkeypatch):
     backend.train_from_iterator(EN + ZH, trainer)
     tokenizer = ChatTokenizer(tokenizer_files(backend))
     text = "\n\n".join(EN[:60] + ZH[:60]) + "\r\n \n" + EN[0]
-    monkeypatch.setattr(prepare_text, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(prepare_text, "CHUNK_CHARACTERS", 100)
     monkeypatch.setattr(prepare_text, "BATCH_CHARACTERS", 500)
     stream = (("train", item) for item in items([text, *EN[:20]]))
     packed = [
-        ids.tolist() for batch in prepare_text.tokenise_texts(stream, tokenizer, DataReport()) for *_, ids in batch
+        ids.tolist() for batch in prepare_text.tokenize_texts(stream, tokenizer, DataStats()) for *_, ids in batch
     ]
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
@@ -151,14 +151,14 @@ def content(folder) -> dict:
 
 
 @pytest.mark.parametrize("killed_at", [1, 4, 9])
-def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, process, monkeypatch, killed_at, capsys):
-    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 100)
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, monkeypatch, killed_at, capsys):
+    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 100)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr("corpus.shard_writer.SHARD_TOKENS", 5000)
     path = write_rows(tmp_path / "a.jsonl", [*EN, *ZH, *EN[:9], {"text": 5}])
     whole = content(process("pretrain", path, max_bad_share=0.1))
     assert {"train_zh_002.bin", "train_en_002.bin"} <= whole.keys()
-    encode, calls = prepare_text._encode, []
+    encode, calls = prepare_text._encode_batch, []
 
     def fails(*args):
         calls.append(1)
@@ -166,7 +166,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, process, monkeypa
             raise KeyboardInterrupt
         return encode(*args)
 
-    monkeypatch.setattr(prepare_text, "_encode", fails)
+    monkeypatch.setattr(prepare_text, "_encode_batch", fails)
     with pytest.raises(KeyboardInterrupt):
         process("pretrain", path, max_bad_share=0.1)
     assert content(tmp_path / "pretrain") == whole, "the older data set stays until the new one is complete"
@@ -177,7 +177,7 @@ def test_a_killed_run_is_continued_to_the_same_bytes(tmp_path, process, monkeypa
 
 
 def test_leftovers_of_other_files_are_not_continued(tmp_path, process, monkeypatch):
-    monkeypatch.setattr("corpus.examples.BATCH_ITEMS", 50)
+    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 50)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     path = write_rows(tmp_path / "a.jsonl", EN)
     with monkeypatch.context() as broken:
@@ -189,7 +189,7 @@ def test_leftovers_of_other_files_are_not_continued(tmp_path, process, monkeypat
     assert read_meta(process("pretrain", path))["report"]["languages"].keys() == {"zh"}
 
 
-def test_sigkill_at_any_moment(tmp_path, tokenizer_dir):
+def test_sigkill_at_any_time_resumes_to_the_same_bytes(tmp_path, tokenizer_dir):
     path = write_rows(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(30) for text in EN + ZH])
     setup = "import data_process, corpus.examples as i, corpus.job_state as p; i.BATCH_ITEMS = 500; "
     setup += "p.CHECKPOINT_SECONDS = 0; "
@@ -210,7 +210,7 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
     broken.write_text("".join(json.dumps({"text": text}) + "\n" for text in EN[:50]) + "{broken\n")
     plain = tmp_path / "notes.txt"
     plain.write_text("Only text.\n\nMore text.")
-    before = visible(tmp_path)
+    before = visible_names(tmp_path)
     for kind, file, words in (
         ("pretrain", broken, "1 of 51 rows read are bad .2.0%, allowed are 1.0%.: 1 x broken JSON .*broken.jsonl:51"),
         ("sft", plain, "plain text, not a chat.*a chat row needs a list of turns"),
@@ -222,7 +222,7 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no tokenizer in .*train_tokenizer\.py"):
         data_process.main(["pretrain", str(broken), "--tokenizer", str(tmp_path / "none")])
-    assert visible(tmp_path) == sorted([*before, "texts.jsonl"])
+    assert visible_names(tmp_path) == sorted([*before, "texts.jsonl"])
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path, process):
@@ -233,7 +233,7 @@ def test_a_foreign_folder_is_not_touched(tmp_path, process):
     assert content(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
 
 
-def test_the_command_line_on_good_and_on_bad_disks(tmp_path, tokenizer_dir):
+def test_the_command_line_on_full_and_read_only_disks(tmp_path, tokenizer_dir):
     rows = [json.dumps({"text": text}, ensure_ascii=False) for text in EN + ZH]
     rows[5:5], rows[900:900] = ["{half a row"], ['{"text": 5}', "\x00"]
     path = tmp_path / "a.jsonl"
@@ -256,12 +256,12 @@ def test_the_command_line_on_good_and_on_bad_disks(tmp_path, tokenizer_dir):
 
 
 def test_help_and_defaults():
-    args = data_process.parse(["sft", "x.jsonl"])
+    args = data_process.parse_flags(["sft", "x.jsonl"])
     assert (args.tokenizer, args.out_dir, args.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
     assert (args.val_share, args.max_bad_share, args.check) == (0.01, 0.01, False)
-    assert data_process.parse(["pretrain", "x"]).out_dir == "dataset/pretrain"
+    assert data_process.parse_flags(["pretrain", "x"]).out_dir == "dataset/pretrain"
     with pytest.raises(UserError, match="--val_share: 3 is not a number of at least 0 and below 1"):
-        data_process.parse(["sft", "x", "--val_share", "3"])
+        data_process.parse_flags(["sft", "x", "--val_share", "3"])
 
 
 # ---- sft -------------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_chats_become_jsonl_and_masked_tokens(tmp_path, process, tokenizer):
     )
     train = open_split(tokens, "train")
     for i, row in enumerate(stored["train"]):
-        ids, mask = train.document(i)
+        ids, mask = train.read_document(i)
         assert (ids.tolist(), mask.tolist()) == tokenizer.render(row["messages"])
         assert trained_runs(ids, mask, tokenizer) == answers_of(row)
     report = json.loads((folder / "meta.json").read_text())["report"]
@@ -298,7 +298,7 @@ def test_chats_become_jsonl_and_masked_tokens(tmp_path, process, tokenizer):
     assert report["dropped"]["no answer, so nothing to train on"]["count"] == 1
 
 
-def test_one_question_is_on_one_side(tmp_path, process):
+def test_a_question_is_in_one_split(tmp_path, process):
     rows = [chat(f"question {i % 200}", f"answer {i}") for i in range(1000)]
     folder = process("sft", write_rows(tmp_path / "a.jsonl", rows), val_share=0.1)
     sides = [
@@ -317,8 +317,8 @@ MESSAGES = st.lists(
 def test_long_chats_are_cut_at_whole_turns(tokenizer, turns, system, limit):
     messages = chat(*itertools.chain(*turns))["messages"]
     messages = [{"role": "system", "content": "s"}, *messages] if system else messages
-    report = DataReport()
-    (rendered,) = render_chats([Item("", messages, "en", 0, "f", 1)], tokenizer, limit, report)
+    report = DataStats()
+    (rendered,) = render_chat_examples([Example("", messages, "en", 0, "f", 1)], tokenizer, limit, report)
     prefixes = [messages[:end] for end in range(len(messages), 1, -1) if messages[end - 1]["role"] == "assistant"]
     fitting = next((p for p in prefixes if len(tokenizer.render(p)[0]) <= limit), None)
     if fitting is None:
@@ -327,35 +327,35 @@ def test_long_chats_are_cut_at_whole_turns(tokenizer, turns, system, limit):
     ((ids, mask, answer_bytes),) = rendered
     assert (ids, mask) == tokenizer.render(fitting)
     assert answer_bytes == sum(len(m["content"].encode()) for m in fitting if m["role"] == "assistant")
-    assert len(report.shortened) == (len(fitting) < len(messages))
+    assert len(report.changed) == (len(fitting) < len(messages))
 
 
 def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
     folder = process("sft", write_rows(tmp_path / "a.jsonl", CHATS))
     tokens = folder / f"tokens-{tokenizer.fingerprint}"
     stamp = tokens.stat().st_mtime_ns
-    assert tokenise_chats(folder, tokenizer, 512) == tokens and tokens.stat().st_mtime_ns == stamp
-    assert tokenise_chats(folder, tokenizer, 70) == tokens and read_meta(tokens)["max_seq_len"] == 70
+    assert tokenize_chats(folder, tokenizer, 512) == tokens and tokens.stat().st_mtime_ns == stamp
+    assert tokenize_chats(folder, tokenizer, 70) == tokens and read_meta(tokens)["max_seq_len"] == 70
     assert open_split(tokens, "train").lengths().max() <= 70
 
     class Other:
         render_each = tokenizer.render_each
-        vocab_size, chat_fingerprint = 100_000, "other"
+        vocab_size, rendering_fingerprint = 100_000, "other"
 
-    other = tokenise_chats(folder, Other(), 512)
+    other = tokenize_chats(folder, Other(), 512)
     assert read_meta(other)["dtype"] == "uint32" and tokens.is_dir()
     with (folder / "train.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(chat("new", "row", lang="en")) + "\n")
     before = read_meta(other)["splits"]["train"]["documents"]
-    assert read_meta(tokenise_chats(folder, Other(), 512))["splits"]["train"]["documents"] == before + 1
+    assert read_meta(tokenize_chats(folder, Other(), 512))["splits"]["train"]["documents"] == before + 1
     assert not list(folder.glob("*partial*")) and not list(folder.glob("*.old"))
     with pytest.raises(
         UserError, match=r"no chat is left to train on: .*first turn longer than 5 tokens: give a larger --max_seq_len"
     ):
-        tokenise_chats(folder, tokenizer, 5)
+        tokenize_chats(folder, tokenizer, 5)
     assert not list(folder.glob("*partial*"))
     with pytest.raises(UserError, match=r"data_process\.py sft"):
-        tokenise_chats(tmp_path / "nothing", tokenizer, 512)
+        tokenize_chats(tmp_path / "nothing", tokenizer, 512)
 
 
 # ---- --check ---------------------------------------------------------------------------------------------------------
@@ -394,6 +394,6 @@ def test_memory_stays_bounded(tmp_path, tokenizer_dir):
 
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
-def test_real_chats_are_all_sound(process):
+def test_real_chats_are_all_kept(process):
     folder = process("sft", SHARED_DATA / "sft_en.jsonl.xz")
     assert json.loads((folder / "meta.json").read_text())["report"]["bad"] == {}

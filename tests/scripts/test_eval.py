@@ -16,9 +16,9 @@ import pytest
 
 from common.errors import UserError
 from evaluation.chat_model import find_model
-from evaluation.prompts import FIRST, PROMPTS
-from evaluation.qa_data import is_right
-from tests.helpers import ROOT, child_seconds, load_script, run_process, run_script
+from evaluation.prompts import PROMPTS, SCRIPT_PROMPTS
+from evaluation.qa_data import is_correct
+from tests.helpers import ROOT, child_cpu_seconds, load_script, run_process, run_script
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def out(parrots):
-    return parrots
+def out(scripted_models):
+    return scripted_models
 
 
 def write(path, *rows):
@@ -50,33 +50,33 @@ def test_a_chat_model_answers(out, monkeypatch, capsys, tmp_path):
     assert saved["stage"] == "full_sft" and saved["checkpoint"].endswith("full_sft_64.pth")
 
 
-def test_a_pretrained_model_goes_on(out, monkeypatch, capsys):
+def test_pretrained_model_continues_prompt(out, monkeypatch, capsys):
     options = ["--out_dir", out, "--temperature", 0, "--max_new_tokens", 4]
     run_script(monkeypatch, "2-eval.py", *options, "--stage", "pretrain", "--prompt", "xP")
     assert "> xP\naris\n" in capsys.readouterr().out
 
 
-def test_prompts_file(out, monkeypatch, capsys, tmp_path):
+def test_each_line_of_prompts_file_is_answered(out, monkeypatch, capsys, tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufeff一\r\n\r\ntwo\u2028three\n".encode())
     run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", tmp_path / "p.txt", "--seed", 1)
     shown = capsys.readouterr().out
     assert "> 一\nA巴\n" in shown and "> two\u2028three\nA巴\n" in shown and shown.count("\n> ") == 2
 
 
-def test_in_a_script_it_answers_the_fixed_prompts(out, monkeypatch, capsys):
+def test_non_interactive_run_answers_fixed_prompts(out, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     run_script(monkeypatch, "2-eval.py", "--out_dir", out)
     shown = capsys.readouterr().out
-    assert all(f"> {prompt}\nA巴\n" in shown for prompt in FIRST) and len(FIRST) == 16
+    assert all(f"> {prompt}\nA巴\n" in shown for prompt in SCRIPT_PROMPTS) and len(SCRIPT_PROMPTS) == 16
 
 
 def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
     import evaluation.chat_model as speaker
 
-    heard = []
+    model_inputs = []
 
     def stream(model, ids, settings, tokenizer, answer):
-        heard.append(tokenizer.decode(ids))
+        model_inputs.append(tokenizer.decode(ids))
         answer.text = "ok"
         yield "ok"
 
@@ -85,20 +85,20 @@ def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
     run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts)
     run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts, "--history", 1)
 
-    assert [text.count("user") for text in heard] == [1, 1, 1, 1, 2, 2]
-    assert "user\na<" not in heard[5] and "user\nb<" in heard[5]
+    assert [text.count("user") for text in model_inputs] == [1, 1, 1, 1, 2, 2]
+    assert "user\na<" not in model_inputs[5] and "user\nb<" in model_inputs[5]
 
 
 def test_the_fixed_prompts_are_of_every_kind_in_both_languages():
-    from corpus.language import language_of
+    from corpus.language import detect_language
 
     kinds = {kind for _, kind, _ in PROMPTS}
     assert kinds == {"facts", "geography", "science", "writing", "code", "identity", "small_talk", "translation"}
     for lang in ("zh", "en"):
         assert sorted(kind for named, kind, _ in PROMPTS if named == lang) == sorted([*kinds, *kinds])
     assert len({text for *_, text in PROMPTS}) == len(PROMPTS) == 32
-    odd = {text for lang, kind, text in PROMPTS if language_of(text) != lang and kind != "translation"}
-    assert not odd and {kind for _, kind, text in PROMPTS if text in FIRST} == kinds
+    odd = {text for lang, kind, text in PROMPTS if detect_language(text) != lang and kind != "translation"}
+    assert not odd and {kind for _, kind, text in PROMPTS if text in SCRIPT_PROMPTS} == kinds
 
 
 def test_questions_are_counted(out, monkeypatch, capsys, tmp_path):
@@ -158,8 +158,8 @@ def test_a_pretrained_model_is_asked_in_plain_text(out, monkeypatch, tmp_path):
         ("abc", ["a.c"], False),
     ],
 )
-def test_rule_of_a_right_answer(answer, keys, right):
-    assert is_right(answer, keys) is right
+def test_is_correct_matches_whole_keys(answer, keys, right):
+    assert is_correct(answer, keys) is right
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_bad_lines_are_named(out, monkeypatch, tmp_path, line, says):
             run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", path)
 
 
-def test_which_model_is_taken(out, script, tmp_path):
+def test_latest_stage_is_selected(out, script, tmp_path):
     def find(*arguments):
         return find_model(script.make_parser().parse_args(["--out_dir", str(tmp_path), *arguments])).name
 
@@ -242,9 +242,9 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
 
 
 def test_help_is_quick_and_errors_are_one_line(tmp_path):
-    before = child_seconds()
+    before = child_cpu_seconds()
     shown = run_process(sys.executable, "2-eval.py", "--help")
-    assert child_seconds() - before < 2
+    assert child_cpu_seconds() - before < 2
     assert shown.returncode == 0 and "--questions" in shown.stdout and "中国的首都是哪座城市？" in shown.stdout
     failed = run_process(sys.executable, "2-eval.py", "--out_dir", tmp_path, "--prompt", "a")
     assert failed.returncode == 2 and failed.stdout == ""

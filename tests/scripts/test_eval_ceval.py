@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from evaluation.exam_data import LETTERS
+from evaluation.exam_data import CEVAL_LETTERS
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -24,10 +24,10 @@ def exam(tmp_path_factory):
     for split in ("dev", "val", "test"):
         (folder / split).mkdir()
         for subject, answers in RIGHT.items():
-            head = ["id", "question", *LETTERS, *(["answer"] if split != "test" else [])]
+            head = ["id", "question", *CEVAL_LETTERS, *(["answer"] if split != "test" else [])]
             rows = [head]
             for number, answer in enumerate(answers):
-                options = [f"{'对' if letter == answer else '错'}{number}" for letter in LETTERS]
+                options = [f"{'对' if letter == answer else '错'}{number}" for letter in CEVAL_LETTERS]
                 row = [str(number), f"{subject} {split} {number}?", *options, answer]
                 rows.append(row[: len(head)])
             with (folder / split / f"{subject}_{split}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -47,12 +47,12 @@ def constant_model(tokenizer, letter):
     return model
 
 
-class Knows(Transformer):
+class OracleModel(Transformer):
     """Looks into the prompt for the line that holds the right option."""
 
     tokenizer = None
 
-    def forward(self, input_ids, cache=None, padding=None, real=None):
+    def forward(self, input_ids, cache=None, padding=None, token_mask=None):
         hidden = torch.zeros(*input_ids.shape, self.config.dim)
         for row, ids in enumerate(input_ids.tolist()):
             text = self.tokenizer.decode(ids)
@@ -64,15 +64,15 @@ class Knows(Transformer):
 
 
 @pytest.fixture
-def knowing(monkeypatch, tokenizer):
+def oracle_model(monkeypatch, tokenizer):
     """Every model that is loaded is the one that knows."""
-    import model.checkpoint
+    import export.hf_import
 
     torch.manual_seed(0)
-    Knows.tokenizer = tokenizer
-    known = Knows(ModelConfig(tokenizer.vocab_size, 32, 1, 4, 2, max_seq_len=1024)).eval()
+    OracleModel.tokenizer = tokenizer
+    oracle = OracleModel(ModelConfig(tokenizer.vocab_size, 32, 1, 4, 2, max_seq_len=1024)).eval()
     checkpoint = {"stage": "full_sft"}
-    monkeypatch.setattr(model.checkpoint, "load_model", lambda *_: (known, tokenizer, checkpoint))
+    monkeypatch.setattr(export.hf_import, "load_model", lambda *_: (oracle, tokenizer, checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -83,46 +83,48 @@ def out(tokenizer, tmp_path_factory):
     return folder
 
 
-def sit(monkeypatch, exam, out, *flags):
+def run_exam(monkeypatch, exam, out, *flags):
     """`flags` may begin with further files of the exam."""
     run_script(monkeypatch, "eval_ceval.py", "--data", exam, *flags, "--out_dir", out, "--json", out / "s.json")
     return json.loads((out / "s.json").read_text(encoding="utf-8"))
 
 
-def table(path):
+def read_table(path):
     with path.open(encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("orders", [1, 4])
-def test_who_knows_scores_all(monkeypatch, knowing, exam, tmp_path, shots, orders):
-    scores = sit(monkeypatch, exam, tmp_path, "--checkpoint", "k.pth", "--shots", shots, "--shuffle_options", orders)
+def test_oracle_model_scores_100_percent(monkeypatch, oracle_model, exam, tmp_path, shots, orders):
+    scores = run_exam(
+        monkeypatch, exam, tmp_path, "--checkpoint", "k.pth", "--shots", shots, "--shuffle_options", orders
+    )
     assert (scores["accuracy"], scores["correct"], scores["questions"]) == (1, 8, 8)
     assert scores["p_value"] < 0.05 and scores["sentence"].startswith("Above chance: 100.0% of 8 questions")
     assert scores["mean_examples"] == shots and scores["style"] == "chat"
 
 
-def test_who_always_says_c_scores_the_share_of_c(monkeypatch, exam, out, capsys):
-    scores = sit(monkeypatch, exam, out)
+def test_constant_model_scores_fraction_of_its_letter(monkeypatch, exam, out, capsys):
+    scores = run_exam(monkeypatch, exam, out)
     assert (scores["accuracy"], scores["always"], scores["always_letter"]) == (0.5, 0.5, "C"), "4 of 8 answers are C"
     assert scores["said"] == {"A": 0, "B": 0, "C": 1, "D": 0} and scores["style"] == "plain"
     assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {"law": 0.75, "logic": 0.25}
-    assert sit(monkeypatch, exam, out, "--shuffle_options", 4)["accuracy"] == 0.25, "over four orders it is chance"
+    assert run_exam(monkeypatch, exam, out, "--shuffle_options", 4)["accuracy"] == 0.25, "over four orders it is chance"
     screen = capsys.readouterr().out
     assert "always C 50.0%" in screen and "Not above chance" in screen and "95 % interval" in screen
 
 
-def test_the_files_it_writes(monkeypatch, exam, out, capsys):
-    scores = sit(monkeypatch, exam, out, "--prompt", "--subjects", "law", "--shots", 1)
+def test_result_files_are_complete(monkeypatch, exam, out, capsys):
+    scores = run_exam(monkeypatch, exam, out, "--prompt", "--subjects", "law", "--shots", 1)
     folder = out / "ceval" / f"pretrain_32_{exam.name}_val_letter_1shot"
     assert {file.name for file in folder.iterdir()} == {
         *("law.csv", "summary.csv", "summary.md", "summary.png", "prompts.txt")
     }
-    rows = table(folder / "law.csv")
+    rows = read_table(folder / "law.csv")
     assert [row["prediction"] for row in rows] == ["C"] * 4 and [row["correct"] for row in rows] == ["1", "1", "0", "1"]
     assert rows[2]["question"] == "law val 2?" and rows[2]["answer"] == "A" and float(rows[2]["log_prob_C"]) < 0
-    summary = {(row["kind"], row["name"]): row for row in table(folder / "summary.csv")}
+    summary = {(row["kind"], row["name"]): row for row in read_table(folder / "summary.csv")}
     assert set(summary) == {("subject", "law"), ("category", "Humanities"), ("all", "all")}
     assert float(summary["all", "all"]["low"]) < 0.75 < float(summary["all", "all"]["high"])
     page = (folder / "summary.md").read_text(encoding="utf-8")
@@ -133,27 +135,27 @@ def test_the_files_it_writes(monkeypatch, exam, out, capsys):
     assert "law dev 0?" in capsys.readouterr().out, "--prompt also shows one"
 
 
-def test_own_files_are_scored(monkeypatch, knowing, tmp_path, capsys):
+def test_own_files_are_scored(monkeypatch, oracle_model, tmp_path, capsys):
     law = "题目;选项A;选项B;答案\n一?;错;对;2\n二?;对;错;1\n".encode("gb18030")
     (tmp_path / "law.csv").write_bytes(law)
     (tmp_path / "logic.csv").write_text("q?,错1,错2,错3,错4,对,E\nr?,错1,对,错3,错4,错5,b\n", encoding="utf-8")
     flags = ["--checkpoint", "k.pth", "--shuffle_options", 2]
-    scores = sit(monkeypatch, tmp_path / "law.csv", tmp_path, tmp_path / "logic.csv", *flags)
+    scores = run_exam(monkeypatch, tmp_path / "law.csv", tmp_path, tmp_path / "logic.csv", *flags)
     assert (scores["exam"], scores["split"], scores["questions"], scores["correct"]) == ("law_and_1_more", "all", 4, 4)
     assert scores["chance"] == 0.35 and scores["p_value"] == 0.01, "2 * 2 * 5 * 5 ways to guess"
     assert list(scores["said"]) == list("ABCDE") and scores["options"] == [2, 5]
     assert "questions have 2 to 5 options" in capsys.readouterr().out
-    rows = table(tmp_path / "ceval" / "k_law_and_1_more_all_letter_0shot_2orders" / "law.csv")
+    rows = read_table(tmp_path / "ceval" / "k_law_and_1_more_all_letter_0shot_2orders" / "law.csv")
     assert (rows[0]["A"], rows[0]["B"], rows[0]["C"], rows[0]["log_prob_E"]) == ("错", "对", "", "")
 
 
-def test_a_model_that_knows_one_subject_is_strong_in_it(monkeypatch, knowing, tmp_path, capsys):
+def test_a_model_that_knows_one_subject_is_strong_in_it(monkeypatch, oracle_model, tmp_path, capsys):
     rows = [(f"q{i}", *("对" if x == i % 4 else f"错{x}" for x in range(4)), "ABCD"[i % 4]) for i in range(20)]
     other = [(*row[:5], "BCDA"[i % 4] if i % 4 else "A") for i, row in enumerate(rows)]  # the marked option is wrong
     for name, content in (("law", rows), *((name, other) for name in ("logic", "arts", "history"))):
         with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(content)
-    scores = sit(monkeypatch, tmp_path, tmp_path, "--checkpoint", "k.pth")
+    scores = run_exam(monkeypatch, tmp_path, tmp_path, "--checkpoint", "k.pth")
     assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {
         "law": 1,
         "logic": 0.25,
@@ -169,29 +171,29 @@ def test_a_model_that_knows_one_subject_is_strong_in_it(monkeypatch, knowing, tm
 
 
 def test_a_model_that_knows_nothing_has_no_strong_subject(monkeypatch, exam, out, capsys):
-    scores = sit(monkeypatch, exam, out)
+    scores = run_exam(monkeypatch, exam, out)
     assert scores["strengths"]["strong"] == scores["strengths"]["weak"] == []
     assert "No subject differs from the others; 0 of 2 subjects are above guessing" in capsys.readouterr().out
 
 
 def test_the_test_split_becomes_a_submission(monkeypatch, exam, out, capsys):
-    scores = sit(monkeypatch, exam, out, "--split", "test", "--method", "text")
+    scores = run_exam(monkeypatch, exam, out, "--split", "test", "--method", "text")
     content = json.loads((out / "ceval" / f"pretrain_32_{exam.name}_test_text_0shot" / "submission.json").read_text())
     assert content.keys() == RIGHT.keys() and content["law"].keys() == {"0", "1", "2", "3"}
-    assert {letter for answers in content.values() for letter in answers.values()} <= set(LETTERS)
+    assert {letter for answers in content.values() for letter in answers.values()} <= set(CEVAL_LETTERS)
     assert "accuracy" not in scores and "secret" in capsys.readouterr().out
 
 
-def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenizer, tmp_path):
-    from model.checkpoint import remember_parent
+def test_adapters_and_transformers_folders_are_scored(monkeypatch, exam, tokenizer, tmp_path):
+    from model.checkpoint import record_parent
     from model.lora import LoRAConfig, attach
 
     full = constant_model(tokenizer, "C")
     save_model(tmp_path / "full_sft_32.pth", full, "full_sft", tokenizer, [{}])
     attach(full, LoRAConfig(2, 4.0))
-    remember_parent(full, tmp_path / "full_sft_32.pth", tmp_path / "lora_sft_32.pth")
+    record_parent(full, tmp_path / "full_sft_32.pth", tmp_path / "lora_sft_32.pth")
     save_model(tmp_path / "lora_sft_32.pth", full, "lora_sft", tokenizer, [{}, {}])
-    scores = sit(monkeypatch, exam, tmp_path)
+    scores = run_exam(monkeypatch, exam, tmp_path)
     assert scores["stage"] == "lora_sft" and scores["said"]["C"] == 1, "the latest stage, merged into its parent"
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -203,7 +205,7 @@ def test_adapters_and_folders_score_as_what_they_are(monkeypatch, exam, tokenize
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "folder")
     tokenizer.save(tmp_path / "folder")
-    scores = sit(monkeypatch, exam, tmp_path, "--model", tmp_path / "folder", "--method", "text")
+    scores = run_exam(monkeypatch, exam, tmp_path, "--model", tmp_path / "folder", "--method", "text")
     assert scores["stage"] == "transformers" and scores["questions"] == 8 and scores["style"] == "chat"
 
 
@@ -236,7 +238,7 @@ def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
     assert ended.value.code == 2 and said in error and error.count("\n") == 1
 
 
-def test_it_is_a_script_with_help(exam, tmp_path):
+def test_help_and_missing_model_error(exam, tmp_path):
     shown = run_process(sys.executable, ROOT / "eval_ceval.py", "--help")
     assert shown.returncode == 0 and "--shuffle_options" in shown.stdout
     ended = run_process(sys.executable, ROOT / "eval_ceval.py", "--data", exam, "--out_dir", tmp_path)

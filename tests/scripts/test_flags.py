@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import Limit, NameList, Parser, split_names
+from common.cli import FlagParser, NameList, NumberType, split_names
 from common.errors import UserError
-from tests.helpers import ROOT, TINY_MODEL, load_script, read_log, run_process, run_script, weights
+from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_script, load_weights, read_jsonl, run_process, run_script
 
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "demo_world.generator", "demo_world.exam"]
-WRONG = ("-5", "nan", "inf", "1e400", "x", "")
+INVALID_NUMBERS = ("-5", "nan", "inf", "1e400", "x", "")
 # Flags that take 0 and 0.5, with the meaning that their --help gives. Every other flag refuses them.
-ZERO = {
+ZERO_MEANINGS = {
     "max_steps": "the epochs decide", "max_minutes": "no limit", "final_lr_share": "to the end", "warmup_iters": "none",
     "warmup_share": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
     "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "dropout": "none",
@@ -52,7 +52,7 @@ class _Captured(Exception):
     pass
 
 
-def parser_of(script: str) -> Parser:
+def parser_of(script: str) -> FlagParser:
     """The parser that the script's main() makes."""
     with pytest.MonkeyPatch.context() as patch:
 
@@ -66,25 +66,25 @@ def parser_of(script: str) -> Parser:
     return captured.value.args[0]
 
 
-def with_commands(parser):
+def command_parsers(parser):
     """The parser, or those of its subcommands."""
     commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return [sub for action in commands for sub in action.choices.values()] or [parser]
 
 
-PARSERS = {parser.prog: parser for script in SCRIPTS for parser in with_commands(parser_of(script))}
+PARSERS = {parser.prog: parser for script in SCRIPTS for parser in command_parsers(parser_of(script))}
 ACTIONS = [(prog, action) for prog, parser in PARSERS.items() for action in parser._actions]
 
 
 def is_number(action) -> bool:
     number = isinstance(action.default, int | float) and not isinstance(action.default, bool)
-    return number or action.type in (int, float) or isinstance(action.type, Limit)
+    return number or action.type in (int, float) or isinstance(action.type, NumberType)
 
 
 NUMBERS = [(prog, action.option_strings[0], action.dest) for prog, action in ACTIONS if is_number(action)]
 
 
-def parse(prog: str, *arguments: str):
+def parse_flags(prog: str, *arguments: str):
     """Parse them, with an x for every argument that the command requires."""
     parser = PARSERS[prog]
     needed = [x for a in parser._actions if a.required and a.option_strings for x in (a.option_strings[0], "x")]
@@ -93,23 +93,25 @@ def parse(prog: str, *arguments: str):
     )
 
 
-def test_every_script_and_every_number_is_here():
-    assert len(PARSERS) >= 18 and len(NUMBERS) > 150 and all(isinstance(parser, Parser) for parser in PARSERS.values())
-    assert [(prog, a.dest) for prog, a in ACTIONS if is_number(a) and not isinstance(a.type, Limit)] == []
-    assert {dest for *_, dest in NUMBERS} >= {*ZERO, *FRACTIONS}, "the tables name no flag that is gone"
+def test_every_script_and_every_numeric_flag_is_covered():
+    assert (
+        len(PARSERS) >= 18 and len(NUMBERS) > 150 and all(isinstance(parser, FlagParser) for parser in PARSERS.values())
+    )
+    assert [(prog, a.dest) for prog, a in ACTIONS if is_number(a) and not isinstance(a.type, NumberType)] == []
+    assert {dest for *_, dest in NUMBERS} >= {*ZERO_MEANINGS, *FRACTIONS}, "the tables name no flag that is gone"
 
 
 @pytest.mark.parametrize(("prog", "flag", "dest"), NUMBERS)
-def test_a_number_without_meaning_is_one_line(prog, flag, dest):
-    has_zero = dest in ZERO and prog != "web_demo.py"  # its port is shown before the page is served
-    refused = [*WRONG, *([] if has_zero else ["0"]), *([] if dest in FRACTIONS else ["0.5"])]
+def test_an_invalid_number_is_a_one_line_error(prog, flag, dest):
+    has_zero = dest in ZERO_MEANINGS and prog != "web_demo.py"  # its port is shown before the page is served
+    refused = [*INVALID_NUMBERS, *([] if has_zero else ["0"]), *([] if dest in FRACTIONS else ["0.5"])]
     for text in refused:
         with pytest.raises(UserError) as error:
-            parse(prog, f"{flag}={text}")
+            parse_flags(prog, f"{flag}={text}")
         line = str(error.value)
         assert line.startswith("argument ") and f"{flag}" in line and "\n" not in line, line
     for text in {"0", "0.5"} - {*refused}:
-        value = getattr(parse(prog, f"{flag}={text}"), dest)
+        value = getattr(parse_flags(prog, f"{flag}={text}"), dest)
         assert value == float(text)
 
 
@@ -134,9 +136,19 @@ def test_the_process_ends_with_code_2(command, flag):
 def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
     def run(*flags):
         paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path]
-        short = [*TINY_MODEL, "--device", "cpu", "--batch_size", "8", "--log_interval", "1", "--eval_tokens", "64"]
+        short = [
+            *TINY_MODEL_FLAGS,
+            "--device",
+            "cpu",
+            "--batch_size",
+            "8",
+            "--log_interval",
+            "1",
+            "--eval_tokens",
+            "64",
+        ]
         run_script(monkeypatch, "1-pretrain.py", *paths, *short, *flags)
-        return [row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl") if "loss" in row][-1]
+        return [row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl") if "loss" in row][-1]
 
     return run
 
@@ -150,25 +162,25 @@ def test_without_a_limit_of_steps_the_epochs_decide(pretrain):
 def test_a_run_without_steps_never_replaces_a_model(pretrain, monkeypatch, tmp_path):
     pretrain("--max_steps", "2")
     before = {path.name: path.read_bytes() for path in tmp_path.glob("pretrain_32.*")}
-    monkeypatch.setattr("trainer.sampler.StepPlan.run_steps", lambda *_: 0)
+    monkeypatch.setattr("trainer.sampler.BatchSampler.num_steps", lambda *_: 0)
     with pytest.raises(UserError, match="a run of 0 steps trains nothing"):
         pretrain()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("pretrain_32.*")} == before
-    assert weights(tmp_path / "pretrain_32.pth")
+    assert load_weights(tmp_path / "pretrain_32.pth")
 
 
 @given(st.integers(1, 10**6), st.integers(1, 400))
 def test_epochs_in_hundredths_are_exact(steps, hundredths):
     """0.1 of 30 steps are 3, though 0.1 * 30 is a little more in floating point."""
-    from trainer.sampler import StepPlan
+    from trainer.sampler import BatchSampler
 
-    plan = StepPlan(steps, None, 1, seed=0)
-    assert plan.run_steps(0, float(f"{hundredths / 100:.2f}")) == -(-steps * hundredths // 100)
-    assert plan.run_steps(7, 0.5) == 7 and plan.run_steps(0, 1e-9) == 1
+    plan = BatchSampler(steps, None, 1, seed=0)
+    assert plan.num_steps(0, float(f"{hundredths / 100:.2f}")) == -(-steps * hundredths // 100)
+    assert plan.num_steps(7, 0.5) == 7 and plan.num_steps(0, 1e-9) == 1
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
-def test_every_list_takes_commas_but_paths():
+def test_every_list_but_paths_takes_commas():
     several = {(prog, a.dest) for prog, a in ACTIONS if isinstance(a, NameList) or a.nargs in ("+", "*")}
     lists = {(prog, a.dest) for prog, a in ACTIONS if isinstance(a, NameList)}
     assert {dest for _, dest in several - lists} == PATHS
@@ -176,27 +188,36 @@ def test_every_list_takes_commas_but_paths():
     assert {dest for _, dest in lists} == expected | {"allowed_hosts"}
 
 
-TWO = (["a_b,c"], ["a_b", "c"], ["a_b,", "c"], ["a_b", ",c"], ["a_b , c"], ["a_b，c"], ["a_b,c,"], ["a_b", "c,a_b"])
+TWO_NAMES = (
+    ["a_b,c"],
+    ["a_b", "c"],
+    ["a_b,", "c"],
+    ["a_b", ",c"],
+    ["a_b , c"],
+    ["a_b，c"],
+    ["a_b,c,"],
+    ["a_b", "c,a_b"],
+)
 
 
-@pytest.mark.parametrize("given_as", TWO, ids=str)
+@pytest.mark.parametrize("given_as", TWO_NAMES, ids=str)
 @pytest.mark.parametrize(
     ("prog", "flag"), [("4-lora_sft.py", "targets"), ("eval_ceval.py", "subjects"), ("serve_openai_api.py", "cors")]
 )
-def test_commas_and_spaces_are_the_same(prog, flag, given_as):
-    assert getattr(parse(prog, f"--{flag}", *given_as), flag) == ["a_b", "c"]
+def test_commas_and_spaces_are_equal_separators(prog, flag, given_as):
+    assert getattr(parse_flags(prog, f"--{flag}", *given_as), flag) == ["a_b", "c"]
 
 
-def test_lists_with_a_reader_of_their_own():
+def test_lists_with_their_own_parser_take_commas():
     for texts in (["0.3,0.1"], ["0.3", "0.1"], ["0.3,", "0.1"]):
-        assert parse("3-full_sft.py", "--data_share", *texts).data_share == [0.1, 0.3]
+        assert parse_flags("3-full_sft.py", "--data_share", *texts).data_share == [0.1, 0.3]
     for texts in (["zh=0.25,en=0.75"], ["zh=0.25", "en=0.75"], ["zh=0.25,", "en=0.75"]):
-        assert parse("1-pretrain.py", "--mix", *texts).mix.weights == {"zh": 0.25, "en": 0.75}
+        assert parse_flags("1-pretrain.py", "--mix", *texts).mix.load_weights == {"zh": 0.25, "en": 0.75}
     with pytest.raises(UserError, match=r"argument --data_share: 0\.1,2: each share"):
-        parse("3-full_sft.py", "--data_share", "0.1", "2")
+        parse_flags("3-full_sft.py", "--data_share", "0.1", "2")
 
 
-def test_before_files_a_list_is_one_argument():
+def test_a_list_before_files_is_one_argument():
     args = PARSERS["data_process.py clean"].parse_args(
         ["--skip", "unsafe,repair", "--languages", "en, zh", "a.txt", "b,c"]
     )
@@ -211,5 +232,5 @@ def test_names_survive_any_separator(names, separator):
 
 
 def test_a_path_with_a_comma_stays_one_path(tmp_path):
-    assert parse("2-eval.py", "--report", "a,b.pth", "c.pth").report == ["a,b.pth", "c.pth"]
-    assert Path(parse("export_model.py").checkpoint) == Path("x")
+    assert parse_flags("2-eval.py", "--report", "a,b.pth", "c.pth").report == ["a,b.pth", "c.pth"]
+    assert Path(parse_flags("export_model.py").checkpoint) == Path("x")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers import SHARED_DATA, read_log, run_process
+from tests.helpers import SHARED_DATA, read_jsonl, run_process
 
 pytestmark = [
     pytest.mark.real,
@@ -17,13 +17,13 @@ ROWS = {"pretrain_zh": 1500, "pretrain_en": 400, "sft_zh": 800, "sft_en": 300}
 SIZE = ["--dim", "128", "--n_layers", "4", "--n_heads", "8", "--n_kv_heads", "4", "--max_seq_len", "256"]
 
 
-def script(*arguments):
+def run_checked(*arguments):
     result = run_process(sys.executable, *arguments)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-2000:]
     return result.stdout
 
 
-def test_from_raw_text_to_answers(tmp_path):
+def test_real_text_becomes_a_model_that_answers(tmp_path):
     files = {}
     for name, count in ROWS.items():
         with lzma.open(SHARED_DATA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as source:
@@ -34,30 +34,30 @@ def test_from_raw_text_to_answers(tmp_path):
     texts, chats = [files["pretrain_zh"], files["pretrain_en"]], [files["sft_zh"], files["sft_en"]]
     tokenizer, out = tmp_path / "tokenizer", tmp_path / "out"
 
-    script("train_tokenizer.py", *texts, "--vocab_size", 4096, "--out_dir", tokenizer)
+    run_checked("train_tokenizer.py", *texts, "--vocab_size", 4096, "--out_dir", tokenizer)
     for kind, sources in (("pretrain", texts), ("sft", chats)):
         limit = ["--max_seq_len", 256] if kind == "sft" else []
-        script("data_process.py", kind, *sources, "--tokenizer", tokenizer, "--out_dir", tmp_path / kind, *limit)
+        run_checked("data_process.py", kind, *sources, "--tokenizer", tokenizer, "--out_dir", tmp_path / kind, *limit)
     common = ["--out_dir", out, "--device", "cpu", "--eval_tokens", 4096, "--eval_interval", 1000, "--max_minutes"]
     data = ["--data_path", tmp_path / "pretrain", "--tokenizer", tokenizer]
-    said = script("1-pretrain.py", *data, *SIZE, *common, 0.4)
-    assert "as it should be" in said, "the first loss is ln(vocabulary)"
-    script("3-full_sft.py", "--data_path", tmp_path / "sft", *common, 0.2)
+    output = run_checked("1-pretrain.py", *data, *SIZE, *common, 0.4)
+    assert "as it should be" in output, "the first loss is ln(vocabulary)"
+    run_checked("3-full_sft.py", "--data_path", tmp_path / "sft", *common, 0.2)
 
-    log = read_log(out / "pretrain_128.jsonl")
+    log = read_jsonl(out / "pretrain_128.jsonl")
     losses = [row["loss"] for row in log if "loss" in row]
     assert losses[-1] < losses[0] - 1 and losses[0] == pytest.approx(math.log(4096), abs=0.15)
     assert all(1 < bits < 4 for bits in log[-1]["bits_per_byte"].values()), log[-1]
     steps = [row for row in log if "loss" in row]
-    assert min(row["real_token_share"] for row in steps) >= 0.98
-    sft = [row for row in read_log(out / "full_sft_128.jsonl") if "loss" in row]
-    assert sum(row["real_token_share"] for row in sft) / len(sft) >= 0.9
+    assert min(row["token_fraction"] for row in steps) >= 0.98
+    sft = [row for row in read_jsonl(out / "full_sft_128.jsonl") if "loss" in row]
+    assert sum(row["token_fraction"] for row in sft) / len(sft) >= 0.9
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("你好，请介绍一下北京。\nWhat is the sun?\n", encoding="utf-8")
     for stage in ("pretrain", "full_sft"):
         flags = ["--stage", stage, "--out_dir", out, "--temperature", 0, "--max_new_tokens", 20]
-        script("2-eval.py", *flags, "--prompts", prompts, "--json", tmp_path / "answers.json")
+        run_checked("2-eval.py", *flags, "--prompts", prompts, "--json", tmp_path / "answers.json")
         answers = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))["answers"]
         # After half a minute it may say nothing but line breaks, or end at once: what it says is not the promise here.
         assert len(answers) == 2 and all(row["answer"] or row["finish_reason"] == "stop" for row in answers)

@@ -20,18 +20,18 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.helpers import ROOT, child_seconds, load_script, run_process, run_script
-from tests.serving.server_help import make_file, running
+from tests.helpers import ROOT, child_cpu_seconds, load_script, run_process, run_script
+from tests.serving.server_help import run_server, save_random_model
 
 SCRIPT = "serve_openai_api.py"
 
 
 @pytest.fixture
 def checkpoint(tokenizer, tmp_path):
-    return make_file(tmp_path / "full_sft_32.pth", tokenizer)
+    return save_random_model(tmp_path / "full_sft_32.pth", tokenizer)
 
 
-def test_what_cannot_be_is_said_in_one_line(monkeypatch, checkpoint, tmp_path):
+def test_invalid_flags_are_one_line_errors(monkeypatch, checkpoint, tmp_path):
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
     twin = shutil.copytree(tmp_path, tmp_path / "other") / "full_sft_32.pth"
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -61,7 +61,7 @@ def test_what_cannot_be_is_said_in_one_line(monkeypatch, checkpoint, tmp_path):
             assert "\n" not in str(error.value)
 
 
-def limits_of(*flags):
+def parse_limits(*flags):
     script = load_script(SCRIPT)
     return script.make_limits(script.make_parser().parse_args([*map(str, flags)]))
 
@@ -70,38 +70,38 @@ def test_keys_come_from_a_flag_the_environment_and_a_file(monkeypatch, tmp_path)
     file = tmp_path / "keys.txt"
     file.write_text("first\n\n  second \n")
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
-    assert limits_of().api_keys == ()
-    assert limits_of("--api_key_file", file).api_keys == ("first", "second")
-    assert limits_of("--api_key", "flag", "--api_key_file", file).api_keys == ("flag", "first", "second")
+    assert parse_limits().api_keys == ()
+    assert parse_limits("--api_key_file", file).api_keys == ("first", "second")
+    assert parse_limits("--api_key", "flag", "--api_key_file", file).api_keys == ("flag", "first", "second")
     monkeypatch.setenv("MENGYA_API_KEY", "from-the-environment")
-    assert limits_of().api_keys == ("from-the-environment",)
-    assert limits_of("--api_key", "flag").api_keys == ("flag",)
-    assert limits_of("--host", "0.0.0.0").api_keys == ("from-the-environment",)
+    assert parse_limits().api_keys == ("from-the-environment",)
+    assert parse_limits("--api_key", "flag").api_keys == ("flag",)
+    assert parse_limits("--host", "0.0.0.0").api_keys == ("from-the-environment",)
     for content, message in ((b"\n \n", "no key in it"), (b"\xff\xfe", "not UTF-8 text"), (b"a b\n", "without spaces"),
                              (None, "No such file")):  # fmt: skip
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(UserError, match=f"--api_key_file .*{message}") as error:
-            limits_of("--api_key_file", file)
+            parse_limits("--api_key_file", file)
         assert "\n" not in str(error.value)
 
 
-def test_a_server_without_a_key_knows_its_names(monkeypatch):
+def test_a_server_without_a_key_restricts_host_names(monkeypatch):
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
     local = ("localhost", "127.0.0.1", "::1")
-    assert limits_of().allowed_hosts == (*local, "127.0.0.1")
-    assert limits_of("--host", "127.0.0.2").allowed_hosts == (*local, "127.0.0.2")
-    assert limits_of("--allowed_hosts", "a.example,b.example").allowed_hosts[-2:] == ("a.example", "b.example")
-    assert limits_of("--host", "0.0.0.0", "--api_key", "k").allowed_hosts is None
-    named = limits_of("--host", "0.0.0.0", "--api_key", "k", "--allowed_hosts", "chat.example")
+    assert parse_limits().allowed_hosts == (*local, "127.0.0.1")
+    assert parse_limits("--host", "127.0.0.2").allowed_hosts == (*local, "127.0.0.2")
+    assert parse_limits("--allowed_hosts", "a.example,b.example").allowed_hosts[-2:] == ("a.example", "b.example")
+    assert parse_limits("--host", "0.0.0.0", "--api_key", "k").allowed_hosts is None
+    named = parse_limits("--host", "0.0.0.0", "--api_key", "k", "--allowed_hosts", "chat.example")
     assert "chat.example" in named.allowed_hosts
 
 
-def test_the_sum_of_requests_follows_the_size_of_one(monkeypatch):
+def test_max_queued_bytes_follows_max_request_bytes(monkeypatch):
     monkeypatch.delenv("MENGYA_API_KEY", raising=False)
-    assert limits_of().max_queued_bytes == 2**24
-    assert limits_of("--max_request_bytes", 100).max_queued_bytes == 1600
+    assert parse_limits().max_queued_bytes == 2**24
+    assert parse_limits("--max_request_bytes", 100).max_queued_bytes == 1600
     with pytest.raises(UserError, match="--max_queued_bytes 99 is less than --max_request_bytes 100"):
-        limits_of("--max_request_bytes", 100, "--max_queued_bytes", 99)
+        parse_limits("--max_request_bytes", 100, "--max_queued_bytes", 99)
 
 
 @pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
@@ -114,12 +114,12 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, checkpoint, pa
 
 
 def test_help_is_quick_and_needs_nothing():
-    before = child_seconds()
+    before = child_cpu_seconds()
     result = run_process(sys.executable, "-S", SCRIPT, "--help")  # -S: without any installed package
-    assert result.returncode == 0 and "--api_key" in result.stdout and child_seconds() - before < 2
+    assert result.returncode == 0 and "--api_key" in result.stdout and child_cpu_seconds() - before < 2
 
 
-def test_a_whole_life(checkpoint, tmp_path):
+def test_the_server_starts_answers_and_stops_on_ctrl_c(checkpoint, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MENGYA_API_KEY": "from-the-environment"}
     command = [sys.executable, SCRIPT, "--out_dir", str(tmp_path), "--port", "0", "--max_context", "100"]
     command.append("--strict_model_names")
@@ -148,7 +148,7 @@ def test_a_whole_life(checkpoint, tmp_path):
 def test_adapters_and_transformers_folders_are_served_too(tokenizer, checkpoint, tmp_path):
     import httpx
 
-    from model.checkpoint import load_model, remember_parent, save_model
+    from model.checkpoint import load_model, record_parent, save_model
     from model.lora import LoRAConfig, attach
     from tests.export.test_hf_import import make_folder
 
@@ -157,12 +157,12 @@ def test_adapters_and_transformers_folders_are_served_too(tokenizer, checkpoint,
     for name, tensor in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(tensor, std=0.3)
-    remember_parent(model, checkpoint, tmp_path / "lora_sft_32.pth")
+    record_parent(model, checkpoint, tmp_path / "lora_sft_32.pth")
     save_model(tmp_path / "lora_sft_32.pth", model, "lora_sft", tokenizer, [])
     make_folder(tmp_path / "theirs")
     names = ["full_sft_32", "lora_sft_32", "theirs"]
     paths = [checkpoint, str(tmp_path / "lora_sft_32.pth"), str(tmp_path / "theirs")]
-    with running(paths) as server:
+    with run_server(paths) as server:
         texts = {}
         for name in names:
             body = {"model": name, "messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 20}
@@ -172,7 +172,7 @@ def test_adapters_and_transformers_folders_are_served_too(tokenizer, checkpoint,
 
 
 @pytest.mark.slow
-def test_eight_at_once_are_three_times_as_fast_as_eight_in_a_row(tokenizer, tmp_path):
+def test_eight_concurrent_requests_are_three_times_as_fast_as_sequential_ones(tokenizer, tmp_path):
     """On a model of the usual size, untrained: the work is the same."""
     import asyncio
 
@@ -180,10 +180,10 @@ def test_eight_at_once_are_three_times_as_fast_as_eight_in_a_row(tokenizer, tmp_
 
     from model.config import PRESETS
 
-    path = make_file(tmp_path / "full_sft_512.pth", tokenizer, **PRESETS["small"])
+    path = save_random_model(tmp_path / "full_sft_512.pth", tokenizer, **PRESETS["small"])
     questions = [[{"role": "user", "content": f"question {i} 问题"}] for i in range(8)]
     bodies = [{"messages": messages, "temperature": 0, "max_tokens": 48} for messages in questions]
-    with running([path]) as server:
+    with run_server([path]) as server:
         url = f"{server.url}/v1/chat/completions"
 
         async def at_once():

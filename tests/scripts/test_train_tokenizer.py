@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.stats import DataReport
+from corpus.stats import DataStats
 from corpus.tokenizer_sample import sample_texts
-from corpus.tokenizer_training import MIN_VOCAB, token_bytes, train_tokenizer
+from corpus.tokenizer_training import MIN_VOCABULARY, train_tokenizer, vocab_bytes
 from model.tokenizer import IM_END, SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
 from tests.helpers import ROOT
 
@@ -86,7 +86,7 @@ def tokenizer(folders: dict[str, Path], algorithm: str) -> ChatTokenizer:
 
 
 def pieces(tokenizer: ChatTokenizer, text: str) -> list[bytes]:
-    table = token_bytes(tokenizer.backend)
+    table = vocab_bytes(tokenizer.backend)
     return [table[i] for i in tokenizer.encode(text)]
 
 
@@ -100,7 +100,7 @@ def check_exact(tokenizer: ChatTokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HARD_TEXTS)
-def test_hard_texts_come_back(tokenizer: ChatTokenizer, text: str) -> None:
+def test_hard_texts_round_trip(tokenizer: ChatTokenizer, text: str) -> None:
     check_exact(tokenizer, text)
     check_exact(tokenizer, text + "word" + text + "汉字" + text)
 
@@ -111,7 +111,7 @@ _MIXED = st.lists(st.sampled_from([*HARD_TEXTS, "的", " the", "<", "0x0A>", "�
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=_MIXED)
-def test_every_text_comes_back(folders: dict[str, Path], loaded: dict[str, ChatTokenizer], text: str) -> None:
+def test_every_text_round_trips(folders: dict[str, Path], loaded: dict[str, ChatTokenizer], text: str) -> None:
     for tokenizer in loaded.values():
         check_exact(tokenizer, text)
 
@@ -121,7 +121,7 @@ def loaded(folders: dict[str, Path]) -> dict[str, ChatTokenizer]:
     return {name: load_tokenizer(folder) for name, folder in folders.items()}
 
 
-def test_every_character_comes_back(tokenizer: ChatTokenizer) -> None:
+def test_every_character_round_trips(tokenizer: ChatTokenizer) -> None:
     step = 97
     everything = "".join(chr(c) for c in range(0, 0x110000, step) if not 0xD800 <= c < 0xE000)
     check_exact(tokenizer, everything)
@@ -138,7 +138,7 @@ def test_special_tokens_have_the_first_ids(tokenizer: ChatTokenizer) -> None:
 
 def test_digits_and_newlines_stand_alone(tokenizer: ChatTokenizer) -> None:
     assert pieces(tokenizer, "20261") == [b"2", b"0", b"2", b"6", b"1"]
-    for piece in token_bytes(tokenizer.backend):
+    for piece in vocab_bytes(tokenizer.backend):
         assert piece == b"\n" or b"\n" not in piece
         assert len(piece) == 1 or not any(b"0"[0] <= byte <= b"9"[0] for byte in piece) or piece.startswith(b"<|spare")
     for left, right in (("assistant\n", "The answer."), ("user\n", "\n\n 的"), ("x\r\n", " y"), ("a", "\n")):
@@ -146,7 +146,7 @@ def test_digits_and_newlines_stand_alone(tokenizer: ChatTokenizer) -> None:
 
 
 def test_words_and_phrases_are_learnt(tokenizer: ChatTokenizer, algorithm: str) -> None:
-    learnt = token_bytes(tokenizer.backend)
+    learnt = vocab_bytes(tokenizer.backend)
     assert b" the" in learnt and "我们".encode() in learnt
     assert b", the" in learnt and "的，".encode() in learnt and learnt.index(b", the") >= VOCAB - VOCAB // 20
 
@@ -177,7 +177,7 @@ def test_marker_strings_in_messages_stay_text(tokenizer: ChatTokenizer) -> None:
     assert ids.count(tokenizer.im_end_id) == 1 and sum(mask) == 0
 
 
-def test_same_text_same_tokenizer(texts: list[str], algorithm: str) -> None:
+def test_equal_text_gives_an_equal_tokenizer(texts: list[str], algorithm: str) -> None:
     first, second = (train_tokenizer(algorithm, texts, 600, RESERVED).to_str() for _ in range(2))
     assert first == second
 
@@ -196,31 +196,31 @@ def test_sample_is_balanced_and_does_not_depend_on_order(tmp_path: Path, texts: 
     zh, en = texts[:500], texts[500:]
     one = write_jsonl(tmp_path / "one.jsonl", zh + en)
     two = write_jsonl(tmp_path / "two.jsonl", en[::-1] + zh[::-1] + en)
-    sample, again = (sample_texts([file], DataReport(), 20_000, 10**9) for file in (one, two))
+    sample, again = (sample_texts([file], DataStats(), 20_000, 10**9) for file in (one, two))
     assert sample.texts == again.texts and sample.held_out == again.held_out
     assert size(sample.texts["zh"]) == pytest.approx(14_286, rel=0.05)
     assert size(sample.texts["en"]) == pytest.approx(5_714, rel=0.1)
     for language in ("zh", "en"):
         assert sample.held_out[language] and not set(sample.held_out[language]) & set(sample.texts[language])
-    assert sample_texts([one], DataReport(), 20_000, 10**9, seed=1).texts != sample.texts
+    assert sample_texts([one], DataStats(), 20_000, 10**9, seed=1).texts != sample.texts
 
 
 def test_one_language_fills_what_the_other_lacks(tmp_path: Path, texts: list[str]) -> None:
     file = write_jsonl(tmp_path / "some.jsonl", texts[500:])
-    sample = sample_texts([file], DataReport(), 20_000, 10**9)
+    sample = sample_texts([file], DataStats(), 20_000, 10**9)
     assert size(sample.texts["en"]) == pytest.approx(20_000, rel=0.05) and not sample.texts["zh"]
 
 
 def test_reading_ends_at_its_budget_fairly(tmp_path: Path, texts: list[str]) -> None:
     files = [write_jsonl(tmp_path / "zh.jsonl", texts[:500]), write_jsonl(tmp_path / "en.jsonl", texts[500:])]
-    sample = sample_texts(files, DataReport(), 10**6, 20_000)
-    assert sample.unfinished == files
+    sample = sample_texts(files, DataStats(), 10**6, 20_000)
+    assert sample.truncated_files == files
     assert sample.bytes["zh"] == pytest.approx(10_000, rel=0.1) and sample.bytes["en"] == pytest.approx(10_000, rel=0.1)
 
 
 def test_one_long_document_does_not_fill_the_budget(tmp_path: Path, texts: list[str]) -> None:
     file = write_jsonl(tmp_path / "book.jsonl", ["".join(texts[500:] * 5), *texts[500:]])
-    sample = sample_texts([file], DataReport(), 50_000, 10**9)
+    sample = sample_texts([file], DataStats(), 50_000, 10**9)
     assert size(sample.texts["en"]) < 75_000 and max(map(len, sample.texts["en"])) <= 20_000
 
 
@@ -232,7 +232,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_train_then_inspect(tmp_path: Path, texts: list[str], algorithm: str) -> None:
+def test_train_and_inspect_commands_work(tmp_path: Path, texts: list[str], algorithm: str) -> None:
     (tmp_path / "notes.txt").write_text("\n\n".join(texts), encoding="utf-8")
     arguments = ("notes.txt", "--algorithm", algorithm, "--vocab_size", "100000", "--out_dir", "tok")
     done = run(*arguments, cwd=tmp_path)
@@ -262,7 +262,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["empty.txt"], "empty"),
         (["torn.jsonl.xz"], "a broken xz stream"),
         (["other.jsonl"], "found the keys a"),
-        (["good.txt", "--vocab_size", str(MIN_VOCAB - 1)], "--vocab_size"),
+        (["good.txt", "--vocab_size", str(MIN_VOCABULARY - 1)], "--vocab_size"),
         (["good.txt", "--vocab_size", str(2**32 + 1)], "--vocab_size"),
         (["good.txt", "--out_dir", "taken"], "is a file"),
         (["--inspect", "x"], "train_tokenizer.py"),
@@ -275,8 +275,8 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_tiny_text_and_tiny_vocabulary(algorithm: str) -> None:
-    tokenizer = train_tokenizer(algorithm, ["ab ab ab 的的", "ab cd"], MIN_VOCAB, RESERVED)
+def test_tiny_text_gives_a_smaller_vocabulary(algorithm: str) -> None:
+    tokenizer = train_tokenizer(algorithm, ["ab ab ab 的的", "ab cd"], MIN_VOCABULARY, RESERVED)
     assert tokenizer.decode(tokenizer.encode("ab 的 xyz").ids) == "ab 的 xyz"
 
 
@@ -285,7 +285,7 @@ def test_vocabulary_size_is_checked() -> None:
         train_tokenizer("bpe", ["text"], 20, RESERVED)
 
 
-def test_text_without_a_break(algorithm: str) -> None:
+def test_text_without_breaks_is_trained(algorithm: str) -> None:
     """Text without a space or newline, as found in encoded files, neither fails nor takes long."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh+/", k=50_000)), "".join(rng.choices("的一是在我有", k=50_000))]

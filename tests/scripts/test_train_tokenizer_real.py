@@ -24,7 +24,7 @@ print(f"seconds={time.perf_counter() - start:.1f} gigabytes={peak:.2f}")
 
 @pytest.mark.real
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
-def test_targets_on_real_text(tmp_path: Path) -> None:
+def test_compression_targets_on_real_text(tmp_path: Path) -> None:
     files = [str(DATA / f"pretrain_{language}.jsonl.xz") for language in ("zh", "en")]
     command = [sys.executable, "-c", TRAIN, "train_tokenizer.py", *files, "--out_dir", str(tmp_path / "tokenizer")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")

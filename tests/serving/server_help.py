@@ -19,7 +19,7 @@ from model.transformer import Transformer
 CPU = torch.device("cpu")
 
 
-def make_model(tokenizer: ChatTokenizer, **changes) -> Transformer:
+def make_random_model(tokenizer: ChatTokenizer, **changes) -> Transformer:
     """A model of random weights that talks for long and about anything."""
     torch.manual_seed(0)
     config = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
@@ -30,48 +30,48 @@ def make_model(tokenizer: ChatTokenizer, **changes) -> Transformer:
     return model
 
 
-def make_file(path: Path, tokenizer: ChatTokenizer, stage: str = "full_sft", **changes) -> str:
-    save_model(path, make_model(tokenizer, **changes), stage, tokenizer, [])
+def save_random_model(path: Path, tokenizer: ChatTokenizer, stage: str = "full_sft", **changes) -> str:
+    save_model(path, make_random_model(tokenizer, **changes), stage, tokenizer, [])
     return str(path)
 
 
 @dataclass
-class Running:
+class RunningServer:
     url: str  # without a slash at the end
-    counter: Any  # serving.service.Counter
+    service: Any  # serving.service.CompletionService
 
     def status(self, name: str | None = None) -> dict[str, int]:
-        status = self.counter.engine.status()
+        status = self.service.engine.status()
         return status[name or next(iter(status))]
 
-    def wait_until_empty(self, seconds: float = 5) -> float:
+    def wait_until_idle(self, seconds: float = 5) -> float:
         """Seconds until nobody is being answered and nobody waits. Fails when that does not come."""
         started = time.monotonic()
-        while any(table["running"] or table["waiting"] for table in self.counter.engine.status().values()):
-            assert time.monotonic() - started < seconds, self.counter.engine.status()
+        while any(status["running"] or status["waiting"] for status in self.service.engine.status().values()):
+            assert time.monotonic() - started < seconds, self.service.engine.status()
             time.sleep(0.005)
         return time.monotonic() - started
 
 
 @contextlib.contextmanager
-def running(checkpoints: list[str], limits: Any = None, max_context: int = 4096) -> Iterator[Running]:
-    """`limits`: a serving.limits.Limits. FastAPI is imported here, so that the engine's tests run without it."""
+def run_server(checkpoints: list[str], limits: Any = None, max_context: int = 4096) -> Iterator[RunningServer]:
+    """`limits`: a serving.limits.ServerLimits. FastAPI is imported here, so that the engine's tests run without it."""
     from serving.app import make_app
     from serving.connections import make_server
-    from serving.limits import Limits
+    from serving.limits import ServerLimits
     from serving.models import open_models
 
-    limits = limits or Limits()
+    limits = limits or ServerLimits()
     app = make_app(open_models(checkpoints, max_context, CPU), limits, contextlib.nullcontext)
     server = make_server(app, limits)
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [door]})
+    with socket.create_server(("127.0.0.1", 0)) as server_socket:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [server_socket]})
         thread.start()
         try:
             while not server.started:
                 assert thread.is_alive()
                 time.sleep(0.01)
-            yield Running(f"http://127.0.0.1:{door.getsockname()[1]}", app.state.counter)
+            yield RunningServer(f"http://127.0.0.1:{server_socket.getsockname()[1]}", app.state.service)
         finally:
             server.should_exit = True
             thread.join()

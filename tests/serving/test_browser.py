@@ -17,7 +17,7 @@ import urllib.request
 
 import pytest
 
-from tests.helpers import ROOT, save_parrot
+from tests.helpers import ROOT, save_scripted_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -31,10 +31,10 @@ def address(tokenizer, tmp_path_factory):
     """The page as a user starts it, from another folder, over three models."""
     folder = tmp_path_factory.mktemp("web")
     out = folder / "out"
-    save_parrot(
-        out / "dpo_64.pth", tokenizer, ["春", "眠", "不", "觉", "晓", "\n"], "dpo", ends=False, max_seq_len=8192
+    save_scripted_model(
+        out / "dpo_64.pth", tokenizer, ["春", "眠", "不", "觉", "晓", "\n"], "dpo", end_of_turn=False, max_seq_len=8192
     )
-    save_parrot(out / "full_sft_64.pth", tokenizer, [NASTY], "full_sft")
+    save_scripted_model(out / "full_sft_64.pth", tokenizer, [NASTY], "full_sft")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
@@ -59,8 +59,8 @@ def address(tokenizer, tmp_path_factory):
         finally:
             server.kill()
             log.close()
-    said = (folder / "log").read_text()
-    assert "models in out, cpu" in said and "Traceback" not in said, said
+    log_text = (folder / "log").read_text()
+    assert "models in out, cpu" in log_text and "Traceback" not in log_text, log_text
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def browser():
         browser.close()
 
 
-def test_a_conversation(address, browser, request):
+def test_chromium_streams_stops_copies_and_fetches_nothing(address, browser, request):
     pictures = request.config.cache.mkdir("web")
     context = browser.new_context(locale="zh-CN", viewport={"width": 1200, "height": 860})
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)

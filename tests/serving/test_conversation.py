@@ -11,73 +11,77 @@ import pytest
 
 from common.errors import UserError
 from model.checkpoint import load_model
-from model.sampling import Sampling
+from model.sampling import SamplingParams
 from serving import conversation
-from serving.conversation import Conversation, Speaker
-from tests.helpers import save_parrot
+from serving.conversation import Conversation, LoadedModel
+from tests.helpers import save_scripted_model
 
-GREEDY = Sampling(max_new_tokens=20)
+GREEDY = SamplingParams(max_new_tokens=20)
 
 
-def speaker(path) -> Speaker:
+def open_loaded_model(path) -> LoadedModel:
     model, tokenizer, checkpoint = load_model(path)
-    return Speaker(path.stem, model, tokenizer, checkpoint["stage"] != "pretrain")
+    return LoadedModel(path.stem, model, tokenizer, checkpoint["stage"] != "pretrain")
 
 
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    says = {"one": ["鸟", "叫", "!"], "two": ["second"], "endless": ["la", "li"]}
-    return {name: speaker(save_parrot(folder / f"{name}.pth", tokenizer, pieces, ends=name != "endless"))
-            for name, pieces in says.items()}  # fmt: skip
+    pieces_of = {"one": ["鸟", "叫", "!"], "two": ["second"], "endless": ["la", "li"]}
+    return {
+        name: open_loaded_model(
+            save_scripted_model(folder / f"{name}.pth", tokenizer, pieces, end_of_turn=name != "endless")
+        )
+        for name, pieces in pieces_of.items()
+    }
 
 
 @pytest.fixture
 def prompts(monkeypatch):
     """What the models read, as text."""
-    seen, real = [], conversation.stream
+    recorded, real = [], conversation.stream
 
     def spy(model, ids, settings, tokenizer, answer):
-        seen.append(tokenizer.decode(ids))
+        recorded.append(tokenizer.decode(ids))
         return real(model, ids, settings, tokenizer, answer)
 
     monkeypatch.setattr(conversation, "stream", spy)
-    return seen
+    return recorded
 
 
-def finish(talk: Conversation) -> None:
-    while talk.advance():
+def finish_replies(chat: Conversation) -> None:
+    while chat.advance():
         pass
 
 
-def test_a_reply_grows_and_ends(models):
-    talk = Conversation()
-    talk.ask("hm?", [models["one"]], GREEDY)
-    reply, seen = talk.turns[0].replies[0], []
-    while talk.advance():
-        seen.append(reply.text)
-    assert seen == ["鸟", "鸟叫", "鸟叫!"] and reply.end == "stop" and not talk.is_going
-    assert reply.tokens == 3 and reply.speed > 0 and not reply.problem
+def test_a_reply_streams_its_pieces_and_ends_with_a_stop_reason(models):
+    chat = Conversation()
+    chat.start_turn("hm?", [models["one"]], GREEDY)
+    reply, recorded = chat.turns[0].replies[0], []
+    while chat.advance():
+        recorded.append(reply.text)
+    assert recorded == ["鸟", "鸟叫", "鸟叫!"] and reply.stop_reason == "stop" and not chat.is_streaming
+    assert reply.tokens == 3 and reply.tokens_per_second > 0 and not reply.error
 
 
-def test_a_reply_goes_on_in_another_thread(models):
-    talk = Conversation()
-    talk.ask("hm?", [models["one"]], GREEDY)
-    talk.advance()
-    thread = threading.Thread(target=finish, args=(talk,))
+def test_a_reply_continues_in_another_thread(models):
+    chat = Conversation()
+    chat.start_turn("hm?", [models["one"]], GREEDY)
+    chat.advance()
+    thread = threading.Thread(target=finish_replies, args=(chat,))
     thread.start()
     thread.join()
-    assert talk.turns[0].replies[0].text == "鸟叫!"
+    assert chat.turns[0].replies[0].text == "鸟叫!"
 
 
-def test_two_threads_may_meet_for_a_moment(models):
+def test_two_threads_can_advance_one_conversation(models):
     """The page that lost its browser is still drawn while the new one begins."""
-    talk, errors = Conversation(), []
-    talk.ask("hm?", [models["endless"]], Sampling(max_new_tokens=90))
+    chat, errors = Conversation(), []
+    chat.start_turn("hm?", [models["endless"]], SamplingParams(max_new_tokens=90))
 
     def draw():
         try:
-            finish(talk)
+            finish_replies(chat)
         except ValueError as error:
             errors.append(error)
 
@@ -86,110 +90,110 @@ def test_two_threads_may_meet_for_a_moment(models):
         thread.start()
     for thread in threads:
         thread.join()
-    reply = talk.turns[0].replies[0]
-    assert not errors and not reply.problem and reply.text == "lali" * 45
+    reply = chat.turns[0].replies[0]
+    assert not errors and not reply.error and reply.text == "lali" * 45
 
 
-def test_stop_keeps_what_was_said_and_the_next_question_reads_it(models, prompts):
-    talk = Conversation()
-    talk.ask("first", [models["endless"]], GREEDY)
+def test_stop_keeps_the_text_and_the_next_prompt_contains_it(models, prompts):
+    chat = Conversation()
+    chat.start_turn("first", [models["endless"]], GREEDY)
     for _ in range(3):
-        talk.advance()
-    talk.stop()
-    reply = talk.turns[0].replies[0]
-    assert (reply.text, reply.end, talk.is_going, talk.advance()) == ("lalila", "stopped", False, False)
-    talk.ask("then", [models["endless"]], GREEDY)
+        chat.advance()
+    chat.stop()
+    reply = chat.turns[0].replies[0]
+    assert (reply.text, reply.stop_reason, chat.is_streaming, chat.advance()) == ("lalila", "stopped", False, False)
+    chat.start_turn("then", [models["endless"]], GREEDY)
     assert "first" in prompts[-1] and "lalila<|im_end|>" in prompts[-1] and prompts[-1].count("user\n") == 2
 
 
-def test_an_answer_that_never_came_is_not_read_again(models, prompts):
-    talk = Conversation()
-    talk.ask("first", [models["endless"]], GREEDY)
-    talk.ask("then", [models["endless"]], GREEDY)  # before a single piece
-    assert "first" not in prompts[-1] and talk.turns[0].replies[0].end == "stopped"
+def test_an_empty_reply_is_left_out_of_the_next_prompt(models, prompts):
+    chat = Conversation()
+    chat.start_turn("first", [models["endless"]], GREEDY)
+    chat.start_turn("then", [models["endless"]], GREEDY)  # before a single piece
+    assert "first" not in prompts[-1] and chat.turns[0].replies[0].stop_reason == "stopped"
 
 
-def test_each_side_reads_its_own_answers(models, prompts):
-    talk, both = Conversation(), [models["one"], models["two"]]
-    talk.ask("a", both[:1], GREEDY)
-    finish(talk)
-    talk.ask("b", both, GREEDY)
+def test_each_model_reads_its_own_answers(models, prompts):
+    chat, both = Conversation(), [models["one"], models["two"]]
+    chat.start_turn("a", both[:1], GREEDY)
+    finish_replies(chat)
+    chat.start_turn("b", both, GREEDY)
     assert "鸟叫!" in prompts[-1], "the second model joins a conversation that it has not answered in"
-    finish(talk)
-    assert [reply.text for reply in talk.turns[1].replies] == ["鸟叫!", "second"]
-    talk.ask("c", both, GREEDY)
+    finish_replies(chat)
+    assert [reply.text for reply in chat.turns[1].replies] == ["鸟叫!", "second"]
+    chat.start_turn("c", both, GREEDY)
     assert prompts[-1].count("second") == 1 and prompts[-2].count("second") == 0
-    assert [reply.speaker for reply in talk.turns[2].replies] == ["one", "two"]
+    assert [reply.model_name for reply in chat.turns[2].replies] == ["one", "two"]
 
 
-def test_again_and_edit_replace_the_last_turn(models, prompts):
-    talk, sides = Conversation(), [models["one"]]
+def test_regenerate_and_edit_replace_the_last_turn(models, prompts):
+    chat, sides = Conversation(), [models["one"]]
     for question in ("a", "b"):
-        talk.ask(question, sides, GREEDY)
-        finish(talk)
-    talk.answer_again(sides, GREEDY)
-    finish(talk)
-    assert [turn.question for turn in talk.turns] == ["a", "b"] and prompts[-1] == prompts[-2]
+        chat.start_turn(question, sides, GREEDY)
+        finish_replies(chat)
+    chat.regenerate(sides, GREEDY)
+    finish_replies(chat)
+    assert [turn.question for turn in chat.turns] == ["a", "b"] and prompts[-1] == prompts[-2]
     with pytest.raises(UserError, match="empty"):
-        talk.edit_last("  ", sides, GREEDY)
-    talk.edit_last("B?", sides, GREEDY)
-    assert [turn.question for turn in talk.turns] == ["a", "B?"] and "b<|im_end|>" not in prompts[-1]
-    talk.clear()
-    assert not talk.turns and not talk.is_going
-    talk.answer_again(sides, GREEDY)
-    assert not talk.turns, "nothing to answer again"
+        chat.edit_last_question("  ", sides, GREEDY)
+    chat.edit_last_question("B?", sides, GREEDY)
+    assert [turn.question for turn in chat.turns] == ["a", "B?"] and "b<|im_end|>" not in prompts[-1]
+    chat.clear()
+    assert not chat.turns and not chat.is_streaming
+    chat.regenerate(sides, GREEDY)
+    assert not chat.turns, "nothing to answer again"
 
 
-def test_another_attempt_draws_anew_and_the_same_seed_the_same(tiny_parent):
-    model = speaker(tiny_parent)
-    drawn = Sampling(temperature=1.0, max_new_tokens=12, seed=5)
+def test_each_attempt_samples_anew_and_a_seed_reproduces_all_attempts(tiny_parent):
+    model = open_loaded_model(tiny_parent)
+    drawn = SamplingParams(temperature=1.0, max_new_tokens=12, seed=5)
 
     def texts() -> list[str]:
-        talk, found = Conversation(), []
-        talk.ask("x", [model], drawn)
+        chat, found = Conversation(), []
+        chat.start_turn("x", [model], drawn)
         for _ in range(3):
-            finish(talk)
-            found.append(talk.turns[0].replies[0].text)
-            talk.answer_again([model], drawn)
+            finish_replies(chat)
+            found.append(chat.turns[0].replies[0].text)
+            chat.regenerate([model], drawn)
         return found
 
     first = texts()
     assert len(set(first)) == 3 and first == texts()
 
 
-def test_the_system_prompt_stands_first_and_stays(models, prompts):
-    talk, long = Conversation(), "word " * 4
+def test_the_system_prompt_comes_first_and_survives_truncation(models, prompts):
+    chat, long = Conversation(), "word " * 4
     for i in range(4):
-        talk.ask(f"{i} {long}", [models["one"]], GREEDY, system="Be kind.")
-        finish(talk)
+        chat.start_turn(f"{i} {long}", [models["one"]], GREEDY, system="Be kind.")
+        finish_replies(chat)
     assert prompts[-1].startswith("<|im_start|>system\nBe kind.<|im_end|>")
-    last = talk.turns[-1].replies[0]
-    assert last.shortened and "0 word" not in prompts[-1] and not talk.turns[0].replies[0].shortened
+    last = chat.turns[-1].replies[0]
+    assert last.is_truncated and "0 word" not in prompts[-1] and not chat.turns[0].replies[0].is_truncated
 
 
-def test_a_pretrained_model_goes_on_with_the_bare_text(tiny_parent, prompts):
-    talk = Conversation()
-    talk.ask("sun moon", [speaker(tiny_parent)], GREEDY, system="Be kind.")
-    talk.ask("tree", [speaker(tiny_parent)], GREEDY)
+def test_a_pretrained_model_continues_the_bare_text(tiny_parent, prompts):
+    chat = Conversation()
+    chat.start_turn("sun moon", [open_loaded_model(tiny_parent)], GREEDY, system="Be kind.")
+    chat.start_turn("tree", [open_loaded_model(tiny_parent)], GREEDY)
     assert prompts == ["sun moon", "tree"]
 
 
-def test_too_long_a_question_is_said_with_its_numbers(models):
-    talk = Conversation()
-    talk.ask("x" * 500, [models["one"]], GREEDY)
-    reply = talk.turns[0].replies[0]
-    assert reply.end == "error" and not talk.is_going
-    assert "tokens" in reply.problem and "128" in reply.problem
+def test_a_question_that_is_too_long_is_an_error_with_its_length(models):
+    chat = Conversation()
+    chat.start_turn("x" * 500, [models["one"]], GREEDY)
+    reply = chat.turns[0].replies[0]
+    assert reply.stop_reason == "error" and not chat.is_streaming
+    assert "tokens" in reply.error and "128" in reply.error
 
 
-def test_running_out_of_memory_ends_the_reply_only(models, monkeypatch):
+def test_running_out_of_memory_ends_only_the_reply(models, monkeypatch):
     def pieces(*_):
         yield "so far"
         raise RuntimeError("CUDA out of memory\nand a long story")
 
     monkeypatch.setattr(conversation, "stream", pieces)
-    talk = Conversation()
-    talk.ask("x", [models["one"]], GREEDY)
-    finish(talk)
-    reply = talk.turns[0].replies[0]
-    assert (reply.text, reply.end, reply.problem) == ("so far", "error", "CUDA out of memory")
+    chat = Conversation()
+    chat.start_turn("x", [models["one"]], GREEDY)
+    finish_replies(chat)
+    reply = chat.turns[0].replies[0]
+    assert (reply.text, reply.stop_reason, reply.error) == ("so far", "error", "CUDA out of memory")

@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from model.generate import generate
-from model.sampling import Sampling
-from serving.embeddings import EmbeddingJob, batches_of
-from serving.limits import Limits
-from serving.scheduler import PREFILL_TOKENS, Engine, Full
-from tests.serving.server_help import make_file, make_model, running
+from model.sampling import SamplingParams
+from serving.embeddings import EmbeddingJob, embedding_batches
+from serving.limits import ServerLimits
+from serving.scheduler import PREFILL_TOKENS, InferenceEngine, QueueFull
+from tests.serving.server_help import make_random_model, run_server, save_random_model
 
 INPUTS = ["The sky", "天空是蓝的 😀", "a", "b" * 90]
 
@@ -32,9 +32,9 @@ INPUTS = ["The sky", "天空是蓝的 😀", "a", "b" * 90]
 @pytest.fixture(scope="module")
 def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    chat = make_file(folder / "full_sft_32.pth", tokenizer, max_seq_len=512)
-    moe = make_file(folder / "pretrain_32_moe.pth", tokenizer, "pretrain", max_seq_len=128, use_moe=True)
-    with running([f"chat={chat}", f"moe={moe}"], Limits(queue=8)) as server:
+    chat = save_random_model(folder / "full_sft_32.pth", tokenizer, max_seq_len=512)
+    moe = save_random_model(folder / "pretrain_32_moe.pth", tokenizer, "pretrain", max_seq_len=128, use_moe=True)
+    with run_server([f"chat={chat}", f"moe={moe}"], ServerLimits(max_queue=8)) as server:
         yield server
 
 
@@ -45,9 +45,9 @@ def client(server):
 
 
 @torch.no_grad()
-def alone(server, text, name="chat"):
+def mean_of_states(server, text, name="chat"):
     """The mean of the states that the head reads, one input at a time."""
-    served = server.counter.models[name]
+    served = server.service.models[name]
     states = []
     hook = served.model.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
     served.model.logits(torch.tensor([served.tokenizer.encode(text)]))
@@ -60,20 +60,20 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("name", ["chat", "moe"])
-def test_vectors_are_the_means_of_the_last_states_however_they_are_batched(client, server, name):
+def test_vectors_are_the_means_of_the_last_states_for_any_batching(client, server, name):
     answer = client.embeddings.create(model=name, input=INPUTS)  # base64, which the client asks for and unpacks
     assert [item.index for item in answer.data] == [0, 1, 2, 3] and answer.model == name and answer.object == "list"
     for text, item in zip(INPUTS, answer.data, strict=True):
         assert item.object == "embedding" and len(item.embedding) == 32
-        assert close(item.embedding, alone(server, text, name))
+        assert close(item.embedding, mean_of_states(server, text, name))
         (one,) = client.embeddings.create(model=name, input=text, encoding_format="float").data
         assert close(one.embedding, item.embedding)
     tokens = sum(len(text.encode()) for text in INPUTS)  # one token a byte
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == tokens
 
 
-def test_ids_are_the_text_they_stand_for(client, server):
-    tokenizer = server.counter.models["chat"].tokenizer
+def test_token_ids_and_text_give_equal_vectors(client, server):
+    tokenizer = server.service.models["chat"].tokenizer
     ids = [tokenizer.encode(text) for text in INPUTS]
     expected = [item.embedding for item in client.embeddings.create(model="chat", input=INPUTS).data]
     several = client.embeddings.create(model="chat", input=ids)
@@ -94,7 +94,7 @@ def test_base64_is_little_endian_fp32(server):
     ] == pytest.approx(floats, abs=1e-6)
 
 
-def test_wrong_inputs_are_one_line_with_numbers(server):
+def test_invalid_inputs_are_one_line_errors_with_numbers(server):
     for body, message in (
         ({"input": ""}, "input: must not be empty: a text, token ids, or a list of either"),
         ({"input": []}, "input: must not be empty: a text, token ids, or a list of either"),
@@ -115,22 +115,22 @@ def test_wrong_inputs_are_one_line_with_numbers(server):
     assert httpx.post(f"{server.url}/v1/embeddings", json={"input": "b" * 512}, verify=False).status_code == 200
 
 
-def test_batches_are_of_bounded_size_and_leave_nothing_out():
+def test_embedding_batches_are_bounded_and_complete():
     inputs = [[1] * (1 + 37 * i % 300) for i in range(200)] + [[1] * (3 * PREFILL_TOKENS)]
-    batches = list(batches_of(inputs))
+    batches = list(embedding_batches(inputs))
     assert sorted(i for batch in batches for i in batch) == list(range(201))
     for batch in batches:
         assert len(batch) == 1 or max(len(inputs[i]) for i in batch) * len(batch) <= PREFILL_TOKENS
     assert len(batches) < 30
 
 
-def test_vectors_under_load_and_answers_beside_them_are_as_alone(client, server):
+def test_concurrent_embeddings_and_completions_do_not_change_each_other(client, server):
     """A stream, and three clients whose large requests are computed between its tokens."""
     texts = [f"text {i} " * (i % 40) + "." for i in range(90)]
-    expected = [alone(server, text) for text in texts]
-    served = server.counter.models["chat"]
+    expected = [mean_of_states(server, text) for text in texts]
+    served = server.service.models["chat"]
     prompt = served.tokenizer.render([{"role": "user", "content": "1"}], True)[0]
-    (answer,) = generate(served.model, [prompt], Sampling(max_new_tokens=200), served.tokenizer)
+    (answer,) = generate(served.model, [prompt], SamplingParams(max_new_tokens=200), served.tokenizer)
     results, steps = [], []
 
     def embed():
@@ -152,20 +152,22 @@ def test_vectors_under_load_and_answers_beside_them_are_as_alone(client, server)
     assert min(steps) > 10, "tokens come while the vectors are computed"
     for result in results:
         assert all(close(vector, other) for vector, other in zip(result, expected, strict=True))
-    server.wait_until_empty()
+    server.wait_until_idle()
 
 
 # ------------------------------------------------------------------------------------------------ jobs in the engine
 
 
 @pytest.fixture
-def news():
+def events():
     return []
 
 
 @pytest.fixture
-def engine(tokenizer, news):
-    engine = Engine({"m": (make_model(tokenizer), tokenizer)}, 1, 2, contextlib.nullcontext, news.extend)
+def engine(tokenizer, events):
+    engine = InferenceEngine(
+        {"m": (make_random_model(tokenizer), tokenizer)}, 1, 2, contextlib.nullcontext, events.extend
+    )
     yield engine
     if engine.thread.is_alive():
         engine.stop()
@@ -178,60 +180,60 @@ def wait_for(condition, seconds=20):
         time.sleep(0.002)
 
 
-def test_jobs_take_turns_and_places_in_the_queue(engine, news):
+def test_jobs_alternate_and_count_against_the_queue(engine, events):
     long, short = EmbeddingJob([[5] * 250] * 60), EmbeddingJob([[5]])
-    engine.submit("m", [long])
-    engine.submit("m", [short])
+    engine.add_requests("m", [long])
+    engine.add_requests("m", [short])
     assert engine.status()["m"]["waiting"] == 2
-    engine.submit("m", [EmbeddingJob([[6]])])
-    with pytest.raises(Full):
-        engine.submit("m", [EmbeddingJob([[7]])])
+    engine.add_requests("m", [EmbeddingJob([[6]])])
+    with pytest.raises(QueueFull):
+        engine.add_requests("m", [EmbeddingJob([[7]])])
     engine.start()
-    wait_for(lambda: len(news) == 3)
-    assert news[-1].ticket is long and all(item.finish_reason == "stop" for item in news)
+    wait_for(lambda: len(events) == 3)
+    assert events[-1].request is long and all(item.finish_reason == "stop" for item in events)
     assert engine.status()["m"]["waiting"] == 0
 
 
-def test_a_disconnected_client_ends_its_job(server, engine, news):
+def test_a_disconnect_aborts_the_job(server, engine, events):
     job = EmbeddingJob([[5] * 250] * 60)
-    engine.submit("m", [job])
-    engine.cancel([job])
+    engine.add_requests("m", [job])
+    engine.abort([job])
     assert engine.status()["m"]["waiting"] == 0
     engine.start()
     other = EmbeddingJob([[5]])
-    engine.submit("m", [other])
-    wait_for(lambda: news)
-    assert news[0].ticket is other and not any(job.vectors)
+    engine.add_requests("m", [other])
+    wait_for(lambda: events)
+    assert events[0].request is other and not any(job.vectors)
 
     body = json.dumps({"model": "chat", "input": ["b" * 500] * 1500}).encode()
     head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_for(lambda: server.status()["waiting"])
-    assert server.wait_until_empty() < 1.0, "the whole would take several seconds"
+    assert server.wait_until_idle() < 1.0, "the whole would take several seconds"
 
 
-def test_a_failing_job_fails_alone(engine, news, capsys):
+def test_a_failing_job_fails_alone(engine, events, capsys):
     bad, good = EmbeddingJob([[10**6]]), EmbeddingJob([[5]])
     engine.start()
-    engine.submit("m", [bad])
-    engine.submit("m", [good])
-    wait_for(lambda: len(news) == 2)
-    assert [(item.ticket, item.finish_reason) for item in news] == [(bad, "error"), (good, "stop")]
+    engine.add_requests("m", [bad])
+    engine.add_requests("m", [good])
+    wait_for(lambda: len(events) == 2)
+    assert [(item.request, item.finish_reason) for item in events] == [(bad, "error"), (good, "stop")]
     assert "IndexError" in capsys.readouterr().err
 
 
-def test_stopping_the_engine_ends_its_jobs_with_an_error(engine, news):
+def test_stopping_the_engine_ends_its_jobs_with_an_error(engine, events):
     jobs = [EmbeddingJob([[5] * 250] * 200) for _ in range(2)]
     for job in jobs:
-        engine.submit("m", [job])
+        engine.add_requests("m", [job])
     engine.start()
     engine.stop()
-    assert {item.ticket for item in news} == set(jobs)
-    assert "error" in {item.finish_reason for item in news}
+    assert {item.request for item in events} == set(jobs)
+    assert "error" in {item.finish_reason for item in events}
 
 
-def test_a_model_that_fails_is_a_500_in_the_shape(server, monkeypatch):
+def test_a_failing_model_is_a_500_error_body(server, monkeypatch):
     monkeypatch.setattr(EmbeddingJob, "step", lambda self, model: 1 / 0)
     response = httpx.post(f"{server.url}/v1/embeddings", json={"model": "chat", "input": "a"}, verify=False)
     assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"

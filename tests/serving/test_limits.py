@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from model.generate import chat_prompt
-from serving.limits import Limits
+from serving.limits import ServerLimits
 from serving.middleware import host_name
 from serving.models import open_models
-from tests.serving.server_help import CPU, make_file, running
+from tests.serving.server_help import CPU, run_server, save_random_model
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 2}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -27,20 +27,20 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: 
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
-    return make_file(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=8192)
+    return save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=8192)
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with running([checkpoint], max_context=128) as server:
+    with run_server([checkpoint], max_context=128) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def strict(checkpoint):
+def strict_server(checkpoint):
     """Few connections, short deadlines, little room for large bodies."""
-    limits = Limits(max_connections=5, client_timeout=0.5, max_bytes=200_000, max_queued_bytes=200_000)
-    with running([checkpoint], limits, max_context=8192) as server:
+    limits = ServerLimits(max_connections=5, client_timeout=0.5, max_request_bytes=200_000, max_queued_bytes=200_000)
+    with run_server([checkpoint], limits, max_context=8192) as server:
         yield server
 
 
@@ -77,10 +77,10 @@ LONG = "x" * 100_000
         ("embeddings", {"input": ["a", LONG]}, "input"),
     ],
 )  # fmt: skip
-def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(server, monkeypatch, path, body, param):
-    (served,) = server.counter.models.values()
+def test_a_text_that_cannot_fit_is_rejected_before_it_is_tokenised(server, monkeypatch, path, body, param):
+    (served,) = server.service.models.values()
     tokenised = []
-    for name in ("encode_start", "render", "render_unfinished"):
+    for name in ("encode_document", "render", "render_unfinished"):
         method = getattr(type(served.tokenizer), name)
 
         def spy(self, text, *more, method=method):
@@ -98,15 +98,15 @@ def test_long_histories_become_the_same_tokens_as_without_the_check(checkpoint):
     (served,) = open_models([checkpoint], 128, CPU).values()
     turns = [{"role": role, "content": f"{role} {i} " + "中" * (i % 7) * 9} for i in range(80)
              for role in ("user", "assistant")]  # fmt: skip
-    cut = 0
+    num_shortened = 0
     for system in ([], [{"role": "system", "content": "kind"}]):
         for count in range(1, 160, 14):
             messages = [*system, *turns[:count]]
-            recent = served.recent(messages)
+            recent = served.drop_old_turns(messages)
             prompts = [chat_prompt(served.model, served.tokenizer, chat, 8) for chat in (messages, recent)]
             assert prompts[0] == prompts[1]
-            cut += len(recent) < len(messages)
-    assert cut > 10
+            num_shortened += len(recent) < len(messages)
+    assert num_shortened > 10
 
 
 @pytest.mark.parametrize(
@@ -144,26 +144,26 @@ def test_only_names_of_this_server_are_accepted(server, checkpoint):
             assert response.status_code == (200 if allowed else 403), host
         assert post(server, headers={"Host": host}).status_code == (200 if allowed else 403)
     assert "--allowed_hosts evil.example" in CLIENT.get(server.url, headers={"Host": "evil.example"}).text
-    with running([checkpoint], Limits(allowed_hosts=None, api_keys=("a", "b"))) as keyed:
+    with run_server([checkpoint], ServerLimits(allowed_hosts=None, api_keys=("a", "b"))) as keyed:
         for key, status in (("a", 200), ("b", 200), ("c", 401), ("ab", 401)):
             headers = {"Host": "chat.example", "Authorization": f"Bearer {key}"}
             assert CLIENT.get(f"{keyed.url}/v1/models", headers=headers).status_code == status
 
 
-def test_web_pages_of_other_hosts_may_not_ask(checkpoint, server):
+def test_web_pages_of_other_hosts_get_403(checkpoint, server):
     for origin, allowed in (
         ("http://localhost:3000", True), ("http://[::1]", True), ("chrome-extension://abcdef", True),
         ("https://evil.example", False), ("null", False), ("http://localhost.evil.example", False), ("http://[", False),
     ):  # fmt: skip
         assert post(server, headers={"Origin": origin}).status_code == (200 if allowed else 403), origin
-    with running([checkpoint], Limits(cors=("https://chat.example.org",))) as other:
+    with run_server([checkpoint], ServerLimits(cors=("https://chat.example.org",))) as other:
         assert post(other, headers={"Origin": "https://chat.example.org"}).status_code == 200
         assert post(other, headers={"Origin": "https://chat.example.org:444"}).status_code == 403
-    with running([checkpoint], Limits(cors=("*",))) as other:
+    with run_server([checkpoint], ServerLimits(cors=("*",))) as other:
         assert post(other, headers={"Origin": "https://chat.example.org"}).status_code == 200
 
 
-def test_host_names():
+def test_host_names_are_parsed_from_authorities():
     assert [host_name(text) for text in ("A:80", "[::1]:80", "a", "", "[x", ":80")] == ["a", "::1", "a", "", "", ""]
 
 
@@ -172,7 +172,7 @@ def test_host_names():
 
 def test_large_bodies_together_are_bounded_and_small_ones_are_not(checkpoint):
     half = b'{"user": "' + b"x" * 150_000
-    with running([checkpoint], Limits(max_bytes=200_000, max_queued_bytes=200_000)) as server:
+    with run_server([checkpoint], ServerLimits(max_request_bytes=200_000, max_queued_bytes=200_000)) as server:
         with socket.create_connection(address(server)) as first:
             first.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + half)
             time.sleep(0.3)
@@ -186,7 +186,7 @@ def test_large_bodies_together_are_bounded_and_small_ones_are_not(checkpoint):
         assert post(server, user="x" * 210_000).status_code == 413
 
 
-def closed_by_server(connection, seconds=5):
+def is_closed_by_server(connection, seconds=5):
     """Whether the server closes the connection within that time."""
     connection.settimeout(seconds)
     try:
@@ -202,18 +202,18 @@ def closed_by_server(connection, seconds=5):
 @pytest.mark.parametrize(
     "sent", [b"", b"P", HEAD, HEAD + b"Content-Length: 9\r\n\r\n{", HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n"]
 )
-def test_a_client_that_does_not_send_is_cut_off(strict, sent):
-    with socket.create_connection(address(strict)) as connection:
+def test_a_client_that_does_not_send_is_cut_off(strict_server, sent):
+    with socket.create_connection(address(strict_server)) as connection:
         connection.sendall(sent)
         started = time.monotonic()
-        assert closed_by_server(connection) and time.monotonic() - started < 3
+        assert is_closed_by_server(connection) and time.monotonic() - started < 3
 
 
-def test_a_body_in_tiny_pieces_is_refused(server):
+def test_a_body_in_tiny_chunks_is_rejected(server):
     with socket.create_connection(address(server)) as connection:
         with contextlib.suppress(OSError):
             connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 5000)
-        assert closed_by_server(connection)
+        assert is_closed_by_server(connection)
     pieces = [json.dumps({**QUESTION, "user": "x" * 200_000}).encode()]
     pieces = [pieces[0][i : i + 500] for i in range(0, len(pieces[0]), 500)]
     response = CLIENT.post(
@@ -222,7 +222,7 @@ def test_a_body_in_tiny_pieces_is_refused(server):
     assert response.status_code == 200
 
 
-def test_header_blocks_are_bounded_however_they_arrive(server):
+def test_header_blocks_are_bounded_for_any_chunking(server):
     for headers in (b"A: " + b"x" * 40_000, b"A: b\r\n" * 8000, b"A: " + b"x" * 10_000):
         with socket.create_connection(address(server)) as connection:
             with contextlib.suppress(OSError):
@@ -230,50 +230,50 @@ def test_header_blocks_are_bounded_however_they_arrive(server):
             assert connection.recv(100)[9:12] == (b"200" if len(headers) < 12_000 else b"400")
 
 
-def test_an_idle_connection_is_closed_for_a_new_one_and_an_answer_never_is(strict):
+def test_an_idle_connection_is_closed_for_a_new_one_and_an_answer_never_is(strict_server):
     body = {**QUESTION, "messages": [{"role": "user", "content": "1"}], "max_tokens": 8000, "stream": True}
-    with CLIENT.stream("POST", f"{strict.url}/v1/chat/completions", json=body) as stream:
+    with CLIENT.stream("POST", f"{strict_server.url}/v1/chat/completions", json=body) as stream:
         pieces = stream.iter_text()
         next(pieces)
         with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(socket.create_connection(address(strict))) for _ in range(12)]
-            assert post(strict).status_code == 200
-            assert all(closed_by_server(connection, 0.4) for connection in idle[:6])
+            idle = [stack.enter_context(socket.create_connection(address(strict_server))) for _ in range(12)]
+            assert post(strict_server).status_code == 200
+            assert all(is_closed_by_server(connection, 0.4) for connection in idle[:6])
         next(pieces)
 
 
-def test_connections_beyond_those_that_are_answered_get_a_503(strict):
+def test_connections_above_the_limit_get_503(strict_server):
     body = json.dumps({**QUESTION, "messages": [{"role": "user", "content": "1"}], "max_tokens": 8000, "n": 3})
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body.encode()
     with contextlib.ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(socket.create_connection(address(strict))).sendall(request)
+            stack.enter_context(socket.create_connection(address(strict_server))).sendall(request)
         time.sleep(0.3)
-        refused = CLIENT.get(f"{strict.url}/health")
+        refused = CLIENT.get(f"{strict_server.url}/health")
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
-    strict.wait_until_empty()
-    assert CLIENT.get(f"{strict.url}/health").status_code == 200
+    strict_server.wait_until_idle()
+    assert CLIENT.get(f"{strict_server.url}/health").status_code == 200
 
 
-def test_a_client_that_never_reads_frees_its_place(strict):
+def test_a_client_that_never_reads_frees_its_slot(strict_server):
     body = {**QUESTION, "messages": [{"role": "user", "content": "1"}], "max_tokens": 8000, "stream": True}
     body = json.dumps({**body, "logprobs": True, "top_logprobs": 20}).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(address(strict))
+        connection.connect(address(strict_server))
         connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        while not strict.status()["running"]:
+        while not strict_server.status()["running"]:
             time.sleep(0.01)
-        (ticket,) = next(iter(strict.counter.engine.tables.values())).seated.values()
-        strict.wait_until_empty(20)
-        assert len(ticket.row.answer.ids) < 8000, "aborted, not finished"
+        (request,) = next(iter(strict_server.service.engine.schedulers.values())).running.values()
+        strict_server.wait_until_idle(20)
+        assert len(request.sequence.completion.ids) < 8000, "aborted, not finished"
 
 
 def test_small_requests_do_not_wait_behind_large_ones(server, monkeypatch):
     """The worker thread of large bodies is kept busy for a second."""
-    lane, begun = server.counter.lanes.large, threading.Event()
-    lane.pool.submit(lambda: (begun.set(), time.sleep(1)))
-    begun.wait()
+    pool, has_begun = server.service.worker_pools.large, threading.Event()
+    pool.executor.submit(lambda: (has_begun.set(), time.sleep(1)))
+    has_begun.wait()
     started = time.perf_counter()
     assert post(server).status_code == 200 and time.perf_counter() - started < 0.9
     assert post(server, user="x" * 50_000).status_code == 200 and time.perf_counter() - started > 0.9

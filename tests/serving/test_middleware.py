@@ -16,36 +16,36 @@ import httpx
 import psutil
 import pytest
 
-from serving.limits import Limits
-from tests.serving.server_help import make_file, running
+from serving.limits import ServerLimits
+from tests.serving.server_help import run_server, save_random_model
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0}
 # The model of these tests never ends its answer to this question.
 LONG = {"messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 4000, "stream": True}
-KIND = {"content-type": "application/json"}
+JSON_HEADERS = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
-    return make_file(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=8192)
+    return save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=8192)
 
 
 @pytest.fixture(scope="module")
-def guarded(checkpoint):
-    limits = Limits(api_keys=("secret-1",), max_bytes=2000, cors=("https://chat.example.org",))
-    with running([checkpoint], limits) as server:
+def server_with_key(checkpoint):
+    limits = ServerLimits(api_keys=("secret-1",), max_request_bytes=2000, cors=("https://chat.example.org",))
+    with run_server([checkpoint], limits) as server:
         yield server
 
 
 @pytest.fixture
-def small(checkpoint):
+def small_server(checkpoint):
     """Two places and a queue of two."""
-    with running([checkpoint], Limits(seats=2, queue=2), max_context=8192) as server:
+    with run_server([checkpoint], ServerLimits(max_num_seqs=2, max_queue=2), max_context=8192) as server:
         yield server
 
 
 @contextlib.contextmanager
-def asking(server, body):
+def open_stream(server, body):
     """A streamed question whose first text has come."""
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=20) as response:
         pieces = response.iter_text()  # kept, because httpx hangs up when it is collected
@@ -57,43 +57,45 @@ def asking(server, body):
 
 
 @pytest.mark.parametrize("given", [None, "", "secret-1", "Bearer", "Bearer secret-2", "Bearer secret-", "Bearer \xff"])
-def test_without_the_key_there_is_no_answer(guarded, given):
+def test_requests_without_the_key_get_401(server_with_key, given):
     headers = {} if given is None else {"Authorization": given.encode("latin-1")}
     for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/openapi.json")):
-        response = httpx.request(method, guarded.url + path, headers=headers, json=QUESTION)
+        response = httpx.request(method, server_with_key.url + path, headers=headers, json=QUESTION)
         assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
-    assert httpx.get(f"{guarded.url}/health", headers=headers).status_code == 200
+    assert httpx.get(f"{server_with_key.url}/health", headers=headers).status_code == 200
 
 
-def test_with_the_key_there_is(guarded):
+def test_requests_with_the_key_are_answered(server_with_key):
     headers = {"Authorization": "Bearer secret-1"}
-    assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{server_with_key.url}/v1/models", headers=headers).status_code == 200
     body = {**QUESTION, "max_tokens": 2}
-    answer = httpx.post(f"{guarded.url}/v1/chat/completions", headers=headers, json=body)
+    answer = httpx.post(f"{server_with_key.url}/v1/chat/completions", headers=headers, json=body)
     assert answer.json()["usage"]["completion_tokens"] == 2
 
 
-def test_pages_of_listed_origins_only(guarded, small):
+def test_cors_headers_are_sent_to_listed_origins_only(server_with_key, small_server):
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
     for server, origin, allowed in (
-        (guarded, "https://chat.example.org", True),
-        (guarded, "https://evil.example.org", False),
-        (small, "https://chat.example.org", False),
+        (server_with_key, "https://chat.example.org", True),
+        (server_with_key, "https://evil.example.org", False),
+        (small_server, "https://chat.example.org", False),
     ):
         preflight = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": origin, **ask})
         refused = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin})
         for response in (preflight, refused):
             assert response.headers.get("access-control-allow-origin") == (origin if allowed else None)
         assert (preflight.status_code == 200) == allowed
-        assert ("x-served-model" in refused.headers.get("access-control-expose-headers", "")) == (server is guarded)
+        assert ("x-served-model" in refused.headers.get("access-control-expose-headers", "")) == (
+            server is server_with_key
+        )
 
 
-def test_bodies_of_another_kind_or_size_are_not_read(guarded):
+def test_bodies_of_wrong_type_or_size_are_rejected_unread(server_with_key):
     headers = {"Authorization": "Bearer secret-1"}
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         response = httpx.post(
-            f"{guarded.url}/v1/chat/completions",
+            f"{server_with_key.url}/v1/chat/completions",
             content=json.dumps(QUESTION),
             headers={**headers, "content-type": kind},
         )
@@ -104,41 +106,45 @@ def test_bodies_of_another_kind_or_size_are_not_read(guarded):
         yield from (large[i : i + 500] for i in range(0, len(large), 500))
 
     for content in (large, in_chunks()):
-        response = httpx.post(f"{guarded.url}/v1/chat/completions", content=content, headers={**headers, **KIND})
+        response = httpx.post(
+            f"{server_with_key.url}/v1/chat/completions", content=content, headers={**headers, **JSON_HEADERS}
+        )
         assert response.status_code == 413 and "2000 bytes" in response.json()["error"]["message"]
 
 
 # ------------------------------------------------------------------------------------------------ a full house
 
 
-def test_a_full_house_says_when_to_come_again(small):
+def test_a_full_queue_gets_429_with_retry_after(small_server):
     with contextlib.ExitStack() as stack:
         for _ in range(2):
-            stack.enter_context(asking(small, LONG))
-        waiting = stack.enter_context(httpx.stream("POST", f"{small.url}/v1/chat/completions", json={**LONG, "n": 2}))
-        assert waiting.status_code == 200 and small.status()["waiting"] == 2
-        refused = httpx.post(f"{small.url}/v1/chat/completions", json=QUESTION)
+            stack.enter_context(open_stream(small_server, LONG))
+        waiting = stack.enter_context(
+            httpx.stream("POST", f"{small_server.url}/v1/chat/completions", json={**LONG, "n": 2})
+        )
+        assert waiting.status_code == 200 and small_server.status()["waiting"] == 2
+        refused = httpx.post(f"{small_server.url}/v1/chat/completions", json=QUESTION)
         assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json()["error"]["type"] == "rate_limit_error"
-    small.wait_until_empty()
-    too_many = httpx.post(f"{small.url}/v1/chat/completions", json={**QUESTION, "n": 5})
+    small_server.wait_until_idle()
+    too_many = httpx.post(f"{small_server.url}/v1/chat/completions", json={**QUESTION, "n": 5})
     assert too_many.status_code == 400 and "at most 4" in too_many.json()["error"]["message"]
 
 
-def test_who_hangs_up_frees_the_place_at_once(small):
+def test_a_disconnect_frees_its_slot_at_once(small_server):
     for stream in (True, False):
         body = {**LONG, "stream": stream, "n": 2}
-        task = threading.Thread(target=hang_up_after, args=(small, body, 0.3))
+        task = threading.Thread(target=disconnect_after, args=(small_server, body, 0.3))
         task.start()
         deadline = time.monotonic() + 5
-        while small.status()["running"] < 2:
+        while small_server.status()["running"] < 2:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         task.join()
-        assert small.wait_until_empty() < 1.0  # 4,000 tokens would take several seconds
+        assert small_server.wait_until_idle() < 1.0  # 4,000 tokens would take several seconds
 
 
-def hang_up_after(server, body, seconds):
+def disconnect_after(server, body, seconds):
     with contextlib.suppress(httpx.TimeoutException):
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=seconds) as response:
             ends = time.monotonic() + seconds
@@ -147,32 +153,32 @@ def hang_up_after(server, body, seconds):
                     return
 
 
-def test_who_hangs_up_while_waiting_frees_the_place_in_the_queue(small):
-    with asking(small, {**LONG, "n": 2}):
+def test_a_disconnect_while_waiting_frees_its_queue_slot(small_server):
+    with open_stream(small_server, {**LONG, "n": 2}):
         for stream in (True, False):
-            hang_up_after(small, {**LONG, "stream": stream}, 0.2)
+            disconnect_after(small_server, {**LONG, "stream": stream}, 0.2)
             deadline = time.monotonic() + 2
-            while small.status()["waiting"]:
+            while small_server.status()["waiting"]:
                 assert time.monotonic() < deadline, "still in the queue"
                 time.sleep(0.005)
-        assert small.status()["running"] == 2
-    small.wait_until_empty()
+        assert small_server.status()["running"] == 2
+    small_server.wait_until_idle()
 
 
 # ------------------------------------------------------------------------------------------------ a crowd
 
 
-async def crowd(server, size, leavers):
+async def ask_concurrently(server, size, num_disconnects):
     """`size` clients at once, of whom every fifth hangs up after a few pieces; the texts of the others."""
     limits = httpx.Limits(max_connections=size)
     async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=60) as client:
 
         async def one(i):
             body = {"messages": [{"role": "user", "content": f"{i % 7}?"}], "temperature": 0, "max_tokens": 40}
-            if i >= leavers and i % 2:
+            if i >= num_disconnects and i % 2:
                 response = await client.post("/v1/chat/completions", json=body)
                 return response.status_code, response.json()["choices"][0]["message"]["content"]
-            if i < leavers:
+            if i < num_disconnects:
                 body |= LONG
             text = ""
             async with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
@@ -180,26 +186,26 @@ async def crowd(server, size, leavers):
                     if line.startswith("data: {"):
                         choices = json.loads(line[6:])["choices"]
                         text += "".join(choice["delta"].get("content") or "" for choice in choices)
-                    if i < leavers and len(text) > 3 + i:
+                    if i < num_disconnects and len(text) > 3 + i:
                         return response.status_code, None
-                assert i < leavers or line == "" or line.startswith("data: [DONE]")
+                assert i < num_disconnects or line == "" or line.startswith("data: [DONE]")
             return response.status_code, text
 
         return await asyncio.gather(*map(one, range(size)))
 
 
-def test_fifty_clients_of_whom_ten_hang_up(checkpoint, capfd):
+def test_fifty_clients_with_ten_disconnects_leave_no_request_and_flat_memory(checkpoint, capfd):
     process = psutil.Process()
-    with running([checkpoint], Limits(), max_context=8192) as server:
+    with run_server([checkpoint], ServerLimits(), max_context=8192) as server:
         memory = []
         for _ in range(6):
-            answers = asyncio.run(crowd(server, 50, 10))
+            answers = asyncio.run(ask_concurrently(server, 50, 10))
             assert [status for status, _ in answers] == [200] * 50
             for i, (_, text) in enumerate(answers[10:], 10):
                 assert text == next(t for j, (_, t) in enumerate(answers[10:], 10) if j % 7 == i % 7), "as alone"
-            server.wait_until_empty()
+            server.wait_until_idle()
             gc.collect()
             memory.append(process.memory_info().rss / 2**20)
-        assert len(server.counter.engine.tables["full_sft_32"].seated) == 0
+        assert len(server.service.engine.schedulers["full_sft_32"].running) == 0
         assert memory[-1] - memory[2] < 10, memory  # MB, in 150 requests
     assert "Traceback" not in capfd.readouterr().err

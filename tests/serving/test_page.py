@@ -16,11 +16,11 @@ import streamlit as st
 from streamlit.runtime.scriptrunner import StopException
 from streamlit.testing.v1 import AppTest
 
-from model.sampling import Sampling
+from model.sampling import SamplingParams
 from serving import page_strings
 from serving.conversation import Conversation
-from serving.sidebar import by_language, short
-from tests.helpers import ROOT, load_script, run_process, save_parrot
+from serving.sidebar import format_by_language, format_count
+from tests.helpers import ROOT, load_script, run_process, save_scripted_model
 
 NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
 
@@ -28,9 +28,11 @@ NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
 @pytest.fixture(scope="module")
 def out(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
-    save_parrot(folder / "dpo_64.pth", tokenizer, ["鸟", "叫", "!"], "dpo")
-    save_parrot(folder / "full_sft_64.pth", tokenizer, [NASTY], "full_sft", max_seq_len=256)
-    save_parrot(folder / "pretrain_64.pth", tokenizer, [" and", " on"], "pretrain", after="o", ends=False)
+    save_scripted_model(folder / "dpo_64.pth", tokenizer, ["鸟", "叫", "!"], "dpo")
+    save_scripted_model(folder / "full_sft_64.pth", tokenizer, [NASTY], "full_sft", max_seq_len=256)
+    save_scripted_model(
+        folder / "pretrain_64.pth", tokenizer, [" and", " on"], "pretrain", trigger="o", end_of_turn=False
+    )
     return folder
 
 
@@ -45,242 +47,260 @@ def open_page(monkeypatch):
     return open_page
 
 
-def ask(page, text):
+def ask_question(page, text):
     page.chat_input[0].set_value(text).run()
     assert not page.exception
     return page
 
 
-def texts(page) -> list[str]:
+def shown_texts(page) -> list[str]:
     """The conversation, as it is read from top to bottom."""
     return [text.value for text in page.text]
 
 
-def button(page, key):
+def find_button(page, key):
     return next(each for each in page.button if each.key == key)
 
 
-def captions(page) -> str:
+def caption_text(page) -> str:
     return "\n".join(caption.value for caption in page.caption)
 
 
-def test_it_answers_in_several_turns(open_page, out):
-    page = ask(open_page("--out_dir", out), "hello?")
-    assert texts(page) == ["hello?", "鸟叫!"] and "dpo\\_64 · 3 tokens · " in captions(page)
-    ask(page, "   ")
-    ask(page, "and now?")
-    assert texts(page) == ["hello?", "鸟叫!", "and now?", "鸟叫!"]
+def test_the_page_answers_several_turns(open_page, out):
+    page = ask_question(open_page("--out_dir", out), "hello?")
+    assert shown_texts(page) == ["hello?", "鸟叫!"] and "dpo\\_64 · 3 tokens · " in caption_text(page)
+    ask_question(page, "   ")
+    ask_question(page, "and now?")
+    assert shown_texts(page) == ["hello?", "鸟叫!", "and now?", "鸟叫!"]
     assert [b.label for b in page.button][:2] == ["Again", "Edit"] and not page.error
 
 
-def test_every_model_is_explained(open_page, out):
+def test_every_model_is_shown_with_its_facts(open_page, out):
     page = open_page("--out_dir", out)
     assert page.selectbox(key="model").options == ["dpo_64", "full_sft_64", "pretrain_64"]
-    shown = captions(page)
-    for name, does in page_strings.STAGES["en"].values():
+    shown = caption_text(page)
+    for name, does in page_strings.STAGE_LABELS["en"].values():
         assert (f"**{name}** · {does}" in shown) == (name not in ("LoRA", "transformers folder"))
     assert re.search(r"\d+\.\d k parameters · reads 256 tokens  \ntrained on 1\.5 M tokens", shown)
-    button(page, "choose pretrain_64").click().run()
+    find_button(page, "choose pretrain_64").click().run()
     assert page.selectbox(key="model").value == "pretrain_64"
     assert page.chat_input[0].placeholder == "Begin a text, and pretrain_64 goes on"
     assert page.text_area(key="system").disabled
     page.slider(key="max_new_tokens_128").set_value(4).run()
-    assert texts(ask(page, "so")) == ["so", "and on and on"] and "reached the longest answer" in captions(page)
+    assert shown_texts(ask_question(page, "so")) == [
+        "so",
+        "and on and on",
+    ] and "reached the longest answer" in caption_text(page)
 
 
-def test_scores_are_shown_as_what_they_are():
-    assert by_language({"en": 0.923, "zh": 0.93}, "accuracy") == "zh 93.0% · en 92.3%"
-    assert by_language({"zh": 2.214}, "bits_per_byte") == "zh 2.21"
-    assert [short(n) for n in (0, 999, 1_500, 26_878_464, 2e9)] == ["0", "999", "1.5 k", "26.9 M", "2.0 G"]
+def test_scores_and_counts_are_formatted_by_their_kind():
+    assert format_by_language({"en": 0.923, "zh": 0.93}, "accuracy") == "zh 93.0% · en 92.3%"
+    assert format_by_language({"zh": 2.214}, "bits_per_byte") == "zh 2.21"
+    assert [format_count(n) for n in (0, 999, 1_500, 26_878_464, 2e9)] == ["0", "999", "1.5 k", "26.9 M", "2.0 G"]
 
 
-def test_two_models_side_by_side(open_page, out):
+def test_two_models_answer_side_by_side(open_page, out):
     page = open_page("--out_dir", out)
     page.selectbox(key="second").set_value("full_sft_64").run()
     assert page.chat_input[0].placeholder == "Ask both models"
-    assert texts(ask(page, "x")) == ["x", "鸟叫!", NASTY]
+    assert shown_texts(ask_question(page, "x")) == ["x", "鸟叫!", NASTY]
     page.selectbox(key="model").set_value("full_sft_64").run()
     assert page.selectbox(key="second").value == "", "a model is not compared with itself"
-    assert texts(page) == ["x", "鸟叫!", NASTY], "what was said stays"
+    assert shown_texts(page) == ["x", "鸟叫!", NASTY], "what was said stays"
 
 
-def test_a_click_does_not_cut_an_answer_but_stop_does(open_page, out, monkeypatch):
+def test_only_stop_interrupts_an_answer(open_page, out, monkeypatch):
     page, real, left = open_page("--out_dir", out), Conversation.advance, [2]
 
-    def interrupted(talk):
+    def interrupted(conversation):
         left[0] -= 1
         if left[0] < 0:
             raise StopException  # what streamlit raises where the reader clicked
-        return real(talk)
+        return real(conversation)
 
     monkeypatch.setattr(Conversation, "advance", interrupted)
     monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)  # every piece
-    ask(page, "x")
-    assert page.session_state["talk"].turns[0].replies[0].text == "鸟叫"
-    assert texts(page) == ["x", "鸟叫 ▍"] and [b.key for b in page.button] == ["stop", "clear"]
+    ask_question(page, "x")
+    assert page.session_state["conversation"].turns[0].replies[0].text == "鸟叫"
+    assert shown_texts(page) == ["x", "鸟叫 ▍"] and [b.key for b in page.button] == ["stop", "clear"]
     left[0] = 9
     page.slider(key="temperature").set_value(0.3).run()
-    assert texts(page) == ["x", "鸟叫!"], "a slider was moved"
+    assert shown_texts(page) == ["x", "鸟叫!"], "a slider was moved"
 
     left[0] = 1
-    ask(page, "y")
-    button(page, "stop").click().run()
-    assert texts(page)[2:] == ["y", "鸟"] and "stopped" in captions(page)
-    assert button(page, "again") and not page.session_state["talk"].is_going
+    ask_question(page, "y")
+    find_button(page, "stop").click().run()
+    assert shown_texts(page)[2:] == ["y", "鸟"] and "stopped" in caption_text(page)
+    assert find_button(page, "again") and not page.session_state["conversation"].is_streaming
 
 
-def test_again_edit_and_new_conversation(open_page, out):
-    page = ask(ask(open_page("--out_dir", out), "a"), "b")
-    button(page, "again").click().run()
-    assert texts(page) == ["a", "鸟叫!", "b", "鸟叫!"] and page.session_state["talk"].turns[1].attempt == 1
-    button(page, "edit_last").click().run()
+def test_regenerate_edit_and_clear_change_the_conversation(open_page, out):
+    page = ask_question(ask_question(open_page("--out_dir", out), "a"), "b")
+    find_button(page, "again").click().run()
+    assert (
+        shown_texts(page) == ["a", "鸟叫!", "b", "鸟叫!"] and page.session_state["conversation"].turns[1].attempt == 1
+    )
+    find_button(page, "edit_last").click().run()
     assert page.text_area(key="edited").value == "b"
     page.text_area(key="edited").set_value("better")
     next(b for b in page.button if b.label == "Ask this instead").click().run()
-    assert texts(page) == ["a", "鸟叫!", "better", "鸟叫!"]
-    button(page, "edit_last").click().run()
+    assert shown_texts(page) == ["a", "鸟叫!", "better", "鸟叫!"]
+    find_button(page, "edit_last").click().run()
     assert page.text_area(key="edited").value == "better"
-    button(page, "clear").click().run()
-    assert texts(page) == [] and page.header[0].value == "Ask a model that you trained"
+    find_button(page, "clear").click().run()
+    assert shown_texts(page) == [] and page.header[0].value == "Ask a model that you trained"
 
 
-def test_a_start_is_one_click(open_page, out):
+def test_an_example_prompt_is_asked_with_one_click(open_page, out):
     page = open_page("--out_dir", out)
-    start = page_strings.STARTS["en"]["chat"][1]
+    start = page_strings.EXAMPLE_PROMPTS["en"]["chat"][1]
     next(b for b in page.button if b.label == start).click().run()
-    assert texts(page) == [start, "鸟叫!"]
+    assert shown_texts(page) == [start, "鸟叫!"]
 
 
 def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
-    page, seen, real = open_page("--out_dir", out), [], Conversation.ask
+    page, seen, real = open_page("--out_dir", out), [], Conversation.start_turn
 
-    def spy(talk, question, speakers, settings, system="", attempt=0):
+    def spy(conversation, question, loaded_models, settings, system="", attempt=0):
         seen.append((settings, system))
-        return real(talk, question, speakers, settings, system, attempt)
+        return real(conversation, question, loaded_models, settings, system, attempt)
 
-    monkeypatch.setattr(Conversation, "ask", spy)
+    monkeypatch.setattr(Conversation, "start_turn", spy)
     wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
     for key, value in wanted.items():
         page.slider(key=key).set_value(value)
     page.slider(key="max_new_tokens_128").set_value(9)
     page.number_input(key="seed").set_value(3)
     page.text_area(key="system").set_value("Be kind.")
-    ask(page.run(), "x")
-    assert seen == [(Sampling(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
+    ask_question(page.run(), "x")
+    assert seen == [(SamplingParams(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
     page.slider(key="temperature").set_value(0.0).run()
     assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy draws nothing"
 
 
-def test_beam_search_on_the_page(open_page, out, monkeypatch):
+def test_beam_search_controls_reach_the_generator(open_page, out, monkeypatch):
     page, seen = open_page("--out_dir", out), []
-    real = Conversation.ask
-    monkeypatch.setattr(Conversation, "ask", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    real = Conversation.start_turn
+    monkeypatch.setattr(Conversation, "start_turn", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
     page.slider(key="num_beams").set_value(4)
     page.slider(key="no_repeat_ngram_size").set_value(5)
-    assert texts(ask(page.run(), "x")) == ["x", "鸟叫!"]
+    assert shown_texts(ask_question(page.run(), "x")) == ["x", "鸟叫!"]
     assert seen[0].num_beams == 4 and seen[0].no_repeat_ngram_size == 5 and seen[0].temperature == 0
     assert page.slider(key="temperature").disabled and page.slider(key="top_k").disabled
     page.slider(key="num_beams").set_value(1).run()
     assert not page.slider(key="temperature").disabled and page.slider(key="temperature").value == 0.7
 
 
-@pytest.mark.parametrize("lang", page_strings.LANGUAGES)
-def test_a_chat_format_brings_its_settings(open_page, tokenizer, tmp_path, lang, monkeypatch):
-    save_parrot(tmp_path / "full_sft_64.pth", tokenizer.with_format("belle"), ["hi"], after=":")
+@pytest.mark.parametrize("lang", page_strings.LANGUAGE_LABELS)
+def test_a_chat_format_brings_its_sampling_preset(open_page, tokenizer, tmp_path, lang, monkeypatch):
+    save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer.with_chat_format("belle"), ["hi"], trigger=":")
     page, seen = open_page("--out_dir", tmp_path, lang=lang), []
-    real = Conversation.ask
-    monkeypatch.setattr(Conversation, "ask", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
+    real = Conversation.start_turn
+    monkeypatch.setattr(Conversation, "start_turn", lambda *arguments: (seen.append(arguments[3]), real(*arguments))[1])
     toggle = page.toggle(key="preset_belle")
     assert toggle.value and "belle" in toggle.label and "1.2" in toggle.help
-    ask(page, "x")
+    ask_question(page, "x")
     page.slider(key="temperature_belle").set_value(0.5).run()
-    ask(page, "x")
+    ask_question(page, "x")
     page.toggle(key="preset_belle").set_value(False).run()
-    ask(page, "x")
+    ask_question(page, "x")
     preset = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
-    base = Sampling(max_new_tokens=128, **preset)
-    assert seen == [base, replace(base, temperature=0.5), Sampling(temperature=0.7, top_p=0.9, max_new_tokens=128)]
+    base = SamplingParams(max_new_tokens=128, **preset)
+    assert seen == [
+        base,
+        replace(base, temperature=0.5),
+        SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=128),
+    ]
 
 
-def test_what_a_model_wrote_is_text(open_page, out):
+def test_model_output_is_drawn_as_text(open_page, out):
     page = open_page("--out_dir", out)
     page.selectbox(key="model").set_value("full_sft_64").run()
-    assert texts(ask(page, NASTY)) == [NASTY, NASTY]
+    assert shown_texts(ask_question(page, NASTY)) == [NASTY, NASTY]
     page.toggle(key="markdown").set_value(True).run()
     drawn = [each for each in page.markdown if "pwned" in each.value]
-    assert texts(page) == [NASTY] and len(drawn) == 1, "the question stays as it was typed"
+    assert shown_texts(page) == [NASTY] and len(drawn) == 1, "the question stays as it was typed"
     assert "x (`http://example.com/x.png`)" in drawn[0].value and not drawn[0].allow_html
 
 
-def test_both_languages(open_page, out):
-    page = ask(open_page("--out_dir", out, lang="zh"), "你好")
-    assert button(page, "again").label == "重新回答" and "词元" in captions(page)
+def test_switching_the_language_keeps_controls_and_conversation(open_page, out):
+    page = ask_question(open_page("--out_dir", out, lang="zh"), "你好")
+    assert find_button(page, "again").label == "重新回答" and "词元" in caption_text(page)
     page.slider(key="temperature").set_value(0.25).run()
     page.radio(key="lang").set_value("en").run()
-    assert not page.exception and button(page, "again").label == "Again"
-    assert page.slider(key="temperature").value == 0.25 and texts(page) == ["你好", "鸟叫!"], "only the words change"
+    assert not page.exception and find_button(page, "again").label == "Again"
+    assert page.slider(key="temperature").value == 0.25 and shown_texts(page) == ["你好", "鸟叫!"], (
+        "only the words change"
+    )
 
 
-def test_the_languages_say_the_same_things():
-    for table in (page_strings.WORDS, page_strings.STAGES, page_strings.SCORES, page_strings.STARTS):
+def test_both_languages_have_the_same_strings():
+    for table in (
+        page_strings.STRINGS,
+        page_strings.STAGE_LABELS,
+        page_strings.SCORE_LABELS,
+        page_strings.EXAMPLE_PROMPTS,
+    ):
         assert table["zh"].keys() == table["en"].keys()
-    for key, english in page_strings.WORDS["en"].items():
-        assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", page_strings.WORDS["zh"][key])), key
+    for key, english in page_strings.STRINGS["en"].items():
+        assert sorted(re.findall(r"{\w*}", english)) == sorted(re.findall(r"{\w*}", page_strings.STRINGS["zh"][key])), (
+            key
+        )
 
 
-@pytest.mark.parametrize("lang", page_strings.LANGUAGES)
-def test_no_model_yet(open_page, tmp_path, tokenizer, lang):
+@pytest.mark.parametrize("lang", page_strings.LANGUAGE_LABELS)
+def test_without_a_model_the_page_shows_the_commands(open_page, tmp_path, tokenizer, lang):
     page = open_page("--out_dir", tmp_path / "out", lang=lang)
-    said = "\n".join(code.value for code in page.code)
-    for command in re.findall(r"python (\S+\.py)", said):
+    shown_commands = "\n".join(code.value for code in page.code)
+    for command in re.findall(r"python (\S+\.py)", shown_commands):
         assert (ROOT / command).is_file()
-    assert "make demo" in said and str(tmp_path / "out") in page.markdown[0].value and not page.chat_input
+    assert "make demo" in shown_commands and str(tmp_path / "out") in page.markdown[0].value and not page.chat_input
     (tmp_path / "out").mkdir()
-    save_parrot(tmp_path / "out" / "full_sft_64.pth", tokenizer, ["hi"])
-    button(page, "look_again").click().run()
-    assert texts(ask(page, "x")) == ["x", "hi"]
+    save_scripted_model(tmp_path / "out" / "full_sft_64.pth", tokenizer, ["hi"])
+    find_button(page, "look_again").click().run()
+    assert shown_texts(ask_question(page, "x")) == ["x", "hi"]
 
 
-def test_a_bad_file_is_named_and_harms_nothing(open_page, tmp_path, tokenizer):
-    save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["hi"])
+def test_a_bad_file_is_listed_and_other_models_still_answer(open_page, tmp_path, tokenizer):
+    save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, ["hi"])
     (tmp_path / "dpo_64.pth").write_bytes(b"cut off")
     page = open_page("--out_dir", tmp_path)
-    assert page.expander[-1].label == "Not readable (1)" and "dpo\\_64" in captions(page)
-    assert texts(ask(page, "x")) == ["x", "hi"]
+    assert page.expander[-1].label == "Not readable (1)" and "dpo\\_64" in caption_text(page)
+    assert shown_texts(ask_question(page, "x")) == ["x", "hi"]
     (tmp_path / "full_sft_64.pth").write_bytes(b"cut off")
-    ask(page, "y")
+    ask_question(page, "y")
     assert page.header[0].value == "No model yet"
 
 
-def test_a_model_that_trains_on_is_loaded_anew(open_page, tokenizer, tmp_path):
-    path = save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["young"])
-    page = ask(open_page("--out_dir", tmp_path), "x")
-    save_parrot(path, tokenizer, ["grown", "up"])
-    assert texts(ask(page, "y")) == ["x", "young", "y", "grownup"]
+def test_a_replaced_checkpoint_is_loaded_again(open_page, tokenizer, tmp_path):
+    path = save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, ["young"])
+    page = ask_question(open_page("--out_dir", tmp_path), "x")
+    save_scripted_model(path, tokenizer, ["grown", "up"])
+    assert shown_texts(ask_question(page, "y")) == ["x", "young", "y", "grownup"]
 
 
-def test_an_adapter_without_its_parent_is_one_line(open_page, tokenizer, tmp_path):
-    from model.checkpoint import load_model, remember_parent, save_model
+def test_an_adapter_without_its_parent_is_a_one_line_error(open_page, tokenizer, tmp_path):
+    from model.checkpoint import load_model, record_parent, save_model
     from model.lora import LoRAConfig, attach
 
-    parent = save_parrot(tmp_path / "full_sft_64.pth", tokenizer, ["hi"])
+    parent = save_scripted_model(tmp_path / "full_sft_64.pth", tokenizer, ["hi"])
     model, own, _ = load_model(parent)
     attach(model, LoRAConfig(rank=2))
-    remember_parent(model, parent, tmp_path / "lora_sft_64.pth")
+    record_parent(model, parent, tmp_path / "lora_sft_64.pth")
     save_model(tmp_path / "lora_sft_64.pth", model, "lora_sft", own, [{"stage": "lora_sft"}])
-    assert texts(ask(open_page("--out_dir", tmp_path), "x")) == ["x", "hi"]
+    assert shown_texts(ask_question(open_page("--out_dir", tmp_path), "x")) == ["x", "hi"]
     parent.unlink()
     st.cache_resource.clear()
-    page = ask(open_page("--checkpoint", tmp_path / "lora_sft_64.pth"), "x")
-    assert "put it beside the adapter" in page.error[0].value.replace("\\", "") and not texts(page)
+    page = ask_question(open_page("--checkpoint", tmp_path / "lora_sft_64.pth"), "x")
+    assert "put it beside the adapter" in page.error[0].value.replace("\\", "") and not shown_texts(page)
 
 
-def test_too_long_a_question_is_said_with_its_numbers(open_page, out):
-    page = ask(open_page("--out_dir", out), "x" * 300)
-    assert "at most 128" in captions(page) and button(page, "edit_last")
+def test_a_question_that_is_too_long_is_an_error_with_its_length(open_page, out):
+    page = ask_question(open_page("--out_dir", out), "x" * 300)
+    assert "at most 128" in caption_text(page) and find_button(page, "edit_last")
 
 
-def test_the_script_says_what_is_missing(tmp_path):
+def test_the_script_names_missing_files_ports_and_packages(tmp_path):
     def fails(*arguments) -> str:
         result = run_process(sys.executable, "web_demo.py", *arguments)
         assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
@@ -299,7 +319,7 @@ def test_out_is_found_from_any_folder(tmp_path, monkeypatch):
     script = load_script("web_demo.py")
     monkeypatch.chdir(tmp_path)
     parse = script.make_parser().parse_args
-    assert script.out_dir(parse([])) == ROOT / "out"
+    assert script.find_out_dir(parse([])) == ROOT / "out"
     (tmp_path / "out").mkdir()
-    assert script.out_dir(parse([])).resolve() == tmp_path / "out"
-    assert str(script.out_dir(parse(["--out_dir", "there"]))) == "there"
+    assert script.find_out_dir(parse([])).resolve() == tmp_path / "out"
+    assert str(script.find_out_dir(parse(["--out_dir", "there"]))) == "there"

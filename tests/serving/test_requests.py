@@ -10,12 +10,12 @@ import openai
 import pytest
 
 from common.errors import UserError
-from model.chat_template import FORMAT_NAMES
+from model.chat_template import CHAT_FORMATS
 from model.generate import generate
-from model.sampling import Sampling
+from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
-from serving.limits import Limits
-from tests.serving.server_help import make_file, running
+from serving.limits import ServerLimits
+from tests.serving.server_help import run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 MINIMIND = {"model": "model-identifier", "messages": HELLO, "stream": False, "temperature": 0, "max_tokens": -1}
@@ -23,12 +23,12 @@ MINIMIND = {"model": "model-identifier", "messages": HELLO, "stream": False, "te
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tmp_path_factory):
-    return make_file(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=128)
+    return save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=128)
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint):
-    with running([f"模型/m 1={checkpoint}"]) as server:
+    with run_server([f"模型/m 1={checkpoint}"]) as server:
         yield server
 
 
@@ -40,7 +40,7 @@ def post(server, path="chat/completions", **body):
     )  # no TLS: saves reading certificates
 
 
-def text(response):
+def text_of(response):
     assert response.status_code == 200, response.text
     (choice,) = response.json()["choices"]
     return choice["message"]["content"] if "message" in choice else choice["text"]
@@ -55,9 +55,9 @@ def test_the_request_of_minimind_is_answered(server):
     answer = response.json()
     assert response.status_code == 200 and answer["model"] == "模型/m 1"
     assert response.headers["x-served-model"] == "%E6%A8%A1%E5%9E%8B/m%201"
-    served = server.counter.models["模型/m 1"]
+    served = server.service.models["模型/m 1"]
     ids = served.tokenizer.render(HELLO, True)[0]
-    (expected,) = generate(served.model, [ids], Sampling(max_new_tokens=128), served.tokenizer)
+    (expected,) = generate(served.model, [ids], SamplingParams(max_new_tokens=128), served.tokenizer)
     assert answer["choices"][0]["message"]["content"] == expected.text
     assert answer["usage"]["total_tokens"] == 128 or expected.finish_reason == "stop"
 
@@ -77,14 +77,14 @@ def test_a_name_that_is_served_or_left_out_needs_no_header(server):
     assert "x-served-model" in post(server, "completions", model="x", prompt="a", stream=True).headers
 
 
-def test_strict_names_and_several_models_refuse_unknown_ones(checkpoint):
-    with running([checkpoint], Limits(strict_model_names=True)) as server:
+def test_strict_names_and_several_models_reject_unknown_names(checkpoint):
+    with run_server([checkpoint], ServerLimits(strict_model_names=True)) as server:
         for path, body in (("chat/completions", {}), ("completions", {"prompt": "a"}), ("embeddings", {"input": "a"})):
             response = post(server, path, model="model-identifier", **body)
             error = response.json()["error"]
             assert response.status_code == 404 and error["code"] == "model_not_found" and error["param"] == "model"
             assert error["message"] == "there is no model 'model-identifier' here: use full_sft_32"
-    with running([f"a={checkpoint}", f"b={checkpoint}"]) as server:
+    with run_server([f"a={checkpoint}", f"b={checkpoint}"]) as server:
         response = post(server, model="c")
         assert response.status_code == 404 and "use a, b" in response.json()["error"]["message"]
 
@@ -94,9 +94,9 @@ def test_strict_names_and_several_models_refuse_unknown_ones(checkpoint):
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
 def test_minus_one_and_null_fill_the_context(server, field):
-    free = text(post(server))
-    assert [text(post(server, **{field: value})) for value in (-1, None, -1.0)] == [free] * 3
-    assert text(post(server, max_tokens=3, max_completion_tokens=-1)) == free
+    free = text_of(post(server))
+    assert [text_of(post(server, **{field: value})) for value in (-1, None, -1.0)] == [free] * 3
+    assert text_of(post(server, max_tokens=3, max_completion_tokens=-1)) == free
     usages = [post(server, "completions", prompt="a", temperature=0, max_tokens=n).json()["usage"] for n in (-1, None)]
     assert [usage["total_tokens"] for usage in usages] == [128] * 2
     default = post(server, "completions", prompt="a", temperature=0).json()["usage"]
@@ -105,7 +105,7 @@ def test_minus_one_and_null_fill_the_context(server, field):
 
 @pytest.mark.parametrize("value", [-2, 2.5, "5", True, [], 10**7, 0])
 @pytest.mark.parametrize(("path", "least"), [("chat/completions", 1), ("completions", 0)])
-def test_wrong_lengths_are_one_clear_refusal(server, path, least, value):
+def test_invalid_max_tokens_is_one_clear_error(server, path, least, value):
     response = post(server, path, max_tokens=value, **({} if path[:4] == "chat" else {"prompt": "a"}))
     error = response.json()["error"]
     assert response.status_code == 400 and error["param"] == "max_tokens"
@@ -119,9 +119,9 @@ def test_wrong_lengths_are_one_clear_refusal(server, path, least, value):
 # ------------------------------------------------------------------------------------------------ nulls and defaults
 
 
-def test_the_same_answer_with_every_field_at_its_default(server):
+def test_fields_at_their_default_do_not_change_the_answer(server):
     """Clients send these without being asked to. None is reported as ignored."""
-    plain = text(post(server, max_tokens=12))
+    plain = text_of(post(server, max_tokens=12))
     for body in (
         {"stop": None}, {"stop": []}, {"stop": ""}, {"n": None}, {"n": 1}, {"temperature": 0.0}, {"top_p": None},
         {"top_p": 1}, {"top_k": -1}, {"top_k": None}, {"top_k": 0}, {"min_p": None}, {"min_p": 0}, {"min_p": -1},
@@ -136,28 +136,28 @@ def test_the_same_answer_with_every_field_at_its_default(server):
         {"model": None}, {"model": ""},
     ):  # fmt: skip
         response = post(server, **{"max_tokens": 12, **body})
-        assert text(response) == plain, body
+        assert text_of(response) == plain, body
         assert not {"x-ignored-fields", "x-served-model"} & set(response.headers), body
-    drawn = [text(post(server, max_tokens=40, temperature=None, seed=seed)) for seed in (-1, -1, None)]
+    drawn = [text_of(post(server, max_tokens=40, temperature=None, seed=seed)) for seed in (-1, -1, None)]
     assert len(set(drawn)) == 3, "seed -1 is no seed"
 
 
-def test_nulls_of_completions(server):
+def test_null_fields_of_completions_mean_defaults(server):
     plain = post(server, "completions", prompt="ab", temperature=0).json()["choices"]
     for name in ("logprobs", "echo", "suffix", "best_of", "stop", "n", "logit_bias", "seed", "stream", "user"):
         response = post(server, "completions", prompt="ab", temperature=0, **{name: None})
         assert response.json()["choices"] == plain and "x-ignored-fields" not in response.headers
 
 
-def test_empty_messages_and_a_last_message_of_the_assistant(server):
+def test_empty_messages_are_rejected_and_a_last_answer_opens_a_new_turn(server):
     response = post(server, messages=[])
     assert response.status_code == 400 and response.json()["error"]["message"].startswith("messages: ")
-    said = [*HELLO, {"role": "assistant", "content": "A"}]
-    served = server.counter.models["模型/m 1"]
+    continued = [*HELLO, {"role": "assistant", "content": "A"}]
+    served = server.service.models["模型/m 1"]
     (expected,) = generate(
-        served.model, [served.tokenizer.render(said, True)[0]], Sampling(max_new_tokens=5), served.tokenizer
+        served.model, [served.tokenizer.render(continued, True)[0]], SamplingParams(max_new_tokens=5), served.tokenizer
     )
-    assert text(post(server, messages=said, max_tokens=5)) == expected.text, "a new turn, as OpenAI opens one"
+    assert text_of(post(server, messages=continued, max_tokens=5)) == expected.text, "a new turn, as OpenAI opens one"
 
 
 # ------------------------------------------------------------------------------------------------ continued answers
@@ -185,20 +185,20 @@ TEMPLATES = {
 }
 
 
-def foreign(tokenizer, template):
+def tokenizer_with_template(tokenizer, template):
     files = {**tokenizer.files, "chat_template.jinja": template}
     config = '{"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}'
     return ChatTokenizer({**files, "tokenizer_config.json": config})
 
 
-def kinds(tokenizer):
-    yield from (tokenizer.with_format(name) for name in FORMAT_NAMES)
-    yield from (foreign(tokenizer, template) for template in TEMPLATES.values())
+def all_tokenizers(tokenizer):
+    yield from (tokenizer.with_chat_format(name) for name in CHAT_FORMATS)
+    yield from (tokenizer_with_template(tokenizer, template) for template in TEMPLATES.values())
 
 
 @pytest.mark.parametrize("messages", CHATS)
-def test_a_continued_answer_has_the_ids_of_the_whole_one_up_to_there(tokenizer, messages):
-    for kind in kinds(tokenizer):
+def test_a_continued_answer_has_the_leading_ids_of_the_whole_one(tokenizer, messages):
+    for kind in all_tokenizers(tokenizer):
         ids = kind.render_unfinished(messages)
         longer = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + "5 and more"}]
         whole = kind.render_unfinished(longer)
@@ -212,16 +212,16 @@ def test_a_continued_answer_has_the_ids_of_the_whole_one_up_to_there(tokenizer, 
 
 
 def test_an_empty_answer_is_continued_where_one_would_begin(tokenizer):
-    for name in FORMAT_NAMES:
-        kind = tokenizer.with_format(name)
+    for name in CHAT_FORMATS:
+        kind = tokenizer.with_chat_format(name)
         assert kind.render_unfinished([*HELLO, {"role": "assistant", "content": ""}]) == kind.render(HELLO, True)[0]
 
 
-def test_the_ids_are_those_of_transformers(tokenizer, tmp_path):
+def test_continued_ids_match_transformers(tokenizer, tmp_path):
     """apply_chat_template(continue_final_message=True); it trims the answer, which has no space at its end here."""
     transformers = pytest.importorskip("transformers")
     for template in (TEMPLATES["plain"], TEMPLATES["thinking"]):
-        ours = foreign(tokenizer, template)
+        ours = tokenizer_with_template(tokenizer, template)
         ours.save(tmp_path)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         text = theirs.apply_chat_template(CHATS[0], tokenize=False, continue_final_message=True)
@@ -230,37 +230,39 @@ def test_the_ids_are_those_of_transformers(tokenizer, tmp_path):
 
 
 def test_a_template_that_leaves_the_answer_out_cannot_continue_it(tokenizer):
-    silent = foreign(tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content + eos_token }}{% endfor %}")
+    silent = tokenizer_with_template(
+        tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content + eos_token }}{% endfor %}"
+    )
     with pytest.raises(UserError, match="leaves out the last message"):
         silent.render_unfinished(CHATS[0])
 
 
 def test_the_server_continues_the_last_answer(server):
-    served = server.counter.models["模型/m 1"]
-    whole = text(post(server, max_tokens=20))
+    served = server.service.models["模型/m 1"]
+    whole = text_of(post(server, max_tokens=20))
     for cut in (0, 5, len(whole) - 1):
-        said = [*HELLO, {"role": "assistant", "content": whole[:cut]}]
+        continued = [*HELLO, {"role": "assistant", "content": whole[:cut]}]
         if "\ufffd" in whole[:cut]:  # a half character, which text cannot give back
             continue
         for flags in ({}, {"add_generation_prompt": False}):
-            answer = post(server, messages=said, max_tokens=30, continue_final_message=True, **flags)
-            ids = served.tokenizer.render_unfinished(said)
-            (expected,) = generate(served.model, [ids], Sampling(max_new_tokens=30), served.tokenizer)
-            assert text(answer) == expected.text
+            answer = post(server, messages=continued, max_tokens=30, continue_final_message=True, **flags)
+            ids = served.tokenizer.render_unfinished(continued)
+            (expected,) = generate(served.model, [ids], SamplingParams(max_new_tokens=30), served.tokenizer)
+            assert text_of(answer) == expected.text
             assert answer.json()["usage"]["prompt_tokens"] == len(ids)
 
 
 def test_a_long_history_before_a_continued_answer_is_cut_by_whole_turns(server):
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(9) for role in ("user", "assistant")]
     answer = post(server, messages=turns, continue_final_message=True, max_tokens=4).json()
-    last = server.counter.models["模型/m 1"].tokenizer.render_unfinished(turns[-2:])
+    last = server.service.models["模型/m 1"].tokenizer.render_unfinished(turns[-2:])
     assert len(last) <= answer["usage"]["prompt_tokens"] <= 128 - 4
 
 
-def test_continuing_something_else_is_refused(server):
-    said = [*HELLO, {"role": "assistant", "content": "A"}]
+def test_continuing_anything_but_an_answer_is_rejected(server):
+    continued = [*HELLO, {"role": "assistant", "content": "A"}]
     for body, message in (
-        ({"messages": said, "add_generation_prompt": True}, "and add_generation_prompt cannot both be true"),
+        ({"messages": continued, "add_generation_prompt": True}, "and add_generation_prompt cannot both be true"),
         ({"messages": HELLO}, "the last message must be the assistant's, not the user's"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "x" * 200}]}, "context is 128 tokens"),
     ):
@@ -269,7 +271,7 @@ def test_continuing_something_else_is_refused(server):
 
 
 def test_without_a_generation_prompt_no_turn_is_opened(server):
-    served = server.counter.models["模型/m 1"]
+    served = server.service.models["模型/m 1"]
     answer = post(server, add_generation_prompt=False, max_tokens=2)
     assert answer.json()["usage"]["prompt_tokens"] == len(served.tokenizer.render(HELLO)[0])
 
@@ -288,6 +290,6 @@ def test_without_a_generation_prompt_no_turn_is_opened(server):
         ("embeddings", {"input": 5}, "input: Input should be a valid string or a valid list"),
     ],
 )
-def test_a_value_of_several_types_is_refused_with_what_it_may_be(server, path, fields, message):
+def test_a_value_of_the_wrong_type_is_rejected_with_the_allowed_types(server, path, fields, message):
     response = post(server, path, **fields)
     assert (response.status_code, response.json()["error"]["message"]) == (400, message)

@@ -9,20 +9,20 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
-from serving.limits import Limits
-from tests.serving.server_help import make_file, running
+from serving.limits import ServerLimits
+from tests.serving.server_help import run_server, save_random_model
 
 
 @pytest.fixture(scope="module")
 def api(tokenizer, tmp_path_factory):
-    path = make_file(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=2048)
-    with running([f"m={path}"], Limits(queue=1100, max_bytes=2**24)) as server:
+    path = save_random_model(tmp_path_factory.mktemp("model") / "full_sft_32.pth", tokenizer, max_seq_len=2048)
+    with run_server([f"m={path}"], ServerLimits(max_queue=1100, max_request_bytes=2**24)) as server:
         yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
 
-def small_ids(prompt):
+def clamp_ids(prompt):
     if isinstance(prompt, list):
-        return [small_ids(part) for part in prompt]
+        return [clamp_ids(part) for part in prompt]
     return prompt % 256 if isinstance(prompt, (int, float)) and prompt > 255 else prompt
 
 
@@ -32,11 +32,11 @@ def before_call(context, case, kwargs):
     if isinstance(case.body, dict):
         if case.path.endswith("chat/completions") and not case.body.get("max_completion_tokens"):
             case.body.setdefault("max_tokens", 2)
-        case.body |= {"prompt": small_ids(case.body["prompt"])} if "prompt" in case.body else {}
+        case.body |= {"prompt": clamp_ids(case.body["prompt"])} if "prompt" in case.body else {}
         if isinstance(case.body.get("model"), str):
             case.body["model"] = "m"
         if "input" in case.body:
-            case.body["input"] = small_ids(case.body["input"])
+            case.body["input"] = clamp_ids(case.body["input"])
         if case.body.get("max_tokens") == 0 and (case.body.get("echo") is None or case.body["echo"] is False):
             case.body["echo"] = True
         if case.body.get("continue_final_message") is True:  # needs an answer to continue, and no other turn opened
@@ -52,20 +52,20 @@ def before_call(context, case, kwargs):
                 case.body[name] = 2 if float(case.body[name]).is_integer() else 2.5
 
 
-ASKED = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings"]
-READ = ["GET /health", "GET /v1/models", "GET /v1/models/{name}"]
+POST_ROUTES = ["POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings"]
+GET_ROUTES = ["GET /health", "GET /v1/models", "GET /v1/models/{name}"]
 
 
-def test_the_description_has_every_route(api):
-    assert sorted(found.ok().label for found in api.get_all_operations()) == READ + ASKED
+def test_openapi_describes_every_route(api):
+    assert sorted(found.ok().label for found in api.get_all_operations()) == GET_ROUTES + POST_ROUTES
 
 
 @pytest.mark.parametrize(
     ("label", "mode"),
-    [(label, "POSITIVE") for label in READ + ASKED]
-    + [(label, "NEGATIVE") for label in ASKED],  # GETs have no wrong way
+    [(label, "POSITIVE") for label in GET_ROUTES + POST_ROUTES]
+    + [(label, "NEGATIVE") for label in POST_ROUTES],  # GETs have no wrong way
 )
-def test_the_server_is_as_it_describes_itself(api, label, mode):
+def test_responses_conform_to_the_openapi_description(api, label, mode):
     (operation,) = (found.ok() for found in api.get_all_operations() if found.ok().label == label)
 
     once = (Phase.explicit, Phase.generate)  # a failing request is shown as it is: shrinking takes minutes

@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from model.generate import fit_chat, generate
-from model.sampling import Sampling
-from tests.serving.server_help import make_file, running
+from model.sampling import SamplingParams
+from tests.serving.server_help import run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 
@@ -22,10 +22,10 @@ HELLO = [{"role": "user", "content": "Hi 你好"}]
 @pytest.fixture(scope="module")
 def server(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    chat = make_file(folder / "full_sft_32.pth", tokenizer)
-    moe = make_file(folder / "full_sft_32_moe.pth", tokenizer, use_moe=True)
-    bare = make_file(folder / "pretrain_32.pth", tokenizer, "pretrain", max_seq_len=64)
-    with running([chat, moe, f"small={bare}"]) as server:
+    chat = save_random_model(folder / "full_sft_32.pth", tokenizer)
+    moe = save_random_model(folder / "full_sft_32_moe.pth", tokenizer, use_moe=True)
+    bare = save_random_model(folder / "pretrain_32.pth", tokenizer, "pretrain", max_seq_len=64)
+    with run_server([chat, moe, f"small={bare}"]) as server:
         yield server
 
 
@@ -35,11 +35,11 @@ def client(server):
         yield client
 
 
-def alone(server, messages, name="full_sft_32", **options):
+def generate_alone(server, messages, name="full_sft_32", **options):
     """What the model says with nobody beside it."""
-    served = server.counter.models[name]
+    served = server.service.models[name]
     ids = served.tokenizer.render(messages, True)[0]
-    return generate(served.model, [ids], Sampling(**options), served.tokenizer)[0]
+    return generate(served.model, [ids], SamplingParams(**options), served.tokenizer)[0]
 
 
 def chat(client, messages=HELLO, **options):
@@ -50,21 +50,21 @@ def chat(client, messages=HELLO, **options):
 # ------------------------------------------------------------------------------------------------ chat
 
 
-def test_a_whole_answer(client, server):
+def test_a_chat_completion_has_every_field(client, server):
     answer = chat(client)
-    expected = alone(server, HELLO, max_new_tokens=20)
+    expected = generate_alone(server, HELLO, max_new_tokens=20)
     (choice,) = answer.choices
     assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", expected.text)
     assert choice.finish_reason == expected.finish_reason == "length"
     assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.created > 1.7e9
     assert answer.model == "full_sft_32"
-    prompt = len(server.counter.models["full_sft_32"].tokenizer.render(HELLO, True)[0])
+    prompt = len(server.service.models["full_sft_32"].tokenizer.render(HELLO, True)[0])
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt, 20)
     assert answer.usage.total_tokens == prompt + 20
 
 
 @pytest.mark.parametrize("name", ["full_sft_32", "full_sft_32_moe"])
-def test_a_streamed_answer_is_the_whole_one(client, server, name):
+def test_streamed_chunks_join_to_the_whole_answer(client, server, name):
     chunks = list(chat(client, model=name, stream=True))
     assert len({chunk.id for chunk in chunks}) == 1
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
@@ -73,10 +73,13 @@ def test_a_streamed_answer_is_the_whole_one(client, server, name):
     assert (first.delta.role, first.delta.content, first.finish_reason) == ("assistant", "", None)
     assert all(choice.finish_reason is None and choice.delta.content for choice in middle) and len(middle) > 5
     assert last.finish_reason == "length" and not last.delta.content
-    assert "".join(choice.delta.content for choice in middle) == alone(server, HELLO, name, max_new_tokens=20).text
+    assert (
+        "".join(choice.delta.content for choice in middle)
+        == generate_alone(server, HELLO, name, max_new_tokens=20).text
+    )
 
 
-def test_the_stream_on_the_wire(server):
+def test_the_stream_is_server_sent_events_with_usage_and_done(server):
     body = {"messages": HELLO, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
     response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -88,7 +91,7 @@ def test_the_stream_on_the_wire(server):
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]][-1] == "length"
 
 
-def test_several_answers_to_one_question(client):
+def test_n_answers_are_seeded_by_index_and_counted(client):
     options = {"n": 3, "temperature": 1.2, "seed": 5}
     answer = chat(client, **options, logprobs=True)
     texts = [choice.message.content for choice in answer.choices]
@@ -102,23 +105,23 @@ def test_several_answers_to_one_question(client):
     assert chat(client, temperature=1.2, seed=6).choices[0].message.content == texts[1]  # each draws with seed + index
 
 
-def test_log_probabilities(client, server):
-    expected = alone(server, HELLO, max_new_tokens=20, logprobs=2)
+def test_logprobs_match_generate_streamed_and_whole(client, server):
+    expected = generate_alone(server, HELLO, max_new_tokens=20, logprobs=2)
     whole = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     streamed = []
     for chunk in chat(client, logprobs=True, top_logprobs=2, stream=True):
-        told = chunk.choices[0].logprobs
-        streamed += told.content if told else []
+        entry = chunk.choices[0].logprobs
+        streamed += entry.content if entry else []
     assert streamed == whole and len(whole) == 20
-    assert [token.logprob for token in whole] == pytest.approx([told.logprob for told in expected.logprobs], abs=1e-5)
+    assert [token.logprob for token in whole] == pytest.approx([entry.logprob for entry in expected.logprobs], abs=1e-5)
     assert bytes(b for token in whole for b in token.bytes).decode(errors="replace") == expected.text
     assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob == token.logprob for token in whole)
     assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
     assert chat(client).choices[0].logprobs is None
 
 
-def test_stop_strings(client, server):
-    whole = alone(server, HELLO, max_new_tokens=60).text
+def test_stop_strings_cut_text_and_logprobs(client, server):
+    whole = generate_alone(server, HELLO, max_new_tokens=60).text
     stop = whole[20:22]
     cut = whole[: whole.index(stop)]
     for value in (stop, [stop, "never said"]):
@@ -131,25 +134,25 @@ def test_stop_strings(client, server):
     assert chat(client, stop=[]).choices[0].finish_reason == "length"
 
 
-def test_how_it_is_drawn(client, server):
+def test_sampling_fields_reach_the_generator(client, server):
     numbers = {"top_p": 0.8, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.7}
     ours = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2}
     answer = chat(client, temperature=0.9, **numbers, extra_body=ours)
-    expected = alone(server, HELLO, max_new_tokens=20, temperature=0.9, **numbers, **ours)
+    expected = generate_alone(server, HELLO, max_new_tokens=20, temperature=0.9, **numbers, **ours)
     assert answer.choices[0].message.content == expected.text
     default = chat(client, temperature=None, seed=3).choices[0].message.content
-    assert default == alone(server, HELLO, max_new_tokens=20, temperature=0.7, top_p=0.9, seed=3).text
+    assert default == generate_alone(server, HELLO, max_new_tokens=20, temperature=0.7, top_p=0.9, seed=3).text
 
 
-def test_the_newer_name_of_the_longest_answer(client, server):
+def test_max_completion_tokens_takes_precedence(client, server):
     assert chat(client, max_completion_tokens=7, max_tokens=None).usage.completion_tokens == 7
     assert chat(client, max_completion_tokens=7, max_tokens=9).usage.completion_tokens == 7
     filled = chat(client, max_tokens=None)  # as far as the context reaches
-    assert filled.choices[0].message.content == alone(server, HELLO, max_new_tokens=256).text
+    assert filled.choices[0].message.content == generate_alone(server, HELLO, max_new_tokens=256).text
     assert filled.usage.total_tokens > 90
 
 
-def test_content_in_parts_and_all_roles(client, server):
+def test_content_parts_and_all_roles_are_accepted(client, server):
     parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "你好"}]
     assert chat(client, [{"role": "user", "content": parts}]).choices == chat(client).choices
     messages = [
@@ -159,12 +162,12 @@ def test_content_in_parts_and_all_roles(client, server):
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "4", "tool_call_id": "1"},
     ]
-    told = [("system", "Be\n\nkind"), ("user", "?"), ("assistant", ""), ("tool", "4")]
-    expected = alone(server, [{"role": role, "content": text} for role, text in told], max_new_tokens=20)
+    entry = [("system", "Be\n\nkind"), ("user", "?"), ("assistant", ""), ("tool", "4")]
+    expected = generate_alone(server, [{"role": role, "content": text} for role, text in entry], max_new_tokens=20)
     assert chat(client, messages).choices[0].message.content == expected.text
 
 
-def test_what_is_not_known_is_ignored_and_named(client):
+def test_unknown_fields_are_ignored_and_named_in_a_header(client):
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     options = {"tools": [tool], "user": "me", "extra_body": {"num_ctx": 7, "bad name\r\nx: y": 1}}
     answer = client.chat.completions.with_raw_response.create(
@@ -177,13 +180,13 @@ def test_what_is_not_known_is_ignored_and_named(client):
 def test_a_long_history_is_cut_by_whole_turns(client, server):
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(9) for role in ("user", "assistant")]
     messages = [{"role": "system", "content": "kind"}, *turns, {"role": "user", "content": "last?"}]
-    served = server.counter.models["full_sft_32"]
-    kept = fit_chat(served.tokenizer, messages, served.limit - 20)
+    served = server.service.models["full_sft_32"]
+    kept = fit_chat(served.tokenizer, messages, served.max_model_len - 20)
     assert served.tokenizer.decode(kept).startswith("<|im_start|>system\nkind<|im_end|>\n<|im_start|>user\nuser ")
     assert len(kept) < len(served.tokenizer.render(messages, True)[0])
     answer = chat(client, messages)
     assert answer.usage.prompt_tokens == len(kept)
-    (expected,) = generate(served.model, [kept], Sampling(max_new_tokens=20), served.tokenizer)
+    (expected,) = generate(served.model, [kept], SamplingParams(max_new_tokens=20), served.tokenizer)
     assert answer.choices[0].message.content == expected.text
 
 
@@ -192,7 +195,7 @@ def test_a_history_of_thousands_of_turns_is_cut_quickly(client):
     assert chat(client, [*turns, *HELLO], timeout=10, max_tokens=2).usage.completion_tokens == 2
 
 
-def test_asynchronous_clients_at_once(server, client):
+def test_concurrent_async_clients_get_equal_texts(server, client):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
 
@@ -207,18 +210,18 @@ def test_asynchronous_clients_at_once(server, client):
 
     answers = asyncio.run(ask())
     for i in range(6):
-        expected = alone(server, [{"role": "user", "content": f"q {i}"}], max_new_tokens=20).text
+        expected = generate_alone(server, [{"role": "user", "content": f"q {i}"}], max_new_tokens=20).text
         assert answers[2 * i] == answers[2 * i + 1] == expected
 
 
 # ------------------------------------------------------------------------------------------------ completions
 
 
-def test_completions(client, server):
-    served = server.counter.models["small"]
+def test_completions_match_generate_for_texts_and_ids(client, server):
+    served = server.service.models["small"]
     prompts = ["The sky", "天空"]
     ids = [served.tokenizer.encode(prompt) for prompt in prompts]
-    texts = [a.text for a in generate(served.model, ids, Sampling(max_new_tokens=16), served.tokenizer)]
+    texts = [a.text for a in generate(served.model, ids, SamplingParams(max_new_tokens=16), served.tokenizer)]
     options = {"model": "small", "temperature": 0}
     for prompt in (prompts, ids):
         answer = client.completions.create(prompt=prompt, **options)
@@ -230,16 +233,16 @@ def test_completions(client, server):
     for chunk in client.completions.create(prompt=prompts, stream=True, **options):
         streamed[chunk.choices[0].index] += chunk.choices[0].text
     assert streamed == texts and chunk.choices[0].finish_reason == "length"
-    told = client.completions.create(prompt=prompts[0], logprobs=2, **options).choices[0].logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(told.top_logprobs) == 16
-    assert all(max(top.values()) == p for top, p in zip(told.top_logprobs, told.token_logprobs, strict=True))
+    entry = client.completions.create(prompt=prompts[0], logprobs=2, **options).choices[0].logprobs
+    assert len(entry.tokens) == len(entry.token_logprobs) == len(entry.text_offset) == len(entry.top_logprobs) == 16
+    assert all(max(top.values()) == p for top, p in zip(entry.top_logprobs, entry.token_logprobs, strict=True))
     assert client.completions.create(prompt="", max_tokens=3, **options).usage.completion_tokens == 3
 
 
 # ------------------------------------------------------------------------------------------------ models, errors
 
 
-def test_models(client):
+def test_models_are_listed_and_retrieved(client):
     models = {model.id: model for model in client.models.list()}
     assert list(models) == ["full_sft_32", "full_sft_32_moe", "small"]
     small = client.models.retrieve("small")
@@ -249,13 +252,13 @@ def test_models(client):
         client.models.retrieve("large")
 
 
-def test_health(server):
+def test_health_reports_the_queue_of_each_model(server):
     answer = httpx.get(f"{server.url}/health").json()
     assert answer["status"] == "ok"
     assert answer["models"]["small"] == {"running": 0, "waiting": 0, "seats": 16, "queue": 64}
 
 
-def test_errors_have_the_shape_and_the_status(client, server):
+def test_errors_have_the_openai_body_and_status(client, server):
     long = "x" * 300
     for options, kind, message in (
         ({"model": "gpt-4"}, openai.NotFoundError, "no model 'gpt-4' here: use full_sft_32, full_sft_32_moe, small"),
@@ -287,14 +290,14 @@ def test_errors_have_the_shape_and_the_status(client, server):
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[" * 100_000, b'"\\ud800"', b"\xff\xfe", b'{"messages": [{"role": "user", "content": NaN}]}']
 )
-def test_bodies_that_are_no_requests(server, body):
+def test_malformed_bodies_get_400(server, body):
     response = httpx.post(
         f"{server.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
     )
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
-def test_half_characters_in_a_request_harm_nobody(server):
+def test_lone_surrogates_in_a_request_are_handled(server):
     good = b'{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 2}'
     for body, status in (
         (good, 200),

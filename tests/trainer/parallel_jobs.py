@@ -13,48 +13,48 @@ from pathlib import Path
 from tests.helpers import load_script
 
 
-def train_once(run, data_path: str, tokenizer_path: str, job: dict) -> None:
+def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
     import torch
 
     from common.device import pick_dtype
     from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
-    from trainer.config import add_model_flags, make_parser, model_config
-    from trainer.datasets import Windows
+    from trainer.config import add_model_flags, make_model_config, make_training_parser
+    from trainer.datasets import PackedDataset
     from trainer.loop import train
     from trainer.stage import Stage
 
-    parser = make_parser(None, {"muon": 8e-3, "adamw": 1e-3}, data_path=data_path)
+    parser = make_training_parser(None, {"muon": 8e-3, "adamw": 1e-3}, data_path=data_path)
     add_model_flags(parser)
     args = parser.parse_args([*job["flags"], "--out_dir", job["out"]])
-    run.dtype, run.stop_asked = pick_dtype(args.dtype, run.device), ""
+    dist.dtype, dist.stop_requested = pick_dtype(args.dtype, dist.device), ""
     torch.set_default_dtype(torch.float64 if job.get("double") else torch.float32)
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(tokenizer_path)
-    model = Transformer(model_config(args, tokenizer.vocab_size))
-    splits = {name: Windows(data_path, name, model.config.max_seq_len) for name in ("train", "val_zh", "val_en")}
+    model = Transformer(make_model_config(args, tokenizer.vocab_size))
+    splits = {name: PackedDataset(data_path, name, model.config.max_seq_len) for name in ("train", "val_zh", "val_en")}
     stage = Stage("pretrain", model, tokenizer, load_script("1-pretrain.py").compute_loss, splits.pop("train"), splits)
 
     def stop_after(row):
         if row["step"] == job.get("stop"):
-            run.stop_asked = "SIGTERM"  # the step after this one is the last
+            dist.stop_requested = "SIGTERM"  # the step after this one is the last
         return ""
 
-    stage.guard = stop_after
-    train(run, args, stage)
-    run.wait()
+    stage.early_stop = stop_after
+    train(dist, args, stage)
+    dist.barrier()
 
 
 def main() -> None:
     from trainer import metrics
-    from trainer.distributed import start
+    from trainer.distributed import init_distributed
 
     metrics.draw_curves = lambda *_: None  # pictures take longer than these trainings
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    with start("cpu", "float32") as run:
+    with init_distributed("cpu", "float32") as dist:
         for job in plan["jobs"]:
-            run.say(f"job {job['out']}")
-            train_once(run, plan["data"], plan["tokenizer"], job)
+            dist.print0(f"job {job['out']}")
+            train_job(dist, plan["data"], plan["tokenizer"], job)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,20 @@ import torch
 from common.errors import UserError
 from corpus.dataset_meta import read_meta, write_meta
 from tests.helpers import load_script, write_shards
-from trainer.datasets import Chats, Windows, left_out, open_data
-from trainer.loss import IGNORE
+from trainer.datasets import ChatDataset, PackedDataset, check_data, dropped_row_messages
+from trainer.loss import IGNORE_INDEX
 
 
-def test_windows_cover_the_stream_once(tokenizer, pretrain_dir):
-    data = Windows(str(pretrain_dir), "train", 32)
+def test_packed_rows_cover_the_stream_once(tokenizer, pretrain_dir):
+    data = PackedDataset(str(pretrain_dir), "train", 32)
     batch = data.batch(np.arange(len(data)))
     stream = data.tokens.read(0, data.tokens.tokens)
-    assert batch["labels"][batch["labels"] != IGNORE].tolist() == stream[1:].tolist()
-    trained = (batch["labels"] != IGNORE).float().mean().item()
+    assert batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() == stream[1:].tolist()
+    trained = (batch["labels"] != IGNORE_INDEX).float().mean().item()
     assert trained >= 0.98, f"{trained:.3f} of the positions are trained"
 
 
-def test_labels_are_the_answers_and_nothing_else(tokenizer, tmp_path):
+def test_only_answer_tokens_are_labels(tokenizer, tmp_path):
     messages = [
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "你好 <|im_end|>"},
@@ -31,22 +31,22 @@ def test_labels_are_the_answers_and_nothing_else(tokenizer, tmp_path):
         {"role": "assistant", "content": "2"},
     ]
     folder = write_shards(tmp_path / "chats", "chats", tokenizer, {"train": [tokenizer.render(messages)]})
-    labels = Chats(str(folder), "train", tokenizer.pad_id).batch(np.array([0]))["labels"][0]
-    assert (labels != IGNORE).sum() == len("你好！2".encode()) + 2
-    assert tokenizer.decode(labels[labels != IGNORE].tolist()) == "你好！<|im_end|>2<|im_end|>"
+    labels = ChatDataset(str(folder), "train", tokenizer.pad_id).batch(np.array([0]))["labels"][0]
+    assert (labels != IGNORE_INDEX).sum() == len("你好！2".encode()) + 2
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX].tolist()) == "你好！<|im_end|>2<|im_end|>"
 
 
-def test_batches_of_chats_have_few_widths(tokenizer, tmp_path):
+def test_chat_batches_have_few_widths(tokenizer, tmp_path):
     """A CPU keeps memory for every shape of matrix product: SFT took 15 GB when every batch had its own width."""
     sizes = [5, 16, 17, 18, 30, 33, 34, 41]
     chats = [(np.ones(size, dtype=np.int64), np.ones(size, dtype=np.int64)) for size in sizes]
-    data = Chats(str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats})), "train", 0)
+    data = ChatDataset(str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats})), "train", 0)
     widths = [data.batch(np.array([row]))["input_ids"].shape[1] for row in range(len(sizes))]
     assert widths == [16, 16, 16, 32, 32, 32, 40, 40], "multiples of 16, but never wider than the longest chat needs"
-    assert data.batch(np.arange(len(sizes)))["real"].sum() == sum(sizes) - len(sizes)
+    assert data.batch(np.arange(len(sizes)))["token_mask"].sum() == sum(sizes) - len(sizes)
 
 
-def test_a_chat_costs_the_same_alone_and_among_others(tokenizer, tmp_path):
+def test_chat_loss_is_independent_of_its_batch(tokenizer, tmp_path):
     from model.config import ModelConfig
     from model.transformer import Transformer
 
@@ -57,7 +57,7 @@ def test_a_chat_costs_the_same_alone_and_among_others(tokenizer, tmp_path):
         for i in range(6)
     ]
     folder = str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats}))
-    data = Chats(folder, "train", tokenizer.pad_id)
+    data = ChatDataset(folder, "train", tokenizer.pad_id)
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=128))
     compute_loss = load_script("3-full_sft.py").compute_loss
@@ -67,18 +67,18 @@ def test_a_chat_costs_the_same_alone_and_among_others(tokenizer, tmp_path):
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_data_of_another_tokenizer_is_refused(tokenizer, pretrain_dir, tmp_path):
+def test_data_of_another_tokenizer_is_rejected(tokenizer, pretrain_dir, tmp_path):
     with pytest.raises(UserError, match="holds pretrain data, this stage reads chats"):
-        open_data(str(pretrain_dir), "chats", tokenizer)
+        check_data(str(pretrain_dir), "chats", tokenizer)
     other = write_shards(tmp_path / "other", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
     write_meta(other, read_meta(other) | {"tokenizer": "0123456789abcdef"})
     with pytest.raises(UserError, match="0123456789abcdef"):
-        open_data(str(other), "pretrain", tokenizer)
+        check_data(str(other), "pretrain", tokenizer)
 
 
-def test_what_tokenising_for_the_model_leaves_out_is_printed(tokenizer, tmp_path):
+def test_dropped_and_shortened_rows_are_printed(tokenizer, tmp_path):
     """The data was cut to 512 tokens; a model that reads 64 loses chats, and the run says how many, and why."""
-    from corpus.prepare_chats import tokenise_chats
+    from corpus.prepare_chats import tokenize_chats
 
     def chat(words):
         return [{"role": "user", "content": "hi " * words}, {"role": "assistant", "content": "yes"}]
@@ -86,7 +86,7 @@ def test_what_tokenising_for_the_model_leaves_out_is_printed(tokenizer, tmp_path
     lines = [json.dumps({"messages": chat(words), "lang": "en"}) for words in (1, 2, 200, 3, 300)]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "val.jsonl").write_text("")
-    report = read_meta(str(tokenise_chats(tmp_path, tokenizer, 64)))["report"]
-    assert list(left_out(report)) == ["2 of 5 rows left out: first turn longer than 64 tokens"]
-    assert not list(left_out(report | {"read": 5})), "data_process.py has printed these itself"
-    assert not list(left_out({})), "an old folder without a report"
+    report = read_meta(str(tokenize_chats(tmp_path, tokenizer, 64)))["report"]
+    assert list(dropped_row_messages(report)) == ["2 of 5 rows left out: first turn longer than 64 tokens"]
+    assert not list(dropped_row_messages(report | {"read": 5})), "data_process.py has printed these itself"
+    assert not list(dropped_row_messages({})), "an old folder without a report"

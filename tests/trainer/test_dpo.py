@@ -16,9 +16,9 @@ from corpus.dataset_meta import write_meta
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.helpers import ROOT, free_port, read_log, run_process, run_script, visible, weights
+from tests.helpers import ROOT, free_port, load_weights, read_jsonl, run_process, run_script, visible_names
 from trainer import dpo as dpo_module
-from trainer.dpo import is_loop
+from trainer.dpo import has_loop
 
 # AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
 SHORT = [
@@ -79,21 +79,27 @@ def dpo(monkeypatch, tokenizer, dpo_dir, tmp_path):
 
 
 def steps(folder, name="dpo_32"):
-    return [row for row in read_log(folder / f"{name}.jsonl") if "loss" in row]
+    return [row for row in read_jsonl(folder / f"{name}.jsonl") if "loss" in row]
 
 
 # ---- what it learns and tells ----------------------------------------------------------------------------------------
-def test_it_begins_at_ln_2_and_learns_what_is_preferred(dpo, monkeypatch, capsys):
+def test_dpo_starts_at_ln_2_and_learns_preferences(dpo, monkeypatch, capsys):
     folder = dpo("--batch_size", 10, "--epochs", 6)
-    rows, last = steps(folder), read_log(folder / "dpo_32.jsonl")[-1]
+    rows, last = steps(folder), read_jsonl(folder / "dpo_32.jsonl")[-1]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
-    names = "accuracy margin chosen_logp rejected_logp kl chosen_length rejected_length chosen_change pairs grad_norm"
+    names = "reward_accuracy reward_margin chosen_logp rejected_logp kl chosen_length rejected_length "
+    names += "chosen_logp_delta pairs grad_norm"
     assert all(set(names.split()) <= row.keys() for row in rows) and rows[-1]["pairs"] == 6 * 30
-    assert "tokens" not in rows[0] and "balance_loss" not in rows[0], "it counts pairs; a dense model has no router"
-    assert rows[-1]["loss"] < 0.5 and rows[-1]["accuracy"] == 1 and rows[-1]["margin"] > 0.5 and rows[-1]["kl"] > 0
-    for name in ("val_loss", "val_accuracy", "val_margin", "val_kl"):
+    assert "tokens" not in rows[0] and "aux_loss" not in rows[0], "it counts pairs; a dense model has no router"
+    assert (
+        rows[-1]["loss"] < 0.5
+        and rows[-1]["reward_accuracy"] == 1
+        and rows[-1]["reward_margin"] > 0.5
+        and rows[-1]["kl"] > 0
+    )
+    for name in ("val_loss", "val_reward_accuracy", "val_reward_margin", "val_kl"):
         assert last[name].keys() == {"zh", "en"}
-    assert last["val_accuracy"] == {"zh": 1.0, "en": 1.0} and "bits_per_byte" not in last
+    assert last["val_reward_accuracy"] == {"zh": 1.0, "en": 1.0} and "bits_per_byte" not in last
     assert last["loop_rate"].keys() == {"before", "after"} and last["loop_rate"]["after"].keys() == {"zh", "en"}
     said = capsys.readouterr().out
     assert "first loss 0.6931, expected 0.6931" in said and "30 pairs, 10 pairs = " in said
@@ -102,7 +108,7 @@ def test_it_begins_at_ln_2_and_learns_what_is_preferred(dpo, monkeypatch, capsys
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["pretrain", "full_sft", "dpo"]
     entry = checkpoint["lineage"][-1]
     assert entry["pairs"] == 180 and entry["validation"]["loop_rate"] == last["loop_rate"] and "stopped" not in entry
-    assert visible(folder) == [
+    assert visible_names(folder) == [
         "dpo_32.jsonl", "dpo_32.png", "dpo_32.pth", "dpo_32.reference", "full_sft_32.pth"
     ]  # fmt: skip
     run_script(
@@ -112,37 +118,37 @@ def test_it_begins_at_ln_2_and_learns_what_is_preferred(dpo, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(("loss", "first"), [("ipo", 25.0), ("simpo", None)])
-def test_the_other_losses_learn_too(dpo, loss, first):
+def test_ipo_and_simpo_learn_preferences(dpo, loss, first):
     rows = steps(dpo("--loss", loss, "--batch_size", 30, "--epochs", 8, "--sft_weight", 0.1))
     assert first is None or rows[0]["preference_loss"] == pytest.approx(first, abs=1e-3)
-    assert rows[-1]["preference_loss"] < rows[0]["preference_loss"] and rows[-1]["accuracy"] == 1
+    assert rows[-1]["preference_loss"] < rows[0]["preference_loss"] and rows[-1]["reward_accuracy"] == 1
     assert rows[0]["loss"] > rows[0]["preference_loss"], "the chosen answers' own loss comes on top"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_first_loss_in_low_precision(dpo, dtype):
+def test_dpo_first_loss_in_low_precision(dpo, dtype):
     row = steps(dpo("--dtype", dtype, "--batch_size", 16, "--max_steps", 1))[0]
-    assert row["loss"] == pytest.approx(math.log(2), abs=dpo_module.ROUNDED_BAND / 2)
+    assert row["loss"] == pytest.approx(math.log(2), abs=dpo_module.LOW_PRECISION_TOLERANCE / 2)
 
 
-def test_a_reference_of_another_model_is_an_error(dpo, monkeypatch):
+def test_reference_of_another_model_is_an_error(dpo, monkeypatch):
     real = dpo_module.reference_log_probs
     monkeypatch.setattr(dpo_module, "reference_log_probs", lambda *a: real(*a) * 1.5)
     with pytest.raises(UserError, match=r"the first loss is .*, not 0\.6931 .*delete .*dpo_32\.reference"):
         dpo("--max_steps", 2)
 
 
-def test_moe_keeps_its_balance(dpo, tokenizer, tmp_path):
+def test_dpo_adds_aux_loss_of_moe(dpo, tokenizer, tmp_path):
     save_parent(tmp_path / "moe", tokenizer, use_moe=True, n_routed_experts=4)
     rows = steps(dpo("--batch_size", 16, "--epochs", 4, out="moe"), "dpo_32_moe")
-    assert all(0.009 < row["balance_loss"] < 0.04 for row in rows)
-    assert rows[0]["preference_loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["accuracy"] > 0.9
-    assert rows[0]["loss"] == pytest.approx(rows[0]["preference_loss"] + rows[0]["balance_loss"], abs=1e-5)
+    assert all(0.009 < row["aux_loss"] < 0.04 for row in rows)
+    assert rows[0]["preference_loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["reward_accuracy"] > 0.9
+    assert rows[0]["loss"] == pytest.approx(rows[0]["preference_loss"] + rows[0]["aux_loss"], abs=1e-5)
 
 
-def test_it_starts_from_an_adapter(dpo, tokenizer, tmp_path):
+def test_dpo_starts_from_a_lora_adapter(dpo, tokenizer, tmp_path):
     """The nearest parent is the LoRA stage: its adapter comes merged, and what is saved is a whole model."""
-    from model.checkpoint import load_model, remember_parent
+    from model.checkpoint import load_model, record_parent
     from model.lora import LoRAConfig, attach, lora_layers
 
     folder = tmp_path / "out"
@@ -151,21 +157,21 @@ def test_it_starts_from_an_adapter(dpo, tokenizer, tmp_path):
     attach(model, LoRAConfig(rank=2))
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
-    remember_parent(model, folder / "full_sft_32.pth", folder / "lora_sft_32.pth")
+    record_parent(model, folder / "full_sft_32.pth", folder / "lora_sft_32.pth")
     save_model(folder / "lora_sft_32.pth", model, "lora_sft", tokenizer, [*parent["lineage"], {"stage": "lora_sft"}])
     assert steps(dpo("--max_steps", 2))[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     child = torch.load(folder / "dpo_32.pth", weights_only=True)
     assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "full_sft", "lora_sft", "dpo"]
-    assert child["model"].keys() == weights(folder / "full_sft_32.pth").keys() and "adapter" not in child
+    assert child["model"].keys() == load_weights(folder / "full_sft_32.pth").keys() and "adapter" not in child
 
 
 # ---- the guard -------------------------------------------------------------------------------------------------------
-def test_the_guard_ends_the_stage_in_good_order(dpo, capsys, monkeypatch):
+def test_chosen_drop_ends_the_stage_with_a_save(dpo, capsys, monkeypatch):
     # a negative weight, which the flag refuses, makes the chosen answers unlikely; DPO itself seldom does
     monkeypatch.setattr("common.cli.non_negative_float", float)
     folder = dpo("--batch_size", 30, "--sft_weight", -5, "--epochs", 40, "--max_chosen_drop", 0.5)
     rows = steps(folder)
-    drops = [-row["chosen_change"] / row["chosen_length"] for row in rows]
+    drops = [-row["chosen_logp_delta"] / row["chosen_length"] for row in rows]
     assert len(rows) < 40 and drops[-1] > 0.5 >= max(drops[:-1]), "it stops at the first step beyond the bound"
     said = capsys.readouterr().out
     reason = re.search(r"stopped at step (\d+) of 40: (the chosen answers have become .*)\)\n", said)
@@ -175,20 +181,20 @@ def test_the_guard_ends_the_stage_in_good_order(dpo, capsys, monkeypatch):
     assert not (folder / "dpo_32.resume").exists(), "the next run, with better numbers, starts anew"
 
 
-def test_the_length_can_be_limited(dpo, dpo_dir):
+def test_max_seq_len_limits_pairs(dpo, dpo_dir):
     """Short pairs are a quick first try; data_process.py names the same limit, and training decides."""
     dpo("--max_steps", 1, "--max_seq_len", 40)
     (meta,) = dpo_dir.glob("tokens-*/meta.json")
     assert json.loads(meta.read_text())["max_seq_len"] == 40
 
 
-def test_beta_must_be_positive(dpo):
+def test_nonpositive_beta_is_rejected(dpo):
     with pytest.raises(UserError, match="--beta: 0 is not a number above 0"):
         dpo("--beta", 0)
 
 
 # ---- the reference is computed once ----------------------------------------------------------------------------------
-def test_the_reference_is_reused_and_made_again_when_anything_changed(dpo, monkeypatch, tokenizer, dpo_dir, capsys):
+def test_reference_cache_is_reused_until_an_input_changes(dpo, monkeypatch, tokenizer, dpo_dir, capsys):
     folder = dpo("--max_steps", 1)
     file, calls = folder / "dpo_32.reference", []
     real = dpo_module.reference_log_probs
@@ -217,7 +223,7 @@ class Killed(BaseException):
     """What SIGKILL looks like from inside: nothing after it runs."""
 
 
-def test_a_killed_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
+def test_killed_dpo_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
     flags = ("--batch_size", 4, "--accumulation_steps", 2, "--epochs", 2, "--save_interval", 3, "--max_chosen_drop", 9)
     whole = dpo(*flags, out="whole")
     from trainer import loop
@@ -238,7 +244,7 @@ def test_a_killed_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
     parts = dpo(*flags, out="parts")
     said = capsys.readouterr().out
     assert "going on after step 3" in said and "same parent, tokenizer and data" in said
-    ours, theirs = weights(whole / "dpo_32.pth"), weights(parts / "dpo_32.pth")
+    ours, theirs = load_weights(whole / "dpo_32.pth"), load_weights(parts / "dpo_32.pth")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = [[(row["step"], row["loss"], row["kl"]) for row in steps(folder)] for folder in (whole, parts)]
     assert rows[0] == rows[1] and len(rows[0]) == 8
@@ -248,7 +254,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
 
 
-def test_one_step_however_it_is_shared(dpo, monkeypatch, dpo_dir, tmp_path):
+def test_dpo_steps_are_equal_under_accumulation_and_launchers(dpo, monkeypatch, dpo_dir, tmp_path):
     """30 pairs in steps of 8, the last one short: one batch, accumulated, two processes of either launcher."""
     folders = [dpo("--batch_size", 8, "--max_steps", 5, out="big")]
     folders += [dpo("--batch_size", 4, "--accumulation_steps", 2, "--max_steps", 5, out="accumulated")]
@@ -262,20 +268,20 @@ def test_one_step_however_it_is_shared(dpo, monkeypatch, dpo_dir, tmp_path):
         result = run_process(*launcher, ROOT / "5-dpo_train.py", *SHORT, *flags)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "2 process(es)" in result.stdout and result.stdout.count("saved ") == 1
-    logs = [read_log(folder / "dpo_32.jsonl") for folder in folders]
+    logs = [read_jsonl(folder / "dpo_32.jsonl") for folder in folders]
     for folder, log in zip(folders[1:], logs[1:], strict=True):
         for mine, theirs in zip(logs[0], log, strict=True):
-            for name in {"loss", "grad_norm", "margin", "chosen_logp", "kl", "chosen_length"} & mine.keys():
+            for name in {"loss", "grad_norm", "reward_margin", "chosen_logp", "kl", "chosen_length"} & mine.keys():
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (name, mine["step"])
-            for split, value in mine.get("val_margin", {}).items():
-                assert value == pytest.approx(theirs["val_margin"][split], rel=1e-3)
-        for name, tensor in weights(folders[0] / "dpo_32.pth").items():
-            torch.testing.assert_close(weights(folder / "dpo_32.pth")[name], tensor, rtol=1e-3, atol=1e-4)
+            for split, value in mine.get("val_reward_margin", {}).items():
+                assert value == pytest.approx(theirs["val_reward_margin"][split], rel=1e-3)
+        for name, tensor in load_weights(folders[0] / "dpo_32.pth").items():
+            torch.testing.assert_close(load_weights(folder / "dpo_32.pth")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 # ---- what is said of the data, and of the answers --------------------------------------------------------------------
 @pytest.mark.parametrize(("chinese", "warned"), [(30, False), (55, True), (0, True)])
-def test_the_languages_are_compared_with_those_of_sft(dpo, tokenizer, tmp_path, capsys, chinese, warned):
+def test_language_mismatch_with_sft_data_is_warned(dpo, tokenizer, tmp_path, capsys, chinese, warned):
     tokens = tmp_path / "sft" / f"tokens-{tokenizer.fingerprint}"
     tokens.mkdir(parents=True)
     report = {"languages": {"zh": {"documents": chinese}, "en": {"documents": 60 - chinese}}}
@@ -286,7 +292,7 @@ def test_the_languages_are_compared_with_those_of_sft(dpo, tokenizer, tmp_path, 
     assert ("WARNING: the mixes differ strongly" in said) == warned
 
 
-def test_without_the_chats_there_is_nothing_to_compare_with(dpo, capsys):
+def test_missing_sft_data_skips_the_language_comparison(dpo, capsys):
     dpo("--max_steps", 1)
     assert "50% of the pairs are Chinese; the chats of the parent are not there" in capsys.readouterr().out
 
@@ -306,5 +312,5 @@ def test_without_the_chats_there_is_nothing_to_compare_with(dpo, capsys):
         ([], False),
     ],
 )
-def test_what_counts_as_a_loop(ids, loops):
-    assert is_loop(ids) == loops
+def test_repetition_loop_is_detected(ids, loops):
+    assert has_loop(ids) == loops

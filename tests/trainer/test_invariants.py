@@ -5,10 +5,10 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.helpers import EXACT_FLAGS, ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_process, run_script
 
 # AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
-COMMON = [*TINY_MODEL, *EXACT, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]
+COMMON = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]
 # 59 rows = 7 full batches of 8 and a rest of 3: the rest and the second epoch are part of the comparison.
 
 
@@ -29,7 +29,7 @@ def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, out, *flags):
 
 
 def assert_same_run(one, other):
-    ours, theirs = (read_log(folder / "pretrain_32.jsonl") for folder in (one, other))
+    ours, theirs = (read_jsonl(folder / "pretrain_32.jsonl") for folder in (one, other))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, their in zip(ours, theirs, strict=True):
         assert mine["tokens"] == their["tokens"]
@@ -38,7 +38,7 @@ def assert_same_run(one, other):
                 assert mine[name] == pytest.approx(their[name], rel=1e-4), (name, mine["step"])
         for split, value in mine.get("val_loss", {}).items():
             assert value == pytest.approx(their["val_loss"][split], rel=1e-4)
-    mine, their = weights(one / "pretrain_32.pth"), weights(other / "pretrain_32.pth")
+    mine, their = load_weights(one / "pretrain_32.pth"), load_weights(other / "pretrain_32.pth")
     for name in mine:
         torch.testing.assert_close(mine[name], their[name], rtol=1e-3, atol=1e-4)
 
@@ -48,7 +48,7 @@ def big_batch(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
     return pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "big", "--batch_size", 8)
 
 
-def test_accumulation_equals_the_big_batch(monkeypatch, big_batch, pretrain_dir, tokenizer_dir, tmp_path):
+def test_accumulation_equals_one_large_batch(monkeypatch, big_batch, pretrain_dir, tokenizer_dir, tmp_path):
     flags = ("--batch_size", 4, "--accumulation_steps", 2)
     assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "accumulated", *flags))
     flags = ("--batch_size", 3, "--accumulation_steps", 3)  # 9 rows: another run, so the comparison can fail
@@ -71,9 +71,9 @@ def test_two_processes_equal_one(monkeypatch, model, pretrain_dir, tokenizer_dir
     assert_same_run(one, two)
 
 
-def test_dense_and_compact_logging(big_batch):
+def test_log_rows_hold_every_metric(big_batch):
     """Every logged step tells what a user needs to judge the run."""
-    rows = read_log(big_batch / "pretrain_32.jsonl")
+    rows = read_jsonl(big_batch / "pretrain_32.jsonl")
     steps = [row for row in rows if "loss" in row]
     wanted = {"step", "epoch", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "seconds", "peak_memory_mb"}
     assert all(wanted <= row.keys() for row in steps) and [row["step"] for row in steps] == list(range(1, 10))

@@ -13,10 +13,10 @@ import torch
 from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.helpers import TINY_MODEL, read_log, run_script, visible, weights
-from trainer.optim import learning_rate_share, make_optimizers, set_schedule, split_parameters
+from tests.helpers import TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script, visible_names
+from trainer.optim import lr_multiplier, make_optimizers, set_learning_rate, split_parameters
 
-SHORT = [*TINY_MODEL, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
+SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
-def test_the_format_asked_for_is_the_format_used(monkeypatch, pretrain, name, capsys):
+def test_matrix_products_use_the_requested_dtype(monkeypatch, pretrain, name, capsys):
     seen = set()
     real = torch.nn.Linear.forward
 
@@ -44,33 +44,33 @@ def test_the_format_asked_for_is_the_format_used(monkeypatch, pretrain, name, ca
     folder = pretrain("--dtype", name)
     assert seen == {getattr(torch, name)}
     assert f", {name}, " in capsys.readouterr().out, "and it is printed"
-    assert {tensor.dtype for tensor in weights(folder / "pretrain_32.pth").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_weights(folder / "pretrain_32.pth").values()} == {torch.float32}
 
 
-def test_an_unknown_format_or_device_is_refused(pretrain):
+def test_unknown_dtype_or_device_is_rejected(pretrain):
     with pytest.raises(UserError, match="argument --dtype: invalid choice: 'float61'"):
         pretrain("--dtype", "float61")
     with pytest.raises(UserError, match="--device: nonsense: not a device"):
         pretrain("--device", "nonsense")
 
 
-def test_a_short_run_leaves_its_last_weights(pretrain):
+def test_short_run_saves_its_last_weights(pretrain):
     """Three steps, saved every 200: the file is there, equals the final weights, and tells what it is."""
     folder = pretrain()
-    assert visible(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
+    assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
     checkpoint = torch.load(folder / "pretrain_32.pth", weights_only=True)
     assert checkpoint.keys() == {"format", "stage", "config", "tokenizer", "model", "lineage"}
     assert checkpoint["lineage"][-1]["steps"] == 3 and checkpoint["stage"] == "pretrain"
     assert "lm_head.weight" not in checkpoint["model"], "tied weights are written once"
 
 
-def test_the_first_loss_is_checked(pretrain, capsys):
+def test_first_loss_is_compared_with_ln_vocabulary(pretrain, capsys):
     pretrain()
     said = re.search(r"first loss ([\d.]+), ln\(vocabulary\) ([\d.]+)", capsys.readouterr().out)
     assert abs(float(said[1]) - float(said[2])) <= 0.15 and float(said[2]) == pytest.approx(math.log(272), abs=1e-3)
 
 
-def poison(monkeypatch, steps):
+def make_losses_nan(monkeypatch, steps):
     """Make the loss NaN at these steps."""
     from trainer import loss
 
@@ -87,24 +87,26 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(loss, "cross_entropy_sum", poisoned)
 
 
-def test_a_bad_step_is_skipped_and_said(monkeypatch, pretrain, capsys):
+def test_non_finite_step_is_skipped_and_printed(monkeypatch, pretrain, capsys):
     clean = pretrain("--max_steps", "4", out="clean")
-    poison(monkeypatch, {2})
+    make_losses_nan(monkeypatch, {2})
     folder = pretrain("--max_steps", "4")
     assert re.search(r"step 2 skipped: the loss is not finite \(data rows \[\d+", capsys.readouterr().out)
-    values = weights(folder / "pretrain_32.pth")
+    values = load_weights(folder / "pretrain_32.pth")
     assert all(torch.isfinite(tensor).all() for tensor in values.values())
-    assert any(not torch.equal(values[name], tensor) for name, tensor in weights(clean / "pretrain_32.pth").items())
+    assert any(
+        not torch.equal(values[name], tensor) for name, tensor in load_weights(clean / "pretrain_32.pth").items()
+    )
 
 
-def test_five_bad_steps_end_the_run(monkeypatch, pretrain):
-    poison(monkeypatch, set(range(3, 99)))
+def test_five_non_finite_steps_end_the_run(monkeypatch, pretrain):
+    make_losses_nan(monkeypatch, set(range(3, 99)))
     with pytest.raises(UserError, match=r"5 steps in a row; the last batch held data rows \[\d+, \d+, \d+, \d+\]"):
         pretrain("--max_steps", "20")
 
 
-def test_fp16_finds_its_scale_and_learns(pretrain):
-    rows = read_log(pretrain("--dtype", "float16", "--max_steps", "40") / "pretrain_32.jsonl")
+def test_fp16_training_reduces_the_loss(pretrain):
+    rows = read_jsonl(pretrain("--dtype", "float16", "--max_steps", "40") / "pretrain_32.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < losses[0] - 0.5
 
@@ -127,16 +129,16 @@ def test_no_decay_on_norms_and_embeddings():
     [(0, 0.0, "cosine", 1 / 5), (3, 0.0, "cosine", 4 / 5), (4, 0.0, "cosine", 1.0), (9, 0.5, "cosine", 0.55),
      (9, 1.0, "cosine", 0.1), (9, 0.5, "linear", 0.55), (9, 0.25, "linear", 0.775), (9, 2.0, "linear", 0.1)],
 )  # fmt: skip
-def test_the_learning_rate(step, progress, kind, share):
-    assert learning_rate_share(step, progress, 4, kind, 0.1) == pytest.approx(share)
+def test_lr_multiplier_follows_the_schedule(step, progress, kind, share):
+    assert lr_multiplier(step, progress, 4, kind, 0.1) == pytest.approx(share)
 
 
-def test_the_schedule_reaches_every_group():
+def test_schedule_sets_every_parameter_group():
     model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
     muon, adamw = make_optimizers(model, "muon", 1.0, 0.1)
     args = argparse.Namespace(learning_rate=1.0, warmup_iters=0, schedule="linear", final_lr_share=0.0)
     for step, momentum in ((0, 0.7), (500, 0.825), (1000, 0.95), (9999, 0.95)):
-        assert set_schedule(args, [muon, adamw], step, done=0.5) == 0.5
+        assert set_learning_rate(args, [muon, adamw], step, fraction_done=0.5) == 0.5
         assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
         assert [group["lr"] for group in muon.param_groups] == [0.5]
         rates = {
@@ -145,33 +147,33 @@ def test_the_schedule_reaches_every_group():
         }  # embeddings move four times as far
         assert all(group["lr"] == rates.get(group["params"][0], 0.5) for group in adamw.param_groups)
     (plain,) = make_optimizers(model, "adamw", 1.0, 0.1)
-    set_schedule(args, [plain], 0, done=0.5)
+    set_learning_rate(args, [plain], 0, fraction_done=0.5)
     assert {group["lr"] for group in plain.param_groups} == {0.5}
 
 
-def test_activation_checkpointing_changes_nothing(pretrain):
+def test_activation_checkpointing_gives_the_same_weights(pretrain):
     plain, recomputed = (
         pretrain("--dtype", "float32"),
         pretrain("--dtype", "float32", "--checkpoint_activations", out="re"),
     )
-    ours, theirs = weights(plain / "pretrain_32.pth"), weights(recomputed / "pretrain_32.pth")
+    ours, theirs = load_weights(plain / "pretrain_32.pth"), load_weights(recomputed / "pretrain_32.pth")
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
-def test_worker_processes_change_nothing(pretrain):
+def test_data_workers_give_the_same_weights(pretrain):
     ours, theirs = (
-        weights(pretrain("--dtype", "float32", "--num_workers", str(n), out=f"w{n}") / "pretrain_32.pth")
+        load_weights(pretrain("--dtype", "float32", "--num_workers", str(n), out=f"w{n}") / "pretrain_32.pth")
         for n in (0, 2)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_moe_trains_and_logs_its_balance(pretrain):
-    rows = read_log(pretrain("--use_moe", "--n_routed_experts", "4") / "pretrain_32_moe.jsonl")
-    assert all(0.009 < row["balance_loss"] < 0.04 for row in rows if "loss" in row), "coefficient 0.01 times 1 to 4"
+def test_moe_trains_and_logs_aux_loss(pretrain):
+    rows = read_jsonl(pretrain("--use_moe", "--n_routed_experts", "4") / "pretrain_32_moe.jsonl")
+    assert all(0.009 < row["aux_loss"] < 0.04 for row in rows if "loss" in row), "coefficient 0.01 times 1 to 4"
 
 
-def test_wandb_gets_the_rows_and_its_failure_stops_nothing(monkeypatch, pretrain, capsys):
+def test_wandb_failure_does_not_stop_training(monkeypatch, pretrain, capsys):
     sent = []
 
     class FakeRun:
@@ -190,7 +192,7 @@ def test_wandb_gets_the_rows_and_its_failure_stops_nothing(monkeypatch, pretrain
     assert (folder / "pretrain_32.pth").exists()
 
 
-def test_wandb_offline_for_real(monkeypatch, pretrain, tmp_path):
+def test_wandb_writes_an_offline_run(monkeypatch, pretrain, tmp_path):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -199,20 +201,20 @@ def test_wandb_offline_for_real(monkeypatch, pretrain, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_without_wandb_one_line_names_the_command(monkeypatch, pretrain):
+def test_missing_wandb_names_the_install_command(monkeypatch, pretrain):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         pretrain("--use_wandb")
 
 
 @pytest.mark.slow
-def test_compiled_equals_plain(pretrain):
+def test_compiled_model_trains_to_equal_losses(pretrain):
     plain, compiled = pretrain("--dtype", "float32"), pretrain("--dtype", "float32", "--compile", out="compiled")
-    ours, theirs = weights(plain / "pretrain_32.pth"), weights(compiled / "pretrain_32.pth")
+    ours, theirs = load_weights(plain / "pretrain_32.pth"), load_weights(compiled / "pretrain_32.pth")
     assert ours.keys() == theirs.keys(), "the names are the raw model's"
     # Compiled sums round differently, and an optimizer that looks at signs makes much of little: losses are compared.
     losses = [
-        [row["loss"] for row in read_log(out / "pretrain_32.jsonl") if "loss" in row] for out in (plain, compiled)
+        [row["loss"] for row in read_jsonl(out / "pretrain_32.jsonl") if "loss" in row] for out in (plain, compiled)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -223,11 +225,11 @@ def test_compile_without_a_compiler_is_one_line(monkeypatch, pretrain):
         pretrain("--compile")
 
 
-def test_an_impossible_model_is_one_line(pretrain):
+def test_invalid_model_config_is_one_line(pretrain):
     with pytest.raises(UserError, match="multiple of n_heads"):
         pretrain("--n_heads", "5")
 
 
-def test_the_log_is_json_lines_and_keeps_numbers(pretrain):
+def test_log_is_json_lines_without_nan(pretrain):
     text = (pretrain() / "pretrain_32.jsonl").read_text()
     assert all(isinstance(json.loads(line)["step"], int) for line in text.splitlines()) and "NaN" not in text

@@ -6,34 +6,36 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import loss as loss_module
-from trainer.loss import CHUNK, IGNORE, cross_entropy_sum
+from trainer.loss import IGNORE_INDEX, LOGITS_CHUNK, cross_entropy_sum
 
 
-def problem(tokens, dim=16, vocab=50, ignored=0.3, seed=0):
+def random_problem(tokens, dim=16, vocab=50, ignored=0.3, seed=0):
     random = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2, tokens // 2, dim, generator=random, requires_grad=True)
     weight = torch.randn(vocab, dim, generator=random, requires_grad=True)
     labels = torch.randint(0, vocab, (2, tokens // 2), generator=random)
-    labels[torch.rand(labels.shape, generator=random) < ignored] = IGNORE
+    labels[torch.rand(labels.shape, generator=random) < ignored] = IGNORE_INDEX
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize("tokens", [2, 64, 2 * CHUNK + 6])
-def test_value_and_gradients_equal_the_library(tokens):
-    hidden, weight, labels = problem(tokens)
+@pytest.mark.parametrize("tokens", [2, 64, 2 * LOGITS_CHUNK + 6])
+def test_cross_entropy_and_gradients_equal_torch(tokens):
+    hidden, weight, labels = random_problem(tokens)
     ours, count = cross_entropy_sum(hidden, weight, labels)
     (ours * 0.5).backward()
     mine = hidden.grad.clone(), weight.grad.clone()
     hidden.grad = weight.grad = None
-    theirs = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    theirs = F.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
     (theirs * 0.5).backward()
-    assert count == (labels != IGNORE).sum()
+    assert count == (labels != IGNORE_INDEX).sum()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(mine[0], hidden.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mine[1], weight.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_golden_value():
+def test_cross_entropy_equals_hand_computed_value():
     """Two classes, logits (0, ln 3): p = (1/4, 3/4), so the loss of class 0 is ln 4 and of class 1 ln 4/3."""
     hidden, weight = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[0.0], [torch.log(torch.tensor(3.0))]])
     loss, count = cross_entropy_sum(hidden, weight, torch.tensor([[0, 1]]))
@@ -41,19 +43,19 @@ def test_golden_value():
     assert loss.item() == pytest.approx(1.386294 + 0.287682, abs=1e-5)
 
 
-def test_nothing_trained_gives_zero_and_finite_gradients():
-    hidden, weight, labels = problem(8, ignored=1.1)
+def test_batch_without_targets_gives_zero_and_finite_gradients():
+    hidden, weight, labels = random_problem(8, ignored=1.1)
     loss, count = cross_entropy_sum(hidden, weight, labels)
     loss.backward()
     assert (loss.item(), count) == (0.0, 0)
     assert hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
 
 
-def test_ignored_positions_change_nothing():
-    hidden, weight, labels = problem(64)
+def test_ignored_positions_do_not_change_the_loss():
+    hidden, weight, labels = random_problem(64)
     before, _ = cross_entropy_sum(hidden, weight, labels)
     changed = hidden.detach().clone()
-    changed[labels == IGNORE] = 99.0
+    changed[labels == IGNORE_INDEX] = 99.0
     after, _ = cross_entropy_sum(changed, weight, labels)
     assert before.item() == after.item()
 
@@ -71,9 +73,9 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_logits_never_exist_whole(monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK", 16)
-    hidden, weight, labels = problem(256, dim=4, vocab=300, ignored=0.0)
+def test_logits_are_computed_in_chunks(monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK", 16)
+    hidden, weight, labels = random_problem(256, dim=4, vocab=300, ignored=0.0)
     with LargestTensor() as watch:
         cross_entropy_sum(hidden, weight, labels)[0].backward()
     assert watch.largest <= 16 * 300 < 256 * 300
@@ -92,19 +94,19 @@ class ProductShapes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_products_have_few_shapes():
+def test_matrix_products_have_few_shapes():
     """Any number of trained positions from 1 to 256 makes products of two heights only."""
     with ProductShapes() as watch:
         for trained in range(1, 257, 15):
-            hidden, weight, labels = problem(512, ignored=0.0)
-            labels.view(-1)[trained:] = IGNORE
+            hidden, weight, labels = random_problem(512, ignored=0.0)
+            labels.view(-1)[trained:] = IGNORE_INDEX
             cross_entropy_sum(hidden, weight, labels)[0].backward()
     assert len(watch.shapes) == 2 * 3, watch.shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_under_autocast(dtype):
-    hidden, weight, labels = problem(64)
+def test_loss_follows_autocast_dtype(dtype):
+    hidden, weight, labels = random_problem(64)
     exact, _ = cross_entropy_sum(hidden, weight, labels)
     with torch.autocast("cpu", dtype):
         low, _ = cross_entropy_sum(hidden, weight, labels)

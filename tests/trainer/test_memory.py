@@ -15,40 +15,40 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
-from tests.helpers import EXACT, ROOT, read_log, run_script
-from trainer.config import PARALLEL
+from tests.helpers import EXACT_FLAGS, ROOT, read_jsonl, run_script
+from trainer.config import PARALLEL_MODES
 from trainer.memory import (
-    FORMATS,
     GPUS,
-    count,
+    INFERENCE_FORMATS,
+    count_parameters,
     flops_per_token,
+    implied_utilisation,
     inference_memory,
     saved_bytes,
-    seconds,
-    steps_for,
+    steps_for_tokens,
     training_memory,
-    utilisation_of,
+    training_seconds,
 )
 
 SMALL = ModelConfig(vocab_size=1000, dim=128, n_layers=2, n_heads=4, n_kv_heads=2)
 
 
 # ---- parameters and FLOPs --------------------------------------------------------------------------------------------
-def counted(config: ModelConfig) -> tuple[int, int]:
+def model_parameters(config: ModelConfig) -> tuple[int, int]:
     with torch.device("meta"):
         return Transformer(config).count_parameters()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_has_the_parameters_that_the_plan_says(preset):
+def test_plan_counts_the_parameters_of_every_preset(preset):
     config = ModelConfig(**PRESETS[preset])
-    assert (count(config).total, count(config).active) == counted(config)
+    assert (count_parameters(config).total, count_parameters(config).active) == model_parameters(config)
 
 
-def test_the_published_sizes_are_met():
-    assert count(ModelConfig(**PRESETS["mindllm-1.3b"])).total == pytest.approx(1.3e9, rel=0.02)
-    assert count(ModelConfig(**PRESETS["mindllm-3b"])).total == pytest.approx(3.1e9, rel=0.01)
-    assert count(ModelConfig(**PRESETS["xiangxin-3b"])).total == pytest.approx(2.78e9, rel=0.005)
+def test_presets_have_the_published_sizes():
+    assert count_parameters(ModelConfig(**PRESETS["mindllm-1.3b"])).total == pytest.approx(1.3e9, rel=0.02)
+    assert count_parameters(ModelConfig(**PRESETS["mindllm-3b"])).total == pytest.approx(3.1e9, rel=0.01)
+    assert count_parameters(ModelConfig(**PRESETS["xiangxin-3b"])).total == pytest.approx(2.78e9, rel=0.005)
 
 
 @given(
@@ -65,31 +65,31 @@ def test_the_published_sizes_are_met():
     shared=st.integers(0, 2),
 )
 @settings(max_examples=15, deadline=None)
-def test_parameters_of_any_config(heads, head_dim, group, layers, moe, tie, norm, width, bias, routed, shared):
+def test_parameter_count_equals_the_model(heads, head_dim, group, layers, moe, tie, norm, width, bias, routed, shared):
     config = ModelConfig(
         vocab_size=50, dim=heads * group * head_dim, n_heads=heads * group, n_kv_heads=heads, n_layers=layers,
         use_moe=moe, tie_embeddings=tie, qk_norm=norm, n_routed_experts=routed, n_active_experts=max(1, routed - 1),
         n_shared_experts=shared, head_dim=width, qkv_bias=bias,
     )  # fmt: skip
-    assert (count(config).total, count(config).active) == counted(config)
+    assert (count_parameters(config).total, count_parameters(config).active) == model_parameters(config)
 
 
-def test_flops_by_hand():
+def test_flops_per_token_equal_hand_computed_values():
     config = ModelConfig(vocab_size=100, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16)
     # q 8x8, k and v 8x4 each, o 8x8; gate, up, down 8x16 each; the output layer 100x8 (norms and the look-up are free)
-    assert count(config).multiplied == 64 + 2 * 32 + 64 + 3 * 128 + 800
+    assert count_parameters(config).matmul == 64 + 2 * 32 + 64 + 3 * 128 + 800
     assert flops_per_token(config, seq=10) == 6 * 1376 + 12 * 1 * 8 * 10
     wide = dataclasses.replace(config, head_dim=8)  # two heads of 8: every matrix of the attention is twice as large
     assert flops_per_token(wide, seq=10) == 6 * (1376 + 192) + 12 * 1 * 2 * 8 * 10
 
 
-def test_time_by_hand():
-    assert seconds(989e12 * 0.5 * 8 * 3600, GPUS["h100"], 8, 0.5) == pytest.approx(3600)
-    assert utilisation_of(312e12 * 86_400, GPUS["a800"], 1, 2.0) == pytest.approx(0.5)
+def test_training_seconds_equal_hand_computed_values():
+    assert training_seconds(989e12 * 0.5 * 8 * 3600, GPUS["h100"], 8, 0.5) == pytest.approx(3600)
+    assert implied_utilisation(312e12 * 86_400, GPUS["a800"], 1, 2.0) == pytest.approx(0.5)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
-def kept_by_autograd(config: ModelConfig, rows: int, seq: int, dtype: torch.dtype, recompute: bool = False) -> int:
+def saved_by_autograd(config: ModelConfig, rows: int, seq: int, dtype: torch.dtype, recompute: bool = False) -> int:
     """Bytes of all tensors that a forward pass leaves for its backward pass, each once, parameters left out."""
     model = Transformer(config).train()
     model.activation_checkpointing = recompute
@@ -120,20 +120,20 @@ def kept_by_autograd(config: ModelConfig, rows: int, seq: int, dtype: torch.dtyp
         {"use_moe": True, "n_active_experts": 1},
     ],
 )
-def test_activations_are_what_autograd_keeps(change, dtype):
+def test_saved_bytes_equal_what_autograd_saves(change, dtype):
     rows, seq = 4, 256
     config = dataclasses.replace(SMALL, **{"hidden_dim": 0, "head_dim": 0, **change})
     layers = [dataclasses.replace(config, n_layers=n) for n in (2, 3)]
-    measured = kept_by_autograd(layers[1], rows, seq, dtype) - kept_by_autograd(layers[0], rows, seq, dtype)
+    measured = saved_by_autograd(layers[1], rows, seq, dtype) - saved_by_autograd(layers[0], rows, seq, dtype)
     if dtype == torch.bfloat16:  # autocast's copies of the matrices are counted apart
-        matrices = count(config).layer_matrices // config.n_layers
+        matrices = count_parameters(config).layer_matrices // config.n_layers
         measured -= 2 * matrices
     assert saved_bytes(config, seq, dtype.itemsize, "cpu") * rows * seq == pytest.approx(measured, rel=0.01)
 
 
-def test_recomputing_keeps_only_the_stream():
+def test_recomputation_saves_only_the_residual_stream():
     deep = [dataclasses.replace(SMALL, n_layers=n) for n in (2, 6)]
-    measured = [kept_by_autograd(config, 4, 256, torch.float32, recompute=True) for config in deep]
+    measured = [saved_by_autograd(config, 4, 256, torch.float32, recompute=True) for config in deep]
     assert (measured[1] - measured[0]) / 4 == pytest.approx(4 * 256 * 4 * SMALL.dim, rel=0.01)
 
 
@@ -184,7 +184,7 @@ WIDE = {"vocab_size": 6400, "dim": 768, "n_layers": 4, "n_heads": 8, "n_kv_heads
         ({**DEEP, "n_layers": 3, "use_moe": True}, 4, "muon", True, False),
     ],
 )
-def test_the_plan_agrees_with_a_process(fields, rows, optimizer, bf16, recompute):
+def test_planned_memory_is_within_15_percent_of_a_process(fields, rows, optimizer, bf16, recompute):
     """The most memory of a real process in two steps, beside what it had before the model: within 15 %.
 
     Each tensor is given a mapping of its own, so that what is measured are tensors; the holes that an allocator leaves
@@ -201,18 +201,18 @@ def test_the_plan_agrees_with_a_process(fields, rows, optimizer, bf16, recompute
     assert planned.total == pytest.approx(float(done.stdout), rel=0.15), planned
 
 
-def test_states_are_shared_as_each_strategy_promises():
+def test_states_are_sharded_by_parallel_mode():
     config = ModelConfig(**PRESETS["xiangxin-3b"])
-    of = {p: training_memory(config, 1, 2048, parallel=p, processes=8, optimizer="adamw") for p in PARALLEL}
-    parameters = count(config).total
+    of = {p: training_memory(config, 1, 2048, parallel=p, processes=8, optimizer="adamw") for p in PARALLEL_MODES}
+    parameters = count_parameters(config).total
     assert of["ddp"].optimizer == 8 * parameters and of["zero1"].optimizer == parameters
     assert of["zero1"].gradients == 4 * parameters and of["zero2"].gradients == parameters / 2
     assert of["zero3"].weights < of["zero2"].weights / 4 and of["fsdp"] == of["zero3"]
-    totals = [of[p].total for p in PARALLEL]
+    totals = [of[p].total for p in PARALLEL_MODES]
     assert totals == sorted(totals, reverse=True)
 
 
-def test_mindllms_published_memory():
+def test_memory_agrees_with_mindllm_report():
     """arXiv:2310.15777's figures for 1.3 B parameters, GB. They name no rows: 2 of 1,024 tokens are our assumption, and
     that their bf16 run kept weights and gradients in bf16 (ours keeps both in fp32, and needs half as much again)."""
     config = ModelConfig(**PRESETS["mindllm-1.3b"])
@@ -224,16 +224,16 @@ def test_mindllms_published_memory():
     assert half.total / 1e9 == pytest.approx(20.47, rel=0.25)
 
 
-def test_xiangxins_fourteen_days_need_more_than_the_gpus_give():
+def test_implied_utilisation_of_xiangxin_training():
     """8 A800, 14 days: 150 G tokens would need 89 % of the peak; its card's 20 tokens a parameter need a third."""
     config = ModelConfig(**PRESETS["xiangxin-3b"])
     each = flops_per_token(config, 2048)
-    assert utilisation_of(150e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.89, abs=0.005)
-    assert utilisation_of(20 * 2.78e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.33, abs=0.005)
+    assert implied_utilisation(150e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.89, abs=0.005)
+    assert implied_utilisation(20 * 2.78e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.33, abs=0.005)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def test_a_plan_trains_nothing(monkeypatch, tmp_path, capsys):
+def test_plan_trains_nothing(monkeypatch, tmp_path, capsys):
     flags = ("--preset", "mindllm-1.3b", "--plan", "--gpus", "16", "--gpu", "a100", "--batch_size", "2")
     run_script(monkeypatch, "1-pretrain.py", *flags, "--out_dir", tmp_path, "--data_path", tmp_path)
     said = capsys.readouterr().out
@@ -249,12 +249,12 @@ def test_a_plan_trains_nothing(monkeypatch, tmp_path, capsys):
         (("--tokens_per_param", "1", "--max_steps", "3"), "--tokens_per_param and --max_steps"),
     ],
 )
-def test_impossible_plans_are_one_line(monkeypatch, flags, problem):
+def test_invalid_plan_flags_are_one_line(monkeypatch, flags, problem):
     with pytest.raises(UserError, match=problem):
         run_script(monkeypatch, "1-pretrain.py", *flags)
 
 
-def test_tokens_per_parameter_set_the_length_of_a_run(monkeypatch, tmp_path, pretrain_dir, tokenizer_dir):
+def test_tokens_per_param_sets_the_steps(monkeypatch, tmp_path, pretrain_dir, tokenizer_dir):
     model = ("--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1", "--max_seq_len", "32")
     flags = (
         "--tokens_per_param",
@@ -266,10 +266,10 @@ def test_tokens_per_parameter_set_the_length_of_a_run(monkeypatch, tmp_path, pre
         "--data_path",
         pretrain_dir,
     )
-    run_script(monkeypatch, "1-pretrain.py", *EXACT, *model, *flags, "--out_dir", tmp_path)
+    run_script(monkeypatch, "1-pretrain.py", *EXACT_FLAGS, *model, *flags, "--out_dir", tmp_path)
     checkpoint = torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
-    expected = steps_for(0.05, ModelConfig(**checkpoint["config"]), 4)
-    assert [row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl") if "loss" in row][-1] == expected > 1
+    expected = steps_for_tokens(0.05, ModelConfig(**checkpoint["config"]), 4)
+    assert [row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl") if "loss" in row][-1] == expected > 1
 
 
 # ---- inference -------------------------------------------------------------------------------------------------------
@@ -281,13 +281,13 @@ def table_rows(text: str, head: str) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in rows}
 
 
-def test_the_plan_prints_the_memory_of_inference(monkeypatch, capsys, tmp_path):
+def test_plan_prints_inference_memory(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("COLUMNS", "100")
     flags = ("--preset", "mindllm-1.3b", "--plan", "--out_dir", tmp_path, "--data_path", tmp_path)
     run_script(monkeypatch, "1-pretrain.py", *flags)
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines()[:-1])) <= 100 and "…" not in said and "1,024 tokens each" in said
-    rows, n = table_rows(said, "inference"), count(ModelConfig(**PRESETS["mindllm-1.3b"])).total
+    rows, n = table_rows(said, "inference"), count_parameters(ModelConfig(**PRESETS["mindllm-1.3b"])).total
     cached = 2 * 24 * 2048 * 1024  # keys and values, layers, width, tokens
     for name, weight, number in (("fp32", 4, 4), ("bf16", 2, 2), ("int8", 34 / 32, 2)):
         shown = [float(cell) for cell in rows[name] if cell != "(GGUF)"]
@@ -297,7 +297,7 @@ def test_the_plan_prints_the_memory_of_inference(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--presets", "mindllm-1.3b,mindllm-3b,xiangxin-3b"], ["--preset", "mindllm-3b"]])
-def test_no_number_of_a_plan_is_cut_at_80_columns(monkeypatch, capsys, tmp_path, flags):
+def test_plan_numbers_are_not_cut_at_80_columns(monkeypatch, capsys, tmp_path, flags):
     """80 is what a pipe has and what rich cuts tables to."""
     monkeypatch.setenv("COLUMNS", "80")
     run_script(monkeypatch, "1-pretrain.py", "--plan", *flags, "--out_dir", tmp_path, "--data_path", tmp_path)
@@ -305,28 +305,28 @@ def test_no_number_of_a_plan_is_cut_at_80_columns(monkeypatch, capsys, tmp_path,
     assert "…" not in said and all(len(line) <= 80 or "torchrun" in line for line in said.splitlines())
 
 
-def test_a_cache_is_as_large_as_the_plan_says():
+def test_kv_cache_has_the_planned_size():
     from model.transformer import KVCache
 
     config = ModelConfig(vocab_size=100, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, max_seq_len=32)
     cache = KVCache(config, 8, 32, torch.device("cpu"), torch.bfloat16)
-    weights = 2 * count(config).total
+    weights = 2 * count_parameters(config).total
     assert inference_memory(config, 2, 8 * 32, "cpu") - weights == cache.keys.nbytes + cache.values.nbytes
 
 
-def test_a_gguf_file_is_as_large_as_the_plan_says():
+def test_gguf_file_has_the_planned_size():
     gguf = pytest.importorskip("gguf")
-    from export.gguf_export import gguf_tensors, storage
+    from export.gguf_export import gguf_tensors, storage_type
 
     config = ModelConfig(vocab_size=6400, dim=512, n_layers=3, n_heads=8, n_kv_heads=4)
     tensors = (
-        (tensor.numpy(), storage(gguf, name, tensor, "q8_0")) for name, tensor in gguf_tensors(Transformer(config))
+        (tensor.numpy(), storage_type(gguf, name, tensor, "q8_0")) for name, tensor in gguf_tensors(Transformer(config))
     )
     written = sum(gguf.quants.quantize(numbers, kind).nbytes for numbers, kind in tensors)
-    assert written == pytest.approx(count(config).total * FORMATS["int8 (GGUF)"][0], rel=0.002)
+    assert written == pytest.approx(count_parameters(config).total * INFERENCE_FORMATS["int8 (GGUF)"][0], rel=0.002)
 
 
-def test_presets_are_compared_in_one_table(monkeypatch, capsys):
+def test_presets_are_listed_in_one_table(monkeypatch, capsys):
     """MindLLM's table: sizes against memory, in full and half precision, with the GPU that it takes."""
     monkeypatch.setenv("COLUMNS", "100")
     flags = ("--plan", "--presets", "mindllm-1.3b,xiangxin-3b,small", "--optimizer", "adamw", "--batch_size", "2")
@@ -352,6 +352,6 @@ def test_presets_are_compared_in_one_table(monkeypatch, capsys):
         (("--presets", "small"), "--presets belongs to --plan"),
     ],
 )
-def test_impossible_tables_are_one_line(monkeypatch, flags, problem):
+def test_invalid_preset_lists_are_one_line(monkeypatch, flags, problem):
     with pytest.raises(UserError, match=problem):
         run_script(monkeypatch, "1-pretrain.py", *flags)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.dataset_meta import write_meta
-from corpus.mixing import groups_of, left_out, parse_mix
+from corpus.mixing import mix_components, parse_mix, unused_tokens
 from tests.helpers import write_shards
-from trainer.mixing import ROUND, Interleave, MixPlan, Mixture, apportion, read_recipe
-from trainer.shuffle import Shuffle
+from trainer.mixing import ROUND_ROWS, ComponentOrder, MixedDataset, MixSampler, largest_remainder, read_mix_schedule
+from trainer.shuffle import FeistelPermutation
 
 SHARDS = [
     {"language": "zh", "source": "law", "tokens": 600},
@@ -22,27 +22,27 @@ SHARDS = [
 ]
 
 
-def shares(text, temperature=1.0):
-    return {group.name: group.share for group in groups_of(SHARDS, parse_mix(text), temperature)}
+def mix_weights(text, temperature=1.0):
+    return {group.name: group.weight for group in mix_components(SHARDS, parse_mix(text), temperature)}
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
-def test_shares_passes_and_sizes():
-    assert shares("zh=0.25,en=0.75") == {"zh": 0.25, "en": 0.75} == shares("zh=1,en=3")
-    assert shares("zh=1x,en=9x") == {"zh": 0.5, "en": 0.5}
-    assert shares("language") == {"en": 0.1, "zh": 0.9}
-    assert shares("source") == {"law": 0.7, "tale": 0.3}
-    assert shares("law=1") == {"law": 1.0}
-    groups = groups_of(SHARDS, parse_mix("tale=1"))
-    assert groups[0].tokens == 300 and left_out(SHARDS, groups) == {"zh/law": 600, "en/law": 100}
+def test_mix_spec_gives_weights_passes_and_sizes():
+    assert mix_weights("zh=0.25,en=0.75") == {"zh": 0.25, "en": 0.75} == mix_weights("zh=1,en=3")
+    assert mix_weights("zh=1x,en=9x") == {"zh": 0.5, "en": 0.5}
+    assert mix_weights("language") == {"en": 0.1, "zh": 0.9}
+    assert mix_weights("source") == {"law": 0.7, "tale": 0.3}
+    assert mix_weights("law=1") == {"law": 1.0}
+    groups = mix_components(SHARDS, parse_mix("tale=1"))
+    assert groups[0].tokens == 300 and unused_tokens(SHARDS, groups) == {"zh/law": 600, "en/law": 100}
 
 
-def test_temperature_evens_out():
+def test_temperature_flattens_weights():
     """Sizes 9 : 1 become 3 : 1 at T = 2, and even in the end."""
-    assert shares("language", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
-    assert shares("language", 1e6) == pytest.approx({"zh": 0.5, "en": 0.5}, abs=1e-4)
-    assert shares("zh=0.9,en=0.1", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
-    assert shares("language", 0.5) == pytest.approx({"zh": 81 / 82, "en": 1 / 82})
+    assert mix_weights("language", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
+    assert mix_weights("language", 1e6) == pytest.approx({"zh": 0.5, "en": 0.5}, abs=1e-4)
+    assert mix_weights("zh=0.9,en=0.1", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
+    assert mix_weights("language", 0.5) == pytest.approx({"zh": 81 / 82, "en": 1 / 82})
 
 
 @pytest.mark.parametrize(
@@ -61,70 +61,71 @@ def test_temperature_evens_out():
         ("zh=1,en=0.00001", "share of en is below"),
     ],
 )
-def test_a_mixture_that_cannot_be_is_one_line(text, says):
+def test_invalid_mix_is_one_line(text, says):
     with pytest.raises(UserError, match=says):
-        groups_of(SHARDS, parse_mix(text))
+        mix_components(SHARDS, parse_mix(text))
 
 
-def test_data_without_labels_says_what_to_do():
+def test_mix_of_unlabelled_data_names_the_command():
     with pytest.raises(UserError, match=r"run `python data_process.py pretrain"):
-        groups_of([{"file": "train_000", "tokens": 9}], parse_mix("zh=1"))
+        mix_components([{"file": "train_000", "tokens": 9}], parse_mix("zh=1"))
     unlabelled = [{"language": "zh", "source": "", "tokens": 9}]
     with pytest.raises(UserError, match="--source_key labels them"):
-        groups_of(unlabelled, parse_mix("source"))
+        mix_components(unlabelled, parse_mix("source"))
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="above 0"):
-            groups_of(SHARDS, parse_mix("language"), temperature)
+            mix_components(SHARDS, parse_mix("language"), temperature)
 
 
 # ---- the order -------------------------------------------------------------------------------------------------------
 @settings(deadline=None, max_examples=150)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
-def test_a_shuffle_is_a_permutation_that_can_be_asked_anywhere(n, seed, epoch):
-    order = Shuffle(n, seed, epoch)
+def test_permutation_has_random_access(n, seed, epoch):
+    order = FeistelPermutation(n, seed, epoch)
     rows = order(np.arange(n))
     assert sorted(rows.tolist()) == list(range(n))
     assert order(np.array([n - 1, 0])).tolist() == [rows[-1], rows[0]]
 
 
-def test_shuffles_are_even():
+def test_permutations_are_uniform():
     """Over many seeds every row comes to every place about equally often, and neighbours do not stay together."""
     for n in (3, 5, 16):
         seen = np.zeros((n, n))
         for seed in range(2000):
-            seen[np.arange(n), Shuffle(n, seed)(np.arange(n))] += 1
+            seen[np.arange(n), FeistelPermutation(n, seed)(np.arange(n))] += 1
         assert abs(seen - 2000 / n).max() < 5 * np.sqrt(2000 / n)
-    rows = Shuffle(100_003, 42, 0)(np.arange(100_003))
+    rows = FeistelPermutation(100_003, 42, 0)(np.arange(100_003))
     assert (
         abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.02 and abs(np.corrcoef(rows, np.arange(len(rows)))[0, 1]) < 0.02
     )
-    assert (rows != Shuffle(100_003, 42, 1)(np.arange(100_003))).mean() > 0.99
+    assert (rows != FeistelPermutation(100_003, 42, 1)(np.arange(100_003))).mean() > 0.99
 
 
 @settings(deadline=None, max_examples=40)
 @given(
     weights=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=6),
-    first=st.integers(0, 3 * ROUND),
+    first=st.integers(0, 3 * ROUND_ROWS),
     count=st.integers(1, 500),
 )
-def test_every_stretch_of_rows_has_its_shares(weights, first, count):
+def test_every_range_of_rows_follows_the_weights(weights, first, count):
     fair = [weight / sum(weights) for weight in weights]
-    order = Interleave(fair, 1)
+    order = ComponentOrder(fair, 1)
     groups = order.groups(first, count)
     assert len(groups) == count
     before, after = order.counts(first), order.counts(first + count)
     assert (after - before).tolist() == np.bincount(groups, minlength=len(fair)).tolist()
     assert after.sum() == first + count
     assert all(
-        abs(n - share * (first + count)) < 3 + (first + count) / ROUND for n, share in zip(after, fair, strict=True)
+        abs(n - share * (first + count)) < 3 + (first + count) / ROUND_ROWS
+        for n, share in zip(after, fair, strict=True)
     )
 
 
 @given(st.lists(st.floats(0.0001, 1.0), min_size=1, max_size=30), st.integers(100, 20_000))
-def test_quotas_add_up(weights, rows):
-    quotas = apportion(weights, rows)
+def test_quotas_sum_to_the_rows(weights, rows):
+    quotas = largest_remainder(weights, rows)
     assert quotas.sum() == rows and quotas.min() >= 1
-    assert apportion([0.25, 0.75], 10_000).tolist() == [2500, 7500]
+    assert largest_remainder([0.25, 0.75], 10_000).tolist() == [2500, 7500]
 
 
 # ---- the plan of a run -----------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def folder(tokenizer, tmp_path):
     return path
 
 
-def plan_of(folder, mix, stage2=None, at=0.0, steps=50, batch=4, temperature=1.0):
+def make_mix_sampler(folder, mix, stage2=None, at=0.0, steps=50, batch=4, temperature=1.0):
     args = argparse.Namespace(
         data_path=str(folder),
         mix=mix and parse_mix(mix),
@@ -154,41 +155,47 @@ def plan_of(folder, mix, stage2=None, at=0.0, steps=50, batch=4, temperature=1.0
         max_steps=steps,
         epochs=1,
     )
-    return MixPlan(Mixture(str(folder), read_recipe(args), 8), batch, 42, steps, 1)
+    return MixSampler(MixedDataset(str(folder), read_mix_schedule(args), 8), batch, 42, steps, 1)
 
 
-def test_rows_come_in_their_shares_and_every_pass_holds_each_once(folder):
-    plan = plan_of(folder, "zh=0.25,en=0.75", steps=100)
-    rows = np.concatenate([plan.rows(step) for step in range(100)])
+def test_mix_follows_weights_and_each_pass_holds_each_row_once(folder):
+    sampler = make_mix_sampler(folder, "zh=0.25,en=0.75", steps=100)
+    rows = np.concatenate([sampler.row_ids(step) for step in range(100)])
     chinese, english = rows[rows < 40], rows[rows >= 40] - 40
     assert abs(len(chinese) - 100) <= 2 and len(chinese) + len(english) == 400
-    assert plan.rows_of(100) == {"zh": len(chinese), "en": len(english)}
+    assert sampler.rows_consumed(100) == {"zh": len(chinese), "en": len(english)}
     for size, own in ((40, chinese), (10, english)):
         for start in range(0, len(own) - size + 1, size):
             assert sorted(own[start : start + size].tolist()) == list(range(size)), "one pass, every row once"
-    batch = plan.data.batch(np.array([0, 39, 40, 49]))
-    assert batch["input_ids"][:, 0].tolist() == [1, 1, 2, 2] and batch["rows"].tolist() == [0, 39, 40, 49]
+    batch = sampler.data.batch(np.array([0, 39, 40, 49]))
+    assert batch["input_ids"][:, 0].tolist() == [1, 1, 2, 2] and batch["row_ids"].tolist() == [0, 39, 40, 49]
 
 
-def test_any_step_can_be_asked_alone_also_across_the_switch(folder):
-    plan = plan_of(folder, "zh=0.2,en=0.8", "zh=1", 0.5)
-    whole = [plan.rows(step).tolist() for step in range(50)]
+def test_mix_sampler_has_random_access_across_the_switch(folder):
+    sampler = make_mix_sampler(folder, "zh=0.2,en=0.8", "zh=1", 0.5)
+    whole = [sampler.row_ids(step).tolist() for step in range(50)]
     for step in (49, 0, 25, 24, 26):
-        assert plan_of(folder, "zh=0.2,en=0.8", "zh=1", 0.5).rows(step).tolist() == whole[step]
+        assert make_mix_sampler(folder, "zh=0.2,en=0.8", "zh=1", 0.5).row_ids(step).tolist() == whole[step]
     assert all(row < 40 for rows in whole[25:] for row in rows), "stage 2 is Chinese alone"
     assert any(row >= 40 for row in whole[24])
     chinese = [row for rows in whole for row in rows if row < 40]
     assert sorted(chinese[:40]) == list(range(40)), "stage 2 goes on where stage 1 left the pass"
-    assert plan.news(25) == "stage 2 begins at step 26: zh 100.0%" and not plan.news(24) and not plan.news(26)
-    assert plan.facts(25)["mix"]["stage"] == 1 and plan.facts(26)["mix"]["stage"] == 2
-    tokens = plan.facts(50)["mix"]["tokens"]
+    assert (
+        sampler.notice_before(25) == "stage 2 begins at step 26: zh 100.0%"
+        and not sampler.notice_before(24)
+        and not sampler.notice_before(26)
+    )
+    assert sampler.step_metrics(25)["mix"]["stage"] == 1 and sampler.step_metrics(26)["mix"]["stage"] == 2
+    tokens = sampler.step_metrics(50)["mix"]["tokens"]
     assert tokens == {"zh": 8 * len(chinese), "en": 8 * (200 - len(chinese))}
 
 
-def test_the_length_of_an_epoch(folder):
-    assert plan_of(folder, "zh=0.5,en=0.5", steps=0).total_steps == 13  # all 50 rows' worth
-    assert plan_of(folder, "zh=1x,en=4x", steps=0).total_steps == 20  # 40 + 4 * 10 rows
-    assert "en" in (table := plan_of(folder, "zh=1x,en=5x", steps=0).about()) and "many: repeated text" in table
+def test_epoch_length_of_a_mix(folder):
+    assert make_mix_sampler(folder, "zh=0.5,en=0.5", steps=0).total_steps == 13  # all 50 rows' worth
+    assert make_mix_sampler(folder, "zh=1x,en=4x", steps=0).total_steps == 20  # 40 + 4 * 10 rows
+    assert (
+        "en" in (table := make_mix_sampler(folder, "zh=1x,en=5x", steps=0).summary()) and "many: repeated text" in table
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,6 +209,6 @@ def test_the_length_of_an_epoch(folder):
         (("zh=1", "en=1", 0.001), "not inside the run"),
     ],
 )
-def test_stages_that_cannot_be_are_one_line(folder, arguments, says):
+def test_invalid_mix_stages_are_one_line(folder, arguments, says):
     with pytest.raises(UserError, match=says):
-        plan_of(folder, *arguments)
+        make_mix_sampler(folder, *arguments)

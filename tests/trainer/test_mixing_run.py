@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.helpers import EXACT, TINY_MODEL, read_log, run_script, weights
+from tests.helpers import EXACT_FLAGS, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script
 from tests.trainer.test_resume import stop_after
 
 STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_at", "0.6"]
@@ -15,21 +15,21 @@ STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_a
 @pytest.fixture(scope="module")
 def mixed_dir(tokenizer, tmp_path_factory):
     """60 rows or so of each language, as data_process.py pretrain writes them."""
-    from corpus.prepare_text import pack_texts
-    from corpus.stats import DataReport
+    from corpus.prepare_text import prepare_text_data
+    from corpus.stats import DataStats
 
     folder = tmp_path_factory.mktemp("mixed")
     texts = [f"第{i}天太阳出来了" for i in range(80)] + [f"on day {i} the sun came up" for i in range(80)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    pack_texts([folder / "a.jsonl"], tokenizer, folder / "pretrain", 0.05, DataReport(), lambda: None)
+    prepare_text_data([folder / "a.jsonl"], tokenizer, folder / "pretrain", 0.05, DataStats(), lambda: None)
     return folder / "pretrain"
 
 
 @pytest.fixture
 def pretrain(monkeypatch, mixed_dir, tokenizer_dir, tmp_path):
     def run(name, *flags):
-        common = [*TINY_MODEL, *EXACT, "--max_steps", 20, "--batch_size", 4, "--data_path", mixed_dir]
+        common = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--max_steps", 20, "--batch_size", 4, "--data_path", mixed_dir]
         out = tmp_path / name
         run_script(monkeypatch, "1-pretrain.py", *common, "--tokenizer", tokenizer_dir, "--out_dir", out, *flags)
         return out
@@ -37,11 +37,11 @@ def pretrain(monkeypatch, mixed_dir, tokenizer_dir, tmp_path):
     return run
 
 
-def test_the_switch_is_told_and_exact_under_resume(monkeypatch, pretrain, capsys):
+def test_mix_switch_is_printed_and_exact_under_resume(monkeypatch, pretrain, capsys):
     whole = pretrain("whole", *STAGES)
     said = capsys.readouterr().out
     assert "stage 2 begins at step 13 of 20" in said and "stage 2 begins at step 13: zh 90.0%, en 10.0%" in said
-    rows = [row for row in read_log(whole / "pretrain_32.jsonl") if "mix" in row]
+    rows = [row for row in read_jsonl(whole / "pretrain_32.jsonl") if "mix" in row]
     assert [row["mix"]["stage"] for row in rows] == [1] * 12 + [2] * 8
     tokens = [row["mix"]["tokens"] for row in rows]
     assert sum(tokens[-1].values()) == 20 * 4 * 32
@@ -56,11 +56,11 @@ def test_the_switch_is_told_and_exact_under_resume(monkeypatch, pretrain, capsys
             out = pretrain(f"killed{killed_at}", *STAGES)
         assert (out / "pretrain_32.resume").exists()
         pretrain(f"killed{killed_at}", *STAGES)
-        for name, tensor in weights(whole / "pretrain_32.pth").items():
-            assert torch.equal(tensor, weights(out / "pretrain_32.pth")[name]), (killed_at, name)
+        for name, tensor in load_weights(whole / "pretrain_32.pth").items():
+            assert torch.equal(tensor, load_weights(out / "pretrain_32.pth")[name]), (killed_at, name)
 
 
-def test_a_run_does_not_go_on_with_another_mixture(monkeypatch, pretrain):
+def test_run_does_not_resume_with_another_mix(monkeypatch, pretrain):
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         pretrain("out", *STAGES)
@@ -69,21 +69,21 @@ def test_a_run_does_not_go_on_with_another_mixture(monkeypatch, pretrain):
             pretrain("out", *flags)
 
 
-def test_two_processes_see_the_rows_of_one(pretrain, mixed_dir):
+def test_two_processes_train_the_rows_of_one(pretrain, mixed_dir):
     from corpus.dataset_meta import read_meta
-    from corpus.mixing import groups_of, parse_mix
-    from trainer.mixing import MixPlan, Mixture, Recipe
-    from trainer.sampler import StepBatches
+    from corpus.mixing import mix_components, parse_mix
+    from trainer.mixing import MixedDataset, MixSampler, MixSchedule
+    from trainer.sampler import MicroBatches
 
     shards = read_meta(mixed_dir)["splits"]["train"]["shards"]
-    data = Mixture(str(mixed_dir), Recipe([groups_of(shards, parse_mix("zh=0.25,en=0.75"))]), 32)
-    plan = MixPlan(data, 8, 42, 30, 1)
+    data = MixedDataset(str(mixed_dir), MixSchedule([mix_components(shards, parse_mix("zh=0.25,en=0.75"))]), 32)
+    sampler = MixSampler(data, 8, 42, 30, 1)
     for step in (0, 7, 29):
-        one = [row for batch in StepBatches(data, plan, 8, 0, 1)[step] for row in batch["rows"].tolist()]
+        one = [row for batch in MicroBatches(data, sampler, 8, 0, 1)[step] for row in batch["row_ids"].tolist()]
         both = [
             row
             for rank in (0, 1)
-            for batch in StepBatches(data, plan, 2, rank, 2)[step]
-            for row in batch["rows"].tolist()
+            for batch in MicroBatches(data, sampler, 2, rank, 2)[step]
+            for row in batch["row_ids"].tolist()
         ]
         assert sorted(one) == sorted(both)

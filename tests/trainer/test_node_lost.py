@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from tests.helpers import ROOT, TINY_MODEL, read_log
+from tests.helpers import ROOT, TINY_MODEL_FLAGS, read_jsonl
 
-FLAGS = [*TINY_MODEL, "--device", "cpu", "--dtype", "float32", "--log_interval", "1", "--optimizer", "adamw"]
+FLAGS = [*TINY_MODEL_FLAGS, "--device", "cpu", "--dtype", "float32", "--log_interval", "1", "--optimizer", "adamw"]
 FLAGS += ["--batch_size", "2", "--epochs", "40", "--eval_interval", "10000", "--save_interval", "20"]
 
 
-def agent(node, port, arguments):
+def start_agent(node, port, arguments):
     """One machine: an agent of its own that meets the other one at a port, and starts one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "lost"]
@@ -28,33 +28,33 @@ def agent(node, port, arguments):
     )
 
 
-def children(pid):
+def child_pids(pid):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     return [int(line) for line in found.stdout.split()]
 
 
 def last_step(out):
     log = out / "pretrain_32.jsonl"
-    return max((row["step"] for row in read_log(log)), default=0) if log.exists() else 0
+    return max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_machine_is_lost_and_comes_back(mode, pretrain_dir, tokenizer_dir, tmp_path):
+def test_run_resumes_after_a_node_is_lost(mode, pretrain_dir, tokenizer_dir, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     out = tmp_path / "out"
     arguments = [*FLAGS, "--parallel", mode, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir]
     arguments += ["--out_dir", out]
-    agents = [agent(node, port, arguments) for node in (0, 1)]
+    agents = [start_agent(node, port, arguments) for node in (0, 1)]
     try:
-        wait_for(lambda: last_step(out) > 45, agents)
+        wait_until(lambda: last_step(out) > 45, agents)
         lost = agents[1]  # the one that is not the meeting point
-        for pid in [lost.pid, *children(lost.pid)]:
+        for pid in [lost.pid, *child_pids(lost.pid)]:
             os.kill(pid, signal.SIGKILL)
         lost.wait()
-        agents[1] = agent(1, port, arguments)  # the machine is there again, the same command
+        agents[1] = start_agent(1, port, arguments)  # the machine is there again, the same command
         for process in agents:
             assert process.wait(timeout=200) == 0, (tmp_path / "agent0.txt").read_text()[-3000:]
     finally:
@@ -63,11 +63,11 @@ def test_a_machine_is_lost_and_comes_back(mode, pretrain_dir, tokenizer_dir, tmp
                 os.killpg(process.pid, signal.SIGKILL)
     said = "".join((tmp_path / f"agent{node}.txt").read_text() for node in (0, 1))
     assert "going on after step" in said
-    steps = [row["step"] for row in read_log(out / "pretrain_32.jsonl") if "loss" in row]
+    steps = [row["step"] for row in read_jsonl(out / "pretrain_32.jsonl") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) == 40 * 15, "every step once"
 
 
-def wait_for(true, agents):
+def wait_until(true, agents):
     deadline = time.monotonic() + 150
     while not true():
         assert all(process.poll() is None for process in agents)

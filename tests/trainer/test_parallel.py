@@ -8,41 +8,43 @@ import pytest
 import torch
 
 from common.errors import UserError
-from tests.helpers import ROOT, TINY_MODEL, read_log, run_process, run_script, weights
+from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_process, run_script
 
 MODES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARED = MODES[1:]
-EXACT = ["--device", "cpu", "--log_interval", "1", "--eval_interval", "4", "--batch_size", "2"]
+EXACT_FLAGS = ["--device", "cpu", "--log_interval", "1", "--eval_interval", "4", "--batch_size", "2"]
 # The clip is far below the norms; 59 rows = 7 steps of 8 and a last one of 3, which leaves one process without rows.
-COMMON = [*EXACT, "--accumulation_steps", "2", "--grad_clip", "0.3", "--max_steps", "9", "--optimizer", "adamw"]
+COMMON = [*EXACT_FLAGS, "--accumulation_steps", "2", "--grad_clip", "0.3", "--max_steps", "9", "--optimizer", "adamw"]
 COMMON += ["--warmup_iters", "3"]
 MODELS = {
-    "dense": [*TINY_MODEL],
+    "dense": [*TINY_MODEL_FLAGS],
     # 16 tokens a micro-batch visit one of 8 experts each: in most of them some expert has none.
-    "moe": [*TINY_MODEL, "--max_seq_len", "8", "--use_moe", "--n_routed_experts", "8", "--n_active_experts", "1"],
+    "moe": [*TINY_MODEL_FLAGS, "--max_seq_len", "8", "--use_moe", "--n_routed_experts", "8", "--n_active_experts", "1"],
 }
 UNTIED = ["--tie_embeddings", "false", "--qk_norm", "true"]
-NEEDS = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
-def job(out, mode, *flags, **more):
+def training_job(out, mode, *flags, **more):
     return {"out": str(out), "flags": [*flags, "--parallel", mode], **more}
 
 
 @pytest.fixture(scope="module")
-def trained(tokenizer_dir, pretrain_dir, tmp_path_factory):
+def job_outputs(tokenizer_dir, pretrain_dir, tmp_path_factory):
     """All jobs of this file, trained by one pair of processes."""
     root = tmp_path_factory.mktemp("parallel")
     pairs = [(name, mode) for name in MODELS for mode in MODES]
-    jobs = [job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name], double=True) for name, mode in pairs]
+    jobs = [training_job(root / f"{name}-{mode}", mode, *COMMON, *MODELS[name], double=True) for name, mode in pairs]
     for mode in ("ddp", "zero3"):
-        jobs.append(job(root / f"bf16-{mode}", mode, *COMMON, *MODELS["dense"], *UNTIED, "--dtype", "bfloat16"))
+        jobs.append(
+            training_job(root / f"bf16-{mode}", mode, *COMMON, *MODELS["dense"], *UNTIED, "--dtype", "bfloat16")
+        )
     for mode in ("ddp", "fsdp"):
-        jobs.append(job(root / f"muon-{mode}", mode, *COMMON, *MODELS["dense"], "--optimizer", "muon"))
+        jobs.append(training_job(root / f"muon-{mode}", mode, *COMMON, *MODELS["dense"], "--optimizer", "muon"))
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
-    jobs.append(job(root / "whole", "ddp", *long))
+    jobs.append(training_job(root / "whole", "ddp", *long))
     stops = (("zero1", 1), ("fsdp", 3), ("zero3", 5), ("ddp", 7), ("zero2", 9))
-    jobs += [job(root / "parts", mode, *long, stop=stop) for mode, stop in stops]
+    jobs += [training_job(root / "parts", mode, *long, stop=stop) for mode, stop in stops]
     plan = {"jobs": jobs, "data": str(pretrain_dir), "tokenizer": str(tokenizer_dir)}
     (root / "jobs.json").write_text(json.dumps(plan))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -51,12 +53,12 @@ def trained(tokenizer_dir, pretrain_dir, tmp_path_factory):
     return root, result.stdout
 
 
-def rows(folder):
+def log_rows(folder):
     (log,) = folder.glob("*.jsonl")
-    return read_log(log)
+    return read_jsonl(log)
 
 
-def file(folder):
+def checkpoint_file(folder):
     (path,) = folder.glob("*.pth")
     return path
 
@@ -72,54 +74,56 @@ def assert_same_losses(ours, theirs, rel):
             assert value == pytest.approx(their["val_loss"][split], rel=rel)
 
 
-@NEEDS
+@NEEDS_DEEPSPEED
 @pytest.mark.parametrize("mode", SHARED)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_losses_are_those_of_ddp(trained, name, mode):
+def test_losses_and_weights_equal_ddp(job_outputs, name, mode):
     """With accumulation, clipping, a short last step, validation; in the MoE some expert of a process has no token.
 
     In float64: in float32 AdamW divides gradients near 0 by their own size, which makes much of a rounding.
     """
-    whole, shared = trained[0] / f"{name}-ddp", trained[0] / f"{name}-{mode}"
-    assert_same_losses(rows(shared), rows(whole), rel=1e-7)
-    norms = [row["grad_norm"] for row in rows(whole) if "grad_norm" in row]
+    whole, shared = job_outputs[0] / f"{name}-ddp", job_outputs[0] / f"{name}-{mode}"
+    assert_same_losses(log_rows(shared), log_rows(whole), rel=1e-7)
+    norms = [row["grad_norm"] for row in log_rows(whole) if "grad_norm" in row]
     assert min(norms) > 0.3, "so that clipping matters"
-    ours, theirs = weights(file(shared)), weights(file(whole))
+    ours, theirs = load_weights(checkpoint_file(shared)), load_weights(checkpoint_file(whole))
     assert ours.keys() == theirs.keys()
     for tensor in ours:
         torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-5, atol=1e-6)
 
 
-@NEEDS
-def test_bf16_with_an_output_layer_of_its_own(trained):
-    assert_same_losses(rows(trained[0] / "bf16-zero3"), rows(trained[0] / "bf16-ddp"), rel=3e-3)
-    assert {tensor.dtype for tensor in weights(file(trained[0] / "bf16-zero3")).values()} == {torch.float32}
+@NEEDS_DEEPSPEED
+def test_zero3_equals_ddp_in_bf16_with_untied_output(job_outputs):
+    assert_same_losses(log_rows(job_outputs[0] / "bf16-zero3"), log_rows(job_outputs[0] / "bf16-ddp"), rel=3e-3)
+    assert {tensor.dtype for tensor in load_weights(checkpoint_file(job_outputs[0] / "bf16-zero3")).values()} == {
+        torch.float32
+    }
 
 
-@NEEDS
-def test_muon_turns_whole_matrices_that_are_kept_in_pieces(trained):
+@NEEDS_DEEPSPEED
+def test_sharded_muon_equals_ddp(job_outputs):
     """Rounded to bf16 inside, so compared a little more loosely; a Muon on pieces is far off."""
-    assert_same_losses(rows(trained[0] / "muon-fsdp"), rows(trained[0] / "muon-ddp"), rel=3e-3)
+    assert_same_losses(log_rows(job_outputs[0] / "muon-fsdp"), log_rows(job_outputs[0] / "muon-ddp"), rel=3e-3)
 
 
-@NEEDS
-def test_the_file_is_the_same_plain_file(trained):
+@NEEDS_DEEPSPEED
+def test_every_parallel_mode_writes_the_same_checkpoint(job_outputs):
     from model.checkpoint import load_model
 
     for mode in MODES:
-        checkpoint = torch.load(file(trained[0] / f"dense-{mode}"), weights_only=True)
+        checkpoint = torch.load(checkpoint_file(job_outputs[0] / f"dense-{mode}"), weights_only=True)
         assert checkpoint.keys() == {"format", "stage", "config", "tokenizer", "model", "lineage"}
         assert {type(tensor) for tensor in checkpoint["model"].values()} == {torch.Tensor}
         assert checkpoint["lineage"][-1]["steps"] == 9
-        load_model(file(trained[0] / f"dense-{mode}"))
+        load_model(checkpoint_file(job_outputs[0] / f"dense-{mode}"))
 
 
-@NEEDS
-def test_a_run_goes_on_under_another_parallel_and_in_one_process(
-    monkeypatch, trained, pretrain_dir, tokenizer_dir, capsys
+@NEEDS_DEEPSPEED
+def test_run_resumes_under_another_parallel_mode_and_in_one_process(
+    monkeypatch, job_outputs, pretrain_dir, tokenizer_dir, capsys
 ):
     """Two steps each by zero1, fsdp, zero3, ddp, zero2 in two processes, the rest by one: as if never stopped."""
-    root, out = trained
+    root, out = job_outputs
     assert [f"going on after step {step} " in out for step in (2, 4, 6, 8)] == [True] * 4
     (folder,) = (root / "parts" / "pretrain_32.resume").iterdir()
     assert folder.name == "step_000000010" and (folder / "rank_00001.json").exists(), "the older ones are gone"
@@ -128,7 +132,7 @@ def test_a_run_goes_on_under_another_parallel_and_in_one_process(
     run_script(monkeypatch, "1-pretrain.py", *long, *paths)
     assert "going on after step 10" in capsys.readouterr().out
     losses = [
-        [(row["step"], row["tokens"], row["loss"]) for row in rows(root / name) if "loss" in row]
+        [(row["step"], row["tokens"], row["loss"]) for row in log_rows(root / name) if "loss" in row]
         for name in ("parts", "whole")
     ]
     assert [row[:2] for row in losses[0]] == [row[:2] for row in losses[1]]
@@ -136,11 +140,11 @@ def test_a_run_goes_on_under_another_parallel_and_in_one_process(
     assert not (root / "parts" / "pretrain_32.resume").exists()
 
 
-def refused(monkeypatch, *flags):
+def run_pretrain(monkeypatch, *flags):
     run_script(monkeypatch, "1-pretrain.py", "--data_path", "nowhere", *flags)
 
 
-def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
+def test_unsupported_parallel_flags_are_one_line(monkeypatch):
     adamw = ["--optimizer", "adamw"]
     for flags, said in (
         (["--parallel", "zero2"], "add --optimizer adamw, or take --parallel fsdp"),
@@ -148,30 +152,30 @@ def test_what_cannot_be_is_refused_in_one_line(monkeypatch):
         (["--parallel", "zero3", *adamw, "--dtype", "float16"], "bfloat16 or float32"),
     ):
         with pytest.raises(UserError, match=said):
-            refused(monkeypatch, *flags)
+            run_pretrain(monkeypatch, *flags)
 
 
-def test_without_deepspeed_one_line_names_the_command(monkeypatch):
+def test_missing_deepspeed_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else real(name, *a))
     with pytest.raises(UserError, match=r'pip install "deepspeed>='):
-        refused(monkeypatch, "--parallel", "zero1", "--optimizer", "adamw")
+        run_pretrain(monkeypatch, "--parallel", "zero1", "--optimizer", "adamw")
 
 
-def test_one_process_has_nobody_to_share_with(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
+def test_one_process_trains_with_any_parallel_flag(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path]
-    flags = [*EXACT, *MODELS["dense"], "--max_steps", "2", "--parallel", "fsdp"]
+    flags = [*EXACT_FLAGS, *MODELS["dense"], "--max_steps", "2", "--parallel", "fsdp"]
     run_script(monkeypatch, "1-pretrain.py", *flags, *paths)
     assert (tmp_path / "pretrain_32.pth").exists()
 
 
-@NEEDS
+@NEEDS_DEEPSPEED
 @pytest.mark.slow
-def test_the_script_itself_under_its_launcher(pretrain_dir, tokenizer_dir, tmp_path):
+def test_script_trains_under_torchrun(pretrain_dir, tokenizer_dir, tmp_path):
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = [*EXACT, *MODELS["dense"], "--max_steps", "2", "--parallel", "zero2", "--optimizer", "adamw"]
+    flags = [*EXACT_FLAGS, *MODELS["dense"], "--max_steps", "2", "--parallel", "zero2", "--optimizer", "adamw"]
     result = run_process(*torchrun, ROOT / "1-pretrain.py", *flags, *paths)
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "pretrain_32.pth").exists() and not (tmp_path / "pretrain_32.resume").exists()

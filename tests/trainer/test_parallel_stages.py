@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers import ROOT, chat_row, read_log, run_process, weights
+from tests.helpers import ROOT, load_weights, make_chat_row, read_jsonl, run_process
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 FLAGS = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1", "--optimizer", "adamw", "--batch_size", "3"]
@@ -25,7 +25,7 @@ def folders(tmp_path_factory, sft_dir):
     for split, count in (("train", 20), ("val", 6)):
         rows = []
         for i in range(count):
-            chat = chat_row(i)
+            chat = make_chat_row(i)
             sides = {side: [{"role": "assistant", "content": side[0] * 3}] for side in ("chosen", "rejected")}
             rows.append({"prompt": chat["messages"][:1], **sides, "lang": chat["lang"]})
         (dpo / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,7 +46,7 @@ def write_parent(folder, tokenizer):
 
 
 @pytest.mark.parametrize("script", ["4-lora_sft.py", "5-dpo_train.py"])
-def test_a_later_stage(script, folders, tokenizer, tmp_path):
+def test_later_stage_trains_under_every_parallel_mode(script, folders, tokenizer, tmp_path):
     logs, states = {}, {}
     for mode in ("ddp", "fsdp", "zero3"):
         out = tmp_path / mode
@@ -59,9 +59,9 @@ def test_a_later_stage(script, folders, tokenizer, tmp_path):
         assert not more or (out / "peft" / "adapter_model.safetensors").exists()
         assert script.startswith("4") or "answers that loop, after" in result.stdout
         (log,), (file,) = out.glob("*.jsonl"), [path for path in out.glob("*.pth") if "full" not in path.name]
-        logs[mode], states[mode] = read_log(log), weights(file)
+        logs[mode], states[mode] = read_jsonl(log), load_weights(file)
     for mode in ("fsdp", "zero3"):
         for mine, whole in zip(logs[mode], logs["ddp"], strict=True):
-            for name in set(mine) & {"loss", "grad_norm", "accuracy", "val_loss"}:
+            for name in set(mine) & {"loss", "grad_norm", "reward_accuracy", "val_loss"}:
                 assert mine[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), (mode, name, mine["step"])
         assert states[mode].keys() == states["ddp"].keys()

@@ -16,18 +16,27 @@ import torch
 
 from common.checksums import with_checksum
 from common.errors import UserError
-from common.locks import locked
+from common.locks import lock_output
 from corpus import dataset_meta
 from corpus.dataset_meta import read_meta
 from model.config import ModelConfig
-from tests.helpers import EXACT, ROOT, TINY_MODEL, read_log, run_process, run_script, weights, write_shards
-from trainer.checkpoint_writer import together
-from trainer.distributed import Run
-from trainer.state_files import read_json
-from trainer.train_state import changes, complete_steps, read_progress
+from tests.helpers import (
+    EXACT_FLAGS,
+    ROOT,
+    TINY_MODEL_FLAGS,
+    load_weights,
+    read_jsonl,
+    run_process,
+    run_script,
+    write_shards,
+)
+from trainer.checkpoint_writer import shared_errors
+from trainer.distributed import DistContext
+from trainer.state_files import read_checked_json
+from trainer.train_state import changed_settings, complete_steps, read_train_state
 
-COMMON = [*TINY_MODEL, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
-COMMON += [*EXACT, "--eval_interval", "5", "--save_interval", "3"]
+COMMON = [*TINY_MODEL_FLAGS, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
+COMMON += [*EXACT_FLAGS, "--eval_interval", "5", "--save_interval", "3"]
 # 59 rows / 8 = 8 steps an epoch (the last one short), 24 in all; saved at 3, 6, 9, ...
 
 
@@ -46,11 +55,11 @@ def uninterrupted(pretrain_dir, tokenizer_dir, tmp_path_factory):
 
 
 def assert_equal_to_the_bit(one, other):
-    mine, theirs = weights(one / "pretrain_32.pth"), weights(other / "pretrain_32.pth")
+    mine, theirs = load_weights(one / "pretrain_32.pth"), load_weights(other / "pretrain_32.pth")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     losses = [
-        [(row["step"], row["loss"]) for row in read_log(folder / "pretrain_32.jsonl") if "loss" in row]
+        [(row["step"], row["loss"]) for row in read_jsonl(folder / "pretrain_32.jsonl") if "loss" in row]
         for folder in (one, other)
     ]
     assert losses[0] == losses[1], "the log has every step once"
@@ -61,7 +70,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("kill_at", [2, 3, 7, 8, 9, 17])
-def test_killed_between_steps(monkeypatch, kill_at, uninterrupted, arguments, tmp_path):
+def test_run_killed_between_steps_ends_with_equal_weights(monkeypatch, kill_at, uninterrupted, arguments, tmp_path):
     """Before the first save, right after a save, before, at and after an epoch's end, in the third epoch."""
     from trainer import loop
 
@@ -84,24 +93,24 @@ def test_killed_between_steps(monkeypatch, kill_at, uninterrupted, arguments, tm
     assert not (tmp_path / "pretrain_32.resume").exists(), "gone when the stage is complete"
 
 
-def finished(folder):
+def final_outputs(folder):
     """What a run leaves: its weights and its log, without times and speeds."""
     volatile = ("seconds", "seconds_left", "tokens_per_second", "peak_memory_mb")
-    rows = [{k: v for k, v in row.items() if k not in volatile} for row in read_log(folder / "pretrain_32.jsonl")]
-    return {name: tensor.tolist() for name, tensor in weights(folder / "pretrain_32.pth").items()}, rows
+    rows = [{k: v for k, v in row.items() if k not in volatile} for row in read_jsonl(folder / "pretrain_32.jsonl")]
+    return {name: tensor.tolist() for name, tensor in load_weights(folder / "pretrain_32.pth").items()}, rows
 
 
 @pytest.mark.parametrize("ended_by", ["its last step", "its guard"])
-def test_killed_in_the_final_cleanup(monkeypatch, ended_by, arguments, tmp_path):
+def test_run_killed_in_the_final_cleanup_ends_with_equal_outputs(monkeypatch, ended_by, arguments, tmp_path):
     """The same command then ends with the same weights and the same log, and trains no step more."""
     from trainer import checkpoint_writer, loop
 
     if ended_by == "its guard":
         real = loop.train
 
-        def guarded(run, args, stage):
-            stage.guard = lambda row: "enough" if row["step"] >= 5 else ""
-            return real(run, args, stage)
+        def guarded(dist, args, stage):
+            stage.early_stop = lambda row: "enough" if row["step"] >= 5 else ""
+            return real(dist, args, stage)
 
         monkeypatch.setattr(loop, "train", guarded)
 
@@ -118,7 +127,7 @@ def test_killed_in_the_final_cleanup(monkeypatch, ended_by, arguments, tmp_path)
         run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "killed")
     assert (tmp_path / "killed" / "pretrain_32.resume").exists()
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "7", "--out_dir", tmp_path / "killed")
-    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
+    assert final_outputs(tmp_path / "killed") == final_outputs(tmp_path / "whole")
     assert not (tmp_path / "killed" / "pretrain_32.resume").exists()
 
 
@@ -136,7 +145,7 @@ def start_and_wait_for_step(arguments, out, step):
     return process
 
 
-def test_sigkill_for_real(monkeypatch, uninterrupted, arguments, tmp_path):
+def test_run_ended_by_sigkill_ends_with_equal_weights(monkeypatch, uninterrupted, arguments, tmp_path):
     process = start_and_wait_for_step(arguments, tmp_path, 10)
     process.kill()
     process.wait()
@@ -147,24 +156,24 @@ def test_sigkill_for_real(monkeypatch, uninterrupted, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_polite_stop_saves_first(monkeypatch, number, uninterrupted, arguments, tmp_path):
+def test_signal_saves_before_exit(monkeypatch, number, uninterrupted, arguments, tmp_path):
     process = start_and_wait_for_step(arguments, tmp_path, 4)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err, err
     assert "run again to go on" in out
     (saved,) = [int(folder.name[5:]) for folder in (tmp_path / "pretrain_32.resume").iterdir()]
-    logged = max(row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl"))
+    logged = max(row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl"))
     assert saved == logged < 24, "no step is lost"
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
     assert_equal_to_the_bit(uninterrupted, tmp_path)
 
 
-def test_another_number_of_processes(uninterrupted, arguments, monkeypatch, tmp_path):
+def test_run_resumes_with_another_number_of_processes(uninterrupted, arguments, monkeypatch, tmp_path):
     """One process with 4 x 2 rows a step stops; two processes go on with 4 each, and no row is lost or repeated."""
     from trainer import loop
 
-    monkeypatch.setattr(loop, "run_over", lambda result, clock: "a test" if result["stop"] else "")
+    monkeypatch.setattr(loop, "interruption", lambda result, clock: "a test" if result["stop"] else "")
     stop_after(monkeypatch, 5)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--dropout", "0", "--out_dir", tmp_path / "parts")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -179,7 +188,7 @@ def test_another_number_of_processes(uninterrupted, arguments, monkeypatch, tmp_
     parts, whole = (
         [
             (row["step"], row["tokens"], row["loss"])
-            for row in read_log(tmp_path / name / "pretrain_32.jsonl")
+            for row in read_jsonl(tmp_path / name / "pretrain_32.jsonl")
             if "loss" in row
         ]
         for name in ("parts", "whole")
@@ -202,7 +211,7 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(loop, "train_step", counting_step)
 
 
-def test_max_minutes_ends_in_good_order_and_goes_on(monkeypatch, arguments, tmp_path, capsys):
+def test_max_minutes_saves_and_resumes(monkeypatch, arguments, tmp_path, capsys):
     started = time.monotonic()
     boxed = [
         *arguments,
@@ -218,16 +227,16 @@ def test_max_minutes_ends_in_good_order_and_goes_on(monkeypatch, arguments, tmp_
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--log_interval", "10000", "--save_interval", "100000")
     assert time.monotonic() - started < 30
     assert "minutes are over" in capsys.readouterr().out
-    rows = read_log(tmp_path / "pretrain_32.jsonl")
+    rows = read_jsonl(tmp_path / "pretrain_32.jsonl")
     last = [row for row in rows if "lr" in row][-1]
     assert last["lr"] < 0.1 * 8e-3, "the rate has fallen by the end of the time"
     assert "bits_per_byte" in rows[-1] and (tmp_path / "pretrain_32.pth").exists()
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--max_minutes", "0.02", "--save_interval", "100000")
     assert f"going on after step {last['step']}" in capsys.readouterr().out
-    assert max(row["step"] for row in read_log(tmp_path / "pretrain_32.jsonl")) > last["step"]
+    assert max(row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl")) > last["step"]
 
 
-def test_a_foreign_resume_file_is_refused(monkeypatch, arguments, tmp_path):
+def test_resume_folder_of_another_run_is_rejected(monkeypatch, arguments, tmp_path):
     stop_after(monkeypatch, 5)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
     for flags, named in ((["--seed", "7"], "--seed was 42, is 7"), (["--n_layers", "1"], r"\(n_layers was \d, is 1\)")):
@@ -249,7 +258,7 @@ def test_a_foreign_resume_file_is_refused(monkeypatch, arguments, tmp_path):
     assert not (tmp_path / "pretrain_32.resume").exists()
 
 
-def same_rows(tokenizer, folder, seed):
+def write_equal_size_data(tokenizer, folder, seed):
     """Data of always the same number of rows."""
     random = np.random.default_rng(seed)
     splits = {
@@ -259,10 +268,8 @@ def same_rows(tokenizer, folder, seed):
     return write_shards(folder, "pretrain", tokenizer, splits)
 
 
-def test_other_data_of_equally_many_rows_is_refused_and_a_moved_folder_is_not(
-    monkeypatch, tokenizer, tokenizer_dir, tmp_path, capsys
-):
-    first, other = (same_rows(tokenizer, tmp_path / f"data{seed}", seed) for seed in (1, 2))
+def test_other_data_is_rejected_and_a_moved_folder_is_not(monkeypatch, tokenizer, tokenizer_dir, tmp_path, capsys):
+    first, other = (write_equal_size_data(tokenizer, tmp_path / f"data{seed}", seed) for seed in (1, 2))
     command = [*COMMON, "--tokenizer", tokenizer_dir, "--max_steps", "4", "--out_dir", tmp_path / "out"]
     stop_after(monkeypatch, 2)
     run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", first)
@@ -274,48 +281,49 @@ def test_other_data_of_equally_many_rows_is_refused_and_a_moved_folder_is_not(
 
 
 @pytest.mark.parametrize("changed", ["train_000.bin", "train_000.idx.npy"])
-def test_a_folder_without_checksums_is_named_by_its_sizes_and_both_ends_of_its_files(
-    tokenizer, tmp_path, changed, monkeypatch
-):
-    folder = same_rows(tokenizer, tmp_path / "data", 1)
+def test_fingerprint_without_checksums_uses_sizes_and_file_ends(tokenizer, tmp_path, changed, monkeypatch):
+    folder = write_equal_size_data(tokenizer, tmp_path / "data", 1)
     meta = read_meta(folder)
     for shard in meta["splits"]["train"]["shards"]:
         shard.pop("checksums", None)
     monkeypatch.setattr(dataset_meta, "read_meta", lambda folder: meta)
-    before = dataset_meta.fingerprint(folder)
-    assert before == dataset_meta.fingerprint(folder) and len(before) == 16
+    before = dataset_meta.data_fingerprint(folder)
+    assert before == dataset_meta.data_fingerprint(folder) and len(before) == 16
     data = bytearray((folder / changed).read_bytes())
     for at in (0, len(data) - 1):
         (folder / changed).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        assert dataset_meta.fingerprint(folder) != before
+        assert dataset_meta.data_fingerprint(folder) != before
     (folder / changed).write_bytes(data + b"x")
-    assert dataset_meta.fingerprint(folder) != before
+    assert dataset_meta.data_fingerprint(folder) != before
 
 
-def test_a_second_run_of_the_same_model_is_refused_at_once(monkeypatch, arguments, tmp_path):
-    with locked(tmp_path / "pretrain_32.pth"), pytest.raises(UserError, match=r"pretrain_32\.pth is being written by"):
+def test_second_run_of_the_same_model_is_rejected(monkeypatch, arguments, tmp_path):
+    with (
+        lock_output(tmp_path / "pretrain_32.pth"),
+        pytest.raises(UserError, match=r"pretrain_32\.pth is being written by"),
+    ):
         run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "1", "--out_dir", tmp_path)
 
 
-def test_all_processes_end_when_the_first_is_refused():
+def test_all_processes_end_when_one_fails():
     """The others are told by a sum over the processes; none waits for training to begin."""
-    run = Run(torch.device("cpu"), torch.float32, rank=1, world=2)
-    monkey = {"wait": lambda: None, "sum": lambda values: [values[0] + 1.0]}
+    dist = DistContext(torch.device("cpu"), torch.float32, rank=1, world_size=2)
+    monkey = {"barrier": lambda: None, "all_reduce_sum": lambda values: [values[0] + 1.0]}
     for name, replacement in monkey.items():
-        setattr(run, name, replacement)
+        setattr(dist, name, replacement)
     with pytest.raises(UserError, match=r"another process could not lock m\.pth: its message says why"):
-        with together(run, "lock m.pth"):
+        with shared_errors(dist, "lock m.pth"):
             pass
 
 
-def test_a_step_that_not_all_processes_have_written_is_not_resumed(monkeypatch, arguments, tmp_path, capsys):
+def test_incomplete_step_folder_is_not_resumed(monkeypatch, arguments, tmp_path, capsys):
     stop_after(monkeypatch, 3)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
     (whole,) = (tmp_path / "pretrain_32.resume").iterdir()
     newer = whole.with_name("step_000000009")
     shutil.copytree(whole, newer)
-    content = {**read_json(newer / "progress.json"), "step": 9, "ranks": 2}
+    content = {**read_checked_json(newer / "progress.json"), "step": 9, "ranks": 2}
     (newer / "progress.json").write_text(json.dumps(with_checksum(content)))
     steps = complete_steps(whole.parent)
     assert [folder.name for folder, _ in steps] == [whole.name]
@@ -327,7 +335,7 @@ def test_a_step_that_not_all_processes_have_written_is_not_resumed(monkeypatch, 
     assert not whole.parent.exists()
 
 
-class Evil:
+class RunsCodeWhenUnpickled:
     def __init__(self, marker):
         self.marker = marker
 
@@ -335,11 +343,11 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_folder_of_an_earlier_version_is_refused_and_never_unpickled(monkeypatch, arguments, tmp_path):
+def test_folder_of_an_earlier_version_is_rejected_and_never_unpickled(monkeypatch, arguments, tmp_path):
     folder = tmp_path / "pretrain_32.resume" / "step_000000003"
     folder.mkdir(parents=True)
     for name in (".metadata", "__0_0.distcp", "rank_00000.safetensors"):
-        (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+        (folder / name).write_bytes(pickle.dumps(RunsCodeWhenUnpickled(tmp_path / "executed")))
     (folder / "progress.json").write_text('{"step": 3}')
     with pytest.raises(UserError, match=r"format of an earlier version, .* finish the run with that version, or start"):
         run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
@@ -354,27 +362,27 @@ ODD_PROGRESS = {
 }  # fmt: skip
 
 
-def test_an_odd_progress_file_is_one_line(monkeypatch, arguments, tmp_path):
+def test_invalid_progress_file_is_one_line(monkeypatch, arguments, tmp_path):
     stop_after(monkeypatch, 3)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
     (folder,) = (tmp_path / "pretrain_32.resume").iterdir()
-    content = read_json(folder / "progress.json")
+    content = read_checked_json(folder / "progress.json")
     for name, values in ODD_PROGRESS.items():
         for value in values:
             (folder / "progress.json").write_text(json.dumps(with_checksum({**content, name: value})))
             with pytest.raises(UserError, match=r"progress\.json .*: start anew with --resume never$"):
-                read_progress(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
+                read_train_state(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
     (folder / "progress.json").write_text(json.dumps(with_checksum(content)))
-    assert read_progress(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
+    assert read_train_state(argparse.Namespace(resume="auto"), tmp_path / "pretrain_32.pth")
 
 
-def test_a_damaged_resume_file_is_one_line(monkeypatch, arguments, tmp_path):
+def test_damaged_resume_file_is_one_line(monkeypatch, arguments, tmp_path):
     (tmp_path / "pretrain_32.resume").write_bytes(b"half a fi")
     with pytest.raises(UserError, match="--resume never"):
         run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
 
 
-def test_what_is_not_complete_never_has_the_final_name(monkeypatch, tmp_path):
+def test_incomplete_checkpoint_never_has_the_final_name(monkeypatch, tmp_path):
     from model import checkpoint
 
     (tmp_path / "model.pth").write_bytes(b"the old one")
@@ -390,16 +398,16 @@ def test_what_is_not_complete_never_has_the_final_name(monkeypatch, tmp_path):
     assert (tmp_path / "model.pth").read_bytes() == b"the old one"
 
 
-def test_a_run_of_an_earlier_version_is_the_same_run():
+def test_run_of_an_earlier_version_has_the_same_fingerprint():
     """Its config lacks the fields that came later: they have their defaults, and another value is refused."""
     config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100).to_dict()
     now = {"stage": "full_sft", "config": json.loads(json.dumps(config)), "--seed": 1}
     old = {name: value for name, value in config.items() if name not in ("head_dim", "qkv_bias", "rope_scaling")}
-    assert changes({**now, "config": old}, now) == []
-    assert changes({**now, "config": old}, {**now, "config": {**config, "qkv_bias": True}}) == [
+    assert changed_settings({**now, "config": old}, now) == []
+    assert changed_settings({**now, "config": old}, {**now, "config": {**config, "qkv_bias": True}}) == [
         "qkv_bias was False, is True"
     ]
-    assert changes({**now, "--seed": 2, "config": {**old, "dim": 64, "head_dim": 16}}, now) == [
+    assert changed_settings({**now, "--seed": 2, "config": {**old, "dim": 64, "head_dim": 16}}, now) == [
         "--seed was 2, is 1", "dim was 64, is 32", "head_dim was 16, is 8",
     ]  # fmt: skip
-    assert changes({**now, "config": {**config, "of_a_later_version": 1}}, now) == []
+    assert changed_settings({**now, "config": {**config, "of_a_later_version": 1}}, now) == []

@@ -6,29 +6,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.datasets import WIDTH_MULTIPLE
-from trainer.loss import IGNORE
-from trainer.sampler import StepBatches, StepPlan, validation_batches
+from trainer.loss import IGNORE_INDEX
+from trainer.sampler import BatchSampler, MicroBatches, validation_batches
 
 
-class Numbers:
+class RowIdDataset:
     """Rows that are just their numbers."""
 
     def __init__(self, n, lengths=None):
-        self.n, self.lengths = n, lengths
+        self.n, self._lengths = n, lengths
 
     def __len__(self):
         return self.n
 
-    def row_lengths(self):
-        return self.lengths
+    def lengths(self):
+        return self._lengths
 
     def batch(self, rows):
         ids = torch.tensor(rows)[:, None]
-        return {"input_ids": ids, "labels": ids.clone(), "real": torch.ones_like(ids, dtype=bool), "rows": ids[:, 0]}
+        return {
+            "input_ids": ids,
+            "labels": ids.clone(),
+            "token_mask": torch.ones_like(ids, dtype=bool),
+            "row_ids": ids[:, 0],
+        }
 
 
 def trained_rows(batches):
-    return [row for batch in batches for row in batch["labels"][batch["labels"] != IGNORE].tolist()]
+    return [row for batch in batches for row in batch["labels"][batch["labels"] != IGNORE_INDEX].tolist()]
 
 
 @settings(deadline=None, max_examples=60)
@@ -39,52 +44,53 @@ def trained_rows(batches):
     world=st.integers(1, 4),
     by_length=st.booleans(),
 )
-def test_every_epoch_is_a_pass_over_all_rows(n, batch, accumulation, world, by_length):
+def test_every_epoch_holds_every_row_once(n, batch, accumulation, world, by_length):
     lengths = np.random.default_rng(n).integers(1, 99, n) if by_length else None
-    data = Numbers(n, lengths)
-    plan = StepPlan(n, lengths, batch * accumulation * world, seed=1)
-    alone = StepPlan(n, lengths, batch * accumulation * world, seed=1)
+    data = RowIdDataset(n, lengths)
+    sampler = BatchSampler(n, lengths, batch * accumulation * world, seed=1)
+    alone = BatchSampler(n, lengths, batch * accumulation * world, seed=1)
     orders = []
     for epoch in range(2):
         seen = []
-        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-            shares = [StepBatches(data, plan, batch, rank, world)[step] for rank in range(world)]
+        for step in range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch):
+            shares = [MicroBatches(data, sampler, batch, rank, world)[step] for rank in range(world)]
             assert len({len(share) for share in shares}) == 1, "all processes make equally many backward passes"
             together = [row for share in shares for row in trained_rows(share)]
             # One process with the whole batch trains the same rows in the same step.
-            assert sorted(together) == sorted(trained_rows(StepBatches(data, alone, batch * world, 0, 1)[step]))
+            assert sorted(together) == sorted(trained_rows(MicroBatches(data, alone, batch * world, 0, 1)[step]))
             seen += together
         assert sorted(seen) == list(range(n))
         orders.append(seen)
-    if n > 20 and plan.steps_per_epoch > 5:
+    if n > 20 and sampler.steps_per_epoch > 5:
         assert orders[0] != orders[1], "reshuffled"
 
 
-def test_a_step_is_the_same_wherever_one_starts():
-    late, early = StepPlan(50, None, 4, seed=3), StepPlan(50, None, 4, seed=3)
+def test_sampler_has_random_access():
+    late, early = BatchSampler(50, None, 4, seed=3), BatchSampler(50, None, 4, seed=3)
     for step in range(30):
-        early.rows(step)
-    assert late.rows(29).tolist() == early.rows(29).tolist()
-    assert StepPlan(50, None, 4, seed=4).rows(29).tolist() != late.rows(29).tolist()
+        early.row_ids(step)
+    assert late.row_ids(29).tolist() == early.row_ids(29).tolist()
+    assert BatchSampler(50, None, 4, seed=4).row_ids(29).tolist() != late.row_ids(29).tolist()
 
 
 def chat_lengths(count=3000):
     return np.clip(np.random.default_rng(0).lognormal(5, 0.8, count), 20, 512).astype(int)
 
 
-def test_padding_is_rare():
+def test_length_sorting_keeps_padding_below_10_percent():
     """Lengths as real chats have them (log-normal, median 150): at least 90 % of what is computed are real tokens."""
     lengths = chat_lengths()
-    plan = StepPlan(len(lengths), lengths, 16, seed=0)
+    sampler = BatchSampler(len(lengths), lengths, 16, seed=0)
     widths = [
-        -(-lengths[plan.rows(step)].max() // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for step in range(plan.steps_per_epoch)
+        -(-lengths[sampler.row_ids(step)].max() // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        for step in range(sampler.steps_per_epoch)
     ]
-    computed = sum(len(plan.rows(step)) * width for step, width in enumerate(widths))
+    computed = sum(len(sampler.row_ids(step)) * width for step, width in enumerate(widths))
     assert lengths.sum() / computed >= 0.9
 
 
-def test_validation_rows_are_shared_not_repeated():
-    data = Numbers(40)
+def test_validation_rows_are_split_between_processes():
+    data = RowIdDataset(40)
     shares = [trained_rows(validation_batches(data, 4, rank, 3, max_tokens=30)) for rank in range(3)]
     together = sorted(row for share in shares for row in share)
     assert together == sorted(trained_rows(validation_batches(data, 4, 0, 1, max_tokens=30)))
