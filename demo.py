@@ -32,6 +32,7 @@ from common import cli
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
 from common.locks import lock_output
+from common.metric_keys import with_current_metric_keys
 from common.signals import Terminated
 from model.config import PRESETS
 
@@ -196,7 +197,7 @@ def read_result(path: Path) -> Any:
 
 def summarize_log(path: Path) -> dict[str, Any]:
     """What a training log says in the end: tokens (or pairs), speed, last loss, last validation."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [with_current_metric_keys(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "val_loss" in row]
     last, unit = steps[-1], "tokens" if "tokens" in steps[-1] else "pairs"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.metric_keys import with_current_metric_keys
 from model.checkpoint_schema import escape_controls_in, lineage_problem, stage_problem
 from model.config import ModelConfig
 
@@ -83,13 +84,14 @@ def facts_json(facts: Facts) -> str:
 def summarize_chain(chain: list[dict[str, Any]]) -> Facts:
     """The figures of a whole chain: sums over its stages, and the last stage's losses."""
     last = chain[-1] if chain else {}
+    validation = last.get("validation")
     validations = [entry.get("validation") for entry in chain]
     losses = [found.get("val_loss") for found in validations if isinstance(found, dict)]
     split = {name for found in losses if isinstance(found, dict) for name in found}
     return {
         **{name: sum(number_or_zero(entry.get(name)) for entry in chain) for name in ("tokens", "pairs", "seconds")},
         "loss": last.get("loss"),
-        "validation": last.get("validation") or {},
+        "validation": with_current_metric_keys(validation) if isinstance(validation, dict) else validation or {},
         "languages": [name for name in _LANGUAGES if name in split],
     }
 

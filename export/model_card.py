@@ -8,6 +8,7 @@ Read next: model_facts.py, ../export_model.py.
 import json
 from typing import Any
 
+from common.metric_keys import with_current_metric_keys
 from export.facts_file import Facts, number_or_zero
 from model.config import ModelConfig
 from model.rope import rope_summary
@@ -136,6 +137,7 @@ def validation_figures(validation: dict[str, Any]) -> str:
         "val_reward_accuracy": "{:.1%} ranked right",
         "val_loss": "loss {:.3f}",
     }
+    validation = with_current_metric_keys(validation)
     for kind, number_format in formats.items():
         values = validation.get(kind)
         if isinstance(values, dict) and values:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from common.errors import UserError
 from common.files import atomic_write, write_text
+from common.metric_keys import with_current_metric_keys
 
 MetricRow = dict[str, Any]
 
@@ -93,7 +94,7 @@ class MetricLogger:
             print(f"{self.title} {row['step']}/{self.total_steps} {format_metrics(row)}", flush=True)
 
     def log_validation(self, row: MetricRow) -> None:
-        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, for pairs "val_reward_accuracy" and more."""
+        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, of pairs more."""
         if not self.is_rank0:
             return
         if not any(old["step"] == row["step"] and "val_loss" in old for old in self.rows):  # a resumed run repeats it
@@ -157,7 +158,7 @@ def read_log_rows(path: Path, last_step: int) -> list[MetricRow]:
         except (ValueError, RecursionError):
             continue
         if is_log_row(row) and row["step"] <= last_step:
-            rows.append(row)
+            rows.append(with_current_metric_keys(row))
     return rows
 
 

@@ -113,7 +113,7 @@ def muon_momentum(step: int) -> float:
 def lr_multiplier(
     step: int, fraction_done: float, warmup: int, kind: str, final_multiplier: float, warmup_share: float = 0.0
 ) -> float:
-    """The share of the peak learning rate at `step` (counted from 0), when `fraction_done` in [0, 1] of the run is done.
+    """The multiplier of the peak learning rate at `step` (counted from 0), after `fraction_done` of the run.
 
     Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_multiplier`. With
     `warmup_share` the warm-up takes that share of the run instead, and the fall the rest, as in transformers: step 0
