@@ -24,7 +24,7 @@ from model.transformer import Transformer
 
 
 @dataclass
-class LoadedModel:
+class PageModel:
     """A loaded model and how it is addressed."""
 
     name: str
@@ -63,15 +63,15 @@ class _StreamingReply:
     """A reply under way."""
 
     def __init__(
-        self, reply: ChatReply, loaded_model: LoadedModel, messages: list[Message], settings: SamplingParams
+        self, reply: ChatReply, page_model: PageModel, messages: list[Message], settings: SamplingParams
     ) -> None:
         self.reply, self.answer = reply, Completion()
         self.pieces: Iterator[str] = iter(())
         started = time.perf_counter()
         try:
-            ids, reply.is_truncated = loaded_model.build_prompt(messages, settings.max_new_tokens)
-            settings = replace(settings, stop=loaded_model.tokenizer.stop_strings if loaded_model.is_chat_model else ())
-            self.pieces = stream(loaded_model.model, ids, settings, loaded_model.tokenizer, self.answer)
+            ids, reply.is_truncated = page_model.build_prompt(messages, settings.max_new_tokens)
+            settings = replace(settings, stop=page_model.tokenizer.stop_strings if page_model.is_chat_model else ())
+            self.pieces = stream(page_model.model, ids, settings, page_model.tokenizer, self.answer)
         except ValueError as error:  # the question alone is too long for the model
             reply.stop_reason, reply.error = "error", str(error)
         reply.seconds += time.perf_counter() - started
@@ -111,7 +111,7 @@ class Conversation:
     def start_turn(
         self,
         question: str,
-        loaded_models: list[LoadedModel],
+        page_models: list[PageModel],
         settings: SamplingParams,
         system: str = "",
         attempt: int = 0,
@@ -122,11 +122,11 @@ class Conversation:
         if settings.seed is not None:  # another attempt with the same seed would say the same
             settings = replace(settings, seed=settings.seed + attempt)
         streaming = []
-        for side, loaded_model in enumerate(loaded_models):
-            reply = ChatReply(loaded_model.name)
+        for side, page_model in enumerate(page_models):
+            reply = ChatReply(page_model.name)
             turn.replies.append(reply)
             messages = [*self._history(side, system), {"role": "user", "content": turn.question}]
-            streaming.append(_StreamingReply(reply, loaded_model, messages, settings))
+            streaming.append(_StreamingReply(reply, page_model, messages, settings))
         self.turns.append(turn)
         self._streaming = [each for each in streaming if not each.reply.stop_reason]
 
@@ -158,19 +158,19 @@ class Conversation:
                 streaming.reply.stop_reason = "stopped"
             self._streaming = []
 
-    def regenerate(self, loaded_models: list[LoadedModel], settings: SamplingParams, system: str = "") -> None:
+    def regenerate(self, page_models: list[PageModel], settings: SamplingParams, system: str = "") -> None:
         """Draw the answers to the last question anew."""
         if self.turns:
-            self.edit_last_question(self.turns[-1].question, loaded_models, settings, system)
+            self.edit_last_question(self.turns[-1].question, page_models, settings, system)
 
     def edit_last_question(
-        self, question: str, loaded_models: list[LoadedModel], settings: SamplingParams, system: str = ""
+        self, question: str, page_models: list[PageModel], settings: SamplingParams, system: str = ""
     ) -> None:
         """Put another question in the place of the last one. Raises UserError, changing nothing, for an empty one."""
         self.stop()
         require_nonempty_text(question, "the question")
         last = self.turns.pop()
-        self.start_turn(question, loaded_models, settings, system, attempt=last.attempt + 1)
+        self.start_turn(question, page_models, settings, system, attempt=last.attempt + 1)
 
     def clear(self) -> None:
         self.stop()

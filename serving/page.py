@@ -20,7 +20,7 @@ from common.device import autocast
 from common.errors import UserError
 from export.hf_import import open_model
 from model.rope_flags import RopeScaling
-from serving.conversation import ChatReply, ChatTurn, Conversation, LoadedModel
+from serving.conversation import ChatReply, ChatTurn, Conversation, PageModel
 from serving.copy_button import copy_button
 from serving.model_list import ModelEntry, file_version, list_models, with_rope_scaling
 from serving.page_markdown import block_requests, escape_markdown, safe_markdown
@@ -53,14 +53,14 @@ class PageOptions:
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
-def open_cached_model(
+def open_page_model(
     path: Path, name: str, is_chat_model: bool, version: tuple[int, int], device: torch.device, rope: RopeScaling | None
-) -> LoadedModel:
+) -> PageModel:
     """A loaded model, shared by everybody who looks at the page; a file that was replaced is loaded anew."""
     model, tokenizer, _ = open_model(path, device)
     if rope:
         model.scale_rope(*rope)
-    return LoadedModel(name, model, tokenizer, is_chat_model)
+    return PageModel(name, model, tokenizer, is_chat_model)
 
 
 class ChatPage:
@@ -147,16 +147,15 @@ class ChatPage:
         device, rope = self.options.device, self.options.rope
         try:
             with st.spinner(strings["loading"].format(name=", ".join(escape_markdown(model.name) for model in models))):
-                loaded_models = [
-                    open_cached_model(m.path, m.name, m.is_chat_model, file_version(m.path), device, rope)
-                    for m in models
+                page_models = [
+                    open_page_model(m.path, m.name, m.is_chat_model, file_version(m.path), device, rope) for m in models
                 ]
             if action == "again":
-                self.conversation.regenerate(loaded_models, choices.sampling, choices.system)
+                self.conversation.regenerate(page_models, choices.sampling, choices.system)
             elif action == "edit":
-                self.conversation.edit_last_question(text, loaded_models, choices.sampling, choices.system)
+                self.conversation.edit_last_question(text, page_models, choices.sampling, choices.system)
             else:
-                self.conversation.start_turn(text, loaded_models, choices.sampling, choices.system)
+                self.conversation.start_turn(text, page_models, choices.sampling, choices.system)
         except UserError as error:
             st.error(escape_markdown(str(error)))
         except OSError as error:  # the file went away while it was opened

@@ -43,7 +43,8 @@ def log_startup(
     minutes = f", at most {args.max_minutes:g} minutes" if args.max_minutes else ""
     dist.print0(
         f"{len(stage.data):,} {rows}, {sampler.global_batch_size} {rows} = "
-        f"{sampler.global_batch_size * mean_length:,.0f} tokens a step, {sampler.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
+        f"{sampler.global_batch_size * mean_length:,.0f} tokens a step, "
+        f"{sampler.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
     )
     longest = config.max_seq_len if lengths is None else int(lengths.max())
     num_trainable = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)

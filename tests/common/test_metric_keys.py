@@ -8,7 +8,7 @@ import pytest
 from common.metric_keys import OLD_METRIC_KEYS, current_metric_key, with_current_metric_keys
 from export.facts_file import summarize_chain
 from export.model_card import validation_figures
-from tests.helpers import load_script, read_log
+from tests.helpers import load_script, read_jsonl
 from trainer.metrics import read_log_rows
 
 OLD_LOG = Path(__file__).resolve().parent.parent / "data" / "before_renames" / "out" / "dpo_16.jsonl"
@@ -41,7 +41,7 @@ def test_values_and_order_of_metrics_stay():
 
 def test_a_resumed_run_reads_its_old_log_under_current_keys():
     rows = read_log_rows(OLD_LOG, 10**6)
-    assert [list(row.values()) for row in rows] == [list(row.values()) for row in read_log(OLD_LOG)]
+    assert [list(row.values()) for row in rows] == [list(row.values()) for row in read_jsonl(OLD_LOG)]
     assert {"reward_accuracy", "reward_margin", "chosen_logp_delta", "token_fraction"} <= rows[0].keys()
     assert not {*OLD_METRIC_KEYS, "val_accuracy"} & {key for row in rows for key in row}
 

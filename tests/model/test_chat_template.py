@@ -215,7 +215,7 @@ def test_render_batch_equals_rendering_each_chat(tokenizer_pairs, several, promp
             ((parts, answers, _),) = render_texts(tokenizer.format, tokenizer._markers, chat, prompt)
             starts, place = [], 0
             for part in parts:
-                encoding = tokenizer._marked.encode(part, add_special_tokens=False)
+                encoding = tokenizer._special_aware.encode(part, add_special_tokens=False)
                 starts += [place + start for start, _ in encoding.offsets]
                 place += len(part) + 1
             assert mask == [int(any(first <= start < end for first, end in answers)) for start in starts]

@@ -13,15 +13,15 @@ from common.errors import UserError
 from model.checkpoint import load_model
 from model.sampling import SamplingParams
 from serving import conversation
-from serving.conversation import Conversation, LoadedModel
+from serving.conversation import Conversation, PageModel
 from tests.helpers import save_scripted_model
 
 GREEDY = SamplingParams(max_new_tokens=20)
 
 
-def open_loaded_model(path) -> LoadedModel:
+def open_page_model(path) -> PageModel:
     model, tokenizer, checkpoint = load_model(path)
-    return LoadedModel(path.stem, model, tokenizer, checkpoint["stage"] != "pretrain")
+    return PageModel(path.stem, model, tokenizer, checkpoint["stage"] != "pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def models(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     pieces_of = {"one": ["鸟", "叫", "!"], "two": ["second"], "endless": ["la", "li"]}
     return {
-        name: open_loaded_model(
+        name: open_page_model(
             save_scripted_model(folder / f"{name}.pth", tokenizer, pieces, end_of_turn=name != "endless")
         )
         for name, pieces in pieces_of.items()
@@ -145,7 +145,7 @@ def test_regenerate_and_edit_replace_the_last_turn(models, prompts):
 
 
 def test_each_attempt_samples_anew_and_a_seed_reproduces_all_attempts(tiny_parent):
-    model = open_loaded_model(tiny_parent)
+    model = open_page_model(tiny_parent)
     drawn = SamplingParams(temperature=1.0, max_new_tokens=12, seed=5)
 
     def texts() -> list[str]:
@@ -173,8 +173,8 @@ def test_the_system_prompt_comes_first_and_survives_truncation(models, prompts):
 
 def test_a_pretrained_model_continues_the_bare_text(tiny_parent, prompts):
     chat = Conversation()
-    chat.start_turn("sun moon", [open_loaded_model(tiny_parent)], GREEDY, system="Be kind.")
-    chat.start_turn("tree", [open_loaded_model(tiny_parent)], GREEDY)
+    chat.start_turn("sun moon", [open_page_model(tiny_parent)], GREEDY, system="Be kind.")
+    chat.start_turn("tree", [open_page_model(tiny_parent)], GREEDY)
     assert prompts == ["sun moon", "tree"]
 
 

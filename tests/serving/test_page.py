@@ -161,9 +161,9 @@ def test_an_example_prompt_is_asked_with_one_click(open_page, out):
 def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
     page, seen, real = open_page("--out_dir", out), [], Conversation.start_turn
 
-    def spy(conversation, question, loaded_models, settings, system="", attempt=0):
+    def spy(conversation, question, page_models, settings, system="", attempt=0):
         seen.append((settings, system))
-        return real(conversation, question, loaded_models, settings, system, attempt)
+        return real(conversation, question, page_models, settings, system, attempt)
 
     monkeypatch.setattr(Conversation, "start_turn", spy)
     wanted = {"temperature": 1.2, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5}
