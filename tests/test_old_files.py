@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import load_script, read_jsonl, run_script, weights
+from tests.helpers import load_script, load_weights, read_jsonl, run_script
 
 OLD = Path(__file__).resolve().parent / "data" / "before_renames"
 RUN = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--log_interval", "1", "--eval_tokens", "256"]
@@ -54,7 +54,7 @@ def test_full_sft_starts_from_an_old_pretrained_model(monkeypatch, old, tmp_path
     before = data_files(old / "sft")
     flags = ["--data_path", old / "sft", "--init_from", old / "out/pretrain_16.pth", "--out_dir", tmp_path / "new"]
     run_script(monkeypatch, "3-full_sft.py", *flags, *RUN, "--max_steps", "1")
-    parent, child = weights(OLD / "out/pretrain_16.pth"), weights(tmp_path / "new/full_sft_16.pth")
+    parent, child = load_weights(OLD / "out/pretrain_16.pth"), load_weights(tmp_path / "new/full_sft_16.pth")
     assert {name: tensor.shape for name, tensor in child.items()} == {
         name: tensor.shape for name, tensor in parent.items()
     }

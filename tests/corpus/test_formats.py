@@ -113,7 +113,7 @@ def test_several_lists_of_rows_are_all_read_and_named(tmp_path):
 
 
 def test_rows_inside_a_long_object_are_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_reader, "WHOLE", 100)
+    monkeypatch.setattr(json_reader, "MAX_WHOLE_OBJECT", 100)
     monkeypatch.setattr(json_stream, "MAX_LINE", 70_000)
     rows = [{"text": "x" * 50, "n": i} for i in range(3000)]
     for wrapped in (

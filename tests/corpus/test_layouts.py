@@ -210,8 +210,11 @@ def test_own_keys_replace_the_usual_ones():
     content = reader.read_chat(row)
     assert content.messages == [user("q"), bot("a")] and content.unused == ["answer", "question"]
     assert reader.edit_row({"ask": "q", "other": "q"}, str.upper) == {"ask": "Q", "other": "q"}
-    assert RowReader(parse_keys("text=abstract")).text({"abstract": "t"}).text == "t"
-    assert RowReader(parse_keys("prompt=text,answer=y")).chat({"text": "q", "y": "a"}).messages == [user("q"), bot("a")]
+    assert RowReader(parse_keys("text=abstract")).read_text({"abstract": "t"}).text == "t"
+    assert RowReader(parse_keys("prompt=text,answer=y")).read_chat({"text": "q", "y": "a"}).messages == [
+        user("q"),
+        bot("a"),
+    ]
 
 
 @pytest.mark.parametrize("text", ["ask", "prompt=", "colour=x", "prompt=a,prompt=b"])
