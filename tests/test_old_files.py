@@ -95,7 +95,7 @@ def test_dpo_starts_from_an_old_adapter(monkeypatch, old, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_demo_reads_old_logs(stage):
-    log = load_script("demo.py").read_jsonl(OLD / f"out/{stage}_16.jsonl")
+    log = load_script("demo.py").summarize_log(OLD / f"out/{stage}_16.jsonl")
     assert log["steps"] == 4 and log["final_loss"] > 0
     assert set(log["validation_loss"]) == {"zh", "en"} and all(value > 0 for value in log["validation_loss"].values())
 
