@@ -235,7 +235,7 @@ def test_a_killed_launcher_leaves_no_process_and_loses_no_step(start_training, t
     launcher.wait()
     wait_for(lambda: not any(map(is_alive, ranks)), seconds=60)
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "the ranks save and leave"
-    assert message_lines(tmp_path) == [] and "run again to go on" in (tmp_path / "out.txt").read_text()
+    assert message_lines(tmp_path) == [] and "run again to resume" in (tmp_path / "out.txt").read_text()
 
 
 def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, num_attacks, record_attacks):

@@ -161,7 +161,7 @@ def test_signal_saves_before_exit(monkeypatch, number, uninterrupted, arguments,
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err, err
-    assert "run again to go on" in out
+    assert "run again to resume" in out
     (saved,) = [int(folder.name[5:]) for folder in (tmp_path / "pretrain_32.resume").iterdir()]
     logged = max(row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl"))
     assert saved == logged < 24, "no step is lost"
@@ -226,7 +226,7 @@ def test_max_minutes_saves_and_resumes(monkeypatch, arguments, tmp_path, capsys)
     ]
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--log_interval", "10000", "--save_interval", "100000")
     assert time.monotonic() - started < 30
-    assert "minutes are over" in capsys.readouterr().out
+    assert "time limit of" in capsys.readouterr().out
     rows = read_jsonl(tmp_path / "pretrain_32.jsonl")
     last = [row for row in rows if "lr" in row][-1]
     assert last["lr"] < 0.1 * 8e-3, "the rate has fallen by the end of the time"
