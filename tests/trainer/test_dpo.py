@@ -289,12 +289,15 @@ def test_language_mismatch_with_sft_data_is_warned(dpo, tokenizer, tmp_path, cap
     dpo("--max_steps", 1)
     said = capsys.readouterr().out
     assert f"50% of the pairs are Chinese, {chinese / 60:.0%} of the chats" in said
-    assert ("WARNING: the mixes differ strongly" in said) == warned
+    assert ("WARNING: the language mixes differ strongly" in said) == warned
 
 
 def test_missing_sft_data_skips_the_language_comparison(dpo, capsys):
     dpo("--max_steps", 1)
-    assert "50% of the pairs are Chinese; the chats of the parent are not there" in capsys.readouterr().out
+    assert (
+        "50% of the pairs are Chinese; the chats that the parent was trained on are not available"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
