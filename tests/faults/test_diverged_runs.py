@@ -251,7 +251,7 @@ def test_the_help_lists_the_divergence_limits(capsys):
     with pytest.raises(SystemExit):
         make_training_parser(None, {"muon": 1.0}).parse_args(["--help"])
     message = " ".join(capsys.readouterr().out.split())
-    assert "mean loss of the last 10 steps is above so many times the first loss (0: off)" in message
+    assert "mean loss of the last 10 steps exceeds this multiple of the first loss (0: off)" in message
     for bad in ("1", "-1", "nan", "inf"):
         with pytest.raises(UserError, match=r"0 \(off\) or a number of at least 1\.5"):
             make_training_parser(None, {"muon": 1.0}).parse_args(["--max_loss_ratio", bad])

@@ -147,9 +147,9 @@ def run_pretrain(monkeypatch, *flags):
 def test_unsupported_parallel_flags_are_one_line(monkeypatch):
     adamw = ["--optimizer", "adamw"]
     for flags, said in (
-        (["--parallel", "zero2"], "add --optimizer adamw, or take --parallel fsdp"),
-        (["--parallel", "zero1", *adamw, "--compile"], "without --compile"),
-        (["--parallel", "zero3", *adamw, "--dtype", "float16"], "bfloat16 or float32"),
+        (["--parallel", "zero2"], "add --optimizer adamw, or use --parallel fsdp"),
+        (["--parallel", "zero1", *adamw, "--compile"], "does not support --compile"),
+        (["--parallel", "zero3", *adamw, "--dtype", "float16"], "bfloat16 and float32"),
     ):
         with pytest.raises(UserError, match=said):
             run_pretrain(monkeypatch, *flags)

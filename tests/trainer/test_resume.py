@@ -312,7 +312,7 @@ def test_all_processes_end_when_one_fails():
     monkey = {"barrier": lambda: None, "all_reduce_sum": lambda values: [values[0] + 1.0]}
     for name, replacement in monkey.items():
         setattr(dist, name, replacement)
-    with pytest.raises(UserError, match=r"another process could not lock m\.pth: its message says why"):
+    with pytest.raises(UserError, match=r"another process could not lock m\.pth: see its error message"):
         with shared_errors(dist, "lock m.pth"):
             pass
 
