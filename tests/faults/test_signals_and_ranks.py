@@ -247,7 +247,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, nu
         os.kill(ranks[stopped], signal.SIGKILL)  # torchrun does so too, after --shutdown-timeout
         assert launcher.wait(60) == 1
         (line,) = message_lines(tmp_path)[:1]
-        assert f"error: rank {stopped} (process {ranks[stopped]} on " in line and "no sign of life" in line
+        assert f"error: rank {stopped} (process {ranks[stopped]} on " in line and "has sent no heartbeat" in line
         (tmp_path / "err.txt").write_text("")
     record_attacks("ranks stopped", num_attacks(1, 2), named=num_attacks(1, 2))
 
