@@ -207,7 +207,7 @@ def check_resumes(start_training, tmp_path):
     """The same command resumes from the last save, and a SIGTERM to the launcher saves."""
     step = saved_step(tmp_path / "out")
     process = start_training(*TORCHRUN)
-    assert f"going on after step {step} of" in (tmp_path / "out.txt").read_text()
+    assert f"resuming after step {step} of" in (tmp_path / "out.txt").read_text()
     process.terminate()
     process.wait(60)
     assert saved_step(tmp_path / "out") >= step

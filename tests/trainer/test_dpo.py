@@ -243,7 +243,7 @@ def test_killed_dpo_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
     monkeypatch.setattr(loop, "train_step", real_step)
     parts = dpo(*flags, out="parts")
     said = capsys.readouterr().out
-    assert "going on after step 3" in said and "same parent, tokenizer and data" in said
+    assert "resuming after step 3" in said and "same parent, tokenizer and data" in said
     ours, theirs = load_weights(whole / "dpo_32.pth"), load_weights(parts / "dpo_32.pth")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = [[(row["step"], row["loss"], row["kl"]) for row in steps(folder)] for folder in (whole, parts)]

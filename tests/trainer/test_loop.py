@@ -188,7 +188,7 @@ def test_wandb_failure_does_not_stop_training(monkeypatch, pretrain, capsys):
     folder = pretrain("--use_wandb", "--wandb_project", "p", "--wandb_run_name", "r")
     assert (sent[0]["project"], sent[0]["name"], sent[0]["config"]["max_steps"]) == ("p", "r", 3)
     assert [step for step, _ in sent[1:]] == [1, 2] and "loss" in sent[1][1]
-    assert "training goes on without it" in "".join(capsys.readouterr())
+    assert "training continues without it" in "".join(capsys.readouterr())
     assert (folder / "pretrain_32.pth").exists()
 
 

@@ -62,7 +62,7 @@ def test_run_resumes_after_a_node_is_lost(mode, pretrain_dir, tokenizer_dir, tmp
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     said = "".join((tmp_path / f"agent{node}.txt").read_text() for node in (0, 1))
-    assert "going on after step" in said
+    assert "resuming after step" in said
     steps = [row["step"] for row in read_jsonl(out / "pretrain_32.jsonl") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) == 40 * 15, "every step once"
 

@@ -124,13 +124,13 @@ def test_run_resumes_under_another_parallel_mode_and_in_one_process(
 ):
     """Two steps each by zero1, fsdp, zero3, ddp, zero2 in two processes, the rest by one: as if never stopped."""
     root, out = job_outputs
-    assert [f"going on after step {step} " in out for step in (2, 4, 6, 8)] == [True] * 4
+    assert [f"resuming after step {step} " in out for step in (2, 4, 6, 8)] == [True] * 4
     (folder,) = (root / "parts" / "pretrain_32.resume").iterdir()
     assert folder.name == "step_000000010" and (folder / "rank_00001.json").exists(), "the older ones are gone"
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", root / "parts"]
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
     run_script(monkeypatch, "1-pretrain.py", *long, *paths)
-    assert "going on after step 10" in capsys.readouterr().out
+    assert "resuming after step 10" in capsys.readouterr().out
     losses = [
         [(row["step"], row["tokens"], row["loss"]) for row in log_rows(root / name) if "loss" in row]
         for name in ("parts", "whole")

@@ -135,7 +135,7 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     assert "row" not in json.loads((folder / "share_0.5" / "study.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(data_scaling, "train", train)
     run_scaling("0.5,1.0", "--learning_rate", 1e-3)
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "resuming after step 1" in capsys.readouterr().out
 
 
 def test_data_subsets_are_nested():

@@ -232,7 +232,7 @@ def test_max_minutes_saves_and_resumes(monkeypatch, arguments, tmp_path, capsys)
     assert last["lr"] < 0.1 * 8e-3, "the rate has fallen by the end of the time"
     assert "bits_per_byte" in rows[-1] and (tmp_path / "pretrain_32.pth").exists()
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--max_minutes", "0.02", "--save_interval", "100000")
-    assert f"going on after step {last['step']}" in capsys.readouterr().out
+    assert f"resuming after step {last['step']}" in capsys.readouterr().out
     assert max(row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl")) > last["step"]
 
 
@@ -277,7 +277,7 @@ def test_other_data_is_rejected_and_a_moved_folder_is_not(monkeypatch, tokenizer
         run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", other)
     first.rename(tmp_path / "moved")
     run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", tmp_path / "moved")
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "resuming after step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", ["train_000.bin", "train_000.idx.npy"])
@@ -331,7 +331,7 @@ def test_incomplete_step_folder_is_not_resumed(monkeypatch, arguments, tmp_path,
     assert [folder.name for folder, _ in complete_steps(whole.parent)] == [newer.name, whole.name]
     (newer / "rank_00001.json").unlink()
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "4", "--out_dir", tmp_path)
-    assert "going on after step 3" in capsys.readouterr().out
+    assert "resuming after step 3" in capsys.readouterr().out
     assert not whole.parent.exists()
 
 
