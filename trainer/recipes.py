@@ -53,7 +53,8 @@ def parse_with_recipe(parser: argparse.ArgumentParser, parse: Callable[..., Any]
         rows, parts = RECIPES[name]["batch"], int(os.environ.get("WORLD_SIZE", 1)) * args.accumulation_steps
         if rows % parts:
             raise UserError(
-                f"--recipe {name}: processes x --accumulation_steps = {parts} cannot share {rows} rows evenly"
+                f"--recipe {name}: its batch of {rows} rows cannot be split evenly over {parts} processes x "
+                "--accumulation_steps"
             )
         args.batch_size = rows // parts
     return args
