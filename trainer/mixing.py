@@ -50,8 +50,8 @@ class MixSchedule:
     def to_dict(self, args: argparse.Namespace) -> dict[str, Any]:
         """Return the entries for the lineage; a resumed run must have the same ones."""
         stages = {
-            "mix" if i == 0 else "stage2_mix": {group.name: round(group.weight, 6) for group in groups}
-            for i, groups in enumerate(self.stages)
+            "mix" if i == 0 else "stage2_mix": {component.name: round(component.weight, 6) for component in components}
+            for i, components in enumerate(self.stages)
         }
         if len(self.stages) == 1:
             return stages
@@ -79,9 +79,9 @@ class MixedDataset:
 
     def __init__(self, folder: str, schedule: MixSchedule, seq_len: int) -> None:
         self.schedule, self.seq_len, self.folder = schedule, seq_len, Path(folder)
-        groups = {group.name: group for stage in schedule.stages for group in stage}
+        components = {component.name: component for stage in schedule.stages for component in stage}
         self.components = {
-            name: PackedDataset(folder, "train", seq_len, group.contains) for name, group in groups.items()
+            name: PackedDataset(folder, "train", seq_len, component.contains) for name, component in components.items()
         }
         for name, part in self.components.items():
             if part.tokens.tokens < 2:
@@ -107,7 +107,9 @@ class MixedDataset:
     @property
     def epoch_rows(self) -> int:
         """Rows of --epochs 1: every row of the first mixture's components once, or its given number of passes."""
-        return max(1, round(sum((group.passes or 1) * self.sizes[group.name] for group in self.schedule.stages[0])))
+        return max(
+            1, round(sum((component.passes or 1) * self.sizes[component.name] for component in self.schedule.stages[0]))
+        )
 
 
 class ComponentOrder:
@@ -115,13 +117,13 @@ class ComponentOrder:
 
     def __init__(self, weights: list[float], *keys: int) -> None:
         self.quotas, self.keys = largest_remainder(weights, ROUND_ROWS), keys
-        self._number, self._groups = -1, np.zeros(0, np.int64)
+        self._number, self._component_ids = -1, np.zeros(0, np.int64)
 
-    def groups(self, first: int, count: int) -> np.ndarray:
+    def component_ids(self, first: int, count: int) -> np.ndarray:
         """Return the component of rows first ... first + count - 1, (count,), int64."""
         numbers = range(first // ROUND_ROWS, (first + count - 1) // ROUND_ROWS + 1)
-        groups = np.concatenate([self._round(number) for number in numbers])
-        return groups[first - numbers[0] * ROUND_ROWS :][:count]
+        component_ids = np.concatenate([self._round(number) for number in numbers])
+        return component_ids[first - numbers[0] * ROUND_ROWS :][:count]
 
     def counts(self, n: int) -> np.ndarray:
         """Return how many of the first n rows each component has, (components,)."""
@@ -132,9 +134,9 @@ class ComponentOrder:
         if number != self._number:
             random = np.random.default_rng((*self.keys, number))
             positions = np.concatenate([(np.arange(quota) + random.random(quota)) / quota for quota in self.quotas])
-            groups = np.repeat(np.arange(len(self.quotas)), self.quotas)
-            self._number, self._groups = number, groups[positions.argsort(kind="stable")]
-        return self._groups
+            component_ids = np.repeat(np.arange(len(self.quotas)), self.quotas)
+            self._number, self._component_ids = number, component_ids[positions.argsort(kind="stable")]
+        return self._component_ids
 
 
 def largest_remainder(weights: list[float], rows: int) -> np.ndarray:
@@ -162,19 +164,19 @@ class MixSampler(BatchSampler):
             )
         sizes = data.sizes.items()
         self.orders = {name: EpochOrder(size, seed, zlib.crc32(name.encode())) for name, size in sizes}
-        self.names = [[group.name for group in groups] for groups in data.schedule.stages]
+        self.names = [[component.name for component in components] for components in data.schedule.stages]
         self.component_orders = [
-            ComponentOrder([group.weight for group in groups], seed, stage)
-            for stage, groups in enumerate(data.schedule.stages)
+            ComponentOrder([component.weight for component in components], seed, stage)
+            for stage, components in enumerate(data.schedule.stages)
         ]
 
     def row_ids(self, step: int) -> np.ndarray:
         stage, before = self._stage(step), self.rows_consumed(step)
         first = (step - stage * self.switch_step) * self.global_batch_size
-        groups = self.component_orders[stage].groups(first, self.global_batch_size)
+        component_ids = self.component_orders[stage].component_ids(first, self.global_batch_size)
         rows = np.zeros(self.global_batch_size, np.int64)
         for k, name in enumerate(self.names[stage]):
-            here = groups == k
+            here = component_ids == k
             rows[here] = self.data.offsets[name] + self.orders[name].row_ids(before[name], int(here.sum()))
         return rows
 
@@ -195,7 +197,7 @@ class MixSampler(BatchSampler):
     def notice_before(self, step: int) -> str:
         if len(self.component_orders) == 1 or step != self.switch_step:
             return ""
-        return f"stage 2 begins at step {step + 1}: {format_shares(self.data.schedule.stages[1])}"
+        return f"stage 2 begins at step {step + 1}: {format_weights(self.data.schedule.stages[1])}"
 
     def step_metrics(self, step: int) -> dict[str, Any]:
         """Return the log entries of step number `step` (counted from 1): its stage, and tokens by component so far."""
@@ -205,8 +207,10 @@ class MixSampler(BatchSampler):
     def summary(self) -> str:
         """Return a table of the components: weight, available tokens, tokens to train, number of epochs."""
         schedule, trained, seq_len = self.data.schedule, self.rows_consumed(self.total_steps), self.data.seq_len
-        sizes = {group.name: group.tokens for groups in schedule.stages for group in groups}
-        weights = [{group.name: f"{group.weight:.1%}" for group in groups} for groups in schedule.stages]
+        sizes = {component.name: component.tokens for components in schedule.stages for component in components}
+        weights = [
+            {component.name: f"{component.weight:.1%}" for component in components} for components in schedule.stages
+        ]
         width = max(8, *(len(name) for name in sizes))
         second = len(weights) == 2
         lines = [
@@ -228,8 +232,8 @@ class MixSampler(BatchSampler):
         return "\n".join(lines)
 
 
-def format_shares(groups: list[MixComponent]) -> str:
-    return ", ".join(f"{group.name} {group.weight:.1%}" for group in groups)
+def format_weights(components: list[MixComponent]) -> str:
+    return ", ".join(f"{component.name} {component.weight:.1%}" for component in components)
 
 
 def make_sampler(data: TokenDataset, global_batch_size: int, args: argparse.Namespace) -> BatchSampler:

@@ -23,7 +23,7 @@ SHARDS = [
 
 
 def mix_weights(text, temperature=1.0):
-    return {group.name: group.weight for group in mix_components(SHARDS, parse_mix(text), temperature)}
+    return {component.name: component.weight for component in mix_components(SHARDS, parse_mix(text), temperature)}
 
 
 # ---- mix specifications ----------------------------------------------------------------------------------------------
@@ -33,8 +33,8 @@ def test_mix_spec_gives_weights_passes_and_sizes():
     assert mix_weights("language") == {"en": 0.1, "zh": 0.9}
     assert mix_weights("source") == {"law": 0.7, "tale": 0.3}
     assert mix_weights("law=1") == {"law": 1.0}
-    groups = mix_components(SHARDS, parse_mix("tale=1"))
-    assert groups[0].tokens == 300 and unused_tokens(SHARDS, groups) == {"zh/law": 600, "en/law": 100}
+    components = mix_components(SHARDS, parse_mix("tale=1"))
+    assert components[0].tokens == 300 and unused_tokens(SHARDS, components) == {"zh/law": 600, "en/law": 100}
 
 
 def test_temperature_flattens_weights():
@@ -110,14 +110,14 @@ def test_permutations_are_uniform():
 def test_every_range_of_rows_follows_the_weights(weights, first, count):
     fair = [weight / sum(weights) for weight in weights]
     order = ComponentOrder(fair, 1)
-    groups = order.groups(first, count)
-    assert len(groups) == count
+    component_ids = order.component_ids(first, count)
+    assert len(component_ids) == count
     before, after = order.counts(first), order.counts(first + count)
-    assert (after - before).tolist() == np.bincount(groups, minlength=len(fair)).tolist()
+    assert (after - before).tolist() == np.bincount(component_ids, minlength=len(fair)).tolist()
     assert after.sum() == first + count
     assert all(
-        abs(n - share * (first + count)) < 3 + (first + count) / ROUND_ROWS
-        for n, share in zip(after, fair, strict=True)
+        abs(n - weight * (first + count)) < 3 + (first + count) / ROUND_ROWS
+        for n, weight in zip(after, fair, strict=True)
     )
 
 
