@@ -127,7 +127,7 @@ def test_ctrl_c_under_torchrun_saves_and_exits(pretrained, chats):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
     out, _ = process.communicate(timeout=60)
-    assert "run again to go on" in out
+    assert "run again to resume" in out
     assert (pretrained / "full_sft_32.resume").exists() and (pretrained / "full_sft_32.pth").exists()
 
 
