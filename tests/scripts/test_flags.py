@@ -107,13 +107,13 @@ def test_every_script_and_every_numeric_flag_is_covered():
 @pytest.mark.parametrize(("prog", "flag", "dest"), NUMBERS)
 def test_an_invalid_number_is_a_one_line_error(prog, flag, dest):
     has_zero = dest in ZERO_MEANINGS and prog != "web_demo.py"  # its --port must be known before the page starts
-    refused = [*INVALID_NUMBERS, *([] if has_zero else ["0"]), *([] if dest in FRACTIONS else ["0.5"])]
-    for text in refused:
+    rejected = [*INVALID_NUMBERS, *([] if has_zero else ["0"]), *([] if dest in FRACTIONS else ["0.5"])]
+    for text in rejected:
         with pytest.raises(UserError) as error:
             parse_flags(prog, f"{flag}={text}")
         line = str(error.value)
         assert line.startswith("argument ") and f"{flag}" in line and "\n" not in line, line
-    for text in {"0", "0.5"} - {*refused}:
+    for text in {"0", "0.5"} - {*rejected}:
         value = getattr(parse_flags(prog, f"{flag}={text}"), dest)
         assert value == float(text)
 

@@ -176,9 +176,9 @@ def test_large_bodies_together_are_bounded_and_small_ones_are_not(checkpoint):
         with socket.create_connection(address(server)) as first:
             first.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + half)
             time.sleep(0.3)
-            refused = post(server, user="x" * 150_000)
-            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            rejected = post(server, user="x" * 150_000)
+            assert rejected.status_code == 429 and rejected.headers["retry-after"] == "1"
+            assert rejected.json()["error"]["code"] == "rate_limit_exceeded"
             assert post(server).status_code == 200
         deadline = time.monotonic() + 5
         while post(server, user="x" * 150_000).status_code != 200:  # the first client has disconnected
@@ -249,8 +249,8 @@ def test_connections_above_the_limit_get_503(strict_server):
         for _ in range(5):
             stack.enter_context(socket.create_connection(address(strict_server))).sendall(request)
         time.sleep(0.3)
-        refused = CLIENT.get(f"{strict_server.url}/health")
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
+        rejected = CLIENT.get(f"{strict_server.url}/health")
+        assert rejected.status_code == 503 and rejected.json()["error"]["code"] == "too_many_connections"
     strict_server.wait_until_idle()
     assert CLIENT.get(f"{strict_server.url}/health").status_code == 200
 

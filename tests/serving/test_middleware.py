@@ -83,11 +83,11 @@ def test_cors_headers_are_sent_to_listed_origins_only(server_with_key, small_ser
         (small_server, "https://chat.example.org", False),
     ):
         preflight = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": origin, **ask})
-        refused = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin})
-        for response in (preflight, refused):
+        models = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin})
+        for response in (preflight, models):
             assert response.headers.get("access-control-allow-origin") == (origin if allowed else None)
         assert (preflight.status_code == 200) == allowed
-        assert ("x-served-model" in refused.headers.get("access-control-expose-headers", "")) == (
+        assert ("x-served-model" in models.headers.get("access-control-expose-headers", "")) == (
             server is server_with_key
         )
 
@@ -124,9 +124,9 @@ def test_a_full_queue_gets_429_with_retry_after(small_server):
             httpx.stream("POST", f"{small_server.url}/v1/chat/completions", json={**LONG, "n": 2})
         )
         assert waiting.status_code == 200 and small_server.status()["waiting"] == 2
-        refused = httpx.post(f"{small_server.url}/v1/chat/completions", json=QUESTION)
-        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
-        assert refused.json()["error"]["type"] == "rate_limit_error"
+        rejected = httpx.post(f"{small_server.url}/v1/chat/completions", json=QUESTION)
+        assert rejected.status_code == 429 and 1 <= int(rejected.headers["retry-after"]) <= 60
+        assert rejected.json()["error"]["type"] == "rate_limit_error"
     small_server.wait_until_idle()
     too_many = httpx.post(f"{small_server.url}/v1/chat/completions", json={**QUESTION, "n": 5})
     assert too_many.status_code == 400 and "at most 4" in too_many.json()["error"]["message"]

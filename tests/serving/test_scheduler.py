@@ -69,11 +69,11 @@ def test_sequences_that_join_and_leave_are_answered_as_if_alone(model, tokenizer
             batch.decode()
     for i, (prompt, options, max_tokens, _, _) in enumerate(arrivals):
         (alone,) = generate(model, [prompt], SamplingParams(max_new_tokens=max_tokens, **options), tokenizer)
-        given_out = rows[i].completion
-        if given_out.finish_reason:
-            assert given_out == alone
+        completion = rows[i].completion
+        if completion.finish_reason:
+            assert completion == alone
         else:  # removed before its end
-            assert alone.ids[: len(given_out.ids)] == given_out.ids
+            assert alone.ids[: len(completion.ids)] == completion.ids
     assert batch.cache is None  # freed with the last sequence
 
 
