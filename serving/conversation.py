@@ -91,7 +91,7 @@ class _StreamingReply:
 class ChatTurn:
     question: str
     replies: list[ChatReply] = field(default_factory=list)  # one per side
-    attempt: int = 0  # number of earlier answers to this question
+    attempt: int = 0  # incremented by regenerate and edit
 
 
 class Conversation:

@@ -64,7 +64,7 @@ def open_page_model(
 
 
 class ChatPage:
-    """One drawing of the page in one language."""
+    """One run of the page, in one language."""
 
     def __init__(self, options: PageOptions) -> None:
         self.options = options
@@ -217,14 +217,14 @@ class ChatPage:
         st.button(
             self.strings["stop"], icon=":material/stop:", on_click=self.conversation.stop, key="stop", type="primary"
         )
-        last, drawn, is_streaming = self.conversation.turns[-1], 0.0, True
+        last, redrawn_at, is_streaming = self.conversation.turns[-1], 0.0, True
         with autocast(self.options.device, self.options.dtype):  # around the loop: weights are cast once
             while is_streaming:
                 is_streaming = self.conversation.advance()
-                if not is_streaming or time.monotonic() - drawn > REDRAW_SECONDS:
+                if not is_streaming or time.monotonic() - redrawn_at > REDRAW_SECONDS:
                     for (text, footer), reply in zip(placeholders, last.replies, strict=True):
                         self.draw_reply(text, footer, reply, choices)
-                    drawn = time.monotonic()
+                    redrawn_at = time.monotonic()
         st.rerun()  # draws the buttons of a finished turn
 
     def draw_turn(self, number: int, turn: ChatTurn, choices: SidebarChoices) -> list[tuple[Any, Any]]:
