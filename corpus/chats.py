@@ -203,7 +203,7 @@ def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
         for thought in THOUGHT_KEYS:
             if is_filled(turn.get(thought)):
                 notes.changes[f"without its `{thought}`: reasoning is not trained yet"] = None
-        if role == "assistant" and any(is_zero_weight(turn.get(mark)) for mark in TRAINING_FLAG_KEYS):
+        if role == "assistant" and any(is_zero_weight(turn.get(flag)) for flag in TRAINING_FLAG_KEYS):
             result["weight"] = 0
         _note_unused_keys(turn, {key}, notes)
     return result
@@ -312,12 +312,12 @@ def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty
         raise DroppedRow("only assistant messages") if WITHOUT_OPENING in notes.changes else BadRow("no messages")
     empty = next((i for i, turn in enumerate(turns) if is_blank(turn["content"])), None)
     if empty is not None and cut_at_empty:
-        before_it = trim_unanswered(turns[:empty])
-        if not before_it and turns[empty]["role"] == "assistant":
+        kept = trim_unanswered(turns[:empty])
+        if not kept and turns[empty]["role"] == "assistant":
             raise DroppedRow("an empty answer")
-        if before_it:
+        if kept:
             notes.changes[CUT_AT_EMPTY] = None
-            turns = before_it
+            turns = kept
     return turns
 
 

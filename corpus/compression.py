@@ -140,12 +140,12 @@ class Decompressor:
         if self.at_end:
             return False
         try:
-            piece = self.raw.read(PACKED_CHUNK_BYTES)
+            chunk = self.raw.read(PACKED_CHUNK_BYTES)
         except OSError as error:
             self._add_damage(describe_read_error(error), self.size - self.raw.tell())
-            piece, self.failed = b"", True
-        self.data += piece
-        self.at_end = not piece
+            chunk, self.failed = b"", True
+        self.data += chunk
+        self.at_end = not chunk
         return not self.at_end
 
     def _member_follows(self, members: int) -> bool:
@@ -167,7 +167,7 @@ class Decompressor:
         return True
 
     def _skip_to_next_member(self, last: bytes, offset: int, reason: str) -> Iterator[bytes]:
-        """Records damage in `last`, the compressed bytes at `offset`, and seeks the next member."""
+        """Records damage in `last`, the compressed bytes at `offset`, and skips to the next member."""
         self.data = last[1:]
         found = None
         while self.skip_damage:

@@ -72,9 +72,9 @@ class _CsvLines:
 
     def _skip_long_line(self, size: int) -> None:
         """Counts a line above MAX_LINE as an estimated number of bad rows."""
-        while rest := self.input_file.readline(1 << 20):
-            size += len(rest)
-            if rest.endswith(b"\n"):
+        while chunk := self.input_file.readline(1 << 20):
+            size += len(chunk)
+            if chunk.endswith(b"\n"):
                 break
         self.number += 1
         rows = self.report.estimate_rows(self.input_file.name, size, self.size + size)
@@ -162,8 +162,8 @@ def _spans_several_rows(row: list[str], parse_cells: Callable[[str, bool], list[
     With two columns more such lines are required: a few lines of ordinary text may each contain one comma.
     """
     inner = row[1:-1]
-    least = JOINED_LINES if columns > 2 else 3 * JOINED_LINES
-    return columns > 1 and len(inner) >= least and all(len(parse_cells(text, True)) == columns for text in inner)
+    min_lines = JOINED_LINES if columns > 2 else 3 * JOINED_LINES
+    return columns > 1 and len(inner) >= min_lines and all(len(parse_cells(text, True)) == columns for text in inner)
 
 
 def detect_delimiter(head: str) -> str:
@@ -178,9 +178,9 @@ def detect_delimiter(head: str) -> str:
             rows[: MAX_SNIFFED_ROWS + 1] if len(rows) > MAX_SNIFFED_ROWS else rows[:-1] or rows
         )  # the last row may be incomplete
         columns = len(rows[0]) if rows else 0
-        agree = sum(1 < len(row) <= columns for row in rows) / max(1, len(rows))
-        if columns > 1 and agree * columns > most:
-            best, most = delimiter, agree * columns
+        matching = sum(1 < len(row) <= columns for row in rows) / max(1, len(rows))
+        if columns > 1 and matching * columns > most:
+            best, most = delimiter, matching * columns
     return best
 
 
@@ -190,8 +190,8 @@ def _column_names(cells: list[str]) -> list[str]:
     counts: dict[str, int] = {}
     for cell in cells:
         name = cell.strip().strip("\ufeff\"'").strip().lower()
-        times = counts[name] = counts.get(name, 0) + 1
-        names.append(name if times == 1 else f"{name}.{times - 1}")
+        count = counts[name] = counts.get(name, 0) + 1
+        names.append(name if count == 1 else f"{name}.{count - 1}")
     return names
 
 

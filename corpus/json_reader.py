@@ -53,12 +53,12 @@ def read_numbered_lines(input_file: InputFile, report: DataStats) -> Iterator[tu
         number += 1
         input_file.line = number
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            long = len(line)
-            while continuation := input_file.readline(1 << 20):
-                long += len(continuation)
-                if continuation.endswith(b"\n"):
+            line_bytes = len(line)
+            while chunk := input_file.readline(1 << 20):
+                line_bytes += len(chunk)
+                if chunk.endswith(b"\n"):
                     break
-            rows = report.estimate_rows(input_file.name, long, size + long)
+            rows = report.estimate_rows(input_file.name, line_bytes, size + line_bytes)
             report.row_unreadable(f"a line longer than {MAX_LINE >> 20} MB", input_file.name, number, rows)
             continue
         size += len(line)
@@ -173,7 +173,7 @@ def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
     begin, line, chat, is_chat, is_whole = stream.consumed, input_file.line, [], None, True
     stream.expect("[")
     while stream.peek() not in ("]", ""):
-        at = input_file.line
+        row_line = input_file.line
         value = stream.read_row()
         if value is LOST_ROW:
             is_whole = False
@@ -187,11 +187,11 @@ def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
                 )
         elif isinstance(value, list):
             lists = value if all(_is_chat_list(item) for item in value) and value else [value]
-            yield from ((at, row) for items in lists for row in list_rows(items))
+            yield from ((row_line, row) for items in lists for row in list_rows(items))
         elif isinstance(value, dict) and stream.rows == 1 and not stream.peek() and (rows := object_rows(value)):
-            yield from ((at, row) for row in rows)  # an object that wraps the rows, after an extra bracket
+            yield from ((row_line, row) for row in rows)  # an object that wraps the rows, after an extra bracket
         elif isinstance(value, dict) or not objects_only:
-            yield at, value
+            yield row_line, value
     if stream.peek():
         stream.expect("]")
     elif not input_file.damages and not stream.is_damaged:

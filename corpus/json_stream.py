@@ -67,9 +67,9 @@ class JsonStream:
 
     # ---- text ----
     def read_more(self, size: int = READ_CHUNK_BYTES) -> None:
-        piece = self.read(size)
-        self.has_more = bool(piece)
-        self.text = self.text[self.start :] + self.decode(piece, not piece)
+        chunk = self.read(size)
+        self.has_more = bool(chunk)
+        self.text = self.text[self.start :] + self.decode(chunk, not chunk)
         self.start = 0
 
     def skip(self, end: int) -> None:

@@ -24,16 +24,16 @@ _LETTER_FIRST = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + bytes(
 
 def detect_language(text: str) -> str:
     """Returns "zh" or "en" by the fraction of Chinese characters among the letters, for any string."""
-    raw = text.encode("utf-8", "surrogatepass")
-    chinese = len(raw) - len(raw.translate(None, _CJK_FIRST))
-    letters = len(raw) - len(raw.translate(None, _LETTER_FIRST))
+    encoded = text.encode("utf-8", "surrogatepass")
+    chinese = len(encoded) - len(encoded.translate(None, _CJK_FIRST))
+    letters = len(encoded) - len(encoded.translate(None, _LETTER_FIRST))
     return "zh" if chinese and chinese >= MIN_CHINESE_FRACTION * (chinese + letters) else "en"
 
 
 def count_chinese(text: str) -> int:
     """Returns the number of Chinese characters (U+4000 to U+9FFF)."""
-    raw = text.encode("utf-8", "surrogatepass")
-    return len(raw) - len(raw.translate(None, _CJK_FIRST))
+    encoded = text.encode("utf-8", "surrogatepass")
+    return len(encoded) - len(encoded.translate(None, _CJK_FIRST))
 
 
 def is_missing(value: Any) -> bool:

@@ -66,18 +66,10 @@ COMPARISON_KEYS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("human_ref_A", "human_ref_B", "labels", (1, 0)),
 )
 
-UNORDERED_ANSWER_KEYS = (
-    "answers",
-    "completions",
-    "responses",
-)  # lists of answers without an order, unless they have a rank or score
-RANKING_KEYS = (
-    ("rank", 1),
-    ("overall_score", -1),
-    ("score", -1),
-    ("rating", -1),
-    ("pm_score", -1),
-)  # 1: lower is better, -1: higher is better
+# Lists under these keys have no order, unless the answers have a rank or score.
+UNORDERED_ANSWER_KEYS = ("answers", "completions", "responses")
+# (key, 1 if lower is better or -1 if higher is better).
+RANKING_KEYS = (("rank", 1), ("overall_score", -1), ("score", -1), ("rating", -1), ("pm_score", -1))
 
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
@@ -90,14 +82,7 @@ ROLE_NAMES = {
                      "tool_response", "tool_result", "ipython", "工具"), "tool"),
 }  # fmt: skip
 TOOL_KEYS = ("tool_calls", "function_call")  # of a message that is a tool call
-TRAINING_FLAG_KEYS = (
-    "weight",
-    "train",
-    "training",
-    "trained",
-    "loss",
-    "loss_weight",
-)  # of a message: 0 or false excludes it
+TRAINING_FLAG_KEYS = ("weight", "train", "training", "trained", "loss", "loss_weight")  # 0 or false: not trained
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
 
 # Metadata keys are ignored; every other unused key is reported.
@@ -237,7 +222,7 @@ def parse_keys(text: str) -> dict[str, str]:
 
 
 def explain_expected_keys(kind: str, found: Iterable[str]) -> str:
-    """Message: the keys that a row of this kind ("text", "chat", "pair" or "any") needs, and the nearest layouts."""
+    """Returns the error text: keys that a row of `kind` ("text", "chat", "pair" or "any") needs, nearest layouts."""
     found = list(found)
     needs = {
         "text": "a text row needs a text (text, content, …), or a chat",
@@ -264,7 +249,7 @@ def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
         score = 0.0
         for key in found:
             same_field = {other for names in FIELD_KEYS.values() if key.lower() in names for other in names}
-            ratios = [difflib.SequenceMatcher(None, key.lower(), wanted).ratio() for wanted in keys]
+            ratios = [difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in keys]
             score += 1.0 if same_field & set(keys) else max([ratio for ratio in ratios if ratio > 0.6], default=0.0)
         return score / (1 + len(keys))
 
@@ -282,8 +267,8 @@ def print_layouts() -> None:
     for field, keys in FIELD_KEYS.items():
         print(f"  {field:9} {', '.join(keys)}")
     print("\nhandling of turns, the same in every command:")
-    for found, done, *_ in TURN_RULES:
-        print(f"  {found}: {done}")
+    for case, handling, *_ in TURN_RULES:
+        print(f"  {case}: {handling}")
 
 
 def layout_tables(chinese: bool = False) -> str:

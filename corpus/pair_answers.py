@@ -72,16 +72,16 @@ def find_compared_answers(row: dict[str, Any], used: set[str]) -> tuple[Any, Any
     Raises DroppedRow if neither answer is marked as the better one.
     """
     names = {str(key).strip().lower(): key for key in row}
-    for *three, (one, other) in COMPARISON_KEYS:
-        if all(name.lower() in names for name in three):
-            first, second, winner_key = (names[name.lower()] for name in three)
+    for *pair_keys, (first_value, second_value) in COMPARISON_KEYS:
+        if all(name.lower() in names for name in pair_keys):
+            first, second, winner_key = (names[name.lower()] for name in pair_keys)
             used.update((first, second, winner_key))
             winner = (
                 str(stringify_number(row[winner_key])).strip().lower().removeprefix("model_").removeprefix("response_")
             )
-            if winner not in (str(one), str(other)):
+            if winner not in (str(first_value), str(second_value)):
                 raise DroppedRow(f"no answer is marked as the better one ({winner_key})")
-            return (row[first], row[second]) if winner == str(one) else (row[second], row[first])
+            return (row[first], row[second]) if winner == str(first_value) else (row[second], row[first])
     return None
 
 

@@ -39,7 +39,7 @@ class Document:
     text: str
     source_file: str
     line: int
-    source: str = ""  # value of the row under `source_key`
+    source: str = ""  # the row's value under `source_key` of read_texts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ParsedChat:
     content: RowContent
 
 
-# ---- the three readers -----------------------------------------------------------------------------------------------
+# ---- readers ---------------------------------------------------------------------------------------------------------
 def read_rows(path: PathLike, report: DataStats) -> NumberedRows:
     """Yields (line, row) of one file; a row is a dict, a list of messages, or a str for plain text.
 
@@ -111,7 +111,7 @@ def read_texts(
 ) -> Iterator[Document]:
     """Yields the documents of all files, in order. A chat is one document: its text without role markers.
 
-    `source_key`: the key of a row's source.
+    `source_key`: the row key whose value becomes `Document.source`.
     Raises UserError if a file has rows but no usable one, or if too many rows are bad.
     """
     for file, line, row, content in read_contents(paths, report, "text", reader.read_text):

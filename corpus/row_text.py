@@ -170,25 +170,25 @@ class RowReader(RowKeys):
         contexts = [key for key in fields.get("context", ()) if key not in excluded]
         if key is None and contexts:
             key, contexts = contexts[0], contexts[1:]
-        past = next((key for key in fields.get("history", ()) if key not in excluded), None)
-        if key is None and past and isinstance(row[past], str) and row[past].lstrip()[:1] not in ("[", "{"):
-            key, past = past, None  # in SHP, history is the question
+        history = next((key for key in fields.get("history", ()) if key not in excluded), None)
+        if key is None and history and isinstance(row[history], str) and row[history].lstrip()[:1] not in ("[", "{"):
+            key, history = history, None  # in SHP, history is the question
         if key is None:
             return []
         value = stringify_number(row[key])
         used_keys.update((key, *contexts))
         turns: list[Message] = []
-        if past:
-            used_keys.add(past)
-            turns += parse_history(row[past], notes)
+        if history:
+            used_keys.add(history)
+            turns += parse_history(row[history], notes)
         holds_turns = isinstance(value, (list, dict)) and not is_text_list(value)
         if holds_turns or spells_messages(value) or (isinstance(value, str) and ends_with_question(value)):
             question = parse_messages(value, notes)
         else:
             question = [message("user", _join_texts(value, key))]
         if contexts:
-            more = [_join_texts(row[key], key) for key in contexts]
-            question = [*question[:-1], {**question[-1], "content": "\n".join([question[-1]["content"], *more])}]
+            texts = [_join_texts(row[key], key) for key in contexts]
+            question = [*question[:-1], {**question[-1], "content": "\n".join([question[-1]["content"], *texts])}]
         return turns + question
 
     def _read_marked_text(self, row: dict[str, Any], fields: FieldKeys, used_keys: set[str]) -> list[Message]:
@@ -230,19 +230,19 @@ class RowReader(RowKeys):
         notes, used_keys = RowNotes(), set[str]()
         self._require_trainable(row, fields, used_keys)
         values = self._answer_pair(row, fields, used_keys)
-        before = self._read_prompt(row, fields, used_keys, used_keys, notes)
-        if not before and "messages" in fields:
+        prompt_turns = self._read_prompt(row, fields, used_keys, used_keys, notes)
+        if not prompt_turns and "messages" in fields:
             used_keys.add(fields["messages"][0])
-            before = parse_messages(row[fields["messages"][0]], notes)
-            if "chosen" not in fields and before and before[-1]["role"] == "assistant":
-                before = before[:-1]  # ms-swift: the last answer of the chat is the chosen one
-        if not before and (blank := self.first_key(row, "prompt")) is not None and isinstance(values[0], str):
-            require_text(row[blank], blank)  # raises the reason
+            prompt_turns = parse_messages(row[fields["messages"][0]], notes)
+            if "chosen" not in fields and prompt_turns and prompt_turns[-1]["role"] == "assistant":
+                prompt_turns = prompt_turns[:-1]  # ms-swift: the last answer of the chat is the chosen one
+        if not prompt_turns and (key := self.first_key(row, "prompt")) is not None and isinstance(values[0], str):
+            require_text(row[key], key)  # raises the reason
         conversations = []
         for side, value in zip(PAIR_SIDES, values, strict=True):
-            whole = side_conversation(side, value, before, notes)
-            whole = self._add_system(row, fields, whole, used_keys)
-            messages = apply_turn_rules(whole, notes, cut_at_empty=False)
+            conversation = side_conversation(side, value, prompt_turns, notes)
+            conversation = self._add_system(row, fields, conversation, used_keys)
+            messages = apply_turn_rules(conversation, notes, cut_at_empty=False)
             conversations.append([message(turn["role"], turn["content"]) for turn in messages])  # drops weights
         prompt, *answers = split_pair(*conversations)
         turns = [*prompt, *answers[0], *answers[1]]
@@ -251,14 +251,14 @@ class RowReader(RowKeys):
 
     def _answer_pair(self, row: dict[str, Any], fields: FieldKeys, used_keys: set[str]) -> tuple[Any, Any]:
         """Returns (chosen, rejected) from two keys, a ranked list, or two answers and a preference key."""
-        better, worse = (fields.get(side, [None])[0] or self.first_key(row, side) for side in PAIR_SIDES)
-        if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
-            used_keys.update((better, worse))
-            return row[better], row[worse]
-        whole = [*fields.get("answer", ()), *fields.get("messages", ())]
-        if better is None and "rejected" in fields and whole:
-            used_keys.update((whole[0], fields["rejected"][0]))
-            return row[whole[0]], row[fields["rejected"][0]]
+        chosen, rejected = (fields.get(side, [None])[0] or self.first_key(row, side) for side in PAIR_SIDES)
+        if chosen is not None and rejected is not None and ("chosen" in fields or "rejected" in fields):
+            used_keys.update((chosen, rejected))
+            return row[chosen], row[rejected]
+        answer_keys = [*fields.get("answer", ()), *fields.get("messages", ())]
+        if chosen is None and "rejected" in fields and answer_keys:
+            used_keys.update((answer_keys[0], fields["rejected"][0]))
+            return row[answer_keys[0]], row[fields["rejected"][0]]
         if compared := find_compared_answers(row, used_keys):
             return compared
         for key in fields.get("answer", ()):

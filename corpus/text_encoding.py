@@ -7,7 +7,7 @@ UTF-8 is preferred: a sample with few malformed bytes counts as UTF-8 with malfo
 guessed with charset-normalizer, and the guess is used only if the decoded text consists of frequent characters. If it
 does not, the file is read as UTF-8, and `TextEncoding.malformed_reason` of its bad rows contains the iconv command.
 
-Read next: input_files.py (opening files).
+Read next: input_files.py (the caller).
 """
 
 import codecs
