@@ -36,7 +36,7 @@ def bot(text):
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION, GOOD, BAD = [user("1+1?")], [bot("2")], [bot("2, or 3")]
 PAIR = (QUESTION, GOOD, BAD)
-DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "an answer that is not the assistant's"
+DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "the last message is not an answer"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
         ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_ITS),
         ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_ITS),
         ({"chosen": QUESTION + GOOD, "rejected": [*QUESTION, *GOOD, user("?"), bot("b")]},
-         "one conversation is only the beginning of the other"),
+         "one conversation is a prefix of the other"),
     ],
 )  # fmt: skip
 def test_pairs_without_a_difference_are_dropped_with_a_reason(row, reason):
@@ -243,7 +243,7 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     assert counts == {
         "chosen and rejected are the same": 1,
         "an empty answer (chosen)": 1,
-        "an answer that is not the assistant's": 1,
+        "the last message is not an answer": 1,
         "chosen and rejected have different prompts": 1,
         "exact duplicate": 1,
         "question and longer answer exceed 512 tokens": 1,
