@@ -288,7 +288,7 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
 
 
 def test_other_data_names_the_command(tmp_path, process, tokenizer, sft_dir):
-    with pytest.raises(UserError, match=r"not a row of ours: run data_process\.py dpo again"):
+    with pytest.raises(UserError, match=r"not a row that data_process.py wrote: run data_process\.py dpo again"):
         tokenize_chats(sft_dir, tokenizer, 500, form=PAIR_TASK)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
         tokenize_chats(tmp_path / "none", tokenizer, 500, form=PAIR_TASK)
