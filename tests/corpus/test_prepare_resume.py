@@ -92,13 +92,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, interrupted, 
     assert any(name.endswith("train_002.bin") for name in whole)
     sizes = interrupted(kind, file, at=at)
     partial = tmp_path / "out.partial"
-    assert f"unfinished work is kept in {partial}: the same command continues it" in capsys.readouterr().out
+    assert f"unfinished work is kept in {partial}: the same command resumes it" in capsys.readouterr().out
     for name in ("train.jsonl", "val.jsonl"):
         with (partial / name).open("a") as cut:
             cut.write('{"messages": [{"ro')  # of a write that a kill has cut
     (partial / ".progress.json.999999.tmp").write_text('{"job')
     assert process(kind, file) == whole and not partial.exists()
-    assert "holds unfinished work: it is continued" in capsys.readouterr().out
+    assert "holds an unfinished run: it is resumed" in capsys.readouterr().out
     assert sum(sizes) == 1201 + sizes[at - 1], "nothing is tokenised twice but the batch that was interrupted"
 
 

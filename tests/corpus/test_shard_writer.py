@@ -131,7 +131,7 @@ def test_publishing_replaces_the_old_folder_whole(tmp_path):
 
 def test_folders_with_other_files_are_never_replaced(tmp_path):
     (tmp_path / "novel.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"not ours \(novel.txt\)"):
+    with pytest.raises(UserError, match=r"did not write \(novel.txt\)"):
         check_replaceable(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         check_replaceable(tmp_path / "novel.txt")

@@ -228,7 +228,7 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
 def test_a_foreign_folder_is_not_touched(tmp_path, process):
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "thesis.doc").write_text("mine")
-    with pytest.raises(UserError, match="not ours"):
+    with pytest.raises(UserError, match="did not write"):
         process("pretrain", write_rows(tmp_path / "a.jsonl", EN))
     assert content(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
 
