@@ -1,23 +1,22 @@
-"""Raw files -> training data: read anything, clean nothing silently, tokenise once.
+"""Prepares training data: raw files -> token shards, with statistics of every dropped and bad row.
 
     python data_process.py pretrain FILES…     text  -> dataset/pretrain/  token shards, split by content hash
     python data_process.py sft FILES…          chats -> dataset/sft/       train.jsonl, val.jsonl, token shards + masks
-    python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, of a chosen and a rejected answer
-    python data_process.py sft FILES… --check  writes nothing: report and samples, trained tokens marked
+    python data_process.py dpo FILES…          pairs -> dataset/dpo/       the same, for chosen and rejected answers
+    python data_process.py sft FILES… --check  prints statistics and samples (trained tokens marked), writes nothing
     python data_process.py sft FILES… --scorer out/pretrain_512.pth --keep_entropy 10%,90%
-                                               only the chats that the model finds neither trivial nor noise
-    python data_process.py --list_layouts      the layouts of rows that are read; --keys prompt=KEY,… names others
-    python data_process.py download NAME       a public data set, resumed where it broke off; without a name: which
+                                               keeps the chats between two percentiles of the model's cross-entropy
+    python data_process.py --list_layouts      lists the supported row layouts; --keys prompt=KEY,… adds others
+    python data_process.py download NAME       downloads a public dataset, with resume; without NAME: lists them
 
-    python data_process.py clean FILES…        text -> dataset/clean/      what was taken is counted, with examples
-    python data_process.py dedup FILES…        text -> dataset/dedup/      without copies and near-copies
+    python data_process.py clean FILES…        text -> dataset/clean/      rule-based cleaning, counted, with examples
+    python data_process.py dedup FILES…        text -> dataset/dedup/      without duplicates and near-duplicates
     python data_process.py decontaminate FILES… --against EXAM…            without the questions of an exam
 
-FILES are txt, jsonl, json, csv, parquet or arrow, also packed as .gz .xz .zst .bz2, or folders of them;
-dataset/README.md describes the formats.
-The first three need a tokenizer (train_tokenizer.py).
-Read next: corpus/prepare_text.py, corpus/prepare_chats.py and corpus/preferences.py (what happens here), 1-pretrain.py
-(who reads it), curation/commands.py (clean, dedup, decontaminate).
+FILES are txt, jsonl, json, csv, parquet or arrow, also compressed as .gz .xz .zst .bz2, or folders of them;
+dataset/README.md describes the formats. pretrain, sft and dpo need a tokenizer (train_tokenizer.py).
+Read next: corpus/prepare_text.py, corpus/prepare_chats.py and corpus/preferences.py (the steps), 1-pretrain.py (trains
+on the data), curation/commands.py (clean, dedup, decontaminate).
 """
 
 import argparse
@@ -64,20 +63,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_dataset(args: argparse.Namespace, tokenizer: Any, report: DataStats, task: Any, filter_stage: Any) -> None:
-    """Write the data set to --out_dir, and say what became of the rows."""
+    """Write the dataset to --out_dir and print the statistics of its rows."""
     from corpus.shard_writer import check_replaceable, dataset_staging_folder
 
     if check_replaceable(args.out_dir):
-        print(f"{args.out_dir} holds an older data set: it is replaced once the new one is complete")
+        print(f"{args.out_dir} holds an older dataset: it is replaced when the new one is complete")
     partial = dataset_staging_folder(args.out_dir)
     if (partial / "progress.json").is_file():
-        print(f"{partial} holds unfinished work: it is continued if it is of the same files, else replaced")
+        print(f"{partial} holds an unfinished run: it is resumed if files and settings are the same, else replaced")
     try:
         with reading_progress_bar(args.files, report) as on_batch:
             meta = prepare_data(args, tokenizer, report, on_batch, task, filter_stage)
     except (UserError, KeyboardInterrupt):
         if (partial / "progress.json").is_file():
-            print(f"unfinished work is kept in {partial}: the same command continues it; delete it to free the space")
+            print(f"unfinished work is kept in {partial}: the same command resumes it; delete it to free the space")
         raise
     report.print()
     if filter_stage:
@@ -110,13 +109,13 @@ def prepare_data(
 
 
 def make_task(args: argparse.Namespace) -> tuple[Any, Any]:
-    """How rows are read, and with --scorer what chooses among them."""
+    """(DataTask, PerplexityFilterStage or None). Raises UserError for flags that need --scorer."""
     task = make_data_task(args.kind, RowReader(parse_keys(args.keys)), getattr(args, "only", ""))
     if args.kind != "sft":
         return task, None
     if not args.scorer:
         if args.keep_entropy or args.keep_share != 1:
-            raise UserError("--keep_entropy and --keep_share need --scorer MODEL: the pretrained model that scores")
+            raise UserError("--keep_entropy and --keep_share need --scorer MODEL, a pretrained model")
         return task, None
     from curation.perplexity_scorer import PerplexityFilterStage
 
@@ -134,7 +133,7 @@ def run_download(args: argparse.Namespace) -> None:
 
 
 def make_data_task(kind: str, reader: RowReader = DEFAULT_READER, only: str = "") -> Any:
-    """Chats or pairs: how their rows are read and rendered; `only`: chats of one turn ("single") or of several."""
+    """The DataTask of pairs for `kind` "dpo", else of chats. `only`: as in `read_chat_examples`."""
     from corpus.preferences import PAIR_TASK
     from corpus.prepare_chats import CHAT_TASK
 
@@ -145,16 +144,16 @@ def make_data_task(kind: str, reader: RowReader = DEFAULT_READER, only: str = ""
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="show every layout of rows, and exit")
+    parser.add_argument("--list_layouts", action=ListLayouts, nargs=0, help="list the supported row layouts and exit")
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="pretrain|sft|dpo|clean|dedup|decontaminate|download"
     )
     for kind, what in (
         ("pretrain", "text (or chats, as plain text) -> token shards for 1-pretrain.py"),
-        ("sft", "chats -> cleaned jsonl and token shards for 3-full_sft.py"),
-        ("dpo", "pairs of a chosen and a rejected answer -> cleaned jsonl and token shards for 5-dpo_train.py"),
+        ("sft", "chats -> jsonl and token shards for 3-full_sft.py"),
+        ("dpo", "pairs of a chosen and a rejected answer -> jsonl and token shards for 5-dpo_train.py"),
     ):
-        held_out = 0.05 if kind == "dpo" else 0.01  # pairs are few, and each gives one bit: which answer won
+        held_out = 0.05 if kind == "dpo" else 0.01  # pairs are few, and the accuracy on a pair is only 0 or 1
         sub = kinds.add_parser(kind, help=what, description=what)
         sub.add_argument(
             "files",
@@ -173,31 +172,31 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
             "--out_dir", type=cli.path_string, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
         )
         sub.add_argument("--val_share", type=cli.fraction_below_one, default=held_out,
-            help="share held out for validation (default: %(default)s)")  # fmt: skip
+            help="fraction held out for validation (default: %(default)s)")  # fmt: skip
         sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
-            help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
+            help="maximum fraction of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED_HELP)
-        sub.add_argument("--check", action="store_true", help="write nothing: only report and show samples")
+        sub.add_argument("--check", action="store_true", help="print statistics and samples, write nothing")
         sub.add_argument("--samples", type=cli.non_negative_int, default=3,
-            help="samples that --check shows (default: %(default)s)")  # fmt: skip
+            help="number of samples printed by --check (default: %(default)s)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…",
-            help="keys of another layout, for example prompt=ask,answer=reply; fields: --list_layouts")  # fmt: skip
+            help="keys of another row layout, for example prompt=ask,answer=reply; fields: --list_layouts")  # fmt: skip
         if kind == "pretrain":
             sub.add_argument(
                 "--source_key",
                 default="",
                 metavar="KEY",
-                help="key of a row that names its source, or `file`: 1-pretrain.py --mix can then mix sources",
+                help="row key that holds the source, or `file` for the file name; for 1-pretrain.py --mix",
             )
         else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
             sub.add_argument("--max_seq_len", type=cli.positive_int, default=512,
-                help=f"longer {longer} (default: %(default)s); training has the same flag")  # fmt: skip
+                help=f"longer {longer} (default: %(default)s); training scripts have the same flag")  # fmt: skip
             sub.add_argument("--chat_format", choices=CHAT_FORMATS,
-                help="how chats are written; none given: as the tokenizer's folder says")  # fmt: skip
+                help="chat template (default: that of the tokenizer folder)")  # fmt: skip
         if kind == "sft":
             sub.add_argument(
-                "--only", choices=("single", "multi"), default="", help="only chats of one turn, or of several"
+                "--only", choices=("single", "multi"), default="", help="keep only chats of one turn, or of several"
             )
             add_choosing_flags(sub)
     add_download_flags(kinds)
@@ -212,24 +211,24 @@ class ListLayouts(argparse.Action):
 
 
 def add_download_flags(kinds: Any) -> None:
-    what = "a public data set -> dataset/raw/NAME; without a name: which there are"
+    what = "download a public dataset to dataset/raw/NAME; without NAME: list the datasets"
     sub = kinds.add_parser("download", help=what, description=what)
     sub.add_argument(
         "name",
         nargs="?",
         type=cli.non_empty_text,
         metavar="NAME",
-        help="a name from the list that the bare command shows",
+        help="name of a dataset",
     )
     sub.add_argument(
         "--file",
         action="append",
         type=cli.relative_path,
         default=[],
-        help="another file of the same repository; may be repeated",
+        help="further file of the same repository; may be repeated",
     )
     sub.add_argument(
-        "--mirror", default="", help="hub, hf-mirror, modelscope or an address (default: one after the other)"
+        "--mirror", default="", help="hub, hf-mirror, modelscope or a URL (default: try each in this order)"
     )
     sub.add_argument(
         "--out_dir", type=cli.path_string, default="dataset/raw", help="folder to write (default: %(default)s)"
@@ -237,9 +236,7 @@ def add_download_flags(kinds: Any) -> None:
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
-    add = sub.add_argument_group(
-        "choosing by a model's cross-entropy (curation/perplexity_filter.py says why)"
-    ).add_argument
+    add = sub.add_argument_group("filter by a model's cross-entropy (see curation/perplexity_filter.py)").add_argument
     add(
         "--scorer",
         type=cli.path_string,
@@ -251,10 +248,10 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
         type=score_range,
         action="append",
         metavar="LOW,HIGH",
-        help="keep chats whose answers cost LOW to HIGH nats a token; 20%%,80%%: percentiles; zh=2,4: one language",
+        help="keep chats whose answers have LOW to HIGH nats per token; 20%%,80%%: percentiles; zh=2,4: one language",
     )
     add("--keep_share", type=cli.positive_fraction, default=1.0,
-        help="keep this share, nearest to the middle of the band (default: 1)")  # fmt: skip
+        help="keep this fraction of the chats, those nearest to the middle of the range (default: 1)")  # fmt: skip
 
 
 def score_range(text: str) -> Any:
@@ -264,20 +261,20 @@ def score_range(text: str) -> Any:
 
 
 def require_tokenizer(folder: str) -> Any:
-    """The tokenizer, or UserError naming the command that trains one."""
+    """Load the tokenizer. Raises UserError with the command that trains one."""
     from model.tokenizer import load_tokenizer
 
     try:
         return load_tokenizer(folder)
     except UserError:
         raise
-    except Exception as error:  # the tokenizers library raises bare Exceptions for a file that it cannot parse
-        raise UserError(f"{folder} is not a tokenizer of ours ({error}): train one with train_tokenizer.py") from None
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
+        raise UserError(f"{folder} is not a valid tokenizer ({error}): train one with train_tokenizer.py") from None
 
 
 @contextlib.contextmanager
 def reading_progress_bar(files: list[str], report: DataStats) -> Iterator[Callable[[], None]]:
-    """A live bar over the bytes of the input files; yields the function that moves it."""
+    """Progress bar over the bytes of the input files; yields the function that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -295,15 +292,15 @@ def reading_progress_bar(files: list[str], report: DataStats) -> Iterator[Callab
 
 
 def print_too_long(args: argparse.Namespace, report: DataStats) -> None:
-    """A tenth of the chats lost to their length is easily overlooked in a table."""
+    """Print a note if more than 5 % of the rows were dropped for their length: easy to overlook in a table."""
     too_long = sum(reason.count for name, reason in report.dropped.items() if name.endswith(" tokens"))
     if too_long > 0.05 * report.read:
         print(f"note: {too_long / report.read:.1%} of the rows do not fit: a larger --max_seq_len keeps more of them")
 
 
-# ---- --check: the same path without a writer -------------------------------------------------------------------------
+# ---- --check: the same steps without a writer ------------------------------------------------------------------------
 def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, task: Any) -> None:
-    """Report on the files and show samples; nothing is written. The samples are those with the lowest content hash."""
+    """Print statistics and the samples with the lowest content hashes; write nothing."""
     from corpus.examples import batch_examples, read_text_examples
     from corpus.prepare_text import tokenize_texts
     from corpus.preview import print_sample
@@ -338,7 +335,7 @@ def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, ta
             which = ["chosen", "rejected"][number] + ", " if args.kind == "dpo" else ""
             print_sample(tokenizer, which + title, ids, mask)
     if not report.kept:
-        raise UserError("nothing in these files can be trained on: see the report")
+        raise UserError("these files have no trainable row: see the table of rows above")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""Lesson 1: a tokenizer, the model's alphabet. It cuts text into pieces and numbers them; the model sees only numbers.
+"""Lesson 1: trains a tokenizer, which splits text into pieces and maps each piece to an id.
 
-    characters per token = how much text one piece carries
+    compression = characters per token
 
-More is better: shorter sequences train faster and more text fits into the model's view. But each entry costs a row of
-the embedding: 6,400 x 512 is 3.3 M of the small model's 26.9 M weights. So the entries must be chosen well.
+Higher compression gives shorter sequences: training is faster, and more text fits into the context. But each entry of
+the vocabulary costs a row of the embedding: 6,400 x 512 is 3.3 M of the small model's 26.9 M weights.
 
     python train_tokenizer.py data/*.jsonl.xz                    # byte-level BPE, 6,400 entries -> model/tokenizer
     python train_tokenizer.py notes.txt --vocab_size 2000 --out_dir out/tiny_tokenizer
-    python train_tokenizer.py --inspect "从零开始 train a model"   # how the tokenizer cuts this text
+    python train_tokenizer.py --inspect "从零开始 train a model"   # prints the tokens of this text
     python train_tokenizer.py --compare model/tokenizer ../Qwen3-0.6B --compare_on held_out.jsonl --out table.md
 
-Reads txt, jsonl, json, csv, parquet and arrow files (also .gz .xz .zst .bz2), and folders of them: texts and chats.
-Writes the folder --out_dir: tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json;
-transformers opens it as well.
+Reads texts and chats from txt, jsonl, json, csv, parquet and arrow files (also .gz .xz .zst .bz2), or folders of them.
+Writes --out_dir: tokenizer.json, tokenizer_config.json (with the chat template), special_tokens_map.json, which
+transformers can load.
 
-Read next: corpus/tokenizer_training.py (how pieces are learnt), model/chat_template.py (how a chat is written), then
-data_process.py (text -> numbers on disk).
+Read next: corpus/tokenizer_training.py (the algorithms), model/chat_template.py (chat templates), then data_process.py
+(text -> token ids on disk).
 """
 
 import argparse
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from model.tokenizer import ChatTokenizer
 
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
-DEMO_BYTES = 100_000  # of the demo world's text in each language
+DEMO_BYTES = 100_000  # of demo world text, per language
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.FlagParser(
-        description="Learn how to cut text into tokens from your own text, in less than a minute.",
+        description="Train a tokenizer on your own text in less than a minute.",
         epilog="examples:  python train_tokenizer.py data/*.jsonl.xz\n"
         '           python train_tokenizer.py --inspect "从零开始 train a model"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,51 +50,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     add(
         "files",
-        "text to learn from: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
+        "training text: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
         nargs="*",
         type=cli.path_string,
         metavar="FILE",
     )
     add(
         "--algorithm",
-        "bpe joins frequent neighbours; unigram (SentencePiece) drops the least useful pieces (default: bpe)",
+        "bpe merges frequent pairs; unigram (SentencePiece) drops the least useful pieces (default: bpe)",
         choices=["bpe", "unigram"],
         default="bpe",
     )
     counts: dict[str, Any] = {"type": cli.positive_int, "metavar": "N"}
-    add("--vocab_size", "entries, the 16 special tokens included (default: 6400)", default=6400, **counts)
+    add("--vocab_size", "entries, including the 16 special tokens (default: 6400)", default=6400, **counts)
     add(
         "--out_dir",
-        "folder of the tokenizer (default: model/tokenizer)",
+        "tokenizer folder to write, or to read with --inspect (default: model/tokenizer)",
         default="model/tokenizer",
         type=cli.path_string,
         metavar="FOLDER",
     )
     add(
         "--chat_format",
-        "how chats are written with it: chatml (<|im_start|>user), mindllm (<user>), belle (Human:), text (no roles);"
-        " 3-full_sft.py can choose another one later (default: chatml)",
+        "chat template: chatml (<|im_start|>user), mindllm (<user>), belle (Human:), text (no roles);"
+        " 3-full_sft.py can select another one (default: chatml)",
         choices=CHAT_FORMATS,
         default="chatml",
     )
-    add("--byte_budget", "bytes of text to train on, at most (default: 12000000)", default=12_000_000, **counts)
-    add("--read_budget", "bytes of text to choose from, at most (default: 1000000000)", default=1_000_000_000, **counts)
+    add("--byte_budget", "maximum bytes of text to train on (default: 12000000)", default=12_000_000, **counts)
+    add("--read_budget", "maximum bytes of text to read (default: 1000000000)", default=1_000_000_000, **counts)
     add(
         "--max_bad_share",
-        "rows that may be unusable (default: 0.01)",
+        "maximum fraction of unusable rows (default: 0.01)",
         default=0.01,
         type=cli.fraction,
-        metavar="SHARE",
+        metavar="FRACTION",
     )
     add("--accept_damaged", cli.ACCEPT_DAMAGED_HELP, action="store_true")
-    add("--seed", "another number samples other documents (default: 0)", default=0, type=cli.seed, metavar="N")
-    add("--inspect", "train nothing; show how the tokenizer in --out_dir cuts TEXT", metavar="TEXT")
+    add("--seed", "seed of the document sample (default: 0)", default=0, type=cli.seed, metavar="N")
+    add("--inspect", "print the tokens of TEXT with the tokenizer in --out_dir; trains nothing", metavar="TEXT")
     add_compare_flags(parser)
     args = parser.parse_args(argv)
     if sum((bool(args.files), args.inspect is not None, bool(args.compare))) != 1:
-        parser.error("give FILES to train on, --inspect TEXT to look at a tokenizer, or --compare FOLDERS")
+        parser.error("give either FILES to train on, --inspect TEXT, or --compare FOLDERS")
     if (args.compare_on or args.out) and not args.compare:
-        parser.error("--compare_on and --out belong to --compare")
+        parser.error("--compare_on and --out need --compare")
     return args
 
 
@@ -105,20 +105,20 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=cli.path_string,
         metavar="FOLDER",
-        help="a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
+        help="print a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
     )
     add(
         "--compare_on",
         nargs="+",
         type=cli.path_string,
         metavar="FILE",
-        help="text to count (default: text of the built-in demo world)",
+        help="text to measure on (default: text of the built-in demo world)",
     )
-    add("--out", type=cli.path_string, metavar="FILE.md", help="write the table of --compare to this file too")
+    add("--out", type=cli.path_string, metavar="FILE.md", help="also write the table of --compare to this file")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":
-    """Read the files under a progress bar and say what was read and what was taken of it."""
+    """Sample the training text from the files, with a progress bar; print how much was read and sampled."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -140,7 +140,7 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
         print(f"{name}: read {sample.documents[language]:,} documents, {sample.bytes[language] / 1e6:,.1f} MB;"
               f" train on {taken:,.1f} MB, measure on {held_out:,.2f} MB held out")  # fmt: skip
     for file in sample.truncated_files:
-        print(f"{file}: only its beginning was read; a larger --read_budget reads more")
+        print(f"{file}: only the beginning was read; a larger --read_budget reads more")
     report.print_notes()
     if report.bad_rows:
         reasons = "; ".join(
@@ -151,13 +151,14 @@ def read_sample(args: argparse.Namespace) -> "TextSample":
 
 
 def print_result(tokenizer: "ChatTokenizer", sample: "TextSample", wanted: int) -> None:
+    """Print the vocabulary size and the characters per token of each language on held-out text."""
     print(f"\nvocabulary: {tokenizer.vocab_size:,} entries")
     if tokenizer.vocab_size < wanted:
-        print(f"  not {wanted:,}: the text holds too little that repeats; more text, or a smaller --vocab_size")
+        print(f"  not {wanted:,}: the text has too few repeated pieces; use more text or a smaller --vocab_size")
     for language, name in LANGUAGE_NAMES.items():
         texts, kind = sample.held_out[language], "held-out"
         if not texts:
-            texts, kind = sample.texts[language][:1000], "training (too little to hold any out)"
+            texts, kind = sample.texts[language][:1000], "training (too few documents to hold any out)"
         tokens = sum(map(len, tokenizer.encode_batch(texts)))
         if tokens:
             characters = sum(map(len, texts))
@@ -165,7 +166,7 @@ def print_result(tokenizer: "ChatTokenizer", sample: "TextSample", wanted: int) 
 
 
 def print_pieces(tokenizer: "ChatTokenizer", text: str) -> None:
-    """Show the pieces of a text; bytes of a character that is spread over several pieces are shown as <E6>."""
+    """Print the tokens of a text and their ids; bytes of a character that spans several tokens print as <E6>."""
     from corpus.tokenizer_training import printable_piece, vocab_bytes
 
     meaning = vocab_bytes(tokenizer.backend)
@@ -178,7 +179,7 @@ def print_pieces(tokenizer: "ChatTokenizer", text: str) -> None:
 
 
 def demo_texts() -> dict[str, list[str]]:
-    """The first documents of the demo world in each language, until they have DEMO_BYTES."""
+    """The first DEMO_BYTES of demo world documents of each language."""
     from demo_world.world import DemoWorld
 
     texts: dict[str, list[str]] = {}
@@ -193,7 +194,7 @@ def demo_texts() -> dict[str, list[str]]:
 
 
 def compare_tokenizers(folders: list[str], files: list[str], out: str | None) -> None:
-    """Print the table of these tokenizers on the same text, and write it where that is wanted."""
+    """Print a table of the tokenizers on the same text; also write it to `out` as Markdown, if given."""
     from rich.console import Console
     from rich.table import Table
 
@@ -248,11 +249,11 @@ def main() -> None:
     print_result(tokenizer, sample, args.vocab_size)
     seconds = time.perf_counter() - start
     print(f"saved in {args.out_dir} ({tokenizer.fingerprint}, chats as {args.chat_format}) after {seconds:.0f} s")
-    print('next: python data_process.py pretrain FILES…   or look: python train_tokenizer.py --inspect "文本"')
+    print('next: python data_process.py pretrain FILES…   or: python train_tokenizer.py --inspect "文本"')
 
 
 def train_and_save(args: argparse.Namespace, reserved: list[str]) -> tuple["ChatTokenizer", "TextSample"]:
-    """Train a tokenizer on the files and save it in --out_dir."""
+    """Train a tokenizer on a sample of the files and save it in --out_dir; return both."""
     from corpus.tokenizer_training import train_tokenizer
     from model.tokenizer import save_tokenizer
 
@@ -261,9 +262,7 @@ def train_and_save(args: argparse.Namespace, reserved: list[str]) -> tuple["Chat
     print(f"training ({args.algorithm}) ...", flush=True)
     backend = train_tokenizer(args.algorithm, texts, args.vocab_size, reserved, progress=sys.stderr.isatty())
     if (Path(args.out_dir) / "tokenizer.json").exists():
-        print(
-            f"replacing the tokenizer in {args.out_dir}: data and models made with the old one do not fit the new one"
-        )
+        print(f"replacing the tokenizer in {args.out_dir}: datasets and models made with the old one need the old one")
     return save_tokenizer(backend, args.out_dir, args.chat_format), sample
 
 

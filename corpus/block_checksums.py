@@ -1,12 +1,12 @@
-"""Checksums of the files of a data folder: of whole files, and of blocks, so that a reader compares what it reads.
+"""CRC-32 checksums of token shards: one per file and one per 64 KiB block.
 
-    NAME.crc     little-endian uint32: the CRC-32 of every 64 KiB of NAME.bin, then of NAME.mask where there is one
-    meta.json    of every shard: {"checksums": {".bin": 8 hex digits, ".idx.npy": …, ".crc": …, ".mask": …}}
+    NAME.crc     little-endian uint32: the CRC-32 of every 64 KiB of NAME.bin, then of NAME.mask if there is one
+    meta.json    for each shard: {"checksums": {".bin": 8 hex digits, ".idx.npy": …, ".crc": …, ".mask": …}}
 
-A row of a batch is about 1 KiB somewhere in gigabytes. Its block is read whole and compared the first time that a
-process reads from it, so opening costs nothing and every block costs once: about 25 microseconds.
+A row of a batch is about 1 KiB in a file of gigabytes. A process verifies a block the first time it reads from it, so
+opening a dataset costs nothing, and each block costs about 25 microseconds once.
 
-Read next: shard_writer.py (who writes), shard_reader.py (who compares), ../common/checksums.py (CRC-32).
+Read next: shard_writer.py (computes the checksums), shard_reader.py (verifies them), ../common/checksums.py (CRC-32).
 """
 
 import os
@@ -26,9 +26,9 @@ class ChecksummedFile:
     """An append-only file with its CRC-32s: `checksum` of the file, `block_checksums()` of every BLOCK_BYTES bytes."""
 
     def __init__(self, path: Path, size: int | None = None, checksum: str | None = None) -> None:
-        """Open `path` and cut it to `size` bytes, all of it by default; `whole`: their checksum when they were written.
+        """Open `path` for appending and truncate it to `size` bytes (default: its current size).
 
-        Raises UserError when those bytes have changed, OSError when there are fewer.
+        Raises UserError if these bytes differ from `checksum`, OSError if the file is shorter than `size`.
         """
         self._file = path.open("ab")
         self.name = str(path)
@@ -39,7 +39,7 @@ class ChecksummedFile:
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
         self.size = 0
-        self._pending = bytearray()  # not yet counted and written: a document is short, and a call costs
+        self._pending = bytearray()  # buffered: documents are short, and every checksum and write call has a cost
         self._block_crcs, self._last_block_crc, self._last_block_bytes, self._crc = array("I"), 0, 0, 0
         with path.open("rb") as written:
             while piece := written.read(CHECKSUM_CHUNK_BYTES):
@@ -53,11 +53,12 @@ class ChecksummedFile:
 
     @property
     def checksum(self) -> str:
+        """CRC-32 of the file so far, 8 hex digits."""
         self._write_pending()
         return f"{self._crc:08x}"
 
     def block_checksums(self) -> np.ndarray:
-        """Shape (blocks,), little-endian uint32; the last block may be shorter."""
+        """CRC-32 of each block, shape (blocks,), little-endian uint32; the last block may be shorter."""
         self._write_pending()
         checksums = np.array(self._block_crcs, dtype="<u4")
         return np.append(checksums, np.array([self._last_block_crc], "<u4")) if self._last_block_bytes else checksums
@@ -88,7 +89,7 @@ class ChecksummedFile:
             start += BLOCK_BYTES
         self._last_block_crc, self._last_block_bytes = zlib.crc32(view[start:]), len(data) - start
 
-    # What job_state.py needs of a file.
+    # The file methods that job_state.py calls.
     def flush(self) -> None:
         self._write_pending()
         self._file.flush()
@@ -107,24 +108,25 @@ class ChecksummedFile:
 
 
 class VerifiedBlocks:
-    """Which blocks of a file this process has compared with their checksums. Pickled into worker processes."""
+    """Records which blocks of a file this process has verified. It is pickled into worker processes."""
 
     def __init__(self, size: int, checksums: np.ndarray | None) -> None:
         self.size, self.checksums = size, checksums
         self.verified = bytearray(-(-size // BLOCK_BYTES))
 
     def is_verified(self, begin: int, end: int) -> bool:
-        """Whether all blocks of bytes begin … end - 1 were compared."""
+        """Whether all blocks that hold bytes begin … end - 1 are verified."""
         return self.verified.find(0, begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)) < 0
 
     def block_range(self, begin: int, end: int) -> tuple[int, int]:
-        """The bytes of the blocks that hold bytes begin … end - 1."""
+        """First and end byte of the blocks that hold bytes begin … end - 1."""
         return begin // BLOCK_BYTES * BLOCK_BYTES, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, self.size)
 
     def find_mismatch(self, data: bytes, begin: int) -> int:
-        """Compare whole blocks, which begin at byte `begin` of the file.
+        """Verify whole blocks that start at byte `begin` of the file.
 
-        Returns the first byte of one that differs from its checksum, or -1 when none does, after which they are known.
+        Returns the first byte of the first block that differs from its checksum. Returns -1 if all blocks match, and
+        marks them as verified.
         """
         first, view = begin // BLOCK_BYTES, memoryview(data)
         for number in range(-(-len(data) // BLOCK_BYTES)):

@@ -26,9 +26,10 @@ from corpus.layouts import (
     TOOL_KEYS,
     TRAINING_FLAG_KEYS,
 )
-from corpus.marked_text import Message, message, parse_marked_text
+from corpus.marked_text import message, parse_marked_text
 from corpus.spelled_turns import parse_list_literal, parse_literal
 from corpus.stats import BadRow, DroppedRow
+from model.chat_template import Message
 
 WITHOUT_OPENING = "without the assistant's opening message"
 JOINED_ROLES = "with consecutive messages of one role joined"

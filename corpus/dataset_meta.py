@@ -1,12 +1,12 @@
-"""The meta.json of a folder of training data: written, read, checked, and the data set's fingerprint.
+"""Writes, reads and validates the meta.json of a dataset folder; computes the dataset's fingerprint.
 
     {"format": 2,  "kind": "pretrain", "chats" or "pairs",  "dtype": "uint16" or "uint32",
      "splits": {"train": {"shards": [{"file": "train_000", "tokens": n, "documents": n, "checksums": {".bin": n, ...}}],
                           "tokens": n, "documents": n, "bytes": n}, "val_zh": ..., ...},
      "tokenizer": fingerprint,  "vocab_size": n,  "checksum": of all of these, ...}
 
-Format 1, which earlier versions wrote, has no checksums and is read without.
-Read next: shard_writer.py (the files that it describes), shard_reader.py (who reads them).
+Format 1, written by earlier versions, has no checksums; it can still be read.
+Read next: shard_writer.py (the files that meta.json describes), shard_reader.py (reads them).
 """
 
 import hashlib
@@ -20,28 +20,28 @@ from common.checksums import has_valid_checksum, with_checksum
 from common.errors import UserError
 from common.files import PathLike, find_replaced_folder, write_json
 
-DATA_FORMAT, FORMAT_WITHOUT_CHECKSUMS = 2, 1  # what is written, and an earlier version of it that is read
-PREPARE_COMMANDS = {  # by the kind of data
+DATA_FORMAT, FORMAT_WITHOUT_CHECKSUMS = 2, 1  # the format that is written; the earlier one that can be read
+PREPARE_COMMANDS = {  # by kind of data
     "pretrain": "python data_process.py pretrain FILES…",
     "chats": "python data_process.py sft FILES…",
     "pairs": "python data_process.py dpo FILES…",
 }
 TOKEN_DTYPES = ("uint16", "uint32")
-CHECKSUMMED_SUFFIXES = {".bin", ".idx.npy", ".crc"}  # the files of every shard; chats have a .mask as well
+CHECKSUMMED_SUFFIXES = {".bin", ".idx.npy", ".crc"}  # the files of every shard; chats also have a .mask
 
 
 # ---- writing and reading ---------------------------------------------------------------------------------------------
 def write_meta(folder: PathLike, content: dict[str, Any]) -> dict[str, Any]:
-    """Write the folder's meta.json with this format's number and a checksum; returns it. Raises UserError."""
+    """Write `content` to the folder's meta.json with the format number and a checksum; return what was written."""
     content = with_checksum({**content, "format": DATA_FORMAT})
     write_json(Path(folder) / "meta.json", content)
     return content
 
 
 def read_meta(folder: PathLike) -> dict[str, Any]:
-    """The meta.json of a folder of token shards.
+    """Read the meta.json of a folder of token shards.
 
-    Raises UserError naming the command to run when there is none, a damaged one, or one of another kind.
+    Raises UserError with the command to run if the file is missing, damaged or of another kind.
     """
     meta, path = read_checked_meta(folder), Path(folder) / "meta.json"
     if meta is None:
@@ -58,9 +58,9 @@ def read_meta(folder: PathLike) -> dict[str, Any]:
 
 
 def read_checked_meta(folder: PathLike) -> dict[str, Any] | None:
-    """The meta.json that `write_meta` wrote, of token shards or of the rows beside them; None when there is none.
+    """Read the meta.json of token shards, or of the jsonl folder that holds them; None if there is none.
 
-    Raises UserError when it is damaged.
+    Raises UserError if it is damaged.
     """
     path = Path(folder) / "meta.json"
     if not path.is_file():
@@ -78,14 +78,14 @@ def read_checked_meta(folder: PathLike) -> dict[str, Any] | None:
 
 
 def resolve_link(folder: PathLike) -> Path:
-    """The folder itself, or the one that a link points to."""
+    """The folder, with a symbolic link resolved to its target."""
     path = Path(folder)
     return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
 
 
 # ---- types of the fields ---------------------------------------------------------------------------------------------
 def is_valid_meta(meta: dict[str, Any], with_checksums: bool) -> bool:
-    """Whether the fields that readers use have their types: a folder of an earlier version has no checksum."""
+    """Whether the fields that readers use have the right types; format 1 has no checksums."""
     field_types = {"kind": str, "dtype": str, "splits": dict}
     if (
         any(not isinstance(meta.get(name), kind) for name, kind in field_types.items())
@@ -108,7 +108,7 @@ def _is_valid_shard(shard: Any, with_checksums: bool) -> bool:
         return False
     checksums = shard.get("checksums") if with_checksums else dict.fromkeys(CHECKSUMMED_SUFFIXES)
     name = shard.get("file")
-    is_local_name = isinstance(name, str) and Path(name).name == name  # a file of this folder, not of another one
+    is_local_name = isinstance(name, str) and Path(name).name == name  # a file name without a path
     return is_local_name and isinstance(checksums, dict) and checksums.keys() >= CHECKSUMMED_SUFFIXES
 
 
@@ -116,33 +116,33 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-# ---- what is said about a folder -------------------------------------------------------------------------------------
+# ---- hints, commands and fingerprints --------------------------------------------------------------------------------
 _warned_folders: set[str] = set()
 
 
 def warn_no_checksums(folder: PathLike) -> None:
-    """Say once that a folder was made by an earlier version; of several processes of a run the first one says it."""
+    """Print once per folder, on rank 0 only, that an earlier version wrote it without checksums."""
     if str(folder) not in _warned_folders and os.environ.get("RANK", "0") == "0":
         print(
-            f"note: {folder} was made by an earlier version and has no checksums: damage to its files cannot be "
-            f"noticed until `{prepare_command(Path(folder))}` makes it again",
+            f"note: {folder} was made by an earlier version and has no checksums, so damage to its files is not "
+            f"detected: run `{prepare_command(Path(folder))}` again to add them",
             file=sys.stderr,
         )
     _warned_folders.add(str(folder))
 
 
 def repair_hint(folder: PathLike, has_masks: bool = False) -> str:
-    """What to do about a damaged folder."""
+    """How to repair a damaged folder, as the end of an error message."""
     folder = Path(folder)
     if folder.name.startswith("tokens-"):
-        return f"delete {folder}, the next training run makes it again from the rows beside it"
+        return f"delete {folder}, the next training run makes it again from the jsonl files beside it"
     return f"run `{prepare_command(folder, has_masks)}` again"
 
 
 def data_fingerprint(folder: PathLike, split: str = "train") -> str:
-    """16 hex digits that name the data of a split, wherever the folder is.
+    """Fingerprint of a split's data, 16 hex digits, independent of the folder's location.
 
-    From the checksums in meta.json; of a folder without them from the sizes and the first and last MB of its files.
+    Hashes the checksums in meta.json; without checksums, the sizes and the first and last MiB of the files.
     """
     meta = read_meta(folder)
     entry = meta["splits"][split]
@@ -163,7 +163,7 @@ def _first_and_last_bytes(path: Path, size: int = 1 << 20) -> bytes:
 
 
 def prepare_command(folder: Path, has_masks: bool = False) -> str:
-    """The command that makes such a folder, told from its name."""
+    """The command that creates the folder, inferred from the folder's name."""
     names = (folder.name, folder.absolute().parent.name)
     kind = "pairs" if any(name.startswith("dpo") for name in names) else "chats"
     return PREPARE_COMMANDS[kind if has_masks or folder.name.startswith(("sft", "dpo", "tokens-")) else "pretrain"]

@@ -1,14 +1,14 @@
-"""Rows -> items, each with its language and its side: exact duplicates out, a validation split set aside.
+"""Rows -> examples: removes exact duplicates, detects the language, assigns each example to a split.
 
-    validation if blake2b(content) / 2^64 < val_share, for each language by itself
+    validation if blake2b(content) / 2^64 < val_share, separately for each language
 
-The side depends on the content alone, never on the order of the files: the same text is on the same side in every data
-set. For chats the content is the first question, so that no question is both trained and tested; only where one
-question opens more than 20 chats ("Hi"), the whole chat decides for those after the 20th. In small data sets more are
-held out: of n items of a language at least min(20, n / 20) are validation items, those of lowest hash.
+The split depends only on the content, not on the order of the files: a text is in the same split of every dataset. For
+chats the hashed content is the first question, so no question is in both splits. If more than 20 chats start with the
+same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples of
+a language, at least min(20, n / 20) are validation examples, those with the lowest hashes.
 
-Read next: readers.py (where rows come from), preferences.py (pairs of answers), prepare_text.py and prepare_chats.py
-(items -> shards).
+Read next: readers.py (files -> rows), preferences.py (pairs of answers), prepare_text.py and prepare_chats.py
+(examples -> shards).
 """
 
 import hashlib
@@ -21,35 +21,35 @@ from corpus.readers import PathLike, read_chats, read_texts
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import DataStats
 
-MIN_VALIDATION_EXAMPLES = 20  # validation items of a language; with fewer, a twentieth of its items
-MAX_SAME_QUESTION = 20  # chats with one first question; for those beyond it the whole chat decides
-BATCH_EXAMPLES, BATCH_CHARACTERS = 1000, 500_000  # handed to the tokenizer at once
+MIN_VALIDATION_EXAMPLES = 20  # per language; below 400 examples, a twentieth of them
+MAX_SAME_QUESTION = 20  # chats with the same first question that are split by it; later ones by the whole chat
+BATCH_EXAMPLES, BATCH_CHARACTERS = 1000, 500_000  # limits of one batch for the tokenizer
 
 
 @dataclass(frozen=True)
 class Example:
-    """A document or a chat on its way."""
+    """A document, a chat or a pair of answers, with its position in the input files."""
 
     text: str
-    messages: list[Message]  # empty for plain text; of a pair only what both answers share
+    messages: list[Message]  # empty for plain text; for pairs the prompt of both answers
     language: str
     split_hash: int  # 64-bit hash that chooses the split
     file: str
     line: int
-    answers: tuple[list[Message], ...] = ()  # pairs only: the better answer, the worse one
+    answers: tuple[list[Message], ...] = ()  # pairs only: chosen, rejected
     content_hash: int = 0  # chats and pairs: 64-bit hash of all messages
-    source: str = ""  # texts only, where they are labelled
+    source: str = ""  # documents only: the value of the row's source key
 
 
 def text_hash(text: str) -> int:
-    """64-bit hash of a text, the same on every machine and in every run."""
+    """64-bit hash of a text, equal on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def read_text_examples(
     paths: Iterable[PathLike], report: DataStats, source_key: str = "", reader: RowReader = DEFAULT_READER
 ) -> Iterator[Example]:
-    """All documents of the files, without exact duplicates. Memory: about 80 bytes a document, for the hashes."""
+    """Yield the documents of the files without exact duplicates. The hashes take about 80 bytes per document."""
     seen: set[int] = set()
     for document in read_texts(paths, report, source_key, reader):
         key = text_hash(document.text)
@@ -64,9 +64,9 @@ def read_text_examples(
 def read_chat_examples(
     paths: Iterable[PathLike], report: DataStats, reader: RowReader = DEFAULT_READER, only: str = ""
 ) -> Iterator[Example]:
-    """All chats of the files that have an answer, up to their last answer, without exact duplicates.
+    """Yield the chats of the files without exact duplicates, each cut after its last answer.
 
-    `only`: "single" keeps chats of one turn, "multi" those of several.
+    Chats without an answer are dropped. `only`: "single" keeps chats of one turn, "multi" chats of several turns.
     """
     seen: set[int] = set()
     for chat in read_chats(paths, report, reader):
@@ -96,17 +96,17 @@ def read_chat_examples(
 
 
 def messages_hash(messages: Iterable[Message]) -> int:
-    """The hash of roles, contents and weights of all messages."""
+    """64-bit hash of the roles, contents and weights of all messages."""
     return text_hash("\0".join(f"{turn['role']}{turn.get('weight', '')}\0{turn['content']}" for turn in messages))
 
 
 def question_hash(messages: list[Message]) -> int:
-    """The hash of a chat's first question."""
+    """64-bit hash of a chat's first question."""
     return text_hash(next(message["content"] for message in messages if message["role"] == "user"))
 
 
 def batch_examples(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    """Lists of (split, item) of bounded size, in their order."""
+    """Group (split, example) pairs into lists of bounded size, in order."""
     batch: list[tuple[str, Example]] = []
     characters = 0
     for split, example in examples:
@@ -120,19 +120,20 @@ def batch_examples(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tup
 
 
 def assign_splits(examples: Iterable[Example], val_share: float) -> Iterator[tuple[str, Example]]:
-    """(split, item), by the rule at the top of this file: the split is train, val_zh or val_en."""
+    """Yield (split, example) by the rule of the module docstring; the split is train, val_zh or val_en."""
     for is_validation, example in mark_validation(examples, val_share):
         yield (f"val_{example.language}" if is_validation else "train"), example
 
 
 def mark_validation(examples: Iterable[Example], val_share: float) -> Iterator[tuple[bool, Example]]:
-    """Yields (is_validation, item), by the rule at the top of this file, in one pass.
+    """Yield (is_validation, example) by the rule of the module docstring, in one pass.
 
-    Until a language has MIN_VALIDATION_EXAMPLES, as many groups of lowest hash are held back: at the end some of
-    them may be needed. Memory: at most MIN_VALIDATION_EXAMPLES * MAX_SAME_QUESTION items of each language.
+    Until a language has MIN_VALIDATION_EXAMPLES validation examples, that many groups with the lowest hashes are held
+    back, because the split may need them at the end. At most MIN_VALIDATION_EXAMPLES * MAX_SAME_QUESTION examples of
+    each language are in memory.
     """
     limit = val_share * 2.0**64
-    question_counts = bytearray(1 << 24 if val_share else 1)  # approximate count of items per hash, 16 MB
+    question_counts = bytearray(1 << 24 if val_share else 1)  # approximate count of examples per hash, 16 MiB
     held_back = {language: _HeldBack() for language in LANGUAGES}
     for example in examples:
         held = held_back[example.language]
@@ -159,14 +160,14 @@ def mark_validation(examples: Iterable[Example], val_share: float) -> Iterator[t
 
 
 class _HeldBack:
-    """The items of one language that may become validation items and are held back, in groups of one hash."""
+    """Examples of one language that may become validation examples, grouped by hash."""
 
     def __init__(self) -> None:
-        self.num_examples = self.num_validation = 0  # all items; those that are in the validation split
+        self.num_examples = self.num_validation = 0  # all examples of the language; those in the validation split
         self.groups: dict[int, list[Example]] = {}
 
     def hold(self, key: int, example: Example) -> list[Example]:
-        """Hold an item back; returns the items that are training items for certain."""
+        """Hold an example back; return the examples that are now certain to be training examples."""
         if key not in self.groups and len(self.groups) >= MIN_VALIDATION_EXAMPLES:
             highest = max(self.groups)
             if key > highest:
@@ -178,19 +179,20 @@ class _HeldBack:
         return released
 
     def release(self) -> list[Example]:
+        """Remove and return all held examples."""
         examples = [example for group in self.groups.values() for example in group]
         self.groups.clear()
         return examples
 
     def choose_validation(self) -> set[int]:
-        """The ids of the held items that go to the validation split, lowest hash first, whole groups where they fit."""
+        """id() of the held examples that join the validation split: whole groups, lowest hash first."""
         num_wanted = min(MIN_VALIDATION_EXAMPLES, self.num_examples // MIN_VALIDATION_EXAMPLES) - self.num_validation
         chosen: set[int] = set()
         for key in sorted(self.groups):
             group = self.groups[key]
             if len(chosen) + len(group) <= num_wanted:
                 chosen.update(map(id, group))
-        if num_wanted > 0 and not chosen:  # every group is too large: one question opens many chats
+        if num_wanted > 0 and not chosen:  # every group is too large: many chats start with the same question
             group = min(self.groups.values(), key=len, default=[])
             chosen.update(
                 id(example) for example in sorted(group, key=lambda example: example.content_hash)[:num_wanted]

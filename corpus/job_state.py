@@ -1,18 +1,17 @@
-"""Going on after a kill: a small file says which job is under way and how much of every growing file counts.
+"""Progress file of a data job, from which a killed run resumes.
 
-    {"job": what is made of which files, and how,  "state": how far it is,  "files": {name: bytes that count},
-     "checksum": of these}
+    {"job": inputs and settings,  "state": progress,  "files": {name: valid bytes},  "checksum": of these}
 
-    progress = Progress(folder, job)          folder: where the result grows, <out_dir>.partial
-    state = progress.load()                   of an earlier run of the same job: its files are cut to what counts; or {}
-    if progress.due():                        every CHECKPOINT_SECONDS
-        progress.save(state, *open_files)     first the files are safely on disk, then the progress file says so
+    progress = JobProgress(folder, job)       folder: the staging folder, <out_dir>.partial
+    state = progress.load()                   state of an earlier run of the same job, else {}; truncates its files
+    if progress.is_due():                     every CHECKPOINT_SECONDS
+        progress.save(state, *open_files)     syncs the files to disk, then writes the progress file
 
-The rows of a job are read again from their beginning, which is fast, so that every decision is repeated exactly; what
-is done with them is not done again: see `behind`.
+A resumed job reads its rows again from the first one, which is fast, so every decision is repeated exactly. The rows
+that were already processed are skipped afterwards (`skip_done`).
 
-Read next: prepare_chats.py, prepare_text.py, ../curation/transform.py and ../curation/near_duplicates.py (who use it),
-shard_writer.py (writers with a state of their own).
+Read next: prepare_chats.py, prepare_text.py, ../curation/transform.py and ../curation/near_duplicates.py (jobs that
+resume), shard_writer.py (writers with a state of their own).
 """
 
 import contextlib
@@ -31,28 +30,28 @@ from corpus.damage import DamagedFile
 from corpus.input_files import require_readable
 from corpus.readers import PathLike
 
-PROGRESS_FILE, SIGNING_FILE = "progress.json", "signing.keys"  # the second of dedup's first pass
+PROGRESS_FILE, SIGNING_FILE = "progress.json", "signing.keys"  # the second is written by the first pass of dedup
 CHECKPOINT_SECONDS = 20.0
-SKIP_BATCH_ROWS = 1000  # rows that are only read between two movements of the progress bar
+SKIP_BATCH_ROWS = 1000  # skipped rows between two updates of the progress bar
 
 Element = TypeVar("Element")
 
 
 class JobProgress:
-    """The progress file of a job. A job is whatever the result depends on, as plain values."""
+    """The progress file of a job. `job` holds everything that the result depends on, as plain values."""
 
     def __init__(self, folder: Path, job: dict[str, Any], name: str = PROGRESS_FILE) -> None:
         self.folder, self.path = folder, folder / name
-        self.job = json.loads(json.dumps(job))  # as it comes back from the file
+        self.job = json.loads(json.dumps(job))  # in the types that JSON returns, to compare with the file
         self.saved_at = time.perf_counter()
 
     def load(self) -> dict[str, Any]:
-        """What `save` was last given for this job, its files cut to what they were then.
+        """Return the state that `save` last wrote for this job, and truncate the files to their sizes at that time.
 
-        {} when there is none or a damaged one. What another job left is forgotten, or its next run would take our files
-        for its own.
+        Returns {} if the progress file is missing, damaged or of another job, and deletes it: otherwise the next run
+        of that other job would resume from the files of this one.
         """
-        remove_leftovers(self.path)  # of a kill in `save`
+        remove_leftovers(self.path)  # of a run that was killed in `save`
         try:
             saved_state = json.loads(self.path.read_text(encoding="utf-8"))
             sizes = {self.folder / name: size for name, size in saved_state["files"].items()}
@@ -68,7 +67,7 @@ class JobProgress:
         return {}
 
     def load_or_reset(self) -> dict[str, Any]:
-        """`load`, in a folder that exists and that holds nothing when there is nothing to go on with."""
+        """`load`; if there is no state to resume from, also replace the folder by an empty one."""
         saved_state = self.load()
         if not saved_state:
             remove(self.folder)
@@ -79,7 +78,7 @@ class JobProgress:
         return time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS
 
     def save(self, state: dict[str, Any], *files: IO[bytes] | ChecksummedFile) -> None:
-        """Vouch for `state` and for everything in `files`, which lie in the folder and are open for appending."""
+        """Sync `files` of the folder, open for appending, then write `state` and their sizes to the progress file."""
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -90,7 +89,7 @@ class JobProgress:
 
 
 def input_fingerprints(paths: Iterable[PathLike]) -> list[list[Any]]:
-    """What tells the files from others or later ones of the same names. Raises UserError for one that is not there."""
+    """[path, bytes, modification time in ns] of each input file. Raises UserError if a file cannot be read."""
     paths = list(paths)
     for path in paths:
         require_readable(path)
@@ -99,7 +98,7 @@ def input_fingerprints(paths: Iterable[PathLike]) -> list[list[Any]]:
 
 
 def skip_done(done: int, elements: Iterable[Element], on_batch: Callable[[], None]) -> Iterator[Element]:
-    """The items behind the first `done`, which an earlier run has dealt with: they are only read."""
+    """Yield the elements after the first `done`, which an earlier run has processed."""
     for number, element in enumerate(elements):
         if number >= done:
             yield element
@@ -108,15 +107,15 @@ def skip_done(done: int, elements: Iterable[Element], on_batch: Callable[[], Non
 
 
 def can_resume(error: BaseException) -> bool:
-    """Whether the same command can continue later: a full or read-only disk, or a damaged file, may be mended."""
+    """Whether the same command can resume after the user has fixed the disk or the damaged input file."""
     return isinstance(error, (OSError, DamagedFile)) or isinstance(error.__cause__, OSError)
 
 
 @contextlib.contextmanager
 def keep_if_resumable(folder: Path) -> Iterator[None]:
-    """What stays of a folder whose making fails: nothing for bad data; else what the same command can go on with.
+    """On an error, delete the staging folder unless the same command can resume from it.
 
-    A damaged file is no bad data: with --accept_damaged, the command continues.
+    Bad data leaves nothing behind. A damaged file is not bad data: with --accept_damaged, the command resumes.
     """
     try:
         yield

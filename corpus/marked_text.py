@@ -16,8 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from corpus.layouts import ROLE_NAMES
-
-Message = dict[str, Any]
+from model.chat_template import Message
 
 _SPEAKERS = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
 _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, marker in (

@@ -1,8 +1,8 @@
-"""Pairs of answers -> DPO data: without duplicates, rendered with the same prompt for both answers.
+"""Pairs of answers -> DPO data: removes duplicates, renders both answers with the same prompt.
 
-    pair -> two documents of the token folder, one after the other: prompt + chosen, prompt + rejected
+    pair -> two consecutive documents of the token folder: prompt + chosen, prompt + rejected
 
-Only the two answers are trained; earlier answers inside the prompt are context.
+The loss mask covers only the two answers; earlier answers inside the prompt are context.
 
 Read next: row_text.py (row -> pair), prepare_chats.py (calls `render_pair_examples`), ../5-dpo_train.py (trains on it).
 """
@@ -27,9 +27,9 @@ from corpus.stats import DataStats
 def read_pair_examples(
     paths: Iterable[PathLike], report: DataStats, reader: RowReader = DEFAULT_READER
 ) -> Iterator[Example]:
-    """All pairs of the files, without exact duplicates; pairs whose answers do not differ are dropped and counted.
+    """Yield the pairs of the files without exact duplicates; pairs with equal answers are dropped and counted.
 
-    The first question decides the split, as for chats: what SFT held out is held out here as well.
+    As for chats, the first question determines the split: a question held out by SFT is held out here as well.
     """
     seen: set[int] = set()
     for file, line, _, content in read_contents(paths, report, "pair", reader.read_pair):
@@ -56,10 +56,10 @@ def read_pair_examples(
 def render_pair_examples(
     examples: list[Example], tokenizer: Any, max_seq_len: int, report: DataStats
 ) -> list[list[MaskedTokens]]:
-    """Of each pair the documents of chosen and rejected, both with the same prompt; none when the longer one does not
-    fit, or when the tokenizer's chat format cannot write one of them.
+    """For each pair, the documents [prompt + chosen, prompt + rejected] of at most `max_seq_len` tokens.
 
-    A prompt that is too long loses its oldest whole turns, for both answers alike; an answer is never cut.
+    The list is empty if the longer document does not fit, or if the chat format cannot render one of them. A prompt
+    that is too long loses its oldest whole turns, the same ones for both answers; an answer is never truncated.
     """
     prompts = [_drop_oldest_turns(example, max_seq_len) for example in examples]
     whole = iter(
@@ -76,7 +76,7 @@ def render_pair_examples(
 def _fit_pair(
     example: Example, documents: list[MaskedTokens] | str, tokenizer: Any, max_seq_len: int, report: DataStats
 ) -> list[MaskedTokens]:
-    """`documents` are those of the whole pair, or why there are none."""
+    """`documents` of the pair with its full prompt, or the reason why it cannot be rendered."""
     prompt = _drop_oldest_turns(example, max_seq_len)
     if not isinstance(documents, str) and _max_length(documents) > max_seq_len:
         first = int(prompt[0]["role"] == "system")
@@ -86,7 +86,7 @@ def _fit_pair(
             (rendered,) = _render_answers([(prompt[:first] + prompt[start:], example.answers)], tokenizer)
             return isinstance(rendered, str) or _max_length(rendered) <= max_seq_len
 
-        # The fewer turns, the shorter: halving finds the longest prompt that fits in log2(turns) renderings.
+        # The length grows with the number of turns, so bisection finds the longest fit in log2(turns) renderings.
         first_kept = bisect.bisect_left(starts, True, key=fits)
         if first_kept == len(starts):
             report.row_dropped(f"question and longer answer exceed {max_seq_len} tokens", example.file, example.line)
@@ -103,15 +103,15 @@ def _fit_pair(
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
     text = "".join(
         chat_text([*prompt, *answer]) for answer in example.answers
-    )  # what these tokens say: the prompt twice
+    )  # the text of these tokens: it contains the prompt twice
     report.row_kept(example.language, len(text), tokens, len(text.encode()), trained, _max_length(documents))
     return documents
 
 
 def _drop_oldest_turns(example: Example, max_seq_len: int) -> list[Message]:
-    """The prompt without oldest turns that cannot fit with any tokenizer; empty where no question can.
+    """Drop the oldest turns that cannot fit with any tokenizer; returns [] if not even the last question can fit.
 
-    Every message takes a token or more, and a token stands for MAX_TOKEN_CHARACTERS characters or less.
+    A message takes at least one token, and a token has at most MAX_TOKEN_CHARACTERS characters.
     """
     prompt, first = example.messages, int(example.messages[0]["role"] == "system")
     lengths = [len(turn["content"]) for turn in prompt]
@@ -128,15 +128,17 @@ def _drop_oldest_turns(example: Example, max_seq_len: int) -> list[Message]:
 
 
 def _max_length(documents: list[MaskedTokens]) -> int:
-    """Tokens of the longer document."""
+    """Number of tokens of the longer document."""
     return max(len(ids) for ids, _, _ in documents)
 
 
 def _render_answers(
     pairs: list[tuple[list[Message], tuple[list[Message], ...]]], tokenizer: Any
 ) -> list[list[MaskedTokens] | str]:
-    """Each prompt with each of its answers; the masks are 1 at these alone, not at earlier answers. For a pair that
-    the chat format cannot write, the reason."""
+    """For each (prompt, answers), the documents prompt + answer with masks that are 1 only in that answer.
+
+    Where the chat format cannot render a pair, its reason takes the place of the documents.
+    """
     rendered_prompts = tokenizer.render_each([prompt for prompt, _ in pairs], add_generation_prompt=True)
     rendered = iter(tokenizer.render_each([[*prompt, *answer] for prompt, answers in pairs for answer in answers]))
     result: list[list[MaskedTokens] | str] = []
@@ -148,7 +150,7 @@ def _render_answers(
         documents = []
         for answer, one in zip(answers, whole, strict=True):
             ids, mask, _ = one.samples[-1]
-            # Where they part, the answer begins; a token may hold the prompt's end and the answer's beginning.
+            # The answer starts where the ids differ: one token may span the end of the prompt and the answer's start.
             start = common_prefix_length(ids, question.samples[-1].ids)
             documents.append((ids, [0] * start + mask[start:], count_answer_bytes(answer)))
         result.append(documents)

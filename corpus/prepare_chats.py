@@ -1,17 +1,16 @@
-"""Chats -> SFT data on disk: rendered and tokenised once, with the mask of trained tokens. Pairs go the same way.
+"""Chats or pairs of answers -> jsonl files -> token shards with loss masks.
 
-    chats -> train.jsonl, val.jsonl                           cleaned, whole, whatever the tokenizer
-          -> tokens-<tokenizer>/  train, val_zh, val_en       what tokenizer.render makes of them, cut at whole turns
+    chats -> train.jsonl, val.jsonl                           whole chats, independent of the tokenizer
+          -> tokens-<fingerprint>/  train, val_zh, val_en     rendered and tokenised, truncated after whole turns
 
-What pairs of answers do in their own way is a `Form`, see preferences.py.
+A `DataTask` holds the steps that differ between chats (CHAT_TASK) and pairs (PAIR_TASK in preferences.py).
 
-The jsonl files are the source of truth: `tokenize_chats` builds the token folder again for another tokenizer or length.
-Everything appears under its name only when it is complete. A killed `prepare_chat_data` resumes: the rows are
-read again, but what is written and tokenised stays.
+The jsonl files are the source of truth: `tokenize_chats` builds a token folder from them for another tokenizer or
+length. Files are written to a staging folder, which is renamed when it is complete. A killed `prepare_chat_data`
+resumes: it reads the rows again, but keeps the files that it has written.
 
-Writes through shard_writer.py. Read next: render_chats.py (chat -> tokens), examples.py (what is left out and set
-aside), job_state.py (after a kill), shard_writer.py (the files), prepare_text.py (the same for plain text),
-../data_process.py (the command).
+Read next: render_chats.py (chat -> tokens), examples.py (duplicates and validation split), job_state.py (resume),
+shard_writer.py (file format), prepare_text.py (the same for plain text), ../data_process.py (the command).
 """
 
 import contextlib
@@ -48,26 +47,26 @@ from corpus.shard_writer import (
 )
 from corpus.stats import DataStats
 
-ExampleBatch = list[tuple[str, Example]]  # each with its split
+ExampleBatch = list[tuple[str, Example]]  # (split, example)
 ROW_FILES = ("train.jsonl", "val.jsonl")
-REFUSAL_PREFIXES = ("the model's chat template ", "the chat format ")  # beginnings of the reasons of unwritable chats
+REFUSAL_PREFIXES = ("the model's chat template ", "the chat format ")  # of the reasons why a chat cannot be rendered
 
 
 @dataclass(frozen=True)
 class DataTask:
-    """What chats and pairs of answers do each in their own way between a file and the token folder."""
+    """The steps from input files to the token folder that differ between chats and pairs of answers."""
 
-    kind: str  # of the token folder
-    command: str  # of data_process.py
-    fields: tuple[str, ...]  # of a stored row: what of an item stands in `messages`, then its answers
+    kind: str  # "kind" in the token folder's meta.json
+    command: str  # subcommand of data_process.py
+    fields: tuple[str, ...]  # keys of a jsonl row: for `Example.messages`, then for each of `Example.answers`
     read_examples: Callable[[Iterable[PathLike], DataStats], Iterator[Example]]
     render: Callable[
         [list[Example], Any, int, DataStats], list[list[MaskedTokens]]
-    ]  # of an item that does not fit: none
-    settings: dict[str, Any] = field(default_factory=dict)  # what `items` depends on besides the files
+    ]  # documents of each example; an empty list for an example that is dropped
+    settings: dict[str, Any] = field(default_factory=dict)  # inputs of `read_examples` besides the files
 
     def row(self, example: Example) -> bytes:
-        """The line of an item in train.jsonl or val.jsonl."""
+        """The example as a line of train.jsonl or val.jsonl, UTF-8."""
         row = dict(zip(self.fields, (example.messages, *example.answers), strict=True)) | {"lang": example.language}
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
@@ -83,10 +82,11 @@ def prepare_chat_data(
     task: DataTask,
     extra_meta: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write train.jsonl, val.jsonl and the token folder of the chats in `paths` to `out_dir`, complete or not at all.
+    """Write train.jsonl, val.jsonl and the token folder of the chats in `paths` to `out_dir`.
 
-    `about`: what else meta.json should remember. A run that was killed is continued, as by `prepare_text_data`.
-    Returns the token folder's meta.json; raises as `prepare_text_data`.
+    `out_dir` is replaced only when the dataset is complete; a killed run resumes. `extra_meta` is added to meta.json.
+    `on_batch` is called after every batch. Returns the token folder's meta.json.
+    Raises UserError for unusable data or a disk that cannot be written.
     """
     check_replaceable(out_dir)
     check_replaceable(dataset_staging_folder(out_dir))
@@ -115,12 +115,12 @@ def prepare_chat_data(
 
 
 class _StagedDataset:
-    """The unfinished data set in `<out_dir>.partial`, continued from where its progress file vouches for it."""
+    """The incomplete dataset in `<out_dir>.partial`; resumes from its progress file."""
 
     def __init__(self, progress: JobProgress, tokenizer: Any, max_seq_len: int, task: DataTask) -> None:
         self.progress, self.task = progress, task
         saved = progress.load_or_reset()
-        self.num_examples = saved.get("items", 0)  # written and tokenised
+        self.num_examples = saved.get("items", 0)  # examples that are written and tokenised
         self.rows = saved.get("rows", {"train": 0, "val": 0})
         checksums = saved.get("checksums", {})
         self.files = {name: ChecksummedFile(progress.folder / name, *checksums.get(name, [])) for name in ROW_FILES}
@@ -129,8 +129,9 @@ class _StagedDataset:
         )
 
     def add(self, batch: ExampleBatch) -> None:
+        """Write and tokenise a batch; save the progress if it is due."""
         for split, example in batch:
-            name = split.partition("_")[0]  # both languages of a validation split share a file
+            name = split.partition("_")[0]  # val_zh and val_en share val.jsonl
             self.files[f"{name}.jsonl"].write(self.task.row(example))
             self.rows[name] += 1
         self.tokens.add(batch)
@@ -141,17 +142,18 @@ class _StagedDataset:
             self.progress.save(state, *self.files.values())
 
     def checksums(self) -> dict[str, list[Any]]:
-        """[bytes, CRC-32] of train.jsonl and val.jsonl, as far as they are written."""
+        """[bytes, CRC-32] of train.jsonl and val.jsonl so far."""
         return {name: [file.size, file.checksum] for name, file in self.files.items()}
 
     def close(self, report: DataStats) -> None:
-        """From here on it is seconds to the end, and a run that is killed in them starts anew."""
+        """Finish all files. This takes seconds; a run that is killed here starts from the beginning."""
         (self.progress.folder / PROGRESS_FILE).unlink(missing_ok=True)
         for file in self.files.values():
             file.close()
         self.tokens.close(_token_inputs(self.progress.folder, self.tokens.max_seq_len, self.task), report)
 
     def abort(self) -> None:
+        """Close the files without finishing them."""
         self.tokens.abort()
         for file in self.files.values():
             with contextlib.suppress(OSError):
@@ -159,15 +161,16 @@ class _StagedDataset:
 
 
 def token_folder_name(tokenizer: Any) -> str:
+    """tokens-<rendering fingerprint>: the fingerprint of the tokenizer and its chat template."""
     return f"tokens-{tokenizer.rendering_fingerprint}"
 
 
 def tokenize_chats(folder: PathLike, tokenizer: Any, max_seq_len: int, task: DataTask | None = None) -> Path:
-    """The token folder of `folder`'s train.jsonl and val.jsonl for this tokenizer and length; built unless it is there.
+    """Tokenise train.jsonl and val.jsonl of `folder`, unless the token folder for this tokenizer and length exists.
 
-    `tokenizer` needs .render_each, .rendering_fingerprint and .vocab_size. Returns
-    `folder/tokens-<fingerprint>`, in the format of shard_writer.py with masks. Raises UserError when the jsonl
-    files are missing or no chat fits into `max_seq_len` tokens.
+    `tokenizer` needs .render_each, .rendering_fingerprint and .vocab_size. Returns the path of the token folder
+    `folder/tokens-<fingerprint>`, in the format of shard_writer.py with masks. Raises UserError if a jsonl file is
+    missing or damaged, or if no chat fits into `max_seq_len` tokens.
     """
     folder, task = Path(folder), task or CHAT_TASK
     target = folder / token_folder_name(tokenizer)
@@ -175,7 +178,7 @@ def tokenize_chats(folder: PathLike, tokenizer: Any, max_seq_len: int, task: Dat
     if _is_current(target, job):
         return target
     with lock_output(target, wait=True), report_write_errors(target):
-        if _is_current(target, job):  # another process has made it meanwhile
+        if _is_current(target, job):  # another process has built it while this one waited for the lock
             return target
         staged = temporary_path(target, "tmp")
         remove(staged)
@@ -192,9 +195,9 @@ def tokenize_chats(folder: PathLike, tokenizer: Any, max_seq_len: int, task: Dat
 
 
 class _TokenFolder:
-    """A growing token folder: one writer a split, and a report of what became of the items.
+    """Writes a token folder: one ShardWriter per split, and the statistics of the examples.
 
-    `state` of an earlier one continues its files where that state was taken.
+    With the `state` of an earlier run, the writers resume from it.
     """
 
     def __init__(
@@ -221,7 +224,7 @@ class _TokenFolder:
         return {"writers": writers, "report": self.report.to_dict()}
 
     def close(self, job: dict[str, Any], report: DataStats) -> None:
-        """Finish the files and write meta.json; raises UserError when there is nothing to train on."""
+        """Finish the files and write meta.json. Raises UserError if the train split is empty."""
         require_train_split(self.writers, _no_data_message(self.task.kind.removesuffix("s"), report))
         splits = {split: self.writers[split].close() for split in sorted(self.writers)}
         meta = {"kind": self.task.kind, "tokenizer": self.tokenizer.rendering_fingerprint, **job}
@@ -234,7 +237,7 @@ class _TokenFolder:
 
 
 def _no_data_message(what: str, report: DataStats) -> str:
-    """Why there is nothing to train on, from the counts of what was left out, and what to do."""
+    """The error message for an empty train split: the most frequent reasons for dropped rows, and what to do."""
     reasons = sorted(report.dropped.items(), key=lambda reason: -reason[1].count)[:3]
     why = ", ".join(f"{reason.count:,} x {name}" for name, reason in reasons)
     if report.kept:
@@ -242,16 +245,16 @@ def _no_data_message(what: str, report: DataStats) -> str:
             f"no {what} is left to train on: all {report.kept:,} are held out: give a smaller --val_share or more data"
         )
     if reasons and reasons[0][0].startswith(REFUSAL_PREFIXES):
-        return f"no {what} can be written: {why}; {CHAT_FORMAT_ADVICE}"
+        return f"no {what} can be rendered: {why}; {CHAT_FORMAT_ADVICE}"
     remedy = "a larger --max_seq_len, or " if reasons and reasons[0][0].endswith(" tokens") else ""
-    return f"no {what} is left to train on: {why or 'there is none'}: give {remedy}more data"
+    return f"no {what} is left to train on: {why or 'the files have none'}: give {remedy}more data"
 
 
 CHAT_TASK = DataTask("chats", "sft", ("messages",), read_chat_examples, render_chat_examples)
 
 
 def _read_stored_examples(folder: Path, task: DataTask) -> Iterator[tuple[str, Example]]:
-    """(split, item) of our own train.jsonl and val.jsonl. Raises UserError when one differs from its checksum."""
+    """Yield (split, example) of train.jsonl and val.jsonl, which may have grown. Raises UserError if one is damaged."""
     meta = read_checked_meta(folder)
     if meta and meta["format"] != DATA_FORMAT:
         warn_no_checksums(folder)
@@ -260,7 +263,7 @@ def _read_stored_examples(folder: Path, task: DataTask) -> Iterator[tuple[str, E
         size, expected = (meta or {}).get("checksums", {}).get(path.name, [-1, ""])
         has_grown = path.stat().st_size > size
         if has_grown and expected:
-            print(f"note: {path} has grown since data_process.py wrote it: its checksum is not compared")
+            print(f"note: {path} has grown since data_process.py wrote it: its checksum is not verified")
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 crc = zlib.crc32(line, crc)
@@ -269,26 +272,28 @@ def _read_stored_examples(folder: Path, task: DataTask) -> Iterator[tuple[str, E
                     (messages, *answers), language = (row[field] for field in task.fields), row["lang"]
                     text = chat_text([*messages, *itertools.chain(*answers)])
                     example = Example(text, messages, language, 0, path.name, number, tuple(answers))
-                    if language not in LANGUAGES:  # it becomes a part of a file's name
+                    if language not in LANGUAGES:  # checked because it becomes part of a file name
                         raise ValueError(language)
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     command = f"data_process.py {task.command}"
-                    raise UserError(f"{path}:{number}: not a row of ours: run {command} again") from None
+                    raise UserError(
+                        f"{path}:{number}: not a row that data_process.py wrote: run {command} again"
+                    ) from None
                 yield ("train" if name == "train" else f"val_{language}"), example
         if not has_grown and f"{crc:08x}" != expected:
             raise UserError(
                 f"{path} is damaged (it differs from its checksum in meta.json): run `python data_process.py "
-                f"{task.command} FILES…` again, also over rows that were edited by hand"
+                f"{task.command} FILES…` again; rows that were edited by hand need it too"
             )
 
 
 def _token_inputs(folder: Path, max_seq_len: int, task: DataTask) -> dict[str, Any]:
-    """What a token folder depends on, besides its tokenizer."""
+    """The inputs of a token folder besides the tokenizer; meta.json stores them to detect an outdated folder."""
     return {"max_seq_len": max_seq_len, "source": _fingerprint_rows(folder, task)}
 
 
 def _fingerprint_rows(folder: Path, task: DataTask) -> dict[str, str]:
-    """Names the content of the jsonl files by size, first and last megabyte: quick to check at every start."""
+    """Fingerprints of the jsonl files, from size, first and last MiB: fast enough to check at every start."""
     result = {}
     for name in ROW_FILES:
         path = folder / name
@@ -306,6 +311,7 @@ def _fingerprint_rows(folder: Path, task: DataTask) -> dict[str, str]:
 
 
 def _is_current(target: Path, job: dict[str, Any]) -> bool:
+    """Whether a token folder exists that was built from these inputs."""
     try:
         meta = read_meta(target)
     except UserError:

@@ -2,12 +2,12 @@
 
     text -> ids + <|endoftext|> -> splits train, val_zh, val_en
 
-Each training shard holds one language, and where sources are labelled one source: training can mix them as it likes.
-The data set appears under its name only when it is complete. A killed run can be continued: the rows are read again
-(fast, and every decision is repeated exactly), but what is already tokenised is not tokenised again.
+A training shard holds one language and, with a source key, one source, so that a training run can mix them by weight.
+The dataset is written to a staging folder, which is renamed when it is complete. A killed run resumes: it reads the
+rows again (fast, and every decision is repeated exactly), but does not tokenise again what is on disk.
 
-Writes through shard_writer.py. Read next: examples.py (what is left out and set aside), shard_writer.py (the files),
-prepare_chats.py (the same for chats), ../data_process.py (the command).
+Read next: examples.py (duplicates and validation split), shard_writer.py (file format), prepare_chats.py (the same for
+chats), ../data_process.py (the command).
 """
 
 import itertools
@@ -36,12 +36,12 @@ from corpus.shard_writer import (
 )
 from corpus.stats import DataStats
 
-CHUNK_CHARACTERS = 50_000  # longer documents are tokenised in pieces, which bounds memory
-FILE_AS_SOURCE = "file"  # as a source_key: the file's name is the source
+CHUNK_CHARACTERS = 50_000  # longer documents are tokenised in chunks, which bounds memory
+FILE_AS_SOURCE = "file"  # a source_key: the file name is the source
 MAX_SOURCES, OTHER_SOURCE = (
     100,
     "other",
-)  # each has files of its own; later ones, and texts without any, are put together
+)  # each source has its own shards; sources beyond the limit and texts without a source share OTHER_SOURCE
 
 TokenizedText = tuple[str, Example, np.ndarray]  # split, document, ids of shape (tokens,)
 
@@ -49,7 +49,7 @@ TokenizedText = tuple[str, Example, np.ndarray]  # split, document, ids of shape
 def tokenize_texts(
     examples: Iterable[tuple[str, Example]], tokenizer: Any, report: DataStats
 ) -> Iterator[list[TokenizedText]]:
-    """Batches of (split, item, ids with the closing <|endoftext|>) of all (split, item)."""
+    """Yield batches of (split, example, ids); the ids, shape (tokens,), end with <|endoftext|>."""
     for batch in batch_examples(examples):
         yield _encode_batch(batch, tokenizer, report)
 
@@ -66,7 +66,7 @@ def _encode_batch(batch: list[tuple[str, Example]], tokenizer: Any, report: Data
 
 
 def _encode_chunks(chunks: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
-    """Ids of each piece. An answer of the tokenizer takes a hundred times the memory of its text, so few at a time."""
+    """Yield the ids of each chunk. Encodings take about 100 times the memory of the text, so batches are small."""
     pending: list[str] = []
     characters = 0
     for chunk in itertools.chain(chunks, [None]):
@@ -79,7 +79,7 @@ def _encode_chunks(chunks: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray
 
 
 def _split_chunks(text: str) -> Iterator[str]:
-    """Pieces that end with a line. Line ends are tokens of their own, so together they give the ids of the whole."""
+    """Split at line ends. A line end is a separate token, so the chunks' ids together are the ids of the text."""
     start = 0
     while len(text) - start > CHUNK_CHARACTERS:
         stop = text.rfind("\n", start, start + CHUNK_CHARACTERS) + 1
@@ -90,21 +90,21 @@ def _split_chunks(text: str) -> Iterator[str]:
 
 
 class _StagedDataset:
-    """The unfinished data set in `<out_dir>.partial`: one writer a split, and a progress file to continue from."""
+    """The incomplete dataset in `<out_dir>.partial`: one writer per split and label, and the progress file."""
 
     def __init__(self, folder: Path, job: dict[str, Any], dtype: str) -> None:
         self.folder, self.job, self.dtype, self.progress = folder, job, dtype, JobProgress(folder, job)
         saved = self.progress.load_or_reset()
-        self.documents = saved.get("documents", 0)  # items that are tokenised and written
-        self.sources = saved.get("sources", [""])  # "" and then each label; its place is in the names of its shards
-        self.report = DataStats()  # of what is tokenised; what is only read is counted again by reading
+        self.documents = saved.get("documents", 0)  # documents that are tokenised and written
+        self.sources = saved.get("sources", [""])  # "" and every source; the index is part of the shard names
+        self.report = DataStats()  # of tokenised documents; a resumed run counts the rows again while reading
         if saved:
             self.report.merge(saved["report"])
         states = saved.get("writers", {})
         self.writers = {name: open_shard_writer(folder, name, dtype, state) for name, state in states.items()}
 
     def _writer_name(self, split: str, example: Example) -> str:
-        """The split, for training texts with the language and the number of the source."""
+        """The split; for training texts also the language and the index of the source: train_zh_s01."""
         if split != "train":
             return split
         source = source_label(example, self.job["source_key"])
@@ -114,6 +114,7 @@ class _StagedDataset:
         return "_".join([split, example.language, *([f"s{self.sources.index(source):02d}"] if source else [])])
 
     def add(self, batch: list[TokenizedText]) -> None:
+        """Write a batch; save the progress if it is due."""
         for split, example, ids in batch:
             name = self._writer_name(split, example)
             if name not in self.writers:
@@ -126,11 +127,12 @@ class _StagedDataset:
             self.progress.save(state)
 
     def abort(self) -> None:
+        """Close the files without finishing them."""
         for writer in self.writers.values():
             writer.abort()
 
     def close(self) -> dict[str, Any]:
-        """The splits' entries of meta.json, train first; each shard of it with its language and source."""
+        """Finish the files; return the splits of meta.json, train first. Train shards have language and source."""
         (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
         closed = {name: writer.close() for name, writer in sorted(self.writers.items())}
         splits = {f"val_{language}": closed.pop(f"val_{language}", None) for language in LANGUAGES}
@@ -146,7 +148,7 @@ class _StagedDataset:
 
 
 def source_label(example: Example, source_key: str) -> str:
-    """The source of a text: "" where none is wanted, else what its row says (or its file's name), fit for --mix."""
+    """The source of a text, from its row or file name, in characters that --mix accepts; "" without a source key."""
     if not source_key:
         return ""
     name = Path(example.file).name.split(".")[0] if source_key == FILE_AS_SOURCE else example.source
@@ -163,11 +165,11 @@ def prepare_text_data(
     source_key: str = "",
     reader: RowReader = DEFAULT_READER,
 ) -> dict[str, Any]:
-    """Write the pretraining shards of `paths` to `out_dir` (complete or not at all) and return their meta.json.
+    """Write the pretraining shards of `paths` to `out_dir` and return their meta.json.
 
-    `source_key`: the key of a row that names its source, or "file"; "" where sources do not matter.
-    A run that was killed is continued: what its progress file vouches for is not tokenised again. `on_batch` is called
-    after every batch. Raises UserError for data or a disk that cannot be used; bad data leaves nothing behind.
+    `out_dir` is replaced only when the dataset is complete; a killed run resumes. `source_key`: the row key that holds
+    the source, "file" for the file name, or "" for no sources. `on_batch` is called after every batch.
+    Raises UserError for unusable data or a disk that cannot be written; bad data leaves nothing behind.
     """
     check_replaceable(out_dir)
     check_replaceable(dataset_staging_folder(out_dir))

@@ -1,4 +1,4 @@
-"""A tokenised sample on the terminal, for `data_process.py --check`: trained tokens marked, or text cut into tokens."""
+"""Prints tokenised samples for `data_process.py --check`: chats with trained tokens marked, texts split into tokens."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ from rich.text import Text
 
 
 def print_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
-    """A chat with its trained tokens in colour, or [[in brackets]] where there is none; a text in its pieces."""
+    """Print one sample; the trained tokens of a chat are coloured, or [[in brackets]] if stdout is not a terminal.
+
+    An empty `mask` stands for plain text, which is printed with | between the tokens.
+    """
     console = Console(highlight=False)
     console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
     line = Text()
@@ -24,7 +27,7 @@ def print_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) ->
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text of each token; tokens that are parts of one character stay together."""
+    """The text of each token; tokens that are parts of one character are joined."""
     result, start = [], 0
     for i in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:i])

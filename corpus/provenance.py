@@ -1,14 +1,13 @@
-"""What was done to a set of rows before: cleaned by which rules, deduplicated, checked against which exams.
+"""Provenance of training data: the curation steps (clean, dedup, decontaminate) that the rows went through.
 
-Every step of data_process.py leaves a report.json beside its rows, with a list of what was done so far. Steps that
-read those rows carry the list on, into the meta.json of the training data and from there into the training log.
-
-    read_provenance(files)  -> [{"step": "clean", ...}, {"step": "decontaminate", "against": [...], ...}]
+    read_provenance(files)      -> [{"step": "clean", ...}, {"step": "decontaminate", "against": [...], ...}]
     format_provenance(history)  -> "cleaned by 19 rules; checked against ceval (13,866 questions, …)"
 
-Of several files only what was done to all of them is claimed.
+Every curation step writes a report.json beside its rows, with the list of steps so far. The steps that read these rows
+copy the list, into the meta.json of the training data and from there into the training log. For several files, the
+list holds only the steps that all of them went through.
 
-Read next: ../curation/transform.py (who writes report.json), prepare_text.py and prepare_chats.py (who carry it on).
+Read next: ../curation/transform.py (writes report.json), prepare_text.py and prepare_chats.py (copy the list).
 """
 
 import json
@@ -24,7 +23,7 @@ Provenance = list[dict[str, Any]]
 
 
 def read_provenance(paths: Iterable[str | os.PathLike[str]]) -> Provenance:
-    """The steps that all of these files went through, in order. A file without a report went through none."""
+    """The steps that all files went through, in order; a file without a report.json went through none."""
     common: Provenance | None = None
     for folder in dict.fromkeys(Path(path).resolve().parent for path in paths):
         try:
@@ -37,7 +36,7 @@ def read_provenance(paths: Iterable[str | os.PathLike[str]]) -> Provenance:
 
 
 def data_provenance(folder: str | os.PathLike[str]) -> Provenance:
-    """What was done to the rows of a folder of training data, from its meta.json; [] where that is damaged."""
+    """The steps in the meta.json of a folder of training data; [] if it is damaged."""
     try:
         steps = (read_checked_meta(folder) or {}).get("history", [])
         return [entry for entry in steps if isinstance(entry, dict) and "step" in entry]
@@ -46,14 +45,14 @@ def data_provenance(folder: str | os.PathLike[str]) -> Provenance:
 
 
 def _is_same_step(entry: dict[str, Any], others: Provenance) -> bool:
-    """The same was done; how many rows it was done to may differ."""
+    """Whether `others` holds the same step; row counts may differ."""
     counts = ("read", "kept")
     wanted = {key: value for key, value in entry.items() if key not in counts}
     return any(wanted == {key: value for key, value in other.items() if key not in counts} for other in others)
 
 
 def format_provenance(history: Provenance) -> str:
-    """One line for a log; empty when nothing is known."""
+    """The steps as one line for a log; "" for an empty history."""
     parts = []
     for entry in history:
         if entry["step"] == "clean":

@@ -1,4 +1,4 @@
-"""Chats -> documents of the token folder: ids, mask of trained tokens, and bytes of the answers, cut at whole turns.
+"""Chats -> documents of the token folder (ids, loss mask, answer bytes), truncated after whole turns.
 
 Called by prepare_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 """
@@ -10,19 +10,18 @@ from corpus.chats import Message, chat_text, is_trained, trim_unanswered
 from corpus.examples import Example
 from corpus.stats import DataStats
 
-MAX_TOKEN_CHARACTERS = 256  # characters; the longest of usual tokenizers are 128 spaces
-MaskedTokens = tuple[list[int], list[int], int]  # ids, mask, UTF-8 bytes of the answers
+MAX_TOKEN_CHARACTERS = 256  # upper bound; the longest token of common tokenizers is 128 spaces
+MaskedTokens = tuple[list[int], list[int], int]  # ids, mask (1 = trained), UTF-8 bytes of the answers
 
 
 def render_chat_examples(
     examples: list[Example], tokenizer: Any, max_seq_len: int, report: DataStats
 ) -> list[list[MaskedTokens]]:
-    """Of each chat the documents of as many whole first turns as fit; none when not even one does, or when the
-    tokenizer's chat format cannot write the chat.
+    """For each chat, the documents of as many whole first turns as fit into `max_seq_len` tokens.
 
-    That is one document, or several where the format writes an answer differently when turns follow it
-    (model/tokenizer.py, `render_each`). A turn is never cut inside: half an answer would train to stop inside a
-    sentence.
+    A chat gives one document, or several if the chat format renders an answer differently when turns follow it
+    (model/tokenizer.py, `render_each`). The list is empty if the first turn does not fit, or if the chat format cannot
+    render the chat. Turns are never cut: half an answer would train the model to stop inside a sentence.
     """
     fitting_chats = [_drop_last_turns(example.messages, max_seq_len) for example in examples]
     whole = iter(tokenizer.render_each([messages for messages in fitting_chats if messages]))
@@ -37,7 +36,7 @@ def render_chat_examples(
 def _fit_chat(
     example: Example, rendered: Any, tokenizer: Any, max_seq_len: int, report: DataStats
 ) -> list[MaskedTokens]:
-    """`rendered` is that of the chat's first turns."""
+    """The documents of one chat. `rendered`: its turns that `_drop_last_turns` keeps."""
     messages = _drop_last_turns(example.messages, max_seq_len)
     change = f"cut at a whole turn to {max_seq_len} tokens"
     while rendered.is_too_long and (first_half := trim_unanswered(messages[: len(messages) // 2])):
@@ -67,10 +66,10 @@ def _fit_chat(
 
 
 def _drop_last_turns(messages: list[Message], max_seq_len: int) -> list[Message]:
-    """The chat without last turns that cannot fit with any tokenizer; empty where its first turn cannot.
+    """Drop the last turns that cannot fit with any tokenizer; returns [] if not even the first turn can fit.
 
-    Every message takes a token or more, and a token stands for MAX_TOKEN_CHARACTERS characters or less. A model's chat
-    template is rendered once for each answer: without this the time would grow with turns squared.
+    A message takes at least one token, and a token has at most MAX_TOKEN_CHARACTERS characters. A jinja template is
+    rendered once per answer, so the time would otherwise grow with the square of the turns.
     """
     if (
         len(messages) <= max_seq_len
@@ -83,15 +82,15 @@ def _drop_last_turns(messages: list[Message], max_seq_len: int) -> list[Message]
 
 
 def _count_fitting_turns(samples: list[Any], max_seq_len: int) -> int:
-    """How many turns of a chat that is too long may fit; fewer than it has."""
-    if len(samples) > 1:  # each of the others is the beginning of the chat up to an answer
+    """Number of turns of a too long chat that may fit; less than the number of its turns."""
+    if len(samples) > 1:  # every sample but the last is the chat up to one of its answers
         return sum(len(sample.answers) for sample in samples[:-1] if len(sample.ids) <= max_seq_len)
     mask = samples[0].mask
-    # Each run of trained tokens is one answer; no turn whose answer ends beyond the limit can stay.
+    # Each run of trained tokens is one answer; a turn fits only if its answer ends within the limit.
     ends = [i + 1 for i, trained in enumerate(mask) if trained and not (i + 1 < len(mask) and mask[i + 1])]
     return min(sum(end <= max_seq_len for end in ends), len(ends) - 1)
 
 
 def count_answer_bytes(messages: list[Message]) -> int:
-    """UTF-8 bytes of what the assistant says."""
+    """UTF-8 bytes of the trained answers."""
     return sum(len(message["content"].encode()) for message in messages if is_trained(message))

@@ -1,20 +1,20 @@
-"""Reading token shards: the tokens that are asked for and no others, wherever they lie in however many gigabytes.
+"""Random access to token shards of any size.
 
-    open_split("dataset/pretrain", "train") -> TokenSplit    .read(start, stop)  .document(i)  .tokens  .documents
+    split = open_split("dataset/pretrain", "train")     a TokenSplit
+    split.read(start, stop)                             token ids, shape (stop - start,)
+    split.read_document(i)                              ids and mask of one document
+    split.tokens, split.documents                       totals
 
-Opening looks at the sizes of the files; reading takes bytes from their place in a file. So neither start-up nor memory
-grows with the data, and each of several processes reads its own rows only. (A memory map would do as well at first, but
-its pages count as the process's own memory, and after an epoch that is the whole set.)
+Opening a split checks file sizes; reading calls pread at an offset. So start-up time and memory do not grow with the
+data, and each process reads only its own rows. (Pages of a memory map would count as memory of the process: after one
+epoch, the whole dataset.)
 
-What is read is compared with its checksum, each block of 64 KiB once per process, and each index whole. Ids beyond the
-vocabulary, masks of other values than 0 and 1, and starts of documents out of order are refused in every folder, also
-in those of earlier versions, which have no checksums.
+Every block of 64 KiB is verified against its checksum once per process, and every index as a whole. In all folders,
+also in those without checksums, ids outside the vocabulary, mask values other than 0 and 1 and document offsets out of
+order raise a UserError.
 
-A shard may carry labels: the language and the source of its documents. `open_split` takes a choice of shards by them.
-
-Reads   what shard_writer.py and dataset_meta.py describe.
-Read next: shard_writer.py (the files, who writes them), mixing.py (who chooses by label), ../trainer/datasets.py
-(rows).
+The meta.json entry of a shard may have labels: language and source. `open_split` can select shards by them.
+Read next: shard_writer.py (file format), mixing.py (labels and weights), ../trainer/datasets.py (rows of a batch).
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from common.errors import UserError
 from corpus.block_checksums import BLOCK_BYTES, VerifiedBlocks
 from corpus.dataset_meta import DATA_FORMAT, PathLike, read_meta, repair_hint, warn_no_checksums
 
-MAX_OPEN_FILES = 128  # files at a time: a terabyte has more shards than a process may have open files
+MAX_OPEN_FILES = 128  # a terabyte has more shards than a process may have open files
 MASK_DTYPE = np.dtype(np.uint8)
 
 
 def open_split(
     folder: PathLike, split: str, keep_shard: Callable[[dict[str, Any]], bool] = lambda shard: True
 ) -> "TokenSplit":
-    """One split of a data folder, or those of its shards that `chosen` takes by their entry in meta.json.
+    """Open a split of a dataset folder, or those of its shards for whose meta.json entry `keep_shard` returns True.
 
-    Raises UserError when it is missing or its files are damaged.
+    Raises UserError if the split is missing or its files are incomplete.
     """
     meta = read_meta(folder)
     if split not in meta["splits"]:
@@ -52,10 +52,10 @@ def open_split(
 
 
 class TokenSplit:
-    """All documents of a split as one long stream. `tokens` and `documents` are totals over its shards.
+    """All documents of a split as one stream of tokens. `tokens` and `documents` are totals over its shards.
 
-    Files are opened at the first use, again in every worker process: copying the object copies no data. Reading raises
-    UserError when a file differs from its checksum or holds what no model can read.
+    Each process opens the files at the first read; pickling the object copies no data. Reading raises UserError if a
+    file differs from its checksum or holds invalid ids, masks or offsets.
     """
 
     def __init__(self, folder: PathLike, shards: list[dict[str, Any]], meta: dict[str, Any]) -> None:
@@ -74,17 +74,17 @@ class TokenSplit:
         self._blocks: dict[str, VerifiedBlocks] = {}
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Token ids start..stop of the stream, shape (stop - start,), in the dtype on disk, across shards."""
+        """Token ids start … stop - 1 of the stream, shape (stop - start,), in the dtype on disk, across shards."""
         return self._read_stream(start, stop, ".bin", self.dtype)
 
     def read_mask(self, start: int, stop: int) -> np.ndarray:
-        """The mask of the same tokens, uint8; ones where the split has none (every token is trained)."""
+        """The loss mask of these tokens, uint8, shape (stop - start,); ones if the split has no masks."""
         if self.has_masks:
             return self._read_stream(start, stop, ".mask", MASK_DTYPE)
         return np.ones(len(self._read_stream(start, stop, ".bin", self.dtype)), np.uint8)
 
     def read_document(self, i: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(ids, mask) of document i; mask is None for plain text."""
+        """(ids, mask) of document i, each of shape (tokens,); mask is None for plain text."""
         which = int(np.searchsorted(self._document_ends, i, side="right")) - 1
         name, at = self.names[which], i - self._document_ends[which]
         start, stop = (int(edge) for edge in self._shard_offsets(name)[at : at + 2])
@@ -92,11 +92,11 @@ class TokenSplit:
         return ids, self._read_shard(name, ".mask", MASK_DTYPE, start, stop) if self.has_masks else None
 
     def lengths(self) -> np.ndarray:
-        """Tokens of every document, shape (documents,), int64. The one thing here that grows with the data."""
+        """Tokens of each document, shape (documents,), int64. Unlike all else here, its size grows with the data."""
         return np.concatenate([np.diff(self._shard_offsets(name)) for name in self.names] or [np.zeros(0, np.int64)])
 
     def offsets(self) -> np.ndarray:
-        """Where every document starts in the stream, and where the last one ends: shape (documents + 1,), int64."""
+        """Start of each document in the stream, and the end of the last one: shape (documents + 1,), int64."""
         return np.concatenate([[0], np.cumsum(self.lengths())]).astype(np.int64)
 
     def _read_stream(self, start: int, stop: int, suffix: str, dtype: np.dtype) -> np.ndarray:
@@ -113,7 +113,7 @@ class TokenSplit:
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype)
 
     def _read_shard(self, name: str, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """Tokens or masks start..stop of a shard. Blocks that are read for the first time are compared."""
+        """Tokens or mask values start … stop - 1 of a shard. Verifies the blocks that this process reads first."""
         file = name + suffix
         begin, end = int(start) * dtype.itemsize, int(stop) * dtype.itemsize
         blocks = self._blocks.get(file) or self._open_blocks(name, suffix)
@@ -128,7 +128,7 @@ class TokenSplit:
         return found[(begin - first) // dtype.itemsize :][: stop - start]
 
     def _open_blocks(self, name: str, suffix: str) -> VerifiedBlocks:
-        """The blocks of a .bin or .mask, with their checksums where the folder has them."""
+        """The VerifiedBlocks of a .bin or .mask file, with checksums if the folder has them."""
         shard = self.shards[name]
         size, checksums = shard["tokens"] * (self.dtype.itemsize if suffix == ".bin" else 1), None
         if "checksums" in shard:
@@ -139,7 +139,7 @@ class TokenSplit:
             checksums = np.fromfile(path, "<u4")
             checksums = checksums[:ends] if suffix == ".bin" else checksums[ends:]
             if len(checksums) != -(-size // BLOCK_BYTES):
-                raise self._damage_error(path.name, f"it has {len(checksums):,} checksums of {name}{suffix}")
+                raise self._damage_error(path.name, f"it has {len(checksums):,} checksums for {name}{suffix}")
         self._blocks[name + suffix] = VerifiedBlocks(size, checksums)
         return self._blocks[name + suffix]
 
@@ -160,7 +160,7 @@ class TokenSplit:
                 raise self._damage_error(file, f"it cannot be read ({error.strerror})") from None
         data = _read_at(self._files[file], offset, size)
         if len(data) < size:
-            raise self._damage_error(file, "it has become shorter while it was read")
+            raise self._damage_error(file, "it was truncated while it was read")
         return data
 
     def _close(self) -> None:
@@ -175,22 +175,22 @@ class TokenSplit:
         return self._indices[name]
 
     def _open_index(self, name: str) -> np.ndarray:
-        """Where the documents of a shard start and the last one ends, shape (documents + 1,), int64."""
+        """Start of each document of a shard, and the end of the last one, shape (documents + 1,), int64."""
         path, shard = self.folder / f"{name}.idx.npy", self.shards[name]
         try:
             if "checksums" in shard and file_checksum(path) != shard["checksums"][".idx.npy"]:
                 raise self._damage_error(path.name, "it differs from its checksum")
             offsets = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, TypeError, EOFError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError):
-            raise self._damage_error(path.name, "it is no array of numpy") from None
+            raise self._damage_error(path.name, "it is not a numpy array") from None
         if (
             not isinstance(offsets, np.ndarray)
             or offsets.dtype != np.int64
             or offsets.shape != (shard["documents"] + 1,)
         ):
-            raise self._damage_error(path.name, f"it holds no {shard['documents'] + 1:,} numbers of int64")
+            raise self._damage_error(path.name, f"it is not an int64 array of {shard['documents'] + 1:,} offsets")
         if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 0).any():
-            raise self._damage_error(path.name, f"its starts do not rise from 0 to {shard['tokens']:,}")
+            raise self._damage_error(path.name, f"its offsets do not rise from 0 to {shard['tokens']:,}")
         return offsets
 
     def _has_mask(self, shard: dict[str, Any]) -> bool:
@@ -199,7 +199,7 @@ class TokenSplit:
         return (self.folder / f"{shard['file']}.mask").is_file()
 
     def _check_sizes(self, shard: dict[str, Any]) -> None:
-        """Sizes must be what meta.json says: a copy that was cut short is noticed before training, not amid it."""
+        """Compare file sizes with meta.json, so that an incomplete copy is an error before training starts."""
         sizes = {".bin": shard["tokens"] * self.dtype.itemsize} | ({".mask": shard["tokens"]} if self.has_masks else {})
         for suffix, expected in sizes.items():
             path = self.folder / (shard["file"] + suffix)
@@ -223,9 +223,9 @@ class TokenSplit:
 
 
 def _read_at(file: Any, offset: int, size: int) -> bytes:
-    """`size` bytes from their place, fewer where the file ends.
+    """Read `size` bytes at `offset`, fewer at the end of the file.
 
-    A forked process shares the file's position with its parent, so none is used.
+    Uses pread, because forked processes share the file position.
     """
     if not hasattr(os, "pread"):  # Windows, where processes are not forked
         file.seek(offset)

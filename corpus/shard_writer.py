@@ -1,23 +1,22 @@
-"""Token shards on disk: what data_process.py writes and the training scripts read, without ever loading it whole.
+"""Writes token shards, the training data format of data_process.py and the training scripts.
 
-    folder/  meta.json                        which splits and shards there are, with the checksums of their files and
-                                              one of its own; written last (dataset_meta.py)
-             train_000.bin  train_001.bin     token ids one after the other: little-endian uint16, or uint32
-                                              when the vocabulary has more than 65,535 entries
-             train_zh_000.bin  …              the same where each shard holds one language (and one source):
-                                              its entry in meta.json says which, so that they can be mixed
-             train_000.idx.npy                int64, where each document starts; one more entry than documents
-             train_000.mask                   chats only: uint8, one byte a token, 1 where it is trained
+    folder/  meta.json                        splits and shards, with the checksums of their files and of itself;
+                                              written last (dataset_meta.py)
+             train_000.bin  train_001.bin     concatenated token ids: little-endian uint16, or uint32 if the
+                                              vocabulary has more than 65,535 entries
+             train_zh_000.bin  …              pretraining data: each shard holds one language (and one source),
+                                              named in its entry of meta.json
+             train_000.idx.npy                int64 offset of each document; one more entry than documents
+             train_000.mask                   chats only: uint8, one byte per token, 1 = trained
              train_000.crc                    checksums of the blocks of .bin and .mask (block_checksums.py)
              val_zh.bin  val_en.bin  ...      the same for the validation splits
 
     document i of a shard = bin[idx[i] : idx[i + 1]]
 
-Writing is append-only and the folder appears under its name only when it is complete: `ShardWriter` works in a sibling
-`<folder>.partial`, and `publish` renames. `ShardWriter.state` says how much of each file counts, so that a killed run
-can be continued.
+`ShardWriter` only appends. It writes to the staging folder `<folder>.partial`, which `replace_dataset` renames when it
+is complete. `ShardWriter.state` records the valid size of each file, from which a killed run resumes.
 
-Read next: prepare_text.py and prepare_chats.py (who writes), dataset_meta.py (meta.json), shard_reader.py (reading).
+Read next: prepare_text.py and prepare_chats.py (use ShardWriter), dataset_meta.py (meta.json), shard_reader.py.
 """
 
 import array
@@ -39,7 +38,7 @@ SHARD_TOKENS = 100_000_000
 KNOWN_FILES = (
     "meta.json",
     "progress.json",
-    "*.json.tmp",  # of a kill in an earlier version
+    "*.json.tmp",  # left by a killed run of an earlier version
     ".*.tmp",
     ".*.gone",
     ".tokens-*",  # locks of token folders
@@ -55,14 +54,14 @@ KNOWN_FILES = (
 
 
 def token_dtype(vocab_size: int) -> str:
-    """ "uint16" while every id fits with room for none besides, else "uint32"."""
+    """The dtype of token ids: "uint16" for up to 65,535 entries, else "uint32"."""
     return TOKEN_DTYPES[vocab_size > 65_535]
 
 
 class ShardWriter:
-    """Appends the documents of one split to shards of about `shard_tokens` tokens (0: one shard, without a number).
+    """Appends the documents of one split to shards of about `shard_tokens` tokens (0: one shard without a number).
 
-    `state` of an earlier writer continues its files where that writer's state was taken; what came later is cut off.
+    With the `state` of an earlier writer, it truncates the files to that state and appends to them.
     """
 
     def __init__(
@@ -82,9 +81,9 @@ class ShardWriter:
             self._open(self.shards[-1])
 
     def add(self, ids: Any, mask: Any = None, utf8_bytes: int = 0) -> None:
-        """One document: its ids, for chats the mask of the same length, and how many bytes of text it stands for."""
+        """Append one document: ids, for chats the mask of the same length, and the UTF-8 bytes of its text."""
         ids = np.asarray(ids, dtype=np.dtype(self.dtype).newbyteorder("<"))
-        assert mask is None or len(mask) == len(ids), "one mask entry a token"
+        assert mask is None or len(mask) == len(ids), "the mask needs one entry per token"
         if not self.shards or (self.shard_tokens and self.shards[-1]["tokens"] >= self.shard_tokens):
             self._new_shard(mask is not None)
         self.files[".bin"].write(ids.tobytes())
@@ -97,7 +96,7 @@ class ShardWriter:
         self.bytes += utf8_bytes
 
     def state(self) -> dict[str, Any]:
-        """Everything so far is on disk, and this is how much it is: plain values for a progress file."""
+        """Sync the files to disk; return their sizes and checksums as plain values for a progress file."""
         self._write_offsets()
         for file in self.files.values():
             file.flush()
@@ -107,7 +106,7 @@ class ShardWriter:
         return {"shards": [dict(shard) for shard in self.shards], "bytes": self.bytes}
 
     def close(self) -> dict[str, Any]:
-        """Finish the files; returns the split's entry of meta.json. Raises UserError for files changed meanwhile."""
+        """Finish the files; return the split's entry of meta.json. Raises UserError if a file has changed meanwhile."""
         self._close_shard()
         for shard in self.shards:
             (self.folder / (shard["file"] + ".idx")).unlink()
@@ -116,7 +115,7 @@ class ShardWriter:
         return {"shards": shards, **totals, "bytes": self.bytes}
 
     def abort(self) -> None:
-        """Let go of the files without finishing them; what the last `state` vouched for stays valid."""
+        """Close the files without finishing them; the last `state` stays valid."""
         for file in self.files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -125,7 +124,7 @@ class ShardWriter:
     def _new_shard(self, masked: bool) -> None:
         self._close_shard()
         name = f"{self.split}_{len(self.shards):03d}" if self.shard_tokens else self.split
-        for path in self.folder.glob(name + ".*"):  # of a run that was killed after its last state
+        for path in self.folder.glob(name + ".*"):  # left by a run that was killed after its last state
             path.unlink()
         self.shards.append({"file": name, "tokens": 0, "documents": 0, "masked": masked, "checksums": {}})
         self._open(self.shards[-1])
@@ -150,7 +149,7 @@ class ShardWriter:
         for file in self.files.values():
             file.close()
         shard, path = self.shards[-1], str(self.folder / self.shards[-1]["file"])
-        # The raw index stays until `close`: an earlier state of this shard may still be the one to continue from.
+        # The raw index stays until `close`: a resumed run may start from an earlier state of this shard.
         raw = Path(path + ".idx").read_bytes()
         if checksum(raw) != self.files[".idx"].checksum:
             raise UserError(f"{path}.idx has changed since it was written: check the disk, then run the command again")
@@ -163,19 +162,19 @@ class ShardWriter:
 
 
 def open_shard_writer(folder: PathLike, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
-    """The writer of a split as our folders have it: training data in shards, a validation split in one file."""
+    """The writer of a split: train splits in numbered shards, validation splits in one."""
     return ShardWriter(folder, split, dtype, SHARD_TOKENS if split.startswith("train") else 0, state)
 
 
 def require_train_split(splits: dict[str, Any], problem: str) -> None:
-    """Raises UserError with the problem, which says what to do, unless there is something to train on."""
+    """Raises UserError with the message `problem` if there is no train split."""
     if "train" not in splits:
         raise UserError(problem)
 
 
 @contextlib.contextmanager
 def report_write_errors(folder: PathLike) -> Iterator[None]:
-    """Turn a full disk, a missing permission and the like into one line for the user."""
+    """Context manager that turns an OSError (disk full, no permission) into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -183,15 +182,15 @@ def report_write_errors(folder: PathLike) -> Iterator[None]:
 
 
 def dataset_staging_folder(out_dir: PathLike) -> Path:
-    """Where a data set grows until it is complete: beside its place, and on the disk that a link points to."""
+    """`<out_dir>.partial`, where a dataset is written; beside the target if `out_dir` is a symbolic link."""
     target = resolve_link(out_dir)
     return target.with_name(target.name + ".partial")
 
 
 def check_replaceable(out_dir: PathLike, known_files: tuple[str, ...] = KNOWN_FILES) -> bool:
-    """True when `out_dir` holds an older data set, which `publish` will replace.
+    """Whether `out_dir` holds an older dataset, which `replace_dataset` will replace.
 
-    Raises UserError when it holds files that are not ours (by their names): they would be lost.
+    Raises UserError if it holds files with names outside `known_files`, because they would be deleted.
     """
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
@@ -201,11 +200,12 @@ def check_replaceable(out_dir: PathLike, known_files: tuple[str, ...] = KNOWN_FI
     names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in known_files)]
     if names:
         raise UserError(
-            f"{out_dir} holds files that are not ours ({names[0].name}): move them or choose another --out_dir"
+            f"{out_dir} holds files that data_process.py did not write ({names[0].name}): move them or choose another "
+            "--out_dir"
         )
     return (out_dir / "meta.json").is_file()
 
 
 def replace_dataset(staging: PathLike, out_dir: PathLike) -> None:
-    """Rename the complete folder to its name; an older one of that name is set aside first and deleted afterwards."""
+    """Rename the staging folder to `out_dir`; an older dataset is renamed first and deleted afterwards."""
     replace_folder(staging, resolve_link(out_dir))

@@ -1,13 +1,13 @@
-"""What happened to every row of the data: read, kept, left out (why, and where first), languages, lengths, speed.
+"""Statistics of a data pass: rows read, kept, dropped and bad (reasons, first locations), languages, lengths, speed.
 
-Nothing is cleaned silently. A row is in the end exactly one of
-    kept      it is in the data set, perhaps changed or without some of its keys: both are counted by name
-    dropped   sound, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
-    bad       unusable: broken JSON, a number where text should be, half an archive, ...
-so that read = kept + dropped + bad. Bad rows are skipped up to `max_bad_share`; above it the run ends with one line.
-Where several rows are lost together, their number is estimated from the size of the rows read before (damage.py).
+No row is dropped silently. Every row is counted as exactly one of
+    kept      in the dataset, perhaps changed or without some of its keys; changes and unused keys are counted by name
+    dropped   valid, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
+    bad       unusable: broken JSON, a number instead of text, a truncated archive, ...
+so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_share`; above it the run ends with an
+error. The number of rows lost in a damaged part of a file is estimated from the size of the rows before it (damage.py).
 
-Read next: readers.py (who counts), ../data_process.py (who prints).
+Read next: readers.py (counts the rows), ../data_process.py (prints the tables).
 """
 
 import time
@@ -18,19 +18,19 @@ from typing import Any
 from common.errors import UserError
 from corpus.layouts import explain_expected_keys
 
-MAX_LOCATIONS = 3  # places kept for each reason
-MAX_REASONS = 40  # a file can be wrong in endless ways; the report stays one screen
+MAX_LOCATIONS = 3  # locations kept per reason
+MAX_REASONS = 40  # keeps the tables within one screen
 EMPTY_FILE = "empty file"
-MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # from here on the share of bad rows is judged while reading
+MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # bad rows and rows read before `max_bad_share` is checked
 FIRST_BIN_TOKENS, LENGTH_BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
 
 
 class BadRow(Exception):
-    """A row that cannot be used. The message is the reason, without the row's own content."""
+    """A row that cannot be used. The message is the reason, without the row's content."""
 
 
 class DroppedRow(BadRow):
-    """A sound row that is left out on purpose: it is dropped, not counted as bad."""
+    """A valid row that is left out on purpose: counted as dropped, not as bad."""
 
 
 @dataclass
@@ -56,15 +56,15 @@ class _FileStats:
 
 
 class DataStats:
-    """Counts of one pass over the data. `max_bad_share` is the share of bad rows (0..1) above which the run ends.
+    """Counts of one pass over the data. Above the fraction `max_bad_share` (0..1) of bad rows, the run ends.
 
-    `accept_damaged`: whether damaged files are used as far as they can be read; None where no flag says it.
+    `accept_damaged`: whether the readable part of a damaged file is used; None for commands without this flag.
     """
 
     def __init__(self, max_bad_share: float = 0.01, accept_damaged: bool | None = None) -> None:
         self.max_bad_share, self.accept_damaged = max_bad_share, accept_damaged
         self.read = self.kept = self.bad_rows = self.dropped_rows = 0
-        self.accepted_rows = 0  # bad rows that were lost in accepted damage; the cap does not count them
+        self.accepted_rows = 0  # bad rows lost in accepted damage; `max_bad_share` does not count them
         self.bad: dict[str, ReasonCount] = {}
         self.dropped: dict[str, ReasonCount] = {}
         self.files: dict[str, _FileStats] = {}
@@ -72,16 +72,16 @@ class DataStats:
         self.histogram = [0] * (LENGTH_BINS + 1)
         self.trained_tokens = 0  # chats only
         self.changed: dict[str, ReasonCount] = {}  # rows that are kept, but changed: without their last turns, …
-        self.unused: dict[str, ReasonCount] = {}  # keys with a value that rows have and no reader uses
-        self.notes: list[str] = []  # what else a reader of the report should know, one line each
+        self.unused: dict[str, ReasonCount] = {}  # keys that have a value in some rows and that no reader uses
+        self.notes: list[str] = []  # further notes about the files, one line each
         self.input_bytes = 0  # bytes of all input files, as far as known
-        self.bytes_read: Callable[[], int] = lambda: 0  # how many of them are read
-        self.text_bytes = 0  # UTF-8 bytes that became tokens in this run
+        self.bytes_read: Callable[[], int] = lambda: 0  # bytes of the input files read so far
+        self.text_bytes = 0  # UTF-8 bytes tokenised in this run
         self._start = time.perf_counter()
 
     # ---- counting ----
     def row_read(self, file: str, row: Any = None) -> None:
-        """One more row was read, whatever becomes of it. The keys of the first objects are remembered for messages."""
+        """Count a row as read. Keeps the keys of the first objects of each file for error messages."""
         self.read += 1
         count = self.files.setdefault(file, _FileStats())
         count.rows += 1
@@ -92,19 +92,19 @@ class DataStats:
         self.files[file].good += 1
 
     def row_bad(self, reason: str, file: str, line: int, rows: int = 1) -> None:
-        """A row that was counted by `saw_row` is unusable. Raises UserError once the cap is certainly exceeded."""
+        """Count a row, already counted by `row_read`, as bad. Raises UserError if `max_bad_share` must be exceeded."""
         self.bad_rows += rows
         _count_reason(self.bad, reason, file, line, rows)
         if self.bad_rows >= MIN_BAD_TO_JUDGE and self.read >= MIN_READ_TO_JUDGE:
             self.check_cap(expected_rows=self.read * max(1.0, self.input_bytes / max(1, self.bytes_read())))
 
     def row_unreadable(self, reason: str, file: str, line: int, rows: int = 1) -> None:
-        """A row, or an estimated number of rows, that could not even be read: counted as read and as bad."""
+        """Count a row, or an estimated number of rows, that could not be read as read and as bad."""
         self._count_lost_rows(file, rows)
         self.row_bad(reason, file, line, rows)
 
     def rows_lost(self, reason: str, file: str, line: int, rows: int) -> None:
-        """An estimated number of rows is lost in damage that the user accepts: bad, but the cap does not count them."""
+        """Count an estimated number of rows, lost in accepted damage, as bad rows outside of `max_bad_share`."""
         self._count_lost_rows(file, rows)
         self.bad_rows += rows
         self.accepted_rows += rows
@@ -117,40 +117,40 @@ class DataStats:
         self.files[file].rows += rows - 1
 
     def num_rows_in(self, file: str) -> int:
-        """Rows of the file that were read so far."""
+        """Number of rows read from the file so far."""
         return self.files[file].rows if file in self.files else 0
 
     def estimate_rows(self, file: str, lost: int, read: int) -> int:
-        """About how many rows stood in `lost` bytes of a file of which `read` bytes were read; at least 1."""
+        """Estimated number of rows in `lost` bytes of a file of which `read` bytes were read; at least 1."""
         return max(1, round(lost * self.num_rows_in(file) / max(1, read - lost)))
 
     def row_dropped(self, reason: str, file: str, line: int) -> None:
-        """A sound row is left out on purpose."""
+        """Count a valid row that is left out on purpose."""
         self.dropped_rows += 1
         _count_reason(self.dropped, reason, file, line)
 
     def row_truncated(self, reason: str, file: str, line: int) -> None:
-        """A row is kept, but changed."""
+        """Count a row that is kept, but changed."""
         _count_reason(self.changed, reason, file, line)
 
     def row_changed(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
-        """A row is kept; how it was changed, and which of its keys have a value that is not used."""
+        """Count the changes of a kept row, and its keys that have a value and are not used."""
         for reason in changes:
             _count_reason(self.changed, reason, file, line)
         for key in unused:
             _count_reason(self.unused, key, file, line)
 
     def add_note(self, text: str) -> None:
-        """A line under the table, about a file; a second one that is the same is left out."""
+        """Add a line about a file, printed under the table; equal notes are printed once."""
         if text not in self.notes:
             self.notes.append(text)
 
     def row_kept(
         self, language: str, characters: int, tokens: int, utf8_bytes: int, trained_tokens: int = 0, longest: int = 0
     ) -> None:
-        """One more document, chat or pair is in the data set; lengths in characters, tokens and UTF-8 bytes.
+        """Count a document, chat or pair that is in the dataset, with its characters, tokens and UTF-8 bytes.
 
-        `longest`: tokens of the longer half of a pair; it is what has to fit.
+        `longest`: tokens of its longest document, for the length histogram (default: `tokens`).
         """
         self.kept += 1
         self.trained_tokens += trained_tokens
@@ -160,11 +160,11 @@ class DataStats:
             counts[name] += amount
         self.histogram[min(LENGTH_BINS, max(0, ((longest or tokens) - 1) // FIRST_BIN_TOKENS).bit_length())] += 1
 
-    # ---- judging ----
+    # ---- limits ----
     def check_cap(self, expected_rows: float = 0) -> None:
-        """Raises UserError when more than `max_bad_share` of the rows are bad: of those read, or of all to be expected.
+        """Raises UserError if more than `max_bad_share` of the rows read, or of `expected_rows` if larger, are bad.
 
-        While reading, the rows still to come count as good, so that one bad stretch in a big file ends nothing.
+        While reading, the remaining rows count as good, so one bad part of a large file does not end the run.
         """
         counted = self.bad_rows - self.accepted_rows
         if counted > self.max_bad_share * max(self.read, expected_rows):
@@ -172,25 +172,25 @@ class DataStats:
             reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.locations()})" for name, reason in worst)
             raise UserError(
                 f"{counted:,} of {self.read:,} rows read are bad ({counted / self.read:.1%}, allowed are "
-                f"{self.max_bad_share:.1%}): {reasons}: mend the data or raise --max_bad_share"
+                f"{self.max_bad_share:.1%}): {reasons}: fix the data or raise --max_bad_share"
             )
 
     def check_file(self, file: str, kind: str) -> None:
-        """Raises UserError when not one row of the file was good; `kind` as explain_expected_keys has it."""
+        """Raises UserError if no row of the file is usable. `kind`: see explain_expected_keys."""
         count = self.files.get(file, _FileStats())
         empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, ReasonCount()).first)
         if count.good or count.rows == count.lost or empty:
             return
         reasons = "; ".join(f"{name} ({reason.locations()})" for name, reason in self._bad_reasons(file)[:3])
         raise UserError(
-            f"{file}: none of its {count.rows:,} rows can be used: {reasons}: {explain_expected_keys(kind, count.keys)}"
+            f"{file}: none of its {count.rows:,} rows is usable: {reasons}: {explain_expected_keys(kind, count.keys)}"
         )
 
     def _bad_reasons(self, file: str) -> list[tuple[str, ReasonCount]]:
         here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
         return here or list(self.bad.items())
 
-    # ---- showing ----
+    # ---- output ----
     @property
     def tokens(self) -> int:
         return sum(counts["tokens"] for counts in self.languages.values())
@@ -201,11 +201,11 @@ class DataStats:
 
     @property
     def megabytes_per_second(self) -> float:
-        """Megabytes of UTF-8 text that became tokens, a second of this run."""
+        """Megabytes of UTF-8 text tokenised per second of this run."""
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
 
     def merge(self, other: dict[str, Any]) -> None:
-        """Add what another report counted, as its `to_dict` gave it: of other rows, or what became of these later."""
+        """Add the counts of another DataStats, given as its `to_dict`."""
         self.read += other["read"]
         self.kept += other["kept"]
         self.trained_tokens += other.get("trained_tokens", 0)
@@ -222,7 +222,7 @@ class DataStats:
             self.add_note(text)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for meta.json; contains no time, so that equal data gives equal reports."""
+        """All counts as plain values for meta.json; without times, so that equal data gives equal files."""
 
         def table(reasons: dict[str, ReasonCount]) -> dict[str, Any]:
             return {name: {"count": r.count, "first": [f"{f}:{n}" for f, n in r.first]} for name, r in reasons.items()}
@@ -241,7 +241,7 @@ class DataStats:
         return report
 
     def print(self) -> None:
-        """Show the report as tables (rich; plain text when not a terminal)."""
+        """Print the statistics as tables (rich; plain text if stdout is not a terminal)."""
         from rich.console import Console
 
         console = Console(highlight=False)
@@ -259,14 +259,14 @@ class DataStats:
                           f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
 
     def print_skipped(self) -> None:
-        """What reading did, a line for each reason: for steps that have a report of their own."""
+        """Print one line per reason, for steps that print their own tables."""
         for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.changed)):
             for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
                 print(f"{kind}: {reason.count:,} x {name} (first: {reason.locations()})")
         self.print_notes()
 
     def print_notes(self) -> None:
-        """A line for every note, and for every key that rows have a value for and that is not used."""
+        """Print one line per note, and one per key that has a value in some rows and is not used."""
         for note in self.notes:
             print(f"note: {note}")
         for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
@@ -279,11 +279,11 @@ class DataStats:
         table = Table(title="rows", title_justify="left")
         table.add_column("")
         table.add_column("rows", justify="right")
-        table.add_column("share", justify="right")
+        table.add_column("fraction", justify="right")
         table.add_column("first at", overflow="fold")
 
         def add(name: str, count: int, where: str = "") -> None:
-            # Text, not str: a file called "[red]" must not change the colour of the report.
+            # Text, not str: rich would parse a file name like "[red]" as markup.
             table.add_row(Text(name), f"{count:,}", f"{count / max(self.read, 1):.2%}", Text(where))
 
         add("read", self.read)
@@ -297,7 +297,7 @@ class DataStats:
         from rich.table import Table
 
         table = Table(title="languages", title_justify="left")
-        for name in ("", "documents", "characters", "tokens", "share of tokens", "characters / token"):
+        for name in ("", "documents", "characters", "tokens", "fraction of tokens", "characters / token"):
             table.add_column(name, justify="right" if name else "left")
         for language, counts in sorted(self.languages.items(), reverse=True):
             share, ratio = counts["tokens"] / max(self.tokens, 1), counts["characters"] / max(counts["tokens"], 1)
@@ -320,12 +320,12 @@ class DataStats:
 
 
 def histogram_labels() -> list[str]:
-    """Names of the length bins: "<= 16" ... "<= 65536", "more"."""
+    """Labels of the length bins: "<= 16" ... "<= 65536", "more"."""
     return [f"<= {FIRST_BIN_TOKENS << i}" for i in range(LENGTH_BINS)] + ["more"]
 
 
 def _merge_reasons(reasons: dict[str, ReasonCount], others: dict[str, Any]) -> int:
-    """Add reasons as `to_dict` gave them; returns how many rows they stand for."""
+    """Add reasons in the format of `to_dict`; return the number of their rows."""
     for name, other in others.items():
         mine = reasons.setdefault(name, ReasonCount())
         mine.count += other["count"]

@@ -1,13 +1,13 @@
-"""Any amount of text -> the few megabytes that a tokenizer is trained on, and the held-out text that it is judged by.
+"""Samples the training text of a tokenizer, and held-out text to measure it, from any amount of text.
 
-    held out    documents whose content hash is below 1 % of all hashes: those that data_process.py validates with
-    sample      of the others those with the lowest hashes (turned by the seed), until the byte budget is full:
-                    5/7 of the bytes Chinese, 2/7 English; where one language has less, the other fills the rest
+    held out    documents with a content hash in the lowest 1 %: also validation documents of data_process.py
+    sample      of the others, those with the lowest hashes (rotated by the seed), up to `byte_budget`:
+                    5/7 of the bytes Chinese, 2/7 English; if one language has too little, the other fills the budget
 
-Equal documents count once. The choice depends on the documents, not on their order, and memory on the budget, not on
-the input. Reading ends after `read_budget` bytes of text, shared fairly among the files.
+Duplicates are sampled once. The sample does not depend on the order of the documents; memory depends on the budget, not
+on the input. Reading stops after `read_budget` bytes of text, divided evenly among the files.
 
-Read next: tokenizer_training.py (what the sample is for), readers.py (where documents come from).
+Read next: tokenizer_training.py (trains on the sample), readers.py (files -> documents).
 """
 
 import heapq
@@ -21,10 +21,10 @@ from corpus.language import LANGUAGES, detect_language
 from corpus.readers import read_texts
 from corpus.stats import DataStats
 
-LANGUAGE_FRACTIONS = {"zh": 5 / 7, "en": 2 / 7}  # of the budget, in UTF-8 bytes: 5 Chinese characters for 6 of English
+LANGUAGE_FRACTIONS = {"zh": 5 / 7, "en": 2 / 7}  # of the byte budget: 5 Chinese characters per 6 English ones
 HELD_OUT_FRACTION = 0.01
-HELD_OUT_BYTES = 2_000_000  # a language; more would not change the third digit
-SAMPLE_CHUNK_CHARACTERS = 20_000  # characters; one book must not fill the budget alone
+HELD_OUT_BYTES = 2_000_000  # per language; more text does not change the third digit of the result
+SAMPLE_CHUNK_CHARACTERS = 20_000  # long documents are sampled in chunks, so that no book fills the budget alone
 _HASH_RANGE = 2**64
 
 
@@ -33,7 +33,7 @@ class _LowestHashes:
 
     def __init__(self, budget: float) -> None:
         self.budget, self.size = budget, 0
-        self.heap: list[tuple[int, str, int]] = []  # (-key, text, bytes): the highest key is on top, ready to go
+        self.heap: list[tuple[int, str, int]] = []  # (-key, text, bytes): the highest key is popped first
         self.keys: set[int] = set()
 
     def add(self, key: int, text: str) -> None:
@@ -49,7 +49,7 @@ class _LowestHashes:
             self.size -= length
 
     def texts(self, budget: float) -> list[str]:
-        """The texts by rising key, until `budget` bytes are full."""
+        """The texts in the order of their keys, up to `budget` bytes."""
         chosen = []
         for _, text, length in sorted(self.heap, reverse=True):
             if budget <= 0:
@@ -61,13 +61,13 @@ class _LowestHashes:
 
 @dataclass
 class TextSample:
-    """What was read and what was chosen. `texts` and `held_out` are by language."""
+    """The result of `sample_texts`; all dicts are by language, "zh" and "en"."""
 
     texts: dict[str, list[str]] = field(default_factory=dict)
     held_out: dict[str, list[str]] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANGUAGES, 0))  # read
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LANGUAGES, 0))  # read
-    truncated_files: list[str] = field(default_factory=list)  # files that were not read to their end
+    truncated_files: list[str] = field(default_factory=list)  # files that were not read to the end
 
 
 def sample_texts(
@@ -78,9 +78,9 @@ def sample_texts(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda read: None,
 ) -> TextSample:
-    """One pass over the files. `advance` is told, now and then, how many bytes of the files are read.
+    """Sample texts in one pass over the files. `on_progress` is called with the number of bytes read so far.
 
-    Raises UserError when there is no text at all, when a file cannot be used, or when too many rows are bad.
+    Raises UserError if there is no text, if a file is unusable, or if too many rows are bad.
     """
     sample = TextSample()
     chosen = {language: _LowestHashes(byte_budget) for language in LANGUAGES}
@@ -90,7 +90,7 @@ def sample_texts(
         raise UserError(f"{missing[0]}: no such file")
     done = 0
     for i, file in enumerate(files):
-        report.bytes_read = lambda: 0  # the reader counts from here on; the last file may be closed in the middle
+        report.bytes_read = lambda: 0  # reset: the previous file may have been closed before its end
         end = sum(sample.bytes.values()) + (read_budget - sum(sample.bytes.values())) / (len(files) - i)
         documents = read_texts([file], report)
         for document in documents:
@@ -109,7 +109,7 @@ def sample_texts(
                 break
         done += Path(file).stat().st_size
     if not any(sample.documents.values()):
-        raise UserError(f"no text in {', '.join(files)}: a row needs a text, or a chat")
+        raise UserError(f"no text in {', '.join(files)}: a row needs a text or a chat")
     missing_bytes = {
         language: max(0.0, LANGUAGE_FRACTIONS[language] * byte_budget - chosen[language].size) for language in LANGUAGES
     }

@@ -1,17 +1,17 @@
-"""Text -> a tokenizer: a balanced sample, the pieces inside words, and last the phrases.
+"""Trains a byte-level BPE or unigram tokenizer for Chinese and English.
 
-    1. sample     at most `byte_budget` bytes of text, five parts Chinese and two parts English, chosen by content hash
-    2. words      pieces are learnt inside words and runs of Chinese characters only, so that each is a part of a word
-                      bpe      join the most frequent pair of neighbours, again and again, beginning with single bytes
-                      unigram  begin with many pieces and drop those that the probability of the text misses least
-    3. phrases    the most frequent pairs of whole words (" of the", ", and", "，但") take the last 1/20 of the entries
+    1. sample     at most `byte_budget` bytes of text, 5/7 Chinese and 2/7 English, selected by content hash
+    2. words      pieces are learned inside words and runs of Chinese characters only
+                      bpe      starts with single bytes; repeatedly merges the most frequent pair of neighbours
+                      unigram  starts with many pieces; repeatedly drops those that lower the likelihood least
+    3. phrases    the last 1/20 of the vocabulary: the most frequent pairs of words (" of the", ", and", "，但")
 
-Step 3 is what makes a small vocabulary serve two languages: 320 phrases shorten English text by 5 % and Chinese by 2 %,
-more than any 320 further pieces of words. They are joined last, so words are cut the same with and without them.
+320 phrases shorten English text by 5 % and Chinese text by 2 %, more than 320 further pieces of words. Phrases are
+merged last, so they do not change how words are split.
 
-Every newline and every digit is a piece of its own. The 256 bytes are always in the vocabulary: no text is unknown.
+Every newline and every digit is one token. The vocabulary holds all 256 bytes, so no text is unknown.
 
-Read next: tokenizer_sample.py (step 1), ../train_tokenizer.py (who calls), ../model/tokenizer.py (chats as tokens).
+Read next: tokenizer_sample.py (step 1), ../train_tokenizer.py (the command), ../model/tokenizer.py (chats -> tokens).
 Sources: Sennrich et al. 2016 (BPE), Kudo 2018 (unigram), Liu et al. 2025 (SuperBPE: words first, then across spaces).
 """
 
@@ -27,43 +27,44 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from common.errors import UserError
 
-MIN_VOCABULARY = 300  # the 256 bytes, the special tokens, and something to learn
+MIN_VOCABULARY = 300  # the 256 bytes, the special tokens and some learned pieces
 MAX_VOCABULARY = 2**32  # token ids are stored as uint16 or uint32
 PHRASE_FRACTION = 1 / 20  # of the vocabulary
-CHARACTER_COVERAGE = 0.99  # of the text's characters; unigram writes the others byte by byte
-MIN_PHRASE_COUNT = 5  # rarer neighbours are chance
-MAX_PIECE_BYTES = 24  # 8 Chinese characters: the sample's boilerplate shall not become words
+CHARACTER_COVERAGE = 0.99  # of the text's characters; unigram encodes the others byte by byte
+MIN_PHRASE_COUNT = 5  # rarer pairs are noise
+MAX_PIECE_BYTES = 24  # 8 Chinese characters: keeps boilerplate of the sample out of the vocabulary
 
-# What pieces are learnt in, tried in this order. Lengths are capped: text without any break must not need more memory.
+# Pre-tokenisation for training; the alternatives are tried in this order. The length limits bound memory for text
+# without spaces.
 _WORD_PATTERN = (
     r"\n|\p{N}"  # newlines and digits one by one
-    r"|'(?:[sdmt]|ll|re|ve)(?!\p{L})"  # the ends of "it's" and "we'll"
-    r"|\p{Han}{1,20}"  # Chinese marks no words: any part of a run may become a piece
+    r"|'(?:[sdmt]|ll|re|ve)(?!\p{L})"  # contractions: "it's", "we'll"
+    r"|\p{Han}{1,20}"  # Chinese has no spaces: any part of a run may become a piece
     r"| ?[^\s\p{N}\p{P}\p{S}\p{Han}]{1,40}"  # a word with the space before it
-    r"|<| ?[^\s\p{N}\p{L}\p{M}<]{1,8}"  # marks and symbols
+    r"|<| ?[^\s\p{N}\p{L}\p{M}<]{1,8}"  # punctuation and symbols
     r"|[^\S\n]+(?!\S)|[^\S\n]+"  # other spaces; the last one belongs to the next word
 )
-# What text is cut into when it is encoded: as little as possible, because phrases reach across words. "<" stands alone,
-# so that the unigram tokenizer never takes the *text* <0x41> for the byte 0x41.
+# Pre-tokenisation for encoding: splits little, because phrases span words. "<" is separate, so that the unigram
+# tokenizer never encodes the text "<0x41>" as the byte 0x41.
 _LINE_PATTERN = r"\n|\p{N}|<|[^\n\p{N}<]+"
 
 Phrase = tuple[str, str]
 
 
 def check_vocab_size(vocab_size: int, reserved: int) -> None:
-    """Raises UserError for a vocabulary size that cannot be."""
+    """Raises UserError for a vocabulary size out of range."""
     if not MIN_VOCABULARY <= vocab_size <= MAX_VOCABULARY:
         raise UserError(f"--vocab_size {vocab_size}: choose {MIN_VOCABULARY} (the 256 bytes, {reserved} special tokens "
-                        f"and something to learn) to {MAX_VOCABULARY}")  # fmt: skip
+                        f"and some learned pieces) to {MAX_VOCABULARY}")  # fmt: skip
 
 
 def train_tokenizer(
     algorithm: str, texts: Sequence[str], vocab_size: int, reserved: Sequence[str], progress: bool = False
 ) -> Tokenizer:
-    """Train on `texts`; ids 0, 1, ... are the `reserved` special tokens. The same texts give the same tokenizer.
+    """Train a tokenizer on `texts`, deterministically; ids 0, 1, ... are the `reserved` special tokens.
 
-    The result has fewer than `vocab_size` entries when the texts hold too little to learn.
-    Raises UserError for a vocabulary size that cannot be.
+    `algorithm`: "bpe" or "unigram". The vocabulary is smaller than `vocab_size` if the texts have too few pieces.
+    Raises UserError for a vocabulary size out of range.
     """
     check_vocab_size(vocab_size, len(reserved))
     phrases = int(vocab_size * PHRASE_FRACTION)
@@ -98,32 +99,32 @@ def _train_bpe(texts: Sequence[str], vocab_size: int, reserved: list[str], progr
     return tokenizer
 
 
-_WORD_SEPARATOR, _SPACE_MARKED = "\x01", 0xF0000  # private characters of the training text, see _mark_word_spaces
+_WORD_SEPARATOR, _SPACE_MARKED = "\x01", 0xF0000  # used in the training text only, see _mark_word_spaces
 
 
 def _train_unigram(texts: Sequence[str], vocab_size: int, reserved: list[str], progress: bool) -> Tokenizer:
     import sentencepiece
 
-    max_pieces = vocab_size - len(reserved) - 256 - 1  # the newline is added by hand: training text comes in lines
+    max_pieces = vocab_size - len(reserved) - 256 - 1  # 1: the newline, added below because training text is lines
     lines = [_WORD_SEPARATOR.join(words) for words in _mark_word_spaces(texts)]
     rare_to_separator = _rare_characters(Counter(character for line in lines for character in line), max_pieces)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # One word a sentence, as often as it occurs: with its own delimiter for words, sentencepiece counts each
-            # different word once, and a frequent word that is part of no other (" from") is never considered.
+            # One word per sentence, as often as it occurs. With sentencepiece's own word delimiter, each distinct word
+            # counts once, and a frequent word that is part of no other word (" from") never becomes a piece.
             sentence_iterator=(
                 word for line in lines for word in line.translate(rare_to_separator).split(_WORD_SEPARATOR) if word
             ),
             model_writer=model,
             model_type="unigram",
-            vocab_size=min(max_pieces + 256 + 1, 2**30),  # + the unknown token, which we leave out
-            hard_vocab_limit=False,  # too little text: fewer pieces instead of an error
-            seed_sentencepiece_size=min(max(5 * max_pieces, 10_000), 1_000_000),  # more take longer and end the same
-            max_sentencepiece_length=MAX_PIECE_BYTES // 2,  # in characters here
+            vocab_size=min(max_pieces + 256 + 1, 2**30),  # 1: the unknown token, which is removed below
+            hard_vocab_limit=False,  # too little text gives fewer pieces instead of an error
+            seed_sentencepiece_size=min(max(5 * max_pieces, 10_000), 1_000_000),  # more: slower, same result
+            max_sentencepiece_length=MAX_PIECE_BYTES // 2,  # in characters
             max_sentence_length=1 << 20,
-            split_by_unicode_script=False,  # the words are split already
-            character_coverage=1.0,  # rare characters are cut out already
+            split_by_unicode_script=False,  # words are already split
+            character_coverage=1.0,  # rare characters are already removed
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -137,7 +138,7 @@ def _train_unigram(texts: Sequence[str], vocab_size: int, reserved: list[str], p
         )
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"sentencepiece cannot learn from this text ({why}): use --algorithm bpe") from None
+        raise UserError(f"sentencepiece cannot train on this text ({why}): use --algorithm bpe") from None
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces: dict[str, float] = {}
     for i in range(trained.get_piece_size()):
@@ -153,7 +154,7 @@ def _train_unigram(texts: Sequence[str], vocab_size: int, reserved: list[str], p
 
 
 def _unigram_tokenizer(vocab: list[tuple[str, float]], reserved: list[str], pattern: str) -> Tokenizer:
-    # Some id must stand for the unknown; with all bytes in the vocabulary it is never used.
+    # The Unigram model requires an unknown id; it is never used, because all bytes are in the vocabulary.
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=len(reserved) - 1, byte_fallback=True))
     tokenizer.pre_tokenizer = _split_by(pattern)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -162,10 +163,10 @@ def _unigram_tokenizer(vocab: list[tuple[str, float]], reserved: list[str], patt
 
 
 def _mark_word_spaces(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The words of each line, with a space and the character after it made one.
+    """Yield the words of each line; a leading space and the next character become one private-use character.
 
-    A lone space is so frequent that to a unigram model it costs nearly nothing: it would learn "point" and write every
-    " point" as " " + "point". As one symbol with the letter, the space belongs to its word.
+    A single space is so frequent that it costs a unigram model almost nothing: it would learn "point" and split every
+    " point" into " " + "point". As one symbol with the first letter, the space stays in its word.
     """
     split = _split_by(_WORD_PATTERN)
     for text in texts:
@@ -185,7 +186,7 @@ def _unmark_space(character: str) -> str:
 
 
 def _rare_characters(counts: Counter[str], max_pieces: int) -> dict[int, str]:
-    """Translation table that cuts the text at characters not worth a piece: they will be written as bytes."""
+    """Translation table that replaces rare characters by the word separator; they are encoded as bytes."""
     excluded = {_WORD_SEPARATOR, "\0", "▁", "\u2585", "\t", "\r"}
     candidates = [character for character, _ in counts.most_common() if character not in excluded]
     total, seen, keep = sum(counts.values()), 0, set()
@@ -201,7 +202,8 @@ def _rare_characters(counts: Counter[str], max_pieces: int) -> dict[int, str]:
 def frequent_phrases(words: Tokenizer, texts: Sequence[str], number: int) -> list[Phrase]:
     """The `number` most frequent pairs of neighbouring tokens that are whole words.
 
-    Chinese marks no words: the last or first piece of a run counts as one. Spaces, newlines and digits take no part.
+    In Chinese, which has no spaces, the last and first token of a run count as words. Pairs with spaces, newlines or
+    digits are excluded.
     """
     names = {i: piece for piece, i in words.get_vocab().items()}
     meanings = [piece.decode("utf-8", "replace") for piece in vocab_bytes(words)]
@@ -228,7 +230,7 @@ def _is_word(text: str) -> bool:
 
 
 def _add_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) -> Tokenizer:
-    """The same pieces and the phrases behind them; text is cut into lines instead of words from now on."""
+    """The tokenizer `words` with the phrases appended; it splits text into lines instead of words."""
     state: dict[str, Any] = json.loads(words.to_str())
     model = state["model"]
     known = set(words.get_vocab())
@@ -237,24 +239,24 @@ def _add_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) ->
         if left + right in known:
             continue
         known.add(left + right)
-        if algorithm == "bpe":  # joined last, when all words are whole
+        if algorithm == "bpe":  # merged last, after all merges inside words
             model["vocab"][left + right] = len(model["vocab"])
             model["merges"].append([left, right])
-        else:  # a little more probable than the two apart
+        else:  # slightly more probable than the two tokens
             model["vocab"].append([left + right, score[left] + score[right] + 0.5])
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.pre_tokenizer = _byte_level(_LINE_PATTERN) if algorithm == "bpe" else _split_by(_LINE_PATTERN)
     return tokenizer
 
 
-# ---- looking at tokens -----------------------------------------------------------------------------------------------
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes these bytes as themselves,
-_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these as the characters from U+0100 on
+# ---- inspection ------------------------------------------------------------------------------------------------------
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE maps these bytes to themselves
+_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these to the characters from U+0100
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_UNPRINTABLE)}
 
 
 def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of text that each id stands for; a special token stands for its name."""
+    """The bytes of each id, a list of vocab_size entries; for a special token, its name."""
     byte_level = json.loads(tokenizer.to_str())["decoder"]["type"] == "ByteLevel"
     special = tokenizer.get_added_tokens_decoder()
     found = [b""] * tokenizer.get_vocab_size()
@@ -270,7 +272,7 @@ def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def printable_piece(piece: bytes) -> str:
-    """A piece on one line: spaces as ␣, control characters escaped, incomplete characters as bytes."""
+    """The piece as one printable line: ␣ for spaces, control characters escaped, incomplete characters as <E6>."""
     shown = piece.decode("utf-8", "surrogateescape").replace(" ", "␣")
     return "".join(
         f"<{ord(c) - 0xDC00:02X}>"

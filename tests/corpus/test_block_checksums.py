@@ -1,4 +1,4 @@
-"""Checksums of data files: of whole files and blocks, however a file is written, continued and read."""
+"""CRC-32 of files and blocks is right for any sequence of writes, resumes and reads."""
 
 import zlib
 
@@ -17,8 +17,8 @@ SIZES = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(before=SIZES, lost=SIZES, after=SIZES)
-def test_sums_are_those_of_the_bytes_however_they_came(tmp_path_factory, before, lost, after):
-    """Written in any pieces, flushed between them, killed with more written than counts, continued."""
+def test_checksums_match_the_bytes_after_any_writes_and_a_resume(tmp_path_factory, before, lost, after):
+    """Writes of any size, a flush, a kill after more writes than the saved size, a resume, more writes."""
     path, content = tmp_path_factory.mktemp("sums") / "a.bin", b""
     random = np.random.default_rng(0)
     file = ChecksummedFile(path)
@@ -44,7 +44,7 @@ def test_sums_are_those_of_the_bytes_however_they_came(tmp_path_factory, before,
     ]
 
 
-def test_a_file_that_changed_or_shrank_since_its_state_is_not_continued(tmp_path):
+def test_a_file_that_changed_or_shrank_is_not_resumed(tmp_path):
     file = ChecksummedFile(tmp_path / "a.bin")
     file.write(b"123456789")
     file.close()
@@ -57,7 +57,7 @@ def test_a_file_that_changed_or_shrank_since_its_state_is_not_continued(tmp_path
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), size=st.sampled_from([1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 5 * BLOCK_BYTES + 3]))
-def test_every_block_is_compared_once_before_it_is_used(data, size):
+def test_every_block_is_verified_before_use(data, size):
     content = np.random.default_rng(0).bytes(size)
     sums = np.array([zlib.crc32(content[at : at + BLOCK_BYTES]) for at in range(0, size, BLOCK_BYTES)], "<u4")
     blocks, bad = VerifiedBlocks(size, sums), data.draw(st.integers(0, len(sums) - 1))

@@ -1,4 +1,4 @@
-"""Promise: a message with weight 0 is read as context and never trained, in every chat format."""
+"""Promise: an answer with weight 0 is context and is never trained, in every chat format."""
 
 import json
 
@@ -42,13 +42,11 @@ def test_only_answers_with_a_weight_are_trained(tmp_path, tokenizer, name):
     assert ids == ids_of_both and sum(mask_of_both) > sum(mask)
 
 
-def test_a_long_chat_is_cut_at_trained_answers_and_none_left_is_named(tmp_path, tokenizer):
+def test_a_long_chat_without_a_trained_answer_left_is_dropped_with_a_reason(tmp_path, tokenizer):
     report = DataStats()
     (item,) = read_chat_examples([write(tmp_path / "a.jsonl", row(0, 1))], report)
     whole = len(tokenizer.render(item.messages)[0])
-    assert render_chat_examples([item], tokenizer, whole - 1, report) == [
-        []
-    ]  # without the trained answer nothing is left
+    assert render_chat_examples([item], tokenizer, whole - 1, report) == [[]]  # no trained answer is left
     assert report.dropped[f"first turn longer than {whole - 1} tokens"].count == 1
     assert len(list(read_chat_examples([write(tmp_path / "b.jsonl", row(0, 0), row(1, 1))], report))) == 1
     assert report.dropped["no answer, so nothing to train on"].count == 1

@@ -1,4 +1,4 @@
-"""Promise: every usual form of a preference pair becomes one prompt and two answers; only the answers are compared."""
+"""Promise: every common layout of a pair becomes one prompt and two answers, and only the answers are trained."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "the last mes
          "rejected": {"from": "gpt", "value": "2, or 3"}},
     ],
 )  # fmt: skip
-def test_every_form_gives_the_same_pair(row):
+def test_every_layout_gives_the_same_pair(row):
     assert normalise_pair(row) == PAIR
 
 
@@ -116,7 +116,7 @@ TEXT = st.text(alphabet="ab你 \n", min_size=1, max_size=5).filter(str.strip)
 @settings(max_examples=150, deadline=None)
 @given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=3), question=TEXT, answers=st.lists(TEXT, min_size=2, max_size=2))
 def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, answers):
-    """However much of their text two answers share, the prompt ends where the answers begin; ids and masks agree."""
+    """The prompt ends where the answers start, even if both answers start with the same text; ids and masks agree."""
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user(question)]
     row = {side: [*prompt, bot(text)] for side, text in zip(("chosen", "rejected"), answers, strict=True)}
     if answers[0] == answers[1]:
@@ -136,7 +136,7 @@ def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, ans
 
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
-def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
+def test_every_chat_format_trains_the_answers_only(tokenizer, name):
     tokenizer, answers = tokenizer.with_chat_format(name), ("2。", "2, or 3")
     for prompt in (QUESTION, [user("Hi"), bot("Hello."), *QUESTION]):
         item = Example("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
@@ -149,7 +149,7 @@ def test_every_chat_format_compares_the_answers_alone(tokenizer, name):
 
 @settings(max_examples=80, deadline=None)
 @given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=4), system=st.booleans(), limit=st.integers(25, 200))
-def test_long_prompts_lose_their_oldest_turns_for_both_alike(tokenizer, turns, system, limit):
+def test_long_prompts_lose_the_same_oldest_turns_for_both_answers(tokenizer, turns, system, limit):
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user("q")]
     whole = [SYSTEM, *prompt] if system else prompt
     report = DataStats()
@@ -226,7 +226,7 @@ def process(tmp_path, tokenizer_dir):
 def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer, capsys):
     folder = process(write_rows(tmp_path / "a.jsonl", ROWS + DROPPED))
     stored = {n: [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "val")}
-    # the pair that is too long is stored, whatever the tokenizer; only this token folder goes without it
+    # the jsonl files do not depend on the tokenizer and hold the pair that is too long; the token folder does not
     assert len(stored["train"]) + len(stored["val"]) == 241 and {row["lang"] for row in stored["val"]} == {"zh", "en"}
     tokens = folder / f"tokens-{tokenizer.fingerprint}"
     meta = read_meta(tokens)
@@ -266,7 +266,7 @@ def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
     assert ((again / "train.jsonl").read_text(), (again / "val.jsonl").read_text()) == (train, val)
 
 
-def test_bad_rows_are_capped_and_nothing_is_half_written(tmp_path, process, monkeypatch):
+def test_too_many_bad_rows_are_an_error_and_nothing_is_half_written(tmp_path, process, monkeypatch):
     path = write_rows(
         tmp_path / "a.jsonl", [*ROWS, {"prompt": True, "chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}]
     )
@@ -287,8 +287,8 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_other_data_names_the_command(tmp_path, process, tokenizer, sft_dir):
-    with pytest.raises(UserError, match=r"not a row of ours: run data_process\.py dpo again"):
+def test_errors_about_other_data_name_the_command(tmp_path, process, tokenizer, sft_dir):
+    with pytest.raises(UserError, match=r"not a row that data_process.py wrote: run data_process\.py dpo again"):
         tokenize_chats(sft_dir, tokenizer, 500, task=PAIR_TASK)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
         tokenize_chats(tmp_path / "none", tokenizer, 500, task=PAIR_TASK)

@@ -1,4 +1,4 @@
-"""Promise: `data_process.py sft` and `dpo` go on after a kill to the same bytes, and never with another job's work."""
+"""Promise: a killed `data_process.py sft` or `dpo` resumes to the same bytes, and never from another job's files."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from tests.helpers import ROOT
 
 
 def make_messages(question, *answers):
-    """Of one answer a chat, of two a pair."""
+    """A chat for one answer, a pair for two."""
     if len(answers) == 2:
         return {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0]}]}
@@ -31,7 +31,7 @@ def row(kind, i):
 
 
 def write(path, kind, count=1200):
-    """Rows with all that is counted: duplicates, one that is too long, bad ones, an empty answer."""
+    """Rows of every counted kind: duplicates, a row that is too long, bad rows, an empty answer."""
     rows = [row(kind, i) for i in range(count)] + [row(kind, i) for i in range(0, 90, 9)]
     rows[500:500] = [make_messages("long?", *["x" * 900, "y"][: 1 + (kind == "dpo")]), {"nothing": 1}]
     rows.append(
@@ -65,7 +65,7 @@ def process(tmp_path, tokenizer_dir):
 
 @pytest.fixture
 def interrupted(process, monkeypatch):
-    """Run until batch number `at` is to be tokenised; returns the sizes of all batches, also of later runs."""
+    """Interrupt a run at batch number `at`; returns the list of batch sizes, which later runs extend."""
 
     def run(kind, file, *flags, at):
         form, sizes = data_process.make_data_task(kind), []
@@ -92,14 +92,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, interrupted, 
     assert any(name.endswith("train_002.bin") for name in whole)
     sizes = interrupted(kind, file, at=at)
     partial = tmp_path / "out.partial"
-    assert f"unfinished work is kept in {partial}: the same command continues it" in capsys.readouterr().out
+    assert f"unfinished work is kept in {partial}: the same command resumes it" in capsys.readouterr().out
     for name in ("train.jsonl", "val.jsonl"):
         with (partial / name).open("a") as cut:
-            cut.write('{"messages": [{"ro')  # of a write that a kill has cut
+            cut.write('{"messages": [{"ro')  # a write that was cut by the kill
     (partial / ".progress.json.999999.tmp").write_text('{"job')
     assert process(kind, file) == whole and not partial.exists()
-    assert "holds unfinished work: it is continued" in capsys.readouterr().out
-    assert sum(sizes) == 1201 + sizes[at - 1], "nothing is tokenised twice but the batch that was interrupted"
+    assert "holds an unfinished run: it is resumed" in capsys.readouterr().out
+    assert sum(sizes) == 1201 + sizes[at - 1], "only the interrupted batch is tokenised twice"
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
@@ -135,7 +135,7 @@ def test_another_tokenizer_restarts_the_job(tmp_path, process, interrupted, save
     tokenizer.with_chat_format("belle").save(tmp_path / "belle")
     found = process("sft", file, "--tokenizer", tmp_path / "belle")
     assert found == process("sft", file, "--tokenizer", tmp_path / "belle", out="whole")
-    assert len({name.split("/")[0] for name in found if "/" in name}) == 1, "no leftovers of the other one"
+    assert len({name.split("/")[0] for name in found if "/" in name}) == 1, "no files of the other tokenizer"
 
 
 def test_a_perplexity_filter_resumes_and_another_one_restarts(
@@ -148,7 +148,7 @@ def test_a_perplexity_filter_resumes_and_another_one_restarts(
     capsys.readouterr()
     assert process("sft", file, *scorer, "10%,60%") == whole
     assert sum(sizes) == sum(json.loads(whole["meta.json"])["rows"].values()) + sizes[3]
-    assert "→" in capsys.readouterr().out, "the histogram has its examples"
+    assert "→" in capsys.readouterr().out, "the histogram has examples"
     interrupted("sft", file, *scorer, "10%,60%", at=4)
     other = process("sft", file, *scorer, "20%,60%")
     assert other == process("sft", file, *scorer, "20%,60%") != whole
@@ -193,7 +193,7 @@ def test_counts_before_and_after_a_kill_add_up(before, after):
         for report in (part, whole):
             report.row_kept(
                 "en", 1, 1, 1, trained_tokens=1
-            )  # without any, `to_dict` says nothing about shortened chats
+            )  # `to_dict` has truncated chats only if there are trained tokens
             for what, number, name in counted:
                 if what == "row_kept":
                     report.row_kept(("zh", "en")[number % 2], number, number, 3 * number, trained_tokens=number // 2)

@@ -1,4 +1,4 @@
-"""Promise: every training shard holds one language and one source, and says so; a killed run keeps the labels."""
+"""Promise: every training shard holds one language and one source, named in meta.json, also after a resume."""
 
 import json
 
@@ -20,7 +20,7 @@ def rows(folder, name, texts, source=None):
 
 @pytest.fixture
 def files(tmp_path):
-    """Two files; the sources law and tale in both, law in both languages."""
+    """Three files: source law in both languages, source tale, and rows without a source."""
     law = [f"第{i}条法律" for i in range(60)] + [f"law number {i}" for i in range(40)]
     one = rows(tmp_path, "one.jsonl", law, "law, old=yes")
     two = rows(tmp_path, "two.jsonl", [f"a tale of {i} dragons" for i in range(90)], "tale")
@@ -47,7 +47,7 @@ def test_shards_are_labelled_by_language_and_source(tokenizer, files, tmp_path):
     assert whole.tokens == sum(shard["tokens"] for shard in meta["splits"]["train"]["shards"])
 
 
-def test_without_a_key_only_languages_are_kept_apart_and_file_means_the_file(tokenizer, files, tmp_path):
+def test_without_a_source_key_shards_have_languages_only_and_file_uses_the_file_name(tokenizer, files, tmp_path):
     plain = pack(files, tokenizer, tmp_path / "plain")["splits"]["train"]["shards"]
     assert {(shard["language"], shard["source"], shard["file"]) for shard in plain} == {
         ("zh", "", "train_zh_000"),

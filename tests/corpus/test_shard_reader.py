@@ -1,4 +1,4 @@
-"""Promise: neither start-up nor memory grows with the data: each process reads its own windows and nothing else."""
+"""Promise: start-up time and memory do not grow with the data, and each process reads only its own rows."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHARD_TOKENS = 100_000_000
 
 
 def sparse_set(folder: Path, gigabytes: float) -> Path:
-    """A data set of so many GB that takes no disk: files with holes, and a number at the start of every shard."""
+    """A dataset of `gigabytes` GB in sparse files, which take no disk space; each shard starts with its number."""
     folder.mkdir()
     shards, size = [], 2 * SHARD_TOKENS
     sums = np.full(-(-size // BLOCK_BYTES), zlib.crc32(bytes(BLOCK_BYTES)), "<u4")
@@ -66,7 +66,7 @@ def test_memory_and_start_up_do_not_grow_with_the_data(tmp_path):
     assert long < short + 0.5, f"{short:.2f} s for 0.2 GB, {long:.2f} s for 4 GB"
 
 
-def test_rows_are_right_across_shards_and_with_few_open_files(tmp_path, monkeypatch):
+def test_reads_across_shards_are_right_with_few_open_files(tmp_path, monkeypatch):
     folder = sparse_set(tmp_path / "data", 1.0)
     monkeypatch.setattr(shard_reader, "MAX_OPEN_FILES", 2)
     tokens = open_split(folder, "train")
@@ -74,14 +74,14 @@ def test_rows_are_right_across_shards_and_with_few_open_files(tmp_path, monkeypa
         edge = number * SHARD_TOKENS
         assert tokens.read(edge, edge + 3).tolist() == [number + 1, 0, 0]
         if number:
-            assert tokens.read(edge - 2, edge + 2).tolist() == [0, 0, number + 1, 0], "one window over two files"
+            assert tokens.read(edge - 2, edge + 2).tolist() == [0, 0, number + 1, 0], "one read across two files"
         assert len(tokens._files) <= 2
     assert len(tokens.read(10, SHARD_TOKENS * 2)) == SHARD_TOKENS * 2 - 10
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
 def test_forked_workers_do_not_disturb_each_other(pretrain_dir):
-    """They share the open files of their parent, so the place in a file must not be shared as well."""
+    """Forked workers share the open files of their parent, so reads must not use the file position."""
     data = PackedDataset(str(pretrain_dir), "train", 32)
     sampler = BatchSampler(len(data), None, 8, 42)
     alone = [batch[0]["input_ids"].tolist() for batch in prefetch_batches(MicroBatches(data, sampler, 8, 0, 1), 0, 40)]
@@ -96,6 +96,6 @@ def test_a_file_that_shrinks_while_read_is_an_error(tmp_path):
     folder = sparse_set(tmp_path / "data", 0.2)
     tokens = open_split(folder, "train")
     os.truncate(folder / "train_zh_000.bin", 100)
-    with pytest.raises(UserError, match="shorter while it was read"):
+    with pytest.raises(UserError, match="truncated while it was read"):
         tokens.read(0, 512)
     assert json.loads((folder / "meta.json").read_text())["splits"]["train"]["tokens"] == SHARD_TOKENS

@@ -1,4 +1,4 @@
-"""Promise: token shards give back exactly what was written, are complete or absent, and say what is wrong with them."""
+"""Promise: token shards round-trip exactly, are complete or absent, and damage to them is an error with its cause."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def test_files_match_the_documented_format(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(documents=IDS, kept=st.integers(0, 30), lost=st.integers(0, 30), shard_tokens=st.sampled_from([0, 5, 40]))
-def test_a_writer_continues_where_its_state_was_taken(documents, kept, lost, shard_tokens):
+def test_a_writer_resumes_from_its_state(documents, kept, lost, shard_tokens):
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
         write(Path(one), documents, shard_tokens=shard_tokens)
         killed = ShardWriter(other, "train", "uint16", shard_tokens)
@@ -96,7 +96,7 @@ def test_a_writer_continues_where_its_state_was_taken(documents, kept, lost, sha
         assert all((Path(one) / name).read_bytes() == (Path(other) / name).read_bytes() for name in names)
 
 
-def test_missing_foreign_and_damaged_folders_say_what_to_do(tmp_path):
+def test_errors_about_missing_other_and_damaged_folders_say_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"no training data.*data_process.py pretrain"):
         read_meta(tmp_path / "pretrain")
     with pytest.raises(UserError, match=r"no training data.*data_process.py sft"):
@@ -117,7 +117,7 @@ def test_missing_foreign_and_damaged_folders_say_what_to_do(tmp_path):
         open_split(tmp_path, "train").read(0, 4)
 
 
-def test_publishing_replaces_the_old_folder_whole(tmp_path):
+def test_replace_dataset_replaces_the_whole_folder(tmp_path):
     out, partial = tmp_path / "pretrain", dataset_staging_folder(tmp_path / "pretrain")
     assert partial == tmp_path / "pretrain.partial"
     for ids in ([1, 2], [3]):
@@ -131,7 +131,7 @@ def test_publishing_replaces_the_old_folder_whole(tmp_path):
 
 def test_folders_with_other_files_are_never_replaced(tmp_path):
     (tmp_path / "novel.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"not ours \(novel.txt\)"):
+    with pytest.raises(UserError, match=r"did not write \(novel.txt\)"):
         check_replaceable(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         check_replaceable(tmp_path / "novel.txt")

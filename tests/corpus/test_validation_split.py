@@ -1,4 +1,4 @@
-"""Promise: the content decides the split, small data has a validation split, and one common question breaks nothing."""
+"""Promise: the content determines the split, small data has a validation split, and so have chats of one question."""
 
 import random
 
@@ -17,7 +17,7 @@ def chat(question, answer, language="en"):
 
 
 def split(items, val_share=0.01):
-    """The identities of the training and of the validation items."""
+    """The content hashes of the training examples and of the validation examples."""
     sides = {True: [], False: []}
     for is_validation, item in mark_validation(items, val_share):
         sides[is_validation].append(item.content_hash)
@@ -56,7 +56,7 @@ def test_a_question_with_few_answers_is_in_one_split():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=300), st.sampled_from([0.0, 0.01, 0.3]), st.randoms())
-def test_the_order_of_the_rows_changes_nothing_while_no_question_is_common(numbers, val_share, rng: random.Random):
+def test_the_split_does_not_depend_on_row_order_unless_a_question_is_common(numbers, val_share, rng: random.Random):
     items = list({i: chat(f"q{i % 97}", f"a{i}", ("zh", "en")[i % 2]) for i in numbers}.values())
     expected = split(items, val_share)
     rng.shuffle(items)

@@ -108,7 +108,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, path):
         run_clean(tmp_path / "bad.jsonl", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("mine")
-    with pytest.raises(UserError, match="not ours"):
+    with pytest.raises(UserError, match="did not write"):
         run_clean(path, tmp_path / "full")
     assert sorted(p.name for p in tmp_path.glob("[!.]*")) == ["a.jsonl", "bad.jsonl", "full"]
 

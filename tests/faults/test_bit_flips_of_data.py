@@ -203,8 +203,8 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
         (".mask", lambda old: b"\2" + old[1:], "holds 2, a mask is 0 or 1"),
         (".mask", None, r"\.mask is missing"),
         (".idx.npy", None, "it is missing or incomplete"),
-        (".idx.npy", lambda old: old[:128] + old[136:144] + old[128:136] + old[144:], "starts do not rise from 0"),
-        (".idx.npy", lambda old: b"no array" + old[8:], "it is no array of numpy"),
+        (".idx.npy", lambda old: old[:128] + old[136:144] + old[128:136] + old[144:], "offsets do not rise from 0"),
+        (".idx.npy", lambda old: b"no array" + old[8:], "it is not a numpy array"),
     ],
 )
 def test_unreadable_folders_without_checksums_are_refused_in_one_line(

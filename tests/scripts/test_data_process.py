@@ -1,4 +1,4 @@
-"""Promise: data_process.py makes complete data sets, accounts for every row, survives kills and bad disks."""
+"""Promise: data_process.py writes complete datasets, counts every row, and resumes after kills and full disks."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def process(tmp_path, tokenizer_dir):
-    """Run data_process.py in this process; returns the folder it writes to."""
+    """Run data_process.py in this process; returns --out_dir."""
 
     def run(kind, *files, **flags):
         out_dir = tmp_path / kind
@@ -71,7 +71,7 @@ def test_text_becomes_shards_that_hold_every_text_once(tmp_path, process, tokeni
     folder = process("pretrain", path)
     splits = {split: documents(folder, tokenizer, split) for split in read_meta(folder)["splits"]}
     assert sorted(splits) == ["train", "val_en", "val_zh"]
-    assert sorted(itertools.chain(*splits.values())) == sorted(EN + ZH + MIXED)  # English and mixed text survive
+    assert sorted(itertools.chain(*splits.values())) == sorted(EN + ZH + MIXED)  # English and mixed text are kept
     assert set(splits["val_en"]) <= set(EN) and set(splits["val_zh"]) <= {*ZH, *MIXED}
     meta = read_meta(folder)
     assert meta["tokenizer"] == tokenizer.fingerprint and meta["kind"] == "pretrain" and meta["dtype"] == "uint16"
@@ -112,7 +112,7 @@ def test_every_example_is_in_one_split_in_any_order(texts, shuffle, share):
     assert share or not any(first.values())
 
 
-def test_validation_share_is_kept_for_each_language():
+def test_val_share_applies_to_each_language():
     both = items([f"text {i}" for i in range(20_000)]) + items([f"字 {i}" for i in range(20)], "zh")
     held_out = [item.language for side, item in mark_validation(both, 0.01) if side]
     assert 140 < held_out.count("en") < 260 and held_out.count("zh") >= 1
@@ -120,7 +120,7 @@ def test_validation_share_is_kept_for_each_language():
     assert len({side for side, _ in mark_validation(same_question, 0.01)}) == 1
 
 
-def test_long_documents_in_pieces_give_the_ids_of_the_whole(monkeypatch):
+def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
@@ -145,7 +145,7 @@ def test_long_documents_in_pieces_give_the_ids_of_the_whole(monkeypatch):
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
 
-# ---- killed, interrupted, refused ------------------------------------------------------------------------------------
+# ---- kills, interrupts and errors ------------------------------------------------------------------------------------
 def content(folder) -> dict:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -169,14 +169,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, monkeypatch, 
     monkeypatch.setattr(prepare_text, "_encode_batch", fails)
     with pytest.raises(KeyboardInterrupt):
         process("pretrain", path, max_bad_share=0.1)
-    assert content(tmp_path / "pretrain") == whole, "the older data set stays until the new one is complete"
-    assert "the same command continues it" in capsys.readouterr().out
+    assert content(tmp_path / "pretrain") == whole, "the older dataset stays until the new one is complete"
+    assert "the same command resumes it" in capsys.readouterr().out
     again = content(process("pretrain", path, max_bad_share=0.1))
     assert again == whole and not (tmp_path / "pretrain.partial").exists()
-    assert len(calls) == 1 + 12, "each batch is tokenised once, but for the one that was interrupted"
+    assert len(calls) == 1 + 12, "only the interrupted batch is tokenised twice"
 
 
-def test_leftovers_of_other_files_are_not_continued(tmp_path, process, monkeypatch):
+def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkeypatch):
     monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 50)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     path = write_rows(tmp_path / "a.jsonl", EN)
@@ -207,7 +207,7 @@ def test_sigkill_at_any_time_resumes_to_the_same_bytes(tmp_path, tokenizer_dir):
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
-def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tokenizer_dir):
+def test_bad_input_is_a_one_line_error_and_nothing_is_written(tmp_path, process, tokenizer_dir):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps({"text": text}) + "\n" for text in EN[:50]) + "{broken\n")
     plain = tmp_path / "notes.txt"
@@ -227,10 +227,10 @@ def test_bad_input_ends_with_one_line_and_nothing_written(tmp_path, process, tok
     assert visible_names(tmp_path) == sorted([*before, "texts.jsonl"])
 
 
-def test_a_foreign_folder_is_not_touched(tmp_path, process):
+def test_a_folder_with_other_files_is_not_changed(tmp_path, process):
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "thesis.doc").write_text("mine")
-    with pytest.raises(UserError, match="not ours"):
+    with pytest.raises(UserError, match="did not write"):
         process("pretrain", write_rows(tmp_path / "a.jsonl", EN))
     assert content(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
 
@@ -316,7 +316,7 @@ MESSAGES = st.lists(
 
 @settings(max_examples=80, deadline=None)
 @given(turns=MESSAGES, system=st.booleans(), limit=st.integers(10, 150))
-def test_long_chats_are_cut_at_whole_turns(tokenizer, turns, system, limit):
+def test_long_chats_are_truncated_after_whole_turns(tokenizer, turns, system, limit):
     messages = chat(*itertools.chain(*turns))["messages"]
     messages = [{"role": "system", "content": "s"}, *messages] if system else messages
     report = DataStats()
@@ -361,7 +361,7 @@ def test_token_folders_are_reused_and_rebuilt(tmp_path, process, tokenizer):
 
 
 # ---- --check ---------------------------------------------------------------------------------------------------------
-def test_check_reports_and_shows_but_writes_nothing(tmp_path, process, capsys):
+def test_check_prints_statistics_and_samples_and_writes_nothing(tmp_path, process, capsys):
     process("sft", write_rows(tmp_path / "a.jsonl", [*CHATS, chat("long", "x" * 900)]), check=True, samples=2)
     printed = capsys.readouterr().out
     assert "first turn longer than 512 tokens" in printed and printed.count("trained ones marked") == 2
@@ -369,14 +369,14 @@ def test_check_reports_and_shows_but_writes_nothing(tmp_path, process, capsys):
     process("pretrain", write_rows(tmp_path / "b.jsonl", ["[bold]你好 a[/bold]"] * 2), check=True)
     assert "[|b|o|l|d|]|你|好| |a|[|/|b|o|l|d|]" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
-    with pytest.raises(UserError, match="nothing in these files"):
+    with pytest.raises(UserError, match="these files have no trainable row"):
         process("sft", write_rows(tmp_path / "c.jsonl", [chat("long", "x" * 900)]), check=True)
 
 
-# ---- big and real ----------------------------------------------------------------------------------------------------
+# ---- large and real data ---------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_memory_stays_bounded(tmp_path, tokenizer_dir):
-    """150 MB of text, a third of it in one line without any space, within 700 MB of memory."""
+    """150 MB of text, a third of it in one line without spaces, takes less than 700 MB of memory."""
     line = "".join(random.Random(0).choices("天地玄黄宇宙洪荒日月盈昃辰宿列张", k=20_000))
     (tmp_path / "one line.txt").write_text(line * 800, encoding="utf-8")
     big_row = json.dumps({"text": line * 300}) + "\n"

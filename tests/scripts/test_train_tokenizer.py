@@ -1,4 +1,4 @@
-"""The tokenizer's promises: every text comes back, transformers reads the same ids, and bad input ends in one line."""
+"""Promise: every text round-trips, transformers gives the same ids, and bad input is a one-line error."""
 
 import json
 import os
@@ -42,7 +42,7 @@ HARD_TEXTS = [
 
 
 def made_up_text(language: str, documents: int, seed: int = 0) -> list[str]:
-    """Sentences of invented words with the frequencies of a language: few words are frequent, most are rare."""
+    """Sentences of invented words with Zipf-like frequencies."""
     rng = random.Random(seed)
     if language == "en":
         parts = ["ba", "con", "der", "el", "fi", "gra", "ing", "lo", "men", "pre", "st", "tion", "ul", "ver"]
@@ -68,7 +68,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def folders(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A trained tokenizer of each kind, saved."""
+    """A saved tokenizer of each algorithm."""
     folders = {name: tmp_path_factory.mktemp("tokenizers") / name for name in ALGORITHMS}
     for name, folder in folders.items():
         save_tokenizer(train_tokenizer(name, texts, VOCAB, RESERVED), folder)
@@ -127,7 +127,7 @@ def test_every_character_round_trips(tokenizer: ChatTokenizer) -> None:
     check_exact(tokenizer, everything)
 
 
-# ---- what the rest of the house relies on ----------------------------------------------------------------------------
+# ---- properties that other modules rely on ---------------------------------------------------------------------------
 def test_special_tokens_have_the_first_ids(tokenizer: ChatTokenizer) -> None:
     assert [tokenizer.backend.token_to_id(token) for token in RESERVED] == list(range(16))
     assert tokenizer.byte_lengths()[:16].sum() == 0 and (tokenizer.byte_lengths()[16:] > 0).all()
@@ -136,7 +136,7 @@ def test_special_tokens_have_the_first_ids(tokenizer: ChatTokenizer) -> None:
     assert sorted(vocab.values()) == list(range(VOCAB)), "every id has one piece"
 
 
-def test_digits_and_newlines_stand_alone(tokenizer: ChatTokenizer) -> None:
+def test_every_digit_and_newline_is_one_token(tokenizer: ChatTokenizer) -> None:
     assert pieces(tokenizer, "20261") == [b"2", b"0", b"2", b"6", b"1"]
     for piece in vocab_bytes(tokenizer.backend):
         assert piece == b"\n" or b"\n" not in piece
@@ -145,7 +145,7 @@ def test_digits_and_newlines_stand_alone(tokenizer: ChatTokenizer) -> None:
         assert tokenizer.encode(left) + tokenizer.encode(right) == tokenizer.encode(left + right)
 
 
-def test_words_and_phrases_are_learnt(tokenizer: ChatTokenizer, algorithm: str) -> None:
+def test_words_and_phrases_are_learned(tokenizer: ChatTokenizer, algorithm: str) -> None:
     learnt = vocab_bytes(tokenizer.backend)
     assert b" the" in learnt and "我们".encode() in learnt
     assert b", the" in learnt and "的，".encode() in learnt and learnt.index(b", the") >= VOCAB - VOCAB // 20
@@ -205,13 +205,13 @@ def test_sample_is_balanced_and_does_not_depend_on_order(tmp_path: Path, texts: 
     assert sample_texts([one], DataStats(), 20_000, 10**9, seed=1).texts != sample.texts
 
 
-def test_one_language_fills_what_the_other_lacks(tmp_path: Path, texts: list[str]) -> None:
+def test_one_language_fills_the_budget_if_the_other_has_no_text(tmp_path: Path, texts: list[str]) -> None:
     file = write_jsonl(tmp_path / "some.jsonl", texts[500:])
     sample = sample_texts([file], DataStats(), 20_000, 10**9)
     assert size(sample.texts["en"]) == pytest.approx(20_000, rel=0.05) and not sample.texts["zh"]
 
 
-def test_reading_ends_at_its_budget_fairly(tmp_path: Path, texts: list[str]) -> None:
+def test_the_read_budget_is_divided_evenly_among_files(tmp_path: Path, texts: list[str]) -> None:
     files = [write_jsonl(tmp_path / "zh.jsonl", texts[:500]), write_jsonl(tmp_path / "en.jsonl", texts[500:])]
     sample = sample_texts(files, DataStats(), 10**6, 20_000)
     assert sample.truncated_files == files
@@ -238,7 +238,7 @@ def test_train_and_inspect_commands_work(tmp_path: Path, texts: list[str], algor
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Chinese: " in done.stdout and "characters per token" in done.stdout and "held-out" in done.stdout
-    assert "not 100,000" in done.stdout, "a smaller vocabulary is said"
+    assert "not 100,000" in done.stdout, "a smaller vocabulary is reported"
     assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == [
         "special_tokens_map.json",
         "tokenizer.json",
@@ -251,7 +251,7 @@ def test_train_and_inspect_commands_work(tmp_path: Path, texts: list[str], algor
     assert "replacing" in run(*arguments, cwd=tmp_path).stdout
 
 
-def test_bad_input_is_one_line(tmp_path: Path) -> None:
+def test_bad_input_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "torn.jsonl.xz").write_bytes(b"\xfd7zXZ\x00\x00\x04torn")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
@@ -286,7 +286,7 @@ def test_vocabulary_size_is_checked() -> None:
 
 
 def test_text_without_breaks_is_trained(algorithm: str) -> None:
-    """Text without a space or newline, as found in encoded files, neither fails nor takes long."""
+    """Text without spaces and newlines, as in base64 files, is trained without an error and in seconds."""
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefgh+/", k=50_000)), "".join(rng.choices("的一是在我有", k=50_000))]
     tokenizer = train_tokenizer(algorithm, texts, 400, RESERVED)

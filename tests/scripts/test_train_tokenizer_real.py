@@ -1,4 +1,4 @@
-"""On real text the default tokenizer is good in both languages at once, and is made quickly in little memory."""
+"""On real text, the default tokenizer meets its targets: characters per token in both languages, time and memory."""
 
 import re
 import subprocess

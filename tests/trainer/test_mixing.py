@@ -48,17 +48,17 @@ def test_temperature_flattens_weights():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("zh", "'zh' is no name=number"),
-        ("zh=-1", "no name=number above 0"),
+        ("zh", "'zh' is not name=number"),
+        ("zh=-1", "not name=number above 0"),
         ("zh=0,en=1", "above 0"),
         ("zh=1.2.3", "above 0"),
         ("zh=nan", "above 0"),
         ("zh=1,zh=2", "named twice"),
-        ("zh=1x,en=2", "all numbers are shares or all are passes"),
-        ("", "no name=number"),
+        ("zh=1x,en=2", "either fractions only or epochs only"),
+        ("", "not name=number"),
         ("fr=1", "fr: is not in the data: there are en, law, tale, zh"),
         ("zh=1,law=1", "zh and law share data"),
-        ("zh=1,en=0.00001", "share of en is below"),
+        ("zh=1,en=0.00001", "weight of en is below"),
     ],
 )
 def test_invalid_mix_is_one_line(text, says):
