@@ -94,7 +94,7 @@ class Transform(Protocol):
 def read_numbered_rows(
     paths: list[PathLike], report: DataStats, number: int = 0, reader: RowReader = DEFAULT_READER
 ) -> Iterator[NumberedRow]:
-    """Yield the rows that a training command would read, numbered from `number`. Raises UserError as `read_contents`."""
+    """Yield the rows that a training command reads, numbered from `number`. Raises UserError as `read_contents`."""
     for file, line, row, content in read_contents(paths, report, "any", reader.read_content):
         report.row_changed(content.changes, content.unused, file, line)
         yield NumberedRow(number, file, line, row, content.text, content.kind, _message_ends(content))
