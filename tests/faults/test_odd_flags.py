@@ -157,7 +157,7 @@ def test_the_largest_numbers_of_each_flag_run_or_are_refused(
 
 
 def is_path(action) -> bool:
-    return getattr(action.type, "__name__", "") in ("path", "place")
+    return getattr(action.type, "__name__", "") in ("path_string", "pathlib_path")
 
 
 def test_a_flag_that_is_a_limit_is_declared_with_it():

@@ -73,7 +73,7 @@ def place_flags():
     return [
         (prog, action)
         for prog, action in ACTIONS
-        if getattr(action.type, "__name__", "") in ("path", "place") and prog in KNOWN
+        if getattr(action.type, "__name__", "") in ("path_string", "pathlib_path") and prog in KNOWN
     ]
 
 

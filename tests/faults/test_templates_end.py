@@ -134,14 +134,14 @@ def render_results():
     code = (
         "import json, re, resource, sys, time\n"
         "import model.template_sandbox\n"
-        "from model.jinja_template import TemplateFormat\n"
+        "from model.jinja_template import JinjaTemplate\n"
         "chat, templates = json.load(sys.stdin)\n"
         "limit = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 100_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "ends = {}\n"
         "for name, template in templates.items():\n"
         "    start = time.process_time()\n"
-        "    try: said = TemplateFormat(template, {}, re.compile('</s>')).text(chat)\n"
+        "    try: said = JinjaTemplate(template, {}, re.compile('</s>')).text(chat)\n"
         "    except Exception as error: said = f'{type(error).__name__}: {error}'\n"
         "    ends[name] = (time.process_time() - start, said[:200])\n"
         "print(json.dumps(ends))\n"
@@ -155,7 +155,7 @@ def render_results():
 def test_rendering_is_bounded(render_results, name):
     seconds, message = render_results[name]
     expected_reason = "fails: 'lipsum' is undefined" if name == "lipsum" else "takes "
-    assert message.startswith(f"RefusedChat: the model's chat template {expected_reason}") and seconds < 1
+    assert message.startswith(f"UnsupportedChatError: the model's chat template {expected_reason}") and seconds < 1
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

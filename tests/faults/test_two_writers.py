@@ -146,9 +146,9 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
 
 TOKENIZE_SCRIPT = """
 import sys
-from corpus.prepare_chats import tokenise_chats
+from corpus.prepare_chats import tokenize_chats
 from model.tokenizer import load_tokenizer
-print(tokenise_chats(sys.argv[1], load_tokenizer(sys.argv[2]), 64), flush=True)
+print(tokenize_chats(sys.argv[1], load_tokenizer(sys.argv[2]), 64), flush=True)
 """
 
 
