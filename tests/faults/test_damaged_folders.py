@@ -1,5 +1,4 @@
-"""Promise: whatever the files of a transformers folder, a peft folder or an exported folder hold, they are used or
-refused in one line."""
+"""Promise: transformers, peft and exported folders with any content are loaded or refused in one line."""
 
 import json
 import random
@@ -25,7 +24,7 @@ JSON_VALUES = [value for value in ODD_VALUES if not isinstance(value, (bytes, tu
 
 @pytest.fixture(scope="module")
 def exported_model(tokenizer, tmp_path_factory):
-    """A transformers folder and a peft folder for it, and the model of both."""
+    """A transformers folder, and a peft folder for its model."""
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size, 16, 1, 2, 1, max_seq_len=32)
     model, root = Transformer(config), tmp_path_factory.mktemp("exported")
@@ -38,7 +37,7 @@ def exported_model(tokenizer, tmp_path_factory):
 
 
 def write_damaged(folder, name, text, rng):
-    """Write the file with an odd value in one place, or with one accident to its bytes."""
+    """Write the JSON file with one value replaced or its bytes damaged once."""
     if rng.random() < 0.25:
         (folder / name).write_bytes(damage_bytes(text.encode(), rng))
         return
@@ -47,7 +46,7 @@ def write_damaged(folder, name, text, rng):
     (folder / name).write_text(json.dumps(replace_value(content, path, rng.choice([*JSON_VALUES, KeyError]))))
 
 
-def test_odd_settings_of_a_transformers_folder_are_used_or_refused(
+def test_unexpected_settings_of_a_transformers_folder_are_loaded_or_refused(
     exported_model, tmp_path, num_attacks, record_attacks
 ):
     rng, outcomes = random.Random(0), []
@@ -65,7 +64,7 @@ def test_odd_settings_of_a_transformers_folder_are_used_or_refused(
     assert outcomes.count("refused") > len(outcomes) / 4 and open_every_way(folder) == "used"
 
 
-def test_odd_safetensors_are_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+def test_damaged_safetensors_are_loaded_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(1), []
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     file = folder / "model.safetensors"
@@ -85,7 +84,7 @@ def test_odd_safetensors_are_used_or_refused(exported_model, tmp_path, num_attac
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
-def test_an_index_names_files_of_its_folder_alone(exported_model, tmp_path):
+def test_an_index_can_name_only_files_of_its_folder(exported_model, tmp_path):
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors").unlink()
@@ -97,7 +96,7 @@ def test_an_index_names_files_of_its_folder_alone(exported_model, tmp_path):
             open_model(folder)
 
 
-def test_odd_peft_folders_are_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+def test_damaged_peft_folders_are_loaded_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
     rng, refused, number = random.Random(2), 0, num_attacks(60, 1000)
     folder = shutil.copytree(exported_model / "peft", tmp_path / "peft")
     text = (folder / "adapter_config.json").read_text(encoding="utf-8")
@@ -117,7 +116,9 @@ def test_odd_peft_folders_are_used_or_refused(exported_model, tmp_path, num_atta
     assert refused > number / 4
 
 
-def test_an_odd_lineage_of_an_exported_folder_is_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+def test_an_unexpected_lineage_of_an_exported_folder_is_used_or_refused(
+    exported_model, tmp_path, num_attacks, record_attacks
+):
     rng, outcomes = random.Random(3), []
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     facts = model_facts(folder)
@@ -131,7 +132,7 @@ def test_an_odd_lineage_of_an_exported_folder_is_used_or_refused(exported_model,
     assert outcomes.count("refused") > len(outcomes) / 5 and "used" in outcomes
 
 
-def test_a_folder_of_a_tokenizer_that_is_not_utf_8_is_refused(exported_model, tmp_path):
+def test_tokenizer_files_that_are_not_utf_8_are_refused(exported_model, tmp_path):
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_bytes()

@@ -1,7 +1,7 @@
-"""Promise: whatever stands where a script expects a file or a folder, it says so in one line and exits with 2, early.
+"""Promise: for a path of the wrong kind a script exits early with code 2 and one line.
 
-Each flag that names a place is given each odd place: a file for a folder and the reverse, a broken link, a loop of
-links, a pipe, a device, a folder of /proc that nobody can write to, a name that is too long, and files of other kinds.
+The tests combine each flag that takes a path with each unexpected path: a file for a folder and the reverse, a broken
+link, a cycle of links, a device, a folder in /proc, a name that is too long, and files with other content.
 """
 
 import os
@@ -27,7 +27,7 @@ def tiny_inputs(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_di
 
 @pytest.fixture(scope="module")
 def odd_paths(tmp_path_factory):
-    """name -> a place that no script expects."""
+    """name -> a path that no script expects."""
     folder = tmp_path_factory.mktemp("places")
     made = {name: folder / name for name in ("empty", "folder", "file", "broken", "loop", "binary.pth", "text.pth")}
     made["folder"].mkdir()
@@ -69,7 +69,7 @@ def odd_paths(tmp_path_factory):
 
 
 def place_flags():
-    """(prog, action) of every flag and argument that names a file or a folder."""
+    """(prog, action) of every flag and argument that takes a path."""
     return [
         (prog, action)
         for prog, action in ACTIONS
@@ -78,15 +78,15 @@ def place_flags():
 
 
 KNOWN = {prog for prog, _ in ACTIONS}
-POSITIONAL = {"files": 1, "checkpoint": 0, "folder": 1}  # where it stands among a script's flags in World.flags
-NEEDED = {  # what a flag needs beside it
+POSITIONAL = {"files": 1, "checkpoint": 0, "folder": 1}  # index among a script's flags in TinyInputs.flags
+NEEDED = {  # other flags that a flag requires
     "questions": {"3-full_sft.py": ["--data_share", "0.5"]},
     "texts": {"2-eval.py": ["--report"]},
     "chats": {"2-eval.py": ["--report"]},
     "compare_on": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
     "out": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
 }
-INSTEAD = {  # flags of World.flags that exclude another one
+INSTEAD = {  # flags of TinyInputs.flags that the flag excludes
     ("2-eval.py", "prompts"): "--prompt", ("2-eval.py", "questions"): "--prompt",
     ("2-eval.py", "report"): "--checkpoint", ("2-eval.py", "texts"): "--checkpoint",
     ("2-eval.py", "chats"): "--checkpoint", ("eval_ceval.py", "model"): "--checkpoint",
@@ -94,7 +94,7 @@ INSTEAD = {  # flags of World.flags that exclude another one
 
 
 def command(tiny_inputs, prog, action, odd_path):
-    """The flags with which a script succeeds, but for one place."""
+    """Flags with which a script succeeds, with one path replaced by `odd_path`."""
     flags = tiny_inputs.flags(prog)
     if not action.option_strings:
         first = 1 if prog.startswith("data_process.py") else 0
@@ -114,7 +114,7 @@ def command(tiny_inputs, prog, action, odd_path):
     return [*flags, *more, f"{flag}={value}"]
 
 
-def test_every_odd_place_for_every_flag_is_used_or_refused(
+def test_every_unexpected_path_for_every_flag_is_used_or_refused(
     tiny_inputs, odd_paths, monkeypatch, capsys, num_attacks, record_attacks
 ):
     disable_servers(monkeypatch)
@@ -145,8 +145,8 @@ def test_every_odd_place_for_every_flag_is_used_or_refused(
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     script, name, tiny_inputs, odd_paths, monkeypatch, capsys
 ):
-    """The inputs are not there at all, and still it is the output that the message names."""
-    shutil.rmtree(Path(odd_paths["broken"]).parent / "gone", ignore_errors=True)  # which another test has made
+    """The inputs do not exist, but the error names the output."""
+    shutil.rmtree(Path(odd_paths["broken"]).parent / "gone", ignore_errors=True)  # another test creates it
     flags = ["--data_path", "/no/data", "--out_dir", odd_paths[name], *(["--init_from", "/no"] * (script > "2"))]
     assert script_outcome(monkeypatch, capsys, script, flags) == "refused"
     with pytest.raises(UserError, match="cannot write"):

@@ -1,4 +1,4 @@
-"""Promise: the time of reading grows with the size of the file, not faster, in every format and layout."""
+"""Promise: the time to read a file is linear in its size, for every format and layout."""
 
 import json
 import time
@@ -13,10 +13,10 @@ from corpus.readers import read_chats, read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats
 
-GROWTH = 4  # the second file is so many times as large
-MAX_SECONDS = 2.5 * GROWTH  # times as long: caches and noise; a quadratic reader takes 16 times as long
+GROWTH = 4  # ratio of the sizes of the two files
+MAX_SECONDS = 2.5 * GROWTH  # largest ratio of the times, with caches and noise; a quadratic reader has 16
 HANG = 5.0  # seconds
-NOISE_SECONDS = 0.02  # seconds below which a time is noise
+NOISE_SECONDS = 0.02  # shorter times are noise
 
 USER, ASSISTANT = {"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello"}
 
@@ -96,7 +96,7 @@ CHATS = {
 
 
 def cpu_seconds(work) -> float:
-    """CPU seconds, the least of up to three times; one where it is a blink."""
+    """The minimum CPU seconds of up to three calls; one call if it is below NOISE_SECONDS."""
     best = HANG
     for _ in range(3):
         start = time.process_time()
@@ -108,7 +108,7 @@ def cpu_seconds(work) -> float:
 
 
 def check_growth(work_of) -> None:
-    """work_of(n) -> work. Up to three tries: a busy machine may slow one of the two."""
+    """Compare the times of work_of(1) and work_of(GROWTH). Up to three tries: a busy machine may slow one of them."""
     for _ in range(3):
         small, large = cpu_seconds(work_of(1)), cpu_seconds(work_of(GROWTH))
         if large <= MAX_SECONDS * max(small, NOISE_SECONDS):
@@ -158,7 +158,7 @@ def test_unpacking_is_linear(tmp_path, record_attacks, suffix):
 
 
 def test_chats_and_pairs_of_thousands_of_turns_are_rendered_in_linear_time(tmp_path, tokenizer, record_attacks):
-    """A pair of 2,001 turns took over a minute: its prompt lost one turn after the other."""
+    """Regression: a pair of 2,001 turns took over a minute, because its prompt was shortened turn by turn."""
     path = tmp_path / "a.jsonl"
 
     def chats(n: int):

@@ -1,7 +1,7 @@
-"""Chat templates written to take a machine down: nested loops, doubling text and lists, wide formats, recursion.
+"""Promise: malicious chat templates (nested loops, doubling text and lists, wide formats, recursion) are stopped.
 
-Promises: a template that loops, recurses or grows is stopped within a second of the processor and within 100 MB, by a
-bound that the message names; one that cannot be compiled is one line; the bounds hold in every thread.
+Rendering stops within one CPU second and 100 MB, and the message names the limit. Templates that cannot be compiled
+are refused in one line. The limits apply in every thread.
 """
 
 import json
@@ -115,7 +115,7 @@ ENDLESS = {
     "{{ c.next() }}{% endfor %}{% endfor %}",
     "slices in a row": "{% set x = 'x' * 7999999 %}" + "".join(f"{{% set y{i} = x[{i + 1}:] %}}" for i in range(1500)),
 }
-# Templates that are refused before they are rendered.
+# Templates that are refused at compile time.
 UNREADABLE = {
     "too long": "{{ x }}" * 9999,
     "loops inside each other": "{% for a in range(2) %}" * 30 + "x" + "{% endfor %}" * 30,
@@ -130,7 +130,7 @@ UNREADABLE = {
 
 @pytest.fixture(scope="module")
 def render_results():
-    """name -> (seconds, what is said), in a process that may not grow by more than 100 MB."""
+    """name -> (CPU seconds, text or error), rendered in a process limited to 100 MB of additional memory."""
     code = (
         "import json, re, resource, sys, time\n"
         "import model.template_sandbox\n"
@@ -165,7 +165,7 @@ def test_an_invalid_template_is_one_line(render_results, name):
 
 
 def test_rendering_is_bounded_in_every_thread():
-    """The server renders in a pool."""
+    """The server renders templates in a thread pool."""
     endless = JinjaTemplate(ENDLESS["loops"], {}, re.compile("</s>"))
     with ThreadPoolExecutor(8) as pool:
         message = [str(each.exception()) for each in [pool.submit(endless.text, CHAT) for _ in range(8)]]
