@@ -184,9 +184,9 @@ class PerplexityFilter:
         scores, (low, high) = self.scores.for_language(language), self.limits[language]
         return (scores >= low) & (scores <= high)
 
-    def drop_reason(self, item: Example) -> str:
+    def drop_reason(self, example: Example) -> str:
         """Why a chat is dropped, or "" if it is kept. A chat without a score is kept."""
-        score = self.scores.get(item.content_hash)
+        score = self.scores.get(example.content_hash)
         if score is None:
             return ""
         low, high = self.limits[score[1]]
@@ -199,21 +199,21 @@ class PerplexityFilter:
         return {"limits": self.limits, "scores": self.scores.digest()}
 
     def filter_examples(
-        self, items: ExampleReader, val_share: float, on_example: Callable[[Example], None]
+        self, read_examples: ExampleReader, val_share: float, on_example: Callable[[Example], None]
     ) -> ExampleReader:
-        """Wrap the reader `items`: drop training chats outside the interval and count them by reason in the report.
+        """Wrap `read_examples`: drop training chats outside the interval and count them by reason in the report.
 
         `on_example` is called with every example before it is filtered.
         """
 
         def filtered_examples(paths: Iterable[PathLike], report: DataStats) -> Iterator[Example]:
-            for item in items(paths, report):
-                on_example(item)
-                validation = item.split_hash < val_share * 2.0**64
-                if not validation and (reason := self.drop_reason(item)):
-                    report.row_dropped(reason, item.file, item.line)
+            for example in read_examples(paths, report):
+                on_example(example)
+                validation = example.split_hash < val_share * 2.0**64
+                if not validation and (reason := self.drop_reason(example)):
+                    report.row_dropped(reason, example.file, example.line)
                 else:
-                    yield item
+                    yield example
 
         return filtered_examples
 
@@ -244,15 +244,15 @@ class HistogramExamples:
         self.edges = {language: bin_edges(scores.for_language(language)) for language in LANGUAGES}
         self.kept: dict[tuple[str, int], list[tuple[int, str]]] = {}
 
-    def offer(self, item: Example) -> None:
-        score = self.scores.get(item.content_hash)
+    def offer(self, example: Example) -> None:
+        score = self.scores.get(example.content_hash)
         if score is None or not self.per_bin:
             return
         nats, language = score
         own_scores = self.kept.setdefault((language, int(bin_index(self.edges[language], nats))), [])
-        if len(own_scores) < self.per_bin or item.content_hash < own_scores[-1][0]:
-            question, answer = item.messages[-2]["content"], item.messages[-1]["content"]
-            own_scores.append((item.content_hash, f"{clip_text(question)} → {clip_text(answer)}"))
+        if len(own_scores) < self.per_bin or example.content_hash < own_scores[-1][0]:
+            question, answer = example.messages[-2]["content"], example.messages[-1]["content"]
+            own_scores.append((example.content_hash, f"{clip_text(question)} → {clip_text(answer)}"))
             own_scores.sort()
             del own_scores[self.per_bin :]
 
@@ -280,7 +280,7 @@ def clip_text(text: str, length: int = 36) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def print_histogram(choice: PerplexityFilter, examples: HistogramExamples) -> None:
+def print_histogram(score_filter: PerplexityFilter, examples: HistogramExamples) -> None:
     """Print a table per language: the range of each bin, its chats, how many are kept, and examples."""
     from rich.console import Console
     from rich.table import Table
@@ -288,8 +288,12 @@ def print_histogram(choice: PerplexityFilter, examples: HistogramExamples) -> No
 
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=140)
-    for language in choice.limits:
-        scores, edges, kept = choice.scores.for_language(language), examples.edges[language], choice.keep_mask(language)
+    for language in score_filter.limits:
+        scores, edges, kept = (
+            score_filter.scores.for_language(language),
+            examples.edges[language],
+            score_filter.keep_mask(language),
+        )
         counts = np.bincount(bin_index(edges, scores), minlength=HISTOGRAM_BINS)
         inside = np.bincount(bin_index(edges, scores[kept]), minlength=HISTOGRAM_BINS)
         title = f"{language}: {len(scores):,} chats, median {np.median(scores):.2f} nats per token of the answers; "
@@ -306,7 +310,7 @@ def print_histogram(choice: PerplexityFilter, examples: HistogramExamples) -> No
         console.print(table)
 
 
-def filter_summary(choice: PerplexityFilter) -> dict[str, Any]:
+def filter_summary(score_filter: PerplexityFilter) -> dict[str, Any]:
     """The entry of meta.json: the file of the scores and the interval of each language."""
-    limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in choice.limits.items()}
-    return {"scores": choice.scores.path.name, "kept_between": limits}
+    limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in score_filter.limits.items()}
+    return {"scores": score_filter.scores.path.name, "kept_between": limits}

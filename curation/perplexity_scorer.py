@@ -105,7 +105,7 @@ def encode_plain_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tupl
 
 
 def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """Split the indices in `order` (shortest first) into batches of at most SCORER_BATCH_TOKENS padded tokens."""
+    """Split `order` (indices, shortest first) into batches of at most SCORER_BATCH_TOKENS padded tokens or one chat."""
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) + 1) * lengths[i] > SCORER_BATCH_TOKENS:
@@ -116,15 +116,15 @@ def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]
         yield batch
 
 
-def score_new_examples(items: Iterable[Example], scorer: Scorer, scores: ScoreStore) -> int:
+def score_new_examples(examples: Iterable[Example], scorer: Scorer, scores: ScoreStore) -> int:
     """Score every chat without an entry in `scores`; returns their number. Memory: SCORER_POOL_CHATS chats."""
-    new_examples = (item for item in items if scores.get(item.content_hash) is None)
+    new_examples = (example for example in examples if scores.get(example.content_hash) is None)
     done = 0
     while pool := list(itertools.islice(new_examples, SCORER_POOL_CHATS)):
-        results = scorer.score_chats([item.messages for item in pool])
+        results = scorer.score_chats([example.messages for example in pool])
         scores.add(
-            (item.content_hash, nats, count, item.language)
-            for item, (nats, count) in zip(pool, results, strict=True)
+            (example.content_hash, nats, count, example.language)
+            for example, (nats, count) in zip(pool, results, strict=True)
             if count
         )
         done += len(pool)
@@ -137,16 +137,16 @@ class PerplexityFilterStage:
     def __init__(
         self,
         args: argparse.Namespace,
-        form: DataTask,
+        task: DataTask,
         progress: Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]],
     ) -> None:
         scorer, report = Scorer(args.scorer), DataStats(args.max_bad_share, args.accept_damaged)
         path = scores_path(args.out_dir, scorer.name)
         with lock_output(path), progress(args.files, report) as on_batch:
             self.scores = ScoreStore(path)
-            items = count_examples(form.read_examples(args.files, report), report, on_batch)
+            examples = count_examples(task.read_examples(args.files, report), report, on_batch)
             try:
-                new = score_new_examples(items, scorer, self.scores)
+                new = score_new_examples(examples, scorer, self.scores)
             except KeyboardInterrupt:
                 print(f"the scores so far are kept in {self.scores.path}: the same command continues from them")
                 raise
@@ -157,9 +157,9 @@ class PerplexityFilterStage:
               f"scores in {self.scores.path}")  # fmt: skip
         self.score_filter = PerplexityFilter(self.scores, args.keep_entropy or [], args.keep_share)
         self.examples = HistogramExamples(self.scores, 2)
-        filtered = self.score_filter.filter_examples(form.read_examples, args.val_share, self.examples.offer)
-        self.form = dataclasses.replace(
-            form, read_examples=filtered, settings=form.settings | self.score_filter.fingerprint_fields()
+        filtered = self.score_filter.filter_examples(task.read_examples, args.val_share, self.examples.offer)
+        self.task = dataclasses.replace(
+            task, read_examples=filtered, settings=task.settings | self.score_filter.fingerprint_fields()
         )
 
     def print_histograms(self) -> None:
@@ -169,11 +169,11 @@ class PerplexityFilterStage:
         return {"chosen": filter_summary(self.score_filter)}
 
 
-def count_examples(items: Iterable[Example], report: DataStats, on_batch: Callable[[], None]) -> Iterator[Example]:
-    """Yield the items and count them in the report, which computes the speed."""
-    for item in items:
+def count_examples(examples: Iterable[Example], report: DataStats, on_batch: Callable[[], None]) -> Iterator[Example]:
+    """Yield the examples and count them in the report, which computes the speed."""
+    for example in examples:
         report.kept += 1
-        report.text_bytes += len(item.text.encode())
+        report.text_bytes += len(example.text.encode())
         if report.kept % SCORER_POOL_CHATS == 0:
             on_batch()
-        yield item
+        yield example
