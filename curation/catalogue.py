@@ -64,7 +64,7 @@ CATALOGUE: dict[str, DatasetEntry] = {
             **_MINIMIND,
         ),
         DatasetEntry(
-            "minimind-dpo", "17,166 pairs of answers", files=("dpo.jsonl",), size=53 * _MB, command=_DPO, **_MINIMIND
+            "minimind-dpo", "17,166 preference pairs", files=("dpo.jsonl",), size=53 * _MB, command=_DPO, **_MINIMIND
         ),
         DatasetEntry(
             "seq-monkey",
@@ -78,7 +78,7 @@ CATALOGUE: dict[str, DatasetEntry] = {
         ),
         DatasetEntry(
             "skypile",
-            "150 billion tokens of Chinese web pages in all (620 GB); this is the first of its shards",
+            "150 billion tokens of Chinese web pages in total (620 GB); this is its first shard",
             "Skywork/SkyPile-150B",
             ("data/2020-40_zh_head_0000.jsonl",),
             int(1.4 * _GB),
@@ -118,13 +118,13 @@ CATALOGUE: dict[str, DatasetEntry] = {
             "",
             ("sft_data_zh.jsonl",),
             0,
-            "see its page; collected from public sets, each row names its own",
+            "see its page; collected from public datasets, each row names its source",
             _SFT,
             modelscope="deepctrl/deepctrl-sft-data",
         ),
         DatasetEntry(
             "huozi-dpo",
-            "16,900 pairs of answers of the model Huozi, Chinese, compared by people (HIT-SCIR/huozi, as json)",
+            "16,900 preference pairs of the model Huozi, Chinese, annotated by people (HIT-SCIR/huozi, as json)",
             "Skepsun/huozi_rlhf_data_json",
             ("huozi_rlhf_data.json",),
             int(23.2 * _MB),

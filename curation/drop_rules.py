@@ -44,7 +44,7 @@ def mojibake(document: DocumentView, limits: CleaningLimits) -> str:
     if document.text.isascii():
         return ""
     count = len(_MOJIBAKE.findall(document.text))
-    return f"{count} broken places" if count * 200 > len(document.text) else ""
+    return f"{count} wrongly decoded sequences" if count * 200 > len(document.text) else ""
 
 
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
