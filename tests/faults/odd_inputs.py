@@ -29,7 +29,7 @@ CPU_FLAGS = ["--device", "cpu", "--dtype", "float32"]
 SHORT_RUN_FLAGS = [*CPU_FLAGS, "--max_steps", "1", "--batch_size", "4", "--eval_tokens", "64"]
 
 
-class TakesTooLong(BaseException):
+class TimeLimitExceeded(BaseException):
     """A BaseException, so that no `except Exception` catches it."""
 
 
@@ -116,10 +116,10 @@ def make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) ->
 
 @contextlib.contextmanager
 def resource_limits(seconds: float = TIME_LIMIT, memory: int = MEMORY_LIMIT):
-    """Raise TakesTooLong after `seconds` of CPU time or 10 * `seconds` of wall time; limit memory to `memory` bytes."""
+    """Raise TimeLimitExceeded after `seconds` of CPU time or 10 * `seconds` of wall time; limit memory to `memory` bytes."""
 
     def stop(*_):
-        raise TakesTooLong
+        raise TimeLimitExceeded
 
     timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
     old_handlers, old_limits = (
@@ -167,7 +167,7 @@ def script_outcome(monkeypatch, capsys, script: str, flags: list[str], seconds: 
             module.main()
     except SystemExit as ended:
         code = ended.code or 0
-    except TakesTooLong:
+    except TimeLimitExceeded:
         raise AssertionError(f"{command}: no end after {seconds} s\n{traceback.format_exc()[-1500:]}") from None
     except BaseException as error:
         raise AssertionError(f"{command}: {error!r}\n{traceback.format_exc()[-1500:]}") from None

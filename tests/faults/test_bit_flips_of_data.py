@@ -313,7 +313,7 @@ def test_resuming_unfinished_work_detects_flipped_bits(
     data_process.main(command)
     expected = read_token_folder(next((tmp_path / "out").glob("tokens-*")))
     files = [path for path in kept.rglob("*") if path.suffix in (".jsonl", ".bin", ".mask", ".idx", ".json")]
-    outcomes, rng = {"refused": 0, "started_anew_or_not_counted": 0}, random.Random(0)
+    outcomes, rng = {"refused": 0, "restarted_or_not_counted": 0}, random.Random(0)
     for path in [path for path in sorted(files) if path.stat().st_size] * num_attacks(1, 20):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -323,7 +323,7 @@ def test_resuming_unfinished_work_detects_flipped_bits(
         try:
             data_process.main(command)
             assert read_token_folder(next((tmp_path / "out").glob("tokens-*"))) == expected
-            outcomes["started_anew_or_not_counted"] += 1  # rows after the last saved progress are written again
+            outcomes["restarted_or_not_counted"] += 1  # rows after the last saved progress are written again
         except UserError as error:
             assert f"{path.name} has changed since an earlier run wrote it: run the same" in str(error)
             assert not partial.exists(), "the next run restarts"

@@ -60,7 +60,7 @@ def test_unexpected_settings_of_a_transformers_folder_are_loaded_or_refused(
         write_damaged(folder, name, texts[name], rng)
         outcomes.append(open_every_way(folder))
         (folder / name).write_text(texts[name], encoding="utf-8")
-    record_attacks("odd settings of a transformers folder", len(outcomes), refused=outcomes.count("refused"))
+    record_attacks("unexpected settings of a transformers folder", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 4 and open_every_way(folder) == "used"
 
 
@@ -80,7 +80,7 @@ def test_damaged_safetensors_are_loaded_or_refused(exported_model, tmp_path, num
             new = json.dumps(replace_value(header, path, rng.choice(values))).encode()
             file.write_bytes(struct.pack("<Q", len(new)) + new + weights)
         outcomes.append(open_every_way(folder))
-    record_attacks("odd safetensors", len(outcomes), refused=outcomes.count("refused"))
+    record_attacks("damaged safetensors", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
@@ -112,7 +112,7 @@ def test_damaged_peft_folders_are_loaded_or_refused(exported_model, tmp_path, nu
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
-    record_attacks("odd peft folders", number, refused=refused)
+    record_attacks("damaged peft folders", number, refused=refused)
     assert refused > number / 4
 
 
@@ -128,7 +128,7 @@ def test_an_unexpected_lineage_of_an_exported_folder_is_used_or_refused(
     for _ in range(num_attacks(60, 1000)):
         write_damaged(folder, "lineage.json", text, rng)
         outcomes.append(open_every_way(folder))
-    record_attacks("odd lineage.json", len(outcomes), refused=outcomes.count("refused"))
+    record_attacks("unexpected lineage.json", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 5 and "used" in outcomes
 
 

@@ -148,7 +148,7 @@ def test_files_of_other_kinds_are_refused(model_files, tmp_path, record_attacks)
         (tmp_path / "m.pth").write_bytes(content)
         outcomes.append(open_every_way(tmp_path / "m.pth"))
         assert outcomes[-1] == "refused", name
-    record_outcomes(record_attacks, "files that are no .pth", outcomes)
+    record_outcomes(record_attacks, "files of other formats named .pth", outcomes)
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_every_type_at_every_position_is_used_or_refused(model_files, tmp_path, 
         cases += [(path, value) for path in every if path[0] == "model" for value in odd_tensors()]
         for path, value in rng.sample(cases, num_attacks(60, 700)) + [(path, KeyError) for path in named]:
             outcomes.append(save_and_open(replace_value(content, path, value), tmp_path / source.name))
-    record_outcomes(record_attacks, "odd values inside a .pth", outcomes)
+    record_outcomes(record_attacks, "unexpected values inside a .pth", outcomes)
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
@@ -249,7 +249,7 @@ def test_damaged_tokenizer_files_are_used_or_refused(model_files, tmp_path, num_
             text = json.dumps(replace_value(parsed, path, rng.choice([*values, 2**32 - 1, KeyError])))
         new = {**content, "tokenizer": {"fingerprint": "x", "files": {**files, name: text}}}
         outcomes.append(save_and_open(new, tmp_path / "m.pth"))
-    record_outcomes(record_attacks, "odd files of a tokenizer", outcomes)
+    record_outcomes(record_attacks, "damaged tokenizer files", outcomes)
     assert outcomes.count("refused") > len(outcomes) / 5
 
 
@@ -284,7 +284,7 @@ def test_damaged_logs_and_reports_beside_a_model_are_used_or_skipped(
         for kept in read_log_rows(tmp_path / "m.jsonl", 5):
             assert isinstance(kept["step"], int)
         outcomes.append("used")
-    record_outcomes(record_attacks, "odd logs and reports beside a .pth", outcomes)
+    record_outcomes(record_attacks, "damaged logs and reports beside a .pth", outcomes)
 
 
 @pytest.mark.parametrize("where", ["bytes", "types"])

@@ -73,9 +73,7 @@ def test_an_error_at_any_file_operation_is_one_line_and_loses_nothing(name, harn
         kind = FAULTS[number % len(FAULTS)]
         fault = Fault(at=at, error=kind.error, lasting=kind.lasting, only=only)
         codes.append(run_with_fault(harness, stage, fault, failures))
-    record_attacks(
-        f"{name}: I/O errors at file operations", len(codes), refused=codes.count(2), passed_over=codes.count(0)
-    )
+    record_attacks(f"{name}: I/O errors at file operations", len(codes), refused=codes.count(2), ignored=codes.count(0))
     assert not failures, f"{len(failures)} of {len(chosen)}:\n" + "\n".join(failures)
 
 
@@ -91,7 +89,7 @@ def test_an_unwritable_path_is_one_line(name, harness, num_attacks, record_attac
         faults += [Fault(at=1, error="EACCES", lasting=True)]
         faults += [Fault(file_size=size) for size in (largest // 2, largest - 1)]
     codes = [run_with_fault(harness, stage, fault, failures) for fault in faults]
-    record_attacks(f"{name}: read-only places and limits", len(codes), refused=codes.count(2))
+    record_attacks(f"{name}: read-only paths and size limits", len(codes), refused=codes.count(2))
     assert not failures, f"{len(failures)} of {len(codes)}:\n" + "\n".join(failures)
 
 

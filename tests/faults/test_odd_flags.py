@@ -73,7 +73,7 @@ def test_every_unusual_value_of_every_flag_is_parsed_or_refused_in_one_line(reco
                 continue
             if isinstance(value, int | float):
                 assert abs(value) <= MAX_FLAG_VALUE, f"{prog} {action.dest}={text[:30]}: {value}"
-    record_attacks("odd values of flags, parsed", read + refused, read=read, refused=refused)
+    record_attacks("unusual values of flags, parsed", read + refused, read=read, refused=refused)
     assert refused > read
 
 

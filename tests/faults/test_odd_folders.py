@@ -58,7 +58,7 @@ def odd_paths(tmp_path_factory):
         "below nothing": folder / "no" / "such",
         "/dev/null": Path("/dev/null"),
         "/proc": Path("/proc/self"),
-        "a new one in /proc": Path("/proc/self/new"),
+        "new folder in /proc": Path("/proc/self/new"),
         "root": Path("/"),
         "too long": folder / ("n" * 300),
         "too deep": Path("/".join(["d"] * 3000)),
@@ -68,7 +68,7 @@ def odd_paths(tmp_path_factory):
     return {name: str(odd_path) for name, odd_path in made.items()}
 
 
-def place_flags():
+def path_flags():
     """(prog, action) of every flag and argument that takes a path."""
     return [
         (prog, action)
@@ -79,14 +79,14 @@ def place_flags():
 
 KNOWN = {prog for prog, _ in ACTIONS}
 POSITIONAL = {"files": 1, "checkpoint": 0, "folder": 1}  # index among a script's flags in TinyInputs.flags
-NEEDED = {  # other flags that a flag requires
+REQUIRES = {  # other flags that a flag requires
     "questions": {"3-full_sft.py": ["--data_share", "0.5"]},
     "texts": {"2-eval.py": ["--report"]},
     "chats": {"2-eval.py": ["--report"]},
     "compare_on": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
     "out": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
 }
-INSTEAD = {  # flags of TinyInputs.flags that the flag excludes
+EXCLUDES = {  # flags of TinyInputs.flags that the flag excludes
     ("2-eval.py", "prompts"): "--prompt", ("2-eval.py", "questions"): "--prompt",
     ("2-eval.py", "report"): "--checkpoint", ("2-eval.py", "texts"): "--checkpoint",
     ("2-eval.py", "chats"): "--checkpoint", ("eval_ceval.py", "model"): "--checkpoint",
@@ -100,7 +100,7 @@ def command(tiny_inputs, prog, action, odd_path):
         first = 1 if prog.startswith("data_process.py") else 0
         flags[first + (action.dest == "folder")] = odd_path
         return flags
-    flag, given = action.option_strings[0], {INSTEAD.get((prog, action.dest))} - {None}
+    flag, given = action.option_strings[0], {EXCLUDES.get((prog, action.dest))} - {None}
     if action.dest in ("compare", "compare_on", "out") and prog == "train_tokenizer.py":
         flags = []
     for name in (given, {flag})[flag in flags] | given:
@@ -108,7 +108,7 @@ def command(tiny_inputs, prog, action, odd_path):
             at = flags.index(name)
             del flags[at : at + 2]
     more = [
-        tiny_inputs.tokenizer if word == "TOKENIZER" else word for word in NEEDED.get(action.dest, {}).get(prog, [])
+        tiny_inputs.tokenizer if word == "TOKENIZER" else word for word in REQUIRES.get(action.dest, {}).get(prog, [])
     ]
     value = f"zh={odd_path}" if action.dest == "texts" else odd_path
     return [*flags, *more, f"{flag}={value}"]
@@ -119,7 +119,7 @@ def test_every_unexpected_path_for_every_flag_is_used_or_refused(
 ):
     disable_servers(monkeypatch)
     monkeypatch.chdir(tiny_inputs.folder)
-    cases = [(prog, action, name) for prog, action in place_flags() for name in odd_paths]
+    cases = [(prog, action, name) for prog, action in path_flags() for name in odd_paths]
     chosen = random.Random(0).sample(cases, min(num_attacks(120, len(cases)), len(cases)))
     outcomes, wrong = [], []
     for prog, action, name in chosen:
@@ -133,14 +133,14 @@ def test_every_unexpected_path_for_every_flag_is_used_or_refused(
             wrong.append(f"{prog} {action.dest} {name}: {error}")
     assert not wrong, f"{len(wrong)} of {len(chosen)}\n" + "\n".join(wrong)
     record_attacks(
-        "odd places for flags", len(outcomes), done=outcomes.count("done"), refused=outcomes.count("refused")
+        "unexpected paths for flags", len(outcomes), done=outcomes.count("done"), refused=outcomes.count("refused")
     )
     assert outcomes.count("refused") > len(outcomes) / 2
 
 
 @pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
 @pytest.mark.parametrize(
-    "name", ["file", "below a file", "broken", "loop", "a new one in /proc", "/dev/null", "too long"]
+    "name", ["file", "below a file", "broken", "loop", "new folder in /proc", "/dev/null", "too long"]
 )
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     script, name, tiny_inputs, odd_paths, monkeypatch, capsys

@@ -79,7 +79,7 @@ def test_no_image_or_html_is_left(write, record_attacks):
     texts += ["\n\n".join(texts), *(f"a {text} b" for text in texts), *(f"- > {text}" for text in texts)]
     left = {text: kinds for text in texts if (kinds := fetching_tokens(write(text)))}
     assert not left
-    record_attacks(f"Markdown that names addresses: {write.__module__}.{write.__name__}", len(texts), left=0)
+    record_attacks(f"Markdown with URLs: {write.__module__}.{write.__name__}", len(texts), left=0)
 
 
 def test_no_combination_of_markup_survives(num_attacks, record_attacks):
@@ -94,7 +94,7 @@ def test_no_combination_of_markup_survives(num_attacks, record_attacks):
         assert not re.search(r"(?<![`!-~])https?://", re.sub(r"(`+).*?\1", "", escape_markdown(text), flags=re.DOTALL))
 
     check_text()
-    record_attacks("mixtures of Markdown marks", number, left=0)
+    record_attacks("combinations of Markdown markup", number, left=0)
 
 
 def test_layout_and_formulas_are_preserved():
@@ -229,4 +229,4 @@ def test_chromium_fetches_nothing(page_url, request_log, record_attacks):
         browser.close()
     urllib.request.urlopen(f"{catcher}/works").close()
     assert paths == ["/works"]
-    record_attacks("addresses in an answer, drawn by Chromium", len(FETCHES), requests=len(paths) - 1)
+    record_attacks("URLs in an answer, rendered by Chromium", len(FETCHES), requests=len(paths) - 1)

@@ -135,13 +135,13 @@ def read_file(folder: Path, n: int, file_of, reader):
 @pytest.mark.parametrize("name", TEXTS)
 def test_reading_texts_is_linear(tmp_path, record_attacks, name):
     check_growth(lambda n: read_file(tmp_path, n, TEXTS[name], read_texts))
-    record_attacks("files that a reader might take long for", 1, linear=1)
+    record_attacks("files for which reading could be slow", 1, linear=1)
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_reading_chats_is_linear(tmp_path, record_attacks, name):
     check_growth(lambda n: read_file(tmp_path, n, lambda n: ("a.jsonl", CHATS[name](n)), read_chats))
-    record_attacks("chats that a reader might take long for", 1, linear=1)
+    record_attacks("chats for which reading could be slow", 1, linear=1)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
@@ -154,7 +154,7 @@ def test_unpacking_is_linear(tmp_path, record_attacks, suffix):
     check_growth(
         lambda n: read_file(tmp_path, n, lambda n: (f"a.jsonl{suffix}", pack(b"\0" * (n * 4_000_000))), read_texts)
     )
-    record_attacks("files that a reader might take long for", 1, linear=1)
+    record_attacks("files for which reading could be slow", 1, linear=1)
 
 
 def test_chats_and_pairs_of_thousands_of_turns_are_rendered_in_linear_time(tmp_path, tokenizer, record_attacks):
@@ -173,7 +173,7 @@ def test_chats_and_pairs_of_thousands_of_turns_are_rendered_in_linear_time(tmp_p
 
     check_growth(chats)
     check_growth(pairs)
-    record_attacks("chats that a reader might take long for", 2, linear=2)
+    record_attacks("chats for which reading could be slow", 2, linear=2)
 
 
 def test_a_message_of_33_megabytes_is_dropped_before_it_is_tokenised(tmp_path, tokenizer):

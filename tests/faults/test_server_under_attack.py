@@ -162,4 +162,4 @@ def test_memory_does_not_grow_with_requests(server, num_attacks, record_attacks)
         if i >= 50:
             memory.append(server.memory())
     assert memory[-1] - memory[0] < 20
-    record_attacks("requests of which memory stays flat", number, MB_more=round(memory[-1] - memory[0]))
+    record_attacks("requests with constant memory", number, MB_more=round(memory[-1] - memory[0]))

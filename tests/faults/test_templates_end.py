@@ -174,5 +174,5 @@ def test_rendering_is_bounded_in_every_thread():
 
 def test_no_template_takes_a_second_or_100_mb(render_results, record_attacks):
     refused = sum(": the model's chat template " in message for _, message in render_results.values())
-    record_attacks("chat templates without an end", len(render_results), refused=refused)
+    record_attacks("unbounded chat templates", len(render_results), refused=refused)
     assert refused == len(render_results)
