@@ -6,8 +6,8 @@
     candidates   = all 8 hashes of at least one of 14 bands agree:  P = 1 - (1 - s^8)^14
                    s = 0.6: 0.21   0.7: 0.56   0.8: 0.92   0.85: 0.99   0.9: 1.00
 
-FineWeb uses 14 bands of 8 hashes too (Penedo et al. 2024, arXiv 2406.17557, section 3.4), and MindLLM (Yang et al.
-2023, arXiv 2310.15777) deduplicates by MinHash LSH. Candidates are merged into clusters; the first document of each
+The 14 bands of 8 hashes follow FineWeb (Penedo et al. 2024, arXiv 2406.17557, section 3.4). MindLLM (Yang et al. 2023,
+arXiv 2310.15777) deduplicates by MinHash LSH too. Candidates are merged into clusters; the first document of each
 cluster is kept.
 
 Three passes: signatures (parallel, stored on disk, resumable), clusters (one band at a time), writing.

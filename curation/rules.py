@@ -54,7 +54,7 @@ def _drop(name: str, description: str, source: str, enabled: bool = True, applie
 
 
 RULES = (
-    _edit("repair", "decodes text again that was decoded with the wrong code page", "ftfy"),
+    _edit("repair", "fixes text that was decoded with the wrong code page", "ftfy"),
     _edit("characters", "removes control and invisible characters; full-width letters and digits to ASCII; NFC", OURS),
     _edit("simplify", "traditional to simplified Chinese characters", "OpenCC, t2s", enabled=False),
     _edit("markup", "removes HTML, markdown links, BBCode and wiki markup, keeps their text", OURS),

@@ -116,7 +116,7 @@ def make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) ->
 
 @contextlib.contextmanager
 def resource_limits(seconds: float = TIME_LIMIT, memory: int = MEMORY_LIMIT):
-    """Raise TimeLimitExceeded after `seconds` of CPU time or 10 * `seconds` of wall time; add `memory` bytes at most."""
+    """Raise TimeLimitExceeded after `seconds` of CPU time or 10 * `seconds` of wall time; allow `memory` more bytes."""
 
     def stop(*_):
         raise TimeLimitExceeded
