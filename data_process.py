@@ -120,7 +120,7 @@ def make_task(args: argparse.Namespace) -> tuple[Any, Any]:
     from curation.perplexity_scorer import PerplexityFilterStage
 
     filter_stage = PerplexityFilterStage(args, task, reading_progress_bar)
-    return filter_stage.form, filter_stage
+    return filter_stage.task, filter_stage
 
 
 def run_download(args: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
-"""The public data sets that small Chinese and bilingual models are trained on and tested with: where, how large, whose.
+"""Catalogue of public datasets for training and testing small Chinese and bilingual models: address, size, licence.
 
     for entry in CATALOGUE.values(): entry.name, entry.files, entry.licence, entry.command
 
-Nothing of them is part of this project. Sizes are those that the repositories showed; revisions are pinned where a
-repository has changed its files. Checksums come with the download (the hub publishes the SHA-256 of every large file).
-Read next: download.py (fetching), ../dataset/README.md (the same as a table).
+The project contains none of this data. Sizes are those listed by the repositories. The revision is pinned where a
+repository has changed its files. Checksums are not stored here: the hub publishes the SHA-256 of every large file.
+Read next: download.py (downloads an entry), ../dataset/README.md (the same list as a table).
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ _GB, _MB = 10**9, 10**6
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """A data set in a repository of the Hugging Face hub (and of ModelScope, where it is there under a name)."""
+    """A dataset in a repository of the Hugging Face hub, of ModelScope, or of both."""
 
     name: str
     description: str
     repository: str
     files: tuple[str, ...]
-    size: int  # bytes of `files` together, roughly; 0: not known here
+    size: int  # total bytes of `files`, approximate; 0: unknown
     licence: str
-    command: str  # what to do with FILE once it is here
+    command: str  # command to run next; FILE stands for the downloaded file
     revision: str = "main"
-    modelscope: str = ""  # its name there
+    modelscope: str = ""  # name of the ModelScope repository
 
     def url(self, file: str, mirror: str) -> str:
-        """The address of a file at a mirror: the hub, something that serves the hub's addresses, or modelscope."""
+        """URL of a file on a mirror: "modelscope", or the base URL of the hub or of a server with the same paths."""
         from urllib.parse import quote
 
         if mirror == "modelscope":
@@ -64,7 +64,7 @@ CATALOGUE: dict[str, DatasetEntry] = {
             **_MINIMIND,
         ),
         DatasetEntry(
-            "minimind-dpo", "17,166 pairs of answers", files=("dpo.jsonl",), size=53 * _MB, command=_DPO, **_MINIMIND
+            "minimind-dpo", "17,166 preference pairs", files=("dpo.jsonl",), size=53 * _MB, command=_DPO, **_MINIMIND
         ),
         DatasetEntry(
             "seq-monkey",
@@ -78,7 +78,7 @@ CATALOGUE: dict[str, DatasetEntry] = {
         ),
         DatasetEntry(
             "skypile",
-            "150 billion tokens of Chinese web pages in all (620 GB); this is the first of its shards",
+            "150 billion tokens of Chinese web pages in total (620 GB); this is its first shard",
             "Skywork/SkyPile-150B",
             ("data/2020-40_zh_head_0000.jsonl",),
             int(1.4 * _GB),
@@ -118,13 +118,13 @@ CATALOGUE: dict[str, DatasetEntry] = {
             "",
             ("sft_data_zh.jsonl",),
             0,
-            "see its page; collected from public sets, each row names its own",
+            "see its page; collected from public datasets, each row names its source",
             _SFT,
             modelscope="deepctrl/deepctrl-sft-data",
         ),
         DatasetEntry(
             "huozi-dpo",
-            "16,900 pairs of answers of the model Huozi, Chinese, compared by people (HIT-SCIR/huozi, as json)",
+            "16,900 preference pairs of the model Huozi, Chinese, annotated by people (HIT-SCIR/huozi, as json)",
             "Skepsun/huozi_rlhf_data_json",
             ("huozi_rlhf_data.json",),
             int(23.2 * _MB),

@@ -1,10 +1,10 @@
-"""Documents -> cleaner documents, and an account of what was taken: the step behind `data_process.py clean`.
+"""Rule-based cleaning: the transform of `data_process.py clean`.
 
-    row -> every edit rule in turn -> every drop rule in turn -> kept, or left out by the first that says so
+    row -> every edit rule in order -> every drop rule in order -> kept, or dropped by the first rule that matches
 
-Chats and pairs are mended message by message, and asked only the rules that make sense for them.
+Chats and preference pairs are edited message by message. Only rules with `applies_to_chats` run on them.
 
-Read next: rules.py (the rules), transform.py (how the rows come and go), rule_stats.py (the report).
+Read next: rules.py (the rules), transform.py (reading and writing rows), rule_stats.py (the report).
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from curation.rules import Rule, select_rules
 from curation.transform import NumberedRow, to_json_line
 
 CONTEXT_CHARACTERS = 30  # characters shown before and after a change
-PROBE_TEXTS = (  # between them they ask every rule's package something
+PROBE_TEXTS = (  # together they make every rule import its optional package
     "\xc3\xa9 is what the letter looks like when a text of some words was decoded with the wrong code page.",
     "Dieser Satz ist weder auf Chinesisch noch auf Englisch geschrieben.",
 )
@@ -27,7 +27,7 @@ PROBE_TEXTS = (  # between them they ask every rule's package something
 
 @dataclass
 class CleaningTransform:
-    """The step. `skip` and `also` name rules, see rules.py; `limits` are the numbers that a user may change."""
+    """Applies the edit rules and the drop rules to each row. `skip` and `also` hold rule names (rules.py)."""
 
     skip: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class CleaningTransform:
         return {"rules": self.rule_names()}
 
     def check_packages(self) -> None:
-        """Ask every rule once. Raises UserError for a package that one of them lacks, before any work is done."""
+        """Run every rule once on PROBE_TEXTS. Raises UserError if a rule needs a package that is not installed."""
         for rule in self.rules:
             for probe in PROBE_TEXTS:
                 rule.function(probe) if rule.is_edit else rule.function(DocumentView(probe), self.limits)
@@ -97,7 +97,7 @@ class CleaningTransform:
 
 
 def describe_first_difference(before: str, after: str) -> str:
-    """The first place where two texts differ, on two lines, with control characters made visible."""
+    """An excerpt of both texts around their first difference, as two lines with control characters escaped."""
     first_difference = next(
         (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
     )

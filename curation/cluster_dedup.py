@@ -1,20 +1,21 @@
-"""The same deduplication as near_duplicates.py on many machines, as a datatrove pipeline: one file of rows is one task.
+"""Deduplication of near_duplicates.py on several machines, as a datatrove pipeline: each input file is one task.
 
-    1  sign      a task a file, as in near_duplicates.py, sorted, a file a band datatrove's MinhashDedupSignature
-    2  buckets   a task a band: pairs of documents whose bands are equal           datatrove's MinhashDedupBuckets
-    3  clusters  one task: pairs -> clusters, the first document stays             merge_clusters
-    4  write     a task a file: the rows that stay
-    5  finish    one task: reports, and the folder gets its name
+    stage        tasks           output                                                      implementation
+    1  sign      one per file    MinHash signatures, sorted, one file per band               MinhashDedupSignature
+    2  buckets   one per band    pairs of documents with an equal band                       MinhashDedupBuckets
+    3  clusters  one             for every document the first document of its cluster        merge_clusters
+    4  write     one per file    the kept rows
+    5  finish    one             the reports; renames the staging folder to --out_dir
 
-    --executor local    processes of this machine
-    --executor ray      the Ray cluster that `ray status` shows, or one on this machine
-    --executor slurm    five job arrays, each waiting for the one before; the folder must be on a disk that all share
+    --executor local    processes on this machine
+    --executor ray      the Ray cluster that `ray status` shows, or a new one on this machine
+    --executor slurm    five job arrays, each depends on the previous one; --out_dir must be on a shared disk
 
-Signatures and bands are those of near_duplicates.py, so the kept rows are the same rows. A task that is done is not
-done again when the command is repeated. The command holds the lock of the output folder while it hands out the tasks:
-with Slurm not until they are done.
+Signatures and bands are those of near_duplicates.py, so both commands keep the same rows. A repeated command skips the
+tasks that are complete. The command holds the lock of the output folder while it runs or submits the tasks; it does not
+hold it while Slurm runs them.
 
-Read next: near_duplicates.py (the idea), transform.py (the folder that is written).
+Read next: near_duplicates.py (the method), transform.py (the files of the output folder).
 """
 
 import contextlib
@@ -67,7 +68,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class DedupJob:
-    """What every task knows: the files (one a task), where to work, how many bad rows to put up with."""
+    """Settings that every task receives: input files, folders, limits. Pickled with the tasks."""
 
     paths: list[str]
     out_dir: str
@@ -81,7 +82,7 @@ class DedupJob:
         return RowReader(self.keys)
 
     def report(self) -> DataStats:
-        """An empty report with the limits of the job."""
+        """A new DataStats with the job's limits."""
         return DataStats(self.max_bad_share, self.accept_damaged)
 
     @property
@@ -90,14 +91,14 @@ class DedupJob:
 
     @property
     def log_dir(self) -> Path:
-        """datatrove's notes on which tasks are done; beside the folder, because the last task renames that."""
+        """datatrove's logs and completion markers; outside the staging folder, which the last task renames."""
         return Path(self.out_dir + ".log")
 
 
 # ---- the steps: called as step(data, rank, world_size) ---------------------------------------------------------------
 @dataclass
 class ReadRows:
-    """The rows of the task's own file as datatrove's documents; leaves the hashes of the texts behind."""
+    """Yields the rows of the task's file as datatrove documents and saves the hashes of their texts."""
 
     job: DedupJob
 
@@ -110,10 +111,10 @@ class ReadRows:
 
 
 class SignRows(MinhashDedupSignature):
-    """datatrove's first step with our shingles and rensa's hash functions in place of its own."""
+    """MinhashDedupSignature with the shingles of near_duplicates.py and the hash functions of rensa."""
 
     def __init__(self, job: DedupJob) -> None:
-        PipelineStep.__init__(self)  # its own constructor loads a word tokenizer, which n-grams of characters need not
+        PipelineStep.__init__(self)  # the parent's constructor loads a word tokenizer; character n-grams need none
         from datatrove.io import get_datafolder
 
         self.output_folder = get_datafolder(str(job.work_dir / "signatures"))
@@ -128,7 +129,7 @@ class SignRows(MinhashDedupSignature):
 
 @dataclass
 class FindClusters:
-    """Pairs of all bands -> for every document the first of its cluster, numbered over all files in their order."""
+    """Merges the pairs of all bands: first[i] is the first document of i's cluster, numbered over all files."""
 
     job: DedupJob
 
@@ -148,7 +149,7 @@ class FindClusters:
 
 @dataclass
 class WriteRows:
-    """The rows of the task's file that are the first of their cluster, and the counts."""
+    """Writes the rows of the task's file that are the first of their cluster, and the task's counts."""
 
     job: DedupJob
 
@@ -172,7 +173,7 @@ class WriteRows:
 
 
 class _TextHashes:
-    """The hash of the text of document i, over the files of all tasks."""
+    """hashes[i] of the text of document i, numbered over the files of all tasks."""
 
     def __init__(self, job: DedupJob) -> None:
         self.offsets = np.load(job.work_dir / "starts.npy", allow_pickle=False)
@@ -188,7 +189,7 @@ class _TextHashes:
 
 @dataclass
 class MergeReports:
-    """Put the counts together, write the reports, and give the folder its name."""
+    """Merges the counts of all tasks, writes the reports, and renames the staging folder to `out_dir`."""
 
     job: DedupJob
 
@@ -208,7 +209,7 @@ class MergeReports:
 
 # ---- the executors ---------------------------------------------------------------------------------------------------
 def pipeline_stages(job: DedupJob) -> list[tuple[str, list[Any], int]]:
-    """(name, pipeline, tasks) of each stage."""
+    """(name, pipeline, number of tasks) of each stage, in order."""
     pairs, signatures = str(job.work_dir / "pairs"), str(job.work_dir / "signatures")
     num_files = len(job.paths)
     return [
@@ -229,16 +230,14 @@ def deduplicate_on_cluster(
     slurm: dict[str, str],
     reader: RowReader = DEFAULT_READER,
 ) -> RuleStats | None:
-    """Run or submit the five stages; the counts, or None when the jobs were only submitted (Slurm).
+    """Run the five stages and return the counts; with Slurm, submit them and return None.
 
-    `report`: an empty one; its limits apply to every task. `slurm`: partition, time. Raises UserError for what the user
-    can mend.
+    `report`: a new DataStats; its limits apply to every task. `slurm`: partition, time. Raises UserError if `out_dir`
+    cannot be replaced, a package or `sbatch` is missing, or a task fails.
     """
     check_out_dir(out_dir, paths)
     if executor == "slurm" and not shutil.which("sbatch"):
-        raise UserError(
-            "--executor slurm: there is no sbatch on this machine: run the command where jobs are submitted"
-        )
+        raise UserError("--executor slurm: no sbatch on this machine: run the command on a login node of the cluster")
     minhash_signatures([shingle_hashes("is rensa installed?")])
     folder = dataset_staging_folder(out_dir).absolute()
     files = [str(Path(path).resolve()) for path in paths]
@@ -267,7 +266,7 @@ def deduplicate_on_cluster(
 
 @contextlib.contextmanager
 def _redirect_stderr(path: Path) -> Iterator[None]:
-    """What datatrove writes to the screen goes to a file, also from its processes."""
+    """Append stderr to a file, at the level of the file descriptor: datatrove's child processes write to it too."""
     terminal = os.dup(2)
     with path.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
         os.dup2(file.fileno(), 2)
@@ -279,7 +278,7 @@ def _redirect_stderr(path: Path) -> Iterator[None]:
 
 
 def _resume_or_clear(job: DedupJob, paths: list[PathLike]) -> None:
-    """Leftovers of other files go; those of the same files stay, and so the tasks that are done."""
+    """Keep the work of an earlier run of the same job, so its complete tasks are skipped; delete any other."""
     content = {"inputs": input_fingerprints(paths), "bands": [NUM_BANDS, HASHES_PER_BAND], **job.reader.key_settings()}
     job_file = job.work_dir / "job.json"
     remove_leftovers(job.work_dir)
@@ -318,5 +317,5 @@ def _start_ray(workers: int) -> None:
         raise UserError('--executor ray needs one more package: pip install "ray>=2.9,<3"') from None
     environment = {"env_vars": {"PYTHONPATH": str(_ROOT)}}
     if not ray.is_initialized():
-        cpus = None if os.environ.get("RAY_ADDRESS") else workers  # a cluster that is there knows its own
+        cpus = None if os.environ.get("RAY_ADDRESS") else workers  # a running cluster has its own count
         ray.init(runtime_env=environment, log_to_driver=False, num_cpus=cpus)

@@ -1,13 +1,12 @@
-"""The commands that make better text of text, before anything is tokenised: flags, and what is said at the end.
+"""Curation subcommands of data_process.py, which run before tokenisation: flags and summary.
 
-    python data_process.py clean FILES…                        text -> dataset/clean/
+    python data_process.py clean FILES…                             -> dataset/clean/
     python data_process.py dedup FILES…                             -> dataset/dedup/
     python data_process.py decontaminate FILES… --against EXAM…     -> dataset/decontaminate/
 
-Each reads what the others and `pretrain`, `sft`, `dpo` read, and writes rows in the format they came in.
+Each command reads the same formats as `pretrain`, `sft` and `dpo` and writes the rows in their input format.
 
-Read next: cleaning.py, near_duplicates.py, cluster_dedup.py, decontaminate.py (the steps), transform.py (what is
-written).
+Read next: cleaning.py, near_duplicates.py, cluster_dedup.py, decontaminate.py (the transforms), transform.py (output).
 """
 
 import argparse
@@ -26,16 +25,16 @@ from corpus.row_text import RowReader
 from corpus.stats import DataStats
 
 CURATION_COMMANDS = {
-    "clean": "mend texts and leave bad ones out, by rules that are listed, switchable and counted",
-    "dedup": "leave copies and near-copies out (MinHash, locality-sensitive hashing)",
-    "decontaminate": "leave out what holds questions of an exam, so that the exam stays one",
+    "clean": "edit texts and drop bad ones by rules; --skip and --also choose them, the report counts each",
+    "dedup": "drop duplicates and near-duplicates (MinHash, locality-sensitive hashing)",
+    "decontaminate": "drop documents that contain questions of an exam",
 }
 NEXT_COMMAND = {"clean": "dedup", "dedup": "decontaminate", "decontaminate": "pretrain"}
 ProgressBar = Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]]
 
 
 def add_subcommands(subparsers: Any) -> None:
-    """Add the three to the subcommands of data_process.py."""
+    """Add clean, dedup and decontaminate to the subcommands of data_process.py."""
     for name, description in CURATION_COMMANDS.items():
         sub = subparsers.add_parser(name, help=description, description=description)
         sub.add_argument(
@@ -43,47 +42,51 @@ def add_subcommands(subparsers: Any) -> None:
             nargs="+",
             type=cli.path_string,
             metavar="FILES",
-            help="as for `pretrain`: text, chats or pairs of answers",
+            help="text, chats or preference pairs, in the formats of `pretrain`, `sft` and `dpo`",
         )
         sub.add_argument(
             "--out_dir", type=cli.path_string, default=f"dataset/{name}", help="folder to write (default: %(default)s)"
         )
         sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
-                         help="largest allowed share of unusable rows (default: 0.01)")  # fmt: skip
+                         help="largest allowed fraction of unusable rows (default: 0.01)")  # fmt: skip
         sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED_HELP)
-        sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="as for `sft`: keys of another layout")
+        sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="keys of another layout, as for `sft`")
         sub.add_argument("--workers", type=cli.int_between(1, 1024), default=1,
-                         help="processes; the result is the same (default: 1)")  # fmt: skip
+                         help="processes; the result does not depend on it (default: 1)")  # fmt: skip
         ADD_FLAGS[name](sub)
 
 
 def _add_clean_flags(sub: argparse.ArgumentParser) -> None:
     name_list: dict[str, Any] = {"action": cli.NameList, "nargs": None}  # one argument: FILES may follow
-    sub.add_argument("--list_rules", action=_ListRules, nargs=0, help="show every rule with its source, and end")
-    sub.add_argument("--skip", **name_list, default=[], metavar="RULE,…", help="rules to leave out")
-    sub.add_argument("--also", **name_list, default=[], metavar="RULE,…", help="rules to add: simplify, …")
+    sub.add_argument("--list_rules", action=_ListRules, nargs=0, help="print every rule with its source and exit")
+    sub.add_argument("--skip", **name_list, default=[], metavar="RULE,…", help="rules to turn off")
+    sub.add_argument("--also", **name_list, default=[], metavar="RULE,…", help="rules to turn on: simplify, …")
     sub.add_argument("--min_words", type=cli.non_negative_int, default=10,
                      help="drop shorter texts (default: %(default)s; Gopher: 50)")  # fmt: skip
-    sub.add_argument("--languages", **name_list, default=["zh", "en"], help="to keep (ISO 639-1; default: zh,en)")
     sub.add_argument(
-        "--unsafe_words", type=cli.path_string, metavar="FILE", help="more phrases for the rule `unsafe`, one a line"
+        "--languages", **name_list, default=["zh", "en"], help="languages to keep (ISO 639-1; default: zh,en)"
     )
-    sub.add_argument("--check", action="store_true", help="write nothing: only the report, with its examples")
+    sub.add_argument(
+        "--unsafe_words", type=cli.path_string, metavar="FILE", help="more phrases for the rule `unsafe`, one per line"
+    )
+    sub.add_argument("--check", action="store_true", help="dry run: print the report with its examples, write nothing")
 
 
 def _add_dedup_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--exact_only", action="store_true", help="only documents with the same text, but for white space")
+    sub.add_argument(
+        "--exact_only", action="store_true", help="drop only documents with equal text, ignoring white space"
+    )
     sub.add_argument("--executor", choices=("here", "local", "slurm", "ray"), default="here",
-                     help="here: fast, one machine; others: datatrove, a file a task (default: here)")  # fmt: skip
+                     help="here: one machine, fast; others: datatrove, one task per file (default: here)")  # fmt: skip
     sub.add_argument("--partition", default="", help="slurm only: partition of the jobs")
     sub.add_argument("--time", default="24:00:00", help="slurm only: time limit of a job (default: %(default)s)")
 
 
 def _add_decontaminate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--against", nargs="+", type=cli.path_string, required=True, metavar="EXAM",
-                     help="folders, archives or files of questions")  # fmt: skip
+                     help="folders, archives or files with exam questions")  # fmt: skip
     sub.add_argument("--overlap", type=cli.fraction, default=0.5,
-                     help="share of a question that must be there; 0: one n-gram (default: %(default)s)")  # fmt: skip
+                     help="fraction of a question in a dropped row; 0: one n-gram (default: %(default)s)")  # fmt: skip
 
 
 ADD_FLAGS = {"clean": _add_clean_flags, "dedup": _add_dedup_flags, "decontaminate": _add_decontaminate_flags}
@@ -99,9 +102,9 @@ class _ListRules(argparse.Action):
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run_curation_command(args: argparse.Namespace, progress_bar: ProgressBar) -> None:
-    """Run one of the commands. Raises UserError for what the user can mend."""
+    """Run clean, dedup or decontaminate. Raises UserError for wrong flags or unusable files."""
     if args.kind == "dedup" and args.executor != "here":
-        with lock_output(args.out_dir):  # by the process that hands out the tasks; they share its folder
+        with lock_output(args.out_dir):  # held by this process only; the tasks share its folder
             return _run_cluster_dedup(args)
     reader = RowReader(parse_keys(args.keys))
     transform = None if args.kind == "dedup" else _make_transform(args, reader)
@@ -115,13 +118,13 @@ def run_curation_command(args: argparse.Namespace, progress_bar: ProgressBar) ->
 def _write_output(
     transform: Any, args: argparse.Namespace, report: DataStats, progress_bar: ProgressBar, reader: RowReader
 ) -> None:
-    """Pass all rows through the step into --out_dir, and say what became of them."""
+    """Pass all rows through the transform into --out_dir and print a summary."""
     from corpus.job_state import PROGRESS_FILE, SIGNING_FILE
     from corpus.shard_writer import dataset_staging_folder
     from curation.transform import check_out_dir, run_transform
 
     if check_out_dir(args.out_dir, args.files):
-        print(f"{args.out_dir} holds an older result: it is replaced once the new one is complete")
+        print(f"{args.out_dir} contains an older result: it is replaced when the new one is complete")
     try:
         with progress_bar(args.files, report) as on_batch:
             if transform is None:
@@ -137,7 +140,7 @@ def _write_output(
         if any((partial / name).is_file() for name in (PROGRESS_FILE, SIGNING_FILE)):
             print(f"unfinished work is kept in {partial}: the same command continues it")
         else:
-            with contextlib.suppress(OSError):  # the disk that the error is about
+            with contextlib.suppress(OSError):  # it may be a disk error that is being raised
                 remove(partial)
         raise
     report.print_skipped()
@@ -153,8 +156,8 @@ def _make_transform(args: argparse.Namespace, reader: Any) -> Any:
         from curation.decontaminate import DecontaminationTransform, build_exam_index
 
         exam = build_exam_index(args.against)
-        too_short_note = f"; {exam.too_short:,} too short to look for" if exam.too_short else ""
-        print(f"looking for {len(exam.questions):,} questions of {', '.join(exam.names)}{too_short_note}")
+        too_short_note = f"; {exam.too_short:,} questions are too short to search for" if exam.too_short else ""
+        print(f"searching for {len(exam.questions):,} questions of {', '.join(exam.names)}{too_short_note}")
         return DecontaminationTransform(exam, args.overlap, reader)
     from curation.cleaning import CleaningTransform
     from curation.prose_rules import CleaningLimits
@@ -193,7 +196,7 @@ def _print_dry_run(transform: Any, args: argparse.Namespace, report: DataStats, 
 
 def _run_cluster_dedup(args: argparse.Namespace) -> None:
     if args.exact_only:
-        raise UserError("--exact_only needs no --executor: it is a matter of minutes on one machine")
+        raise UserError("--exact_only cannot be combined with --executor: it takes minutes on one machine")
     if args.executor == "slurm" and not args.partition:
         raise UserError("--executor slurm needs --partition NAME: `sinfo` lists them")
     from curation.cluster_dedup import deduplicate_on_cluster
@@ -208,5 +211,5 @@ def _run_cluster_dedup(args: argparse.Namespace) -> None:
 
 
 def _print_next_command(args: argparse.Namespace) -> None:
-    print(f"written: {args.out_dir} (report.md has examples of every rule, dropped.tsv every row that was left out)")
+    print(f"written: {args.out_dir} (report.md lists examples of every rule, dropped.tsv every dropped row)")
     print(f"next: python data_process.py {NEXT_COMMAND[args.kind]} {args.out_dir}/text_*.jsonl")

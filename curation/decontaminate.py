@@ -1,22 +1,22 @@
-"""Documents that hold exam questions are found and left out: the step behind `data_process.py decontaminate`.
+"""Drops documents that contain exam questions: the transform of `data_process.py decontaminate`.
 
-    n-gram    13 letters and digits of a Chinese question, 50 of an English one (about 13 words, without the spaces);
-              a short question of formulas is Chinese if a word of it is
-    leak      the n-grams that document and question share cover half of the question (--overlap 0.5)
+    n-gram    13 letters and digits of a Chinese question, 50 of an English one (about 13 words without spaces);
+              a short question of formulas counts as Chinese if it contains a Chinese character
+    leak      the n-grams that document and question have in common cover half of the question (--overlap 0.5)
 
-Thirteen words are what GPT-3 took (Brown et al. 2020, arXiv 2005.14165, appendix C). There one n-gram was enough
-(--overlap 0), save for those in many places, which are phrases. Measured on laws and textbooks: names of authorities
-and formulas of thirteen characters take ten times as many documents as questions do, so by default half of the
-question has to be there, much as Llama 2 judges by the share of the sample (Touvron et al. 2023, arXiv 2307.09288,
-A.6). An n-gram of three or more questions ("which of the following is right") is a phrase as well. A question
-shorter than an n-gram, or made of phrases, is continued by its choices, as it would be in a leak; what is too short
-even so is counted, and said.
+GPT-3 uses n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165, appendix C); one common n-gram is a leak
+(--overlap 0), except for n-grams that occur in many documents. On laws and textbooks that criterion drops ten times as
+many documents for names of authorities and formulas of 13 characters as for questions. The default therefore requires
+half of the question, similar to Llama 2, which uses the fraction of contaminated tokens (Touvron et al. 2023, arXiv
+2307.09288, A.6). N-grams of three or more questions ("which of the following is right") are ignored. A question that is
+shorter than an n-gram, or has only such n-grams, is extended by its choices. Questions that are still too short are
+counted and reported.
 
-Exams are folders or files in any format that ../corpus/readers.py reads, with a row for each question: C-Eval's and
-CMMLU's csv files (question, A, B, C, D; also as one tar or zip), chats (the first message of the user), or plain text
-(a question a block).
+Exams are folders or files in any format of ../corpus/readers.py with one question per row: csv files of C-Eval and
+CMMLU (question, A, B, C, D; also inside a tar or zip), chats (the first user message), or plain text (one question per
+paragraph).
 
-Read next: ngrams.py (the hashes), transform.py (how rows come and go).
+Read next: ngrams.py (the hashes), transform.py (reading and writing rows).
 """
 
 import csv
@@ -41,7 +41,7 @@ from curation.transform import NumberedRow, to_json_line
 from evaluation.exam_data import read_exam_files
 
 NGRAM_LENGTH = {"zh": 13, "en": 50}
-COMMON_NGRAM_MIN_QUESTIONS = 3  # an n-gram in this many questions is a phrase
+COMMON_NGRAM_MIN_QUESTIONS = 3  # an n-gram of this many questions is ignored
 EXAM_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tgz", ".txz", ".tbz2", ".zip")
 QUESTION_KEYS = ("question", "题目", "problem", "query", "prompt", "instruction", "q")
@@ -50,27 +50,27 @@ _BLOOM_MASK = np.uint64(2**22 - 1)
 
 
 class NgramIndex(NamedTuple):
-    """The n-grams of the questions of one language, sorted by hash; an n-gram of two questions is in it twice."""
+    """The n-grams of the questions of one language, sorted by hash; an n-gram of two questions has two entries."""
 
-    hashes: np.ndarray  # uint64
-    question_ids: np.ndarray  # number of the question
-    positions: np.ndarray  # where it begins in the letters of the question
-    bloom: np.ndarray  # a bit for the low bits of each hash: most n-grams of a text are out by this look
+    hashes: np.ndarray  # (n-grams,), uint64
+    question_ids: np.ndarray  # (n-grams,), index into ExamIndex.questions
+    positions: np.ndarray  # (n-grams,), start of the n-gram in the alphanumeric text of the question
+    bloom: np.ndarray  # (2^22,), bool, indexed by the low bits of a hash: rejects most n-grams without a search
 
 
 @dataclass
 class ExamIndex:
-    """All questions and their n-grams."""
+    """All exam questions and the index of their n-grams."""
 
     names: list[str]
     files: list[str]
     questions: list[tuple[str, str]] = field(default_factory=list)  # (file:line, text)
-    covered_lengths: list[int] = field(default_factory=list)  # characters of each that its n-grams cover
+    covered_lengths: list[int] = field(default_factory=list)  # per question: characters that its n-grams cover
     too_short: int = 0
     ngram_indexes: dict[str, NgramIndex] = field(default_factory=dict)
 
     def find_leak(self, text: str, overlap: float) -> tuple[int, str, float]:
-        """(question, the first n-gram shared, share of the question) of the most complete leak, or (-1, "", 0)."""
+        """(question index, first common n-gram, fraction of the question) of the largest leak, or (-1, "", 0)."""
         letters = alphanumeric(text)
         codes = code_points(letters)
         best_leak = (-1, "", 0.0)
@@ -100,7 +100,7 @@ class ExamIndex:
 
 
 def build_exam_index(paths: list[str]) -> ExamIndex:
-    """All questions of these files and folders. Raises UserError when there is none to look for."""
+    """Index the questions of these files and folders. Raises UserError if they contain no question."""
     files = find_exam_files(paths)
     exam = ExamIndex([Path(path).resolve().name for path in paths], files)
     report = DataStats(max_bad_share=1.0)
@@ -115,7 +115,7 @@ def build_exam_index(paths: list[str]) -> ExamIndex:
             seen.add(question_with_choices)
             language = detect_language(question)
             if len(start) < NGRAM_LENGTH[language] and count_chinese(question):
-                language = "zh"  # short and full of formulas
+                language = "zh"  # a short question that is mostly formulas
             ngrams = ngram_hashes(
                 code_points(question_with_choices[: len(start) + NGRAM_LENGTH[language] - 1]), NGRAM_LENGTH[language]
             )
@@ -129,7 +129,7 @@ def build_exam_index(paths: list[str]) -> ExamIndex:
     if not exam.questions:
         raise UserError(
             f"--against {' '.join(paths)}: no question found in {len(files)} files: a row needs one of the keys "
-            f"{', '.join(QUESTION_KEYS)}, and a question at least {NGRAM_LENGTH['zh']} characters with its choices"
+            f"{', '.join(QUESTION_KEYS)}, and question plus choices at least {NGRAM_LENGTH['zh']} characters"
         )
     for language, lists in ngrams_by_language.items():
         if lists:
@@ -149,13 +149,13 @@ def _exam_rows(file: str, report: DataStats) -> Iterator[tuple[str, Any]]:
 
 
 class _QuestionNgrams(NamedTuple):
-    hashes: np.ndarray  # of the n-grams that begin in a question, in their order
-    num_inner: int  # so many of them end in it, too
+    hashes: np.ndarray  # of the n-grams that begin in the question, in order
+    num_inner: int  # number of n-grams that also end in the question; the others extend into its choices
     question_id: int
 
 
 def _build_ngram_index(exam: ExamIndex, language: str, lists: list[_QuestionNgrams]) -> NgramIndex:
-    """Of each question the n-grams inside it that are no phrases; else those that go on into its choices."""
+    """Index the rare n-grams inside each question; if it has none, those that extend into its choices, or all."""
     n = NGRAM_LENGTH[language]
     unique, counts = np.unique(np.concatenate([np.unique(ngrams) for ngrams, *_ in lists]), return_counts=True)
     common_ngrams = unique[counts >= COMMON_NGRAM_MIN_QUESTIONS]
@@ -176,7 +176,7 @@ def _build_ngram_index(exam: ExamIndex, language: str, lists: list[_QuestionNgra
 
 
 def find_exam_files(paths: list[str]) -> list[str]:
-    """The files themselves, and those of every folder, at any depth. Raises UserError for a path without any."""
+    """Files as given, folders expanded recursively. Raises UserError for a path without exam files."""
     found: list[str] = []
     for path in paths:
         location = Path(path)
@@ -199,7 +199,7 @@ def _is_exam_file(path: Path) -> bool:
 
 
 def question_and_choices(row: Any) -> tuple[str, str]:
-    """(question, its choices as they would stand behind it); empty when the row has none."""
+    """(question, choices with their letters, one per line) of a row; empty strings if it has no question."""
     if isinstance(row, str):
         return row, ""
     row = {str(key).strip().lower(): value for key, value in row.items()}
@@ -216,7 +216,7 @@ def question_and_choices(row: Any) -> tuple[str, str]:
 
 @dataclass
 class DecontaminationTransform:
-    """The step: a row that shares an n-gram with a question is left out."""
+    """Drops rows that contain at least the fraction `overlap` of an exam question."""
 
     exam: ExamIndex
     overlap: float = 0.5

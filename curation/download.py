@@ -1,16 +1,16 @@
-"""Fetching a public data set: from the hub or a mirror, going on where the line broke, checked against its checksum.
+"""Downloads public datasets from the hub or a mirror: resumes after a lost connection and verifies the SHA-256.
 
-    python data_process.py download                          what there is
+    python data_process.py download                          lists the datasets
     python data_process.py download minimind-sft
     python data_process.py download skypile --file data/2020-40_zh_head_0001.jsonl
-    python data_process.py download ceval --mirror hf-mirror       hub, hf-mirror, modelscope, or an address
+    python data_process.py download ceval --mirror hf-mirror       hub, hf-mirror, modelscope, or a URL
 
-A file grows as <name>.part; beside it <name>.part.json says of which version it is (size and checksum as the server
-gave them). Each break is followed by another request for the bytes that are missing; the same command goes on after a
-kill. When all bytes are there, the SHA-256 that the hub publishes for large files (the header X-Linked-Etag of its
-answer) must fit, then the file gets its name. Archives are unpacked.
+Bytes are appended to <name>.part; <name>.part.json records the version they belong to (size and ETag of the response).
+After a lost connection the next request asks for the missing bytes (Range); after a kill the same command resumes. The
+complete file is compared with the SHA-256 that the hub publishes for large files (response header X-Linked-Etag), then
+renamed. Archives are unpacked.
 
-Writes  dataset/raw/<set>/<file>.  Read next: catalogue.py (the sets), ../dataset/README.md.
+Writes  dataset/raw/<dataset>/<file>.  Read next: catalogue.py (the datasets), ../dataset/README.md.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ from curation.catalogue import CATALOGUE, DatasetEntry
 
 MIRRORS = {"hub": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": "modelscope"}
 DOWNLOAD_CHUNK_BYTES = 1 << 20
-MAX_FAILED_ATTEMPTS = 6  # breaks in a row that bring not one byte
-DOWNLOAD_TIMEOUT = 60.0  # seconds without an answer
-RETRY_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)  # answers that may be better in a while
+MAX_FAILED_ATTEMPTS = 6  # consecutive requests that return no byte
+DOWNLOAD_TIMEOUT = 60.0  # seconds without data from the server
+RETRY_STATUS_CODES = (408, 425, 429, 500, 502, 503, 504)  # temporary errors
 
 DISK_ERRORS = (
     errno.ENOSPC,
@@ -53,24 +53,24 @@ DISK_ERRORS = (
     errno.EISDIR,
 )
 
-ProgressCallback = Callable[[int, int], None]  # bytes that are here, bytes in all (0: not known)
+ProgressCallback = Callable[[int, int], None]  # (bytes received, total bytes; 0: unknown)
 
 
 @dataclass
 class RemoteVersion:
-    """What the server says a file is: two answers of the same version may be put together."""
+    """Size and ETag of a file on the server. Bytes of two responses are joined only if both are equal."""
 
-    size: int = 0  # 0: it does not say
+    size: int = 0  # bytes; 0: unknown
     etag: str = ""
 
     @property
     def sha256(self) -> str:
-        """The checksum, where the tag is one: the hub tags large files by their SHA-256."""
+        """The ETag if it is a SHA-256, as it is for large files of the hub; otherwise ""."""
         return self.etag if re.fullmatch(r"[0-9a-f]{64}", self.etag) else ""
 
 
 class _LinkedEtagHandler(urllib.request.HTTPRedirectHandler):
-    """Remembers the tag that the hub gives before it sends us to where the bytes are."""
+    """Stores the X-Linked-Etag header of the hub's redirect; the final response does not repeat it."""
 
     etag = ""
 
@@ -80,9 +80,10 @@ class _LinkedEtagHandler(urllib.request.HTTPRedirectHandler):
 
 
 def download_file(url: str, target: Path, progress: ProgressCallback = lambda received, size: None) -> Path:
-    """Download `url` to `target`, going on with what an earlier call left. Returns the target.
+    """Download `url` to `target`, resuming an earlier partial download. Returns `target`.
 
-    Raises UserError when the server refuses, when the line stays broken, or when the checksum does not fit.
+    Raises UserError if the server rejects the request, MAX_FAILED_ATTEMPTS requests in a row return no byte, or the
+    checksum does not match.
     """
     part, version_file = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
     with report_write_errors(target.parent):
@@ -103,14 +104,14 @@ def download_file(url: str, target: Path, progress: ProgressCallback = lambda re
         failures = 0 if part.is_file() and part.stat().st_size > received else failures + 1
     else:
         raise UserError(
-            f"{url}: {reason} ({MAX_FAILED_ATTEMPTS} times in a row): what is here so far is kept; "
-            "run the same command again, or take another --mirror"
+            f"{url}: {reason} ({MAX_FAILED_ATTEMPTS} times in a row): the bytes received so far are kept; "
+            "run the same command again, or use another --mirror"
         )
     if version.sha256 and _file_sha256(part) != version.sha256:
         part.unlink()
         version_file.unlink(missing_ok=True)
         raise UserError(
-            f"{url}: what came does not have the checksum that the server states; it was deleted: try again"
+            f"{url}: the download does not match the server's checksum and was deleted: run the same command again"
         )
     with report_write_errors(target.parent):
         replace_file(part, target)
@@ -121,7 +122,7 @@ def download_file(url: str, target: Path, progress: ProgressCallback = lambda re
 def _request_bytes(
     url: str, part: Path, version_file: Path, version: RemoteVersion, received: int, progress: ProgressCallback
 ) -> tuple[RemoteVersion, bool]:
-    """One request for the bytes from `received` on. Returns the version, and whether all of it is here."""
+    """Request the bytes from offset `received` and append them. Returns (version, file is complete)."""
     redirects = _LinkedEtagHandler()
     headers = {"User-Agent": "data_process.py", "Accept-Encoding": "identity"}
     if received:
@@ -130,7 +131,7 @@ def _request_bytes(
     try:
         response = urllib.request.build_opener(redirects).open(request, timeout=DOWNLOAD_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and received:  # what is here is longer than the file, or the file has changed
+        if error.code == 416 and received:  # the partial file is longer than the file on the server: it has changed
             part.unlink()
             return RemoteVersion(), False
         raise
@@ -143,9 +144,9 @@ def _request_bytes(
         )
         if received and response.status == 206 and not is_resumable:
             part.unlink()
-            return RemoteVersion(), False  # another version by now: from the start
+            return RemoteVersion(), False  # the file on the server has changed: restart
         if not is_resumable:
-            part.unlink(missing_ok=True)  # before the note says what the next bytes are of
+            part.unlink(missing_ok=True)  # first: after a kill, the version file must not describe older bytes
         write_json(version_file, asdict(found))
         with part.open("ab" if is_resumable else "wb") as file:
             received = received if is_resumable else 0
@@ -157,7 +158,7 @@ def _request_bytes(
 
 
 def _total_bytes(response: Any, received: int) -> int:
-    """Bytes of the whole file, as the answer says it; 0 when it does not."""
+    """Size of the whole file by the response headers; 0 if they do not state it."""
     content_range = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
     if content_range:
         return int(content_range[1])
@@ -171,15 +172,17 @@ def _range_start(response: Any) -> int:
 
 
 def _failure_reason(error: Exception, url: str, target: Path) -> str:
-    """What went wrong, for the next attempt. Raises UserError where another attempt is of no use."""
+    """The error as text, if a retry may help. Raises UserError if it cannot."""
     if isinstance(error, urllib.error.HTTPError):
         if error.code in (401, 403):
             raise UserError(
-                f"{url}: the server wants you to accept terms or to log in ({error.code}): download the file with a "
-                f"browser and put it at {target}"
+                f"{url}: the server requires you to accept terms or to log in ({error.code}): download the file with "
+                f"a browser and put it at {target}"
             ) from None
         if error.code not in RETRY_STATUS_CODES:
-            raise UserError(f"{url}: {error.code} {error.reason}: look at its page, or take another --mirror") from None
+            raise UserError(
+                f"{url}: {error.code} {error.reason}: see the dataset's page, or use another --mirror"
+            ) from None
         return f"{error.code} {error.reason}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         raise UserError(
@@ -206,9 +209,9 @@ def _file_sha256(path: Path) -> str:
 
 # ---- archives --------------------------------------------------------------------------------------------------------
 def unpack_archive(archive: Path) -> list[Path]:
-    """Unpack a zip or tar beside itself; returns its files. Anything else is returned as it is.
+    """Unpack a zip or tar into its own folder and return the extracted files; other files are returned unchanged.
 
-    Raises UserError for a damaged archive, and for one with a file that would land outside the folder.
+    Raises UserError for a damaged archive or one with a member outside the folder.
     """
     is_tar = re.search(r"\.(tar|tgz|tar\.\w+)$", archive.name)
     if not is_tar and archive.suffix != ".zip":
@@ -227,14 +230,14 @@ def unpack_archive(archive: Path) -> list[Path]:
 
 
 def escapes_folder(name: str) -> bool:
-    """Whether a relative POSIX path could name something outside the folder it is joined to, or the folder itself."""
+    """True if a relative POSIX path can resolve to the folder it is joined to or to a path outside it."""
     path = PurePosixPath(name)
     return not path.name or path.is_absolute() or ".." in path.parts or bool(re.match(r"[A-Za-z]:|.*\\", name))
 
 
 def _extract_member(archive: Path, name: str, content: Any) -> Path:
     if escapes_folder(name):
-        raise UserError(f"{archive} holds a file that would land outside its folder ({name}): nothing more is unpacked")
+        raise UserError(f"{archive} contains a path outside its folder ({name}): no further file is unpacked")
     target = archive.parent.joinpath(*PurePosixPath(name).parts)
     with atomic_write(target, "free some space or choose another --out_dir") as file:
         shutil.copyfileobj(content, file, DOWNLOAD_CHUNK_BYTES)
@@ -246,24 +249,25 @@ def print_catalogue() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "what", "size", "licence", "then")
+    table = Table("name", "description", "size", "licence", "next command")
     for entry in CATALOGUE.values():
         table.add_row(entry.name, entry.description, format_size(entry.size), entry.licence, entry.command)
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
-    print(
-        "python data_process.py download NAME fetches one; read its licence first: none of them is part of this project"
-    )
+    print("python data_process.py download NAME downloads one; read its licence first: none is part of this project")
 
 
 def download_dataset(name: str, files: list[str], mirror: str, out_dir: str) -> list[Path]:
-    """Fetch a set of the catalogue (`files` of its repository, or those that it names) and unpack it."""
+    """Download a dataset of the catalogue (`files` of its repository; empty: the catalogue's files) and unpack it.
+
+    Returns the downloaded or unpacked files. Raises UserError for an unknown name, file or mirror, or too little space.
+    """
     if name not in CATALOGUE:
-        raise UserError(f"{name}: no such data set; there are {', '.join(CATALOGUE)}")
+        raise UserError(f"{name}: no such dataset; choose from {', '.join(CATALOGUE)}")
     entry, folder = CATALOGUE[name], Path(out_dir) / name
     for file in files:
         if escapes_folder(file):
-            raise UserError(f"--file {file}: give the path of a file in the repository, as {entry.files[0]}")
+            raise UserError(f"--file {file}: expected a path in the repository, for example {entry.files[0]}")
     with lock_output(folder):
         return _download_entry(entry, files, mirror, folder)
 
@@ -275,20 +279,20 @@ def _download_entry(entry: DatasetEntry, files: list[str], mirror: str, folder: 
     found: list[Path] = []
     for file, path in zip(files or entry.files, paths, strict=True):
         if path.is_file():
-            print(f"{path} is already there")
+            print(f"{path} exists already")
         else:
             with download_progress_bar(path.name) as progress:
                 _download_from_mirrors(entry, file, path, mirror, progress)
         found += unpack_archive(path)
     print(f"licence: {entry.licence}")
     shown_path = str(found[0]) if len(found) == 1 else str(folder)
-    print(f"here: {shown_path}" + (f" ({len(found)} files)" if len(found) > 1 else ""))
+    print(f"written: {shown_path}" + (f" ({len(found)} files)" if len(found) > 1 else ""))
     print(f"next: {entry.command.replace('FILE', shown_path)}")
     return found
 
 
 def _download_from_mirrors(entry: DatasetEntry, file: str, path: Path, mirror: str, progress: ProgressCallback) -> None:
-    """From the mirror that was asked for, or from the first that answers."""
+    """Download from `mirror`, or from the first mirror that works."""
     errors = []
     for address in candidate_mirrors(entry, mirror):
         url = entry.url(file, address)
@@ -302,21 +306,21 @@ def _download_from_mirrors(entry: DatasetEntry, file: str, path: Path, mirror: s
 
 
 def candidate_mirrors(entry: DatasetEntry, mirror: str) -> list[str]:
-    """Addresses to try, in this order. HF_ENDPOINT stands for the hub, as it does for the hub's own tools."""
+    """Base URLs to try, in order. HF_ENDPOINT replaces the hub's URL, as in huggingface_hub. Raises UserError."""
     available = [name for name in MIRRORS if (entry.modelscope if name == "modelscope" else entry.repository)]
     if not mirror:
         return [
             os.environ.get("HF_ENDPOINT") or MIRRORS[name] if name == "hub" else MIRRORS[name] for name in available
         ]
     if mirror in MIRRORS and mirror not in available:
-        raise UserError(f"{entry.name} is not at {mirror}: choose {' or '.join(available)}")
+        raise UserError(f"{entry.name} is not available at {mirror}: choose {' or '.join(available)}")
     if mirror not in MIRRORS and not mirror.startswith(("http://", "https://")):
-        raise UserError(f"--mirror {mirror}: choose {', '.join(MIRRORS)} or an address that begins with https://")
+        raise UserError(f"--mirror {mirror}: choose {', '.join(MIRRORS)} or a URL that begins with https://")
     return [MIRRORS.get(mirror, mirror)]
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Raises UserError unless the disk has room for `size` bytes."""
+    """Raises UserError if the disk has fewer than `size` free bytes."""
     path = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(path).free
     if free < size:
@@ -333,7 +337,7 @@ def format_size(size: int) -> str:
 
 @contextlib.contextmanager
 def download_progress_bar(name: str) -> Iterator[ProgressCallback]:
-    """A live bar on a terminal, a line every ten percent elsewhere."""
+    """A progress bar on a terminal; elsewhere one line every ten percent."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as ProgressBar

@@ -1,12 +1,12 @@
-"""The rules of `data_process.py clean` that leave a document out: functions DocumentView -> reason or "" (rules.py).
+"""Drop rules of `data_process.py clean`: functions (DocumentView, CleaningLimits) -> reason, or "" to keep.
 
-The statistics are those of Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1), of C4 (Raffel et
-al. 2020, arXiv 1910.10683, section 2.2) and of ChineseWebText (Chen et al. 2023, arXiv 2311.01149; the numbers are in
-its preprocess.py). Gopher counts words, and Chinese has no spaces: there a word counts as 1.5 characters, which is our
-choice, and rules that ask for English words do not ask Chinese pages. Statistics of words and letters are those of the
-prose: see prose_rules.py.
+The statistics follow Gopher (Rae et al. 2021, arXiv 2112.11446, appendix A1.1 and table A1), C4 (Raffel et al. 2020,
+arXiv 1910.10683, section 2.2) and ChineseWebText (Chen et al. 2023, arXiv 2311.01149; thresholds from its
+preprocess.py). Gopher counts words. Chinese has no spaces, so 1.5 Chinese characters count as a word (our choice), and
+rules about English words skip Chinese documents. Rules about words and letters are checked again on the prose alone:
+see prose_rules.py.
 
-Read next: rules.py (the table and its sources), prose_rules.py (the page), rule_words.py (the phrases).
+Read next: rules.py (the table and its sources), prose_rules.py (DocumentView), rule_words.py (the phrases).
 """
 
 import functools
@@ -40,15 +40,15 @@ _MOJIBAKE = re.compile("[\ufffd\xc3-\xef][\x80-\xbf\ufffd]|\ufffd|锟斤拷|烫�
 
 
 def mojibake(document: DocumentView, limits: CleaningLimits) -> str:
-    """What `repair` could not mend: more than one broken place in 200 characters."""
+    """More than one wrongly decoded sequence in 200 characters, after the edit rule `repair`."""
     if document.text.isascii():
         return ""
     count = len(_MOJIBAKE.findall(document.text))
-    return f"{count} broken places" if count * 200 > len(document.text) else ""
+    return f"{count} wrongly decoded sequences" if count * 200 > len(document.text) else ""
 
 
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
-MIN_DETECTION_LETTERS = 20  # letters that a text needs before its language is asked for
+MIN_DETECTION_LETTERS = 20  # fewest letters for language detection
 _KANA_OR_HANGUL = re.compile("[\u3040-\u30ff\uac00-\ud7af\u1100-\u11ff]")  # kana and Hangul
 
 
@@ -56,16 +56,17 @@ _CODE_IDENTIFIER = re.compile(r"(?<!\S)(?=[!-~]*[^\sA-Za-z.,:!?'\"-])[!-~]+(?!\S
 
 
 def language(document: DocumentView, limits: CleaningLimits) -> str:
-    """Asked of the beginning and the middle of the page; Chinese characters without kana or Hangul are Chinese,
-    and a text with "the" and "of" and "and" is English: the detector, which is slow, is asked about the others.
-    It classifies LaTeX as Polish and code as German: where it finds another language, it runs again on the distinct
-    words of the prose.
+    """Detects the language of the beginning and the middle of the document.
+
+    Chinese characters without kana or Hangul are Chinese; a text with three English stop words is English. The slow
+    detector classifies only the other texts. It takes LaTeX for Polish and code for German: if it finds a language
+    outside the limits, it runs again on the distinct words of the prose.
     """
     sample = _sample_text(document.text)
     if document.language == "zh" and not _KANA_OR_HANGUL.search(sample):
         name = "zh"
     elif len(STOP_WORDS.intersection(sample.lower().split())) >= 3:
-        name = "en"  # no other language has three of them
+        name = "en"  # texts in other languages do not have three of them
     else:
         name = _detect_language(sample)
         if name and name not in limits.languages:
@@ -75,7 +76,7 @@ def language(document: DocumentView, limits: CleaningLimits) -> str:
 
 
 def _detect_language(sample: str) -> str:
-    """ISO 639-1 code of a sample's language; "" where it has too few letters or is in none of the candidates."""
+    """ISO 639-1 code of a sample's language; "" if it has too few letters or matches no candidate."""
     if sum(map(str.isalpha, sample)) < MIN_DETECTION_LETTERS:
         return ""
     found = _language_detector().detect_language_of(sample)
@@ -83,12 +84,12 @@ def _detect_language(sample: str) -> str:
 
 
 def _sample_text(text: str) -> str:
-    """The text, or of a long one the first 120 characters and 120 from its middle."""
+    """The text; if it is long, its first 120 characters and 120 from the middle."""
     middle = len(text) // 2
     return text if len(text) < 240 else text[:120] + " " + text[middle : middle + 120]
 
 
-# Languages that are told apart: those that share a script with Chinese or English, and the most frequent on the web.
+# Candidates of the detector: languages that share a script with Chinese or English, and the most frequent on the web.
 _CANDIDATE_LANGUAGES = [
     "CHINESE",
     "ENGLISH",
@@ -117,19 +118,20 @@ def _language_detector() -> Any:
         import lingua
     except ImportError:
         raise UserError(
-            "the rule `language` needs one more package (models inside, no download later): "
+            "the rule `language` needs one more package (it contains its models and downloads nothing): "
             'pip install "lingua-language-detector>=2,<3", or --skip language'
         ) from None
     candidates = [getattr(lingua.Language, name) for name in _CANDIDATE_LANGUAGES]
     return lingua.LanguageDetectorBuilder.from_languages(*candidates).with_low_accuracy_mode().build()
 
 
-_NO_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")  # a word without one
+_NO_LETTER = re.compile(r"(?<!\S)(?:(?!\s)[\W\d_])+(?!\S)")  # a word without a letter
 
 
 @recheck_on_prose
 def few_letters(document: DocumentView, limits: CleaningLimits) -> str:
-    """Gopher: 80 % of the words hold a letter. ChineseWebText: 30 % of the characters are Chinese."""
+    """English: fewer than 80 % of the words have a letter (Gopher). Chinese: fewer than 30 % Chinese characters
+    (ChineseWebText)."""
     if document.language == "zh":
         fraction = count_chinese(document.without_spaces) / max(len(document.without_spaces), 1)
         return f"{fraction:.0%} of the characters are Chinese" if fraction < 0.3 else ""
@@ -139,7 +141,7 @@ def few_letters(document: DocumentView, limits: CleaningLimits) -> str:
 
 @recheck_on_prose
 def word_length(document: DocumentView, limits: CleaningLimits) -> str:
-    """English words are 3 to 10 characters long on average (Gopher)."""
+    """The mean length of English words is below 3 or above 10 characters (Gopher)."""
     if document.language == "zh":
         return ""
     mean = sum(map(len, document.words)) / max(len(document.words), 1)
@@ -148,7 +150,7 @@ def word_length(document: DocumentView, limits: CleaningLimits) -> str:
 
 @recheck_on_prose
 def symbols(document: DocumentView, limits: CleaningLimits) -> str:
-    """At most one hash sign or ellipsis to ten words (Gopher)."""
+    """More than one hash sign or ellipsis per ten words (Gopher)."""
     words = document.word_count
     hashes, ellipses = document.text.count("#"), document.text.count("...") + document.text.count("…")
     return f"{hashes} '#', {ellipses} ellipses" if max(hashes, ellipses) > 0.1 * words else ""
@@ -158,7 +160,7 @@ _BULLETS = ("•", "‣", "▪", "●", "■", "◆", "★", "·", "*", "-", "�
 
 
 def list_of_lines(document: DocumentView, limits: CleaningLimits) -> str:
-    """At most 90 % of the lines begin with a bullet, 30 % end with an ellipsis (Gopher)."""
+    """More than 90 % of the lines begin with a bullet or more than 30 % end with an ellipsis (Gopher)."""
     lines = max(len(document.lines), 1)
     bullets = sum(line.lstrip().startswith(_BULLETS) for line in document.lines) / lines
     ellipses = sum(line.rstrip().endswith(("...", "…")) for line in document.lines) / lines
@@ -167,7 +169,7 @@ def list_of_lines(document: DocumentView, limits: CleaningLimits) -> str:
 
 @recheck_on_prose
 def stop_words(document: DocumentView, limits: CleaningLimits) -> str:
-    """English text holds at least two of: the, be, to, of, and, that, have, with (Gopher)."""
+    """English text with fewer than two of: the, be, to, of, and, that, have, with (Gopher)."""
     if document.language == "zh":
         return ""
     found = STOP_WORDS.intersection(document.lowercase.split())
@@ -182,7 +184,7 @@ _WORD_OR_SIGN = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 def repeated_lines(document: DocumentView, limits: CleaningLimits) -> str:
-    """Gopher, table A1: repeated paragraphs and lines, by number (0.30) and by characters (0.20)."""
+    """Repeated paragraphs or lines: more than 0.30 of their number or 0.20 of the characters (Gopher, table A1)."""
     for name, pieces in (
         ("paragraphs", _PARAGRAPHS.split(document.text.strip())),
         ("lines", _NEWLINES.split(document.text)),
@@ -199,10 +201,11 @@ def repeated_lines(document: DocumentView, limits: CleaningLimits) -> str:
 
 @recheck_on_prose
 def repeated_ngrams(document: DocumentView, limits: CleaningLimits) -> str:
-    """Gopher, table A1, on words; ChineseWebText on Chinese: half of the 13-character n-grams come more than once."""
+    """English: word n-grams above the thresholds of Gopher, table A1. Chinese: more than half of the 13-character
+    n-grams occur more than once (ChineseWebText)."""
     if document.language == "zh":
         fraction = _repeated_ngram_fraction(document.without_spaces, 13)
-        return f"{fraction:.0%} of the 13-character n-grams come again" if fraction > 0.5 else ""
+        return f"{fraction:.0%} of the 13-character n-grams are repeated" if fraction > 0.5 else ""
     words = _WORD_OR_SIGN.findall(document.text)
     for n, max_fraction in TOP_NGRAMS:
         counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
@@ -225,14 +228,14 @@ def _repeated_ngram_fraction(text: str, n: int) -> float:
     equal_to_previous = hashes[1:] == hashes[:-1]
     if not equal_to_previous.any():
         return 0.0
-    repeated = np.zeros(len(hashes), bool)  # as the one before or the one behind
+    repeated = np.zeros(len(hashes), bool)  # equal to the previous or the next hash
     repeated[1:] |= equal_to_previous
     repeated[:-1] |= equal_to_previous
     return float(repeated.mean())
 
 
 def _max_repeated_characters(words: list[str], n: int) -> int:
-    """Characters of the words that stand in an n-gram seen before: an upper bound for longer n-grams too."""
+    """Characters of the words inside an n-gram seen before: an upper bound for longer n-grams too."""
     seen, covered_until, total = set(), 0, 0
     for i, gram in enumerate(zip(*(words[k:] for k in range(n)), strict=False)):
         if gram in seen:
@@ -244,7 +247,7 @@ def _max_repeated_characters(words: list[str], n: int) -> int:
 
 
 def _repeated_characters(words: list[str], n: int) -> int:
-    """Characters of n-grams that were seen before; after one, the next begins behind it."""
+    """Characters of non-overlapping n-grams that were seen before."""
     seen, total, i = set(), 0, 0
     while i <= len(words) - n:
         gram = "".join(words[i : i + n])
@@ -256,22 +259,22 @@ def _repeated_characters(words: list[str], n: int) -> int:
     return total
 
 
-# ---- pages of the wrong kind -----------------------------------------------------------------------------------------
+# ---- unwanted kinds of documents -------------------------------------------------------------------------------------
 def placeholder(document: DocumentView, limits: CleaningLimits) -> str:
-    """C4 leaves out pages with "lorem ipsum"."""
+    """Contains "lorem ipsum" (C4)."""
     return "lorem ipsum" if "lorem ipsum" in document.lowercase else ""
 
 
 def unfinished(document: DocumentView, limits: CleaningLimits) -> str:
-    """C4 keeps pages with at least three sentences that end as sentences do."""
+    """Fewer than three lines end with a sentence mark (C4)."""
     count = sum(line.rstrip().endswith(tuple('.!?"。！？”…')) for line in document.lines)
     return f"{count} finished lines" if count < 3 else ""
 
 
 def short_lines(document: DocumentView, limits: CleaningLimits) -> str:
-    """ChineseWebText leaves out pages of less than 10 characters a line."""
+    """Fewer than 10 characters per line on average (ChineseWebText)."""
     mean = len(document.text) / max(len(document.lines), 1)
-    return f"{mean:.1f} characters a line" if mean < 10 else ""
+    return f"{mean:.1f} characters per line" if mean < 10 else ""
 
 
 def adverts(document: DocumentView, limits: CleaningLimits) -> str:
@@ -283,9 +286,9 @@ def unsafe(document: DocumentView, limits: CleaningLimits) -> str:
 
 
 def matched_phrases(document: DocumentView, phrases: Iterable[str]) -> str:
-    """At least two different phrases of the list, and one for every 200 characters or less (our choice).
+    """Up to five phrases of the list in the text, if it has at least two and one per 200 characters (our choice).
 
-    ChineseWebText asks for one to every two lines; but a page may be a single line.
+    ChineseWebText requires one phrase per two lines, but a document may be a single line.
     """
     found = [phrase for phrase in phrases if phrase in document.lowercase]
     if len(found) < 2 or sum(map(document.lowercase.count, found)) * 200 < len(document.lowercase):

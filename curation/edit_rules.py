@@ -1,15 +1,15 @@
-"""The rules of `data_process.py clean` that mend a text: each is a function str -> str, listed in rules.py.
+"""Edit rules of `data_process.py clean`: functions str -> str, listed in rules.py.
 
-    repair      ä½ å¥½      -> 你好              text that was decoded with the wrong code page
-    characters  "ＡＢＣ\\x00" -> "ABC"             control characters, widths, composed accents, line ends
-    simplify    漢語         -> 汉语              only when asked for
-    markup      "<b>a</b>"  -> "a"               tags, entities, markdown links, wiki markup; never inside ``` fences
-    boilerplate lines with a copyright or cookie notice, rows of navigation links
+    repair      ä½ å¥½      -> 你好              text decoded with the wrong code page
+    characters  "ＡＢＣ\\x00" -> "ABC"             control characters, full-width forms, composed accents, line ends
+    simplify    漢語         -> 汉语              off by default
+    markup      "<b>a</b>"  -> "a"               tags, entities, markdown links, wiki markup; not inside ``` fences
+    boilerplate removes lines with a copyright or cookie notice, and runs of navigation links
     personal    13800138000 -> [PHONE]           phone, identity card, e-mail, messenger account
 
-A rule that finds nothing returns the very same text. The patterns have bounded repeats: no text makes them slow.
+A rule without a match returns its argument. The patterns have bounded repeats, so no input makes them slow.
 
-Read next: rules.py (the table), drop_rules.py (the rules that leave documents out).
+Read next: rules.py (the table), drop_rules.py (the rules that drop documents).
 """
 
 import functools
@@ -22,12 +22,12 @@ from common.errors import UserError
 from corpus.language import count_chinese
 from curation.rule_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICE_PATTERNS
 
-# What UTF-8 looks like when it was read as Latin-1 or cp1252: an accented letter, then a byte of a continuation.
+# UTF-8 read as Latin-1 or cp1252: an accented letter, then a continuation byte.
 _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
 
 
 def repair(text: str) -> str:
-    """Undo a wrong decoding, by ftfy (github.com/rspeer/python-ftfy). Asked only where the text looks like one."""
+    """Undo a wrong decoding with ftfy (github.com/rspeer/python-ftfy). ftfy runs only if the pattern above matches."""
     return _import_ftfy().fix_encoding(text) if _WRONGLY_DECODED.search(text) else text
 
 
@@ -53,9 +53,9 @@ _BLANK_LINES = re.compile(r"\n{4,}")
 
 
 def characters(text: str) -> str:
-    """Control, invisible and private characters go; full-width letters and digits become ASCII; NFC; plain line ends.
+    """Remove control, invisible and private-use characters; map full-width letters and digits to ASCII; NFC; LF.
 
-    Chinese punctuation stays as it is: "，" is not ",". Blank lines come three in a row at most.
+    Chinese punctuation is kept: "，" does not become ",". At most two consecutive blank lines remain.
     """
     if _NEEDS_NORMALISATION.search(text):
         text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CHARACTER_MAP)
@@ -66,7 +66,7 @@ def characters(text: str) -> str:
 
 
 def simplify(text: str) -> str:
-    """Traditional to simplified Chinese, by OpenCC's t2s dictionary (phrases first, then characters)."""
+    """Traditional to simplified Chinese with OpenCC's t2s dictionary (phrases first, then characters)."""
     return _opencc_converter().convert(text)
 
 
@@ -86,7 +86,7 @@ _TAG_NAMES = (
 )
 # One letter may be a variable: "x <a and b> y" has no attribute and is no tag.
 _LETTER_TAG = r"</?[abipu](?:\s[^<>=]{1,30}=[^<>]{0,2000})?\s?/?>"
-# Names that also stand in angle brackets in manuals ("<option>"): tags only when closing, or with an attribute.
+# Names that manuals write in angle brackets too ("<option>"): a tag only if it is closing or has an attribute.
 _AMBIGUOUS_TAG_NAMES = (
     "audio|button|code|input|label|link|main|mark|object|option|param|section|select|source|summary|time|title|video"
 )
@@ -105,13 +105,13 @@ _LINK = re.compile(r"(?<!!)\[([^\[\]]{1,300})\]\((?:https?:|/|#|\./|mailto:)[^()
 _BBCODE = re.compile(
     r"\[(b|i|u|url|img|color|size|font|quote|center)(?:=[^\[\]]{0,300})?\]([^\[\]]{0,2000})\[/\1\]", re.I
 )
-# A link to a page, which has a name; not an index (x[[1]]) and not a matrix ([[1, 2]]).
+# A link to a named page; not an index (x[[1]]) and not a matrix ([[1, 2]]).
 _WIKI_LINK = re.compile(r"(?<![A-Za-z0-9_])\[\[(?![\s\d.,;:+-]*\])(?:[^\[\]|]{0,300}\|)?([^\[\]|]{1,300})\]\]")
 _MARKUP_HINT = re.compile(r"[<\[]|&[#a-zA-Z]")
 
 
 def markup(text: str) -> str:
-    """HTML, markdown links and images, BBCode, wiki links: what a reader sees stays. ``` fences are left alone."""
+    """Replace HTML, markdown links and images, BBCode and wiki links by their visible text, outside ``` fences."""
     if not _MARKUP_HINT.search(text):
         return text
     parts = text.split("```")
@@ -129,7 +129,7 @@ def markup(text: str) -> str:
 
 
 def _remove_hidden_elements(text: str) -> str:
-    """Without comments, scripts and style sheets; what is opened and never closed stays."""
+    """Remove comments, scripts and style sheets; an element without a closing tag stays."""
     for opening, closing in _HIDDEN_ELEMENTS:
         kept, start = [], 0
         while (first := opening.search(text, start)) and (last := closing.search(text, first.end())):
@@ -139,7 +139,7 @@ def _remove_hidden_elements(text: str) -> str:
     return text
 
 
-_MAX_LINE_ZH, _MAX_LINE_EN = 30, 90  # characters of a line that may be boilerplate: longer ones say something
+_MAX_LINE_ZH, _MAX_LINE_EN = 30, 90  # longest line, in characters, that can be boilerplate
 _NOTICE = re.compile("|".join(NOTICE_PATTERNS), re.I)
 _NAVIGATION_LINE = re.compile(
     rf"(?:请|您?需要)?(?:{'|'.join(MENU_ZH)})[^。！？!?；;，,]{{0,25}}|[^。！？!?；;，,\d][^。！？!?；;，,]{{0,25}}(?:{'|'.join(MENU_ZH)})"
@@ -150,11 +150,10 @@ _LINK_DECORATION = " \t\u3000>›»«‹·•|*#-–—[]【】()（）:：…"
 
 
 def boilerplate(text: str) -> str:
-    """Removes short lines that are a notice (copyright, cookies, JavaScript) or links of the page's navigation.
+    """Remove short lines that are a notice (copyright, cookies, JavaScript) or navigation links.
 
-    Lines of links are removed where two or more follow each other, or at the end of the page. A sentence about logging
-    in is kept. C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and the like; the
-    patterns are ours.
+    Navigation lines are removed in runs of two or more and at the end of the text. A sentence about logging in is kept.
+    C4 (Raffel et al. 2020, section 2.2) removes lines with "javascript" and similar words; the patterns are ours.
     """
     if "\n" not in text:
         return text
@@ -177,7 +176,7 @@ def boilerplate(text: str) -> str:
 
 
 def _line_kind(line: str) -> str:
-    """notice, menu, blank or text."""
+    """The kind of a line: notice, menu, blank or text."""
     if len(line) > _MAX_LINE_EN or (len(line) > _MAX_LINE_ZH and count_chinese(line)):
         return "text"
     stripped = line.strip(_LINK_DECORATION)
@@ -208,10 +207,10 @@ _ACCOUNT_HINTS = ("@", "微信", "薇信", "QQ", "qq", "wechat", "WeChat", "Wech
 
 
 def personal(text: str) -> str:
-    """Mask phone numbers, identity card numbers, e-mail addresses, messenger accounts.
+    """Mask phone numbers, identity card numbers, e-mail addresses and messenger accounts.
 
-    Identity cards must have a date of birth and the right check digit (GB 11643-1999), so that few other long numbers
-    are taken. Names and addresses are not looked for.
+    An identity card number must have a date of birth and the right check digit (GB 11643-1999); most other long
+    numbers are kept. Names and postal addresses are not masked.
     """
     if not any(hint in text for hint in _ACCOUNT_HINTS) and not _DIGITS_HINT.search(text):
         return text
@@ -221,6 +220,6 @@ def personal(text: str) -> str:
 
 
 def is_identity_number(number: str) -> bool:
-    """True when the 18th character is the check digit of the 17 before it (ISO 7064, mod 11-2)."""
+    """True if the 18th character is the check digit of the 17 before it (ISO 7064, MOD 11-2)."""
     total = sum(weight * int(digit) for weight, digit in zip(_CHECK_WEIGHTS, number[:17], strict=True))
     return number[17].upper() == "10X98765432"[total % 11]

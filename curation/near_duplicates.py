@@ -1,20 +1,20 @@
-"""Documents that are copies of others, or nearly: found by MinHash and locality-sensitive hashing, one machine.
+"""Exact and near-duplicate removal by MinHash and locality-sensitive hashing (LSH), on one machine.
 
-    shingles     = n-grams of the letters and digits: 5 characters in Chinese, 20 in English (about a sentence part)
+    shingles     = n-grams of the letters and digits: 5 characters in Chinese, 20 in English (about 4 words)
     signature    = for each of 112 hash functions the smallest hash over the shingles       (Broder 1997)
-    P(two signatures agree at one place) = Jaccard similarity s of the two sets of shingles
-    candidates   = equal in all 8 places of at least one of 14 bands:  P = 1 - (1 - s^8)^14
+    P(two signatures agree at one index) = Jaccard similarity s of the two sets of shingles
+    candidates   = all 8 hashes of at least one of 14 bands agree:  P = 1 - (1 - s^8)^14
                    s = 0.6: 0.21   0.7: 0.56   0.8: 0.92   0.85: 0.99   0.9: 1.00
 
-Fourteen bands of eight are what FineWeb used (Penedo et al. 2024, arXiv 2406.17557, section 3.4). Candidates are joined
-to clusters, and of each cluster the first document stays. MindLLM (Yang et al. 2023, arXiv 2310.15777) deduplicates by
-MinHash LSH, too.
+The 14 bands of 8 hashes follow FineWeb (Penedo et al. 2024, arXiv 2406.17557, section 3.4). MindLLM (Yang et al. 2023,
+arXiv 2310.15777) deduplicates by MinHash LSH too. Candidates are merged into clusters; the first document of each
+cluster is kept.
 
-Three passes: signatures (parallel, kept on disk, continued after a kill), clusters (one band at a time), writing.
-On disk while it runs: 120 bytes a document. In memory: about 40 bytes a document, while the clusters are found.
-For more than one machine: cluster_dedup.py does the same with datatrove.
+Three passes: signatures (parallel, stored on disk, resumable), clusters (one band at a time), writing.
+Temporary disk space: 120 bytes per document. Memory: about 40 bytes per document during clustering.
+For several machines: cluster_dedup.py runs the same method with datatrove.
 
-Read next: ngrams.py (the hashes), transform.py (the writing).
+Read next: ngrams.py (the hashes), transform.py (writing the output).
 """
 
 import hashlib
@@ -49,18 +49,18 @@ NUM_BANDS, HASHES_PER_BAND = 14, 8
 NUM_HASHES = NUM_BANDS * HASHES_PER_BAND
 MINHASH_SEED = 42
 SHINGLE_LENGTH = {"zh": 5, "en": 20}
-KEYS_PER_DOCUMENT = NUM_BANDS + 1  # of a document on disk: its bands, and the hash of its text
+KEYS_PER_DOCUMENT = NUM_BANDS + 1  # uint64 values stored per document: one per band, and the hash of its text
 
 
 # ---- one document ----------------------------------------------------------------------------------------------------
 def shingle_hashes(text: str) -> np.ndarray:
-    """Hashes of the shingles, shape (at least 1,), uint64. A text shorter than a shingle is one itself."""
+    """Hashes of the shingles, shape (num_shingles >= 1,), uint64. A text shorter than a shingle is one shingle."""
     codes = code_points(alphanumeric(text) or "".join(text.split()))
     return ngram_hashes(codes, min(SHINGLE_LENGTH[detect_language(text)], len(codes)))
 
 
 def minhash_signatures(shingle_sets: list[np.ndarray]) -> np.ndarray:
-    """MinHash signatures, shape (documents, 112), uint32, of their shingles. Raises UserError without rensa."""
+    """MinHash signatures, shape (documents, 112), uint32. Raises UserError if rensa is not installed."""
     set_ends = np.cumsum([0, *map(len, shingle_sets)]).astype(np.uint64)
     matrix = _import_rensa().RMinHash.digest_matrix_from_flat_token_hashes(
         np.concatenate(shingle_sets), set_ends, NUM_HASHES, MINHASH_SEED
@@ -79,7 +79,7 @@ def _import_rensa() -> Any:
 
 
 def band_keys(signatures: np.ndarray) -> np.ndarray:
-    """(documents, 112) signatures -> (documents, 14) keys, uint64: equal where a whole band is."""
+    """(documents, 112) signatures -> (documents, 14) keys, uint64: the keys of equal bands are equal."""
     halves = signatures.astype(np.uint64).reshape(len(signatures), NUM_BANDS, HASHES_PER_BAND // 2, 2)
     pairs = halves[..., 0] << np.uint64(32) | halves[..., 1]
     key = np.zeros(pairs.shape[:2], np.uint64)
@@ -89,7 +89,7 @@ def band_keys(signatures: np.ndarray) -> np.ndarray:
 
 
 def row_text_hash(row: NumberedRow) -> int:
-    """64-bit hash of a row's text without regard to white space; chats are equal if each of their messages is."""
+    """64-bit hash of a row's text without white space. Chats are equal if roles and texts of all messages are."""
     starts = [0, *(end for _, end in row.turns)]
     parts = [row.kind, *(role for role, _ in row.turns)]
     parts += ["".join(row.text[start:end].split()) for start, end in itertools.zip_longest(starts, starts[1:])]
@@ -99,7 +99,7 @@ def row_text_hash(row: NumberedRow) -> int:
 
 @dataclass
 class MinHasher:
-    """(documents, 15) keys of a batch of rows; exact only: the band keys are zero. Runs in worker processes."""
+    """Batch of rows -> keys, shape (documents, 15); with `exact_only` the band keys are zero. Runs in workers."""
 
     exact_only: bool
 
@@ -121,7 +121,7 @@ def write_document_keys(
     report: DataStats,
     reader: RowReader = DEFAULT_READER,
 ) -> Path:
-    """Write the keys of every row to a file in the partial folder and return its path; continues an earlier run's."""
+    """Write the keys of every row to a file in the staging folder, resuming an earlier run. Returns its path."""
     folder = dataset_staging_folder(out_dir)
     path = folder / "documents.keys"
     job = {
@@ -148,9 +148,9 @@ def write_document_keys(
 
 
 def cluster_representatives(path: Path, exact_only: bool = False) -> np.ndarray:
-    """For every document the number of the first document of its cluster (its own, if it stays), shape (documents,).
+    """For every document the number of the first document of its cluster, shape (documents,).
 
-    Documents are in one cluster if a chain of equal keys joins them.
+    Clusters are the connected components of the graph whose edges are equal keys.
     """
     count = path.stat().st_size // (KEYS_PER_DOCUMENT * 8)
     first = np.arange(count, dtype=np.int64 if count >= 2**31 else np.int32)
@@ -165,7 +165,7 @@ def cluster_representatives(path: Path, exact_only: bool = False) -> np.ndarray:
 
 
 def _read_key_column(path: Path, band: int, count: int, documents_per_read: int = 1 << 18) -> np.ndarray:
-    """One key of every document, read in pieces, so that the others never fill the memory."""
+    """One key of every document, shape (count,), read in blocks to bound the memory."""
     keys = np.empty(count, np.uint64)
     with path.open("rb") as file:
         for start in range(0, count, documents_per_read):
@@ -175,12 +175,12 @@ def _read_key_column(path: Path, band: int, count: int, documents_per_read: int 
 
 
 def merge_clusters(first: np.ndarray, ones: np.ndarray, others: np.ndarray) -> None:
-    """Put the clusters of each pair together, in place; `first` maps every document to its cluster's lowest number."""
+    """Merge the clusters of each pair (ones[i], others[i]) in place; first[i] is the lowest number in i's cluster."""
     separate = first[ones] != first[others]
     for one, other in zip(first[ones[separate]].tolist(), first[others[separate]].tolist(), strict=True):
         one, other = _find_root(first, one), _find_root(first, other)
         first[max(one, other)] = min(one, other)
-    while True:  # every document points to its root again
+    while True:  # path compression: every document points to its root
         parents = first[first]
         if np.array_equal(parents, first):
             return
@@ -194,22 +194,22 @@ def _find_root(first: np.ndarray, i: int) -> int:
     return i
 
 
-# ---- the step --------------------------------------------------------------------------------------------------------
+# ---- the transform ---------------------------------------------------------------------------------------------------
 class Clusters(NamedTuple):
-    representatives: np.ndarray  # (documents,): the number of the first document of each one's cluster
-    hashes: Any  # hashes[i] of the text of document i
+    representatives: np.ndarray  # (documents,): number of the first document in the document's cluster
+    hashes: Any  # hashes[i]: hash of the text of document i
 
 
 @dataclass
 class KeepFirstOfCluster:
-    """The step that writes: a row stays if it is the first of its cluster."""
+    """Keeps the first row of each cluster and drops the others."""
 
     clusters: Clusters
     exact_only: bool
     reader: RowReader = DEFAULT_READER
     name: str = "dedup"
-    locations: dict[int, str] = field(default_factory=dict)  # where the first document of a cluster of several stands
-    example_texts: dict[int, str] = field(default_factory=dict)  # its text, for the examples only
+    locations: dict[int, str] = field(default_factory=dict)  # first document of a cluster with duplicates -> file:line
+    example_texts: dict[int, str] = field(default_factory=dict)  # the same -> beginning of its text, for examples
 
     def __post_init__(self) -> None:
         first = self.clusters.representatives
@@ -245,7 +245,7 @@ class KeepFirstOfCluster:
         if first == i:
             return Decision(to_json_line(row.raw), language, len(row.text))
         rule = "exact duplicate" if self.clusters.hashes[i] == self.clusters.hashes[first] else "near-duplicate"
-        location = self.locations.get(first, f"document {first + 1:,} of all files")  # one of another task's file
+        location = self.locations.get(first, f"document {first + 1:,} of all files")  # if another task read its file
         example = (
             f"kept: {self.example_texts.get(first, location)}\nthis: {row.text[:150]}" if i in self.example_rows else ""
         )
@@ -267,7 +267,7 @@ def deduplicate(
     exact_only: bool = False,
     reader: RowReader = DEFAULT_READER,
 ) -> RuleStats:
-    """Write the rows that are no copies to `out_dir` and return the counts. Raises UserError as `run_transform`."""
+    """Write the rows without duplicates to `out_dir` and return the counts. Raises UserError as `run_transform`."""
     check_out_dir(out_dir, paths)
     if not exact_only:
         _import_rensa()

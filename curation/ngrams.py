@@ -1,13 +1,12 @@
-"""Texts as sets of n-gram hashes: what two texts share is found by comparing numbers.
+"""64-bit hashes of character n-grams.
 
-    alphanumeric("Hello, 世界。")  -> "hello世界"            letters and digits only, in small letters
+    alphanumeric("Hello, 世界。")  -> "hello世界"            letters and digits only, in lowercase
     hash of s[i : i + n]       =  hash64(sum_k s[i + k] * B^(n - 1 - k) mod 2^64)
 
-The n-grams are of characters in both languages: a Chinese word is one or two of them, an English one about five, so
-that an English n-gram has to be longer to say as much. The hashes are the same on every machine and in every run.
+Both languages use n-grams of characters. A Chinese word has one or two characters, an English word about five, so
+English needs longer n-grams. The hashes are the same on every machine and in every run.
 
-Read next: near_duplicates.py (documents that share most of their n-grams), decontaminate.py (documents that hold one
-of an exam).
+Read next: near_duplicates.py (documents with mostly equal n-grams), decontaminate.py (documents with exam questions).
 """
 
 import re
@@ -19,19 +18,19 @@ _BASE = 0x9E3779B97F4A7C15  # odd, with well spread bits: 2^64 divided by the go
 
 
 def alphanumeric(text: str) -> str:
-    """The letters and digits of a text, in small letters: what is left when layout and punctuation change."""
+    """The letters and digits of a text in lowercase, without white space and punctuation."""
     return _NOT_WORD.sub("", text.lower())
 
 
 def code_points(text: str) -> np.ndarray:
-    """Code points, shape (characters,), uint64."""
+    """Unicode code points of a text, shape (characters,), uint64."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
 
 
 def ngram_hashes(codes: np.ndarray, n: int) -> np.ndarray:
-    """A 64-bit hash of every n-gram, shape (max(0, characters - n + 1),); `codes` as from `code_points`.
+    """A hash of every n-gram, shape (max(0, characters - n + 1),), uint64; `codes` as from `code_points`.
 
-    Blocks of 1, 2, 4, ... characters are joined to one of n, which takes log2(n) passes instead of n.
+    Combines the hashes of blocks of 1, 2, 4, ... characters: log2(n) passes instead of n.
     """
     if len(codes) < n:
         return np.zeros(0, np.uint64)
@@ -40,7 +39,7 @@ def ngram_hashes(codes: np.ndarray, n: int) -> np.ndarray:
     covered = 0
     while True:
         if n & size:
-            # What is done stands before the block.
+            # `done` covers the characters before the block.
             done = block if done is None else done[: len(block) - covered] * np.uint64(power) + block[covered:]
             covered += size
         size *= 2
@@ -53,7 +52,7 @@ def ngram_hashes(codes: np.ndarray, n: int) -> np.ndarray:
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (the finaliser of SplitMix64, Steele et al. 2014): equal stay equal."""
+    """Bijective 64-bit mixing: the finaliser of SplitMix64 (Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

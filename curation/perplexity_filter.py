@@ -1,23 +1,23 @@
-"""Which chats teach a small model: those that are neither trivial nor beyond it, by the cross-entropy of its parent.
+"""Selects training chats by the cross-entropy of their answers under a pretrained model.
 
-    score of a chat = mean of -log p(token | what comes before) over its answers, in nats a token, by a pretrained model
+    score of a chat = mean of -log p(token | preceding tokens) over the tokens of its answers, in nats per token
 
-    --keep_entropy 2.5,4.5          this band; zh=2.5,4.5 for one language (give the flag once for each)
-    --keep_entropy 20%,80%          the band between these percentiles, for each language by itself
-    --keep_share 0.5                of the band, the half nearest to its middle, for each language by itself
+    --keep_entropy 2.5,4.5          this range; zh=2.5,4.5 for one language (repeat the flag for another one)
+    --keep_entropy 20%,80%          the range between these percentiles, per language
+    --keep_share 0.5                the half of the range that is nearest to its median, per language
 
-A low score says that the model could have written the answer already, or that it repeats itself; a high one that the
-answer is noise, in the wrong language, or too hard. What follows MindLLM (arXiv:2310.15777, "entropy-based quality
-filtering" of instructions for lightweight models): that the pretrained model's own cross-entropy decides. What is our
-choice: answers alone are scored, chats are shown to the scorer without markers, bands may differ by language, and they
-can be percentiles, since nats a token depend on the vocabulary. Validation chats are never filtered, so that models
-trained on different choices are compared on the same ones. Choosing does not always win over drawing at random
+A low score: the model can write the answer already, or the answer repeats itself. A high score: the answer is noise, in
+the wrong language, or too hard. The selection by the cross-entropy of the pretrained model follows MindLLM
+(arXiv:2310.15777, "entropy-based quality filtering" of instructions for lightweight models). Our choices: only answers
+are scored, a pretrained scorer sees chats without role markers, ranges may differ by language, and they can be
+percentiles, since nats per token depend on the vocabulary. Validation chats are never filtered: models trained on
+different selections are compared on the same chats. Selection is not always better than random sampling
 (arXiv:2410.09335).
 
-Reads and writes   <out_dir>.scores-<scorer>.jsonl: [hash of the chat, nats a token, scored tokens, language, CRC-32],
-                   appended as they are computed; another band costs no second scoring, and a killed run continues. A
-                   line that is cut or damaged is scored again.
-Read next: perplexity_scorer.py (who scores), ../data_process.py, ../corpus/prepare_chats.py.
+Reads and writes   <out_dir>.scores-<scorer>.jsonl: [hash of the chat, nats per token, scored tokens, language, CRC-32],
+                   appended during scoring. Another range needs no new scoring, and a killed run resumes. Truncated or
+                   damaged lines are scored again.
+Read next: perplexity_scorer.py (computes the scores), ../data_process.py, ../corpus/prepare_chats.py.
 """
 
 import hashlib
@@ -39,14 +39,14 @@ from corpus.language import LANGUAGES
 from corpus.readers import PathLike
 from corpus.stats import DataStats
 
-HISTOGRAM_BINS = 12  # of the histogram
-SCORE_SCALE, MAX_NATS = 10_000, 200_000  # scores have four decimals and fit into an int32
+HISTOGRAM_BINS = 12
+SCORE_SCALE, MAX_NATS = 10_000, 200_000  # scores are stored as int32 with four decimals
 ExampleReader = Callable[[Iterable[PathLike], DataStats], Iterator[Example]]  # as corpus.examples.read_chat_examples
 
 
 @dataclass(frozen=True)
 class ScoreRange:
-    """What --keep_entropy asks for; "" as language: for all."""
+    """A value of --keep_entropy: nats per token, or percentiles if `percent`; language "" means all languages."""
 
     low: float
     high: float
@@ -55,23 +55,23 @@ class ScoreRange:
 
 
 def parse_score_range(text: str) -> ScoreRange:
-    """LOW,HIGH in nats a token, LOW%,HIGH% in percentiles, each perhaps after zh= or en=. Raises UserError."""
+    """Parse LOW,HIGH (nats per token) or LOW%,HIGH% (percentiles), optionally after zh= or en=. Raises UserError."""
     number_pattern = r"(\d+(?:\.\d+)?)(%?)"
     match, text = (
         re.fullmatch(rf"\s*(?:([a-z]+)=)?{number_pattern},{number_pattern}\s*", text),
         escape_controls(text)[:80],
     )
-    usage = "write 2.5,4.5 (nats a token), 20%,80% (percentiles) or zh=2.5,4.5 (one language)"
+    usage = "write 2.5,4.5 (nats per token), 20%,80% (percentiles) or zh=2.5,4.5 (one language)"
     if not match or match[3] != match[5] or (match[1] or LANGUAGES[0]) not in LANGUAGES:
         raise UserError(f"--keep_entropy {text}: {usage}")
     low, high = float(match[2]), float(match[4])
     if low >= high or (match[3] and high > 100):
-        raise UserError(f"--keep_entropy {text}: the smaller number first, percentiles at most 100: {usage}")
+        raise UserError(f"--keep_entropy {text}: the first number must be smaller, percentiles at most 100: {usage}")
     return ScoreRange(low, high, bool(match[3]), match[1] or "")
 
 
 class ScoreStore:
-    """The scores of chats by one scorer, in memory and in a file. Memory: 13 bytes a chat, 39 while reading."""
+    """The scores of chats by one scorer, in memory and in a file. Memory: 13 bytes per chat, 39 while loading."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.has_new_rows = path, False
@@ -80,12 +80,12 @@ class ScoreStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = path.open("a", encoding="utf-8")
             if path.stat().st_size:
-                self.file.write("\n")  # after a line that a kill has cut; empty lines mean nothing
+                self.file.write("\n")  # the last line may be truncated by a kill; empty lines are ignored
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
 
     def _load(self) -> None:
-        """Three columns, sorted by key: keys, ten-thousandths of a nat (as exact as the file), places in LANGUAGES."""
+        """Load three columns, sorted by key: keys, nats * SCORE_SCALE, indices into LANGUAGES."""
         columns = array("Q"), array("i"), array("b")
         if self.path.is_file():
             with self.path.open(encoding="utf-8", errors="replace") as lines:
@@ -101,7 +101,7 @@ class ScoreStore:
         self.keys, self.nats, self.languages = (np.asarray(column)[last] for column in columns)
 
     def add(self, rows: Iterable[tuple[int, float, int, str]]) -> None:
-        """Write rows of (key, nats a token, scored tokens, language); `get`, `for_language` know them after `close`."""
+        """Append rows of (key, nats per token, scored tokens, language). `close` makes them visible to `get`."""
         try:
             for key, nats, tokens, language in rows:
                 row = [key, round(nats, 4), tokens, language]
@@ -117,7 +117,7 @@ class ScoreStore:
             self._load()
 
     def get(self, key: int) -> tuple[float, str] | None:
-        """(nats a token, language) of a chat by its Item.identity."""
+        """(nats per token, language) of the chat with this content_hash, or None."""
         index = int(self.keys.searchsorted(np.uint64(key)))
         if index == len(self.keys) or self.keys[index] != key:
             return None
@@ -128,7 +128,7 @@ class ScoreStore:
         return self.nats[self.languages == LANGUAGES.index(language)] / SCORE_SCALE
 
     def digest(self) -> str:
-        """Names all of them."""
+        """Hash of all scores."""
         digest = hashlib.blake2b(digest_size=8)
         for column in (self.keys, self.nats, self.languages):
             digest.update(column)
@@ -136,12 +136,12 @@ class ScoreStore:
 
 
 def parse_score_line(line: str) -> tuple[int, int, int] | None:
-    """(key, ten-thousandths of a nat, place in LANGUAGES) of a line of the file; None if it is cut or damaged."""
+    """(key, nats * SCORE_SCALE, index into LANGUAGES) of a line of the file; None if it is truncated or damaged."""
     try:
         row = json.loads(line)
         if len(row) == 5 and row.pop() != _row_checksum(row):
             return None
-        key, nats, tokens, language = row  # without a checksum in files of earlier versions
+        key, nats, tokens, language = row  # files of earlier versions have no checksum
         if isinstance(key, int) and 0 <= key < 2**64 and 0 <= nats < MAX_NATS and tokens > 0:
             return key, round(nats * SCORE_SCALE), LANGUAGES.index(language)
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -154,13 +154,13 @@ def _row_checksum(row: list[Any]) -> str:
 
 
 def scores_path(out_dir: PathLike, scorer: str) -> Path:
-    """Beside the data set: replacing it must not throw them away."""
+    """Path of the scores, beside `out_dir`: they must survive when the dataset is replaced."""
     path = Path(os.path.normpath(out_dir))
     return path.with_name(f"{path.name}.scores-{scorer}.jsonl")
 
 
 class PerplexityFilter:
-    """The interval of scores that is kept, for each language."""
+    """The interval of scores to keep, per language. Raises UserError if no chat has a score inside it."""
 
     def __init__(self, scores: ScoreStore, score_ranges: list[ScoreRange], keep_share: float = 1.0) -> None:
         self.scores = scores
@@ -177,16 +177,16 @@ class PerplexityFilter:
                 f"{k} from {scores.for_language(k).min():.2f} to {scores.for_language(k).max():.2f}"
                 for k in self.limits
             )
-            raise UserError(f"--keep_entropy keeps no chat: the scores are, in nats a token, {', '.join(ranges)}")
+            raise UserError(f"--keep_entropy keeps no chat: the scores in nats per token are {', '.join(ranges)}")
 
     def keep_mask(self, language: str) -> np.ndarray:
-        """Which of a language's scores are kept, shape (chats,), bool."""
+        """True for the scores of a language that are kept, shape (chats,), bool."""
         scores, (low, high) = self.scores.for_language(language), self.limits[language]
         return (scores >= low) & (scores <= high)
 
-    def drop_reason(self, item: Example) -> str:
-        """Why a chat is left out, or "" when it is kept. A chat that could not be scored is kept."""
-        score = self.scores.get(item.content_hash)
+    def drop_reason(self, example: Example) -> str:
+        """Why a chat is dropped, or "" if it is kept. A chat without a score is kept."""
+        score = self.scores.get(example.content_hash)
         if score is None:
             return ""
         low, high = self.limits[score[1]]
@@ -195,31 +195,31 @@ class PerplexityFilter:
         return f"entropy of its answers above {high:.2f} ({score[1]})" if score[0] > high else ""
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """What the choice depends on."""
+        """Settings that determine the selection, for the fingerprint of the dataset."""
         return {"limits": self.limits, "scores": self.scores.digest()}
 
     def filter_examples(
-        self, items: ExampleReader, val_share: float, on_example: Callable[[Example], None]
+        self, read_examples: ExampleReader, val_share: float, on_example: Callable[[Example], None]
     ) -> ExampleReader:
-        """`items` without the training chats that are not kept; what is left out is counted with its reason.
+        """Wrap `read_examples`: drop training chats outside the interval and count them by reason in the report.
 
-        `on_example` is called with every example first.
+        `on_example` is called with every example before it is filtered.
         """
 
         def filtered_examples(paths: Iterable[PathLike], report: DataStats) -> Iterator[Example]:
-            for item in items(paths, report):
-                on_example(item)
-                validation = item.split_hash < val_share * 2.0**64
-                if not validation and (reason := self.drop_reason(item)):
-                    report.row_dropped(reason, item.file, item.line)
+            for example in read_examples(paths, report):
+                on_example(example)
+                validation = example.split_hash < val_share * 2.0**64
+                if not validation and (reason := self.drop_reason(example)):
+                    report.row_dropped(reason, example.file, example.line)
                 else:
-                    yield item
+                    yield example
 
         return filtered_examples
 
 
 def score_interval(scores: np.ndarray, score_range: ScoreRange | None, keep_share: float) -> tuple[float, float]:
-    """The lowest and highest score to keep: the band, or the share of it that is nearest to its median."""
+    """The lowest and highest score to keep: the range, or its fraction `keep_share` that is nearest to the median."""
     low, high = -np.inf, np.inf
     if score_range:
         low, high = (
@@ -235,30 +235,33 @@ def score_interval(scores: np.ndarray, score_range: ScoreRange | None, keep_shar
     return float(low), float(high)
 
 
-# ---- showing ---------------------------------------------------------------------------------------------------------
+# ---- the histogram ---------------------------------------------------------------------------------------------------
 class HistogramExamples:
-    """A few chats of every bin of the histogram: those with the lowest hashes, so the same ones every time."""
+    """Up to `per_bin` chats of every histogram bin: those with the lowest hashes, so the choice is deterministic."""
 
     def __init__(self, scores: ScoreStore, per_bin: int) -> None:
         self.scores, self.per_bin = scores, per_bin
         self.edges = {language: bin_edges(scores.for_language(language)) for language in LANGUAGES}
         self.kept: dict[tuple[str, int], list[tuple[int, str]]] = {}
 
-    def offer(self, item: Example) -> None:
-        score = self.scores.get(item.content_hash)
+    def offer(self, example: Example) -> None:
+        score = self.scores.get(example.content_hash)
         if score is None or not self.per_bin:
             return
         nats, language = score
         own_scores = self.kept.setdefault((language, int(bin_index(self.edges[language], nats))), [])
-        if len(own_scores) < self.per_bin or item.content_hash < own_scores[-1][0]:
-            question, answer = item.messages[-2]["content"], item.messages[-1]["content"]
-            own_scores.append((item.content_hash, f"{clip_text(question)} → {clip_text(answer)}"))
+        if len(own_scores) < self.per_bin or example.content_hash < own_scores[-1][0]:
+            question, answer = example.messages[-2]["content"], example.messages[-1]["content"]
+            own_scores.append((example.content_hash, f"{clip_text(question)} → {clip_text(answer)}"))
             own_scores.sort()
             del own_scores[self.per_bin :]
 
 
 def bin_edges(scores: np.ndarray) -> np.ndarray:
-    """Edges of BINS equal bins from the 1st to the 99th percentile, rounded to 0.05; the outer bins take the rest."""
+    """Edges of HISTOGRAM_BINS equal bins from the 1st to the 99th percentile, rounded to 0.05, shape (bins + 1,).
+
+    The first and last bin also count the scores outside the edges.
+    """
     if not len(scores):
         return np.linspace(0, 1, HISTOGRAM_BINS + 1)
     low, high = np.percentile(scores, [1, 99])
@@ -267,31 +270,35 @@ def bin_edges(scores: np.ndarray) -> np.ndarray:
 
 
 def bin_index(edges: np.ndarray, nats: Any) -> Any:
-    """The bin of a score, or of each score of an array."""
+    """Index of the bin of a score, or of each score of an array."""
     return np.clip(np.searchsorted(edges, nats, side="right") - 1, 0, HISTOGRAM_BINS - 1)
 
 
 def clip_text(text: str, length: int = 36) -> str:
-    """One line, shortened, without anything that a terminal would obey."""
+    """The text on one line, at most `length` characters, without control characters."""
     line = "".join(letter if letter.isprintable() else " " for letter in " ".join(text.split()))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def print_histogram(choice: PerplexityFilter, examples: HistogramExamples) -> None:
-    """A table for each language: bins of nats a token, how many chats, which are kept, and examples."""
+def print_histogram(score_filter: PerplexityFilter, examples: HistogramExamples) -> None:
+    """Print a table per language: the range of each bin, its chats, how many are kept, and examples."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=140)
-    for language in choice.limits:
-        scores, edges, kept = choice.scores.for_language(language), examples.edges[language], choice.keep_mask(language)
+    for language in score_filter.limits:
+        scores, edges, kept = (
+            score_filter.scores.for_language(language),
+            examples.edges[language],
+            score_filter.keep_mask(language),
+        )
         counts = np.bincount(bin_index(edges, scores), minlength=HISTOGRAM_BINS)
         inside = np.bincount(bin_index(edges, scores[kept]), minlength=HISTOGRAM_BINS)
-        title = f"{language}: {len(scores):,} chats, median {np.median(scores):.2f} nats a token of the answers; "
+        title = f"{language}: {len(scores):,} chats, median {np.median(scores):.2f} nats per token of the answers; "
         table = Table(title=title + f"kept {kept.sum():,} ({kept.mean():.1%})", title_justify="left")
-        for name in ("nats a token", "chats", "kept"):
+        for name in ("nats per token", "chats", "kept"):
             table.add_column(name, justify="right")
         table.add_column("")
         table.add_column("examples", overflow="fold")
@@ -303,7 +310,7 @@ def print_histogram(choice: PerplexityFilter, examples: HistogramExamples) -> No
         console.print(table)
 
 
-def filter_summary(choice: PerplexityFilter) -> dict[str, Any]:
-    """What meta.json remembers: the scores' file and the interval of each language."""
-    limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in choice.limits.items()}
-    return {"scores": choice.scores.path.name, "kept_between": limits}
+def filter_summary(score_filter: PerplexityFilter) -> dict[str, Any]:
+    """The entry of meta.json: the file of the scores and the interval of each language."""
+    limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in score_filter.limits.items()}
+    return {"scores": score_filter.scores.path.name, "kept_between": limits}

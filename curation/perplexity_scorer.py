@@ -1,12 +1,12 @@
-"""How surprising a chat's answers are to a model: their cross-entropy, in nats a token.
+"""Scores chats by the cross-entropy of their answers under a model, in nats per token.
 
-    score = sum over the tokens of the answers of -log p(token | everything before it) / how many they are
+    score = mean over the tokens of the answers of -log p(token | preceding tokens)
 
-A pretrained model has never seen the markers of a chat, so it gets the bare words, one message after the other on lines
-of their own, as pretraining shows it chats; a model of a chat stage gets the chat as it knows it.
+A pretrained model has not seen chat markers. It scores the plain text of the chat, one message per line, which is how
+chats appear in the pretraining data. A model of a chat stage scores the chat in its own chat template.
 
 Reads   any out/*.pth or a transformers folder.
-Read next: perplexity_filter.py (what is done with the scores), ../trainer/loss.py.
+Read next: perplexity_filter.py (selection by the scores), ../trainer/loss.py.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from model.checkpoint import model_fingerprint
 from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
 
-SCORER_POOL_CHATS = 1024  # chats that are sorted by length together
-SCORER_BATCH_TOKENS = 8192  # of a batch, pads included
+SCORER_POOL_CHATS = 1024  # chats sorted by length together
+SCORER_BATCH_TOKENS = 8192  # tokens per batch, padding included
 
 
 class Scorer:
-    """A loaded model that scores chats."""
+    """Loads a model and scores chats with it. Raises UserError if the model cannot be loaded."""
 
     def __init__(self, path: str | Path, device: str = "auto", dtype: str = "auto") -> None:
         self.device = pick_device(device)
@@ -56,7 +56,7 @@ class Scorer:
 
     @torch.no_grad()
     def score_chats(self, chats: list[list[Message]]) -> list[tuple[float, int]]:
-        """(nats a token, scored tokens) of each chat; (0.0, 0) where no token of an answer fits."""
+        """(nats per token, scored tokens) of each chat; (0.0, 0) if no answer token fits into the context."""
         rows = [self._encode_chat(messages) for messages in chats]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
         result = [(0.0, 0)] * len(rows)
@@ -80,8 +80,7 @@ class Scorer:
         return result
 
     def _encode_chat(self, messages: list[Message]) -> tuple[list[int], list[int]]:
-        """Ids and the mask of the answers, cut to what the model reads. Of a chat that its format cannot write nothing
-        is scored."""
+        """Token ids and answer mask, cut to max_seq_len. A chat that the template rejects gets an empty mask."""
         if self.without_markers:
             ids, mask = encode_plain_chat(self.tokenizer, messages)
         else:
@@ -91,7 +90,7 @@ class Scorer:
 
 
 def encode_plain_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """The words of a chat, a line for each message, and the mask of the assistant's; line ends are not scored."""
+    """Token ids of the messages, one per line, and the mask of the assistant's tokens; line ends are not scored."""
     ids: list[int] = []
     mask: list[int] = []
     for number, message in enumerate(messages):
@@ -106,7 +105,7 @@ def encode_plain_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tupl
 
 
 def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """The indices in `order`, shortest first, cut so that no batch has more than SCORER_BATCH_TOKENS places."""
+    """Split `order` (indices, shortest first) into batches of at most SCORER_BATCH_TOKENS padded tokens or one chat."""
     batch: list[int] = []
     for i in order:
         if batch and (len(batch) + 1) * lengths[i] > SCORER_BATCH_TOKENS:
@@ -117,15 +116,15 @@ def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]
         yield batch
 
 
-def score_new_examples(items: Iterable[Example], scorer: Scorer, scores: ScoreStore) -> int:
-    """Score every chat that `scores` does not know yet, each once; returns how many. Memory: one pool of chats."""
-    new_examples = (item for item in items if scores.get(item.content_hash) is None)
+def score_new_examples(examples: Iterable[Example], scorer: Scorer, scores: ScoreStore) -> int:
+    """Score every chat without an entry in `scores`; returns their number. Memory: SCORER_POOL_CHATS chats."""
+    new_examples = (example for example in examples if scores.get(example.content_hash) is None)
     done = 0
     while pool := list(itertools.islice(new_examples, SCORER_POOL_CHATS)):
-        results = scorer.score_chats([item.messages for item in pool])
+        results = scorer.score_chats([example.messages for example in pool])
         scores.add(
-            (item.content_hash, nats, count, item.language)
-            for item, (nats, count) in zip(pool, results, strict=True)
+            (example.content_hash, nats, count, example.language)
+            for example, (nats, count) in zip(pool, results, strict=True)
             if count
         )
         done += len(pool)
@@ -133,34 +132,34 @@ def score_new_examples(items: Iterable[Example], scorer: Scorer, scores: ScoreSt
 
 
 class PerplexityFilterStage:
-    """What `data_process.py sft --scorer` does besides packing: score, keep a band, show the histogram."""
+    """The part of `data_process.py sft --scorer` before packing: score, select, print the histogram."""
 
     def __init__(
         self,
         args: argparse.Namespace,
-        form: DataTask,
+        task: DataTask,
         progress: Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]],
     ) -> None:
         scorer, report = Scorer(args.scorer), DataStats(args.max_bad_share, args.accept_damaged)
         path = scores_path(args.out_dir, scorer.name)
         with lock_output(path), progress(args.files, report) as on_batch:
             self.scores = ScoreStore(path)
-            items = count_examples(form.read_examples(args.files, report), report, on_batch)
+            examples = count_examples(task.read_examples(args.files, report), report, on_batch)
             try:
-                new = score_new_examples(items, scorer, self.scores)
+                new = score_new_examples(examples, scorer, self.scores)
             except KeyboardInterrupt:
-                print(f"the scores so far are kept in {self.scores.path}: the same command goes on behind them")
+                print(f"the scores so far are kept in {self.scores.path}: the same command continues from them")
                 raise
             finally:
                 self.scores.close()
-        reused = f", {report.kept - new:,} were scored before" if report.kept > new else ""
+        reused = f", {report.kept - new:,} had a score already" if report.kept > new else ""
         print(f"scored {new:,} chats with {args.scorer} on {scorer.device} in {report.seconds:.0f} s{reused}; "
               f"scores in {self.scores.path}")  # fmt: skip
         self.score_filter = PerplexityFilter(self.scores, args.keep_entropy or [], args.keep_share)
         self.examples = HistogramExamples(self.scores, 2)
-        filtered = self.score_filter.filter_examples(form.read_examples, args.val_share, self.examples.offer)
-        self.form = dataclasses.replace(
-            form, read_examples=filtered, settings=form.settings | self.score_filter.fingerprint_fields()
+        filtered = self.score_filter.filter_examples(task.read_examples, args.val_share, self.examples.offer)
+        self.task = dataclasses.replace(
+            task, read_examples=filtered, settings=task.settings | self.score_filter.fingerprint_fields()
         )
 
     def print_histograms(self) -> None:
@@ -170,11 +169,11 @@ class PerplexityFilterStage:
         return {"chosen": filter_summary(self.score_filter)}
 
 
-def count_examples(items: Iterable[Example], report: DataStats, on_batch: Callable[[], None]) -> Iterator[Example]:
-    """The same items; the report's speed is of them."""
-    for item in items:
+def count_examples(examples: Iterable[Example], report: DataStats, on_batch: Callable[[], None]) -> Iterator[Example]:
+    """Yield the examples and count them in the report, which computes the speed."""
+    for example in examples:
         report.kept += 1
-        report.text_bytes += len(item.text.encode())
+        report.text_bytes += len(example.text.encode())
         if report.kept % SCORER_POOL_CHATS == 0:
             on_batch()
-        yield item
+        yield example

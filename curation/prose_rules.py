@@ -1,10 +1,10 @@
-"""A page, as the drop rules see it, and its prose: the text without its formulas, code blocks and tables of numbers.
+"""DocumentView, the input of the drop rules, and its prose: the text without formulas, code blocks and number tables.
 
     "Solve $2x + 3 = 7$ for x."  -> "Solve for x."         LaTeX, equations and reactions in plain text
     "| 1990 | 5.3 |"             -> ""                     table rows, lines of numbers, ``` fences
 
-The rules of drop_rules.py count letters, words and stop words. These statistics describe prose: a page whose prose
-passes is not dropped for its formulas. All patterns have bounded repeats.
+The rules of drop_rules.py count letters, words and stop words. These statistics describe prose: a document whose prose
+passes a rule is not dropped for its formulas. All patterns have bounded repeats.
 
 Read next: drop_rules.py (the rules).
 """
@@ -18,7 +18,7 @@ from functools import cached_property
 from corpus.language import detect_language
 from curation.rule_words import UNSAFE_PHRASES
 
-_FORMULA = "\0"  # stands for a formula until its line is complete
+_FORMULA = "\0"  # placeholder for a formula until its line is processed
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
 _LATEX = re.compile(
     r"\$\$[^$]{1,2000}\$\$|\$[^$\n]{0,200}[\\^_=+<>{}][^$\n]{0,200}\$"
@@ -26,7 +26,7 @@ _LATEX = re.compile(
     r"|\\[A-Za-z]{1,20}(?:\{[^{}\n]{0,200}\}|[_^])*",
     re.S,
 )
-# operand (operator operand)+, all in one line; the two classes have no character in common, so nothing is tried twice
+# operand (operator operand)+ on one line; the character classes hardly overlap, which limits backtracking
 _OPERAND = r"[A-Za-z0-9\u0370-\u03ff.,'′()\[\]{}|^_\\%!°√∑∏∫∂∞²³¹\u2070-\u209f↑↓]{1,40}"
 _OPERATOR = r"[ \t]{0,2}[=<>≤≥≈≠≡∝→⇌⇒+−\-·×÷*/±][=<>+−\-*]{0,2}[ \t]{0,2}[+−\-±√]?"
 _EQUATION = re.compile(rf"{_OPERAND}(?:{_OPERATOR}{_OPERAND}){{1,40}}")
@@ -42,7 +42,7 @@ class Prose:
 
 
 def extract_prose(text: str) -> Prose:
-    """The text without fences, formulas and table rows. Numbers and signs beside a formula belong to it."""
+    """The text without fences, formulas and table rows. Numbers and signs in a line with a formula are removed too."""
     text = _LATEX.sub(_FORMULA, _FENCE.sub("\n", text))
     lines, has_formulas = [], False
     for line in text.split("\n"):
@@ -56,22 +56,22 @@ def extract_prose(text: str) -> Prose:
     return Prose("\n".join(lines), has_formulas)
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
-ZH_WORD_CHARACTERS = 1.5  # characters of a Chinese word, about
+# ---- the document ----------------------------------------------------------------------------------------------------
+ZH_WORD_CHARACTERS = 1.5  # Chinese characters that count as one word
 
 
 @dataclass(frozen=True)
 class CleaningLimits:
-    """The numbers that a user may change."""
+    """Settings of the drop rules that have a flag: --min_words, --languages, --unsafe_words."""
 
-    min_words: int = 10  # Gopher: 50. Poems and entries of dictionaries are shorter, and they are good text
+    min_words: int = 10  # Gopher: 50, but poems and dictionary entries are good text and shorter
     languages: tuple[str, ...] = ("zh", "en")
-    unsafe: tuple[str, ...] = UNSAFE_PHRASES  # in small letters
+    unsafe: tuple[str, ...] = UNSAFE_PHRASES  # lowercase
 
 
 @dataclass
 class DocumentView:
-    """A document and the statistics that several rules use, computed once."""
+    """A document with cached statistics that several rules use."""
 
     text: str
 
@@ -85,12 +85,12 @@ class DocumentView:
 
     @cached_property
     def without_spaces(self) -> str:
-        """Without white space, in small letters."""
+        """The text in lowercase without white space."""
         return "".join(self.lowercase.split())
 
     @cached_property
     def words(self) -> list[str]:
-        """Split at white space: English words with their punctuation, as Gopher counts them."""
+        """The text split at white space: English words with their punctuation, as in Gopher."""
         return self.text.split()
 
     @cached_property
@@ -107,14 +107,14 @@ class DocumentView:
 
 
 DropFunction = Callable[[DocumentView, CleaningLimits], str]
-MIN_PROSE_WORDS, MIN_WORDS_BESIDE_FORMULAS = 10, 30  # fewest words for a statistic
+MIN_PROSE_WORDS, MIN_WORDS_BESIDE_FORMULAS = 10, 30  # fewest words of prose for a statistic
 
 
 def recheck_on_prose(drop_function: DropFunction) -> DropFunction:
-    """Apply the rule again to the prose of a page that it would drop, so that formulas and tables do not decide.
+    """Decorator: a rule that matches a document must match its prose too, or the document is kept.
 
-    Where formulas leave fewer than 30 words, the page is kept: they are too few for statistics. Where tables or code
-    leave fewer than 10, the result for the whole page counts.
+    A document with formulas and fewer than 30 words of prose is kept: they are too few for statistics. If the prose has
+    fewer than 10 words otherwise (tables, code), the result for the whole document counts.
     """
 
     @functools.wraps(drop_function)

@@ -1,12 +1,11 @@
-"""What a step did to the rows: counts by rule, and for each rule ten examples, so that a person can judge it.
+"""Statistics of a transform: counts per rule, and ten examples per rule for manual review.
 
-    RuleHit(rule, characters, detail, example)     one thing that a rule did to one row
-    Decision(kept, language, characters, hits)     what became of one row
+    RuleHit(rule, characters, detail, example)     one match of a rule in a row
+    Decision(kept, language, characters, hits)     the result for a row
 
-The examples are not the first ten: they are those with the lowest hash, so that every part of the data has the same
-chance, and two runs show the same ones.
+The examples of a rule are the ten hits with the lowest hash: a uniform sample of the data, the same in every run.
 
-Read next: transform.py (who counts), cleaning.py (the hits).
+Read next: transform.py (calls RuleStats.add), cleaning.py (creates the hits).
 """
 
 import bisect
@@ -23,32 +22,33 @@ EXAMPLES_PER_RULE = 10
 @dataclass(frozen=True)
 class RuleHit:
     rule: str
-    characters: int  # taken or changed
+    characters: int  # number of characters removed
     detail: str = ""
-    example: str = ""  # for people; empty when it is none of the ten
+    example: str = ""  # text for the report; empty if the hit is not among the ten examples
     sample_key: int = 0
 
 
 @dataclass(frozen=True)
 class Decision:
-    kept: bytes | None  # the row as a line of jsonl; None: left out, and the last hit says why
+    kept: bytes | None  # the row as a line of jsonl; None: dropped by the rule of the last hit
     language: str
-    characters: int  # of the row as it came
+    characters: int  # length of the row before the edits
     hits: list[RuleHit] = field(default_factory=list)
 
 
 def compute_sample_key(rule: str, text: str) -> int:
-    """32-bit number that decides whether a row is an example for a rule."""
+    """32-bit hash of a rule and a row; the ten lowest hashes of a rule are its examples."""
     return zlib.crc32(text[:4096].encode("utf-8", "replace"), zlib.crc32(rule.encode()))
 
 
 class ExampleReservoir:
-    """Says whether a rank may still be among the ten lowest. One lives in every process that judges rows."""
+    """The ten lowest sample keys of each rule that this process has seen. Each worker process has its own."""
 
     def __init__(self) -> None:
         self.sample_keys: dict[str, list[int]] = {}
 
     def offer(self, rule: str, sample_key: int) -> bool:
+        """Insert a key; False if it cannot be among the ten lowest, so no example text is needed."""
         lowest = self.sample_keys.setdefault(rule, [])
         if len(lowest) >= EXAMPLES_PER_RULE and sample_key >= lowest[-1]:
             return False
@@ -58,11 +58,11 @@ class ExampleReservoir:
 
 
 class RuleStats:
-    """Counts of one pass. Plain values only, so that a killed run can go on counting."""
+    """Counts of one run. They are plain values, which the progress file stores for resuming."""
 
     def __init__(self, rules: Iterable[str] = ()) -> None:
         self.read = self.kept = self.characters_read = self.characters_dropped = 0
-        self.rules: dict[str, dict[str, Any]] = {name: _no_counts() for name in rules}  # also those that take nothing
+        self.rules: dict[str, dict[str, Any]] = {name: _no_counts() for name in rules}  # rules without a hit too
         self.languages: dict[str, dict[str, int]] = {}
 
     def add(self, file: str, line: int, decision: Decision) -> None:
@@ -91,7 +91,7 @@ class RuleStats:
     def main_drop_reason(self) -> str:
         drops = {name: rule["dropped"] for name, rule in self.rules.items() if rule["dropped"]}
         if not drops:
-            return "there was none"
+            return "the input has no row"
         name = max(drops, key=lambda name: drops[name])
         return f"{drops[name]:,} by {name}"
 
@@ -104,7 +104,7 @@ class RuleStats:
             setattr(self, name, value)
 
     def merge(self, content: dict[str, Any]) -> None:
-        """Add the counts of another tally, as its `to_dict` gave them."""
+        """Add the counts of another RuleStats, given as its `to_dict`."""
         for name in ("read", "kept", "characters_read", "characters_dropped"):
             setattr(self, name, getattr(self, name) + content[name])
         for language, counts in content["languages"].items():
@@ -121,14 +121,14 @@ class RuleStats:
 
     @classmethod
     def from_report(cls, path: Path) -> "RuleStats":
-        """The counts in a report.json."""
+        """The counts of a report.json."""
         rule_stats = cls()
         rule_stats.merge(json.loads(path.read_text(encoding="utf-8")))
         return rule_stats
 
-    # ---- showing ----
+    # ---- output ----
     def print(self) -> None:
-        """The counts as tables (rich; plain text when not a terminal)."""
+        """Print the counts as a table and a summary line."""
         from rich.console import Console
 
         console = Console(highlight=False)
@@ -146,9 +146,9 @@ class RuleStats:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="what each rule did", title_justify="left")
-        for name in ("", "mended rows", "dropped rows", "share", "characters taken", "for example"):
-            table.add_column(name, justify="left" if name in ("", "for example") else "right", overflow="fold")
+        table = Table(title="counts per rule", title_justify="left")
+        for name in ("rule", "edited rows", "dropped rows", "fraction", "characters removed", "example"):
+            table.add_column(name, justify="left" if name in ("rule", "example") else "right", overflow="fold")
         for name, rule in self.rules.items():
             edited = rule["rows"] - rule["dropped"]
             first_location = rule["examples"][0][1] if rule["examples"] else ""
@@ -158,15 +158,15 @@ class RuleStats:
         return table
 
     def examples(self, rule: str) -> list[tuple[str, str, str]]:
-        """(file:line, detail, example) of the rule, ten at most."""
+        """(file:line, detail, example) of a rule, at most ten."""
         return [(location, detail, example) for _, location, detail, example in self.rules[rule]["examples"]]
 
     def to_markdown(self, transform_name: str) -> str:
-        """The report for people: counts, then the examples of each rule."""
+        """The content of report.md: the counts, then the examples of each rule."""
         lines = [
             f"# {transform_name}: {self.kept:,} of {self.read:,} rows kept",
             "",
-            "| rule | mended | dropped | characters |",
+            "| rule | edited | dropped | characters |",
         ]
         lines.append("|---|---|---|---|")
         for name, rule in self.rules.items():

@@ -1,13 +1,12 @@
-"""The phrases that the rules of rules.py look for. The lists are ours, short, in small letters, and
-meant to be read and changed.
+"""Phrase lists of the cleaning rules: short, in lowercase, compiled for this project and easy to change.
 
-A list of phrases takes good text too: "博彩" stands in a law against gambling. So no rule drops a document for one
-phrase: see `matched_phrases` in drop_rules.py for how many. `--unsafe_words FILE` adds a list of the user's own.
+Good text contains such phrases too: a law against gambling contains "博彩". No rule drops a document for one phrase;
+`matched_phrases` in drop_rules.py has the threshold. `--unsafe_words FILE` adds phrases to UNSAFE_PHRASES.
 
-Read next: drop_rules.py (who looks for the phrases in the documents), edit_rules.py (who removes lines).
+Read next: drop_rules.py (`adverts`, `unsafe`), edit_rules.py (`boilerplate`).
 """
 
-# Short lines of a page that are not its text, as patterns. A notice is recognised wherever it stands.
+# Patterns of short lines that are notices. They match anywhere in a document.
 NOTICE_PATTERNS = (
     r"版权所有(?![者人权])", r"未经授权.{0,8}(?:不得|禁止|严禁|请勿).{0,3}(?:转载|复制|摘编|镜像)", r"转载请注明",
     r"责任编辑[:：\s]", r"责编[:：]", r"(?:本文|文章)来源[:：]", r"备案号[:：]", r"ICP备\s?\d", r"公网安备\s?\d",
@@ -18,7 +17,7 @@ NOTICE_PATTERNS = (
     r"^\W*we use cookies (?:to|on)\b", r"(?:subscribe to|sign up for) our (?:\w+ )?newsletter",
     r"^\W*skip to (?:main )?content\W*$",
 )  # fmt: skip
-# Links of a page's navigation: a line that begins or ends with one, without the marks of a sentence.
+# Navigation links: a line that begins or ends with one and contains no sentence mark.
 MENU_ZH = (
     "上一篇", "下一篇", "上一页", "下一页", "相关阅读", "相关推荐", "推荐阅读", "延伸阅读", "热门推荐", "猜你喜欢",
     "点击查看", "点击阅读", "阅读全文", "查看更多", "展开全文", "返回首页", "返回顶部", "打印本页", "关闭窗口",
@@ -31,7 +30,7 @@ MENU_EN = (
     "sign in to", "sign up for", "share this", "follow us on", "back to top", "leave a reply", "leave a comment",
     "powered by",
 )  # fmt: skip
-# A text without any of these has no such line; in small letters.
+# Prefilter of `boilerplate`: a text without any of these (in lowercase) has no such line.
 BOILERPLATE_HINTS = (
     *MENU_ZH, *MENU_EN, "版权所有", "未经授权", "转载请注明", "责任编辑", "责编", "来源", "备案号", "icp备", "公网安备",
     "不良信息举报", "当前位置", "您的位置", "浏览次数", "©", "(c)", "copyright", "all rights reserved", "javascript",

@@ -1,16 +1,17 @@
-"""Rows -> fewer or better rows: what `clean`, `dedup` and `decontaminate` have in common.
+"""Applies a row transform to files and writes the result: the common part of `clean`, `dedup` and `decontaminate`.
 
-    out_dir/  text_000.jsonl ...   the kept rows, in their order, in files of about 512 MB
-              dropped.tsv          every row that was left out: file:line, rule, why, its beginning
-              report.json          the counts, examples, and what was done before (../corpus/provenance.py)
-              report.md            the same for people
+    out_dir/  text_000.jsonl ...   the kept rows, in input order, in files of about 512 MB
+              dropped.tsv          every dropped row: file:line, rule, reason, beginning of the text
+              report.json          counts, examples, and the provenance of the rows (../corpus/provenance.py)
+              report.md            counts and examples as Markdown
 
-Everything streams: memory holds a few batches, whatever the size of the files. The folder appears under its name only
-when it is complete; a killed run is continued by the same command: rows that are dealt with are read again, but not
-judged again. `workers` processes judge, one reads and writes; the result is the same for any number of them.
+Rows are streamed: memory holds a few batches, independent of the file sizes. The output is written to a staging folder
+and renamed when it is complete. After a kill the same command resumes: it reads the finished rows again but does not
+transform them again. One process reads and writes, `workers` processes transform; the result does not depend on their
+number.
 
-Read next: cleaning.py, near_duplicates.py, decontaminate.py (the steps), rule_stats.py (the counts),
-../corpus/job_state.py (after a kill).
+Read next: cleaning.py, near_duplicates.py, decontaminate.py (the transforms), rule_stats.py (the counts),
+../corpus/job_state.py (resuming).
 """
 
 import contextlib
@@ -43,7 +44,7 @@ TRANSFORM_FILES = (
     "report.md",
     PROGRESS_FILE,
     "*.keys",
-    "*.json.tmp",  # of a kill in an earlier version
+    "*.json.tmp",  # left by a killed run of an earlier version
     ".*.tmp",
     ".*.gone",
     "cluster",
@@ -52,47 +53,48 @@ TRANSFORM_FILES = (
 
 @dataclass(frozen=True)
 class NumberedRow:
-    """A row on its way: `number` counts from 0 over all files."""
+    """A row of the input; `number` counts from 0 over all files."""
 
     number: int
     file: str
     line: int
     raw: Any
-    text: str  # everything that training would read of it
+    text: str  # all text of the row that training would use
     kind: str = "text"  # or "chat", "pair"
-    turns: tuple[tuple[str, int], ...] = ()  # role and end in the text of each message of a chat or pair
+    turns: tuple[tuple[str, int], ...] = ()  # (role, end index in `text`) of each message of a chat or pair
 
     def dropped_line(self, decision: Decision) -> bytes:
-        """Its line in dropped.tsv: file:line, rule, why, beginning."""
+        """The line of dropped.tsv: file:line, rule, reason, first 120 characters."""
         cells = (f"{self.file}:{self.line}", decision.hits[-1].rule, decision.hits[-1].detail, self.text[:120])
         return ("\t".join(" ".join(cell.split()) for cell in cells) + "\n").encode("utf-8", "backslashreplace")
 
 
 class Transform(Protocol):
-    """What is done with the rows. Must be picklable when it is to run in several processes."""
+    """Interface of a row transform. Must be picklable for `workers` > 1."""
 
     name: str
     reader: RowReader
 
     def rule_names(self) -> list[str]:
-        """Its rules, in the order of the report."""
+        """Names of the rules, in the order of the report."""
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """What the result depends on, besides the files: a run is continued only if it is the same."""
+        """Settings that determine the result; a run resumes only if they and the input files are unchanged."""
 
     def provenance(self) -> dict[str, Any]:
-        """What later steps should know was done: an entry of the history."""
+        """Settings for the transform's entry in the history of report.json."""
 
     def skip_row(self, row: NumberedRow) -> None:
-        """A row that an earlier, killed run has dealt with."""
+        """Called for each row that an earlier, killed run has transformed."""
 
-    def apply(self, rows: list[NumberedRow]) -> list[Decision]: ...
+    def apply(self, rows: list[NumberedRow]) -> list[Decision]:
+        """One decision per row, in order."""
 
 
 def read_numbered_rows(
     paths: list[PathLike], report: DataStats, number: int = 0, reader: RowReader = DEFAULT_READER
 ) -> Iterator[NumberedRow]:
-    """All rows that a training command would read, numbered from `number`. Raises UserError as `read_texts`."""
+    """Yield the rows that a training command reads, numbered from `number`. Raises UserError as `read_contents`."""
     for file, line, row, content in read_contents(paths, report, "any", reader.read_content):
         report.row_changed(content.changes, content.unused, file, line)
         yield NumberedRow(number, file, line, row, content.text, content.kind, _message_ends(content))
@@ -100,7 +102,7 @@ def read_numbered_rows(
 
 
 def _message_ends(content: RowContent) -> tuple[tuple[str, int], ...]:
-    """Role and end in the text of every message; of a pair the answers follow the prompt."""
+    """(role, end index) of every message; for a pair the prompt, then the answers."""
     turns = [*content.messages, *itertools.chain(*content.answers)]
     message_ends = itertools.accumulate(len(message["content"]) + 1 for message in turns)
     return tuple((message["role"], end) for message, end in zip(turns, message_ends, strict=True))
@@ -120,7 +122,7 @@ def batch_rows(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
-_work_function: Callable[[Any], Any]  # of a worker process
+_work_function: Callable[[Any], Any]  # set in each worker process
 
 
 def _set_work_function(work: Callable[[Any], Any]) -> None:
@@ -133,12 +135,12 @@ def _call_work_function(item: Any) -> Any:
 
 
 def map_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """(item, work(item)) in the order of the items; a few of them at a time are on their way to `workers` processes."""
+    """Yield (item, work(item)) in order; `workers` processes run `work`, with a bounded queue of pending items."""
     if workers <= 1:
         yield from ((item, work(item)) for item in items)
         return
     pending: deque[tuple[Any, Future[Any]]] = deque()
-    spawn = multiprocessing.get_context("spawn")  # a forked child waits forever for the threads of a library in use
+    spawn = multiprocessing.get_context("spawn")  # a forked child can deadlock on locks of library threads
     with ProcessPoolExecutor(workers, spawn, initializer=_set_work_function, initargs=(work,)) as pool:
         try:
             for item in items:
@@ -154,12 +156,15 @@ def map_in_order(work: Callable[[Any], Any], items: Iterable[Any], workers: int)
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 class _OutputFolder:
-    """The growing folder: kept rows and dropped rows, continued from where the progress file vouches for them."""
+    """The staging folder: appends kept and dropped rows, resuming at the position in the progress file."""
 
     def __init__(self, folder: Path, job: dict[str, Any], rule_stats: RuleStats) -> None:
         self.folder, self.rule_stats, self.progress = folder, rule_stats, JobProgress(folder, job)
         saved = self.progress.load()
-        self.rows, self.files = saved.get("rows", 0), saved.get("files", 0)  # dealt with; full files of kept rows
+        self.rows, self.files = (
+            saved.get("rows", 0),
+            saved.get("files", 0),
+        )  # rows transformed; files of kept rows that are full
         if saved:
             rule_stats.restore(saved["tally"])
         else:
@@ -195,10 +200,10 @@ class _OutputFolder:
 
 
 def check_out_dir(out_dir: PathLike, paths: list[PathLike]) -> bool:
-    """True when `out_dir` holds an older result. Raises UserError when it holds other things, or the input itself."""
+    """True if `out_dir` has an older result. Raises UserError if it contains other files or one of the inputs."""
     for path in paths:
         if Path(path).resolve().parent == Path(out_dir).resolve():
-            raise UserError(f"{path} lies in the output folder {out_dir}: choose another --out_dir")
+            raise UserError(f"{path} is inside the output folder {out_dir}: choose another --out_dir")
     check_replaceable(dataset_staging_folder(out_dir), TRANSFORM_FILES)
     check_replaceable(out_dir, TRANSFORM_FILES)
     return (Path(out_dir) / "report.json").is_file()
@@ -212,9 +217,9 @@ def run_transform(
     on_batch: Callable[[], None],
     workers: int = 1,
 ) -> RuleStats:
-    """Pass the rows of all files through the step into `out_dir`, complete or not at all; returns the counts.
+    """Apply the transform to the rows of all files and write `out_dir` atomically; returns the counts.
 
-    Raises UserError for files or a disk that cannot be used, too many bad rows, or nothing kept.
+    Raises UserError for files or a disk that cannot be used, too many bad rows, or if no row is kept.
     """
     check_out_dir(out_dir, paths)
     folder = dataset_staging_folder(out_dir)
@@ -259,11 +264,9 @@ def _skip_done_rows(rows: Iterator[NumberedRow], transform: Transform, num_done:
 def write_reports(
     transform: Transform, paths: list[PathLike], folder: Path, rule_stats: RuleStats, report: DataStats
 ) -> None:
-    """Write the reports beside the rows. Raises UserError when no row is left."""
+    """Write report.md and report.json and delete the progress files. Raises UserError if no row is kept."""
     if not rule_stats.kept:
-        raise UserError(
-            f"{transform.name} leaves none of the {rule_stats.read:,} rows: {rule_stats.main_drop_reason()}"
-        )
+        raise UserError(f"{transform.name} keeps none of the {rule_stats.read:,} rows: {rule_stats.main_drop_reason()}")
     entry = {"step": transform.name, **transform.provenance(), "read": rule_stats.read, "kept": rule_stats.kept}
     content = {"history": [*read_provenance(paths), entry], **rule_stats.to_dict(), "bad": report.to_dict()["bad"]}
     content |= {"skipped": report.to_dict()["dropped"], "unused": report.to_dict().get("unused", {})}

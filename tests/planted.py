@@ -1,10 +1,10 @@
-"""Generated Chinese documents with planted near-duplicates, as many as one likes: what deduplication is measured on.
+"""Generates Chinese documents with planted near-duplicates, for tests and measurements of deduplication.
 
-    python -m tests.planted 1000000 0.2 FILE     a million rows, a fifth of them copies; {"text", "id", "copy_of"}
+    python -m tests.planted 1000000 0.2 FILE     one million rows {"text", "id", "copy_of"}, 20 % of them copies
 
-Words of one to four characters with Zipf's frequencies make sentences, sentences make documents of about 500
-characters. A copy of an earlier document has one of: 0.5 to 2 % of its characters replaced; a sentence less; a sentence
-more; two sentences exchanged; other punctuation and line ends; a line of a web page before and after it.
+Sentences are sampled from words of one to four characters with Zipf's frequencies; documents have about 500 characters.
+A copy of an earlier document has one change (COPY_KINDS): 0.5 to 2 % of its characters replaced, a sentence removed, a
+sentence inserted, two sentences exchanged, other punctuation and line ends, or a line of a web page before and after.
 """
 
 import itertools
@@ -53,7 +53,7 @@ class DocumentGenerator:
 
 
 def planted_rows(count: int, copy_fraction: float, seed: int = 0) -> Iterator[dict]:
-    """`count` rows of which `copy_fraction` are copies of one of the last 5,000 originals."""
+    """Yield `count` rows; the fraction `copy_fraction` are copies of one of the last 5,000 originals."""
     generator = DocumentGenerator(seed)
     recent: list[tuple[int, list[str]]] = []
     for i in range(count):

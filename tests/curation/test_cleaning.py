@@ -1,4 +1,5 @@
-"""Promise: cleaning takes what its rules say and no more, says what each took, and agrees with published filters."""
+"""Promise: each cleaning rule edits or drops only what it documents, the report counts it, and the repetition rules
+agree with datatrove."""
 
 import json
 import sys
@@ -94,7 +95,7 @@ def test_drop_rules_drop_only_bad_text(rule, bad, good):
     assert function(DocumentView(bad), CleaningLimits()) and not function(DocumentView(good), CleaningLimits())
 
 
-def test_every_rule_has_a_case_a_source_and_a_name_of_its_own():
+def test_every_rule_has_a_test_case_a_source_and_a_unique_name():
     cases = {mark.args[1][i][0] for test in (test_edit_rules_give_the_expected_text, test_drop_rules_drop_only_bad_text)
              for mark in test.pytestmark for i in range(len(mark.args[1]))}  # fmt: skip
     assert (
@@ -104,7 +105,7 @@ def test_every_rule_has_a_case_a_source_and_a_name_of_its_own():
     )
 
 
-# ---- agreement with a filter that is not ours -----------------------------------------------------------------------
+# ---- agreement with datatrove ----------------------------------------------------------------------------------------
 def test_repetition_agrees_with_datatrove(monkeypatch):
     from datatrove.data import Document
     from datatrove.pipeline.filters import gopher_repetition_filter as theirs
@@ -121,7 +122,7 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
         lines = [" ".join(random.choices(pool, k=random.randint(3, 30))) for _ in range(random.randint(1, 12))]
         lines += random.choices(lines, k=random.randint(0, 3 * (i % 3)))
         text = random.choice(("\n", "\n\n")).join(lines)
-        if len(text.split()) < 50:  # Gopher has left these out before; there a phrase that comes once is a large share
+        if len(text.split()) < 50:  # Gopher drops these earlier; one n-gram is a large fraction of a short text
             continue
         result = reference.filter(Document(text=text, id=str(i)))
         page = DocumentView(text)
@@ -131,7 +132,7 @@ def test_repetition_agrees_with_datatrove(monkeypatch):
     assert 60 < sum(decisions) < 340
 
 
-# ---- the step --------------------------------------------------------------------------------------------------------
+# ---- the transform ---------------------------------------------------------------------------------------------------
 def clean_row(row, **options):
     text = row if isinstance(row, str) else json.dumps(row)
     kind = "text" if isinstance(row, str) or "text" in row or "content" in row else "chat"
@@ -154,11 +155,11 @@ def test_rows_keep_their_format_and_their_other_keys():
     assert clean_row({"text": "<b></b>"}).kept is None
 
 
-def test_rules_are_switched_by_name():
+def test_rules_are_turned_on_and_off_by_name():
     names = [rule.name for rule in select_rules(["unsafe", "repair"], ["simplify"])]
     assert "unsafe" not in names and "repair" not in names and "simplify" in names and "short_lines" not in names
     assert clean_row({"text": "短"}).kept is None and clean_row({"text": "短"}, skip=["too_short"]).kept
-    with pytest.raises(UserError, match="no rule is called 'unsave': the rules are repair"):
+    with pytest.raises(UserError, match="unknown rule 'unsave': the rules are repair"):
         select_rules(["unsave"], [])
 
 
@@ -168,7 +169,7 @@ def test_edit_rules_never_fail_and_leave_valid_text(text):
     for rule in EDIT_RULES:
         edited = rule.function(text)
         edited.encode("utf-8", "surrogatepass")
-        if rule.name not in ("markup", "repair"):  # what stood inside tags may look like a tag afterwards
+        if rule.name not in ("markup", "repair"):  # text inside removed tags may form a new tag
             assert rule.function(edited) == edited
     for rule in RULES:
         if not rule.is_edit and text.strip():
@@ -258,10 +259,10 @@ def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
     )
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "短"}])
     for arguments, words in (
-        ([path, "--out_dir", tmp_path / "out"], "clean leaves none of the 1 rows: 1 by too_short"),
+        ([path, "--out_dir", tmp_path / "out"], "clean keeps none of the 1 rows: 1 by too_short"),
         ([tmp_path / "none.jsonl"], "no such file"),
-        ([path, "--out_dir", tmp_path], "lies in the output folder"),
-        ([path, "--skip", "x"], "no rule is called 'x'"),
+        ([path, "--out_dir", tmp_path], "is inside the output folder"),
+        ([path, "--skip", "x"], "unknown rule 'x'"),
         ([path, "--workers", "0"], "--workers: 0 is not a whole number from 1 to 1024"),
     ):
         done = run_process(sys.executable, "data_process.py", "clean", *arguments)
@@ -269,7 +270,7 @@ def test_command_lists_rules_and_reports_errors_in_one_line(tmp_path):
     assert visible_names(tmp_path) == ["a.jsonl"]
 
 
-def test_merging_counts_of_parts_gives_the_counts_of_the_whole():
+def test_merged_counts_of_parts_equal_the_counts_of_the_whole():
     transform = CleaningTransform(skip=["language", "repair"])
     rows = [
         NumberedRow(i, "f", i + 1, {"text": t}, t)

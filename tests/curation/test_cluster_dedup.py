@@ -1,4 +1,4 @@
-"""Promise: datatrove's executors keep the very rows that one machine keeps; a missing engine is one line."""
+"""Promise: datatrove's executors keep the same rows as one machine; a missing package is a one-line error."""
 
 import json
 import os
@@ -17,10 +17,10 @@ ROWS = 900
 
 @pytest.fixture(scope="module")
 def input_files(tmp_path_factory) -> list[Path]:
-    """Three files with copies within and across them, and one bad row."""
+    """Three files with duplicates within and across files, and one bad row."""
     folder = tmp_path_factory.mktemp("parts")
     rows = list(planted_rows(ROWS, 0.3))
-    rows[10], rows[700] = {"text": rows[5]["text"], "id": 10}, {"text": rows[5]["text"], "id": 700}  # exact ones, too
+    rows[10], rows[700] = {"text": rows[5]["text"], "id": 10}, {"text": rows[5]["text"], "id": 700}  # exact duplicates
     files = []
     for i in range(3):
         lines = [json.dumps(row, ensure_ascii=False) for row in rows[i * 300 : (i + 1) * 300]]
@@ -64,7 +64,7 @@ def test_local_executor_keeps_the_rows_of_one_machine(input_files, expected, tmp
     assert "sign: 3 tasks done\nbuckets: 14 tasks done" in output.out and output.err == ""
 
 
-def test_a_repeated_command_does_only_the_tasks_that_are_left(input_files, expected, tmp_path, monkeypatch, capfd):
+def test_a_repeated_command_runs_only_the_incomplete_tasks(input_files, expected, tmp_path, monkeypatch, capfd):
     from curation import cluster_dedup
 
     command = ["dedup", *map(str, input_files), "--out_dir", str(tmp_path / "out"), "--executor", "local"]
@@ -88,7 +88,7 @@ def test_bad_files_are_reported_in_one_line(input_files, tmp_path, capfd):
 
 
 SBATCH = """#!/usr/bin/env bash
-# Stands in for Slurm: runs every task of the array at once, in order, as a job of its own.
+# Replaces Slurm: runs the tasks of the array immediately and in order, each in its own process.
 while [[ $1 == --* ]]; do [[ $1 == --export=* ]] && export RUN_OFFSET="${1##*RUN_OFFSET=}"; shift; done
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$1")
 for ((task = 0; task <= ${last:-0}; task++)); do
@@ -102,7 +102,7 @@ SCONTROL = "#!/usr/bin/env bash\necho localhost\n"
 
 @pytest.mark.slow
 def test_slurm_executor_keeps_the_rows_of_one_machine(input_files, expected, tmp_path, monkeypatch):
-    """The real executor writes and submits real job scripts; three small programs do what the cluster would."""
+    """datatrove's executor writes and submits its job scripts; sbatch, srun and scontrol are replaced by scripts."""
     programs_dir = tmp_path / "bin"
     programs_dir.mkdir()
     for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):

@@ -1,4 +1,5 @@
-"""Promise: a document that holds an exam question is found, named, left out; ordinary text stays; the log says so."""
+"""Promise: documents with an exam question are dropped and listed, other text is kept, and the training log names the
+exams."""
 
 import json
 import shutil
@@ -51,7 +52,7 @@ def test_leaks_are_found_in_any_context(exam_dir):
     leaks = [
         PROSE + ZH + PROSE,
         ZH.replace("，", " ,\n").replace("？", "()"),
-        PROSE + ZH[4:-6],  # a part, more than half
+        PROSE + ZH[4:-6],  # more than half of the question
         f"Quiz! {EN.upper()} Answer: the Danube.",
         "问：鲸鱼属于（ ）\nA.海里的鱼类动物 B.海里的哺乳类动物",
     ]
@@ -61,7 +62,7 @@ def test_leaks_are_found_in_any_context(exam_dir):
     assert are_dropped(exam, ZH[:14] + PROSE, overlap=0.0) == [True]
 
 
-def test_common_ngrams_are_no_leak_unless_a_question_has_no_others(exam_dir, tmp_path):
+def test_common_ngrams_are_ignored_unless_a_question_has_no_others(exam_dir, tmp_path):
     phrase = "一二三四五六七八九十甲乙丙丁下列说法中正确"
     assert are_dropped(build_exam_index([str(exam_dir)]), phrase, overlap=0.0) == [False]
     exam_file = tmp_path / "same.jsonl"
@@ -128,7 +129,7 @@ def test_a_planted_leak_is_dropped_and_listed(tmp_path, exam_dir, capsys):
     lines = [line.split("\t") for line in (tmp_path / "out" / "dropped.tsv").read_text().splitlines()]
     assert [line[0] for line in lines] == [f"{path}:21", f"{path}:51"]
     assert lines[0][2].startswith("100% of ") and "all_val.csv:2: 下列关于光合作用与呼吸" in lines[0][2]
-    assert "looking for 6 questions of myexam; 1 too short to look for" in capsys.readouterr().out
+    assert "searching for 6 questions of myexam; 1 questions are too short" in capsys.readouterr().out
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert f"question: {ZH}" in markdown and "shared:" in markdown
 

@@ -1,5 +1,5 @@
-"""Promise: a download survives broken lines and kills, never keeps wrong bytes under the right name, and says what is
-wrong in one line. The server is real HTTP on this machine, with the hub's redirects and headers."""
+"""Promise: downloads resume after lost connections and kills, a file with a wrong checksum is deleted, and errors are
+one line. The tests run a local HTTP server that sends the hub's redirects and headers."""
 
 import hashlib
 import http.server
@@ -22,7 +22,7 @@ CONTENT = os.urandom(3_000_000)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; breaks the line after `break_after` bytes of a body `breaks` times; notes what was asked."""
+    """Serves `files` and records `requests`; closes the connection after `break_after` bytes, `num_breaks` times."""
 
     daemon_threads = True
 
@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.requests.append((self.path, self.headers.get("Range", "")))
-        if server.error_codes:  # errors that are to come first
+        if server.error_codes:  # answer with these errors first
             self.send_error(server.error_codes.pop(0))
             return
         path = self.path.split("?")[0]
@@ -92,13 +92,13 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("breaks", [0, 1, 4])
-def test_broken_connections_download_no_byte_twice(server, tmp_path, breaks):
+def test_no_byte_is_downloaded_twice_after_lost_connections(server, tmp_path, breaks):
     server.num_breaks = breaks
     target = download_file(server.url + "/file", tmp_path / "a" / "file")
     assert target.read_bytes() == CONTENT
     expected_ranges = ["", *(f"bytes={700_000 * i}-" for i in range(1, breaks + 1))]
     assert [header for _, header in server.requests] == expected_ranges
-    assert [path.name for path in target.parent.iterdir()] == ["file"], "nothing else is left"
+    assert [path.name for path in target.parent.iterdir()] == ["file"], "temporary files are deleted"
 
 
 def test_a_killed_download_resumes(server, tmp_path):
@@ -152,12 +152,12 @@ def test_servers_without_ranges_or_lengths_work(server, tmp_path):
     assert download_file(server.url + "/file", tmp_path / "other").read_bytes() == CONTENT
 
 
-def test_the_checksum_of_the_hub_is_checked(server, tmp_path):
+def test_the_checksum_of_the_hub_is_verified(server, tmp_path):
     server.redirect_tag = hashlib.sha256(CONTENT).hexdigest()
     server.num_breaks = 2
     assert download_file(server.url + "/file", tmp_path / "file").read_bytes() == CONTENT
     server.redirect_tag = hashlib.sha256(b"something else").hexdigest()
-    with pytest.raises(UserError, match="does not have the checksum that the server states"):
+    with pytest.raises(UserError, match="does not match the server's checksum and was deleted"):
         download_file(server.url + "/file", tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "wrong bytes are not kept"
 
@@ -181,7 +181,7 @@ def test_temporary_errors_are_retried_and_permanent_ones_are_one_line(server, tm
 
 
 def test_a_full_disk_is_one_line(server, tmp_path, monkeypatch):
-    (tmp_path / "file.part").mkdir()  # something that cannot be written
+    (tmp_path / "file.part").mkdir()  # cannot be opened for writing
     with pytest.raises(UserError, match="cannot write"):
         download_file(server.url + "/file", tmp_path / "file")
     with pytest.raises(UserError, match=r"1000000\.00 GB do not fit"):
@@ -196,7 +196,7 @@ def write_zip(path, files):
     return path
 
 
-def test_archives_are_unpacked_and_cannot_reach_outside(tmp_path):
+def test_archives_are_unpacked_and_cannot_write_outside_their_folder(tmp_path):
     found = unpack_archive(write_zip(tmp_path / "a.zip", {"val/x.csv": "1", "dev/y.csv": "2"}))
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["val/x.csv", "dev/y.csv"]
     assert (tmp_path / "val" / "x.csv").read_text() == "1"
@@ -227,15 +227,15 @@ def test_a_catalogue_entry_is_downloaded_and_unpacked(server, tmp_path, monkeypa
     assert (tmp_path / "raw" / "ceval" / "val" / "law_val.csv").read_text() == "id,question\n"
     assert "licence: CC BY-NC-SA 4.0" in output and "next: python eval_ceval.py" in output
     data_process.main(command)
-    assert "is already there" in capsys.readouterr().out and len(server.requests) == 2
-    monkeypatch.setenv("HF_ENDPOINT", server.url)  # as the hub's own tools know it
+    assert "exists already" in capsys.readouterr().out and len(server.requests) == 2
+    monkeypatch.setenv("HF_ENDPOINT", server.url)  # as for huggingface_hub
     data_process.main([*command[:2], "--out_dir", str(tmp_path / "again")])
     server.files["/datasets/Skywork/SkyPile-150B/resolve/main/data/other%20one.jsonl"] = b"{}"
     data_process.main(["download", "skypile", "--file", "data/other one.jsonl", "--out_dir", str(tmp_path)])
     assert (tmp_path / "skypile" / "other one.jsonl").read_bytes() == b"{}"
 
 
-def test_the_next_mirror_is_taken_when_one_fails(server, tmp_path, monkeypatch, capsys):
+def test_the_next_mirror_is_used_when_one_fails(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(download.MIRRORS, "hub", "http://127.0.0.1:9")
     monkeypatch.setitem(download.MIRRORS, "hf-mirror", server.url)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
@@ -252,15 +252,15 @@ def test_the_catalogue_is_listed_and_invalid_arguments_are_one_line(capsys, tmp_
     data_process.main(["download"])
     output = capsys.readouterr().out
     assert all(name in output for name in CATALOGUE)
-    with pytest.raises(UserError, match=r"no such data set; there are .*ceval"):
+    with pytest.raises(UserError, match=r"no such dataset; choose from .*ceval"):
         data_process.main(["download", "nothing"])
-    with pytest.raises(UserError, match="choose hub, hf-mirror, modelscope or an address"):
+    with pytest.raises(UserError, match="choose hub, hf-mirror, modelscope or a URL"):
         data_process.main(["download", "ceval", "--mirror", "ftp://x", "--out_dir", str(tmp_path)])
     for file in ("..", ".", "", "/", "/etc/passwd", "a/..", "../../x.jsonl", "a\\..\\b", "C:/x"):
         with pytest.raises(UserError, match=r"--file: .*(is not a path inside the repository, as data/a.jsonl|empty)"):
             data_process.main(["download", "ceval", "--file", file, "--out_dir", str(tmp_path / "raw")])
     assert not (tmp_path / "raw").exists()
-    with pytest.raises(UserError, match="ceval is not at modelscope"):
+    with pytest.raises(UserError, match="ceval is not available at modelscope"):
         candidate_mirrors(CATALOGUE["ceval"], "modelscope")
     assert candidate_mirrors(CATALOGUE["seq-monkey"], "") == ["modelscope"]
 

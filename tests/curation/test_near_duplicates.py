@@ -1,4 +1,5 @@
-"""Promise: near-duplicates go and nothing else, the first one stays, and every engine keeps the same rows."""
+"""Promise: near-duplicates are dropped with high recall and precision, the first document of a cluster is kept, and the
+result does not depend on workers or interruptions."""
 
 import json
 import sys
@@ -27,7 +28,7 @@ from curation.transform import read_numbered_rows
 from tests.planted import planted_rows
 
 RECALL, PRECISION = 0.97, 0.995
-GOLDEN = ["0xb9f392762d0a5a0d", "0x258fd582db1c7673"]  # worked out with Python's integers from the formula
+GOLDEN = ["0xb9f392762d0a5a0d", "0x258fd582db1c7673"]  # computed from the formula with Python integers
 
 
 def write_jsonl(path: Path, rows) -> Path:
@@ -76,7 +77,7 @@ def test_signatures_estimate_the_jaccard_similarity():
         )
 
 
-def test_a_key_is_equal_exactly_where_its_band_is():
+def test_band_keys_are_equal_exactly_where_the_bands_are():
     signatures = np.arange(3 * 112, dtype=np.uint32).reshape(3, 112)
     signatures[1] = signatures[0]
     signatures[1, 8 * 5 + 7] += 1
@@ -89,7 +90,7 @@ def test_a_key_is_equal_exactly_where_its_band_is():
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30), st.integers(1, 5))
 def test_merge_clusters_finds_the_connected_components(pairs, parts):
     first = np.arange(20)
-    for part in range(parts):  # a band at a time
+    for part in range(parts):  # one band at a time
         some = pairs[part::parts]
         merge_clusters(first, np.array([one for one, _ in some], int), np.array([other for _, other in some], int))
     expected = list(range(20))
@@ -99,9 +100,9 @@ def test_merge_clusters_finds_the_connected_components(pairs, parts):
     assert first.tolist() == expected
 
 
-# ---- planted copies --------------------------------------------------------------------------------------------------
+# ---- planted duplicates ----------------------------------------------------------------------------------------------
 def recall_and_precision(rows: list[dict], kept_rows: list[dict]) -> tuple[float, float]:
-    """(recall, precision) of what was left out."""
+    """(recall, precision) of the dropped rows."""
     kept_ids = {row["id"] for row in kept_rows}
     dropped_rows = [row for row in rows if row["id"] not in kept_ids]
     copies = sum(row["copy_of"] is not None for row in rows)
@@ -132,7 +133,7 @@ def test_the_first_copy_is_kept_and_the_others_are_listed(tmp_path):
     assert [row["id"] for row in run_dedup(one, other, out_dir=tmp_path / "out")] == [1, 4]
     lines = [line.split("\t") for line in (tmp_path / "out" / "dropped.tsv").read_text().splitlines()]
     assert [line[:3] for line in lines] == [
-        [f"{other}:1", "exact duplicate", f"of {one}:1"],  # but for white space
+        [f"{other}:1", "exact duplicate", f"of {one}:1"],  # differs in white space only
         [f"{other}:2", "near-duplicate", f"of {one}:1"],
     ]
     assert [row["id"] for row in run_dedup(other, one, out_dir=tmp_path / "out")] == [2, 4]
@@ -167,7 +168,7 @@ def test_chats_and_pairs_are_deduplicated(tmp_path):
     assert kept_rows == [chat, pair]
 
 
-# ---- killed, several processes, bytes a document ---------------------------------------------------------------------
+# ---- resuming, several processes, memory per document ----------------------------------------------------------------
 def test_a_resumed_run_hashes_no_document_twice(tmp_path, monkeypatch):
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     path = write_jsonl(tmp_path / "a.jsonl", planted_rows(3000, 0.3))
@@ -209,15 +210,15 @@ def test_memory_and_disk_per_document_are_bounded(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (first == np.arange(count) // 2 * 2).all()
-    assert peak < 60 * count + (80 << 20), f"{peak / count:.0f} bytes a document"
+    assert peak < 60 * count + (80 << 20), f"{peak / count:.0f} bytes per document"
 
 
 def test_incompatible_flags_are_reported_in_one_line(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     for flags, words in (
-        ({"executor": "local", "exact_only": True}, "--exact_only needs no --executor"),
+        ({"executor": "local", "exact_only": True}, "--exact_only cannot be combined with --executor"),
         ({"executor": "slurm"}, "--executor slurm needs --partition NAME"),
-        ({"executor": "slurm", "partition": "p"}, "there is no sbatch on this machine"),
+        ({"executor": "slurm", "partition": "p"}, "no sbatch on this machine"),
     ):
         with pytest.raises(UserError, match=words):
             run_dedup(path, out_dir=tmp_path / "out", **flags)
@@ -225,7 +226,7 @@ def test_incompatible_flags_are_reported_in_one_line(tmp_path):
 
 
 def test_chats_are_equal_only_if_their_messages_are(tmp_path):
-    """The same words in other turns, under other roles or as a text are another document."""
+    """Equal words split into other messages, with other roles or as a plain text are not a duplicate."""
     rows = [
         {"messages": [{"role": "user", "content": "q\na"}, {"role": "assistant", "content": "b"}]},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\nb"}]},

@@ -1,4 +1,5 @@
-"""Promise: chats are chosen by the cross-entropy of their answers, scored once, and the validation chats stay whole."""
+"""Promise: training chats are selected by the cross-entropy of their answers, each is scored once, and validation chats
+are never filtered."""
 
 import contextlib
 import json
@@ -60,7 +61,7 @@ def read_questions(folder, name):
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------
 def test_a_score_is_the_cross_entropy_of_the_answers(tokenizer, tiny_parent):
-    """Against the plain formula, one chat at a time; in one batch or many, alone or among others."""
+    """Compares batched scores with the formula for a single chat, and with scores of batches of one chat."""
     scorer = Scorer(tiny_parent, "cpu", "float32")
     rows = [make_chat("q" * (1 + 3 * i), "答案" * (1 + i)) for i in range(9)]
     rows[0] += make_chat("and?", "yes")
@@ -74,7 +75,7 @@ def test_a_score_is_the_cross_entropy_of_the_answers(tokenizer, tiny_parent):
             size = len(message["content"].encode())
             answer[start : start + size] = message["role"] == "assistant"
             start += size + 1
-        answer = answer[: scorer.max_tokens]  # one token is one byte here
+        answer = answer[: scorer.max_tokens]  # this tokenizer has one token per byte
         with torch.no_grad():
             hidden, _ = scorer.model(ids[None, :-1])
             losses = F.cross_entropy(scorer.model.lm_head(hidden)[0], ids[1:], reduction="none")
@@ -92,7 +93,7 @@ def test_a_pretrained_model_scores_plain_text_and_a_chat_model_its_template(toke
     save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, [])
     assert Scorer(tiny_parent, "cpu").score_chats([make_chat("hi", "yo")])[0][1] == 2
     assert Scorer(tmp_path / "full_sft_32.pth", "cpu").score_chats([make_chat("hi", "yo")])[0][1] == 3, (
-        "and the closing marker"
+        "the end-of-turn token is scored too"
     )
 
 
@@ -103,14 +104,14 @@ def test_a_chat_whose_answer_does_not_fit_is_not_scored(tiny_parent):
 
 
 @given(lengths=st.lists(st.integers(1, 3000), max_size=40))
-def test_batches_hold_every_chat_once_within_the_token_limit(lengths):
+def test_batches_contain_every_chat_once_within_the_token_limit(lengths):
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches = list(batch_by_tokens(order, lengths))
     assert [i for batch in batches for i in batch] == order
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 8192 for batch in batches)
 
 
-# ---- the band --------------------------------------------------------------------------------------------------------
+# ---- score ranges ----------------------------------------------------------------------------------------------------
 def test_score_ranges_are_parsed():
     assert parse_score_range("2.5,4") == ScoreRange(2.5, 4.0, False)
     assert parse_score_range("zh=10%,90%") == ScoreRange(10.0, 90.0, True, "zh")
@@ -162,7 +163,7 @@ def test_only_training_chats_are_dropped_and_each_is_counted(run_sft, capsys):
     meta = read_meta_json(kept)
     left_out = sum(entry["count"] for name, entry in meta["report"]["dropped"].items() if name.startswith("entropy"))
     assert left_out + len(train) == len(read_questions(whole, "train"))
-    assert "nats a token" in output and "zh: 60 chats" in output and "数" in output, "a histogram with examples"
+    assert "nats per token" in output and "zh: 60 chats" in output and "数" in output, "a histogram with examples"
     assert set(meta["chosen"]["kept_between"]) == {"zh", "en"}
     assert read_meta(kept / meta["tokens"])["splits"]["train"]["documents"] == len(train)
 
@@ -194,18 +195,18 @@ def test_scores_are_computed_once_and_survive_a_kill(run_sft, tmp_path, monkeypa
     assert not capsys.readouterr().out.count("written")
     (scores,) = tmp_path.glob("out.scores-*.jsonl")
     with scores.open("a") as file:
-        file.write("[12345, 1.2")  # the line that a kill has cut
+        file.write("[12345, 1.2")  # a line truncated by a kill
     calls[:] = [0] * 9
     run_sft("out", "--keep_share", "0.5")
-    assert "scored 72 chats" in (output := capsys.readouterr().out) and "48 were scored before" in output
+    assert "scored 72 chats" in (output := capsys.readouterr().out) and "48 had a score already" in output
     run_sft("out", "--keep_entropy", "10%,60%")
-    assert "scored 0 chats" in capsys.readouterr().out, "another band needs no scoring"
+    assert "scored 0 chats" in capsys.readouterr().out, "another range needs no scoring"
 
 
 def test_check_shows_the_histogram_and_writes_no_data(run_sft, tmp_path, capsys):
     run_sft("out", "--check")
     output = capsys.readouterr().out
-    assert "nats a token" in output and not (tmp_path / "out").exists()
+    assert "nats per token" in output and not (tmp_path / "out").exists()
 
 
 def test_invalid_flags_are_reported_in_one_line(run_sft, tmp_path, chats_file):
@@ -240,7 +241,7 @@ LINE_STRATEGY = st.tuples(KEY_STRATEGY, st.floats(0, 50), st.integers(1, 99), st
 @settings(max_examples=80, deadline=None)
 @given(old=st.lists(LINE_STRATEGY, max_size=30), new=st.lists(LINE_STRATEGY, max_size=30), cut=st.integers(0, 40))
 def test_a_lookup_finds_the_last_line_of_a_chat(old, new, cut):
-    """Against a dict of the lines; the last of the old ones is perhaps cut by a kill."""
+    """Compares the store with a dict of the lines; `cut` characters at the end of the old file are missing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "s.jsonl"
         text = "".join(json.dumps([key, round(nats, 4), *rest]) + "\n" for key, nats, *rest in old)
@@ -267,7 +268,7 @@ def test_a_lookup_finds_the_last_line_of_a_chat(old, new, cut):
         assert again.digest() == scores.digest()
 
 
-def test_scores_take_thirteen_bytes_a_chat(tmp_path):
+def test_scores_take_thirteen_bytes_per_chat(tmp_path):
     path, count = tmp_path / "s.jsonl", 200_000
     pick = random.Random(0)
     with path.open("w") as file:

@@ -1,5 +1,5 @@
-"""Promise: clean takes neither sentences about accounts nor formulas, code and tables for noise; a page that is bad
-without its formulas stays bad with them."""
+"""Promise: cleaning keeps sentences about accounts, formulas, code and tables; a document that is dropped without its
+formulas is dropped with them."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ CHATS = [
 
 
 @pytest.mark.parametrize(("question", "answer"), CHATS)
-def test_a_chat_keeps_its_formulas_code_and_steps(question, answer):
+def test_formulas_code_and_steps_of_a_chat_are_kept(question, answer):
     row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
     kept = clean_row(row)
     assert kept.kept and json.loads(kept.kept) == row and kept.hits == []
@@ -76,7 +76,7 @@ FORMULAS = [
 
 
 @pytest.mark.parametrize("text", FORMULAS)
-def test_a_page_keeps_its_formulas_and_tables(text):
+def test_formulas_and_tables_of_a_document_are_kept(text):
     kept = clean_row({"text": text})
     assert kept.kept and json.loads(kept.kept) == {"text": text} and kept.hits == []
 
@@ -92,14 +92,14 @@ def test_a_page_keeps_its_formulas_and_tables(text):
         ("symbols", "The #one #two #three words are = to x " * 9),
     ],
 )
-def test_a_bad_page_stays_bad_with_formulas_and_tables(rule, text):
-    """What is bad without its formulas and tables is bad with them."""
+def test_a_bad_document_is_dropped_with_its_formulas_and_tables(rule, text):
+    """A document that a rule drops without its formulas and tables is dropped with them too."""
     assert getattr(drop_rules, rule)(DocumentView(text), CleaningLimits())
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=200) | st.text("$\\{}^_=+<->ab1 |.\n#`()是", max_size=200))
-def test_prose_is_part_of_the_text_and_rules_drop_no_more_than_without_it(text):
+def test_prose_is_part_of_the_text_and_the_recheck_drops_no_more_documents(text):
     prose = extract_prose(text)
     letters = iter(text)
     assert all(letter in letters for letter in prose.text if letter not in " \n"), "in the same order"
@@ -139,7 +139,7 @@ def test_prose_extraction_is_fast_on_hostile_text():
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs the real data in ../shared/data")
 def test_real_exercises_and_instructions_are_kept():
-    """Every Chinese chat with a fraction in LaTeX is kept as it is, and no chat loses a line as boilerplate."""
+    """Every Chinese chat with a LaTeX fraction is kept unchanged, and no chat loses a line as boilerplate."""
     exercises = 0
     for name, hints in (("sft_zh", ("\\frac", "登录", "密码", "下一页")), ("sft_en", ("\\frac", "log in", "password"))):
         with lzma.open(SHARED_DATA / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines:

@@ -1,4 +1,5 @@
-"""Promise: the steps on text stream, go on after a kill to the same bytes, and do so with any number of workers."""
+"""Promise: the transforms stream their input, resume after a kill to the same bytes, and give the same bytes for any
+number of workers."""
 
 import json
 import signal
@@ -53,11 +54,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, path, monkeypatch, kil
     monkeypatch.setattr(transform._OutputFolder, "add", fail_once)
     with pytest.raises(KeyboardInterrupt):
         run_clean(path, tmp_path / "out")
-    saved = killed_at > 1  # nothing was there to go on with in the first batch: nothing stays, and nothing is promised
+    saved = killed_at > 1  # in the first batch there is no progress to resume: no folder is kept, no message printed
     assert ("the same command continues it" in capsys.readouterr().out) is saved
     assert (tmp_path / "out.partial").exists() is saved
     assert run_clean(path, tmp_path / "out") == expected
-    assert sum(calls) == len(ROWS) + calls[killed_at - 1], "no row is judged twice but those of the broken batch"
+    assert sum(calls) == len(ROWS) + calls[killed_at - 1], (
+        "only the rows of the interrupted batch are transformed twice"
+    )
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -73,7 +76,7 @@ def test_a_run_ended_by_sigkill_resumes_to_the_same_bytes(tmp_path, path):
     assert run_clean(path, tmp_path / "out") == run_clean(path, tmp_path / "whole")
 
 
-def test_other_rules_restart_the_run(tmp_path, path, monkeypatch):
+def test_a_run_with_other_rules_restarts(tmp_path, path, monkeypatch):
     monkeypatch.setattr(transform, "TRANSFORM_BATCH_ROWS", 100)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as patched:
@@ -86,10 +89,13 @@ def test_other_rules_restart_the_run(tmp_path, path, monkeypatch):
     )
 
 
-def test_a_run_never_resumes_from_the_files_of_other_rules(tmp_path, path, monkeypatch):
+def test_a_run_never_resumes_from_the_output_of_other_rules(tmp_path, path, monkeypatch):
     monkeypatch.setattr(transform, "TRANSFORM_BATCH_ROWS", 100)
     expected = run_clean(path, tmp_path / "whole")
-    for seconds, flags in ((0, ()), (20, ("--skip", "personal"))):  # the second is killed before it saves
+    for seconds, flags in (
+        (0, ()),
+        (20, ("--skip", "personal")),
+    ):  # the second run is interrupted before it saves progress
         with monkeypatch.context() as patched:
             patched.setattr("corpus.job_state.CHECKPOINT_SECONDS", seconds)
             patched.setattr(transform, "write_reports", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -127,7 +133,7 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, path):
 
 @pytest.mark.parametrize("kind", ["clean", "dedup", "decontaminate"])
 def test_memory_does_not_grow_with_the_file_size(tmp_path, kind):
-    """Twelve times the rows, all different: the peak of the process stays (dedup: 160 bytes a document)."""
+    """Twelve times as many rows, all different, raise the peak memory by less than 25 MB."""
     exam = tmp_path / "exam.txt"
     exam.write_text("哪一条河流经过的国家首都最多，请选出正确的一项来回答？")
     peaks = []

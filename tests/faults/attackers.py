@@ -1,12 +1,12 @@
-"""Clients that attack a server on this machine, each a process of its own.
+"""Clients that attack a server on localhost; test_server_under_attack.py starts each as a process.
 
     python tests/faults/attackers.py KIND PORT NUMBER
 
-    malformed     requests that are not HTTP, not JSON, or not what a field may be      idle    open connections
-    flood         bodies of almost 1 MB                                                 slow    a byte at a time
-    unread        long streams that are never read
+    malformed     invalid HTTP, invalid JSON, or invalid values of fields               idle    open connections
+    flood         bodies of almost 1 MB                                                 slow    one byte at a time
+    unread        long streams whose client does not read
 
-Prints {outcome: number} as JSON. Standard library only, so that it starts quickly.
+Prints {outcome: number} as JSON. Uses the standard library only, to start quickly.
 """
 
 import collections
@@ -30,7 +30,7 @@ def post(body, path="chat/completions"):
 
 
 def odd_field_requests(random):
-    """Bodies that are JSON, or almost, with fields that no request may have."""
+    """Bodies of JSON, valid or nearly so, with invalid values of fields."""
     digits = "9" * random.choice([30, 400, 4000, 5000])
     values = ["NaN", "Infinity", "-Infinity", "1e999", "-0", digits, f"-{digits}", f"1e{digits[:9]}", "null", "true"]
     values += ['"\\ud800"', '"\\u0000"', "[]", "{}", "[[]]", "[null]", '"x"', "1.5", "2", '["", "\\udfff"]']
@@ -86,12 +86,12 @@ def non_http_requests(random):
 
 
 def json_array(name, entry, size):
-    """A body with a list of equal entries, `size` bytes long."""
+    """A body with a list of equal entries, about `size` bytes long."""
     return f'{{"{name}": [{",".join([entry] * (size // (len(entry) + 1)))}]}}'
 
 
 def flood_bodies():
-    """Bodies of almost 1 MB, each costly in another way."""
+    """Bodies of almost 1 MB, each expensive for a different part of the server."""
     chat = '{"messages": [{"role": "user", "content": "X"}]}'
     yield post(chat.replace("X", "a" * MEGABYTE))
     yield post(chat.replace("X", "中文" * (MEGABYTE // 6)))
@@ -108,7 +108,7 @@ def flood_bodies():
 
 
 def send_request(port, data, return_response=False):
-    """What the server makes of it: the status, "closed" without one, "silent" after 30 s; or the whole response."""
+    """Send a request; returns the status code, "closed" (no status), "silent" (30 s), or the whole response."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         with contextlib.suppress(OSError):  # the server may answer and close before it has read everything
             connection.sendall(data)
@@ -159,7 +159,7 @@ def idle(port, number):
 
 
 def slow(port, number):
-    """Requests of which a byte is sent every 50 ms, until the server closes the connection: how many it closed."""
+    """Send one byte of each request every 50 ms; returns how many connections the server closed within 15 s."""
     waiting = HEAD.encode() + b"Content-Length: 900\r\n\r\n"
     chunked = HEAD.encode() + b"Transfer-Encoding: chunked\r\n\r\n"
     kinds = [(b"", HEAD.encode() * 9), (waiting, b" " * 900), (chunked, b"1\r\n \r\n" * 900), (b"", b"\r\n" * 900)]
@@ -185,10 +185,10 @@ def slow(port, number):
 
 
 def unread(port, number):
-    """Streams of many log-probabilities whose clients read once nothing is answered: how many the server cut off."""
+    """Streams with many log-probabilities, read only after the server has stopped them: how many it cut off."""
     more = ', "stream": true, "logprobs": true, "top_logprobs": 20, "temperature": 0}'
     body = (CHAT % "").replace('"max_tokens": 2}', '"max_tokens": 8000' + more)
-    body = body.replace("?", "1")  # to which the model of the tests never ends its answer
+    body = body.replace("?", "1")  # the tests' model never ends its answer to this prompt
     connections = []
     for _ in range(number):
         connection = socket.socket()
@@ -214,7 +214,7 @@ def running_answers(port):
 
 
 def read_to_end(connection):
-    """The end of what the server has sent, when it has closed the connection."""
+    """Read until the server closes the connection; returns the last 1,000 bytes."""
     connection.settimeout(30)
     last = b""
     with contextlib.suppress(ConnectionError):

@@ -1,7 +1,7 @@
-"""The attacks: each test says how often it attacked, and the run ends with a table of these counts
-(pytest_terminal_summary in tests/conftest.py).
+"""Fixtures of the fault tests. Each test records its number of attacks and their outcomes; pytest_terminal_summary in
+tests/conftest.py prints a table of them.
 
-`make test` runs a part of five minutes; `make faults` sets FAULTS=full and runs everything.
+`make test` runs five minutes of attacks; `make faults` sets FAULTS=full and runs all of them.
 """
 
 import os
@@ -19,13 +19,13 @@ FULL = os.environ.get("FAULTS") == "full"
 
 @pytest.fixture
 def num_attacks() -> Callable[[int, int], int]:
-    """num_attacks(short, full): how often to attack, in `make test` and in `make faults`."""
+    """num_attacks(short, full): number of attacks in `make test` and in `make faults`."""
     return lambda short, full: full if FULL else short
 
 
 @pytest.fixture
 def record_attacks(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """record_attacks("flipped bits of a .pth", 300, found=300): counts for the table at the end of the run."""
+    """record_attacks("flipped bits of a .pth", 300, refused=300): counts for the table at the end of the run."""
 
     def record(kind: str, number: int, **outcomes: int) -> None:
         request.node.user_properties.append(("attacks", [kind, number, outcomes]))
@@ -35,7 +35,7 @@ def record_attacks(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[FaultHarness]":
-    """Inputs for every command that writes, and a process that runs them under faults."""
+    """Inputs for every command that writes files, and an injector process that runs the commands with faults."""
     if sys.platform != "linux":
         pytest.skip("forks, pidfd and /proc: Linux only")
     from tests.faults.mirror import mirror

@@ -1,20 +1,20 @@
-"""Fault injection: run a script of ours with a kill, a signal or an I/O error at its N-th file operation.
+"""Fault injection: runs a script with a kill, a signal or an I/O error at its N-th file operation.
 
-    injector = Injector()                                            one server process: torch is imported once
+    injector = Injector()                                            one server process, which imports torch once
     done = injector.run(["1-pretrain.py", ...], [folder])            counts: done.operations, done.code, done.output
     injector.run(command, [folder], Fault(at=7))                     SIGKILL before operation 7
-    injector.run(command, [folder], Fault(at=7, signal=SIGTERM))     another signal there
+    injector.run(command, [folder], Fault(at=7, signal=SIGTERM))     another signal before operation 7
     injector.run(command, [folder], Fault(at=7, error="ENOSPC", lasting=True))      errors from operation 7 on
     injector.run(command, [folder], Fault(seconds=0.3))              SIGKILL after 0.3 seconds
-    injector.run(command, [folder], Fault(file_size=1000))           no file may grow beyond 1,000 bytes (RLIMIT_FSIZE)
+    injector.run(command, [folder], Fault(file_size=1000))           files are limited to 1,000 bytes (RLIMIT_FSIZE)
 
-The server forks a child per run, so a run costs what the script does and not its imports. Operations are counted below
-the given folders only: files opened for writing, written, closed, fsynced, renamed, removed, linked, truncated;
-directories made and removed. Audit events (PEP 578) name most of them; files opened for writing there get a FileIO
-whose write and close count. Native code (safetensors) writes without either: file_size and a small tmpfs reach that.
-`subprocess.Popen([sys.executable, ...])` in a child forks again and shares the counter. Linux only.
+The server forks a child per run, so a run does not repeat the imports. Only operations below the given folders count:
+open for writing, write, close, fsync, rename, remove, link, truncate, mkdir, rmdir. Most of them are audit events (PEP
+578); files opened for writing get a FileIO whose write and close count. Native code (safetensors) bypasses both; its
+writes are tested with `file_size` and a small tmpfs. `subprocess.Popen([sys.executable, ...])` in a child forks again
+and shares the counter. Linux only.
 
-After SQLite's test VFS (sqlite.org/testing.html, I/O error testing and crash testing).
+Modelled on SQLite's test VFS (sqlite.org/testing.html, I/O error testing and crash testing).
 """
 
 import atexit
@@ -47,7 +47,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. code: the exit code, -N for signal N. operations: (kind, path) in their order."""
+    """Result of a run. code: the exit code, -N for signal N. operations: (kind, path), in order."""
 
     code: int
     output: str  # stdout and stderr
@@ -55,9 +55,9 @@ class RunResult:
     operations: list[tuple[str, str]] = field(repr=False)
 
 
-# ---- the side of the test --------------------------------------------------------------------------------------------
+# ---- the test process ------------------------------------------------------------------------------------------------
 class Injector:
-    """A server process that runs scripts. Close it in the end. `wrapper`: a command that runs the server."""
+    """Starts the server process and sends it commands. `wrapper`: a command prefix for the server. Needs `close`."""
 
     def __init__(self, wrapper: Sequence[str] = ()) -> None:
         environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -72,7 +72,7 @@ class Injector:
     def run(
         self, command: Sequence[Any], folders: Iterable[Any], fault: Fault | None = None, timeout: float = 120
     ) -> RunResult:
-        """Run `command` (a script or "-m", a module; then its arguments) and wait for its end."""
+        """Run `command` (a script, or "-m" and a module; then arguments) and wait. Raises TimeoutError."""
         request = {"command": [*map(str, command)], "folders": [os.path.realpath(folder) for folder in folders]}
         request |= {"fault": asdict(fault or Fault()), "timeout": timeout}
         assert self.server.stdin and self.server.stdout
@@ -92,7 +92,7 @@ class Injector:
 
 # ---- the server ------------------------------------------------------------------------------------------------------
 def serve_requests() -> None:
-    """Answer the requests on stdin. A forked child leaves this function with SystemExit."""
+    """Run the requests on stdin, one JSON line each, and print the results. Forked children never return here."""
     for name in PRELOADED:
         importlib.import_module(name)
     import torch
@@ -100,7 +100,7 @@ def serve_requests() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        scratch = Path(tempfile.mkdtemp())  # not TemporaryDirectory: a child would remove it at its exit
+        scratch = Path(tempfile.mkdtemp())  # a child would delete a TemporaryDirectory when it exits
         answer = run_forked(request, scratch)
         shutil.rmtree(scratch)
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
@@ -110,11 +110,11 @@ def serve_requests() -> None:
 def run_forked(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     started, fault = time.monotonic(), Fault(**request["fault"])
     plan = FaultPlan(request["folders"], fault)
-    output_read_fd, output_write_fd = os.pipe()  # not a file: that would have a limit too
+    output_read_fd, output_write_fd = os.pipe()  # a file would be subject to file_size too
     if (child := os.fork()) == 0:
         try:
             run_child(request["command"], scratch, plan, output_write_fd)
-        finally:  # reached only by an error of this file
+        finally:  # reached only by an error in run_child
             traceback.print_exc()
             os._exit(70)
     os.close(output_write_fd)
@@ -122,7 +122,7 @@ def run_forked(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     status, output = wait_for_child(child, output_read_fd, started, limits)
     modules = scratch / "modules"
     for name in modules.read_text().split() if modules.is_file() else ():
-        with contextlib.suppress(Exception):  # only a matter of speed: the next child finds it imported
+        with contextlib.suppress(Exception):  # an optimisation: later children do not import it again
             importlib.import_module(name)
     return {
         "code": status,
@@ -133,7 +133,7 @@ def run_forked(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 
 def wait_for_child(child: int, output_read_fd: int, started: float, limits: list[float]) -> tuple[int | None, bytes]:
-    """(exit code, output) of a child. It is killed after each of `limits` in seconds; None: after the last one."""
+    """(exit code, output) of a child. Kills it after limits[0] seconds; the code is None after the last of `limits`."""
     end, pieces, code = os.pidfd_open(child), [], None
     watched = [end, output_read_fd]
     while limits:
@@ -145,14 +145,14 @@ def wait_for_child(child: int, output_read_fd: int, started: float, limits: list
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             break
         elif not ready:
-            with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+            with contextlib.suppress(ProcessLookupError):  # the child has not called setsid yet
                 os.killpg(child, signal.SIGKILL)
             os.kill(child, signal.SIGKILL)
             limits = limits[1:]
     else:
         os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # processes that it left
+        os.killpg(child, signal.SIGKILL)  # processes that the child has started
     while piece := os.read(output_read_fd, 1 << 16):
         pieces.append(piece)
     os.close(end)
@@ -161,7 +161,7 @@ def wait_for_child(child: int, output_read_fd: int, started: float, limits: list
 
 
 def run_child(command: list[str], scratch: Path, plan: FaultPlan, output: int) -> None:
-    """The child: run the script as the interpreter would, and exit."""
+    """In the child: run the script like the interpreter and exit."""
     os.setsid()
     for number, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (output, 2)):
         os.dup2(number, target)
@@ -176,7 +176,7 @@ def run_child(command: list[str], scratch: Path, plan: FaultPlan, output: int) -
 
 
 def run_main(command: list[str]) -> int:
-    """The exit code of `python command...` run in this process."""
+    """Run `python command...` in this process; returns its exit code."""
     module = command[0] == "-m"
     sys.argv = command[1:] if module else list(command)
     try:
@@ -195,7 +195,7 @@ def run_main(command: list[str]) -> int:
 
 
 def exit_process(code: int) -> None:
-    """What the interpreter does at its end, without taking torch apart."""
+    """Exit like the interpreter (threads, atexit, flush), but skip the slow teardown of torch."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""A mirror for `data_process.py download` on this machine."""
+"""A local HTTP server that `data_process.py download` uses as a mirror."""
 
 import contextlib
 import http.server
@@ -21,7 +21,7 @@ def exam_archive() -> bytes:
 
 @contextlib.contextmanager
 def mirror() -> Iterator[str]:
-    """The address of a server that answers every GET with `exam_archive()`, with ranges."""
+    """Start a server that answers every GET with `exam_archive()` and supports ranges; yields its URL."""
     body = exam_archive()
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Scripts that are given odd input in this process: how one ends, within a time and an amount of memory.
+"""Runs scripts on unexpected input in this process, with limits of time and memory, and returns the outcome.
 
 tiny_inputs = make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir)     a tiny file of every kind
 script_outcome(monkeypatch, capsys, "2-eval.py", tiny_inputs.flags("2-eval.py") + ["--top_k", "-1"])  ->  "refused"
@@ -24,18 +24,18 @@ from model.transformer import Transformer
 from tests.helpers import TINY_MODEL_FLAGS, load_script, make_chat_row
 
 TIME_LIMIT = 30  # seconds
-MEMORY_LIMIT = 6 << 30  # bytes of address space above what the process has
+MEMORY_LIMIT = 6 << 30  # bytes of additional address space
 CPU_FLAGS = ["--device", "cpu", "--dtype", "float32"]
 SHORT_RUN_FLAGS = [*CPU_FLAGS, "--max_steps", "1", "--batch_size", "4", "--eval_tokens", "64"]
 
 
-class TakesTooLong(BaseException):
-    """Not an Exception: no code of the project may catch it."""
+class TimeLimitExceeded(BaseException):
+    """A BaseException, so that no `except Exception` catches it."""
 
 
 @dataclass
 class TinyInputs:
-    """Tiny inputs of every kind in one folder; `out` is another one in each call of `flags`."""
+    """Tiny inputs of every kind in one folder. Each call of `flags` uses a new output folder."""
 
     folder: Path
     calls: int = 0
@@ -44,7 +44,7 @@ class TinyInputs:
         return str(self.folder / name.replace("__", "."))
 
     def flags(self, script: str) -> list[str]:
-        """The flags with which a script succeeds within seconds. A copy of the inputs that it may write to."""
+        """Flags with which a script succeeds within seconds."""
         self.calls += 1
         out = self.folder / f"out{self.calls}"
         sft, pairs, parent = self.sft, self.pairs, self.parent__pth
@@ -116,11 +116,10 @@ def make_tiny_inputs(folder, tokenizer, tokenizer_dir, pretrain_dir, sft_dir) ->
 
 @contextlib.contextmanager
 def resource_limits(seconds: float = TIME_LIMIT, memory: int = MEMORY_LIMIT):
-    """End what is inside with TakesTooLong after some seconds of CPU time (or 10 times as many without); an allocation
-    above `memory` fails."""
+    """Raise TimeLimitExceeded after `seconds` of CPU time or 10 * `seconds` of wall time; allow `memory` more bytes."""
 
     def stop(*_):
-        raise TakesTooLong
+        raise TimeLimitExceeded
 
     timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, 10 * seconds)}
     old_handlers, old_limits = (
@@ -142,8 +141,8 @@ def resource_limits(seconds: float = TIME_LIMIT, memory: int = MEMORY_LIMIT):
 
 
 def disable_servers(monkeypatch) -> None:
-    """A server ends as soon as it would begin to serve; a download does not try again."""
-    import matplotlib.pyplot  # noqa: F401  # an import takes seconds, and one that a bound ends is never whole again
+    """Make servers return instead of serving, and downloads fail without a retry."""
+    import matplotlib.pyplot  # noqa: F401  # slow to import; an import that a limit interrupts leaves a broken module
     import streamlit.web.cli
     import uvicorn
 
@@ -155,7 +154,7 @@ def disable_servers(monkeypatch) -> None:
 
 
 def script_outcome(monkeypatch, capsys, script: str, flags: list[str], seconds: float = TIME_LIMIT) -> str:
-    """How the script ends: "done", or "refused" in one line with exit code 2; anything else fails the test."""
+    """Run the script: "done", or "refused" (a one-line error, exit code 2). Raises AssertionError for any other end."""
     name = script.split(" ")[0]
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
     module = load_script(name) if name.endswith(".py") else importlib.import_module(name)
@@ -168,7 +167,7 @@ def script_outcome(monkeypatch, capsys, script: str, flags: list[str], seconds: 
             module.main()
     except SystemExit as ended:
         code = ended.code or 0
-    except TakesTooLong:
+    except TimeLimitExceeded:
         raise AssertionError(f"{command}: no end after {seconds} s\n{traceback.format_exc()[-1500:]}") from None
     except BaseException as error:
         raise AssertionError(f"{command}: {error!r}\n{traceback.format_exc()[-1500:]}") from None

@@ -1,7 +1,7 @@
-"""What inject.py does inside a child: count the file operations below some folders, and strike at one of them.
+"""The part of inject.py inside the child: counts file operations below some folders and triggers the fault at one.
 
-Audit events (PEP 578) name what is opened, renamed, removed, made, truncated and linked; files opened for writing get a
-FileIO whose write and close count; os.write, os.sendfile and os.fsync are replaced. Native code is not seen.
+Audit events (PEP 578) report open, rename, remove, mkdir, truncate and link. Files opened for writing get a FileIO
+whose write and close count. os.write, os.sendfile and os.fsync are patched. Writes of native code are not counted.
 """
 
 import builtins
@@ -22,25 +22,25 @@ from pathlib import Path
 from typing import Any
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-NEED_SPACE = ("open", "write", "fsync", "close", "mkdir", "link", "symlink")  # what fails on a full disk
-SHARED_BYTES, HEADER = 1 << 23, struct.Struct("QQ")  # bytes that forked processes share; its first fields
+NEED_SPACE = ("open", "write", "fsync", "close", "mkdir", "link", "symlink")  # operations that fail on a full disk
+SHARED_BYTES, HEADER = 1 << 23, struct.Struct("QQ")  # memory shared by forked processes; its header
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one run. The default is nothing: operations are only counted."""
+    """The fault of one run. The default has none: operations are only counted."""
 
-    at: int = 0  # the operation, from 1
-    error: str = ""  # name of an errno that the operation fails with; without one it gets the signal
+    at: int = 0  # number of the operation, from 1
+    error: str = ""  # name of the errno that the operation raises; empty: it sends `signal`
     signal: int = int(signal.SIGKILL)
-    lasting: bool = False  # later ones fail as well: all (EROFS, EACCES, EIO), or those that need space (ENOSPC)
-    seconds: float = 0.0  # SIGKILL after so long
-    file_size: int = 0  # the largest file in bytes
-    only: str = ""  # operations are counted whose path holds this pattern
+    lasting: bool = False  # later operations fail too: all (EROFS, EACCES, EIO) or those that need space (ENOSPC)
+    seconds: float = 0.0  # SIGKILL after this time
+    file_size: int = 0  # largest size of a file in bytes
+    only: str = ""  # regular expression: only operations on matching paths count
 
 
 class FaultPlan:
-    """Counts the operations below the folders, in a child and the processes that it forks, and strikes at one."""
+    """Counts the operations below the folders in a child and its forked processes, and triggers the fault at one."""
 
     def __init__(self, folders: list[str], fault: Fault) -> None:
         self.folders, self.fault = tuple(folder.rstrip("/") for folder in folders), fault
@@ -54,7 +54,7 @@ class FaultPlan:
         return [line.split("\t", 1) for line in text.splitlines()]
 
     def record_operation(self, kind: str, path: str) -> int:
-        """Note one operation; returns its number, from 1."""
+        """Record an operation; returns its number, from 1."""
         with self.lock:
             number, size = HEADER.unpack_from(self.memory)
             line = f"{kind}\t{path}\n".encode(errors="surrogateescape")
@@ -65,13 +65,13 @@ class FaultPlan:
     def path_below(self, path: Any) -> str:
         """The absolute path if it lies below one of the folders, else ''."""
         try:
-            name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (a link is what is renamed or removed)
+            name = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (rename and remove act on a link itself)
         except (TypeError, OSError):
             return ""
         return name if any(name == f or name.startswith(f + "/") for f in self.folders) else ""
 
     def trigger(self, kind: str, path: str, write_partial: Any = None) -> None:
-        """Count one operation; fail at the chosen one. `write_partial` writes half of the data before a kill."""
+        """Count an operation and apply the fault if it is its turn. `write_partial` writes half of the data first."""
         if not re.search(self.fault.only, path):
             return
         number = self.record_operation(kind, path)
@@ -80,7 +80,7 @@ class FaultPlan:
             return
         if fault.error == "ENOSPC" and kind not in NEED_SPACE:
             return
-        if fault.error:  # nothing is written: the system would have returned a shorter count first
+        if fault.error:  # no partial write: a real one would return a shorter count before it fails
             code = getattr(errno, fault.error)
             raise OSError(code, os.strerror(code), path)
         if fault.signal == signal.SIGKILL:
@@ -90,7 +90,7 @@ class FaultPlan:
         os.kill(os.getpid(), fault.signal)
 
     def install(self, run_forked: Callable[[list[str]], None]) -> None:
-        """Begin. `run_forked` runs a command in a process that was forked for it, and exits."""
+        """Install the hooks. `run_forked` runs a command in a forked process and exits."""
         if self.fault.file_size:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.fault.file_size, self.fault.file_size))
         sys.addaudithook(self.audit_hook)
@@ -120,7 +120,7 @@ class FaultPlan:
 
     @staticmethod
     def resolve_path(path: Any, folder: int) -> Any:
-        """The path that an operation on a name inside an open folder (dir_fd) means; of a descriptor, its file."""
+        """The path of a file descriptor, or of a name relative to an open folder (dir_fd)."""
         if isinstance(path, int):
             return Path(f"/proc/self/fd/{path}").readlink()
         return path if folder == -1 else Path(f"/proc/self/fd/{folder}").readlink() / os.fsdecode(path)
@@ -129,7 +129,7 @@ class FaultPlan:
         real, plan = io.open, self
 
         class CountedFile(io.FileIO):
-            """A file below the folders: each write and its close are operations. A torn write writes its first half."""
+            """A file below the folders whose writes and close count. A kill during a write leaves its first half."""
 
             def write(self, data: Any) -> int:
                 view, real_write = memoryview(data).cast("B"), super().write
@@ -164,7 +164,7 @@ class FaultPlan:
         io.open = builtins.open = counted_open  # type: ignore[assignment]
 
     def patch_descriptors(self) -> None:
-        """os.write, os.sendfile (of shutil.copyfile) and os.fsync make no audit event."""
+        """Patch os.write, os.sendfile (used by shutil.copyfile) and os.fsync, which raise no audit event."""
         for name, kind in (("write", "write"), ("sendfile", "write"), ("fsync", "fsync"), ("fdatasync", "fsync")):
             real = getattr(os, name)
 
@@ -178,7 +178,7 @@ class FaultPlan:
 
 
 def forking_popen(real: Any, run_forked: Callable[[list[str]], None]) -> Any:
-    """Popen for `[sys.executable, script, ...]` without pipes: a fork, which shares the counter; else the real one."""
+    """A Popen that forks for `[sys.executable, script, ...]` without pipes, so the child shares the counter."""
 
     class ForkedProcess:
         def __init__(self, command: Sequence[str]) -> None:

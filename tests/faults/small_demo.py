@@ -1,4 +1,4 @@
-"""demo.py with a smaller world and model, for inject.py: its steps are forked from this process and share the sizes."""
+"""demo.py with a smaller world and model, for inject.py: its steps are forked from this process and inherit them."""
 
 import demo
 from common.errors import fail_in_one_line

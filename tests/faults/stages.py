@@ -1,7 +1,7 @@
-"""Every command of this project that writes, on tiny data: what test_kill_matrix.py and test_disk_full.py attack.
+"""All commands of the project that write files, on tiny data, for test_kill_matrix.py and test_disk_full.py.
 
-Each stage begins with the result of an older run (other data or another seed) and replaces it. `FaultHarness`
-holds the inputs, runs a stage under a fault and compares what it wrote with an undisturbed run.
+Each stage replaces the result of an older run (other data or another seed). `FaultHarness` has the inputs, runs a
+stage with a fault and compares its output with a run without one.
 """
 
 import csv
@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from tests.faults.inject import Fault, Injector, RunResult
 
-# What two undisturbed runs of one command do not share: times, memory, and names of temporary folders.
+# Keys whose values differ between two runs of the same command: times, memory, speeds.
 VOLATILE = re.compile(r".*(second|minute|time|date|created|memory|speed|per_s|mfu|started|eta).*|mem")
 MODEL = "--dim 16 --n_layers 1 --n_heads 2 --n_kv_heads 2 --max_seq_len 64"
 TRAIN = (
@@ -34,14 +34,14 @@ EXAM_HEAD = "id,question,A,B,C,answer\n"
 class Stage:
     """A command line that writes below WORK. IN: the folder of inputs.
 
-    older: the flags that the older run has more, or "this->that": what is replaced in its command.
+    older: additional flags of the older run, or "text->replacement" for its command.
     """
 
     name: str
     command: str
     older: str = "--seed 1"
-    folders: tuple[str, ...] = ()  # outputs that are replaced as a whole, below WORK
-    steps: tuple[str, ...] = ()  # endings of files that hold any step of the run: each is readable at any time
+    folders: tuple[str, ...] = ()  # output folders below WORK that are replaced atomically
+    steps: tuple[str, ...] = ()  # suffixes of files that may contain any step of the run; always readable
 
 
 def _data(kind: str, source: str, flags: str = "", **more: Any) -> Stage:
@@ -126,14 +126,14 @@ STAGES = (
     Stage("demo", "-m tests.faults.small_demo --out_dir WORK/demo --max_steps 2", "", steps=("",)),
 )
 STAGE_NAMES = [stage.name for stage in STAGES]
-# Scripts and modules that write no files, or only what a library keeps for itself.
+# Scripts and modules that write no files, except caches of libraries.
 READ_ONLY = {"serve_openai_api.py", "chat_openai_api.py", "web_demo.py", "benchmarks.machines"}
 
 
 class FaultHarness:
-    """Inputs, made once; a folder WORK whose path is the same in every attack; an injector.
+    """Inputs, an injector, and a folder WORK with the same path in every attack.
 
-    With `disk`, an empty folder, a tmpfs of 16 MB is mounted there for the scripts only, and WORK lies in it.
+    With `disk` (an empty folder), the scripts see a tmpfs of 16 MB mounted there, which contains WORK.
     """
 
     def __init__(self, folder: Path, mirror: str, disk: Path | None = None) -> None:
@@ -141,9 +141,9 @@ class FaultHarness:
         self.work = (disk or folder) / "work"
         mount = 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"'
         self.injector = Injector(["unshare", "-rm", "sh", "-c", mount, str(disk)] if disk else ())
-        self.view = self.work  # the same folder as this process sees it
+        self.view = self.work  # path of WORK in this process
         if disk:
-            self.injector.run(["-m", "calendar"], [])  # returns when the disk is mounted
+            self.injector.run(["-m", "calendar"], [])  # returns after the mount
             self.view = Path(f"/proc/{self.injector.server.pid}/root{self.work}")
         self.mirror = mirror
         self.expected: dict[str, dict[str, Any]] = {}
@@ -191,7 +191,7 @@ class FaultHarness:
         return done
 
     def stage(self, name: str, twice: bool = False) -> Stage:
-        """A stage whose older and undisturbed results are known. `twice`: two undisturbed runs must be equal."""
+        """A stage, after its older run and a run without fault. `twice`: a second run must give equal output."""
         stage = STAGES[STAGE_NAMES.index(name)]
         if name not in self.expected:
             shutil.rmtree(self.view, ignore_errors=True)
@@ -206,7 +206,7 @@ class FaultHarness:
             assert self.expected[name] != self.before[name], "the older run must differ"
         if twice:
             self.reset_work_folder(stage)
-            self.undisturbed[name] = self.run_checked(stage.command)  # faster: all is imported
+            self.undisturbed[name] = self.run_checked(stage.command)  # faster: all modules are imported
             assert self.expected[name] == (again := comparable_contents(self.view)), describe_difference(
                 again, self.expected[name]
             )
@@ -220,21 +220,23 @@ class FaultHarness:
         return self.injector.run(self.argv(stage.command), [self.work], fault)
 
     def check_no_partial_output(self, stage: Stage, after: str) -> None:
-        """Under a final name there is the older result, the new one, or (of a run of many steps) a readable step."""
+        """Each final name has the older result, the new one, or a readable intermediate step of the run."""
         found, before, new = comparable_contents(self.view), self.before[stage.name], self.expected[stage.name]
         for folder in stage.folders:
             mine, old, wanted = (
                 {name: value for name, value in tree.items() if name.startswith(f"{folder}/")}
                 for tree in (found, before, new)
             )
-            assert mine in ({}, old, wanted), f"{after}: {folder} is half written: {describe_difference(mine, wanted)}"
+            assert mine in ({}, old, wanted), (
+                f"{after}: {folder} is partly written: {describe_difference(mine, wanted)}"
+            )
         for name, value in found.items():
             if is_unfinished(name) or name.endswith(stage.steps or ("\0",)) or name.endswith((".jsonl", ".png")):
-                continue  # contents() has read it
+                continue  # comparable_contents has read it
             assert value in (before.get(name), new.get(name)), f"{after}: {name} is neither the older nor the new one"
 
     def check_finished(self, stage: Stage, after: str) -> None:
-        """The result of an undisturbed run, nothing under temporary names, no lock held."""
+        """The output equals that of a run without fault; no temporary file is left and no lock is held."""
         found = comparable_contents(self.view)
         assert found == self.expected[stage.name], f"{after}: {describe_difference(found, self.expected[stage.name])}"
         left = [
@@ -248,7 +250,7 @@ class FaultHarness:
 
 
 def is_unfinished(name: str) -> bool:
-    """Files of work that is not complete, locks, and temporary names."""
+    """True for files of incomplete work, locks and temporary names."""
     return bool(
         re.search(r"(^|/)\.[^/]*|\.(tmp|part|partial|resume|log|old|gone)(/|$)|\.part\.json$|\.progress$", name)
     )
@@ -260,13 +262,13 @@ def relative_paths(folder: Path) -> list[str]:
 
 def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     lines = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    lines += [f"{name} is too much" for name in found.keys() - wanted.keys()]
+    lines += [f"{name} is unexpected" for name in found.keys() - wanted.keys()]
     lines += [f"{name} differs" for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
     return ", ".join(lines[:8])
 
 
 def comparable_contents(folder: Path) -> dict[str, Any]:
-    """What finished files hold, without what differs from run to run. Fails for a file that is half written."""
+    """Contents of the finished files without VOLATILE values. Raises AssertionError for a partly written file."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -286,15 +288,15 @@ def comparable_content(path: Path) -> Any:
         return without_volatile(torch.load(io.BytesIO(data), weights_only=True))
     if end == ".json":
         return without_volatile(json.loads(data))
-    if end == ".jsonl":  # a log may end in a torn line: the next run drops it
+    if end == ".jsonl":  # a log may end in a truncated line, which the next run drops
         rows = [without_volatile(json.loads(line)) for line in data.split(b"\n")[:-1] if line]
         return sorted(rows) if ".scores-" in path.name else rows  # scores are appended as they are computed
     if end == ".png":
-        assert data[:4] == b"\x89PNG" and data[-8:-4] == b"IEND", "half a picture"
-        return "a picture"
+        assert data[:4] == b"\x89PNG" and data[-8:-4] == b"IEND", "a truncated image"
+        return "an image"
     if end == ".csv":
         return without_volatile(list(csv.DictReader(io.StringIO(data.decode()))))
-    if end == ".md":  # durations and speeds; the .json beside it holds the exact numbers
+    if end == ".md":  # contains durations and speeds; the .json beside it has the exact numbers
         return re.sub(r"[\d.,]+", "N", data.decode())
     return len(data), zlib.crc32(data)
 

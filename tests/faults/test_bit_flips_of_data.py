@@ -1,4 +1,5 @@
-"""One flipped bit in any file of a data folder: one line that names the file, or the same content. Never a hang."""
+"""Promise: with one flipped bit in a file of a dataset folder, reading returns the same content or raises a one-line
+error that names the file; it never hangs."""
 
 import contextlib
 import dataclasses
@@ -21,7 +22,7 @@ from corpus.shard_reader import open_split
 from curation.perplexity_filter import ScoreStore
 from tests.helpers import make_chat_row, run_script, write_shards
 
-SECONDS = 10  # more is a hang
+SECONDS = 10  # time limit of one read
 
 
 def flip_bit(path: Path, bit: int) -> None:
@@ -32,7 +33,7 @@ def flip_bit(path: Path, bit: int) -> None:
 
 @contextlib.contextmanager
 def flipped_bit(path: Path, bit: int):
-    """`path` with one other bit, and as it was afterwards."""
+    """Flip one bit of `path` inside the context; restore the file afterwards."""
     original = path.read_bytes()
     flip_bit(path, bit)
     try:
@@ -43,7 +44,7 @@ def flipped_bit(path: Path, bit: int):
 
 @pytest.fixture
 def flip_bits(record_attacks):
-    """flip_bits(path, read, number): flip so many bits of a file, one at a time, and read what uses it."""
+    """flip_bits(path, read, number): flip `number` bits of a file, one at a time, and call `read`."""
 
     counts: dict[str, dict[str, int]] = {}
 
@@ -67,13 +68,13 @@ def flip_bits(record_attacks):
         for suffix, outcomes in counts.items():
             record_attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
 
-    run.count = count  # called before the test ends: what a fixture notes later is not reported
+    run.count = count  # the test calls it: properties that a fixture adds at teardown are not reported
     yield run
     signal.alarm(0)
 
 
 def read_token_folder(folder: Path) -> list:
-    """All that a training script reads of a token folder, and what it knows about it."""
+    """Everything that a training script reads from a tokenized folder."""
     meta, found = read_meta(folder), []
     for split in meta["splits"]:
         tokens = open_split(folder, split)
@@ -85,7 +86,7 @@ def read_token_folder(folder: Path) -> list:
 
 @pytest.fixture(scope="module")
 def token_folders(tokenizer, tokenizer_dir, tmp_path_factory):
-    """A folder of each kind: texts in labelled shards, chats and pairs with their rows."""
+    """A folder of each kind: texts in shards per source, chats and preference pairs with their rows."""
     root = tmp_path_factory.mktemp("flips")
     texts = [{"text": f"{'一' * (i % 40)} story {i} " * 3, "from": f"s{i % 2}"} for i in range(120)]
     pairs = [{"prompt": f"{i}?", "chosen": "yes " * (1 + i % 5), "rejected": "no"} for i in range(60)]
@@ -100,7 +101,7 @@ def token_folders(tokenizer, tokenizer_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
-def test_a_flipped_bit_in_a_token_folder_is_one_line(token_folders, tokenizer, kind, flip_bits, num_attacks):
+def test_a_flipped_bit_in_a_tokenized_folder_is_one_line(token_folders, tokenizer, kind, flip_bits, num_attacks):
     folder = token_folders / kind / ("" if kind == "pretrain" else f"tokens-{tokenizer.rendering_fingerprint}")
     files = sorted(path for path in folder.iterdir() if path.is_file())
     assert {path.suffix for path in files} == {
@@ -134,7 +135,7 @@ def test_a_flipped_bit_in_the_rows_is_one_line(token_folders, tokenizer, kind, f
 
 
 def test_reads_of_large_files_verify_each_block(tmp_path, tokenizer, num_attacks, record_attacks):
-    """A read that begins, ends or lies inside the damaged block is refused, one beside it is not."""
+    """Reads that overlap the damaged block are refused; reads of other blocks are not."""
     rng = np.random.default_rng(0)
     documents = [(rng.integers(0, 200, 3000), rng.integers(0, 2, 3000)) for _ in range(60)]
     folder = write_shards(tmp_path / "sft", "chats", tokenizer, {"train": documents})
@@ -158,7 +159,7 @@ def test_reads_of_large_files_verify_each_block(tmp_path, tokenizer, num_attacks
 
 
 def as_earlier_version(folder: Path) -> Path:
-    """The folder without checksums, as format 1 was."""
+    """Remove the checksums of a folder, which makes it format 1."""
     meta = read_meta(folder)
     for split in meta["splits"].values():
         for shard in split["shards"]:
@@ -251,7 +252,7 @@ def test_only_damaged_scores_are_recomputed(tmp_path, num_attacks, record_attack
             damaged = ScoreStore(path)
             damaged.close()
             found = {key: damaged.get(key) for key in known}
-            assert all(value in (None, known[key]) for key, value in found.items()), "a wrong score"
+            assert all(value in (None, known[key]) for key, value in found.items()), "a score has changed"
             assert len(damaged.keys) == sum(value is not None for value in found.values()) >= 47
             lost += None in found.values()
     record_attacks("flipped bits of stored scores", number, scored_again=lost, equal=number - lost)
@@ -287,7 +288,7 @@ def test_a_damaged_dpo_reference_is_recomputed(token_folders, tokenizer, tmp_pat
 def test_resuming_unfinished_work_detects_flipped_bits(
     monkeypatch, tmp_path, tokenizer_dir, num_attacks, record_attacks
 ):
-    """What a killed run has written is compared before more is appended to it."""
+    """A resumed run verifies the files of the killed run before it appends to them."""
     monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 20)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     file = tmp_path / "a.jsonl"
@@ -312,7 +313,7 @@ def test_resuming_unfinished_work_detects_flipped_bits(
     data_process.main(command)
     expected = read_token_folder(next((tmp_path / "out").glob("tokens-*")))
     files = [path for path in kept.rglob("*") if path.suffix in (".jsonl", ".bin", ".mask", ".idx", ".json")]
-    outcomes, rng = {"refused": 0, "started_anew_or_not_counted": 0}, random.Random(0)
+    outcomes, rng = {"refused": 0, "restarted_or_not_counted": 0}, random.Random(0)
     for path in [path for path in sorted(files) if path.stat().st_size] * num_attacks(1, 20):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -322,10 +323,10 @@ def test_resuming_unfinished_work_detects_flipped_bits(
         try:
             data_process.main(command)
             assert read_token_folder(next((tmp_path / "out").glob("tokens-*"))) == expected
-            outcomes["started_anew_or_not_counted"] += 1  # rows after the last state are written again
+            outcomes["restarted_or_not_counted"] += 1  # rows after the last saved progress are written again
         except UserError as error:
             assert f"{path.name} has changed since an earlier run wrote it: run the same" in str(error)
-            assert not partial.exists(), "the next run starts anew"
+            assert not partial.exists(), "the next run restarts"
             outcomes["refused"] += 1
     assert outcomes["refused"] >= 4
     record_attacks("flipped bits of unfinished work", sum(outcomes.values()), **outcomes)

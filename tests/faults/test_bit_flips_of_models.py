@@ -1,6 +1,6 @@
-"""Promise: a changed bit in a model or in the state of an interrupted run is refused in one line or changes nothing.
+"""Promise: a flipped bit in a model or in the state of an interrupted run is refused in one line or changes nothing.
 
-Bits anywhere in the file, and as many where there are no weights: headers, names, descriptions, the zip directory.
+Half of the bits are anywhere in the file, half outside the weights: headers, names, metadata, the zip directory.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def flip_bit(data: bytes, bit: int) -> bytes:
 
 
 def non_weight_offsets(path: Path) -> list[int]:
-    """The bytes of a .pth that are not tensors."""
+    """Offsets of the bytes of a .pth that are not tensor data."""
     inside = bytearray(path.stat().st_size)
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for record in archive.infolist():
@@ -53,12 +53,12 @@ def non_weight_offsets(path: Path) -> list[int]:
     return [at for at, taken in enumerate(inside) if not taken]
 
 
-def flip_bits(path: Path, read, places: list[int], number: int, seed: int = 0) -> dict[str, int]:
-    """Flip `number` bits anywhere and as many within `places`, one at a time; counts of the outcomes."""
+def flip_bits(path: Path, read, offsets: list[int], number: int, seed: int = 0) -> dict[str, int]:
+    """Flip `number` bits anywhere and `number` bits at `offsets`, one at a time; returns counts of the outcomes."""
     data, expected = path.read_bytes(), read()
     rng = random.Random(seed)
     bits = [rng.randrange(8 * len(data)) for _ in range(number)]
-    bits += [8 * rng.choice(places) + rng.randrange(8) for _ in range(number)]
+    bits += [8 * rng.choice(offsets) + rng.randrange(8) for _ in range(number)]
     outcomes = {"refused": 0, "equal": 0}
     for bit in bits:
         path.write_bytes(flip_bit(data, bit))
@@ -115,7 +115,7 @@ def test_reading_without_weights_verifies_everything_else(tiny_parent, tmp_path)
 
 @pytest.fixture(scope="module")
 def interrupted_run(pretrain_dir, tokenizer_dir, tmp_path_factory):
-    """A run that stopped after 3 of 24 steps: its folder."""
+    """The output folder of a run that stopped after 3 of 24 steps."""
     out = tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 3)
@@ -125,7 +125,7 @@ def interrupted_run(pretrain_dir, tokenizer_dir, tmp_path_factory):
 
 
 def read_state(path):
-    """Everything that is resumed: progress and all tensors."""
+    """The complete resume state: progress and all tensors."""
     folder, progress = next(complete_steps(path.with_suffix(".resume")))
     saved = SavedState(folder, progress.ranks, recovery_advice(folder))
     tensors = {
@@ -157,7 +157,7 @@ def test_a_flipped_bit_of_the_train_state_is_refused_or_harmless(
         assert outcomes["refused"] > number
 
 
-def test_resuming_from_a_flipped_bit_ends_in_one_line_that_names_the_remedy(
+def test_resuming_from_a_damaged_state_is_one_line_that_names_the_remedy(
     interrupted_run, pretrain_dir, tokenizer_dir, tmp_path, monkeypatch
 ):
     shutil.copytree(interrupted_run, tmp_path / "out")
@@ -166,14 +166,14 @@ def test_resuming_from_a_flipped_bit_ends_in_one_line_that_names_the_remedy(
     command = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--epochs", "3", *paths, "--max_steps", "4"]
     file = folder / "rank_00000.safetensors"
     expected = file.read_bytes()
-    for at in (len(expected) // 2, len(expected) - 1):  # weights and the optimizer's state are in the same file
+    for at in (len(expected) // 2, len(expected) - 1):  # the file has weights and optimizer state
         file.write_bytes(flip_bit(expected, 8 * at))
         with pytest.raises(
             UserError, match=r"rank_00000\.safetensors is damaged \(the checksum of \S+ differs\): start"
         ):
             run_script(monkeypatch, "1-pretrain.py", *command)
     earlier = folder.with_name("step_000000002")
-    shutil.copytree(folder, earlier)  # as it is there until the next save
+    shutil.copytree(folder, earlier)  # a run keeps the previous step until the next save
     progress = earlier / "progress.json"
     progress.write_text(json.dumps(with_checksum({**read_checked_json(progress), "step": 2})))
     with pytest.raises(UserError, match=r"remove \S+step_000000003 to resume from step 2, or start anew"):

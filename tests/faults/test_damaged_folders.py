@@ -1,5 +1,4 @@
-"""Promise: whatever the files of a transformers folder, a peft folder or an exported folder hold, they are used or
-refused in one line."""
+"""Promise: transformers, peft and exported folders with any content are loaded or refused in one line."""
 
 import json
 import random
@@ -25,7 +24,7 @@ JSON_VALUES = [value for value in ODD_VALUES if not isinstance(value, (bytes, tu
 
 @pytest.fixture(scope="module")
 def exported_model(tokenizer, tmp_path_factory):
-    """A transformers folder and a peft folder for it, and the model of both."""
+    """A transformers folder, and a peft folder for its model."""
     torch.manual_seed(0)
     config = ModelConfig(tokenizer.vocab_size, 16, 1, 2, 1, max_seq_len=32)
     model, root = Transformer(config), tmp_path_factory.mktemp("exported")
@@ -38,7 +37,7 @@ def exported_model(tokenizer, tmp_path_factory):
 
 
 def write_damaged(folder, name, text, rng):
-    """Write the file with an odd value in one place, or with one accident to its bytes."""
+    """Write the JSON file with one value replaced or its bytes damaged once."""
     if rng.random() < 0.25:
         (folder / name).write_bytes(damage_bytes(text.encode(), rng))
         return
@@ -47,7 +46,7 @@ def write_damaged(folder, name, text, rng):
     (folder / name).write_text(json.dumps(replace_value(content, path, rng.choice([*JSON_VALUES, KeyError]))))
 
 
-def test_odd_settings_of_a_transformers_folder_are_used_or_refused(
+def test_unexpected_settings_of_a_transformers_folder_are_loaded_or_refused(
     exported_model, tmp_path, num_attacks, record_attacks
 ):
     rng, outcomes = random.Random(0), []
@@ -61,11 +60,11 @@ def test_odd_settings_of_a_transformers_folder_are_used_or_refused(
         write_damaged(folder, name, texts[name], rng)
         outcomes.append(open_every_way(folder))
         (folder / name).write_text(texts[name], encoding="utf-8")
-    record_attacks("odd settings of a transformers folder", len(outcomes), refused=outcomes.count("refused"))
+    record_attacks("unexpected settings of a transformers folder", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 4 and open_every_way(folder) == "used"
 
 
-def test_odd_safetensors_are_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+def test_damaged_safetensors_are_loaded_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(1), []
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     file = folder / "model.safetensors"
@@ -81,11 +80,11 @@ def test_odd_safetensors_are_used_or_refused(exported_model, tmp_path, num_attac
             new = json.dumps(replace_value(header, path, rng.choice(values))).encode()
             file.write_bytes(struct.pack("<Q", len(new)) + new + weights)
         outcomes.append(open_every_way(folder))
-    record_attacks("odd safetensors", len(outcomes), refused=outcomes.count("refused"))
+    record_attacks("damaged safetensors", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
-def test_an_index_names_files_of_its_folder_alone(exported_model, tmp_path):
+def test_an_index_can_name_only_files_of_its_folder(exported_model, tmp_path):
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
     (folder / "model.safetensors").unlink()
@@ -97,7 +96,7 @@ def test_an_index_names_files_of_its_folder_alone(exported_model, tmp_path):
             open_model(folder)
 
 
-def test_odd_peft_folders_are_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+def test_damaged_peft_folders_are_loaded_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
     rng, refused, number = random.Random(2), 0, num_attacks(60, 1000)
     folder = shutil.copytree(exported_model / "peft", tmp_path / "peft")
     text = (folder / "adapter_config.json").read_text(encoding="utf-8")
@@ -113,11 +112,13 @@ def test_odd_peft_folders_are_used_or_refused(exported_model, tmp_path, num_atta
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
-    record_attacks("odd peft folders", number, refused=refused)
+    record_attacks("damaged peft folders", number, refused=refused)
     assert refused > number / 4
 
 
-def test_an_odd_lineage_of_an_exported_folder_is_used_or_refused(exported_model, tmp_path, num_attacks, record_attacks):
+def test_an_unexpected_lineage_of_an_exported_folder_is_used_or_refused(
+    exported_model, tmp_path, num_attacks, record_attacks
+):
     rng, outcomes = random.Random(3), []
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     facts = model_facts(folder)
@@ -127,11 +128,11 @@ def test_an_odd_lineage_of_an_exported_folder_is_used_or_refused(exported_model,
     for _ in range(num_attacks(60, 1000)):
         write_damaged(folder, "lineage.json", text, rng)
         outcomes.append(open_every_way(folder))
-    record_attacks("odd lineage.json", len(outcomes), refused=outcomes.count("refused"))
+    record_attacks("unexpected lineage.json", len(outcomes), refused=outcomes.count("refused"))
     assert outcomes.count("refused") > len(outcomes) / 5 and "used" in outcomes
 
 
-def test_a_folder_of_a_tokenizer_that_is_not_utf_8_is_refused(exported_model, tmp_path):
+def test_tokenizer_files_that_are_not_utf_8_are_refused(exported_model, tmp_path):
     folder = shutil.copytree(exported_model / "stock", tmp_path / "stock")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_bytes()

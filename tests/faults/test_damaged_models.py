@@ -1,7 +1,7 @@
-"""Promise: whatever a .pth, its log, its reports and its tokenizer hold, a script uses it or refuses it in one line.
+"""Promise: a .pth, its log, its reports and its tokenizer with any content are used or refused in one line.
 
-Bits flipped, pieces cut off, swapped and repeated, zip records exchanged, and every type in every place of the content:
-never another exception than UserError, no hang, no allocation beyond the size of the file.
+The tests flip bits, remove, overwrite and repeat bytes, and put every type at every position of the content. No
+exception except UserError, no hang, no allocation beyond the size of the file.
 """
 
 import copy
@@ -35,7 +35,7 @@ ODD_VALUES = (
 
 
 def odd_tensors():
-    """Values of torch that weights_only=True lets through and that are not weights."""
+    """Objects that torch.load(weights_only=True) accepts and that are not usable weights."""
     dense = torch.zeros(2, 2)
     return [
         dense.to_sparse(),
@@ -58,7 +58,7 @@ def odd_tensors():
 
 @pytest.fixture(scope="module")
 def model_files(tokenizer, tmp_path_factory):
-    """A model, a mixture of experts, and an adapter beside its parent."""
+    """A dense model, a mixture of experts, and an adapter beside its parent."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     size = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32}
@@ -75,7 +75,7 @@ def model_files(tokenizer, tmp_path_factory):
 
 
 def open_every_way(path: Path) -> str:
-    """Open the file in each way that a script does: "used" or "refused"; any other exception leaves this function."""
+    """Open the file in each way that a script does: "used" or "refused". Other exceptions propagate."""
     outcome = "used"
     with resource_limits(seconds=10, memory=1 << 30):
         for way in (model_facts, open_model):
@@ -98,7 +98,7 @@ def record_outcomes(record_attacks, kind, outcomes):
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 def damage_bytes(data: bytes, rng: random.Random) -> bytes:
-    """The bytes with one accident."""
+    """A copy of the bytes with one kind of damage at a random offset."""
     at, length = rng.randrange(len(data)), rng.choice((1, 4, 64, 4096))
     other = rng.randrange(len(data))
     kind = rng.randrange(7)
@@ -121,7 +121,7 @@ def test_a_file_of_damaged_bytes_is_used_or_refused(model_files, tmp_path, num_a
     rng, outcomes = random.Random(0), []
     for i in range(num_attacks(60, 900)):
         source = model_files[i % len(model_files)]
-        # Most of a file are weights: every second accident is in the pickle and the directory of the zip.
+        # Most bytes of a file are weights: every second case damages the pickle or the zip directory.
         data = source.read_bytes()
         if i % 2:
             start = data.find(b"data.pkl")
@@ -148,12 +148,12 @@ def test_files_of_other_kinds_are_refused(model_files, tmp_path, record_attacks)
         (tmp_path / "m.pth").write_bytes(content)
         outcomes.append(open_every_way(tmp_path / "m.pth"))
         assert outcomes[-1] == "refused", name
-    record_outcomes(record_attacks, "files that are no .pth", outcomes)
+    record_outcomes(record_attacks, "files of other formats named .pth", outcomes)
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
 def value_paths(value, path=()):
-    """The path of every place in nested dicts and lists."""
+    """The path of every value in nested dicts and lists."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -161,7 +161,7 @@ def value_paths(value, path=()):
 
 
 def replace_value(content, path, value):
-    """A copy of the content with another value in one place, or with the place gone where `value` is KeyError."""
+    """A copy of the content with the value at `path` replaced, or deleted if `value` is KeyError."""
     if not path:
         return value
     copied = copy.copy(content)
@@ -177,7 +177,7 @@ def save_and_open(content, place: Path) -> str:
     return open_every_way(place)
 
 
-def test_every_type_in_every_place_is_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
+def test_every_type_at_every_position_is_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(1), []
     for source in model_files:
         content = torch.load(source, weights_only=True)
@@ -187,13 +187,13 @@ def test_every_type_in_every_place_is_used_or_refused(model_files, tmp_path, num
         cases += [(path, value) for path in every if path[0] == "model" for value in odd_tensors()]
         for path, value in rng.sample(cases, num_attacks(60, 700)) + [(path, KeyError) for path in named]:
             outcomes.append(save_and_open(replace_value(content, path, value), tmp_path / source.name))
-    record_outcomes(record_attacks, "odd values inside a .pth", outcomes)
+    record_outcomes(record_attacks, "unexpected values inside a .pth", outcomes)
     assert outcomes.count("refused") > len(outcomes) / 3
 
 
 @pytest.mark.parametrize("field", FIELD_LIMITS)
 def test_a_config_cannot_ask_for_more_than_the_file_holds(model_files, tmp_path, field):
-    """The largest values that a config may have, against tensors of the true sizes: refused before they are built."""
+    """Config values at and above the limits do not match the tensors: refused before the model is built."""
     for source in model_files[1:]:
         content = torch.load(source, weights_only=True)
         for value in (FIELD_LIMITS[field][1], int(FIELD_LIMITS[field][1]) * 2, 2**62)[field == "max_seq_len" :]:
@@ -232,7 +232,7 @@ def test_lineage_names_cannot_send_terminal_escapes(model_files, tmp_path):
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
-def test_odd_files_of_a_tokenizer_are_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
+def test_damaged_tokenizer_files_are_used_or_refused(model_files, tmp_path, num_attacks, record_attacks):
     rng, outcomes = random.Random(2), []
     content = torch.load(model_files[1], weights_only=True)
     files = {**content["tokenizer"]["files"], "generation_config.json": '{"eos_token_id": [1]}'}
@@ -249,12 +249,14 @@ def test_odd_files_of_a_tokenizer_are_used_or_refused(model_files, tmp_path, num
             text = json.dumps(replace_value(parsed, path, rng.choice([*values, 2**32 - 1, KeyError])))
         new = {**content, "tokenizer": {"fingerprint": "x", "files": {**files, name: text}}}
         outcomes.append(save_and_open(new, tmp_path / "m.pth"))
-    record_outcomes(record_attacks, "odd files of a tokenizer", outcomes)
+    record_outcomes(record_attacks, "damaged tokenizer files", outcomes)
     assert outcomes.count("refused") > len(outcomes) / 5
 
 
-# ---- what lies beside a model ----------------------------------------------------------------------------------------
-def test_odd_logs_and_reports_beside_a_model_are_used_or_skipped(model_files, tmp_path, num_attacks, record_attacks):
+# ---- files beside a model --------------------------------------------------------------------------------------------
+def test_damaged_logs_and_reports_beside_a_model_are_used_or_skipped(
+    model_files, tmp_path, num_attacks, record_attacks
+):
     from trainer.metrics import read_log_rows
 
     rng, outcomes = random.Random(3), []
@@ -282,12 +284,12 @@ def test_odd_logs_and_reports_beside_a_model_are_used_or_skipped(model_files, tm
         for kept in read_log_rows(tmp_path / "m.jsonl", 5):
             assert isinstance(kept["step"], int)
         outcomes.append("used")
-    record_outcomes(record_attacks, "odd logs and reports beside a .pth", outcomes)
+    record_outcomes(record_attacks, "damaged logs and reports beside a .pth", outcomes)
 
 
 @pytest.mark.parametrize("where", ["bytes", "types"])
 def test_a_process_refuses_a_damaged_model_in_one_line(model_files, tmp_path, num_attacks, record_attacks, where):
-    """The whole script in a process with a bounded address space."""
+    """Runs 2-eval.py in a process with limited address space."""
     rng, outcomes = random.Random(4), []
     content, data = torch.load(model_files[1], weights_only=True), model_files[1].read_bytes()
     for _ in range(num_attacks(1, 20)):

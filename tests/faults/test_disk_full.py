@@ -1,11 +1,11 @@
-"""A full, broken or read-only disk ends a command with one line and exit code 2, and costs nothing that was there.
+"""Promise: on a full, broken or read-only disk a command ends with one line and exit code 2 and keeps older results.
 
-`make faults`: at every file operation of every command (of a row of writes to one file: the first, the middle and the
-last) one of: no space from there on, one I/O error, read-only from there on. `make test`: a few of each. Then a limit
-on the size of files, which native writers meet too, and a real file system (tmpfs) with too little space.
+`make faults` injects one fault at every file operation of every command (for consecutive writes to a file: the first,
+the middle and the last): no space from that operation, one I/O error, or read-only from that operation. `make test`
+injects a few. Further tests limit the file size, which also applies to native code, and use a tmpfs that is too small.
 
-An error where something old is removed may be passed over: then the exit code is 0 and the result is complete. In
-every case what has a final name is the older result, the new one or a readable step; the same command then succeeds.
+A command may ignore an error while it deletes an old file: then the exit code is 0 and the result is complete. In all
+cases each final name has the older result, the new one or a readable step, and repeating the command succeeds.
 """
 
 import os
@@ -35,7 +35,7 @@ FAULTS = (
 
 
 def check_error_line(done: RunResult, after: str) -> None:
-    """Exit code 2 and one line that begins with error:, or exit code 0."""
+    """Exit code 2 and one line that begins with "error: ", or exit code 0."""
     assert done.code in (0, 2), f"{after}: exit code {done.code}: {last_lines(done)}"
     assert "Traceback" not in done.output, f"{after}: {last_lines(done)}"
     lines = [line for line in done.output.splitlines() if line.startswith("error: ")]
@@ -43,7 +43,7 @@ def check_error_line(done: RunResult, after: str) -> None:
 
 
 def run_with_fault(harness: FaultHarness, stage: Stage, fault: Fault, failures: list[str]) -> int:
-    """Run the stage under the fault, check, and run it again. Returns the exit code of the first run."""
+    """Run the stage with the fault, check its output, and run it again. Returns the exit code of the first run."""
     harness.reset_work_folder(stage)
     done = harness.run(stage, fault)
     where = (
@@ -67,22 +67,20 @@ def test_an_error_at_any_file_operation_is_one_line_and_loses_nothing(name, harn
     operations = [operation for operation in harness.undisturbed[name].operations if re.search(only, operation[1])]
     chosen = choose_operations(
         operations, num_attacks(0 if name == "demo" else 1, ALL_OPERATIONS)
-    )  # the demo's scripts are stages of their own
+    )  # the scripts of the demo are separate stages
     codes = []
     for number, at in enumerate(chosen, STAGE_NAMES.index(name)):
         kind = FAULTS[number % len(FAULTS)]
         fault = Fault(at=at, error=kind.error, lasting=kind.lasting, only=only)
         codes.append(run_with_fault(harness, stage, fault, failures))
-    record_attacks(
-        f"{name}: I/O errors at file operations", len(codes), refused=codes.count(2), passed_over=codes.count(0)
-    )
+    record_attacks(f"{name}: I/O errors at file operations", len(codes), refused=codes.count(2), ignored=codes.count(0))
     assert not failures, f"{len(failures)} of {len(chosen)}:\n" + "\n".join(failures)
 
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", [name for name in STAGE_NAMES if name != "demo"])
 def test_an_unwritable_path_is_one_line(name, harness, num_attacks, record_attacks):
-    """Read-only from the start, access denied from the start, and files that may not grow."""
+    """Read-only or access denied from the first operation, and limits of the file size."""
     stage = harness.stage(name)
     failures: list[str] = []
     largest = max(path.stat().st_size for path in harness.work.rglob("*") if path.is_file())
@@ -91,13 +89,13 @@ def test_an_unwritable_path_is_one_line(name, harness, num_attacks, record_attac
         faults += [Fault(at=1, error="EACCES", lasting=True)]
         faults += [Fault(file_size=size) for size in (largest // 2, largest - 1)]
     codes = [run_with_fault(harness, stage, fault, failures) for fault in faults]
-    record_attacks(f"{name}: read-only places and limits", len(codes), refused=codes.count(2))
+    record_attacks(f"{name}: read-only paths and size limits", len(codes), refused=codes.count(2))
     assert not failures, f"{len(failures)} of {len(codes)}:\n" + "\n".join(failures)
 
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory):
-    """A lab on a tmpfs that only its scripts see: no rights are needed for that where namespaces are allowed."""
+    """A harness on a small tmpfs in a mount namespace, which needs no root where user namespaces are allowed."""
     is_allowed = (
         shutil.which("unshare") and subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
     )
@@ -114,7 +112,7 @@ def small_disk(tmp_path_factory):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", [name for name in STAGE_NAMES if name != "demo"])
 def test_a_disk_that_is_too_small_is_one_line_and_loses_nothing(name, num_attacks, record_attacks, request):
-    """0, 1/8, ... 8/8 of the space that the older and the new result take together is free when the command begins."""
+    """The free space at the start is 0, 1/8, ... 8/8 of the size of the older and the new result together."""
     if not num_attacks(0, 1):
         pytest.skip("a part of `make faults`")
     harness = request.getfixturevalue("small_disk")

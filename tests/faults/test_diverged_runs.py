@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite, or that diverges, ends with exit code 2 and keeps the last good save."""
+"""Promise: a run with non-finite losses or a diverging loss exits with code 2 and keeps the last valid checkpoint."""
 
 import math
 import re
@@ -29,7 +29,7 @@ def run_pretrain(monkeypatch, run_flags, tmp_path):
 
 
 def replace_losses(monkeypatch, steps, value=math.nan):
-    """From here on make the losses of these training steps `value`, counted from 1; returns the steps counted."""
+    """Multiply the losses of these training steps (from 1) by `value`; returns a list that grows with each step."""
     from trainer import loop
 
     real, seen = loop.train_step, []
@@ -59,7 +59,7 @@ def saved_steps(out):
 
 
 def test_a_diverged_run_exits_with_2_and_saves_nothing(run_flags, num_attacks, record_attacks):
-    """Weights of 5e10 and exit code 0, before. As often as it is started."""
+    """Regression: such a run saved weights of 5e10 and exited with 0."""
     ended = 0
     for steps, optimizer in [(1, "muon"), (45, "adamw"), (2, "muon"), (8, "adamw"), (45, "muon")][: num_attacks(1, 5)]:
         command = [*run_flags, "--max_steps", steps, "--learning_rate", "1e3", "--optimizer", optimizer]
@@ -95,7 +95,7 @@ def test_the_divergence_error_names_cause_step_and_remedy(value, monkeypatch, ru
     )
 
 
-def test_five_skipped_steps_end_the_run_and_the_last_save_stays(
+def test_five_skipped_steps_end_the_run_and_the_last_checkpoint_is_kept(
     monkeypatch, run_pretrain, capsys, tmp_path, num_attacks
 ):
     out = tmp_path / "out"
@@ -113,10 +113,10 @@ def test_five_skipped_steps_end_the_run_and_the_last_save_stays(
                 run_pretrain("--max_steps", "20")
         message = capsys.readouterr().out
         assert "resuming after step 4" in message and "saved" not in message.splitlines()[-1]
-        assert "before: step 10: the loss is not finite 5 steps in a row" in message, "the next start has the advice"
+        assert "before: step 10: the loss is not finite 5 steps in a row" in message, "the next start prints the advice"
         assert saved_steps(out) == [4]
         assert all(torch.equal(before[name], tensor) for name, tensor in load_weights(out / "pretrain_32.pth").items())
-    run_pretrain("--max_steps", "20")  # the losses are numbers again
+    run_pretrain("--max_steps", "20")  # the losses are finite again
     assert not list(out.glob("*.resume"))
     assert any(not torch.equal(before[name], tensor) for name, tensor in load_weights(out / "pretrain_32.pth").items())
 
@@ -124,13 +124,13 @@ def test_five_skipped_steps_end_the_run_and_the_last_save_stays(
 @pytest.mark.parametrize(
     ("skipped", "extra_flags"),
     [({1, 2, 3}, ["--max_steps", "3"]), ({8}, []), ({3}, ["--max_minutes", "0.0001", "--max_steps", "9"]), ({1}, [])],
-    ids=["all of 3 steps", "the last step", "the time is over", "a signal"],
+    ids=["all 3 steps", "last step", "time limit", "signal"],
 )
 def test_ending_at_a_skipped_step_is_an_error(skipped, extra_flags, monkeypatch, run_pretrain, request):
     from trainer import loop
 
     if "time" in request.node.callspec.id:
-        skipped = {1}  # one more step would not fit: the first is the last
+        skipped = {1}  # the time limit allows only one step
     replace_losses(monkeypatch, skipped)
     if "signal" in request.node.callspec.id:
         step = loop.train_step
@@ -155,7 +155,7 @@ def test_an_fp16_scaler_that_skips_every_step_saves_nothing(monkeypatch, run_pre
     assert not list((tmp_path / "out").glob("*.pth"))
 
 
-def test_a_save_that_is_due_at_a_bad_step_is_made_at_the_next_good_one(monkeypatch, run_pretrain, capsys):
+def test_a_save_due_at_a_skipped_step_happens_at_the_next_good_step(monkeypatch, run_pretrain, capsys):
     from trainer.checkpoint_writer import CheckpointWriter
 
     save, saved = CheckpointWriter.save, []
@@ -174,7 +174,7 @@ def test_a_save_that_is_due_at_a_bad_step_is_made_at_the_next_good_one(monkeypat
 @pytest.mark.parametrize("change", [math.inf, math.nan, 1e6], ids=["inf", "nan", "explodes"])
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_state_that_diverged_in_its_last_step_is_not_saved(change, step, monkeypatch, run_pretrain, tmp_path):
-    """The loss of a step is that of the weights before it: they are looked at, and the loss is measured again."""
+    """The loss of a step belongs to the weights before it, so a save checks the weights and computes the loss again."""
     from trainer.engine import Engine
 
     real, steps, out = Engine.optimizer_step, [], tmp_path / "out"
@@ -208,7 +208,7 @@ def test_a_validation_that_is_not_finite_is_an_error(monkeypatch, run_pretrain, 
     assert "resuming after step 8" in capsys.readouterr().out and not list(out.glob("*.resume"))
 
 
-def test_divergence_that_stays_finite_ends_the_run(monkeypatch, run_pretrain):
+def test_divergence_with_finite_losses_ends_the_run(monkeypatch, run_pretrain):
     with pytest.raises(UserError, match=r"the loss has risen to \d\d.*, above 16.82 .*the same command resumes"):
         run_pretrain("--learning_rate", "3", "--optimizer", "adamw", "--max_steps", "45")
     out = run_pretrain("--learning_rate", "3", "--optimizer", "adamw", "--max_steps", "45", "--max_loss_ratio", "0")
@@ -217,9 +217,9 @@ def test_divergence_that_stays_finite_ends_the_run(monkeypatch, run_pretrain):
 
 @pytest.mark.parametrize(
     ("unit", "lineage", "losses"),
-    [("token", [], [5.6, 9, 14, 16, 12, 9, 7]),  # the hump of a short warm-up
-     ("token", [{}], [0.1, 6, 2, 8, 0.5, 7, 7, 7, 7, 7, 7]),  # batches of one chat; a new language; another mixture
-     ("token", [{}], [9, 11, 10, 8]),  # a domain that the parent does not know
+    [("token", [], [5.6, 9, 14, 16, 12, 9, 7]),  # peak after a short warm-up
+     ("token", [{}], [0.1, 6, 2, 8, 0.5, 7, 7, 7, 7, 7, 7]),  # batches of one chat, a new language, another mixture
+     ("token", [{}], [9, 11, 10, 8]),  # a domain that is new to the parent
      ("token", [{}], [2.0] * 9 + [50] + [2.0] * 9),  # one damaged row
      ("pair", [{}], [0.69, 0.9, 3.0, 0.1, 5, 5]),  # DPO with few pairs per batch
      ("pair", [{}], [25.0, 40, 60, 20]),  # IPO with beta 0.1

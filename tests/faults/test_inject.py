@@ -1,4 +1,4 @@
-"""The fault injection does what it says: a fault that never strikes would let every attack pass."""
+"""Promise: the fault injector triggers the requested fault; otherwise the fault tests would pass without a fault."""
 
 import shutil
 import signal
@@ -17,7 +17,7 @@ with (folder / "new" / "a.tmp").open("wb") as file:
     file.flush()
     os.fsync(file.fileno())
 os.replace(folder / "new" / "a.tmp", folder / "a")
-pathlib.Path(sys.argv[2]).write_text("elsewhere")  # not below the folder
+pathlib.Path(sys.argv[2]).write_text("elsewhere")  # outside the watched folder: not counted
 shutil.rmtree(folder / "new")
 if len(sys.argv) < 4:
     child = subprocess.Popen([sys.executable, __file__, sys.argv[1], sys.argv[2], "in a child"])
@@ -48,17 +48,17 @@ def run(injector, tmp_path):
     return start
 
 
-def test_every_operation_is_counted_in_the_script_and_in_what_it_starts(run, tmp_path):
+def test_operations_of_the_script_and_of_its_child_processes_are_counted(run, tmp_path):
     done = run()
     assert done.code == 0, done.output
     assert done.operations == [(kind, str(tmp_path / "watched" / name)) for kind, name in OPERATIONS * 2]
     assert (tmp_path / "elsewhere.txt").read_text() == "elsewhere"
     only = run(only=r"a\.tmp$")
-    assert len(only.operations) == 8, "those of one file"
+    assert len(only.operations) == 8, "only operations on one file"
 
 
 @pytest.mark.parametrize("at", range(1, 2 * len(OPERATIONS) + 1))
-def test_a_kill_comes_before_the_chosen_operation(run, tmp_path, at):
+def test_a_kill_happens_before_the_chosen_operation(run, tmp_path, at):
     done = run(at=at)
     assert done.code == -signal.SIGKILL and len(done.operations) == at
     if at == 3:

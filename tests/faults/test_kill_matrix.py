@@ -1,9 +1,9 @@
-"""A command that is killed and started again ends with the files of an undisturbed run, wherever the kill came.
+"""Promise: a command that is killed at any point and started again writes the same files as an uninterrupted run.
 
-`make faults`: SIGKILL before every file operation (of a row of writes to one file: the first, the middle and the last,
-each half written) and at 20 random moments, up to three in a row. `make test`: a few of each. After each kill, what has
-a final name is the older result, the new one or a readable step; the same command then ends with exit code 0, the files
-of an undisturbed run (weights and shards to the bit), nothing under a temporary name and no lock held.
+`make faults` sends SIGKILL before every file operation (for consecutive writes to a file: the first, the middle and the
+last, each half written) and at 20 random times, up to three kills in a row. `make test` sends a few. After each kill,
+each final name has the older result, the new one or a readable step. The repeated command exits with 0, its files equal
+those of an uninterrupted run (weights and shards bit by bit), no temporary file is left and no lock is held.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from tests.faults.stages import READ_ONLY, STAGE_NAMES, STAGES, FaultHarness, St
 from tests.helpers import ROOT, run_process
 
 ALL_OPERATIONS = 1_000_000
-OWN_FILES = {"demo": r"demo/\.?(steps|report)\.json"}  # its steps are stages of their own here
+OWN_FILES = {"demo": r"demo/\.?(steps|report)\.json"}  # its steps are separate stages
 
 
 def choose_operations(operations: Sequence[tuple[str, str]], number: int) -> list[int]:
-    """At most `number` operations to strike at, from 1; of the writes to a file the first, the middle and the last."""
+    """At most `number` operation numbers, from 1; for consecutive writes to a file the first, middle and last one."""
     writes: dict[str, list[int]] = {}
     chosen = set()
     for at, (kind, path) in enumerate(operations, 1):
@@ -45,7 +45,7 @@ def last_lines(done: RunResult) -> str:
 
 @contextlib.contextmanager
 def collect_failures(failures: list[str]) -> Iterator[None]:
-    """One failed attack does not hide the others."""
+    """Append failed assertions to the list, so that the remaining attacks run."""
     try:
         yield
     except (AssertionError, TimeoutError) as error:
@@ -60,7 +60,7 @@ def recover_and_check(harness: FaultHarness, stage: Stage, after: str) -> None:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", STAGE_NAMES)
-def test_a_kill_at_any_file_operation_changes_nothing(name, harness, num_attacks, record_attacks):
+def test_a_kill_at_any_file_operation_does_not_change_the_result(name, harness, num_attacks, record_attacks):
     stage = harness.stage(name, twice=bool(num_attacks(0, 1)))
     failures: list[str] = []
     only = OWN_FILES.get(name, "")
@@ -73,7 +73,8 @@ def test_a_kill_at_any_file_operation_changes_nothing(name, harness, num_attacks
         struck += killed.code == -9
         after = f"{name} killed at operation {at}, {' '.join(killed.operations[-1])}"
         with collect_failures(failures):
-            assert killed.code in (-9, 0), f"{after}: {killed.code} {last_lines(killed)}"  # 0: it had fewer this time
+            # 0: this run had fewer operations.
+            assert killed.code in (-9, 0), f"{after}: {killed.code} {last_lines(killed)}"
             harness.check_no_partial_output(stage, after)
             recover_and_check(harness, stage, after)
     record_attacks(f"{name}: kills at file operations", len(chosen), killed=struck, equal=len(chosen) - len(failures))
@@ -83,7 +84,7 @@ def test_a_kill_at_any_file_operation_changes_nothing(name, harness, num_attacks
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", STAGE_NAMES)
-def test_a_kill_at_any_moment_changes_nothing(name, harness, num_attacks, record_attacks):
+def test_a_kill_at_any_time_does_not_change_the_result(name, harness, num_attacks, record_attacks):
     stage = harness.stage(name)
     failures: list[str] = []
     number, seed = num_attacks(0 if name == "demo" else 1, 20), random.Random(name)
@@ -101,11 +102,11 @@ def test_a_kill_at_any_moment_changes_nothing(name, harness, num_attacks, record
             recover_and_check(harness, stage, after)
     record_attacks(f"{name}: kills at random moments", kills, killed=struck, equal=kills - len(failures))
     assert not failures, f"{len(failures)} of {number}:\n" + "\n".join(failures)
-    assert struck >= kills / 2 or kills < 10  # a moment near the end may come too late
+    assert struck >= kills / 2 or kills < 10  # a kill near the end may come after the exit
 
 
 def test_every_command_that_writes_is_attacked():
-    """Each script, each module that can be started and each subcommand of data_process.py is a stage or read-only."""
+    """Each script, each module with a __main__ part and each subcommand of data_process.py is a stage or read-only."""
     started = {path.name for path in ROOT.glob("*.py")}
     for path in ROOT.glob("*/*.py"):
         if path.parent.name != "tests" and re.search(

@@ -1,7 +1,7 @@
-"""SIGKILL at every file operation of what replaces folders and files: the old or the new content, and no leftovers.
+"""Promise: SIGKILL at any file operation of a folder or file replacement leaves the old or the new content.
 
-A forked child counts the operations that Python announces (PEP 578) below a folder and kills itself at the N-th. The
-same work done again afterwards ends with the new content alone.
+A forked child counts the audit events (PEP 578) of file operations below a folder and kills itself at the N-th.
+Repeating the replacement gives the new content and leaves no temporary files.
 """
 
 import os
@@ -24,11 +24,11 @@ from model.tokenizer import load_tokenizer
 from tests.helpers import make_chat_row
 
 OPERATIONS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
-MAX_KILLS = 400  # operations of one case; more is a case that never ends
+MAX_KILLS = 400  # more than the operations of any case
 
 
 def run_and_kill(write_new: Callable[[], None], folder: Path, at: int) -> bool:
-    """Whether `write_new`, done by a forked child, was killed before its operation number `at` below `folder`."""
+    """Run `write_new` in a forked child; True if it was killed before its operation `at` below `folder`."""
     if (child := os.fork()) == 0:
         try:
             count_and_kill(str(folder), at)
@@ -37,7 +37,7 @@ def run_and_kill(write_new: Callable[[], None], folder: Path, at: int) -> bool:
         finally:
             os._exit(1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), "the work itself failed"
+    assert status in (0, -signal.SIGKILL), "write_new failed"
     return status != 0
 
 
@@ -62,7 +62,7 @@ def folder_text(folder: Path) -> dict[str, bytes]:
 def kill_at_every_operation(
     write_new: Callable[[], None], write_old: Callable[[], None], folder: Path, result: Path, record_attacks
 ) -> None:
-    """Kill `write_new` at each of its operations; `write_old` makes the state before it."""
+    """Kill `write_new` at each of its operations; `write_old` creates the state before it."""
     write_old()
     before = folder_text(result) if result.exists() else None
     write_new()
@@ -74,10 +74,10 @@ def kill_at_every_operation(
         if not run_and_kill(write_new, folder, at):
             break
         kills += 1
-        with lock_output(result):  # as the next run of the command does first
+        with lock_output(result):  # the next run of the command starts with it
             pass
         found = folder_text(result) if result.exists() else None
-        assert found in (before, after), f"killed at operation {at}: half of the result"
+        assert found in (before, after), f"killed at operation {at}: partly written"
         unchanged += found == before
         write_new()
         assert folder_text(result) == after
@@ -156,7 +156,7 @@ def test_a_tokenizer_is_the_old_one_or_the_new_one(tmp_path, tokenizer, older, r
     assert load_tokenizer(out).rendering_fingerprint == tokenizer.rendering_fingerprint
 
 
-def test_a_token_folder_that_training_makes_is_the_old_one_or_the_new_one(tmp_path, tokenizer, record_attacks):
+def test_a_tokenized_folder_of_a_training_run_is_the_old_one_or_the_new_one(tmp_path, tokenizer, record_attacks):
     import json
 
     data = tmp_path / "sft"

@@ -1,7 +1,7 @@
-"""Nothing that the project reads runs code: checkpoints, resume folders, data, tokenizers, templates, archives.
+"""Promise: no input file executes code: checkpoints, resume folders, data, tokenizers, templates, archives.
 
-Promises: our own code has none of the calls that execute what they read; each script, started on files that would
-create a marker file if they were executed, leaves no marker, prints no traceback and ends with 0 or 2.
+The source has no call that executes its input. Each script, started with files that create a marker file when executed,
+creates no marker, prints no traceback and exits with 0 or 2.
 """
 # ruff: noqa: E501  (tables of attacks)
 
@@ -32,7 +32,7 @@ SOURCES = sorted(file for file in ROOT.glob("**/*.py") if not {"tests", ".venv"}
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "code", "pty"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {("os", "system"), ("os", "popen"), ("torch", "package"), ("torch.jit", "load"), ("runpy", "run_path")}
-# Modules whose public functions read pickle.
+# Modules whose public functions unpickle.
 READERS = ("torch.distributed.checkpoint", "torch.hub", "torch.package", "multiprocessing.connection")
 
 
@@ -45,7 +45,7 @@ def dotted_name(node: ast.AST) -> str:
 
 
 def find_executing_calls(tree: ast.AST) -> list[str]:
-    """What in a module could execute what it reads: "line: reason"."""
+    """Imports and calls of a module that could execute their input, as "line: reason"."""
     found = []
     for node in ast.walk(tree):
         names = []
@@ -86,7 +86,7 @@ def describe_executing_call(node: ast.Call) -> list[str]:
     return found
 
 
-def test_no_call_of_ours_executes_what_it_reads(record_attacks):
+def test_no_call_in_the_source_executes_its_input(record_attacks):
     assert len(SOURCES) > 100
     found = {str(file.relative_to(ROOT)): reasons for file in SOURCES
              if (reasons := find_executing_calls(ast.parse(file.read_text(encoding="utf-8"))))}  # fmt: skip
@@ -108,9 +108,9 @@ def test_the_search_finds_executing_calls(code):
     assert find_executing_calls(ast.parse(code))
 
 
-# ---- files that would execute ----------------------------------------------------------------------------------------
+# ---- malicious files -------------------------------------------------------------------------------------------------
 class ExecutesOnLoad:
-    """Unpickled, it creates the file `marker`."""
+    """Creates the file `marker` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -127,7 +127,7 @@ def marker(tmp_path):
 
 
 def malicious_files(marker: Path) -> dict[str, bytes]:
-    """Ways to hide a pickle in a file of weights or numbers."""
+    """Pickles that create `marker`, in the formats of weights and arrays."""
     plain = pickle.dumps({"model": ExecutesOnLoad(marker), "format": 1})
     saved = io.BytesIO()
     torch.save({"format": 1, "stage": "pretrain", "model": {}, "x": ExecutesOnLoad(marker)}, saved)
@@ -139,7 +139,7 @@ def malicious_files(marker: Path) -> dict[str, bytes]:
 
 
 def test_the_malicious_files_execute_with_an_unsafe_reader(tmp_path):
-    """The attack works where a file is read the other way."""
+    """Checks the attack: unsafe readers execute the files."""
     marker = tmp_path / "executed"
     for kind, content in malicious_files(marker).items():
         if kind == "npy":
@@ -153,7 +153,7 @@ def test_the_malicious_files_execute_with_an_unsafe_reader(tmp_path):
 
 
 def run_in_folder(folder: Path, *command) -> subprocess.CompletedProcess:
-    """A script, started in the folder of the malicious files; ends with 0 or 2 and without a traceback."""
+    """Run a script in the folder of the malicious files; asserts exit code 0 or 2 and no traceback."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     environment.pop("PYTHONPATH", None)
     script, *arguments = map(str, command)
@@ -166,7 +166,7 @@ def run_in_folder(folder: Path, *command) -> subprocess.CompletedProcess:
 
 
 def plant_python(folder: Path, marker: Path) -> None:
-    """Files that Python, pytest or streamlit execute where they look for them."""
+    """Files that Python, pytest or streamlit execute if the folder is on their search path."""
     code = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
     for name in ("sitecustomize.py", "usercustomize.py", "conftest.py", "torch.py", "numpy.py", "json.py", "model.py",
                  "corpus.py", "setup.py", "__init__.py", "pages/1_page.py", "modeling_x.py", "streamlit.py"):  # fmt: skip
@@ -245,7 +245,7 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_a_chat_template_reaches_no_python(name, marker):
+def test_a_chat_template_has_no_access_to_python_objects(name, marker):
     template = JinjaTemplate(ESCAPES[name].replace("MARKER", str(marker)), {}, re.compile("</s>"))
     try:
         message = template.text([{"role": "user", "content": "x"}])
@@ -256,8 +256,8 @@ def test_a_chat_template_reaches_no_python(name, marker):
     )
 
 
-def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, record_attacks):
-    """pytorch_model.bin, modeling_*.py named by auto_map, adapter_model.bin, and a template that reaches for Python."""
+def test_code_in_a_transformers_folder_is_never_executed(marker, tmp_path, tokenizer_dir, record_attacks):
+    """pytorch_model.bin, modeling_*.py named by auto_map, adapter_model.bin, and a template with a sandbox escape."""
     for kind, content in list(malicious_files(marker).items())[: None if FULL else 2]:
         folder = tmp_path / kind
         shutil.copytree(tokenizer_dir, folder)
@@ -296,7 +296,7 @@ def test_a_transformers_folder_brings_no_code(marker, tmp_path, tokenizer_dir, r
 
 
 def test_rows_and_tokenizer_files_are_never_executed(marker, tmp_path, record_attacks):
-    """Rows that spell Python objects; tokenizer files that are pickles."""
+    """Rows that name Python objects; tokenizer files that are pickles."""
     plant_python(tmp_path, marker)
     text = f"__import__('pathlib').Path({str(marker)!r}).touch()"
     rows = [{"__reduce__": ["os.system", f"touch {marker}"]}, {"py/object": "pathlib.Path", "text": text}, {"text": text * 20},
@@ -327,7 +327,7 @@ def test_rows_and_tokenizer_files_are_never_executed(marker, tmp_path, record_at
 
 
 def escaping_archive(tmp_path: Path, kind: str) -> Path:
-    """An archive whose members are named outside its folder, or are links to a place outside."""
+    """An archive with members outside its folder or links to a path outside."""
     path = tmp_path / f"exam.{kind}"
     names = ["../executed", f"{tmp_path}/executed", "a/../../executed", "..\\executed", "val/../../executed.csv"]
     if kind == "zip":
@@ -347,12 +347,12 @@ def escaping_archive(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.xz"])
-def test_archives_write_nothing_outside(kind, marker, tmp_path, tiny_parent, record_attacks):
+def test_archives_write_nothing_outside_their_folder(kind, marker, tmp_path, tiny_parent, record_attacks):
     folder = tmp_path / "downloads"
     folder.mkdir()
     archive = escaping_archive(folder, kind)
     before = {path for path in tmp_path.rglob("*") if folder not in path.parents}
-    with pytest.raises(UserError, match="would land outside its folder"):
+    with pytest.raises(UserError, match="contains a path outside its folder"):
         unpack_archive(archive)
     done = run_in_folder(
         folder,

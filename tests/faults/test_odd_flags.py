@@ -1,7 +1,6 @@
-"""Promise: whatever the flags are, a script runs or refuses them in one line; a value without meaning is refused before
-anything is read.
+"""Promise: a script accepts any flags or refuses them in one line; invalid values are refused before any file is read.
 
-The parsers are introspected (tests/scripts/test_flags.py), so a new flag is attacked from the day that it exists.
+The tests introspect the parsers (tests/scripts/test_flags.py), so they cover new flags without a change.
 """
 
 import os
@@ -36,11 +35,11 @@ STRANGE = (
     "nan",
     "[]",
 )
-# What a number may be at most if its limit lets it through: tried in a run.
+# Values for runs of numeric flags, where the limit of the flag allows them.
 LARGE = ("1", "2", "3", "1000", "1000000000", "1000000000000", "0.999999", "1e-37")
-# Flags that have no limit of their own but a meaning for every text that is not empty, or for the empty one too.
+# Flags that accept any text.
 FREE_TEXT = {"prompt", "system", "inspect", "keys", "source_key", "mirror", "partition", "time", "split", "only"}
-LONG = {"max_steps", "epochs", "tokens_per_param", "max_minutes"}  # a larger one means a longer run
+LONG = {"max_steps", "epochs", "tokens_per_param", "max_minutes"}  # a larger value makes the run longer
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def tiny_inputs(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_di
 
 # ---- parsing ---------------------------------------------------------------------------------------------------------
 def test_every_flag_has_a_limit():
-    """Choices, a type, or a reader of its own; only texts of a person's own words have none."""
+    """Every flag except FREE_TEXT has choices, a type or a parser."""
     unlimited = [
         (prog, action.dest)
         for prog, action in ACTIONS
@@ -59,7 +58,7 @@ def test_every_flag_has_a_limit():
     assert {dest for _, dest in unlimited} <= FREE_TEXT, unlimited
 
 
-def test_every_odd_value_of_every_flag_is_read_or_refused_in_one_line(record_attacks):
+def test_every_unusual_value_of_every_flag_is_parsed_or_refused_in_one_line(record_attacks):
     read = refused = 0
     for prog, action in ACTIONS:
         if action.nargs == 0 or not action.option_strings:
@@ -74,18 +73,18 @@ def test_every_odd_value_of_every_flag_is_read_or_refused_in_one_line(record_att
                 continue
             if isinstance(value, int | float):
                 assert abs(value) <= MAX_FLAG_VALUE, f"{prog} {action.dest}={text[:30]}: {value}"
-    record_attacks("odd values of flags, parsed", read + refused, read=read, refused=refused)
+    record_attacks("unusual values of flags, parsed", read + refused, read=read, refused=refused)
     assert refused > read
 
 
 @pytest.mark.parametrize(("prog", "flag", "dest"), NUMBERS)
-def test_a_number_beyond_any_meaning_is_refused(prog, flag, dest):
+def test_a_number_beyond_its_limit_is_refused(prog, flag, dest):
     for text in HUGE:
         with pytest.raises(UserError, match=rf"argument .*{flag}"):
             parse_flags(prog, f"{flag}={text}")
 
 
-def test_a_file_to_download_lies_inside_the_repository():
+def test_a_file_to_download_must_be_inside_the_repository():
     for name in ("..", "../x", "a/../../x", "/etc/passwd", "a\\..\\b", "C:\\x", ".", "a//b", "a/"):
         with pytest.raises(UserError, match="not a path inside the repository"):
             parse_flags("data_process.py download", f"--file={name}")
@@ -95,14 +94,14 @@ def test_a_file_to_download_lies_inside_the_repository():
 @pytest.mark.parametrize(
     "name", ["xpu", "meta", "cuda:", "cuda:x", "cuda:-1", "cuda:9999", "cpu:0", "CPU", "mps:1", " "]
 )
-def test_a_device_is_one_of_those_that_train(name):
+def test_unsupported_devices_are_refused(name):
     for prog, action in ACTIONS:
         if action.dest == "device":
             with pytest.raises(UserError, match="not a device"):
                 parse_flags(prog, f"--device={name}")
 
 
-def test_control_characters_are_spelled_out(capsys):
+def test_control_characters_are_escaped(capsys):
     assert escape_controls("a\x1b[2J\u202e太阳\ud800\n") == "a\\x1b[2J\\u202e太阳\\ud800\\n"
     assert escape_controls("a\nb\tc\r", keep="\n\t") == "a\nb\tc\\r"
     ended = run_process(sys.executable, "2-eval.py", "--checkpoint", "no\x1b[2Jfile\n.pth", "--prompt", "x")
@@ -111,7 +110,7 @@ def test_control_characters_are_spelled_out(capsys):
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 def run_with_odd_flags(tiny_inputs, monkeypatch, capsys, cases):
-    """Run the scripts with one odd flag each; returns how they ended, "done" or "refused"."""
+    """Run each script with additional flags; returns the outcomes, "done" or "refused"."""
     disable_servers(monkeypatch)
     outcomes, wrong = [], []
     for prog, flags in cases:
@@ -157,17 +156,17 @@ def test_the_largest_numbers_of_each_flag_run_or_are_refused(
 
 
 def is_path(action) -> bool:
-    return getattr(action.type, "__name__", "") in ("path", "place")
+    return getattr(action.type, "__name__", "") in ("path_string", "pathlib_path")
 
 
-def test_a_flag_that_is_a_limit_is_declared_with_it():
+def test_paths_and_numbers_are_declared_with_a_type():
     assert sum(is_path(action) for _, action in ACTIONS) > 60
     assert all(isinstance(action.type, NumberType) for _, action in ACTIONS if is_number(action))
 
 
 @pytest.mark.parametrize("prog", PARSERS)
 def test_non_utf_8_names_run_or_are_refused(prog, tiny_inputs, monkeypatch, capsys, record_attacks):
-    """The folder of the output has such a name, and so has a copy of each input but models."""
+    """The output folder and a link to each input except models have such a name."""
     odd, flags = os.fsdecode(b"caf\xe9 \xff"), []
     for flag in tiny_inputs.flags(prog):
         place = Path(flag)
@@ -180,7 +179,7 @@ def test_non_utf_8_names_run_or_are_refused(prog, tiny_inputs, monkeypatch, caps
     outcomes = run_with_odd_flags(tiny_inputs, monkeypatch, capsys, [(prog, [])])
     outcomes.append(script_outcome(monkeypatch, capsys, prog, flags))
     record_attacks("names that are not UTF-8", 1, **{outcomes[1]: 1})
-    assert outcomes[0] == outcomes[1], "the name alone is no reason to refuse"
+    assert outcomes[0] == outcomes[1], "the name does not change the outcome"
 
 
 def test_a_model_whose_name_is_not_utf_8_is_refused_with_the_reason(tiny_inputs, monkeypatch, capsys):

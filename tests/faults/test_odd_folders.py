@@ -1,7 +1,7 @@
-"""Promise: whatever stands where a script expects a file or a folder, it says so in one line and exits with 2, early.
+"""Promise: for a path of the wrong kind a script exits early with code 2 and one line.
 
-Each flag that names a place is given each odd place: a file for a folder and the reverse, a broken link, a loop of
-links, a pipe, a device, a folder of /proc that nobody can write to, a name that is too long, and files of other kinds.
+The tests combine each flag that takes a path with each unexpected path: a file for a folder and the reverse, a broken
+link, a cycle of links, a device, a folder in /proc, a name that is too long, and files with other content.
 """
 
 import os
@@ -27,7 +27,7 @@ def tiny_inputs(tmp_path_factory, tokenizer, tokenizer_dir, pretrain_dir, sft_di
 
 @pytest.fixture(scope="module")
 def odd_paths(tmp_path_factory):
-    """name -> a place that no script expects."""
+    """name -> a path that no script expects."""
     folder = tmp_path_factory.mktemp("places")
     made = {name: folder / name for name in ("empty", "folder", "file", "broken", "loop", "binary.pth", "text.pth")}
     made["folder"].mkdir()
@@ -58,7 +58,7 @@ def odd_paths(tmp_path_factory):
         "below nothing": folder / "no" / "such",
         "/dev/null": Path("/dev/null"),
         "/proc": Path("/proc/self"),
-        "a new one in /proc": Path("/proc/self/new"),
+        "new folder in /proc": Path("/proc/self/new"),
         "root": Path("/"),
         "too long": folder / ("n" * 300),
         "too deep": Path("/".join(["d"] * 3000)),
@@ -68,25 +68,25 @@ def odd_paths(tmp_path_factory):
     return {name: str(odd_path) for name, odd_path in made.items()}
 
 
-def place_flags():
-    """(prog, action) of every flag and argument that names a file or a folder."""
+def path_flags():
+    """(prog, action) of every flag and argument that takes a path."""
     return [
         (prog, action)
         for prog, action in ACTIONS
-        if getattr(action.type, "__name__", "") in ("path", "place") and prog in KNOWN
+        if getattr(action.type, "__name__", "") in ("path_string", "pathlib_path") and prog in KNOWN
     ]
 
 
 KNOWN = {prog for prog, _ in ACTIONS}
-POSITIONAL = {"files": 1, "checkpoint": 0, "folder": 1}  # where it stands among a script's flags in World.flags
-NEEDED = {  # what a flag needs beside it
+POSITIONAL = {"files": 1, "checkpoint": 0, "folder": 1}  # index among a script's flags in TinyInputs.flags
+REQUIRES = {  # other flags that a flag requires
     "questions": {"3-full_sft.py": ["--data_share", "0.5"]},
     "texts": {"2-eval.py": ["--report"]},
     "chats": {"2-eval.py": ["--report"]},
     "compare_on": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
     "out": {"train_tokenizer.py": ["--compare", "TOKENIZER"]},
 }
-INSTEAD = {  # flags of World.flags that exclude another one
+EXCLUDES = {  # flags of TinyInputs.flags that the flag excludes
     ("2-eval.py", "prompts"): "--prompt", ("2-eval.py", "questions"): "--prompt",
     ("2-eval.py", "report"): "--checkpoint", ("2-eval.py", "texts"): "--checkpoint",
     ("2-eval.py", "chats"): "--checkpoint", ("eval_ceval.py", "model"): "--checkpoint",
@@ -94,13 +94,13 @@ INSTEAD = {  # flags of World.flags that exclude another one
 
 
 def command(tiny_inputs, prog, action, odd_path):
-    """The flags with which a script succeeds, but for one place."""
+    """Flags with which a script succeeds, with one path replaced by `odd_path`."""
     flags = tiny_inputs.flags(prog)
     if not action.option_strings:
         first = 1 if prog.startswith("data_process.py") else 0
         flags[first + (action.dest == "folder")] = odd_path
         return flags
-    flag, given = action.option_strings[0], {INSTEAD.get((prog, action.dest))} - {None}
+    flag, given = action.option_strings[0], {EXCLUDES.get((prog, action.dest))} - {None}
     if action.dest in ("compare", "compare_on", "out") and prog == "train_tokenizer.py":
         flags = []
     for name in (given, {flag})[flag in flags] | given:
@@ -108,18 +108,18 @@ def command(tiny_inputs, prog, action, odd_path):
             at = flags.index(name)
             del flags[at : at + 2]
     more = [
-        tiny_inputs.tokenizer if word == "TOKENIZER" else word for word in NEEDED.get(action.dest, {}).get(prog, [])
+        tiny_inputs.tokenizer if word == "TOKENIZER" else word for word in REQUIRES.get(action.dest, {}).get(prog, [])
     ]
     value = f"zh={odd_path}" if action.dest == "texts" else odd_path
     return [*flags, *more, f"{flag}={value}"]
 
 
-def test_every_odd_place_for_every_flag_is_used_or_refused(
+def test_every_unexpected_path_for_every_flag_is_used_or_refused(
     tiny_inputs, odd_paths, monkeypatch, capsys, num_attacks, record_attacks
 ):
     disable_servers(monkeypatch)
     monkeypatch.chdir(tiny_inputs.folder)
-    cases = [(prog, action, name) for prog, action in place_flags() for name in odd_paths]
+    cases = [(prog, action, name) for prog, action in path_flags() for name in odd_paths]
     chosen = random.Random(0).sample(cases, min(num_attacks(120, len(cases)), len(cases)))
     outcomes, wrong = [], []
     for prog, action, name in chosen:
@@ -133,20 +133,20 @@ def test_every_odd_place_for_every_flag_is_used_or_refused(
             wrong.append(f"{prog} {action.dest} {name}: {error}")
     assert not wrong, f"{len(wrong)} of {len(chosen)}\n" + "\n".join(wrong)
     record_attacks(
-        "odd places for flags", len(outcomes), done=outcomes.count("done"), refused=outcomes.count("refused")
+        "unexpected paths for flags", len(outcomes), done=outcomes.count("done"), refused=outcomes.count("refused")
     )
     assert outcomes.count("refused") > len(outcomes) / 2
 
 
 @pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"])
 @pytest.mark.parametrize(
-    "name", ["file", "below a file", "broken", "loop", "a new one in /proc", "/dev/null", "too long"]
+    "name", ["file", "below a file", "broken", "loop", "new folder in /proc", "/dev/null", "too long"]
 )
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(
     script, name, tiny_inputs, odd_paths, monkeypatch, capsys
 ):
-    """The inputs are not there at all, and still it is the output that the message names."""
-    shutil.rmtree(Path(odd_paths["broken"]).parent / "gone", ignore_errors=True)  # which another test has made
+    """The inputs do not exist, but the error names the output."""
+    shutil.rmtree(Path(odd_paths["broken"]).parent / "gone", ignore_errors=True)  # another test creates it
     flags = ["--data_path", "/no/data", "--out_dir", odd_paths[name], *(["--init_from", "/no"] * (script > "2"))]
     assert script_outcome(monkeypatch, capsys, script, flags) == "refused"
     with pytest.raises(UserError, match="cannot write"):

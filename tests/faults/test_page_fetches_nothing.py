@@ -1,8 +1,8 @@
-"""The chat page: whatever a model writes, the browser sends no request but to the page's own server.
+"""Promise: for any generated text, the chat page sends requests only to its own server.
 
-Promises: no image, link or HTML is left in the Markdown that streamlit is given, of answers, questions, system prompts,
-names and error messages alike; layout and formulas stay; Chromium, with a server that catches every request, sends it
-none, and its policy blocks the ones that a script tries.
+The Markdown passed to streamlit (answers, questions, system prompts, names, error messages) contains no image, link or
+HTML; layout and formulas are kept. Chromium sends no request to a server that records all requests, and the content
+security policy blocks requests by scripts.
 """
 # ruff: noqa: E501  (a table of attacks)
 
@@ -33,7 +33,7 @@ from tests.helpers import ROOT, save_scripted_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HAS_BROWSER = CHROMIUM and importlib.util.find_spec("playwright")
-# Every form of Markdown, HTML, TeX and streamlit's own marks that names an address. U is an address of its own each.
+# Every form of Markdown, HTML, TeX and streamlit syntax with a URL. Each U becomes a different URL.
 FETCHES = [
     "![a](U)", "!\\[b](U)", "\\![c](U)", "\\\\![d](U)", "\\\\\\![e](U)", "![f](<U>)", '![g](U "title")', "![h\\](U)",
     "![i][r1]\n\n[r1]: U", "![r2][]\n\n[r2]: U", "![r3]\n\n[r3]: <U> 'x'", "[![j](U)](U)", "![![k](U)](U)", "*![l](U)*",
@@ -58,7 +58,7 @@ READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethroug
 
 
 def fetching_tokens(markdown: str) -> list[str]:
-    """The kinds of tokens in it that a browser could act on."""
+    """The types of tokens in the Markdown that a browser could follow or load."""
     found, waiting = [], READER.parse(markdown)
     while waiting:
         token = waiting.pop()
@@ -79,10 +79,10 @@ def test_no_image_or_html_is_left(write, record_attacks):
     texts += ["\n\n".join(texts), *(f"a {text} b" for text in texts), *(f"- > {text}" for text in texts)]
     left = {text: kinds for text in texts if (kinds := fetching_tokens(write(text)))}
     assert not left
-    record_attacks(f"Markdown that names addresses: {write.__module__}.{write.__name__}", len(texts), left=0)
+    record_attacks(f"Markdown with URLs: {write.__module__}.{write.__name__}", len(texts), left=0)
 
 
-def test_no_combination_of_markers_survives(num_attacks, record_attacks):
+def test_no_combination_of_markup_survives(num_attacks, record_attacks):
     number = num_attacks(300, 20_000)
 
     @settings(max_examples=number, deadline=None, database=None)
@@ -94,7 +94,7 @@ def test_no_combination_of_markers_survives(num_attacks, record_attacks):
         assert not re.search(r"(?<![`!-~])https?://", re.sub(r"(`+).*?\1", "", escape_markdown(text), flags=re.DOTALL))
 
     check_text()
-    record_attacks("mixtures of Markdown marks", number, left=0)
+    record_attacks("combinations of Markdown markup", number, left=0)
 
 
 def test_layout_and_formulas_are_preserved():
@@ -110,7 +110,7 @@ def test_layout_and_formulas_are_preserved():
 
 
 def test_every_markdown_of_the_page_is_safe(tokenizer, tmp_path, monkeypatch):
-    """Answers, questions, system prompts, names of models, of a damaged file, and of its folder."""
+    """Answers, questions, system prompts, and names of models, of a damaged file and of the folder."""
     nasty = "\n\n".join(attack_texts("http://127.0.0.1:1"))
     folder = tmp_path / "![f](http:\\\\h.invalid\\f) `![f](x)"
     save_scripted_model(
@@ -128,7 +128,7 @@ def test_every_markdown_of_the_page_is_safe(tokenizer, tmp_path, monkeypatch):
     assert not page.exception
     read += markdown_of(page)
     assert sum("h\\.invalid" in text or "h.invalid" in text for text in read) >= 2
-    assert any("127.0.0.1:1/0" in text for text in read), "the answer is drawn as Markdown"
+    assert any("127.0.0.1:1/0" in text for text in read), "the answer is rendered as Markdown"
     assert not {text: kinds for text in read if (kinds := fetching_tokens(text))}
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(folder / "none")])
     page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
@@ -147,7 +147,7 @@ def markdown_of(page):
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def request_log():
-    """(address, paths): a server that notes every request that reaches it."""
+    """(url, paths) of a server that records the path of every request."""
     paths = []
 
     class Catcher(http.server.BaseHTTPRequestHandler):
@@ -170,7 +170,7 @@ def request_log():
 
 @pytest.fixture
 def page_url(tokenizer, tmp_path, request_log):
-    """The page over a model that writes all the texts."""
+    """URL of the chat page with a scripted model that generates all attack texts."""
     texts = attack_texts(request_log[0])
     name = f"![n]({request_log[0].replace('/', chr(92))}\\name.png) <img src=x>"
     save_scripted_model(tmp_path / "out" / f"{name}.pth", tokenizer, [text + "\n\n" for text in texts], max_seq_len=512)
@@ -218,13 +218,15 @@ def test_chromium_fetches_nothing(page_url, request_log, record_attacks):
         time.sleep(2)
         assert page.locator(".stChatMessage code").count() > 50, "addresses are shown as code"
         pictures = page.locator(".stChatMessage .stMarkdown img").evaluate_all("all => all.map(each => each.src)")
-        assert all(source.startswith((f"{page_url}/", "data:")) for source in pictures), pictures  # of streamlit itself
+        assert all(source.startswith((f"{page_url}/", "data:")) for source in pictures), (
+            pictures
+        )  # images of streamlit itself
         assert page.locator(".stChatMessage a[href^=http]").count() == 0
         assert not sent and not paths
         page.evaluate("url => { document.body.append(Object.assign(new Image(), {src: url})) }", f"{catcher}/by-script")
         time.sleep(1)
-        assert not paths, "the policy of the page blocks what its Markdown does not"
+        assert not paths, "the content security policy blocks the request of a script"
         browser.close()
     urllib.request.urlopen(f"{catcher}/works").close()
     assert paths == ["/works"]
-    record_attacks("addresses in an answer, drawn by Chromium", len(FETCHES), requests=len(paths) - 1)
+    record_attacks("URLs in an answer, rendered by Chromium", len(FETCHES), requests=len(paths) - 1)

@@ -1,4 +1,4 @@
-"""Promise: the time of reading grows with the size of the file, not faster, in every format and layout."""
+"""Promise: the time to read a file is linear in its size, for every format and layout."""
 
 import json
 import time
@@ -13,10 +13,10 @@ from corpus.readers import read_chats, read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats
 
-GROWTH = 4  # the second file is so many times as large
-MAX_SECONDS = 2.5 * GROWTH  # times as long: caches and noise; a quadratic reader takes 16 times as long
+GROWTH = 4  # ratio of the sizes of the two files
+MAX_SECONDS = 2.5 * GROWTH  # largest ratio of the times, with caches and noise; a quadratic reader has 16
 HANG = 5.0  # seconds
-NOISE_SECONDS = 0.02  # seconds below which a time is noise
+NOISE_SECONDS = 0.02  # shorter times are noise
 
 USER, ASSISTANT = {"role": "user", "content": "hi there"}, {"role": "assistant", "content": "hello"}
 
@@ -96,7 +96,7 @@ CHATS = {
 
 
 def cpu_seconds(work) -> float:
-    """CPU seconds, the least of up to three times; one where it is a blink."""
+    """The minimum CPU seconds of up to three calls; one call if it is below NOISE_SECONDS."""
     best = HANG
     for _ in range(3):
         start = time.process_time()
@@ -108,7 +108,7 @@ def cpu_seconds(work) -> float:
 
 
 def check_growth(work_of) -> None:
-    """work_of(n) -> work. Up to three tries: a busy machine may slow one of the two."""
+    """Compare the times of work_of(1) and work_of(GROWTH). Up to three tries: a busy machine may slow one of them."""
     for _ in range(3):
         small, large = cpu_seconds(work_of(1)), cpu_seconds(work_of(GROWTH))
         if large <= MAX_SECONDS * max(small, NOISE_SECONDS):
@@ -135,13 +135,13 @@ def read_file(folder: Path, n: int, file_of, reader):
 @pytest.mark.parametrize("name", TEXTS)
 def test_reading_texts_is_linear(tmp_path, record_attacks, name):
     check_growth(lambda n: read_file(tmp_path, n, TEXTS[name], read_texts))
-    record_attacks("files that a reader might take long for", 1, linear=1)
+    record_attacks("files for which reading could be slow", 1, linear=1)
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_reading_chats_is_linear(tmp_path, record_attacks, name):
     check_growth(lambda n: read_file(tmp_path, n, lambda n: ("a.jsonl", CHATS[name](n)), read_chats))
-    record_attacks("chats that a reader might take long for", 1, linear=1)
+    record_attacks("chats for which reading could be slow", 1, linear=1)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
@@ -154,11 +154,11 @@ def test_unpacking_is_linear(tmp_path, record_attacks, suffix):
     check_growth(
         lambda n: read_file(tmp_path, n, lambda n: (f"a.jsonl{suffix}", pack(b"\0" * (n * 4_000_000))), read_texts)
     )
-    record_attacks("files that a reader might take long for", 1, linear=1)
+    record_attacks("files for which reading could be slow", 1, linear=1)
 
 
 def test_chats_and_pairs_of_thousands_of_turns_are_rendered_in_linear_time(tmp_path, tokenizer, record_attacks):
-    """A pair of 2,001 turns took over a minute: its prompt lost one turn after the other."""
+    """Regression: a pair of 2,001 turns took over a minute, because its prompt was shortened turn by turn."""
     path = tmp_path / "a.jsonl"
 
     def chats(n: int):
@@ -173,7 +173,7 @@ def test_chats_and_pairs_of_thousands_of_turns_are_rendered_in_linear_time(tmp_p
 
     check_growth(chats)
     check_growth(pairs)
-    record_attacks("chats that a reader might take long for", 2, linear=2)
+    record_attacks("chats for which reading could be slow", 2, linear=2)
 
 
 def test_a_message_of_33_megabytes_is_dropped_before_it_is_tokenised(tmp_path, tokenizer):

@@ -1,8 +1,8 @@
-"""A real server process under attack, with a client beside the attackers that asks as usual (attackers.py).
+"""Promise: a server process under attack (attackers.py) serves a normal client at the same time.
 
-Promises: malformed requests, floods of large bodies, idle connections, slow senders and clients that never read leave
-the usual client its answers: the same text, within three times the quiet time. No request ends in a 5xx or in a line of
-the server's log; memory stays flat; afterwards no place is taken and nothing waits.
+During malformed requests, floods of large bodies, idle connections, slow senders and clients that do not read, the
+normal client gets the same text within three times its usual latency. No request gets a 5xx or adds a line to the
+server's log, memory is bounded, and afterwards no request is running or waiting.
 """
 
 import collections
@@ -21,13 +21,13 @@ import pytest
 from tests.helpers import ROOT
 from tests.serving.server_help import save_random_model
 
-CLIENT_TIMEOUT = 2  # seconds, of the server
+CLIENT_TIMEOUT = 2  # seconds, --client_timeout of the server
 QUESTION = {"messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 60}
 MEGABYTE = 2**20
 
 
 class Server:
-    """serve_openai_api.py in a process of its own."""
+    """A process of serve_openai_api.py and a client for it."""
 
     def __init__(self, checkpoint, log):
         self.log = log
@@ -55,7 +55,7 @@ class Server:
         return self.ask()["choices"][0]["message"]["content"]
 
     def seconds(self):
-        """Of one answer, whose text is checked."""
+        """Latency of one request; checks the text of the answer."""
         started = time.perf_counter()
         assert self.text() == self.usual_text
         return time.perf_counter() - started
@@ -64,7 +64,7 @@ class Server:
         return self.ask("GET", "/health")["models"]["full_sft_32"]
 
     def memory(self):
-        """Resident MB."""
+        """Resident memory in MB."""
         return psutil.Process(self.process.pid).memory_info().rss / MEGABYTE
 
     def wait_until_empty(self, seconds=10):
@@ -90,9 +90,9 @@ def median_answer_seconds(server):
 
 
 def attack_server(server, kind, number):
-    """Attack while the usual client asks; three times at most, since other processes of this machine slow it as well.
+    """Attack while the normal client sends requests; up to three tries, as other processes slow the machine too.
 
-    Returns what the attackers counted, and in which time the client was answered, in percent of its quiet time.
+    Returns the outcomes of the attackers, and the client's latency in percent of its latency without an attack.
     """
     for _ in range(3):
         outcomes, client_stats, times = attack_server_once(server, kind, number)
@@ -103,7 +103,7 @@ def attack_server(server, kind, number):
 
 
 def attack_server_once(server, kind, number):
-    """Attack again and again until the usual client has asked five times."""
+    """Repeat the attack until the normal client has sent five requests."""
     quiet_times, memory, times = [median_answer_seconds(server)], [], []
     outcomes = collections.Counter()
     command = [sys.executable, "tests/faults/attackers.py", kind, str(server.port), str(number)]
@@ -136,7 +136,7 @@ def test_floods_of_large_bodies_leave_the_server_responsive(server, num_attacks,
 
 
 def test_idle_connections_do_not_block_clients(server, num_attacks, record_attacks):
-    outcomes, client_stats = attack_server(server, "idle", num_attacks(100, 500))  # of 64 that the server keeps
+    outcomes, client_stats = attack_server(server, "idle", num_attacks(100, 500))  # --max_connections is 64
     record_attacks("idle connections", outcomes.total(), **client_stats)
 
 
@@ -152,7 +152,7 @@ def test_clients_that_never_read_are_cut_off(server, num_attacks, record_attacks
     record_attacks("clients that never read", outcomes.total(), **outcomes, **client_stats)
 
 
-def test_memory_is_flat(server, num_attacks, record_attacks):
+def test_memory_does_not_grow_with_requests(server, num_attacks, record_attacks):
     number = num_attacks(200, 2000)
     bodies = [{**QUESTION, "max_tokens": 3}, {**QUESTION, "max_tokens": 3, "logprobs": True, "top_logprobs": 20}]
     bodies += [{**QUESTION, "max_tokens": 2, "user": "x" * 100_000}]
@@ -162,4 +162,4 @@ def test_memory_is_flat(server, num_attacks, record_attacks):
         if i >= 50:
             memory.append(server.memory())
     assert memory[-1] - memory[0] < 20
-    record_attacks("requests of which memory stays flat", number, MB_more=round(memory[-1] - memory[0]))
+    record_attacks("requests with constant memory", number, MB_more=round(memory[-1] - memory[0]))

@@ -1,4 +1,5 @@
-"""Signals, closed terminals, and lost, stopped or orphaned ranks: what was trained is kept, and one line says why."""
+"""Promise: after a signal, a closed terminal, or a killed, stopped or orphaned rank, the training state is saved and
+one line gives the reason."""
 
 import contextlib
 import json
@@ -26,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture
 def start_training(pretrain_dir, tokenizer_dir, tmp_path):
-    """start_training(launcher, *flags, **options of Popen) starts a pretraining and waits for its first save."""
+    """start_training(*launcher, flags=(), **options of Popen) starts pretraining and waits for its first save."""
     started = []
 
     def start(*launcher, flags=(), **options):
@@ -66,7 +67,7 @@ def children(pid):
 
 
 def is_alive(pid):
-    """Whether a process runs; one that has ended and was not waited for does not."""
+    """True if the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -91,7 +92,7 @@ def message_lines(folder):
 
 # ---- one process -----------------------------------------------------------------------------------------------------
 def test_a_closed_terminal_saves_before_the_exit(start_training, tmp_path):
-    """The terminal of the process is really closed: SIGHUP from the system, and EIO from every print."""
+    """The test closes a real terminal: the system sends SIGHUP, and every print raises EIO."""
     master, terminal = os.openpty()
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
     session = [sys.executable, "-c", "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
@@ -103,8 +104,8 @@ def test_a_closed_terminal_saves_before_the_exit(start_training, tmp_path):
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "no step is lost"
 
 
-def test_under_nohup_a_closed_terminal_changes_nothing_and_a_closed_pipe_loses_nothing(start_training, tmp_path):
-    """`nohup python 1-pretrain.py | tee log`, of which tee dies: SIGHUP is ignored, prints raise EPIPE."""
+def test_under_nohup_training_ignores_a_closed_terminal_and_a_closed_pipe(start_training, tmp_path):
+    """`nohup python 1-pretrain.py | tee log` after tee exits: SIGHUP is ignored, prints raise EPIPE."""
     reader, writer = os.pipe()
     process = start_training("nohup", sys.executable, stdout=writer)
     os.close(writer)
@@ -113,12 +114,12 @@ def test_under_nohup_a_closed_terminal_changes_nothing_and_a_closed_pipe_loses_n
     step = last_step(tmp_path / "out")
     wait_for(lambda: last_step(tmp_path / "out") > step + 20, process)
     process.terminate()
-    process.send_signal(signal.SIGTERM)  # a second one does not interrupt the save
+    process.send_signal(signal.SIGTERM)  # a second signal does not interrupt the save
     assert process.wait(60) == 0
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out")
 
 
-def test_a_stream_survives_the_loss_of_its_file(tmp_path):
+def test_writes_to_a_closed_pipe_are_ignored(tmp_path):
     reader, writer = os.pipe()
     stream = BestEffortStream(os.fdopen(writer, "w", buffering=1))
     os.close(reader)
@@ -128,7 +129,7 @@ def test_a_stream_survives_the_loss_of_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_is_one_line_after_the_clean_up(number, code, capsys):
+def test_a_signal_prints_one_line_after_the_cleanup(number, code, capsys):
     cleaned = []
     with pytest.raises(SystemExit) as ended, fail_in_one_line():
         try:
@@ -140,7 +141,7 @@ def test_a_signal_is_one_line_after_the_clean_up(number, code, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_an_ignored_signal_stays_ignored_and_a_library_gets_a_sigterm_for_a_sighup():
+def test_an_ignored_signal_stays_ignored_and_sighup_reaches_a_library_as_sigterm():
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with handle_signals(raise_terminated):
@@ -159,8 +160,8 @@ def test_an_ignored_signal_stays_ignored_and_a_library_gets_a_sigterm_for_a_sigh
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_data_process_leaves_nothing_half_written(number, tmp_path, num_attacks):
-    """The result is not there, what is unfinished has its own name, and the same command completes it."""
+def test_data_process_leaves_no_partial_output(number, tmp_path, num_attacks):
+    """After the signal only the staging folder exists; the same command completes it."""
     if number == signal.SIGHUP and num_attacks(True, False):
         pytest.skip("make faults")
     source, out = tmp_path / "rows.jsonl", tmp_path / "clean"
@@ -182,7 +183,7 @@ def test_data_process_leaves_nothing_half_written(number, tmp_path, num_attacks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_server_ends_in_one_line(number, tiny_parent, tmp_path, num_attacks):
+def test_a_server_exits_with_one_line(number, tiny_parent, tmp_path, num_attacks):
     if number == signal.SIGTERM and num_attacks(True, False):
         pytest.skip("make faults")
     with socket.socket() as probe:
@@ -234,7 +235,7 @@ def test_a_killed_launcher_leaves_no_process_and_loses_no_step(start_training, t
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(map(is_alive, ranks)), seconds=60)
-    assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "the ranks save and leave"
+    assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "the ranks save and exit"
     assert message_lines(tmp_path) == [] and "run again to resume" in (tmp_path / "out.txt").read_text()
 
 
@@ -244,7 +245,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, nu
         ranks = children(launcher.pid)
         os.kill(ranks[stopped], signal.SIGSTOP)
         wait_for(lambda rank=ranks[1 - stopped]: not is_alive(rank), seconds=60)
-        os.kill(ranks[stopped], signal.SIGKILL)  # torchrun does so too, after --shutdown-timeout
+        os.kill(ranks[stopped], signal.SIGKILL)  # torchrun does the same after --shutdown-timeout
         assert launcher.wait(60) == 1
         (line,) = message_lines(tmp_path)[:1]
         assert f"error: rank {stopped} (process {ranks[stopped]} on " in line and "has sent no heartbeat" in line
@@ -253,7 +254,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, nu
 
 
 def test_a_rank_that_does_not_join_a_collective_is_named(tmp_path, num_attacks):
-    """One rank sleeps in its main thread: its heartbeat continues, the collective of the other one runs out of time."""
+    """One rank sleeps in its main thread: its heartbeat continues, the collective of the other rank times out."""
     if num_attacks(True, False):
         pytest.skip("make faults")
     text = run_ranks(tmp_path, "if dist.rank == 1: time.sleep(60)\ndist.all_reduce_sum([1.0])")
@@ -261,7 +262,7 @@ def test_a_rank_that_does_not_join_a_collective_is_named(tmp_path, num_attacks):
 
 
 def test_work_of_one_rank_may_take_longer_than_the_timeout(tmp_path, num_attacks):
-    """`rank0_first`, under which chats are tokenised, and `barrier` have no time limit as long as all ranks live."""
+    """`rank0_first` (used to tokenize chats) and `barrier` have no time limit as long as all ranks are alive."""
     if num_attacks(True, False):
         pytest.skip("make faults")
     work = "with dist.rank0_first():\n    if dist.is_rank0: time.sleep(25)\n"
@@ -270,7 +271,7 @@ def test_work_of_one_rank_may_take_longer_than_the_timeout(tmp_path, num_attacks
     assert "done 0 [2.0]" in text and "done 1 [2.0]" in text
 
 
-def test_an_error_of_one_rank_is_the_only_line(tmp_path, num_attacks):
+def test_an_error_of_one_rank_is_printed_once(tmp_path, num_attacks):
     if num_attacks(True, False):
         pytest.skip("make faults")
     text = run_ranks(tmp_path, "if dist.is_rank0: raise UserError('the disk is full')\ndist.all_reduce_sum([1.0])")
@@ -278,7 +279,7 @@ def test_an_error_of_one_rank_is_the_only_line(tmp_path, num_attacks):
 
 
 def run_ranks(tmp_path, work, code=1):
-    """The output of two ranks that do `work` with a timeout of 4 seconds."""
+    """Run `work` on two ranks with a timeout of 4 seconds; returns their output."""
     lines = "".join(f"        {line}\n" for line in work.splitlines())
     (tmp_path / "ranks.py").write_text(
         "import os, time\nos.environ['TORCH_CPP_LOG_LEVEL'] = 'ERROR'\n"

@@ -1,7 +1,7 @@
-"""Chat templates written to take a machine down: nested loops, doubling text and lists, wide formats, recursion.
+"""Promise: malicious chat templates (nested loops, doubling text and lists, wide formats, recursion) are stopped.
 
-Promises: a template that loops, recurses or grows is stopped within a second of the processor and within 100 MB, by a
-bound that the message names; one that cannot be compiled is one line; the bounds hold in every thread.
+Rendering stops within one CPU second and 100 MB, and the message names the limit. Templates that cannot be compiled
+are refused in one line. The limits apply in every thread.
 """
 
 import json
@@ -115,7 +115,7 @@ ENDLESS = {
     "{{ c.next() }}{% endfor %}{% endfor %}",
     "slices in a row": "{% set x = 'x' * 7999999 %}" + "".join(f"{{% set y{i} = x[{i + 1}:] %}}" for i in range(1500)),
 }
-# Templates that are refused before they are rendered.
+# Templates that are refused at compile time.
 UNREADABLE = {
     "too long": "{{ x }}" * 9999,
     "loops inside each other": "{% for a in range(2) %}" * 30 + "x" + "{% endfor %}" * 30,
@@ -130,18 +130,18 @@ UNREADABLE = {
 
 @pytest.fixture(scope="module")
 def render_results():
-    """name -> (seconds, what is said), in a process that may not grow by more than 100 MB."""
+    """name -> (CPU seconds, text or error), rendered in a process limited to 100 MB of additional memory."""
     code = (
         "import json, re, resource, sys, time\n"
         "import model.template_sandbox\n"
-        "from model.jinja_template import TemplateFormat\n"
+        "from model.jinja_template import JinjaTemplate\n"
         "chat, templates = json.load(sys.stdin)\n"
         "limit = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize() + 100_000_000\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "ends = {}\n"
         "for name, template in templates.items():\n"
         "    start = time.process_time()\n"
-        "    try: said = TemplateFormat(template, {}, re.compile('</s>')).text(chat)\n"
+        "    try: said = JinjaTemplate(template, {}, re.compile('</s>')).text(chat)\n"
         "    except Exception as error: said = f'{type(error).__name__}: {error}'\n"
         "    ends[name] = (time.process_time() - start, said[:200])\n"
         "print(json.dumps(ends))\n"
@@ -155,7 +155,7 @@ def render_results():
 def test_rendering_is_bounded(render_results, name):
     seconds, message = render_results[name]
     expected_reason = "fails: 'lipsum' is undefined" if name == "lipsum" else "takes "
-    assert message.startswith(f"RefusedChat: the model's chat template {expected_reason}") and seconds < 1
+    assert message.startswith(f"UnsupportedChatError: the model's chat template {expected_reason}") and seconds < 1
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -165,7 +165,7 @@ def test_an_invalid_template_is_one_line(render_results, name):
 
 
 def test_rendering_is_bounded_in_every_thread():
-    """The server renders in a pool."""
+    """The server renders templates in a thread pool."""
     endless = JinjaTemplate(ENDLESS["loops"], {}, re.compile("</s>"))
     with ThreadPoolExecutor(8) as pool:
         message = [str(each.exception()) for each in [pool.submit(endless.text, CHAT) for _ in range(8)]]
@@ -174,5 +174,5 @@ def test_rendering_is_bounded_in_every_thread():
 
 def test_no_template_takes_a_second_or_100_mb(render_results, record_attacks):
     refused = sum(": the model's chat template " in message for _, message in render_results.values())
-    record_attacks("chat templates without an end", len(render_results), refused=refused)
+    record_attacks("unbounded chat templates", len(render_results), refused=refused)
     assert refused == len(render_results)

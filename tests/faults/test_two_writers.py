@@ -1,6 +1,6 @@
-"""Two commands that write one output: the second exits with 2 and names the first; a kill of the first frees it.
+"""Promise: if two commands write one output, the second exits with 2 and names the first; a kill releases the lock.
 
-The first is stopped (SIGSTOP) as soon as it holds its lock, so that the second meets it in every run of this test.
+The test suspends the first command (SIGSTOP) when it holds its lock, so that the second always finds it locked.
 """
 
 import json
@@ -54,7 +54,7 @@ def inputs(tmp_path_factory, tokenizer_dir, tiny_parent):
 
 
 def command(kind: str, inputs: dict, out: Path) -> tuple[list, Path]:
-    """The command line of a kind, and what it locks."""
+    """The command line of a kind, and the path that it locks."""
     data, tokenizer = ["data_process.py"], ["--tokenizer", inputs["tokenizer"]]
     sft = [*data, "sft", inputs["chats"], *tokenizer]
     lines = {
@@ -85,13 +85,15 @@ def start_command(line: list) -> subprocess.Popen:
 
 
 def start_and_suspend(line: list, output: Path) -> subprocess.Popen:
-    """Start a command and stop it while it holds the lock of its output."""
+    """Start a command and suspend it while it holds the lock of its output."""
     process, until = start_command(line), time.monotonic() + 120
     while not list(output.parent.glob(f".{output.name}*.lock.json")):
         assert process.poll() is None and time.monotonic() < until, process.stderr.read()
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGSTOP)
-    assert list(output.parent.glob(f".{output.name}*.lock.json")), "it was faster than this test: give it more to do"
+    assert list(output.parent.glob(f".{output.name}*.lock.json")), (
+        "the command finished before it was suspended: use larger inputs"
+    )
     return process
 
 
@@ -114,8 +116,8 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_path, inputs, kind, record_attacks):
-    comparable = kind not in ("demo", "dedup many")  # their results hold seconds
+def test_the_second_of_two_commands_exits_with_2_and_the_first_succeeds(tmp_path, inputs, kind, record_attacks):
+    comparable = kind not in ("demo", "dedup many")  # their results contain durations
     (line, output), (alone, expected) = (command(kind, inputs, tmp_path / name / "out") for name in ("two", "one"))
     output.parent.mkdir()
     first = start_and_suspend(line, output)
@@ -124,7 +126,7 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
         rf"error: \S*out\S* is being written by `\S+ .*` \(process {first.pid} on \S+, since 20[-: \d]+\): wait .*\n",
         error,
     )
-    if kind == "demo":  # its result takes minutes: it is killed instead
+    if kind == "demo":  # it would take minutes, so the test kills it
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
         return
@@ -146,13 +148,13 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_ends_right(tmp_pa
 
 TOKENIZE_SCRIPT = """
 import sys
-from corpus.prepare_chats import tokenise_chats
+from corpus.prepare_chats import tokenize_chats
 from model.tokenizer import load_tokenizer
-print(tokenise_chats(sys.argv[1], load_tokenizer(sys.argv[2]), 64), flush=True)
+print(tokenize_chats(sys.argv[1], load_tokenizer(sys.argv[2]), 64), flush=True)
 """
 
 
-def test_two_training_runs_that_need_the_same_token_folder_make_it_once(tmp_path, inputs, tokenizer_dir):
+def test_two_training_runs_with_the_same_data_tokenize_it_once(tmp_path, inputs, tokenizer_dir):
     (tmp_path / "sft").mkdir()
     for name in ("train.jsonl", "val.jsonl"):
         shutil.copy(inputs["chats"], tmp_path / "sft" / name)
@@ -177,7 +179,7 @@ def test_a_reader_between_two_renames_gets_an_error_with_the_remedy(tmp_path, to
     from corpus.dataset_meta import read_meta
 
     folder = write_shards(tmp_path / "pretrain", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
-    folder.rename(tmp_path / ".pretrain.17.old")  # as a kill leaves it
+    folder.rename(tmp_path / ".pretrain.17.old")  # the state after a kill between the renames
     with pytest.raises(
         UserError, match=r"the command that replaces it was ended between two steps; run `python data_p"
     ):
