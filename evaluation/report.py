@@ -31,15 +31,13 @@ from evaluation.judge_client import ChatClient
 from evaluation.length_loss import length_loss
 from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
 from evaluation.remote_model import RemoteModel, is_address, parse_address
-from evaluation.report_markdown import format_report
+from evaluation.report_markdown import ReportData, format_report
 from model.chat_template import Message
 from model.checkpoint import find_checkpoint, read_checkpoint
 from model.repetition import repetition_stats
 
 DEFAULT_CHATS = Path("dataset/sft/val.jsonl")  # what data_process.py sft holds out
 SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # the speed of a conversation is that of so many tokens, from so many prompts
-
-ReportData = dict[str, Any]
 
 
 def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from common.markdown import code_block, code_span, escape_inline
 from evaluation.length_loss import length_section
 
-_ReportData = dict[str, Any]
+ReportData = dict[str, Any]
 _ModelFigures = dict[str, Any]
 _MISSING = "–"
 _COUNT_ROWS = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_off": "cut-off answers"}
 
 
-def format_report(report: _ReportData) -> str:
+def format_report(report: ReportData) -> str:
     """The whole page."""
     parts = [
         "# Models side by side",
@@ -45,7 +45,7 @@ def _answer_lines(label: str, answer: dict[str, Any]) -> list[str]:
     return [f"**{escape_inline(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
 
 
-def _safety_section(report: _ReportData) -> list[str]:
+def _safety_section(report: ReportData) -> list[str]:
     """The continuations of harmful agreements; none of the figures counts them."""
     models = [model for model in report["models"] if model["safety"]]
     if not report["safety"] or not models:
@@ -64,7 +64,7 @@ def _safety_section(report: _ReportData) -> list[str]:
     return parts
 
 
-def _settings_line(report: _ReportData) -> str:
+def _settings_line(report: ReportData) -> str:
     settings = report["settings"]
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None and name != "system")
     system = f"System message: {escape_inline(settings['system'])}. " if settings.get("system") else ""
@@ -75,7 +75,7 @@ def _settings_line(report: _ReportData) -> str:
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-def _figure_table(report: _ReportData) -> list[str]:
+def _figure_table(report: ReportData) -> list[str]:
     models: list[_ModelFigures] = report["models"]
     languages = [name for name in models[0]["answer_figures"] if name != "all"]
     language_names = " / ".join(languages)
@@ -118,7 +118,7 @@ def _figure_table(report: _ReportData) -> list[str]:
     return ["## Figures", "", *lines, "", *_figure_notes(report)]
 
 
-def _figure_notes(report: _ReportData) -> list[str]:
+def _figure_notes(report: ReportData) -> list[str]:
     """What the rows mean, and what is missing and how to get it."""
     notes = [f"{escape_inline(label)}: left out, it stopped answering: {escape_inline(reason)}."
              for label, reason in report["failed"].items()]  # fmt: skip
