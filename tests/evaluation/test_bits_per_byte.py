@@ -156,7 +156,7 @@ def test_read_named_texts_names_and_limits_texts(tmp_path):
     assert found["zh"]["texts"] == ["今天很"] and found["zh"]["bytes"] == 9  # no half character
     assert found["en"]["texts"] == ["one", "two", "thre"] and found["en"]["bytes"] == 10
     assert read_named_texts([b])["en"]["texts"] == ["one", "two", "three"]
-    with pytest.raises(UserError, match="are both zh: give them names"):
+    with pytest.raises(UserError, match="are both named zh: name them"):
         read_named_texts([a, f"zh={a}"])
     with pytest.raises(UserError, match="absent"):
         read_named_texts(["zh=absent.txt"])

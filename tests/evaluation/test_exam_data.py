@@ -288,7 +288,7 @@ def test_two_to_ten_options_and_fewer_in_some_rows(tmp_path):
         ("question,A,B,C,D,E,answer\ntrue?,yes,no,,,,C\n", ":2: the answer must be A or B, not 'C'"),
         ("question,A,B,C,answer\nq,1,,3,C\n", ":2: B is empty"),
         ("question,A,B,answer\nq,1,,A\n", ":2: B is empty"),
-        ("what?,yes,no,maybe\n", "no column question, A, B in its first line: 'what?,yes,no,maybe'"),
+        ("what?,yes,no,maybe\n", "no column question, A, B in the first line: 'what?,yes,no,maybe'"),
     ):
         with pytest.raises(UserError) as error:
             read_exam_split(write_exam_file(tmp_path, text))
@@ -309,7 +309,7 @@ def test_jsonl_questions_are_read(tmp_path):
         ("three?", ("x", "y", "z"), "C"),
     ]
     for text, said in (
-        ('{"question": "q"}', ":1: no key A, B; there are question"),
+        ('{"question": "q"}', ":1: no key A, B; keys: question"),
         ('{"A": 1, "B": 2}', ":1: no key question"),
         ("[1]", ":1: not a JSON object"),
         ("{oops", ":1: not JSON"),

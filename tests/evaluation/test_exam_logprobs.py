@@ -239,5 +239,5 @@ def test_nan_model_is_an_error(model, tokenizer):
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     prompts = list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(), 256))
-    with pytest.raises(UserError, match="computes no number"):
+    with pytest.raises(UserError, match="the log-probabilities are not finite"):
         option_log_probs(broken, tokenizer, prompts, "letter")

@@ -105,9 +105,9 @@ def test_interpretation_states_chance_level():
         "Not above chance: 25.0% of 4 questions"
     )
     knows = interpretation(make_result([(letter, letter) for letter in "ABCD" * 10]))
-    assert knows.startswith("Above chance: 100.0% of 40 questions right, 95 % interval 91.2% to 100.0%")
+    assert knows.startswith("Above chance: 100.0% of 40 questions correct, 95 % confidence interval 91.2% to")
     letter = interpretation(make_result([("C", "C")] * 20 + [("A", "C")] * 20))
-    assert letter.startswith("Above chance") and "always saying" in letter and "50.0%" in letter
+    assert letter.startswith("Above chance") and "always predicting C" in letter and "50.0%" in letter
 
 
 def test_a_secret_answer_is_neither_right_nor_wrong():

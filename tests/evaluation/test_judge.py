@@ -181,7 +181,7 @@ def test_replies_that_cannot_be_read_are_counted(stub_server, tmp_path):
     )  # its score, and two pairs' orders
     assert found["pairs"] == 7  # a pair with one unreadable order does not count
     stub_server.reply = lambda text: "no"
-    with pytest.raises(UserError, match="not one reply of stub could be read"):
+    with pytest.raises(UserError, match="stub: no reply contains a verdict"):
         judge_answers(ChatClient(stub_server.url, "stub"), PROMPTS, ANSWERS, tmp_path / "other.jsonl")
 
 
@@ -218,15 +218,15 @@ def test_the_key_goes_into_one_header(stub_server, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ((401, {}, error_body("Incorrect API key")), "401: it refuses the key: set OPENAI_API_KEY (Incorrect API key)"),
+        ((401, {}, error_body("Incorrect API key")), "401: the server rejects the key: set OPENAI_API_KEY (Incorrect"),
         ((404, {}, error_body("no such model")), "does the address end in /v1, and is there a model stub?"),
         ((400, {}, error_body("too\nlong")), "400: too long"),
         ((429, {}, error_body("You exceeded your current quota")), "429: You exceeded your current quota"),
-        ((307, {"Location": "http://example.com/"}, ""), "it redirects to another place"),
-        ((302, {"Location": "http://example.com/"}, ""), "it redirects to another place"),
-        ((200, {}, "<html>"), "this is not OpenAI's protocol: <html>"),
-        ((200, {}, '{"choices": []}'), "this is not OpenAI's protocol"),
-        ((200, {}, "\xff"), "this is not OpenAI's protocol"),
+        ((307, {"Location": "http://example.com/"}, ""), "the server redirects to another address"),
+        ((302, {"Location": "http://example.com/"}, ""), "the server redirects to another address"),
+        ((200, {}, "<html>"), "not a reply of OpenAI's API: <html>"),
+        ((200, {}, '{"choices": []}'), "not a reply of OpenAI's API"),
+        ((200, {}, "\xff"), "not a reply of OpenAI's API"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -64,7 +64,7 @@ def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_pat
     assert "|  | pretrain\\_64 | full\\_sft\\_64 |" in page
     assert f"| bits per byte, en | {first['bits_per_byte']['en']['bits_per_byte']:.3f} |" in page
     assert "| cut-off answers, zh / en | 16 of 16 / 16 of 16 | 0 of 16 / 0 of 16 |" in page
-    assert "What the judge says" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 42
+    assert "## Judge" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 42
     answers, safety = page.split("## Safety: shown, not scored")
     assert all(prompt in answers for *_, prompt in PROMPTS) and answers.count("```text\nA巴\n```") == 32
     assert all(f"{prompt}\n→ {start}" in safety for _, prompt, start in SAFETY_PROMPTS)
@@ -160,7 +160,7 @@ def test_the_judge_is_asked_about_these_answers(run_report, monkeypatch):
         **{"score": 9, "score_error": 0, "scored": 32, "wins": 32, "ties": 0, "losses": 0, "points": 1},
     }
     assert "| full\\_sft\\_64 | 9.0 ± 0.0 | 32 | 0 | 0 | 100% |" in page and "Judge: wise\\|one at" in page
-    assert "the first place has 50%" in page
+    assert "the first answer wins 50%" in page
 
 
 def test_a_judge_that_fails_leaves_the_answers(run_report, tmp_path, monkeypatch):
@@ -182,9 +182,9 @@ def test_a_judge_that_fails_leaves_the_answers(run_report, tmp_path, monkeypatch
         (["--texts", "absent.txt"], "absent.txt"),
         (["--chats", "absent.jsonl"], "absent.jsonl"),
         (["--max_bytes", "0"], "--max_bytes: 0 is not"),
-        (["--stage", "pretrain"], "--stage does not go with --report"),
-        (["--questions", "q.jsonl"], "--questions does not go with --report"),
-        (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME go together"),
+        (["--stage", "pretrain"], "--stage cannot be combined with --report"),
+        (["--questions", "q.jsonl"], "--questions cannot be combined with --report"),
+        (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME: give both or neither"),
         (["--judge", "nowhere", "--judge_model", "m"], "--judge nowhere: not an address"),
         (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "is the server running?"),
         (["--prompt", "x" * 200], "the model reads at most 96"),
@@ -206,8 +206,8 @@ def test_bad_models_are_errors_before_any_model_computes(run_report, scripted_mo
     for bad, says in (
         (tmp_path / "absent.pth", "no checkpoint at"),
         (tmp_path / "broken.pth", "damaged or foreign"),
-        (tmp_path / "folder", "has a config.json"),
-        (good.parent / ".." / good.parent.name / good.name, "is named twice"),
+        (tmp_path / "folder", "has no config.json"),
+        (good.parent / ".." / good.parent.name / good.name, "is listed twice"),
     ):
         with pytest.raises(UserError, match=says):
             run_report(models=[good, bad])

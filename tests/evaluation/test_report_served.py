@@ -57,7 +57,7 @@ def test_a_served_model_and_a_file_are_in_one_report(served_models, run_report, 
     row = next(line for line in page.splitlines() if line.startswith("| bits per byte, en"))
     assert row.endswith("| – |") and not row.startswith("| bits per byte, en | –")
     assert "- other: bits per byte and SFT loss need the log-probabilities of given text" in page
-    assert "- other: safety prompts need an answer that is already begun" in page
+    assert "- other: safety prompts need an answer prefix" in page
     assert "tokens/s, all answers in one batch" in page and "**other** (7 tokens)" in page
     assert f"other: first at {served_models.url}" in capsys.readouterr().out
 
@@ -76,7 +76,7 @@ def test_settings_that_the_server_refuses_are_left_out_and_named(served_models, 
     served_models.errors = [(200, {}, ""), (422, {}, error_body("body.top_k: extra inputs are not permitted"))]
     found, page = run_report(f"b={served_models.url}#m", flags=["--top_k", 5, "--prompt", "Hi"], texts=False)
     assert ["top_k" in body for body in served_models.seen] == [True, False]
-    assert "- b: the server refused top\\_k: its answers are drawn without." in page
+    assert "- b: the server rejected top\\_k: its answers are sampled without." in page
     assert found["models"][0]["answers"][0]["answer"] == "HiHi"
 
 
@@ -85,7 +85,7 @@ def test_a_server_that_does_not_count_tokens(served_models, run_report):
     found, page = run_report(f"b={served_models.url}", flags=["--prompt", "Hi"], texts=False)
     assert found["models"][0]["tokens_per_second"] is None
     assert "| tokens/s, one answer at a time | – |" in page and "(tokens not counted)" in page
-    assert "- b: the server does not count tokens, so there is no speed." in page
+    assert "- b: the server does not count tokens, so the speed is unknown." in page
 
 
 @pytest.mark.parametrize("named", ["flag", "variable"])
@@ -124,7 +124,7 @@ def test_a_server_that_stops_answering_is_left_out_of_the_report(served_models, 
     assert [model["label"] for model in found["models"]] == ["full_sft_64"] and "other" in found["failed"]
     assert len(found["models"][0]["answers"]) == 32 and found["judge"] is not None
     page = (tmp_path / "page" / "r.md").read_text(encoding="utf-8")
-    assert "- other: left out, it stopped answering: " in page and "**other**" not in page
+    assert "- other: left out because its server stopped answering: " in page and "**other**" not in page
 
 
 def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path):
@@ -139,8 +139,8 @@ def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path
     [
         (["{url}"], "give the served model a name, as NAME={url}"),
         (["=http://a/v1"], "give the served model a name"),
-        (["a={url}", "a={url}#second"], "two models are called a"),
-        (["full_sft_64={url}", "{file}"], "two models are called full_sft_64"),
+        (["a={url}", "a={url}#second"], "two models are named a"),
+        (["full_sft_64={url}", "{file}"], "two models are named full_sft_64"),
         (["a=http://a:b/v1"], "--report a http://a:b/v1: not an address"),
         (["a=http://me:sk-secret@127.0.0.1/v1"], "a key, which belongs in REPORT_API_KEY"),
         (["a=http://127.0.0.1:1/v1", "{file}"], "--report a http://127.0.0.1:1/v1: no answer"),
@@ -163,12 +163,12 @@ def test_bad_names_and_addresses_are_errors_before_anything_computes(
 
 def test_wrong_keys_and_settings_are_errors_at_once(served_models, run_report):
     served_models.errors = [(401, {}, error_body("no key"))]
-    with pytest.raises(UserError, match=r"401: it refuses the key: give --report_api_key KEY or set REPORT_API_KEY"):
+    with pytest.raises(UserError, match=r"401: the server rejects the key: give --report_api_key KEY or set REPORT"):
         run_report(f"a={served_models.url}")
     with pytest.raises(UserError, match="--temperature: -1 is not a number of at least 0"):
         run_report(f"a={served_models.url}", flags=["--temperature", "-1"])
     shown = run_process(sys.executable, "2-eval.py", "--prompt", "a", "--report_api_key", "x")
-    assert shown.returncode == 2 and "--report_api_key belongs to --report" in shown.stderr
+    assert shown.returncode == 2 and "--report_api_key needs --report" in shown.stderr
 
 
 def test_our_own_server_gives_the_answers_of_the_file(tokenizer, tmp_path, monkeypatch, run_report):

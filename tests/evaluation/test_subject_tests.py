@@ -63,7 +63,8 @@ def test_a_model_that_knows_one_subject_is_strong_in_it():
     said = strengths_interpretation(found)
     assert said.startswith("Strong subjects: law 95.0% (76.4% to 99.1%). Weak subjects: none.")
     assert (
-        "1 of 52 subjects are above guessing (52 subjects tested at once, exact tests, Holm's correction, 5%)" in said
+        "1 of 52 subjects are above the random baseline "
+        "(52 subjects, exact tests, Holm's correction, significance level 5%)" in said
     )
 
 
@@ -89,7 +90,7 @@ def test_family_wise_error_rate_is_at_most_5_percent(chance, questions):
         alarms += bool(found.strong or found.weak)
         above += bool(found.above_guessing)
         if not found.strong and not found.weak:
-            assert strengths_interpretation(found).startswith("No subject differs from the others; ")
+            assert strengths_interpretation(found).startswith("No subject differs significantly from the others; ")
     assert alarms <= 0.05 * exams + 3 * (0.05 * 0.95 * exams) ** 0.5
     assert chance > 0.25 or above <= 0.05 * exams + 3 * (0.05 * 0.95 * exams) ** 0.5
 

@@ -97,16 +97,16 @@ def test_commands_change_sampling_settings(make_chat_model, type_lines, capsys, 
     assert (settings.temperature, settings.top_k, settings.seed, settings.max_new_tokens) == (0.5, 7, None, 1)
     assert chat_model.system == [] and chat_model.answers[0]["finish_reason"] == "length"
     shown = capsys.readouterr().out
-    assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is no number]" in shown
-    assert "[/top_k: 1.5 is no whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
-    assert "[a system message stands in front]" in shown and "/reset  " in shown
+    assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is not a number]" in shown
+    assert "[/top_k: 1.5 is not a whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
+    assert "[system message set]" in shown and "/reset  " in shown
 
 
 def test_retry_draws_the_last_answer_again(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
     type_lines("/retry", "a", "b", "/retry")
     run_terminal_chat(make_chat_model(), tmp_path)
     assert model_inputs == [["a"], ["a", "A巴", "b"], ["a", "A巴", "b"]]
-    assert "[nothing has been said yet]" in capsys.readouterr().out
+    assert "[the conversation is empty]" in capsys.readouterr().out
 
 
 def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsys, tmp_path):
@@ -114,7 +114,7 @@ def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsy
     type_lines("/save", "你好", "/system S", "b", f"/save {file}", f"/save {file}", "/save")
     run_terminal_chat(make_chat_model(), tmp_path)
     shown = capsys.readouterr().out
-    assert "[nothing has been said yet]" in shown and f"[written: {file}]" in shown and "is there already" in shown
+    assert "[the conversation is empty]" in shown and f"[written: {file}]" in shown and "exists already" in shown
     (chat,) = read_chats([file], DataStats())
     assert [(m["role"], m["content"]) for m in chat.messages] == [
         *(("system", "S"), ("user", "你好"), ("assistant", "A巴"), ("user", "b"), ("assistant", "A巴")),

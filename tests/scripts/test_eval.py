@@ -166,8 +166,8 @@ def test_is_correct_matches_whole_keys(answer, keys, right):
     ("arguments", "says"),
     [
         (["--prompt", "a", "--history", "-1"], "--history: -1 is not"),
-        (["--prompt", "a", "--judge_model", "x"], "--judge_model belongs to --report"),
-        (["--chats", "x"], "--chats belongs to --report"),
+        (["--prompt", "a", "--judge_model", "x"], "--judge_model needs --report"),
+        (["--chats", "x"], "--chats needs --report"),
         (["--prompt", "  "], "--prompt is empty"),
         (["--prompts", "absent.txt"], "cannot read absent.txt"),
         (["--prompt", "a", "--stage", "nonsense"], "choose from pretrain"),
@@ -195,8 +195,8 @@ def test_bad_arguments_are_one_line(out, monkeypatch, arguments, says):
     [
         ("{oops", ":2: not JSON"),
         ("[" * 100_000, ":2: not JSON"),
-        ("[1]", ":2: a line needs"),
-        ('{"question": 3, "keys": ["a"]}', ":2: a line needs"),
+        ("[1]", ":2: expected"),
+        ('{"question": 3, "keys": ["a"]}', ":2: expected"),
         ('{"question": " ", "keys": ["a"]}', ":2: question is empty"),
         ('{"question": "a"}', ":2: keys must be"),
         ('{"question": "a", "keys": []}', ":2: keys must be"),
