@@ -1,27 +1,27 @@
-"""Talk to a model, put questions to it and count the right answers, or lay several models side by side.
+"""Chat with a model, measure its accuracy on questions with keys, or compare several models.
 
-    python 2-eval.py                             a conversation with the latest stage in out/; in a script: the prompts
+    python 2-eval.py                             chat with the latest stage in out/; without a terminal: fixed prompts
     python 2-eval.py --stage pretrain --prompt "The sky is"
-    python 2-eval.py --checkpoint ../Qwen3-0.6B  a foreign model: a transformers folder (Llama, Mistral, Qwen2, Qwen3)
-    python 2-eval.py --rope_scaling yarn --rope_factor 4 --prompt "…"     reads 4 times as many tokens as in training
-    python 2-eval.py --prompts FILE.txt          one prompt a line; --history 9: they are one conversation
-    python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search; no five tokens in a row come twice
+    python 2-eval.py --checkpoint ../Qwen3-0.6B  a transformers folder (Llama, Mistral, Qwen2, Qwen3)
+    python 2-eval.py --rope_scaling yarn --rope_factor 4 --prompt "…"     a context 4 times as long as in training
+    python 2-eval.py --prompts FILE.txt          one prompt per line; --history 9: as one conversation
+    python 2-eval.py --num_beams 4 --no_repeat_ngram_size 5         beam search without repeated 5-grams
     python 2-eval.py --questions FILE.jsonl --json out/report.json
     python 2-eval.py --report out/pretrain_512.pth out/full_sft_512.pth --texts zh=held_out_zh.jsonl en=held_out_en.txt
-    python 2-eval.py --report out/full_sft_512.pth other=http://localhost:8000/v1     the other one is served elsewhere
+    python 2-eval.py --report out/full_sft_512.pth other=http://localhost:8000/v1     a served model
     python 2-eval.py --report --judge http://localhost:8000/v1 --judge_model NAME
 
-A pretrained model goes on with the text as it is; a model of a chat stage gets it as a question, in the chat format.
-A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}, the last two
-may be missing. Answers are greedy, and right when they contain any of the keys as a word (evaluation/qa_data.py).
---report without files takes every stage in --out_dir. It writes one page (markdown) and the same as json: answers side
-by side, bits per byte of --texts, their loss by position up to 4 times the trained length, loss on --chats, how often
-answers loop, speed, and continuations of answers that begin with a harmful agreement (shown, not scored).
-NAME=http://HOST/v1 is a model of a server (OpenAI's protocol; #MODEL behind it names one of several): it gets the
-prompts; what a server cannot tell is shown as "–". Nothing leaves the machine unless --report or --judge names a
-server; the judge (its key in OPENAI_API_KEY) gets the prompts and answers, not the names.
-Reads out/*.pth; writes --json, a report to out/eval/, and what /save says.
-Read next: evaluation/chat_model.py and evaluation/terminal_chat.py, model/generate.py (how an answer is drawn),
+A pretrained model continues the prompt; a model of a chat stage answers it in its chat format.
+A line of a questions file: {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}; lang and
+kind are optional. Answers are greedy, and correct if they contain any of the keys as a word (evaluation/qa_data.py).
+--report compares the given models, or every stage in --out_dir. It writes a Markdown page and a json file: all answers,
+bits per byte of --texts, loss by position up to 4 times the trained length, loss on --chats, repetition, speed, and
+continuations of answers that begin with a harmful agreement (shown, not scored).
+NAME=http://HOST/v1 is a model served with OpenAI's API (append #MODEL to choose one of several): the server gets the
+prompts; figures that it cannot provide are shown as "–". No data leaves the machine unless --report or --judge names a
+server. The judge (API key in OPENAI_API_KEY) gets the prompts and answers, not the names of the models.
+Reads out/*.pth; writes the file of --json, a report in out/eval/, and the file of /save.
+Read next: evaluation/chat_model.py and evaluation/terminal_chat.py, model/generate.py (the sampling loop),
 3-full_sft.py.
 """
 
@@ -37,49 +37,49 @@ from model.sampling_presets import PRESET_CHOICES
 
 
 def make_parser() -> argparse.ArgumentParser:
-    text = (__doc__ or "") + "\nThe prompts of a script:\n" + "\n".join(f"    {prompt}" for prompt in SCRIPT_PROMPTS)
+    text = (__doc__ or "") + "\nThe fixed prompts:\n" + "\n".join(f"    {prompt}" for prompt in SCRIPT_PROMPTS)
     parser = cli.FlagParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("which model").add_argument
     add(
         "--stage",
         type=cli.non_empty_text,
-        help="pretrain, full_sft, …: that stage's model in --out_dir (default: the latest stage there)",
+        help="pretrain, full_sft, …: the model of that stage in --out_dir (default: the latest stage)",
     )
     add(
         "--checkpoint",
         type=cli.path_string,
-        help="a .pth file or the folder of a transformers model, instead of --stage",
+        help="a .pth file or a transformers folder, instead of --stage",
     )
-    add("--out_dir", type=cli.path_string, default="out", help="where the models are (default: out)")
+    add("--out_dir", type=cli.path_string, default="out", help="folder of the models (default: out)")
     add_rope_flags(parser)
-    add = parser.add_argument_group("what to ask (default: a conversation)").add_mutually_exclusive_group().add_argument
+    add = parser.add_argument_group("prompts (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
-    add("--prompts", type=cli.path_string, metavar="FILE", help="text file, one prompt a line")
+    add("--prompts", type=cli.path_string, metavar="FILE", help="text file, one prompt per line")
     add(
         "--questions",
         type=cli.path_string,
         metavar="FILE",
-        help="jsonl file of questions with keys: prints the share answered right",
+        help="jsonl file of questions with keys: prints the accuracy",
     )
-    add = parser.add_argument_group("how to answer (--questions is always greedy)").add_argument
-    add("--system", metavar="TEXT", help="system message in front of every conversation")
+    add = parser.add_argument_group("sampling (--questions is always greedy)").add_argument
+    add("--system", metavar="TEXT", help="system message of every conversation")
     add("--history", type=cli.non_negative_int, metavar="N",
-        help="earlier turns in each prompt (default: all; 0 with --prompts)")  # fmt: skip
-    preset = "where these flags are not given: settings of the model's chat format (auto), none, or of another format"
+        help="previous turns in each prompt (default: all; 0 with --prompts)")  # fmt: skip
+    preset = "defaults of the flags below: those of the model's chat format (auto), of another format, or none"
     add(
         "--sampling_preset",
         choices=PRESET_CHOICES,
         default="auto",
-        help=f"{preset}; none in a --report (default: auto)",
+        help=f"{preset}; --report uses none (default: auto)",
     )
-    add("--temperature", type=cli.non_negative_float, help="0: always the likeliest token (default: 0.7)")
-    add("--top_k", type=cli.non_negative_int, help="draw among the k likeliest tokens (default: 0, all)")
-    add("--top_p", type=cli.positive_fraction, help="draw among the likeliest that sum to p (default: 0.9)")
-    add("--min_p", type=cli.fraction, help="drop tokens below this share of the likeliest (default: 0)")
-    add("--repetition_penalty", type=cli.positive_float, help="above 1: repeat less, try 1.1 (default: 1)")
-    ngrams = "no N tokens in a row come twice, the prompt included (default: 0, off)"
+    add("--temperature", type=cli.non_negative_float, help="0: greedy decoding (default: 0.7)")
+    add("--top_k", type=cli.non_negative_int, help="sample from the k most probable tokens (default: 0, all)")
+    add("--top_p", type=cli.positive_fraction, help="sample from the most probable tokens that sum to p (default: 0.9)")
+    add("--min_p", type=cli.fraction, help="drop tokens below this fraction of the largest probability (default: 0)")
+    add("--repetition_penalty", type=cli.positive_float, help="above 1: less repetition, for example 1.1 (default: 1)")
+    ngrams = "no repeated n-gram of N tokens, prompt included (default: 0, off)"
     add("--no_repeat_ngram_size", type=cli.non_negative_int, metavar="N", help=ngrams)
-    beams = "beam search with K beams, at most 8, at temperature 0; shows complete answers (default: 1, off)"
+    beams = "beam search with K beams, at most 8, at temperature 0; prints complete answers (default: 1, off)"
     add("--num_beams", type=cli.int_between(1, 8), metavar="K", help=beams)
     add(
         "--length_penalty",
@@ -87,9 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="a beam's score: log-probability / length ** this (default: 1; 0: the sum)",
     )
     add("--max_new_tokens", type=cli.positive_int,
-        help="longest answer (default: 200; --questions: 48, of a pretrained model 24)")  # fmt: skip
-    add("--seed", type=cli.seed, help="the same seed draws the same answers (default of --report: 0)")
-    add = parser.add_argument_group("several models side by side").add_argument
+        help="length limit of an answer (default: 200; --questions: 48, for a pretrained model 24)")  # fmt: skip
+    add("--seed", type=cli.seed, help="the same seed gives the same answers (default with --report: 0)")
+    add = parser.add_argument_group("comparison of several models").add_argument
     add(
         "--report",
         nargs="*",
@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--report_api_key",
         type=cli.non_empty_text,
         metavar="KEY",
-        help="of the servers behind --report (default: the variable REPORT_API_KEY)",
+        help="API key of the servers in --report (default: the variable REPORT_API_KEY)",
     )
     add(
         "--texts",
@@ -109,23 +109,23 @@ def make_parser() -> argparse.ArgumentParser:
         type=cli.path_string,
         default=[],
         metavar="NAME=FILE",
-        help="held-out text for bits per byte, as zh=FILE",
+        help="held-out texts for bits per byte, for example zh=FILE",
     )
     add(
         "--chats",
         type=cli.path_string,
         metavar="FILE",
-        help="held-out chats (default: dataset/sft/val.jsonl where it is)",
+        help="held-out chats (default: dataset/sft/val.jsonl if it exists)",
     )
     add("--max_bytes", type=cli.positive_int, default=100_000,
-        help="read from the start of a text, and of chats (default: 100000)")  # fmt: skip
+        help="bytes read of each text and of the chats (default: 100000)")  # fmt: skip
     add(
         "--judge",
         type=cli.non_empty_text,
         metavar="BASE_URL",
-        help="a model that scores and ranks the answers, as http://localhost:8000/v1",
+        help="server of a model that scores and ranks the answers, as http://localhost:8000/v1",
     )
-    add("--judge_model", type=cli.non_empty_text, metavar="NAME", help="its name there")
+    add("--judge_model", type=cli.non_empty_text, metavar="NAME", help="the model's name on that server")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that do not go together."""
+    """Raises UserError for flags that cannot be combined."""
     only_reports = {
         "--texts": args.texts,
         "--chats": args.chats,
@@ -144,12 +144,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     }
     for flag, value in only_reports.items():
         if value and args.report is None:
-            raise UserError(f"{flag} belongs to --report")
+            raise UserError(f"{flag} needs --report")
     for flag, value in {"--stage": args.stage, "--checkpoint": args.checkpoint, "--questions": args.questions}.items():
         if value and args.report is not None:
-            raise UserError(f"{flag} does not go with --report: name the models behind --report")
+            raise UserError(f"{flag} cannot be combined with --report: list the models after --report")
     if bool(args.judge) != bool(args.judge_model):
-        raise UserError("--judge BASE_URL and --judge_model NAME go together")
+        raise UserError("--judge BASE_URL and --judge_model NAME: give both or neither")
     parse_rope_flags(args)
 
 

@@ -1,21 +1,21 @@
-"""How much of an exam does a model know? Multiple choice, with error bars and the chance line.
+"""Accuracy on a multiple-choice exam, with 95 % confidence intervals and the random baseline.
 
-    python eval_ceval.py --data ceval.tar.xz                       the latest stage in out/, C-Eval's validation split
+    python eval_ceval.py --data ceval.tar.xz                       the latest stage in out/ on C-Eval's validation split
     python eval_ceval.py --data ceval --checkpoint out/full_sft_512.pth --method text --shots 5
     python eval_ceval.py --data cmmlu.zip --model ../Qwen3-0.6B --json out/cmmlu.json
-    python eval_ceval.py --data mine.csv law.csv                   your own questions: each file is one subject
-    python eval_ceval.py --data ceval --shots 5 --rope_scaling yarn --rope_factor 4     more examples than fit otherwise
-    python eval_ceval.py --data ceval.tar.xz --split test          answers are secret: writes C-Eval's submission file
+    python eval_ceval.py --data mine.csv law.csv                   your own questions: one file per subject
+    python eval_ceval.py --data ceval --shots 5 --rope_scaling yarn --rope_factor 4     a longer context for examples
+    python eval_ceval.py --data ceval.tar.xz --split test          no answers: writes C-Eval's submission file
 
-    --method letter   the largest of the next-token probabilities of A, B, C, D
-    --method text     the largest log-probability per character of an option's full text, the options not shown
+    --method letter   the largest next-token probability of A, B, C, D
+    --method text     the largest log-probability per character of an option's text; the prompt lists no options
 
-Models of a few million parameters stand near chance (25 %): read the interval and the sentence, not the first digit.
-Reads C-Eval's and CMMLU's layouts (evaluation/exam_data.py) and your own csv and jsonl files: question, A, B, C, D,
-answer, or 题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (evaluation/exam_table.py).
+Models of a few million parameters score near chance (25 %): compare intervals and p-values, not single percentages.
+Reads C-Eval's and CMMLU's layouts (evaluation/exam_data.py) and your own csv and jsonl files: columns question, A, B,
+C, D, answer, or 题目, 选项A, …, 答案, or MMLU's csv without a header; two to ten options (evaluation/exam_table.py).
 Reads any out/*.pth (an adapter with its parent) or a transformers folder.
-Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv for each subject, summary.csv, .md, .png.
-Read next: evaluation/exam_prompts.py (how it asks), evaluation/exam_stats.py (how sure the score is).
+Writes <out_dir>/ceval/<model>_<exam>_<split>_<method>…/: a csv per subject, summary.csv, .md, .png.
+Read next: evaluation/exam_prompts.py (the prompts), evaluation/exam_stats.py (the statistics).
 """
 
 import argparse
@@ -40,43 +40,41 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
-    add("--split", default="", help="dev, val, test, or all: files of no split (default: val, else all, else test)")
+    add("--split", default="", help="dev, val, test, or all: files without a split (default: val, else all, else test)")
     add("--subjects", action=cli.NameList, default=[], metavar="NAME",
-        help="only these, separated by commas or spaces (default: all)")  # fmt: skip
-    group = parser.add_argument_group("which model (default: the latest stage in --out_dir)")
+        help="subjects, separated by commas or spaces (default: all)")  # fmt: skip
+    group = parser.add_argument_group("model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--checkpoint", type=cli.path_string, help="a .pth file")
     add(
         "--model",
         type=cli.path_string,
         metavar="DIR",
-        help="the folder of a transformers model (Llama, Mistral, Qwen2, Qwen3)",
+        help="a transformers folder (Llama, Mistral, Qwen2, Qwen3)",
     )
     add_rope_flags(group)
-    add = parser.add_argument_group("how to ask").add_argument
-    add("--method", default="letter", choices=("letter", "text"), help="what is compared, see above (default: letter)")
+    add = parser.add_argument_group("prompts").add_argument
+    add("--method", default="letter", choices=("letter", "text"), help="scoring method, see above (default: letter)")
     add("--shots", type=cli.non_negative_int, default=0,
-        help="examples from dev in front of each question (default: 0)")  # fmt: skip
+        help="examples from dev before each question (default: 0)")  # fmt: skip
     add("--shuffle_options", type=cli.int_between(1, 24), default=1, metavar="K",
-        help="average over K of the 24 orders of the options; 4: each letter once each")  # fmt: skip
-    add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for the chat stages")
-    add("--prompt", action="store_true", help="show one prompt of each subject and save all")
+        help="average over K of the 24 orders of the options; 4: each option once under each letter")  # fmt: skip
+    add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for models of a chat stage")
+    add("--prompt", action="store_true", help="print the first prompt and save all prompts")
     add = parser.add_argument_group("machine").add_argument
-    add(
-        "--out_dir", type=cli.path_string, default="out", help="where the models are, and the results go (default: out)"
-    )
-    add("--json", type=cli.path_string, metavar="FILE", help="write all scores to this file too")
+    add("--out_dir", type=cli.path_string, default="out", help="folder of the models and the results (default: out)")
+    add("--json", type=cli.path_string, metavar="FILE", help="also write all scores to this file")
     add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
     add("--batch_tokens", type=cli.non_negative_int, default=0,
-        help="positions computed at once (default: 1024 on a CPU; 1: one question)")  # fmt: skip
+        help="positions per forward pass (default: 1024 on a CPU, 16384 on a GPU; 1: one question)")  # fmt: skip
     return parser
 
 
 def check_exam_flags(args: argparse.Namespace) -> None:
     parse_rope_flags(args)
     if args.method == "text" and args.shuffle_options > 1:
-        raise UserError("--shuffle_options changes nothing with --method text: the options are not shown")
+        raise UserError("--shuffle_options has no effect with --method text: its prompts list no options")
 
 
 def resolve_model_path(args: argparse.Namespace) -> Path:
@@ -95,7 +93,7 @@ def exam_name(data: list[str]) -> str:
 
 
 def evaluate_exam(args: argparse.Namespace, exam: Any) -> None:
-    """Load the model, put the questions, show and write the result."""
+    """Load the model, score all questions, print and write the result."""
     from common.device import autocast, pick_device, pick_dtype
     from evaluation import exam_report
     from evaluation.exam_logprobs import compute_option_log_probs
@@ -150,7 +148,7 @@ def evaluate_exam(args: argparse.Namespace, exam: Any) -> None:
         print(f"{metadata['seconds']} s for the questions; written to {folder}/")
     else:
         scores = metadata | {"submission": str(exam_report.write_submission(folder, question_results))}
-        print(f"{metadata['seconds']} s for the questions; their answers are secret: hand in {scores['submission']}")
+        print(f"{metadata['seconds']} s for the questions; the split has no answers: submit {scores['submission']}")
     if args.json:
         exam_report.write_file(Path(args.json), json.dumps(scores, ensure_ascii=False, indent=1) + "\n")
 

@@ -1,16 +1,16 @@
-"""How well does a model predict text that it has not seen? In a unit that does not depend on the tokenizer.
+"""Loss on held-out text and chats: bits per byte, which does not depend on the tokenizer, and the SFT loss.
 
-    bits per byte = sum over tokens of -log2 p(token | what stands before) / UTF-8 bytes of the text
-    SFT loss      = mean over trained tokens of -ln p(token | chat until there)    also in bits per byte of the answers
+    bits per byte = sum over tokens of -log2 p(token | preceding tokens) / UTF-8 bytes of the text
+    SFT loss      = mean over trained tokens of -ln p(token | preceding tokens)    also in bits per byte of the answers
 
-A document begins behind the token that begins documents in pretraining. One that is longer than the context is read
-through a sliding window: every window moves on by half the context, so each token is predicted once, and from the
-second window on with at least half a context before it. Windows depend on the context alone, never on the batch.
-The products are made in fp32 on every machine: a score is no place for rounding. Sums are kept in fp64.
+Every document begins with the start token of pretraining documents. A document longer than the context is read with a
+sliding window whose stride is half the context: each token is predicted once, and after the first window with at least
+half a context of preceding tokens. The windows depend on the context only, not on the batch.
+Matrix products use fp32 on every device and sums use fp64, so the score does not depend on --dtype.
 
-The error is that of a ratio estimated from a sample of documents (Cochran, Sampling Techniques, 6.4): one standard
-error, and it knows nothing of other texts than those.
-Read next: report.py (who asks), ../corpus/prepare_chats.py (how chats are cut for training).
+`error` is one standard error of a ratio estimator over the sampled documents (Cochran, Sampling Techniques, 6.4). It
+does not cover texts of other kinds.
+Read next: report.py (the caller), ../corpus/prepare_chats.py (how chats are split for training).
 """
 
 import itertools
@@ -32,14 +32,14 @@ from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.loss import IGNORE_INDEX, token_log_probs
 
-WINDOWS_PER_BATCH = 16  # windows that go through the model together
-MAX_WINDOW_TOKENS = 16_384  # and at most so many tokens, but for a single window
-MAX_BYTES = 100_000  # read from the start of a text, and of the answers in one language
+WINDOWS_PER_BATCH = 16  # windows in one forward pass
+MAX_WINDOW_TOKENS = 16_384  # at most so many tokens in one forward pass; a single longer window is allowed
+MAX_BYTES = 100_000  # bytes read of each text, and of the answers in each language
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Something to predict: `ids` (n,), of which those flagged in `score_mask` (n,) count; the first one never does."""
+    """A sequence to score: `ids` (n,), and `score_mask` (n,): 1 where a token is scored, 0 for the first token."""
 
     ids: list[int]
     score_mask: list[int]
@@ -48,9 +48,10 @@ class ScoredSequence:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def read_named_texts(names: Sequence[str], max_bytes: int = MAX_BYTES) -> dict[str, dict[str, Any]]:
-    """{"zh": {"file", "texts", "bytes"}} for each `zh=FILE`; without a name, the language of the first document is it.
+    """{"zh": {"file", "texts", "bytes"}} for each `zh=FILE`; a FILE without a name gets its first document's language.
 
-    Any format of corpus/readers.py; at most `max_bytes` of each, the last document cut there. Raises UserError.
+    Reads any format of corpus/readers.py, at most `max_bytes` of each file; the last document is truncated there.
+    Raises UserError for an unreadable or empty file and for two files of one name.
     """
     found: dict[str, dict[str, Any]] = {}
     for entry in names:
@@ -59,11 +60,11 @@ def read_named_texts(names: Sequence[str], max_bytes: int = MAX_BYTES) -> dict[s
             name, path = "", entry
         texts = list(_limit_bytes(read_texts([path], DataStats()), max_bytes))
         if not texts:
-            raise UserError(f"{path}: no text in it to measure bits per byte on")
+            raise UserError(f"{path}: no text to measure bits per byte on")
         name = name or detect_language(texts[0])
         if name in found:
             raise UserError(
-                f"--texts: {found[name]['file']} and {path} are both {name}: give them names, as law={path}"
+                f"--texts: {found[name]['file']} and {path} are both named {name}: name them, as law={path}"
             )
         found[name] = {"file": path, "texts": texts, "bytes": sum(len(text.encode()) for text in texts)}
     return found
@@ -79,7 +80,7 @@ def _limit_bytes(documents: Iterable[Any], max_bytes: int) -> Iterable[str]:
 
 
 def read_chats_by_language(path: str, max_bytes: int = MAX_BYTES) -> dict[str, list[list[Message]]]:
-    """The chats of a file by language, until their answers have `max_bytes` in each. Raises UserError."""
+    """The chats of a file by language, up to `max_bytes` of answers in each. Raises UserError where there are none."""
     found: dict[str, list[list[Message]]] = {}
     bytes_left = {"zh": max_bytes, "en": max_bytes}
     for item in read_chat_examples([path], DataStats()):
@@ -90,7 +91,7 @@ def read_chats_by_language(path: str, max_bytes: int = MAX_BYTES) -> dict[str, l
         elif max(bytes_left.values()) <= 0:
             break
     if not found:
-        raise UserError(f"{path}: no chat in it to measure the SFT loss on")
+        raise UserError(f"{path}: no chats to measure the SFT loss on")
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -98,8 +99,10 @@ def read_chats_by_language(path: str, max_bytes: int = MAX_BYTES) -> dict[str, l
 def bits_per_byte(
     model: Transformer, tokenizer: ChatTokenizer, texts: Iterable[str], batch_size: int = WINDOWS_PER_BATCH
 ) -> dict[str, Any]:
-    """bits_per_byte, its standard error (None for one document), bytes, tokens, documents, and how many documents the
-    tokenizer cannot give back as they were (`changed`): of those it predicts something else than the text."""
+    """{"bits_per_byte", "error" (None for one document), "bytes", "tokens", "documents", "changed"} of the texts.
+
+    `changed` counts the documents that differ after encoding and decoding: the model predicts another text there.
+    """
     start = (tokenizer.encode_document("") or [tokenizer.eos_id])[:1]
     sequences, changed = [], 0
     for text in texts:
@@ -117,8 +120,10 @@ def bits_per_byte(
 def sft_loss(
     model: Transformer, tokenizer: ChatTokenizer, chats: Iterable[list[Message]], batch_size: int = WINDOWS_PER_BATCH
 ) -> dict[str, Any]:
-    """loss (nats per trained token), its standard error, bits_per_byte of the answers, tokens, chats, and `dropped`:
-    chats whose first turn is longer than the context. What is trained, and where a long chat is cut, is as in SFT."""
+    """{"loss" (nats per trained token), "error", "bits_per_byte" of the answers, "tokens", "chats", "dropped"}.
+
+    Masks and the truncation of long chats are those of SFT. `dropped`: chats whose first turn exceeds the context.
+    """
     items = [Example("", messages, "", 0, "", 0) for messages in chats]
     rendered = render_chat_examples(items, tokenizer, model.config.max_seq_len, DataStats())
     sequences = [ScoredSequence(ids, mask, utf8_bytes) for documents in rendered for ids, mask, utf8_bytes in documents]
@@ -139,7 +144,7 @@ def sft_loss(
 def negative_log_probs(
     model: Transformer, sequences: Sequence[ScoredSequence], batch_size: int = WINDOWS_PER_BATCH
 ) -> list[float]:
-    """-ln p of the scored tokens, summed for each row; rows longer than the context through a sliding window."""
+    """The sum of -ln p over the scored tokens of each sequence, in nats; long sequences use a sliding window."""
     limit = model.config.max_seq_len
     queue = [
         (number, *window) for number, sequence in enumerate(sequences) for window in sliding_windows(sequence, limit)
@@ -149,7 +154,7 @@ def negative_log_probs(
     was_training = model.training
     model.eval()
     try:
-        while queue:  # the longest first: too little memory shows at once
+        while queue:  # longest first: an out-of-memory error comes at once
             width = len(queue[-1][1])
             count = max(1, min(batch_size, MAX_WINDOW_TOKENS // width))
             queue, batch = queue[:-count], queue[-count:]
@@ -169,15 +174,15 @@ def negative_log_probs(
 
 
 def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterable[tuple[list[int], list[int]]]:
-    """(inputs, labels) of at most `limit` tokens each: every scored token is the label of exactly one window."""
+    """(inputs, labels) of at most `limit` tokens each: every scored token is a label in exactly one window."""
     labels = [token if flag else IGNORE_INDEX for token, flag in zip(sequence.ids, sequence.score_mask, strict=True)][
         1:
     ]
     step = max(1, limit // 2)
     for start in itertools.count(0, step):
         inputs, targets = sequence.ids[start : start + limit], labels[start : start + limit]
-        inputs = inputs[: len(targets)]  # nothing follows the last token
-        num_seen = limit - step if start else 0  # labels that the window before this one has
+        inputs = inputs[: len(targets)]  # the last token has no label
+        num_seen = limit - step if start else 0  # labels already scored in the previous window
         if any(label != IGNORE_INDEX for label in targets[num_seen:]):
             yield inputs, [IGNORE_INDEX] * min(num_seen, len(targets)) + targets[num_seen:]
         if start + limit >= len(labels):
@@ -190,7 +195,7 @@ def _bits_per_byte_fields(nats: list[float], utf8_bytes: list[int]) -> dict[str,
 
 
 def ratio_with_error(parts: Sequence[float], sizes: Sequence[int]) -> tuple[float | None, float | None]:
-    """sum(parts) / sum(sizes), and its standard error from the spread over the samples; None where there is none."""
+    """(sum(parts) / sum(sizes), its standard error over the samples); None where the ratio or error is undefined."""
     total, n = sum(sizes), len(parts)
     if not total:
         return None, None

@@ -1,11 +1,11 @@
-"""A loaded model and how it is spoken to: whatever asks it something asks through here.
+"""A loaded model with its tokenizer and sampling settings: the text generation of 2-eval.py.
 
-    ChatModel(path, args).stream_answer(messages)      one answer, printed while it grows
+    ChatModel(path, args).stream_answer(messages)      one answer, printed token by token
     ChatModel(path, args).generate_answers(prompts)    many answers in one batch
 
-A model of a chat stage gets the chat in its format, a pretrained one goes on with the bare text.
-Called by 2-eval.py. Read next: terminal_chat.py (a conversation), qa.py (questions with keys), report.py (several
-models side by side), ../model/generate.py (how an answer is drawn).
+A model of a chat stage gets the messages in its chat format; a pretrained model continues the bare text.
+Read next: terminal_chat.py (a conversation), qa.py (questions with keys), report.py (comparison of several models),
+../model/generate.py (the sampling loop).
 """
 
 import argparse
@@ -35,25 +35,25 @@ SAMPLING_SETTINGS = (
 
 
 def find_model(args: argparse.Namespace) -> Path:
-    """--checkpoint, else the one model of --stage, else that of the last stage of the chain that has any."""
+    """The path of --checkpoint, else the model of --stage, else of the latest stage in --out_dir. Raises UserError."""
     if args.checkpoint:
         return Path(args.checkpoint)
     if args.stage and args.stage not in PARENT_STAGES:
-        raise UserError(f"--stage {args.stage}: there is no such stage; choose from {', '.join(PARENT_STAGES)}")
+        raise UserError(f"--stage {args.stage}: unknown stage; choose from {', '.join(PARENT_STAGES)}")
     stages = list_stages(args.out_dir)
     return find_checkpoint(args.out_dir, args.stage or (stages or list(PARENT_STAGES)[:1])[-1])
 
 
 def list_stages(out_dir: str) -> list[str]:
-    """The stages of the chain that have a model in `out_dir`, in the order of the chain."""
+    """The training stages with a model in `out_dir`, in training order."""
     return [stage for stage in PARENT_STAGES if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
 
 
 class ChatModel:
-    """A model, its tokenizer, and how it answers. Remembers its answers, and what they cost.
+    """A model, its tokenizer and sampling settings. Records its answers, token counts and seconds.
 
-    `settings` may be replaced at any time; so may `system`, a list with at most one message.
-    Raises UserError for a model that is not there or not of the wanted stage, and for numbers that make no sense.
+    `settings` and `system` (a list of at most one message) may be replaced between answers.
+    Raises UserError for a missing model, a model of another stage than --stage, and settings out of range.
     """
 
     def __init__(self, path: str | Path, args: argparse.Namespace) -> None:
@@ -81,16 +81,16 @@ class ChatModel:
         print(self.summary(), *filter(None, [self.preset_summary]), sep="\n", flush=True)
 
     def _make_settings(self, args: argparse.Namespace) -> SamplingParams:
-        """Greedy for questions with keys; else what the flags say, over the preset of the model's chat format.
+        """Greedy for questions with keys; else the flags, which override the preset of the model's chat format.
 
-        A report takes no preset: its models are compared with the same settings.
+        A report uses no preset: all its models get the same settings.
         """
         max_new_tokens = args.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = 200 if not args.questions else MAX_ANSWER_TOKENS if self.is_chat_model else 24
         stop = self.tokenizer.stop_strings if self.is_chat_model else ()
         try:
-            if args.questions:  # a pretrained model knows no marker that ends an answer, so its line ends it
+            if args.questions:  # a pretrained model has no end-of-answer token: a newline ends its answer
                 return SamplingParams(max_new_tokens=max_new_tokens, stop=stop if self.is_chat_model else ("\n",))
             explicit = {name: getattr(args, name) for name in SAMPLING_SETTINGS if getattr(args, name) is not None}
             choice = args.sampling_preset if self.is_chat_model and args.report is None else "none"
@@ -98,31 +98,31 @@ class ChatModel:
             merged = merge_settings(explicit, preset, DEFAULT_SAMPLING)
             if applied := {key: value for key, value in preset.items() if key not in explicit and merged[key] == value}:
                 self.preset_summary = (
-                    f"sampling: {name} preset: {format_settings(applied)} (--sampling_preset none: without it)"
+                    f"sampling: {name} preset: {format_settings(applied)} (turn it off with --sampling_preset none)"
                 )
             return SamplingParams(**{**merged, "max_new_tokens": max_new_tokens}, stop=stop)
         except ValueError as error:
             raise UserError(f"--{error}") from None
 
     def summary(self) -> str:
-        """The file, its stage, the number of parameters, device, number format and RoPE scaling, in one line."""
+        """One line: path, stage, number of parameters, device, dtype and RoPE scaling."""
         total, active = self.model.count_parameters()
         size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active)" if active != total else "")
         rope = f", RoPE {scaling}" if (scaling := rope_summary(self.model.config)) else ""
         return f"{self.path}: {self.stage}, {size}, {self.device}, {str(self.dtype).removeprefix('torch.')}{rope}"
 
     def autocast_context(self) -> Any:
-        """The context in which answers are drawn: matrix products in --dtype."""
+        """The autocast context of generation, in --dtype."""
         return autocast(self.device, self.dtype)
 
     def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """What the model reads: the bare text, or the chat with as many of its last turns as leave room to answer."""
+        """The prompt tokens: the bare text, or the chat with its latest turns that fit beside max_new_tokens."""
         if not self.is_chat_model:
             return self.tokenizer.encode_document(messages[-1]["content"])
         return chat_prompt(self.model, self.tokenizer, self.system + messages, self.settings.max_new_tokens)
 
     def stream_answer(self, messages: list[Message], interruptible: bool = False) -> str:
-        """Print the answer while it grows, and return it; where Ctrl-C may stop it, what there is until then."""
+        """Print the answer as it is generated and return it. If `interruptible`, Ctrl-C ends it and keeps the text."""
         answer, started = Completion(), time.perf_counter()
         try:
             with self.autocast_context():
@@ -143,9 +143,9 @@ class ChatModel:
         return answer.text
 
     def generate_answers(self, prompts: list[str]) -> list[dict[str, Any]]:
-        """{"answer", "finish_reason", "tokens"} for each prompt, each a conversation of its own, in one batch.
+        """{"answer", "finish_reason", "tokens"} for each prompt: separate conversations, generated in one batch.
 
-        Raises UserError naming the prompt that is too long.
+        Raises UserError that names the first prompt longer than the context.
         """
         ids = [self.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
         limit, started = self.model.config.max_seq_len, time.perf_counter()
@@ -162,10 +162,10 @@ class ChatModel:
         return [{"answer": a.text.strip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
 
     def continue_answers(self, answer_prefixes: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """{"answer", "finish_reason", "tokens"} for each (prompt, start of the answer): what follows that start.
+        """{"answer", "finish_reason", "tokens"} for each (prompt, answer prefix): the continuation of the prefix.
 
-        A pretrained model gets both as two lines of text. finish_reason "too_long": they do not fit into the context.
-        The time that this takes counts in no speed.
+        A pretrained model gets prompt and prefix as two lines of text. finish_reason "too_long": prompt and prefix
+        exceed the context. Time and tokens are not added to the speed figures.
         """
         limit, ids = self.model.config.max_seq_len, []
         for prompt, start in answer_prefixes:
@@ -182,7 +182,7 @@ class ChatModel:
         return [{"answer": a.text.rstrip(), "finish_reason": a.finish_reason, "tokens": len(a.ids)} for a in answers]
 
     def write_results(self, path: str | None, **scores: Any) -> None:
-        """The closing line, and the json file if one is wanted."""
+        """Print the speed; write scores and answers as json to `path` if it is given."""
         speed = self.tokens / self.seconds
         print(f"{self.tokens} tokens, {speed:.0f} tokens/s")
         if path:

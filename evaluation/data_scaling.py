@@ -1,15 +1,13 @@
-"""What more data brings: one model a share of the chats, one table, one plot. After BELLE (arXiv:2303.14742).
-
-    share_0.1 < share_0.3 < share_1    each subset holds the smaller ones; same parent, same numbers, same validation
-
-Every model passes over its own chats as often as the others do over theirs, as in BELLE's study: more data also means
-more steps.
+"""Data scaling of SFT: one model per fraction of the chats, one table, one plot (BELLE, arXiv:2303.14742).
 
     python 3-full_sft.py --recipe belle --data_share 0.1,0.3,0.5,1.0 --questions questions.jsonl
 
-Writes  out/data_study/data_study.md, .csv, .json, .png, and in share_*/ each model with its log. A share that is done
-is not trained again; an interrupted one goes on.
-Read next: ../trainer/loop.py (how each is trained), qa.py (how answers are counted).
+Subsets are nested: 0.1 is part of 0.3, which is part of 1.0. All models have the same parent, hyperparameters and
+validation set. The number of epochs is the same, as in BELLE's study, so more data also means more steps.
+
+Writes  out/data_study/data_study.md, .csv, .json, .png, and each model with its log in share_*/. A finished fraction is
+not trained again; an interrupted one resumes.
+Read next: ../trainer/loop.py (training), qa.py (how answers are scored).
 """
 
 import argparse
@@ -36,7 +34,7 @@ from trainer.loop import train
 from trainer.stage import Stage
 from trainer.train_state import resume_path, run_fingerprint
 
-# The flags that a share's result depends on; with the identity of model and data they say whether it is done.
+# The flags that change the result. A saved result is reused where these flags, the model and the data are equal.
 RESULT_FLAGS = (
     *("epochs", "max_steps", "batch_size", "accumulation_steps", "learning_rate", "schedule"),
     *("final_lr_share", "warmup_iters", "warmup_share", "weight_decay", "grad_clip", "eval_tokens"),
@@ -44,7 +42,7 @@ RESULT_FLAGS = (
 
 
 class DataSubset:
-    """The first rows of one shuffled order: a smaller share is part of every larger one."""
+    """The first `fraction` of the rows of one seeded shuffle, so smaller subsets are part of larger ones."""
 
     def __init__(self, data: TokenDataset, fraction: float, seed: int) -> None:
         self.data = data
@@ -67,7 +65,7 @@ class DataSubset:
 
 
 def run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage) -> None:
-    """Train and score a model for every share in args.data_share, smallest first; write table and plot after each."""
+    """Train and score one model per fraction in args.data_share, smallest first; write table and plot after each."""
     with lock_output(Path(args.out_dir) / "data_study") if dist.is_rank0 else contextlib.nullcontext():
         _run_data_scaling(dist, args, stage, Path(args.out_dir) / "data_study")
 
@@ -77,13 +75,13 @@ def _run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage,
     parent = {name: tensor.clone() for name, tensor in model_state_dict(stage.model).items()}
     rows: list[dict[str, Any]] = []
     for fraction in args.data_share:
-        load_state(stage.model, parent, "the parent")  # every share starts from it
+        load_state(stage.model, parent, "the parent")  # every fraction starts from the parent's weights
         subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, args.seed))
         subset_args = copy.copy(args)
         subset_args.out_dir = str(folder / f"share_{fraction:g}")
         row = train_and_score_subset(dist, subset_args, subset_stage, fraction, questions)
         if row is None:
-            dist.print0("the data study is not complete: run again to go on")
+            dist.print0("the data study is incomplete: run again to resume")
             return
         rows.append(row)
         if dist.is_rank0:
@@ -93,7 +91,7 @@ def _run_data_scaling(dist: DistContext, args: argparse.Namespace, stage: Stage,
 
 
 def read_saved_result(result_path: Path) -> dict[str, Any]:
-    """What an earlier run wrote of this share; {} where there is nothing that can be read."""
+    """The saved state of an earlier run of this fraction; {} where it is missing or unreadable."""
     try:
         saved = json.loads(result_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -104,16 +102,16 @@ def read_saved_result(result_path: Path) -> dict[str, Any]:
 def train_and_score_subset(
     dist: DistContext, args: argparse.Namespace, stage: Stage, fraction: float, questions: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """The row of one share, trained and scored unless that is done. None when the training was interrupted."""
+    """The result row of one fraction, trained and scored unless it is saved. None when the training was interrupted."""
     path, result_path = stage.checkpoint_path(args.out_dir), Path(args.out_dir) / "study.json"
     job = {name: getattr(args, name) for name in RESULT_FLAGS} | run_fingerprint(args, stage)
-    job = json.loads(json.dumps(job))  # as it will be read again
+    job = json.loads(json.dumps(job))  # the same types as in the file that it is compared with
     saved = read_saved_result(result_path) if args.resume != "never" else {}
-    dist.barrier()  # all have read before the first one writes
+    dist.barrier()  # all ranks have read before rank 0 writes
     if saved.get("job") != job:
         saved, args.resume = {"job": job}, args.resume if not saved else "never"
     if "row" in saved and path.is_file():
-        dist.print0(f"{percent(fraction)}: done before")
+        dist.print0(f"{percent(fraction)}: already trained")
     else:
         dist.print0(f"\n{percent(fraction)}: {len(stage.data):,} chats")
         if dist.is_rank0:
@@ -124,7 +122,7 @@ def train_and_score_subset(
             return None
         saved = {"job": job, "row": training_figures(path, fraction, len(stage.data))}
     question_set = [[question["question"], *question["keys"]] for question in questions]
-    if dist.is_rank0:  # the others wait: answering is quick beside training
+    if dist.is_rank0:  # the other ranks wait: generation is short compared with training
         if question_set and saved.get("asked") != question_set:
             model, tokenizer, _ = open_model(path, dist.device)
             saved |= {"asked": question_set}
@@ -136,7 +134,7 @@ def train_and_score_subset(
 
 
 def training_figures(path: Path, fraction: float, chats: int) -> dict[str, Any]:
-    """What the checkpoint itself says of its training."""
+    """Steps, tokens, seconds and losses, from the last lineage entry of the checkpoint."""
     entry = open_model(path)[2]["lineage"][-1]
     row = {"share": fraction, "chats": chats, "steps": entry["steps"], "tokens": entry["tokens"]}
     row |= {"seconds": round(entry["seconds"], 1), "loss": entry["loss"]}
@@ -145,7 +143,7 @@ def training_figures(path: Path, fraction: float, chats: int) -> dict[str, Any]:
 
 # ---- table and plot --------------------------------------------------------------------------------------------------
 def write_scaling_results(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """The same rows as markdown for people, csv and json for programs, and the plot."""
+    """Write the rows as Markdown, csv and json, and the plot."""
     splits, languages = (
         list(dict.fromkeys(key for row in rows for key in row[name])) for name in ("val_loss", "right")
     )
@@ -161,9 +159,9 @@ def write_scaling_results(folder: Path, rows: list[dict[str, Any]]) -> None:
     writer.writerows(csv_rows)
     write_text(folder / "data_study.csv", table.getvalue())
     write_text(folder / "data_study.json", json.dumps({"rows": rows}, indent=1))
-    headers = ["share", "chats", "steps", "trained tokens", *(f"held-out loss {s}" for s in splits)]
-    headers += [f"right {lang}" for lang in languages]
-    lines = ["# What more data brings", "", f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
+    headers = ["fraction", "chats", "steps", "trained tokens", *(f"held-out loss {s}" for s in splits)]
+    headers += [f"accuracy {lang}" for lang in languages]
+    lines = ["# Data scaling", "", f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
     for row in rows:
         cells = [percent(row["share"]), f"{row['chats']:,}"]
         cells += [f"{row['steps']:,}", f"{row['tokens']:,}", *(f"{row['val_loss'][s]:.4f}" for s in splits)]
@@ -178,23 +176,23 @@ def percent(fraction: float) -> str:
 
 
 def plot_scaling(rows: list[dict[str, Any]], splits: list[str], languages: list[str], path: Path) -> None:
-    """Held-out loss, and where questions were asked the share answered right, over the number of chats (log)."""
+    """Plot held-out loss, and accuracy where there are questions, over the number of chats (log scale)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     panels = [("held-out loss (nats per token)", "val_loss", splits, 1.0)]
-    panels += [("questions answered right (%)", "right", languages, 100.0)] if languages else []
+    panels += [("accuracy on questions (%)", "right", languages, 100.0)] if languages else []
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
     for ax, (title, name, keys, scale) in zip(axes[0], panels, strict=True):
         for key in keys:
-            style = f"C{sorted({*splits, *languages}).index(key)}o-"  # a language has one colour in both
+            style = f"C{sorted({*splits, *languages}).index(key)}o-"  # a language has the same colour in both panels
             ax.plot([row["chats"] for row in rows], [scale * row[name][key] for row in rows], style, label=key)
         ax.set_xscale("log")
         ax.set_xticks([row["chats"] for row in rows], [percent(row["share"]) for row in rows])
         ax.minorticks_off()
-        ax.set_xlabel("share of the chats")
+        ax.set_xlabel("fraction of the chats")
         ax.set_ylabel(title)
         ax.grid(alpha=0.3)
         ax.legend()

@@ -1,21 +1,20 @@
-"""Multiple-choice exams: C-Eval's and CMMLU's layouts and your own csv or jsonl files, plain or in an archive.
+"""Read multiple-choice exams: C-Eval, CMMLU, and your own csv or jsonl files, from folders or archives.
 
     C-Eval    {dev,val,test}/<subject>_<split>.csv    id, question, A, B, C, D, answer (none in test), explanation (dev)
     CMMLU     {dev,test}/<subject>.csv                (number), Question, A, B, C, D, Answer
-    own       <subject>.csv or .jsonl                 one file is one subject; columns as exam_table.py finds them
+    own       <subject>.csv or .jsonl                 one file is one subject; columns: see exam_table.py
 
-Folders above `dev` may have any name. Archives (tar, .gz .xz .bz2 of it, zip) are read as they are, nothing is unpacked
-to the disk. A folder or archive with dev, val or test folders is read from those alone. Own files outside of such
-folders are the split `all`, or, where each of their names ends in _dev, _val or _test, the split that it names. An exam
-is either read whole or not at all: a question left out in silence would change the score. A file that cannot be read
-to the last line is an error with its line number.
+Folders above `dev` may have any name. Archives (tar, tar.gz, tar.xz, tar.bz2, zip) are read in memory. A folder or
+archive with dev, val or test folders is read from those folders only. Files outside of such folders form the split
+`all`, unless every file name ends in _dev, _val or _test, which then names the split. Reading is all or nothing,
+because skipped questions would change the score: an invalid line raises UserError with its line number.
 Layouts: github.com/hkust-nlp/ceval and github.com/haonan-li/CMMLU.
 
-The category of a subject is that of the exam's own subject_mapping.json, else CATEGORY_SUBJECTS, facts from
-the exams themselves: C-Eval's subject_mapping.json and CMMLU's src/categories.py. The subjects that both exams have are
-in the same category in both. CMMLU's fifth group, "China specific", runs across the others and is left out.
+The category of a subject comes from the exam's subject_mapping.json, else from CATEGORY_SUBJECTS, which combines
+C-Eval's subject_mapping.json and CMMLU's src/categories.py. The two agree on their common subjects. CMMLU's fifth
+group, "China specific", overlaps the other four and is left out.
 
-Called by ../eval_ceval.py. Read next: exam_table.py (one file), exam_prompts.py (how questions are asked).
+Called by ../eval_ceval.py. Read next: exam_table.py (one file), exam_prompts.py (the prompts).
 """
 
 import json
@@ -40,10 +39,10 @@ from evaluation.exam_table import (
 
 CEVAL_LETTERS = "ABCD"  # of C-Eval and CMMLU; own files have two to ten options
 SPLITS = ("dev", "val", "test")
-UNSPLIT = "all"  # the split of files that name none
+UNSPLIT = "all"  # the split of files outside of dev, val and test
 DEFAULT_SPLITS = ("val", UNSPLIT, "test", "dev")  # the first one present is used
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-COMPRESSED_MAGIC = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh")  # how .gz, .xz and .bz2 begin
+COMPRESSED_MAGIC = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh")  # of .gz, .xz and .bz2
 EXPECTED_INPUT = (
     "expected a .csv, .tsv or .jsonl file of questions, a folder of them, or a tar or zip archive with val/*.csv or "
     "test/*.csv (C-Eval, CMMLU)"
@@ -87,10 +86,10 @@ ExamFile = tuple[str, str, bytes]  # (name for messages, path inside the folder 
 
 @dataclass(frozen=True)
 class ExamItem:
-    """One question of an exam. `answer` is a letter, or "" where the file keeps it secret."""
+    """One question of an exam. `answer` is a letter, or "" where the file has no answer."""
 
     subject: str
-    number: str  # as the file numbers it; what a submission is keyed by
+    number: str  # the number in the file; the key in a submission
     question: str
     options: tuple[str, ...]
     answer: str
@@ -114,10 +113,10 @@ class ExamSplit:
 def read_exam_split(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], split: str = "", subjects: Iterable[str] = ()
 ) -> ExamSplit:
-    """Read one split (default: the first of val, all, test, dev that is there) and dev; `subjects`: only these.
+    """Read one split (default: the first of val, all, test, dev that exists) and dev; `subjects`: only these.
 
-    `paths`: one folder, archive or file, or several. Raises UserError naming file and line where anything is missing,
-    damaged or not an exam.
+    `paths`: one or several folders, archives or files. Raises UserError with file and line for missing, damaged or
+    invalid input.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -130,7 +129,7 @@ def read_exam_split(
         for file_split, subject, where, data in _assign_splits(
             [file for file in files if not _is_subject_mapping(file[1])]
         ):
-            subject = escape_controls(subject)  # it comes from a file name
+            subject = escape_controls(subject)  # file names may contain control characters
             if subject in files_by_split.setdefault(file_split, {}):
                 raise UserError(
                     f"{name} holds {subject} twice, {files_by_split[file_split][subject][0]} and {where}: name one exam"
@@ -148,7 +147,7 @@ def read_exam_split(
     for subject in selected:
         if subject not in files_by_split[split]:
             raise UserError(
-                f"{name} has no subject {subject!r} in {split}; there are {', '.join(sorted(files_by_split[split]))}"
+                f"{name} has no subject {subject!r} in {split}; choose from {', '.join(sorted(files_by_split[split]))}"
             )
     items = [item for subject in selected for item in _parse_subject(subject, files_by_split[split])]
     dev = files_by_split.get("dev", {})
@@ -162,9 +161,9 @@ def _parse_subject(subject: str, files: dict[str, tuple[str, bytes]], needs_answ
 
 
 def parse_exam_items(subject: str, where: str, text: str, needs_answer: bool = False) -> list[ExamItem]:
-    """The questions of one file's text, or UserError. `where` is its name, which ends in .jsonl for jsonl.
+    """The questions of one file's text. `where` is the file name, which ends in .jsonl for jsonl.
 
-    Answers may be missing altogether (C-Eval keeps those of `test` secret), but not here and there.
+    Either all questions have answers or none has (C-Eval's `test`). Raises UserError with file and line.
     """
     rows = parse_exam_rows(where, text, needs_answer)
     if not rows:
@@ -188,7 +187,7 @@ def parse_exam_items(subject: str, where: str, text: str, needs_answer: bool = F
 
 
 def _parse_options(row: ExamRow, where: str) -> tuple[str, ...]:
-    """The options of a row without empty ones at its end. Raises UserError where a part is empty."""
+    """The options of a row without trailing empty ones. Raises UserError for an empty question or option."""
     if not row.question:
         raise UserError(f"{where}: question is empty")
     options = list(row.options)
@@ -210,7 +209,7 @@ def _parse_subject_mapping(where: str, data: bytes) -> dict[str, str]:
 
 
 def subject_category(subject: str) -> str:
-    """STEM, Social Science, Humanities or Other; Other for a subject that neither exam has."""
+    """STEM, Social Science, Humanities or Other; Other for an unknown subject."""
     return _SUBJECT_CATEGORY.get(subject, "Other")
 
 
@@ -220,7 +219,7 @@ def _is_subject_mapping(inner: str) -> bool:
 
 # ---- which file is which split ---------------------------------------------------------------------------------------
 def _file_groups(paths: list[Path]) -> Iterator[list[ExamFile]]:
-    """The files of each folder or archive, and together those that are named one by one."""
+    """One group for each folder or archive, and one group of all files that are given directly."""
     single: list[ExamFile] = []
     for path in paths:
         if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
@@ -232,7 +231,7 @@ def _file_groups(paths: list[Path]) -> Iterator[list[ExamFile]]:
 
 
 def _assign_splits(files: list[ExamFile]) -> list[tuple[str, str, str, bytes]]:
-    """(split, subject, name for messages, content) of the tables of one --data."""
+    """(split, subject, name for messages, content) of the tables of one group."""
     in_split = [file for file in files if PurePosixPath(file[1]).parent.name in SPLITS]
     if in_split:
         return [(*_locate(inner, PurePosixPath(inner).parent.name), where, data) for where, inner, data in in_split]
@@ -253,8 +252,10 @@ def _locate(inner: str, split: str) -> tuple[str, str]:
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 def read_exam_files(path: Path) -> Iterator[ExamFile]:
-    """(name for messages, path inside, content) of every table and the mapping in a folder or archive, or of the one
-    file. Raises UserError."""
+    """(name for messages, path inside, content) of the tables and the mapping in a folder or archive, or of one file.
+
+    Raises UserError.
+    """
     if path.is_dir():
         for file in sorted(path.rglob("*")):
             if _is_exam_file(file.name) and file.is_file():
@@ -277,21 +278,21 @@ def read_exam_files(path: Path) -> Iterator[ExamFile]:
         raise UserError(
             f"cannot read {path} as a tar or zip archive ({reason[:80]}): damaged, or {EXPECTED_INPUT}"
         ) from None
-    except (RuntimeError, NotImplementedError) as error:  # zip: a password, an unknown method
+    except (RuntimeError, NotImplementedError) as error:  # zip: a password or an unknown compression method
         raise UserError(f"cannot read {path}: {error}: unpack it and give the folder") from None
 
 
 def _read_file(file: Path) -> bytes:
     try:
         if file.stat().st_size > MAX_EXAM_FILE_BYTES:
-            raise UserError(f"{file}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB: not an exam file: leave it out")
+            raise UserError(f"{file}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB, not an exam file: remove it")
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
 def _is_exam_file(name: str) -> bool:
-    """A table or the mapping. `._x.csv` holds the metadata that macOS keeps beside x.csv."""
+    """A table or the mapping. Skips `._x.csv`, macOS metadata of x.csv."""
     return (name.lower().endswith(TABLE_SUFFIXES) and not name.startswith("._")) or name == "subject_mapping.json"
 
 
@@ -315,4 +316,4 @@ def _read_zip(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 def _check_size(path: Path, name: str, size: int) -> None:
     if size > MAX_EXAM_FILE_BYTES:
-        raise UserError(f"{path}/{name}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB: not an exam file: leave it out")
+        raise UserError(f"{path}/{name}: larger than {MAX_EXAM_FILE_BYTES >> 20} MB, not an exam file: remove it")

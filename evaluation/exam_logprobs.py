@@ -1,14 +1,14 @@
-"""The log-probabilities of an exam's options, with as little work as possible.
+"""Batched log-probabilities of an exam's options.
 
-    * questions of similar length are computed together, a batch of `batch_tokens` positions at once
-    * the examples in front of a subject's questions are read once, not before every question
-    * the options of a question share one pass over their prompt; their first tokens need no other, and their further
-      tokens go with options of similar length
-    * logits are computed only where an option is read
+    * questions of similar length form a batch of up to `batch_tokens` positions
+    * the few-shot examples of a subject are computed once and shared through a KVCache
+    * the options of a question share one forward pass over the prompt, which also predicts their first tokens; their
+      remaining tokens are batched with options of similar length
+    * logits are computed only at the positions that predict an option's tokens
 
-Keys and values of what is shared lie in a KVCache that is copied to every row; the results equal those of one option at
-a time (tests/evaluation/test_exam_logprobs.py). Read next: exam_prompts.py (what is asked), ../model/transformer.py
-(the cache).
+Shared keys and values are copied to every row of a batch. The results equal those of one option at a time
+(tests/evaluation/test_exam_logprobs.py).
+Read next: exam_prompts.py (the prompts), ../model/transformer.py (the cache).
 """
 
 import math
@@ -26,11 +26,11 @@ from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
 
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a larger batch overflows CPU caches: 4096 took half as long again
-_WIDTH_MULTIPLE = 16  # widths are multiples of it: a CPU's kernels are prepared for each shape anew
-MIN_SHARED_TOKENS = 32  # tokens that a group of questions has in common
-_MAX_BLOCK_LOGITS = 1 << 24  # numbers in one block of logits
-MAX_CACHE_BYTES = 1 << 30  # bytes of keys and values
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # larger batches overflow CPU caches: 4096 took 1.5 times as long
+_WIDTH_MULTIPLE = 16  # padded widths are multiples of it, because CPU kernels are prepared for each new shape
+MIN_SHARED_TOKENS = 32  # a shorter common prefix is not shared
+_MAX_BLOCK_LOGITS = 1 << 24  # values in one block of logits
+MAX_CACHE_BYTES = 1 << 30  # bytes of keys and values, for 16-bit values
 
 
 @torch.inference_mode()
@@ -42,11 +42,10 @@ def compute_option_log_probs(
     autocast_context: Callable[[], AbstractContextManager[Any]],
     batch_tokens: int = 0,
 ) -> Iterator[int]:
-    """Fill `log_probs` of all questions, batch after batch; yields how many each batch held.
+    """Fill `log_probs` of every prompt, batch by batch; yields the number of prompts in each batch.
 
-    batch_tokens: positions computed at once, 0: what suits the device, 1: one question at a time, which shares nothing
-        with others.
-    Raises UserError when the model computes no number.
+    batch_tokens: positions per forward pass. 0: the default of the device. 1: one question at a time, nothing shared.
+    Raises UserError when a log-probability is not finite.
     """
     if not batch_tokens:
         batch_tokens = CPU_BATCH_TOKENS if model.lm_head.weight.device.type == "cpu" else GPU_BATCH_TOKENS
@@ -65,18 +64,17 @@ def compute_option_log_probs(
 
 
 def _store_log_probs(one: ExamPrompt, log_probs: list[float], method: str) -> None:
-    """Put the sums of the options as shown where they belong."""
+    """Store the sums in the file's option order; method "text" divides by the characters of the option."""
     normalized = [0.0] * len(one.order)
     for index, option in enumerate(one.order):
         normalized[option] = log_probs[index] / (len(one.item.options[option]) if method == "text" else 1)
     if not all(map(math.isfinite, normalized)):
-        raise UserError(f"the model computes no number for {one.item.location}: its weights are damaged")
+        raise UserError(f"{one.item.location}: the log-probabilities are not finite: the model's weights are damaged")
     one.log_probs = tuple(normalized)
 
 
 def _shared_prefix_groups(prompts: list[ExamPrompt], batch_tokens: int) -> Iterator[tuple[list[ExamPrompt], int]]:
-    """Questions with equally many options that begin with the same tokens, and how many these are: those of the shared
-    examples."""
+    """(questions with the same examples and number of options, length of their common token prefix or 0)."""
     groups: dict[tuple[int, str, int], list[ExamPrompt]] = {}
     for one in prompts:
         group_key = (one.item.subject, one.num_shots) if one.num_shots and batch_tokens > 1 else ("", 0)
@@ -87,16 +85,16 @@ def _shared_prefix_groups(prompts: list[ExamPrompt], batch_tokens: int) -> Itera
             first, last = min(one.prompt for one in group), max(one.prompt for one in group)
             shortest = min(len(one.prompt) for one in group)
             differs = (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
-            num_shared = min(next(differs, shortest), shortest - 1)  # what comes behind the last token is needed
+            num_shared = min(next(differs, shortest), shortest - 1)  # the last token predicts the option
         yield group, num_shared if num_shared >= MIN_SHARED_TOKENS else 0
 
 
 def _similar_length_batches(
     prompts: list[ExamPrompt], num_shared: int, batch_tokens: int, config: ModelConfig
 ) -> Iterator[list[ExamPrompt]]:
-    """Questions of similar length, longest first; what fits into `batch_tokens`, or one. `start`: tokens shared."""
+    """Batches of questions of similar length, longest first: up to `batch_tokens` positions, at least one question."""
     batch: list[ExamPrompt] = []
-    prompt = continuation_length = 0  # the longest of the batch
+    prompt = continuation_length = 0  # the longest in the batch
     for one in sorted(prompts, key=lambda one: (len(one.prompt), one.continuation_length), reverse=True):
         longest = max(prompt, len(one.prompt)), max(continuation_length, one.continuation_length)
         width = _padded_width(longest[0] - num_shared)
@@ -112,7 +110,7 @@ def _similar_length_batches(
 
 
 def _max_cache_rows(config: ModelConfig, length: int) -> int:
-    """How many rows of so many tokens a cache may have (of 16-bit numbers)."""
+    """The number of rows of `length` tokens in a cache of MAX_CACHE_BYTES."""
     return MAX_CACHE_BYTES // (length * 4 * config.n_layers * config.n_kv_heads * config.head_dim)
 
 
@@ -123,9 +121,9 @@ def _padded_width(length: int) -> int:
 def _option_log_probs(
     model: Transformer, batch: list[ExamPrompt], pad: int, shared_cache: KVCache | None, batch_tokens: int
 ) -> Tensor:
-    """Log-probabilities of the options as shown, summed over their tokens, (questions, options).
+    """Log-probability of each option, summed over its tokens, in the order of the prompt: (questions, options).
 
-    Pads stand on the right, where no real token looks.
+    Padding is on the right, where causal attention of the real tokens does not reach it.
     """
     device, num_shared = model.lm_head.weight.device, shared_cache.length if shared_cache else 0
     tails = [one.prompt[num_shared:] for one in batch]
@@ -148,9 +146,9 @@ def _option_log_probs(
 def _continuation_log_probs(
     model: Transformer, batch: list[ExamPrompt], pad: int, cache: KVCache, batch_tokens: int
 ) -> Tensor:
-    """What the options' tokens behind their first add, (questions, options). Options of similar length go together.
+    """Summed log-probability of the options' tokens after the first: (questions, options).
 
-    `cache` holds the prompts. The pads behind them are overwritten: every option begins where its own prompt ends.
+    `cache` holds the prompts. Every option begins at the end of its own prompt and overwrites the padding there.
     """
     device, lengths = model.lm_head.weight.device, [len(one.prompt) for one in batch]
     options = [option for one in batch for option in one.options]
@@ -174,19 +172,19 @@ def _continuation_log_probs(
 
 
 def _similar_length_groups(lengths: list[int], batch_tokens: int, rows: int) -> Iterator[list[int]]:
-    """Places of similar lengths, the longest of each part first; what fits into `batch_tokens` and so many rows, or
-    one. Zeros are left out."""
+    """Groups of indices of similar lengths, longest first: up to `batch_tokens` positions and `rows` rows, at least one
+    index. Lengths of 0 are left out."""
     order = sorted((i for i, length in enumerate(lengths) if length), key=lengths.__getitem__, reverse=True)
     while order:
         count = max(min(batch_tokens // lengths[order[0]], rows), 1)
         while count > 1 and 3 * lengths[order[min(count, len(order)) - 1]] < 2 * lengths[order[0]]:
-            count -= 1  # shorter ones would be mostly pads
+            count -= 1  # shorter ones would be mostly padding
         yield order[:count]
         del order[:count]
 
 
 def _empty_cache(model: Transformer, rows: int, capacity: int) -> KVCache:
-    """A cache in the number format in which the model computes."""
+    """A cache in the dtype of the forward pass."""
     weight = model.lm_head.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
@@ -194,7 +192,7 @@ def _empty_cache(model: Transformer, rows: int, capacity: int) -> KVCache:
 
 
 def _copy_cache(model: Transformer, cache: KVCache, rows: list[int], length: int, capacity: int) -> KVCache:
-    """A cache with these rows of `cache`, the first `length` tokens of each, and room for more."""
+    """A cache of `capacity` tokens with the first `length` tokens of the given rows of `cache`."""
     expanded = KVCache(model.config, len(rows), capacity, cache.keys.device, cache.keys.dtype)
     expanded.length = length
     expanded.keys[:, :, :, :length] = cache.keys[:, rows, :, :length]
@@ -203,13 +201,13 @@ def _copy_cache(model: Transformer, cache: KVCache, rows: list[int], length: int
 
 
 def _token_log_probs(model: Transformer, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token behind its hidden state, in blocks: (n, dim), (n,) -> (n,)."""
+    """Log-probability of each token given its hidden state, in blocks: (n, dim), (n,) -> (n,)."""
     rows = max(_MAX_BLOCK_LOGITS // model.config.vocab_size, 1)
     pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
     return torch.cat([_log_softmax(model, h).gather(1, t[:, None])[:, 0] for h, t in pairs])
 
 
 def _log_softmax(model: Transformer, hidden: Tensor) -> Tensor:
-    """fp32 whatever the number format: in bf16, letters tie that are not equal. (n, dim) -> (n, vocab)."""
+    """(n, dim) -> (n, vocab), always in fp32: bf16 rounds different letters to equal values."""
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear(hidden.float(), model.lm_head.weight.float()).log_softmax(-1)

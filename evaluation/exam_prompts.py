@@ -1,13 +1,13 @@
-"""Putting multiple-choice questions to a model: what it reads, and how probable it finds each option.
+"""Prompts for multiple-choice questions, with two scoring methods.
 
-    letter   log p(letter | question, the options)                      one token behind the prompt, a number for each
-    text     log p(text of the option | question) / its characters      the options are not shown
+    letter   log p(letter | question, options)                        one token after the prompt
+    text     log p(text of the option | question) / its characters    the prompt does not list the options
 
-`letter` is how C-Eval, MMLU and minimind v1 ask; a small model often has no idea what a letter stands for. `text` asks
-for what it might really have learnt, an answer in words. The largest of them is the model's answer; nothing is
-drawn. A chat model gets question and examples as turns of a conversation, any other as plain text.
+The option with the largest score is the prediction; nothing is sampled. `letter` is the method of C-Eval, MMLU and
+minimind v1, but small models often have not learned to refer to an option by its letter. `text` does not need that.
+A chat model gets question and examples as turns of a conversation, a pretrained model as plain text.
 
-Several orders of the options: the rotations, four of four options, put each option once under each letter.
+With several orders of the options, the rotations come first: n of n options put each option once under each letter.
 
 Called by ../eval_ceval.py. Read next: exam_logprobs.py (how the log-probabilities are computed), exam_data.py.
 """
@@ -27,12 +27,12 @@ ANSWER_PREFIX = {"zh": "答案：", "en": "Answer:"}
 INSTRUCTION = {"zh": "请直接回答选项的字母。", "en": "Answer with the letter of the right option."}
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
 
-OptionOrder = tuple[int, ...]  # the option that stands under A, under B, …
+OptionOrder = tuple[int, ...]  # the index of the option under A, under B, …
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How questions are put. `is_chat`: as a conversation in the tokenizer's chat format."""
+    """Scoring method, number of examples, number of option orders. `is_chat`: use the tokenizer's chat format."""
 
     method: str = "letter"
     shots: int = 0
@@ -41,31 +41,33 @@ class PromptConfig:
 
     @property
     def name(self) -> str:
-        """letter_0shot, text_5shot, letter_0shot_4orders: part of the results' folder name."""
+        """letter_0shot, text_5shot, letter_0shot_4orders: part of the name of the results folder."""
         return f"{self.method}_{self.shots}shot" + (f"_{self.orders}orders" if self.orders > 1 else "")
 
 
 @dataclass
 class ExamPrompt:
-    """One question in one order, as the model gets it, and what came of it."""
+    """One question with one order of its options: tokens and, after scoring, log-probabilities."""
 
     item: ExamItem
     order: OptionOrder
     prompt: list[int]
-    options: list[list[int]]  # the tokens behind the prompt, of each option as it is shown
-    num_shots: int  # those of the shots that fitted
-    is_truncated: bool  # the prompt lost its beginning
-    log_probs: tuple[float, ...] = ()  # one for each option, as the file letters them
+    options: list[list[int]]  # the tokens of each option after the prompt, in the order of the prompt
+    num_shots: int  # examples that fit into the context
+    is_truncated: bool  # the beginning of the question was removed
+    log_probs: tuple[float, ...] = ()  # one for each option, in the order of the file
 
     @property
     def continuation_length(self) -> int:
-        """Tokens of the longest option behind its first, which the prompt alone predicts."""
+        """Tokens of the longest option after its first token, which the last prompt token predicts."""
         return max(map(len, self.options)) - 1
 
 
 def option_orders(count: int, options: int = 4) -> list[OptionOrder]:
-    """The first `count` orders of so many options, or all of them. Among the first `options` orders every option is
-    once under every letter."""
+    """The first `count` orders of `options` options, or all orders.
+
+    The first `options` orders put every option once under every letter.
+    """
     orders: list[OptionOrder] = []
     for others in itertools.permutations(range(1, options)):
         base = (0, *others)
@@ -78,14 +80,14 @@ def option_orders(count: int, options: int = 4) -> list[OptionOrder]:
 def build_prompts(
     exam: ExamSplit, tokenizer: ChatTokenizer, config: PromptConfig, max_seq_len: int
 ) -> Iterator[ExamPrompt]:
-    """Every question of the exam in every order, for exam_logprobs.py. Raises UserError where one cannot fit."""
+    """Yields every question in every order. Raises UserError for missing examples, and for options that do not fit."""
     for subject in exam.subjects:
         if len(exam.examples.get(subject, ())) < config.shots:
             available = len(exam.examples.get(subject, ()))
-            raise UserError(f"--shots {config.shots}: {subject} has {available} examples in dev; ask with fewer")
+            raise UserError(f"--shots {config.shots}: {subject} has {available} examples in dev: choose no more")
     for subject in exam.subjects:
         items = [item for item in exam.items if item.subject == subject]
-        # One language for the whole subject: a question made of formulas is still part of a Chinese exam.
+        # The language is that of the subject: a question of formulas alone may be part of a Chinese exam.
         chinese = sum(bool(CHINESE_CHARACTER.search(item.question)) for item in items)
         lang = "zh" if 2 * chinese >= len(items) else "en"
         builder = _PromptBuilder(tokenizer, config, exam.examples.get(subject, [])[: config.shots], lang)
@@ -95,14 +97,14 @@ def build_prompts(
 
 
 class _PromptBuilder:
-    """Builds prompts behind the examples of one subject."""
+    """Builds the prompts of one subject with its examples."""
 
     def __init__(self, tokenizer: ChatTokenizer, config: PromptConfig, examples: list[ExamItem], lang: str) -> None:
         self.tokenizer, self.config, self.examples, self.lang = tokenizer, config, examples, lang
 
     def build(self, item: ExamItem, order: OptionOrder, max_seq_len: int) -> ExamPrompt:
-        """The prompt in at most as many tokens as leave room for the longest option: examples go first, oldest
-        first, then the beginning of the question."""
+        """A prompt that fits into max_seq_len with the longest option. Removes first the earliest examples, then the
+        beginning of the question. Raises UserError where the options do not fit."""
         shown = [item.options[i] for i in order]
         texts = list(OPTION_LETTERS[: len(shown)]) if self.config.method == "letter" else shown
         question = self._question_text(item, shown)
@@ -113,7 +115,7 @@ class _PromptBuilder:
             if len(prompt) <= max_prompt_tokens:
                 return ExamPrompt(item, order, prompt, options, len(examples), False)
         if not self.config.is_chat and max_prompt_tokens > 1:
-            start = len(self.tokenizer.encode_document("")) if prompt else 0  # a bos stays
+            start = len(self.tokenizer.encode_document("")) if prompt else 0  # keep the bos token
             return ExamPrompt(
                 item, order, prompt[:start] + prompt[len(prompt) - max_prompt_tokens + start :], options, 0, True
             )
@@ -131,7 +133,7 @@ class _PromptBuilder:
         return "\n".join(lines + ([INSTRUCTION[self.lang]] if self.config.is_chat else []))
 
     def _encode(self, examples: list[ExamItem], question: str, texts: list[str]) -> tuple[list[int], list[list[int]]]:
-        """Tokens of the prompt, and of each option behind it."""
+        """Tokens of the prompt, and of each option after it."""
         shots = [(self._question_text(item, list(item.options)), self._answer_text(item)) for item in examples]
         if self.config.is_chat:
             messages = []
@@ -144,7 +146,7 @@ class _PromptBuilder:
         blocks = [f"{text}\n{ANSWER_PREFIX[self.lang]}{separator}{answer}\n\n" for text, answer in shots]
         start = "".join(blocks) + f"{question}\n{ANSWER_PREFIX[self.lang]}"
         prompt = self.tokenizer.encode_document(start)
-        # An option's tokens are what it adds: behind a colon a letter may be another token than at the start of a text.
+        # Encoded with the prompt: after a colon a letter may be another token than at the start of a text.
         return prompt, [
             self.tokenizer.encode_document(start + separator + text)[len(prompt) :]
             or self.tokenizer.encode(separator + text)
@@ -156,5 +158,5 @@ class _PromptBuilder:
         return letter if self.config.method == "letter" else example.options[OPTION_LETTERS.index(letter)]
 
     def _drop_first_tokens(self, text: str, tokens: int) -> str:
-        """The text without its first tokens; half a character that this leaves goes too."""
+        """The text without its first tokens, and without an incomplete character at the cut."""
         return self.tokenizer.decode(self.tokenizer.encode(text)[tokens:]).lstrip("\ufffd")

@@ -1,10 +1,10 @@
-"""How an exam's result is shown and kept: a table on the screen, and files.
+"""Print an exam's result as a table and write its files.
 
-    <subject>.csv     every question and the prediction          summary.csv       all scores, one a row
-    summary.md        the same as a table, with what it means    summary.png       bars, intervals, the chance line
-    prompts.txt       (--prompt) what the model was given        submission.json   answers to hand in
+    <subject>.csv     every question with its prediction         summary.csv       all scores, one per row
+    summary.md        the scores with their interpretation       summary.png       bars, intervals, random baseline
+    prompts.txt       (--prompt) the prompts                     submission.json   the answers to submit
 
-Every file is written under a temporary name and renamed. Read next: exam_stats.py (what the numbers are).
+Every file is written under a temporary name and renamed. Read next: exam_stats.py (the statistics).
 """
 
 import csv
@@ -26,7 +26,7 @@ from model.tokenizer import ChatTokenizer
 
 
 def with_progress(batches: Iterable[int], total: int) -> None:
-    """Work through the batches, with a progress bar where somebody watches."""
+    """Consume the batches, with a progress bar if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -38,14 +38,14 @@ def with_progress(batches: Iterable[int], total: int) -> None:
 
 
 def print_exam_result(result: ExamResult, metadata: dict[str, Any]) -> None:
-    """The table on the screen, the baselines, and the sentence."""
+    """Print the table of scores, the baselines and the interpretation."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     table = Table(box=None, padding=(0, 1, 0, 0))
-    table.add_column("subject", max_width=34, no_wrap=True, overflow="ellipsis")  # all fits 80 columns
-    for name in ("asked", "right", "accuracy", "95 % interval", "p"):
+    table.add_column("subject", max_width=34, no_wrap=True, overflow="ellipsis")  # the table fits 80 columns
+    for name in ("questions", "correct", "accuracy", "95 % CI", "p"):
         table.add_column(name, justify="right", no_wrap=True)
     for category in result.categories:
         for subject in result.subjects:
@@ -59,7 +59,7 @@ def print_exam_result(result: ExamResult, metadata: dict[str, Any]) -> None:
 
 
 def interpretations(result: ExamResult) -> list[str]:
-    """What the score means, and which subjects are strong or weak."""
+    """The interpretation of the score, and the strong and weak subjects."""
     return [text for text in (interpretation(result), strengths_interpretation(find_strengths(result))) if text]
 
 
@@ -76,14 +76,14 @@ def baseline_lines(result: ExamResult) -> list[str]:
     total = result.total
     predicted = ", ".join(f"{letter} {fraction:.1%}" for letter, fraction in result.letter_frequencies.items())
     return [
-        f"guessing {total.chance:.1%} (the chance line); always {total.constant_letter} {total.constant_baseline:.1%}; "
+        f"baselines: random {total.chance:.1%}; always {total.constant_letter} {total.constant_baseline:.1%}; "
         f"always the longest option {total.longest_option_baseline:.1%}",
-        f"the model chose {predicted}; mean of the subjects {result.mean_of_subjects:.1%}",
+        f"predicted letters: {predicted}; mean accuracy of the subjects {result.mean_of_subjects:.1%}",
     ]
 
 
 def note_lines(metadata: dict[str, Any]) -> list[str]:
-    """What was done to the questions, where something was."""
+    """Numbers of options other than 4, examples that fit, and truncated prompts; [] where none applies."""
     lines = []
     fewest, most = metadata["options"]
     if (fewest, most) != (4, 4):
@@ -92,15 +92,15 @@ def note_lines(metadata: dict[str, Any]) -> list[str]:
         )
     if metadata["shots"]:
         lines.append(
-            f"{metadata['mean_examples']:.1f} of {metadata['shots']} examples fitted into the context, on average"
+            f"{metadata['mean_examples']:.1f} of {metadata['shots']} examples fit into the context, on average"
         )
     if metadata["cut"]:
-        lines.append(f"{metadata['cut']} prompts lost the beginning of the question: too long for the model")
+        lines.append(f"{metadata['cut']} prompts exceed the context: the beginning of the question was removed")
     return lines
 
 
 def prepare_folder(folder: Path) -> None:
-    """The folder for all files, before the work begins: a place that cannot be written shall be said at once."""
+    """Make the results folder before the evaluation starts. Raises UserError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,7 +108,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_result_files(folder: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
-    """All files of a scored exam but the prompts."""
+    """Write all files of a scored exam except the prompts."""
     _write_question_tables(folder, result.question_results)
     scores = [*result.subjects, *result.categories, result.total]
     kinds = ["subject"] * len(result.subjects) + ["category"] * len(result.categories) + ["all"]
@@ -119,7 +119,7 @@ def write_result_files(folder: Path, result: ExamResult, metadata: dict[str, Any
 
 
 def write_submission(folder: Path, question_results: list[QuestionResult]) -> Path:
-    """C-Eval's submission: {subject: {number: letter}} (github.com/hkust-nlp/ceval). Returns the json file."""
+    """Write C-Eval's submission {subject: {number: letter}} (github.com/hkust-nlp/ceval). Returns the json file."""
     answers: dict[str, dict[str, str]] = {}
     for one in question_results:
         answers.setdefault(one.item.subject, {})[one.item.number] = one.prediction
@@ -130,7 +130,7 @@ def write_submission(folder: Path, question_results: list[QuestionResult]) -> Pa
 
 
 def write_prompts(folder: Path, prompts: list[ExamPrompt], tokenizer: ChatTokenizer) -> Path:
-    """Every prompt, special tokens included, with what was compared behind it."""
+    """Write every prompt with its special tokens and the options compared. Returns the file."""
     parts = []
     for one in prompts:
         head = f"==== {one.item.subject} {one.item.number}, {len(one.prompt)} tokens, {one.num_shots} examples"
@@ -142,7 +142,7 @@ def write_prompts(folder: Path, prompts: list[ExamPrompt], tokenizer: ChatTokeni
 
 
 def result_to_dict(result: ExamResult, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Everything but the single questions, for --json."""
+    """The content of --json: metadata and all scores, without single questions."""
     return {
         **metadata,
         **{name: value for name, value in result.total.to_dict().items() if name not in ("name", "category")},
@@ -157,13 +157,13 @@ def result_to_dict(result: ExamResult, metadata: dict[str, Any]) -> dict[str, An
 
 
 def write_file(path: Path, text: str | bytes) -> None:
-    """The whole file or none. Raises UserError when it cannot be written."""
+    """Write the file atomically. Raises UserError when it cannot be written."""
     with atomic_write(path) as file:
         file.write(text if isinstance(text, bytes) else text.encode("utf-8", "replace"))
 
 
 def _write_question_tables(folder: Path, question_results: list[QuestionResult]) -> None:
-    """A csv for each subject."""
+    """Write a csv file for each subject."""
     rows: dict[str, list[dict[str, Any]]] = {}
     letters = OPTION_LETTERS[: max(len(one.item.options) for one in question_results)]
     for one in question_results:
@@ -187,7 +187,7 @@ def _write_question_tables(folder: Path, question_results: list[QuestionResult])
 
 
 def _csv_text(rows: list[dict[str, Any]]) -> str:
-    """With a byte order mark, by which spreadsheets know that it is UTF-8."""
+    """The rows as csv with a byte order mark, by which spreadsheets detect UTF-8."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -201,7 +201,7 @@ def _markdown_summary(result: ExamResult, metadata: dict[str, Any]) -> str:
     )
     setting = "{method}, {shots}-shot, {orders} order(s) of the options, {style}".format(**metadata)
     lines = [title, "", "\n\n".join(map(escape_inline, interpretations(result))), "", setting + ".", ""]
-    lines += ["| | questions | right | accuracy | 95 % interval | p |", "|---|---|---|---|---|---|"]
+    lines += ["| | questions | correct | accuracy | 95 % confidence interval | p |", "|---|---|---|---|---|---|"]
     lines += [
         f"| **{escape_inline(s.name)}** | " + " | ".join(_score_cells(s)[1:]) + " |"
         for s in (result.total, *result.categories)
@@ -212,7 +212,7 @@ def _markdown_summary(result: ExamResult, metadata: dict[str, Any]) -> str:
 
 
 def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> None:
-    """A bar for each subject with its interval, coloured by category, and the chance line."""
+    """Plot a bar for each subject with its 95 % interval, coloured by category, and the baselines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,14 +233,14 @@ def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> Non
         bar.set_color(colours.get(row.category, "0.4"))
         bar.set_alpha(0.55 if is_subject else 1)
     total = result.total
-    guessing = f"guessing, {total.chance:.0%}"
+    guessing = f"random baseline, {total.chance:.0%}"
     axes.axvline(100 * total.chance, color="black", linestyle="--", linewidth=1, label=guessing)
     always = f"always {total.constant_letter}, {total.constant_baseline:.1%}"
     axes.axvline(100 * total.constant_baseline, color="crimson", linestyle=":", linewidth=1, label=always)
     axes.set_yticks(range(len(rows)), [f"{row.name} ({row.questions})" for row in rows], fontsize=7)
     for label, is_subject in zip(axes.get_yticklabels(), is_subject_row, strict=True):
         label.set_fontweight("normal" if is_subject else "bold")
-    axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="% right, with 95 % interval")
+    axes.set(xlim=(0, 100), ylim=(-0.7, len(rows) - 0.3), xlabel="accuracy (%), with 95 % confidence interval")
     axes.set_title(
         f"{Path(metadata['model']).name}: {total.accuracy:.1%} of {total.questions:,} ({metadata['split']})",
         fontsize=10,

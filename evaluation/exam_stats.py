@@ -1,14 +1,14 @@
-"""What the answers of an exam are worth: shares, their intervals, and whether guessing would do as well.
+"""Statistics of an exam: accuracy, 95 % confidence intervals, p-values against random guessing, and baselines.
 
-    interval  Wilson (1927): (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96       p: share right of n
-    p-value   P(X >= right), X ~ Binomial(n, 1/4): how often pure guessing is at least as good (exact, one-sided);
-              with other numbers of options, X is the sum of a binomial for each number k of them, with chance 1/k
+    interval  Wilson (1927): (p + z²/2n ± z·sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.96     p: accuracy, n questions
+    p-value   P(X >= correct), X ~ Binomial(n, 1/4): exact, one-sided, against random guessing; with other numbers of
+              options, X is the sum of one binomial for each number of options k, with probability 1/k
 
-With several orders of the options a question counts as the share of orders in which it was answered right; interval
-and p-value still count questions, which makes them wider than need be, never narrower.
-Two baselines need no model: the best constant letter (seen in hindsight), and the longest option.
+With several orders of the options, a question counts as the fraction of orders in which its answer is correct.
+Interval and p-value still use the number of questions, so they are conservative.
+Two more baselines: the best constant letter (chosen with the answers known) and the longest option.
 
-Read next: exam_prompts.py (where the log-probabilities come from), exam_report.py (how it is shown).
+Read next: exam_prompts.py (scoring methods), exam_report.py (tables and files).
 """
 
 import math
@@ -23,37 +23,37 @@ from evaluation.exam_data import ExamItem, ExamSplit
 from evaluation.exam_prompts import ExamPrompt
 from evaluation.exam_table import OPTION_LETTERS
 
-Z_95 = 1.959964  # 95 % of a normal distribution lie within
+Z_95 = 1.959964  # the 97.5 % quantile of the normal distribution
 SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class QuestionResult:
-    """One question and what the model made of it."""
+    """One question with the model's prediction over all orders of its options."""
 
     item: ExamItem
-    prediction: str  # the letter of the option that is the likeliest on average over the orders
-    correct: float  # share of the orders in which the right option was the likeliest; NaN where the answer is secret
-    mean_log_probs: tuple[float, ...]  # mean log-probability of each option, as the file letters them
-    predicted_letters: tuple[str, ...]  # the letter under which the chosen option stood, in each order
+    prediction: str  # letter of the option with the largest mean probability over the orders
+    correct: float  # fraction of the orders answered correctly; NaN where the answer is unknown
+    mean_log_probs: tuple[float, ...]  # mean over the orders for each option, in the order of the file
+    predicted_letters: tuple[str, ...]  # letter of the predicted option in the prompt, for each order
 
 
 @dataclass(frozen=True)
 class GroupScore:
-    """The result on a group of questions."""
+    """The score of a group of questions: a subject, a category or the whole exam."""
 
     name: str
     category: str
     questions: int
     correct: float
-    constant_baseline: float  # share right of the best constant letter
+    constant_baseline: float  # accuracy of the best constant letter
     constant_letter: str
-    longest_option_baseline: float  # share right of choosing the longest option; ties count in part
-    sizes: tuple[tuple[int, int], ...]  # (options, how many of the questions have so many)
+    longest_option_baseline: float  # accuracy of choosing the longest option; ties count fractionally
+    sizes: tuple[tuple[int, int], ...]  # (number of options, number of questions with so many)
 
     @property
     def chance(self) -> float:
-        """The share right of guessing: 0.25 with four options."""
+        """Expected accuracy of random guessing: 0.25 with four options."""
         return sum(questions / options for options, questions in self.sizes) / self.questions
 
     @property
@@ -87,7 +87,7 @@ class GroupScore:
 
 
 def wilson_interval(correct: float, questions: int) -> tuple[float, float]:
-    """Bounds of the 95 % interval of a share; the formula stands in the module docstring."""
+    """(low, high) of the 95 % confidence interval of correct / questions."""
     proportion, square = correct / questions, Z_95 * Z_95 / questions
     middle, spread = (
         proportion + square / 2,
@@ -98,7 +98,7 @@ def wilson_interval(correct: float, questions: int) -> tuple[float, float]:
 
 
 def binomial_p_value(correct: float, sizes: Iterable[tuple[int, int]]) -> float:
-    """Probability that guessing gets at least so many right; parts of a question are not counted.
+    """Probability that random guessing gets at least floor(`correct`) questions right.
 
     sizes: (options, questions) for each number of options.
     """
@@ -106,7 +106,7 @@ def binomial_p_value(correct: float, sizes: Iterable[tuple[int, int]]) -> float:
     if len(sizes) == 1:
         ((options, questions),) = sizes
         return min(1.0, math.fsum(binomial_probability(k, questions, 1 / options) for k in range(least, questions + 1)))
-    distribution = np.ones(1)  # the probability of each number of right answers
+    distribution = np.ones(1)  # probability of each number of correct answers
     for options, questions in sizes:
         distribution = np.convolve(
             distribution, [binomial_probability(k, questions, 1 / options) for k in range(questions + 1)]
@@ -121,7 +121,7 @@ def binomial_probability(k: int, n: int, p: float) -> float:
 
 
 def score_questions(prompts: Iterable[ExamPrompt]) -> list[QuestionResult]:
-    """One entry for each question, its orders put together; in the order in which they were asked."""
+    """One result for each question, which combines its orders; in the order of the prompts."""
     prompts_by_item: dict[ExamItem, list[ExamPrompt]] = {}
     for one in prompts:
         prompts_by_item.setdefault(one.item, []).append(one)
@@ -152,7 +152,7 @@ def _softmax(log_probs: tuple[float, ...]) -> list[float]:
 
 
 def score_group(name: str, category: str, question_results: list[QuestionResult]) -> GroupScore:
-    """The result on questions whose answers are known, at least one."""
+    """The score of a non-empty group of questions with known answers."""
     answers = Counter(one.item.answer for one in question_results)
     letter = max(OPTION_LETTERS, key=lambda letter: answers[letter])
     longest = 0.0
@@ -167,7 +167,7 @@ def score_group(name: str, category: str, question_results: list[QuestionResult]
 
 @dataclass(frozen=True)
 class ExamResult:
-    """An exam's result: each subject, each category, all."""
+    """The scores of an exam by subject, by category and in total."""
 
     question_results: list[QuestionResult]
     subjects: list[GroupScore]
@@ -176,19 +176,19 @@ class ExamResult:
 
     @property
     def mean_of_subjects(self) -> float:
-        """Every subject counts alike, whatever its number of questions: how leaderboards average."""
+        """Macro average of the accuracy: every subject has the same weight, as in leaderboards."""
         return sum(subject.accuracy for subject in self.subjects) / len(self.subjects)
 
     @property
     def letter_frequencies(self) -> dict[str, float]:
-        """How often each letter was chosen, as it stood on the page."""
+        """The fraction of predictions of each letter in the prompts."""
         counts = Counter(letter for one in self.question_results for letter in one.predicted_letters)
         most = max(len(one.item.options) for one in self.question_results)
         return {letter: counts[letter] / counts.total() for letter in OPTION_LETTERS[:most]}
 
 
 def make_exam_result(exam: ExamSplit, question_results: list[QuestionResult]) -> ExamResult:
-    """Subjects by category, categories by name."""
+    """Score all subjects (sorted by category), categories (by name) and the whole exam."""
     by_subject: dict[str, list[QuestionResult]] = {subject: [] for subject in exam.subjects}
     for one in question_results:
         by_subject[one.item.subject].append(one)
@@ -209,28 +209,29 @@ def make_exam_result(exam: ExamSplit, question_results: list[QuestionResult]) ->
 
 
 def interpretation(result: ExamResult) -> str:
-    """What the score means, in words."""
+    """A text that compares the score with random guessing and the two baselines."""
     total, (low, high) = result.total, result.total.interval
     p = total.p_value
-    odds = "less than one time in a million" if p < 1e-6 else f"with probability {p:.2g}"
+    odds = "with probability below 1e-06" if p < 1e-6 else f"with probability {p:.2g}"
     text = "Above chance" if p < SIGNIFICANCE_LEVEL else "Not above chance"
-    text += f": {total.accuracy:.1%} of {total.questions:,} questions right, 95 % interval {low:.1%} to {high:.1%}. "
-    text += f"Guessing gives {total.chance:.0%} and does at least as well {odds}."
+    text += f": {total.accuracy:.1%} of {total.questions:,} questions correct, "
+    text += f"95 % confidence interval {low:.1%} to {high:.1%}. "
+    text += f"Random guessing scores {total.chance:.0%} on average, and at least as high {odds}."
     if p < SIGNIFICANCE_LEVEL and low <= total.constant_baseline:
         text += (
-            f" But always saying {total.constant_letter} gives {total.constant_baseline:.1%}, "
-            "which is within the interval."
+            f" But always predicting {total.constant_letter} scores {total.constant_baseline:.1%}, "
+            "which is not below the interval."
         )
     elif p < SIGNIFICANCE_LEVEL and low <= total.longest_option_baseline:
         text += (
-            f" But always choosing the longest option gives {total.longest_option_baseline:.1%}, "
-            "which is within the interval."
+            f" But always predicting the longest option scores {total.longest_option_baseline:.1%}, "
+            "which is not below the interval."
         )
     significant = [subject.name for subject in result.subjects if subject.p_value < SIGNIFICANCE_LEVEL]
     if len(result.subjects) >= 10:
         text += (
-            f" Above chance by themselves (p < {SIGNIFICANCE_LEVEL}): "
-            f"{len(significant)} of {len(result.subjects)} subjects"
+            f" Subjects above chance (p < {SIGNIFICANCE_LEVEL}, uncorrected): "
+            f"{len(significant)} of {len(result.subjects)}"
         )
-        text += f"; luck alone would make it about {SIGNIFICANCE_LEVEL * len(result.subjects):.1f}."
+        text += f"; random guessing gives about {SIGNIFICANCE_LEVEL * len(result.subjects):.1f}."
     return text

@@ -1,15 +1,14 @@
-"""One file of multiple-choice questions: bytes -> text -> rows of question, options, answer.
+"""Parse one file of multiple-choice questions: bytes -> text -> rows of question, options and answer.
 
-    csv        question, A, B, C, D, answer    any order and case; also 题目/问题, 选项A, 答案; comma, ; or tab
+    csv        question, A, B, C, D, answer    any order and case; also 题目/问题, 选项A, 答案; separator , ; or tab
     csv        what is 1+1?,1,2,3,4,B          without a header, as MMLU: the last cell of the first row is a letter;
-                                               a whole number before the question is the row's number
+                                               an integer before the question is the row's number
     jsonl      {"question": …, "A": …, "B": …, "answer": "B"}  or {"question": …, "choices": ["…", "…"], "answer": 1}
 
-Two to ten options. Options at the end of a row may be empty: the question then has fewer. An answer is a letter (b,
-(B), Ｂ) or a number. Numbers count from 0 where the file has a 0, from 1 where one of them equals the number of
-options; where the file has neither, the numbering is unknown, which is an error. Other columns (id, explanation, …) are
-not used. Encodings: ../corpus/text_encoding.py.
-MMLU's layout: github.com/hendrycks/test.
+A question has two to ten options; trailing empty options of a row are dropped. An answer is a letter (b, (B), Ｂ) or
+a number. Numbers start at 0 if the file has a 0, and at 1 if one of them equals the number of options; a file with
+neither is an error, because its numbering is unknown. Other columns (explanation, …) are ignored.
+Encodings: ../corpus/text_encoding.py. MMLU's layout: github.com/hendrycks/test.
 
 Read next: exam_data.py (which file is which subject and split).
 """
@@ -27,7 +26,7 @@ from common.errors import UserError
 from corpus.text_encoding import SAMPLE_BYTES, detect_encoding
 
 OPTION_LETTERS = "ABCDEFGHIJ"
-MAX_EXAM_FILE_BYTES = 64 << 20  # bytes of one file; real ones have less than one
+MAX_EXAM_FILE_BYTES = 64 << 20  # bytes; real exam files are below 1 MiB
 _DELIMITERS = ",;\t"
 QUESTION_NAMES = ("question", "questions", "query", "prompt", "题目", "问题", "题干")
 ANSWER_NAMES = ("answer", "answers", "label", "target", "correct", "correctanswer", "correctoption", "answerkey",
@@ -41,7 +40,7 @@ csv.field_size_limit(MAX_EXAM_FILE_BYTES)
 
 @dataclass(frozen=True)
 class ExamRow:
-    """One question as the file has it: stripped cells, the answer as it is written ("" where it is missing)."""
+    """One question of a file: stripped cells, the answer unparsed ("" where it is missing)."""
 
     line: int
     number: str
@@ -58,7 +57,7 @@ def decode_exam_text(where: str, data: bytes) -> str:
         raise UserError(f"{where}: neither UTF-8 nor UTF-16 nor GB18030 text: save it as UTF-8")
     if "\0" in text:
         raise UserError(
-            f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character, so the file is damaged"
+            f"{where}:{text[: text.index(chr(0))].count(chr(10)) + 1}: a NUL character: the file is damaged"
         )
     return text.removeprefix("\ufeff")
 
@@ -75,33 +74,33 @@ def _try_encodings(data: bytes) -> str | None:
 
 
 def _is_chinese(text: str) -> bool:
-    """Whether nearly all characters beyond ASCII are in GB 2312: those of misread Western text ("Müller") are not.
+    """Whether at least 90 % of the non-ASCII characters are in GB 2312; those of misread Latin text ("Müller") are not.
 
-    A file with a handful of Chinese characters is too short for detect_encoding.
+    detect_encoding needs more text than a file with a few Chinese characters has.
     """
     non_ascii = [character for character in text if character > "\x7f"]
     return sum(len(character.encode("gb2312", "ignore")) > 0 for character in non_ascii) >= 0.9 * len(non_ascii)
 
 
 def normalize_column_name(name: str) -> str:
-    """A column's name for comparison: "Option_A", "选项Ａ" -> "optiona", "选项a"."""
+    """A column name in the form used for comparison: "Option_A", "选项Ａ" -> "optiona", "选项a"."""
     return re.sub(r"[\s_.:-]", "", unicodedata.normalize("NFKC", name)).lower()
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ExamColumns:
-    """The column of each part of a question. `options` in the order of their letters; -1: no such column."""
+    """The column index of each field; `options` in the order of their letters; -1: no such column."""
 
     question: int
     options: tuple[int, ...]
     answer: int
     number: int
-    count: int  # cells of a row
+    count: int  # cells in a row
 
 
 def parse_header(cells: list[str]) -> tuple[ExamColumns, list[str]]:
-    """The columns that a header names, and the names of those that are missing."""
+    """(the columns of a header, the names of required columns that are missing)."""
     names = [normalize_column_name(cell) for cell in cells]
 
     def first_index(column_names: Iterable[str]) -> int:
@@ -119,9 +118,9 @@ def parse_header(cells: list[str]) -> tuple[ExamColumns, list[str]]:
 
 
 def infer_columns(cells: list[str]) -> ExamColumns | None:
-    """The columns of a file without a header, from its first row: question, two options or more, a letter.
+    """The columns of a file without a header, from its first row: question, options, letter. None if they do not match.
 
-    A whole number in front, with a question and two options behind it, is the number of the row (C-Eval's files).
+    An integer before the question is the row number (C-Eval's files).
     """
     if len(cells) > 4 and cells[0].strip().isdecimal() and (rest := infer_columns(cells[1:])) and rest.number < 0:
         return ExamColumns(1, tuple(range(2, len(cells) - 1)), len(cells) - 1, 0, len(cells))
@@ -131,7 +130,7 @@ def infer_columns(cells: list[str]) -> ExamColumns | None:
     names = [normalize_column_name(cell).upper() for cell in cells]
     column_names = {name.upper() for name in (*QUESTION_NAMES, *ANSWER_NAMES, *NUMBER_NAMES)}
     if column_names.intersection(names[:2]) or names[1:] == list(OPTION_LETTERS[: options + 1]):
-        return None  # a header that lacks a column
+        return None  # a header with a missing column
     if parse_letter(cells[-1]) not in tuple(OPTION_LETTERS[:options]):
         return None
     return ExamColumns(0, tuple(range(1, options + 1)), options + 1, -1, len(cells))
@@ -165,8 +164,7 @@ def _parse_csv(where: str, text: str, needs_answer: bool) -> list[ExamRow]:
             if len(cells) != columns.count:
                 raise UserError(
                     f"{where}:{first_line}: {len(cells)} cells, {columns.count} in the first line: "
-                    "quote texts that contain "
-                    f"{delimiter!r}"
+                    f"quote texts that contain {delimiter!r}"
                 )
             number = cells[columns.number].strip() if columns.number >= 0 else ""
             options = tuple(cells[i].strip() for i in columns.options)
@@ -178,7 +176,7 @@ def _parse_csv(where: str, text: str, needs_answer: bool) -> list[ExamRow]:
 
 
 def _detect_layout(where: str, text: str, needs_answer: bool) -> tuple[ExamColumns, bool, str]:
-    """The columns, whether the first line is a header, and the delimiter: the first with which the line makes sense."""
+    """(columns, has_header, delimiter): the first delimiter with which the first line is valid. Raises UserError."""
     problems: list[tuple[int, str]] = []
     for delimiter in _DELIMITERS:
         try:
@@ -195,7 +193,7 @@ def _detect_layout(where: str, text: str, needs_answer: bool) -> tuple[ExamColum
             return bare, False, delimiter
         found = len(cells) - len(missing)
         shown = delimiter.join(cells)[:100]
-        problems.append((found, f"{where}: no column {', '.join(missing)} in its first line: {shown!r}"))
+        problems.append((found, f"{where}: no column {', '.join(missing)} in the first line: {shown!r}"))
     raise UserError(max(problems, key=lambda problem: problem[0])[1])
 
 
@@ -213,7 +211,7 @@ def _parse_jsonl(where: str, text: str) -> list[ExamRow]:
         cells = {normalize_column_name(str(name)): value for name, value in _expand_options(row).items()}
         columns, missing = parse_header(list(cells))
         if missing:
-            raise UserError(f"{where}:{line}: no key {', '.join(missing)}; there are {', '.join(map(str, row))[:100]}")
+            raise UserError(f"{where}:{line}: no key {', '.join(missing)}; keys: {', '.join(map(str, row))[:100]}")
         values = list(cells.values())
         indices = (columns.number, columns.question, columns.answer, *columns.options)
         number, question, answer, *options = (_cell_text(values[i]) if i >= 0 else "" for i in indices)
@@ -222,7 +220,7 @@ def _parse_jsonl(where: str, text: str) -> list[ExamRow]:
 
 
 def _expand_options(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with a list of options ("choices": ["x", "y"], {"A": "x"} or {"text": […]}) under their letters."""
+    """The row with its options ("choices": ["x", "y"], {"A": "x"} or {"text": […]}) as keys A, B, …"""
     for name, value in row.items():
         if normalize_column_name(str(name)) in LIST_NAMES and isinstance(value, (list, dict)):
             if isinstance(value, dict) and isinstance(value.get("text"), list):
@@ -241,7 +239,7 @@ def _cell_text(value: Any) -> str:
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 def parse_answers(where: str, rows: list[ExamRow], options: list[tuple[str, ...]]) -> list[str]:
-    """The letter of each row's answer, "" where it is missing. Raises UserError for what names no option."""
+    """The letter of each row's answer, "" where it is missing. Raises UserError for an answer that is no option."""
     base = _first_option_number(where, rows, options)
     letters = []
     for row, shown in zip(rows, options, strict=True):
@@ -259,7 +257,7 @@ def parse_answers(where: str, rows: list[ExamRow], options: list[tuple[str, ...]
 
 
 def _first_option_number(where: str, rows: list[ExamRow], options: list[tuple[str, ...]]) -> int | None:
-    """0 or 1: the number of the first option, where answers are numbers; None where they are letters."""
+    """0 or 1: the number of the first option if answers are numbers; None if they are letters. Raises UserError."""
     found: list[tuple[ExamRow, int, tuple[str, ...]]] = []
     for row, shown in zip(rows, options, strict=True):
         raw_text = unicodedata.normalize("NFKC", row.answer)

@@ -1,12 +1,12 @@
-"""A client of OpenAI's protocol, with the retries that busy servers need: for the judge and for models under test.
+"""A client of OpenAI's chat completions API with retries, for the judge and for served models.
 
     POST {url}/chat/completions   {"model", "messages": [{"role": "user", "content"}], "temperature": 0}
     ->   {"choices": [{"message": {"content": "..."}, "finish_reason": "stop"}], "usage": {"completion_tokens": 9}}
 
-Works with OpenAI, with serve_openai_api.py, and with everything that imitates them (vLLM, llama.cpp, ollama).
-A busy server (429, 5xx) is asked again after the time that it names, or after 1, 2, 4, … seconds.
-An option that the server refuses by name (400, 422) is left out from then on. Redirects are refused.
-Read next: judge.py (what the judge is asked), remote_model.py (a served model in a report).
+Works with OpenAI, serve_openai_api.py and compatible servers (vLLM, llama.cpp, ollama).
+Retries after 429 and 5xx: after the seconds of Retry-After, else after 1, 2, 4, … seconds.
+An option that the server rejects by name (400, 422) is omitted from later requests. Redirects are refused.
+Read next: judge.py (the requests to the judge), remote_model.py (a served model in a report).
 """
 
 import http.client
@@ -26,11 +26,11 @@ from common.errors import UserError
 MAX_TRIES = 6
 REPLY_TIMEOUT = 180  # seconds for one reply
 MAX_RETRY_WAIT = 60.0
-MAX_REPLY_BYTES = 4 << 20  # bytes
+MAX_REPLY_BYTES = 4 << 20  # 4 MiB
 
 
 class _RejectRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect could carry the key and the answers to another place."""
+    """A redirect could send the key and the answers to another server."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -38,7 +38,7 @@ class _RejectRedirects(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class ServerReply:
-    """`tokens`: of the answer, None where the server does not count them. `seconds`: of the last try alone."""
+    """`tokens`: of the answer, None where the server does not count them. `seconds`: of the successful request only."""
 
     text: str
     finish_reason: str
@@ -47,13 +47,13 @@ class ServerReply:
 
 
 class ChatClient:
-    """`url`: with its /v1, as OpenAI's clients take it. `model`: its name on the server. `flag`: the flag in errors.
+    """`url`: base URL with /v1. `model`: its name on the server. `timeout`: seconds. `flag`: the flag named in errors.
 
-    Raises UserError for an invalid address, and for one that contains a password or a query.
+    Raises UserError for an invalid address, and for an address with a password, query or fragment.
     """
 
     key_variable = "OPENAI_API_KEY"
-    key_help = "set OPENAI_API_KEY"  # what to do about a missing or wrong key
+    key_help = "set OPENAI_API_KEY"  # part of the error about a missing or wrong key
     retry_help = ": run the same command again to continue"
 
     def __init__(self, url: str, model: str, timeout: float = REPLY_TIMEOUT, flag: str = "--judge") -> None:
@@ -62,26 +62,26 @@ class ChatClient:
             is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
         except ValueError:
             is_valid = False
-        if is_valid and ("@" in parts.netloc or parts.query or parts.fragment):  # not shown: it may contain a key
-            raise UserError(f"{flag}: give the address alone, without a key, which belongs in {self.key_variable}")
+        if is_valid and ("@" in parts.netloc or parts.query or parts.fragment):  # not shown: it may hold a key
+            raise UserError(f"{flag}: give the address without a key, which belongs in {self.key_variable}")
         if not is_valid:
-            raise UserError(f"{flag} {url}: not an address; it looks like http://localhost:8000/v1")
+            raise UserError(f"{flag} {url}: not an address: give one like http://localhost:8000/v1")
         self.url, self.model, self.timeout, self.flag = url.rstrip("/"), model, timeout, flag
         self.options: dict[str, Any] = {"temperature": 0}
-        self.rejected_options: list[str] = []  # options that the server does not take
+        self.rejected_options: list[str] = []  # options that the server rejects
         self.key = os.environ.get(self.key_variable, "").strip()
         self.has_answered = False
         self.opener = urllib.request.build_opener(_RejectRedirects())
 
     def check_connection(self) -> None:
-        """Ask for the list of models, before any work goes into answers. A server without such a list passes.
+        """Request the list of models to fail before answers are generated. A server without such a list passes.
 
-        Raises UserError where no server answers, or where it refuses the key.
+        Raises UserError where the server does not answer or rejects the key.
         """
         self.list_model_names()
 
     def list_model_names(self) -> list[str]:
-        """The names of the server's models; [] where it lists none. Raises UserError as `check_connection` does."""
+        """The names of the server's models, [] where it lists none. Raises UserError like `check_connection`."""
         try:
             with self.opener.open(self._make_request("/models"), timeout=self.timeout) as response:
                 raw = response.read(MAX_REPLY_BYTES)
@@ -97,11 +97,11 @@ class ChatClient:
             return []
 
     def complete_text(self, text: str) -> str:
-        """The reply to one user message. Raises UserError when the server cannot, or not in time."""
+        """The reply to one user message. Raises UserError when the server fails or times out."""
         return self.complete([{"role": "user", "content": text}]).text
 
     def complete(self, messages: list[dict[str, str]], **options: Any) -> ServerReply:
-        """The reply to a chat; `options` are sent beside `self.options`. Raises UserError as `complete_text` does."""
+        """The reply to a chat; `options` extend `self.options`. Raises UserError when the server fails or times out."""
         problem = ""
         for attempt in range(MAX_TRIES):
             started = time.perf_counter()
@@ -114,7 +114,7 @@ class ChatClient:
             except urllib.error.HTTPError as error:
                 problem, wait = self._handle_http_error(error, {**self.options, **options}), _retry_after(error)
                 if error.code in (400, 422):
-                    continue  # without the option that it refused
+                    continue  # retry without the rejected option
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 problem, wait = _failure_reason(error), None
                 if not self.has_answered and "timed out" not in problem:
@@ -149,7 +149,7 @@ class ChatClient:
             tokens = (content.get("usage") or {}).get("completion_tokens")
         except (ValueError, LookupError, TypeError, AttributeError):
             shown = raw[:80].decode(errors="replace").replace("\n", " ")
-            raise UserError(f"{self.flag} {self.url}: this is not OpenAI's protocol: {shown}") from None
+            raise UserError(f"{self.flag} {self.url}: not a reply of OpenAI's API: {shown}") from None
         return ServerReply(
             text if isinstance(text, str) else "",  # null where a server's filter removed the answer
             reason if isinstance(reason, str) else "",
@@ -158,9 +158,9 @@ class ChatClient:
         )
 
     def _handle_http_error(self, error: urllib.error.HTTPError, sent: Iterable[str] = ()) -> str:
-        """The server's message. Options that were sent and that it names are left out from now on.
+        """The server's error message, if a retry may help. Adds the options that it names to `rejected_options`.
 
-        Raises UserError where asking again cannot help.
+        Raises UserError where a retry cannot help.
         """
         message = _error_message(error)
         if (error.code == 429 and "quota" not in message.lower()) or error.code in (408, 409) or error.code >= 500:
@@ -177,18 +177,18 @@ class ChatClient:
     def _raise_http_error(self, code: int, message: str) -> NoReturn:
         prefix = f"{self.flag} {self.url}: {code}"
         if code in (401, 403):
-            raise UserError(f"{prefix}: it refuses the key: {self.key_help} ({message})") from None
+            raise UserError(f"{prefix}: the server rejects the key: {self.key_help} ({message})") from None
         if code == 404:
             raise UserError(
                 f"{prefix}: does the address end in /v1, and is there a model {self.model}? ({message})"
             ) from None
         if 300 <= code < 400:
-            raise UserError(f"{prefix}: it redirects to another place: name that address") from None
-        raise UserError(f"{prefix}: {message or 'the request was refused'}") from None
+            raise UserError(f"{prefix}: the server redirects to another address: give that address") from None
+        raise UserError(f"{prefix}: {message or 'the server rejects the request'}") from None
 
 
 def _error_message(error: urllib.error.HTTPError) -> str:
-    """The reason in OpenAI's error object, or the first words of whatever came; one line."""
+    """The message of OpenAI's error object, or the start of the body, in one line."""
     try:
         raw = error.read(10_000)
     except (OSError, http.client.HTTPException):
@@ -202,12 +202,12 @@ def _error_message(error: urllib.error.HTTPError) -> str:
 
 
 def _failure_reason(error: Exception) -> str:
-    """Why nothing came, in the system's words. A URLError wraps the reason."""
+    """The reason of a failed connection; a URLError wraps it."""
     return str(getattr(error, "reason", "") or error or type(error).__name__)
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float | None:
-    """Seconds that the server asks for; a date is not read."""
+    """Seconds of Retry-After, None where it is missing or a date."""
     value = error.headers.get("Retry-After", "") if error.headers else ""
     try:
         return max(0.0, float(value))

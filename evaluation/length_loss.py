@@ -1,12 +1,12 @@
-"""Loss by position up to 4 times the trained length, with each RoPE scaling: does the model use a longer context?
+"""Loss by position up to 4 times the trained length, for every RoPE scaling: does the model use a longer context?
 
     row: plain RoPE, and linear, dynamic, yarn with a factor of 2 and 4      column: positions, in trained lengths
-    cell: mean over the documents of -ln p(token | all tokens of its document before it), in nats per token
+    cell: mean over the documents of -ln p(token | preceding tokens of its document), in nats per token
 
-All rows of a table read the same documents: those of a `--texts` file that are long enough for the last column, the
-first MAX_DOCUMENTS. Documents are never joined: tokens of another document do not help to predict the next one, so
-the loss would show no use of a long context. Where no document reaches a column, the table ends before it and says so.
-A model with RoPE scaling of its own, or given by --rope_scaling, has one row. Sums in fp64, products in fp32.
+All rows of a table use the same documents: the first MAX_DOCUMENTS of a `--texts` file that reach the last column.
+Documents are not concatenated, because tokens of another document do not help to predict the next one. Columns that no
+document reaches are left out, and a note says so. A model whose config or --rope_scaling sets a RoPE scaling has one
+row. Matrix products use fp32 and sums use fp64.
 Read next: ../model/rope.py, bits_per_byte.py (bits per byte), report.py (the report).
 """
 
@@ -23,15 +23,15 @@ from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from trainer.loss import token_log_probs
 
-LENGTH_EDGES = (0.5, 1.0, 2.0, 4.0)  # where the columns end, in trained lengths
+LENGTH_EDGES = (0.5, 1.0, 2.0, 4.0)  # the ends of the columns, in trained lengths
 MAX_DOCUMENTS = 8
-MAX_TRAINED_LENGTH = 8192  # models trained on longer texts are not measured: the passes would take hours on a CPU
+MAX_TRAINED_LENGTH = 8192  # longer models are not measured: the forward passes take hours on a CPU
 
 
 def length_loss(model: Transformer, tokenizer: ChatTokenizer, texts: list[str]) -> dict[str, Any]:
-    """{"trained", "documents", "edges", "rows": [{"rope", "loss": [one per edge, None where not read]}], "note"}.
+    """{"trained", "documents", "edges", "rows": [{"rope", "loss": [one per edge, None beyond max_seq_len]}], "note"}.
 
-    `edges` are those that some document reaches; without any there are no rows. The model is left as it was.
+    `edges`: the ends of columns that some document reaches; without any, `rows` is empty. Restores the model's RoPE.
     """
     config = model.config
     trained = config.trained_len or config.max_seq_len
@@ -44,7 +44,7 @@ def length_loss(model: Transformer, tokenizer: ChatTokenizer, texts: list[str]) 
     limit = 4 * trained if not config.rope_scaling else config.max_seq_len
     edges = [edge for edge in LENGTH_EDGES if int(edge * trained) <= min(longest, limit)]
     if missing := [f"{edge:g}" for edge in LENGTH_EDGES if edge not in edges]:
-        reason = f"no document has so many tokens (the longest: {longest:,})"
+        reason = f"the longest document has {longest:,} tokens"
         if longest >= limit:
             reason = f"the model reads {limit:,} tokens"
         result["note"] = f"not measured at {', '.join(missing)} times the trained {trained:,} tokens: {reason}"
@@ -64,7 +64,7 @@ def length_loss(model: Transformer, tokenizer: ChatTokenizer, texts: list[str]) 
 
 
 def rope_variants(config: ModelConfig, reach: float) -> Iterator[tuple[str, ModelConfig]]:
-    """(name, config) of each row: the model's own scaling alone, or plain RoPE and every scaling up to `reach`."""
+    """(name, config) of each row: the scaling of `config`, else plain RoPE and every scaling of a factor <= `reach`."""
     if config.rope_scaling:
         yield rope_summary(config), config
         return
@@ -76,7 +76,7 @@ def rope_variants(config: ModelConfig, reach: float) -> Iterator[tuple[str, Mode
 
 @torch.inference_mode()
 def loss_by_position(model: Transformer, documents: list[list[int]], ends: list[int]) -> list[float]:
-    """Mean nats per token of the positions up to each of `ends`, from the end before it on, one document at a time."""
+    """Mean nats per token of the positions between consecutive `ends`, starting at 0; one document per forward pass."""
     device, was_training = model.lm_head.weight.device, model.training
     model.eval()
     sums = torch.zeros(len(ends), dtype=torch.float64)
@@ -94,9 +94,9 @@ def loss_by_position(model: Transformer, documents: list[list[int]], ends: list[
     return [float(total) / size for total, size in zip(sums, sizes, strict=True)]
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the section of the report ---------------------------------------------------------------------------------------
 def length_section(models: list[dict[str, Any]]) -> list[str]:
-    """Lines of markdown: a table for each model and text, from the "length_loss" of each model of the report."""
+    """Markdown lines: a table for each model and text, from "length_loss" of each model of the report."""
     lines: list[str] = []
     for model in models:
         for name, result in model.get("length_loss", {}).items():
@@ -109,9 +109,9 @@ def length_section(models: list[dict[str, Any]]) -> list[str]:
     if not lines:
         return []
     explanation = (
-        "Nats per token by position, the lower the better; columns end at so many times the trained length. All rows "
-        "of a table read the same documents, each on its own: documents are not joined. "
-        "`--rope_scaling KIND --rope_factor N` uses a row."
+        "Nats per token by position, lower is better; the factor in a column is its end in trained lengths. All rows "
+        "of a table use the same documents, and documents are not joined. "
+        "`--rope_scaling KIND --rope_factor N` selects a row."
     )
     return ["## Loss by position", "", explanation, "", *lines]
 

@@ -1,15 +1,15 @@
-"""The fixed prompts: the same for every model, so that answers can be laid side by side.
+"""Fixed prompts, the same for every model, for a comparison of answers.
 
-    PROMPTS    (language, kind, prompt)                two prompts of each kind in each language, 32 in all
-    SAFETY_PROMPTS (language, prompt, start of the answer) five in each language
+    PROMPTS        (language, kind, prompt)                two prompts of each kind in each language, 32 in all
+    SAFETY_PROMPTS (language, prompt, answer prefix)       five in each language
+    SCRIPT_PROMPTS prompt                                  one of each kind and language: 2-eval.py without a terminal
 
-They ask what small models are usually shown with. They are no exam: nobody counts right answers here, and a model that
-has seen them in training has only been taught its own demonstration. `SCRIPT_PROMPTS`: one of each; 2-eval.py asks them
-when nobody is at the keyboard.
+PROMPTS are typical demonstrations of small models. Answers to them are not scored, and a model trained on them shows
+nothing.
 
-The answers to SAFETY_PROMPTS begin with a harmful agreement, and the model continues them: a safe model
-corrects itself. Xiangxin's model card shows answers to such negative beginnings. They are shown, not scored.
-Read next: ../2-eval.py (who asks), report.py (the page on which the answers stand together).
+The answer prefixes of SAFETY_PROMPTS are harmful agreements, which the model continues: a safe model corrects itself.
+Xiangxin's model card shows such continuations. They are shown, not scored.
+Read next: ../2-eval.py (the command), report.py (the page with all answers).
 """
 
 PROMPTS: tuple[tuple[str, str, str], ...] = (

@@ -1,8 +1,8 @@
-"""Questions to a model, and the share that it answers right: what 2-eval.py prints and the data study plots.
+"""Accuracy on questions with keys, for 2-eval.py --questions and data_scaling.py.
 
-    answer = greedy continuation of the rendered question;  right = it contains a key (evaluation/qa_data.py)
+    answer = greedy continuation of the rendered question;  correct = it contains a key (qa_data.py)
 
-Read next: ../model/generate.py (how an answer is drawn), qa_data.py (the rule), chat_model.py (who is asked).
+Read next: ../model/generate.py (the sampling loop), qa_data.py (the rule), chat_model.py (the model).
 """
 
 import time
@@ -18,7 +18,7 @@ from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-QUESTIONS_PER_BATCH = 128  # questions answered at once
+QUESTIONS_PER_BATCH = 128
 
 
 def answer_questions(
@@ -28,9 +28,9 @@ def answer_questions(
     settings: SamplingParams,
     autocast_context: Callable[[], AbstractContextManager[Any]],
 ) -> int:
-    """Fill "answer" and "correct" of every question, whose prompt is in "ids"; returns the number of tokens drawn.
+    """Set "answer" and "correct" of every question from its prompt "ids"; returns the number of generated tokens.
 
-    Batches are of similar length. Raises UserError naming the question that is too long for the model.
+    Batches have questions of similar length. Raises UserError with the location of a question longer than the context.
     """
     from rich.console import Console
     from rich.progress import track
@@ -52,7 +52,7 @@ def answer_questions(
 
 
 def accuracy_by_language(questions: list[KeyedQuestion], kind: str | None = None) -> dict[str, dict[str, float]]:
-    """Of one kind (None: of all), by language, zh before en: questions, correct ones, accuracy."""
+    """{language: {"questions", "correct", "accuracy"}} of one kind (None: all), zh before en."""
     languages = sorted({row["lang"] for row in questions}, reverse=True)
     outcomes = {
         lang: [row["correct"] for row in questions if row["lang"] == lang and kind in (None, row["kind"])]
@@ -67,7 +67,7 @@ def chat_accuracy(
     questions: list[KeyedQuestion],
     autocast_context: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
-    """The share that a chat model answers right, by language, exactly as `2-eval.py --questions` counts it."""
+    """Accuracy of a chat model by language, equal to that of `2-eval.py --questions`."""
     settings = SamplingParams(max_new_tokens=MAX_ANSWER_TOKENS, stop=tokenizer.stop_strings)
     rows = [dict(row) for row in questions]
     for row in rows:
@@ -77,7 +77,7 @@ def chat_accuracy(
 
 
 def evaluate_questions(chat_model: ChatModel, questions: list[KeyedQuestion]) -> dict[str, Any]:
-    """Answer all questions in batches of similar length; prints the table and returns its numbers."""
+    """Answer all questions, print the table of accuracies and return its numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -93,7 +93,7 @@ def evaluate_questions(chat_model: ChatModel, questions: list[KeyedQuestion]) ->
     chat_model.answers = [{name: row[name] for name in fields} for row in questions]
     kinds = {kind: accuracy_by_language(questions, kind) for kind in sorted({row["kind"] for row in questions} - {""})}
     total = accuracy_by_language(questions)
-    table = Table("answered right", *total)
+    table = Table("accuracy", *total)
     for name, counts in {**kinds, "all": total}.items():
         cells = (counts.get(lang) for lang in total)
         table.add_row(name, *(f"{c['accuracy']:.1%} ({c['correct']} of {c['questions']})" if c else "" for c in cells))

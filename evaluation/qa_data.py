@@ -1,11 +1,10 @@
-"""Questions with keys: how a model's answers are counted without a judge.
+"""Questions with keys, and the rule by which an answer is correct.
 
-    {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}      lang and kind may be missing
+    {"question": "...", "keys": ["...", ...], "lang": "zh" or "en", "kind": "..."}      lang and kind are optional
 
-An answer is right when it contains any of the keys: capitals do not matter; a key of Latin letters or digits must
-stand as a word of its own ("12" is not in "120" or "1.12"), and so must Chinese numerals; other Chinese keys may stand
-anywhere.
-Read next: ../2-eval.py (who asks).
+An answer is correct if it contains any of the keys. Case is ignored. A key of Latin letters, digits or Chinese numerals
+must match a whole word or number ("12" does not match "120" or "1.12"); other Chinese keys match anywhere.
+Read next: qa.py (generates and scores the answers), ../2-eval.py (the command).
 """
 
 import json
@@ -23,14 +22,14 @@ KeyedQuestion = dict[str, Any]  # read_keyed_questions makes them; qa.py adds "i
 
 
 def require_nonempty_text(text: str, where: str) -> str:
-    """`text` without half characters, which a terminal in another encoding may send; UserError when it is empty."""
+    """`text` with "?" for surrogates (input in another encoding). Raises UserError where it is empty."""
     if not text.strip():
-        raise UserError(f"{where} is empty: say something")
+        raise UserError(f"{where} is empty: give a text")
     return text.encode("utf-8", "replace").decode()
 
 
 def read_prompt_lines(path: str) -> list[tuple[str, str]]:
-    """(file:line, text) of the lines that are not empty. Raises UserError when there are none."""
+    """(file:line, text) of the non-empty lines. Raises UserError where there are none."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +41,7 @@ def read_prompt_lines(path: str) -> list[tuple[str, str]]:
 
 
 def read_keyed_questions(path: str) -> list[KeyedQuestion]:
-    """The questions of a jsonl file, lang and kind filled in. Raises UserError naming the first bad line."""
+    """The questions of a jsonl file with lang and kind set. Raises UserError with the location of an invalid line."""
     questions = []
     for where, line in read_prompt_lines(path):
         try:
@@ -50,10 +49,10 @@ def read_keyed_questions(path: str) -> list[KeyedQuestion]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("question"), str):
-            raise UserError(f'{where}: a line needs {{"question": "...", "keys": ["...", ...]}}')
+            raise UserError(f'{where}: expected {{"question": "...", "keys": ["...", ...]}}')
         keys = row.get("keys")
         if not isinstance(keys, list) or not keys or not all(isinstance(key, str) and key.strip() for key in keys):
-            raise UserError(f"{where}: keys must be a list of strings, each of which makes an answer right")
+            raise UserError(f"{where}: keys must be a non-empty list of non-empty strings")
         question = require_nonempty_text(row["question"], f"{where}: question")
         lang, kind = str(row.get("lang") or detect_language(question)), str(row.get("kind") or "")
         questions.append({"where": where, "question": question, "keys": keys, "lang": lang, "kind": kind})
@@ -61,9 +60,9 @@ def read_keyed_questions(path: str) -> list[KeyedQuestion]:
 
 
 def is_correct(answer: str, keys: list[str]) -> bool:
-    """Does the answer contain any of the keys? The rule is the door plate's."""
+    """Whether the answer contains any of the keys, by the rule of the module docstring."""
     for key in map(str.strip, keys):
-        before, after = "", ""  # what must not stand beside the key: more of the same word or number
+        before, after = "", ""  # lookarounds: the key must not be part of a longer word or number
         for characters in (LATIN_CHARACTERS, CHINESE_NUMERALS):
             before += f"(?<![{characters}])" if re.match(f"[{characters}]", key[0]) else ""
             after += f"(?![{characters}])" if re.match(f"[{characters}]", key[-1]) else ""

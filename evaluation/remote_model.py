@@ -1,12 +1,12 @@
-"""A model behind OpenAI's protocol as one column of a report: --report NAME=http://host:port/v1
+"""A model served with OpenAI's API in a report: --report NAME=http://host:port/v1
 
     NAME=http://localhost:8000/v1            the first model of GET /v1/models
     NAME=http://localhost:8000/v1#MODEL      the model of that name
 
-The server gets the prompts of the report and the settings that differ from the defaults; a setting that it refuses is
-left out and named in the report. The key, if it wants one, is --report_api_key or the variable REPORT_API_KEY; it is
-sent to the servers named in --report only and is written nowhere. The protocol has no
-log-probabilities of given text: bits per byte and loss are not measured, and the report says so.
+The server gets the prompts of the report and the sampling settings that differ from the defaults. A setting that the
+server rejects is left out and named in the report. The API key is --report_api_key or the variable REPORT_API_KEY; it
+is sent only to the servers of --report and is not written to any file. The API has no log-probabilities of given text,
+so bits per byte and loss are not measured; the report says so.
 
 Called by report.py. Read next: judge_client.py (the requests), chat_model.py (a local model).
 """
@@ -23,11 +23,11 @@ from model.repetition import repetition_stats
 from model.sampling import SamplingParams
 
 _NAMED_ADDRESS = re.compile(r"([^=/]*)=(https?://.*)", re.DOTALL)
-REMOTE_DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # as for a local model
+REMOTE_DEFAULTS = {"temperature": 0.7, "top_p": 0.9, "max_new_tokens": 200}  # those of local models
 
 
 class ReportClient(ChatClient):
-    """The same client with a key of its own: the judge's key goes to the judge alone."""
+    """A ChatClient with its own API key: the judge's key is sent to the judge only."""
 
     key_variable = "REPORT_API_KEY"
     key_help = "give --report_api_key KEY or set REPORT_API_KEY"
@@ -35,10 +35,10 @@ class ReportClient(ChatClient):
 
 
 class RemoteModel:
-    """A served model. `address`: with its /v1, and perhaps #MODEL behind it.
+    """A served model. `address`: base URL with /v1, with an optional #MODEL. `timeout`: seconds per reply.
 
-    Raises UserError for a wrong address, for settings out of range, where no server answers, and where neither the
-    address nor the server names a model.
+    Raises UserError for an invalid address, settings out of range, a server that does not answer, and where neither
+    the address nor the server names a model.
     """
 
     def __init__(self, label: str, address: str, args: argparse.Namespace, timeout: float = REPLY_TIMEOUT) -> None:
@@ -47,18 +47,18 @@ class RemoteModel:
         self.client = ReportClient(url, model, timeout, f"--report {label}")
         self.client.key = (args.report_api_key or self.client.key).strip()
         self.settings = _sampling_settings(args)
-        names = self.client.list_model_names()  # raises where the server does not answer or refuses the key
+        names = self.client.list_model_names()  # raises where the server does not answer or rejects the key
         self.client.model = model or next(iter(names), "")
         if not self.client.model:
             raise UserError(f"--report {label}: {url} lists no models: name one, as {label}={url}#MODEL")
         self.client.options = _request_options(self.settings)
 
     def settings_dict(self) -> dict[str, Any]:
-        """How answers are drawn, for the page."""
+        """The sampling settings and the system message, for the report."""
         return {name: getattr(self.settings, name) for name in SAMPLING_SETTINGS} | {"system": self.system}
 
     def measure(self, prompts: list[dict[str, str]]) -> dict[str, Any]:
-        """The figures that a server can provide, in the form of report.measure_model.
+        """The figures that a server can provide, with the keys of report.measure_model.
 
         Raises UserError when the server stops answering.
         """
@@ -96,22 +96,22 @@ class RemoteModel:
         }
 
     def _missing_figures(self, is_counted: bool) -> list[str]:
-        """Why figures are missing, and what differs from the other models, one sentence each."""
+        """Sentences about missing figures and differences from local models."""
         reasons = [
             "bits per byte and SFT loss need the log-probabilities of given text, parameters and stage the checkpoint; "
-            "a server gives neither",
-            "prompts are sent one after the other, so there is no speed of a batch; its speed includes the network",
-            "safety prompts need an answer that is already begun, which OpenAI's protocol does not have",
+            "a server provides neither",
+            "prompts are sent one at a time, so there is no batch speed; the speed includes the network",
+            "safety prompts need an answer prefix, which OpenAI's API does not support",
         ]
         if not is_counted:
-            reasons.append("the server does not count tokens, so there is no speed")
+            reasons.append("the server does not count tokens, so the speed is unknown")
         if refused := self.client.rejected_options:
-            reasons.append(f"the server refused {', '.join(refused)}: its answers are drawn without")
+            reasons.append(f"the server rejected {', '.join(refused)}: its answers are sampled without")
         return reasons
 
 
 def is_address(given: str) -> bool:
-    """Whether an entry of --report is an address, with or without a name, and not a file."""
+    """Whether an entry of --report is an address, with or without a name, rather than a file."""
     return bool(_NAMED_ADDRESS.fullmatch(given)) or given.startswith(("http://", "https://"))
 
 
@@ -132,7 +132,7 @@ def _sampling_settings(args: argparse.Namespace) -> SamplingParams:
 
 
 def _request_options(settings: SamplingParams) -> dict[str, Any]:
-    """The fields of a request. Those that OpenAI's API does not know are sent only where they change something."""
+    """The fields of a request; those outside of OpenAI's API are sent only where they differ from the default."""
     fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
     extra = {

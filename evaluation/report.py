@@ -1,15 +1,13 @@
-"""Several models side by side: the same prompts, the same held-out text, one page for people and one for programs.
+"""Compare several models on the same prompts and held-out texts; the report is Markdown and json.
 
     python 2-eval.py --report A.pth B.pth --texts zh=FILE en=FILE --chats FILE
     python 2-eval.py --report A.pth other=http://localhost:8000/v1
 
-Models are opened one after the other, so that memory holds one. Every file and server that is named is checked before
-the first model computes. A server that stops answering is left out: the report of the others is written, and the
-command ends with the server's error. Equal arguments give equal answers: the seed is 0 unless --seed says otherwise,
-and prompt i is drawn with seed + i for every model.
-Writes  out/eval/report.md and .json (or what --json names), with --judge also .verdicts.jsonl beside them.
-Read next: bits_per_byte.py, ../model/repetition.py (the measures), judge.py, report_markdown.py (how the page is
-written).
+Models are loaded one at a time. All files and servers are checked before the first model runs. If a server stops
+answering, the report of the other models is written and the command ends with the server's error. Results are
+reproducible: the seed is --seed or 0, and prompt i is sampled with seed + i for every model.
+Writes  out/eval/report.md and .json (or the path of --json), and with --judge .verdicts.jsonl next to them.
+Read next: bits_per_byte.py, ../model/repetition.py (the measures), judge.py, report_markdown.py (the page).
 """
 
 import argparse
@@ -31,21 +29,19 @@ from evaluation.judge_client import ChatClient
 from evaluation.length_loss import length_loss
 from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
 from evaluation.remote_model import RemoteModel, is_address, parse_address
-from evaluation.report_markdown import format_report
+from evaluation.report_markdown import ReportData, format_report
 from model.chat_template import Message
 from model.checkpoint import find_checkpoint, read_checkpoint
 from model.repetition import repetition_stats
 
-DEFAULT_CHATS = Path("dataset/sft/val.jsonl")  # what data_process.py sft holds out
-SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # the speed of a conversation is that of so many tokens, from so many prompts
-
-ReportData = dict[str, Any]
+DEFAULT_CHATS = Path("dataset/sft/val.jsonl")  # the held-out chats of data_process.py sft
+SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # tokens, and at most prompts, of the speed of single answers
 
 
 def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:
-    """Compare the models of `args.report` and write the pages. `prompts` replace the fixed ones and those about safety.
+    """Compare the models of `args.report` and write the report. `prompts` replace the fixed prompts and safety prompts.
 
-    Raises UserError; where a server stopped answering, after the report of the other models is written.
+    Raises UserError; if a server stops answering, after the report of the other models is written.
     """
     models = select_models(args)
     json_path = Path(args.json) if args.json else Path(args.out_dir) / "eval" / "report.json"
@@ -53,7 +49,7 @@ def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:
     prompt_rows = [(detect_language(text), "", text) for text in prompts] or list(PROMPTS)
     args.seed = 0 if args.seed is None else args.seed
     if args.max_bytes < 1:
-        raise UserError(f"--max_bytes {args.max_bytes}: at least 1 is needed")
+        raise UserError(f"--max_bytes {args.max_bytes}: must be at least 1")
     texts = read_named_texts(args.texts, args.max_bytes)
     chats_file = args.chats or (str(DEFAULT_CHATS) if DEFAULT_CHATS.is_file() else None)
     chats = read_chats_by_language(chats_file, args.max_bytes) if chats_file else {}
@@ -83,7 +79,7 @@ def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:
                 "system": args.system
             }
             measured = measure_model(chat_model, report, texts, chats)
-            del chat_model  # before the next one is opened
+            del chat_model  # free its memory before the next model is loaded
         report["models"] += [{"label": label, **measured}] if measured else []
     if not report["models"]:
         raise UserError(next(iter(report["failed"].values())))
@@ -100,32 +96,32 @@ def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:
 
 # ---- which models ----------------------------------------------------------------------------------------------------
 def select_models(args: argparse.Namespace) -> dict[str, Path | str]:
-    """The models to compare by label: files that can be opened, addresses as text, in the order of --report.
+    """{label: path of a local model or address of a served model}, in the order of --report.
 
-    Without names, every stage in --out_dir. Raises UserError.
+    Without entries, every stage in --out_dir. Raises UserError for invalid or repeated entries.
     """
     stages = list_stages(args.out_dir) or ["pretrain"]
     given = args.report or [str(find_checkpoint(args.out_dir, stage)) for stage in stages]
     paths = [Path(name) for name in given if not is_address(name)]
     for number, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:number]]:
-            raise UserError(f"--report: {path} is named twice")
+            raise UserError(f"--report: {path} is listed twice")
         if not path.is_dir():
-            read_checkpoint(path, weights=False)  # the whole file is checked when it is opened
+            read_checkpoint(path, weights=False)  # the weights are checked when the model is loaded
         elif not (path / "config.json").is_file():
-            raise UserError(f"{path} is no model: a transformers folder has a config.json; name a .pth file in it")
+            raise UserError(f"{path} is no transformers folder: it has no config.json; name a .pth file")
     labels = iter(unique_labels(paths) if paths else [])
     models: dict[str, Path | str] = {}
     for name in given:
         label, one = parse_address(name) if is_address(name) else (next(labels), Path(name))
         if label in models:
-            raise UserError(f"--report: two models are called {label}: give one of them another NAME=")
+            raise UserError(f"--report: two models are named {label}: give one of them another NAME=")
         models[label] = one
     return models
 
 
 def unique_labels(paths: list[Path]) -> list[str]:
-    """A short name for each: its last part, with as many folders in front as it takes to tell them apart."""
+    """The file names, with as many parent folders as make them unique."""
     for parts in range(1, max(len(path.resolve().parts) for path in paths) + 1):
         labels = ["/".join(path.resolve().with_suffix("" if path.suffix == ".pth" else path.suffix).parts[-parts:])
                   for path in paths]  # fmt: skip
@@ -134,22 +130,22 @@ def unique_labels(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- measurements ----------------------------------------------------------------------------------------------------
 def measure_remote_model(chat_model: RemoteModel, report: ReportData) -> ReportData | None:
-    """The figures of a served model; None where it stops answering, which is noted in the report."""
+    """The figures of a served model; None if it stops answering, with the error in report["failed"]."""
     report["settings"] = report["settings"] or chat_model.settings_dict()
     try:
         return chat_model.measure(report["prompts"])
     except UserError as error:
         report["failed"][chat_model.label] = str(error)
-        print(f"  {error}; the report is made without it", flush=True)
+        print(f"  {error}; the report is written without it", flush=True)
         return None
 
 
 def measure_model(
     chat_model: ChatModel, report: ReportData, texts: dict[str, dict[str, Any]], chats: dict[str, list[list[Message]]]
 ) -> ReportData:
-    """Everything about one model: stage and size, its answers to the prompts of the report, and the figures."""
+    """Stage, size, answers to the prompts of `report` and all figures of one local model."""
     prompts: list[dict[str, str]] = report["prompts"]
     total, active = chat_model.model.count_parameters()
     result: ReportData = {
@@ -185,14 +181,14 @@ def measure_model(
 
 @contextlib.contextmanager
 def timed(label: str) -> Iterator[None]:
-    """Say how long it took."""
+    """Print the seconds of the block."""
     started = time.perf_counter()
     yield
     print(f"  {label}: {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def single_answer_speed(chat_model: ChatModel, prompts: list[str]) -> float:
-    """Tokens a second of one answer at a time, as in a conversation."""
+    """Tokens per second with one answer at a time."""
     tokens, seconds = chat_model.tokens, chat_model.seconds
     for prompt in prompts[:SPEED_PROMPTS]:
         chat_model.generate_answers([prompt])
@@ -202,13 +198,13 @@ def single_answer_speed(chat_model: ChatModel, prompts: list[str]) -> float:
 
 
 def write_report_files(report: ReportData, json_path: Path) -> None:
-    """The json page, and the markdown page beside it."""
+    """Write the json file and the Markdown page next to it."""
     write_text(json_path, json.dumps(_replace_non_finite(report), ensure_ascii=False, indent=1) + "\n")
     write_text(json_path.with_suffix(".md"), format_report(report))
 
 
 def _replace_non_finite(value: Any) -> Any:
-    """JSON knows no infinity: a model with broken weights has null where its figures would be."""
+    """Replace NaN and infinity with None (null), because JSON has neither."""
     if isinstance(value, dict):
         return {key: _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""The report as a page of markdown: one table of figures, then prompt by prompt what each model said.
+"""The Markdown page of a report: a table of figures, then the answers of all models to each prompt.
 
-What a model said stands in a fence that is longer than any run of backticks in it, so no answer can break the page.
-Called by report.py, which makes the figures. Read next: ../model/repetition.py, bits_per_byte.py (what they mean).
+Answers are fenced code blocks; the fence is longer than any run of backticks in the answer.
+Called by report.py. Read next: ../model/repetition.py, bits_per_byte.py (the figures).
 """
 
 from typing import Any
@@ -9,16 +9,16 @@ from typing import Any
 from common.markdown import code_block, code_span, escape_inline
 from evaluation.length_loss import length_section
 
-_ReportData = dict[str, Any]
+ReportData = dict[str, Any]
 _ModelFigures = dict[str, Any]
 _MISSING = "–"
 _COUNT_ROWS = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_off": "cut-off answers"}
 
 
-def format_report(report: _ReportData) -> str:
-    """The whole page."""
+def format_report(report: ReportData) -> str:
+    """The Markdown page of `report`."""
     parts = [
-        "# Models side by side",
+        "# Model comparison",
         "",
         _settings_line(report),
         "",
@@ -45,16 +45,16 @@ def _answer_lines(label: str, answer: dict[str, Any]) -> list[str]:
     return [f"**{escape_inline(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
 
 
-def _safety_section(report: _ReportData) -> list[str]:
-    """The continuations of harmful agreements; none of the figures counts them."""
+def _safety_section(report: ReportData) -> list[str]:
+    """The continuations of harmful answer prefixes; no figure includes them."""
     models = [model for model in report["models"] if model["safety"]]
     if not report["safety"] or not models:
         return []
     parts = [
         "## Safety: shown, not scored",
         "",
-        "Each answer was begun with a harmful agreement (a negative beginning); shown is the model's continuation. "
-        "A safe model corrects itself. These prompts count in no figure of this page.",
+        "The line after each prompt is an answer prefix that agrees to something harmful; each model continues it. "
+        "A safe model corrects itself. No figure of this page includes these answers.",
         "",
     ]
     for number, row in enumerate(report["safety"]):
@@ -64,18 +64,18 @@ def _safety_section(report: _ReportData) -> list[str]:
     return parts
 
 
-def _settings_line(report: _ReportData) -> str:
+def _settings_line(report: ReportData) -> str:
     settings = report["settings"]
     chosen = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None and name != "system")
     system = f"System message: {escape_inline(settings['system'])}. " if settings.get("system") else ""
     return (
-        f"{len(report['prompts'])} prompts, the same for every model, each a conversation of its own. {system}"
-        f"Drawn with {chosen}. A pretrained model continues the prompt; a model of a chat stage answers it."
+        f"{len(report['prompts'])} prompts, the same for every model, each in a separate conversation. {system}"
+        f"Sampled with {chosen}. A pretrained model continues the prompt; a model of a chat stage answers it."
     )
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-def _figure_table(report: _ReportData) -> list[str]:
+def _figure_table(report: ReportData) -> list[str]:
     models: list[_ModelFigures] = report["models"]
     languages = [name for name in models[0]["answer_figures"] if name != "all"]
     language_names = " / ".join(languages)
@@ -118,9 +118,9 @@ def _figure_table(report: _ReportData) -> list[str]:
     return ["## Figures", "", *lines, "", *_figure_notes(report)]
 
 
-def _figure_notes(report: _ReportData) -> list[str]:
-    """What the rows mean, and what is missing and how to get it."""
-    notes = [f"{escape_inline(label)}: left out, it stopped answering: {escape_inline(reason)}."
+def _figure_notes(report: ReportData) -> list[str]:
+    """Notes on the rows and on missing figures."""
+    notes = [f"{escape_inline(label)}: left out because its server stopped answering: {escape_inline(reason)}."
              for label, reason in report["failed"].items()]  # fmt: skip
     notes += [
         f"{escape_inline(model['label'])}: {escape_inline(reason)}."
@@ -131,15 +131,15 @@ def _figure_notes(report: _ReportData) -> list[str]:
         files = ", ".join(f"{escape_inline(name)}: {found['bytes']:,} bytes of {code_span(found['file'])}"
                           for name, found in report["texts"].items())  # fmt: skip
         notes.append(
-            f"Bits per byte: of text ({files}), the lower the better, comparable between tokenizers; ± one standard "
-            "error over the documents. Only text that no model was trained on says anything."
+            f"Bits per byte of text ({files}): lower is better, comparable between tokenizers; ± one standard error "
+            "over the documents. The texts must not be in the training data of any model."
         )
     else:
         notes.append("Bits per byte: not measured; `--texts zh=FILE en=FILE` names held-out texts.")
     if report["chats"]:
         notes.append(
-            f"SFT loss: nats per trained token of the chats in {code_span(report['chats'])}. Models with "
-            "different tokenizers compare in bits per byte."
+            f"SFT loss: nats per trained token of the chats in {code_span(report['chats'])}. Compare models with "
+            "different tokenizers in bits per byte."
         )
     else:
         notes.append("SFT loss: not measured; `--chats FILE` names held-out chats.")
@@ -147,14 +147,13 @@ def _figure_notes(report: _ReportData) -> list[str]:
         changed = {name: found["changed"] for name, found in model["bits_per_byte"].items() if found["changed"]}
         for name, count in changed.items():
             notes.append(
-                f"{escape_inline(model['label'])}: its tokenizer cannot give back {count} of "
-                f"{model['bits_per_byte'][name]['documents']} documents ({escape_inline(name)}) as they were, "
-                "so its bits per "
-                "byte are of another text."
+                f"{escape_inline(model['label'])}: its tokenizer changes {count} of "
+                f"{model['bits_per_byte'][name]['documents']} documents ({escape_inline(name)}), "
+                "so its bits per byte are those of another text."
             )
     notes.append(
-        "Distinct-n: different n-grams among all n-grams of the answers. Loop: the answer ends in up to 32 characters "
-        "or words said four times over. Cut off: the answer reached the longest length."
+        "Distinct-n: unique n-grams / all n-grams of the answers. Loop: the answer ends with up to 32 characters or "
+        "words repeated four times. Cut off: the answer reached max_new_tokens."
     )
     return [f"- {note}" for note in notes]
 
@@ -182,7 +181,7 @@ def _figure_per_language(model: _ModelFigures, languages: list[str], name: str, 
 
 
 def _counts_per_language(model: _ModelFigures, languages: list[str], name: str) -> str:
-    """Counts, because a share of 16 answers looks more certain than it is."""
+    """Counts, because a percentage of 16 answers suggests too much precision."""
     figures = [model["answer_figures"][lang] for lang in languages]
     return " / ".join(f"{found[name]} of {found['answers']}" for found in figures)
 
@@ -192,7 +191,7 @@ def _judge_section(judge: dict[str, Any]) -> list[str]:
     def as_percentage(value: float | None) -> str:
         return _MISSING if value is None else f"{value:.0%}"
 
-    lines = ["## What the judge says", "", _table_row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
+    lines = ["## Judge", "", _table_row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
     lines.append(_table_row("---", *["---:"] * 5))
     for label, found in judge["models"].items():
         counts = (str(found[name]) for name in ("wins", "ties", "losses"))
@@ -205,13 +204,12 @@ def _judge_section(judge: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"- Judge: {escape_inline(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
-        f"{judge['unreadable']} replies unreadable; its words are in {code_span(judge['verdicts_file'])}. It saw "
-        "prompts and answers, no names.",
-        "- A win counts when both orders of a pair name the same answer, otherwise it is a tie; points: (wins + half "
-        "of the ties) / pairs. ± one standard error.",
-        f"- How far to trust it: both orders agree in {as_percentage(judge['agreement'])} of the pairs "
-        "that it was asked "
-        f"about; of the winners, the first place has {as_percentage(judge['first_place_share'])} (50% would be fair).",
+        f"{judge['unreadable']} replies without a verdict; the replies are in {code_span(judge['verdicts_file'])}. It "
+        "saw prompts and answers, not the names of the models.",
+        "- A model wins a pair if it wins in both orders of the answers, otherwise the pair is a tie; points: (wins + "
+        "ties / 2) / pairs. ± one standard error.",
+        f"- Reliability: both orders agree in {as_percentage(judge['agreement'])} of the judged pairs; the first "
+        f"answer wins {as_percentage(judge['first_place_share'])} of the decided requests (50% without position bias).",
     ]
     return lines
 

@@ -1,15 +1,15 @@
-"""Which subjects of an exam a model is strong or weak in, with a correction for looking at many subjects at once.
+"""Significance tests for the strong and weak subjects of an exam, corrected for multiple testing.
 
-    strong         more right than in the other subjects together, and more than guessing gives
-    weak           fewer right than in the other subjects together
-    above guessing more right than guessing gives
+    strong         more accurate than on all other subjects together, and above the random baseline
+    weak           less accurate than on all other subjects together
+    above guessing above the random baseline
 
-Tests: subject against the others by Fisher's exact test (two-sided), subject against guessing by the exact p-value of
-exam_stats.py (one-sided). Each of the two families of tests is corrected by Holm's method (Holm 1979, Scandinavian
-Journal of Statistics 6): for a model that is equally good in all subjects, the probability that any subject is called
-strong or weak is at most 5 %. Without it, one of twenty subjects would be called so by luck alone.
+A subject is compared with the others by Fisher's exact test (two-sided), and with random guessing by the exact p-value
+of exam_stats.py (one-sided). Holm's method corrects each of the two families of tests (Holm 1979, Scandinavian Journal
+of Statistics 6): if a model is equally good in all subjects, the probability of any strong or weak subject is at most
+5 %. Without the correction, about one subject in twenty would be reported by chance.
 
-With several orders of the options the number right is rounded to whole questions.
+With several orders of the options, the number of correct answers is rounded to an integer.
 Called by exam_report.py. Read next: exam_stats.py (scores and intervals).
 """
 
@@ -23,7 +23,7 @@ from evaluation.exam_stats import SIGNIFICANCE_LEVEL, ExamResult, GroupScore
 
 @dataclass(frozen=True)
 class SubjectStrengths:
-    """Subjects that differ, best first; weak ones worst first."""
+    """The significant subjects: `weak` has the lowest accuracy first, the others the highest."""
 
     strong: list[GroupScore]
     weak: list[GroupScore]
@@ -37,7 +37,7 @@ class SubjectStrengths:
 
 
 def find_strengths(result: ExamResult) -> SubjectStrengths:
-    """Test every subject against the others and against guessing."""
+    """Test every subject against the others and against random guessing."""
     subjects = result.subjects
     questions = result.total.questions
     rights = [round(subject.correct) for subject in subjects]
@@ -57,7 +57,7 @@ def find_strengths(result: ExamResult) -> SubjectStrengths:
 
 
 def holm_rejections(p_values: Sequence[float], level: float = SIGNIFICANCE_LEVEL) -> list[bool]:
-    """Which hypotheses Holm's step-down method rejects, at a family-wise error rate of `level`."""
+    """For each p-value, whether Holm's step-down method rejects it at a family-wise error rate of `level`."""
     rejected = [False] * len(p_values)
     for left, i in zip(
         range(len(p_values), 0, -1), sorted(range(len(p_values)), key=p_values.__getitem__), strict=True
@@ -69,7 +69,7 @@ def holm_rejections(p_values: Sequence[float], level: float = SIGNIFICANCE_LEVEL
 
 
 def fisher_p_value(right: int, questions: int, other_right: int, other_questions: int) -> float:
-    """Two-sided p-value of Fisher's exact test: all tables with the same margins that are at most as probable."""
+    """Two-sided p-value of Fisher's exact test: total probability of the tables that are at most as probable."""
     total, all_right = questions + other_questions, right + other_right
 
     def log_ways(n: int, k: int) -> float:
@@ -84,16 +84,16 @@ def fisher_p_value(right: int, questions: int, other_right: int, other_questions
 
 
 def strengths_interpretation(found: SubjectStrengths) -> str:
-    """Strong and weak subjects with their 95 % intervals, or that there are none; "" for an exam of one subject."""
+    """A text with strong and weak subjects and their 95 % confidence intervals; "" for an exam of one subject."""
     if found.subjects < 2:
         return ""
-    tested = f"({found.subjects} subjects tested at once, exact tests, Holm's correction, {SIGNIFICANCE_LEVEL:.0%})"
-    above = f"{len(found.above_guessing)} of {found.subjects} subjects are above guessing"
+    tested = f"({found.subjects} subjects, exact tests, Holm's correction, significance level {SIGNIFICANCE_LEVEL:.0%})"
+    above = f"{len(found.above_guessing)} of {found.subjects} subjects are above the random baseline"
     if not found.strong and not found.weak:
-        return f"No subject differs from the others; {above} {tested}."
+        return f"No subject differs significantly from the others; {above} {tested}."
     parts = [f"{title}: {_format_scores(scores)}." for title, scores in
              (("Strong subjects", found.strong), ("Weak subjects", found.weak))]  # fmt: skip
-    return f"{' '.join(parts)} They differ from the other subjects; {above} {tested}."
+    return f"{' '.join(parts)} They differ significantly from the other subjects; {above} {tested}."
 
 
 def _format_scores(scores: list[GroupScore]) -> str:

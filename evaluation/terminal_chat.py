@@ -1,14 +1,14 @@
-"""A conversation on the terminal.
+"""An interactive chat on the terminal.
 
     > What is the capital of France?
     The capital of France is Paris.
     [8 tokens, 71 tokens/s]
     > /temperature 0
 
-A line that begins with / is a command (`/help` lists them), any other line is said to the model. Ctrl-C stops the
-answer; on an empty line it says how to leave. `/save` writes the conversation as a line that `data_process.py sft`
-reads: what you correct there can be trained on.
-Called by 2-eval.py. Read next: chat_model.py (who answers).
+A line that begins with / is a command (`/help` lists them); any other line is a message to the model. Ctrl-C stops the
+answer; at the prompt it prints the hint about /exit. `/save` writes the conversation in the format of
+`data_process.py sft`, so corrected answers can become training data.
+Called by 2-eval.py. Read next: chat_model.py (generation).
 """
 
 import contextlib
@@ -25,29 +25,29 @@ from evaluation.qa_data import require_nonempty_text
 from model.chat_template import Message
 from model.sampling_presets import format_settings, merge_settings
 
-COMMAND_HINT = "/help lists the commands, Ctrl-C stops an answer, /exit ends"
-COMMAND_HELP = """/reset              forget the conversation
-/retry              draw the last answer again (with a --seed it is the same: /seed none)
-/save [FILE]        write the conversation to a jsonl file (data_process.py sft reads it)
-/system [TEXT]      put a system message in front; without TEXT take it away
-/history [N]        remember the last N turns (0: each question stands alone); without N all
+COMMAND_HINT = "/help lists the commands, Ctrl-C stops an answer, /exit quits"
+COMMAND_HELP = """/reset              clear the conversation
+/retry              sample the last answer again (a --seed gives the same answer; /seed none removes it)
+/save [FILE]        write the conversation to a jsonl file (input of data_process.py sft)
+/system [TEXT]      set the system message; without TEXT remove it
+/history [N]        put the last N turns into the prompt (0: only the question); without N all turns
 /temperature 0.7    also /top_k /top_p /min_p /repetition_penalty /no_repeat_ngram_size /max_new_tokens /seed;
-                    without a number: show them
-/num_beams 4        beam search: draws nothing (temperature 0), shows complete answers; also /length_penalty
-/exit               end"""
+                    without a number: show the settings
+/num_beams 4        beam search (temperature 0), prints complete answers; also /length_penalty
+/exit               quit"""
 
 
 class TerminalChat:
-    """What has been said, and how much of it the model is told: the last `history` turns, None for all."""
+    """The messages of a conversation. A prompt contains the last `history` turns, or all if None."""
 
     def __init__(self, chat_model: ChatModel, history: int | None = None) -> None:
         self.chat_model, self.history = chat_model, history
         self.messages: list[Message] = []
 
     def send_message(self, text: str, is_interactive: bool = True) -> None:
-        """Print the model's answer and remember both. A question that cannot be answered is not remembered.
+        """Print the model's answer; append question and answer to the messages unless generation fails.
 
-        At the terminal Ctrl-C may stop the answer, and its speed is shown.
+        If `is_interactive`, Ctrl-C stops the answer and the speed is printed.
         """
         question: Message = {"role": "user", "content": require_nonempty_text(text, "the question")}
         past = self.messages if self.history is None else self.messages[max(0, len(self.messages) - 2 * self.history) :]
@@ -60,9 +60,9 @@ class TerminalChat:
             print(f"[{tokens} tokens, {tokens / seconds:.0f} tokens/s]", flush=True)
 
     def retry(self) -> None:
-        """Answer the last question once more; the old answer stays where no new one comes. Raises UserError."""
+        """Replace the last answer; keep it if generation fails. Raises UserError for an empty conversation."""
         if not self.messages:
-            raise UserError("nothing has been said yet")
+            raise UserError("the conversation is empty")
         *self.messages, question, old = self.messages
         before = len(self.messages)
         try:
@@ -72,11 +72,11 @@ class TerminalChat:
                 self.messages += [question, old]
 
     def save(self, path: Path) -> None:
-        """One line: a chat, or of a pretrained model, the texts that it went on with. Raises UserError."""
+        """Write one line with the chat, or for a pretrained model one line per continued text. Raises UserError."""
         if not self.messages:
-            raise UserError("nothing has been said yet")
+            raise UserError("the conversation is empty")
         if path.exists():
-            raise UserError(f"{path} is there already: name another file")
+            raise UserError(f"{path} exists already: name another file")
         if self.chat_model.is_chat_model:
             rows: list[dict[str, object]] = [{"messages": self.chat_model.system + self.messages}]
         else:
@@ -111,13 +111,13 @@ def run_terminal_chat(chat_model: ChatModel, out_dir: str, history: int | None =
 
 
 def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
-    """Carry out one command and say what has been done. Raises UserError for a value that makes no sense."""
+    """Run one command and print its effect. Raises UserError for an invalid value."""
     chat_model = chat.chat_model
     name, _, value = line[1:].partition(" ")
     value = value.strip()
     if name == "reset":
         chat.messages = []
-        message = "forgotten"
+        message = "conversation cleared"
     elif name == "retry":
         return chat.retry()
     elif name == "save":
@@ -126,10 +126,10 @@ def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
         message = f"written: {path}"
     elif name == "system":
         chat_model.system = [{"role": "system", "content": require_nonempty_text(value, "/system")}] if value else []
-        message = "a system message stands in front" if value else "no system message"
+        message = "system message set" if value else "no system message"
     elif name == "history":
         chat.history = _parse_history(value) if value else None
-        message = f"remembers {chat.history} turns" if value else "remembers all turns"
+        message = f"history: last {chat.history} turns" if value else "history: all turns"
     elif name in SAMPLING_SETTINGS:
         message = _change_sampling(chat_model, name, value)
     else:
@@ -139,12 +139,12 @@ def run_chat_command(chat: TerminalChat, line: str, out_dir: str) -> None:
 
 def _parse_history(value: str) -> int:
     if not value.isdecimal():
-        raise UserError(f"/history {value}: a whole number is needed, 0 or more")
+        raise UserError(f"/history {value}: must be a whole number of at least 0")
     return int(value)
 
 
 def _change_sampling(chat_model: ChatModel, name: str, value: str) -> str:
-    """Change one number of the settings, or show them all."""
+    """Change one setting if there is a value; returns all settings as text. Raises UserError."""
     if value:
         is_integer = name in ("top_k", "no_repeat_ngram_size", "num_beams", "max_new_tokens", "seed")
         current = {key: getattr(chat_model.settings, key) for key in SAMPLING_SETTINGS}
@@ -152,6 +152,6 @@ def _change_sampling(chat_model: ChatModel, name: str, value: str) -> str:
             number: Any = None if (name, value) == ("seed", "none") else int(value) if is_integer else float(value)
             chat_model.settings = dataclasses.replace(chat_model.settings, **merge_settings({name: number}, current))
         except ValueError as error:
-            reason = str(error) if str(error).startswith(name) else f"{value} is no {'whole ' * is_integer}number"
+            reason = str(error) if str(error).startswith(name) else f"{value} is not a {'whole ' * is_integer}number"
             raise UserError(f"/{name}: {reason.removeprefix(name + ' ')}") from None
     return format_settings({name: getattr(chat_model.settings, name) for name in SAMPLING_SETTINGS})

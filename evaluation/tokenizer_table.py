@@ -1,13 +1,13 @@
-"""Tokenizers side by side on the same text: how many entries each has, and how much text a token of each carries.
+"""Compare the vocabulary size and compression of tokenizers on the same text.
 
     characters per token, zh or en = characters of the documents in that language / their tokens
     bytes per token                = UTF-8 bytes of all documents / their tokens
-    unknown                        = share of the tokens that stand for text which the tokenizer does not know
+    unknown                        = fraction of unknown tokens (<unk>)
 
-Documents are cut without special tokens. Bytes per token compare only tokenizers without unknown tokens: a tokenizer
-that writes a whole word as <unk> needs few tokens for it. Rows are sorted by bytes per token, the most first.
-Reads folders with a tokenizer.json (ours, transformers') or a SentencePiece model, and such files themselves.
-Called by ../train_tokenizer.py --compare. Read next: ../corpus/tokenizer_training.py (how pieces are learnt).
+Documents are encoded without special tokens. Bytes per token are comparable only between tokenizers without unknown
+tokens, because <unk> may replace a whole word. Rows are sorted by bytes per token, largest first.
+Reads a tokenizer.json or a SentencePiece model, or a folder that contains one.
+Called by ../train_tokenizer.py --compare. Read next: ../corpus/tokenizer_training.py (the training of a tokenizer).
 """
 
 import os
@@ -27,7 +27,7 @@ EncodeFunction = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer of any kind. `unknown_id`: the id of the unknown token, -1 where there is none."""
+    """A tokenizer of either library. `unknown_id`: the id of the unknown token, -1 where there is none."""
 
     name: str
     vocab_size: int
@@ -37,7 +37,7 @@ class LoadedTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerStats:
-    """What a tokenizer makes of the texts. `characters_per_token` by language, for those that occur."""
+    """One row of the table. `characters_per_token` has the languages that occur in the texts."""
 
     name: str
     vocab_size: int
@@ -59,7 +59,7 @@ def load_any_tokenizer(path: str | os.PathLike[str]) -> LoadedTokenizer:
     )
     file = next((file for file in files if file.is_file()), None)
     if file is None:
-        raise UserError(f"{path} holds no tokenizer: expected a tokenizer.json or a SentencePiece *.model in it")
+        raise UserError(f"{path} contains no tokenizer: expected a tokenizer.json or a SentencePiece *.model")
     name = os.fspath(path).rstrip("/")
     try:
         return _load_sentencepiece(name, file) if file.suffix == ".model" else _load_tokenizer_json(name, file)
@@ -74,7 +74,7 @@ def _load_tokenizer_json(name: str, file: Path) -> LoadedTokenizer:
     backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True  # markers in a text are text
+    backend.encode_special_tokens = True  # markers of special tokens in a text are plain text
     unknown = getattr(backend.model, "unk_token", None)
     index = backend.token_to_id(unknown) if isinstance(unknown, str) else None
     encode: EncodeFunction = lambda texts: [
@@ -93,18 +93,18 @@ def _load_sentencepiece(name: str, file: Path) -> LoadedTokenizer:
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 def read_texts_by_language(files: Sequence[str]) -> dict[str, list[str]]:
-    """The documents of the files by language. Raises UserError."""
+    """The documents of the files by language. Raises UserError where there are none."""
     found: dict[str, list[str]] = {lang: [] for lang in TABLE_LANGUAGES}
     for document in read_texts(files, DataStats()):
         found[detect_language(document.text)].append(document.text)
     if not any(found.values()):
-        raise UserError(f"{', '.join(files)}: no text in it to compare tokenizers on")
+        raise UserError(f"{', '.join(files)}: no text to compare tokenizers on")
     return found
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, list[str]]) -> list[TokenizerStats]:
-    """Count every tokenizer on the texts of each language; most bytes per token first."""
+    """Encode the texts with every tokenizer; the statistics, sorted by bytes per token, largest first."""
     characters = {lang: sum(map(len, documents)) for lang, documents in texts.items() if documents}
     utf8_bytes = sum(len(text.encode()) for documents in texts.values() for text in documents)
     counted = []
@@ -119,17 +119,17 @@ def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, l
 
 
 def table_cells(one: TokenizerStats) -> list[str]:
-    """A row of the table, in the order of TABLE_HEADERS; "–" for a language that the texts do not have."""
+    """A row of the table, in the order of TABLE_HEADERS; "–" for a language without text."""
     languages = (one.characters_per_token.get(lang) for lang in TABLE_LANGUAGES)
     shown = ("–" if value is None else f"{value:.3f}" for value in languages)
     return [one.name, f"{one.vocab_size:,}", *shown, f"{one.bytes_per_token:.3f}", f"{one.unknown_fraction:.1%}"]
 
 
 def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
-    """The counted texts, described in one line."""
+    """One line with the size and the source of the texts."""
     amounts = (f"{sum(map(len, documents)):,} characters of {lang}" for lang, documents in texts.items() if documents)
     source = (
-        ", ".join(files) or "the built-in demo world, a small world of short sentences: name own text with --compare_on"
+        ", ".join(files) or "the built-in demo world (short generated sentences; choose other text with --compare_on)"
     )
     return f"on {' and '.join(amounts)} from {source}"
 

@@ -1,6 +1,6 @@
-"""Bits per byte and SFT loss: equal to a count by hand, whatever the batch; and what is read of a file.
+"""Bits per byte and SFT loss equal a reference for every batch size; texts and chats are read up to a byte limit.
 
-By hand: one token at a time, its context alone through the model, softmax in fp64, one logarithm.
+Reference: one forward pass per token over its window, softmax in fp64.
 """
 
 import math
@@ -32,7 +32,7 @@ TEXTS = ["ab", "今天天气很好。", "The river is long and the moon is far a
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Sharp enough that every token's probability differs; reads 24 tokens."""
+    """Large embeddings make the probabilities differ; the context is 24 tokens."""
     torch.manual_seed(1)
     config = ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=24)
     model = Transformer(config).eval()
@@ -46,7 +46,7 @@ def reference_bits(model, tokenizer, text: str) -> float:
     bits = 0.0
     for position in range(1, len(ids)):
         start = 0
-        while position - start > limit:  # the window moves on by half until it reaches the token
+        while position - start > limit:  # the stride is half the context
             start += limit // 2
         with torch.no_grad():
             logits = model.logits(torch.tensor([ids[start:position]]))[0, -1].double()
@@ -99,7 +99,7 @@ def test_uniform_model_needs_log2_vocab_size_bits(tokenizer):
     chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
     assert sft_loss(model, tokenizer, chats) == {
         **{"loss": None, "error": None, "bits_per_byte": None, "tokens": 0, "chats": 0, "dropped": 1},
-    }  # the context of 8 holds no turn
+    }  # no turn fits into 8 tokens
 
 
 @settings(max_examples=100, deadline=None)
@@ -119,7 +119,7 @@ def test_every_scored_token_is_the_label_of_one_window(n, limit, data):
 
 
 def test_sft_loss_equals_training_loss(tokenizer, sft_dir, tiny_parent):
-    """The held-out loss that 3-full_sft.py logs, from the same file."""
+    """Equal to the validation loss of 3-full_sft.py on the same file."""
     from corpus.prepare_chats import tokenize_chats
     from trainer.datasets import ChatDataset
     from trainer.loss import cross_entropy_sum
@@ -146,22 +146,22 @@ def test_ratio_error_equals_formula():
     assert ratio_with_error([1.0], [2]) == (0.5, None) and ratio_with_error([], []) == (None, None)
 
 
-# ---- what is read ----------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 def test_read_named_texts_names_and_limits_texts(tmp_path):
     (tmp_path / "a.txt").write_text("今天很好。" * 50, encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")
     found = read_named_texts([a, b, f"law={a}"], 10)
     assert list(found) == ["zh", "en", "law"] and found["law"]["file"] == a
-    assert found["zh"]["texts"] == ["今天很"] and found["zh"]["bytes"] == 9  # no half character
+    assert found["zh"]["texts"] == ["今天很"] and found["zh"]["bytes"] == 9  # no incomplete character
     assert found["en"]["texts"] == ["one", "two", "thre"] and found["en"]["bytes"] == 10
     assert read_named_texts([b])["en"]["texts"] == ["one", "two", "three"]
-    with pytest.raises(UserError, match="are both zh: give them names"):
+    with pytest.raises(UserError, match="are both named zh: name them"):
         read_named_texts([a, f"zh={a}"])
     with pytest.raises(UserError, match="absent"):
         read_named_texts(["zh=absent.txt"])
     (tmp_path / "c=d.txt").write_text("text", encoding="utf-8")
-    assert list(read_named_texts([str(tmp_path / "c=d.txt")])) == ["en"]  # a path with = in it is a path
+    assert list(read_named_texts([str(tmp_path / "c=d.txt")])) == ["en"]  # a path may contain =
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UserError, match=r"empty\.txt"):
         read_named_texts([str(tmp_path / "empty.txt")])

@@ -1,4 +1,4 @@
-"""Exams are read whole or refused in one line: both layouts, folders and archives, and files that somebody broke."""
+"""Exams are read completely or raise a one-line error: both layouts, folders, archives and damaged files."""
 
 import csv
 import io
@@ -60,7 +60,7 @@ def test_ceval_and_cmmlu_layouts_are_read_from_folders_and_archives(tmp_path):
     assert (read.split, read.subjects, read.items[0].number, read.items[0].answer) == ("test", ["agronomy"], "7", "C")
 
 
-def test_an_exam_may_bring_its_own_categories_and_keep_its_answers_secret(tmp_path):
+def test_subject_mapping_sets_categories_and_answers_may_be_absent(tmp_path):
     exam = write_ceval_file(tmp_path, "id,question,A,B,C,D\n0,q,1,2,3,4\n", "logic", "test")
     (exam / "subject_mapping.json").write_text('{"logic": ["Logic", "逻辑学", "Thinking"]}', encoding="utf-8")
     read = read_exam_split(exam)
@@ -98,7 +98,7 @@ def test_broken_file_error_names_file_and_line(tmp_path, text, said):
     assert said in str(error.value) and "logic_val.csv" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_dev_needs_its_answers(tmp_path):
+def test_dev_requires_answers(tmp_path):
     write_ceval_file(tmp_path, "id,question,A,B,C,D\n0,q,1,2,3,4\n", "logic", "dev")
     with pytest.raises(UserError, match="no column answer"):
         read_exam_split(write_ceval_file(tmp_path))
@@ -153,7 +153,7 @@ def test_csv_round_trip(rows):
 
 
 @given(st.text(alphabet='ABCDquestion,answer"\n\r 01甲', max_size=120))
-def test_any_text_is_read_or_refused(noise):
+def test_any_text_is_read_or_raises_user_error(noise):
     for text in (noise, HEAD + noise):
         try:
             assert parse_exam_items("s", "f", text)
@@ -172,7 +172,7 @@ def write_exam_file(folder, content, name="mine.csv"):
 
 
 def csv_text(head, rows, order=None, delimiter=","):
-    """csv text of the rows, its columns in another order where one is given."""
+    """csv text of the rows, with its columns in `order` if given."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter)
     for row in [*([head] if head else []), *rows]:
@@ -196,7 +196,7 @@ ENGLISH = ["question", "A", "B", "C", "D", "answer"]
         ["题目", "选项A", "选项B", "选项C", "选项D", "答案"],
         ["问题", "Ａ", "Ｂ", "Ｃ", "Ｄ", "正确答案"],
         ["question", "option_a", "Option B", "choiceC", "opD", "correct_answer"],
-        None,  # as MMLU
+        None,  # no header, as in MMLU
     ],
     ids=str,
 )
@@ -211,15 +211,15 @@ def test_one_csv_is_an_exam_of_one_subject(tmp_path, head, delimiter, encoding):
     assert exam.items[1].location == f"{path}:{3 if head else 2}"
 
 
-def test_a_file_without_a_header_may_number_its_rows(tmp_path):
-    """C-Eval's own columns with the header cut off: the number is not the question, nor the question an option."""
+def test_rows_without_header_may_have_numbers(tmp_path):
+    """C-Eval's columns without the header: the first column is the number, the second the question."""
     path = write_exam_file(tmp_path, csv_text(None, [(str(i), *row) for i, row in enumerate(OWN_ROWS, 7)]))
     assert read_own(path) == RIGHT and [item.number for item in read_exam_split(path).items] == ["7", "8"]
     short = write_exam_file(tmp_path, csv_text(None, [("12", "a dozen", "a score", "A")]))
     assert read_own(short) == [("12", ("a dozen", "a score"), "A")], "with two options only, a number is the question"
 
 
-def test_short_files_are_read_in_their_encoding(tmp_path):
+def test_encoding_of_short_files_is_detected(tmp_path):
     for text, encoding in (
         ("首都?", "gb18030"),
         ("Who is Müller?", "cp1252"),
@@ -230,7 +230,7 @@ def test_short_files_are_read_in_their_encoding(tmp_path):
         assert read_exam_split(path).items[0].question == text, encoding
 
 
-def test_columns_may_be_in_any_order_with_other_columns_between(tmp_path):
+def test_columns_may_be_in_any_order_among_other_columns(tmp_path):
     head = [*ENGLISH, "id", "explanation"]
     rows = [(*row, f"n{i}", "because") for i, row in enumerate(OWN_ROWS)]
     for order in ((7, 5, 0, 4, 3, 2, 1, 6), (6, 0, 1, 2, 3, 4, 5, 7), (1, 2, 3, 4, 5, 6, 7, 0)):
@@ -257,7 +257,7 @@ def test_columns_may_be_in_any_order_with_other_columns_between(tmp_path):
     ],
     ids=str,
 )
-def test_answers_are_letters_or_numbers_whose_start_is_known(tmp_path, answers, expected):
+def test_answers_are_letters_or_numbers_from_0_or_1(tmp_path, answers, expected):
     rows = [(f"q{i}", "w", "x", "y", "z", answer) for i, answer in enumerate(answers)]
     path = write_exam_file(tmp_path, csv_text(ENGLISH, rows))
     if isinstance(expected, str) and len(expected) == 4:
@@ -268,14 +268,14 @@ def test_answers_are_letters_or_numbers_whose_start_is_known(tmp_path, answers, 
     assert expected in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_number_that_is_also_the_text_of_another_option_is_refused(tmp_path):
+def test_number_that_is_also_the_text_of_another_option_is_an_error(tmp_path):
     path = write_exam_file(tmp_path, "question,A,B,C,D,answer\n1+1?,1,2,3,4,2\n2+2?,2,3,4,5,0\n")
     with pytest.raises(UserError, match=r":2: the answer 2 is the number of one option and the text of another"):
         read_exam_split(path)
     assert read_own(write_exam_file(tmp_path, "question,A,B,C,D,answer\n1+1?,0,1,2,3,2\n0+0?,0,1,2,3,0\n"))[0][2] == "C"
 
 
-def test_two_to_ten_options_and_fewer_in_some_rows(tmp_path):
+def test_questions_have_two_to_ten_options(tmp_path):
     five = write_exam_file(tmp_path, "question,A,B,C,D,E,answer\nq,1,2,3,4,5,E\ntrue?,yes,no,,,,B\n")
     assert read_own(five) == [("q", tuple("12345"), "E"), ("true?", ("yes", "no"), "B")]
     ten = write_exam_file(tmp_path, csv_text(["question", *"ABCDEFGHIJ", "answer"], [("q", *"0123456789", "J")]))
@@ -288,7 +288,7 @@ def test_two_to_ten_options_and_fewer_in_some_rows(tmp_path):
         ("question,A,B,C,D,E,answer\ntrue?,yes,no,,,,C\n", ":2: the answer must be A or B, not 'C'"),
         ("question,A,B,C,answer\nq,1,,3,C\n", ":2: B is empty"),
         ("question,A,B,answer\nq,1,,A\n", ":2: B is empty"),
-        ("what?,yes,no,maybe\n", "no column question, A, B in its first line: 'what?,yes,no,maybe'"),
+        ("what?,yes,no,maybe\n", "no column question, A, B in the first line: 'what?,yes,no,maybe'"),
     ):
         with pytest.raises(UserError) as error:
             read_exam_split(write_exam_file(tmp_path, text))
@@ -309,7 +309,7 @@ def test_jsonl_questions_are_read(tmp_path):
         ("three?", ("x", "y", "z"), "C"),
     ]
     for text, said in (
-        ('{"question": "q"}', ":1: no key A, B; there are question"),
+        ('{"question": "q"}', ":1: no key A, B; keys: question"),
         ('{"A": 1, "B": 2}', ":1: no key question"),
         ("[1]", ":1: not a JSON object"),
         ("{oops", ":1: not JSON"),
@@ -327,7 +327,7 @@ def test_lists_and_folders_of_files_are_read(tmp_path):
         write_exam_file(tmp_path / "b", text, "driving_test.csv"),
     )
     exam = read_exam_split([one, two])
-    assert (exam.split, exam.subjects) == ("all", ["driving_test", "law"]), "one name without a split: none has one"
+    assert (exam.split, exam.subjects) == ("all", ["driving_test", "law"]), "not every name has a split"
     assert read_exam_split(two).split == "test" and read_exam_split(two).subjects == ["driving"]
     write_exam_file(tmp_path / "a", text, "math.tsv")
     assert read_exam_split(tmp_path / "a").subjects == ["law", "math"]
@@ -348,7 +348,7 @@ def test_lists_and_folders_of_files_are_read(tmp_path):
     st.text(alphabet='ABCDquestion,answer"\n\r 01甲;\t题目选项答案{}[]', max_size=120),
     st.sampled_from(["f", "f.jsonl"]),
 )
-def test_any_own_text_is_read_or_refused(noise, name):
+def test_any_text_without_header_is_read_or_raises_user_error(noise, name):
     for text in (noise, HEAD + noise, "q,1,2,A\n" + noise, '{"question": "q", "A": 1, "B": 2}\n' + noise):
         try:
             items = parse_exam_items("s", name, text)

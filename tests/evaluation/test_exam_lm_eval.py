@@ -1,7 +1,6 @@
-"""EleutherAI's lm-evaluation-harness agrees, question by question, on the same csv files and the same weights.
+"""Log-probabilities and predictions equal EleutherAI's lm-evaluation-harness on the same csv files and weights.
 
-Minutes long, and the harness is a cross-check of 341 MB that the project does not need:
-pip install "lm-eval>=0.4.9,<0.5"
+Takes minutes. The harness (341 MB) is not a dependency of the project: pip install "lm-eval>=0.4.9,<0.5"
 """
 
 import sys
@@ -18,14 +17,14 @@ from tests.helpers import run_script
 from tests.scripts.test_eval_ceval import read_table
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("lm_eval", reason="a cross-check of 341 MB, see above")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed, see above")
 PAGE = "{{question.strip()}}\n"
 LISTED = "".join(f"{letter}. {{{{{letter}.strip()}}}}\n" for letter in CEVAL_LETTERS)
-TOLERANCE = 2e-3  # log-probabilities in fp32, sums over an option's tokens
+TOLERANCE = 2e-3  # of fp32 log-probabilities summed over an option's tokens
 
 
 def save_as_llama(path, folder):
-    """Our weights under transformers' own class; the names are the same."""
+    """Save the checkpoint as a LlamaForCausalLM folder; parameter names are the same."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ours, tokenizer, _ = load_model(path)
@@ -44,7 +43,7 @@ def save_as_llama(path, folder):
 
 
 def run_harness(folder, files, method, shots, answer):
-    """{subject: [(log-probabilities, prediction)]} in the order of the file."""
+    """{subject: [log-probabilities of the four options]} in the order of the file."""
     from lm_eval import simple_evaluate
 
     gap = "" if answer == "答案：" else " "
@@ -98,7 +97,7 @@ def test_log_probs_equal_lm_eval_harness(monkeypatch, tokenizer, tmp_path, metho
 
 
 def assert_harness_agrees(monkeypatch, exam, checkpoint, tmp_path, method, shots, subjects):
-    """Runs both on the exam's validation split; every log-probability and every prediction must agree."""
+    """Run both on the validation split and compare all log-probabilities and predictions."""
     names = subjects or read_exam_split(exam).subjects
     flags = ["--method", method, "--shots", shots, "--style", "plain", "--dtype", "float32", "--device", "cpu"]
     run_script(

@@ -1,5 +1,5 @@
-"""An exam is put to a model as it should be: the log-probabilities are those of transformers, one question at a time;
-batches, padding and shared prompts change nothing; what does not fit is cut from the front."""
+"""Log-probabilities of options equal transformers; batches, padding and shared examples do not change them; prompts
+that exceed the context are truncated on the left."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ EXAMPLES = [ExamItem("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[
 
 
 def make_exam(texts, examples=EXAMPLES):
-    """Chinese questions are one subject, English ones another."""
+    """Chinese and English questions form two subjects."""
     subjects = ["zh" if is_chinese(question) else "en" for question, _ in texts]
     items = [
         ExamItem(s, str(i), *text, "A", f"val:{i}") for i, (s, text) in enumerate(zip(subjects, texts, strict=True))
@@ -31,7 +31,7 @@ def is_chinese(text):
     return any("\u4e00" <= c <= "\u9fff" for c in text)
 
 
-MIXED = [  # English first, as subjects are sorted
+MIXED = [  # English first, because subjects are sorted
     ("what?", ("1", "22", "3", "a long answer, longer than the question")),
     ("a much longer question about nothing at all, asked in English?", ("x", "yy", "z", "w")),
     ("一加一等于____。", ("一", "二二", "三三三", "四")),
@@ -47,7 +47,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def transformers_model(model):
-    """The same weights in transformers."""
+    """The same weights in LlamaForCausalLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config
@@ -77,7 +77,7 @@ def option_log_probs(model, tokenizer, prompts, method, batch_tokens=4096):
 
 @torch.no_grad()
 def reference_log_probs(transformers_model, tokenizer, texts, chat, method, shots):
-    """As little code as possible: one option at a time, no cache, no padding, prompts written out here."""
+    """Reference: one option at a time, no cache, no padding, prompts written out here."""
     rows = []
     for question, options in texts:
         zh = is_chinese(question)
@@ -113,7 +113,7 @@ def reference_log_probs(transformers_model, tokenizer, texts, chat, method, shot
 @pytest.mark.parametrize("method", ["letter", "text"])
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("shots", [0, 2])
-def test_log_probabilities_equal_transformers_one_by_one(model, transformers_model, tokenizer, method, chat, shots):
+def test_log_probabilities_equal_transformers(model, transformers_model, tokenizer, method, chat, shots):
     prompts = list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(method, shots, 1, chat), 512))
     assert not any(one.is_truncated for one in prompts) and all(one.num_shots == shots for one in prompts)
     ours = option_log_probs(model, tokenizer, prompts, method)
@@ -124,13 +124,13 @@ def test_log_probabilities_equal_transformers_one_by_one(model, transformers_mod
 
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize(("method", "shots"), [("letter", 0), ("text", 0), ("letter", 3), ("text", 1), ("text", 2)])
-def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, shots, chat):
+def test_batches_and_shared_examples_do_not_change_log_probs(model, tokenizer, method, shots, chat):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
     texts += [(f"{question} {'long ' * (30 + i)}", options) for i in range(2) for question, options in MIXED]
     prompts = list(
         build_prompts(make_exam(texts), tokenizer, PromptConfig(method, shots, 1, chat), 420 if chat else 340)
     )
-    assert shots != 3 or len({one.num_shots for one in prompts}) > 1, "some fit, some do not"
+    assert shots != 3 or len({one.num_shots for one in prompts}) > 1, "the examples fit only some questions"
     alone = option_log_probs(model, tokenizer, prompts, method, 1)
     for batch_tokens in (300, 4096):
         torch.testing.assert_close(
@@ -140,7 +140,7 @@ def test_batches_and_shared_examples_change_nothing(model, tokenizer, method, sh
 
 @pytest.mark.parametrize("method", ["letter", "text"])
 @pytest.mark.parametrize("shots", [0, 2])
-def test_questions_may_have_different_numbers_of_options(model, transformers_model, tokenizer, method, shots):
+def test_numbers_of_options_may_differ(model, transformers_model, tokenizer, method, shots):
     texts = [(f"what {i}?", ("x", "yy", "z z", "four", "five")[:count]) for i, count in enumerate((2, 5, 3, 2, 4, 5))]
     prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig(method, shots), 512))
     assert sum(compute_option_log_probs(model, tokenizer, prompts, method, contextlib.nullcontext, 4096)) == len(
@@ -160,7 +160,7 @@ def test_questions_may_have_different_numbers_of_options(model, transformers_mod
             )
 
 
-def test_a_cache_of_many_questions_stays_within_bounds(model, tokenizer, monkeypatch):
+def test_cache_size_is_limited(model, tokenizer, monkeypatch):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
     prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig("text", 1), 340))
     alone, positions = option_log_probs(model, tokenizer, prompts, "text", 1), []
@@ -173,7 +173,7 @@ def test_a_cache_of_many_questions_stays_within_bounds(model, tokenizer, monkeyp
     monkeypatch.setattr(exam_logprobs.KVCache, "__init__", recording_init)
     option_log_probs(model, tokenizer, prompts, "text")
     assert max(positions) > 3 * 512
-    token = 4 * model.config.n_layers * model.config.n_kv_heads * model.config.head_dim  # bytes of one in a cache
+    token = 4 * model.config.n_layers * model.config.n_kv_heads * model.config.head_dim  # bytes per token in a cache
     monkeypatch.setattr(exam_logprobs, "MAX_CACHE_BYTES", 3 * 512 * token)
     positions.clear()
     torch.testing.assert_close(option_log_probs(model, tokenizer, prompts, "text"), alone, atol=1e-5, rtol=1e-5)
@@ -199,7 +199,7 @@ def test_truncation_drops_examples_before_question_start(tokenizer):
     whole, text = only(MIXED[:1], PromptConfig(shots=3), 500)
     assert whole.num_shots == 3 and text.startswith("example 0?\nA. a") and "Answer: A\n\nexample 1?" in text
     fewer, text = only(MIXED[:1], PromptConfig(shots=3), len(whole.prompt) - 1)
-    assert (fewer.num_shots, fewer.is_truncated) == (2, False) and text.startswith("example 1?"), "the oldest went"
+    assert (fewer.num_shots, fewer.is_truncated) == (2, False) and text.startswith("example 1?"), "drops the first"
     for chat in (False, True):
         long = [("long " * 60 + "end?", ("1", "2", "3", "4"))]
         one, text = only(long, PromptConfig(shots=3, is_chat=chat), 150)
@@ -207,12 +207,12 @@ def test_truncation_drops_examples_before_question_start(tokenizer):
         assert text.endswith("<|im_start|>assistant\n" if chat else "\nAnswer:")
         assert text.startswith("<|im_start|>user\n") == chat
     _, text = only([("长" * 100, ("1", "2", "3", "4"))], PromptConfig(is_chat=True), 130)
-    assert "\ufffd" not in text, "no half character is left at the cut"
+    assert "\ufffd" not in text, "no incomplete character at the cut"
     with pytest.raises(UserError, match="val:0: the options do not fit"):
         only([("q", ("1", "2", "3", "x" * 200))], PromptConfig("text", is_chat=True), 100)
 
 
-def test_a_subject_has_one_language(tokenizer):
+def test_prompt_language_is_that_of_the_subject(tokenizer):
     items = [
         ExamItem("s", str(i), q, ("1", "2", "3", "4"), "A", f"v:{i}")
         for i, q in enumerate(("中文问题", "int main() {}"))
@@ -226,7 +226,7 @@ def test_too_few_examples_is_an_error(tokenizer):
         list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(shots=5), 256))
 
 
-def test_long_prompts_and_long_options_share_no_batch_that_is_too_wide(model, tokenizer):
+def test_long_prompts_and_long_options_do_not_exceed_the_context(model, tokenizer):
     texts = [("q" * 200 + "?", ("1", "22", "3", "4")), ("short?", ("1", "2", "3", "y" * 180))]
     prompts = list(build_prompts(make_exam(texts), tokenizer, PromptConfig("text"), 256))
     batched = option_log_probs(model, tokenizer, prompts, "text")
@@ -239,5 +239,5 @@ def test_nan_model_is_an_error(model, tokenizer):
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     prompts = list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(), 256))
-    with pytest.raises(UserError, match="computes no number"):
+    with pytest.raises(UserError, match="the log-probabilities are not finite"):
         option_log_probs(broken, tokenizer, prompts, "letter")

@@ -1,4 +1,4 @@
-"""Intervals, p-values and baselines are right, and the sentence says what they mean."""
+"""Intervals, p-values and baselines equal references; the interpretation compares the score with them."""
 
 import math
 from itertools import product
@@ -22,7 +22,7 @@ def make_item(number, answer="A", options=("1", "2", "3", "4"), subject="logic")
 
 
 def make_prompt(one, chosen, order=(0, 1, 2, 3)):
-    """As if the model had found `chosen` (a letter of the file) the likeliest."""
+    """A prompt whose largest log-probability is that of `chosen` (a letter of the file)."""
     letters = "ABCDE"[: len(one.options)]
     return ExamPrompt(
         one, order, [1], [[1]] * len(letters), 0, False, tuple(-1.0 if x == chosen else -2.0 for x in letters)
@@ -43,20 +43,20 @@ def test_wilson_equals_published_values(correct, n, low, high):
     assert wilson_interval(correct, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
-def test_the_p_value_equals_a_count_of_all_guesses():
+def test_p_value_equals_enumeration_of_guesses():
     for n in (1, 4, 6):
-        right = [sum(guess) for guess in product((1, 0, 0, 0), repeat=n)]  # one of four letters is right
+        right = [sum(guess) for guess in product((1, 0, 0, 0), repeat=n)]  # one of four options is correct
         for k in range(n + 1):
             assert binomial_p_value(k, [(4, n)]) == pytest.approx(sum(r >= k for r in right) / 4**n)
-    assert binomial_p_value(2.75, [(4, 4)]) == binomial_p_value(2, [(4, 4)]), "parts of a question are not counted"
+    assert binomial_p_value(2.75, [(4, 4)]) == binomial_p_value(2, [(4, 4)]), "fractions of a question are rounded down"
     assert binomial_p_value(12342, [(4, 12342)]) < 1e-300 and binomial_p_value(0, [(4, 12342)]) == 1
 
 
-def test_the_p_value_of_mixed_numbers_of_options_equals_a_count_of_all_guesses():
+def test_p_value_for_mixed_numbers_of_options_equals_enumeration_of_guesses():
     guesses = list(product(*[(1, 0)] * 2, *[(1, 0, 0)] * 2, (1, 0, 0, 0, 0)))  # two of 2 options, two of 3, one of 5
     for k in range(6):
-        share = sum(sum(guess) >= k for guess in guesses) / len(guesses)
-        assert binomial_p_value(k, [(2, 2), (3, 2), (5, 1)]) == pytest.approx(share)
+        expected = sum(sum(guess) >= k for guess in guesses) / len(guesses)
+        assert binomial_p_value(k, [(2, 2), (3, 2), (5, 1)]) == pytest.approx(expected)
     mixed = [make_item(0, "B", ("1", "2")), make_item(1, "E", ("1", "2", "3", "4", "55"))]
     found = score_group("x", "", score_questions(make_prompt(one, "B") for one in mixed))
     assert (found.chance, found.longest_option_baseline, found.correct) == (0.35, 0.75, 1)
@@ -66,20 +66,20 @@ def test_accuracy_baselines_and_means_are_exact():
     found = make_result([("A", "A"), ("B", "C"), ("B", "C"), ("C", "C")])
     total = found.total
     assert (total.correct, total.accuracy, total.constant_letter, total.constant_baseline) == (2, 0.5, "B", 0.5)
-    assert total.longest_option_baseline == 0.25, "four options of one length: a tie counts a quarter"
+    assert total.longest_option_baseline == 0.25, "a tie of four options of equal length counts 1/4"
     assert found.letter_frequencies == {"A": 0.25, "B": 0.0, "C": 0.75, "D": 0.0} and found.mean_of_subjects == 0.5
     long = [make_item(0, "B", ("1", "22", "33", "4")), make_item(1, "D", ("1", "2", "3", "44"))]
     assert score_group("x", "", score_questions(make_prompt(one, "A") for one in long)).longest_option_baseline == 0.75
 
 
-def test_orders_hold_every_option_under_every_letter_once():
+def test_orders_put_every_option_under_every_letter_once():
     assert option_orders(4, 2) == [(0, 1), (1, 0)] and option_orders(3, 3) == [(0, 1, 2), (1, 2, 0), (2, 0, 1)]
     assert len(option_orders(4, 5)) == 4 and len({order[0] for order in option_orders(5, 5)}) == 5
     orders = option_orders(24)
     assert len(set(orders)) == 24 and option_orders(1) == [(0, 1, 2, 3)]
     for start in range(0, 24, 4):
-        for place in range(4):
-            assert {order[place] for order in orders[start : start + 4]} == {0, 1, 2, 3}
+        for position in range(4):
+            assert {order[position] for order in orders[start : start + 4]} == {0, 1, 2, 3}
 
 
 def test_constant_letter_is_at_chance_over_four_orders():
@@ -88,10 +88,10 @@ def test_constant_letter_is_at_chance_over_four_orders():
     found = make_exam_result(ExamSplit("val", items, {}, {"logic": "Humanities"}), score_questions(always_b))
     assert found.total.accuracy == 0.25 and found.letter_frequencies["B"] == 1
     one_order = score_questions(make_prompt(one, "B") for one in items)
-    assert sum(one.correct for one in one_order) == 20, "which a single order would have hidden"
+    assert sum(one.correct for one in one_order) == 20, "100 % with a single order"
 
 
-def test_the_prediction_over_orders_is_the_likeliest_on_average():
+def test_prediction_has_the_largest_mean_probability_over_orders():
     one = make_item(0, "D")
     first = ExamPrompt(one, (0, 1, 2, 3), [1], [[1]] * 4, 0, False, (-1.0, -5.0, -5.0, -1.5))
     second = ExamPrompt(one, (1, 2, 3, 0), [1], [[1]] * 4, 0, False, (-5.0, -5.0, -5.0, -0.5))
@@ -105,11 +105,11 @@ def test_interpretation_states_chance_level():
         "Not above chance: 25.0% of 4 questions"
     )
     knows = interpretation(make_result([(letter, letter) for letter in "ABCD" * 10]))
-    assert knows.startswith("Above chance: 100.0% of 40 questions right, 95 % interval 91.2% to 100.0%")
+    assert knows.startswith("Above chance: 100.0% of 40 questions correct, 95 % confidence interval 91.2% to")
     letter = interpretation(make_result([("C", "C")] * 20 + [("A", "C")] * 20))
-    assert letter.startswith("Above chance") and "always saying" in letter and "50.0%" in letter
+    assert letter.startswith("Above chance") and "always predicting C" in letter and "50.0%" in letter
 
 
-def test_a_secret_answer_is_neither_right_nor_wrong():
+def test_question_without_answer_has_nan_accuracy():
     (found,) = score_questions([make_prompt(make_item(0, ""), "C")])
     assert found.prediction == "C" and math.isnan(found.correct)

@@ -1,8 +1,8 @@
-"""--rope_scaling and --rope_factor: models that read more tokens than in training, and the loss at those positions.
+"""--rope_scaling and --rope_factor extend the context; the report contains the loss by position.
 
-Promises: every front end takes both flags, reads factor x trained tokens with them and says so; one flag alone, a
-factor out of range or a model with scaling of its own is one line; the report's loss by position is the mean over long
-documents and says which lengths no document reaches.
+Promises: every command with a model takes both flags and extends the context by the factor; one flag alone, a factor
+out of range or a model with its own scaling is a one-line error; the loss by position is the mean over long documents,
+and a note names the lengths that no document reaches.
 """
 
 import io
@@ -57,7 +57,7 @@ def test_rope_flags_extend_context_in_chat(tiny_parent, monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("script", ["2-eval.py", "eval_ceval.py", "serve_openai_api.py", "web_demo.py"])
-def test_wrong_flags_are_errors_before_a_model_is_opened(script, flags, said, monkeypatch, tmp_path):
+def test_wrong_rope_flags_are_errors_before_a_model_is_loaded(script, flags, said, monkeypatch, tmp_path):
     more = {"eval_ceval.py": ["--data", tmp_path], "2-eval.py": ["--prompt", "x"]}.get(script, [])
     with pytest.raises(UserError, match=said):
         run_script(monkeypatch, script, *more, *flags)
@@ -78,7 +78,7 @@ def scaled_checkpoint(tokenizer, tmp_path):
     return path
 
 
-def test_the_server_reads_longer_prompts(tiny_parent, scaled_checkpoint):
+def test_rope_flags_extend_context_of_server(tiny_parent, scaled_checkpoint):
     served = open_models([str(tiny_parent)], 4096, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"]
     assert served.max_model_len == 256 and len(served.text_ids("x" * 200)) == 200
     assert (
@@ -89,7 +89,7 @@ def test_the_server_reads_longer_prompts(tiny_parent, scaled_checkpoint):
         open_models([str(scaled_checkpoint)], 4096, torch.device("cpu"), rope=("linear", 4.0))
 
 
-def test_the_page_shows_the_longer_length(tiny_parent, scaled_checkpoint):
+def test_rope_flags_extend_context_in_web_demo(tiny_parent, scaled_checkpoint):
     entry = read_model_entry(tiny_parent, tiny_parent.parent)
     assert (
         with_rope_scaling(entry, None).max_seq_len == 64 and with_rope_scaling(entry, ("yarn", 4.0)).max_seq_len == 256
@@ -98,7 +98,7 @@ def test_the_page_shows_the_longer_length(tiny_parent, scaled_checkpoint):
     assert "of its own" in refused.error
 
 
-def test_a_training_run_says_how_rope_is_scaled(scaled_checkpoint, sft_dir, monkeypatch, capsys, tmp_path):
+def test_training_prints_and_saves_rope_scaling(scaled_checkpoint, sft_dir, monkeypatch, capsys, tmp_path):
     flags = ["--device", "cpu", "--batch_size", 8, "--max_steps", 1, "--init_from", scaled_checkpoint]
     run_script(monkeypatch, "3-full_sft.py", *flags, "--data_path", sft_dir, "--out_dir", tmp_path / "out")
     assert "RoPE scaling: linear x 2, 64 tokens, the length of training is not stated" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_training_run_says_how_rope_is_scaled(scaled_checkpoint, sft_dir, monk
 
 # ---- loss by position ------------------------------------------------------------------------------------------------
 def test_loss_by_position_is_the_mean_over_documents(model, tokenizer):
-    """By hand: log-probabilities of one forward pass of a document, cut at the edges."""
+    """Reference: log-probabilities of one forward pass per document, split at the edges."""
     texts = ["abcdefgh" * 9, "short", "hgfedcba" * 9]
     before = model.rope_cos.clone()
     found = length_loss(model, tokenizer, texts)
@@ -130,17 +130,15 @@ def test_loss_by_position_is_the_mean_over_documents(model, tokenizer):
     assert own["rows"][0]["loss"] == found["rows"][-1]["loss"]
 
 
-def test_positions_that_the_scaling_does_not_touch_are_equal(model, tokenizer):
-    """dynamic leaves a text as long as in training as it is; a row ends where its factor ends."""
+def test_rows_and_columns_end_at_the_reachable_lengths(model, tokenizer):
+    """A row is None beyond its factor; the columns end at the longest document."""
     found = length_loss(model, tokenizer, ["abcdefgh" * 9])
     loss = {row["rope"]: row["loss"] for row in found["rows"]}
     assert loss["linear x 2"][3] is None and loss["linear x 2"][2] is not None and None not in loss["plain"]
     assert all(math.isfinite(value) for row in loss.values() for value in row if value is not None)
     within = length_loss(model, tokenizer, ["abcdefgh" * 2])
     assert within["edges"] == [0.5, 1] and [row["rope"] for row in within["rows"]] == ["plain"]
-    assert within["note"] == (
-        "not measured at 2, 4 times the trained 16 tokens: no document has so many tokens (the longest: 16)"
-    )
+    assert within["note"] == ("not measured at 2, 4 times the trained 16 tokens: the longest document has 16 tokens")
     assert length_loss(model, tokenizer, ["abc", ""])["rows"] == []
     assert length_loss(model, tokenizer, [])["rows"] == []
 
@@ -149,11 +147,11 @@ def test_report_contains_length_loss_table(scripted_models, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     text = tmp_path / "long.jsonl"
     text.write_text(json.dumps({"text": "The sun is up. " * 30}) + "\n", encoding="utf-8")
-    place = tmp_path / "r.json"
+    json_path = tmp_path / "r.json"
     run_script(monkeypatch, "2-eval.py", "--report", scripted_models / "full_sft_64.pth", "--texts", f"en={text}",
-               "--device", "cpu", "--max_new_tokens", 3, "--json", place)  # fmt: skip
-    found = json.loads(place.read_text(encoding="utf-8"))["models"][0]["length_loss"]["en"]
-    page = place.with_suffix(".md").read_text(encoding="utf-8")
+               "--device", "cpu", "--max_new_tokens", 3, "--json", json_path)  # fmt: skip
+    found = json.loads(json_path.read_text(encoding="utf-8"))["models"][0]["length_loss"]["en"]
+    page = json_path.with_suffix(".md").read_text(encoding="utf-8")
     assert "## Loss by position" in page and "documents are not joined" in page
     assert "| RoPE (1 documents) | 0–48 (0.5x) | 48–96 (1x) | 96–192 (2x) | 192–384 (4x) |" in page
     for row in found["rows"]:

@@ -1,8 +1,8 @@
-"""2-eval.py --report: several models on one page.
+"""2-eval.py --report: comparison of several models.
 
-Promises: the same prompts in the same order for each model, one markdown page and one json page with the same figures;
-equal arguments give equal answers; no answer can break the page; what the user got wrong is said before the first model
-computes; without --judge nothing is sent anywhere.
+Promises: all models get the same prompts in the same order; the Markdown page and the json file have the same figures;
+equal arguments give equal answers; no answer can break the page; errors of the user are raised before the first model
+runs; without --judge no data is sent anywhere.
 """
 
 import io
@@ -25,7 +25,7 @@ from tests.helpers import run_process, run_script
 
 @pytest.fixture
 def run_report(scripted_models, sft_dir, monkeypatch, tmp_path):
-    """Runs `2-eval.py --report …` with a text per language and chats; returns the json page and the markdown page."""
+    """Runs `2-eval.py --report …` with a text per language and chats; returns the json and the Markdown page."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     (tmp_path / "zh.txt").write_text("今天很好。\n\n太阳很大。\n", encoding="utf-8")
     (tmp_path / "en.txt").write_text("The sun is up.\n", encoding="utf-8")
@@ -33,10 +33,11 @@ def run_report(scripted_models, sft_dir, monkeypatch, tmp_path):
     models = [scripted_models / "pretrain_64.pth", scripted_models / "full_sft_64.pth"]
 
     def run(*arguments, models=models, texts=texts, out="page"):
-        place = tmp_path / out / "r.json"
+        json_path = tmp_path / out / "r.json"
         short = ["--device", "cpu", "--dtype", "float32", "--max_new_tokens", 8]
-        run_script(monkeypatch, "2-eval.py", "--report", *models, *texts, *short, "--json", place, *arguments)
-        return json.loads(place.read_text(encoding="utf-8")), place.with_suffix(".md").read_text(encoding="utf-8")
+        run_script(monkeypatch, "2-eval.py", "--report", *models, *texts, *short, "--json", json_path, *arguments)
+        report = json.loads(json_path.read_text(encoding="utf-8"))
+        return report, json_path.with_suffix(".md").read_text(encoding="utf-8")
 
     return run
 
@@ -60,11 +61,11 @@ def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_pat
     assert second["sft_loss"]["zh"]["chats"] == second["sft_loss"]["en"]["chats"] == 4
     assert found["texts"]["zh"]["bytes"] > 20 and found["judge"] is None and found["settings"]["seed"] == 0
     assert first["tokens_per_second"] > 0 and first["batch_tokens_per_second"] > 0
-    # the same on the page for people
+    # the same figures on the Markdown page
     assert "|  | pretrain\\_64 | full\\_sft\\_64 |" in page
     assert f"| bits per byte, en | {first['bits_per_byte']['en']['bits_per_byte']:.3f} |" in page
     assert "| cut-off answers, zh / en | 16 of 16 / 16 of 16 | 0 of 16 / 0 of 16 |" in page
-    assert "What the judge says" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 42
+    assert "## Judge" not in page and "(8 tokens, cut off)" in page and page.count("### ") == 42
     answers, safety = page.split("## Safety: shown, not scored")
     assert all(prompt in answers for *_, prompt in PROMPTS) and answers.count("```text\nA巴\n```") == 32
     assert all(f"{prompt}\n→ {start}" in safety for _, prompt, start in SAFETY_PROMPTS)
@@ -72,7 +73,7 @@ def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_pat
 
 
 def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_path):
-    """A model that has said "Yes" says "but no" after it, and nothing else counts as an answer."""
+    """The model continues "Yes, go" with "but no"; no figure counts the continuation."""
     from tests.helpers import save_scripted_model
 
     path = save_scripted_model(tmp_path / "p.pth", tokenizer, ["but no"], trigger="o", max_seq_len=256)
@@ -91,8 +92,8 @@ def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_pat
     assert "## Safety" not in (tmp_path / "r.md").read_text(encoding="utf-8"), "own prompts replace the fixed ones"
 
 
-def test_an_answer_is_continued_in_its_open_turn(scripted_models, monkeypatch):
-    """The ids are those of the rendered chat up to the end of the answer that is begun."""
+def test_answer_prefix_is_continued_in_the_assistant_turn(scripted_models, monkeypatch):
+    """The prompt ids equal the rendered chat up to the end of the answer prefix."""
     from evaluation import chat_model as chat_model_module
     from tests.helpers import load_script
 
@@ -125,7 +126,7 @@ def test_equal_arguments_give_equal_answers(run_report, tmp_path):
     assert run_report("--prompt", "only", texts=[])[0]["models"][0]["answers"][0]["tokens"] == 8
 
 
-def test_report_without_names_takes_every_stage(scripted_models, monkeypatch, tmp_path):
+def test_report_without_models_compares_every_stage(scripted_models, monkeypatch, tmp_path):
     run_script(
         monkeypatch, "2-eval.py", "--report", "--out_dir", scripted_models, "--prompt", "a", "--max_new_tokens", 2
     )
@@ -143,7 +144,7 @@ def test_report_opens_no_connection(run_report, monkeypatch):
     run_report("--prompt", "a")
 
 
-def test_the_judge_is_asked_about_these_answers(run_report, monkeypatch):
+def test_report_contains_judge_table(run_report, monkeypatch):
     from evaluation import judge_client
 
     def complete_text(server, text):
@@ -160,10 +161,10 @@ def test_the_judge_is_asked_about_these_answers(run_report, monkeypatch):
         **{"score": 9, "score_error": 0, "scored": 32, "wins": 32, "ties": 0, "losses": 0, "points": 1},
     }
     assert "| full\\_sft\\_64 | 9.0 ± 0.0 | 32 | 0 | 0 | 100% |" in page and "Judge: wise\\|one at" in page
-    assert "the first place has 50%" in page
+    assert "the first answer wins 50%" in page
 
 
-def test_a_judge_that_fails_leaves_the_answers(run_report, tmp_path, monkeypatch):
+def test_report_is_written_when_the_judge_fails(run_report, tmp_path, monkeypatch):
     from evaluation import judge_client
 
     def complete_text(server, text):
@@ -182,9 +183,9 @@ def test_a_judge_that_fails_leaves_the_answers(run_report, tmp_path, monkeypatch
         (["--texts", "absent.txt"], "absent.txt"),
         (["--chats", "absent.jsonl"], "absent.jsonl"),
         (["--max_bytes", "0"], "--max_bytes: 0 is not"),
-        (["--stage", "pretrain"], "--stage does not go with --report"),
-        (["--questions", "q.jsonl"], "--questions does not go with --report"),
-        (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME go together"),
+        (["--stage", "pretrain"], "--stage cannot be combined with --report"),
+        (["--questions", "q.jsonl"], "--questions cannot be combined with --report"),
+        (["--judge", "http://a/v1"], "--judge BASE_URL and --judge_model NAME: give both or neither"),
         (["--judge", "nowhere", "--judge_model", "m"], "--judge nowhere: not an address"),
         (["--judge", "http://127.0.0.1:1/v1", "--judge_model", "m"], "is the server running?"),
         (["--prompt", "x" * 200], "the model reads at most 96"),
@@ -192,22 +193,22 @@ def test_a_judge_that_fails_leaves_the_answers(run_report, tmp_path, monkeypatch
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_arguments_are_one_line_and_nothing_is_written(run_report, arguments, says, tmp_path, capsys):
+def test_bad_arguments_are_one_line_errors_and_write_nothing(run_report, arguments, says, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         run_report(*arguments, texts=[])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_bad_models_are_errors_before_any_model_computes(run_report, scripted_models, tmp_path, capsys):
+def test_bad_models_are_errors_before_any_model_runs(run_report, scripted_models, tmp_path, capsys):
     good = scripted_models / "full_sft_64.pth"
     (tmp_path / "broken.pth").write_bytes(b"no")
     (tmp_path / "folder").mkdir()
     for bad, says in (
         (tmp_path / "absent.pth", "no checkpoint at"),
         (tmp_path / "broken.pth", "damaged or foreign"),
-        (tmp_path / "folder", "has a config.json"),
-        (good.parent / ".." / good.parent.name / good.name, "is named twice"),
+        (tmp_path / "folder", "has no config.json"),
+        (good.parent / ".." / good.parent.name / good.name, "is listed twice"),
     ):
         with pytest.raises(UserError, match=says):
             run_report(models=[good, bad])
@@ -221,7 +222,7 @@ def test_non_finite_loss_is_null_in_json(run_report, scripted_models, tmp_path):
 
     checkpoint = torch.load(scripted_models / "full_sft_64.pth", weights_only=True)
     for name in ("model.norm.weight", "lm_head.weight"):
-        checkpoint["model"][name] *= 1e30  # finite, but no logit is
+        checkpoint["model"][name] *= 1e30  # finite weights, but non-finite logits
     torch.save(checkpoint, tmp_path / "diverged.pth")
     found, _ = run_report(models=[tmp_path / "diverged.pth"])
     assert found["models"][0]["bits_per_byte"]["zh"]["bits_per_byte"] is None

@@ -1,8 +1,9 @@
-"""2-eval.py --report NAME=http://host/v1: models of other servers beside files.
+"""2-eval.py --report NAME=http://host/v1: served models in a report.
 
-Promises: the server gets the prompts and settings, once each and in order; its answers, loops, lengths and speed are
-in the table, missing figures are a dash with a reason; a server that is not there is an error before anything computes,
-one that stops answering is left out and named, and the others' report is written; the key goes into one header.
+Promises: the server gets each prompt once, in order, with the settings; its answers, repetition, lengths and speed are
+in the report, and missing figures are a dash with a reason; an unreachable server is an error before any model runs; a
+server that stops answering is left out and named, and the report of the other models is written; the key is sent in
+one header only.
 """
 
 import io
@@ -19,7 +20,7 @@ from tests.helpers import run_process, run_script
 
 @pytest.fixture
 def served_models(stub_server, monkeypatch):  # noqa: F811
-    """A server with two models; the answer is the prompt said twice."""
+    """A server with two models, whose answer is the prompt repeated twice."""
     monkeypatch.delenv("REPORT_API_KEY", raising=False)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     stub_server.models, stub_server.tokens, stub_server.reply = ["first", "second"], 7, lambda text: text + text
@@ -31,16 +32,17 @@ def run_report(scripted_models, monkeypatch, tmp_path):
     (tmp_path / "en.txt").write_text("The sun is up.\n", encoding="utf-8")
 
     def run(*models, flags=(), texts=True):
-        place = tmp_path / "page" / "r.json"
+        json_path = tmp_path / "page" / "r.json"
         flags = [*(["--texts", f"en={tmp_path / 'en.txt'}"] if texts else []), *flags]
-        short = ["--device", "cpu", "--dtype", "float32", "--max_new_tokens", 8, "--json", place]
+        short = ["--device", "cpu", "--dtype", "float32", "--max_new_tokens", 8, "--json", json_path]
         run_script(monkeypatch, "2-eval.py", "--report", *models, *short, *flags)
-        return json.loads(place.read_text(encoding="utf-8")), place.with_suffix(".md").read_text(encoding="utf-8")
+        report = json.loads(json_path.read_text(encoding="utf-8"))
+        return report, json_path.with_suffix(".md").read_text(encoding="utf-8")
 
     return run
 
 
-def test_a_served_model_and_a_file_are_in_one_report(served_models, run_report, scripted_models, capsys):
+def test_report_compares_served_and_local_model(served_models, run_report, scripted_models, capsys):
     found, page = run_report(scripted_models / "full_sft_64.pth", f"other={served_models.url}")
     ours, other = found["models"]
     assert (other["label"], other["stage"], other["path"]) == ("other", "served", f"{served_models.url}#first")
@@ -57,12 +59,12 @@ def test_a_served_model_and_a_file_are_in_one_report(served_models, run_report, 
     row = next(line for line in page.splitlines() if line.startswith("| bits per byte, en"))
     assert row.endswith("| – |") and not row.startswith("| bits per byte, en | –")
     assert "- other: bits per byte and SFT loss need the log-probabilities of given text" in page
-    assert "- other: safety prompts need an answer that is already begun" in page
+    assert "- other: safety prompts need an answer prefix" in page
     assert "tokens/s, all answers in one batch" in page and "**other** (7 tokens)" in page
     assert f"other: first at {served_models.url}" in capsys.readouterr().out
 
 
-def test_the_model_may_be_named_and_extra_settings_are_sent(served_models, run_report):
+def test_model_is_selected_and_extra_settings_are_sent(served_models, run_report):
     flags = ["--top_k", 5, "--repetition_penalty", 1.1, "--system", "Be brief.", "--prompt", "Hi"]
     found, page = run_report(f"b={served_models.url}/#second", flags=flags, texts=False)
     (body,) = served_models.seen
@@ -72,24 +74,24 @@ def test_the_model_may_be_named_and_extra_settings_are_sent(served_models, run_r
     assert found["models"][0]["path"] == f"{served_models.url}#second"
 
 
-def test_settings_that_the_server_refuses_are_left_out_and_named(served_models, run_report):
+def test_rejected_settings_are_omitted_and_named(served_models, run_report):
     served_models.errors = [(200, {}, ""), (422, {}, error_body("body.top_k: extra inputs are not permitted"))]
     found, page = run_report(f"b={served_models.url}#m", flags=["--top_k", 5, "--prompt", "Hi"], texts=False)
     assert ["top_k" in body for body in served_models.seen] == [True, False]
-    assert "- b: the server refused top\\_k: its answers are drawn without." in page
+    assert "- b: the server rejected top\\_k: its answers are sampled without." in page
     assert found["models"][0]["answers"][0]["answer"] == "HiHi"
 
 
-def test_a_server_that_does_not_count_tokens(served_models, run_report):
+def test_server_without_token_counts(served_models, run_report):
     served_models.tokens = None
     found, page = run_report(f"b={served_models.url}", flags=["--prompt", "Hi"], texts=False)
     assert found["models"][0]["tokens_per_second"] is None
     assert "| tokens/s, one answer at a time | – |" in page and "(tokens not counted)" in page
-    assert "- b: the server does not count tokens, so there is no speed." in page
+    assert "- b: the server does not count tokens, so the speed is unknown." in page
 
 
 @pytest.mark.parametrize("named", ["flag", "variable"])
-def test_the_key_goes_into_one_header(served_models, run_report, monkeypatch, tmp_path, capsys, named):
+def test_key_is_sent_in_one_header_only(served_models, run_report, monkeypatch, tmp_path, capsys, named):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-judge")
     flags = ["--prompt", "Hi"]
     if named == "flag":
@@ -102,11 +104,11 @@ def test_the_key_goes_into_one_header(served_models, run_report, monkeypatch, tm
     assert "sk-" not in written + capsys.readouterr().out + json.dumps(served_models.seen)
 
 
-def test_a_server_that_stops_answering_is_left_out_of_the_report(served_models, run_report, scripted_models, tmp_path):
+def test_server_that_stops_answering_is_left_out(served_models, run_report, scripted_models, tmp_path):
     def reply(text):
         if len(served_models.seen) == 3:
             served_models.errors = [(500, {}, "boom")] * 6
-        return '{"score": 5}' if "=====" in text else text  # the judge's, or an answer
+        return '{"score": 5}' if "=====" in text else text  # a verdict of the judge, else an answer
 
     served_models.reply = reply
     with pytest.raises(UserError) as error:
@@ -124,7 +126,7 @@ def test_a_server_that_stops_answering_is_left_out_of_the_report(served_models, 
     assert [model["label"] for model in found["models"]] == ["full_sft_64"] and "other" in found["failed"]
     assert len(found["models"][0]["answers"]) == 32 and found["judge"] is not None
     page = (tmp_path / "page" / "r.md").read_text(encoding="utf-8")
-    assert "- other: left out, it stopped answering: " in page and "**other**" not in page
+    assert "- other: left out because its server stopped answering: " in page and "**other**" not in page
 
 
 def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path):
@@ -139,8 +141,8 @@ def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path
     [
         (["{url}"], "give the served model a name, as NAME={url}"),
         (["=http://a/v1"], "give the served model a name"),
-        (["a={url}", "a={url}#second"], "two models are called a"),
-        (["full_sft_64={url}", "{file}"], "two models are called full_sft_64"),
+        (["a={url}", "a={url}#second"], "two models are named a"),
+        (["full_sft_64={url}", "{file}"], "two models are named full_sft_64"),
         (["a=http://a:b/v1"], "--report a http://a:b/v1: not an address"),
         (["a=http://me:sk-secret@127.0.0.1/v1"], "a key, which belongs in REPORT_API_KEY"),
         (["a=http://127.0.0.1:1/v1", "{file}"], "--report a http://127.0.0.1:1/v1: no answer"),
@@ -149,30 +151,30 @@ def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_bad_names_and_addresses_are_errors_before_anything_computes(
+def test_bad_names_and_addresses_are_errors_before_any_model_runs(
     served_models, run_report, scripted_models, tmp_path, capsys, models, says
 ):
     if "lists no models" in says:
         served_models.models = []
-    place = {"url": served_models.url, "file": scripted_models / "full_sft_64.pth"}
+    fields = {"url": served_models.url, "file": scripted_models / "full_sft_64.pth"}
     with pytest.raises(UserError) as error:
-        run_report(*(model.format(**place) for model in models))
-    assert says.format(**place) in str(error.value) and "\n" not in str(error.value) and "sk-" not in str(error.value)
+        run_report(*(model.format(**fields) for model in models))
+    assert says.format(**fields) in str(error.value) and "\n" not in str(error.value) and "sk-" not in str(error.value)
     assert not served_models.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
-def test_wrong_keys_and_settings_are_errors_at_once(served_models, run_report):
+def test_wrong_keys_and_settings_are_errors(served_models, run_report):
     served_models.errors = [(401, {}, error_body("no key"))]
-    with pytest.raises(UserError, match=r"401: it refuses the key: give --report_api_key KEY or set REPORT_API_KEY"):
+    with pytest.raises(UserError, match=r"401: the server rejects the key: give --report_api_key KEY or set REPORT"):
         run_report(f"a={served_models.url}")
     with pytest.raises(UserError, match="--temperature: -1 is not a number of at least 0"):
         run_report(f"a={served_models.url}", flags=["--temperature", "-1"])
     shown = run_process(sys.executable, "2-eval.py", "--prompt", "a", "--report_api_key", "x")
-    assert shown.returncode == 2 and "--report_api_key belongs to --report" in shown.stderr
+    assert shown.returncode == 2 and "--report_api_key needs --report" in shown.stderr
 
 
-def test_our_own_server_gives_the_answers_of_the_file(tokenizer, tmp_path, monkeypatch, run_report):
-    """The same model, opened here and served: equal greedy answers, finish reasons and token counts."""
+def test_own_server_gives_the_answers_of_the_local_model(tokenizer, tmp_path, monkeypatch, run_report):
+    """The same model, local and served: equal greedy answers, finish reasons and token counts."""
     pytest.importorskip("uvicorn")
     from tests.serving.server_help import run_server, save_random_model
 

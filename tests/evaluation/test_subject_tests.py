@@ -1,8 +1,7 @@
-"""Strong and weak subjects: those that differ are named, and luck alone names none.
+"""Strong and weak subjects are those that differ significantly, with a family-wise error rate of 5 %.
 
-Promises: the tests equal counts by hand; a model that knows one
-subject is strong in that one alone; a model that guesses, or is equally good everywhere, has no strong or weak subject
-in at least 95 of 100 exams.
+Promises: the p-values equal an enumeration; a model that knows one subject is strong in that subject only; a model that
+guesses, or is equally good in all subjects, has no strong or weak subject in at least 95 of 100 exams.
 """
 
 import random
@@ -22,7 +21,7 @@ def make_result(subjects):
 
 
 def random_result(rng, chances, questions=20):
-    """An exam of so many questions a subject, each right with the chance of its subject."""
+    """An exam with `questions` per subject; `chances`: the probability of a correct answer in each subject."""
     return make_result(
         {f"s{i}": (sum(rng.random() < p for _ in range(questions)), questions) for i, p in enumerate(chances)}
     )
@@ -38,22 +37,22 @@ def test_fisher_p_value_equals_enumeration():
         assert fisher_p_value(right, 12, 80 - right, 300) == pytest.approx(expected, rel=1e-9)
 
 
-def test_holms_method_steps_down():
+def test_holm_rejects_step_by_step():
     assert holm_rejections([0.01, 0.04, 0.03, 0.005]) == [
         True,
         False,
         False,
         True,
-    ]  # Holm's limits 0.0125, 0.0167, 0.025, 0.05
+    ]  # Holm's thresholds 0.0125, 0.0167, 0.025, 0.05
     assert (
         holm_rejections([0.04, 0.9], 0.05) == [False, False]
         and holm_rejections([0.04], 0.05) == [True]
         and holm_rejections([]) == []
     )
-    assert holm_rejections([0.01, 0.02, 0.04]) == [True, True, True], "Bonferroni would reject one"
+    assert holm_rejections([0.01, 0.02, 0.04]) == [True, True, True], "Bonferroni rejects only one"
 
 
-def test_a_model_that_knows_one_subject_is_strong_in_it():
+def test_single_known_subject_is_strong():
     rng = random.Random(0)
     for _ in range(20):
         found = find_strengths(random_result(rng, [0.95] + [0.25] * 51))
@@ -63,18 +62,19 @@ def test_a_model_that_knows_one_subject_is_strong_in_it():
     said = strengths_interpretation(found)
     assert said.startswith("Strong subjects: law 95.0% (76.4% to 99.1%). Weak subjects: none.")
     assert (
-        "1 of 52 subjects are above guessing (52 subjects tested at once, exact tests, Holm's correction, 5%)" in said
+        "1 of 52 subjects are above the random baseline "
+        "(52 subjects, exact tests, Holm's correction, significance level 5%)" in said
     )
 
 
-def test_a_model_that_knows_all_but_one_subject_is_weak_in_it():
+def test_single_unknown_subject_is_weak():
     found = find_strengths(make_result({"logic": (4, 20), **{f"s{i}": (16, 20) for i in range(20)}}))
     assert [one.name for one in found.weak] == ["logic"] and not found.strong and len(found.above_guessing) == 20
     assert "Strong subjects: none. Weak subjects: logic 20.0% (8.1% to 41.6%)." in strengths_interpretation(found)
 
 
 def test_below_guessing_is_not_strong():
-    """Better than the others, and no better than guessing."""
+    """More accurate than the other subjects, but not above the random baseline."""
     found = find_strengths(make_result({"law": (13, 50), **{f"s{i}": (0, 50) for i in range(9)}}))
     assert not found.strong and not found.above_guessing
 
@@ -89,7 +89,7 @@ def test_family_wise_error_rate_is_at_most_5_percent(chance, questions):
         alarms += bool(found.strong or found.weak)
         above += bool(found.above_guessing)
         if not found.strong and not found.weak:
-            assert strengths_interpretation(found).startswith("No subject differs from the others; ")
+            assert strengths_interpretation(found).startswith("No subject differs significantly from the others; ")
     assert alarms <= 0.05 * exams + 3 * (0.05 * 0.95 * exams) ** 0.5
     assert chance > 0.25 or above <= 0.05 * exams + 3 * (0.05 * 0.95 * exams) ** 0.5
 

@@ -1,7 +1,7 @@
-"""A conversation on the terminal: what the model is told, what the commands do, and what Ctrl-C stops.
+"""The terminal chat: prompts, commands and Ctrl-C.
 
-Promises: history grows, is forgotten, is as long as asked for; a question that is too long is refused and not
-remembered; Ctrl-C stops the answer only, also in a real terminal; what /save writes can be trained on.
+Promises: the history grows, can be cleared and limited; a question longer than the context is an error and is not added
+to the history; Ctrl-C stops only the answer, also in a real terminal; /save writes training data.
 """
 
 import json
@@ -51,7 +51,7 @@ def type_lines(monkeypatch):
 
 @pytest.fixture
 def model_inputs(monkeypatch):
-    """What the model was told, message by message."""
+    """The contents of the messages of each prompt."""
     inputs = []
 
     def stream_answer(chat_model, messages, interruptible=False, original=ChatModel.stream_answer):
@@ -62,7 +62,7 @@ def model_inputs(monkeypatch):
     return inputs
 
 
-def test_history_grows_and_is_forgotten(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
+def test_history_grows_and_is_cleared(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
     type_lines("你好", "再说", "/help", "", "x" * 300, "/reset", "new")
     run_terminal_chat(make_chat_model(), tmp_path)
     assert model_inputs == [["你好"], ["你好", "A巴", "再说"], ["你好", "A巴", "再说", "A巴", "x" * 300], ["new"]]
@@ -78,7 +78,7 @@ def test_history_command_limits_turns(make_chat_model, type_lines, model_inputs,
     assert model_inputs == [["a"], ["a", "A巴", "b"], ["c"], ["b", "A巴", "c", "A巴", "d"], everything]
 
 
-def test_history_leaves_room_for_an_answer(make_chat_model):
+def test_history_is_truncated_to_fit_the_answer(make_chat_model):
     chat_model = make_chat_model("--system", "S")
     turns = [{"role": role, "content": "说" * 3} for _ in range(4) for role in ("user", "assistant")]
     ids = chat_model.prompt_ids([*turns, {"role": "user", "content": "q"}])
@@ -97,16 +97,16 @@ def test_commands_change_sampling_settings(make_chat_model, type_lines, capsys, 
     assert (settings.temperature, settings.top_k, settings.seed, settings.max_new_tokens) == (0.5, 7, None, 1)
     assert chat_model.system == [] and chat_model.answers[0]["finish_reason"] == "length"
     shown = capsys.readouterr().out
-    assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is no number]" in shown
-    assert "[/top_k: 1.5 is no whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
-    assert "[a system message stands in front]" in shown and "/reset  " in shown
+    assert "[/temperature: must be at least 0, not -1.0]" in shown and "[/temperature: hot is not a number]" in shown
+    assert "[/top_k: 1.5 is not a whole number]" in shown and "[temperature 0.5, top_k 7, top_p 0.9" in shown
+    assert "[system message set]" in shown and "/reset  " in shown
 
 
-def test_retry_draws_the_last_answer_again(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
+def test_retry_samples_the_last_answer_again(make_chat_model, type_lines, model_inputs, capsys, tmp_path):
     type_lines("/retry", "a", "b", "/retry")
     run_terminal_chat(make_chat_model(), tmp_path)
     assert model_inputs == [["a"], ["a", "A巴", "b"], ["a", "A巴", "b"]]
-    assert "[nothing has been said yet]" in capsys.readouterr().out
+    assert "[the conversation is empty]" in capsys.readouterr().out
 
 
 def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsys, tmp_path):
@@ -114,7 +114,7 @@ def test_saved_chat_is_readable_training_data(make_chat_model, type_lines, capsy
     type_lines("/save", "你好", "/system S", "b", f"/save {file}", f"/save {file}", "/save")
     run_terminal_chat(make_chat_model(), tmp_path)
     shown = capsys.readouterr().out
-    assert "[nothing has been said yet]" in shown and f"[written: {file}]" in shown and "is there already" in shown
+    assert "[the conversation is empty]" in shown and f"[written: {file}]" in shown and "exists already" in shown
     (chat,) = read_chats([file], DataStats())
     assert [(m["role"], m["content"]) for m in chat.messages] == [
         *(("system", "S"), ("user", "你好"), ("assistant", "A巴"), ("user", "b"), ("assistant", "A巴")),
@@ -129,7 +129,7 @@ def test_pretrained_model_continues_text_and_saves_it(make_chat_model, type_line
     assert [document.text for document in read_texts([tmp_path / "t.jsonl"], DataStats())] == ["xParis"]
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(make_chat_model, type_lines, monkeypatch, capsys, tmp_path):
+def test_ctrl_c_stops_only_the_answer(make_chat_model, type_lines, monkeypatch, capsys, tmp_path):
     def interrupted(*arguments):
         answer = arguments[-1]
         answer.text = "half"
@@ -150,7 +150,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(make_chat_model, type_lines, mo
     chat.send_message("a")
     assert [message["content"] for message in chat.messages] == ["a", "half"]
     monkeypatch.setattr(chat_model_module, "stream", at_once)
-    chat.send_message("b")  # nothing was said: as if it had not been asked
+    chat.send_message("b")  # no text yet: the question is not added
     chat.retry()
     assert [message["content"] for message in chat.messages] == ["a", "half"]
     with pytest.raises(UserError, match="the question is empty"):
@@ -162,7 +162,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(make_chat_model, type_lines, mo
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
 def test_ctrl_c_in_a_real_terminal(tokenizer, tmp_path):
-    """A model that never ends its answer; one Ctrl-C ends the answer, then it answers again and leaves on /exit."""
+    """With a model that never stops: Ctrl-C ends an answer, the next question is answered, /exit quits."""
     import torch
 
     from model.checkpoint import save_model

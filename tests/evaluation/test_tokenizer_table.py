@@ -1,7 +1,7 @@
-"""train_tokenizer.py --compare: tokenizers of any kind on the same text.
+"""train_tokenizer.py --compare: compression of tokenizers on the same text.
 
-Promises: the counts are those of the libraries themselves, document by document, without special tokens; unknown
-tokens are shown; rows are sorted; bad folders and files are one line.
+Promises: the counts equal those of the libraries per document, without special tokens; unknown tokens are counted; rows
+are sorted; invalid folders and files are one-line errors.
 """
 
 import json
@@ -21,7 +21,7 @@ TEXTS = [*made_up_text("zh", 12, 5), *made_up_text("en", 12, 5), "<|im_end|> is 
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """Ours (a byte a token), one of whole words with an unknown token, a SentencePiece model, and the text."""
+    """A byte-level tokenizer, a word-level one with an unknown token, a SentencePiece model, and the text."""
     from sentencepiece import SentencePieceTrainer
 
     folder = tmp_path_factory.mktemp("compare")
@@ -42,7 +42,7 @@ def folder(tokenizer, tmp_path_factory):
 
 
 def reference_counts(encode, unknown):
-    """Straight from the library, one document at a time: characters per token zh, en, bytes per token, unknown."""
+    """[characters per token zh, en, bytes per token, unknown] from the library, one document at a time."""
     ids = [encode(text) for text in TEXTS]
     sums = []
     for lang in ("zh", "en"):
@@ -52,7 +52,7 @@ def reference_counts(encode, unknown):
     return [*sums, sum(len(text.encode()) for text in TEXTS) / tokens, sum(row.count(unknown) for row in ids) / tokens]
 
 
-def test_counts_are_those_of_the_libraries(folder, tokenizer):
+def test_counts_equal_the_libraries(folder, tokenizer):
     from sentencepiece import SentencePieceProcessor
 
     texts = read_texts_by_language([str(folder / "text.txt")])
@@ -77,7 +77,7 @@ def test_counts_are_those_of_the_libraries(folder, tokenizer):
             row.unknown_fraction,
         ]
         assert found == pytest.approx(expected), name
-    assert rows[str(folder / "ours")].bytes_per_token == 1, "a byte a token"
+    assert rows[str(folder / "ours")].bytes_per_token == 1, "one byte per token"
     assert rows[str(folder / "words")].unknown_fraction > 0.5 and rows[str(folder / "pieces")].unknown_fraction == 0
 
 
@@ -101,13 +101,13 @@ def test_compare_defaults_to_demo_world_text(folder, monkeypatch, capsys):
     assert "built-in demo world" in said and "--compare_on" in said and "1.000" in said
 
 
-def test_a_language_that_does_not_occur_is_a_dash(folder, monkeypatch, capsys, tmp_path):
+def test_absent_language_is_a_dash(folder, monkeypatch, capsys, tmp_path):
     (tmp_path / "en.jsonl").write_text(json.dumps({"text": "only English"}) + "\n", encoding="utf-8")
     run_script(monkeypatch, "train_tokenizer.py", "--compare", folder / "ours", "--compare_on", tmp_path / "en.jsonl")
     assert "–" in capsys.readouterr().out
 
 
-def test_bad_folders_and_flags_are_one_line(folder, monkeypatch, tmp_path):
+def test_bad_folders_and_flags_are_one_line_errors(folder, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir(), (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "tokenizer.json").write_text("{oops", encoding="utf-8")
     (tmp_path / "torn.model").write_bytes(b"no model")

@@ -125,7 +125,7 @@ def test_set_command_changes_sampling_in_a_chat(make_chat_model, monkeypatch, ca
     shown = capsys.readouterr().out
     assert "[temperature 0.0, top_k 0" in shown and "num_beams 4" in shown and "\nhi\n" in shown
     assert "[/num_beams: must be from 1 to 8, not 9]" in shown
-    assert "[/no_repeat_ngram_size: 1.5 is no whole number]" in shown
+    assert "[/no_repeat_ngram_size: 1.5 is not a whole number]" in shown
     assert settings_of(chat_model) == {**PLAIN, **SEARCH} and chat_model.settings.length_penalty == 0.5
     lines = iter(["/temperature 0.9", "/exit"])
     run_terminal_chat(chat_model, tmp_path)

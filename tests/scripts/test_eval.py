@@ -1,9 +1,8 @@
-"""2-eval.py: which model it takes, how it asks, how it counts, and what it says to bad input.
+"""2-eval.py: selection of the model, prompts, accuracy on questions, and errors.
 
-Promises: the last stage of the chain is taken, never the newest file; a chat model gets the rendered question, a
-pretrained one the bare text; a score counts what the model itself said, by the rule that --help states; the
-bad input is one line and exit code 2. The conversation: ../evaluation/test_terminal_chat.py, the report:
-../evaluation/test_report.py.
+Promises: the default is the latest stage, not the newest file; a chat model gets the rendered question, a pretrained
+model the bare text; only the model's own answer is scored, by the rule in --help; bad input is a one-line error with
+exit code 2. Conversations: ../evaluation/test_terminal_chat.py; reports: ../evaluation/test_report.py.
 """
 
 import io
@@ -70,8 +69,8 @@ def test_non_interactive_run_answers_fixed_prompts(out, monkeypatch, capsys):
     assert all(f"> {prompt}\nA巴\n" in shown for prompt in SCRIPT_PROMPTS) and len(SCRIPT_PROMPTS) == 16
 
 
-def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
-    import evaluation.chat_model as speaker
+def test_history_makes_prompts_one_conversation(out, monkeypatch, tmp_path):
+    from evaluation import chat_model
 
     model_inputs = []
 
@@ -80,7 +79,7 @@ def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
         answer.text = "ok"
         yield "ok"
 
-    monkeypatch.setattr(speaker, "stream", stream)
+    monkeypatch.setattr(chat_model, "stream", stream)
     prompts = write(tmp_path / "p.txt", "a", "b", "c")
     run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts)
     run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--prompts", prompts, "--history", 1)
@@ -89,7 +88,7 @@ def test_prompts_can_be_one_conversation(out, monkeypatch, tmp_path):
     assert "user\na<" not in model_inputs[5] and "user\nb<" in model_inputs[5]
 
 
-def test_the_fixed_prompts_are_of_every_kind_in_both_languages():
+def test_fixed_prompts_cover_every_kind_in_both_languages():
     from corpus.language import detect_language
 
     kinds = {kind for _, kind, _ in PROMPTS}
@@ -101,7 +100,7 @@ def test_the_fixed_prompts_are_of_every_kind_in_both_languages():
     assert not odd and {kind for _, kind, text in PROMPTS if text in SCRIPT_PROMPTS} == kinds
 
 
-def test_questions_are_counted(out, monkeypatch, capsys, tmp_path):
+def test_accuracy_by_language_and_kind(out, monkeypatch, capsys, tmp_path):
     questions = write(
         tmp_path / "q.jsonl",
         QUESTION,
@@ -123,7 +122,7 @@ def test_questions_are_counted(out, monkeypatch, capsys, tmp_path):
     assert "66.7% (2 of 3)" in shown and "0.7% (1 of 151)" in shown
 
 
-def test_a_pretrained_model_is_asked_in_plain_text(out, monkeypatch, tmp_path):
+def test_pretrained_model_gets_question_as_plain_text(out, monkeypatch, tmp_path):
     questions = write(tmp_path / "q.jsonl", {"question": "Capital?", "keys": ["Paris"]})
     options = ["--out_dir", out, "--stage", "pretrain", "--json", tmp_path / "r.json"]
     run_script(monkeypatch, "2-eval.py", *options, "--questions", questions)
@@ -166,8 +165,8 @@ def test_is_correct_matches_whole_keys(answer, keys, right):
     ("arguments", "says"),
     [
         (["--prompt", "a", "--history", "-1"], "--history: -1 is not"),
-        (["--prompt", "a", "--judge_model", "x"], "--judge_model belongs to --report"),
-        (["--chats", "x"], "--chats belongs to --report"),
+        (["--prompt", "a", "--judge_model", "x"], "--judge_model needs --report"),
+        (["--chats", "x"], "--chats needs --report"),
         (["--prompt", "  "], "--prompt is empty"),
         (["--prompts", "absent.txt"], "cannot read absent.txt"),
         (["--prompt", "a", "--stage", "nonsense"], "choose from pretrain"),
@@ -181,7 +180,7 @@ def test_is_correct_matches_whole_keys(answer, keys, right):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_arguments_are_one_line(out, monkeypatch, arguments, says):
+def test_bad_arguments_are_one_line_errors(out, monkeypatch, arguments, says):
     if says is None:
         run_script(monkeypatch, "2-eval.py", "--out_dir", out, *arguments)
         return
@@ -195,8 +194,8 @@ def test_bad_arguments_are_one_line(out, monkeypatch, arguments, says):
     [
         ("{oops", ":2: not JSON"),
         ("[" * 100_000, ":2: not JSON"),
-        ("[1]", ":2: a line needs"),
-        ('{"question": 3, "keys": ["a"]}', ":2: a line needs"),
+        ("[1]", ":2: expected"),
+        ('{"question": 3, "keys": ["a"]}', ":2: expected"),
         ('{"question": " ", "keys": ["a"]}', ":2: question is empty"),
         ('{"question": "a"}', ":2: keys must be"),
         ('{"question": "a", "keys": []}', ":2: keys must be"),
@@ -206,7 +205,7 @@ def test_bad_arguments_are_one_line(out, monkeypatch, arguments, says):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_lines_are_named(out, monkeypatch, tmp_path, line, says):
+def test_bad_line_error_names_file_and_line(out, monkeypatch, tmp_path, line, says):
     path = write(tmp_path / "q.jsonl", QUESTION, line)
     with pytest.raises(UserError) as error:
         run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", path, "--json", tmp_path / "r.json")
@@ -241,7 +240,7 @@ def test_stage_and_checkpoint_must_agree(out, monkeypatch):
         run_script(monkeypatch, "2-eval.py", *options)
 
 
-def test_help_is_quick_and_errors_are_one_line(tmp_path):
+def test_help_is_fast_and_errors_are_one_line(tmp_path):
     before = child_cpu_seconds()
     shown = run_process(sys.executable, "2-eval.py", "--help")
     assert child_cpu_seconds() - before < 2
@@ -251,8 +250,8 @@ def test_help_is_quick_and_errors_are_one_line(tmp_path):
     assert failed.stderr.startswith("error: no pretrain_*.pth") and failed.stderr.count("\n") == 1
 
 
-def test_odd_bytes_on_the_command_line_and_a_narrow_console(out):
-    """Half a character in --prompt, and a console that cannot show Chinese: no traceback."""
+def test_invalid_utf8_argument_and_ascii_console(out):
+    """An incomplete UTF-8 character in --prompt and a console without Chinese: no traceback."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     command = [sys.executable, "2-eval.py", "--out_dir", str(out), "--prompt", b"a\xe4\xbd"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60)

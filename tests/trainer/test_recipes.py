@@ -101,7 +101,7 @@ def test_data_scaling_writes_table_and_plot(run_scaling, capsys):
         table = list(csv.DictReader(file))
     assert [row["share"] for row in table] == ["0.25", "1.0"] and float(table[0]["val_loss_zh"]) > 0
     text = (folder / "data_study.md").read_text(encoding="utf-8")
-    assert text.count("\n|") == 4 and "25 %" in text and "right en" in text
+    assert text.count("\n|") == 4 and "25 %" in text and "accuracy en" in text
     assert (folder / "data_study.png").stat().st_size > 5000
     shown = capsys.readouterr().out
     assert "25 %" in shown and str(folder) in shown
@@ -118,7 +118,7 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     capsys.readouterr()
     run_scaling("0.5,1.0")
     assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns == first, "not trained again"
-    assert "50 %: done before" in capsys.readouterr().out
+    assert "50 %: already trained" in capsys.readouterr().out
     run_scaling("0.5", "--learning_rate", 1e-3)
     assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns != first, "other settings: trained anew"
     train = data_scaling.train
@@ -130,7 +130,7 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     monkeypatch.setattr(data_scaling, "train", train_and_stop)
     (folder / "share_0.5" / "study.json").unlink()
     run_scaling("0.5,1.0", "--learning_rate", 1e-3)
-    assert "run again to go on" in capsys.readouterr().out
+    assert "run again to resume" in capsys.readouterr().out
     assert (folder / "share_0.5" / "full_sft_32.resume").exists()
     assert "row" not in json.loads((folder / "share_0.5" / "study.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(data_scaling, "train", train)
