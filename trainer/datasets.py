@@ -42,9 +42,8 @@ def check_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
     command = PREPARE_COMMANDS[kind]
     if meta["kind"] != kind:
         raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `{command}`")
-    expected = (
-        tokenizer.fingerprint if kind == "pretrain" else tokenizer.rendering_fingerprint
-    )  # chats also depend on the chat format
+    # Tokens of chats also depend on the chat format.
+    expected = tokenizer.fingerprint if kind == "pretrain" else tokenizer.rendering_fingerprint
     if meta.get("tokenizer") != expected or meta.get("vocab_size", 0) > tokenizer.vocab_size:
         raise UserError(
             f"{folder} was made with tokenizer {meta.get('tokenizer')}, the model has {expected}: "

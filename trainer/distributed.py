@@ -149,7 +149,6 @@ def process_group(dist: DistContext, timeout: float) -> Iterator[None]:
         if heartbeat:
             heartbeat.stop(state)
         failed = heartbeat is not None and heartbeat.state == "failed"
-        if torch.distributed.is_initialized() and not (
-            failed and dist.device.type == "cuda"
-        ):  # NCCL would wait for the lost ranks
+        # After a failure NCCL would wait for the lost ranks.
+        if torch.distributed.is_initialized() and not (failed and dist.device.type == "cuda"):
             torch.distributed.destroy_process_group()

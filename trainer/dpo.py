@@ -34,10 +34,8 @@ from trainer.distributed import DistContext
 from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
 from trainer.metrics import MetricRow
 
-REFERENCE_TOLERANCE, LOW_PRECISION_TOLERANCE = (
-    0.01,
-    0.05,
-)  # relative tolerance of the first loss: in fp32 (or TF32), in bf16 and fp16
+REFERENCE_TOLERANCE = 0.01  # of the first loss in fp32 (or TF32); relative if the loss is above 1
+LOW_PRECISION_TOLERANCE = 0.05  # the same in bf16 and fp16
 REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, max_new_tokens per answer
 LANGUAGE_MIX_TOLERANCE = 0.25  # largest difference of the fractions of Chinese rows without a warning
 
@@ -137,9 +135,8 @@ def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: T
 
     values = {
         "reward_accuracy": (margin > 0).float(),
-        "chosen_preferred": prefers_chosen(
-            log_probs
-        ),  # log p per token of chosen > rejected, under pi; the next entry is the same under pi_ref
+        # Whether log p per token of chosen is above that of rejected: under pi, and under pi_ref ("before" training).
+        "chosen_preferred": prefers_chosen(log_probs),
         "chosen_preferred_before": prefers_chosen(batch["reference"]),
         "reward_margin": margin.detach(),
         "chosen_logp": chosen,
@@ -162,9 +159,8 @@ def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[st
     pairs_fraction = chinese_fraction(folder)
     chats = next((Path(entry["data"]) for entry in reversed(lineage) if entry.get("stage") == "full_sft"), None)
     try:
-        chats_fraction = (
-            chinese_fraction(chats / Path(folder).name) if chats else None
-        )  # the token folder tokens-<tokenizer> has the same name in both data folders
+        # The token folder tokens-<tokenizer> has the same name in both data folders.
+        chats_fraction = chinese_fraction(chats / Path(folder).name) if chats else None
     except (UserError, KeyError):
         chats_fraction = None
     if chats_fraction is None:

@@ -62,9 +62,8 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
     elif not stage.lineage:
         check_first_loss(dist, args, stage, sampler, engine)
     batches = MicroBatches(stage.data, sampler, args.batch_size, dist.rank, dist.world_size)
-    end = (
-        train_state.step if train_state.objection else total
-    )  # after an early stop only the final validation and save are missing
+    # If the saved run had stopped early, only its final validation and save are missing.
+    end = train_state.step if train_state.objection else total
     logger = open_metric_logger(dist, args, stage, path, total, train_state.step)
     writer = CheckpointWriter(dist, path, is_resuming=saved_state is not None)
     guard = NonFiniteGuard(dist, args, stage, sampler, logger)
@@ -89,10 +88,8 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
         return ""
 
     timer = TrainingTimer(args.max_minutes, train_state.step / max(total, 1), train_state.seconds)
-    pause_reason, stop_reason = (
-        "",
-        train_state.objection,
-    )  # why the run ends early: resumable (signal, time limit), or final (early stop)
+    # Why the run ends before its last step: pause_reason can be resumed (signal, time limit), stop_reason is final.
+    pause_reason, stop_reason = "", train_state.objection
     is_save_due = is_stopped = False
     try:
         with dist.graceful_shutdown():
@@ -169,9 +166,8 @@ def train_step(
     not finite), and the sums that compute_loss returns.
     """
     num_targets = dist.all_reduce_sum([float(sum(map(stage.count_targets, batches)))])[0]
-    loss_scale = dist.world_size / max(
-        num_targets, 1.0
-    )  # times world_size, because engines average gradients over processes
+    # 1 / N, times world_size because engines average gradients over processes.
+    loss_scale = dist.world_size / max(num_targets, 1.0)
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real_tokens": 0.0, "positions": 0.0}
     for i, batch in enumerate(batches):
         loss, count, extras = engine.forward_backward(

@@ -51,9 +51,8 @@ class NonFiniteGuard:
         self.is_untrained = not stage.lineage
         self.has_grad_scaler = dist.dtype == torch.float16
         self.losses: deque[float] = deque(maxlen=MEAN_WINDOW)  # of the last steps that were not skipped
-        self.num_steps = self.num_trained = self.num_skipped = (
-            0  # steps of this process: all, not skipped, skipped in a row up to now
-        )
+        # Steps of this process: all, not skipped, skipped in a row up to now.
+        self.num_steps = self.num_trained = self.num_skipped = 0
         self.saved_step = 0  # the step of the newest step folder
         self.train_state = TrainState()
         self.step_problem = ""  # why the state after the last step is not valid, or ""

@@ -37,11 +37,11 @@ CUDA_CONTEXT = 0.8e9  # bytes of the CUDA context: MindLLM's two inference figur
 LOSS_CHUNK = 1024  # positions per chunk of logits (trainer/loss.py)
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)
 USABLE_MEMORY = 0.92  # usable fraction of a GPU's memory; the allocator loses the other part to fragmentation
-INFERENCE_FORMATS = {
+INFERENCE_FORMATS = {  # bytes per weight, bytes per element of the KV cache
     "fp32": (4, 4),
     "bf16": (2, 2),
     "int8 (GGUF)": (34 / 32, 2),
-}  # bytes per weight, bytes per element of the KV cache
+}
 INFERENCE_BATCHES = (1, 8)
 
 

@@ -33,13 +33,8 @@ from trainer.state_files import DamagedStateFile, SavedState, rank_file_stem, re
 
 RESTART_ADVICE = "start anew with --resume never"
 MAX_RANKS = 100_000
-SCALER_KEYS = {
-    "scale",
-    "growth_factor",
-    "backoff_factor",
-    "growth_interval",
-    "_growth_tracker",
-}  # keys of the state_dict of torch.amp.GradScaler
+# Keys of the state_dict of torch.amp.GradScaler.
+SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 @dataclass

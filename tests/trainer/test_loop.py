@@ -141,10 +141,7 @@ def test_schedule_sets_every_parameter_group():
         assert set_learning_rate(args, [muon, adamw], step, fraction_done=0.5) == 0.5
         assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
         assert [group["lr"] for group in muon.param_groups] == [0.5]
-        rates = {
-            model.model.embed_tokens.weight: 2.0,
-            model.model.norm.weight: 0.5,
-        }  # embeddings have four times the learning rate
+        rates = {model.model.embed_tokens.weight: 2.0, model.model.norm.weight: 0.5}  # embeddings: four times the rate
         assert all(group["lr"] == rates.get(group["params"][0], 0.5) for group in adamw.param_groups)
     (plain,) = make_optimizers(model, "adamw", 1.0, 0.1)
     set_learning_rate(args, [plain], 0, fraction_done=0.5)
