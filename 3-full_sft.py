@@ -65,7 +65,7 @@ def main() -> None:
     from evaluation.data_scaling import run_data_scaling
     from export.hf_import import open_model
     from model.checkpoint import find_parent
-    from trainer.datasets import open_chat_data
+    from trainer.chat_data import open_chat_data
     from trainer.distributed import init_distributed
     from trainer.loop import train
     from trainer.stage import Stage

@@ -79,7 +79,7 @@ def main() -> None:
     from export.peft_adapter import peft_settings, read_peft, write_peft
     from model.checkpoint import find_parent, record_parent
     from model.lora import LoRAConfig, adapter_summary, attach
-    from trainer.datasets import open_chat_data
+    from trainer.chat_data import open_chat_data
     from trainer.distributed import init_distributed
     from trainer.loop import train
     from trainer.stage import Stage

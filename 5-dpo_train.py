@@ -97,7 +97,8 @@ def main() -> None:
     from export.hf_import import open_model
     from model.checkpoint import find_parent
     from trainer import dpo
-    from trainer.datasets import PreferenceDataset, check_data, tokenized_folder
+    from trainer.chat_data import tokenized_folder
+    from trainer.datasets import PreferenceDataset, check_data
     from trainer.distributed import init_distributed
     from trainer.loop import train
     from trainer.stage import Stage

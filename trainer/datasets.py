@@ -5,11 +5,11 @@
     PreferenceDataset    DPO: a chosen and a rejected conversation per row, in one batch
 
 With right padding and causal attention no real token attends to a pad.
-Read next: sampler.py (which rows make up a step), ../corpus/shard_writer.py (the files).
+Read next: sampler.py (which rows make up a step), chat_data.py (jsonl -> token folder), ../corpus/shard_writer.py (the
+files).
 """
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,8 @@ import torch
 
 from common.errors import UserError
 from corpus.dataset_meta import PREPARE_COMMANDS, read_meta
-from corpus.prepare_chats import DataTask, tokenize_chats
 from corpus.shard_reader import open_split
-from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
-from trainer.distributed import DistContext
 from trainer.loss import IGNORE_INDEX
 
 # input_ids, labels: (batch, seq), int64; labels are IGNORE_INDEX where nothing is trained
@@ -180,48 +177,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def tokenized_folder(
-    dist: DistContext,
-    args: argparse.Namespace,
-    config: ModelConfig,
-    tokenizer: ChatTokenizer,
-    form: DataTask | None = None,
-) -> str:
-    """Tokenize --data_path for this tokenizer and length, unless that was done before; returns the token folder.
-
-    The length is --max_seq_len, at most the model's max_seq_len.
-    """
-    length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
-    with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
-        folder = str(tokenize_chats(args.data_path, tokenizer, length, task=form))
-    for line in dropped_row_messages(read_meta(folder).get("report", {})):
-        dist.print0(line)
-    return folder
-
-
-def dropped_row_messages(report: dict[str, Any]) -> Iterator[str]:
-    """Yield one line per reason for which tokenization dropped or shortened rows.
-
-    `report` is from the meta.json of the token folder. A report with "read" was written and printed by data_process.py.
-    """
-    if report.get("read"):
-        return
-    total = report.get("kept", 0) + sum(reason["count"] for reason in report.get("dropped", {}).values())
-    for verb, key in (("left out", "dropped"), ("kept, but shortened", "shortened")):
-        for name, reason in report.get(key, {}).items():
-            yield f"{reason['count']:,} of {total:,} rows {verb}: {name}"
-
-
-def open_chat_data(
-    dist: DistContext, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer
-) -> tuple[ChatDataset, dict[str, ChatDataset]]:
-    """Return the training chats of --data_path, and the validation chats by split ("zh", "en")."""
-    folder = tokenized_folder(dist, args, config, tokenizer)
-    splits = check_data(folder, "chats", tokenizer)
-    chats = {split.removeprefix("val_"): ChatDataset(folder, split, tokenizer.pad_id) for split in splits}
-    return chats.pop("train"), chats
 
 
 def empty_batch(data: TokenDataset) -> Batch:

@@ -216,7 +216,7 @@ def test_lists_with_their_own_parser_take_commas():
         assert parse_flags("3-full_sft.py", "--data_share", *texts).data_share == [0.1, 0.3]
     for texts in (["zh=0.25,en=0.75"], ["zh=0.25", "en=0.75"], ["zh=0.25,", "en=0.75"]):
         assert parse_flags("1-pretrain.py", "--mix", *texts).mix.weights == {"zh": 0.25, "en": 0.75}
-    with pytest.raises(UserError, match=r"argument --data_share: 0\.1,2: each share"):
+    with pytest.raises(UserError, match=r"argument --data_share: 0\.1,2: each fraction"):
         parse_flags("3-full_sft.py", "--data_share", "0.1", "2")
 
 

@@ -1,0 +1,60 @@
+"""Open chats and pairs for training: tokenize the jsonl files of --data_path for the model's tokenizer, once.
+
+    dataset/sft/train.jsonl  ->  dataset/sft/tokens-<fingerprint>/  ->  ChatDataset
+
+The fingerprint covers the tokenizer and its chat template. A folder of other rows or another length is written again.
+Read next: datasets.py (the batches), ../corpus/prepare_chats.py (how a chat becomes tokens and a mask).
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from corpus.dataset_meta import read_meta
+from corpus.prepare_chats import DataTask, tokenize_chats
+from model.config import ModelConfig
+from model.tokenizer import ChatTokenizer
+from trainer.datasets import ChatDataset, check_data
+from trainer.distributed import DistContext
+
+
+def tokenized_folder(
+    dist: DistContext,
+    args: argparse.Namespace,
+    config: ModelConfig,
+    tokenizer: ChatTokenizer,
+    form: DataTask | None = None,
+) -> str:
+    """Tokenize --data_path for this tokenizer and length, unless that was done before; returns the token folder.
+
+    The length is --max_seq_len, at most the model's max_seq_len.
+    """
+    length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
+    with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
+        folder = str(tokenize_chats(args.data_path, tokenizer, length, task=form))
+    for line in dropped_row_messages(read_meta(folder).get("report", {})):
+        dist.print0(line)
+    return folder
+
+
+def dropped_row_messages(report: dict[str, Any]) -> Iterator[str]:
+    """Yield one line per reason for which tokenization dropped or shortened rows.
+
+    `report` is from the meta.json of the token folder. A report with "read" was written and printed by data_process.py.
+    """
+    if report.get("read"):
+        return
+    total = report.get("kept", 0) + sum(reason["count"] for reason in report.get("dropped", {}).values())
+    for verb, key in (("left out", "dropped"), ("kept, but shortened", "shortened")):
+        for name, reason in report.get(key, {}).items():
+            yield f"{reason['count']:,} of {total:,} rows {verb}: {name}"
+
+
+def open_chat_data(
+    dist: DistContext, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer
+) -> tuple[ChatDataset, dict[str, ChatDataset]]:
+    """Return the training chats of --data_path, and the validation chats by split ("zh", "en")."""
+    folder = tokenized_folder(dist, args, config, tokenizer)
+    splits = check_data(folder, "chats", tokenizer)
+    chats = {split.removeprefix("val_"): ChatDataset(folder, split, tokenizer.pad_id) for split in splits}
+    return chats.pop("train"), chats
