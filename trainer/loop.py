@@ -185,7 +185,7 @@ def train_step(
         accumulate(sums, extras)
     sums["stop"] = float(bool(dist.stop_requested))
     total = dict(zip(sums, dist.all_reduce_sum(list(sums.values())), strict=True))
-    assert total["tokens"] == num_targets, "compute_loss counts otherwise than Stage.count_targets"
+    assert total["tokens"] == num_targets, "compute_loss and Stage.count_targets differ"
     total["grad_norm"] = engine.optimizer_step(args.grad_clip, math.isfinite(total["loss"]))
     total["skipped"] = float(not math.isfinite(total["loss"]) or not math.isfinite(total["grad_norm"]))
     return total
