@@ -248,6 +248,7 @@ def training_metrics(
     total: int,
     device_type: str,
 ) -> MetricRow:
+    """Return the log row of a training step: losses per token or pair, speed, memory, and the sampler's metrics."""
     own_keys = ("loss", "tokens", "real_tokens", "positions", "stop", "grad_norm", "skipped")
     extras = {name: value for name, value in result.items() if name not in own_keys}
     return {
