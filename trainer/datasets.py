@@ -56,7 +56,11 @@ def _every_shard(shard: dict[str, Any]) -> bool:
 
 
 class TokenDataset(Protocol):
-    """Interface of a dataset with random access by row id. `folder`: the data folder it reads."""
+    """Interface of a dataset with random access by row id.
+
+    folder: the data folder it reads. batch(row_ids): these rows as a Batch. lengths(): tokens of every row, (len,), or
+    None if all rows have the same length.
+    """
 
     @property
     def folder(self) -> Path: ...

@@ -185,7 +185,7 @@ def train_step(
         accumulate(sums, extras)
     sums["stop"] = float(bool(dist.stop_requested))
     total = dict(zip(sums, dist.all_reduce_sum(list(sums.values())), strict=True))
-    assert total["tokens"] == num_targets, "compute_loss counts otherwise than Stage.count_targets"
+    assert total["tokens"] == num_targets, "compute_loss and Stage.count_targets differ"
     total["grad_norm"] = engine.optimizer_step(args.grad_clip, math.isfinite(total["loss"]))
     total["skipped"] = float(not math.isfinite(total["loss"]) or not math.isfinite(total["grad_norm"]))
     return total
@@ -248,6 +248,7 @@ def training_metrics(
     total: int,
     device_type: str,
 ) -> MetricRow:
+    """Return the log row of a training step: losses per token or pair, speed, memory, and the sampler's metrics."""
     own_keys = ("loss", "tokens", "real_tokens", "positions", "stop", "grad_norm", "skipped")
     extras = {name: value for name, value in result.items() if name not in own_keys}
     return {

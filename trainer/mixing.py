@@ -171,6 +171,7 @@ class MixSampler(BatchSampler):
         ]
 
     def row_ids(self, step: int) -> np.ndarray:
+        """Return the row ids of a step in the MixedDataset, (global_batch_size,), int64."""
         stage, before = self._stage(step), self.rows_consumed(step)
         first = (step - stage * self.switch_step) * self.global_batch_size
         component_ids = self.component_orders[stage].component_ids(first, self.global_batch_size)

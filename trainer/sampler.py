@@ -37,6 +37,7 @@ class BatchSampler:
         return max_steps or max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
     def row_ids(self, step: int) -> np.ndarray:
+        """Return the row ids of a step (counted from 0), (rows,), int64."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self.lengths is None:
             start = index * self.global_batch_size
@@ -78,13 +79,8 @@ class MicroBatches(Dataset[Any]):
     """
 
     def __init__(self, data: TokenDataset, sampler: BatchSampler, batch_size: int, rank: int, world_size: int) -> None:
-        self.data, self.sampler, self.batch_size, self.rank, self.world_size = (
-            data,
-            sampler,
-            batch_size,
-            rank,
-            world_size,
-        )
+        self.data, self.sampler = data, sampler
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def __getitem__(self, step: int) -> Any:
         """Return the micro-batches. A worker process returns a UserError: raising it would print a traceback."""

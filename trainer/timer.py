@@ -16,11 +16,8 @@ class TrainingTimer:
     """
 
     def __init__(self, max_minutes: float, start_fraction: float, earlier_seconds: float) -> None:
-        self.limit_seconds, self.start_fraction, self.earlier_seconds = (
-            60 * max_minutes,
-            start_fraction,
-            earlier_seconds,
-        )
+        self.limit_seconds, self.start_fraction = 60 * max_minutes, start_fraction
+        self.earlier_seconds = earlier_seconds  # of the run before it was resumed
         self.start_time = self.step_start_time = time.monotonic()
         self.session_seconds = self.step_seconds = 0.0
 
