@@ -1,19 +1,19 @@
-"""Lesson 1: pretraining. A model that has seen nothing learns to continue text.
+"""Lesson 1: pretraining. A randomly initialised model learns to predict the next token of text.
 
-    loss = - sum over every token of log p(token | the tokens before it)
+    loss = - 1/N * sum over the N tokens of a step of log p(token | the tokens before it)
 
-    python 1-pretrain.py                                        all defaults: 26.9 M parameters, dataset/pretrain
-    python 1-pretrain.py --max_minutes 20                       as much as fits into 20 minutes
-    python 1-pretrain.py --preset base --epochs 2               a larger model, two passes
-    python 1-pretrain.py --plan --preset mindllm-1.3b           trains nothing: memory, time and cost, on paper
-    python 1-pretrain.py --plan --presets small,mindllm-1.3b    these sizes side by side
-    python 1-pretrain.py --mix zh=0.25,en=0.75                  shares of the languages (or sources)
-    python 1-pretrain.py --mix zh=0.25,en=0.75 --stage2_mix zh=0.6,en=0.4 --stage2_at 0.7     then another mixture
-    torchrun --nproc_per_node 2 1-pretrain.py                   two processes; deepspeed --num_gpus 2 does as well
+    python 1-pretrain.py                                        defaults: 26.9 M parameters, dataset/pretrain
+    python 1-pretrain.py --max_minutes 20                       a time budget of 20 minutes
+    python 1-pretrain.py --preset base --epochs 2               a larger model, two passes over the data
+    python 1-pretrain.py --plan --preset mindllm-1.3b           print estimates of memory, time and cost; no training
+    python 1-pretrain.py --plan --presets small,mindllm-1.3b    compare these sizes in one table
+    python 1-pretrain.py --mix zh=0.25,en=0.75                  data mixture by language (or source)
+    python 1-pretrain.py --mix zh=0.25,en=0.75 --stage2_mix zh=0.6,en=0.4 --stage2_at 0.7     two-stage mixture
+    torchrun --nproc_per_node 2 1-pretrain.py                   two processes; or deepspeed --num_gpus 2
 
-Reads   dataset/pretrain (made by data_process.py pretrain) and model/tokenizer.
-Writes  out/pretrain_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
-Next:   2-eval.py (look at it), 3-full_sft.py (teach it to answer); inside: trainer/loop.py, model/transformer.py.
+Reads   dataset/pretrain (written by data_process.py pretrain) and model/tokenizer.
+Writes  out/pretrain_512.pth, its log (.jsonl), its curves (.png) and, until the run is complete, its .resume folder.
+Next:   2-eval.py (evaluate it), 3-full_sft.py (fine-tune it to answer); code: trainer/loop.py, model/transformer.py.
 """
 
 from common import cli
@@ -31,10 +31,11 @@ from trainer.memory import add_plan_flags, print_plan, steps_for_tokens
 
 
 def compute_loss(model, batch):
-    """The sum of -log p(next token) over all real tokens, and how many they were.
+    """Return (sum of -log p(label) over all trained tokens, number of trained tokens, sums to log).
 
-    The model gives hidden states (batch, seq, dim); labels (batch, seq) are the ids moved on by one. `aux_loss` is the
-    router's loss per token while an MoE trains, else 0.
+    batch["input_ids"], ["labels"] and ["token_mask"] are (batch, seq); labels are the token ids shifted by one. The
+    model returns hidden states (batch, seq, dim) and `aux_loss`, the load-balancing loss of MoE routers per token (0
+    for a dense model and in eval mode).
     """
     from trainer.loss import cross_entropy_sum, output_weight
 
@@ -55,7 +56,7 @@ def main() -> None:
     add_plan_flags(parser)
     args = parser.parse_args()
     if args.tokens_per_param and args.max_steps:
-        raise UserError("--tokens_per_param and --max_steps both say how long to train: leave one out")
+        raise UserError("--tokens_per_param and --max_steps both set the length of the run: leave one out")
     if args.presets and not args.plan:
         raise UserError("--presets belongs to --plan")
     if args.plan:
@@ -77,14 +78,15 @@ def main() -> None:
     is_mixed = args.mix or args.stage2_mix or args.stage2_at or args.mix_temperature != 1
     schedule = read_mix_schedule(args) if is_mixed else None
     with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
-        if args.init_from:  # go on from an earlier model, for example with other data
+        if args.init_from:  # continued pretraining, for example on other data
             if args.preset or given_model_flags(args):
-                raise UserError("--init_from brings its own config: leave out --preset and the model's flags")
+                raise UserError("--init_from brings its own config: leave out --preset and the model flags")
             model, saved_tokenizer, parent = open_model(args.init_from)
             lineage = parent["lineage"]
             if saved_tokenizer.fingerprint != tokenizer.fingerprint:
                 raise UserError(
-                    f"{args.init_from} has tokenizer {saved_tokenizer.fingerprint}, {args.tokenizer} is another one"
+                    f"{args.init_from} has tokenizer {saved_tokenizer.fingerprint}, "
+                    f"{args.tokenizer} is {tokenizer.fingerprint}: give the tokenizer of the checkpoint"
                 )
         else:
             config = make_model_config(args, tokenizer.vocab_size)

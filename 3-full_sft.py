@@ -1,20 +1,21 @@
-"""Lesson 3: supervised fine-tuning. The model that continues text learns to answer: all weights move.
+"""Lesson 3: supervised fine-tuning (SFT). A pretrained model learns to answer; all weights are trained.
 
-    loss = - sum over the tokens of the answers of log p(token | everything before it)
+    loss = - 1/N * sum over the N answer tokens of a step of log p(token | the tokens before it)
 
-The same loss as in lesson 1; only the labels differ: questions are read, answers and their <|im_end|> are trained.
+The loss function is that of lesson 1. Only the labels differ: tokens of the prompt are masked out, tokens of the
+answers and their <|im_end|> are trained.
 
-    python 3-full_sft.py                                            starts from the one out/pretrain_*.pth
+    python 3-full_sft.py                                            starts from the only out/pretrain_*.pth
     python 3-full_sft.py --init_from out/pretrain_512.pth --epochs 3
     python 3-full_sft.py --init_from ../Qwen3-0.6B --chat_format belle    a transformers folder (export/hf_config.py)
-    python 3-full_sft.py --recipe belle --data_share 0.1,0.3,1.0    BELLE's numbers; what does more data bring?
-    torchrun --nproc_per_node 2 3-full_sft.py                       two processes; deepspeed --num_gpus 2 does as well
+    python 3-full_sft.py --recipe belle --data_share 0.1,0.3,1.0    BELLE's hyper-parameters on 10, 30 and 100 % of data
+    torchrun --nproc_per_node 2 3-full_sft.py                       two processes; or deepspeed --num_gpus 2
 
-Reads   dataset/sft (made by data_process.py sft) and the parent, which carries its config and its tokenizer.
-Writes  out/full_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume;
-        with --data_share out/data_study/ instead.
-Next:   2-eval.py (talk to it); inside: model/tokenizer.py (the mask), model/chat_template.py (how turns are written),
-        trainer/sampler.py (why padding is rare), evaluation/data_scaling.py.
+Reads   dataset/sft (written by data_process.py sft) and the parent checkpoint, which holds its config and tokenizer.
+Writes  out/full_sft_512.pth, its log (.jsonl), its curves (.png) and, until the run is complete, its .resume folder;
+        with --data_share the folder out/data_study/ instead.
+Next:   2-eval.py (chat with it); code: model/tokenizer.py (the mask), model/chat_template.py (chat formats),
+        trainer/sampler.py (batches of similar length), evaluation/data_scaling.py.
 """
 
 from common import cli
@@ -26,9 +27,10 @@ from trainer.recipes import add_recipe_flag, describe_recipe
 
 
 def compute_loss(model, batch):
-    """The sum of -log p(next token) over the tokens of the answers, and how many they were.
+    """Return (sum of -log p(label) over the answer tokens, number of answer tokens, sums to log).
 
-    batch["labels"] (batch, seq) holds IGNORE_INDEX at every token that is not part of an answer.
+    batch["input_ids"], ["labels"] and ["token_mask"] are (batch, seq). Labels are the token ids shifted by one, and
+    IGNORE_INDEX where the next token is not part of an answer.
     """
     from trainer.loss import cross_entropy_sum, output_weight
 
@@ -42,22 +44,22 @@ def main() -> None:
         __doc__, {"muon": 5e-4, "adamw": 2e-4}, data_path="dataset/sft", batch_size=32, epochs=2
     )
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--chat_format", choices=CHAT_FORMATS, help="how chats are written from now on; none given: as the parent does")
+    add("--chat_format", choices=CHAT_FORMATS, help="chat format to train with; if omitted: the parent's")
     add_recipe_flag(parser)
-    add_length_flag(parser, "longer chats lose their last turns")
-    add("--data_share", action=cli.NameList, read=parse_fractions, metavar="SHARE",
-        help="train one model per share of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
+    add_length_flag(parser, "longer chats keep only the first turns that fit")
+    add("--data_share", action=cli.NameList, read=parse_fractions, metavar="FRACTION",
+        help="train one model on each fraction of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
     add(
         "--questions",
         type=cli.path_string,
         metavar="FILE",
-        help="with --data_share: count right answers too (jsonl as for 2-eval.py)",
+        help="with --data_share: also count correct answers to these questions (jsonl as for 2-eval.py)",
     )
     args = parser.parse_args()
     if args.questions and not args.data_share:
-        raise UserError("--questions belongs to --data_share; of one model 2-eval.py counts the right answers")
+        raise UserError("--questions needs --data_share; for one model run 2-eval.py --questions")
     if args.max_minutes and args.data_share:
-        raise UserError("--data_share compares models after the same epochs: leave out --max_minutes")
+        raise UserError("--data_share compares models after equally many epochs: leave out --max_minutes")
     check_writable(args.out_dir)
 
     from evaluation.data_scaling import run_data_scaling

@@ -1,20 +1,20 @@
-"""Lesson 4: LoRA. The model learns something small and new, and hardly forgets: its matrices rest, thin ones move.
+"""Lesson 4: LoRA fine-tuning (Hu et al. 2021, arXiv:2106.09685). Only low-rank matrices are trained.
 
-    loss = - sum over the tokens of the answers of log p(token | everything before it)
-    h    = W x + (alpha / r) B A x        W rests, A and B are trained; B = 0 at first
+    loss = - 1/N * sum over the N answer tokens of a step of log p(token | the tokens before it)
+    h    = W x + (alpha / r) B A x        W (out, in) is frozen; A (r, in) and B (out, r) are trained; B starts at 0
 
-The same loss as in lesson 3; only what moves differs. The file holds A and B alone and names its parent; whoever opens
-it gets the merged model, W + (alpha / r) B A.
+The loss is that of lesson 3. The checkpoint holds only A and B and names its parent; opening it loads the parent and
+merges them into W + (alpha / r) B A.
 
-    python 4-lora_sft.py                                            starts from the one out/full_sft_*.pth
-    python 4-lora_sft.py --data_path dataset/identity --epochs 20   a few chats, seen often
-    python 4-lora_sft.py --rank 16 --alpha 32 --targets attention   larger, and on fewer matrices
-    python 4-lora_sft.py --peft_dir out/peft                        also written the way the peft library reads it
-    torchrun --nproc_per_node 2 4-lora_sft.py                       two processes; deepspeed --num_gpus 2 does as well
+    python 4-lora_sft.py                                            starts from the only out/full_sft_*.pth
+    python 4-lora_sft.py --data_path dataset/identity --epochs 20   a small dataset, many epochs
+    python 4-lora_sft.py --rank 16 --alpha 32 --targets attention   higher rank, attention matrices only
+    python 4-lora_sft.py --peft_dir out/peft                        also write the adapter in peft's format
+    torchrun --nproc_per_node 2 4-lora_sft.py                       two processes; or deepspeed --num_gpus 2
 
-Reads   dataset/sft (or another folder made by data_process.py sft) and the parent.
-Writes  out/lora_sft_512.pth, and beside it the log (.jsonl), the curves (.png) and, until the run is complete, .resume.
-Next:   2-eval.py (talk to it); inside: model/lora.py (the formula at work), model/checkpoint.py (who finds the parent).
+Reads   dataset/sft (or another folder written by data_process.py sft) and the parent checkpoint.
+Writes  out/lora_sft_512.pth, its log (.jsonl), its curves (.png) and, until the run is complete, its .resume folder.
+Next:   2-eval.py (chat with it); code: model/lora.py (the formula), model/checkpoint.py (finding the parent).
 """
 
 from common import cli
@@ -26,9 +26,10 @@ LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 
 
 def compute_loss(model, batch):
-    """The sum of -log p(next token) over the tokens of the answers, and how many they were.
+    """Return (sum of -log p(label) over the answer tokens, number of answer tokens, sums to log).
 
-    batch["labels"] (batch, seq) holds IGNORE_INDEX at every token that is not part of an answer.
+    batch["input_ids"], ["labels"] and ["token_mask"] are (batch, seq). Labels are the token ids shifted by one, and
+    IGNORE_INDEX where the next token is not part of an answer.
     """
     from trainer.loss import cross_entropy_sum, output_weight
 
@@ -41,32 +42,32 @@ def add_lora_flags(parser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=cli.int_between(1, 65536), default=8, help="r: rows of A and columns of B")
     add("--alpha", type=cli.NumberType(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
-        help="the change is scaled by alpha / r")  # fmt: skip
-    add("--lora_dropout", type=cli.fraction_below_one, default=0.0, help="dropout on what A sees")
+        help="B A is scaled by alpha / r")  # fmt: skip
+    add("--lora_dropout", type=cli.fraction_below_one, default=0.0, help="dropout on the input of A")
     add("--targets", action=cli.NameList, default=["all"], metavar="NAME",
-        help="which matrices: all (or all-linear), attention, mlp, experts, shared_experts, q_proj, … "
-        "with commas or spaces between them")  # fmt: skip
+        help="matrices to adapt: all (or all-linear), attention, mlp, experts, shared_experts, q_proj, … "
+        "separated by commas or spaces")  # fmt: skip
     add(
         "--init_adapter",
         type=cli.path_string,
         metavar="DIR",
-        help="start from a peft folder, with its rank, alpha, dropout and targets",
+        help="start from the adapter in a peft folder, with its rank, alpha, dropout and targets",
     )
     add(
         "--peft_dir",
         type=cli.path_string,
         metavar="DIR",
-        help="also write adapter_config.json and adapter_model.safetensors there",
+        help="also write the adapter there in peft's format: adapter_config.json, adapter_model.safetensors",
     )
 
 
 def main() -> None:
-    rates = {"muon": 4e-3, "adamw": 2e-3}  # some ten times those of full SFT, measured
+    rates = {"muon": 4e-3, "adamw": 2e-3}  # about ten times those of full SFT worked best in our measurements
     parser = make_training_parser(__doc__, rates, data_path="dataset/sft", batch_size=32, epochs=2)
-    # Decay would pull A and B to zero, that is, the model back to its parent.
+    # No weight decay: it would pull A and B to zero, which pulls the model back to its parent.
     parser.set_defaults(optimizer="adamw", weight_decay=0.0)
     add_lora_flags(parser)
-    add_length_flag(parser, "longer chats lose their last turns")
+    add_length_flag(parser, "longer chats keep only the first turns that fit")
     args = parser.parse_args()
     given = [f"--{name}" for name in LORA_FLAGS if getattr(args, name) != parser.get_default(name)]
     if args.init_adapter and given:
@@ -90,7 +91,7 @@ def main() -> None:
     else:
         attach(model, LoRAConfig(args.rank, args.alpha, args.lora_dropout, tuple(args.targets)), args.seed)
     if args.peft_dir:
-        peft_settings(model)  # refuses now what could not be written later
+        peft_settings(model)  # raises before training if peft's format cannot hold this adapter
     with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
         data, validation = open_chat_data(dist, args, model.config, tokenizer)
         stage = Stage("lora_sft", model, tokenizer, compute_loss, data, validation, parent["lineage"])
@@ -99,10 +100,10 @@ def main() -> None:
         path = train(dist, args, stage)
         if dist.is_rank0:
             size = f"{path.stat().st_size / 2**20:.2f} MB"
-            print(f"{path} holds the adapter alone, {size}; opening it needs {source} too")
+            print(f"{path} holds the adapter alone, {size}; loading it also needs {source}")
             if args.peft_dir:
                 write_peft(args.peft_dir, model)
-                print(f"saved {args.peft_dir}, for peft")
+                print(f"saved {args.peft_dir} in peft's format")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Lesson 5: preferences. Of two answers to one question, the model learns which one people liked better.
+"""Lesson 5: direct preference optimization (DPO; Rafailov et al. 2023, arXiv:2305.18290).
 
     margin = beta * [ log pi(chosen)/pi_ref(chosen)  -  log pi(rejected)/pi_ref(rejected) ]
-    loss   = - log sigmoid(margin)
+    loss   = - log sigmoid(margin), averaged over the pairs of a step
 
-pi is the model, pi_ref its frozen parent; log pi(answer) is the sum over the answer's tokens. A model that equals its
-parent has margin 0 and loss ln 2. `beta` is how dearly a step away from the parent is paid.
+A pair is a prompt with a chosen and a rejected answer. pi is the policy, the model in training; pi_ref is the reference
+model, its frozen parent. log pi(answer) is the sum over the answer's tokens. At step 1 pi equals pi_ref, so the margin
+is 0 and the loss ln 2. beta scales the implicit KL penalty against the reference model.
 
-    python 5-dpo_train.py                                           starts from the one out/lora_sft_*.pth or full_sft
+    python 5-dpo_train.py                                           starts from the only out/lora_sft_*.pth or full_sft
     python 5-dpo_train.py --init_from out/full_sft_512.pth --beta 0.2 --sft_weight 0.1
     python 5-dpo_train.py --loss simpo                              dpo, ipo or simpo
-    torchrun --nproc_per_node 2 5-dpo_train.py                      two processes; deepspeed --num_gpus 2 does as well
+    torchrun --nproc_per_node 2 5-dpo_train.py                      two processes; or deepspeed --num_gpus 2
 
-Reads   dataset/dpo (made by data_process.py dpo) and the parent, which carries its config and its tokenizer.
-Writes  out/dpo_512.pth, and beside it the log (.jsonl), the curves (.png), the parent's log-probabilities (.reference)
-        and, until the run is complete, .resume.
-Next:   2-eval.py (talk to it); inside: trainer/dpo.py (the reference and the guard), corpus/preferences.py (the data).
+Reads   dataset/dpo (written by data_process.py dpo) and the parent checkpoint, which holds its config and tokenizer.
+Writes  out/dpo_512.pth, its log (.jsonl), its curves (.png), the reference log-probabilities (.reference) and, until
+        the run is complete, its .resume folder.
+Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), corpus/preferences.py (the data).
 """
 
 import argparse
@@ -30,10 +31,10 @@ BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
 
 
 def preference_loss(policy, reference, lengths, args):
-    """(loss, margin) of each pair, both (pairs,).
+    """Return (loss, margin) of every pair, each (pairs,).
 
-    policy, reference: log pi(answer) and log pi_ref(answer), (2 pairs,): the chosen answers, then the rejected ones.
-    lengths: their tokens, (2 pairs,).
+    policy, reference: log pi(answer) and log pi_ref(answer), each (2 * pairs,): chosen answers, then rejected ones.
+    lengths: number of tokens of every answer, (2 * pairs,).
     """
     from torch.nn.functional import logsigmoid
 
@@ -41,7 +42,7 @@ def preference_loss(policy, reference, lengths, args):
         chosen, rejected = (policy - reference).chunk(2)
         margin = args.beta * (chosen - rejected)
         return -logsigmoid(margin), margin
-    if args.loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17; per token, as its authors run it
+    if args.loss == "ipo":  # Azar et al. 2023, arXiv:2310.12036, eq. 17; log-ratios are averaged over tokens
         chosen, rejected = ((policy - reference) / lengths).chunk(2)
         margin = chosen - rejected
         return (margin - 1 / (2 * args.beta)) ** 2, margin
@@ -51,10 +52,10 @@ def preference_loss(policy, reference, lengths, args):
 
 
 def compute_loss(model, batch, args):
-    """The sum of the pairs' losses, how many pairs there were, and sums of what is logged.
+    """Return (sum of the losses of the pairs, number of pairs, sums to log).
 
-    A batch holds the chosen rows, then the rejected rows: one forward pass for both. `log_probs` and
-    batch["reference"] are (2 pairs, seq), log p of every answer token and 0 everywhere else.
+    A batch holds the chosen rows, then the rejected rows, so one forward pass serves both. `log_probs` and
+    batch["reference"] are (2 * pairs, seq): log p of every answer token under pi and pi_ref, 0 at all other positions.
     """
     from trainer.dpo import preference_metrics
     from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
@@ -62,11 +63,11 @@ def compute_loss(model, batch, args):
     hidden, aux_loss = model(batch["input_ids"], token_mask=batch["token_mask"])
     log_probs = token_log_probs(hidden, output_weight(model), batch["labels"])
     lengths = (batch["labels"] != IGNORE_INDEX).sum(1)
-    pairs = (lengths > 0).chunk(2)[0]  # all, but for a process that has run out of rows
+    pairs = (lengths > 0).chunk(2)[0]  # (pairs,); False only in the empty batch of a process without rows
     policy, lengths = log_probs.sum(1), lengths.clamp(min=1)
     loss, margin = preference_loss(policy, batch["reference"].sum(1), lengths, args)
 
-    likelihood = (policy / lengths).chunk(2)[0]  # of the chosen answer, per token: what SFT would maximise
+    likelihood = (policy / lengths).chunk(2)[0]  # mean log p per token of the chosen answer: the SFT objective
     total = ((loss - args.sft_weight * likelihood) * pairs).sum()
     count = int(pairs.sum())
     extras = {"preference_loss": (loss.detach() * pairs).sum(), "aux_loss": aux_loss.detach() * count}
@@ -78,16 +79,16 @@ def main() -> None:
     numbers = {"batch_size": 16, "eval_tokens": 65_536, "weight_decay": 0.0}
     parser = make_training_parser(__doc__, rates, data_path="dataset/dpo", **numbers)
     add = parser.add_argument_group("preferences").add_argument
-    add("--loss", choices=tuple(BETA), default="dpo", help="what is made of the log-probabilities of a pair")
+    add("--loss", choices=tuple(BETA), default="dpo", help="preference loss")
     betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
     add("--beta", type=cli.positive_float, default=argparse.SUPPRESS,
-        help=f"strength of the tie to the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
-    add("--simpo_gamma", type=cli.non_negative_float, default=1.0, help="simpo: the margin that is asked for")
+        help=f"scale of the KL penalty against the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
+    add("--simpo_gamma", type=cli.non_negative_float, default=1.0, help="simpo: target margin")
     add("--sft_weight", type=cli.non_negative_float, default=0.0,
-        help="weight of the chosen answers' own loss (arXiv:2404.19733)")  # fmt: skip
+        help="weight of an added SFT loss on the chosen answers (arXiv:2404.19733)")  # fmt: skip
     add("--max_chosen_drop", type=cli.non_negative_float, default=0.2,
-        help="end when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
-    add_length_flag(parser, "longer pairs lose the first turns of their prompt")
+        help="stop when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
+    add_length_flag(parser, "longer pairs lose the oldest turns of their prompt")
     args = parser.parse_args()
     args.beta = getattr(args, "beta", BETA[args.loss])
     check_writable(args.out_dir)

@@ -1,13 +1,13 @@
-"""Chat in the terminal with any server that speaks OpenAI's API: serve_openai_api.py, vLLM, llama.cpp, OpenAI itself.
+"""Chat in the terminal with any server of OpenAI's API: serve_openai_api.py, vLLM, llama.cpp, OpenAI.
 
     python chat_openai_api.py                                     the server on this machine, its first model
     python chat_openai_api.py --base_url http://127.0.0.1:11434/v1 --model qwen3:0.6b
-    python chat_openai_api.py --prompt "What is the capital of France?"              one answer, then it ends
+    python chat_openai_api.py --prompt "What is the capital of France?"              prints one answer and ends
 
-Answers are printed as they come, and every question is sent with the conversation so far. Ctrl-C stops an answer; an
-empty line or Ctrl-D ends the conversation. A line that is piped in is a question as well.
+Answers are streamed, and every request contains the conversation so far. Ctrl-C stops an answer; an empty line or
+Ctrl-D ends the conversation. Lines of piped input are questions too.
 Needs: pip install "openai>=2,<4". Reads and writes no files.
-Read next: serve_openai_api.py (the server), 2-eval.py (a conversation without one).
+Read next: serve_openai_api.py (the server), 2-eval.py (chatting without a server).
 """
 
 import argparse
@@ -29,13 +29,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--base_url",
         type=cli.non_empty_text,
         default="http://127.0.0.1:8000/v1",
-        help="with its /v1 (default: http://127.0.0.1:8000/v1)",
+        help="the server's address, including /v1 (default: http://127.0.0.1:8000/v1)",
     )
     add(
         "--model",
         type=cli.non_empty_text,
         metavar="NAME",
-        help="as the server calls it (default: the first that it lists)",
+        help="the server's name of the model (default: the first that it lists)",
     )
     add(
         "--api_key",
@@ -43,32 +43,32 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="sent with every request (default: $OPENAI_API_KEY, else none)",
     )
-    add("--system", metavar="TEXT", help="system message in front of the conversation")
+    add("--system", metavar="TEXT", help="system message of the conversation")
     add("--max_tokens", type=cli.positive_int, metavar="N", help="longest answer (default: the server's)")
-    add("--prompt", metavar="TEXT", help="one question, instead of a conversation")
+    add("--prompt", metavar="TEXT", help="ask one question instead of starting a conversation")
     return parser
 
 
 def make_client(args: argparse.Namespace) -> Any:
-    """An `openai.OpenAI` for the server. Raises UserError without the package, for a bad address and a bad key."""
+    """Return an `openai.OpenAI`. Raises UserError without the package, for an invalid address and an invalid key."""
     try:
         import openai
     except ImportError:
         raise UserError('openai is not installed: pip install "openai>=2,<4"') from None
     key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     if not (key.isascii() and key.isprintable() and " " not in key):
-        raise UserError("--api_key: must be ASCII letters, digits and signs without spaces")
+        raise UserError("--api_key: must be printable ASCII without spaces")
     try:
         if not args.base_url.startswith(("http://", "https://")):
             raise ValueError
         return openai.OpenAI(base_url=args.base_url, api_key=key)
-    except Exception:  # the package passes on what its HTTP library raises for a bad address
-        raise UserError(f"--base_url {args.base_url}: no address; it looks like http://127.0.0.1:8000/v1") from None
+    except Exception:  # openai does not wrap its HTTP library's exceptions for an invalid address
+        raise UserError(f"--base_url {args.base_url}: not an address: use one like http://127.0.0.1:8000/v1") from None
 
 
 @contextlib.contextmanager
 def as_user_errors(base_url: str, model: str | None) -> Any:
-    """Turn what the server refuses, and what is no OpenAI server, into a UserError."""
+    """Turn errors of the server, and responses that are not OpenAI's API, into UserError."""
     import openai
 
     try:
@@ -77,22 +77,22 @@ def as_user_errors(base_url: str, model: str | None) -> Any:
         cause = error.__cause__ or error
         raise UserError(f"no answer from {base_url} ({cause}): is the server running? see --base_url") from None
     except openai.AuthenticationError:
-        raise UserError(f"{base_url} refuses the key: set --api_key or the variable OPENAI_API_KEY") from None
+        raise UserError(f"{base_url} rejects the key: set --api_key or the variable OPENAI_API_KEY") from None
     except openai.NotFoundError as error:
         hint = f"--model {model}" if model else "--base_url, which usually ends with /v1"
         raise UserError(f"{base_url}: {server_message(error)}: see {hint}") from None
     except openai.APIError as error:
         raise UserError(f"{base_url}: {server_message(error)}") from None
-    except (AttributeError, ValueError):  # raised by the package where the body is not as in the API
-        raise UserError(f"{base_url} does not answer as OpenAI's API does: see --base_url") from None
+    except (AttributeError, ValueError):  # raised by openai if the body has another shape
+        raise UserError(f"{base_url}: the response is not OpenAI's API: see --base_url") from None
     except Exception as error:
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2"):
             raise
-        raise UserError(f"{base_url} broke off ({error}): ask again") from None  # in the middle of an answer
+        raise UserError(f"{base_url}: connection lost ({error}): ask again") from None  # while streaming an answer
 
 
 def server_message(error: Any) -> str:
-    """What the server says is wrong, in one line."""
+    """The server's error message, on one line."""
     body = error.body if isinstance(error.body, dict) else {}
     return " ".join(str(body.get("message") or error.message).split())[:500]
 
@@ -106,7 +106,7 @@ def first_model_name(client: Any, base_url: str) -> str:
 
 
 def print_answer(client: Any, args: argparse.Namespace, messages: list[_Message]) -> str:
-    """Print the answer to the messages as it comes, and return it. Ctrl-C ends it early; what has come is returned."""
+    """Stream the answer to the terminal and return it; after Ctrl-C, the part received so far."""
     options = {"max_tokens": args.max_tokens} if args.max_tokens else {}
     text, chunks = "", 0
     with as_user_errors(args.base_url, args.model), contextlib.suppress(KeyboardInterrupt):

@@ -308,7 +308,7 @@ def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, ta
     samples: list[tuple[int, int, str, list[Any]]] = []
 
     def consider(item: Any, documents: list[Any]) -> None:
-        entry = (-item.key, report.kept, f"{item.file}:{item.line} ({item.language})", documents)
+        entry = (-item.split_hash, report.kept, f"{item.file}:{item.line} ({item.language})", documents)
         if len(samples) < args.samples:
             heapq.heappush(samples, entry)
         elif samples:

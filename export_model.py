@@ -25,7 +25,7 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError, fail_in_one_line
 
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+WEIGHT_DTYPE_NAMES = ("float32", "bfloat16", "float16")
 SHARD_SIZE = cli.NumberType(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
 
 
@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=cli.pathlib_path, help="out/*.pth, or a transformers folder")
     parser.add_argument("folder", type=cli.pathlib_path, metavar="DIR", help="where to write; it must not be there yet")
     add = parser.add_argument_group("what is written").add_argument
-    add("--dtype", choices=WEIGHT_DTYPES, help="number format of the weights (default: float32)")
+    add("--dtype", choices=WEIGHT_DTYPE_NAMES, help="number format of the weights (default: float32)")
     add("--max_shard_gb", type=SHARD_SIZE, default=4.0,
         help="weights are split into files of this size (default: 4)")  # fmt: skip
     add("--gguf", choices=("f32", "f16", "bf16", "q8_0"), help="also a GGUF file in this format, and a Modelfile")

@@ -1,17 +1,17 @@
-"""Serve models over HTTP as OpenAI's API: its clients, OpenWebUI, FastGPT and curl talk to them as they are.
+"""Serve models over HTTP with OpenAI's API, for its clients, OpenWebUI, FastGPT and curl.
 
     python serve_openai_api.py                                            the latest stage in out/, at 127.0.0.1:8000
     python serve_openai_api.py --checkpoint out/dpo_512.pth out/lora_sft_512.pth ../Qwen3-0.6B    several, by name
-    python serve_openai_api.py --host 0.0.0.0 --api_key_file keys.txt     for the network; a key is required there
+    python serve_openai_api.py --host 0.0.0.0 --api_key_file keys.txt     to the network, which requires a key
 
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
          -d '{"messages": [{"role": "user", "content": "你好"}]}'
 
-Requests are decoded together, new ones join between two tokens. Routes: /v1/chat/completions, /v1/completions,
-/v1/embeddings, /v1/models, /health, /openapi.json. Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1"
-Reads the checkpoints, writes nothing.
-Read next: serving/service.py (a request's way), serving/limits.py (who may ask, and how much), serving/scheduler.py
-(decoding together), model/generate.py (one token).
+Requests are decoded in one batch, which new requests join between two tokens. Routes: /v1/chat/completions,
+/v1/completions, /v1/embeddings, /v1/models, /health, /openapi.json.
+Needs: pip install "fastapi>=0.115,<1" "uvicorn>=0.30,<1". Reads checkpoints, writes no files.
+Read next: serving/service.py (how a request is processed), serving/limits.py (keys, hosts, limits),
+serving/scheduler.py (continuous batching), model/generate.py (decoding).
 """
 
 import argparse
@@ -35,28 +35,28 @@ PACKAGES = '"fastapi>=0.115,<1" "uvicorn>=0.30,<1"'
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("which models").add_argument
+    add = parser.add_argument_group("models").add_argument
     add(
         "--checkpoint",
         nargs="+",
         type=cli.path_string,
         metavar="FILE",
-        help=".pth files or transformers folders; NAME=FILE names one",
+        help=".pth files or transformers folders; NAME=FILE sets a model's name",
     )
     add(
         "--out_dir",
         type=cli.path_string,
         default="out",
-        help="where the latest stage is looked for otherwise (default: out)",
+        help="folder whose latest stage is served without --checkpoint (default: out)",
     )
     add("--max_context", type=cli.int_at_least(8), default=4096,
-        help="longest prompt and answer together (default: 4096)")  # fmt: skip
-    strict = "404 for unknown model names; a server of one model answers them with it otherwise"
+        help="tokens of prompt and answer together, at most (default: 4096)")  # fmt: skip
+    strict = "404 for unknown model names (default: a server of one model uses it for any name)"
     add("--strict_model_names", action="store_true", help=strict)
-    preset = "sampling of chats whose request names none: that of the model's chat format (auto), none, or a format's"
+    preset = "sampling defaults of chats: the preset of the model's chat format (auto), none, or another format's"
     add("--sampling_preset", choices=PRESET_CHOICES, default="auto", help=f"{preset} (default: auto)")
     add_rope_flags(parser)
-    add = parser.add_argument_group("who may ask").add_argument
+    add = parser.add_argument_group("access").add_argument
     add(
         "--host",
         type=cli.non_empty_text,
@@ -64,44 +64,42 @@ def make_parser() -> argparse.ArgumentParser:
         help="address to listen on (default: 127.0.0.1, this machine only)",
     )
     add("--port", type=cli.int_between(0, 65535), default=8000, help="0: any free port (default: 8000)")
-    shown = "other users of this machine see it in the list of processes (ps)"
+    shown = "other users of this machine can see it in the process list (ps)"
     add(
         "--api_key",
         type=cli.non_empty_text,
         metavar="KEY",
         help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)",
     )
-    add(
-        "--api_key_file", type=cli.path_string, metavar="FILE", help="a key per line; clients must send one of all keys"
-    )
-    names = "names of this server in the Host header (default: localhost, 127.0.0.1, ::1 and --host; any with a key)"
+    add("--api_key_file", type=cli.path_string, metavar="FILE", help="one key per line; clients must send one of them")
+    names = "further names accepted in the Host header (default: localhost, 127.0.0.1, ::1, --host; any with a key)"
     add("--allowed_hosts", action=cli.NameList, default=[], metavar="NAME", help=names)
     add("--cors", action=cli.NameList, default=[], metavar="ORIGIN",
-        help="web pages that may ask, as https://chat.example.org")  # fmt: skip
-    add = parser.add_argument_group("how much").add_argument
+        help="origins of web pages that may send requests, as https://chat.example.org")  # fmt: skip
+    add = parser.add_argument_group("limits").add_argument
     add("--seats", type=cli.positive_int, default=16,
-        help="answers per model that are decoded together (default: 16)")  # fmt: skip
+        help="sequences per model that run in one batch, max_num_seqs (default: 16)")  # fmt: skip
     add("--queue", type=cli.non_negative_int, default=64,
-        help="answers per model that may wait; then 429 (default: 64)")  # fmt: skip
+        help="sequences per model that may wait; further requests get 429 (default: 64)")  # fmt: skip
     add("--max_request_bytes", type=cli.positive_int, default=2**20,
         help="larger requests get 413 (default: 1048576)")  # fmt: skip
     add("--max_queued_bytes", type=cli.positive_int,
-        help="of all large requests together; then 429 (default: 16 times --max_request_bytes)")  # fmt: skip
+        help="total of large requests; further ones get 429 (default: 16 times --max_request_bytes)")  # fmt: skip
     add("--max_connections", type=cli.int_at_least(2), default=256,
-        help="open at the same time; idle ones are closed for new ones (default: 256)")  # fmt: skip
-    timeout = "seconds a client has to send headers, to send a body (each MiB), and to read more of the answer"
+        help="open connections; new ones replace idle ones (default: 256)")  # fmt: skip
+    timeout = "seconds a client has to send headers, to send each MiB of a body, and to read part of the answer"
     add("--client_timeout", type=cli.int_at_least(1), default=30, help=f"{timeout} (default: 30)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    dtype = "float32 (default): the same text whoever else is answered; auto, bfloat16, float16: faster where native"
+    dtype = "float32 (default): text independent of other requests; auto, bfloat16, float16: faster where native"
     add("--dtype", choices=cli.DTYPE_NAMES, default="float32", help=dtype)
     return parser
 
 
 def read_api_keys(args: argparse.Namespace) -> tuple[str, ...]:
-    """The keys of --api_key, or else of the environment, and those of --api_key_file.
+    """The key of --api_key, or else of $MENGYA_API_KEY, and the keys of --api_key_file.
 
-    Raises UserError for a key that cannot be sent, and for a file that cannot be read or has no key.
+    Raises UserError for a key that a header cannot contain, and for a file that cannot be read or has no key.
     """
     given = args.api_key or os.environ.get("MENGYA_API_KEY")
     keys = [("--api_key", given)] if given else []
@@ -111,21 +109,21 @@ def read_api_keys(args: argparse.Namespace) -> tuple[str, ...]:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(
-                f"--api_key_file {args.api_key_file}: {reason}: name a text file with a key per line"
+                f"--api_key_file {args.api_key_file}: {reason}: use a text file with one key per line"
             ) from None
         keys += [(f"--api_key_file {args.api_key_file}", line.strip()) for line in lines if line.strip()]
         if not any(line.strip() for line in lines):
-            raise UserError(f"--api_key_file {args.api_key_file}: no key in it: write one per line")
+            raise UserError(f"--api_key_file {args.api_key_file}: no key in it: write one key per line")
     for source, key in keys:
         if not (key.isascii() and key.isprintable() and " " not in key):
-            raise UserError(f"{source}: use letters, digits and signs of ASCII, without spaces")
+            raise UserError(f"{source}: a key must be printable ASCII without spaces")
     return tuple(key for _, key in keys)
 
 
 def make_limits(args: argparse.Namespace) -> "ServerLimits":
-    """The limits of the server, checked before any model is read.
+    """Return the limits of the server, checked before any model is loaded.
 
-    Raises UserError for wrong keys, and for a server without a key that the network would reach.
+    Raises UserError for an invalid key, and for --host other than this machine without a key.
     """
     from serving.limits import LOCAL_HOSTS, ServerLimits
 
@@ -133,10 +131,10 @@ def make_limits(args: argparse.Namespace) -> "ServerLimits":
     keys = read_api_keys(args)
     try:
         is_local = args.host == "localhost" or ipaddress.ip_address(args.host).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         is_local = False
     if not is_local and not keys:
-        raise UserError(f"--host {args.host} lets other machines ask: set --api_key KEY or --api_key_file FILE as well")
+        raise UserError(f"--host {args.host} accepts other machines: set --api_key KEY or --api_key_file FILE as well")
     max_queued = args.max_queued_bytes or 16 * args.max_request_bytes
     if max_queued < args.max_request_bytes:
         raise UserError(f"--max_queued_bytes {max_queued} is less than --max_request_bytes {args.max_request_bytes}")
@@ -156,7 +154,7 @@ def make_limits(args: argparse.Namespace) -> "ServerLimits":
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Bound before the models are read, so that a taken port is known at once."""
+    """Return a listening socket. It is bound before the models are loaded, so an occupied port fails at once."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family)
@@ -190,15 +188,15 @@ def main() -> None:
             rope = f", RoPE {scaled}" if (scaled := rope_summary(served.model.config)) else ""
             print(f"{served.name}: {summary}{rope}, {device}, {str(dtype).removeprefix('torch.')}", flush=True)
             if served.preset:
-                print(f"    sampling of chats that name none: {format_settings(served.preset)}", flush=True)
+                print(f"    default sampling of chats: {format_settings(served.preset)}", flush=True)
             if served.preset.get("num_beams", 1) > args.seats:
                 problem = f"--seats {args.seats} is less than the num_beams of {served.name}'s sampling preset"
                 raise UserError(f"{problem}: set --seats {served.preset['num_beams']} or --sampling_preset none")
         app = make_app(models, limits, lambda: autocast(device, dtype))
         host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"listening on http://{host}:{server_socket.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        print(f"listening on http://{host}:{server_socket.getsockname()[1]}/v1 (Ctrl-C stops it)", flush=True)
         gc.collect()
-        gc.freeze()  # a collection during a request does not go through the modules and models again
+        gc.freeze()  # later collections skip the modules and models
         make_server(app, limits).run(sockets=[server_socket])
 
 

@@ -203,10 +203,10 @@ def compare_tokenizers(folders: list[str], files: list[str], out: str | None) ->
         TABLE_HEADERS,
         describe_texts,
         load_any_tokenizer,
-        markdown_table,
         measure_tokenizers,
         read_texts_by_language,
         table_cells,
+        tokenizer_table_markdown,
     )
 
     tokenizers = [load_any_tokenizer(folder) for folder in folders]
@@ -221,7 +221,7 @@ def compare_tokenizers(folders: list[str], files: list[str], out: str | None) ->
     Console().print(table)
     print(measured_texts)
     if out:
-        write_text(out, markdown_table(rows, measured_texts))
+        write_text(out, tokenizer_table_markdown(rows, measured_texts))
         print(f"written: {out}")
 
 

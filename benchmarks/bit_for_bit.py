@@ -1,19 +1,19 @@
-"""Check that two commits compute the same thing, bit for bit.
+"""Check that two commits produce the same outputs, bit for bit.
 
     python benchmarks/bit_for_bit.py OLD_COMMIT              compare with HEAD
-    python benchmarks/bit_for_bit.py OLD_COMMIT NEW_COMMIT   compare two commits; --keep leaves both outputs on the disk
+    python benchmarks/bit_for_bit.py OLD_COMMIT NEW_COMMIT   compare two commits; --keep keeps both outputs
 
-Each commit is checked out in a temporary git worktree and runs the small path there, on the CPU in float32 with one
-thread and a fixed seed: demo world, tokenizer, data sets, pretraining 50 steps, full SFT 50, LoRA SFT 30 (and its
+Each commit is checked out in a temporary git worktree and runs a small pipeline there, on the CPU in float32 with one
+thread and a fixed seed: demo world, tokenizer, datasets, pretraining 50 steps, full SFT 50, LoRA SFT 30 (and its
 merged export), DPO 20, a mixture of experts 20, greedy answers after every stage. Then every output file is compared:
 
     tokenizer, token shards, text, exported weights    byte by byte
     *.pth, *.reference                                 every tensor with torch.equal, every other value with ==
-    meta.json, logs, answers                           every value, after the renames and without the keys listed below
+    meta.json, logs, answers                           every value, with renamed keys mapped and volatile keys ignored
 
-Uncommitted changes are not seen. Two minutes of CPU time. Exit code 0: everything is equal; 1: a difference, or a
-command failed; 2: wrong usage.
-Read next: ../demo.py (the same path with a larger model and world).
+Uncommitted changes are not included. Takes two minutes of CPU time. Exit code 0: everything is equal; 1: a difference,
+or a command failed; 2: wrong usage.
+Read next: ../demo.py (the same pipeline with a larger model and world).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = Path("out/bit_for_bit")  # below the worktree; relative, so that paths inside checkpoints are equal
+OUT = Path("out/bit_for_bit")  # relative to the worktree, so that paths inside checkpoints are equal
 
 # Metric keys of logs and checkpoints, old -> new; also with the prefix val_ and the suffix _before.
 RENAMED_METRICS = (
@@ -48,10 +48,10 @@ RENAMED_LOG_KEYS = dict(RENAMED_METRICS)
 RENAMED_KEYS: dict[str, str] = {}
 # Keys whose values differ between two runs of one commit: times, speeds, memory.
 VOLATILE_KEYS = {"seconds", "seconds_left", "tokens_per_second", "peak_memory_mb"}
-# Checksum of the JSON text itself: it changes with the name of any key. All values that it covers are compared.
+# Checksum of the JSON text: it changes when a key is renamed. All values that it covers are compared anyway.
 OWN_CHECKSUM_KEYS = {"checksum"}
 
-# Modules that write the demo world, newest first; the first one that a commit has is run.
+# Modules that write the demo world, newest first. The first one that exists in a commit is run.
 DEMO_WORLD_MODULES = ("demo_world.generator", "demo_world", "corpus.demo_world")
 STAGES = ("pretrain", "full_sft", "lora_sft", "dpo")
 DIM = 64
@@ -95,14 +95,14 @@ COMMANDS = (
 )
 ANSWER = "--prompts {out}/prompts.txt --temperature 0 --max_new_tokens 32 --device cpu --dtype float32"
 
-Value = Any  # what JSON and torch.load give: dicts, lists, numbers, texts, tensors
+Value = Any  # from JSON or torch.load: dicts, lists, numbers, strings, tensors
 
 
 class CommandFailed(Exception):
-    """A command of the small path did not succeed."""
+    """A command of the pipeline failed."""
 
 
-# ---- running the small path ------------------------------------------------------------------------------------------
+# ---- running the pipeline --------------------------------------------------------------------------------------------
 def run_git(*arguments: str) -> str:
     command = ["git", "-C", str(ROOT), *arguments]
     completed = subprocess.run(command, capture_output=True, text=True)  # a fixed program, no shell  # nosec B603
@@ -112,7 +112,7 @@ def run_git(*arguments: str) -> str:
 
 
 def demo_world_module(tree: Path) -> str:
-    """The module of this commit that writes the demo world and can be run with `python -m`."""
+    """Return the module of this commit that writes the demo world with `python -m`."""
     for module in DEMO_WORLD_MODULES:
         base = tree / module.replace(".", "/")
         file = base.with_suffix(".py")
@@ -122,7 +122,7 @@ def demo_world_module(tree: Path) -> str:
 
 
 def run_small_path(tree: Path, label: str) -> float:
-    """Run all COMMANDS in a worktree and print each; returns the seconds. Raises CommandFailed."""
+    """Run and print all COMMANDS in a worktree. Returns the seconds. Raises CommandFailed."""
     started = time.perf_counter()
     (tree / OUT).mkdir(parents=True)
     (tree / OUT / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
@@ -146,14 +146,14 @@ def run_small_path(tree: Path, label: str) -> float:
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
 def current_key(key: str) -> str:
-    """Today's name of a metric or any other key; new names stay as they are."""
+    """Return the current name of a metric or another key; current names stay unchanged."""
     prefix, suffix = ("val_" if key.startswith("val_") else ""), ("_before" if key.endswith("_before") else "")
     metric = key.removeprefix("val_").removesuffix("_before")
     return f"{prefix}{RENAMED_LOG_KEYS[metric]}{suffix}" if metric in RENAMED_LOG_KEYS else RENAMED_KEYS.get(key, key)
 
 
 def canonical_value(value: Value) -> Value:
-    """The same value with new keys, without what two runs never share. Values are not touched."""
+    """Return the value with current keys and without volatile keys. All other values stay unchanged."""
     if isinstance(value, dict):
         skipped = VOLATILE_KEYS | OWN_CHECKSUM_KEYS
         return {current_key(str(key)): canonical_value(item) for key, item in value.items() if key not in skipped}
@@ -161,7 +161,7 @@ def canonical_value(value: Value) -> Value:
 
 
 def first_difference(old: Value, new: Value, where: str = "") -> str:
-    """Where two canonical values differ, and how; "" when they are equal. NaN equals NaN; 1 and 1.0 differ."""
+    """Describe the first difference of two canonical values, or return "". NaN equals NaN; 1 and 1.0 differ."""
     if type(old) is not type(new):
         return f"{where}: {format_value(old)} is now {format_value(new)}"
     if isinstance(old, dict):
@@ -197,7 +197,7 @@ def format_value(value: Value) -> str:
 
 
 def read_output(path: Path) -> Value:
-    """The content of an output file as a canonical value; of a file without renamed or volatile keys its bytes."""
+    """Read an output file as a canonical value, or as bytes if its format has no renamed or volatile keys."""
     if path.suffix in (".pth", ".reference"):
         return canonical_value(torch.load(path, map_location="cpu", weights_only=True))
     text = path.name == "meta.json" or path.name.startswith("answers_")
@@ -209,7 +209,7 @@ def read_output(path: Path) -> Value:
 
 
 def output_files(folder: Path) -> dict[str, str]:
-    """Relative name -> part of the table. Without locks, curves (drawn text) and prose (model card and its facts)."""
+    """Return {relative name: row of the table}, without locks, curves and prose (model card and its facts)."""
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -231,7 +231,7 @@ def output_part(path: Path, name: str) -> str:
 
 
 def compare_outputs(old: Path, new: Path) -> dict[str, list[str]]:
-    """part of the table -> a text for each file of it: "" when it is equal, else its first difference."""
+    """Return {row of the table: [a text per file]}: "" if the file is equal, else its first difference."""
     before, after = output_files(old), output_files(new)
     results: dict[str, list[str]] = {}
     for name in sorted(before.keys() | after.keys()):
@@ -254,7 +254,7 @@ def byte_difference(old: bytes, new: bytes) -> str:
 
 
 def check_complete(folder: Path) -> None:
-    """Raises CommandFailed unless every kind of output is there: a comparison of nothing must not count as equal."""
+    """Raise CommandFailed unless every kind of output exists: a comparison of nothing must not count as equal."""
     wanted = [f"{stage}_{DIM}{suffix}" for stage in STAGES for suffix in (".pth", ".jsonl")]
     wanted += [f"answers_{stage}.json" for stage in STAGES] + [
         f"moe/pretrain_{DIM}_moe{suffix}" for suffix in (".pth", ".jsonl")
@@ -276,7 +276,7 @@ def print_table(results: dict[str, list[str]]) -> None:
 
 
 def run_both_commits(commits: list[str], folder: Path) -> list[Path]:
-    """Run the small path of both commits at the same time; returns their output folders."""
+    """Run the pipeline of both commits at the same time. Returns their output folders."""
     trees = [folder / "old", folder / "new"]
     for commit, tree in zip(commits, trees, strict=True):
         run_git("worktree", "add", "--detach", "--quiet", str(tree), commit)
@@ -293,7 +293,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD_COMMIT", help="commit to compare with")
     parser.add_argument("new", metavar="NEW_COMMIT", nargs="?", default="HEAD", help="commit to check (default: HEAD)")
-    parser.add_argument("--keep", action="store_true", help="leave the worktrees and their outputs, and print where")
+    parser.add_argument("--keep", action="store_true", help="keep the worktrees and outputs, and print their folder")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bit_for_bit_"))
     try:

@@ -1,6 +1,6 @@
-"""What bounds a training step on which machine: computing, the network or memory. Nothing is trained.
+"""Estimate the bottleneck of a training step on several machines: computing, the network or memory. Trains nothing.
 
-    python -m benchmarks.machines                              the README's table, as markdown
+    python -m benchmarks.machines                              print the README's table, as markdown
 
 Read next: ../trainer/memory.py (the formulas).
 """
@@ -15,6 +15,8 @@ from trainer.memory import GPU, GPUS, flops_per_token, training_memory
 
 @dataclass(frozen=True)
 class Cluster:
+    """One machine, or several equal ones, with their links."""
+
     name: str
     gpu: GPU
     gpus_per_node: int
@@ -39,13 +41,13 @@ CLUSTERS = (
 
 @dataclass(frozen=True)
 class ThroughputBound:
-    """How a step on a machine spends its time."""
+    """Estimated memory and times of one optimizer step."""
 
     parallel: str
     rows: int  # per process and forward pass
     memory: float  # bytes
     compute: float  # seconds
-    traffic: float  # seconds, if nothing overlapped
+    traffic: float  # seconds, without overlap with computing
     fits: bool
 
     @property
@@ -56,20 +58,20 @@ class ThroughputBound:
 
 
 def traffic_bytes(config: ModelConfig, parallel: str, processes: int) -> float:
-    """Bytes that each process sends in one optimizer step. Ring algorithms (ZeRO, arXiv:1910.02054, section 7).
+    """Return the bytes that each process sends in one optimizer step with ring collectives, in fp32.
 
-    ddp and zero1, zero2: gradients once reduced, once spread. zero3, fsdp: weights gathered in forward and in backward,
-    gradients reduced. All of it in fp32, 4 bytes each.
+    ZeRO, arXiv:1910.02054, section 7. ddp, zero1, zero2: one reduce-scatter of gradients and one all-gather. zero3,
+    fsdp: all-gather of weights in forward and in backward, reduce-scatter of gradients.
     """
     bytes_per_parameter = 8 if parallel in ("ddp", "zero1", "zero2") else 12
     return bytes_per_parameter * count_parameters(config).total * (processes - 1) / processes
 
 
 def throughput_bound(config: ModelConfig, cluster: Cluster, step_tokens: float, utilisation: float) -> ThroughputBound:
-    """The simplest --parallel whose states fit, with as many rows at a time as its memory takes."""
+    """Return the estimate for the simplest --parallel that fits, with the largest micro-batch that fits."""
     seq, n = config.max_seq_len, cluster.gpus
-    usable_memory = cluster.gpu.memory * 1e9 * 0.92  # the allocator leaves holes
-    rows_per_process = max(1, round(step_tokens / seq / n))  # rows per process and step
+    usable_memory = cluster.gpu.memory * 1e9 * 0.92  # the allocator loses 8 % to fragmentation
+    rows_per_process = max(1, round(step_tokens / seq / n))  # per step
     for parallel, recompute in _parallel_choices():
         for rows in (row for row in (64, 32, 16, 8, 4, 2, 1) if row <= rows_per_process):
             memory = training_memory(config, rows, seq, parallel=parallel, processes=n, recompute=recompute).total
@@ -86,15 +88,15 @@ def throughput_bound(config: ModelConfig, cluster: Cluster, step_tokens: float, 
 
 
 def _parallel_choices() -> Iterator[tuple[str, bool]]:
-    """From the simplest on."""
+    """Yield (--parallel, activation checkpointing), the simplest first."""
     for recompute in (False, True):
-        for parallel in ("ddp", "fsdp"):  # those that Muon works with
+        for parallel in ("ddp", "fsdp"):  # the modes that support Muon
             yield parallel, recompute
 
 
 def print_cluster_table(utilisation: float = 0.4, step_tokens: float = 2**19) -> None:
-    """What bounds which machine, for the presets, as markdown."""
-    print(f"{step_tokens:,.0f} tokens a step, {utilisation:.0%} of the peak while computing, bf16 products, Muon.\n")
+    """Print the table of presets and machines as markdown."""
+    print(f"{step_tokens:,.0f} tokens per step, {utilisation:.0%} of the peak while computing, bf16 products, Muon.\n")
     print("| model | machine | take | rows at a time | memory, GB | computing | network | bound by | 20 tokens/param |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in ("small", "base", "mindllm-1.3b", "mindllm-3b", "xiangxin-3b"):

@@ -1,4 +1,4 @@
-"""The device and the number format that a script computes in. Imports torch, which a script's `--help` does without.
+"""Selection of device and dtype, and autocast. Imports torch, so scripts import this module after parsing flags.
 
 Read next: cli.py (the flags), ../trainer/distributed.py (several processes).
 """
@@ -14,7 +14,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto` means cuda, else mps, else cpu. Raises UserError for a device that is not there."""
+    """Return the device; `auto`: cuda, else mps, else cpu. Raises UserError if the device is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -33,17 +33,20 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 itself: CUDA from sm80 on, CPUs with AMX or AVX512-bf16."""
+    """Whether the hardware has bf16 matrix products: CUDA from sm80 on, CPUs with AMX or AVX512-bf16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":  # private names: absent ones count as no
+    if device.type == "cpu":  # private functions of torch: a missing one counts as False
         probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return False
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the hardware has it, fp16 (with a gradient scaler) on other CUDA cards, fp32 elsewhere."""
+    """Return the dtype; `auto`: bf16 if the hardware has it, else fp16 on CUDA (with a gradient scaler), else fp32.
+
+    Raises UserError for an unknown name.
+    """
     if name == "auto":
         if has_native_bf16(device):
             return torch.bfloat16
@@ -54,5 +57,5 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in `dtype`; the weights stay fp32. fp32 means no autocast at all."""
+    """Return a context in which matrix products use `dtype` while the weights stay fp32. fp32: no autocast."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

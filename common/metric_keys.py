@@ -1,4 +1,4 @@
-"""Old names of metrics in logs and checkpoints, and their names of today. Whatever reads a log accepts both.
+"""Old and current names of metrics in logs and checkpoints. All readers of logs accept both.
 
     {"val_accuracy": {"zh": 0.9}, "val_likelier_before": …}  ->  {"val_reward_accuracy": {"zh": 0.9}, …}
 
@@ -7,7 +7,7 @@ Read next: ../trainer/metrics.py (the log), ../export/facts_file.py (the lineage
 
 from typing import Any
 
-# Also with the prefix val_ (of validation data) and the suffix _before (of the model before training).
+# Old name -> current name. Also with the prefix val_ (validation data) and the suffix _before (before training).
 OLD_METRIC_KEYS = {
     "real_token_share": "token_fraction",
     "likelier": "chosen_preferred",
@@ -19,12 +19,12 @@ OLD_METRIC_KEYS = {
 
 
 def current_metric_key(key: str) -> str:
-    """Today's name of a metric; a name of today stays as it is."""
+    """Return the current name of a metric; current names stay unchanged."""
     prefix, suffix = "val_" if key.startswith("val_") else "", "_before" if key.endswith("_before") else ""
     metric = key.removeprefix(prefix).removesuffix(suffix)
     return f"{prefix}{OLD_METRIC_KEYS.get(metric, metric)}{suffix}"
 
 
 def with_current_metric_keys(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The same values in the same order under the names of today."""
+    """Return the same values in the same order under their current names."""
     return {current_metric_key(key): value for key, value in metrics.items()}

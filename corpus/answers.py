@@ -1,6 +1,6 @@
-"""The answer of a chat row, in the ways in which rows write one.
+"""Parses the answer of a chat row: text, a number, messages, or a list of answers.
 
-Read next: row_text.py (who calls this), pair_answers.py (two answers to one prompt).
+Read next: row_text.py (the caller), pair_answers.py (two answers to one prompt).
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ from corpus.stats import BadRow, DroppedRow
 
 
 def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
-    """The answer of a chat row, as `key` gives it: text, a number, a message or messages, or several answers.
+    """Parses `given`, the value under `key`, into assistant messages.
 
-    Of several under the key `answers` the first is used and counted. Raises DroppedRow for empty answers and a call of
-    a tool, BadRow for what cannot be used.
+    Of several texts under the key `answers` the first is used, and the change is noted. Raises DroppedRow for an empty
+    answer or a tool call, BadRow for an unusable value.
     """
     if isinstance(given, str) and not given.lstrip().startswith("[{"):
         return [make_message("assistant", require_text(given, key))]
@@ -47,5 +47,5 @@ def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
 
 
 def is_text_list(value: Any) -> bool:
-    """True for a list of texts that is no chat by itself: the paragraphs of a context, ranked answers."""
+    """True for a non-empty list of strings, such as the paragraphs of a context or ranked answers."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)

@@ -1,8 +1,8 @@
-"""Rows of parquet and arrow files (IPC files and streams, what `datasets` saves), by batches, with pyarrow.
+"""Reads parquet and arrow files (IPC files and streams, as `datasets` saves them) batch by batch with pyarrow.
 
-Nested structs and lists become dicts and lists; the line of a row is its number. A row group or a batch that cannot be
-read ends the file, unless damage is accepted: then reading continues with the next one. Every batch is validated before
-use: pyarrow trusts the offsets in a file, and wrong ones would read foreign memory.
+Nested structs and lists become dicts and lists; the line of a row is its number. An unreadable row group or batch ends
+the file; if damage is accepted, reading continues with the next one. Every batch is validated before use: pyarrow
+trusts the offsets in a file, and wrong offsets read memory outside the buffer.
 
 Read next: txt_reader.py (the other formats).
 """
@@ -16,21 +16,21 @@ from corpus.json_reader import NumberedRows
 from corpus.stats import DataStats
 
 ARROW_BATCH_ROWS = 1000
-ARROW_MAGIC_BYTES = 8  # bytes in front of the stream that every arrow file contains
-STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
+ARROW_MAGIC_BYTES = 8  # bytes before the stream inside an arrow file
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # end-of-stream marker
 
 
 def read_parquet(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Rows of a parquet file."""
+    """Yields (row number, row) of a parquet file."""
     return _read_rows(input_file, report, "parquet", _parquet_row_groups)
 
 
 def read_arrow(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Rows of an arrow file, in the file format ("ARROW1") or the streaming format."""
+    """Yields (row number, row) of an arrow file in the IPC file format ("ARROW1") or the IPC streaming format."""
     return _read_rows(input_file, report, "arrow", _arrow_row_groups)
 
 
-RowGroup = tuple[Callable[[], Iterator[Any]], int]  # its record batches, and how many rows it has (0: unknown)
+RowGroup = tuple[Callable[[], Iterator[Any]], int]  # (opens its record batches, number of rows or 0 if unknown)
 
 
 def _read_rows(
@@ -40,12 +40,12 @@ def _read_rows(
     open_row_groups: Callable[[InputFile], Iterator[RowGroup]],
 ) -> NumberedRows:
     if input_file.is_compressed:
-        raise UserError(f"{input_file.name} is a packed {format_name} file: unpack it first")
+        raise UserError(f"{input_file.name} is a compressed {format_name} file: unpack it first")
     try:
         import pyarrow
     except ImportError:
         raise UserError(f"reading {format_name} files needs one more package: pip install pyarrow") from None
-    # What pyarrow raises for damaged files: its own errors, and those of Python for impossible sizes and names.
+    # pyarrow raises its own errors for damaged files, and Python's for impossible sizes and names.
     errors = (pyarrow.ArrowException, OSError, EOFError, MemoryError, ValueError, OverflowError, NotImplementedError)
     number, num_groups, row_groups = 0, 0, open_row_groups(input_file)
     while True:
@@ -65,14 +65,13 @@ def _read_rows(
                     else:
                         yield number, row
         except errors:
-            rows = rows or number // max(1, num_groups)  # unknown: as many as the others have
+            rows = rows or number // max(1, num_groups)  # if unknown: the mean of the row groups before
             input_file.add_damage(f"truncated or damaged {format_name} file", max(0, rows - (number - before)))
             if not report.accept_damaged:
                 return
 
 
 def _parquet_row_groups(input_file: InputFile) -> Iterator[RowGroup]:
-    """Row groups."""
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(input_file.raw, page_checksum_verification=True)
@@ -82,19 +81,19 @@ def _parquet_row_groups(input_file: InputFile) -> Iterator[RowGroup]:
 
 
 def _arrow_row_groups(input_file: InputFile) -> Iterator[RowGroup]:
-    """The batches of an arrow file; of a stream, or of a file without its end, all of them as one part."""
+    """Yields the batches of an arrow file one by one; those of a stream or of a truncated file as one group."""
     import pyarrow.ipc
 
     is_file = input_file.head().startswith(b"ARROW1")
     try:
         reader = pyarrow.ipc.open_file(input_file.raw) if is_file else None
-    except (pyarrow.ArrowException, OSError):  # without its end: a stream behind 8 bytes
+    except (pyarrow.ArrowException, OSError):  # no footer: read the stream after the magic bytes
         reader = None
     if reader is None:
         input_file.raw.seek(ARROW_MAGIC_BYTES if is_file else 0)
         yield lambda: _slice_batches(pyarrow.ipc.open_stream(input_file.raw)), 0
         if not input_file.damages and (is_file or not _ends_with(input_file, STREAM_END)):
-            raise EOFError  # of the writer: the stream was cut between two batches
+            raise EOFError  # the stream was truncated between two batches
         return
     for number in range(reader.num_record_batches):
         yield lambda number=number: _slice_batches([reader.get_batch(number)]), 0  # type: ignore[misc]
@@ -113,7 +112,7 @@ def _slice_batches(batches: Any) -> Iterator[Any]:
 
 
 def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch; None for one that Python cannot hold."""
+    """Yields the rows of a batch; None for a row that cannot be converted to Python objects."""
     try:
         yield from batch.to_pylist()
         return

@@ -1,12 +1,12 @@
-"""Turns -> messages: every way in which a row writes a conversation becomes [{"role", "content"}, ...].
+"""Converts conversations of any supported layout into messages: [{"role", "content"}, ...].
 
-    parse_messages(value)       a list of messages, of strings, of {human, assistant}, of [question, answer]; text that
-                             spells such a list in JSON or Python notation; text marked with Human: and Assistant:
-    apply_turn_rules(...)    system first, then user and assistant in turn (layouts.TURN_RULES says what is done)
+    parse_messages(value)    parses a list of messages, of strings, of {human, assistant} or of [question, answer];
+                             such a list as JSON or Python text; or text marked with Human: and Assistant:
+    apply_turn_rules(...)    makes roles alternate: system first, then user and assistant (layouts.TURN_RULES)
+    trim_unanswered(...)     removes a last question without an answer
 
-A message has the keys role and content, and `"weight": 0` where the row excludes it from training. Text that spells a
-list is parsed, never evaluated: a data file cannot run code. A last turn without an answer: `trim_unanswered` removes
-it.
+A message has the keys role and content, and `"weight": 0` if the row excludes it from training. Lists written as text
+are parsed, never evaluated: a data file cannot run code.
 
 Read next: layouts.py (keys and roles), row_text.py (rows -> chats), prepare_chats.py (chats -> tokens).
 """
@@ -32,9 +32,9 @@ from corpus.stats import BadRow, DroppedRow
 from model.chat_template import Message
 
 WITHOUT_OPENING = "without the assistant's opening message"
-JOINED_ROLES = "with messages of one role in a row joined"
+JOINED_ROLES = "with consecutive messages of one role joined"
 CUT_AT_EMPTY = "cut before an empty message"
-TEXT_PART_TYPES = ("text", "input_text", "output_text")  # OpenAI's types of parts that are text
+TEXT_PART_TYPES = ("text", "input_text", "output_text")  # text types of OpenAI's content parts
 TOOLS_UNSUPPORTED = "tool turns are not trained yet"
 
 _READ_KEYS = frozenset((*ROLE_KEYS, *TOOL_KEYS, *THOUGHT_KEYS, *TRAINING_FLAG_KEYS, "recipient", "end_turn"))
@@ -45,12 +45,12 @@ _TURN_ROLES = {
 }
 
 
-_QA_PREFIX = re.compile(r"\s*[问答][:：]\s*")  # in front of each text of a list of questions and answers
+_QA_PREFIX = re.compile(r"\s*[问答][:：]\s*")  # prefix of each text in a list of questions and answers
 _MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*")
 
 
 class RowNotes:
-    """What a row loses on its way to messages: `changes` are reasons, `unused` are keys that have a value."""
+    """What parsing changed in a row (`changes`: reasons) and did not read (`unused`: keys with a value)."""
 
     def __init__(self) -> None:
         self.changes: dict[str, None] = {}
@@ -58,7 +58,7 @@ class RowNotes:
 
 
 def trim_unanswered(messages: list[Message]) -> list[Message]:
-    """The chat up to its last answer: a last question without an answer is left out. May be empty."""
+    """Returns the chat up to its last answer, without unanswered messages after it. May be empty."""
     if messages and messages[-1]["role"] == "assistant":
         return messages
     end = max((i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
@@ -66,35 +66,35 @@ def trim_unanswered(messages: list[Message]) -> list[Message]:
 
 
 def chat_text(messages: list[Message]) -> str:
-    """The words of a chat without any marker: what language detection, duplicates and plain-text training look at."""
+    """Joins the message contents without role markers, for language detection, deduplication and pretraining."""
     return "\n".join(message["content"] for message in messages)
 
 
 def is_trained(message: Message) -> bool:
-    """True for an answer that the row does not exclude from training."""
+    """True for an assistant message whose weight is not 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def is_blank(value: Any) -> bool:
-    """True for null, NaN and text of white space only."""
+    """True for null, NaN, and empty or white-space text."""
     return (not value or value.isspace()) if isinstance(value, str) else is_missing(value)
 
 
 def is_filled(value: Any) -> bool:
-    """False for null, NaN, blank text, empty lists and objects, and text that spells an empty list."""
+    """False for null, NaN, blank text, empty lists and objects, and the texts "[]" and "{}"."""
     if isinstance(value, str):
         return not is_blank(value) and (len(value) > 9 or value.strip() not in ("[]", "{}"))
     return not (is_missing(value) or (isinstance(value, (list, tuple, dict)) and not value))
 
 
 def is_zero_weight(value: Any) -> bool:
-    """True for a weight that excludes what it belongs to: 0, false, or such text, as a csv cell has it."""
+    """True for a weight that excludes a message or row from training: 0, false, or the same as text (csv)."""
     return value in (0, False) or (isinstance(value, str) and value.strip().lower() in ("0", "0.0", "false"))
 
 
 # ---- a value -> messages ---------------------------------------------------------------------------------------------
 def parse_messages(value: Any, notes: RowNotes, field: str = "the list of messages") -> list[Message]:
-    """The messages that `value` holds; their text is not checked yet. Raises BadRow, or DroppedRow for tool turns."""
+    """Parses `value` into messages without checking their text. Raises BadRow, or DroppedRow for tool turns."""
     if isinstance(value, str):
         marked = parse_marked_text(value)
         if marked:
@@ -122,7 +122,7 @@ def parse_messages(value: Any, notes: RowNotes, field: str = "the list of messag
 
 
 def _simple_message(turn: Any) -> Message | None:
-    """The message of {"role", "content"} or {"from", "value"} with text and nothing else: nearly all turns are such."""
+    """Fast path for {"role", "content"} and {"from", "value"} with plain text; None for any other turn."""
     if not isinstance(turn, dict) or len(turn) != 2:
         return None
     name, content = (turn["role"], turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
@@ -133,8 +133,8 @@ def _simple_message(turn: Any) -> Message | None:
 
 
 def _object_turns(value: dict[str, Any]) -> Any:
-    """The turns in an object: one message, one {human, assistant}, {"messages": [...]}, {"turn_1": {...}, ...}, or
-    {"role": [...], "content": [...]}, as datasets stores a Sequence."""
+    """The turns of an object: one message, one {human, assistant}, {"messages": [...]}, {"turn_1": {...}, ...}, or
+    {"role": [...], "content": [...]}, the form of a `datasets` Sequence."""
     inner = next((value[key] for key in FIELD_KEYS["messages"] if is_filled(value.get(key))), None)
     if inner is not None:
         return inner
@@ -142,7 +142,7 @@ def _object_turns(value: dict[str, Any]) -> Any:
     if value and all(isinstance(turn, dict) for turn in columns):
         return columns
     if value and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
-        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]  # a column for each key
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]  # one list per key
     return [value]
 
 
@@ -175,7 +175,7 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
 
 
 def turn_role(turn: dict[str, Any]) -> str | None:
-    """user, assistant, system or tool; None for an object without a role. Raises BadRow for an unknown role."""
+    """Returns user, assistant, system or tool; None without a role. Raises BadRow for an unknown role."""
     for key in ROLE_KEYS:
         name = turn.get(key)
         if isinstance(name, str):
@@ -188,7 +188,7 @@ def turn_role(turn: dict[str, Any]) -> str | None:
 
 
 def text_key_roles(turn: dict[str, Any]) -> dict[str, str]:
-    """{key: role} of a turn object without a role, such as {human, assistant}, {q, a} or {user}; a context last."""
+    """Returns {key: role} of a turn without a role key, such as {human, assistant} or {q, a}; contexts come last."""
     roles = {key: _TURN_ROLES.get(key) or _TURN_ROLES.get(str(key).lower(), "") for key in turn}
     filled = [key for key, role in roles.items() if role and is_filled(turn[key])]
     return {key: roles[key] for key in sorted(filled, key=lambda key: str(key).lower() in FIELD_KEYS["context"])}
@@ -205,15 +205,15 @@ def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
     if len(turn) > 2:
         for thought in THOUGHT_KEYS:
             if is_filled(turn.get(thought)):
-                notes.changes[f"without its `{thought}`: thoughts are not trained yet"] = None
-        if role == "assistant" and any(is_zero_weight(turn.get(mark)) for mark in TRAINING_FLAG_KEYS):
+                notes.changes[f"without its `{thought}`: reasoning is not trained yet"] = None
+        if role == "assistant" and any(is_zero_weight(turn.get(flag)) for flag in TRAINING_FLAG_KEYS):
             result["weight"] = 0
         _note_unused_keys(turn, {key}, notes)
     return result
 
 
 def unwrap_answer(value: Any) -> Any:
-    """The text of an answer that is a number, a list of one text, or an object with a text; else the value itself."""
+    """Returns the text of a number, of a list of one text or of an object with a text; any other value unchanged."""
     if isinstance(value, dict) and (key := find_content_key(value)) and turn_role(value) is None:
         value = value[key]
     if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict)):
@@ -222,7 +222,7 @@ def unwrap_answer(value: Any) -> Any:
 
 
 def find_content_key(turn: dict[str, Any]) -> str | None:
-    """The key that holds the text of a message with a role: the first filled one, else the first."""
+    """Returns the content key of a message: the first that is filled, else the first present, else None."""
     present = [key for key in CONTENT_KEYS if key in turn]
     return next((key for key in present if is_filled(turn[key])), present[0] if present else None)
 
@@ -234,7 +234,7 @@ def _note_unused_keys(turn: dict[str, Any], used: set[Any], notes: RowNotes) -> 
 
 
 def _message_text(value: Any) -> Any:
-    """The text of a message that may be given in OpenAI's parts: [{"type": "text", "text": "..."}]."""
+    """The text of a message; OpenAI's content parts [{"type": "text", "text": "..."}] are joined."""
     if isinstance(value, str):
         if value.startswith("<|") and (moss := _MOSS.match(value)):
             words = value[moss.end() :].rstrip()
@@ -254,7 +254,7 @@ def _message_text(value: Any) -> Any:
 
 
 def parse_history(value: Any, notes: RowNotes) -> list[Message]:
-    """Earlier turns: [[question, answer], ...], or messages, as a list or as text in JSON or Python notation."""
+    """Parses earlier turns: [[question, answer], ...] or messages, as a list or as JSON or Python text."""
     if not is_filled(value):
         return []
     if isinstance(value, str):
@@ -273,10 +273,10 @@ def parse_history(value: Any, notes: RowNotes) -> list[Message]:
 
 # ---- the rules of turns ----------------------------------------------------------------------------------------------
 def apply_turn_rules(messages: list[Message], notes: RowNotes, cut_at_empty: bool = True) -> list[Message]:
-    """`messages` with system first, then user and assistant in turn: layouts.TURN_RULES, one after the other.
+    """Applies layouts.TURN_RULES: returns an optional system message, then alternating user and assistant messages.
 
-    `cut`: the chat ends before its first empty message; without it an empty message is an error. Raises BadRow or
-    DroppedRow with the reason.
+    `cut_at_empty`: the chat ends before its first empty message; if False, an empty message raises BadRow.
+    Raises BadRow or DroppedRow with the reason.
     """
     if not _roles_alternate(messages):
         messages = _make_roles_alternate(messages, notes, cut_at_empty)
@@ -286,7 +286,7 @@ def apply_turn_rules(messages: list[Message], notes: RowNotes, cut_at_empty: boo
 
 
 def _roles_alternate(messages: list[Message]) -> bool:
-    """True for a chat that needs no change: an optional system message, then user and assistant, none empty."""
+    """True if no rule applies: an optional system message, then alternating user and assistant, none empty."""
     start = 1 if messages and messages[0]["role"] == "system" else 0
     roles = itertools.cycle(("user", "assistant"))
     return len(messages) > start and all(
@@ -295,7 +295,7 @@ def _roles_alternate(messages: list[Message]) -> bool:
 
 
 def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty: bool) -> list[Message]:
-    runs: list[list[Message]] = []  # of one role each
+    runs: list[list[Message]] = []  # consecutive messages of one role
     for new in messages:
         role, before = new["role"], runs[-1][0]["role"] if runs else ""
         if role == "system" and before not in ("", "system"):
@@ -303,7 +303,7 @@ def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty
         if role == "tool":
             raise DroppedRow(TOOLS_UNSUPPORTED)
         if role == "system" and is_blank(new["content"]):
-            continue  # many files carry an empty system message everywhere
+            continue  # some datasets put an empty system message into every row
         if role == "assistant" and before in ("", "system"):
             notes.changes[WITHOUT_OPENING] = None
         elif role == before:
@@ -312,20 +312,20 @@ def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty
             runs.append([new])
     turns = [_join_messages(run, notes) if len(run) > 1 else run[0] for run in runs]
     if not any(turn["role"] == "user" for turn in turns):
-        raise DroppedRow("only the assistant speaks") if WITHOUT_OPENING in notes.changes else BadRow("no messages")
+        raise DroppedRow("only assistant messages") if WITHOUT_OPENING in notes.changes else BadRow("no messages")
     empty = next((i for i, turn in enumerate(turns) if is_blank(turn["content"])), None)
     if empty is not None and cut_at_empty:
-        before_it = trim_unanswered(turns[:empty])
-        if not before_it and turns[empty]["role"] == "assistant":
+        kept = trim_unanswered(turns[:empty])
+        if not kept and turns[empty]["role"] == "assistant":
             raise DroppedRow("an empty answer")
-        if before_it:
+        if kept:
             notes.changes[CUT_AT_EMPTY] = None
-            turns = before_it
+            turns = kept
     return turns
 
 
 def _join_messages(run: list[Message], notes: RowNotes) -> Message:
-    """Messages of one role as one; it has weight 0 if any of them has."""
+    """Joins consecutive messages of one role; the result has weight 0 if any of them has."""
     role = run[0]["role"]
     filled = [turn["content"] for turn in run if not is_blank(turn["content"])]
     if len(filled) > 1:

@@ -1,13 +1,12 @@
-"""Unpacks .gz, .xz, .zst and .bz2 in bounded memory. Damage is noted with its place; it is never raised.
+"""Decompresses .gz, .xz, .zst and .bz2 streams in bounded memory; damage is recorded with its offset, not raised.
 
-    pieces = Unpacked(raw, ".gz").pieces()       an iterator of bytes, each of about a megabyte at most
-    pieces.damages                               what could not be read
+    Decompressor(raw, ".gz", size, damages).chunks()    yields bytes, at most about 1 MB (zstd: 32 MB) each
 
-A compressed file is one member after the other: gzip members (RFC 1952), xz streams, zstd frames (RFC 8878), bzip2
+A compressed file is a sequence of members: gzip members (RFC 1952), xz streams, zstd frames (RFC 8878) or bzip2
 streams. pigz, bgzip, pbzip2 and `cat a.gz b.gz` write several. With `skip_damage` reading continues at the next member
-after a damaged one; a line with a byte that no encoding has, GAP_LINE, stands where bytes are missing.
+after a damaged one, and GAP_LINE, a line that is malformed in UTF-8, marks the missing bytes.
 
-Read next: input_files.py (who opens files).
+Read next: damage.py, input_files.py (the caller).
 """
 
 import bz2
@@ -20,30 +19,30 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 from corpus.damage import Damage
 
-PACKED_CHUNK_BYTES = 16 << 10  # packed bytes that are read at once
-MAX_UNPACKED_BYTES = 1 << 20  # unpacked bytes of one piece; deflate, bzip2 and xz keep to it
-ZSTD_CHUNK_BYTES = 1 << 10  # zstd may unpack 128 KB from 4 bytes, so 32 MB at most at once
-XZ_MEMORY_LIMIT = 1 << 30  # bytes that an xz dictionary may take
+PACKED_CHUNK_BYTES = 16 << 10  # compressed bytes per read
+MAX_UNPACKED_BYTES = 1 << 20  # decompressed bytes of one chunk; gzip, bzip2 and xz respect this limit
+ZSTD_CHUNK_BYTES = 1 << 10  # zstd may expand 4 bytes to 128 KB, so one call returns at most 32 MB
+XZ_MEMORY_LIMIT = 1 << 30  # bytes
 GAP_LINE = b"\xff\n"
 MAGIC_BYTES = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh"}
 COMPRESSION_NAMES = {".gz": "gzip", ".xz": "xz", ".zst": "zstd", ".bz2": "bzip2"}
-_MEMBERS = {  # how a member begins; longer than the magic number, so that packed data is not taken for one
+_MEMBERS = {  # start of a member; longer than the magic number, to avoid matches inside compressed data
     ".gz": re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00-\x04][\x00-\x0d\xff]", re.DOTALL),
     ".xz": re.compile(rb"\xfd7zXZ\x00\x00[\x00\x01\x04\x0a]"),
-    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # or a skippable frame, as pzstd writes
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # or a skippable frame (pzstd)
     ".bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
 }
-MAX_MEMBER_HEADER_BYTES = 10  # bytes that these patterns need
+MAX_MEMBER_HEADER_BYTES = 10  # longest match of these patterns
 
 
 def compression_suffix(start: bytes) -> str:
-    """The suffix that stands for the format of a file with these first bytes; "" for one that is not compressed."""
+    """Returns the suffix of the compression format that the first bytes show, or "" for an uncompressed file."""
     found = next((suffix for suffix, magic in MAGIC_BYTES.items() if start.startswith(magic)), "")
     return found or (".zst" if _MEMBERS[".zst"].match(start) else "")
 
 
 class _GzipDecompressor:
-    """zlib's decompressor with the interface of bz2's and lzma's."""
+    """zlib's decompressor with the interface of bz2 and lzma."""
 
     def __init__(self) -> None:
         self.inner, self.needs_input = zlib.decompressobj(zlib.MAX_WBITS | 16), True  # 16: a gzip header
@@ -63,7 +62,7 @@ class _GzipDecompressor:
 
 
 class _ZstdDecompressor:
-    """zstandard's decompressor with the interface of bz2's and lzma's."""
+    """zstandard's decompressor with the interface of bz2 and lzma."""
 
     def __init__(self, make_decompressor: Callable[[], Any]) -> None:
         self.inner, self.pending = make_decompressor(), b""
@@ -92,7 +91,7 @@ class _ZstdDecompressor:
 
 
 def _decompressor_factory(kind: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
-    """(makes a decompressor of one member, the errors that it raises for damaged data)."""
+    """Returns (factory of a decompressor for one member, exceptions it raises for damaged data)."""
     if kind == ".gz":
         return _GzipDecompressor, (zlib.error,)
     if kind == ".xz":
@@ -108,16 +107,16 @@ def _decompressor_factory(kind: str) -> tuple[Callable[[], Any], tuple[type[Exce
 
 
 class Decompressor:
-    """The unpacked bytes of an open file whose format is `kind`, a key of MAGIC_BYTES."""
+    """Decompresses an open file of format `kind` (a key of MAGIC_BYTES) and `size` bytes; appends to `damages`."""
 
     def __init__(self, raw: BinaryIO, kind: str, size: int, damages: list[Damage], skip_damage: bool = False) -> None:
         self.raw, self.kind, self.size, self.damages, self.skip_damage = raw, kind, size, damages, skip_damage
         self.make_decompressor, self.errors = _decompressor_factory(kind)
-        self.data = b""  # packed bytes that are read and not used yet
-        self.at_end = self.failed = False  # at the end of the file; because the disk cannot be read
+        self.data = b""  # compressed bytes that are read but not consumed
+        self.at_end = self.failed = False  # failed: a read error ended the file
 
     def chunks(self) -> Iterator[bytes]:
-        """Unpacks member after member. The iterator ends at the end of the file or at the first damage."""
+        """Decompresses all members. Ends at the end of the file, or at the first damage unless `skip_damage`."""
         members, name = 0, COMPRESSION_NAMES[self.kind]
         while self._member_follows(members):
             member, last, offset = self.make_decompressor(), b"", 0
@@ -125,7 +124,7 @@ class Decompressor:
                 while not member.eof:
                     if member.needs_input and not self.data and not self._read_packed():
                         if not self.failed:
-                            self._add_damage(f"a {name} stream that ends too early", 0)
+                            self._add_damage(f"truncated {name} stream", 0)
                         return
                     packed, self.data = self.data, b""
                     if packed:
@@ -137,20 +136,20 @@ class Decompressor:
             members += 1
 
     def _read_packed(self) -> bool:
-        """Reads more packed bytes; False at the end of the file."""
+        """Reads more compressed bytes; False at the end of the file."""
         if self.at_end:
             return False
         try:
-            piece = self.raw.read(PACKED_CHUNK_BYTES)
+            chunk = self.raw.read(PACKED_CHUNK_BYTES)
         except OSError as error:
             self._add_damage(describe_read_error(error), self.size - self.raw.tell())
-            piece, self.failed = b"", True
-        self.data += piece
-        self.at_end = not piece
+            chunk, self.failed = b"", True
+        self.data += chunk
+        self.at_end = not chunk
         return not self.at_end
 
     def _member_follows(self, members: int) -> bool:
-        """Whether another member begins here. Zero bytes between members are padding (gzip on tape, xz)."""
+        """True if another member begins here. Zero bytes between members are padding (gzip on tape, xz)."""
         while True:
             if members:
                 self.data = self.data.lstrip(b"\0")
@@ -168,7 +167,7 @@ class Decompressor:
         return True
 
     def _skip_to_next_member(self, last: bytes, offset: int, reason: str) -> Iterator[bytes]:
-        """Notes damage in `last`, the packed bytes at `at`, and continues with the next member."""
+        """Records damage in `last`, the compressed bytes at `offset`, and skips to the next member."""
         self.data = last[1:]
         found = None
         while self.skip_damage:

@@ -1,13 +1,13 @@
-"""Reading csv as spreadsheets and pandas write it: `,` `;` `|` or tab, short rows, "sep=;", quotes left open.
+"""Reads csv as spreadsheets and pandas write it: `,` `;` `|` or tab, short rows, "sep=;", unclosed quotes.
 
-    delimiter    the candidate that splits the header into the most cells and no early row into more
-    short row    the missing last cells are empty
-    long row     a bad row, unless the extra cells are empty
-    open quote   a bad row; reading continues at the line after the one that opens it. A quote counts as open without an
-                 end in MAX_CELL_LINES lines or MAX_CELL characters, where the next line is a row, and where the lines
-                 inside the cell are rows
+    delimiter        the candidate that splits the header into the most cells and no early row into more cells
+    short row        the missing last cells are empty
+    long row         a bad row, unless the extra cells are empty
+    unclosed quote   a bad row; reading continues at the line after the opening quote. A quote counts as unclosed if it
+                     does not end within MAX_CELL_LINES lines or MAX_CELL characters, if broken quoting is followed by
+                     a valid row, or if the lines inside the cell are valid rows
 
-Quotes are doubled inside quotes, backslashes are text, line ends inside quotes stay as they are.
+Quotes are doubled inside quotes, backslashes are literal, line ends inside quotes are kept.
 
 Read next: txt_reader.py (the other formats).
 """
@@ -22,25 +22,25 @@ from corpus.input_files import InputFile
 from corpus.json_reader import MAX_LINE, NumberedRows
 from corpus.stats import DataStats
 
-MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # lines and characters of a quoted cell; beyond, its quote counts as open
-MAX_HEADER = 1 << 16  # characters of a header that is read although it is malformed
-MAX_COLUMNS = 1000  # beyond, the file is no table of texts; every short row would be filled up to that number
-JOINED_LINES = 3  # lines inside one quoted cell that are all whole rows of several columns: a quote was left open
+MAX_CELL_LINES, MAX_CELL = 10_000, 4 << 20  # limits of a quoted cell: lines, characters
+MAX_HEADER = 1 << 16  # characters used of a malformed header
+MAX_COLUMNS = 1000  # short rows are padded to the number of columns, so it is limited
+JOINED_LINES = 3  # if this many lines inside a quoted cell are all valid rows, its quote is unclosed
 CSV_DELIMITERS = ",\t;|"
 MAX_SNIFFED_ROWS = 20  # rows read to find the delimiter
 LONG_LINE_REASON = f"a line longer than {MAX_LINE >> 20} MB"
-OPEN_QUOTE_REASON = "a quote that is opened and not closed"
-JOINED_ROWS_REASON = "a quote that is opened and closed rows later"
+OPEN_QUOTE_REASON = "unclosed csv quote"
+JOINED_ROWS_REASON = "unclosed csv quote that spans several rows"
 
 
 class _CsvLines:
-    """Lines of text for csv.reader. The lines of the current row are kept, so that they can be read again."""
+    """Lines of text for csv.reader. Keeps the lines of the current row, which may have to be parsed again."""
 
     def __init__(self, input_file: InputFile, report: DataStats) -> None:
         self.input_file, self.report = input_file, report
         self.number = 0  # number of the line before the current row
         self.row_lines: list[str] = []
-        self.reread: deque[str] = deque()  # lines to read again, before the next one of the file
+        self.reread: deque[str] = deque()  # lines to parse again before the next line of the file
         self.malformed: set[int] = set()  # numbers of malformed lines
         self.size = 0  # bytes read
 
@@ -51,7 +51,7 @@ class _CsvLines:
 
     def __iter__(self) -> Iterator[str]:
         row, reread, readline = self.row_lines, self.reread, self.input_file.readline
-        while len(row) < MAX_CELL_LINES:  # beyond it csv.reader sees the end of the text inside a quote
+        while len(row) < MAX_CELL_LINES:  # at the limit csv.reader sees the end of the text inside a quote
             if reread:
                 text = reread.popleft()
             else:
@@ -71,17 +71,17 @@ class _CsvLines:
             yield text
 
     def _skip_long_line(self, size: int) -> None:
-        """Counts a line above MAX_LINE as the rows that it may have held."""
-        while rest := self.input_file.readline(1 << 20):
-            size += len(rest)
-            if rest.endswith(b"\n"):
+        """Counts a line above MAX_LINE as an estimated number of bad rows."""
+        while chunk := self.input_file.readline(1 << 20):
+            size += len(chunk)
+            if chunk.endswith(b"\n"):
                 break
         self.number += 1
         rows = self.report.estimate_rows(self.input_file.name, size, self.size + size)
         self.report.row_unreadable(LONG_LINE_REASON, self.input_file.name, self.number + len(self.row_lines), rows)
 
     def keep_first_line(self) -> None:
-        """End the current row after its first line; its other lines are read again as rows."""
+        """Ends the current row after its first line; its other lines are parsed again as rows."""
         self.reread.extendleft(reversed(self.row_lines[1:]))
         del self.row_lines[1:]
 
@@ -92,7 +92,7 @@ class _CsvLines:
 
 
 def read_csv(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Rows as {column: text}, column names in lower case. The line is the row's first."""
+    """Yields (first line of the row, {column: text}), with column names in lower case."""
     csv.field_size_limit(MAX_CELL)
     head = input_file.head().decode("utf-8", "replace")
     lines = _CsvLines(input_file, report)
@@ -101,13 +101,13 @@ def read_csv(input_file: InputFile, report: DataStats) -> NumberedRows:
         input_file.readline(len(mark[0]))
         head, lines.number = head[len(mark[0]) :], 1
     delimiter = mark[1] if mark else detect_delimiter(head)
-    spaces = bool(re.match(r"[^\n]*" + re.escape(delimiter) + ' +"', head))  # a, "b": the quote opens a cell
+    spaces = bool(re.match(r"[^\n]*" + re.escape(delimiter) + ' +"', head))  # in `a, "b"` the quote opens a cell
 
     def parse(text: Iterable[str], strict: bool = True) -> Iterator[list[str]]:
         return csv.reader(text, strict=strict, delimiter=delimiter, skipinitialspace=spaces)
 
     def parse_cells(text: str, strict: bool = False) -> list[str]:
-        """The cells of one line, unless `strict` quotes taken as they are; [] when it is no csv."""
+        """The cells of one line, [] if it is not valid csv; `strict=False` accepts stray quotes."""
         try:
             return next(parse([text], strict), [])
         except csv.Error:
@@ -122,7 +122,7 @@ def read_csv(input_file: InputFile, report: DataStats) -> NumberedRows:
             cells = next(rows, None)
         except csv.Error as error:
             rows = parse(lines)
-            if not columns:  # the header: stray quotes do no harm
+            if not columns:  # the header may contain stray quotes
                 lines.keep_first_line()
                 names = lines.row_lines[0].replace("\r", " ").strip()[:MAX_HEADER]
                 columns = _column_names(parse_cells(names)[:MAX_COLUMNS]) or [""]
@@ -157,17 +157,17 @@ def read_csv(input_file: InputFile, report: DataStats) -> NumberedRows:
 
 
 def _spans_several_rows(row: list[str], parse_cells: Callable[[str, bool], list[str]], columns: int) -> bool:
-    """Whether the lines inside a row are rows themselves: a quote left open was closed by a quote of a later row.
+    """True if the lines inside a row are valid rows, because a quote of a later row closed an unclosed one.
 
-    Two columns need more such lines: a text of many lines may hold a comma in each of a few.
+    With two columns more such lines are required: a few lines of ordinary text may each contain one comma.
     """
     inner = row[1:-1]
-    least = JOINED_LINES if columns > 2 else 3 * JOINED_LINES
-    return columns > 1 and len(inner) >= least and all(len(parse_cells(text, True)) == columns for text in inner)
+    min_lines = JOINED_LINES if columns > 2 else 3 * JOINED_LINES
+    return columns > 1 and len(inner) >= min_lines and all(len(parse_cells(text, True)) == columns for text in inner)
 
 
 def detect_delimiter(head: str) -> str:
-    """The delimiter of a csv file that begins with `head`: "," when there is one column."""
+    """Returns the delimiter of a csv file that begins with `head`; "," if it has one column."""
     best, most = ",", 0.0
     for delimiter in CSV_DELIMITERS:
         try:
@@ -176,22 +176,22 @@ def detect_delimiter(head: str) -> str:
             continue
         rows = (
             rows[: MAX_SNIFFED_ROWS + 1] if len(rows) > MAX_SNIFFED_ROWS else rows[:-1] or rows
-        )  # the last may be cut
+        )  # the last row may be incomplete
         columns = len(rows[0]) if rows else 0
-        agree = sum(1 < len(row) <= columns for row in rows) / max(1, len(rows))
-        if columns > 1 and agree * columns > most:
-            best, most = delimiter, agree * columns
+        matching = sum(1 < len(row) <= columns for row in rows) / max(1, len(rows))
+        if columns > 1 and matching * columns > most:
+            best, most = delimiter, matching * columns
     return best
 
 
 def _column_names(cells: list[str]) -> list[str]:
-    """Lower case, without spaces and quotes; a second column of the same name is called name.1, as pandas does."""
+    """Names in lower case without outer spaces and quotes; a repeated name becomes name.1, as in pandas."""
     names: list[str] = []
     counts: dict[str, int] = {}
     for cell in cells:
         name = cell.strip().strip("\ufeff\"'").strip().lower()
-        times = counts[name] = counts.get(name, 0) + 1
-        names.append(name if times == 1 else f"{name}.{times - 1}")
+        count = counts[name] = counts.get(name, 0) + 1
+        names.append(name if count == 1 else f"{name}.{count - 1}")
     return names
 
 

@@ -1,9 +1,9 @@
-"""Opening a data file, compressed or not and in any of the usual encodings, as a stream of UTF-8 lines.
+"""Opens data files as streams of UTF-8 lines: decompresses them and converts their encoding.
 
-    expand_inputs(paths)           files and folders -> files
-    open_input(path) -> Source    .readline .read .head; damage ends the file and is noted in .damages
+    expand_inputs(paths)             files and folders -> files
+    open_input(path) -> InputFile    .readline .read .head; damage ends the stream and is recorded in .damages
 
-Read next: compression.py, damage.py, text_encoding.py (GB18030, UTF-16, ...), sniff.py (telling the format).
+Read next: compression.py, damage.py, text_encoding.py (GB18030, UTF-16, ...), sniff.py (format detection).
 """
 
 import io
@@ -19,11 +19,9 @@ from corpus.compression import MAGIC_BYTES, Decompressor, compression_suffix, de
 from corpus.damage import Damage
 from corpus.text_encoding import UTF8, detect_encoding, utf8_chunks
 
-ENCODING_SAMPLES = 16  # places of a long file that are read to find its encoding
-READ_CHUNK_BYTES = (
-    64 << 10
-)  # bytes read to find the format; also the size of one piece of plain text, see txt_reader.py
-BUFFER_BYTES = 1 << 20  # bytes that a stream keeps
+ENCODING_SAMPLES = 16  # positions of a long file that are sampled to detect its encoding
+READ_CHUNK_BYTES = 64 << 10  # read to detect the format; also the maximum size of a plain-text document (txt_reader.py)
+BUFFER_BYTES = 1 << 20  # bytes
 SUFFIX_FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -33,8 +31,8 @@ SUFFIX_FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-# Files of a data folder that hold no rows: what `datasets`, transformers and our own clean, dedup and decontaminate
-# write beside them.
+# Files without rows that `datasets`, transformers, and this project's clean, dedup and decontaminate write into data
+# folders.
 NON_DATA_FILES = frozenset(
     ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "meta.json", "metadata.json",
      "report.json", "dropped.tsv", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -47,7 +45,7 @@ def require_readable(file: str | os.PathLike[str]) -> None:
     """Raises UserError unless `file` is a readable file."""
     path = Path(file)
     if path.is_dir():
-        raise UserError(f"{file} is a folder: name the files in it, for example {file}/*.jsonl")
+        raise UserError(f"{file} is a folder: pass the files in it, for example {file}/*.jsonl")
     if not path.exists():
         raise UserError(f"{file}: no such file")
     if not os.access(path, os.R_OK):
@@ -55,11 +53,11 @@ def require_readable(file: str | os.PathLike[str]) -> None:
 
 
 def expand_inputs(paths: Iterable[str | os.PathLike[str]], log: Callable[[str], None] = print) -> list[str]:
-    """The files to read: a folder is read as the data files in it and below it, in the order of their names.
+    """Replaces each folder by the data files in it and in its subfolders, sorted by name.
 
-    Hidden and partial files and those without a known suffix are left out; `say` gets a line with both numbers. A
-    folder that `datasets` saved (save_to_disk) is read as its arrow files. Raises UserError for a path that does not
-    exist, a folder without data files, and a folder that data_process.py made for training.
+    Hidden files, partial files and files without a known suffix are skipped; `log` gets one line per folder. A folder
+    written by save_to_disk of `datasets` is replaced by its arrow files. Raises UserError for a path that does not
+    exist, a folder without data files, or a dataset prepared by data_process.py.
     """
     files: list[str] = []
     for path in paths:
@@ -70,21 +68,21 @@ def expand_inputs(paths: Iterable[str | os.PathLike[str]], log: Callable[[str], 
         data, others = _data_files(Path(path))
         shown_names = ", ".join(other.name for other in others[:5]) + (", ..." if len(others) > 5 else "")
         if not data:
-            value = f"it holds {shown_names}" if shown_names else "it is empty"
+            value = f"it contains {shown_names}" if shown_names else "it is empty"
             raise UserError(
-                f"{path}: no data file in this folder, {value}: name a folder with txt, jsonl, csv, ... files"
+                f"{path}: no data file in this folder, {value}: pass a folder with txt, jsonl, csv, ... files"
             )
-        left_out = f", {len(others):,} other files are left out ({shown_names})" if others else ""
+        left_out = f", {len(others):,} other files are skipped ({shown_names})" if others else ""
         log(f"{path} is a folder: {len(data):,} data files are read{left_out}")
         files += [os.fspath(file) for file in data]
     return files
 
 
 def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(data files, other files) of a folder and the folders in it."""
+    """Returns (data files, other files) of a folder and its subfolders."""
     meta = _json_object(folder / "meta.json")
     if "format" in meta and "kind" in meta:
-        raise UserError(f"{folder} is a data set that data_process.py made for training: name the files it was made of")
+        raise UserError(f"{folder} is a dataset prepared by data_process.py: pass the files it was prepared from")
     saved = _json_object(folder / "state.json").get("_data_files")
     if isinstance(saved, list) and (folder / "dataset_info.json").is_file():
         return [folder / str(entry["filename"]) for entry in saved], []
@@ -97,7 +95,7 @@ def _data_files(folder: Path) -> tuple[list[Path], list[Path]]:
     for entry in entries:
         hidden = entry.name.startswith((".", "_")) or entry.suffix.lower() == ".partial"
         if entry.is_dir():
-            if not hidden and not entry.is_symlink():  # a link may lead back here
+            if not hidden and not entry.is_symlink():  # a link may form a cycle
                 inner = _data_files(entry)
                 data += inner[0]
                 others += inner[1]
@@ -124,7 +122,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 class InputFile:
-    """A file opened for reading, unpacked on the fly. What cannot be read ends it and is noted in `damages`."""
+    """An open file, decompressed while it is read. A read error ends the stream and is recorded in `damages`."""
 
     def __init__(self, raw: BinaryIO, stream: io.BufferedReader, suffix: str, name: str, damages: list[Damage]) -> None:
         self.raw, self.stream, self.suffix, self.name, self.damages = raw, stream, suffix, name, damages
@@ -135,15 +133,15 @@ class InputFile:
 
     @property
     def malformed_reason(self) -> str:
-        """The reason of rows with bytes that the encoding does not have."""
+        """The reason for bad rows with bytes that are malformed in the encoding."""
         return self.encoding.malformed_reason.replace("{file}", shlex.quote(self.name))
 
     def bytes_read(self) -> int:
-        """Bytes of the (packed) file read so far."""
+        """Bytes of the (compressed) file read so far."""
         return self.raw.tell()
 
     def add_damage(self, reason: str, rows: int = 0) -> None:
-        """The file cannot be used from here on; `rows` rows are lost, or unknown."""
+        """Records that the file is unusable from here; `rows` is the number of lost rows, 0 if unknown."""
         self.damages.append(Damage(reason, self.raw.tell(), 0, rows))
 
     def _read_or_end(self, read: Callable[[int], bytes], size: int) -> bytes:
@@ -161,7 +159,7 @@ class InputFile:
         return self._read_or_end(self.stream.read1, size)
 
     def head(self) -> bytes:
-        """The first bytes, without advancing."""
+        """The first bytes, without advancing the stream."""
         return self._read_or_end(self.stream.peek, READ_CHUNK_BYTES)
 
     def __enter__(self) -> "InputFile":
@@ -172,7 +170,7 @@ class InputFile:
 
 
 class _ChunkStream(io.RawIOBase):
-    """A raw stream over pieces of bytes. All that came before an error is delivered before the error is raised."""
+    """A raw stream over an iterator of bytes. All bytes before an error are delivered before it is raised."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self.chunks, self.remainder = chunks, memoryview(b"")
@@ -203,7 +201,10 @@ class _ChunkStream(io.RawIOBase):
 
 
 def open_input(path: Path, skip_damage: bool = False) -> InputFile:
-    """Opens a file. `skip_damage`: after damage in a compressed file reading continues where another stream begins."""
+    """Opens a file. `skip_damage`: after damage in a compressed file, reading continues at the next member.
+
+    Raises UserError for a missing or unreadable file and for a folder.
+    """
     require_readable(path)
     try:
         raw: Any = path.open("rb", buffering=READ_CHUNK_BYTES)
@@ -221,7 +222,7 @@ def open_input(path: Path, skip_damage: bool = False) -> InputFile:
     if suffixes and suffixes[-1] in MAGIC_BYTES:
         named = suffixes.pop()
         if size and not kind:
-            damages.append(Damage(f"not a {named} archive, whatever its name says", 0, size))
+            damages.append(Damage(f"not a {named} file, despite its suffix", 0, size))
             stream = io.BufferedReader(_ChunkStream(iter(())))
     input_file = InputFile(raw, stream, suffixes[-1] if suffixes else "", os.fspath(path), damages)
     _convert_to_utf8(input_file)
@@ -229,7 +230,7 @@ def open_input(path: Path, skip_damage: bool = False) -> InputFile:
 
 
 def _convert_to_utf8(input_file: InputFile) -> None:
-    """Convert the encoding and the line ends of `source`: it yields UTF-8 lines that end with a line feed."""
+    """Converts the stream to UTF-8 lines that end with a line feed."""
     head = input_file.head()
     if head.startswith(BINARY_MAGIC):
         return
@@ -241,7 +242,7 @@ def _convert_to_utf8(input_file: InputFile) -> None:
 
 
 def _encoding_sample(input_file: InputFile, head: bytes) -> bytes:
-    """The first bytes; of a file that begins with ASCII only, also some of its later lines."""
+    """The first bytes of the file; if these are ASCII, also lines from later positions."""
     chunks = [head[: head.rfind(b"\n") + 1] or head]
     if head.isascii() and not input_file.is_compressed and len(head) < input_file.size and hasattr(os, "pread"):
         for i in range(1, ENCODING_SAMPLES):
@@ -249,7 +250,7 @@ def _encoding_sample(input_file: InputFile, head: bytes) -> bytes:
                 chunk = os.pread(
                     input_file.raw.fileno(), READ_CHUNK_BYTES // 4, input_file.size * i // ENCODING_SAMPLES
                 )
-            except OSError:  # read again, and reported, where the reader comes to it
+            except OSError:  # the reader meets and reports the same error later
                 continue
             chunks.append(chunk[chunk.find(b"\n") + 1 : chunk.rfind(b"\n") + 1])
     return b"".join(chunks)

@@ -1,15 +1,15 @@
-"""Reading JSON as it is found: a value on each line, arrays, one object around the rows, the layouts of pandas.
+"""Reads JSON files: JSON Lines, arrays, objects that wrap a list of rows, and the layouts of pandas.
 
-    {"text": ...}                       jsonl: a row on each line, also with a comma at its end or [ and ] around all
+    {"text": ...}                       JSON Lines: a row on each line; trailing commas and outer brackets are ignored
     [{"role": ..., "content": ...}]     a list of messages is one chat; a list of other objects is a list of rows
-    [{"text": ...}, {"text": ...}]      an array over any number of lines; also objects one after the other
-    {"data": [{"text": ...}, ...]}      an object around a list of rows, under any name (pandas: orient="table")
+    [{"text": ...}, {"text": ...}]      an array over any number of lines; also concatenated objects
+    {"data": [{"text": ...}, ...]}      an object that wraps a list of rows under any key (pandas: orient="table")
     {"text": {"0": ..., "1": ...}}      pandas: orient="columns", "index" ({"0": {"text": ...}}), "split", and
-    {"text": [..., ...]}                lists of equal length; these four are held in memory, up to MAX_LINE
+    {"text": [..., ...]}                lists of equal length; these four are read into memory, up to MAX_LINE bytes
 
 Arrays of any size are streamed.
 
-Read next: sniff.py (which of the two readers a file gets), readers.py (rows -> documents and chats).
+Read next: json_stream.py (parser), sniff.py (format detection), readers.py (rows -> documents and chats).
 """
 
 import json
@@ -21,11 +21,9 @@ from corpus.input_files import InputFile
 from corpus.json_stream import LOST_ROW, MAX_LINE, BrokenJson, JsonStream, has_message_keys
 from corpus.stats import DataStats
 
-MISSING_END = "a JSON array without its end: the file may be cut"
-LONG_LINE_BYTES = 1 << 20  # bytes of a broken line that counts as the rows it may have held
-MAX_WHOLE_OBJECT = (
-    1 << 20
-)  # characters up to which one object is read as a whole before it is searched for a list of rows
+MISSING_END = "unterminated JSON array: the file may be truncated"
+LONG_LINE_BYTES = 1 << 20  # a broken line above this size counts as an estimated number of rows
+MAX_WHOLE_OBJECT = 1 << 20  # characters; a longer object is searched for a list of rows and streamed
 CHAT_LIST_KEYS = frozenset(
     (
         "messages",
@@ -49,18 +47,18 @@ NumberedRows = Iterator[tuple[int, Any]]
 
 
 def read_numbered_lines(input_file: InputFile, report: DataStats) -> Iterator[tuple[int, bytes]]:
-    """(line number, line with its end); a line above MAX_LINE is a bad row, or as many as it may have held."""
+    """Yields (line number, line with its end). A line above MAX_LINE counts as an estimated number of bad rows."""
     number = size = 0
     while line := input_file.readline(MAX_LINE):
         number += 1
         input_file.line = number
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
-            long = len(line)
-            while continuation := input_file.readline(1 << 20):
-                long += len(continuation)
-                if continuation.endswith(b"\n"):
+            line_bytes = len(line)
+            while chunk := input_file.readline(1 << 20):
+                line_bytes += len(chunk)
+                if chunk.endswith(b"\n"):
                     break
-            rows = report.estimate_rows(input_file.name, long, size + long)
+            rows = report.estimate_rows(input_file.name, line_bytes, size + line_bytes)
             report.row_unreadable(f"a line longer than {MAX_LINE >> 20} MB", input_file.name, number, rows)
             continue
         size += len(line)
@@ -69,7 +67,7 @@ def read_numbered_lines(input_file: InputFile, report: DataStats) -> Iterator[tu
 
 # ---- a value on each line --------------------------------------------------------------------------------------------
 def read_jsonl(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Rows of a file with a JSON value on each line."""
+    """Yields (line, row) of a file with a JSON value on each line."""
     size = 0
     for number, line in read_numbered_lines(input_file, report):
         size += len(line)
@@ -106,7 +104,7 @@ def read_jsonl(input_file: InputFile, report: DataStats) -> NumberedRows:
 
 
 def is_object_array(line: bytes) -> bool:
-    """Whether a line that is broken is an array of several objects, whose other objects can be read."""
+    """True if a broken line is an array of several objects, of which the intact ones can be read."""
     line = line.strip(b" \t\r\n,")
     return line.startswith(b"[") and line.endswith(b"]") and re.search(rb"\}\s{0,9},\s{0,9}\{", line) is not None
 
@@ -118,12 +116,12 @@ def _read_array_line(line: bytes, input_file: InputFile, report: DataStats) -> N
 
 
 def _estimate_broken_rows(line: bytes, size: int, input_file: InputFile, report: DataStats) -> int:
-    """How many rows a broken line stands for: one, or, where it is long enough to be a lost line end, an estimate."""
+    """The number of rows lost in a broken line: one, or an estimate if a long line suggests lost line ends."""
     return report.estimate_rows(input_file.name, len(line), size) if len(line) > LONG_LINE_BYTES else 1
 
 
 def parse_loose_json(text: str) -> Any:
-    """The JSON value of a line that may have been cut out of an array: [ before it, a comma or ] after it."""
+    """Parses a line that may be a part of an array: [ before the value, a comma or ] after it are ignored."""
     text = text.strip(" \t\r\n\ufeff").removesuffix(",").rstrip()
     if text.startswith("[") and not text.endswith("]"):
         text = text[1:]
@@ -133,7 +131,7 @@ def parse_loose_json(text: str) -> Any:
 
 
 def list_rows(items: list[Any]) -> list[Any]:
-    """The rows of a list on one line, or inside an array: a list of turns is one chat, other objects are rows."""
+    """Returns the rows of a list: a list of turns is one chat, other objects are one row each."""
     if not items or not all(isinstance(item, dict) for item in items):
         return [items]  # not a row: the caller counts it as bad
     if all(has_message_keys(item) or "human" in item or "assistant" in item for item in items):
@@ -149,7 +147,7 @@ def _broken_json_reason(text: str) -> str:
 
 # ---- values over any number of lines ---------------------------------------------------------------------------------
 def read_json(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Rows of arrays, of objects one after the other, and of one object around them, without holding the whole file."""
+    """Yields (line, row) of arrays, of concatenated objects or of one object that wraps the rows, streaming."""
     stream = JsonStream(input_file.read, input_file, report)
     while start := stream.peek():
         line = input_file.line
@@ -158,7 +156,7 @@ def read_json(input_file: InputFile, report: DataStats) -> NumberedRows:
                 yield from _read_first_object(stream, report)
             elif start == "[":
                 yield from _read_array(stream)
-            elif start in "]}:" and stream.is_damaged:  # of what is damaged
+            elif start in "]}:" and stream.is_damaged:  # left over from a damaged value
                 stream.skip(stream.start + 1)
             elif (value := stream.read_row()) is not LOST_ROW:
                 yield line, value
@@ -170,12 +168,12 @@ def read_json(input_file: InputFile, report: DataStats) -> NumberedRows:
 
 
 def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
-    """The elements of an array as rows; if the first is a message, all together as one row, a list."""
+    """Yields the elements of an array as rows; if the first is a message, the whole array is one chat."""
     input_file = stream.input_file
     begin, line, chat, is_chat, is_whole = stream.consumed, input_file.line, [], None, True
     stream.expect("[")
     while stream.peek() not in ("]", ""):
-        at = input_file.line
+        row_line = input_file.line
         value = stream.read_row()
         if value is LOST_ROW:
             is_whole = False
@@ -185,30 +183,30 @@ def _read_array(stream: JsonStream, objects_only: bool = False) -> NumberedRows:
             chat.append(value)
             if stream.consumed - begin > MAX_LINE:
                 raise BrokenJson(
-                    f"a chat above {MAX_LINE >> 20} MB: the rest of the file is not read", 0, is_final=True
+                    f"a chat larger than {MAX_LINE >> 20} MB: the remaining file is not read", 0, is_final=True
                 )
         elif isinstance(value, list):
             lists = value if all(_is_chat_list(item) for item in value) and value else [value]
-            yield from ((at, row) for items in lists for row in list_rows(items))
+            yield from ((row_line, row) for items in lists for row in list_rows(items))
         elif isinstance(value, dict) and stream.rows == 1 and not stream.peek() and (rows := object_rows(value)):
-            yield from ((at, row) for row in rows)  # an object around the rows, behind a bracket too many
+            yield from ((row_line, row) for row in rows)  # an object that wraps the rows, after an extra bracket
         elif isinstance(value, dict) or not objects_only:
-            yield at, value
+            yield row_line, value
     if stream.peek():
         stream.expect("]")
     elif not input_file.damages and not stream.is_damaged:
         stream.report.row_unreadable(MISSING_END, input_file.name, input_file.line)
-    if chat and is_whole:  # of a chat with a damaged message the rest would be another one
+    if chat and is_whole:  # without its damaged message it would be a different chat
         yield line, {"messages": chat}
 
 
 def _is_chat_list(value: Any) -> bool:
-    """Whether a value is a list of messages: a list of such is an array behind a bracket too many."""
+    """True for a list of messages; a list of such lists is an array after an extra bracket."""
     return isinstance(value, list) and bool(value) and has_message_keys(value[0])
 
 
 def _read_first_object(stream: JsonStream, report: DataStats) -> NumberedRows:
-    """The first object of a file: one row, or the object that contains the rows if nothing follows it."""
+    """Reads the first object of a file: one row or, if nothing follows it, possibly an object that wraps the rows."""
     line, begin = stream.input_file.line, stream.consumed
     try:
         value = stream.read_value(MAX_WHOLE_OBJECT)
@@ -232,7 +230,7 @@ def _read_first_object(stream: JsonStream, report: DataStats) -> NumberedRows:
 
 
 def _starts_with_key(stream: JsonStream, key: str) -> bool:
-    """Whether the object ahead begins with this key, as the rows do: then it is one of them."""
+    """True if the next object begins with this key, the first key of the rows: then it is a row itself."""
     match = _KEY.match(stream.text, stream.start + 1)
     return match is not None and match[1] == key
 
@@ -242,13 +240,13 @@ def _note_row_lists(stream: JsonStream, report: DataStats, names: list[str]) -> 
 
 
 def _row_list_keys(value: dict[str, Any]) -> list[str]:
-    """The keys of an object under which there are lists of rows."""
+    """The keys of an object whose values are lists of rows."""
     return [key for key, items in value.items() if key not in CHAT_LIST_KEYS and isinstance(items, list) and items
             and all(isinstance(item, (dict, list)) for item in items) and not has_message_keys(items[0])]  # fmt: skip
 
 
 def object_rows(value: dict[str, Any]) -> list[Any] | None:
-    """The rows of an object that stands alone in its file; None when it is a row itself."""
+    """Returns the rows of an object that is the only value of its file; None if it is a row itself."""
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["columns"], list) and isinstance(value["data"], list):
         names = [str(name) for name in value["columns"]]
@@ -274,7 +272,7 @@ _KEY = re.compile(r'[\s,]*"((?:[^"\\]|\\.)*)"\s*:\s*')
 
 
 def _contains_rows(stream: JsonStream) -> bool:
-    """Whether the first list of objects in the object ahead, of which only the beginning is read, is one of rows."""
+    """True if the first list of objects in the next object, which is read only in part, is a list of rows."""
     text, at = stream.text, stream.start + 1
     while match := _KEY.match(text, at):
         at = match.end()

@@ -1,14 +1,14 @@
-"""JSON text that is read value by value in bounded memory, and that continues behind a damaged value.
+"""Streaming JSON parser: reads value by value in bounded memory and continues after damaged values.
 
-    stream = JsonStream(source.read, source, report)
-    stream.peek()       the next character that is neither white space nor a comma
-    stream.value()      the next value; raises Broken where there is none
-    stream.row()        the same; a damaged value is counted in the report and skipped: LOST_ROW
+    stream = JsonStream(input_file.read, input_file, report)
+    stream.peek()          the next character that is neither white space nor a comma
+    stream.read_value()    the next value; raises BrokenJson if there is none
+    stream.read_row()      the same, but counts and skips a damaged value and returns LOST_ROW
 
-After damage the next row is looked for: an object that begins with a key with which rows of this file begin, and that
-has at least half of its keys in common with them. Before the first sound row, these are the objects ahead that take up
-most of the text. How many rows are lost is the number of such beginnings that are skipped; where much more text is
-skipped, it is estimated from the mean size of the rows before. The time is linear in the text: see MAX_REPARSE.
+After damage the parser searches for the next row: an object whose first key is a first key of the rows before, and at
+least half of whose keys occur in them. Before FEW_ROWS valid rows, the first key of the objects that take up most of
+the following text counts as well. The number of lost rows is the number of skipped row beginnings, or an estimate from
+the mean row size if much more text is skipped. The time is linear in the text: see MAX_REPARSE.
 
 Read next: json_reader.py (which values are rows).
 """
@@ -23,53 +23,53 @@ from typing import Any
 from corpus.input_files import READ_CHUNK_BYTES, InputFile
 from corpus.stats import DataStats
 
-MAX_LINE = 64 << 20  # bytes of one line or value; longer ones are bad rows
-SHAPE_WINDOW = 1 << 20  # characters in which the shape of rows is looked for
-DROP_AFTER = 8 << 10  # characters after which read text is dropped: Python counts the lines before every error
-ERROR_MARGIN = 16  # characters at the end of what is read: an error there may be a value that is read only in part
+MAX_LINE = 64 << 20  # bytes; a longer line or value is a bad row
+SHAPE_WINDOW = 1 << 20  # characters that are searched for the first key of the rows
+DROP_AFTER = 8 << 10  # consumed characters; then the buffer is trimmed: Python counts the lines before each error
+ERROR_MARGIN = 16  # characters at the buffer end, where an error may only mean an incomplete value
 BROKEN_JSON = "broken JSON"
-MAX_REPARSE = 4  # times that the text may be parsed to find rows behind damage
-FEW_ROWS = 3  # rows; before them the rows ahead tell as much
-LOST_ROW: Any = object()  # what `row` returns for a damaged value
+MAX_REPARSE = 4  # how often the text may be parsed again to find rows after damage
+FEW_ROWS = 3  # with fewer valid rows, the following text is inspected as well
+LOST_ROW: Any = object()  # returned by read_row for a damaged value
 
 _SPACE = re.compile(r"[ \t\r\n,\ufeff]*")
 _WHITE = re.compile(r"[ \t\r\n]*")
 _OPENING = re.compile(r'(\[\s{0,99})?\{\s{0,99}"((?:[^"\\]|\\.){0,199})"\s{0,99}:')
-_BRACKET, MAX_NESTING = re.compile(r"[\[{]"), 400  # Python's parser gives up at 900 levels or more
-_LONG_NUMBER = re.compile(r"\d{4301}")  # Python converts no longer ones
-MAX_OPENING_CHARACTERS = 700  # characters of the longest _OPENING
+_BRACKET, MAX_NESTING = re.compile(r"[\[{]"), 400  # Python's parser fails at 900 levels or more
+_LONG_NUMBER = re.compile(r"\d{4301}")  # longer than the limit of int()
+MAX_OPENING_CHARACTERS = 700  # longest match of _OPENING
 
 
 class BrokenJson(Exception):
-    """The text from here on is no JSON. `at` is the place of the error in the stream's text."""
+    """The text is not valid JSON. `offset` is the index of the error in the text of the stream."""
 
     def __init__(self, reason: str, offset: int, is_final: bool = False) -> None:
         super().__init__(reason)
-        self.offset, self.is_final = offset, is_final  # final: reading cannot continue
+        self.offset, self.is_final = offset, is_final  # is_final: reading cannot continue
 
 
 class JsonStream:
-    """The part of a file that is being parsed. `source.line` is the line of the next character."""
+    """The parse buffer of a file. `input_file.line` is the line of the next character."""
 
     def __init__(self, read: Callable[[int], bytes], input_file: InputFile, report: DataStats) -> None:
         self.read, self.input_file, self.report = read, input_file, report
         self.text, self.start, self.has_more = "", 0, True
-        self.consumed = 0  # characters before `start` in all
-        self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # bad bytes stay
+        self.consumed = 0  # characters of the file before `start`
+        self.decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode  # keeps malformed bytes
         self.parse = json.JSONDecoder(strict=False).raw_decode
-        self.rows, self.row_characters = 0, 0  # sound rows so far
-        self.first_keys: set[str] = set()  # of sound rows
+        self.rows, self.row_characters = 0, 0  # valid rows so far
+        self.first_keys: set[str] = set()  # of valid rows
         self.keys: set[str] = set()
         self.has_list_rows = False  # rows may be lists of objects
         self.is_damaged = False
-        self.next_look = 0  # `consumed` from which on the rows ahead are looked at again
+        self.next_look = 0  # value of `consumed` from which the following text is inspected again
         self.reparsed = 0  # characters of broken values that were parsed
 
     # ---- text ----
     def read_more(self, size: int = READ_CHUNK_BYTES) -> None:
-        piece = self.read(size)
-        self.has_more = bool(piece)
-        self.text = self.text[self.start :] + self.decode(piece, not piece)
+        chunk = self.read(size)
+        self.has_more = bool(chunk)
+        self.text = self.text[self.start :] + self.decode(chunk, not chunk)
         self.start = 0
 
     def skip(self, end: int) -> None:
@@ -94,13 +94,13 @@ class JsonStream:
 
     # ---- values ----
     def read_value(self, limit: int = 0) -> Any:
-        """The next value, of at most `limit` characters, or MAX_LINE. Raises Broken without one, and skips nothing."""
+        """Returns the next value, of at most `limit` (0: MAX_LINE) characters. A BrokenJson error does not advance."""
         size, limit = READ_CHUNK_BYTES, limit or MAX_LINE
         while True:
             offset = self.start
             try:
                 value, end = self.parse(self.text, self.start)
-                # a number at the end of what is read may continue: 12 as 123
+                # a number at the end of the buffer may continue: 12 as 123
                 if end < len(self.text) or isinstance(value, (dict, list, str)) or not self.has_more:
                     self.skip(end)
                     return value
@@ -113,13 +113,13 @@ class JsonStream:
             if certain or not self.has_more:
                 raise BrokenJson(BROKEN_JSON, offset)
             if len(self.text) - self.start >= limit:
-                raise BrokenJson(f"broken JSON, or one value above {MAX_LINE >> 20} MB: write a row on each line "
+                raise BrokenJson(f"broken JSON, or one value above {MAX_LINE >> 20} MB: write one row per line "
                              "(pandas: orient='records', lines=True)", len(self.text))  # fmt: skip
             self.read_more(size)
             size = min(2 * size, limit)
 
     def read_row(self) -> Any:
-        """The next value, or LOST_ROW for a damaged one, which is counted and skipped."""
+        """Returns the next value; counts and skips a damaged one and returns LOST_ROW."""
         begin = self.consumed
         try:
             value = self.read_value()
@@ -132,14 +132,14 @@ class JsonStream:
         return value
 
     def count_row(self, value: Any, begin: int) -> None:
-        """Notes a sound row that began where `consumed` was `begin`: what it looks like, and how long it is."""
+        """Records the keys and the length of a valid row that began at `consumed` = `begin`."""
         self.rows += 1
         self.row_characters += self.consumed - begin
         if self.rows < 1000 and value:
             self._learn_keys(value)
 
     def _is_value_end(self) -> bool:
-        """Whether a comma, a closing bracket or the end of the file is next, as behind an element."""
+        """True before a comma, a closing bracket or the end of the file, as after an array element."""
         while True:
             offset = _WHITE.match(self.text, self.start).end()  # type: ignore[union-attr]
             if offset < len(self.text) or not self.has_more:
@@ -157,7 +157,7 @@ class JsonStream:
 
     # ---- damage ----
     def recover(self, reason: BrokenJson, begin: int | None = None) -> None:
-        """Counts a damaged value and skips to the next row, or to the end. `begin`: `consumed` where it began."""
+        """Counts a damaged value, which began at `consumed` = `begin`, and skips to the next row or to the end."""
         line, self.is_damaged = self.input_file.line, True
         begin = self.consumed if begin is None else begin
         if self.rows < FEW_ROWS and self.consumed >= self.next_look:
@@ -174,7 +174,7 @@ class JsonStream:
         self.report.row_unreadable(str(reason), self.input_file.name, line, rows)
 
     def _skip_to_row(self) -> int:
-        """Skips to the next row that can be read, or to the end; returns how many beginnings of rows are skipped."""
+        """Skips to the next readable row or to the end; returns the number of skipped row beginnings."""
         openings = 0
         while True:
             if self.start > max(DROP_AFTER, len(self.text) // 64):
@@ -197,7 +197,7 @@ class JsonStream:
             openings += 1
 
     def _row_follows(self) -> bool:
-        """Whether the value here is a sound row; if not, what cannot be one is skipped."""
+        """True if the next value is a valid row; otherwise skips text that cannot be one."""
         consumed, line, start = self.consumed, self.input_file.line, self.start
         try:
             value = self.read_value()
@@ -206,7 +206,7 @@ class JsonStream:
             return False
         if not self._looks_like_row(value):
             return False
-        # `value` reads on only where the text did not hold the whole value: the beginning is at 0 then.
+        # read_value reads more only if the buffer lacked a part of the value; then the value begins at 0.
         self.start = start if self.consumed - consumed == self.start - start else 0
         self.consumed, self.input_file.line = consumed, line
         return True
@@ -218,7 +218,7 @@ class JsonStream:
         return self.rows < FEW_ROWS or 2 * sum(key in self.keys for key in item) >= len(item)
 
     def _skip_broken(self, reason: BrokenJson) -> None:
-        """Skips the first character of a broken value, or, once too much was parsed in vain, what was parsed of it."""
+        """Skips the first character of a broken value; beyond MAX_REPARSE, all of its text that was parsed."""
         self.reparsed += (reason.offset if self.has_more else len(self.text)) - self.start
         if self.reparsed > MAX_REPARSE * (self.consumed + SHAPE_WINDOW):
             self.skip(min(_next_object_start(self.text, self.start, reason.offset), len(self.text)))
@@ -226,9 +226,9 @@ class JsonStream:
             self.skip(min(self.start + 1, len(self.text)))
 
     def likely_key(self) -> str:
-        """The first key of the rows ahead: that of the objects, or lists of messages, that take up most of the text.
+        """Returns the first key of the objects, or lists of messages, that take up most of the next SHAPE_WINDOW.
 
-        "" without one. Notes whether rows are lists.
+        "" if there are none. Sets `has_list_rows`.
         """
         while self.has_more and len(self.text) - self.start < SHAPE_WINDOW:
             self.read_more()
@@ -241,16 +241,16 @@ class JsonStream:
 
 
 def has_message_keys(value: Any) -> bool:
-    """Whether an object is one message of a chat: {"role", "content"} or {"from", "value"}."""
+    """True for one message of a chat: an object with role and content, or from and value."""
     return isinstance(value, dict) and (
         ("role" in value and "content" in value) or ("from" in value and "value" in value)
     )
 
 
 def _parse_objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> Iterator[tuple[str, bool, int]]:
-    """(first key, False, length) of the objects in a text that can be parsed, without those inside others.
+    """Yields (first key, False, length) of the outermost valid objects in a text.
 
-    Messages count where a list begins with them: (first key, True, length of the list).
+    A message counts only as the first of a list: (first key, True, length of the list).
     """
     offset = reparsed = 0
     while found := _OPENING.search(text, offset):
@@ -276,14 +276,14 @@ def _parse_objects(text: str, parse: Callable[[str, int], tuple[Any, int]]) -> I
 
 
 def _next_object_start(text: str, start: int, error: int) -> int:
-    """Where the next object may begin: a missing quote hides the beginning of the one before the error."""
+    """Index where the next object may begin; a missing quote hides the last `{` before the error."""
     bracket = text.rfind("{", start + 1, error + 1)
     return bracket if bracket > 0 else max(start + 1, error)
 
 
 def _error_offset(error: Exception, text: str, start: int) -> int:
-    """Where a value at `start` is wrong that has too many levels, or a number of too many digits."""
-    if isinstance(error, RecursionError):  # the first MAX_NESTING brackets are all inside it
+    """Index of the error in a value at `start` that is nested too deeply or has a number of too many digits."""
+    if isinstance(error, RecursionError):  # the first MAX_NESTING brackets belong to it
         bracket = next(itertools.islice(_BRACKET.finditer(text, start), MAX_NESTING, None), None)
         return bracket.start() if bracket else start
     number = _LONG_NUMBER.search(text, start)

@@ -1,11 +1,11 @@
-"""Two questions about one piece of text: is it Chinese or English, and is it sound text at all?
+"""Language detection (Chinese or English) and validation of text.
 
-    language = "zh" if CJK characters >= 0.3 * letters else "en"
+    language = "zh" if chinese > 0 and chinese >= 0.3 * (chinese + letters) else "en"
 
-Only two labels, because the house trains two languages and reports every figure for both. Text without any letter
-(numbers, code punctuation, emoji) counts as "en".
+There are two labels because the project trains on two languages and reports metrics for both. Text without letters
+(numbers, punctuation, emoji) counts as "en".
 
-Read next: readers.py (where texts come from), stats.py (where the labels are counted).
+Read next: readers.py (reads texts), stats.py (counts the labels).
 """
 
 import math
@@ -14,37 +14,35 @@ from typing import Any
 from corpus.stats import BadRow
 
 LANGUAGES = ("zh", "en")
-MIN_CHINESE_FRACTION = (
-    0.3  # one Chinese character says about as much as three letters, so a third of the characters is half the words
-)
+MIN_CHINESE_FRACTION = 0.3  # a Chinese character carries about as much as three letters
 
-# In UTF-8 the first byte of a character tells its block, and no later byte looks like a first one. Deleting first bytes
-# from the encoded text and comparing lengths counts characters some fifty times faster than asking each of them.
+# In UTF-8 the lead byte of a character determines its block and differs from all continuation bytes. Deleting lead
+# bytes and comparing lengths counts characters about fifty times faster than a loop over characters.
 _CJK_FIRST = bytes(range(0xE4, 0xEA))  # U+4000..U+9FFF: the unified ideographs
 _LETTER_FIRST = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ" + bytes(range(0xC3, 0xE0))  # Latin to Arabic
 
 
 def detect_language(text: str) -> str:
-    """ "zh" or "en", by the share of Chinese characters among the letters; any string is welcome."""
-    raw = text.encode("utf-8", "surrogatepass")
-    chinese = len(raw) - len(raw.translate(None, _CJK_FIRST))
-    letters = len(raw) - len(raw.translate(None, _LETTER_FIRST))
+    """Returns "zh" or "en" by the fraction of Chinese characters among the letters, for any string."""
+    encoded = text.encode("utf-8", "surrogatepass")
+    chinese = len(encoded) - len(encoded.translate(None, _CJK_FIRST))
+    letters = len(encoded) - len(encoded.translate(None, _LETTER_FIRST))
     return "zh" if chinese and chinese >= MIN_CHINESE_FRACTION * (chinese + letters) else "en"
 
 
 def count_chinese(text: str) -> int:
-    """How many of the characters are Chinese (the unified ideographs, U+4000 to U+9FFF)."""
-    raw = text.encode("utf-8", "surrogatepass")
-    return len(raw) - len(raw.translate(None, _CJK_FIRST))
+    """Returns the number of Chinese characters (U+4000 to U+9FFF)."""
+    encoded = text.encode("utf-8", "surrogatepass")
+    return len(encoded) - len(encoded.translate(None, _CJK_FIRST))
 
 
 def is_missing(value: Any) -> bool:
-    """True for what files use to say "nothing here": null and NaN."""
+    """True for null and NaN, which mark missing values in files."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def stringify_number(value: Any) -> Any:
-    """The text of a number, as a csv file would hold it (42, not 42.0); any other value as it is."""
+    """Returns a number as text, as in a csv file (42, not 42.0); any other value unchanged."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -55,9 +53,9 @@ def stringify_number(value: Any) -> Any:
 
 
 def require_text(value: Any, field: str) -> str:
-    """`value` itself, when it is text that a tokenizer can take.
+    """Returns `value` if it is text that a tokenizer can encode.
 
-    Raises BadRow naming the field when it is missing, not a string, empty, holds a NUL, or half a character.
+    Raises BadRow with the field name if it is missing, not a string, blank, or contains NUL or a lone surrogate.
     """
     if is_missing(value):
         raise BadRow(f"{field} is null")
@@ -75,7 +73,7 @@ def require_text(value: Any, field: str) -> str:
 
 
 def _type_name(value: Any) -> str:
-    """How a user would call this type of value."""
+    """The JSON name of the type of a value."""
     if isinstance(value, bool):
         return "true/false"
     names = {int: "a number", float: "a number", list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}

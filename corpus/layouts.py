@@ -1,12 +1,12 @@
-"""The layouts of rows that are read: which keys hold a question, an answer, a list of turns, a system prompt, …
+"""Supported row layouts: the keys of questions, answers, lists of turns, system prompts, …
 
-    FIELD_KEYS field -> the keys that hold it, first choice first; per row the first *filled* key of a field counts
-    ROLE_NAMES the names of speakers -> user, assistant, system, tool
-    LAYOUTS    one example row for each layout that is documented and tested
+    FIELD_KEYS    field -> its keys in order of priority; the first *filled* key of a row is used
+    ROLE_NAMES    role name in the data -> user, assistant, system or tool
+    LAYOUTS       one example row per documented and tested layout
 
-A new key is an entry of FIELD_KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md shows the same
-table (tests/corpus/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` names the keys of any other
-layout.
+To support a new key, add it to FIELD_KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md contains
+the same table (tests/corpus/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` sets the keys of any
+other layout.
 
 Read next: chats.py (turns -> messages), row_text.py (row -> text, chat or pair).
 """
@@ -58,7 +58,7 @@ FIELD_KEYS: dict[str, tuple[str, ...]] = {
     "weight": ("weight",),
 }  # fmt: skip
 
-# The keys of two answers, the key that says which one is better, and its values for the first and the second.
+# (key of the first answer, of the second, of the preferred one, values that mean the first and the second).
 COMPARISON_KEYS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("response_0", "response_1", "better_response_id", (0, 1)),
     ("conversation_a", "conversation_b", "winner", ("a", "b")),  # also model_a, response_a
@@ -66,18 +66,10 @@ COMPARISON_KEYS: tuple[tuple[str, str, str, tuple[Any, Any]], ...] = (
     ("human_ref_A", "human_ref_B", "labels", (1, 0)),
 )
 
-UNORDERED_ANSWER_KEYS = (
-    "answers",
-    "completions",
-    "responses",
-)  # lists of answers in no order, unless they have a rank or score
-RANKING_KEYS = (
-    ("rank", 1),
-    ("overall_score", -1),
-    ("score", -1),
-    ("rating", -1),
-    ("pm_score", -1),
-)  # 1: the lowest is best
+# Lists under these keys have no order, unless the answers have a rank or score.
+UNORDERED_ANSWER_KEYS = ("answers", "completions", "responses")
+# (key, 1 if lower is better or -1 if higher is better).
+RANKING_KEYS = (("rank", 1), ("overall_score", -1), ("score", -1), ("rating", -1), ("pm_score", -1))
 
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author", "type", "角色")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "内容")
@@ -89,18 +81,11 @@ ROLE_NAMES = {
     **dict.fromkeys(("tool", "function", "observation", "function_call", "function_response", "tool_call",
                      "tool_response", "tool_result", "ipython", "工具"), "tool"),
 }  # fmt: skip
-TOOL_KEYS = ("tool_calls", "function_call")  # of a message: a call instead of an answer
-TRAINING_FLAG_KEYS = (
-    "weight",
-    "train",
-    "training",
-    "trained",
-    "loss",
-    "loss_weight",
-)  # of a message: 0 or false excludes it
+TOOL_KEYS = ("tool_calls", "function_call")  # of a message that is a tool call
+TRAINING_FLAG_KEYS = ("weight", "train", "training", "trained", "loss", "loss_weight")  # 0 or false: not trained
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "思考")
 
-# Keys of metadata, which are ignored; every other key that is not used is reported.
+# Metadata keys are ignored; every other unused key is reported.
 METADATA_KEYS = frozenset((
     "author", "batch", "category", "categories", "chosen_model", "chosen_score", "cluster", "conversation_hash",
     "conversation_id", "count", "country", "created", "created_at", "dataset", "dataset_name", "date", "dialog_id",
@@ -119,13 +104,13 @@ METADATA_KEYS = frozenset((
 
 @dataclass(frozen=True)
 class Layout:
-    """A documented layout: an example row, and the projects or data sets that write it, in English and in Chinese."""
+    """A documented layout: an example row, and the projects or datasets that use it, in English and Chinese."""
 
     name: str
     kind: str  # "text", "chat" or "pair"
     example: Any
     used_by: str
-    used_by_zh: str = ""  # "": as in English
+    used_by_zh: str = ""  # "": same as `used_by`
 
 
 _QUESTION, _ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
@@ -147,9 +132,9 @@ LAYOUTS = (
                               "system": "…"}, "Alpaca, BELLE, LLaMA-Factory; input, history, system optional",
            "Alpaca、BELLE、LLaMA-Factory；input、history、system 可省略"),
     Layout("question, answer", "chat", {"question": "1+1?", "answer": "2"},
-           "any key of a question with any key of an answer: prompt, query, q, 问题 / response, output, a, 回答, …",
+           "any question key with any answer key: prompt, query, q, 问题 / response, output, a, 回答, …",
            "问题键与回答键任意组合：prompt、query、q、问题 / response、output、a、回答 等"),
-    Layout("input, output", "chat", {"input": "1+1?", "output": "2"}, "Firefly (input, target), medical sets",
+    Layout("input, output", "chat", {"input": "1+1?", "output": "2"}, "Firefly (input, target), medical datasets",
            "Firefly（input、target）、医疗数据集"),
     Layout("context", "chat", {"instruction": "Who?", "context": "Li wrote it.", "response": "Li."},
            "Dolly; the context follows the question on a new line",
@@ -158,13 +143,13 @@ LAYOUTS = (
            "minimind v1's csv, ChatGLM: pairs or messages, as a list or as text",
            "minimind v1 的 csv、ChatGLM：问答对或消息，写成列表或文本"),
     Layout("marked text", "chat", {"instruction": "Human: Hi\nAssistant: Hello\nHuman: 1+1?\nAssistant:",
-                                   "output": "2"}, "BELLE's multi-turn set, HH-RLHF",
+                                   "output": "2"}, "BELLE's multi-turn dataset, HH-RLHF",
            "BELLE 多轮数据、HH-RLHF"),
     Layout("text in a chat format", "chat", {"chat": "USER: 1+1?\n\nASSISTANT: 2"},
            "Glaive; as text also Guanaco (### Human:), Llama 2 and 3, ChatML, Zephyr, Gemma, Alpaca's template",
            "Glaive；text 键还可以是 Guanaco（### Human:）、Llama 2 与 3、ChatML、Zephyr、Gemma、Alpaca 模板"),
     Layout("several answers", "chat", {"context": "Li wrote it.", "question": "Who?", "answers": {"text": ["Li."]}},
-           "SQuAD, CMRC; the first answer is read, counted",
+           "SQuAD, CMRC; the first answer is used, counted",
            "SQuAD、CMRC；只读第一个答案并计数"),
     Layout("labelled", "chat", {"prompt": "1+1?", "completion": "2", "label": True},
            "KTO; rows with label false are skipped",
@@ -198,32 +183,32 @@ LAYOUTS = (
            "PKU-SafeRLHF；Chatbot Arena（conversation_a、conversation_b、winner）；SHP"),
 )  # fmt: skip
 
-# What is done with turns, in every command: (what is found, what is done with it), in English and in Chinese.
+# Handling of turns, the same in every command: (case, handling) in English, then in Chinese.
 TURN_RULES = (
-    ("developer", "is system", "developer 角色", "等同于 system"),
+    ("role developer", "read as system", "developer 角色", "等同于 system"),
     ("several system messages at the start", "joined", "开头有多条 system 消息", "合并"),
-    ("a system message later on", "row skipped, counted", "中途出现 system 消息", "跳过该行并计数"),
-    ("the assistant speaks first", "its opening message is left out, counted",
-     "助手先发言", "去掉开头的助手消息并计数"),
-    ("two messages of one role in a row", "joined with a line end, counted", "同一角色连续发言", "用换行合并并计数"),
-    ("an empty answer, or an empty message later on", "the chat ends before that turn, counted",
+    ("a later system message", "row skipped, counted", "中途出现 system 消息", "跳过该行并计数"),
+    ("an assistant message before the first question", "message removed, counted",
+     "第一个问题之前有助手消息", "去掉该消息并计数"),
+    ("consecutive messages of one role", "joined with a line feed, counted", "同一角色的连续消息", "用换行合并并计数"),
+    ("an empty answer, or a later empty message", "chat cut before that turn, counted",
      "空回答，或后面出现空消息", "对话在该轮之前结束并计数"),
-    ("no answer left", "row skipped, counted", "没有剩下任何回答", "跳过该行并计数"),
-    ("a last question without an answer", "left out, counted", "最后一个问题没有回答", "去掉该问题并计数"),
+    ("no answer remains", "row skipped, counted", "没有剩下任何回答", "跳过该行并计数"),
+    ("a last question without an answer", "removed, counted", "最后一个问题没有回答", "去掉该问题并计数"),
     ("tool calls, tool results", "row skipped, counted (not trained yet)",
      "工具调用与工具结果", "跳过该行并计数（暂不训练）"),
-    ("thoughts: reasoning_content, …", "left out, counted (not trained yet)",
+    ("reasoning: reasoning_content, …", "removed, counted (not trained yet)",
      "思考内容：reasoning_content 等", "去掉并计数（暂不训练）"),
-    ("a message with weight 0, train false", "read as context, not trained", "消息的 weight 为 0 或 train 为 false",
+    ("a message with weight 0 or train false", "kept as context, not trained", "消息的 weight 为 0 或 train 为 false",
      "作为上文保留，不训练"),
-    ("a row with label false, or weight 0", "row skipped, counted",
+    ("a row with label false or weight 0", "row skipped, counted",
      "label 为 false 或 weight 为 0 的行", "跳过该行并计数"),
-    ("any other key with a value", "not used, counted by name", "其他有值的键", "不使用，按键名计数"),
+    ("any other key with a value", "ignored, counted by name", "其他有值的键", "不使用，按键名计数"),
 )  # fmt: skip
 
 
 def parse_keys(text: str) -> dict[str, str]:
-    """`--keys prompt=KEY,answer=KEY,…` as {field: key}. Raises UserError naming the fields that exist."""
+    """Parses `--keys prompt=KEY,answer=KEY,…` into {field: key}. Raises UserError for an invalid specification."""
     keys: dict[str, str] = {}
     fields = [field for field in FIELD_KEYS if field not in ("label", "weight")]
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -231,13 +216,13 @@ def parse_keys(text: str) -> dict[str, str]:
         if field not in fields or not equals or not key:
             raise UserError(f"--keys {text}: write FIELD=KEY,…; the fields are {', '.join(fields)}")
         if field in keys:
-            raise UserError(f"--keys {text}: {field} is named twice: give each field one key")
+            raise UserError(f"--keys {text}: {field} is given twice: give each field one key")
         keys[field] = key
     return keys
 
 
 def explain_expected_keys(kind: str, found: Iterable[str]) -> str:
-    """What a row of this kind ("text", "chat", "pair" or "any") needs, and the layouts nearest to the keys found."""
+    """Returns the error text: keys that a row of `kind` ("text", "chat", "pair" or "any") needs, nearest layouts."""
     found = list(found)
     needs = {
         "text": "a text row needs a text (text, content, …), or a chat",
@@ -252,19 +237,19 @@ def explain_expected_keys(kind: str, found: Iterable[str]) -> str:
     fields = {"text": "text=KEY", "pair": "prompt=KEY,chosen=KEY,rejected=KEY"}.get(kind, "prompt=KEY,answer=KEY")
     return (
         f"{needs}; found the keys {', '.join(found)}; nearest: {nearest}; "
-        f"--keys {fields} names them, data_process.py --list_layouts shows all"
+        f"set the keys with --keys {fields}, or list all layouts with data_process.py --list_layouts"
     )
 
 
 def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
-    """The two layouts of this kind whose keys, or keys of the same fields, are most like those found."""
+    """Returns the two layouts of this kind whose keys, or keys of the same fields, are most similar to `found`."""
 
     def similarity(layout: Layout) -> float:
         keys = list(layout.example) if isinstance(layout.example, dict) else []
         score = 0.0
         for key in found:
             same_field = {other for names in FIELD_KEYS.values() if key.lower() in names for other in names}
-            ratios = [difflib.SequenceMatcher(None, key.lower(), wanted).ratio() for wanted in keys]
+            ratios = [difflib.SequenceMatcher(None, key.lower(), other).ratio() for other in keys]
             score += 1.0 if same_field & set(keys) else max([ratio for ratio in ratios if ratio > 0.6], default=0.0)
         return score / (1 + len(keys))
 
@@ -273,22 +258,22 @@ def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
 
 
 def print_layouts() -> None:
-    """The layouts, the keys of every field and the rules of turns, as text."""
+    """Prints the layouts, the keys of every field and the handling of turns."""
     for layout in LAYOUTS:
         print(
             f"{layout.kind:5} {layout.name}: {layout.used_by}\n      {json.dumps(layout.example, ensure_ascii=False)}"
         )
-    print("\nkeys of each field (--keys FIELD=KEY,… names others):")
+    print("\nkeys of each field, in order of priority (--keys FIELD=KEY,… sets others):")
     for field, keys in FIELD_KEYS.items():
         print(f"  {field:9} {', '.join(keys)}")
-    print("\nturns, the same in every command:")
-    for found, done, *_ in TURN_RULES:
-        print(f"  {found}: {done}")
+    print("\nhandling of turns, the same in every command:")
+    for case, handling, *_ in TURN_RULES:
+        print(f"  {case}: {handling}")
 
 
 def layout_tables(chinese: bool = False) -> str:
-    """The same as Markdown, for dataset/README.md and dataset/README_zh.md."""
-    headers = ("种类", "示例", "使用者") if chinese else ("kind", "example", "written by")
+    """Returns the same as Markdown tables, for dataset/README.md and dataset/README_zh.md."""
+    headers = ("种类", "示例", "使用者") if chinese else ("kind", "example", "used by")
     rows = [
         (
             layout.kind,
@@ -301,8 +286,8 @@ def layout_tables(chinese: bool = False) -> str:
     rules = [(rule[2], rule[3]) if chinese else (rule[0], rule[1]) for rule in TURN_RULES]
     return "\n\n".join((
         _markdown_table(headers, rows),
-        _markdown_table(("字段", "键（靠前者优先）") if chinese else ("field", "keys, first choice first"), fields),
-        _markdown_table(("轮次中的情况", "处理方式") if chinese else ("in the turns", "what is done"), rules),
+        _markdown_table(("字段", "键（靠前者优先）") if chinese else ("field", "keys, in order of priority"), fields),
+        _markdown_table(("轮次中的情况", "处理方式") if chinese else ("turns", "handling"), rules),
     ))  # fmt: skip
 
 

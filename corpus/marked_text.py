@@ -1,12 +1,12 @@
-"""Chats written into one text: with Human: and Assistant:, or in the chat format of a model.
+"""Parses chats that are written into one text with role markers.
 
     Human: … Assistant: …, 用户：… 助手：…, ### Human: … ### Assistant: …     BELLE, HH-RLHF, Guanaco
     ### Instruction: … ### Input: … ### Response: …                           Alpaca's template
     <|im_start|>user … <|im_end|>, <|user|> …, <start_of_turn>user …          ChatML, Zephyr, Gemma
     <|start_header_id|>user<|end_header_id|> …, [INST] … [/INST] …            Llama 3, Llama 2
 
-    parse_marked_text(text)         the messages, or [] for text that does not begin with such a marker
-    edit_marked_text(text, edit)    the same text with the words of every turn edited
+    parse_marked_text(text)         the messages; [] if the text does not begin with such a marker
+    edit_marked_text(text, edit)    the text with the content of every turn replaced by edit(content)
 
 Read next: chats.py (turns -> messages).
 """
@@ -20,7 +20,7 @@ from model.chat_template import Message
 
 _SPEAKERS = "Human|HUMAN|User|USER|Assistant|ASSISTANT|System|SYSTEM|FUNCTION RESPONSE|用户|人类|助手|系统"
 _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, marker in (
-    # how a text of this style begins, its markers with the name of the speaker
+    # (start of a text of this style, its role marker)
     (r"(?:Human|HUMAN|User|USER|System|SYSTEM|用户|人类|系统)[ \t]*[:：]", rf"(?:^|\n)[ \t]*({_SPEAKERS})[ \t]*[:：]"),
     (rf"###[ \t]*(?:{_SPEAKERS})[ \t]*[:：]", rf"\n?###[ \t]*({_SPEAKERS})[ \t]*[:：]"),
     (r"###[ \t]*Instruction:|Below is an instruction", r"(?:^|\n)[ \t]*###[ \t]*(Instruction|Input|Response):"),
@@ -31,7 +31,7 @@ _STYLES = tuple((re.compile(rf"\s*(?:{begin})"), re.compile(marker)) for begin, 
      r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>"),
     (r"(?:<s>)?[ \t]*\[INST\]", r"(?:<s>)?[ \t]*\[(/?INST)\]"),
 ))  # fmt: skip
-_FIRST_LETTER = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # nearly all other text is told by its first letter
+_FIRST_LETTER = re.compile(r"\s*(?:[HUS#<\[用人系]|Below)")  # fast rejection of most other text
 _END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>", "<|end|>", "</s>")
 _LLAMA_SYSTEM = re.compile(r"<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 _SPEAKER_ROLES = {**ROLE_NAMES, "instruction": "user", "input": "user", "response": "assistant", "inst": "user",
@@ -43,9 +43,9 @@ def make_message(role: str, content: Any) -> Message:
 
 
 def parse_marked_text(text: str) -> list[Message]:
-    """The turns of text with the markers of a chat; [] where it does not begin with one, or no one answers.
+    """Returns the messages of marked text; [] if it does not begin with a marker or has no assistant message.
 
-    A last assistant marker without text ends the question, as in BELLE's multi-turn set; it is not a turn.
+    A last assistant marker without text is not a message: in BELLE's multi-turn dataset it follows the question.
     """
     marker = _find_marker(text)
     if marker is None:
@@ -69,7 +69,7 @@ def parse_marked_text(text: str) -> list[Message]:
 
 
 def edit_marked_text(text: str, edit: Callable[[str], str]) -> str:
-    """Marked text with the words of every turn edited; the markers and the white space around the words stay."""
+    """Replaces the content of every turn by edit(content); keeps markers and the white space around the content."""
     pieces: list[str] = []
     start = 0
     marker = _find_marker(text)
@@ -80,13 +80,13 @@ def edit_marked_text(text: str, edit: Callable[[str], str]) -> str:
 
 
 def ends_with_question(text: str) -> bool:
-    """True for marked text of several turns that ends with a question, or with the marker of the answer to come."""
+    """True for marked text whose last message is a question, perhaps followed by an empty assistant marker."""
     turns = parse_marked_text(text)
     return bool(turns) and turns[-1]["role"] == "user"
 
 
 def _find_marker(text: str) -> re.Pattern[str] | None:
-    """The markers of the style in which the text begins."""
+    """The role marker of the style that the text begins with; None for unmarked text."""
     if not _FIRST_LETTER.match(text):
         return None
     return next((marker for begin, marker in _STYLES if begin.match(text)), None)

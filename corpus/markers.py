@@ -1,11 +1,11 @@
-"""Document separators that are written as text, as in TinyStories: `<|endoftext|>`, `</s>`.
+"""Splits text at document separators that are written as text, as in TinyStories: `<|endoftext|>`, `</s>`.
 
-    split_documents("one.<|endoftext|>\\ntwo.")   -> ["one.", "two."]
-    has_marker(text)                               whether a marker is left, in the middle of a sentence
+    split_documents("one.<|endoftext|>\\ntwo.")    -> ["one.", "two."]
+    has_marker(text)                                True if the text contains a marker
 
-`<|endoftext|>` and similar markers separate documents at the start and the end of a line and after a sentence or word;
-after a space, a quote or a bracket they are text. `<s>` and `</s>` are also HTML:
-they count at the start and end of a document, and in plain text on a line of their own.
+`<|endoftext|>` and similar markers separate documents at the start or end of a line and after a sentence or word; after
+a space, a quote or a bracket they are text. `<s>` and `</s>` may also be HTML: they count only at the start and end of
+a document and, in plain text, on a separate line.
 
 Read next: readers.py (rows), txt_reader.py (plain text).
 """
@@ -28,12 +28,12 @@ DOCUMENT_MARKER_BYTES = tuple(marker.encode() for marker in DOCUMENT_MARKERS)
 
 
 def uses_markers(head: bytes) -> bool:
-    """Whether a plain text with these first bytes uses markers between its documents, rather than blank lines."""
+    """True if plain text with these first bytes separates documents by markers instead of blank lines."""
     return b"<" in head and any(len(split_line(line)) > 1 for line in head.split(b"\n"))
 
 
 def split_line(line: bytes) -> list[bytes]:
-    """A line of plain text, divided where documents end."""
+    """Splits a line of plain text at document separators."""
     if tagged := _SENTENCE_TAG_LINE.fullmatch(line):
         return [b"", (tagged[1] or tagged[2] or b"") + b"\n", b""]
     if not any(marker in line for marker in DOCUMENT_MARKER_BYTES):
@@ -47,14 +47,14 @@ def has_marker(text: str) -> bool:
 
 
 def split_documents(text: str) -> list[str]:
-    """The documents of a text, without the markers between and around them; [] when there is nothing else in it."""
+    """Returns the documents of a text without their separators; [] if it contains nothing else."""
     pieces = _BORDER.split(text) if has_marker(text) else [text]
     pieces = [_strip_sentence_tags(piece) for piece in pieces]
     return [piece.strip("\r\n") if len(pieces) > 1 else piece for piece in pieces if piece.strip()]
 
 
 def _strip_sentence_tags(text: str) -> str:
-    """The text without <s> at its start and </s> at its end, unless they are HTML inside it."""
+    """Removes <s> at the start and </s> at the end, unless the text also contains such tags inside (HTML)."""
     inner = text.strip()
     for opening, closing in (("<s>", "</s>"), ("<bos>", "<eos>")):
         starts, ends = inner.startswith(opening), inner.endswith(closing)

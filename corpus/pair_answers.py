@@ -1,9 +1,9 @@
-"""A row's two answers to one prompt: each side as a whole conversation, and the prompt that both share.
+"""Extracts the two answers of a preference pair and their common prompt from a row.
 
-The prompt is the common beginning of both conversations in whole messages, never in characters: two answers that begin
-with the same words are still two answers.
+The prompt is the common prefix of both conversations, compared message by message, not character by character: two
+answers that begin with the same words are still two answers.
 
-Called by row_text.py. Read next: preferences.py (pairs -> documents).
+Read next: row_text.py (the caller), preferences.py (pairs -> documents).
 """
 
 import itertools
@@ -30,9 +30,9 @@ NO_PAIR_KEYS = "none of the keys of a pair"
 
 
 def side_conversation(side: str, value: Any, prompt: list[Message], notes: RowNotes) -> list[Message]:
-    """The conversation of one side: `before` and its answer, or the conversation as it is written.
+    """Returns the whole conversation of one side: `prompt` + answer, or the conversation that `value` contains.
 
-    Raises DroppedRow for an answer that compares nothing, BadRow for one that cannot be used.
+    Raises DroppedRow for an empty or foreign answer or another prompt, BadRow for an unusable value.
     """
     value = unwrap_answer(value)
     if is_blank(value) or not is_filled(value):
@@ -48,7 +48,7 @@ def side_conversation(side: str, value: Any, prompt: list[Message], notes: RowNo
     else:
         messages = parse_messages(value, notes)
     if messages[-1]["role"] != "assistant":
-        raise DroppedRow("an answer that is not the assistant's")
+        raise DroppedRow("the last message is not an answer")
     if is_blank(messages[-1]["content"]):
         raise DroppedRow(f"an empty answer ({side})")
     if messages[0]["role"] == "assistant":
@@ -67,27 +67,27 @@ def _contains_messages(messages: list[Message], part: list[Message]) -> bool:
 
 
 def find_compared_answers(row: dict[str, Any], used: set[str]) -> tuple[Any, Any] | None:
-    """The better and the worse of two answers beside each other (layouts.COMPARISON_KEYS); None where there are none.
+    """Returns (better answer, worse answer) of the keys in layouts.COMPARISON_KEYS; None if the row has none of them.
 
-    Raises DroppedRow where none of the two is marked as the better one.
+    Raises DroppedRow if neither answer is marked as the better one.
     """
     names = {str(key).strip().lower(): key for key in row}
-    for *three, (one, other) in COMPARISON_KEYS:
-        if all(name.lower() in names for name in three):
-            first, second, winner_key = (names[name.lower()] for name in three)
+    for *pair_keys, (first_value, second_value) in COMPARISON_KEYS:
+        if all(name.lower() in names for name in pair_keys):
+            first, second, winner_key = (names[name.lower()] for name in pair_keys)
             used.update((first, second, winner_key))
             winner = (
                 str(stringify_number(row[winner_key])).strip().lower().removeprefix("model_").removeprefix("response_")
             )
-            if winner not in (str(one), str(other)):
+            if winner not in (str(first_value), str(second_value)):
                 raise DroppedRow(f"no answer is marked as the better one ({winner_key})")
-            return (row[first], row[second]) if winner == str(one) else (row[second], row[first])
+            return (row[first], row[second]) if winner == str(first_value) else (row[second], row[first])
     return None
 
 
 # ---- several answers in one list -------------------------------------------------------------------------------------
 def is_ranked_list(value: Any) -> bool:
-    """True for a list of answers as objects: {"answer": ..., "rank": 1}, {"response": ..., "score": 8.5}."""
+    """True for a list of answer objects: {"answer": ..., "rank": 1} or {"response": ..., "score": 8.5}."""
     return isinstance(value, (list, tuple)) and bool(value) and all(
         isinstance(answer, dict) and (set(text_key_roles(answer).values()) == {"assistant"} or "text" in answer)
         and not answer.keys() & {"role", "from"} for answer in value
@@ -95,7 +95,7 @@ def is_ranked_list(value: Any) -> bool:
 
 
 def best_and_worst_answers(answers: Any) -> tuple[Any, Any]:
-    """The first and the last answer, by rank or score where all have one. Raises DroppedRow where these are equal."""
+    """Returns the first and last answer, sorted by rank or score if all have one. Raises DroppedRow for equal ones."""
     if not is_ranked_list(answers):
         return answers[0], answers[-1]
     key, sign = next(
@@ -114,18 +114,21 @@ def _is_number(value: Any) -> bool:
 
 
 def split_pair(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """(prompt, better answer, worse answer) of two conversations. Raises DroppedRow where they compare nothing."""
+    """Returns (prompt, chosen answer, rejected answer) of two conversations.
+
+    Raises DroppedRow if the conversations are equal, one is a prefix of the other, or their prompts differ.
+    """
     prompt_length = common_prefix_length(chosen, rejected)
     answers = chosen[prompt_length:], rejected[prompt_length:]
     if not any(answers):
         raise DroppedRow("chosen and rejected are the same")
     if not all(answers):
-        raise DroppedRow("one conversation is only the beginning of the other")
+        raise DroppedRow("one conversation is a prefix of the other")
     if any(answer[0]["role"] != "assistant" for answer in answers):
         raise DroppedRow("chosen and rejected have different prompts")
     return chosen[:prompt_length], *answers
 
 
 def common_prefix_length(one: list[Any], other: list[Any]) -> int:
-    """Length of the common prefix of two lists."""
+    """Returns the length of the common prefix of two lists."""
     return sum(1 for _ in itertools.takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))

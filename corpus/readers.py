@@ -1,16 +1,16 @@
-"""Files -> rows -> documents and chats, streaming: txt, jsonl, json, csv, parquet, arrow; also as .gz .xz .zst .bz2.
+"""Reads documents and chats from txt, jsonl, json, csv, parquet and arrow files, also as .gz .xz .zst .bz2; streaming.
 
-    read_rows(path, report)    -> (line, row): an object, or a piece of plain text (str)
-    read_texts(paths, report)  -> Document(text, source_file, line)
-    read_chats(paths, report)  -> Chat(messages, source_file, line)
+    read_rows(path, report)      -> (line, row): an object, or a plain-text document (str)
+    read_texts(paths, report)    -> Document(text, source_file, line, source)
+    read_chats(paths, report)    -> ParsedChat(messages, source_file, line, content)
 
-The format is told from the content first and from the name second. What cannot be used (broken JSON, malformed UTF-8,
-NUL, wrong types) is counted in the report with its line and skipped; the report raises UserError when too much is bad.
-A damaged file (a compressed stream that breaks off, a disk that cannot be read) raises DamagedFile after its last
-readable row, unless the report accepts it. Memory stays bounded: lines and paragraphs are read in pieces.
+The content determines the format; the file name decides only if it is ambiguous. Unusable rows (broken JSON, malformed
+UTF-8, NUL, wrong types) are counted in the report with their line and skipped; the report raises UserError if there are
+too many. A damaged file (a truncated stream, a read error) raises DamagedFile after its last readable row, unless the
+report accepts damaged files. Memory is bounded: lines and paragraphs are read in chunks.
 
-Read next: txt_reader.py (one reader a format), input_files.py (opening, telling the format), row_text.py (row -> text
-or chat), stats.py (counts and limits), examples.py (duplicates, validation split).
+Read next: txt_reader.py (readers by format), input_files.py (opens files), sniff.py (format detection), row_text.py
+(row -> text or chat), stats.py (counts and limits), examples.py (duplicates, validation split).
 """
 
 import os
@@ -39,7 +39,7 @@ class Document:
     text: str
     source_file: str
     line: int
-    source: str = ""  # where it comes from, as its row says it
+    source: str = ""  # the row's value under `source_key` of read_texts
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class ParsedChat:
     content: RowContent
 
 
-# ---- the three readers -----------------------------------------------------------------------------------------------
+# ---- readers ---------------------------------------------------------------------------------------------------------
 def read_rows(path: PathLike, report: DataStats) -> NumberedRows:
-    """Yields (line, row) of one file; a row is a dict, or a str for plain text. Bad rows are counted and skipped.
+    """Yields (line, row) of one file; a row is a dict, a list of messages, or a str for plain text.
 
-    A bare list of messages is a row, too; a text with separators such as <|endoftext|> is several rows.
-    Raises UserError for a file that cannot be opened or is damaged, and when the report's cap of bad rows is exceeded.
+    Bad rows are counted and skipped. A text with separators such as <|endoftext|> is several rows.
+    Raises UserError if the file cannot be opened or is damaged, or if too many rows are bad.
     """
     file = os.fspath(path)
     before = report.bytes_read()
@@ -81,7 +81,7 @@ def read_rows(path: PathLike, report: DataStats) -> NumberedRows:
 
 
 def _document_key(row: Any) -> str:
-    """The key of a document's text in which a separator may stand; "" for other rows."""
+    """The key of a document whose text may contain separators; "" for other rows."""
     if isinstance(row, dict):
         for key, value in row.items():
             if isinstance(value, str) and "<" in value and key in _TEXT_KEYS:
@@ -90,7 +90,7 @@ def _document_key(row: Any) -> str:
 
 
 def _split_at_markers(row: Any, key: str, location: tuple[str, int], report: DataStats) -> Iterator[Any]:
-    """The rows of a row whose text may hold document separators, each counted as read."""
+    """Splits a row at document separators and yields the parts as rows, each counted as read."""
     text = row[key] if key else row
     documents = split_documents(text)
     if not documents and text.strip():
@@ -101,7 +101,7 @@ def _split_at_markers(row: Any, key: str, location: tuple[str, int], report: Dat
         report.row_read(location[0], part)
         if has_marker(document):
             report.row_truncated(
-                f"holds {' or '.join(m for m in DOCUMENT_MARKERS if m in document)} as text", *location
+                f"contains {' or '.join(m for m in DOCUMENT_MARKERS if m in document)} as text", *location
             )
         yield part
 
@@ -109,10 +109,10 @@ def _split_at_markers(row: Any, key: str, location: tuple[str, int], report: Dat
 def read_texts(
     paths: Iterable[PathLike], report: DataStats, source_key: str = "", reader: RowReader = DEFAULT_READER
 ) -> Iterator[Document]:
-    """The documents of all files, in order. A chat counts as one document: its words, without markers.
+    """Yields the documents of all files, in order. A chat is one document: its text without role markers.
 
-    `source_key`: the key under which a row names its source.
-    Raises UserError when a file has rows but none that can be used, or when too many rows are bad.
+    `source_key`: the row key whose value becomes `Document.source`.
+    Raises UserError if a file has rows but no usable one, or if too many rows are bad.
     """
     for file, line, row, content in read_contents(paths, report, "text", reader.read_text):
         report.row_changed(content.changes, [key for key in content.unused if key != source_key], file, line)
@@ -122,13 +122,16 @@ def read_texts(
 def read_chats(
     paths: Iterable[PathLike], report: DataStats, reader: RowReader = DEFAULT_READER
 ) -> Iterator[ParsedChat]:
-    """The chats of all files, in order, as checked messages. Raises UserError as `read_texts` does."""
+    """Yields the chats of all files, in order, as validated messages. Raises UserError as `read_texts` does."""
     for file, line, _, content in read_contents(paths, report, "chat", reader.read_chat):
         yield ParsedChat(content.messages, file, line, content)
 
 
 def read_all_rows(paths: Iterable[PathLike], report: DataStats, kind: str) -> Iterator[tuple[str, int, Any]]:
-    """Rows of all files; after each file, and at the end, limits are checked. `kind`: see explain_expected_keys."""
+    """Yields (file, line, row) of all files; checks the limits of the report after each file and at the end.
+
+    `kind`: see explain_expected_keys.
+    """
     files = [os.fspath(path) for path in paths]
     for file in files:
         require_readable(file)
@@ -140,7 +143,7 @@ def read_all_rows(paths: Iterable[PathLike], report: DataStats, kind: str) -> It
         except DamagedFile:
             raise
         except UserError:
-            report.check_file(file, kind)  # more specific than "too many bad rows"
+            report.check_file(file, kind)  # raises a more specific error than "too many bad rows"
             raise
         report.check_file(file, kind)
     report.check_cap()
@@ -149,9 +152,9 @@ def read_all_rows(paths: Iterable[PathLike], report: DataStats, kind: str) -> It
 def read_contents(
     paths: Iterable[PathLike], report: DataStats, kind: str, parse: Callable[[Any], RowContent]
 ) -> Iterator[tuple[str, int, Any, RowContent]]:
-    """(file, line, row, take(row)) of all rows.
+    """Yields (file, line, row, parse(row)) of all rows.
 
-    Rows for which `take` raises DroppedRow are dropped, those for which it raises BadRow are bad; both are counted.
+    A row for which `parse` raises DroppedRow counts as dropped, one for which it raises BadRow counts as bad.
     """
     for file, line, row in read_all_rows(paths, report, kind):
         try:

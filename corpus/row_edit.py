@@ -1,6 +1,6 @@
-"""Editing the texts inside a row without changing its layout: what `clean` does to chats and pairs.
+"""Edits the texts inside a row without changing its layout, as `clean` does for chats and pairs.
 
-    edit_value(value, edit)    every text in a value that row_text.py reads replaced by edit(text)
+    edit_value(value, edit)    returns `value` with every text that row_text.py reads replaced by edit(text)
 
 Read next: row_text.py (RowReader.edit), ../curation/cleaning.py (the rules).
 """
@@ -17,7 +17,7 @@ from corpus.stats import BadRow
 
 
 def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
-    """`value` with its texts edited. Roles stay; text that spells a list of turns is written as JSON again."""
+    """Returns `value` with its texts edited. Roles are kept; a list of turns written as text becomes JSON text."""
     if isinstance(value, str):
         if value.lstrip()[:1] == "[":
             try:
@@ -36,14 +36,14 @@ def edit_value(value: Any, edit: Callable[[str], str]) -> Any:
 
 
 def _is_turn(turn: Any) -> bool:
-    """False for the objects of an answer that is JSON."""
+    """False for objects of an answer that is itself JSON."""
     return isinstance(turn, (list, tuple)) or (
         isinstance(turn, dict) and ("text" in turn or is_message(turn) or bool(text_key_roles(turn)))
     )
 
 
 def _text_keys(turn: dict[str, Any]) -> set[str]:
-    """The keys of an object inside a list of turns that hold text."""
+    """The keys of a turn whose values contain text."""
     try:
         role = turn_role(turn)
     except BadRow:

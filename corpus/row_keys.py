@@ -1,6 +1,6 @@
-"""Which keys of a row hold which field: the inverse of layouts.FIELD_KEYS, with the user's own keys (--keys).
+"""Maps the keys of a row to fields: the inverse of layouts.FIELD_KEYS, with the user's own keys (--keys).
 
-Read next: layouts.py (the keys), row_text.py (what is read from them).
+Read next: layouts.py (the keys), row_text.py (reads the fields).
 """
 
 from functools import lru_cache
@@ -10,19 +10,19 @@ from corpus.chats import is_filled
 from corpus.layouts import COMPARISON_KEYS, FIELD_KEYS
 
 _COMPARISON_KEY_NAMES = frozenset(key.lower() for first, second, _, _ in COMPARISON_KEYS for key in (first, second))
-_NON_TEXT_FIELDS = ("label", "weight")  # fields whose keys hold no text
+_NON_TEXT_FIELDS = ("label", "weight")  # fields without text
 
-FieldKeys = dict[str, list[str]]  # field of layouts.FIELD_KEYS -> the row's filled keys, first choice first
+FieldKeys = dict[str, list[str]]  # field of layouts.FIELD_KEYS -> the row's filled keys, in order of priority
 
 
 @lru_cache(maxsize=4096)
 def is_comparison_key(key: Any) -> bool:
-    """True for the key of an answer that stands beside another one (layouts.COMPARISON_KEYS)."""
+    """True for the key of one of two compared answers (layouts.COMPARISON_KEYS)."""
     return str(key).strip().lower() in _COMPARISON_KEY_NAMES
 
 
 class RowKeys:
-    """The fields that the keys of a row hold; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
+    """Maps keys to fields; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
 
     def __init__(self, keys: dict[str, str] | None = None) -> None:
         self.keys = dict(keys or {})
@@ -34,11 +34,11 @@ class RowKeys:
                     self._table.setdefault(key, []).append((name, rank))
 
     def key_settings(self) -> dict[str, Any]:
-        """The user's own keys as a part of a job's settings; {} without any."""
+        """Returns the user's own keys as a part of the job settings; {} if there are none."""
         return {"keys": self.keys} if self.keys else {}
 
     def filled_fields(self, row: dict[str, Any]) -> FieldKeys:
-        """The filled keys of every field."""
+        """Returns the filled keys of every field."""
         ranked: dict[str, list[tuple[int, str]]] = {}
         for key, value in row.items():
             if (fields := self.key_fields(key)) and is_filled(value):
@@ -47,14 +47,14 @@ class RowKeys:
         return {name: [key for _, key in sorted(keys)] for name, keys in ranked.items()}
 
     def key_fields(self, key: str) -> list[tuple[str, int]]:
-        """The fields that a key may hold, each with its rank among the keys of that field."""
+        """Returns the fields that a key may hold, each with the priority of the key (0: first)."""
         return self._table.get(key) or self._table.get(str(key).strip().lower(), [])
 
     def first_key(self, row: dict[str, Any], name: str) -> str | None:
-        """The first key of a field that the row has, filled or not."""
+        """Returns the first key of a field in the row, filled or not; None if the row has none."""
         present = [(rank, key) for key in row for other, rank in self.key_fields(key) if other == name]
         return min(present)[1] if present else None
 
     def may_hold_text(self, key: str) -> bool:
-        """True for a key whose value a command may train on."""
+        """True for a key whose value may be trained on."""
         return is_comparison_key(key) or any(name not in _NON_TEXT_FIELDS for name, _ in self.key_fields(key))

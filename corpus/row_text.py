@@ -1,15 +1,15 @@
-"""A row of any layout -> its text, chat or pair of answers. Every command reads rows here.
+"""Extracts the text, the chat or the pair of answers from a row of any layout. Every command reads rows here.
 
-    DEFAULT_READER.read_text(row)            pretrain: the text of a document, or the words of a chat
-    DEFAULT_READER.read_chat(row)            sft: the messages
-    DEFAULT_READER.read_pair(row)            dpo: the prompt and two answers
-    DEFAULT_READER.read_content(row)         clean, dedup, decontaminate: everything that one of the others would read
-    DEFAULT_READER.edit_row(row, edit)    the same row, every text that the others would read replaced by edit(text)
+    DEFAULT_READER.read_text(row)         pretrain: the text of a document, or the text of a chat
+    DEFAULT_READER.read_chat(row)         sft: the messages
+    DEFAULT_READER.read_pair(row)         dpo: the prompt and two answers
+    DEFAULT_READER.read_content(row)      clean, dedup, decontaminate: all texts that the three methods above read
+    DEFAULT_READER.edit_row(row, edit)    clean: the row with each of these texts replaced by edit(text)
 
-    RowReader({"prompt": "ask"})   reads the question of a chat from the key `ask` (--keys prompt=ask)
+    RowReader({"prompt": "ask"})    reads the question of a chat from the key `ask` (--keys prompt=ask)
 
-A layout is chosen by the keys that have a value, row by row: a null or empty key is ignored. What is
-changed or not used is listed in `Content.changes` and `Content.unused`, and counted in the report.
+The keys that have a value determine the layout of each row; null and empty values are ignored. `RowContent.changes`
+and `RowContent.unused` list changes and unused keys, which the report counts.
 
 Read next: layouts.py (keys), chats.py (turns), readers.py (files -> rows), stats.py (the counts).
 """
@@ -52,22 +52,22 @@ _NO_CHAT_KEYS = "none of the keys of a chat"
 
 @dataclass
 class RowContent:
-    """The content of a row. `messages` are those of a chat, or the prompt of a pair; a text has none."""
+    """The content of a row. `messages` are those of a chat or the prompt of a pair; empty for a text."""
 
     kind: str  # "text", "chat" or "pair"
-    text: str  # all of it, without markers
+    text: str  # all texts, without role markers
     messages: list[Message] = field(default_factory=list)
-    answers: tuple[list[Message], ...] = ()  # of a pair: the better one, the worse one
-    changes: list[str] = field(default_factory=list)  # "without ...", "with ...": how the row was changed
+    answers: tuple[list[Message], ...] = ()  # of a pair: chosen, rejected
+    changes: list[str] = field(default_factory=list)  # reasons of the form "without ..." or "with ..."
     unused: list[str] = field(default_factory=list)  # keys with a value that was not read
 
 
 class RowReader(RowKeys):
-    """Reads rows by the keys of layouts.KEYS; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
+    """Reads rows by layouts.FIELD_KEYS; `keys` maps fields to the user's own keys (layouts.parse_keys)."""
 
     # ---- text ----
     def read_text(self, row: Any, fields: FieldKeys | None = None) -> RowContent:
-        """The document that `pretrain` trains on. Raises BadRow when there is none."""
+        """Returns the document that `pretrain` trains on. Raises BadRow if there is none."""
         if isinstance(row, str):
             return RowContent("text", require_text(row, "text"))
         if not isinstance(row, dict):
@@ -87,11 +87,11 @@ class RowReader(RowKeys):
         raise BadRow("no text key")
 
     def document_key(self, row: dict[str, Any]) -> str | None:
-        """The key of the text that `pretrain` reads; None where the row is no document by itself."""
+        """Returns the key of the document that `pretrain` reads; None if the row has none or is a chat."""
         return self._text_key(row, self.filled_fields(row))
 
     def _text_key(self, row: dict[str, Any], fields: FieldKeys) -> str | None:
-        """The key of the document; a passage or a completion belongs to the chat where the row is one."""
+        """The key of the document; in a chat row, passage and completion belong to the chat."""
         is_chat = (
             "answer" in fields and len({*fields["answer"], *fields.get("prompt", ()), *fields.get("context", ())}) > 1
         )
@@ -100,7 +100,7 @@ class RowReader(RowKeys):
 
     # ---- chats ----
     def read_chat(self, row: Any, fields: FieldKeys | None = None) -> RowContent:
-        """The messages that `sft` trains on, by the rules of turns. Raises BadRow or DroppedRow with the reason."""
+        """Returns the messages that `sft` trains on, after layouts.TURN_RULES. Raises BadRow or DroppedRow."""
         notes, used_keys = RowNotes(), set[str]()
         if isinstance(row, dict):
             raw = self._read_messages(row, self.filled_fields(row) if fields is None else fields, used_keys, notes)
@@ -136,7 +136,7 @@ class RowReader(RowKeys):
         return self._add_system(row, fields, messages, used_keys)
 
     def _turns_key(self, row: dict[str, Any], fields: FieldKeys) -> str | None:
-        """The key of the list of turns; plain text under such a key is an error where nothing else is a chat."""
+        """The key of the list of turns. Plain text under it is an error, unless the row has an answer key."""
         keys = fields.get("messages", [])
         lists = [key for key in keys if not isinstance(row[key], str) or row[key].lstrip()[:1] in ("[", "{")]
         lists += [key for key in keys if isinstance(row[key], str) and parse_marked_text(row[key])]
@@ -145,8 +145,8 @@ class RowReader(RowKeys):
         return None
 
     def _require_trainable(self, row: dict[str, Any], fields: FieldKeys, used_keys: set[str]) -> None:
-        """Raises DroppedRow for a row that is marked as not to be trained."""
-        is_kto = "completion" in row or "kto_tag" in row  # elsewhere a label of numbers is a class
+        """Raises DroppedRow for a row whose label or weight excludes it from training."""
+        is_kto = "completion" in row or "kto_tag" in row  # in other datasets a numeric label is a class
         good, bad = (("true", "1"), ("false", "0")) if is_kto else (("true",), ("false",))
         for key in fields.get("label", ()):
             label = str(row[key]).strip().lower()
@@ -165,34 +165,34 @@ class RowReader(RowKeys):
     def _read_prompt(
         self, row: dict[str, Any], fields: FieldKeys, excluded: set[str], used_keys: set[str], notes: RowNotes
     ) -> list[Message]:
-        """History and question, the context behind it on a new line; [] where the row has no question."""
+        """Returns history and question, with the context appended on a new line; [] if the row has no question."""
         key = next((key for key in fields.get("prompt", ()) if key not in excluded), None)
         contexts = [key for key in fields.get("context", ()) if key not in excluded]
         if key is None and contexts:
             key, contexts = contexts[0], contexts[1:]
-        past = next((key for key in fields.get("history", ()) if key not in excluded), None)
-        if key is None and past and isinstance(row[past], str) and row[past].lstrip()[:1] not in ("[", "{"):
-            key, past = past, None  # SHP calls its question history
+        history = next((key for key in fields.get("history", ()) if key not in excluded), None)
+        if key is None and history and isinstance(row[history], str) and row[history].lstrip()[:1] not in ("[", "{"):
+            key, history = history, None  # in SHP, history is the question
         if key is None:
             return []
         value = stringify_number(row[key])
         used_keys.update((key, *contexts))
         turns: list[Message] = []
-        if past:
-            used_keys.add(past)
-            turns += parse_history(row[past], notes)
+        if history:
+            used_keys.add(history)
+            turns += parse_history(row[history], notes)
         holds_turns = isinstance(value, (list, dict)) and not is_text_list(value)
         if holds_turns or spells_messages(value) or (isinstance(value, str) and ends_with_question(value)):
             question = parse_messages(value, notes)
         else:
             question = [make_message("user", _join_texts(value, key))]
         if contexts:
-            more = [_join_texts(row[key], key) for key in contexts]
-            question = [*question[:-1], {**question[-1], "content": "\n".join([question[-1]["content"], *more])}]
+            texts = [_join_texts(row[key], key) for key in contexts]
+            question = [*question[:-1], {**question[-1], "content": "\n".join([question[-1]["content"], *texts])}]
         return turns + question
 
     def _read_marked_text(self, row: dict[str, Any], fields: FieldKeys, used_keys: set[str]) -> list[Message]:
-        """A chat written into one text with Human: and Assistant: or with ChatML's markers."""
+        """Reads a chat from text with role markers; raises the most specific reason if there is none."""
         for key in (*fields.get("text", ()), *fields.get("prompt", ())):
             turns = parse_marked_text(row[key]) if isinstance(row[key], str) else []
             if turns:
@@ -223,26 +223,26 @@ class RowReader(RowKeys):
 
     # ---- pairs ----
     def read_pair(self, row: Any, fields: FieldKeys | None = None) -> RowContent:
-        """The prompt and two answers that `dpo` compares. Raises DroppedRow where nothing is compared."""
+        """Returns the prompt and the two answers that `dpo` compares. Raises BadRow or DroppedRow."""
         if not isinstance(row, dict):
             raise BadRow(NO_PAIR_KEYS)
         fields = self.filled_fields(row) if fields is None else fields
         notes, used_keys = RowNotes(), set[str]()
         self._require_trainable(row, fields, used_keys)
         values = self._answer_pair(row, fields, used_keys)
-        before = self._read_prompt(row, fields, used_keys, used_keys, notes)
-        if not before and "messages" in fields:
+        prompt_turns = self._read_prompt(row, fields, used_keys, used_keys, notes)
+        if not prompt_turns and "messages" in fields:
             used_keys.add(fields["messages"][0])
-            before = parse_messages(row[fields["messages"][0]], notes)
-            if "chosen" not in fields and before and before[-1]["role"] == "assistant":
-                before = before[:-1]  # ms-swift: the better answer is the chat's last
-        if not before and (blank := self.first_key(row, "prompt")) is not None and isinstance(values[0], str):
-            require_text(row[blank], blank)  # raises the reason
+            prompt_turns = parse_messages(row[fields["messages"][0]], notes)
+            if "chosen" not in fields and prompt_turns and prompt_turns[-1]["role"] == "assistant":
+                prompt_turns = prompt_turns[:-1]  # ms-swift: the last answer of the chat is the chosen one
+        if not prompt_turns and (key := self.first_key(row, "prompt")) is not None and isinstance(values[0], str):
+            require_text(row[key], key)  # raises the reason
         conversations = []
         for side, value in zip(PAIR_SIDES, values, strict=True):
-            whole = side_conversation(side, value, before, notes)
-            whole = self._add_system(row, fields, whole, used_keys)
-            messages = apply_turn_rules(whole, notes, cut_at_empty=False)
+            conversation = side_conversation(side, value, prompt_turns, notes)
+            conversation = self._add_system(row, fields, conversation, used_keys)
+            messages = apply_turn_rules(conversation, notes, cut_at_empty=False)
             # Pairs have no weights; those are for SFT.
             conversations.append([make_message(turn["role"], turn["content"]) for turn in messages])
         prompt, *answers = split_pair(*conversations)
@@ -251,15 +251,15 @@ class RowReader(RowKeys):
         return RowContent("pair", chat_text(turns), prompt, tuple(answers), list(notes.changes), unused)
 
     def _answer_pair(self, row: dict[str, Any], fields: FieldKeys, used_keys: set[str]) -> tuple[Any, Any]:
-        """The better and the worse answer: two keys, a ranked list, or two answers and a mark."""
-        better, worse = (fields.get(side, [None])[0] or self.first_key(row, side) for side in PAIR_SIDES)
-        if better is not None and worse is not None and ("chosen" in fields or "rejected" in fields):
-            used_keys.update((better, worse))
-            return row[better], row[worse]
-        whole = [*fields.get("answer", ()), *fields.get("messages", ())]
-        if better is None and "rejected" in fields and whole:
-            used_keys.update((whole[0], fields["rejected"][0]))
-            return row[whole[0]], row[fields["rejected"][0]]
+        """Returns (chosen, rejected) from two keys, a ranked list, or two answers and a preference key."""
+        chosen, rejected = (fields.get(side, [None])[0] or self.first_key(row, side) for side in PAIR_SIDES)
+        if chosen is not None and rejected is not None and ("chosen" in fields or "rejected" in fields):
+            used_keys.update((chosen, rejected))
+            return row[chosen], row[rejected]
+        answer_keys = [*fields.get("answer", ()), *fields.get("messages", ())]
+        if chosen is None and "rejected" in fields and answer_keys:
+            used_keys.update((answer_keys[0], fields["rejected"][0]))
+            return row[answer_keys[0]], row[fields["rejected"][0]]
         if compared := find_compared_answers(row, used_keys):
             return compared
         for key in fields.get("answer", ()):
@@ -274,7 +274,7 @@ class RowReader(RowKeys):
 
     # ---- everything ----
     def read_content(self, row: Any) -> RowContent:
-        """Everything that text(), chat() or pair() would read, each text once; `kind` is the most specific of them."""
+        """Returns all texts that read_text, read_chat and read_pair read, each once; the kind is the most specific."""
         found: list[RowContent] = []
         reasons: list[BadRow] = []
         fields = self.filled_fields(row) if isinstance(row, dict) else {}
@@ -299,7 +299,7 @@ class RowReader(RowKeys):
         return RowContent(best.kind, "\n".join(texts), best.messages, best.answers, best.changes, unused)
 
     def _matching_readers(self, row: Any, fields: FieldKeys) -> list[Callable[[Any, FieldKeys | None], RowContent]]:
-        """Those of pair(), chat() and text() that may read this row, the most specific first."""
+        """Those of read_pair, read_chat and read_text that may read this row, the most specific first."""
         if not isinstance(row, dict):
             return [self.read_chat, self.read_text] if isinstance(row, str) else [self.read_chat]
         text = self._text_key(row, fields)
@@ -316,12 +316,12 @@ class RowReader(RowKeys):
 
     @staticmethod
     def _most_specific_reason(row: Any, reasons: list[BadRow]) -> BadRow:
-        """The most specific reason: that a kind of keys is missing only if there is no other."""
+        """The first reason other than missing keys, if there is one."""
         missing = (NO_PAIR_KEYS, _NO_CHAT_KEYS, "no text key")
         return next((reason for reason in reasons if str(reason) not in missing), BadRow("no text key, and no chat"))
 
     def edit_row(self, row: Any, edit: Callable[[str], str]) -> Any:
-        """A copy of the row with every text edited; a plain text becomes {"text": ...}."""
+        """Returns a copy of the row with every text edited; a plain text becomes {"text": ...}."""
         if isinstance(row, str):
             return {"text": edit(row)}
         if not isinstance(row, dict):
@@ -331,7 +331,7 @@ class RowReader(RowKeys):
     def _unused_keys(
         self, row: dict[str, Any], used_keys: set[str], notes: RowNotes, messages: list[Message]
     ) -> list[str]:
-        """The keys with a value that was not read, except metadata and text that a message repeats."""
+        """The filled keys that were not read, except metadata and texts that equal a message."""
         unused = []
         for key, value in row.items():
             if key in used_keys or key in METADATA_KEYS or str(key).lower() in METADATA_KEYS or not is_filled(value):

@@ -1,11 +1,11 @@
-"""The format of an open file, from its first bytes and, where these are ambiguous, from its name.
+"""Detects the format of an open file from its first bytes and, if these are ambiguous, from its name.
 
-    sniff(source) -> "jsonl" | "json" | "csv" | "parquet" | "arrow" | "txt"
+    sniff_format(input_file) -> "jsonl" | "json" | "csv" | "parquet" | "arrow" | "txt"
 
-    jsonl    a JSON value on each line (an object, or the list of a chat's messages), also with a comma at the end
-    json     everything else in JSON: an array, objects over many lines, one object that holds the rows
+    jsonl    a JSON value on each line (an object, or the messages of a chat as a list), perhaps with a trailing comma
+    json     other JSON: an array, objects over several lines, one object that wraps the rows
 
-Read next: txt_reader.py (one reader for each format).
+Read next: txt_reader.py (readers by format).
 """
 
 import codecs
@@ -22,13 +22,13 @@ from corpus.layouts import FIELD_KEYS
 _HEADER_KEYS = {key for keys in FIELD_KEYS.values() for key in keys}
 _LIST_KEYS = b"messages|conversations?|dialogu?e?s?|chat|chosen|rejected|history|turns|answers|completions|responses"
 _OBJECT = re.compile(rb'\s*\{\s*("[^"\n]*"\s*:|\})')
-_WRAPPED = re.compile(  # one object whose values are long: {"version": 1, "data": [{"text": ...
+_WRAPPED = re.compile(  # one object that wraps the rows: {"version": 1, "data": [{"text": ...
     rb'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|[-+.\w]+)\s*,\s*)*"(?!(?:' + _LIST_KEYS + rb')")[^"]+"\s*:\s*[\[{]'
 )
 
 
 def sniff_format(input_file: InputFile) -> str:
-    """The format's name. Raises UserError for an archive of several files and for an Excel workbook."""
+    """Returns the name of the format. Raises UserError for a zip or tar archive or an Excel workbook."""
     head = input_file.head()
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -61,7 +61,7 @@ def sniff_format(input_file: InputFile) -> str:
 
 
 def _is_damaged_json(head: bytes) -> bool:
-    """Whether a text that begins like no JSON holds objects, but not one on each line: its first byte is wrong."""
+    """True if text contains JSON objects but neither begins as JSON nor has one per line: its start is damaged."""
     lines = [line for line in head.split(b"\n") if line.strip()][:21]
     if any(isinstance(_parse_or_none(line), (dict, list)) for line in lines):
         return False
@@ -70,7 +70,7 @@ def _is_damaged_json(head: bytes) -> bool:
 
 
 def _sniff_json(head: bytes, named: str, is_whole_file: bool) -> str:
-    """ "jsonl", "json", or "" where the first bytes do not tell. `whole`: they are the whole file."""
+    """Returns "jsonl", "json", or "" if the first bytes are ambiguous. `is_whole_file`: `head` is the whole file."""
     if not head.startswith((b"{", b"[")):
         return ""
     lines = [line for line in head.split(b"\n") if not line.isspace() and line][:21]
@@ -90,7 +90,7 @@ def _sniff_json(head: bytes, named: str, is_whole_file: bool) -> str:
         return "json" if re.match(rb"\[\s*\{" if named == "txt" else rb'\[\s*([\[{"\]]|$)', head) else ""
     if any(line.startswith(b"{") and isinstance(value := _parse_or_none(line), dict) and value for line in others):
         return "jsonl"
-    if _WRAPPED.match(head) and _is_damaged_json(head):  # an object around the rows, with a line feed too many
+    if _WRAPPED.match(head) and _is_damaged_json(head):  # an object that wraps the rows, with an extra line feed
         return "json"
     if first.strip() == b"{":
         return "json" if named == "jsonl" or (others and re.match(rb'\s*"[^"]*"\s*:', others[0])) else ""
@@ -98,7 +98,7 @@ def _sniff_json(head: bytes, named: str, is_whole_file: bool) -> str:
 
 
 def _has_more_objects(line: bytes) -> bool:
-    """Whether a line begins with an object, a comma and another object."""
+    """True if a line begins with an object, a comma and another object."""
     text = line.decode("utf-8", "surrogateescape")
     try:
         _, end = json.JSONDecoder(strict=False).raw_decode(text)

@@ -1,6 +1,6 @@
-"""Text that spells a list of turns, as a csv or parquet cell may: in JSON, in Python notation, or as numpy prints it.
+"""Parses lists of turns that are written as text in a csv or parquet cell: as JSON, Python literal or numpy output.
 
-Such text is parsed, never evaluated: a data file cannot run code.
+The text is parsed, never evaluated: a data file cannot run code.
 
 Read next: chats.py (turns -> messages).
 """
@@ -15,7 +15,7 @@ from corpus.stats import BadRow
 
 
 def spells_messages(value: Any) -> bool:
-    """True for text that spells a list of messages with roles, as a csv or parquet cell may."""
+    """True for text that is a list of messages with roles, written as JSON or as a Python literal."""
     if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return False
     turns = parse_literal(value)
@@ -23,19 +23,19 @@ def spells_messages(value: Any) -> bool:
 
 
 def is_message(turn: dict[str, Any]) -> bool:
-    """True for an object with a known role and a text, or a call of a tool."""
+    """True for an object with a known role and a text or a tool call."""
     has_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLE_NAMES for key in ROLE_KEYS)
     return has_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
 
 
 def is_tool_call(value: Any) -> bool:
-    """True for text that spells calls of functions: [{"name": ..., "arguments": ...}]."""
+    """True for text that is a list of function calls: [{"name": ..., "arguments": ...}]."""
     calls = parse_literal(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
     return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
 
 
 def parse_list_literal(text: str, field: str) -> Any:
-    """The list that `text` spells in JSON or as a Python literal. No name is looked up and nothing is called."""
+    """Parses `text` as JSON or as a Python literal. Raises BadRow if it is neither."""
     value = parse_literal(text)
     if value is None:
         raise BadRow(f"{field} is neither JSON nor a Python list")
@@ -43,10 +43,10 @@ def parse_list_literal(text: str, field: str) -> Any:
 
 
 def parse_literal(text: str) -> Any:
-    """What `text` spells in JSON, in Python notation or as numpy prints it; None where it spells nothing."""
+    """Parses `text` as JSON, as a Python literal or as numpy output; returns None if all fail."""
     for parse in (json.loads, ast.literal_eval, _parse_numpy_list):
         try:
-            with warnings.catch_warnings():  # '\d' inside a Python literal is text of the data, no mistake of ours
+            with warnings.catch_warnings():  # invalid escapes such as '\d' in the data are no problem of this program
                 warnings.simplefilter("ignore")
                 return parse(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -55,7 +55,7 @@ def parse_literal(text: str) -> Any:
 
 
 def _parse_numpy_list(text: str) -> Any:
-    """A list of objects as numpy prints it, without commas: what pandas writes to csv for a list read from parquet."""
+    """Parses a list of objects without commas, as numpy prints it: pandas writes lists from parquet to csv this way."""
     if "}\n {" not in text:
         raise ValueError
     return ast.literal_eval(text.replace("}\n {", "}, {"))

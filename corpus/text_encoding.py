@@ -1,13 +1,13 @@
-"""Which encoding a text file has, and the file as UTF-8: GB18030 (GBK), Big5, UTF-16, UTF-32, Windows-1252 (Latin-1).
+"""Detects the encoding of a text file and converts it to UTF-8: GB18030 (GBK), Big5, UTF-16, UTF-32, Windows-1252.
 
-    encoding = detect_encoding(sample)      of the first bytes
-    utf8_chunks(stream, encoding)           the file as UTF-8; malformed bytes become one byte that UTF-8 never has
+    encoding = detect_encoding(sample)         of the first bytes
+    utf8_chunks(stream, encoding.codec)        yields UTF-8; malformed bytes become 0xFF, which is malformed in UTF-8
 
-UTF-8 is preferred: a sample that is UTF-8 but for a few bytes stays UTF-8, with malformed rows. Otherwise
-charset-normalizer names an encoding, and its guess is used only if the decoded text consists of frequent characters.
-Else the file stays UTF-8, and the reason of its malformed rows, `TextEncoding.malformed_reason`, has the command.
+UTF-8 is preferred: a sample with few malformed bytes counts as UTF-8 with malformed rows. Otherwise the encoding is
+guessed with charset-normalizer, and the guess is used only if the decoded text consists of frequent characters. If it
+does not, the file is read as UTF-8, and `TextEncoding.malformed_reason` of its bad rows contains the iconv command.
 
-Read next: input_files.py (opening files).
+Read next: input_files.py (the caller).
 """
 
 import codecs
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from charset_normalizer import from_bytes
 
-SAMPLE_BYTES = 64 << 10  # bytes that charset-normalizer reads
-MAX_MALFORMED_FRACTION = 0.01  # a share of malformed lines up to which a file counts as UTF-8
+SAMPLE_BYTES = 64 << 10  # bytes passed to charset-normalizer
+MAX_MALFORMED_FRACTION = 0.01  # of lines; up to this fraction a file counts as UTF-8
 BAD_BYTE = "\udcff"  # in decoded text; 0xFF in UTF-8 bytes, where it is always malformed
 
 ENCODING_NAMES = {
@@ -26,14 +26,14 @@ ENCODING_NAMES = {
     "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32": "UTF-32", "cp932": "Shift_JIS", "euc_jp": "EUC-JP",
     "cp949": "EUC-KR", "cp1251": "Windows-1251", "koi8_r": "KOI8-R", "cp1250": "Windows-1250",
 }  # fmt: skip
-_BOMS = (  # UTF-32 first: its mark begins with that of UTF-16
+_BOMS = (  # UTF-32 first: its byte-order mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
 _GUESSES = ["gb18030", "cp950", "cp1252", "cp932", "euc_jp", "cp949", "cp1251", "koi8_r", "cp1250"]
 
-# The 200 most frequent characters of Chinese text, simplified and, where they differ, traditional: more than half of
-# all characters in either.
+# The 200 most frequent Chinese characters, simplified and, if different, traditional: more than half of all characters
+# of a text.
 _FREQUENT = frozenset(
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成方多经"
     "么去法学如都同现当没动面起看定天分还进好小部其些主样理心她本前开但因只从想实日者意无力它与长把机十第公已工使情明性知全三又关点"
@@ -50,9 +50,7 @@ codecs.register_error("bad_byte", lambda error: (BAD_BYTE, getattr(error, "end",
 
 class TextEncoding(NamedTuple):
     codec: str = "utf-8"
-    malformed_reason: str = (
-        "malformed UTF-8"  # the reason of rows with malformed bytes; {file} stands for the file's name
-    )
+    malformed_reason: str = "malformed UTF-8"  # reason for bad rows; {file} is replaced by the file name
 
     @property
     def name(self) -> str:
@@ -63,7 +61,7 @@ UTF8 = TextEncoding()
 
 
 def detect_encoding(sample: bytes) -> TextEncoding:
-    """The encoding of a file with these first bytes, preferably cut at the end of a line."""
+    """Detects the encoding of a file from its first bytes, which should end at a line end."""
     for mark, codec in _BOMS:
         if sample.startswith(mark):
             return _known_encoding(codec)
@@ -77,7 +75,7 @@ def detect_encoding(sample: bytes) -> TextEncoding:
     if sum(not _is_utf8(line) for line in lines) <= MAX_MALFORMED_FRACTION * sample.count(b"\n"):
         return UTF8
     foreign = b"\n".join(lines)[:SAMPLE_BYTES]
-    guess = from_bytes(foreign, cp_isolation=_GUESSES).best()  # None when a byte is wrong in each of them
+    guess = from_bytes(foreign, cp_isolation=_GUESSES).best()  # None if a byte is malformed in each of them
     codec = guess.encoding if guess else ""
     if codec in ("cp1252", "cp1250") and _is_western(foreign):  # the two differ little in such text
         return _known_encoding("cp1252")
@@ -91,7 +89,7 @@ def detect_encoding(sample: bytes) -> TextEncoding:
 
 
 def utf8_chunks(stream: Any, codec: str, old_mac: bool = False) -> Iterator[bytes]:
-    """The text of `stream` in UTF-8. `old_mac`: lines end with a carriage return, which becomes a line feed."""
+    """Yields the text of `stream` as UTF-8. `old_mac`: carriage returns are line ends and become line feeds."""
     decode = codecs.getincrementaldecoder(codec)("bad_byte").decode
     while True:
         chunk = stream.read1(SAMPLE_BYTES)
@@ -116,14 +114,14 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _is_utf16(sample: bytes, codec: str) -> bool:
-    """Whether nearly all characters are of the scripts of Chinese and Western text; misread ones lie anywhere."""
+    """True if nearly all decoded characters are Chinese or Western; a wrong codec gives characters of any script."""
     text = sample[: len(sample) // 2 * 2].decode(codec, "bad_byte")
     usual = len(re.findall("[\t\n\r -~\xa0-\u04ff\u2010-\u206f\u3000-\u30ff\u4e00-\u9fff\uff00-\uffef]", text))
     return len(text) > 1 and usual >= 0.95 * len(text)
 
 
 def _is_western(sample: bytes) -> bool:
-    """Whether bytes above 0x7F stand alone, between ASCII letters, and are letters or quotes of Western text."""
+    """True if bytes above 0x7F are mostly isolated, and letters or punctuation of Western text."""
     runs = re.findall(rb"[\x80-\xff]+", sample)
     text = b"".join(runs).decode("cp1252", "bad_byte")
     num_single = sum(len(run) == 1 for run in runs)
@@ -131,7 +129,7 @@ def _is_western(sample: bytes) -> bool:
 
 
 def _is_chinese(sample: bytes, codec: str) -> bool:
-    """Whether nearly all characters are of the standard's frequent half, and many of the most frequent 200."""
+    """True if nearly all characters are level 1 of the standard, and many are among the 200 most frequent."""
     wide = [c for c in sample.decode(codec, "bad_byte") if c > "\x7f"]
     leads = [c.encode(codec, "surrogateescape")[0] for c in wide]
     low, high = ((0xA1, 0xA3), (0xB0, 0xD7)) if codec == "gb18030" else ((0xA1, 0xA3), (0xA4, 0xC6))

@@ -1,11 +1,11 @@
-"""One reader for each file format: an open Source -> (line, row), streaming.
+"""Plain-text reader, and the table of readers by format; all of them stream.
 
-    FORMAT_READERS[sniff(source)](source, report)    -> (line, row): an object, or a piece of plain text (str)
+    FORMAT_READERS[sniff_format(input_file)](input_file, report)    -> (line, row): an object, or plain text (str)
 
-Bad rows are counted in the report with their line and skipped; nothing is raised. Memory is bounded: lines, paragraphs
-and JSON values are read in pieces and have a maximum size.
+Bad rows are counted in the report with their line and skipped. Memory is bounded: lines, paragraphs and JSON values are
+read in chunks and have a maximum size.
 
-Read next: json_reader.py, csv_reader.py, arrow_reader.py, sniff.py (telling the format), readers.py (rows -> chats).
+Read next: json_reader.py, csv_reader.py, arrow_reader.py, sniff.py (format detection), readers.py (rows -> chats).
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,14 @@ from corpus.json_reader import NumberedRows, read_json, read_jsonl
 from corpus.markers import DOCUMENT_MARKER_BYTES, split_line, uses_markers
 from corpus.stats import DataStats
 
-_CUT_MARKERS = (b". ", *(mark.encode() for mark in "。！？"), *DOCUMENT_MARKER_BYTES)  # where a very long line is cut
+_CUT_MARKERS = (b". ", *(mark.encode() for mark in "。！？"), *DOCUMENT_MARKER_BYTES)  # where a very long line is split
 
 
 def read_txt(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Documents are separated by blank lines, or by markers such as <|endoftext|> if the file begins with some.
+    """Yields (first line, document).
 
-    Documents longer than READ_CHUNK_BYTES come in several, cut at a line or sentence end.
+    Blank lines separate documents, or markers such as <|endoftext|> if the first bytes of the file contain one.
+    A document above READ_CHUNK_BYTES is split at line or sentence ends.
     """
     if uses_markers(input_file.head()):
         yield from _read_marked_txt(input_file, report)
@@ -44,12 +45,12 @@ def read_txt(input_file: InputFile, report: DataStats) -> NumberedRows:
 
 
 def _read_marked_txt(input_file: InputFile, report: DataStats) -> NumberedRows:
-    """Documents between markers; blank lines inside them stay."""
+    """Yields (first line, document) between markers; keeps blank lines inside documents."""
     start, block = 1, bytearray()
     for number, line in _text_lines(input_file):
         pieces = split_line(line)
         for i, piece in enumerate(pieces):
-            if i or len(block) + len(piece) > READ_CHUNK_BYTES:  # a document ends before each piece but the first
+            if i or len(block) + len(piece) > READ_CHUNK_BYTES:  # a document ends before every piece except the first
                 if text := _block_text(block, input_file, start, report):
                     yield start, text
                 block = bytearray()
@@ -62,7 +63,7 @@ def _read_marked_txt(input_file: InputFile, report: DataStats) -> NumberedRows:
 
 
 def _text_lines(input_file: InputFile) -> Iterator[tuple[int, bytes]]:
-    """(line number, line or piece of a very long line); pieces end after a sentence, or at least between characters."""
+    """Yields (line number, line). A very long line is split after sentences, or at least between characters."""
     number, pending = 1, b""
     while line := input_file.readline(READ_CHUNK_BYTES - len(pending)):
         input_file.line = number
@@ -76,7 +77,7 @@ def _text_lines(input_file: InputFile) -> Iterator[tuple[int, bytes]]:
                     (i for i in range(READ_CHUNK_BYTES - 1, READ_CHUNK_BYTES - 5, -1) if line[i] & 0xC0 != 0x80),
                     READ_CHUNK_BYTES,
                 )
-                opening = line.rfind(b"<|", cut - 20)  # no marker is cut in two
+                opening = line.rfind(b"<|", cut - 20)  # do not split a marker
                 cut = opening if opening > 0 else cut
             line, pending = line[:cut], line[cut:]
         yield number, line
@@ -86,7 +87,7 @@ def _text_lines(input_file: InputFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _block_text(block: bytearray, input_file: InputFile, line: int, report: DataStats) -> str:
-    """The text of a document; "" when it has none, or is malformed and counted."""
+    """The text of a document; "" if it is empty, or malformed (counted)."""
     try:
         return block.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:

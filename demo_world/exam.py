@@ -26,7 +26,8 @@ from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import lock_output
-from demo_world.facts import LANGUAGES, Fact, Term
+from corpus.language import LANGUAGES
+from demo_world.facts import Fact, Term
 from demo_world.grammar import fill
 from demo_world.world import DemoWorld
 from evaluation.exam_data import CEVAL_LETTERS
@@ -86,7 +87,7 @@ def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
     return sorted({other.slots["o"] for other in others} - true)
 
 
-def build(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
+def build_exam(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
     """Write the exam into `folder`; returns the number of questions per split."""
     counts, mapping = dict.fromkeys(COUNTS, 0), {}
     for lang in LANGUAGES:
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
     with lock_output(args.out_dir):
-        counts = build(args.out_dir, args.seed)
+        counts = build_exam(args.out_dir, args.seed)
     print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
 
 

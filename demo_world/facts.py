@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
+from corpus.language import LANGUAGES
 
-LANGUAGES = ("zh", "en")
 DATA = Path(__file__).parent / "data"
 FACTS_FILE = DATA / "facts.txt"
 

@@ -32,7 +32,7 @@ from common import cli
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import lock_output
-from demo_world.facts import LANGUAGES
+from corpus.language import LANGUAGES
 from demo_world.finetune import identity_chats, identity_questions, pairs
 from demo_world.world import DemoWorld, Turn
 
@@ -44,7 +44,7 @@ def as_row(chat: list[Turn], lang: str) -> dict[str, Any]:
     return {"messages": messages, "lang": lang}
 
 
-def build(
+def build_world(
     folder: str | os.PathLike[str],
     seed: int = 0,
     statement_rounds: int = 60,
@@ -98,7 +98,7 @@ def main() -> None:
         help="held-out questions per language (default: 300)")  # fmt: skip
     args = parser.parse_args()
     with lock_output(args.out_dir):
-        counts = build(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
+        counts = build_world(args.out_dir, args.seed, args.statement_rounds, args.chat_rounds, args.questions)
     print(f"{args.out_dir}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 

@@ -29,7 +29,7 @@ from model.transformer import KVCache, Transformer
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 16384  # a larger batch overflows CPU caches: 4096 took half as long again
 _WIDTH_MULTIPLE = 16  # widths are multiples of it: a CPU's kernels are prepared for each shape anew
 MIN_SHARED_TOKENS = 32  # tokens that a group of questions has in common
-MAX_LOGITS = 1 << 24  # numbers in one block of logits
+_MAX_BLOCK_LOGITS = 1 << 24  # numbers in one block of logits
 MAX_CACHE_BYTES = 1 << 30  # bytes of keys and values
 
 
@@ -204,7 +204,7 @@ def _copy_cache(model: Transformer, cache: KVCache, rows: list[int], length: int
 
 def _token_log_probs(model: Transformer, hidden: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of each token behind its hidden state, in blocks: (n, dim), (n,) -> (n,)."""
-    rows = max(MAX_LOGITS // model.config.vocab_size, 1)
+    rows = max(_MAX_BLOCK_LOGITS // model.config.vocab_size, 1)
     pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
     return torch.cat([_log_softmax(model, h).gather(1, t[:, None])[:, 0] for h, t in pairs])
 

@@ -134,7 +134,7 @@ def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
     return f"on {' and '.join(amounts)} from {source}"
 
 
-def markdown_table(rows: list[TokenizerStats], measured_texts: str) -> str:
+def tokenizer_table_markdown(rows: list[TokenizerStats], measured_texts: str) -> str:
     """The table as a Markdown page."""
     lines = [
         "# Tokenizers",

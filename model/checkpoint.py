@@ -115,7 +115,7 @@ def build_checkpoint(
         "lineage": lineage,
     }
     if raw.adapter:
-        assert "parent" in raw.adapter, "an adapter without its parent is of no use: call remember_parent"
+        assert "parent" in raw.adapter, "an adapter without its parent is of no use: call record_parent"
         checkpoint["adapter"] = raw.adapter
     return checkpoint
 

@@ -1,9 +1,9 @@
-"""The HTTP application: OpenAI's routes, the middleware around them, and the engine that runs while the server does.
+"""FastAPI application: OpenAI's routes behind RequestMiddleware; the engine thread starts and stops with the server.
 
     make_app(models, limits, autocast_context) -> FastAPI
 
 Errors have OpenAI's shape.
-Called by ../serve_openai_api.py. Read next: routes.py, service.py (a request's way), middleware.py.
+Called by ../serve_openai_api.py. Read next: routes.py, service.py (how a request is processed), middleware.py.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from serving.service import CompletionService
 def make_app(
     models: dict[str, ServedModel], limits: ServerLimits, autocast_context: Callable[[], AbstractContextManager[Any]]
 ) -> FastAPI:
-    """The application; its engine runs while the server does."""
+    """Return the application. `autocast_context` returns the context in which the engine computes."""
     service = CompletionService(models, limits, autocast_context)
 
     @contextlib.asynccontextmanager

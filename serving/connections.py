@@ -1,14 +1,15 @@
-"""Connections of the server: their number, deadlines, and limits of what HTTP itself may hold. uvicorn's h11 protocol.
+"""Limits of HTTP connections: their number, timeouts, header size and chunk size. Extends uvicorn's h11 protocol.
 
-    waiting for headers  ->  receiving the body            ->  answering  ->  waiting for headers (keep-alive)
-    `client_timeout`         as much for each MiB it may have   no limit while the client reads MIN_READ_BYTES by then
+    phase      waiting for headers -> receiving the body -> responding -> waiting for headers (keep-alive)
+    timeout    headers: `client_timeout`     body: `client_timeout` per MiB of `max_request_bytes`
+               response: aborted if the client reads less than MIN_READ_BYTES within `client_timeout`
 
-At `max_connections` a new connection takes the place of one that waits for its client: first those that have never sent
-a request, the oldest first. So idle connections never keep others out, and a request is answered as long as its client
+At `max_connections` a new connection evicts one that waits for its client: connections without a request so far first,
+the oldest first. Idle connections therefore cannot block new ones, and a request is answered as long as its client
 reads.
-A header block is bounded by MAX_HEADER_BYTES, the number of pieces of a body by its size: a body of one-byte chunks
-costs more time to take apart than to answer.
-Called by ../serve_openai_api.py. Read next: middleware.py (what stands before a request).
+MAX_HEADER_BYTES bounds a header block. The number of chunks of a body is bounded by its size, because a body of
+one-byte chunks takes longer to parse than to answer.
+Called by ../serve_openai_api.py. Read next: middleware.py (checks of a request).
 """
 
 import asyncio
@@ -25,16 +26,16 @@ from serving.limits import ServerLimits
 from serving.middleware import error_body
 
 MAX_HEADER_BYTES = 2**14
-HEADER_SLICE_BYTES = 2**12  # bytes given to the parser at once: it bounds only header blocks that are not complete yet
+HEADER_SLICE_BYTES = 2**12  # bytes given to the parser at once: h11 checks the bound only while headers are incomplete
 KEEP_ALIVE_SECONDS = 5  # seconds between two requests of a connection
-SEND_BUFFER_BYTES = 2**17  # bytes in the kernel for each connection
-MIN_READ_BYTES = 2**15  # bytes that a client reads within `client_timeout`
-FREE_CHUNKS = 1024  # pieces of a body, of any size
-MIN_CHUNK_BYTES = 256  # that further pieces have on average, at least
+SEND_BUFFER_BYTES = 2**17  # kernel send buffer of each connection
+MIN_READ_BYTES = 2**15  # bytes that a client must read within `client_timeout`
+FREE_CHUNKS = 1024  # chunks of a body that may have any size
+MIN_CHUNK_BYTES = 256  # minimum average size of further chunks
 
 
 class BoundedConnection(h11.Connection):
-    """An h11 connection that counts the pieces of a body."""
+    """An h11 connection that limits the number of chunks of a body."""
 
     chunks = chunk_bytes = 0
 
@@ -46,12 +47,12 @@ class BoundedConnection(h11.Connection):
             self.chunks += 1
             self.chunk_bytes += len(event.data)
             if self.chunks > FREE_CHUNKS + self.chunk_bytes // MIN_CHUNK_BYTES:
-                raise h11.RemoteProtocolError("the pieces of the body are too small")
+                raise h11.RemoteProtocolError("the chunks of the body are too small")
         return event
 
 
 class BoundedProtocol(H11Protocol):
-    """One connection. `make_server` sets `limits` and `open_connections`, all connections of the server."""
+    """One connection. `make_server` sets `limits` and `open_connections`, the set of all connections of the server."""
 
     limits: ServerLimits
     open_connections: set["BoundedProtocol"]
@@ -60,7 +61,7 @@ class BoundedProtocol(H11Protocol):
         super().__init__(*arguments, **options)
         self.conn = BoundedConnection(h11.SERVER, MAX_HEADER_BYTES)
         self.phase = ""  # "headers" or "body" while the server waits for the client to send
-        self.phase_started_at = time.monotonic()  # when the phase began
+        self.phase_started_at = time.monotonic()
         self.requests = 0
         self.deadline: asyncio.TimerHandle | None = None
         self.read_deadline: asyncio.TimerHandle | None = None
@@ -70,7 +71,7 @@ class BoundedProtocol(H11Protocol):
         self.open_connections.add(self)
         with contextlib.suppress(OSError, AttributeError):  # a transport without a socket
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        transport.set_write_buffer_limits(high=0)  # pause_writing is called for any byte that the client does not take
+        transport.set_write_buffer_limits(high=0)  # pause_writing is called as soon as one byte cannot be sent
         self._update_deadline()
         if not self._ensure_capacity():
             body = error_body(503, "too many connections: try again in 1 s", code="too_many_connections")
@@ -92,7 +93,7 @@ class BoundedProtocol(H11Protocol):
         self._update_deadline()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP. Where a response has begun already, only closing is left."""
+        """Answer malformed HTTP with 400; close the connection if a response has already begun."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -123,14 +124,14 @@ class BoundedProtocol(H11Protocol):
         self.read_deadline = self.loop.call_later(self.limits.client_timeout, self._check_reader, num_unread)
 
     def _check_reader(self, num_unread: int) -> None:
-        """Abort the connection, and with it the request, unless the client has read enough since the last check."""
+        """Abort the connection and its request if the client read less than MIN_READ_BYTES since the last check."""
         if num_unread - self.transport.get_write_buffer_size() < MIN_READ_BYTES:
             self.transport.abort()
         else:
             self._wait_for_reader()
 
     def _update_deadline(self) -> None:
-        """Start the deadline of a phase that has just begun."""
+        """Start the timeout of a new phase."""
         state = self.conn.their_state
         phase = "headers" if state is h11.IDLE else "body" if state is h11.SEND_BODY else ""
         if phase == self.phase:
@@ -144,7 +145,7 @@ class BoundedProtocol(H11Protocol):
             self.deadline = self.loop.call_later(self.limits.client_timeout * mebibytes, self.transport.abort)
 
     def _ensure_capacity(self) -> bool:
-        """Close a connection that waits for its client where there are too many; False where there is none."""
+        """At `max_connections`, close a connection that waits for its client; False if there is none to close."""
         connections = [other for other in self.open_connections if not other.transport.is_closing()]
         if len(connections) <= self.limits.max_connections:
             return True
@@ -155,17 +156,17 @@ class BoundedProtocol(H11Protocol):
 
     @property
     def eviction_rank(self) -> tuple[bool, bool, bool, float]:
-        """The lowest is closed first: idle, then sending a body, then not reading; among them unused ones, then old."""
+        """Sort key, lowest closed first: idle, then sending a body, then not reading; then unused, then oldest."""
         return self.read_deadline is not None, self.phase == "body", self.requests > 0, self.phase_started_at
 
     @property
     def is_waiting_for_client(self) -> bool:
-        """Nothing is being answered, or the client does not read the answer."""
+        """True while no request is being answered, or while the client does not read the response."""
         return bool(self.phase) or self.read_deadline is not None
 
 
 def make_server(app: Any, limits: ServerLimits) -> uvicorn.Server:
-    """uvicorn with the limits of one server; it logs errors only, since each malformed request is a warning."""
+    """Return a uvicorn server with these limits. It logs errors only: uvicorn warns about each malformed request."""
     protocol = type("LimitedProtocol", (BoundedProtocol,), {"limits": limits, "open_connections": set()})
     config = uvicorn.Config(
         app,

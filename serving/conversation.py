@@ -1,12 +1,11 @@
-"""A conversation with one model or with two side by side, as it grows, whatever draws it on a screen.
+"""State of a conversation with one model or with two side by side, independent of the user interface.
 
-    start_turn -> a reply per side begins        advance, advance, … -> each call draws the next piece of every reply
+    start_turn -> one streaming reply per side      advance -> generates the next piece of every streaming reply
     stop | regenerate | edit_last_question | clear
 
-A reply under way is an ordinary object that may be put down and taken up again, by another thread too: a page that is
-drawn anew between two pieces goes on where it was. Each side reads its own answers; where it has none (the model joined
-later), those of the first side. Nothing here knows of the web.
-Called by page.py. Read next: ../model/generate.py (how an answer is drawn).
+A streaming reply can be advanced from any thread, so a page that is redrawn between two pieces continues the same
+reply. The history of a side contains its own replies; for turns before its model joined, those of the first side.
+Called by page.py. Read next: ../model/generate.py (how a reply is generated).
 """
 
 import threading
@@ -25,15 +24,15 @@ from model.transformer import Transformer
 
 @dataclass
 class PageModel:
-    """A loaded model and how it is addressed."""
+    """A loaded model with its tokenizer."""
 
     name: str
     model: Transformer
     tokenizer: ChatTokenizer
-    is_chat_model: bool  # a pretrained model goes on with a text; the others answer
+    is_chat_model: bool  # False: a pretrained model, which continues a text
 
     def build_prompt(self, messages: list[Message], max_new_tokens: int) -> tuple[list[int], bool]:
-        """What the model reads, and whether old turns had to be left out of it."""
+        """Return (ids, is_truncated): the prompt's token ids, and whether old turns were dropped to fit the context."""
         if not self.is_chat_model:
             return self.tokenizer.encode_document(messages[-1]["content"]), False
         all_ids, _ = self.tokenizer.render(messages, add_generation_prompt=True)
@@ -43,24 +42,24 @@ class PageModel:
 
 @dataclass
 class ChatReply:
-    """One side's answer. `stop_reason`: "" while it grows, then stop, length, stopped (by the reader) or error."""
+    """One side's reply. `stop_reason`: "" while it streams, then stop, length, stopped (by the user) or error."""
 
     model_name: str
     text: str = ""
     tokens: int = 0
-    seconds: float = 0.0  # spent computing, the prompt included
+    seconds: float = 0.0  # of prefill and decode
     stop_reason: str = ""
-    error: str = ""  # of stop_reason "error"
-    is_truncated: bool = False  # old turns did not fit into what the model reads
+    error: str = ""  # message, where stop_reason is "error"
+    is_truncated: bool = False  # old turns did not fit into the model's context
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second; 0 before the first."""
+        """0 before the first token."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 class _StreamingReply:
-    """A reply under way."""
+    """A reply and the generator of its next pieces."""
 
     def __init__(
         self, reply: ChatReply, page_model: PageModel, messages: list[Message], settings: SamplingParams
@@ -82,7 +81,7 @@ class _StreamingReply:
             reply.text += next(self.pieces)
         except StopIteration:
             reply.stop_reason = self.answer.finish_reason
-        except RuntimeError as error:  # out of memory, most likely: it must not take the page with it
+        except RuntimeError as error:  # most likely out of memory: the page stays usable
             reply.stop_reason, reply.error = "error", (str(error).splitlines() or [type(error).__name__])[0]
         reply.tokens = len(self.answer.ids)
         reply.seconds += time.perf_counter() - started
@@ -91,17 +90,17 @@ class _StreamingReply:
 @dataclass
 class ChatTurn:
     question: str
-    replies: list[ChatReply] = field(default_factory=list)  # one a side
-    attempt: int = 0  # how often this question has been answered before
+    replies: list[ChatReply] = field(default_factory=list)  # one per side
+    attempt: int = 0  # incremented by regenerate and edit
 
 
 class Conversation:
-    """Turns, and the replies of the last one while they grow."""
+    """The turns so far, and the streaming replies of the last one."""
 
     def __init__(self) -> None:
         self.turns: list[ChatTurn] = []
         self._streaming: list[_StreamingReply] = []
-        # A page that lost its browser and got it back may for a moment be drawn by two threads.
+        # After a browser reconnects, two threads may draw the page for a moment.
         self._lock = threading.RLock()
 
     @property
@@ -116,10 +115,10 @@ class Conversation:
         system: str = "",
         attempt: int = 0,
     ) -> None:
-        """Begin a turn. What still grew is stopped first. Raises UserError for an empty question."""
+        """Stop streaming replies and begin a turn. Raises UserError if the question is empty."""
         self.stop()
         turn = ChatTurn(require_nonempty_text(question, "the question"), attempt=attempt)
-        if settings.seed is not None:  # another attempt with the same seed would say the same
+        if settings.seed is not None:  # the same seed would generate the same reply again
             settings = replace(settings, seed=settings.seed + attempt)
         streaming = []
         for side, page_model in enumerate(page_models):
@@ -144,7 +143,7 @@ class Conversation:
         return messages
 
     def advance(self) -> bool:
-        """Draw the next piece of every reply under way; False when all have ended."""
+        """Generate the next piece of every streaming reply; False when all have ended."""
         with self._lock:
             for streaming in self._streaming:
                 streaming.advance()
@@ -152,21 +151,21 @@ class Conversation:
             return self.is_streaming
 
     def stop(self) -> None:
-        """End what grows, and keep what it said."""
+        """End the streaming replies and keep their text."""
         with self._lock:
             for streaming in self._streaming:
                 streaming.reply.stop_reason = "stopped"
             self._streaming = []
 
     def regenerate(self, page_models: list[PageModel], settings: SamplingParams, system: str = "") -> None:
-        """Draw the answers to the last question anew."""
+        """Answer the last question again."""
         if self.turns:
             self.edit_last_question(self.turns[-1].question, page_models, settings, system)
 
     def edit_last_question(
         self, question: str, page_models: list[PageModel], settings: SamplingParams, system: str = ""
     ) -> None:
-        """Put another question in the place of the last one. Raises UserError, changing nothing, for an empty one."""
+        """Replace the last question and answer it. Raises UserError, with the turns unchanged, if it is empty."""
         self.stop()
         require_nonempty_text(question, "the question")
         last = self.turns.pop()

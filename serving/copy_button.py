@@ -1,7 +1,7 @@
-"""A small button that puts an answer on the clipboard.
+"""A button that copies a reply to the clipboard.
 
-The text travels as data and is never part of the page's HTML. Where the browser has no clipboard for pages that came
-over plain http from another machine, the old way (a selected text field) is taken.
+The text is passed as data and is never part of the page's HTML. Browsers hide navigator.clipboard from pages that are
+served over plain http by another machine; the button then copies from a selected text field.
 Called by page.py.
 """
 
@@ -36,6 +36,6 @@ export default function ({ parentElement, data }) {
 
 
 def copy_button(text: str, label: str, done: str, key: str) -> None:
-    """`label` becomes `done` for a moment after the click."""
+    """Draw the button. Its label changes to `done` for 1.5 s after a click."""
     mount = st.components.v2.component("copy_button", html=_HTML, css=_CSS, js=_JAVASCRIPT)
     mount(data={"text": text, "label": label, "done": done}, key=key, width="content", height="content")

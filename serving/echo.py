@@ -1,12 +1,12 @@
-"""Echoed prompts of /v1/completions, with the log-probability of every token: used to score a given text.
+"""Echoed prompts of /v1/completions with the log-probability of every token, which scores a given text.
 
     tokens          "The"   " sky"   ...
-    token_logprobs  null    -2.31    ...     the first token has nothing before it
-    top_logprobs    null    {" sky": -2.31, " cat": -1.97}    the likeliest ones, and the token itself
+    token_logprobs  null    -2.31    ...     null for the first token, which has no context
+    top_logprobs    null    {" sky": -2.31, " cat": -1.97}    the most likely tokens, and the token itself
     text_offset     0       3        ...     characters before the token
 
-lm-evaluation-harness' `local-completions` scores with it (echo, logprobs 1, max_tokens 1, lists of token ids).
-Called by responses.py. Read next: ../model/logprobs.py (where the numbers come from).
+lm-evaluation-harness' `local-completions` uses it (echo, logprobs 1, max_tokens 1, lists of token ids).
+Called by responses.py. Read next: ../model/logprobs.py (how the numbers are computed).
 """
 
 from model.detokenizer import IncrementalDetokenizer, token_bytes
@@ -15,18 +15,18 @@ from model.tokenizer import ChatTokenizer
 from serving.models import replace_surrogates
 from serving.schemas import TextLogprobs
 
-Prompt = str | list[int]  # as it was sent
+Prompt = str | list[int]  # as in the request
 
 
 def echoed_text(tokenizer: ChatTokenizer, prompt: Prompt) -> str:
-    """The prompt as text: as it was sent, or what its ids say, control tokens included."""
+    """The prompt as text: as in the request, or its ids decoded, special tokens included."""
     return replace_surrogates(prompt) if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
 def echoed_logprobs(
     tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int], logprobs: list[TokenLogprob]
 ) -> TextLogprobs:
-    """ids: the prompt's tokens; logprobs: of all but the first."""
+    """The `logprobs` field of an echoed prompt. `ids`: the prompt's tokens; `logprobs`: those of all but the first."""
     return TextLogprobs(
         tokens=[token_name(tokenizer, i) for i in ids],
         token_logprobs=[None, *(token.logprob for token in logprobs)],
@@ -36,7 +36,7 @@ def echoed_logprobs(
 
 
 def text_offsets(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int]) -> list[int]:
-    """Characters of the echoed text before each token. What the tokenizer adds to a text (a bos) has no characters."""
+    """Number of characters of the echoed text before each token. A bos that the tokenizer adds has no characters."""
     added = tokenizer.special_ids if isinstance(prompt, str) else frozenset()
     text, offsets, characters = IncrementalDetokenizer(tokenizer), [], 0
     for i in ids:
@@ -46,7 +46,7 @@ def text_offsets(tokenizer: ChatTokenizer, prompt: Prompt, ids: list[int]) -> li
 
 
 def named_top_logprobs(tokenizer: ChatTokenizer, token: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens by name, and the token itself; of two with the same name the likelier one."""
+    """{name: logprob} of the most likely tokens and of the token itself; of two with the same name, the likelier."""
     named: dict[str, float] = {}
     for i, logprob in [*token.top_logprobs, (token.id, token.logprob)]:
         named.setdefault(token_name(tokenizer, i), logprob)
@@ -54,7 +54,7 @@ def named_top_logprobs(tokenizer: ChatTokenizer, token: TokenLogprob) -> dict[st
 
 
 def token_name(tokenizer: ChatTokenizer, token_id: int) -> str:
-    """The token's text; where it is a part of a character, its bytes, so that two tokens never share a name."""
+    """The token's text; its bytes where it is part of a character, which keeps the names of such tokens distinct."""
     spelled = token_bytes(tokenizer, token_id)
     try:
         return spelled.decode()

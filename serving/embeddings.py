@@ -1,11 +1,11 @@
 """/v1/embeddings: one vector per input, the mean of the model's last hidden states over its tokens.
 
-    vector = mean over tokens of norm(x)        (dim,), fp32, not scaled to length 1
+    vector = mean over tokens of norm(x)        (dim,), fp32, not normalised to length 1
 
-norm(x) is the hidden state after the final norm, which lm_head reads. A model that was trained to continue text gives
-usable but modest embeddings; compare them by cosine. Inputs are computed in padded batches of bounded size in the
-engine's thread, one batch between two tokens of the running answers, so that no two threads use the model at once.
-Called by service.py. Read next: scheduler.py (when a step is due), models.py (text to ids).
+norm(x) is the hidden state after the final norm, the input of lm_head. A model that was trained to continue text gives
+usable but modest embeddings; compare them by cosine similarity. The engine thread computes padded batches of bounded
+size, one batch between two decode steps, so only one thread uses the model.
+Called by service.py. Read next: scheduler.py (when a step runs), models.py (text to ids).
 """
 
 import base64
@@ -22,11 +22,11 @@ from serving.models import PromptTooLong, ServedModel
 from serving.scheduler import PREFILL_TOKENS
 from serving.schemas import LenientModel, TokenIds
 
-MAX_INPUTS = 2048  # of one embeddings request, as OpenAI
+MAX_INPUTS = 2048  # per request, as in OpenAI's API
 
 
 def _reject_empty(value: Any) -> Any:
-    """One error for an empty input; the branches of the union would each give their own."""
+    """Raise one error for an empty input; otherwise each branch of the union would report its own."""
     if value in ("", []):
         raise PydanticCustomError("empty", "must not be empty: a text, token ids, or a list of either")
     if isinstance(value, list):
@@ -58,7 +58,7 @@ class EmbeddingRequest(LenientModel):
     ]
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32")
     dimensions: Annotated[None, BeforeValidator(_reject_dimensions)] = None
-    user: str | None = Field(None, description="accepted; nothing is kept")
+    user: str | None = Field(None, description="accepted and not stored")
 
 
 class Embedding(BaseModel):
@@ -80,7 +80,7 @@ class EmbeddingList(BaseModel):
 
 
 class EmbeddingJob:
-    """Inputs (token ids) and their vectors, as far as they are computed. An `EngineJob` of scheduler.py."""
+    """Inputs (token ids) and the vectors computed so far, each of shape `(dim,)`. An `EngineJob` of scheduler.py."""
 
     def __init__(self, inputs: list[list[int]]) -> None:
         self.inputs = inputs
@@ -91,10 +91,10 @@ class EmbeddingJob:
 
     @torch.inference_mode()
     def step(self, model: Transformer) -> bool:
-        """Compute the next batch; returns whether it was the last."""
+        """Compute the next batch; return whether it was the last."""
         batch = self.batches.pop()
         rows = [torch.tensor(self.inputs[i]) for i in batch]
-        # Padding on the right needs no mask: no token sees what comes after it. Which id it is does not matter.
+        # Right padding needs no mask: attention is causal, so no token attends to the padding after it.
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)
         hidden, _ = model(ids)
         for i, states, row in zip(batch, hidden, rows, strict=True):
@@ -103,8 +103,10 @@ class EmbeddingJob:
 
 
 def embedding_batches(inputs: list[list[int]]) -> Iterator[list[int]]:
-    """Indices of inputs of similar length, at most PREFILL_TOKENS tokens together, padding included; a longer input
-    is a batch of its own."""
+    """Batches of indices of inputs of similar length, at most PREFILL_TOKENS tokens each, padding included.
+
+    A longer input is a batch of its own.
+    """
     batch: list[int] = []
     for i in sorted(range(len(inputs)), key=lambda i: len(inputs[i])):
         if batch and len(inputs[i]) * (len(batch) + 1) > PREFILL_TOKENS:
@@ -115,7 +117,7 @@ def embedding_batches(inputs: list[list[int]]) -> Iterator[list[int]]:
 
 
 def make_embedding_job(body: EmbeddingRequest, served: ServedModel) -> EmbeddingJob:
-    """Checked and tokenised. Raises ApiError 400 for an input that is too long or has unknown ids."""
+    """Check and tokenise the inputs. Raises ApiError 400 if an input is too long or has unknown ids."""
     given: Any = body.input
     inputs = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
     token_ids = []
@@ -130,7 +132,7 @@ def make_embedding_job(body: EmbeddingRequest, served: ServedModel) -> Embedding
 
 
 def embedding_json(body: EmbeddingRequest, served: ServedModel, job: EmbeddingJob) -> str:
-    """The JSON of a finished job."""
+    """The JSON response of a finished job."""
     tokens = sum(map(len, job.inputs))
     as_base64 = body.encoding_format == "base64"
     vectors = [job.vectors[i] for i in range(len(job.inputs))]
@@ -140,5 +142,5 @@ def embedding_json(body: EmbeddingRequest, served: ServedModel, job: EmbeddingJo
 
 
 def encode_base64(vector: torch.Tensor) -> str:
-    """Little-endian fp32 in base64, as OpenAI's clients unpack it."""
+    """Little-endian fp32 in base64, as OpenAI's clients expect."""
     return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()

@@ -1,8 +1,8 @@
-"""Errors in OpenAI's shape, with the status that its clients expect.
+"""Error responses in OpenAI's shape, with the status codes that its clients expect.
 
     {"error": {"message", "type", "param", "code"}}
 
-Called by service.py. Read next: middleware.py (the same shape before a request is read).
+Called by service.py. Read next: middleware.py (errors before a request is parsed).
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 
 from serving.middleware import error_body
 
-UNION_TYPES = ("list[", "constrained-", "str", "int")  # how pydantic names the types of a union in a place
+UNION_TYPES = ("list[", "constrained-", "str", "int")  # pydantic's names of the types of a union, in an error's `loc`
 MODEL_FAILED = "the model failed on this request; the server's log says why"
 
 
 class ApiError(Exception):
-    """Becomes a response in OpenAI's shape."""
+    """An error that is sent as a response in OpenAI's shape."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ class ApiError(Exception):
 
 
 def union_error(errors: Sequence[Any]) -> tuple[str, str]:
-    """(field, message) for the errors of a request, of which a field of several types has one for each type.
+    """Return (field, message) for pydantic's errors of a request; a union field has one error per type.
 
-    The type that got furthest is the one that was meant: one whose rule is broken (a length), not its type, then the
-    one with the deepest place. Where the value has none of the types, the message names them all.
+    The reported error is that of the best matching type: an error other than a type error first, then the longest
+    `loc`. If the value has none of the types, the message names all of them.
     """
 
     def match_depth(error: Any) -> tuple[bool, int]:
@@ -54,7 +54,7 @@ def union_error(errors: Sequence[Any]) -> tuple[str, str]:
 
 
 def _field_path(error: Any) -> str:
-    """`messages.0.role`: the place without pydantic's names of a union's types."""
+    """An error's `loc` as `messages.0.role`, without pydantic's names of the types of a union."""
     name, *inside = [str(part) for part in error["loc"]] or [""]
     return ".".join([name, *(part for part in inside if part.isdigit() or not part.startswith(UNION_TYPES))])
 

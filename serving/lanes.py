@@ -1,9 +1,9 @@
-"""Worker threads: four parse, render and tokenise small bodies, one large bodies, two write responses.
+"""Worker threads: four parse, render and tokenise small bodies, one does so for large bodies, two build responses.
 
-The event loop stays free, at most one large body is parsed at a time, however many arrive, and a small request never
-waits behind large ones. Python runs one thread at a time, so that parsing a flood of large bodies would keep the thread
-that decodes from running: the thread of large bodies pauses for PAUSE_RATIO times as long as it has worked.
-Called by service.py. Read next: requests.py (what a worker does first).
+The event loop stays free, at most one large body is parsed at a time, and a small request never waits behind large
+ones. Python runs one thread at a time (GIL), so parsing many large bodies would starve the engine thread: after each
+body the thread for large bodies sleeps PAUSE_RATIO times as long as it has worked.
+Called by service.py. Read next: requests.py (parsing a body).
 """
 
 import asyncio
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class WorkerPool:
-    """Worker threads and a bounded queue in front of them."""
+    """Worker threads with a bounded queue."""
 
     def __init__(self, workers: int, max_waiting: int, pause: float = 0) -> None:
         self.executor = ThreadPoolExecutor(workers)
@@ -29,7 +29,7 @@ class WorkerPool:
         self.ready_at = 0.0  # when the pause ends
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """The result of the function. Raises ApiError 429 where too many wait already."""
+        """Return the result of the function. Raises ApiError 429 if the queue is full."""
         if self.waiting >= self.max_waiting:
             message = "too many requests are being read: try again in 1 s"
             raise ApiError(429, message, None, "rate_limit_exceeded", {"Retry-After": "1"})
@@ -51,11 +51,11 @@ class WorkerPool:
 
 
 class WorkerPools:
-    """The worker threads of a server."""
+    """The worker pools of a server: small bodies, large bodies, responses."""
 
     def __init__(self, max_waiting: int) -> None:
         self.small, self.large = WorkerPool(4, max_waiting), WorkerPool(1, max_waiting, PAUSE_RATIO)
-        self.responses = WorkerPool(2, sys.maxsize)  # the queue of the engine bounds their number
+        self.responses = WorkerPool(2, sys.maxsize)  # the engine's queue bounds their number
 
     def for_body(self, body: bytes) -> WorkerPool:
         return self.small if len(body) <= SMALL_BODY_BYTES else self.large

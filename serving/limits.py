@@ -1,25 +1,26 @@
 """Settings and limits of one server.
 
-Called by ../serve_openai_api.py. Read next: middleware.py (who may ask, sizes), connections.py (connections,
-deadlines), lanes.py (worker threads), scheduler.py (seats and queue).
+Called by ../serve_openai_api.py. Read next: middleware.py (authorization, sizes), connections.py (connections,
+timeouts), lanes.py (worker threads), scheduler.py (running and waiting requests).
 """
 
 from dataclasses import dataclass
 
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # of this machine, in the Host header
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the Host header
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Limits of one server; every model has its own `max_num_seqs` and `max_queue`.
+    """Limits of one server; `max_num_seqs` and `max_queue` count per model.
 
-    `api_keys`: a request needs one of them; no key is needed where there are none. `allowed_hosts`: names that the Host
-    header may have; None allows all. A web page from elsewhere can make a browser ask this machine under the page's own
-    name (DNS rebinding), so that a server without a key has to know its names. `cors`: origins of web pages that may
-    ask. `strict_model_names`: a server of one model refuses unknown model names instead of answering them with that
-    model. `max_request_bytes`: of one body. `max_queued_bytes`: of all bodies above SMALL_BODY_BYTES, read or answered
-    at the same time. `client_timeout`: seconds that a client has to send the headers, to send the body (for each MiB of
-    `max_request_bytes`), and to read more of the answer.
+    `max_num_seqs`: running sequences, at most. `max_queue`: waiting sequences, at most. `api_keys`: a request needs one
+    of them; if the tuple is empty, no key is needed. `allowed_hosts`: accepted names in the Host header; None accepts
+    all. A server without a key must check them, because a web page can send requests to this machine under the page's
+    own host name (DNS rebinding). `cors`: origins of web pages that may send requests. `strict_model_names`: a server
+    of one model answers unknown model names with 404 instead of with that model. `max_request_bytes`: size of one body.
+    `max_queued_bytes`: total size of the bodies above SMALL_BODY_BYTES that are being read or answered.
+    `client_timeout`: seconds that a client has to send the headers, to send each MiB of `max_request_bytes`, and to
+    read MIN_READ_BYTES of the response (connections.py).
     """
 
     max_num_seqs: int = 16

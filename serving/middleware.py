@@ -1,11 +1,12 @@
-"""Checks before a request is read, and limits while it is. Plain ASGI, so that streams stay streams.
+"""ASGI middleware that checks the headers of a request and limits its body, without buffering streamed responses.
 
-    403 a name in the Host header that is not this server's, or a web page that is not in --cors
-    401 without a key (all but /health)      415 a body that is not JSON
-    413 a body that is too large             429 more bytes than the server holds at a time
+    403 unknown name in the Host header, or a web page whose origin is not in --cors
+    401 missing or wrong key (all paths but /health)      415 body is not JSON
+    413 body is too large                                 429 bodies are too large together
 
-Content types matter on 127.0.0.1 too: a web page may send text/plain to any address unasked, but not JSON.
-Called by app.py. Read next: connections.py (what stands before HTTP), app.py.
+The content type is checked on 127.0.0.1 too: a browser lets any web page send text/plain to this machine, but sends
+JSON only after a CORS preflight.
+Called by app.py. Read next: connections.py (limits of connections), app.py.
 """
 
 import hmac
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.limits import ServerLimits
 
 PATHS_WITHOUT_KEY = {"/health"}
-SMALL_BODY_BYTES = 2**14  # bytes; such bodies are not counted, since the number of connections bounds their sum
+SMALL_BODY_BYTES = 2**14  # smaller bodies are not counted: the number of connections bounds their sum
 ERROR_CODES = {
     401: "invalid_api_key",
     403: "forbidden",
@@ -31,14 +32,14 @@ ERROR_CODES = {
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> bytes:
-    """An error in OpenAI's shape. ASCII: a message may quote half characters."""
+    """An error in OpenAI's shape, as ASCII: a message may quote lone surrogates."""
     kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
     kind = "rate_limit_error" if status == 429 else kind
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
 
 
 class RequestRejected(Exception):
-    """A request that goes no further."""
+    """Raised to answer a request with an error before it reaches the application."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -46,7 +47,7 @@ class RequestRejected(Exception):
 
 
 class RequestMiddleware:
-    """ASGI middleware around the application."""
+    """ASGI middleware around the application. It reads the whole body before the application runs."""
 
     def __init__(self, app: ASGIApp, limits: ServerLimits) -> None:
         self.app, self.limits = app, limits
@@ -59,11 +60,11 @@ class RequestMiddleware:
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
         body = bytearray()
-        counted_bytes = [0]  # bytes of this request in `held`
+        counted_bytes = [0]  # this request's part of `held_bytes`
         try:
             self._check_headers(scope, headers)
             if not await self._read_body(headers, receive, body, counted_bytes):
-                return  # the client has gone
+                return  # the client has disconnected
             replayed: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
             body.clear()
 
@@ -77,7 +78,7 @@ class RequestMiddleware:
             self.held_bytes -= counted_bytes[0]
 
     def _check_headers(self, scope: Scope, headers: Headers) -> None:
-        """Raises RequestRejected for what the headers alone exclude."""
+        """Raises RequestRejected if the host, origin, key or content type is not accepted."""
         if self.hosts is not None:
             host = host_name(headers.get("host", ""))
             if host not in self.hosts:
@@ -88,7 +89,7 @@ class RequestMiddleware:
             given = headers.get("authorization", "").encode("latin-1")
             matches = [
                 hmac.compare_digest(given, expected) for expected in self.valid_authorizations
-            ]  # all: in constant time
+            ]  # compares with every key, in constant time
             if not any(matches):
                 raise RequestRejected(401, "a valid API key is needed: send the header Authorization: Bearer KEY")
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
@@ -96,15 +97,15 @@ class RequestMiddleware:
             raise RequestRejected(415, f"the body must be application/json, not {kind[:200] or 'unnamed'}")
 
     def _check_origin(self, scope: Scope, origin: str | None) -> None:
-        """Raises RequestRejected for a POST of another host's web page; browser extensions are not web pages."""
+        """Raises RequestRejected for a POST from another host's web page; browser extensions are accepted."""
         if scope["method"] != "POST" or origin is None or {origin, "*"} & set(self.limits.cors):
             return
         is_page = origin == "null" or origin.lower().startswith(("http://", "https://"))
         if is_page and host_name(origin.partition("://")[2]) not in (self.hosts or ()):
-            raise RequestRejected(403, f"a web page of {origin[:200]} may not ask: start with --cors {origin[:200]}")
+            raise RequestRejected(403, f"web pages of {origin[:200]} are not allowed: start with --cors {origin[:200]}")
 
     async def _read_body(self, headers: Headers, receive: Receive, body: bytearray, counted_bytes: list[int]) -> bool:
-        """Fill `body`; False when the client hangs up. Raises RequestRejected once the body is known too large."""
+        """Read into `body`; False if the client disconnects. Raises RequestRejected once the body is too large."""
         length = headers.get("content-length", "0")
         expected = int(length) if length.isdigit() and len(length) < 20 else 0
         more = True
@@ -119,19 +120,19 @@ class RequestMiddleware:
         return True
 
     def _count_bytes(self, size: int, num_received: int, counted_bytes: list[int]) -> None:
-        """Count a body of `size` bytes with `num_received` here. Raises RequestRejected where it does not fit."""
+        """Count a body of `size` bytes, `num_received` of them read. Raises RequestRejected if it is over a limit."""
         limits = self.limits
         if size > limits.max_request_bytes:
             raise RequestRejected(413, f"the request is larger than {limits.max_request_bytes} bytes")
         if size > SMALL_BODY_BYTES:
             if self.held_bytes - counted_bytes[0] + size > limits.max_queued_bytes:
-                raise RequestRejected(429, "the requests that are being read are too large together: try again in 1 s")
-            self.held_bytes += num_received - counted_bytes[0]  # not the announced size
+                raise RequestRejected(429, "the requests in progress are too large together: try again in 1 s")
+            self.held_bytes += num_received - counted_bytes[0]  # bytes received, not the announced size
             counted_bytes[0] = num_received
 
 
 def host_name(authority: str) -> str:
-    """The host of `host:port`, in lower case: "localhost:8000" -> "localhost", "[::1]:8000" -> "::1"; "" if damaged."""
+    """The host of `host:port`, in lower case: "localhost:8000" -> "localhost", "[::1]:8000" -> "::1"; "" if invalid."""
     try:
         return urlsplit(f"//{authority}").hostname or ""
     except ValueError:

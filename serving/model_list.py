@@ -1,12 +1,12 @@
-"""What stands in out/: every model there, explained in a few numbers. Reads headers and reports, never whole models.
+"""List the models in out/ with their facts. Reads headers and reports, never whole models.
 
-    out/full_sft_512.pth        a checkpoint (an adapter counts: it finds its parent when it is opened)
-    out/demo/dpo_256.pth        one folder further down
+    out/full_sft_512.pth        a checkpoint (or an adapter: its parent is found when it is opened)
+    out/demo/dpo_256.pth        in a subfolder, one level deep
     out/exported/               a transformers folder
 
-Temporary files and folders of data are no models. A file that cannot be read stays on the shelf with its error, so
-that the page can say what is wrong with it. The last stage of the chain stands first, never the newest file.
-Called by page.py. Read next: ../export/model_facts.py (where the numbers come from).
+Temporary files and data folders are skipped. A file that cannot be read is listed with its error, which the page
+shows. The last stage of the chain is listed first, never the newest file.
+Called by page.py. Read next: ../export/model_facts.py (where the facts come from).
 """
 
 import functools
@@ -27,10 +27,10 @@ STAGE_ORDER = list(PARENT_STAGES)
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model on the shelf. Where the file could not be read `error` says why, and the rest is empty."""
+    """A listed model. If its file could not be read, `error` says why and `facts` is empty."""
 
     path: Path
-    name: str  # as the page calls it: the path inside out/, without .pth; of a folder with a / behind it
+    name: str  # shown on the page: the path inside out/ without .pth; a folder's ends with /
     error: str = ""
     facts: dict[str, Any] = field(default_factory=dict)  # see export/model_facts.py
 
@@ -40,7 +40,7 @@ class ModelEntry:
 
     @property
     def is_chat_model(self) -> bool:
-        """A pretrained model goes on with a text; the others answer."""
+        """False for a pretrained model, which continues a text, and for a model without a chat format."""
         return self.stage != "pretrain" and bool(self.facts.get("chat_format"))
 
     @property
@@ -49,7 +49,10 @@ class ModelEntry:
 
     @property
     def scores(self) -> list[tuple[str, dict[str, float]]]:
-        """(what, {language: value}): "accuracy:NAME" of the reports beside it, longest first, or its validation."""
+        """[(label, {language: value})]: "accuracy:NAME" of each report beside the model, most questions first.
+
+        Without reports, one validation metric.
+        """
         reports = sorted(self.facts.get("scores", ()), key=lambda score: -sum(score["questions"].values()))
         if reports:
             return [(f"accuracy:{score['name']}", score["accuracy"]) for score in reports]
@@ -60,13 +63,13 @@ class ModelEntry:
 
 
 def file_version(path: Path) -> tuple[int, int]:
-    """Changes when a training run replaces the file. Raises OSError when it is gone."""
+    """(mtime in ns, size), which changes when a training run replaces the file. Raises OSError if it is missing."""
     status = (path / "config.json" if path.is_dir() else path).stat()
     return status.st_mtime_ns, status.st_size
 
 
 def with_rope_scaling(model: ModelEntry, rope: RopeScaling | None) -> ModelEntry:
-    """The model with the length that --rope_scaling gives it; with an error where it cannot be scaled."""
+    """The model with the context length that --rope_scaling gives it, or with an error if it cannot be scaled."""
     if not rope or model.error:
         return model
     try:
@@ -77,7 +80,7 @@ def with_rope_scaling(model: ModelEntry, rope: RopeScaling | None) -> ModelEntry
 
 
 def find_models(out_dir: Path) -> list[Path]:
-    """The models in a folder and in its folders: nearest first, then the latest stage, then by name."""
+    """The models in a folder and its subfolders, sorted by depth, then latest stage first, then by name."""
 
     def sort_key(path: Path) -> tuple[int, int, str]:
         stage = next((i for i, stage in enumerate(STAGE_ORDER) if path.name.startswith(f"{stage}_")), -1)
@@ -88,7 +91,7 @@ def find_models(out_dir: Path) -> list[Path]:
 
 
 def is_model(path: Path) -> bool:
-    if path.name.startswith("."):  # a file that is being written
+    if path.name.startswith("."):  # a temporary file of a checkpoint that is being written
         return False
     if path.is_dir():
         return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
@@ -96,7 +99,7 @@ def is_model(path: Path) -> bool:
 
 
 def list_models(out_dir: Path, files: tuple[Path, ...] = ()) -> list[ModelEntry]:
-    """The models in `out_dir`, or those files and folders, each called by what tells it from the others."""
+    """The models in `out_dir`, or `files` instead; their names are the paths below their common folder."""
     if not files:
         return [read_model_entry(path, out_dir) for path in find_models(out_dir)]
     paths = list(dict.fromkeys(path.absolute() for path in files))
@@ -108,7 +111,7 @@ def list_models(out_dir: Path, files: tuple[Path, ...] = ()) -> list[ModelEntry]
 
 
 def read_model_entry(path: Path, root: Path) -> ModelEntry:
-    """A model as it stands on the shelf. Raises nothing for a bad file: see `error`."""
+    """Return the entry of a model. A file that cannot be read raises no error; its entry has `error` set."""
     path = Path(path)
     shown_path = path.relative_to(root) if path.is_relative_to(root) else path
     name = str(shown_path).removesuffix(".pth") + "/" * path.is_dir()

@@ -1,9 +1,9 @@
-"""A model that is served: its name, what it can do, and how a request becomes token ids.
+"""A served model: its name and limits, and the token ids of a request's prompt.
 
-    chat:  the messages in the model's chat format; where they are too long, whole turns go, oldest first
-    text:  the prompt as it is; too long is an error with the numbers
+    chat:  the messages in the model's chat format; if they are too long, the oldest turns are dropped
+    text:  the prompt unchanged; if it is too long, PromptTooLong with both lengths
 
-Called by service.py. Read next: ../model/tokenizer.py (how a chat is written), scheduler.py (where the ids go).
+Called by service.py. Read next: ../model/tokenizer.py (rendering a chat), scheduler.py (decoding).
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 from serving.schemas import ChatMessage, ChatRequest
 
-MIN_BYTES_PER_TOKEN = 16  # of the bound before tokenising: a text that is a little too long is told its exact number
+MIN_BYTES_PER_TOKEN = 16  # of the size check before tokenising, which lets texts of almost the right length pass
 
 
 class PromptTooLong(Exception):
-    """A prompt that leaves no room for an answer; the message has the numbers."""
+    """A prompt that leaves no space for an answer in the context; the message gives both lengths in tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class ServedModel:
     created: int  # seconds since 1970
     preset: dict[str, Any] = field(
         default_factory=dict
-    )  # sampling settings of chats that name none (model/sampling_presets.py)
+    )  # sampling settings of chats whose request gives none (model/sampling_presets.py)
 
     @property
     def max_model_len(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Context length: tokens of prompt and answer together, at most."""
         return self.model.config.max_seq_len
 
     @cached_property
     def max_token_bytes(self) -> int:
-        """UTF-8 bytes of the longest token: n tokens spell at most n times as many."""
+        """UTF-8 bytes of the longest token: a text of n tokens has at most n times as many."""
         return max(1, int(self.tokenizer.byte_lengths().max()))
 
     @property
     def max_text_bytes(self) -> int:
-        """UTF-8 bytes above which a text is refused before it is tokenised: it has more tokens than the context."""
+        """UTF-8 bytes above which a text is rejected without tokenising it: it has more tokens than the context."""
         return self.max_model_len * max(self.max_token_bytes, MIN_BYTES_PER_TOKEN)
 
     def check_text_size(self, size: int, what: str) -> None:
@@ -68,9 +68,9 @@ class ServedModel:
             )
 
     def drop_old_turns(self, messages: list[Message]) -> list[Message]:
-        """The messages without the oldest turns that cannot fit: `fit_chat` would render them only to drop them.
+        """Drop the oldest turns while the text cannot fit into the context, without rendering them first.
 
-        Raises PromptTooLong where the system message and the last turn alone cannot fit.
+        Raises PromptTooLong if the system message and the last turn alone cannot fit.
         """
         sizes = [utf8_size(message["content"]) for message in messages]
         first = int(messages[0]["role"] == "system")
@@ -84,18 +84,18 @@ class ServedModel:
 
     @property
     def chat_unavailable(self) -> str:
-        """What to tell somebody who wants to chat; "" where that is possible."""
+        """The error message for a chat request; "" if the model can chat."""
         if self.stage == "pretrain":
-            return f"{self.name} is a pretrained model, which goes on with a text: use /v1/completions"
+            return f"{self.name} is a pretrained model, which continues texts: use /v1/completions"
         if self.tokenizer.format is None:
             return f"{self.name} has no chat template: use /v1/completions"
         return ""
 
     def chat_ids(self, body: ChatRequest) -> list[int]:
-        """Token ids up to where the assistant speaks, with room for the longest answer or a quarter of the limit.
+        """The prompt's token ids, shortened to leave space for `max_new_tokens` or a quarter of the context if less.
 
-        Raises PromptTooLong when the system message and the last question leave no space, UserError for a role that
-        the chat format cannot write and for a last message that cannot be continued.
+        Raises PromptTooLong if the system message and the last question leave no space, UserError for a role that the
+        chat format lacks and for a last message that cannot be continued.
         """
         messages, is_continued = normalise_messages(body.messages), bool(body.continue_final_message)
         if is_continued and body.add_generation_prompt:
@@ -120,9 +120,9 @@ class ServedModel:
         return ids
 
     def text_ids(self, prompt: str | list[int], with_answer: bool = True) -> list[int]:
-        """Token ids of a text, or the given ones; `with_answer`: at least one more token has to fit behind them.
+        """Token ids of a text, or the given ones. `with_answer`: leave space for at least one more token.
 
-        Raises PromptTooLong, and ValueError for ids that the model lacks.
+        Raises PromptTooLong if they do not fit into the context, ValueError for ids outside the vocabulary.
         """
         what = "the prompt" if with_answer else "this text"
         if isinstance(prompt, str):
@@ -131,7 +131,7 @@ class ServedModel:
         else:
             ids = prompt
             if max(ids) >= self.tokenizer.vocab_size:
-                raise ValueError(f"token id {max(ids)}: this model's ids end at {self.tokenizer.vocab_size - 1}")
+                raise ValueError(f"token id {max(ids)}: this model's last id is {self.tokenizer.vocab_size - 1}")
         if len(ids) + with_answer > self.max_model_len:
             raise PromptTooLong(
                 f"this model's context is {self.max_model_len} tokens, and {what} has {len(ids)}: shorten it"
@@ -140,17 +140,17 @@ class ServedModel:
 
 
 def utf8_size(text: str) -> int:
-    """Bytes in UTF-8; half characters count as one."""
+    """Bytes in UTF-8; a lone surrogate counts as one."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def replace_surrogates(text: str) -> str:
-    """Without half characters, which JSON can spell and UTF-8 cannot."""
+    """Replace lone surrogates, which JSON can contain and UTF-8 cannot, by "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
 def normalise_messages(messages: list[ChatMessage]) -> list[Message]:
-    """Role and text; a developer's word is the system's, and several of them in front are one."""
+    """Role and text of each message; "developer" becomes "system", and leading system messages are joined into one."""
     roles = ["system" if message.role == "developer" else message.role for message in messages]
     first = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
     written = [
@@ -163,7 +163,7 @@ def normalise_messages(messages: list[ChatMessage]) -> list[Message]:
 
 
 def last_stage_checkpoint(out_dir: str) -> str:
-    """The model of the last stage of the chain that has one. Raises UserError where there is none, or several."""
+    """The checkpoint of the last stage that has one. Raises UserError if there is none, or if there are several."""
     stages = [stage for stage in PARENT_STAGES if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
     return str(find_checkpoint(out_dir, (stages or list(PARENT_STAGES)[:1])[-1]))
 
@@ -175,11 +175,11 @@ def open_models(
     sampling_preset: str = "auto",
     rope: RopeScaling | None = None,
 ) -> dict[str, ServedModel]:
-    """The models by name: that of the file without .pth, that of the folder, or NAME as in NAME=FILE.
+    """Load models; returns them by name: the file's without .pth, the folder's, or NAME of NAME=FILE.
 
-    `sampling_preset`: one of model.sampling_presets.CHOICES. `rope`: --rope_scaling and --rope_factor, for all of
-    them. Raises UserError for a file that cannot be read, for two of the same name, and for a model that has RoPE
-    scaling of its own where `rope` is given.
+    `sampling_preset`: one of model.sampling_presets.PRESET_CHOICES. `rope`: --rope_scaling and --rope_factor, applied
+    to all models. Raises UserError for a file that cannot be read, for two models of the same name, and for a model
+    that already has RoPE scaling if `rope` is given.
     """
     models: dict[str, ServedModel] = {}
     for checkpoint in checkpoints:

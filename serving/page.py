@@ -1,10 +1,10 @@
-"""The chat page: draws the shelf, the choices and the conversation with streamlit; decides nothing about models.
+"""The chat page in streamlit: draws the model list, the sidebar and the conversation.
 
-    every click and key runs `draw_page` from top to bottom:  choices -> action -> the turns -> the growing reply
+    each user input reruns `draw_page` from top to bottom:  sidebar -> action -> turns -> streaming reply
 
-The reply grows in the same run that draws it. A click in the middle ends that run, and the next one goes on with the
-same reply (conversation.py), unless the click was Stop. What a model wrote is drawn as text, never as HTML; as Markdown
-only where the reader asks for it, and then without images and links (page_markdown.py).
+The run that draws a streaming reply also generates it. A click meanwhile ends that run, and the next run continues the
+same reply (conversation.py), unless the click was Stop. A model's text is drawn as plain text, never as HTML; as
+Markdown only if the user chooses it, and then without images and links (page_markdown.py).
 Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, sidebar.py, page_strings.py.
 """
 
@@ -32,17 +32,17 @@ STYLE = """<style>
 .stMainBlockContainer {padding-top: 3rem}
 .stSidebar h1 {padding-top: 0}
 .st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10; align-self: flex-end}
-/* Stop stays under the mouse while the answer grows */
+/* Stop stays under the mouse while the reply grows */
 </style>"""
-REDRAW_SECONDS = 0.06  # between two drawings of a growing reply
-MAX_QUESTION_CHARS = 20_000  # characters
-MAX_MODEL_CARDS = 4  # models explained on the first page; the list on the left has all
+REDRAW_SECONDS = 0.06  # between two updates of a streaming reply
+MAX_QUESTION_CHARS = 20_000
+MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists all
 
 
 @dataclass(frozen=True)
 class PageOptions:
-    """What web_demo.py was started with. `files` stand instead of what is in `out_dir`; `lang`: auto, zh or en; `rope`:
-    --rope_scaling and --rope_factor."""
+    """Options of web_demo.py. `files` replace the models in `out_dir`; `lang`: auto, zh or en; `rope`: --rope_scaling
+    and --rope_factor."""
 
     out_dir: Path
     files: tuple[Path, ...]
@@ -56,7 +56,7 @@ class PageOptions:
 def open_page_model(
     path: Path, name: str, is_chat_model: bool, version: tuple[int, int], device: torch.device, rope: RopeScaling | None
 ) -> PageModel:
-    """A loaded model, shared by everybody who looks at the page; a file that was replaced is loaded anew."""
+    """Load a model; cached for all sessions of the page. A new `version` of the file is loaded again."""
     model, tokenizer, _ = open_model(path, device)
     if rope:
         model.scale_rope(*rope)
@@ -64,7 +64,7 @@ def open_page_model(
 
 
 class ChatPage:
-    """One drawing of the page in one language."""
+    """One run of the page, in one language."""
 
     def __init__(self, options: PageOptions) -> None:
         self.options = options
@@ -88,7 +88,7 @@ class ChatPage:
             self.draw_no_model()
             return
         self.run_action(choices)
-        placeholder = st.empty()  # replaces the last drawing, which stays visible while an answer streams
+        placeholder = st.empty()  # replaces the welcome page, which would stay visible while a reply streams
         if self.conversation.turns:
             self.draw_conversation(choices)
         else:
@@ -129,7 +129,7 @@ class ChatPage:
         self.state["editing"] = False
 
     def request_action(self, action: str, text: str = "") -> None:
-        """Called by a button, before the page is drawn: the drawing does it."""
+        """Callback of a button: store the action for the next run of the page."""
         self.state["pending_action"] = (action, text)
         self.state["editing"] = False
 
@@ -158,7 +158,7 @@ class ChatPage:
                 self.conversation.start_turn(text, page_models, choices.sampling, choices.system)
         except UserError as error:
             st.error(escape_markdown(str(error)))
-        except OSError as error:  # the file went away while it was opened
+        except OSError as error:  # the file was deleted while it was opened
             st.error(escape_markdown(f"{error.filename}: {error.strerror}"))
 
     def draw_no_model(self) -> None:
@@ -217,18 +217,18 @@ class ChatPage:
         st.button(
             self.strings["stop"], icon=":material/stop:", on_click=self.conversation.stop, key="stop", type="primary"
         )
-        last, drawn, is_streaming = self.conversation.turns[-1], 0.0, True
-        with autocast(self.options.device, self.options.dtype):  # around all pieces: weights are converted once
+        last, redrawn_at, is_streaming = self.conversation.turns[-1], 0.0, True
+        with autocast(self.options.device, self.options.dtype):  # around the loop: weights are cast once
             while is_streaming:
                 is_streaming = self.conversation.advance()
-                if not is_streaming or time.monotonic() - drawn > REDRAW_SECONDS:
+                if not is_streaming or time.monotonic() - redrawn_at > REDRAW_SECONDS:
                     for (text, footer), reply in zip(placeholders, last.replies, strict=True):
                         self.draw_reply(text, footer, reply, choices)
-                    drawn = time.monotonic()
-        st.rerun()  # the same page once more, with the buttons of a finished turn
+                    redrawn_at = time.monotonic()
+        st.rerun()  # draws the buttons of a finished turn
 
     def draw_turn(self, number: int, turn: ChatTurn, choices: SidebarChoices) -> list[tuple[Any, Any]]:
-        """Draw a turn; returns the places where its replies go on growing."""
+        """Draw a turn; returns the placeholders (text, footer) of its replies."""
         with st.chat_message("user", avatar=":material/person:"):
             st.text(turn.question)
         placeholders = []
@@ -247,7 +247,7 @@ class ChatPage:
         return placeholders
 
     def draw_reply(self, placeholder: Any, footer: Any, reply: ChatReply, choices: SidebarChoices) -> None:
-        """Draw what a model has said so far, and the line below it."""
+        """Draw a reply's text so far and the line below it."""
         strings = self.strings
         if not reply.stop_reason:
             placeholder.text(reply.text + " ▍")

@@ -1,11 +1,11 @@
-"""A model's Markdown for streamlit: layout and formulas, and nothing that a browser fetches.
+"""Sanitise a model's Markdown for streamlit: keep layout and formulas, remove what makes a browser send requests.
 
-    answer -> markdown-it-py -> a tree of tokens -> Markdown written anew from the tree
+    reply -> markdown-it-py -> syntax tree -> Markdown rendered from the tree
 
-Only the layout of the tree is written: paragraphs, headings, lists, quotes, tables, code, rules, emphasis, formulas.
-Text is escaped character by character, an image becomes its text and its address, a link likewise, and an address is
-written as code, because a browser looks up the host names of links before they are clicked. HTML stays text.
-`block_requests` tells the browser the same: no request but to the page's own server.
+The output contains paragraphs, headings, lists, quotes, tables, code, rules, emphasis and formulas only. Text is
+escaped, an image or link becomes its text and its address, and an address is shown as code, because browsers look up
+the host names of links before they are clicked. HTML stays text.
+`block_requests` adds a content security policy that allows requests to the page's own server only.
 Called by page.py and sidebar.py.
 """
 
@@ -20,14 +20,14 @@ from markdown_it.tree import SyntaxTreeNode
 from common.markdown import WHITESPACE, code_span, longest_backtick_run
 
 URL = re.compile(r"(?:[a-z][a-z0-9+.-]*://|www\.)[!-~]*", re.IGNORECASE)
-# $$ … $$ or $ … $; as in pandoc, "$5 and $6" is no formula.
+# $$ … $$ or $ … $; "$5 and $6" is not a formula, as in pandoc.
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$(?![\s$])([^$\n]*[^$\s])\$(?![\d$])")
-# TeX that names an address, defines commands, or is a link or code to a reader that knows no formulas. KaTeX refuses
-# addresses too, unless it is told to trust the text.
+# TeX that contains an address, defines commands, or that a Markdown parser without formulas takes for a link or code.
+# KaTeX also rejects addresses unless its option `trust` is set.
 UNSAFE_TEX = re.compile(
     r"\\(?:href|url|html|includegraphics|def|gdef|newcommand|let)|://|www\.|\][(\[:]|`|!\[", re.IGNORECASE
 )
-MARKDOWN_CHARS = re.compile(r"([!#$&()*+\-:<=>\[\\\]_`{|}~]|(?<=\d)\.(?= |$))")  # the last one is that of a list, "1. "
+MARKDOWN_CHARS = re.compile(r"([!#$&()*+\-:<=>\[\\\]_`{|}~]|(?<=\d)\.(?= |$))")  # the last one: list items, "1. "
 
 CONTENT_SECURITY_POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws: wss:"
@@ -46,14 +46,14 @@ export default function ({ data }) {
 
 
 def block_requests() -> None:
-    """Tell the browser to send requests to the page's own server only, and to look up no host names of links."""
+    """Restrict the browser to requests to the page's own server and disable DNS prefetching of links."""
     mount = st.components.v2.component("block_requests", html="<span></span>", js=_JAVASCRIPT)
     data = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "x-dns-prefetch-control": "off"}
     mount(data=data, key="block_requests", width="content", height="content")
 
 
 def escape_markdown(text: str) -> str:
-    """Text on one line for a place that reads Markdown, so that it shows as it is. Addresses show as code."""
+    """Escape text for a widget that renders Markdown: on one line, with addresses as code."""
     text = WHITESPACE.sub(" ", text)
     written, done = "", 0
     for found in URL.finditer(text):
@@ -63,12 +63,12 @@ def escape_markdown(text: str) -> str:
 
 
 def safe_markdown(text: str) -> str:
-    """The same layout, written without images, links and HTML."""
+    """Markdown with the same layout, without images, links and HTML."""
     return "\n".join(_render_blocks(SyntaxTreeNode(MARKDOWN_PARSER.parse(text)).children))
 
 
 def _formula_rule(state: StateInline, silent: bool) -> bool:
-    """Rule of markdown-it: $ … $ and $$ … $$ are a token `formula`."""
+    """Inline rule of markdown-it: $ … $ and $$ … $$ become a token `formula`."""
     found = FORMULA.match(state.src, state.pos, state.posMax)
     if not found:
         return False
@@ -85,7 +85,7 @@ MARKDOWN_PARSER.inline.ruler.before("escape", "formula", _formula_rule)
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 def _render_blocks(nodes: Iterable[SyntaxTreeNode], tight: bool = False) -> list[str]:
-    """The lines of blocks, with an empty line between two of them; not before a list inside the item of a tight one."""
+    """The lines of blocks, separated by empty lines; a list inside the item of a tight list follows directly."""
     lines: list[str] = []
     for node in nodes:
         block = _render_block(node)
@@ -151,7 +151,7 @@ def _render_one_line(node: SyntaxTreeNode) -> str:
 
 
 def _render_inline(nodes: Iterable[SyntaxTreeNode], single_line: bool = False) -> str:
-    """`single_line`: of a heading or a cell of a table, where there is no line break and `|` ends the cell."""
+    """`single_line`: for headings and table cells, which have no line breaks and where `|` ends a cell."""
     written = ""
     for piece in (_render_node(node, single_line) for node in nodes):
         joins = piece[:1] in ("`", "$") and written.endswith(piece[:1])  # two code spans must not become one
@@ -181,10 +181,10 @@ def _render_node(node: SyntaxTreeNode, single_line: bool) -> str:
 
 
 def _render_formula(node: SyntaxTreeNode, single_line: bool) -> str:
-    """A formula; as code where its TeX could name an address."""
+    """A formula; as code if its TeX is unsafe."""
     if UNSAFE_TEX.search(node.content):
         return _escape_cell(code_span(node.content), single_line)
-    tex = node.content.strip().replace("<", r"\lt ").replace(">", r"\gt ")  # so that no reader takes it for HTML
+    tex = node.content.strip().replace("<", r"\lt ").replace(">", r"\gt ")  # otherwise they could be parsed as HTML
     if node.markup == "$$" and not single_line:
         lines = [line.strip() for line in tex.split("\n")]
         return "\n".join(["", "$$", *(line for line in lines if line), "$$", ""])

@@ -1,12 +1,12 @@
-"""Every word of the chat page, in both languages, from strings.json. `{…}` is filled in by the page.
+"""All texts of the chat page, in Chinese and English, from strings.json. The page fills in `{…}`.
 
     LANGUAGE_LABELS[lang]        the language's own name
-    STAGE_LABELS[lang][stage]    [name, explanation] of what a model of this stage does, in one line
-    SCORE_LABELS[lang][kind]     what a score counts
-    EXAMPLE_PROMPTS[lang][kind]   questions for a chat model (chat), beginnings for a pretrained one (text)
-    STRINGS[lang][key]       everything else
+    STAGE_LABELS[lang][stage]    [name, one-line description] of a training stage
+    SCORE_LABELS[lang][kind]     name of a metric
+    EXAMPLE_PROMPTS[lang][kind]  questions for a chat model (chat), text prompts for a pretrained one (text)
+    STRINGS[lang][key]           everything else
 
-Called by page.py and sidebar.py. A test holds both languages to the same keys and the same blanks.
+Called by page.py and sidebar.py. A test checks that both languages have the same keys and the same fields `{…}`.
 """
 
 import json

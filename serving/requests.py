@@ -1,7 +1,7 @@
-"""The bytes of a body -> a checked request. Runs in a worker thread (lanes.py).
+"""Parse and validate the body of a request. Runs in a worker thread (lanes.py).
 
-Bodies are bounded in bytes (middleware.py); lists stop at their first wrong entry (`fail_fast` in schemas.py), since
-pydantic would otherwise build one error for each of 500,000 wrong entries.
+The size of a body is bounded (middleware.py). Validation of a list stops at the first wrong entry (`fail_fast` in
+schemas.py); otherwise pydantic would build one error for each of 500,000 wrong entries.
 Called by service.py. Read next: schemas.py (the fields), errors.py (the shape of errors).
 """
 
@@ -17,12 +17,12 @@ Body = TypeVar("Body", bound=LenientModel)
 
 
 def parse_body(raw: bytes, kind: type[Body]) -> Body:
-    """The request in a body. Raises ApiError 400 that names the field and what it may be."""
+    """Return the request in a body. Raises ApiError 400 that names the field and its allowed values."""
     try:
         content = json.loads(raw)
     except RecursionError:
         raise ApiError(400, "the body is not valid JSON: nested too deeply") from None
-    except ValueError as error:  # also bytes that are not UTF-8, and a number of more than 4,300 digits
+    except ValueError as error:  # includes bytes that are not UTF-8 and numbers of more than 4,300 digits
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise ApiError(400, f"the body is not valid JSON: {reason}"[:500]) from None
     try:

@@ -1,11 +1,11 @@
-"""Answers as OpenAI's clients read them: whole, or chunk by chunk as server-sent events.
+"""Responses in OpenAI's format: one JSON body, or chunks as server-sent events.
 
     data: {"id": "chatcmpl-…", "object": "chat.completion.chunk", "choices": [{"delta": {"content": "…"}, …}], …}
     data: [DONE]
 
-Chat and text responses differ in field names; a text may begin with its prompt (echo.py). Log-probabilities come out
-with the text: a token is sent once its first character is, so that tokens after a stop string are not.
-Called by service.py. Read next: schemas.py (the shapes), scheduler.py (where the text comes from).
+Chat and text responses differ in field names; a text may begin with its prompt (echo.py). A token's log-probabilities
+are sent with its first character, so tokens after a stop string are never sent.
+Called by service.py. Read next: schemas.py (the fields), scheduler.py (where the text comes from).
 """
 
 import json
@@ -26,21 +26,21 @@ DONE_EVENT = "data: [DONE]\n\n"
 
 
 def sse_event(content: dict[str, Any]) -> str:
-    """One server-sent event. ASCII only: no character can end a line for some client."""
+    """One server-sent event. ASCII only, because some clients treat certain Unicode characters as line ends."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
 class _LogprobCursor:
-    """How much of an answer's log-probabilities has been told, and of how much text."""
+    """How many tokens' log-probabilities of an answer have been sent, and how much text."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self.tokens = self.text_sent = 0
-        self.text = IncrementalDetokenizer(tokenizer)  # of the tokens told, no matter which stop string was found
-        self.text_emitted = 0
+        self.text = IncrementalDetokenizer(tokenizer)  # of the sent tokens, without stop strings
+        self.text_emitted = 0  # characters of `text`
 
 
 class ResponseBuilder:
-    """What is sent for one request, in either way."""
+    """Builds the response of one HTTP request: `body`, or `first_events`, `events` and `last_events` of a stream."""
 
     id_prefix = object_type = chunk_object_type = ""
 
@@ -54,13 +54,13 @@ class ResponseBuilder:
         self.cursors = [_LogprobCursor(tokenizer) for _ in requests]
 
     def usage(self) -> schemas.Usage:
-        """Prompts count once, however many answers are drawn to each."""
+        """Token counts; a prompt counts once, independent of `n`."""
         prompts = {id(request.sequence.prompt): len(request.sequence.prompt) for request in self.requests}
         read, written = sum(prompts.values()), sum(len(request.sequence.completion.ids) for request in self.requests)
         return schemas.Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
     def body(self) -> str:
-        """The JSON of the finished request."""
+        """The JSON response of a finished request."""
         raise NotImplementedError
 
     def first_events(self) -> Iterator[str]:
@@ -68,11 +68,11 @@ class ResponseBuilder:
         return iter(())
 
     def events(self, event: TokenEvent) -> Iterator[str]:
-        """The events of new text, and of the end if it is the end."""
+        """Events of new text, and of the finish reason if the answer has ended."""
         raise NotImplementedError
 
     def last_events(self) -> Iterator[str]:
-        """Events behind the last answer."""
+        """Events after the last answer: usage if requested, and [DONE]."""
         if self.wants_usage:
             yield self._chunk_event([], usage=self.usage().model_dump())
         yield DONE_EVENT
@@ -83,7 +83,7 @@ class ResponseBuilder:
         return sse_event({**self.common_fields, "object": self.chunk_object_type, "choices": choices, **more})
 
     def _new_tokens(self, request: Request, text: str, count: int, is_last: bool) -> list[tuple[TokenLogprob, int]]:
-        """The tokens that `text` brings, each with the number of characters before it. `count`: drawn so far."""
+        """The tokens to send with `text`, each with the number of characters before it. `count`: sampled so far."""
         answer, cursor = request.sequence.completion, self.cursors[request.index]
         cursor.text_sent += len(text)
         flush = is_last and not request.sequence.detokenizer.stopped
@@ -151,12 +151,12 @@ class CompletionResponse(ResponseBuilder):
 
     def __init__(self, model: str, tokenizer: ChatTokenizer, requests: list[Request], wants_usage: bool) -> None:
         super().__init__(model, tokenizer, requests, wants_usage)
-        self.echoes: dict[int, str] = {}  # prompts that are still to be sent, by the ticket's index
+        self.echoes: dict[int, str] = {}  # prompts not sent yet, by the request's index
         for request in requests:
             if request.echo is not None:
                 self.echoes[request.index] = text = echoed_text(tokenizer, request.echo)
                 cursor = self.cursors[request.index]
-                cursor.text_emitted = cursor.text_sent = len(text)  # where the answer's tokens begin
+                cursor.text_emitted = cursor.text_sent = len(text)  # offset of the answer's first token
 
     def body(self) -> str:
         choices = []
@@ -179,7 +179,7 @@ class CompletionResponse(ResponseBuilder):
     def _next_text(
         self, request: Request, text: str, count: int, is_last: bool
     ) -> tuple[str, schemas.TextLogprobs | None]:
-        """New text and its log-probabilities; the first call for a ticket puts an echoed prompt in front of them."""
+        """New text and its log-probabilities; the first call for a request prepends an echoed prompt."""
         logprobs = self._logprobs(request, text, count, is_last)
         if request.echo is None or request.index not in self.echoes:
             return text, logprobs
@@ -194,7 +194,7 @@ class CompletionResponse(ResponseBuilder):
             return None
         new = self._new_tokens(request, text, count, is_last)
         stop_logprob = request.sequence.completion.stop_logprob
-        if is_last and stop_logprob:  # as OpenAI and vLLM: one more entry, of no text
+        if is_last and stop_logprob:  # one more entry without text, as in OpenAI and vLLM
             new.append((stop_logprob, self.cursors[request.index].text_sent))
         return schemas.TextLogprobs(
             tokens=[token_name(self.tokenizer, token.id) for token, _ in new],

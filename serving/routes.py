@@ -1,10 +1,10 @@
-"""The routes, and their description in /openapi.json.
+"""The HTTP routes and their description in /openapi.json.
 
     GET /v1/models  /v1/models/NAME  /health  /openapi.json
     POST /v1/chat/completions  /v1/completions  /v1/embeddings
 
-A POST route takes the bytes of the body as they are: they are parsed in a worker thread (lanes.py), not in the event
-loop. Called by app.py. Read next: service.py, schemas.py.
+A POST route does not declare its body: a worker thread parses it (lanes.py), not FastAPI in the event loop.
+Called by app.py. Read next: service.py, schemas.py.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ SCHEMA_REFERENCE = "#/components/schemas/{model}"
 
 def add_routes(app: FastAPI, service: CompletionService) -> None:
     error_descriptions = {
-        400: "wrong request",
-        401: "no or wrong key",
-        403: "wrong Host or Origin",
+        400: "invalid request",
+        401: "missing or wrong key",
+        403: "Host or Origin not allowed",
         404: "no such model",
     }
-    error_descriptions |= {413: "too large", 415: "no JSON", 429: "no place free", 500: "the model failed"}
+    error_descriptions |= {413: "too large", 415: "not JSON", 429: "queue full", 500: "the model failed"}
     errors: dict[int | str, Any] = {
         k: {"model": schemas.ErrorBody, "description": v} for k, v in error_descriptions.items()
     }
@@ -42,7 +42,7 @@ def add_routes(app: FastAPI, service: CompletionService) -> None:
         responses = {200: {"model": answer, "description": description, **content}, **errors}
         return {"response_class": Response, "responses": responses, "openapi_extra": request_body}
 
-    stream_text, stream_content = "the answer, or events of it", {"content": events}
+    stream_text, stream_content = "the answer, or its server-sent events", {"content": events}
 
     @app.post(
         "/v1/chat/completions", **post_options(ChatRequest, schemas.ChatCompletion, stream_text, **stream_content)
@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, service: CompletionService) -> None:
         return schemas.Health(models=service.engine.status())
 
     def openapi_schema() -> dict[str, Any]:
-        """FastAPI's description with the schemas of the bodies, which it does not parse itself."""
+        """FastAPI's description plus the schemas of the request bodies, which FastAPI does not know."""
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             _, bodies = models_json_schema(

@@ -1,14 +1,14 @@
-"""Answers for many at once: one thread that decodes whatever waits, row beside row.
+"""Continuous batching: one engine thread decodes all running requests of a model as rows of one batch.
 
-    waiting ->  join: their prompts are read in one pass  ->  step, step, step: one token for every row  ->  done
-                      (new ones join between two tokens)            (who ends or leaves frees the place at once)
+    waiting  ->  admit: prefill their prompts in one pass  ->  decode: one token per row and step  ->  finished
+                 (new requests join between two steps)         (a finished or aborted request frees its rows at once)
 
-A weight that was fetched from memory for one row serves all of them: that is where the speed comes from. Each model has
-a `DecodeBatch` (model/generate.py) with a bounded number of places and a bounded queue; the models take turns, token by
-token. A beam search takes a slot per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
-does one step between two tokens. Knows nothing of HTTP: `add_requests` takes requests, and the events of a step go out
-in one call of `on_events`.
-Called by service.py. Read next: ../model/generate.py (DecodeBatch), service.py (who waits).
+Each step reads the weights once for all rows, so throughput grows with the batch size. Each model has a `DecodeBatch`
+(model/generate.py) of at most `max_num_seqs` rows and a queue of at most `max_queue`; the models alternate, one step
+each. A beam search takes one row per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
+runs one step between two decode steps. The engine is independent of HTTP: `add_requests` queues requests, and one call
+of `on_events` delivers the events of a step.
+Called by service.py. Read next: ../model/generate.py (DecodeBatch), service.py (the caller).
 """
 
 import math
@@ -26,28 +26,30 @@ from model.generate import DecodeBatch
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-PREFILL_TOKENS = 2048  # read in one pass before those who are being answered get their next token
-MAX_RETRY_AFTER = 60  # seconds that a client is told to wait, at most
+PREFILL_TOKENS = (
+    2048  # per prefill pass, at most (or one longer prompt), before the running requests get their next token
+)
+MAX_RETRY_AFTER = 60  # upper bound of Retry-After, in seconds
 
 
 class QueueFull(Exception):
-    """The queue has no room. `retry_after`: seconds after which it should."""
+    """The queue is full. `retry_after`: estimated seconds until it has space."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(f"all places are taken and the queue is full: try again in {retry_after} s")
+        super().__init__(f"the queue is full: try again in {retry_after} s")
         self.retry_after = retry_after
 
 
 @dataclass(eq=False)
 class Request:
-    """One answer that somebody waits for. `inbox` is the caller's own: the engine only carries it along."""
+    """One answer to generate. The engine does not use `inbox`, which belongs to the caller."""
 
     sequence: Sequence
-    index: int  # among the answers of its request
+    index: int  # among the answers of its HTTP request
     inbox: Any = None
-    aborted: bool = False  # nobody waits any longer
+    aborted: bool = False
     started_at: float = 0.0
-    echo: str | list[int] | None = None  # the prompt as it was sent, where the answer is to begin with it
+    echo: str | list[int] | None = None  # the prompt as in the HTTP request, if the answer begins with it
 
 
 class EngineJob(Protocol):
@@ -57,7 +59,7 @@ class EngineJob(Protocol):
     aborted: bool
 
     def step(self, model: Transformer) -> bool:
-        """Compute the next part, in the engine's thread; returns whether it was the last."""
+        """Compute the next part in the engine thread; return whether it was the last."""
 
 
 WorkItem = Request | EngineJob
@@ -65,21 +67,21 @@ WorkItem = Request | EngineJob
 
 @dataclass
 class TokenEvent:
-    """What a turn brought for a ticket. `finish_reason`: "" while it goes on, "error" when the model failed."""
+    """Output of one step for a request. `finish_reason`: "" while it is running, "error" if the model failed."""
 
-    request: Any  # a Request or a Job
+    request: Any  # a Request or an EngineJob
     text: str
     finish_reason: str
-    num_tokens: int  # of the answer so far
+    num_tokens: int  # generated so far
 
 
 def count_seqs(work: Iterable[WorkItem]) -> int:
-    """The rows of a batch that answers take: one each, one per beam of a beam search. A job counts as one."""
+    """Rows of the batch that these take: one per request, or one per beam of a beam search; a job counts as one."""
     return sum(len(item.sequence.slots) if isinstance(item, Request) else 1 for item in work)
 
 
 class Scheduler:
-    """A model, its batch, and who waits for a place in it."""
+    """A model's batch with its running and waiting requests."""
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
         self.batch = DecodeBatch(model, tokenizer)
@@ -93,7 +95,7 @@ class Scheduler:
 
 
 class InferenceEngine:
-    """At most `max_num_seqs` rows per model run, `max_queue` more wait. A beam search counts as one row per beam."""
+    """Per model, at most `max_num_seqs` rows run and `max_queue` more wait; a beam search counts one row per beam."""
 
     def __init__(
         self,
@@ -103,20 +105,20 @@ class InferenceEngine:
         autocast_context: Callable[[], AbstractContextManager[Any]],
         on_events: Callable[[list[TokenEvent]], None],
     ) -> None:
-        """`on_events` is called in the engine's thread; `autocast_context` returns the context to compute in."""
+        """The engine thread calls `on_events` and computes in the context that `autocast_context` returns."""
         self.schedulers = {name: Scheduler(*pair) for name, pair in models.items()}
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.autocast_context, self.on_events = autocast_context, on_events
         self.changed = threading.Condition()
         self.is_stopping = False
-        self.seconds_per_request = 1.0  # that an answer took, on average of late
+        self.seconds_per_request = 1.0  # exponential moving average
         self.thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
 
     def stop(self) -> None:
-        """Ends the thread between two tokens; whoever still waits is told "error"."""
+        """End the thread between two steps; unfinished requests get the finish reason "error"."""
         with self.changed:
             self.is_stopping = True
             self.changed.notify()
@@ -124,7 +126,7 @@ class InferenceEngine:
             self.thread.join()
 
     def check_capacity(self, name: str) -> None:
-        """Raises QueueFull where not one more answer would be accepted: no need to tokenise its prompt."""
+        """Raises QueueFull if the queue is full, so a caller can reject a request before it tokenises the prompt."""
         with self.changed:
             self._check_capacity(self.schedulers[name], 1)
 
@@ -136,26 +138,26 @@ class InferenceEngine:
             )
 
     def add_requests(self, name: str, work: Collection[WorkItem]) -> None:
-        """Take a request's answers or jobs in, all or none. A job takes a place in the queue.
+        """Queue requests or jobs, all or none. A job counts as one row of the queue.
 
-        Raises QueueFull when the queue is full, ValueError for a request that never fits: more beams or rows than
-        `max_num_seqs`, or more rows than `max_num_seqs` and `max_queue` together.
+        Raises QueueFull if the queue is full, ValueError for work that never fits: a beam search of more than
+        `max_num_seqs` beams, or more rows than `max_num_seqs + max_queue`.
         """
         scheduler = self.schedulers[name]
         with self.changed:
             capacity, num_new = self.max_num_seqs + self.max_queue, count_seqs(work)
             max_beams = max((count_seqs([item]) for item in work), default=0)
             if max_beams > self.max_num_seqs:
-                raise ValueError(f"num_beams {max_beams}: at most {self.max_num_seqs} rows are decoded at once here")
+                raise ValueError(f"num_beams {max_beams}: this server decodes at most {self.max_num_seqs} rows at once")
             if num_new > capacity:
-                raise ValueError(f"{num_new} answers at once are too many: at most {capacity} are accepted")
+                raise ValueError(f"{num_new} answers in one request are too many: at most {capacity} are accepted")
             self._check_capacity(scheduler, num_new)
             scheduler.waiting.extend(item for item in work if isinstance(item, Request))
             scheduler.jobs.extend(item for item in work if not isinstance(item, Request))
             self.changed.notify()
 
     def abort(self, requests: Collection[WorkItem]) -> None:
-        """Nobody waits for these any longer: their places are free before the next token. Finished ones do not mind."""
+        """Abort requests and jobs; their rows are free before the next step. A no-op for finished ones."""
         with self.changed:
             for request in requests:
                 request.aborted = True
@@ -166,7 +168,7 @@ class InferenceEngine:
                     scheduler.jobs = deque(job for job in scheduler.jobs if not job.aborted)
 
     def status(self) -> dict[str, dict[str, int]]:
-        """Per model: rows being answered, rows waiting, and how many of each there may be."""
+        """Per model: running rows, waiting rows, and the limits of both."""
         with self.changed:
             return {
                 name: {
@@ -199,7 +201,7 @@ class InferenceEngine:
             return not self.is_stopping
 
     def _step(self, scheduler: Scheduler) -> list[TokenEvent]:
-        """Let the gone leave and the next ones join; one more token for everybody."""
+        """Drop aborted requests, admit waiting ones, decode one token per running request."""
         with self.changed:
             aborted = [request for request in scheduler.running.values() if request.aborted]
             for request in aborted:
@@ -210,7 +212,7 @@ class InferenceEngine:
                 scheduler.batch.remove(request.sequence)
             pieces = scheduler.batch.prefill([request.sequence for request in admitted]) if admitted else []
             pieces += scheduler.batch.decode() if scheduler.batch.sequences else []
-        except Exception:  # a fault of ours, or no memory: the requests fail, the server stays
+        except Exception:  # a bug or out of memory: the running requests fail, the server continues
             traceback.print_exc()
             scheduler.batch = DecodeBatch(scheduler.batch.model, scheduler.batch.tokenizer)
             return self._fail_all(scheduler, list(scheduler.running.values()))
@@ -220,7 +222,7 @@ class InferenceEngine:
         """One step of the first job, which then moves to the end of the queue."""
         with self.changed:
             job = scheduler.jobs[0] if scheduler.jobs else None
-        if job is None:  # cancelled
+        if job is None:  # aborted
             return []
         try:
             finish_reason = "stop" if job.step(scheduler.batch.model) else ""
@@ -234,7 +236,7 @@ class InferenceEngine:
         return [TokenEvent(job, "", finish_reason, 0)] if finish_reason else []
 
     def _admit(self, scheduler: Scheduler) -> list[Request]:
-        """Those who get a place now: in order, as many as there are places, and not too much to read at once."""
+        """Admit waiting requests in order, while rows are free and their padded prompts fit into PREFILL_TOKENS."""
         admitted: list[Request] = []
         width = 0
         while (
@@ -251,7 +253,7 @@ class InferenceEngine:
         return admitted
 
     def _collect_events(self, scheduler: Scheduler, pieces: list[tuple[Sequence, str]]) -> list[TokenEvent]:
-        """One entry per row, though one that has just joined has drawn two tokens."""
+        """One event per sequence. A new sequence has two pieces, one of prefill and one of decode."""
         texts: dict[Sequence, str] = {}
         for sequence, text in pieces:
             texts[sequence] = texts.get(sequence, "") + text

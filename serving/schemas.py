@@ -1,10 +1,10 @@
-"""What clients send and get back, field by field, as OpenAI's API has them: the source of /openapi.json.
+"""Schemas of requests and responses, as in OpenAI's API; the source of /openapi.json.
 
-Fields that this server does not know are let through and named in the response header `x-ignored-fields`; so are those
-that it knows and cannot honour (tools, response_format, logit_bias, ...). Types are strict: "0.7" is no number.
-The names and shapes: OpenAI's API reference, "Chat" and "Completions"; top_k, min_p and repetition_penalty as vLLM;
-num_beams, length_penalty and no_repeat_ngram_size as transformers' GenerationConfig.
-Called by service.py and routes.py. Read next: responses.py (how a response is filled).
+Unknown and unsupported fields (tools, response_format, logit_bias, ...) are accepted, ignored, and named in the
+response header `x-ignored-fields`. Types are strict: "0.7" is not a number.
+Sources: OpenAI's API reference, "Chat" and "Completions"; vLLM for top_k, min_p and repetition_penalty; transformers'
+GenerationConfig for num_beams, length_penalty and no_repeat_ngram_size.
+Called by service.py and routes.py. Read next: responses.py (building a response).
 """
 
 from typing import Annotated, Any, Literal
@@ -16,22 +16,22 @@ from model.sampling import MAX_BEAMS
 
 MAX_TOKENS = 1_000_000
 MAX_MESSAGES = 4096  # of a chat, and parts of a message
-DEFAULT_COMPLETION_TOKENS = 16  # max_tokens of /v1/completions where a request does not have the field
+DEFAULT_COMPLETION_TOKENS = 16  # default max_tokens of /v1/completions
 
 
 def _whole_number(value: Any) -> Any:
-    """JSON knows one kind of number: 5.0 is 5."""
+    """5.0 -> 5, because JSON has only one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-ACCEPT_WHOLE_FLOATS = BeforeValidator(_whole_number)  # after the bounds, so that the description has them
+ACCEPT_WHOLE_FLOATS = BeforeValidator(_whole_number)  # listed after the bounds, which then appear in /openapi.json
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 def _token_limit_validator(minimum: int) -> BeforeValidator:
-    """What max_tokens may be: a number from `least`, or -1 (as in llama.cpp) or null for as much as fits."""
-    rule = f"must be a whole number from {minimum} to {MAX_TOKENS}, or -1 or null for as much as fits into the context"
+    """Accepts a number from `minimum`, or -1 (as in llama.cpp) or null for all space in the context."""
+    rule = f"must be a whole number from {minimum} to {MAX_TOKENS}, or -1 or null for the rest of the context"
 
     def check_limit(value: Any) -> Any:
         value = _whole_number(value)
@@ -64,41 +64,41 @@ class LenientModel(BaseModel):
 
 
 class StreamOptions(LenientModel):
-    include_usage: bool | None = Field(None, description="end with a chunk that counts the tokens")
+    include_usage: bool | None = Field(None, description="send the token counts in a last chunk")
 
 
 class GenerationRequest(LenientModel):
-    """What both kinds of request share. null means the default everywhere."""
+    """Fields of both chat and text requests. null means the default."""
 
     model: str | None = Field(None, description="a name from /v1/models (default: the first)")
-    stream: bool | None = Field(None, description="send the answer as it grows, as server-sent events")
+    stream: bool | None = Field(None, description="send the answer while it is generated, as server-sent events")
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy (default: 0.7)")
-    top_p: Probability | None = Field(None, description="draw among the likeliest that sum to p (default: 0.9)")
+    top_p: Probability | None = Field(None, description="sample from the likeliest tokens that sum to p (default: 0.9)")
     top_k: Annotated[int, Field(ge=-1, le=1_000_000), ACCEPT_WHOLE_FLOATS] | None = Field(
         None, description="0 or -1: all (default)"
     )
-    min_p: MinP | None = Field(None, description="drop tokens below this share of the likeliest (0 or -1: off)")
+    min_p: MinP | None = Field(None, description="drop tokens below this fraction of the likeliest (0 or -1: off)")
     n: Annotated[int, Field(ge=1, le=16), ACCEPT_WHOLE_FLOATS] | None = Field(
-        None, description="answers to each prompt (default: 1)"
+        None, description="answers per prompt (default: 1)"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=8, fail_fast=True)] | None = None
     seed: Annotated[int, ACCEPT_WHOLE_FLOATS] | None = Field(
-        None, description="the same seed, the same draw (-1: none)"
+        None, description="the same seed samples the same answer (-1: none)"
     )
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000), ACCEPT_WHOLE_FLOATS] | None = Field(
-        None, description="no n tokens come twice, those of the prompt count; 0: off (default)"
+        None, description="no n-gram of tokens occurs twice, the prompt included; 0: off (default)"
     )
     num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS), ACCEPT_WHOLE_FLOATS] | None = Field(
-        None, description="beam search: temperature 0, one answer, streamed as one piece (default: 1, off)"
+        None, description="beam search: temperature 0, one answer, sent as one piece (default: 1, off)"
     )
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = Field(
         None, description="a beam's score is its log-probability / length ** length_penalty (default: 1)"
     )
-    user: str | None = Field(None, description="accepted; nothing is kept")
+    user: str | None = Field(None, description="accepted and not stored")
 
     @property
     def wants_usage(self) -> bool:
@@ -123,11 +123,11 @@ class ChatMessage(LenientModel):
 
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: TokenLimit = Field(None, description="longest answer (-1, null: as much as fits)")
+    max_completion_tokens: TokenLimit = Field(None, description="longest answer (-1, null: the rest of the context)")
     max_tokens: TokenLimit = Field(None, description="older name of max_completion_tokens")
-    add_generation_prompt: bool | None = Field(None, description="false: no assistant turn is opened (default: true)")
+    add_generation_prompt: bool | None = Field(None, description="false: do not open an assistant turn (default: true)")
     continue_final_message: bool | None = Field(
-        None, description="continue the last message, the assistant's, instead of opening a new turn"
+        None, description="continue the last message, which must be the assistant's, instead of opening a new turn"
     )
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
@@ -143,7 +143,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def num_prompt_logprobs(self) -> None:
-        """Log-probabilities of the prompt belong to /v1/completions."""
+        """None: only /v1/completions returns log-probabilities of the prompt."""
         return None
 
 
@@ -158,7 +158,7 @@ class CompletionRequest(GenerationRequest):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=64, fail_fast=True)]
     )
     max_tokens: TokenLimitOrZero = Field(
-        DEFAULT_COMPLETION_TOKENS, description="-1, null: as much as fits; 0: only with echo"
+        DEFAULT_COMPLETION_TOKENS, description="-1, null: the rest of the context; 0: only with echo"
     )
     logprobs: NumLogprobs | None = None
     echo: bool | None = Field(None, description="begin with the prompt, its log-probabilities included")
@@ -173,7 +173,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """As `num_logprobs`, for the tokens of the prompt; 0 where nothing but the prompt is asked for."""
+        """As `num_logprobs`, for the tokens of the prompt; 0 if the response contains only the prompt."""
         if self.echo and self.logprobs is not None:
             return self.logprobs
         return 0 if self.max_tokens == 0 else None

@@ -1,7 +1,8 @@
-"""What a request's body becomes: token ids in the engine's queue, and its answer, whole or as a stream.
+"""Process a request: parse and tokenise its body, queue it in the engine, and send the response.
 
-A request is parsed, checked and turned into token ids (in a worker thread: the event loop stays free), handed to the
-engine, and answered from its inbox, whole or as a stream. A client that hangs up frees its place at once.
+    body -> worker thread: PreparedRequest -> engine -> inbox of TokenEvents -> JSON response or EventStream
+
+Parsing runs in a worker thread, which keeps the event loop free. When a client disconnects, its requests are aborted.
 Called by app.py and routes.py. Read next: lanes.py, schemas.py, scheduler.py, responses.py, embeddings.py.
 """
 
@@ -30,25 +31,25 @@ from serving.scheduler import InferenceEngine, QueueFull, Request, TokenEvent, W
 from serving.schemas import ChatRequest, CompletionRequest
 from serving.settings import make_sampling_params
 
-MAX_IGNORED_SHOWN = 20  # of ignored fields, in the header
-UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # of fields that are not supported
+MAX_IGNORED_SHOWN = 20  # names in the header x-ignored-fields
+UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # default values of unsupported fields
 AnyRequest = ChatRequest | CompletionRequest | EmbeddingRequest
 
 
 @dataclass
 class PreparedRequest:
-    """A request that can go to the engine."""
+    """A request that is ready for the engine."""
 
     served: ServedModel
     headers: dict[str, str]  # of the response
-    work: list[Any]  # requests, or one job
-    body: Any = None  # of embeddings
+    work: list[Any]  # Requests, or one EmbeddingJob
+    body: Any = None  # set for embeddings only
     wants_usage: bool = False
     stream: bool = False
 
 
 class CompletionService:
-    """Where requests are taken in and answers handed out."""
+    """Processes HTTP requests with one inference engine."""
 
     def __init__(
         self,
@@ -65,8 +66,8 @@ class CompletionService:
         self.worker_pools = WorkerPools(limits.max_num_seqs + limits.max_queue)
 
     def _deliver_events(self, events: list[TokenEvent]) -> None:
-        """From the engine's thread into the inboxes, which belong to the loop's."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is there any more
+        """Called in the engine thread: put events into their inboxes, in the event loop's thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: no client is left
             assert self.loop is not None
             self.loop.call_soon_threadsafe(lambda: [event.request.inbox.put_nowait(event) for event in events])
 
@@ -74,13 +75,13 @@ class CompletionService:
         name = name or next(iter(self.models))
         if name not in self.models:
             names = ", ".join(self.models)
-            raise ApiError(404, f"there is no model {name[:200]!r} here: use {names}", "model", "model_not_found")
+            raise ApiError(404, f"no model {name[:200]!r} on this server: use {names}", "model", "model_not_found")
         return self.models[name]
 
     def select_model(self, body: AnyRequest) -> tuple[ServedModel, dict[str, str]]:
-        """The model that answers a request, and the response headers that name ignored fields and another model.
+        """Return the model for a request and the response headers x-ignored-fields and x-served-model, where needed.
 
-        A server with one model answers unknown model names with it, unless names are strict.
+        A server of one model uses it for unknown model names too, unless `strict_model_names` is set.
         """
         headers = ignored_fields_header(body)
         if body.model and body.model not in self.models and len(self.models) == 1 and not self.strict_model_names:
@@ -89,9 +90,9 @@ class CompletionService:
         return self.find_model(body.model), headers
 
     def prepare_completion(self, raw: bytes, kind: type[ChatRequest] | type[CompletionRequest]) -> PreparedRequest:
-        """Parsed, checked and tokenised. Slow for long bodies: it runs in a lane.
+        """Parse, check and tokenise a request. Slow for long bodies, so it runs in a worker thread.
 
-        Raises ApiError, 429 before it tokenises where the queue is full.
+        Raises ApiError; if the queue is full, 429 without tokenising.
         """
         body = parse_body(raw, kind)
         served, headers = self.select_model(body)
@@ -106,12 +107,12 @@ class CompletionService:
         return PreparedRequest(served, headers, [make_embedding_job(body, served)], body)
 
     def check_capacity(self, served: ServedModel) -> None:
-        """Raises ApiError 429 where the queue of a model is full."""
+        """Raises ApiError 429 if the model's queue is full."""
         with reject_when_full():
             self.engine.check_capacity(served.name)
 
     def make_requests(self, body: ChatRequest | CompletionRequest, served: ServedModel) -> list[Request]:
-        """Checked and tokenised, not yet waiting."""
+        """Check and tokenise the prompts; return one Request per answer, not queued yet. Raises ApiError 400."""
         param = "messages" if isinstance(body, ChatRequest) else "prompt"
         try:
             if isinstance(body, ChatRequest):
@@ -121,7 +122,7 @@ class CompletionService:
                 echoes: list[Any] = [None]
             else:
                 if body.max_tokens == 0 and not body.echo:
-                    raise ApiError(400, "max_tokens: 0 is only for requests with echo", "max_tokens")
+                    raise ApiError(400, "max_tokens: 0 is allowed only with echo", "max_tokens")
                 given = split_prompts(body)
                 prompts = [served.text_ids(prompt, with_answer=body.max_tokens != 0) for prompt in given]
                 echoes = given if body.echo else [None] * len(given)
@@ -154,7 +155,7 @@ class CompletionService:
         with self.abort_on_disconnect(http_request, builder.requests, inbox):
             async for event in events_until_done(inbox, len(builder.requests)):
                 if event is None:
-                    return Response(status_code=499)  # nobody reads it
+                    return Response(status_code=499)  # the client has disconnected
                 if event.finish_reason == "error":
                     raise ApiError(500, MODEL_FAILED)
             content = await self.worker_pools.responses.run(builder.body)
@@ -177,12 +178,12 @@ class CompletionService:
     async def run_in_worker(
         self, http_request: HttpRequest, prepare: Callable[..., PreparedRequest], *more: Any
     ) -> PreparedRequest:
-        """What `prepare` makes of the body, in the worker thread for bodies of its size. The bytes are not kept."""
+        """Run `prepare` on the body in the worker pool for its size. The bytes are not kept afterwards."""
         raw = b"".join([part async for part in http_request.stream()])
         return await self.worker_pools.for_body(raw).run(prepare, raw, *more)
 
     def submit_work(self, served: ServedModel, work: Collection[WorkItem]) -> "asyncio.Queue[TokenEvent | None]":
-        """Hand work to the engine; returns the inbox that its news comes into."""
+        """Queue work in the engine; return the inbox that receives its events. Raises ApiError 400 or 429."""
         inbox: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         for work_item in work:
             work_item.inbox = inbox
@@ -197,7 +198,7 @@ class CompletionService:
     def abort_on_disconnect(
         self, http_request: HttpRequest, requests: Collection[WorkItem], inbox: "asyncio.Queue[TokenEvent | None]"
     ) -> Any:
-        """Inside, a client that hangs up frees its places, and None comes into the inbox. Behind it they are free."""
+        """Abort the requests when the client disconnects, with None put into the inbox, and when the block ends."""
 
         async def wait_for_disconnect() -> None:
             while (await http_request.receive())["type"] != "http.disconnect":
@@ -226,7 +227,7 @@ def reject_when_full() -> Any:
 async def events_until_done(
     inbox: "asyncio.Queue[TokenEvent | None]", answers: int
 ) -> AsyncIterator[TokenEvent | None]:
-    """The news until all answers have ended, one has failed, or nobody reads them any more."""
+    """Yield events until all answers have ended, one has failed, or the client has disconnected (None)."""
     while answers:
         event = await inbox.get()
         yield event
@@ -236,7 +237,7 @@ async def events_until_done(
 
 
 class EventStream(StreamingResponse):
-    """An answer as it grows. The places are freed however the sending ends, even if it never begins."""
+    """A streamed response. Its requests are aborted however sending ends, even if it never begins."""
 
     def __init__(
         self,
@@ -270,14 +271,14 @@ class EventStream(StreamingResponse):
 
 
 def split_prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts one by one: a text, several, token ids, or several lists of them."""
+    """The prompts as a list; the field `prompt` is a text, several, token ids, or several lists of them."""
     prompt: Any = body.prompt
     is_list = isinstance(prompt, list) and not isinstance(prompt[0], int)
     return prompt if is_list else [prompt]
 
 
 def ignored_fields_header(body: AnyRequest) -> dict[str, str]:
-    """A header that names the fields that are not supported; those at their default value are left out."""
+    """The header x-ignored-fields: names of unsupported fields whose value is not a default."""
     unsupported = [name for name, value in (body.model_extra or {}).items() if value not in UNSUPPORTED_DEFAULTS]
     names = [name for name in unsupported if name.isascii() and name.replace("-", "_").isidentifier()]
     return {"x-ignored-fields": ", ".join(names[:MAX_IGNORED_SHOWN])[:1000]} if names else {}

@@ -1,6 +1,6 @@
-"""The left side of the chat page: which models, what they are, how they answer.
+"""Sidebar of the chat page: model selection, model summaries, system prompt and sampling parameters.
 
-Called by page.py. Read next: model_list.py (where the facts come from), page_strings.py (the words).
+Called by page.py. Read next: model_list.py (where the facts come from), page_strings.py (the texts).
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from serving.page_strings import SCORE_LABELS, STAGE_LABELS, STRINGS
 
 @dataclass(frozen=True)
 class SidebarChoices:
-    """One model or two, how they answer, what they are told first, and whether Markdown becomes layout."""
+    """One or two models, their sampling parameters and system prompt, and whether replies are shown as Markdown."""
 
     models: list[ModelEntry]
     sampling: SamplingParams
@@ -27,10 +27,10 @@ class SidebarChoices:
 
 
 def draw_choices(models: dict[str, ModelEntry], lang: str) -> SidebarChoices:
-    """Draw the choices and return them. `models` by name, at least one."""
+    """Draw the sidebar's widgets and return their values. `models`: by name, at least one."""
     strings, state = STRINGS[lang], st.session_state
     names = list(models)
-    if state.get("model") not in models:  # the first time, or its file is gone
+    if state.get("model") not in models:  # first run, or its file was deleted
         state["model"] = names[0]
     first = models[st.selectbox(strings["model"], names, key="model") or names[0]]
     st.caption(model_summary(first, lang, scores=3))
@@ -61,7 +61,7 @@ def draw_choices(models: dict[str, ModelEntry], lang: str) -> SidebarChoices:
 
 
 def draw_preset_toggle(model: ModelEntry, strings: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """Draw the switch of the chat format's preset where there is one; returns (name, settings), empty without it."""
+    """Draw the toggle of the chat format's preset, if it has one; return (name, settings), empty if off."""
     name = model.facts["chat_format"] if model.is_chat_model else ""
     name, settings = find_preset(name if name in CHAT_FORMATS else "none", None)
     if not settings:
@@ -74,9 +74,9 @@ def draw_preset_toggle(model: ModelEntry, strings: dict[str, str]) -> tuple[str,
 
 
 def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[str, dict[str, Any]]) -> SamplingParams:
-    """How the next token is drawn. `limit`: tokens that the models read. `preset`: a name and what it sets.
+    """Draw the sampling controls and return their values. `limit`: context length. `preset`: (name, settings).
 
-    Each preset has controls of its own, which begin with its settings.
+    Each preset has widgets of its own, whose initial values are its settings.
     """
     name, settings = preset
     suffix = f"_{name}" if name else ""
@@ -90,12 +90,12 @@ def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[st
             strings[name], low, high, value, step, key=key or name + suffix, help=help_text, disabled=disabled
         )
 
-    # Beam search draws nothing: the temperature counts only without it.
+    # Beam search does not sample, so the temperature has no effect.
     is_beam_search = st.session_state.get(f"num_beams{suffix}", first.get("num_beams", 1)) > 1
     temperature = draw_slider("temperature", 0.0, 2.0, 0.7, 0.05, disabled=is_beam_search)
     max_new_tokens = draw_slider("max_new_tokens", 1, max(limit, 2), min(200, limit), 1, key=f"max_new_tokens_{limit}")
     with st.expander(strings["more"]):
-        is_greedy = is_beam_search or temperature == 0  # then these sliders have no effect
+        is_greedy = is_beam_search or temperature == 0  # the sampling sliders have no effect
         top_p = draw_slider("top_p", 0.05, 1.0, 0.9, 0.05, disabled=is_greedy)
         top_k = draw_slider("top_k", 0, 200, 0, 1, disabled=is_greedy)
         min_p = draw_slider("min_p", 0.0, 0.5, 0.0, 0.01, disabled=is_greedy)
@@ -119,7 +119,7 @@ def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[st
 
 
 def model_summary(model: ModelEntry, lang: str, scores: int = 1) -> str:
-    """What a model is, in a few lines of Markdown, with at most so many scores."""
+    """A model's stage, size, training data and up to `scores` scores, as a few lines of Markdown."""
     strings, facts = STRINGS[lang], model.facts
     name, explanation = STAGE_LABELS[lang].get(model.stage, (model.stage, ""))
     total, active = facts["parameters"], facts["active_parameters"]
@@ -150,6 +150,6 @@ def format_count(number: float) -> str:
 
 
 def format_by_language(values: dict[str, float], kind: str) -> str:
-    """`zh 93.0% · en 92.3%`, zh first; bits per byte are no shares."""
+    """`zh 93.0% · en 92.3%`, zh first; bits per byte are not percentages."""
     form = "{} {:.2f}" if kind == "bits_per_byte" else "{} {:.1%}"
     return " · ".join(form.format(escape_markdown(lang), values[lang]) for lang in sorted(values, reverse=True))

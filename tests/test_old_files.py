@@ -1,8 +1,8 @@
 """Files of the version before the renames still open: tests/data/before_renames, described in its README.md.
 
-Promise: training starts from an old .pth or adapter and computes the old losses; old data folders train without being
-made again; an unfinished run resumes from its .resume folder and continues its log; caches are used, not remade; export
-and evaluation work. Everything goes through the public scripts, so that the test survives further renames.
+Training starts from an old .pth or adapter and computes the old losses. Old data folders train without being tokenized
+again. An interrupted run resumes from its .resume folder and continues its log. Caches are used, not rewritten. Export
+and evaluation work. The tests use only the public scripts, so that they survive further renames.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import load_script, read_jsonl, run_script, weights
+from tests.helpers import load_script, load_weights, read_jsonl, run_script
 
 OLD = Path(__file__).resolve().parent / "data" / "before_renames"
 RUN = ["--device", "cpu", "--dtype", "float32", "--batch_size", "2", "--log_interval", "1", "--eval_tokens", "256"]
@@ -20,12 +20,12 @@ STAGES = ("pretrain", "full_sft", "lora_sft", "dpo")
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of the old files, since scripts take locks and write beside their inputs."""
+    """A copy of the old files: scripts create locks and write next to their inputs."""
     return Path(shutil.copytree(OLD, tmp_path / "old"))
 
 
 def data_files(folder: Path) -> dict[str, bytes]:
-    """Relative name -> content of every file, without the locks of outputs (their names begin with a dot)."""
+    """Return {relative name: content} of all files, without lock files (their names begin with a dot)."""
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -39,7 +39,7 @@ def last_validation(log: Path) -> dict[str, float]:
     [("1-pretrain.py", "pretrain", "pretrain"), ("4-lora_sft.py", "lora_sft", "sft")],
 )
 def test_a_stage_starts_from_an_old_checkpoint_with_its_loss(monkeypatch, old, tmp_path, script, stage, data):
-    """One step with a learning rate of almost 0: the validation loss is the one that the old run logged at its end."""
+    """One step with a learning rate near 0: the validation loss equals the last one that the old run logged."""
     before = data_files(old / data)
     flags = ["--data_path", old / data, "--init_from", old / f"out/{stage}_16.pth", "--out_dir", tmp_path / "new"]
     flags += ["--tokenizer", old / "tokenizer"] if stage == "pretrain" else ["--rank", "2"]
@@ -47,22 +47,22 @@ def test_a_stage_starts_from_an_old_checkpoint_with_its_loss(monkeypatch, old, t
     assert last_validation(tmp_path / f"new/{stage}_16.jsonl") == pytest.approx(
         last_validation(OLD / f"out/{stage}_16.jsonl"), rel=1e-4
     )
-    assert data_files(old / data) == before, "the old token shards are read as they are, not made again"
+    assert data_files(old / data) == before, "old token shards are read, not written again"
 
 
 def test_full_sft_starts_from_an_old_pretrained_model(monkeypatch, old, tmp_path):
     before = data_files(old / "sft")
     flags = ["--data_path", old / "sft", "--init_from", old / "out/pretrain_16.pth", "--out_dir", tmp_path / "new"]
     run_script(monkeypatch, "3-full_sft.py", *flags, *RUN, "--max_steps", "1")
-    parent, child = weights(OLD / "out/pretrain_16.pth"), weights(tmp_path / "new/full_sft_16.pth")
+    parent, child = load_weights(OLD / "out/pretrain_16.pth"), load_weights(tmp_path / "new/full_sft_16.pth")
     assert {name: tensor.shape for name, tensor in child.items()} == {
         name: tensor.shape for name, tensor in parent.items()
     }
-    assert data_files(old / "sft") == before, "the old token shards are read as they are, not made again"
+    assert data_files(old / "sft") == before, "old token shards are read, not written again"
 
 
 def test_an_interrupted_run_resumes_and_continues_its_log(monkeypatch, old, capsys):
-    """The reference cache is used; the log keeps the old rows; the curves are drawn over rows of both versions."""
+    """The reference cache is used, the log keeps the old rows, the plot has rows of both versions."""
     folder = old / "interrupted"
     rows_before = read_jsonl(folder / "dpo_16.jsonl")
     cache = (folder / "dpo_16.reference").stat()
@@ -87,7 +87,7 @@ def test_an_interrupted_run_resumes_and_continues_its_log(monkeypatch, old, caps
 
 
 def test_dpo_starts_from_an_old_adapter(monkeypatch, old, tmp_path):
-    """The adapter finds its parent beside it and is merged: the first loss is ln 2."""
+    """The adapter finds its parent in its folder and is merged: the first loss is ln 2."""
     flags = ["--data_path", old / "dpo", "--out_dir", old / "out", "--max_steps", "1"]
     run_script(monkeypatch, "5-dpo_train.py", *flags, *RUN)
     assert read_jsonl(old / "out/dpo_16.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
@@ -95,13 +95,13 @@ def test_dpo_starts_from_an_old_adapter(monkeypatch, old, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_demo_reads_old_logs(stage):
-    log = load_script("demo.py").read_jsonl(OLD / f"out/{stage}_16.jsonl")
+    log = load_script("demo.py").summarize_log(OLD / f"out/{stage}_16.jsonl")
     assert log["steps"] == 4 and log["final_loss"] > 0
     assert set(log["validation_loss"]) == {"zh", "en"} and all(value > 0 for value in log["validation_loss"].values())
 
 
 def test_old_logs_hold_every_metric_key():
-    """What readers must accept: the keys of a row and of a validation, of every stage and of a mixture of experts."""
+    """The old logs cover all renamed keys of training and validation rows, so readers are tested with each of them."""
     keys = {key for path in (OLD / "out").glob("*.jsonl") for row in read_jsonl(path) for key in row}
     assert keys >= {"real_token_share", "balance_loss", "likelier", "margin", "accuracy", "chosen_change"}
     assert keys >= {"val_likelier", "val_likelier_before", "val_margin", "val_accuracy", "val_chosen_change"}
@@ -117,7 +117,7 @@ def test_old_models_answer(monkeypatch, old, tmp_path, checkpoint):
 
 @pytest.mark.parametrize("checkpoint", ["out/lora_sft_16.pth", "interrupted/dpo_16.pth"])
 def test_old_models_are_exported(monkeypatch, old, tmp_path, checkpoint):
-    """To a transformers folder, compared with the model by the export itself: tokens, logits, a greedy answer."""
+    """Export to a transformers folder; the export itself compares tokens, logits and a greedy answer."""
     run_script(monkeypatch, "export_model.py", old / checkpoint, tmp_path / "exported")
     config = json.loads((tmp_path / "exported/config.json").read_text(encoding="utf-8"))
     assert config["hidden_size"] == 16 and (tmp_path / "exported/model.safetensors").is_file()
@@ -126,7 +126,7 @@ def test_old_models_are_exported(monkeypatch, old, tmp_path, checkpoint):
 
 
 def test_old_scores_of_chats_are_used(monkeypatch, old):
-    """data_process.py sft --scorer scores no chat again that the old file beside the data set knows."""
+    """data_process.py sft --scorer does not score chats again that are in the old scores file."""
     (scores,) = old.glob("scored.scores-*.jsonl")
     before = scores.read_text(encoding="utf-8").split()
     flags = ["--tokenizer", old / "tokenizer", "--scorer", old / "out/pretrain_16.pth", "--keep_share", "0.8"]

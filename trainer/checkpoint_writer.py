@@ -1,12 +1,13 @@
-"""Saving in the background: the model by the first process, the step folder by all, while training continues.
+"""CheckpointWriter: saves checkpoints in background threads while training continues.
 
-    save(train_state, engine, content)    copy, and have a thread write the copies
-    wait()                            wait until every process has written its part; remove the older step folders
-    close(complete)                     wait; of a complete stage the whole resume folder is removed
+    save(train_state, engine, content)    copy the tensors; threads write the copies: the .pth on rank 0, the step
+                                          folder on all ranks
+    wait()                                wait until every process has written its files; remove older step folders
+    close(complete)                       wait; if the stage is complete, remove the resume folder
 
-A kill at any moment leaves a complete step folder, or none when none was complete: what is incomplete or being removed
-is not taken for one (train_state.py), and the next run removes it.
-Read next: train_state.py (what a step folder is), state_files.py, loop.py.
+A kill at any time leaves the newest complete step folder intact. Incomplete folders are ignored (train_state.py) and
+removed by the next run.
+Read next: train_state.py (step folders), state_files.py, loop.py.
 """
 
 import argparse
@@ -42,9 +43,9 @@ Train = Callable[[DistContext, argparse.Namespace, Stage], Path]
 
 
 def with_run_lock(train: Train) -> Train:
-    """Let `train` run only while no other run trains the same model. Raises UserError in all processes otherwise.
+    """Decorator: `train` holds a lock on its checkpoint path. Raises UserError in all processes if it is taken.
 
-    The first process takes the lock, which the system releases at a kill, and removes what a killed run left.
+    Rank 0 takes the lock and removes temporary files of a killed run. A kill releases the lock.
     """
 
     @functools.wraps(train)
@@ -63,19 +64,19 @@ def with_run_lock(train: Train) -> Train:
 
 @contextlib.contextmanager
 def shared_errors(dist: DistContext, what: str) -> Iterator[None]:
-    """Inside, an error of one process ends all of them. All must come here."""
+    """Inside, an error of one process raises UserError in all of them. All processes must enter it."""
     problem: Exception | None = None
     try:
         yield
     except (UserError, OSError) as error:
         problem = error
-    dist.barrier()  # for the first process, which may have more to do; `all_reduce_sum` has a time limit
+    dist.barrier()  # rank 0 may take longer than the time limit of `all_reduce_sum`
     if dist.all_reduce_sum([float(problem is not None)])[0]:
-        raise problem or UserError(f"another process could not {what}: its message says why")
+        raise problem or UserError(f"another process could not {what}: see its error message")
 
 
 class CheckpointWriter:
-    """Writes the model and the step folders of a run. `is_resuming`: whether the run resumes a saved step."""
+    """Writes the .pth and the step folders of a run. `is_resuming`: whether the run resumes from a step folder."""
 
     def __init__(self, dist: DistContext, path: Path, is_resuming: bool) -> None:
         self.dist, self.path, self.is_resuming = dist, path, is_resuming
@@ -86,7 +87,7 @@ class CheckpointWriter:
         self.saved_step = next(complete_steps(resume_path(path)))[1].step if is_resuming else -1
 
     def save(self, train_state: TrainState, engine: Engine, content: Checkpoint | None) -> None:
-        """Copy what is to be written, and return. `content`: the .pth, on the first process."""
+        """Copy the state, start writing it and return. `content`: the content of the .pth, on rank 0, else None."""
         self.wait()
         folder, is_saved = resume_path(self.path) / f"step_{train_state.step:09d}", train_state.step == self.saved_step
         train_state.scaler = engine.scaler.state_dict()
@@ -106,12 +107,12 @@ class CheckpointWriter:
             self.saved_step = train_state.step
 
     def prepare_step_folder(self, folder: Path, train_state: TrainState, is_saved: bool) -> None:
-        """Make the step folder with its progress.json. `is_saved`: a complete one gets a new progress.json."""
+        """Create the step folder with progress.json; if the step is saved already, only rewrite progress.json."""
         try:
-            if not self.is_resuming:  # what a run before this one left
+            if not self.is_resuming:  # the folder of an earlier run
                 remove(resume_path(self.path))
                 self.is_resuming = True
-            if not is_saved:  # what a kill left incomplete
+            if not is_saved:  # an incomplete folder of a killed run
                 remove(folder)
         except OSError as error:
             raise write_error(folder, error, DISK_SPACE_ADVICE) from error
@@ -119,9 +120,9 @@ class CheckpointWriter:
         write_json(folder / "progress.json", with_checksum(content), indent=None)
 
     def wait(self) -> None:
-        """Wait until what was begun is on the disk, in all processes; then remove the older steps.
+        """Wait until all processes have written the last save, then remove older step folders.
 
-        Raises UserError in all processes when one of them failed.
+        Raises UserError in all processes if one of them failed.
         """
         if not self.is_saving:
             return
@@ -136,14 +137,14 @@ class CheckpointWriter:
                         remove(folder)
 
     def close(self, complete: bool) -> None:
-        """Finish; of a complete stage nothing is left to resume."""
+        """Wait for the last save. `complete`: the stage is finished, remove the resume folder."""
         self.wait()
         if complete and self.dist.is_rank0:
             with contextlib.suppress(OSError):
                 remove(resume_path(self.path))
 
     def abort(self) -> None:
-        """After an error: let what was begun come to its end, whatever that is."""
+        """After an error: wait up to 60 s for each write in progress and ignore its errors."""
         for future in self.pending:
             with contextlib.suppress(BaseException):
                 future.result(timeout=60)
@@ -151,7 +152,7 @@ class CheckpointWriter:
 
 
 def clone_checkpoint(content: Checkpoint) -> Checkpoint:
-    """The same .pth with tensors of its own, for a thread to write while the weights change."""
+    """Return `content` with copies of its tensors: a thread writes them while the optimizer changes the weights."""
 
     def clone_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in state.items()}

@@ -1,7 +1,7 @@
-"""The flags that every training script shares, and the model's flags of 1-pretrain.py. Imports no torch.
+"""Command-line flags of the training scripts, and the model flags of 1-pretrain.py. Imports no torch.
 
-Config has three owners, never a fourth: the model's config (travels in the .pth), the shared flags here, and each
-stage's own numbers, which its main() passes in as defaults.
+Settings have three sources: the model config (saved in the .pth), the shared flags in this file, and the defaults of
+each stage, which its main() passes to `make_training_parser`.
 Read next: distributed.py.
 """
 
@@ -25,26 +25,26 @@ def parse_bool(text: str) -> bool:
         return True
     if text.lower() in ("0", "false", "no", "off"):
         return False
-    raise argparse.ArgumentTypeError(f"{text}: say true or false")
+    raise argparse.ArgumentTypeError(f"{text}: give true or false")
 
 
 def parse_fractions(text: str) -> list[float]:
-    """0.1,0.3,1.0 -> the shares, smallest first, each once. Raises argparse.ArgumentTypeError."""
+    """Parse "0.1,0.3,1.0" into sorted unique fractions. Raises argparse.ArgumentTypeError."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: shares are numbers with commas between, as 0.1,0.3,1.0") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: give fractions separated by commas, as 0.1,0.3,1.0") from None
     if not all(0 < share <= 1 for share in found):
-        raise argparse.ArgumentTypeError(f"{text}: each share is above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text}: each fraction is above 0 and at most 1")
     return found
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description and shows the defaults."""
+    """Keeps the line breaks of the description and appends the defaults to the help."""
 
 
 class TrainingParser(cli.FlagParser):
-    """The parser of a training script: the default learning rate is that of the optimizer, --recipe sets defaults."""
+    """Parser of a training script: the default learning rate depends on --optimizer, --recipe sets defaults."""
 
     learning_rates: dict[str, float]
 
@@ -60,18 +60,18 @@ PARALLEL_MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 def check_parallel(args: argparse.Namespace) -> None:
-    """Raises UserError for what --parallel cannot do, before anything is read."""
+    """Raise UserError for flags that DeepSpeed ZeRO does not support, before any file is read."""
     if not args.parallel.startswith("zero"):
         return
     if args.optimizer == "muon":
         raise UserError(
-            f"--parallel {args.parallel} cuts the weights into flat pieces, Muon turns whole matrices: "
-            "add --optimizer adamw, or take --parallel fsdp"
+            f"--parallel {args.parallel} flattens the weights, Muon needs whole matrices: "
+            "add --optimizer adamw, or use --parallel fsdp"
         )
     if args.compile:
-        raise UserError(f"--parallel {args.parallel} goes without --compile; ddp and fsdp go with it")
+        raise UserError(f"--parallel {args.parallel} does not support --compile: leave it out, or use ddp or fsdp")
     if args.dtype == "float16":
-        raise UserError(f"--parallel {args.parallel} trains in bfloat16 or float32; ddp and fsdp do float16 too")
+        raise UserError(f"--parallel {args.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f'--parallel {args.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
 
@@ -79,70 +79,71 @@ def check_parallel(args: argparse.Namespace) -> None:
 def make_training_parser(
     description: str | None, learning_rates: dict[str, float], **stage_defaults: Any
 ) -> TrainingParser:
-    """A parser with all shared flags. The stage's own numbers: the peak rate of each optimizer, and other defaults."""
-    if "WORLD_SIZE" in os.environ:  # else torch prints a C++ stack for every peer that is gone; ours is one line
+    """Return a parser with all shared flags. `learning_rates`: the stage's default peak rate of each optimizer."""
+    if "WORLD_SIZE" in os.environ:  # hides torch's C++ stack trace for every lost peer; we print one line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = TrainingParser(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument_group("data and files").add_argument
     add("--data_path", type=cli.path_string, help="folder written by data_process.py")
-    add("--out_dir", type=cli.path_string, default="out", help="where the model, the log and the curves go")
+    add("--out_dir", type=cli.path_string, default="out", help="folder for the checkpoint, the log and the curves")
     add("--init_from", type=cli.path_string, help="checkpoint to start from")
     add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
-        help="auto: go on where an interrupted run of this stage stopped; never: start anew")  # fmt: skip
+        help="auto: resume an interrupted run of this stage; never: start anew")  # fmt: skip
     add("--save_interval", type=cli.positive_int, default=200,
-        help="save every so many steps (and always at the end)")  # fmt: skip
+        help="steps between saves (a save at the end is always made)")  # fmt: skip
 
-    add = parser.add_argument_group("how long").add_argument
+    add = parser.add_argument_group("duration").add_argument
     add("--epochs", type=cli.epochs, default=1, help="passes over the data; 0.5: half of one")
     add("--max_steps", type=cli.max_steps, default=0,
-        help="stop after so many optimizer steps (-1 or 0: the epochs decide)")  # fmt: skip
+        help="number of optimizer steps (-1 or 0: given by --epochs)")  # fmt: skip
     add("--max_minutes", type=cli.non_negative_float, default=0,
-        help="finish within so many minutes: the learning rate falls to its end by then (0: no limit)")  # fmt: skip
+        help="time limit in minutes; the learning rate decays to its final value by then (0: no limit)")  # fmt: skip
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch_size", type=cli.positive_int, default=8, help="rows per process and forward pass")
     add("--accumulation_steps", type=cli.positive_int, default=1, help="forward passes per optimizer step")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="muon: Muon for the layers' matrices, AdamW for the rest")  # fmt: skip
+        help="muon: Muon for the matrices of the layers, AdamW for all other weights")  # fmt: skip
     rates = ", ".join(f"{rate:g} with {optimizer}" for optimizer, rate in learning_rates.items())
     add("--learning_rate", type=cli.positive_float, default=argparse.SUPPRESS,
         help=f"peak learning rate (default: {rates})")  # fmt: skip
-    add("--schedule", choices=("linear", "cosine"), default="linear", help="how the rate falls after the warm-up")
-    add("--final_lr_share", type=cli.fraction, default=0.0, help="share of the peak left at the end")
+    add("--schedule", choices=("linear", "cosine"), default="linear", help="learning-rate decay after the warm-up")
+    add("--final_lr_share", type=cli.fraction, default=0.0, help="final learning rate as a fraction of the peak")
     add("--warmup_iters", type=cli.non_negative_int, default=10, help="steps of linear warm-up")
     add("--warmup_share", type=cli.fraction_below_one, default=0.0,
-        help="share of the run that warms up, instead of --warmup_iters")  # fmt: skip
-    add("--weight_decay", type=cli.non_negative_float, default=0.1, help="on matrices; never on norms and embeddings")
-    add("--grad_clip", type=cli.non_negative_float, default=1.0, help="largest gradient norm (0: no clipping)")
+        help="warm-up as a fraction of the run, instead of --warmup_iters")  # fmt: skip
+    add("--weight_decay", type=cli.non_negative_float, default=0.1, help="of matrices; norms and embeddings have none")
+    add("--grad_clip", type=cli.non_negative_float, default=1.0, help="maximum gradient norm (0: no clipping)")
     add("--max_loss_ratio", default=3.0,
         type=cli.NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
-        help="end a run that diverges: when the mean loss of the last 10 steps is above so many times the "
-        "first loss (0: off). As first loss counts at least half of ln(vocabulary) per token, 2 per pair")  # fmt: skip
+        help="stop a diverging run: when the mean loss of the last 10 steps exceeds this multiple of the first "
+        "loss (0: off). The first loss counts as at least ln(vocabulary) / 2 per token, 2 per pair")  # fmt: skip
     add("--seed", type=cli.seed, default=42, help="random seed of the weights, the order of the data and dropout")
 
-    add = parser.add_argument_group("machine").add_argument
+    add = parser.add_argument_group("hardware and parallelism").add_argument
     add("--device", type=cli.device_name, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
     add("--dtype", choices=cli.DTYPE_NAMES, default="auto",
-        help="number format of the matrix products; auto: bf16 where the hardware has it")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
-    add("--checkpoint_activations", action="store_true", help="recompute layers in backward: less memory, slower")
+        help="dtype of matrix products (autocast); auto: bf16 where the hardware supports it")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the model (on a CPU this needs a C++ compiler)")
+    add("--checkpoint_activations", action="store_true",
+        help="activation checkpointing: recompute layers in backward; less memory, slower")  # fmt: skip
     add("--parallel", choices=PARALLEL_MODES, default="ddp",
-        help="how torchrun's processes share the model: ddp: each has all of it; fsdp, zero3: each a piece; "
-        "zero1, zero2: pieces of the optimizer, and of the gradients")  # fmt: skip
+        help="parallelism of several processes: ddp: every process holds the whole model; zero1: optimizer state is "
+        "sharded; zero2: also gradients; fsdp, zero3: also weights")  # fmt: skip
     add("--dist_timeout", type=cli.non_negative_float, default=0.0,
-        help="seconds that a process may keep the others waiting before the run ends and names it "
+        help="seconds that a process may keep the others waiting before the run ends with an error that names it "
         "(0: 300 on CPUs, 1800 on GPUs)")  # fmt: skip
-    add("--num_workers", type=cli.int_between(0, 256), default=0, help="processes that prepare batches ahead")
+    add("--num_workers", type=cli.int_between(0, 256), default=0, help="worker processes that load batches ahead")
     add("--local_rank", "--local-rank", type=cli.int_at_least(-1), default=0,
-        help=argparse.SUPPRESS)  # fmt: skip  # the deepspeed launcher adds it
+        help=argparse.SUPPRESS)  # fmt: skip  # set by the deepspeed launcher
 
-    add = parser.add_argument_group("what is shown").add_argument
-    add("--log_interval", type=cli.positive_int, default=10, help="log every so many steps")
+    add = parser.add_argument_group("logging and validation").add_argument
+    add("--log_interval", type=cli.positive_int, default=10, help="steps between log rows")
     add("--eval_interval", type=cli.positive_int, default=100,
-        help="validate every so many steps (and always at the end)")  # fmt: skip
+        help="steps between validations (a validation at the end is always made)")  # fmt: skip
     add("--eval_tokens", type=cli.positive_int, default=16_384,
-        help="validation tokens per language each time; eight times as many at the end")  # fmt: skip
-    add("--use_wandb", action="store_true", help="log to Weights & Biases too (offline unless WANDB_MODE is set)")
+        help="tokens per validation and language; eight times as many at the end")  # fmt: skip
+    add("--use_wandb", action="store_true", help="also log to Weights & Biases (offline unless WANDB_MODE is set)")
     add("--wandb_project", type=cli.non_empty_text, default="mengya")
     add("--wandb_run_name", type=cli.non_empty_text, default=None)
     parser.set_defaults(**stage_defaults)
@@ -152,13 +153,13 @@ def make_training_parser(
 
 def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--max_seq_len", type=cli.positive_int,
-        help=f"{what}; none given: as many tokens as the model reads")  # fmt: skip
+        help=f"tokens per row; {what}; if omitted: the model's max_seq_len")  # fmt: skip
 
 
 def model_flag_type(field: "dataclasses.Field[Any]") -> Any:
-    """The argparse type of a field of ModelConfig, with the limits that the config itself has.
+    """Return the argparse type of a field of ModelConfig, with the limits of the config.
 
-    A count that a file may leave at 0 (experts of a dense model) is at least 1 as a flag, but for shared experts.
+    Counts that are 0 in the config of a dense model (experts) must be at least 1 as flags, except n_shared_experts.
     """
     if isinstance(field.default, bool):
         return parse_bool
@@ -171,9 +172,9 @@ def model_flag_type(field: "dataclasses.Field[Any]") -> Any:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--preset and one flag for every field of ModelConfig but vocab_size (the tokenizer's) and rope_scaling."""
-    group = parser.add_argument_group("model (a flag wins over the preset)")
-    group.add_argument("--preset", choices=PRESETS, help="a size with a name (small when none is given)")
+    """Add --preset and a flag for every field of ModelConfig except vocab_size (the tokenizer's) and rope_scaling."""
+    group = parser.add_argument_group("model (flags override the preset)")
+    group.add_argument("--preset", choices=PRESETS, help="named model size; if omitted: small")
     for field in dataclasses.fields(ModelConfig):
         if field.name in ("vocab_size", "rope_scaling"):
             continue
@@ -184,26 +185,26 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mix_flags(parser: argparse.ArgumentParser) -> None:
-    """--mix and what goes with it: which part of the data gives how much of the training."""
-    add = parser.add_argument_group("mixture (none given: everything, as often as it is there)").add_argument
+    """Add --mix and the other flags of data mixtures."""
+    add = parser.add_argument_group("data mixture (if omitted: all data, without reweighting)").add_argument
     add("--mix", action=cli.NameList, read=parse_mix, metavar="MIX",
-        help="zh=0.25,en=0.75: shares, by language or source; zh=1x,en=2x: passes; or language, source")  # fmt: skip
+        help="zh=0.25,en=0.75: weights by language or source; zh=1x,en=2x: epochs; or language, source")  # fmt: skip
     add("--mix_temperature", type=cli.positive_float, default=1.0,
-        help="shares to the power of 1/T: above 1 evens them out")  # fmt: skip
+        help="weights to the power of 1/T: T above 1 makes them more equal")  # fmt: skip
     add("--stage2_mix", action=cli.NameList, read=parse_mix, metavar="MIX",
-        help="another mixture for the rest of the run")  # fmt: skip
+        help="mixture of stage 2, the last part of the run")  # fmt: skip
     add("--stage2_at", type=cli.non_negative_float, default=0.0,
-        help="where it begins: a share of the steps, as 0.7, or a step number")  # fmt: skip
+        help="start of stage 2: a fraction of the steps, as 0.7, or a step number")  # fmt: skip
 
 
 def given_model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The model's fields that were given as flags."""
+    """Return the fields of ModelConfig that were given as flags."""
     fields = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(ModelConfig)}
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def make_model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
-    """The preset with the flags that were given. Raises UserError for an impossible combination."""
+    """Return the config of the preset, overridden by the flags. Raises UserError for an invalid combination."""
     preset = PRESETS[args.preset or "small"]
     try:
         return ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
@@ -212,17 +213,17 @@ def make_model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
 
 
 def check_memory(config: ModelConfig) -> None:
-    """Raise UserError when the weights alone are larger than the machine's memory, before they are made."""
+    """Raise UserError if the weights alone need more than the machine's memory. Called before they are allocated."""
     needed, available = 4 * count_parameters(config).total, machine_memory()
     if needed > available:
         raise UserError(
             f"the weights take {needed / 1e9:,.1f} GB in fp32, this machine has {available / 1e9:,.1f} GB of memory: "
-            "choose a smaller --preset, --dim or --n_layers (--plan calculates before you train)"
+            "choose a smaller --preset, --dim or --n_layers (--plan prints the memory of a run)"
         )
 
 
 def machine_memory() -> float:
-    """Bytes of main memory; infinity where the system does not say (Windows)."""
+    """Return the bytes of main memory, or infinity where the system does not report them (Windows)."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

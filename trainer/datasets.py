@@ -1,9 +1,11 @@
-"""The rows of a data folder as batches of tensors: windows of text, chats, and pairs of answers.
+"""Datasets that read a data folder and return batches: text windows, chats, and preference pairs.
 
-Pretraining rows are windows of a stream of tokens: no padding at all. Chat rows are whole conversations, put together
-with others of about the same length; the few pads stand on the right, where no real token can see them. Pairs are two
-conversations each, and go through the model together.
-Read next: sampler.py (which rows make which step), ../corpus/shard_writer.py (what is on disk).
+    PackedDataset        pretraining: windows of seq_len tokens of one token stream, no padding
+    ChatDataset          SFT: whole conversations, right-padded; sampler.py batches similar lengths together
+    PreferenceDataset    DPO: a chosen and a rejected conversation per row, in one batch
+
+With right padding and causal attention no real token attends to a pad.
+Read next: sampler.py (which rows make up a step), ../corpus/shard_writer.py (the files).
 """
 
 import argparse
@@ -23,17 +25,18 @@ from model.tokenizer import ChatTokenizer
 from trainer.distributed import DistContext
 from trainer.loss import IGNORE_INDEX
 
-# input_ids, labels (IGNORE_INDEX where nothing is trained), token_mask (False at pads), each (rows, seq); row_ids:
-# their numbers pairs: the chosen answers' rows, then the rejected ones'; and reference (rows, seq), the frozen
-# parent's log p(label)
+# input_ids, labels: (batch, seq), int64; labels are IGNORE_INDEX where nothing is trained
+# token_mask: (batch, seq), bool, False at pads. row_ids: (rows,), int64, the rows of the dataset.
+# A batch of pairs holds the chosen answers, then the rejected ones, so batch = 2 * rows; it also holds
+# reference: (batch, seq), fp32, log p(label) under the frozen parent.
 Batch = dict[str, torch.Tensor]
-WIDTH_MULTIPLE = 16  # widths of batches of chats are multiples of this: a CPU keeps memory for every shape it has met
+WIDTH_MULTIPLE = 16  # chat batches are padded to a multiple of this: on a CPU every new shape allocates a new buffer
 
 
 def check_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
-    """The splits of a data folder, after a look at whether the model can read it: its kind and its tokenizer.
+    """Check the kind and the tokenizer of a data folder and return its splits.
 
-    Raises UserError naming the command to run, long before a wrong id would reach the embedding.
+    Raises UserError with the command to run if the folder does not fit the stage or the model.
     """
     meta = read_meta(folder)
     command = PREPARE_COMMANDS[kind]
@@ -41,7 +44,7 @@ def check_data(folder: str, kind: str, tokenizer: ChatTokenizer) -> list[str]:
         raise UserError(f"{folder} holds {meta['kind']} data, this stage reads {kind}: run `{command}`")
     expected = (
         tokenizer.fingerprint if kind == "pretrain" else tokenizer.rendering_fingerprint
-    )  # a chat's has its format too
+    )  # chats also depend on the chat format
     if meta.get("tokenizer") != expected or meta.get("vocab_size", 0) > tokenizer.vocab_size:
         raise UserError(
             f"{folder} was made with tokenizer {meta.get('tokenizer')}, the model has {expected}: "
@@ -57,7 +60,7 @@ def _every_shard(shard: dict[str, Any]) -> bool:
 
 
 class TokenDataset(Protocol):
-    """What a data set offers: rows that can be asked for by number. `folder`: where they are read from."""
+    """Interface of a dataset with random access by row id. `folder`: the data folder it reads."""
 
     @property
     def folder(self) -> Path: ...
@@ -67,9 +70,9 @@ class TokenDataset(Protocol):
 
 
 class PackedDataset:
-    """A token stream cut into rows of seq_len; row i predicts tokens i*seq_len+1 ... (i+1)*seq_len.
+    """A token stream cut into rows of seq_len tokens; row i predicts tokens i*seq_len + 1 ... (i+1)*seq_len.
 
-    `keep_shard`: which shards make the stream, by their entry in meta.json; all, if it is not given.
+    `keep_shard` selects the shards of the stream by their entry in meta.json (default: all).
     """
 
     def __init__(
@@ -82,10 +85,10 @@ class PackedDataset:
         return -(-(self.tokens.tokens - 1) // self.seq_len)
 
     def lengths(self) -> None:
-        return None  # all alike
+        return None  # all rows have the same length
 
     def window(self, row: int) -> np.ndarray:
-        """The row's tokens and the one after them: shape (seq_len + 1,), the last row's shorter."""
+        """Return the tokens of a row and the next one, (seq_len + 1,); the last row may be shorter."""
         return self.tokens.read(row * self.seq_len, min((row + 1) * self.seq_len + 1, self.tokens.tokens))
 
     def batch(self, row_ids: np.ndarray) -> Batch:
@@ -93,7 +96,7 @@ class PackedDataset:
 
     @staticmethod
     def collate(windows: list[np.ndarray], seq_len: int, row_ids: np.ndarray) -> Batch:
-        """The batch that these windows make; `rows`: their numbers."""
+        """Stack windows into a batch of (len(windows), seq_len); `row_ids` are their row ids."""
         ids = np.zeros((len(windows), seq_len + 1), dtype=np.int64)
         labels = np.full((len(windows), seq_len), IGNORE_INDEX, dtype=np.int64)
         for i, window in enumerate(windows):
@@ -103,7 +106,7 @@ class PackedDataset:
 
 
 class ChatDataset:
-    """Conversations with their masks; a batch is as wide as its longest row, or a little wider."""
+    """Tokenized conversations with their loss masks. A batch is padded to its longest row, rounded up."""
 
     def __init__(self, folder: str, split: str, pad_id: int) -> None:
         self.tokens, self.pad_id = open_split(folder, split), pad_id
@@ -132,9 +135,9 @@ class ChatDataset:
 
 
 class PreferenceDataset:
-    """Pairs of answers: row i is documents 2i (chosen) and 2i + 1 (rejected) of a split.
+    """Preference pairs: row i is documents 2i (chosen) and 2i + 1 (rejected) of a split.
 
-    `reference`: log p of every token of the split under the frozen parent, shape (tokens,), fp32 (dpo.py).
+    `reference`: log p of every answer token of the split under the frozen parent, (tokens,), fp32 (dpo.py).
     """
 
     def __init__(self, folder: str, split: str, pad_id: int, reference: torch.Tensor) -> None:
@@ -146,7 +149,7 @@ class PreferenceDataset:
         return len(self.answers) // 2
 
     def lengths(self) -> np.ndarray:
-        return 2 * self.answers.lengths().reshape(-1, 2).max(axis=1)  # both are as wide as the longer one
+        return 2 * self.answers.lengths().reshape(-1, 2).max(axis=1)  # both are padded to the longer one
 
     def batch(self, row_ids: np.ndarray) -> Batch:
         row_ids = np.asarray(row_ids)
@@ -155,11 +158,11 @@ class PreferenceDataset:
         batch["reference"] = torch.zeros(batch["labels"].shape)
         for i, document in enumerate(documents):
             start, end = self.offsets[document], self.offsets[document + 1]
-            batch["reference"][i, : end - start - 1] = self.reference[start + 1 : end]  # labels are moved on by one
+            batch["reference"][i, : end - start - 1] = self.reference[start + 1 : end]  # labels are shifted by one
         return batch | {"row_ids": torch.as_tensor(row_ids, dtype=torch.int64)}
 
     def prompt_ids(self, row: int) -> list[int]:
-        """The ids of a row up to where the assistant is to answer."""
+        """Return the token ids of the prompt of a row, up to the first answer token."""
         ids, mask = self.answers.tokens.read_document(2 * row)
         assert mask is not None, "pairs carry a mask"
         return ids[: int(mask.argmax())].tolist()
@@ -187,9 +190,12 @@ def tokenized_folder(
     tokenizer: ChatTokenizer,
     form: DataTask | None = None,
 ) -> str:
-    """--data_path in this tokenizer's tokens, cut to --max_seq_len or to what the model reads; made if need be."""
+    """Tokenize --data_path for this tokenizer and length, unless that was done before; returns the token folder.
+
+    The length is --max_seq_len, at most the model's max_seq_len.
+    """
     length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
-    with dist.rank0_first():  # the first process tokenises, the others find it done
+    with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
         folder = str(tokenize_chats(args.data_path, tokenizer, length, task=form))
     for line in dropped_row_messages(read_meta(folder).get("report", {})):
         dist.print0(line)
@@ -197,10 +203,9 @@ def tokenized_folder(
 
 
 def dropped_row_messages(report: dict[str, Any]) -> Iterator[str]:
-    """What tokenising a data folder for this model and length left out or shortened, a line for each reason.
+    """Yield one line per reason for which tokenization dropped or shortened rows.
 
-    `report` is the one in the meta.json of the token folder. One with rows read is data_process.py's, which has
-    printed it.
+    `report` is from the meta.json of the token folder. A report with "read" was written and printed by data_process.py.
     """
     if report.get("read"):
         return
@@ -213,7 +218,7 @@ def dropped_row_messages(report: dict[str, Any]) -> Iterator[str]:
 def open_chat_data(
     dist: DistContext, args: argparse.Namespace, config: ModelConfig, tokenizer: ChatTokenizer
 ) -> tuple[ChatDataset, dict[str, ChatDataset]]:
-    """The training chats of --data_path, and the held-out ones by language."""
+    """Return the training chats of --data_path, and the validation chats by split ("zh", "en")."""
     folder = tokenized_folder(dist, args, config, tokenizer)
     splits = check_data(folder, "chats", tokenizer)
     chats = {split.removeprefix("val_"): ChatDataset(folder, split, tokenizer.pad_id) for split in splits}
@@ -221,7 +226,7 @@ def open_chat_data(
 
 
 def empty_batch(data: TokenDataset) -> Batch:
-    """A batch for a process that has no row left: it takes part and trains nothing."""
+    """Return a batch without trained tokens, for a process that has no rows left but takes part in collectives."""
     batch = data.batch(np.array([0]))
     batch["labels"].fill_(IGNORE_INDEX)
     batch["token_mask"].fill_(False)

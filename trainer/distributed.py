@@ -1,6 +1,6 @@
-"""The processes of a run: how they start, what they sum, and how they are asked to stop.
+"""Set-up of one or several processes, collectives, and graceful shutdown on signals.
 
-One script serves `python`, `torchrun` and `deepspeed`: the launchers only set RANK, WORLD_SIZE and LOCAL_RANK.
+The same script runs under `python`, `torchrun` and `deepspeed`: the launchers only set RANK, WORLD_SIZE and LOCAL_RANK.
 Read next: loop.py, heartbeat.py, ../common/device.py.
 """
 
@@ -23,22 +23,22 @@ from trainer.heartbeat import Heartbeat, find_connection_error, short_message
 
 @dataclass
 class DistContext:
-    """The process we are: `rank` of `world`, on `device`, computing in `dtype`."""
+    """This process: its rank, the number of processes, its device, and the autocast dtype."""
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
-    barrier_group: Any = None  # of `barrier`, which has no time limit
-    step: int = 0  # the last one done, as the others are told
-    stop_requested: str = ""  # the name of the signal that asked this process to stop
+    barrier_group: Any = None  # process group of `barrier`, without a time limit
+    step: int = 0  # the last completed step; the heartbeat sends it to the other ranks
+    stop_requested: str = ""  # name of the stop signal that this process received
 
     @property
     def is_rank0(self) -> bool:
         return self.rank == 0
 
     def print0(self, text: str) -> None:
-        """Print once, whatever the number of processes."""
+        """Print on rank 0 only."""
         if self.is_rank0:
             print(text, flush=True)
 
@@ -46,7 +46,7 @@ class DistContext:
         return autocast(self.device, self.dtype)
 
     def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """The values summed over all processes, in float64."""
+        """Return the values summed over all processes, in float64."""
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -54,7 +54,7 @@ class DistContext:
         return tensor.tolist()
 
     def all_reduce_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor summed over all processes, in its own format, on the CPU."""
+        """Return the tensor summed over all processes, in its dtype, on the CPU."""
         if self.world_size > 1:
             tensor = tensor.to(self.device)
             torch.distributed.all_reduce(tensor)
@@ -62,7 +62,7 @@ class DistContext:
 
     @contextlib.contextmanager
     def rank0_first(self) -> Iterator[None]:
-        """The first process does what is inside before the others do."""
+        """Rank 0 runs the body first, then all other ranks."""
         if not self.is_rank0:
             self.barrier()
         yield
@@ -70,15 +70,16 @@ class DistContext:
             self.barrier()
 
     def barrier(self) -> None:
-        """Wait for all processes, however long one of them takes for what it alone does: it only has to be alive."""
+        """Wait for all processes without a time limit. The heartbeat ends the run if one of them is lost."""
         if self.world_size > 1:
             torch.distributed.barrier(group=self.barrier_group)
 
     @contextlib.contextmanager
     def graceful_shutdown(self) -> Iterator[None]:
-        """Inside, Ctrl-C, SIGTERM and SIGHUP set `stop_requested`, for the loop to save and leave.
+        """Inside, SIGINT (Ctrl-C), SIGTERM and SIGHUP set `stop_requested`; the loop then saves and ends.
 
-        A second Ctrl-C leaves now; a second SIGTERM or SIGHUP changes nothing: a closed terminal sends several.
+        A second SIGINT raises KeyboardInterrupt. A second SIGTERM or SIGHUP has no effect: a closed terminal sends
+        several.
         """
 
         def handle_signal(number: int, frame: Any) -> None:
@@ -88,11 +89,11 @@ class DistContext:
 
         with handle_signals(handle_signal, signal.SIGINT):
             yield
-        if self.stop_requested:  # a launcher passes on what the terminal has sent already
+        if self.stop_requested:  # a launcher repeats the signal that the terminal has sent to all processes
             ignore_termination()
 
 
-DEFAULT_TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # seconds of --dist_timeout, where none is given
+DEFAULT_TIMEOUTS = {"cpu": 300.0, "cuda": 1800.0}  # default --dist_timeout, seconds
 NO_TIMEOUT = timedelta(days=365)
 
 
@@ -100,11 +101,10 @@ NO_TIMEOUT = timedelta(days=365)
 def init_distributed(
     device: str = "auto", dtype: str = "auto", seed: int = 0, timeout: float = 0
 ) -> Iterator[DistContext]:
-    """Open a run and close it again, in one process or in those that torchrun or deepspeed started.
+    """Set up this process, and its process group under torchrun or deepspeed; clean up at the end.
 
-    Sets the seed (the same on every process, so that all begin with the same weights). `timeout`: seconds that a
-    process may keep the others waiting (0: see DEFAULT_TIMEOUTS). Raises UserError, on one of the processes, when one
-    is lost.
+    seed: the same on every process, so that all initialise the same weights. timeout: seconds that a process may keep
+    the others waiting (0: DEFAULT_TIMEOUTS). Raises UserError, on one process, if a process is lost.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     picked_device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -123,19 +123,19 @@ def init_distributed(
 
 @contextlib.contextmanager
 def process_group(dist: DistContext, timeout: float) -> Iterator[None]:
-    """Inside, the processes of a run are connected and watch each other."""
+    """Inside, the processes are connected by a process group and monitor each other by heartbeats."""
     heartbeat, state = None, "ended"
     try:
-        if dist.device.type == "cuda":  # NCCL ends the process with pages of its own: it comes after the heartbeat
+        if dist.device.type == "cuda":  # +60 s: the heartbeat's one-line error comes before NCCL's long one
             torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout + 60))
         else:
             torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         dist.barrier_group = torch.distributed.new_group(backend="gloo", timeout=NO_TIMEOUT)
         heartbeat = Heartbeat(dist, timeout)
         yield
-        dist.barrier()  # without it, a process that leaves early aborts the others now and then
+        dist.barrier()  # without it, a process that exits early sometimes aborts the others
         state = "done"
-    except (RuntimeError, Terminated) as error:  # a launcher that notices a lost rank sends SIGTERM to the others
+    except (RuntimeError, Terminated) as error:  # the launcher sends SIGTERM to the other ranks if one is lost
         connection_error = find_connection_error(error)
         if connection_error is None:
             raise
@@ -151,5 +151,5 @@ def process_group(dist: DistContext, timeout: float) -> Iterator[None]:
         failed = heartbeat is not None and heartbeat.state == "failed"
         if torch.distributed.is_initialized() and not (
             failed and dist.device.type == "cuda"
-        ):  # NCCL would wait for the lost ones
+        ):  # NCCL would wait for the lost ranks
             torch.distributed.destroy_process_group()

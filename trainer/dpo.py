@@ -1,12 +1,12 @@
-"""What DPO needs around its formula: the frozen parent's opinion, what is logged, and when to stop.
+"""DPO without its loss: reference log-probabilities, metrics, early stop and the rate of repetitive answers.
 
-    reference   log p(token | before) of every answer token under the parent, computed once and kept in a file, so that
-                training holds one model:   out/dpo_{size}.reference = {key, log_probs: {split: (tokens,)}}
-    guard       DPO only asks that the better answer gain on the worse one; both may become unlikely together
-                (Pal et al. 2024, arXiv:2402.13228). When the better ones have, the stage ends and says so.
-    loop rate   share of greedy answers to held-out prompts that end up repeating themselves, before and after
+    reference    log p(token | tokens before it) of every answer token under the frozen parent. Computed once and saved,
+                 so that only one model is in memory:  out/dpo_{size}.reference = {key, log_probs: {split: (tokens,)}}
+    early stop   DPO maximises a difference, so log p of chosen and rejected answers can fall together (Pal et al. 2024,
+                 arXiv:2402.13228). The stage stops when log p of the chosen answers has fallen too far.
+    loop rate    fraction of greedy answers to held-out prompts that end in a repetition loop, before and after training
 
-Read next: ../5-dpo_train.py (the formula), datasets.py (PreferenceDataset), loop.py (who asks the guard).
+Read next: ../5-dpo_train.py (the loss), datasets.py (PreferenceDataset), loop.py (calls early_stop).
 """
 
 import argparse
@@ -37,14 +37,14 @@ from trainer.metrics import MetricRow
 REFERENCE_TOLERANCE, LOW_PRECISION_TOLERANCE = (
     0.01,
     0.05,
-)  # how far the first loss may be off: in fp32 (or TF32), in bf16 and fp16
-REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, and how long their answers may grow
-LANGUAGE_MIX_TOLERANCE = 0.25  # a larger difference between the shares of Chinese is said to be a strong one
+)  # relative tolerance of the first loss: in fp32 (or TF32), in bf16 and fp16
+REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, max_new_tokens per answer
+LANGUAGE_MIX_TOLERANCE = 0.25  # largest difference of the fractions of Chinese rows without a warning
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
 def without_dropout(model: Transformer) -> Transformer:
-    """The same weights in a model without dropout: against noise of its own, a policy would not equal its reference."""
+    """Return the model with dropout 0. With dropout the policy would differ from its reference already at step 1."""
     if not model.config.dropout:
         return model
     inference_model = Transformer(dataclasses.replace(model.config, dropout=0.0))
@@ -55,10 +55,10 @@ def without_dropout(model: Transformer) -> Transformer:
 def load_or_compute_reference(
     dist: DistContext, model: Transformer, folder: str, pad_id: int, path: Path, batch_size: int
 ) -> dict[str, Tensor]:
-    """log p of every answer token under `model`, by split, each (tokens of the split,), fp32, 0 outside the answers.
+    """Return log p of every answer token under `model` by split, each (tokens of the split,), fp32, 0 at other tokens.
 
-    From the file at `path` when it was made by the same weights, tokenizer, data and number format; else computed by
-    all processes together and written there.
+    Reads them from `path` if that file was computed with the same weights, tokenizer, data and dtype. Otherwise all
+    processes compute them together and rank 0 writes the file.
     """
     meta = read_meta(folder)
     key = {
@@ -72,14 +72,14 @@ def load_or_compute_reference(
             raise ValueError("a record differs from its checksum")
         cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         cached = cached if cached["key"] == key and cached["log_probs"].keys() == meta["splits"].keys() else None
-    except Exception:  # missing, damaged or foreign: it can be made again
+    except Exception:  # missing, damaged or of another kind: the file is computed again
         cached = None
     if dist.all_reduce_sum([float(cached is not None)])[0] == dist.world_size:
-        dist.print0(f"reference: log-probabilities of {path} (same parent, tokenizer and data)")
+        dist.print0(f"reference: log-probabilities from {path} (same parent, tokenizer and data)")
         return cached["log_probs"]
     model.to(dist.device).eval()
     answers = {split: ChatDataset(folder, split, pad_id) for split in meta["splits"]}
-    dist.print0(f"reference: log-probabilities of {sum(map(len, answers.values())):,} answers, to be kept in {path}")
+    dist.print0(f"reference: computing log-probabilities of {sum(map(len, answers.values())):,} answers for {path}")
     log_probs = {split: reference_log_probs(dist, model, data, batch_size) for split, data in answers.items()}
     if dist.is_rank0:
         atomic_save({"key": key, "log_probs": log_probs}, path)
@@ -88,7 +88,7 @@ def load_or_compute_reference(
 
 @torch.no_grad()
 def reference_log_probs(dist: DistContext, model: Transformer, answers: ChatDataset, batch_size: int) -> Tensor:
-    """log p of every answer token of a split, (tokens,), 0 elsewhere; however many processes share the batches."""
+    """Return log p of every answer token of a split, (tokens,), 0 at other tokens. Processes share the batches."""
     starts, order = answers.tokens.offsets(), answers.lengths().argsort(kind="stable")
     log_prob_stream = torch.zeros(answers.tokens.tokens)
     for number, first in enumerate(range(0, len(order), batch_size)):
@@ -101,12 +101,12 @@ def reference_log_probs(dist: DistContext, model: Transformer, answers: ChatData
             log_probs = token_log_probs(hidden, output_weight(model), batch["labels"]).cpu()
         for document, values in zip(documents, log_probs, strict=True):
             start, end = starts[document], starts[document + 1]
-            log_prob_stream[start + 1 : end] = values[: end - start - 1]  # labels are moved on by one
+            log_prob_stream[start + 1 : end] = values[: end - start - 1]  # labels are shifted by one
     return dist.all_reduce_tensor(log_prob_stream)
 
 
 def folder_fingerprint(folder: str) -> str:
-    """16 hex digits that name a token folder by every id and mask in it."""
+    """Return 16 hex digits of the SHA-256 over all token ids and masks of a token folder."""
     digest = hashlib.sha256()
     for file in sorted([*Path(folder).glob("*.bin"), *Path(folder).glob("*.mask")]):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
@@ -116,13 +116,14 @@ def folder_fingerprint(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- what is logged --------------------------------------------------------------------------------------------------
+# ---- metrics ---------------------------------------------------------------------------------------------------------
 def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tensor) -> dict[str, Tensor]:
-    """Sums over the pairs of a batch, to be averaged by the loop. log_probs as batch["reference"]: (2 pairs, seq).
+    """Return metrics summed over the pairs of a batch; the loop divides them by the number of pairs.
 
-    pairs: (pairs,), 1 where there is a pair. kl is per token of both answers: the estimator (r - 1) - log r, r = pi /
-    pi_ref ("k3", Schulman 2020, http://joschu.net/blog/kl-approx.html), which for tokens drawn from pi_ref has the mean
-    KL(pi_ref || pi). These tokens were written by somebody else, so it is a gauge of the distance, not the distance.
+    log_probs: (2 * pairs, seq), as batch["reference"]. margin: (pairs,). pairs: (pairs,), True where there is a pair.
+    kl is the mean over the tokens of both answers of (r - 1) - log r with r = pi / pi_ref: the estimator "k3" (Schulman
+    2020, http://joschu.net/blog/kl-approx.html), which is unbiased for KL(pi_ref || pi) if the tokens are sampled from
+    pi_ref. Dataset answers are not, so kl only indicates the distance between the two models.
     """
     answers = batch["labels"] != IGNORE_INDEX
     ratio, lengths = (log_probs - batch["reference"]).detach() * answers, answers.sum(1)  # log r of every token
@@ -138,12 +139,12 @@ def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: T
         "reward_accuracy": (margin > 0).float(),
         "chosen_preferred": prefers_chosen(
             log_probs
-        ),  # per token; no comparison with the parent, but the parent has one too
+        ),  # log p per token of chosen > rejected, under pi; the next entry is the same under pi_ref
         "chosen_preferred_before": prefers_chosen(batch["reference"]),
         "reward_margin": margin.detach(),
         "chosen_logp": chosen,
         "rejected_logp": rejected,
-        "chosen_logp_delta": ratio.sum(1).chunk(2)[0],  # of log p of the whole answer, against the reference
+        "chosen_logp_delta": ratio.sum(1).chunk(2)[0],  # log pi(chosen) - log pi_ref(chosen), of the whole answer
         "kl": (chosen_k3 + rejected_k3) / (chosen_length + rejected_length).clamp(min=1),
         "chosen_length": chosen_length,
         "rejected_length": rejected_length,
@@ -152,7 +153,7 @@ def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: T
 
 
 def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[str, Any]]) -> None:
-    """Say the pairs' share of Chinese beside that of the chats that the parent learnt to answer from."""
+    """Print the fraction of Chinese pairs next to that of the parent's SFT chats; warn if they differ strongly."""
 
     def chinese_fraction(tokens: str | Path) -> float:
         documents = {name: mix["documents"] for name, mix in read_meta(tokens)["report"]["languages"].items()}
@@ -163,33 +164,34 @@ def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[st
     try:
         chats_fraction = (
             chinese_fraction(chats / Path(folder).name) if chats else None
-        )  # tokens-<tokenizer>, there as here
+        )  # the token folder tokens-<tokenizer> has the same name in both data folders
     except (UserError, KeyError):
         chats_fraction = None
     if chats_fraction is None:
         dist.print0(
             f"languages: {pairs_fraction:.0%} of the pairs are Chinese; "
-            "the chats of the parent are not there to compare with"
+            "the chats that the parent was trained on are not available for comparison"
         )
         return
     dist.print0(
         f"languages: {pairs_fraction:.0%} of the pairs are Chinese, "
-        f"{chats_fraction:.0%} of the chats that the parent learnt from"
+        f"{chats_fraction:.0%} of the chats that the parent was trained on"
     )
     if abs(pairs_fraction - chats_fraction) > LANGUAGE_MIX_TOLERANCE:
         less = "English" if pairs_fraction > chats_fraction else "Chinese"
         dist.print0(
-            f"WARNING: the mixes differ strongly; {less} gets little preference data: what it had learnt may suffer"
+            f"WARNING: the language mixes differ strongly; {less} gets little preference data and may get worse"
         )
 
 
-# ---- when to stop ----------------------------------------------------------------------------------------------------
+# ---- early stop ------------------------------------------------------------------------------------------------------
 def chosen_drop_stop(dist: DistContext, args: argparse.Namespace, reference_path: Path) -> Callable[[MetricRow], str]:
-    """The question that the loop asks after every step: is there a reason to end here?
+    """Return the `early_stop` of the stage: MetricRow -> reason to stop, or "". The loop calls it after every step.
 
-    The default bound of 0.2 nats per token: on the demo world a rate that kept the right answers cost up to 0.06, one
-    that lost half of them passed 0.2 after 40 of 181 steps and went on to 1, with every held-out pair ranked right.
-    Raises UserError when the first loss is not that of a policy that equals its reference.
+    It raises UserError if the first loss is not that of a policy that equals its reference.
+    Default --max_chosen_drop 0.2 nats per token, measured on the demo world: with a learning rate that kept the correct
+    answers the drop stayed below 0.06; with one that lost half of them it passed 0.2 after 40 of 181 steps and reached
+    1, while every held-out pair was ranked correctly.
     """
     expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
 
@@ -202,26 +204,25 @@ def chosen_drop_stop(dist: DistContext, args: argparse.Namespace, reference_path
             if abs(first - expected) > tolerance:
                 raise UserError(
                     f"the first loss is {first:.4f}, not {expected:.4f} ± {tolerance:g}, so the model does not equal "
-                    f"its "
-                    f"reference: delete {reference_path} and start with --resume never"
+                    f"its reference: delete {reference_path} and start anew with --resume never"
                 )
-            dist.print0(f"first loss {first:.4f}, expected {expected:.4f} ± {tolerance:g}: as it should be")
+            dist.print0(f"first loss {first:.4f}, expected {expected:.4f} ± {tolerance:g}: ok")
         drop = -row["chosen_logp_delta"] / max(row["chosen_length"], 1)
         if args.max_chosen_drop and drop > args.max_chosen_drop:
             return (
-                f"the chosen answers have become e^{drop:.2f} times less likely per token than they were to the parent "
-                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate, more --sft_weight"
+                f"the chosen answers have become e^{drop:.2f} times less likely per token than under the parent "
+                f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate or a higher --sft_weight"
             )
         return ""
 
     return early_stop
 
 
-# ---- answers that repeat themselves ----------------------------------------------------------------------------------
+# ---- repetition loops ------------------------------------------------------------------------------------------------
 def repetition_rate(
     dist: DistContext, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, PreferenceDataset]
 ) -> dict[str, float]:
-    """Share of looping answers (greedy, at most 128 tokens) to the first 32 held-out prompts of each split."""
+    """Return the fraction of answers with a repetition loop by split: greedy, 32 prompts, at most 128 tokens each."""
     rates, settings = {}, SamplingParams(max_new_tokens=REPETITION_TOKENS)
     for split, pairs in validation.items():
         prompts = [pairs.prompt_ids(row) for row in range(min(len(pairs), REPETITION_PROMPTS))]
@@ -234,13 +235,13 @@ def repetition_rate(
 def measure_repetition(
     dist: DistContext, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, PreferenceDataset]
 ) -> Callable[[], MetricRow]:
-    """Measure the loop rate now, and again when the returned function is called: the loop logs what it gives."""
+    """Measure the loop rate now. Returns the stage's `final_metrics`, which measures it again after training."""
 
     def measure(when: str) -> dict[str, float]:
         rates = repetition_rate(dist, model, tokenizer, validation) if dist.is_rank0 else {}
         dist.barrier()
         shown = ", ".join(f"{split} {rate:.0%}" for split, rate in rates.items())
-        dist.print0(f"answers that loop, {when}: {shown or 'no held-out prompt to answer'}")
+        dist.print0(f"answers that loop, {when}: {shown or 'no held-out prompts'}")
         return rates
 
     before = measure("before")

@@ -1,13 +1,15 @@
-"""The engine of one process, or of several under DDP: forward, backward, optimizer step and state for the loop.
+"""Engine: forward, backward, optimizer step and state, for one process or for several with DDP.
 
-    forward_backward(batch)  forward and backward    optimizer_step()  clip, update the weights
-    state_dict(), load_state_dict()  what a checkpoint holds;  evaluate(batch)  forward;  gather_weights()  update
-    stage.model
+    forward_backward(batch)           forward and backward of a micro-batch; gradients accumulate
+    optimizer_step()                  clip the gradient, update the weights
+    evaluate(batch)                   forward without gradients
+    state_dict(), load_state_dict()   trainable weights and optimizer state, for the step folders
+    gather_weights()                  copy the weights to stage.model on rank 0
 
-The wrapped module is the stage's whole loss, from the batch to the sum: a weight that the loss uses outside the model's
-own forward (the output layer) is then in the reach of FSDP and ZeRO like every other. Weights stay fp32 and matrix
-products are made in --dtype by autocast, so that all engines give the losses of one process, to rounding.
-Read next: parallel.py (the engines of several processes), loop.py (the caller), train_state.py (where a state goes).
+The wrapped module (StageLoss) maps a batch to its loss. It contains the whole loss because the loss uses the weight of
+the output layer outside the model's forward, and FSDP and ZeRO gather only weights that their module's forward uses.
+Weights are fp32; autocast computes matrix products in --dtype. So all engines give the same losses up to rounding.
+Read next: parallel.py (FSDP, ZeRO), loop.py (the caller), train_state.py (saved states).
 """
 
 import argparse
@@ -31,7 +33,7 @@ from trainer.state_files import SavedState, TensorDict
 
 
 class StageLoss(nn.Module):
-    """What is learnt, as one module: batch -> (sum of losses, how many, {name: sum to be logged})."""
+    """The stage's loss as a module: batch -> (sum of losses, number of tokens or pairs, {name: sum to log})."""
 
     def __init__(self, dist: DistContext, stage: Stage, model: nn.Module) -> None:
         super().__init__()
@@ -44,16 +46,16 @@ class StageLoss(nn.Module):
 
 
 class Engine:
-    """One process, or several that each hold all of the model.
+    """Engine of one process, or of several that each hold the whole model (DDP).
 
-    `model`: the Transformer whose weights move: stage.model itself here, a twin of it where pieces are held.
+    `model`: the Transformer that is trained: stage.model here, a copy of it in the engines with sharded weights.
     """
 
     model: Transformer
-    module: Any  # StageLoss as it is trained
-    eval_module: Any  # StageLoss as it is evaluated
+    module: Any  # StageLoss for training, wrapped by DDP, FSDP or DeepSpeed
+    eval_module: Any  # StageLoss for evaluation
     optimizers: list[torch.optim.Optimizer]
-    replicated = True  # whether what `state_dict` holds whole is held by every process
+    replicated = True  # whether every process holds all unsharded tensors of `state_dict`
 
     def __init__(self, dist: DistContext, args: argparse.Namespace, stage: Stage) -> None:
         self.dist, self.args, self.stage = dist, args, stage
@@ -83,9 +85,9 @@ class Engine:
         return compiled
 
     def forward_backward(self, batch: Batch, loss_scale: float, last: bool) -> tuple[Tensor, int, dict[str, Any]]:
-        """Add the gradient of `loss_scale` x the loss of a micro-batch; with the `last` one, average over ranks.
+        """Accumulate the gradient of `loss_scale` x the loss of a micro-batch; average it over ranks after the `last`.
 
-        Returns what the stage's compute_loss does.
+        Returns what compute_loss returns: (sum of losses, number of tokens or pairs, {name: sum to log}).
         """
         is_accumulating = isinstance(self.module, DistributedDataParallel) and not last
         with self.module.no_sync() if is_accumulating else contextlib.nullcontext():
@@ -94,9 +96,9 @@ class Engine:
         return loss.detach(), count, extras
 
     def optimizer_step(self, clip: float, loss_is_finite: bool) -> float:
-        """Clip to the norm `clip` (0: not at all) and move the weights; returns the norm of all gradients before.
+        """Clip the gradient to the norm `clip` (0: no clipping), update the weights, return the norm before clipping.
 
-        Nothing moves when the loss or the norm is not finite.
+        The weights stay unchanged if the loss or the norm is not finite.
         """
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -104,7 +106,7 @@ class Engine:
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         for optimizer in self.optimizers:
             if self.scaler.is_enabled() or (loss_is_finite and math.isfinite(norm)):
-                self.scaler.step(optimizer)  # an fp16 step with non-finite gradients is skipped inside
+                self.scaler.step(optimizer)  # with fp16 it skips a step with non-finite gradients
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return float(norm)
@@ -118,16 +120,16 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, int, dict[str, Any]]:
-        """The loss of a batch without its gradient. All processes must call it equally often."""
+        """Return the loss of a batch, without gradients. All processes must call it equally often."""
         result: tuple[Tensor, int, dict[str, Any]] = self.eval_module(batch)
         return result
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that move, by the names they have in a checkpoint."""
+        """Return the trainable parameters by their names in a checkpoint."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def state_dict(self) -> TensorDict:
-        """What a checkpoint holds: the live tensors, each under one name however it is cut."""
+        """Return trainable weights and optimizer state: live tensors, not copies; names do not depend on sharding."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.trainable_parameters().items()}
         state = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
         for optimizer in self.optimizers:
@@ -136,26 +138,26 @@ class Engine:
         return state
 
     def load_state_dict(self, saved: SavedState) -> None:
-        """Fill the optimizers from a checkpoint; stage.model was filled before `build`."""
+        """Load the optimizer state from a step folder. The weights of stage.model were loaded before `build`."""
         for optimizer in self.optimizers:
             init_optimizer_state(optimizer)
             for parameter, name in [
                 (p, name) for name, p in self.trainable_parameters().items() if p in optimizer.state
             ]:
                 if not any(key.startswith(f"optimizer.{name}.") for key in saved.tensors):
-                    del optimizer.state[parameter]  # it had not moved yet
+                    del optimizer.state[parameter]  # it had no optimizer step before the save
         saved.load({name: tensor for name, tensor in self.state_dict().items() if name.startswith("optimizer.")})
 
     def gather_weights(self) -> None:
-        """Bring stage.model up to date on the first process. Here it is."""
+        """Copy the weights to stage.model on rank 0. Here they are the same tensors."""
 
     def close(self) -> None:
-        """Let go of what was taken."""
+        """Release the resources of the engine."""
 
 
 @torch.no_grad()
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimizer make its state: a step at rate 0 with gradients of 0 moves nothing."""
+    """Allocate the state of an optimizer by a step with learning rate 0 and zero gradients: weights do not change."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the schedule sets it again before every step
         for parameter in group["params"]:

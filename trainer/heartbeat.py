@@ -1,15 +1,15 @@
-"""Signs of life between the processes of one run: a killed, stopped or stuck rank ends the run with one line.
+"""Heartbeats between the ranks of a run: a killed, stopped or stuck rank ends the run with one error line.
 
-Once a second a thread of every rank writes [count, step, state, host, process] into the rendezvous store that torchrun
-or rank 0 hosts, and reads what the others wrote. The count changes as long as the process runs, also while its main
-thread trains, saves or waits: work that takes long is no reason to end. The run ends
+Once per second a thread of every rank writes [count, step, state, host, process] to the rendezvous store, which
+torchrun or rank 0 hosts, and reads those of the other ranks. The count increases while the process runs, also while its
+main thread trains, saves or waits, so long computations do not end the run. The run ends
 
-    at once             when a collective fails, because a rank was killed: its count no longer changes
-    --dist_timeout      when a collective fails because a rank is stopped, or is alive and does not take part
-    15 s after that     when no collective would ever fail: os._exit from the thread
-    launcher killed     the thread sends SIGTERM to its own process: save and leave, as torchrun itself would have asked
+    at once             if a rank was killed: a collective fails, and the count of that rank no longer changes
+    --dist_timeout      if a rank is stopped, or runs without taking part: a collective times out
+    15 s after that     if no collective fails: the thread calls os._exit
+    launcher killed     the thread sends SIGTERM to its own process, as torchrun does: the loop saves and ends
 
-Read next: distributed.py (who starts it).
+Read next: distributed.py (starts the heartbeat).
 """
 
 import json
@@ -28,15 +28,15 @@ import torch.distributed
 from common.errors import UserError
 from common.signals import print_error
 
-HEARTBEAT_INTERVAL = 1.0  # seconds between two signs of life
-SILENCE_LIMIT = 3.5 * HEARTBEAT_INTERVAL  # after a failed collective, a rank without one for so long is lost
-FAILURE_GRACE = 6.0  # seconds in which ranks are given the time to say that a collective failed for them too
-EXIT_DELAY = 15.0  # seconds after the collectives' own timeout
+HEARTBEAT_INTERVAL = 1.0  # seconds between two heartbeats of a rank
+SILENCE_LIMIT = 3.5 * HEARTBEAT_INTERVAL  # after a failed collective, a rank without a heartbeat for so long is lost
+FAILURE_GRACE = 6.0  # seconds in which the other ranks can report that the collective failed for them, too
+EXIT_DELAY = 15.0  # seconds between the timeout of collectives and os._exit
 RESUME_ADVICE = "the same command resumes from the last save"
 
 
 class RankState(Protocol):
-    """What the heartbeat reads of a process's run (`DistContext` in distributed.py)."""
+    """The attributes of `DistContext` (distributed.py) that the heartbeat uses."""
 
     rank: int
     world_size: int
@@ -47,11 +47,11 @@ class RankState(Protocol):
 
 
 class Heartbeat:
-    """The thread of one rank. Start it when the process group is there; `stop` it before that is destroyed."""
+    """Heartbeat thread of one rank. Create it after the process group; call `stop` before destroying the group."""
 
     def __init__(self, dist: RankState, timeout: float) -> None:
         self.dist, self.timeout = dist, timeout
-        self.state = ""  # "failed": a collective did; "ended": this rank has said why it ends; "done": all is well
+        self.state = ""  # "failed": a collective failed; "ended": this rank ends with its own error; "done": success
         self.launcher_pids = find_launcher_pids()
         self.address = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0)))
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -60,16 +60,16 @@ class Heartbeat:
         )
         self.store = torch.distributed.PrefixStore(f"heartbeat/{restart}", store)
         self.count = time.time_ns()
-        self.beats: dict[int, tuple[str, float]] = {}  # of every other rank: the newest sign, and when it was new
-        self.store_answered_at = time.monotonic()  # when the store last did
+        self.beats: dict[int, tuple[str, float]] = {}  # rank -> (last heartbeat, time at which it arrived)
+        self.store_answered_at = time.monotonic()
         self.write_beat()
-        dist.barrier()  # now every rank has written one
+        dist.barrier()  # until every rank has written a heartbeat
         self.stop_event = threading.Event()
         self.thread = threading.Thread(target=self.run_loop, daemon=True, name="heartbeat")
         self.thread.start()
 
     def stop(self, state: str) -> None:
-        """End the thread; its last sign of life tells the others the state: "done" or "ended"."""
+        """End the thread. Its last heartbeat reports `state` to the other ranks: "done" or "ended"."""
         self.state = self.state or state
         self.stop_event.set()
         self.thread.join(2 * HEARTBEAT_INTERVAL)
@@ -79,7 +79,7 @@ class Heartbeat:
         last, orphaned = time.monotonic(), 0.0
         while not self.stop_event.wait(HEARTBEAT_INTERVAL):
             now = time.monotonic()
-            if now - last > 10 * HEARTBEAT_INTERVAL:  # this process itself was stopped: the others may have been, too
+            if now - last > 10 * HEARTBEAT_INTERVAL:  # this process was stopped; the others may have been, too
                 self.beats = {rank: (beat, now) for rank, (beat, _) in self.beats.items()}
                 self.store_answered_at = now
             last = now
@@ -90,14 +90,14 @@ class Heartbeat:
             if not orphaned:
                 self.exchange_beats()
             elif now - orphaned > self.timeout:
-                self.exit_process("the launcher was killed, and this run could not save and leave")
+                self.exit_process("the launcher was killed, and this run could not save in time")
             if not orphaned and not self.state:
                 self.exit_if_ranks_lost(now)
         if not orphaned:  # else the store is gone with torchrun
             self.exchange_beats()
 
     def exchange_beats(self) -> None:
-        """Write this rank's sign of life and read the others'."""
+        """Write this rank's heartbeat and read those of the other ranks."""
         others = [rank for rank in range(self.dist.world_size) if rank != self.dist.rank]
         with suppress(RuntimeError):  # DistError: the store is gone
             self.write_beat()
@@ -113,13 +113,13 @@ class Heartbeat:
         self.store.set(str(self.dist.rank), json.dumps(beat))
 
     def exit_if_ranks_lost(self, now: float) -> None:
-        """End the process when a rank, or the store, has been silent for too long."""
+        """End the process if a rank or the store has been silent for longer than the limit."""
         limit = self.timeout + EXIT_DELAY
         if now - self.store_answered_at > limit:
             self.exit_process(
                 f"the rendezvous at {self.address[0]}:{self.address[1]} has not answered for {limit:.0f} s"
             )
-        if self.dist.stop_requested:  # by a launcher that has noticed it already
+        if self.dist.stop_requested:  # by the launcher, which has noticed the lost rank
             limit = 2 * SILENCE_LIMIT
         if lost_ranks := self.silent_ranks(limit):
             self.exit_process(self.lost_ranks_message(lost_ranks), self.is_reporting_rank(lost_ranks))
@@ -129,7 +129,7 @@ class Heartbeat:
             print_error(f"error: {text}; {RESUME_ADVICE}")
         os._exit(2)
 
-    # ---- who is lost -------------------------------------------------------------------------------------------------
+    # ---- lost ranks --------------------------------------------------------------------------------------------------
     def last_beat(self, rank: int) -> list[Any]:
         found: list[Any] = json.loads(self.beats[rank][0])
         return found
@@ -138,13 +138,13 @@ class Heartbeat:
         return {rank: self.last_beat(rank)[2] for rank in self.beats}
 
     def silent_ranks(self, seconds: float) -> list[int]:
-        """The ranks that have not ended and gave no sign of life for so many seconds, the longest silent one first."""
+        """Return the running ranks without a heartbeat for so many seconds, the longest silent one first."""
         now = time.monotonic()
         silent_since = sorted((when, rank) for rank, (_, when) in self.beats.items() if now - when > seconds)
         return [rank for _, rank in silent_since if self.last_beat(rank)[2] not in ("ended", "done")]
 
     def is_reporting_rank(self, lost_ranks: list[int]) -> bool:
-        """Whether this rank is the one that speaks."""
+        """Whether this rank prints the error: it is the lowest rank that is not lost."""
         return self.dist.rank == min(rank for rank in range(self.dist.world_size) if rank not in lost_ranks)
 
     def lost_ranks_message(self, lost_ranks: list[int]) -> str:
@@ -153,14 +153,15 @@ class Heartbeat:
         more = f" and {len(lost_ranks) - 1} more" if len(lost_ranks) > 1 else ""
         seconds = time.monotonic() - self.beats[rank][1]
         return (
-            f"rank {rank} (process {process} on {host}){more} has given no sign of life for {seconds:.0f} s, after "
+            f"rank {rank} (process {process} on {host}){more} has sent no heartbeat for {seconds:.0f} s, after "
             f"step {step}: it was killed or stopped, or its machine is lost"
         )
 
     def make_error(self, error: RuntimeError) -> BaseException:
-        """What to raise after a failed collective: a UserError that names the rank, on one rank; SystemExit elsewhere.
+        """Return the exception to raise after a failed collective.
 
-        A rank that ended by an error of its own has printed it, so that the others end without a word.
+        On one rank a UserError that names the lost or stuck rank, on the others SystemExit. SystemExit on all ranks if
+        a rank ended with its own error, which it has printed.
         """
         self.state = "failed"
         until = time.monotonic() + FAILURE_GRACE
@@ -173,7 +174,7 @@ class Heartbeat:
         if not lost_ranks and time.monotonic() - self.store_answered_at > SILENCE_LIMIT:
             rendezvous = f"the rendezvous at {self.address[0]}:{self.address[1]}"
             return UserError(
-                f"the connection to the other ranks is lost ({short_message(error)}), and {rendezvous} is gone"
+                f"the connection to the other ranks is lost ({short_message(error)}), and {rendezvous} does not answer"
             )
         stuck_ranks = [rank for rank, state in self.rank_states().items() if state not in ("failed", "done")]
         if not self.is_reporting_rank(lost_ranks or stuck_ranks):
@@ -190,7 +191,7 @@ class Heartbeat:
 
 
 def find_connection_error(error: BaseException | None) -> RuntimeError | None:
-    """The error of a collective whose peer is gone or late, if that is what `error` is or what it came on top of."""
+    """Return the error of a failed collective in `error` or its chain of contexts, or None."""
     while error is not None:
         text = str(error)
         if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in text):
@@ -204,9 +205,9 @@ def short_message(error: BaseException) -> str:
 
 
 def find_launcher_pids() -> list[int]:
-    """The processes that started this one: torchrun, or deepspeed's launch.py and the `deepspeed` command above it.
+    """Return the pids of the launcher: torchrun, or deepspeed's launch.py and the `deepspeed` command above it.
 
-    What started the launcher, such as a shell, may end without ending the run.
+    The parent of the launcher, such as a shell, is not included: it may end without ending the run.
     """
     found = [os.getppid()]
     with suppress(OSError, IndexError, ValueError):  # no /proc

@@ -1,12 +1,13 @@
-"""The one training loop. A script says what is learnt (its loss and data), this file says when things happen.
+"""The training loop of all stages. The script supplies the loss function and the data (stage.py).
 
     for each step:
-        count the trained tokens of all micro-batches of all processes
-        for each micro-batch:   sum of losses = compute_loss(model, batch);   backward of it / that number
-        clip; step; log; validate; save
+        N = number of trained tokens in all micro-batches of all processes
+        for each micro-batch:   loss_sum = compute_loss(model, batch);   (loss_sum / N).backward()
+        clip the gradient; optimizer step; log; validate; save
 
-So batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding. The step number alone decides the data, the learning
-rate and the seed of dropout: a run that was killed goes on from its last save and ends with the very same weights.
+Dividing by N makes gradient accumulation exact: batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2 accumulated, up to
+floating-point rounding. Data, learning rate and dropout seed depend only on the step number, so a killed run resumes
+from its last save and ends with the same weights as an uninterrupted one.
 Read next: stage.py, sampler.py, loss.py, engine.py, train_state.py.
 """
 
@@ -39,10 +40,10 @@ from trainer.train_state import TrainState, load_train_state, resolve_global_bat
 
 @with_run_lock
 def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
-    """Run the stage to its end (steps, minutes, or a signal) and save; returns the path of the model.
+    """Train until the last step, the time limit or a signal, then save. Returns the path of the checkpoint.
 
-    Raises UserError when the run has no step, when it ends with non-finite numbers or diverges (loss_guard.py: the last
-    good save stays), or when a resume file belongs to another run.
+    Raises UserError if the run has no steps, if it diverges or ends with non-finite values (loss_guard.py; the last
+    good save is kept), or if the resume folder belongs to another run.
     """
     path = stage.checkpoint_path(args.out_dir)
     stage.model.activation_checkpointing = args.checkpoint_activations
@@ -56,14 +57,14 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
     engine = make_engine(dist, args, stage)
     if saved_state:
         engine.load_state_dict(saved_state)
-        if train_state.scaler:  # fp16 then and now
+        if train_state.scaler:  # empty unless the saved run used fp16
             engine.scaler.load_state_dict(train_state.scaler)
     elif not stage.lineage:
         check_first_loss(dist, args, stage, sampler, engine)
     batches = MicroBatches(stage.data, sampler, args.batch_size, dist.rank, dist.world_size)
     end = (
         train_state.step if train_state.objection else total
-    )  # a run that had ended only lacks its last validation and save
+    )  # after an early stop only the final validation and save are missing
     logger = open_metric_logger(dist, args, stage, path, total, train_state.step)
     writer = CheckpointWriter(dist, path, is_resuming=saved_state is not None)
     guard = NonFiniteGuard(dist, args, stage, sampler, logger)
@@ -71,9 +72,9 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
     step_batches: list[Batch] = []
 
     def save(final: bool = False) -> str:
-        """Save, and return ""; or, when the state is not good, return why."""
-        writer.wait()  # the one before
-        dist.barrier()  # for the first process, which has the most to write
+        """Save and return "", or return why the state must not be saved."""
+        writer.wait()  # until the previous save is on disk
+        dist.barrier()  # wait for rank 0, which writes the most
         engine.gather_weights()
         if problem := guard.save_problem(engine, step_batches, final):
             return problem
@@ -91,7 +92,7 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
     pause_reason, stop_reason = (
         "",
         train_state.objection,
-    )  # why the run ends early: for now, or because the guard objects
+    )  # why the run ends early: resumable (signal, time limit), or final (early stop)
     is_save_due = is_stopped = False
     try:
         with dist.graceful_shutdown():
@@ -113,25 +114,25 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
                 train_state.objection = stop_reason = stage.early_stop(row) if stage.early_stop else ""
                 pause_reason = "" if train_state.step == total or stop_reason else interruption(result, timer)
                 if is_stopped := bool(pause_reason and result["stop"]):
-                    dist.stop_requested = dist.stop_requested or "SIGTERM"  # that another process received
+                    dist.stop_requested = dist.stop_requested or "SIGTERM"  # received by another process
                 is_last = bool(pause_reason or stop_reason) or train_state.step == total
                 if train_state.step % args.log_interval == 0 or train_state.step == 1 or is_last:
                     logger.log(row)
                 if is_last:
-                    break  # the final validation and save come below
+                    break  # the final validation and save follow the loop
                 if train_state.step % args.eval_interval == 0:
                     logger.log_validation(validate(dist, args, engine, stage, train_state, args.eval_tokens))
                 if is_save_due or train_state.step % args.save_interval == 0:
                     is_save_due = guard.postpone_save(save(), is_save_due)
             if problem := save(final=True):
                 raise guard.make_error(problem)
-            writer.wait()  # before a second signal can interrupt it
+            writer.wait()  # still inside graceful_shutdown, so that a second signal cannot interrupt the write
         if stage.validation and not is_stopped:
             train_state.validation = validate(dist, args, engine, stage, train_state, 8 * args.eval_tokens)
             train_state.validation |= stage.final_metrics() if stage.final_metrics else {}
             logger.log_validation(train_state.validation)
             guard.check_validation(train_state.validation["val_loss"])
-            save(final=True)  # once more, with the final scores in the lineage
+            save(final=True)  # save again, with the validation results in the lineage
         writer.close(complete=not pause_reason)
     finally:
         writer.abort()
@@ -144,7 +145,7 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
 def open_metric_logger(
     dist: DistContext, args: argparse.Namespace, stage: Stage, path: Path, total: int, last_step: int
 ) -> MetricLogger:
-    """The run's log beside its model, continued behind step `last_step`; with --use_wandb it is sent there too."""
+    """Open the log next to the checkpoint, continued after step `last_step`; with --use_wandb also a wandb run."""
     logger = MetricLogger(path.with_suffix(".jsonl"), stage.name, total, dist.is_rank0, last_step)
     if args.use_wandb and dist.is_rank0:
         logger.tracker = open_wandb(args.wandb_project, args.wandb_run_name, vars(args))
@@ -152,20 +153,25 @@ def open_metric_logger(
 
 
 def describe_stop(step: int, total: int, pause_reason: str, stop_reason: str) -> str:
-    """Why a run ended before its last step, in brackets; nothing when it did not."""
+    """Return why a run ended before its last step, in parentheses, or "" if it did not."""
     if stop_reason:
         return f" (stopped at step {step} of {total}: {stop_reason})"
-    return f" ({pause_reason}, step {step} of {total}; run again to go on)" if pause_reason else ""
+    return f" ({pause_reason}, step {step} of {total}; run again to resume)" if pause_reason else ""
 
 
 def train_step(
     dist: DistContext, args: argparse.Namespace, engine: Engine, stage: Stage, batches: list[Batch]
 ) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches. Returns what all processes saw together."""
+    """Make one optimizer step over this process's micro-batches. Returns sums over all processes.
+
+    Keys: loss (sum), tokens (trained tokens or pairs), real_tokens (tokens that are not padding), positions (all),
+    stop (number of processes with a stop signal), grad_norm (before clipping), skipped (1.0 if the loss or the norm is
+    not finite), and the sums that compute_loss returns.
+    """
     num_targets = dist.all_reduce_sum([float(sum(map(stage.count_targets, batches)))])[0]
     loss_scale = dist.world_size / max(
         num_targets, 1.0
-    )  # of the summed loss of everybody; engines average over processes
+    )  # times world_size, because engines average gradients over processes
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real_tokens": 0.0, "positions": 0.0}
     for i, batch in enumerate(batches):
         loss, count, extras = engine.forward_backward(
@@ -198,9 +204,9 @@ def accumulate(sums: dict[str, float], values: dict[str, Any] | None = None) -> 
 def validate(
     dist: DistContext, args: argparse.Namespace, engine: Engine, stage: Stage, train_state: TrainState, max_tokens: int
 ) -> MetricRow:
-    """Loss and extras per trained token (or pair) of every validation split, by the very loss that is trained.
+    """Return the mean loss and metrics per trained token (or pair) of every validation split, with the training loss.
 
-    For tokens also bits per byte = summed loss / ln 2 / UTF-8 bytes that the trained tokens stand for.
+    For token losses also bits_per_byte = loss sum / ln 2 / UTF-8 bytes of the trained tokens.
     """
     bytes_per_token = torch.from_numpy(stage.tokenizer.byte_lengths())
     row: MetricRow = {"step": train_state.step, f"{stage.loss_unit}s": train_state.tokens, "val_loss": {}}
@@ -225,14 +231,14 @@ def validate(
 
 
 def interruption(result: dict[str, float], timer: TrainingTimer) -> str:
-    """Why the run ends before its last step; empty when it does not."""
+    """Return why the run has to pause before its last step, or ""."""
     if result["stop"]:
         return "SIGINT, SIGTERM or SIGHUP"
-    return f"{timer.limit_seconds / 60:g} minutes are over" if timer.is_expired else ""
+    return f"the time limit of {timer.limit_seconds / 60:g} minutes is reached" if timer.is_expired else ""
 
 
 def mean_metrics(sums: dict[str, float], count: float) -> dict[str, float]:
-    """What a loss wants logged, per token or pair; not the balance loss of a model without a router, which is 0."""
+    """Return the metrics per token or pair, without the auxiliary loss of a dense model, which is always 0."""
     return {name: value / max(count, 1) for name, value in sums.items() if value or name != "aux_loss"}
 
 
@@ -268,7 +274,7 @@ def training_metrics(
 def lineage_entry(
     args: argparse.Namespace, stage: Stage, train_state: TrainState, stop_reason: str = ""
 ) -> dict[str, Any]:
-    """This stage's line in the lineage of its checkpoint."""
+    """Return the entry of this stage in the lineage of its checkpoint."""
     unit_key = f"{stage.loss_unit}s"
     return {
         "stage": stage.name,

@@ -1,13 +1,13 @@
-"""The one loss of pretraining and SFT: cross-entropy of the next token, without ever holding all logits.
+"""Chunked cross-entropy for pretraining and SFT, and per-token log-probabilities for DPO.
 
-    loss = sum over trained positions of  logsumexp(h W^T) - (h W^T)[label]
+    logits            = h W^T                       h: (n, dim) hidden states, W: (vocab, dim)
+    loss              = sum over trained positions of  logsumexp(logits) - logits[label]
     d loss / d logits = softmax(logits) - onehot(label)
 
-and for DPO the same log-probabilities one by one.
-
-The logits of one batch (tokens x vocabulary, fp32) are the largest tensor of a small model's training step. They are
-made a chunk at a time, and the gradient is taken on the spot, so nothing of that size waits for the backward pass.
-Read next: loop.py (who divides the sum).
+The logits of a batch (tokens x vocab, fp32) are the largest tensor of a small model's training step. They are computed
+in chunks of LOGITS_CHUNK positions, and the gradient of each chunk in the forward pass, so that the logits of the whole
+batch never exist at once.
+Read next: loop.py (divides the sum by the number of tokens).
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from model.checkpoint import unwrap_model
 
 IGNORE_INDEX = -100  # the label of a position that is not trained
-LOGITS_CHUNK = 1024  # positions whose logits exist at one time
-# Positions are filled up to a multiple of this: a CPU keeps memory for every shape of product that it has met.
+LOGITS_CHUNK = 1024  # positions per chunk
+# Positions are padded to a multiple of this: on a CPU every new matmul shape allocates a new buffer.
 COUNT_MULTIPLE = 128
 
 
@@ -56,16 +56,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def output_weight(model: nn.Module) -> Tensor:
-    """The matrix (vocab, dim) that turns hidden states into logits, also of a model wrapped by DDP or torch.compile."""
+    """Return the output layer's weight, (vocab, dim), also of a model wrapped by DDP or torch.compile."""
     return unwrap_model(model).lm_head.weight
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Summed -log p(label) over the trained positions, and how many they are.
+    """Return the sum of -log p(label) over the trained positions (a scalar, fp32) and the number of these positions.
 
     hidden: (batch, seq, dim), the output of the model. weight: (vocab, dim), the output layer.
-    labels: (batch, seq), IGNORE_INDEX where nothing is trained. Logits are made at trained positions only.
-    A batch without any trained position gives 0 with zero gradients.
+    labels: (batch, seq), IGNORE_INDEX where nothing is trained; logits are computed only at the other positions.
+    A batch without trained positions gives 0 with zero gradients.
     """
     rows, targets, count = trained_positions(hidden, labels)
     device = hidden.device.type
@@ -74,10 +74,10 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
 
 
 def trained_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Hidden states (n, dim) and labels (n,) of the trained positions, and how many they are.
+    """Return hidden states (n, dim) and labels (n,) of the trained positions, and their number.
 
-    n is that number filled up to a multiple of COUNT_MULTIPLE with zeros and IGNORE_INDEX. Zeros give the weight no
-    gradient.
+    n is that number rounded up to a multiple of COUNT_MULTIPLE; the padding is zeros and IGNORE_INDEX, which add
+    nothing to the gradient of the weight.
     """
     trained = labels != IGNORE_INDEX
     hidden, labels = hidden[trained], labels[trained]
@@ -86,16 +86,16 @@ def trained_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, i
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """log p(label) at every trained position, 0 elsewhere: (batch, seq), fp32. Arguments as above.
+    """Return log p(label) at every trained position, 0 elsewhere: (batch, seq), fp32. Arguments as `cross_entropy_sum`.
 
-    What a position weighs is not known before the backward pass, so a chunk's logits are made once more there.
+    The gradient of each position is known only in the backward pass, which therefore recomputes the logits by chunks.
     """
     rows, targets, count = trained_positions(hidden, labels)
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         return (h @ weight.T).float().log_softmax(-1).gather(-1, y.clamp(min=0)[:, None])[:, 0]
 
-    starts = range(0, max(len(targets), 1), LOGITS_CHUNK)  # an empty chunk still gives everything a gradient: zero
+    starts = range(0, max(len(targets), 1), LOGITS_CHUNK)  # at least one chunk, so that the weights get zero gradients
     pieces = [(rows[start : start + LOGITS_CHUNK], targets[start : start + LOGITS_CHUNK]) for start in starts]
     chunk_log_probs = [checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pieces]
     log_probs = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)

@@ -1,18 +1,18 @@
-"""Non-finite and diverged runs: when they end, which states may be saved, and what the next start says.
+"""NonFiniteGuard: ends runs with non-finite or diverging loss and prevents saving their state.
 
-    a step is skipped      its loss or the norm of its gradient is not finite: no weight has changed
-    the run diverges       the mean loss of its last 10 steps is above --max_loss_ratio x its first loss
-    the run ends by it     when 5 steps in a row are skipped (25 with an fp16 scaler), when it diverges, and when its
-                           last step leaves a state that is not good
+    skipped step     its loss or gradient norm is not finite; the weights did not change
+    divergence       the mean loss of the last 10 steps is above --max_loss_ratio x the first loss
+    the run ends     after 5 skipped steps in a row (25 with an fp16 gradient scaler), on divergence, or if the state
+                     after its last step is not valid
 
-A state is saved only if it is good: the last step was not skipped, the weights and the optimizer's state are finite,
-and the loss of a micro-batch of that step, computed again with the new weights, is finite and within the limit. A save
-that is due in another state is made after the next step that leaves a good one. An overflow of scaled fp16 gradients at
-a finite loss, which a scaler makes now and then, is no bad step once this process has trained one.
+A state is valid if the last step was not skipped, the weights and the optimizer state are finite, and the loss of a
+micro-batch of that step, evaluated again after the update, is finite and within the limit. Only valid states are saved:
+a save that is due in another state is postponed to the next valid one. A gradient scaler causes fp16 overflows at a
+finite loss now and then; such a step counts as valid once this process has trained a step.
 
-A run that ends by it leaves the last saved step as it was, and a note beside it that the next start shows. All numbers
-are those of all processes together, so that all decide alike.
-Read next: loop.py (who asks), checkpoint_writer.py.
+When the guard ends the run, the last saved step is kept, with a note that the next start prints. All decisions use
+sums over all processes, so that all processes decide alike.
+Read next: loop.py (the caller), checkpoint_writer.py.
 """
 
 import argparse
@@ -31,15 +31,15 @@ from trainer.sampler import BatchSampler
 from trainer.stage import Stage
 from trainer.train_state import TrainState, resume_path
 
-MEAN_WINDOW = 10  # steps of the mean loss
-MIN_PAIR_LOSS = 2.0  # the least first loss of a stage that learns from pairs; ln 2 is DPO's
+MEAN_WINDOW = 10  # steps in the mean loss
+MIN_PAIR_LOSS = 2.0  # lower bound of the first loss of a stage with pairs; DPO starts at ln 2
 MAX_ROWS_SHOWN = 8  # data rows in a message
 LOWER_RATE_ADVICE = "lower --learning_rate"
-NON_FINITE_ADVICE = f"{LOWER_RATE_ADVICE}, look at these data rows, or use --dtype float32"
+NON_FINITE_ADVICE = f"{LOWER_RATE_ADVICE}, check these data rows, or use --dtype float32"
 
 
 class NonFiniteGuard:
-    """Looks at every step: says which were skipped, ends the run (UserError), and knows whether it may be saved."""
+    """Checks every step: prints skipped ones, ends the run (UserError), and decides whether a state may be saved."""
 
     def __init__(
         self, dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, logger: MetricLogger
@@ -50,16 +50,16 @@ class NonFiniteGuard:
         self.min_first_loss = MIN_PAIR_LOSS if stage.loss_unit == "pair" else self.vocabulary_loss / 2
         self.is_untrained = not stage.lineage
         self.has_grad_scaler = dist.dtype == torch.float16
-        self.losses: deque[float] = deque(maxlen=MEAN_WINDOW)  # of the newest steps that were not skipped
+        self.losses: deque[float] = deque(maxlen=MEAN_WINDOW)  # of the last steps that were not skipped
         self.num_steps = self.num_trained = self.num_skipped = (
-            0  # of this process: all, those not skipped, the newest in a row
+            0  # steps of this process: all, not skipped, skipped in a row up to now
         )
-        self.saved_step = 0  # that a step folder holds
+        self.saved_step = 0  # the step of the newest step folder
         self.train_state = TrainState()
-        self.step_problem = ""  # what was wrong with the last step
+        self.step_problem = ""  # why the state after the last step is not valid, or ""
 
     def start_from(self, train_state: TrainState, resumed: bool) -> None:
-        """Begin behind the steps of `progress`; where an earlier process ended by bad steps, say what it noted."""
+        """Start after the steps of `train_state`. If the guard ended the earlier run, print its note."""
         self.train_state = train_state
         if resumed:
             self.saved_step = train_state.step
@@ -70,7 +70,7 @@ class NonFiniteGuard:
 
     @property
     def max_mean_loss(self) -> float:
-        """The highest mean loss of a run that does not diverge."""
+        """The mean loss above which the run counts as diverged."""
         return (
             self.max_loss_ratio * max(self.train_state.first_loss, self.min_first_loss)
             if self.max_loss_ratio
@@ -79,7 +79,7 @@ class NonFiniteGuard:
 
     # ---- every step --------------------------------------------------------------------------------------------------
     def check_step(self, result: dict[str, float]) -> None:
-        """Judge a step that has just been counted in `progress`. Raises UserError when the run is to end."""
+        """Check the step that `train_state` has just counted. Raises UserError if the run must end."""
         self.num_steps += 1
         if result["skipped"]:
             self.record_skip("loss" if not math.isfinite(result["loss"]) else "gradient")
@@ -99,13 +99,13 @@ class NonFiniteGuard:
         )
         in_a_row = f" {self.num_skipped} steps in a row" if self.num_skipped > 1 else ""
         self.step_problem = f"the {what} is not finite{in_a_row}; the last batch held data rows {self.format_row_ids()}"
-        if self.num_skipped >= (25 if self.has_grad_scaler else 5):  # an fp16 scaler finds its scale by failing
+        if self.num_skipped >= (25 if self.has_grad_scaler else 5):  # a scaler finds its scale by skipping steps
             raise self.make_error(self.step_problem)
         if self.has_grad_scaler and what == "gradient" and self.num_trained and self.num_skipped < 5:
             self.step_problem = ""
 
     def format_row_ids(self) -> str:
-        """The numbers of the data rows of the last step, the first ones of many."""
+        """Return the row ids of the last step as text, at most MAX_ROWS_SHOWN of them."""
         rows = self.sampler.row_ids(self.train_state.step - 1).tolist()
         return str(rows) if len(rows) <= MAX_ROWS_SHOWN else f"{str(rows[:MAX_ROWS_SHOWN])[:-1]}, …]"
 
@@ -119,9 +119,9 @@ class NonFiniteGuard:
 
     # ---- saves -------------------------------------------------------------------------------------------------------
     def save_problem(self, engine: Engine, batches: list[Batch], final: bool) -> str:
-        """Why the state after the last step is not good, or "". All processes must ask.
+        """Return why the state after the last step is not valid, or "". All processes must call it.
 
-        A save that may wait waits for a loss within the limit; the final one for a mean loss within it.
+        Compares the new loss with the divergence limit; for the final save, which cannot be postponed, the mean loss.
         """
         if self.step_problem:
             return self.step_problem
@@ -144,14 +144,14 @@ class NonFiniteGuard:
             remove(self.note_path)
 
     def postpone_save(self, problem: str, is_postponed: bool) -> bool:
-        """Whether a due save has to wait for another step, because there is a problem; said once."""
+        """Return whether a due save is postponed because of a problem; print the first postponement."""
         if problem and not is_postponed:
-            self.logger.print(f"step {self.train_state.step} is not saved: {problem}; the next good one is")
+            self.logger.print(f"step {self.train_state.step} is not saved: {problem}; the next valid step will be")
         return bool(problem)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     def make_error(self, step_problem: str, advice: str = "") -> UserError:
-        """The line with which the run ends; it is also noted for the next start."""
+        """Return the error that ends the run, and write its text to a note that the next start prints."""
         advice = advice or (LOWER_RATE_ADVICE if "--max_loss_ratio" in step_problem else NON_FINITE_ADVICE)
         text = f"step {self.train_state.step}: {step_problem}: {advice}"
         if not self.saved_step:
@@ -161,13 +161,16 @@ class NonFiniteGuard:
         return UserError(f"{text}; the same command resumes from step {self.saved_step}")
 
     def check_validation(self, losses: dict[str, float]) -> None:
-        """Raises UserError when a final validation loss is not finite. The model is saved; its training is not over."""
+        """Raise UserError if a final validation loss is not finite. The checkpoint and the resume folder are kept."""
         if bad := [split for split, loss in losses.items() if not math.isfinite(loss)]:
             raise self.make_error(f"the validation loss of {', '.join(bad)} is not finite", "use --dtype float32")
 
 
 def max_abs_value(engine: Engine) -> float:
-    """The largest absolute value among the weights that train, and this process's optimizer state; maybe nan or inf."""
+    """Return the largest absolute value of the trainable weights (on rank 0) and of this process's optimizer state.
+
+    May be nan or inf.
+    """
     tensors = [p.detach() for p in engine.stage.model.parameters() if p.requires_grad] if engine.dist.is_rank0 else []
     for optimizer in engine.optimizers:
         for state in optimizer.state.values():
@@ -180,7 +183,7 @@ def max_abs_value(engine: Engine) -> float:
 
 
 def micro_batch_loss(dist: DistContext, engine: Engine, batches: list[Batch]) -> float | None:
-    """The loss of the last micro-batches of all processes, per token or pair; None when no step was made."""
+    """Return the loss per token or pair of a micro-batch of the last step, over all processes; None before a step."""
     if not batches:
         return None
     with engine.eval_mode():

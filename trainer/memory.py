@@ -1,19 +1,19 @@
-"""What a training run will need, on paper: parameters, tokens, FLOPs, memory, time, money. Nothing is num_trainable.
+"""Estimates of parameters, tokens, FLOPs, memory, time and cost of a training run (--plan). Trains nothing.
 
     FLOPs per token      6 N + 12 layers heads head_dim seq           (PaLM, arXiv:2204.02311, appendix B)
-    states per parameter 4 weights + 4 gradients + 8 AdamW (or 4 Muon, for the layers' matrices)           bytes
-    activations          what autograd keeps per layer and token:  see `saved_bytes`
-    time                 FLOPs / (GPUs x peak x utilisation)
-    inference            weights + KV cache of `batch` answers at full context + what CUDA itself takes (0.8 GB)
-    int8                 GGUF's q8_0: 34 bytes for 32 weights; its KV cache is fp16, as llama.cpp keeps it
+    bytes per parameter  4 weights + 4 gradients + 8 AdamW (or 4 Muon, for the matrices of the layers)
+    activations          tensors that autograd saves per layer and token: see `saved_bytes`
+    time                 FLOPs / (GPUs x peak FLOP/s x utilisation)
+    inference            weights + KV cache of `batch` sequences at full context + CUDA context (0.8 GB)
+    int8                 GGUF's q8_0: 34 bytes for 32 weights; the KV cache is fp16, as in llama.cpp
 
     python 1-pretrain.py --plan --preset xiangxin-3b --tokens_per_param 20
     python 1-pretrain.py --plan --presets mindllm-1.3b,xiangxin-3b --optimizer adamw --batch_size 2
 
-The second command prints sizes against memory and hardware as MindLLM's technical report (arXiv:2310.15777) publishes
-them: training and inference in full and in half precision.
-N: the parameters that a token is multiplied with. Every formula is on this page: any number can be redone by hand.
-Read next: ../model/config.py (the sizes), ../benchmarks/machines.py (what bounds which machine).
+N is the number of parameters that take part in the matrix products of a token. The second command prints a table as in
+MindLLM's technical report (arXiv:2310.15777): sizes, memory and GPUs of training and inference, in full and half
+precision.
+Read next: ../model/config.py (the sizes), ../benchmarks/machines.py (the bottleneck of each machine).
 """
 
 import argparse
@@ -33,30 +33,30 @@ from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
 from trainer.config import PARALLEL_MODES, make_model_config
 
-CUDA_CONTEXT = 0.8e9  # bytes that CUDA itself takes: what MindLLM's two inference figures leave beside the weights
-LOSS_CHUNK = 1024  # positions whose logits exist at one time (trainer/loss.py)
+CUDA_CONTEXT = 0.8e9  # bytes of the CUDA context: MindLLM's two inference figures minus the weights
+LOSS_CHUNK = 1024  # positions per chunk of logits (trainer/loss.py)
 CPU_BLOCK = 128  # queries per block of the attention on a CPU (model/transformer.py)
-USABLE_MEMORY = 0.92  # share of a GPU's memory that can be used: the allocator leaves holes
+USABLE_MEMORY = 0.92  # usable fraction of a GPU's memory; the allocator loses the other part to fragmentation
 INFERENCE_FORMATS = {
     "fp32": (4, 4),
     "bf16": (2, 2),
     "int8 (GGUF)": (34 / 32, 2),
-}  # bytes of a weight, of a cached number
+}  # bytes per weight, bytes per element of the KV cache
 INFERENCE_BATCHES = (1, 8)
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Peak dense matrix throughput in bf16 (fp16 where there is no bf16) and memory, from NVIDIA's data sheets."""
+    """Peak dense throughput in bf16 (fp16 on GPUs without bf16), memory and links, from NVIDIA's data sheets."""
 
     name: str
-    tflops: float
+    tflops: float  # TFLOP/s
     memory: float  # GB
     link: float  # GB/s to another GPU of the machine, one way: NVLink, else PCIe
-    per_hour: float = 0.0  # US dollars, 0 where nobody we quote names a price
+    per_hour: float = 0.0  # US dollars; 0: no price known
 
 
-# Prices: H100 from nanochat's README (8 for 24 dollars an hour, 2025); 3090 from minimind's (1.3 yuan an hour, 2024).
+# Prices: H100 from nanochat's README (8 for 24 dollars/h, 2025); 3090 from minimind's README (1.3 yuan/h, 2024).
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -79,39 +79,39 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--presets",
         type=cli.non_empty_text,
         metavar="A,B",
-        help="with --plan: a table of these presets against memory and hardware instead",
+        help="with --plan: print a table of these presets with their memory and GPUs instead",
     )
     add("--tokens_per_param", type=cli.non_negative_float, default=0.0,
-        help="train on so many tokens per parameter, as Xiangxin: 20 (0: --epochs decide; --plan: 20)")  # fmt: skip
+        help="training tokens per parameter; Xiangxin used 20 (0: given by --epochs; with --plan: 20)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100", help="the GPU of the plan's launch line")
     add("--gpus", type=cli.positive_int, default=8, help="number of GPUs")
     add("--utilisation", type=cli.positive_fraction, default=0.4,
-        help="assumed share of the GPUs' peak FLOPs")  # fmt: skip
+        help="assumed model FLOPs utilisation (MFU), a fraction of the GPUs' peak")  # fmt: skip
     add("--price_per_hour", type=cli.non_negative_float, default=0.0,
-        help="of one GPU, in US dollars (0: the price in the plan's table)")  # fmt: skip
+        help="price per GPU and hour in US dollars (0: the price in the plan's table)")  # fmt: skip
 
 
 def steps_for_tokens(tokens_per_param: float, config: ModelConfig, rows_per_step: int) -> int:
-    """Optimizer steps that see so many tokens per parameter."""
+    """Return the optimizer steps for `tokens_per_param` training tokens per parameter."""
     return max(1, math.ceil(tokens_per_param * count_parameters(config).total / (rows_per_step * config.max_seq_len)))
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> float:
-    """Forward and backward of one token in a row of `seq`. As in PaLM, nothing is taken off for the causal mask."""
+    """Return the FLOPs of forward and backward per token in rows of `seq` tokens, without causal savings, as PaLM."""
     return 6 * count_parameters(config).matmul + 12 * config.n_layers * config.n_heads * config.head_dim * seq
 
 
 def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str = "cuda") -> float:
-    """What autograd keeps for one token in one layer, in bytes, counted by tensor (tests/trainer/test_memory.py).
+    """Return the bytes that autograd saves per token and layer, counted by tensor (tests/trainer/test_memory.py).
 
     compute_bytes: 4 in fp32, 2 under autocast, where the residual stream and the norms stay in fp32.
-    On CUDA flash attention keeps queries, keys, values and the output; on a CPU our own keeps the softmax, block by
-    block of queries, with its copy of the keys and values for each block.
+    On CUDA, flash attention saves queries, keys, values and output. On a CPU, the project's blockwise attention saves
+    for every block of queries the softmax and a copy of its keys and values.
     """
     dim, hidden, b = config.dim, config.hidden_dim, compute_bytes
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    # Two norms keep the stream before and after them in fp32, under autocast also the copies that products read; then
-    # the queries and what o_proj reads, and with qk_norm queries and keys before and after it.
+    # Two norms save input and output in fp32, under autocast also the low-precision inputs of matrix products; then
+    # the queries and the input of o_proj, and with qk_norm queries and keys before and after the norm.
     stream = (24 if b == 4 else 26) * dim + 2 * b * q_dim + (8 * (q_dim + kv_dim) if config.qk_norm else 0)
     if device == "cpu":
         ends = [min(seq, start + CPU_BLOCK) for start in range(0, seq, CPU_BLOCK)]
@@ -122,8 +122,8 @@ def saved_bytes(config: ModelConfig, seq: int, compute_bytes: int, device: str =
     if not config.use_moe:
         return stream + attention + 4 * b * hidden
     active_experts = config.n_shared_experts + config.n_active_experts
-    routed = config.n_active_experts * (12 * dim + 32)  # rows picked for an expert, its result, the weighted sum
-    copies = 4 * dim * config.n_shared_experts if b == 2 else 0  # what a shared expert's two products read
+    routed = config.n_active_experts * (12 * dim + 32)  # input rows of an expert, its output, the weighted sum
+    copies = 4 * dim * config.n_shared_experts if b == 2 else 0  # low-precision inputs of a shared expert's products
     return stream + attention + 4 * b * hidden * active_experts + routed + copies + 8 * config.n_routed_experts
 
 
@@ -135,8 +135,8 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     activations: float
-    loss: float  # logits of one chunk, their gradient, and the output layer's gradient
-    other: float  # low-precision copies of the matrices, communication buffers, what the device itself takes
+    loss: float  # logits of one chunk, their gradient, and the gradient of the output layer
+    other: float  # low-precision copies of the matrices, communication buffers, CUDA context
 
     @property
     def total(self) -> float:
@@ -157,11 +157,11 @@ def training_memory(
     device: str = "cuda",
     num_trainable: int | None = None,
 ) -> MemoryEstimate:
-    """Of one process that trains `rows` rows of `seq` tokens at a time.
+    """Return the memory of one process that trains micro-batches of (rows, seq).
 
-    state_bytes: of a weight and of its gradient; ours are fp32 whatever --dtype says. num_trainable: how many
-    parameters move (LoRA), None for all. `parallel` and `processes` share the states: zero1 the optimizer's, zero2
-    also the gradients, zero3 and fsdp also the weights, of which two layers are whole at a time.
+    state_bytes: bytes per weight and per gradient; this project always uses fp32. num_trainable: number of trainable
+    parameters (LoRA), None for all. With several processes zero1 shards the optimizer state, zero2 also the gradients,
+    zero3 and fsdp also the weights, of which two layers are gathered at a time.
     """
     sizes = count_parameters(config)
     trainable = sizes.total if num_trainable is None else num_trainable
@@ -171,12 +171,12 @@ def training_memory(
     weights, gradients = float(sizes.total * state_bytes[0]), float(trainable * state_bytes[1])
     states = trainable * per_state
     other = CUDA_CONTEXT if device == "cuda" else 0.0
-    if compute_bytes < state_bytes[0]:  # autocast keeps its copies of the matrices until the step ends
+    if compute_bytes < state_bytes[0]:  # autocast caches low-precision copies of the matrices until the step ends
         other += compute_bytes * (sizes.layer_matrices / processes if parallel in ("zero3", "fsdp") else sizes.total)
     if processes > 1:
         a_layer = sizes.layer_matrices / config.n_layers
         if parallel == "ddp":
-            other += trainable * 4  # its buckets: gradients are copied there to be summed
+            other += trainable * 4  # DDP's buckets for the all-reduce of gradients
         else:
             states /= processes
         if parallel in ("zero2", "zero3", "fsdp"):
@@ -186,7 +186,7 @@ def training_memory(
     tokens = rows * seq
     per_layer = saved_bytes(config, seq, compute_bytes, device)
     kept = per_layer * config.n_layers
-    if recompute:  # one layer at a time, and the stream between the layers
+    if recompute:  # the activations of one layer, and the residual stream between all layers
         kept = per_layer + 4 * config.dim * config.n_layers
     chunk = min(LOSS_CHUNK, tokens)
     loss = 8 * chunk * config.vocab_size + 4 * config.vocab_size * config.dim
@@ -196,7 +196,10 @@ def training_memory(
 def inference_memory(
     config: ModelConfig, weight_bytes: float, tokens: int, device: str = "cuda", cache_bytes: float = 0
 ) -> float:
-    """Bytes to answer with `tokens` tokens in the KV cache. cache_bytes: of a cached number, 0: as of a weight."""
+    """Return the bytes for inference with `tokens` tokens in the KV cache.
+
+    cache_bytes: bytes per element of the cache (0: weight_bytes).
+    """
     kv_dim = config.n_kv_heads * config.head_dim
     cache = 2 * config.n_layers * kv_dim * tokens * (cache_bytes or weight_bytes)
     return count_parameters(config).total * weight_bytes + cache + (CUDA_CONTEXT if device == "cuda" else 0.0)
@@ -207,13 +210,13 @@ def training_seconds(flops: float, gpu: GPU, gpus: int, utilisation: float) -> f
 
 
 def implied_utilisation(flops: float, gpu: GPU, gpus: int, days: float) -> float:
-    """The share of the peak that somebody's days imply."""
+    """Return the utilisation, a fraction of the peak, that a published training time implies."""
     return flops / (gpus * gpu.tflops * 1e12 * days * 86_400)
 
 
-# ---- what --plan prints ----------------------------------------------------------------------------------------------
+# ---- output of --plan ------------------------------------------------------------------------------------------------
 def print_plan(args: argparse.Namespace) -> None:
-    """Everything about the run that 1-pretrain.py's flags describe. Raises UserError for numbers that make no sense."""
+    """Print the estimates for the run that the flags describe. Raises UserError for flags out of range."""
     if not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation {args.utilisation}: is above 0 and at most 1")
     if args.gpus < 1 or args.tokens_per_param < 0:
@@ -244,7 +247,7 @@ def print_plan(args: argparse.Namespace) -> None:
 
 
 def preset_config(args: argparse.Namespace, preset: str) -> ModelConfig:
-    """The preset with the flags that were given; the vocabulary is the tokenizer's unless the preset has its own."""
+    """Return the preset's config with the flags applied; vocab_size is the preset's, else that of --tokenizer."""
     vocab_size = PRESETS[preset].get("vocab_size", ModelConfig.vocab_size)
     if "vocab_size" not in PRESETS[preset] and Path(args.tokenizer).exists():
         vocab_size = load_tokenizer(args.tokenizer).vocab_size
@@ -252,7 +255,7 @@ def preset_config(args: argparse.Namespace, preset: str) -> ModelConfig:
 
 
 def _passes_over_data(args: argparse.Namespace, tokens: float) -> str:
-    """How that compares with the data that is there."""
+    """Return the number of passes over --data_path that these tokens make, as text."""
     try:
         splits = json.loads((Path(args.data_path) / "meta.json").read_text(encoding="utf-8"))["splits"]
         available = splits["train"]["tokens"]
@@ -292,7 +295,7 @@ def _time_table(args: argparse.Namespace, flops: float) -> Table:
 
 
 def _launch_lines(args: argparse.Namespace, config: ModelConfig, tokens: float) -> list[str]:
-    """The line to type on the machine that was asked about, with the simplest --parallel that fits."""
+    """Return the command for --gpus x --gpu, with the simplest --parallel that fits into memory."""
     gpu = GPUS[args.gpu]
     for recompute in (False, True):
         for parallel in ("ddp", "fsdp") if args.optimizer == "muon" else PARALLEL_MODES:
@@ -310,20 +313,20 @@ def _launch_lines(args: argparse.Namespace, config: ModelConfig, tokens: float) 
                 start = f"torchrun --nproc_per_node {min(args.gpus, 8)}" if args.gpus > 1 else "python"
                 nodes = f" --nnodes {math.ceil(args.gpus / 8)}" if args.gpus > 8 else ""
                 return [
-                    f"{step:,} tokens a step, {tokens / step:,.0f} steps; on {args.gpus} x {gpu.name}:",
+                    f"{step:,} tokens per step, {tokens / step:,.0f} steps; on {args.gpus} x {gpu.name}:",
                     f"    {start}{nodes} 1-pretrain.py{flags}",
                 ]
     return [
-        f"does not fit on {args.gpus} x {gpu.name} with --batch_size {args.batch_size}: a smaller --batch_size, "
+        f"does not fit on {args.gpus} x {gpu.name} with --batch_size {args.batch_size}: use a smaller --batch_size, "
         "more --gpus, or another --gpu"
     ]
 
 
 def inference_table(config: ModelConfig) -> Table:
-    """GB to answer at full context, by number format and batch size."""
+    """Return a table of the memory of inference at full context, by number format and batch size."""
     heads = [f"{part},\nbatch {batch}" for batch in INFERENCE_BATCHES for part in ("KV cache", "total")]
     table = Table(
-        "inference", "weights", *heads, title=f"GB to answer, {config.max_seq_len:,} tokens each", box=SIMPLE_HEAD
+        "inference", "weights", *heads, title=f"GB for inference, {config.max_seq_len:,} tokens each", box=SIMPLE_HEAD
     )
     for name, (weight_bytes, cache_bytes) in INFERENCE_FORMATS.items():
         cells = [count_parameters(config).total * weight_bytes]
@@ -335,11 +338,11 @@ def inference_table(config: ModelConfig) -> Table:
 
 
 def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Table:
-    """Model sizes against the memory of one GPU that trains or answers, and the smallest GPU that has so much."""
+    """Return a table of the configs: memory of training and inference on one GPU, and the smallest GPU that fits."""
     table = Table(
         *("model", "size, M", "context", "train\nfp32", "train\nbf16", "GPU", "fp32", "bf16", "int8", "GPU"),
         title=f"GB on one GPU. Training: --batch_size {args.batch_size}, --optimizer {args.optimizer}, fp32 states; "
-        "GPU: the smallest for bf16. Then inference: one answer at full context; GPU: the smallest for bf16.",
+        "GPU: the smallest for bf16. Inference: one sequence at full context; GPU: the smallest for bf16.",
         box=SIMPLE_HEAD,
     )
     for name, config in configs.items():
@@ -358,13 +361,13 @@ def sizes_table(args: argparse.Namespace, configs: dict[str, ModelConfig]) -> Ta
 
 
 def smallest_gpu(needs: float) -> str:
-    """The GPU of the plan's table with the least memory that has so many bytes; "none" where none has."""
+    """Return the name of the GPU with the least memory that fits `needs` bytes, or "none"."""
     by_memory = sorted(GPUS.values(), key=lambda gpu: gpu.memory)
     return next((gpu.name for gpu in by_memory if needs <= gpu.memory * 1e9 * USABLE_MEMORY), "none")
 
 
 def parse_preset_names(names: str) -> list[str]:
-    """The presets of a list with commas. Raises UserError for a name that is none."""
+    """Parse a comma-separated list of presets. Raises UserError for an unknown name or an empty list."""
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in PRESETS:
@@ -375,7 +378,7 @@ def parse_preset_names(names: str) -> list[str]:
 
 
 def align_numbers_right(table: Table) -> Table:
-    """Numbers stand on the right and close together: rich would cut those of a table wider than 80 columns."""
+    """Right-align numbers with narrow padding: in a table wider than 80 columns rich would truncate them."""
     table.padding, table.show_edge = (0, 0, 0, 1), False
     for i, column in enumerate(table.columns):
         column.no_wrap = True

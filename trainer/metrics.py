@@ -1,9 +1,9 @@
-"""What a run tells: the screen, a line of json per logged step, the curves as a picture, and wandb if asked.
+"""MetricLogger: terminal output, a JSON line per logged step, a plot of the curves, and optionally wandb.
 
     out/{stage}_{size}.jsonl    {"step", "loss", "lr", "tokens", "tokens_per_second", ...} and validation rows
     out/{stage}_{size}.png      the curves
 
-Only the first process writes. A logger that fails says so once and never stops the training.
+Only rank 0 writes. A failing logger prints a warning and does not stop the training.
 Read next: loop.py.
 """
 
@@ -26,14 +26,14 @@ MetricRow = dict[str, Any]
 
 
 def peak_memory_mb(device_type: str) -> float:
-    """Most memory so far: of the GPU if there is one, else of this process. 0 where the system does not tell."""
+    """Return the peak memory in MiB: of the GPU with "cuda", else of this process; 0 where the system reports none."""
     if device_type == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
-        return int(peak[1]) / 2**10  # Linux's ru_maxrss would begin with what the process that started us had
+        return int(peak[1]) / 2**10  # not ru_maxrss: on Linux a child inherits the peak of its parent
     try:
         import resource
     except ImportError:  # Windows
@@ -43,9 +43,9 @@ def peak_memory_mb(device_type: str) -> float:
 
 
 class MetricLogger:
-    """Open one per run; `log` logs a training step, `log_validation` a validation, `close` draws the curves.
+    """The log of one run: `log` for training steps, `log_validation` for validations, `close` draws the curves.
 
-    On a terminal a progress bar lives at the bottom; elsewhere every logged step is a plain line.
+    On a terminal it shows a progress bar; elsewhere it prints a line per logged step.
     """
 
     def __init__(self, path: Path, title: str, total_steps: int, is_rank0: bool, last_step: int = 0) -> None:
@@ -57,7 +57,7 @@ class MetricLogger:
         if not is_rank0:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = read_log_rows(path, last_step)  # rows of a resumed run that come after its saved step are redone
+        self.rows = read_log_rows(path, last_step)  # without the rows after the saved step: those steps run again
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.file = path.open("a", encoding="utf-8")
         console = Console()
@@ -73,7 +73,7 @@ class MetricLogger:
             self.bar.start()
 
     def print(self, text: str) -> None:
-        """A line above the progress bar."""
+        """Print a line, above the progress bar if there is one."""
         if self.is_rank0:
             if self.bar:
                 self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -81,12 +81,12 @@ class MetricLogger:
                 print(text, flush=True)
 
     def update_bar(self, step: int, shown: str) -> None:
-        """Move the bar; called at every step."""
+        """Update the progress bar. Called at every step."""
         if self.is_rank0 and self.bar:
             self.bar.update(self.task, completed=step, text=shown)
 
     def log(self, row: MetricRow) -> None:
-        """Log one training step: file, screen (where there is no bar), wandb."""
+        """Log a training step to the file, to wandb and, without a progress bar, to the terminal."""
         if not self.is_rank0:
             return
         self.write_row(row)
@@ -94,10 +94,10 @@ class MetricLogger:
             print(f"{self.title} {row['step']}/{self.total_steps} {format_metrics(row)}", flush=True)
 
     def log_validation(self, row: MetricRow) -> None:
-        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}, of pairs more."""
+        """Log {"step", "val_loss": {split: x}, "bits_per_byte": {split: x}}; with pairs reward metrics instead."""
         if not self.is_rank0:
             return
-        if not any(old["step"] == row["step"] and "val_loss" in old for old in self.rows):  # a resumed run repeats it
+        if not any(old["step"] == row["step"] and "val_loss" in old for old in self.rows):  # repeated by a resumed run
             self.write_row(row)
         shown = []
         for split, loss in row["val_loss"].items():
@@ -114,12 +114,12 @@ class MetricLogger:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            self.warn(f"cannot write {self.path}: {error}; training goes on")
+            self.warn(f"cannot write {self.path}: {error}; training continues")
         if self.tracker:
             try:
                 self.tracker(row)
-            except Exception as error:  # whatever it is, it is not worth the run
-                self.warn(f"wandb failed ({error}); training goes on without it")
+            except Exception as error:  # no error of wandb may end the run
+                self.warn(f"wandb failed ({error}); training continues without it")
                 self.tracker = None
 
     def warn(self, text: str) -> None:
@@ -129,7 +129,7 @@ class MetricLogger:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Stop the bar, close the file, draw the curves."""
+        """Stop the progress bar, close the file and draw the curves."""
         if not self.is_rank0:
             return
         if self.bar:
@@ -145,9 +145,9 @@ class MetricLogger:
 
 
 def read_log_rows(path: Path, last_step: int) -> list[MetricRow]:
-    """The rows of an earlier part of this run, up to a step. Raises OSError where there is a file that cannot be read.
+    """Read the rows of an earlier part of this run up to `last_step`. Raises OSError if the file cannot be read.
 
-    A line that is no row (a kill cut it short, a disk or a person changed it) is left out: see `is_log_row`.
+    Skips invalid lines (truncated by a kill, or damaged): see `is_log_row`.
     """
     if not last_step or not path.is_file():
         return []
@@ -163,7 +163,7 @@ def read_log_rows(path: Path, last_step: int) -> list[MetricRow]:
 
 
 def is_log_row(row: Any) -> bool:
-    """Whether this can be a line of a log: it has a step; a loss is a number, a validation's loss one per split."""
+    """Whether `row` is a valid row of a log: it has a step, and its losses are numbers, in validations by split."""
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return False
     by_split = row.get("val_loss", {})
@@ -172,7 +172,7 @@ def is_log_row(row: Any) -> bool:
 
 
 def format_metrics(row: MetricRow) -> str:
-    """The line of a training step: loss, learning rate, speed, time left, memory."""
+    """Return the line of a training step: loss, learning rate, tokens per second, time left, memory."""
     left = row.get("seconds_left")
     eta = "" if left is None else f" eta {int(left) // 60}:{int(left) % 60:02d}"
     memory = f" mem {row['peak_memory_mb'] / 1024:.1f}G" if row.get("peak_memory_mb") else ""
@@ -185,9 +185,9 @@ def format_preference_metrics(accuracy: float, margin: float) -> str:
 
 
 def draw_curves(rows: list[MetricRow], path: Path, title: str) -> None:
-    """Training loss, and validation loss and bits per byte by split, over the tokens seen, as a PNG.
+    """Plot training loss, validation loss and bits per byte by split over the trained tokens, as a PNG.
 
-    Of a stage that learns from pairs: the share of pairs ranked right, over the pairs seen.
+    For a stage with pairs: reward accuracy instead of bits per byte, over the trained pairs.
     """
     train = [row for row in rows if "loss" in row]
     if not train:
@@ -207,7 +207,7 @@ def draw_curves(rows: list[MetricRow], path: Path, title: str) -> None:
         style = {"marker": ".", "color": f"C{i}", "label": f"validation {split}"}
         left.plot(seen, [row["val_loss"][split] for row in validations], **style)
         right.plot(seen, [row[score][split] for row in validations], **style)
-    names = ("loss per pair", "share of pairs ranked right") if pairs else ("loss (nats per token)", "bits per byte")
+    names = ("loss per pair", "reward accuracy") if pairs else ("loss (nats per token)", "bits per byte")
     for axes, name in ((left, names[0]), (right, names[1] + ", validation")):
         axes.set_xlabel("pairs trained" if pairs else "million tokens trained")
         axes.set_ylabel(name)
@@ -222,9 +222,9 @@ def draw_curves(rows: list[MetricRow], path: Path, title: str) -> None:
 
 
 def open_wandb(project: str, name: str | None, config: MetricRow) -> Callable[[MetricRow], None]:
-    """A function that sends rows to wandb; offline unless WANDB_MODE says otherwise: online, it waits for a network.
+    """Start a wandb run and return a function that sends it rows. Raises UserError if wandb is not installed.
 
-    Raises UserError when wandb is not installed.
+    Offline unless WANDB_MODE is set: in online mode wandb waits for a network.
     """
     os.environ.setdefault("WANDB_MODE", "offline")
     try:

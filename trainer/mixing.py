@@ -1,16 +1,17 @@
-"""From shares to rows: which row of which part of the data is trained when. Two stages, if there are two mixtures.
+"""Data mixtures: a dataset and a batch sampler that draw rows from several components by weight, in one or two stages.
 
-    of every 10,000 rows each part gets its share, spread evenly;   row = the part's own shuffled order, pass after pass
+    of every 10,000 rows each component gets its fraction, spread evenly
+    the rows of a component come in its own shuffled order, epoch after epoch
 
     python 1-pretrain.py --mix zh=0.25,en=0.75
     python 1-pretrain.py --mix zh=0.25,en=0.75 --stage2_mix zh=0.6,en=0.4 --stage2_at 0.7
 
-Everything follows from the number of the step: how many rows of each part came before, so which pass over it this is
-and where in it. A killed run goes on exactly, also across the switch, and memory does not grow with the data. A part
-that both stages name goes on in stage 2 where stage 1 left it.
+The rows of a step depend only on the step number: it gives the number of rows of each component before the step, and
+with it the epoch and the position in the component's order. So a killed run resumes exactly, also across the switch of
+stages, and memory does not grow with the data. A component of both stages continues in stage 2 where stage 1 ended.
 
-Reads   labelled training shards.
-Read next: ../corpus/mixing.py (the shares), shuffle.py, sampler.py (without a mixture).
+Reads   training shards that are labelled with language and source.
+Read next: ../corpus/mixing.py (the weights), shuffle.py, sampler.py (without a mixture).
 """
 
 import argparse
@@ -28,42 +29,45 @@ from trainer.datasets import Batch, PackedDataset, TokenDataset
 from trainer.sampler import BatchSampler
 from trainer.shuffle import EpochOrder
 
-ROUND_ROWS = 10_000  # rows in which the shares come out exactly
-MAX_USEFUL_PASSES = 4  # beyond them repeated text teaches little: Muennighoff et al., arXiv:2305.16264
+ROUND_ROWS = 10_000  # rows in which every component gets exactly its fraction
+MAX_USEFUL_PASSES = 4  # more epochs over the same text help little: Muennighoff et al. 2023, arXiv:2305.16264
 
 
 @dataclass
 class MixSchedule:
-    """Both stages' groups and where the second begins: a share of the steps (below 1) or a step number (0: nowhere)."""
+    """The components of one or two stages. `stage2_at`: first step of stage 2, or below 1 the fraction of steps."""
 
     stages: list[list[MixComponent]]
     stage2_at: float = 0.0
     unused: dict[str, int] = field(default_factory=dict)
 
     def switch_step(self, total_steps: int) -> int:
-        """The first step of stage 2, counted from 0; beyond the end when there is none."""
+        """Return the first step of stage 2, counted from 0; total_steps + 1 if there is no stage 2."""
         if len(self.stages) == 1:
             return total_steps + 1
         return round(self.stage2_at * total_steps) if self.stage2_at < 1 else int(self.stage2_at)
 
     def to_dict(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What the lineage tells, and what must not change between the parts of a run."""
+        """Return the entries for the lineage; a resumed run must have the same ones."""
         stages = {
-            "mix" if i == 0 else "stage2_mix": {group.name: round(group.weight, 6) for group in groups}
-            for i, groups in enumerate(self.stages)
+            "mix" if i == 0 else "stage2_mix": {component.name: round(component.weight, 6) for component in components}
+            for i, components in enumerate(self.stages)
         }
         if len(self.stages) == 1:
             return stages
-        length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"  # of which 70 % are stage 1
+        length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"  # sets the step of the switch
         return stages | {"stage2_at": self.stage2_at, "length": length}
 
 
 def read_mix_schedule(args: argparse.Namespace) -> MixSchedule:
-    """The recipe that the flags ask for, of the data in --data_path. Raises UserError for what does not fit."""
+    """Return the mixture of the flags for the shards in --data_path. Raises UserError if flags or data do not fit."""
     if bool(args.stage2_mix) != bool(args.stage2_at):
-        raise UserError("--stage2_mix says what comes, --stage2_at when (0.7: after 70 % of the steps): give both")
+        raise UserError(
+            "--stage2_mix sets the mixture of stage 2, --stage2_at its first step (0.7: after 70 % of the steps): "
+            "give both"
+        )
     if not args.mix:
-        raise UserError("--stage2_mix, --stage2_at and --mix_temperature need --mix: the mixture to begin with")
+        raise UserError("--stage2_mix, --stage2_at and --mix_temperature need --mix: the mixture of stage 1")
     shards = read_meta(args.data_path)["splits"]["train"]["shards"]
     specs = [args.mix, *([args.stage2_mix] if args.stage2_mix else [])]
     stages = [mix_components(shards, spec, args.mix_temperature) for spec in specs]
@@ -71,13 +75,13 @@ def read_mix_schedule(args: argparse.Namespace) -> MixSchedule:
 
 
 class MixedDataset:
-    """The rows of all groups of a recipe, one group's after the other's."""
+    """The concatenated rows of all components of a mixture."""
 
     def __init__(self, folder: str, schedule: MixSchedule, seq_len: int) -> None:
         self.schedule, self.seq_len, self.folder = schedule, seq_len, Path(folder)
-        groups = {group.name: group for stage in schedule.stages for group in stage}
+        components = {component.name: component for stage in schedule.stages for component in stage}
         self.components = {
-            name: PackedDataset(folder, "train", seq_len, group.contains) for name, group in groups.items()
+            name: PackedDataset(folder, "train", seq_len, component.contains) for name, component in components.items()
         }
         for name, part in self.components.items():
             if part.tokens.tokens < 2:
@@ -89,7 +93,7 @@ class MixedDataset:
         return sum(self.sizes.values())
 
     def lengths(self) -> None:
-        return None  # all alike
+        return None  # all rows have the same length
 
     def batch(self, rows: np.ndarray) -> Batch:
         rows = np.asarray(rows)
@@ -102,25 +106,27 @@ class MixedDataset:
 
     @property
     def epoch_rows(self) -> int:
-        """Rows of --epochs 1: all that the first mixture names once, or as many passes as it asks for."""
-        return max(1, round(sum((group.passes or 1) * self.sizes[group.name] for group in self.schedule.stages[0])))
+        """Rows of --epochs 1: every row of the first mixture's components once, or its given number of passes."""
+        return max(
+            1, round(sum((component.passes or 1) * self.sizes[component.name] for component in self.schedule.stages[0]))
+        )
 
 
 class ComponentOrder:
-    """Row number -> group, so that every group has its share of any stretch of rows, to a row or two."""
+    """Maps row numbers to components. Each component gets its fraction of any range of rows, up to one or two rows."""
 
     def __init__(self, weights: list[float], *keys: int) -> None:
         self.quotas, self.keys = largest_remainder(weights, ROUND_ROWS), keys
-        self._number, self._groups = -1, np.zeros(0, np.int64)
+        self._number, self._component_ids = -1, np.zeros(0, np.int64)
 
-    def groups(self, first: int, count: int) -> np.ndarray:
-        """The groups of rows first ... first + count - 1, shape (count,)."""
+    def component_ids(self, first: int, count: int) -> np.ndarray:
+        """Return the component of rows first ... first + count - 1, (count,), int64."""
         numbers = range(first // ROUND_ROWS, (first + count - 1) // ROUND_ROWS + 1)
-        groups = np.concatenate([self._round(number) for number in numbers])
-        return groups[first - numbers[0] * ROUND_ROWS :][:count]
+        component_ids = np.concatenate([self._round(number) for number in numbers])
+        return component_ids[first - numbers[0] * ROUND_ROWS :][:count]
 
     def counts(self, n: int) -> np.ndarray:
-        """How many of the first n rows each group has, shape (groups,)."""
+        """Return how many of the first n rows each component has, (components,)."""
         rounds, rest = divmod(n, ROUND_ROWS)
         return rounds * self.quotas + np.bincount(self._round(rounds)[:rest], minlength=len(self.quotas))
 
@@ -128,23 +134,23 @@ class ComponentOrder:
         if number != self._number:
             random = np.random.default_rng((*self.keys, number))
             positions = np.concatenate([(np.arange(quota) + random.random(quota)) / quota for quota in self.quotas])
-            groups = np.repeat(np.arange(len(self.quotas)), self.quotas)
-            self._number, self._groups = number, groups[positions.argsort(kind="stable")]
-        return self._groups
+            component_ids = np.repeat(np.arange(len(self.quotas)), self.quotas)
+            self._number, self._component_ids = number, component_ids[positions.argsort(kind="stable")]
+        return self._component_ids
 
 
 def largest_remainder(weights: list[float], rows: int) -> np.ndarray:
-    """Whole numbers that add up to `rows`, as near to the shares as can be (largest remainders), none below 1."""
+    """Split `rows` in proportion to the weights into integers of at least 1 (largest remainder method)."""
     exact = np.asarray(weights) * rows / sum(weights)
     quotas = np.maximum(np.floor(exact), 1).astype(np.int64)
     for k in (exact - quotas).argsort(kind="stable")[::-1][: max(0, rows - quotas.sum())]:
         quotas[k] += 1
-    quotas[quotas.argmax()] -= quotas.sum() - rows  # only where several were raised to 1
+    quotas[quotas.argmax()] -= quotas.sum() - rows  # the sum is larger if several quotas were raised to 1
     return quotas
 
 
 class MixSampler(BatchSampler):
-    """The rows of every step of a mixture. There are no epochs of the whole: each group has its own passes."""
+    """The rows of every step of a mixture. Each component has its own epochs; the mixture has none."""
 
     def __init__(self, data: MixedDataset, global_batch_size: int, seed: int, max_steps: int, epochs: float) -> None:
         super().__init__(data.epoch_rows, None, global_batch_size, seed)
@@ -154,28 +160,28 @@ class MixSampler(BatchSampler):
         if len(data.schedule.stages) == 2 and not 0 < self.switch_step < self.total_steps:
             raise UserError(
                 f"--stage2_at {data.schedule.stage2_at:g}: step {self.switch_step} is not inside the run of "
-                f"{self.total_steps} steps: give a share between 0 and 1, or a step before the last"
+                f"{self.total_steps} steps: give a fraction between 0 and 1, or a step before the last"
             )
         sizes = data.sizes.items()
         self.orders = {name: EpochOrder(size, seed, zlib.crc32(name.encode())) for name, size in sizes}
-        self.names = [[group.name for group in groups] for groups in data.schedule.stages]
+        self.names = [[component.name for component in components] for components in data.schedule.stages]
         self.component_orders = [
-            ComponentOrder([group.weight for group in groups], seed, stage)
-            for stage, groups in enumerate(data.schedule.stages)
+            ComponentOrder([component.weight for component in components], seed, stage)
+            for stage, components in enumerate(data.schedule.stages)
         ]
 
     def row_ids(self, step: int) -> np.ndarray:
         stage, before = self._stage(step), self.rows_consumed(step)
         first = (step - stage * self.switch_step) * self.global_batch_size
-        groups = self.component_orders[stage].groups(first, self.global_batch_size)
+        component_ids = self.component_orders[stage].component_ids(first, self.global_batch_size)
         rows = np.zeros(self.global_batch_size, np.int64)
         for k, name in enumerate(self.names[stage]):
-            here = groups == k
+            here = component_ids == k
             rows[here] = self.data.offsets[name] + self.orders[name].row_ids(before[name], int(here.sum()))
         return rows
 
     def rows_consumed(self, step: int) -> dict[str, int]:
-        """How many rows of each group come before this step."""
+        """Return the number of rows of each component before this step."""
         num_rows = dict.fromkeys(self.data.sizes, 0)
         for stage, order in enumerate(self.component_orders):
             steps = min(step, self.switch_step) if stage == 0 else max(0, step - self.switch_step)
@@ -187,26 +193,28 @@ class MixSampler(BatchSampler):
     def _stage(self, step: int) -> int:
         return int(step >= self.switch_step)
 
-    # ---- what is told ----
+    # ---- output ----
     def notice_before(self, step: int) -> str:
         if len(self.component_orders) == 1 or step != self.switch_step:
             return ""
-        return f"stage 2 begins at step {step + 1}: {format_shares(self.data.schedule.stages[1])}"
+        return f"stage 2 begins at step {step + 1}: {format_weights(self.data.schedule.stages[1])}"
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """For the log: the stage that step number `step` (counted from 1) belonged to, and tokens by group so far."""
+        """Return the log entries of step number `step` (counted from 1): its stage, and tokens by component so far."""
         tokens = {name: rows * self.data.seq_len for name, rows in self.rows_consumed(step).items()}
         return {"mix": {"stage": 1 + self._stage(step - 1), "tokens": tokens}}
 
     def summary(self) -> str:
-        """A table: shares, what there is of each group, what is trained of it, how many passes that is."""
+        """Return a table of the components: weight, available tokens, tokens to train, number of epochs."""
         schedule, trained, seq_len = self.data.schedule, self.rows_consumed(self.total_steps), self.data.seq_len
-        sizes = {group.name: group.tokens for groups in schedule.stages for group in groups}
-        weights = [{group.name: f"{group.weight:.1%}" for group in groups} for groups in schedule.stages]
+        sizes = {component.name: component.tokens for components in schedule.stages for component in components}
+        weights = [
+            {component.name: f"{component.weight:.1%}" for component in components} for components in schedule.stages
+        ]
         width = max(8, *(len(name) for name in sizes))
         second = len(weights) == 2
         lines = [
-            f"{'mixture':{width}}  share" + ("  stage 2" if second else "") + "   tokens there   to be trained  passes"
+            f"{'mixture':{width}} weight" + ("  stage 2" if second else "") + "         tokens tokens to train  epochs"
         ]
         for name, tokens in sizes.items():
             passes = trained[name] * seq_len / tokens
@@ -214,22 +222,22 @@ class MixSampler(BatchSampler):
                 f"  {weights[1].get(name, '-'):>7}" if second else ""
             )
             line += f" {tokens:14,} {trained[name] * seq_len:15,} {passes:7.2f}"
-            lines.append(line + ("  many: repeated text teaches little" if passes > MAX_USEFUL_PASSES else ""))
+            lines.append(line + ("  many: repeated text helps little" if passes > MAX_USEFUL_PASSES else ""))
         if second:
             lines.append(
-                f"stage 2 begins at step {self.switch_step + 1} of {self.total_steps}, whatever the clock says"
+                f"stage 2 begins at step {self.switch_step + 1} of {self.total_steps}, also with --max_minutes"
             )
         if schedule.unused:
-            lines.append("left out: " + ", ".join(f"{name} ({n:,} tokens)" for name, n in schedule.unused.items()))
+            lines.append("not used: " + ", ".join(f"{name} ({n:,} tokens)" for name, n in schedule.unused.items()))
         return "\n".join(lines)
 
 
-def format_shares(groups: list[MixComponent]) -> str:
-    return ", ".join(f"{group.name} {group.weight:.1%}" for group in groups)
+def format_weights(components: list[MixComponent]) -> str:
+    return ", ".join(f"{component.name} {component.weight:.1%}" for component in components)
 
 
 def make_sampler(data: TokenDataset, global_batch_size: int, args: argparse.Namespace) -> BatchSampler:
-    """The plan of a mixture, or of plain data."""
+    """Return a MixSampler for a mixture, else a BatchSampler."""
     if isinstance(data, MixedDataset):
         return MixSampler(data, global_batch_size, args.seed, args.max_steps, args.epochs)
     return BatchSampler(len(data), data.lengths(), global_batch_size, args.seed)

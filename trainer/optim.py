@@ -1,9 +1,11 @@
-"""How the weights move: which optimizer holds which parameter, and the learning rate of each step.
+"""Optimizers (Muon and AdamW), their parameter groups, and the learning-rate schedule.
 
-Muon (Jordan et al. 2024; scaled as in arXiv:2502.16982, section 2.2) turns the update of a matrix into the nearest
-orthogonal one, so that every direction learns at the same pace; it holds the matrices of the layers. AdamW (Loshchilov
-& Hutter 2017) holds the rest: embeddings and norms, without decay, and an untied output layer. Beside Muon the
-embeddings move faster, the more so the narrower they are: a step moves the logits by about rate x dim.
+    Muon    matrices of the layers. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; the update is
+            replaced by (approximately) the nearest semi-orthogonal matrix, scaled as in arXiv:2502.16982, section 2.2
+    AdamW   embeddings and norms (no weight decay), untied output layer. Loshchilov & Hutter 2017, arXiv:1711.05101
+
+With Muon the learning rate of the embeddings is multiplied by min(4, 768 / dim): an AdamW step changes the logits by
+about rate x dim, so narrow models need a higher rate.
 Read next: loop.py.
 """
 
@@ -19,12 +21,15 @@ from model.transformer import Transformer
 
 
 def embedding_lr_multiplier(dim: int) -> float:
-    """Times the learning rate, beside Muon. 4 was best at dim 192; at dim 512 4 diverged and 1 equalled 2 (LOG.md)."""
+    """Return the embeddings' multiple of the learning rate next to Muon.
+
+    Measured (LOG.md): 4 was best at dim 192; at dim 512 4 diverged, and 1 and 2 were equal.
+    """
     return min(4.0, 768 / dim)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices of the layers, other matrices that decay, parameters without decay: norms and embeddings)."""
+    """Return (matrices of the layers, other matrices with weight decay, norms and embeddings: no weight decay)."""
     layer_matrices, other_matrices, no_decay = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,7 +46,10 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def make_optimizers(
     model: Transformer, kind: str, learning_rate: float, weight_decay: float, fused: bool = True
 ) -> list[torch.optim.Optimizer]:
-    """One AdamW, or Muon for the layers' matrices beside an AdamW for the rest."""
+    """Return [AdamW], or [Muon, AdamW] with Muon for the layers' matrices (kind "muon").
+
+    Raises UserError if this torch has no Muon.
+    """
     matrices, other_matrices, no_decay = split_parameters(model)
     if kind == "adamw":
         other_matrices = matrices + other_matrices
@@ -59,7 +67,7 @@ def make_optimizers(
     groups = [group for group in groups if group["params"]]
     betas = (0.8 if has_muon else 0.9, 0.95)
     optimizers: list[torch.optim.Optimizer] = []
-    if groups:  # Muon on a LoRA adapter leaves nothing to AdamW
+    if groups:  # empty for a LoRA adapter under Muon
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused))
     if not has_muon:
         return optimizers
@@ -67,17 +75,17 @@ def make_optimizers(
         raise UserError(f"torch {torch.__version__} has no Muon: pip install -U 'torch>=2.9', or --optimizer adamw")
     if hasattr(matrices[0], "full_tensor"):
         return [ShardedMuon(matrices, learning_rate, weight_decay), *optimizers]
-    # match_rms_adamw scales the update so that the learning rate means what it means for AdamW.
+    # match_rms_adamw scales the update to the RMS of AdamW's, so that both use learning rates of the same size.
     muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, *optimizers]
 
 
 class ShardedMuon(torch.optim.Optimizer):
-    """Muon on matrices of which every process holds some rows (FSDP2's DTensors): what torch's does, to rounding.
+    """Muon for sharded matrices (FSDP2's DTensors). Equals torch.optim.Muon up to floating-point rounding.
 
-    Momentum is kept in pieces. To be turned, the update is gathered, one matrix at a time, in bf16, in which torch's
-    Muon turns it anyway: given it as the gradient of a matrix of zeros, without momentum and decay, that leaves there
-    what is to be added.
+    The momentum stays sharded. The update is gathered, one matrix at a time, in bf16, the dtype in which torch's Muon
+    orthogonalises. torch's Muon then runs on a zero matrix with this update as its gradient, without momentum and
+    decay: the result is the orthogonalised update, of which every process adds its shard.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float) -> None:
@@ -106,18 +114,21 @@ class ShardedMuon(torch.optim.Optimizer):
 
 
 def muon_momentum(step: int) -> float:
-    """0.7 at first, 0.95 from step 1,000 on. Early gradients age quickly; at 122 steps 0.7 measured best (LOG.md)."""
+    """Return Muon's momentum: linear from 0.7 at step 0 to 0.95 at step 1,000, then constant.
+
+    Gradients of early steps are outdated quickly: in runs of 122 steps 0.7 was best (LOG.md).
+    """
     return 0.7 + 0.25 * min(step / 1000, 1.0)
 
 
 def lr_multiplier(
     step: int, fraction_done: float, warmup: int, kind: str, final_multiplier: float, warmup_share: float = 0.0
 ) -> float:
-    """The multiplier of the peak learning rate at `step` (counted from 0), after `fraction_done` of the run.
+    """Return the multiplier of the peak learning rate at `step` (from 0), after `fraction_done` in [0, 1] of the run.
 
-    Linear warm-up over `warmup` steps, then a half cosine or a straight line down to `final_multiplier`. With
-    `warmup_share` the warm-up takes that share of the run instead, and the fall the rest, as in transformers: step 0
-    stands still.
+    Linear warm-up over `warmup` steps, then cosine or linear decay to `final_multiplier`. With `warmup_share` the
+    warm-up takes that fraction of the run instead and the decay the remaining one, as in transformers: the rate of
+    step 0 is 0.
     """
     if warmup_share:
         if fraction_done < warmup_share:
@@ -133,9 +144,9 @@ def lr_multiplier(
 def set_learning_rate(
     args: argparse.Namespace, optimizers: list[torch.optim.Optimizer], step: int, fraction_done: float
 ) -> float:
-    """Give every group this step's learning rate, and Muon's groups this step's momentum; returns the rate.
+    """Set the learning rate of every parameter group, and Muon's momentum, for this step. Returns the learning rate.
 
-    `fraction_done` in [0, 1] is the share of the run that lies behind.
+    `fraction_done`: fraction of the run that is done, in [0, 1].
     """
     warmup_share = vars(args).get("warmup_share", 0.0)
     multiplier = lr_multiplier(step, fraction_done, args.warmup_iters, args.schedule, args.final_lr_share, warmup_share)

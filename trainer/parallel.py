@@ -1,11 +1,11 @@
 """Parallelism backends behind the interface of Engine: DDP, FSDP2, DeepSpeed ZeRO-1/2/3.
 
-    --parallel    weights    gradients    optimizer state
-    ddp           whole      whole        whole              torch's DistributedDataParallel; also one process alone
-    fsdp          in pieces  in pieces    in pieces          torch's FSDP2 (fully_shard), a layer at a time
-    zero1         whole      whole        in pieces          DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054,
-    zero2         whole      in pieces    in pieces          section 5), in zero.py
-    zero3         in pieces  in pieces    in pieces
+    --parallel    weights     gradients   optimizer state
+    ddp           replicated  replicated  replicated         torch's DistributedDataParallel; Engine in engine.py
+    fsdp          sharded     sharded     sharded            torch's FSDP2 (fully_shard), layer by layer
+    zero1         replicated  replicated  sharded            DeepSpeed ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054,
+    zero2         replicated  sharded     sharded            section 5), in zero.py
+    zero3         sharded     sharded     sharded
 
 Read next: engine.py (the interface, and DDP), zero.py.
 """
@@ -23,7 +23,7 @@ from trainer.stage import Stage
 
 
 def make_engine(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Engine:
-    """The engine for --parallel. One process has nobody to share with: it always gets the plain one."""
+    """Return the engine of --parallel. One process always gets the plain Engine."""
     if dist.world_size == 1 or args.parallel == "ddp":
         return Engine(dist, args, stage)
     if args.parallel == "fsdp":
@@ -34,9 +34,9 @@ def make_engine(dist: DistContext, args: argparse.Namespace, stage: Stage) -> En
 
 
 class FSDPEngine(Engine):
-    """FSDP2: every process keeps some rows of every tensor, and a layer is whole only while it is computed.
+    """FSDP2: tensors are sharded by rows; a layer's weights are gathered only while it is computed.
 
-    Gradients are exchanged with every micro-batch: waiting for the last one would keep them whole until then.
+    Gradients are reduced after every micro-batch: reducing only after the last would keep them unsharded until then.
     """
 
     def build(self) -> None:
@@ -55,7 +55,7 @@ class FSDPEngine(Engine):
     def eval_mode(self) -> Iterator[None]:
         with super().eval_mode():
             yield
-        self.module.reshard()  # what no backward pass follows stays whole
+        self.module.reshard()  # without a backward pass the gathered weights would stay in memory
 
     @torch.no_grad()
     def gather_weights(self) -> None:

@@ -1,11 +1,11 @@
-"""Training numbers that belong together and have a name: 3-full_sft.py --recipe belle. Imports no torch.
+"""Named sets of hyper-parameters: 3-full_sft.py --recipe belle. Imports no torch.
 
-    belle   batch 64, learning rate 3e-6, 3 epochs, weight decay 0.001, warm-up over a tenth, then linear; AdamW
+    belle  batch 64, learning rate 3e-6, 3 epochs, weight decay 0.001, warm-up over 10 % of the run, linear decay, AdamW
 
-A flag that is given wins over the recipe. A recipe's batch counts the rows of a step, which processes and
---accumulation_steps share. belle: the hyper-parameters on the cards of BelleGroup/BELLE-7B-0.2M to -2M
-(arXiv:2303.14742); AdamW's betas stay this project's.
-Read next: config.py (the flags), optim.py (what they do).
+Flags on the command line override the recipe. A recipe's batch is the number of rows per optimizer step: batch_size x
+processes x accumulation_steps. belle: hyper-parameters on the model cards of BelleGroup/BELLE-7B-0.2M to -2M
+(arXiv:2303.14742); the betas of AdamW are this project's.
+Read next: config.py (the flags), optim.py (the optimizers).
 """
 
 import argparse
@@ -29,11 +29,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def add_recipe_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", choices=RECIPES, help="numbers that have a name; other flags win over it")
+    parser.add_argument("--recipe", choices=RECIPES, help="named hyper-parameters; other flags override them")
 
 
 def parse_with_recipe(parser: argparse.ArgumentParser, parse: Callable[..., Any], *arguments: Any) -> Any:
-    """The arguments, the recipe's numbers being the defaults. Raises UserError when its batch cannot be shared."""
+    """Parse the arguments with the recipe's values as defaults.
+
+    Raises UserError if processes x accumulation_steps do not divide the recipe's batch.
+    """
     args = parse(*arguments)
     name = getattr(args, "recipe", None)
     if not name:
@@ -44,19 +47,20 @@ def parse_with_recipe(parser: argparse.ArgumentParser, parse: Callable[..., Any]
     args = parse(*arguments)
     if args.warmup_iters is None:
         args.warmup_iters = warmup_iters
-    else:  # --warmup_iters was given: it wins
+    else:  # --warmup_iters on the command line overrides the recipe's warmup_share
         args.warmup_share = 0.0
     if args.batch_size is None:
         rows, parts = RECIPES[name]["batch"], int(os.environ.get("WORLD_SIZE", 1)) * args.accumulation_steps
         if rows % parts:
             raise UserError(
-                f"--recipe {name}: {parts} processes or --accumulation_steps cannot share {rows} rows evenly"
+                f"--recipe {name}: its batch of {rows} rows cannot be split evenly over {parts} processes x "
+                "--accumulation_steps"
             )
         args.batch_size = rows // parts
     return args
 
 
 def describe_recipe(args: argparse.Namespace) -> str:
-    """The recipe with the numbers that are used, those that a flag has changed included."""
+    """Return the recipe's name and its values, including those that flags override."""
     names = (key for key in ("batch_size", "accumulation_steps", *RECIPES[args.recipe]) if key != "batch")
     return f"recipe {args.recipe}: " + ", ".join(f"{name} {getattr(args, name)}" for name in names)

@@ -1,9 +1,9 @@
-"""Which rows make up which step. The step number alone decides, so a run can stop anywhere and go on as it would have.
+"""Batch sampler: which rows make up which step. It depends only on the step number, so runs resume exactly.
 
     epoch = step // steps_per_epoch          rows of a step = a slice of the epoch's shuffled order
-    global batch = batch_size x processes x accumulation_steps rows, cut into micro-batches that all processes share
+    global batch = batch_size x processes x accumulation_steps rows, split into micro-batches of batch_size rows
 
-Read next: loop.py (who asks for batches), datasets.py (the rows), mixing.py (another plan: mixtures).
+Read next: loop.py (iterates over batches), datasets.py (the rows), mixing.py (the sampler of mixtures).
 """
 
 import math
@@ -17,13 +17,13 @@ from common.errors import UserError
 from trainer.datasets import Batch, TokenDataset, empty_batch
 from trainer.shuffle import EpochOrder
 
-SORT_POOL = 64  # global batches among which chats are sorted by length: larger wastes less, smaller mixes better
+SORT_POOL = 64  # global batches per pool that is sorted by length: larger pools need less padding, smaller mix better
 
 
 class BatchSampler:
-    """The rows of every step: each epoch is one shuffled pass over all rows, the last batch being what is left.
+    """The rows of every step. An epoch is one shuffled pass over all rows; its last batch may be smaller.
 
-    The order is never written down, unless rows of similar length are to come together.
+    lengths: (n_rows,), or None if all rows have the same length. With lengths, rows of similar length form a batch.
     """
 
     def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch_size: int, seed: int) -> None:
@@ -33,7 +33,7 @@ class BatchSampler:
         self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
 
     def num_steps(self, max_steps: int, epochs: float) -> int:
-        """Steps of a run: `max_steps`, or where that is 0 those of the epochs, the last one begun in full."""
+        """Return the steps of a run: `max_steps`, or if that is 0 the steps of `epochs`, rounded up."""
         return max_steps or max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
     def row_ids(self, step: int) -> np.ndarray:
@@ -46,7 +46,7 @@ class BatchSampler:
         return self._batches[index]
 
     def _by_length(self, epoch: int, lengths: np.ndarray) -> list[np.ndarray]:
-        """Shuffled, sorted by length within pools, and the batches shuffled again."""
+        """Shuffle the rows, sort them by length within pools, cut them into batches and shuffle the batches."""
         random = np.random.default_rng((self.seed, epoch))
         order, pool = random.permutation(self.n_rows), SORT_POOL * self.global_batch_size
         pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
@@ -57,22 +57,25 @@ class BatchSampler:
         random.shuffle(batches)
         return batches
 
-    # ---- what is told; a mixture has more to say (mixing.py) ----
+    # ---- output; MixSampler (mixing.py) overrides these ----
     def summary(self) -> str:
-        """Lines for the start of the run."""
+        """Lines to print at the start of the run."""
         return ""
 
     def notice_before(self, step: int) -> str:
-        """A line to be said before this step."""
+        """A line to print before this step, or ""."""
         return ""
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """What the log should hold after so many steps."""
+        """Entries for the log after `step` steps."""
         return {}
 
 
 class MicroBatches(Dataset[Any]):
-    """Item `step` is this process's list of micro-batches: all get equally many, an empty one where rows ran out."""
+    """Item `step` is this process's list of micro-batches of that step.
+
+    All processes get equally many; a process without rows gets a batch without trained tokens.
+    """
 
     def __init__(self, data: TokenDataset, sampler: BatchSampler, batch_size: int, rank: int, world_size: int) -> None:
         self.data, self.sampler, self.batch_size, self.rank, self.world_size = (
@@ -84,7 +87,7 @@ class MicroBatches(Dataset[Any]):
         )
 
     def __getitem__(self, step: int) -> Any:
-        """The micro-batches; in a worker process an error of the data as a value, else its line becomes a traceback."""
+        """Return the micro-batches. A worker process returns a UserError: raising it would print a traceback."""
         try:
             return self.micro_batches(step)
         except UserError as error:
@@ -107,9 +110,9 @@ class MicroBatches(Dataset[Any]):
 
 
 def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
-    """The micro-batches of steps first ... last - 1, prepared ahead by `num_workers` processes.
+    """Yield the micro-batches of steps first ... last - 1, loaded ahead by `num_workers` processes.
 
-    Raises UserError when the data is damaged.
+    Raises UserError if the data is damaged.
     """
     loader: Any = DataLoader(
         batches,
@@ -127,9 +130,10 @@ def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: 
 def validation_batches(
     data: TokenDataset, batch_size: int, rank: int, world_size: int, max_tokens: int
 ) -> Iterator[Batch]:
-    """This process's part of batches that hold about `max_tokens` tokens in all: always the same rows.
+    """Yield this process's part of the validation batches, about `max_tokens` tokens in all; always the same rows.
 
-    All processes get equally many, the last ones maybe an empty one: shared weights are put together by everybody.
+    All processes get equally many batches, if need be one without trained tokens, because sharded weights are gathered
+    by collectives.
     """
     lengths, num_tokens, number = data.lengths(), 0, 0
     order = None if lengths is None else np.random.default_rng(0).permutation(len(data))

@@ -1,24 +1,24 @@
-"""A shuffled order of n rows that is never written down: any place of it can be asked for at once.
+"""Pseudo-random permutations of n rows with random access and constant memory.
 
     FeistelPermutation(n, seed, epoch)(np.arange(0, 8))    the first eight rows of that epoch
-    EpochOrder(n, seed).row_ids(n - 3, 8)        the last three rows of the first pass and the first five of the second
+    EpochOrder(n, seed).row_ids(n - 3, 8)        the last three rows of the first epoch and the first five of the second
 
-A list of shuffled numbers grows with the data: 40 MB and half a second for 5 GB of tokens, in every process. A Feistel
-network is a permutation by construction: it splits a number into two halves and adds to each a scrambled copy of the
-other, which can be undone, so no two numbers meet. It permutes a power of four; a result beyond n is put in again until
-it falls inside ("cycle walking": Black & Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
+An array of shuffled row ids grows with the data: 40 MB and half a second for 5 GB of tokens, in every process. A
+Feistel network needs no array. It splits a number into two halves and XORs each with a hash of the other. Every round
+is invertible, so the network is a permutation, of a power of four. A result of n or more goes through the network again
+until it is below n (cycle walking: Black & Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
 
-Read next: sampler.py (which rows make up which step).
+Read next: sampler.py (which rows make up a step).
 """
 
 import numpy as np
 
-BLOCK_ROWS = 1024  # places that are worked out together: numpy is slow in small pieces
-FEISTEL_ROUNDS = 6  # four are enough against an observer, but not for a few bits: small n stays uneven
+BLOCK_ROWS = 1024  # positions computed in one vectorised call
+FEISTEL_ROUNDS = 6  # four rounds suffice in cryptography, but for small n their orders are not uniform enough
 
 
 class FeistelPermutation:
-    """Row numbers 0 ... n - 1 in an order that n and the keys decide."""
+    """A permutation of 0 ... n - 1 that is determined by n and the keys."""
 
     def __init__(self, n: int, *keys: int) -> None:
         self.n = n
@@ -27,7 +27,7 @@ class FeistelPermutation:
         self.keys = np.random.default_rng(keys).integers(0, 2**64, FEISTEL_ROUNDS, dtype=np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """The rows at these places of the order, each place in 0 ... n - 1; shape and meaning as `places`, int64."""
+        """Return the rows at these positions, each in 0 ... n - 1; int64, the shape of `positions`."""
         rows = self._network(np.asarray(positions).astype(np.uint64))
         while (outside := rows >= self.n).any():
             rows[outside] = self._network(rows[outside])
@@ -42,21 +42,21 @@ class FeistelPermutation:
 
 
 def _scramble(numbers: np.ndarray) -> np.ndarray:
-    """The finisher of splitmix64: every bit of a result depends on every bit of a number. Meant to overflow."""
+    """The mixing function of splitmix64: each output bit depends on all input bits. Overflow of uint64 is intended."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))
 
 
 class EpochOrder:
-    """An endless order: one shuffled pass over n rows after the other. Keeps the last places that were asked for."""
+    """An infinite order: a new permutation of n rows for every epoch. Caches the last two blocks of positions."""
 
     def __init__(self, n: int, *keys: int) -> None:
         self.n, self.keys = n, keys
         self._blocks: dict[int, np.ndarray] = {}
 
     def row_ids(self, first: int, count: int) -> np.ndarray:
-        """The rows at places first ... first + count - 1, shape (count,), int64."""
+        """Return the rows at positions first ... first + count - 1, (count,), int64."""
         numbers = range(first // BLOCK_ROWS, (first + max(count, 1) - 1) // BLOCK_ROWS + 1)
         return np.concatenate([self._block(number) for number in numbers])[first - numbers[0] * BLOCK_ROWS :][:count]
 

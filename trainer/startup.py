@@ -1,4 +1,4 @@
-"""What is said before the first step: sizes, steps, memory, and whether the first loss is that of an untrained model.
+"""Output before the first step: model size, steps, memory estimate, and a check of the first loss.
 
 Read next: loop.py.
 """
@@ -14,13 +14,13 @@ from trainer.memory import training_memory
 from trainer.sampler import BatchSampler
 from trainer.stage import Stage
 
-FIRST_LOSS_TOLERANCE = 0.15  # nats around ln(vocab)
+FIRST_LOSS_TOLERANCE = 0.15  # nats; an untrained model's loss is ln(vocabulary) ± this
 
 
 def log_startup(
     dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, total_steps: int
 ) -> None:
-    """Print parameters, tokens per step, steps, memory."""
+    """Print parameters, tokens per step, steps and the memory estimate."""
     if not dist.is_rank0:
         return
     config = stage.model.config
@@ -43,8 +43,8 @@ def log_startup(
     minutes = f", at most {args.max_minutes:g} minutes" if args.max_minutes else ""
     dist.print0(
         f"{len(stage.data):,} {rows}, {sampler.global_batch_size} {rows} = "
-        f"{sampler.global_batch_size * mean_length:,.0f} tokens a step, "
-        f"{sampler.steps_per_epoch:,} steps an epoch, {total_steps:,} steps in all{minutes}"
+        f"{sampler.global_batch_size * mean_length:,.0f} tokens per step, "
+        f"{sampler.steps_per_epoch:,} steps per epoch, {total_steps:,} steps in all{minutes}"
     )
     longest = config.max_seq_len if lengths is None else int(lengths.max())
     num_trainable = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
@@ -61,14 +61,17 @@ def log_startup(
 def check_first_loss(
     dist: DistContext, args: argparse.Namespace, stage: Stage, sampler: BatchSampler, engine: Engine
 ) -> None:
-    """An untrained model knows nothing, so its loss is ln(vocabulary); anything else is a mistake in model or data."""
+    """Compare the first loss with ln(vocabulary), the loss of uniform predictions, and print the result.
+
+    The loss of an untrained model is near it. Another value indicates an error in the data or the initialisation.
+    """
     batch = stage.data.batch(sampler.row_ids(0)[: args.batch_size])
     with engine.eval_mode():
         loss, count, _ = engine.evaluate({name: tensor.to(dist.device) for name, tensor in batch.items()})
     first, expected = loss.item() / max(count, 1), math.log(stage.model.config.vocab_size)
     assessment = (
-        "as it should be"
+        "ok"
         if abs(first - expected) <= FIRST_LOSS_TOLERANCE
-        else "SUSPICIOUS: look at the data and the model"
+        else "unexpected: check the data and the model initialisation"
     )
     dist.print0(f"first loss {first:.3f}, ln(vocabulary) {expected:.3f} ± {FIRST_LOSS_TOLERANCE}: {assessment}")

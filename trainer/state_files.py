@@ -1,13 +1,13 @@
-"""A state (tensors by name) in files: written by several processes, read by any number of them, without pickle.
+"""Sharded state files: tensors by name, written by several processes, read by any number of them, without pickle.
 
-    rank_00000.safetensors    what process 0 writes: whole tensors, or its pieces of them
+    rank_00000.safetensors    the tensors, or pieces of tensors, that rank 0 writes
     rank_00000.json           written after it: {format, rank, tensors: {name: {dtype, shape, offset, size, crc32}}}
 
-A tensor of the global shape `shape` may lie in several files; each holds the piece [offset, offset + size) of every
-dimension, of a whole tensor all of it. A reader fills whole tensors and local shards from the pieces that overlap
-them, so the cut may differ between writer and reader. The CRC-32 of a piece is compared when it is read; the json
-carries one of its own. FSDP2's tensors are DTensors cut along one dimension as torch.chunk cuts.
-Read next: train_state.py (when they are written), engine.py (who makes a state), ../common/checksums.py.
+`shape` is the global shape. A file holds the piece [offset, offset + size) of each dimension, for an unsharded tensor
+all of it. A reader fills tensors and shards from all pieces that overlap them, so writer and reader may shard
+differently. Every piece has a CRC-32, which is verified when it is read; the json has its own checksum. FSDP2's tensors
+are DTensors that are sharded along one dimension, as by torch.chunk.
+Read next: train_state.py (when they are written), engine.py (the state), ../common/checksums.py.
 """
 
 import json
@@ -25,10 +25,10 @@ from common.errors import UserError
 from common.files import atomic_write, write_json
 
 STATE_FORMAT = 2  # 1 was torch.distributed.checkpoint's, whose metadata is a pickle
-MAX_JSON_BYTES = 256 << 20  # bytes; a tensor takes some 200 of them
+MAX_JSON_BYTES = 256 << 20  # limit against damaged files; a tensor takes about 200 bytes
 MAX_DIMENSIONS = 16
 DISK_SPACE_ADVICE = "free some space or choose another --out_dir"
-SAFETENSORS_DTYPES = {  # https://github.com/huggingface/safetensors: format
+SAFETENSORS_DTYPES = {  # https://github.com/huggingface/safetensors, section "Format"
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
@@ -38,7 +38,7 @@ Ints = tuple[int, ...]
 
 
 class DamagedStateFile(Exception):
-    """A json file that is not intact. `folder`: where it is."""
+    """A json file is missing or damaged. `folder`: its folder."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path} {problem}")
@@ -47,7 +47,7 @@ class DamagedStateFile(Exception):
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """Where a piece of a tensor lies: in the tensor, and in the file of process `rank`."""
+    """A piece of a tensor: its offset and size in the tensor, and the rank whose file holds it."""
 
     offset: Ints
     size: Ints
@@ -55,46 +55,47 @@ class TensorPiece:
     crc32: str = ""
 
     def overlap(self, other: "TensorPiece") -> tuple[Ints, Ints]:
-        """The start and the end of what both cover, in the whole tensor; empty where an end is not above its start."""
+        """Return (starts, ends) of the intersection in global coordinates; empty if an end is not above its start."""
         starts = tuple(map(max, self.offset, other.offset))
         ends = (min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True))
         return starts, tuple(ends)
 
     def slices(self, starts: Ints, ends: Ints) -> tuple[slice, ...]:
-        """The region starts ... ends of the whole tensor, in this piece's own coordinates."""
+        """Convert the global region starts ... ends into slices of this piece."""
         return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, self.offset, strict=True))
 
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor as the json files describe it."""
+    """A saved tensor: dtype, global shape and pieces, from the json files."""
 
     dtype: str
     shape: Ints
     pieces: list[TensorPiece]
 
 
-# ---- what of a tensor is here ----------------------------------------------------------------------------------------
+# ---- local pieces ----------------------------------------------------------------------------------------------------
 def local_piece(tensor: Tensor) -> tuple[Tensor, TensorPiece]:
-    """The tensor's memory in this process, and which piece of the whole tensor it is. No copy."""
+    """Return this process's local tensor (no copy) and its position in the global tensor."""
     if not hasattr(tensor, "device_mesh"):
         return tensor.detach(), TensorPiece((0,) * tensor.dim(), tuple(tensor.shape))
     dtensor: Any = tensor.detach()
     local, offset, placements = dtensor.to_local(), [0] * tensor.dim(), dtensor.placements
     if len(placements) != 1 or not (placements[0].is_shard() or placements[0].is_replicate()):
-        raise NotImplementedError(f"a tensor placed as {placements}")
+        raise NotImplementedError(f"DTensor with placements {placements}")
     if placements[0].is_shard():
         dim, mesh = placements[0].dim, dtensor.device_mesh
         rows, most = tensor.shape[dim], -(-tensor.shape[dim] // mesh.size())
         offset[dim] = min(mesh.get_local_rank() * most, rows)
-        assert local.shape[dim] == min(most, rows - offset[dim]), "cut otherwise than torch.chunk cuts"
+        assert local.shape[dim] == min(most, rows - offset[dim]), "not sharded as by torch.chunk"
     return local, TensorPiece(tuple(offset), tuple(local.shape))
 
 
 def select_written_tensors(state: TensorDict, rank: int, world_size: int, replicated: bool) -> TensorDict:
-    """What this process writes: its shards, and of the tensors that every process has (`replicated`) an even share.
+    """Return the tensors that this process writes: its shards, and its part of the replicated tensors.
 
-    Not replicated: every plain tensor in the state is this process's alone.
+    Replicated tensors are distributed over the processes so that all write about equally many bytes.
+    `replicated`: whether every process holds all plain tensors. If not, plain tensors of `state` exist only here.
     """
     loads, mine = [0] * world_size, {}
     for name, tensor in state.items():
@@ -110,7 +111,7 @@ def select_written_tensors(state: TensorDict, rank: int, world_size: int, replic
 # ---- writing ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class CopiedPiece:
-    """A piece in memory of its own on the CPU, with the global shape of its tensor."""
+    """A copy of a piece in CPU memory, with the global shape of its tensor."""
 
     data: Tensor
     shape: Ints
@@ -118,15 +119,15 @@ class CopiedPiece:
 
 
 def copy_to_cpu(state: TensorDict, before: dict[str, CopiedPiece]) -> dict[str, CopiedPiece]:
-    """The local part of every tensor, copied to the CPU, so that training may change the tensors.
+    """Copy the local piece of every tensor to the CPU: training may then change the tensors.
 
-    The memory of the copies `before` is used again where it fits: fresh memory takes longer to fill than to copy to.
+    Reuses the buffers of the copies `before` where they fit, because writing to newly allocated memory is slower.
     """
     copies = {}
     for name, tensor in state.items():
         local, piece = local_piece(tensor)
         if not local.numel():
-            continue  # the last processes' shards of a short tensor are empty
+            continue  # a tensor with fewer rows than processes has empty shards
         reusable = before.get(name)
         fits = reusable is not None and reusable.piece == piece and reusable.data.dtype == local.dtype
         data = reusable.data if reusable and fits else torch.empty(local.shape, dtype=local.dtype)
@@ -135,11 +136,11 @@ def copy_to_cpu(state: TensorDict, before: dict[str, CopiedPiece]) -> dict[str, 
 
 
 def write_state(folder: Path, rank: int, parts: dict[str, CopiedPiece]) -> None:
-    """Write the two files of a process, the json last. Raises UserError when that fails.
+    """Write the two files of a process, the json last. Raises UserError if that fails.
 
-    The safetensors format: 8 bytes for the length of the header (little-endian), a JSON header, the tensors' bytes.
+    safetensors format: length of the header (8 bytes, little-endian), JSON header, bytes of the tensors.
     """
-    names = sorted(parts, key=lambda name: (-parts[name].data.element_size(), name))  # so that each is aligned
+    names = sorted(parts, key=lambda name: (-parts[name].data.element_size(), name))  # aligns every tensor
     header, descriptions, at = {}, {}, 0
     for name in names:
         data = parts[name].data
@@ -172,16 +173,16 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor, shape (bytes,), uint8. No copy."""
+    """Return the memory of a contiguous CPU tensor as uint8, (bytes,). No copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def read_checked_json(path: Path) -> dict[str, Any]:
-    """A json file with a checksum. Raises Damaged when it is missing, too large or not intact."""
+    """Read a json file and verify its checksum. Raises DamagedStateFile if it is missing, too large or damaged."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise DamagedStateFile(path, "is larger than such a file can be")
+            raise DamagedStateFile(path, f"is damaged (larger than {MAX_JSON_BYTES} bytes)")
         content = json.loads(path.read_bytes())
         is_intact = isinstance(content, dict) and has_valid_checksum(content)
     except OSError as error:
@@ -196,9 +197,9 @@ def read_checked_json(path: Path) -> dict[str, Any]:
 
 
 class SavedState:
-    """The state in a folder that `ranks` processes wrote. Raises UserError ending in `advice`, here and in `load`.
+    """The state in a folder that `ranks` processes wrote. The constructor reads the json files, `load` the tensors.
 
-    `tensors`: what is there, by name. Reads the json files here; a tensor's bytes only in `load`.
+    Both raise UserError, ending in `advice`, if a file is missing or damaged. `tensors`: the saved tensors by name.
     """
 
     def __init__(self, folder: Path, ranks: int, advice: str) -> None:
@@ -213,7 +214,7 @@ class SavedState:
                 raise self.make_error(str(error)) from None
             tensors = content.get("tensors")
             if content.get("rank") != rank or not isinstance(tensors, dict):
-                raise self.make_error(f"{path} is not the file of process {rank}")
+                raise self.make_error(f"{path} is not the file of rank {rank}")
             for name, entry in tensors.items():
                 self.add_piece(path, rank, name, entry)
 
@@ -225,19 +226,19 @@ class SavedState:
             dtype, crc32 = entry["dtype"], entry["crc32"]
             shape, offset, size = (parse_sizes(entry[key]) for key in ("shape", "offset", "size"))
         except (KeyError, TypeError, ValueError):
-            raise self.make_error(f"{path}: {name[:80]} is not described as a tensor") from None
+            raise self.make_error(f"{path}: the entry of {name[:80]} is not valid") from None
         saved = self.tensors.setdefault(name, SavedTensor(dtype, shape, []))
         fits = len(shape) == len(offset) == len(size) <= MAX_DIMENSIONS
         if not fits or any(o + n > s for o, n, s in zip(offset, size, shape, strict=True)):
             raise self.make_error(f"{path}: {name[:80]} has a piece outside its shape")
         if (saved.dtype, saved.shape) != (dtype, shape):
-            raise self.make_error(f"{path}: {name[:80]} has another shape than in another file")
+            raise self.make_error(f"{path}: {name[:80]} has another shape or dtype than in the file of another rank")
         saved.pieces.append(TensorPiece(offset, size, rank, crc32))
 
     def load(self, state: TensorDict) -> None:
-        """Fill the tensors in place, whole ones and local shards alike. Each must be there, with its shape and dtype.
+        """Fill the tensors of `state`, plain tensors or DTensors, in place.
 
-        Memory: the pages of the files that are read, no copy of a tensor.
+        Raises UserError if one is missing or has another shape or dtype. Files are memory-mapped, tensors not copied.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -258,7 +259,7 @@ class SavedState:
                 raise self.make_error(f"cannot read {path} ({str(error).splitlines()[0][:120]})") from None
 
     def overlapping_pieces(self, name: str, tensor: Tensor, here: TensorPiece) -> list[TensorPiece]:
-        """The saved pieces that overlap what is `here` of the tensor. Together they must cover it."""
+        """Return the saved pieces that overlap the local piece `here`. Raises UserError if they do not cover it."""
         saved = self.tensors.get(name)
         if saved is None:
             raise self.make_error(f"{self.folder} does not hold {name}")
@@ -272,13 +273,13 @@ class SavedState:
                 found.append(piece)
                 covered += count
         if covered != math.prod(here.size):
-            raise self.make_error(f"{self.folder} holds only a part of {name}")
+            raise self.make_error(f"{self.folder} does not hold all of {name}")
         return found
 
     def verify_piece(self, path: Path, name: str, piece: TensorPiece, stored: Tensor) -> Tensor:
-        """The stored piece, after a comparison with its description and, the first time, with its checksum."""
+        """Return `stored` after checking its shape, dtype and, the first time, its checksum."""
         if tuple(stored.shape) != piece.size or dtype_name(stored) != self.tensors[name].dtype:
-            raise self.make_error(f"{path} is damaged ({name} has another shape than in its .json)")
+            raise self.make_error(f"{path} is damaged ({name} has another shape or dtype than in its .json)")
         if (name, piece.rank) not in self.verified and checksum(tensor_bytes(stored)) != piece.crc32:
             raise self.make_error(f"{path} is damaged (the checksum of {name} differs)")
         self.verified.add((name, piece.rank))
@@ -286,7 +287,7 @@ class SavedState:
 
 
 def parse_sizes(values: Any) -> Ints:
-    """A list of JSON integers of 0 or more. Raises ValueError or TypeError for anything else."""
+    """Convert a JSON list of non-negative integers to a tuple. Raises ValueError for anything else."""
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**62 for value in values):
-        raise ValueError("no list of whole numbers")
+        raise ValueError("not a list of integers")
     return tuple(values)

@@ -1,4 +1,4 @@
-"""Time: how long the run has taken and may take.
+"""TrainingTimer: elapsed training time and the time budget --max_minutes.
 
 Read next: loop.py.
 """
@@ -9,10 +9,10 @@ from trainer.distributed import DistContext
 
 
 class TrainingTimer:
-    """Seconds of training, and the share of --max_minutes that is used up (0 when there is no limit).
+    """Seconds of training, and the fraction of --max_minutes that is used (0 without a limit).
 
-    The learning rate follows the larger of steps done and time used, so a time-boxed run ends with a rate near zero
-    and a settled model. A later session with a new time box begins at its share of the steps.
+    The learning rate follows the larger of the fractions of steps and of time, so a run with a time limit also ends
+    at a low learning rate. A resumed run with a new time limit starts at the fraction of its steps that is done.
     """
 
     def __init__(self, max_minutes: float, start_fraction: float, earlier_seconds: float) -> None:
@@ -28,13 +28,14 @@ class TrainingTimer:
         self.step_start_time = time.monotonic()
 
     def end_step(self, dist: DistContext) -> None:
-        """Read the first process's clock for everybody: all must agree on the learning rate and on when to stop."""
+        """Distribute rank 0's times: all processes must agree on the learning rate and on when to stop."""
         now = time.monotonic()
         times = [now - self.start_time, now - self.step_start_time] if dist.is_rank0 else [0.0, 0.0]
         self.session_seconds, self.step_seconds = dist.all_reduce_sum(times)
 
     @property
     def fraction(self) -> float:
+        """Fraction of the run that is done by the time limit, in [0, 1]."""
         if not self.limit_seconds:
             return 0.0
         return self.start_fraction + (1 - self.start_fraction) * min(1.0, self.session_seconds / self.limit_seconds)
@@ -45,7 +46,7 @@ class TrainingTimer:
 
     @property
     def is_expired(self) -> bool:
-        """One more step would not fit."""
+        """Whether another step would exceed the time limit."""
         return bool(self.limit_seconds) and self.session_seconds + self.step_seconds > self.limit_seconds
 
     def seconds_left(self, steps_left: int) -> float:

@@ -1,16 +1,15 @@
-"""Going on where a run stopped: a folder beside the model, there only while the stage is unfinished.
+"""TrainState and the resume folder, from which an interrupted run continues. It exists until the stage is complete.
 
-    out/{stage}_{size}.resume/step_000000200/progress.json                   how far the run is, and which run it is
-                                             rank_00000.safetensors, .json   weights and optimizer state by name, of
-                                                                             each process what it holds
+    out/{stage}_{size}.resume/step_000000200/progress.json                   TrainState: counters, identity of the run
+                                             rank_00000.safetensors, .json   weights and optimizer state by name, one
+                                                                             pair of files per process
 
-The files are written in the background while training continues, from copies. A folder with progress.json and the json
-of every process is complete, and only then the older one is removed. A tensor is its name and its shape, however it was
-cut: a run may continue under another --parallel and with another number of processes, as long as a step keeps its rows.
-The step number alone decides data, learning rate and dropout: nothing else needs saving. Where an adapter is trained,
-the weights are the adapter's alone. Every file has checksums, and none is read with pickle.
-Read next: checkpoint_writer.py (who writes), state_files.py (the format), loop.py, engine.py (what a state is),
-sampler.py.
+The files are written in the background from copies while training continues. A step folder is complete when it has
+progress.json and the json of every process; only then older ones are removed. Saved tensors do not depend on how they
+were sharded: a run may resume with another --parallel and another number of processes, if the rows per step stay the
+same. Data, learning rate and dropout depend only on the step number, so nothing else is saved. With LoRA only the
+adapter's weights are saved. Every file has checksums, and none is read with pickle.
+Read next: checkpoint_writer.py (writes the folder), state_files.py (the format), loop.py, engine.py (the state).
 """
 
 import argparse
@@ -40,24 +39,24 @@ SCALER_KEYS = {
     "backoff_factor",
     "growth_interval",
     "_growth_tracker",
-}  # of torch's GradScaler
+}  # keys of the state_dict of torch.amp.GradScaler
 
 
 @dataclass
 class TrainState:
-    """How far a run is. `rows_per_step` and `identity` must stay what they are for the steps to stay what they are."""
+    """The progress of a run. A resumed run must have the same `rows_per_step` and `identity`."""
 
     step: int = 0
-    tokens: int = 0  # trained tokens
+    tokens: int = 0  # trained tokens (or pairs)
     seconds: float = 0.0
-    loss: float = 0.0  # of the last step, per token
-    first_loss: float = 0.0  # of the first step that was not skipped; ln(vocabulary) where nothing was trained before
+    loss: float = 0.0  # of the last step, per token (or pair)
+    first_loss: float = 0.0  # of the first step that was not skipped; ln(vocabulary) when training from scratch
     validation: dict[str, Any] = field(default_factory=dict)
-    objection: str = ""  # why the stage's guard ended the run
+    objection: str = ""  # reason of the stage's early stop
     rows_per_step: int = 0
-    ranks: int = 0  # processes that wrote the step folder
-    identity: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)  # of fp16 gradients
+    ranks: int = 0  # number of processes that wrote the step folder
+    identity: dict[str, Any] = field(default_factory=dict)  # run_fingerprint
+    scaler: dict[str, Any] = field(default_factory=dict)  # state of the fp16 gradient scaler
 
     def update(self, result: dict[str, float], seconds: float) -> None:
         self.step += 1
@@ -71,7 +70,7 @@ def resume_path(path: Path) -> Path:
 
 
 def step_folders(resume: Path) -> list[tuple[int, Path]]:
-    """The step folders in a resume folder, whether complete or not, the newest first."""
+    """Return (step, folder) of all step folders in a resume folder, complete or not, the newest first."""
     folders = (
         [entry for entry in resume.iterdir() if re.fullmatch(r"step_\d{1,18}", entry.name)] if resume.exists() else []
     )
@@ -79,7 +78,7 @@ def step_folders(resume: Path) -> list[tuple[int, Path]]:
 
 
 def complete_steps(resume: Path, before: float = math.inf) -> Iterator[tuple[Path, TrainState]]:
-    """The complete step folders below step `before` with their progress, the newest first. Raises Damaged."""
+    """Yield the complete step folders below step `before`, the newest first. Raises DamagedStateFile."""
     for step, folder in step_folders(resume):
         if step >= before or has_earlier_format(folder) or not (folder / "progress.json").is_file():
             continue
@@ -93,17 +92,17 @@ def has_earlier_format(folder: Path) -> bool:
 
 
 def parse_train_state(folder: Path, step: int) -> TrainState:
-    """What progress.json of a step folder says. Raises Damaged."""
+    """Read and check progress.json of a step folder. Raises DamagedStateFile."""
     path = folder / "progress.json"
     content = read_checked_json(path)
     for name, default in dataclasses.asdict(TrainState()).items():
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if type(content.get(name)) not in kinds:
-            raise DamagedStateFile(path, f"is damaged (it has no {name})")
+            raise DamagedStateFile(path, f"is damaged (it has no valid {name})")
     train_state = TrainState(**{entry.name: content[entry.name] for entry in dataclasses.fields(TrainState)})
     counts = (train_state.tokens, train_state.seconds, train_state.rows_per_step - 1, train_state.ranks - 1)
     if train_state.step != step or min(counts) < 0 or train_state.ranks > MAX_RANKS:
-        raise DamagedStateFile(path, "is damaged (its numbers are impossible)")
+        raise DamagedStateFile(path, "is damaged (its numbers are out of range)")
     scaler = train_state.scaler
     if scaler and (scaler.keys() != SCALER_KEYS or not all(type(value) in (int, float) for value in scaler.values())):
         raise DamagedStateFile(path, "is damaged (scaler)")
@@ -113,7 +112,10 @@ def parse_train_state(folder: Path, step: int) -> TrainState:
 
 
 def read_train_state(args: argparse.Namespace, path: Path) -> tuple[Path, TrainState] | None:
-    """The newest complete step folder and its progress, or None when the run starts anew."""
+    """Return the newest complete step folder and its TrainState, or None if the run starts anew.
+
+    Raises UserError if the resume folder is damaged, unreadable or of an earlier format.
+    """
     if args.resume == "never" or not resume_path(path).exists():
         return None
     if resume_path(path).is_file():
@@ -128,14 +130,14 @@ def read_train_state(args: argparse.Namespace, path: Path) -> tuple[Path, TrainS
         raise UserError(f"cannot read {resume_path(path)} ({error.strerror}): {RESTART_ADVICE}") from None
     if is_earlier_format:
         raise UserError(
-            f"{resume_path(path)} is in the format of an earlier version, which is not read because it may run code: "
-            f"finish the run with that version, or {RESTART_ADVICE}"
+            f"{resume_path(path)} has the pickle format of an earlier version, which is not read because it may run "
+            f"code: finish the run with that version, or {RESTART_ADVICE}"
         )
     return None
 
 
 def recovery_advice(folder: Path) -> str:
-    """What to do about a damaged step folder. The one before it is there until the next save."""
+    """Return what to do about a damaged step folder: use an older complete one, if there is one, or start anew."""
     with contextlib.suppress(DamagedStateFile, OSError):
         for _, train_state in complete_steps(folder.parent, before=int(folder.name[5:])):
             return f"remove {folder} to resume from step {train_state.step}, or {RESTART_ADVICE}"
@@ -143,7 +145,10 @@ def recovery_advice(folder: Path) -> str:
 
 
 def resolve_global_batch_size(dist: DistContext, args: argparse.Namespace, path: Path) -> int:
-    """Rows per optimizer step. A resumed run keeps its number, whatever the number of processes is now."""
+    """Return the rows per optimizer step. A resumed run keeps the saved number: accumulation_steps is adapted.
+
+    Raises UserError if batch_size x processes does not divide the saved number.
+    """
     rows = args.batch_size * dist.world_size * args.accumulation_steps
     saved = read_train_state(args, path)
     if saved is None or saved[1].rows_per_step == rows:
@@ -162,7 +167,7 @@ def resolve_global_batch_size(dist: DistContext, args: argparse.Namespace, path:
 
 
 def run_fingerprint(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
-    """What must not change between the parts of a run."""
+    """Return the settings that a resumed run must share with the interrupted one."""
     parent = hashlib.sha256(json.dumps(stage.lineage, sort_keys=True).encode()).hexdigest()[:16]
     return {
         "stage": stage.name,
@@ -179,13 +184,13 @@ def run_fingerprint(args: argparse.Namespace, stage: Stage) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, a text for each fact and for each field of the model's config.
+    """Return a text for each setting and each field of the model config that differs.
 
-    An earlier version saved a config without the fields that came later: those have their defaults.
+    Config fields that an earlier version did not save have their defaults.
     """
     try:
         config = ModelConfig(**before["config"]).to_dict()
-    except (KeyError, TypeError, ValueError):  # of a later version
+    except (KeyError, TypeError, ValueError):  # saved by a later version
         config = before.get("config") or {}
     before, now = {**before, **json.loads(json.dumps(config))}, {**now, **now["config"]}
     names = [name for name in now if name != "config" and now[name] != before.get(name)]
@@ -195,12 +200,13 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def load_train_state(
     dist: DistContext, args: argparse.Namespace, stage: Stage, path: Path, rows_per_step: int
 ) -> tuple[TrainState, SavedState | None]:
-    """Fill stage.model from the newest step folder, if there is one; also returns the saved state, for `Engine`.
+    """Load the weights of stage.model from the newest step folder, if there is one.
 
-    Raises UserError when the folder is damaged or belongs to a run with another model, tokenizer, data, optimizer or
-    seed.
+    Returns the TrainState and the SavedState from which Engine.load_state_dict reads the optimizer state, or a new
+    TrainState and None. Raises UserError if the folder is damaged or belongs to a run with another model, tokenizer,
+    data, optimizer or seed.
     """
-    identity = json.loads(json.dumps(run_fingerprint(args, stage)))  # as it will be read again
+    identity = json.loads(json.dumps(run_fingerprint(args, stage)))  # as read back from progress.json
     found = read_train_state(args, path)
     step = found[1].step if found else -1
     if dist.all_reduce_sum([float(step)])[0] != dist.world_size * step:
@@ -212,5 +218,5 @@ def load_train_state(
         raise UserError(f"{resume_path(path)} belongs to another run ({changed[:300]}): {RESTART_ADVICE}")
     saved = SavedState(folder, train_state.ranks, recovery_advice(folder))
     saved.load({f"model.{name}": p for name, p in stage.model.named_parameters() if p.requires_grad})
-    dist.print0(f"going on after step {train_state.step} of an interrupted run (--resume never starts anew)")
+    dist.print0(f"resuming after step {train_state.step} of an interrupted run (to start anew: --resume never)")
     return train_state, saved

@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO behind the loop's verbs: stage 1 shares out the optimizer, 2 the gradients too, 3 the weights too.
+"""ZeroEngine: DeepSpeed ZeRO. Stage 1 shards the optimizer state, 2 also the gradients, 3 also the weights.
 
-ZeRO flattens the weights and cuts them anywhere, which suits AdamW; Muon turns whole matrices, so it runs under DDP and
-FSDP only. A checkpoint holds whole tensors, each written by one of the processes: it can be read under any --parallel.
+ZeRO flattens the weights and splits them at any element. That works for AdamW but not for Muon, which needs whole
+matrices and so runs with DDP and FSDP only. A step folder holds unsharded tensors, each written by one process, so it
+can be read with any --parallel.
 Read next: engine.py.
 """
 
@@ -19,11 +20,11 @@ from trainer.distributed import DistContext
 from trainer.engine import Engine, StageLoss
 from trainer.state_files import SavedState, TensorDict
 
-ADAMW_STATE_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, beside its count of steps
+ADAMW_STATE_KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's state, besides its step count
 
 
 def import_deepspeed(dist: DistContext) -> Any:
-    """The module, ready for the processes that torch has connected. Raises UserError when it is not installed."""
+    """Import DeepSpeed and initialise it for torch's process group. Raises UserError if it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", dist.device.type)
     try:
         import deepspeed
@@ -33,7 +34,7 @@ def import_deepspeed(dist: DistContext) -> Any:
 
     logger.setLevel(logging.ERROR)
     operators = getattr(deepspeed.ops, "__compatible_ops__", {})
-    if "deepspeed_shm_comm" in operators:  # compiling it takes a minute and a compiler; gloo does without
+    if "deepspeed_shm_comm" in operators:  # optional with gloo; compiling it takes a minute and needs a compiler
         operators["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
@@ -41,18 +42,20 @@ def import_deepspeed(dist: DistContext) -> Any:
 
 class ZeroEngine(Engine):
     engine: Any
-    replicated = False  # each process keeps other tensors
+    """Engine for --parallel zero1, zero2 and zero3."""
+
+    replicated = False  # state_dict of each process holds different tensors
 
     def build(self) -> None:
         dist, args, deepspeed = self.dist, self.args, import_deepspeed(self.dist)
         if dist.dtype == torch.float16:
-            raise UserError("--parallel zero trains in bf16 or fp32: --dtype float32, or --parallel fsdp for fp16")
+            raise UserError("--parallel zero supports bf16 and fp32: use --dtype float32, or --parallel fsdp for fp16")
         self.zero_stage = int(args.parallel.removeprefix("zero"))
         self.model = copy.deepcopy(self.stage.model)
         self.optimizers = self.make_optimizers()
         config = {
             "train_micro_batch_size_per_gpu": args.batch_size,
-            "gradient_accumulation_steps": 1,  # the loop says which micro-batch is the last: epochs may end early
+            "gradient_accumulation_steps": 1,  # the loop marks the last micro-batch; an epoch's last step has fewer
             "gradient_clipping": args.grad_clip,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": self.zero_stage},
@@ -73,12 +76,12 @@ class ZeroEngine(Engine):
         return loss.detach(), count, extras
 
     def optimizer_step(self, clip: float, loss_is_finite: bool) -> float:
-        """As in Engine; DeepSpeed clips to the --grad_clip it was made with, and skips a step without a finite norm."""
+        """As in Engine. DeepSpeed clips to --grad_clip (its config) and skips a step whose norm is not finite."""
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
     def state_dict(self) -> TensorDict:
-        """Whole tensors on the CPU. Put together by all processes, kept by one each, so that memory is shared too."""
+        """Return unsharded tensors on the CPU. All processes gather each tensor, one of them keeps it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state: TensorDict = {}
@@ -96,12 +99,15 @@ class ZeroEngine(Engine):
         return state
 
     def optimizer_steps(self) -> Tensor | None:
-        """AdamW's count, as a tensor; None before its first step."""
+        """Return AdamW's step count as a scalar tensor, or None before the first step."""
         return next((values["step"] for values in self.optimizers[0].state.values() if "step" in values), None)
 
     def relink_optimizer_state(self) -> None:
-        """Have every parameter find its state. DeepSpeed 0.19 does so after the first parameter group's first step,
-        when the other groups have none yet, so that only the first group is found."""
+        """Link every parameter to its optimizer state again.
+
+        DeepSpeed 0.19 links after the first step of the first parameter group. The other groups have no state then and
+        stay unlinked.
+        """
         zero = self.engine.optimizer
         if self.zero_stage < 3 and self.optimizer_steps() is not None:
             zero._hp_optimizer_states_linked = False
@@ -122,7 +128,7 @@ class ZeroEngine(Engine):
             values["step"].fill_(steps.item())
 
     def init_optimizer_state(self) -> None:
-        """Have the optimizer make its state: a step at rate 0 on a batch that trains nothing."""
+        """Allocate the optimizer state by a step with learning rate 0 on a batch without trained tokens."""
         for group in self.optimizers[0].param_groups:
             group["lr"] = 0.0
         self.forward_backward(to_device(empty_batch(self.stage.data), self.dist.device), 1.0, last=True)
@@ -130,14 +136,14 @@ class ZeroEngine(Engine):
         self.relink_optimizer_state()
 
     def set_optimizer_state(self, parameter: torch.nn.Parameter, key: str, whole: Tensor) -> None:
-        """Keep this process's part of the state of a parameter."""
+        """Set the optimizer state of a parameter from the unsharded tensor `whole`."""
         from deepspeed.utils import safe_get_local_optimizer_state as get_local
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.zero_stage < 3:
             safe_set_full_optimizer_state(parameter, whole.to(self.dist.device), key)
             return
-        size = get_local(parameter, key).numel()  # the last process's part may reach beyond the end
+        size = get_local(parameter, key).numel()  # the last process's shard is padded
         padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.dist.world_size - whole.numel()))
         local = padded[size * self.dist.rank : size * (self.dist.rank + 1)]
         safe_set_local_optimizer_state(parameter, local.to(self.dist.device), key)

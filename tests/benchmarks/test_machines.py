@@ -1,4 +1,4 @@
-"""What fits on which machine, and what does not."""
+"""benchmarks/machines.py: which presets fit on which machines."""
 
 from benchmarks.machines import CLUSTERS, throughput_bound
 from model.config import PRESETS, ModelConfig

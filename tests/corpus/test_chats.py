@@ -1,4 +1,4 @@
-"""Promise: every usual chat format becomes the same messages, and what cannot teach is refused with its reason."""
+"""Promise: every supported chat layout gives the same messages; an untrainable row is rejected with its reason."""
 
 import contextlib
 
@@ -42,7 +42,7 @@ def normalise_chat(row):
         {"history": [["你好", "您好！"]], "prompt": "1+1?", "response": "2"},
     ],
 )
-def test_every_format_gives_the_same_messages(row):
+def test_every_chat_layout_gives_the_same_messages(row):
     assert normalise_chat(row) == CHAT
 
 
@@ -135,7 +135,7 @@ def test_every_turn_rule_is_applied_and_reported(messages, result, change):
     [
         ({"q": "x", "a": " "}, "an empty answer"),
         ({"messages": [CHAT[0], turn("assistant", "")]}, "an empty answer"),
-        ({"messages": [CHAT[1]]}, "only the assistant speaks"),
+        ({"messages": [CHAT[1]]}, "only assistant messages"),
         ({"messages": [*CHAT[:2], SYSTEM, *CHAT[2:]]}, "a system message after the start"),
         ({"messages": [CHAT[0], turn("tool", "{}"), CHAT[1]]}, "tool turns are not trained yet (role tool)"),
         ({"conversations": [{"from": "human", "value": "x"}, {"from": "function_call", "value": "{}"}]},
@@ -156,11 +156,11 @@ def test_untrainable_rows_are_dropped_with_a_reason(row, reason):
     assert str(error.value) == reason
 
 
-def test_thoughts_and_unknown_keys_are_dropped_and_reported():
+def test_reasoning_and_unknown_keys_are_removed_and_reported():
     answer = turn("assistant", "2", reasoning_content="One and one.", tools=None, tool_calls=None, mood="glad")
     content = DEFAULT_READER.read_chat({"messages": [CHAT[2], answer], "id": 7, "remark": "easy", "empty": ""})
     assert content.messages == [CHAT[2], CHAT[3]]
-    assert content.changes == ["without its `reasoning_content`: thoughts are not trained yet"]
+    assert content.changes == ["without its `reasoning_content`: reasoning is not trained yet"]
     assert content.unused == ["remark", "messages.mood"]
 
 

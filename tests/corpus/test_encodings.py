@@ -1,4 +1,4 @@
-"""Promise: a file in another encoding is read as what it is, or says how to convert it; separators end documents."""
+"""Promise: other encodings are detected, or the error contains the conversion command; separators end documents."""
 
 import bz2
 import csv
@@ -113,7 +113,7 @@ def test_utf8_stays_utf8_with_malformed_rows(tmp_path):
     assert detect_encoding("naïve café".encode() * 9).codec == "utf-8"
 
 
-def test_malformed_bytes_of_another_encoding_cost_their_row(tmp_path):
+def test_malformed_bytes_in_another_encoding_make_their_row_bad(tmp_path):
     for form in ("csv", "jsonl"):
         lines = written(ZH * 20, form).encode("gbk").split(b"\n")
         lines[40] = lines[40][:10] + b"\xff\xff" + lines[40][10:]
@@ -132,7 +132,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("encoding", OTHERS)
-def test_an_uncertain_encoding_is_one_line_with_the_command(tmp_path, encoding):
+def test_the_error_for_an_uncertain_encoding_contains_the_iconv_command(tmp_path, encoding):
     (tmp_path / "my file.csv").write_bytes(as_csv([OTHERS[encoding]] * 20).encode(encoding))
     with pytest.raises(UserError, match=r"perhaps .*: iconv -f .* -t UTF-8 '.*my file.csv' > NEW_FILE") as error:
         list(read_texts([tmp_path / "my file.csv"], DataStats()))
@@ -155,14 +155,14 @@ def test_carriage_return_line_ends_are_read(tmp_path):
     encoding=st.sampled_from(["gbk", "gb18030", "utf-16", "utf-16-le", "utf-16-be"]),
     pack=st.sampled_from([bytes, gzip.compress, bz2.compress]),
 )
-def test_rows_come_back_equal_from_every_encoding(more, form, encoding, pack):
+def test_rows_are_equal_after_reading_in_every_encoding(more, form, encoding, pack):
     texts = ZH * 10 + [f"“{text}”" for text in more]
     with tempfile.TemporaryDirectory() as folder:
         found, _ = rows_of(Path(folder), f"a.{form}", pack(written(texts, form).encode(encoding)))
     assert [row["text"] for row in found] == texts
 
 
-# ---- separators of documents -----------------------------------------------------------------------------------------
+# ---- document separators ---------------------------------------------------------------------------------------------
 STORIES = [f"Once there was cat {i}.\n\nIt met a dog, and they played." for i in range(30)]
 
 
@@ -205,29 +205,29 @@ def test_markers_around_a_text_are_stripped_and_html_stays():
 def test_a_marker_inside_a_sentence_stays_and_is_counted(tmp_path):
     text = "GPT-2 writes the <|endoftext|> token, “<|endoftext|>”, after each text."
     found, report = rows_of(tmp_path, "a.jsonl", json.dumps({"text": text}).encode())
-    assert found == [{"text": text}] and report.changed["holds <|endoftext|> as text"].count == 1
+    assert found == [{"text": text}] and report.changed["contains <|endoftext|> as text"].count == 1
 
 
-def test_a_row_of_a_marker_alone_is_dropped_and_named(tmp_path):
+def test_a_row_with_only_a_marker_is_dropped_with_its_reason(tmp_path):
     content = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "<|endoftext|>", "two", "<|endoftext|>"))
     found, report = rows_of(tmp_path, "a.jsonl", content.encode())
     assert [row["text"] for row in found] == ["one", "two"] and report.bad_rows == 0
     assert report.dropped["only a document separator"].count == 2
 
 
-def test_a_marker_is_found_wherever_a_long_line_is_cut(tmp_path):
+def test_a_marker_is_found_at_any_position_where_a_long_line_is_split(tmp_path):
     for length in range(READ_CHUNK_BYTES - 16, READ_CHUNK_BYTES + 2):
         found, _ = rows_of(tmp_path, "a.txt", b"one<|endoftext|>" + b"x" * (length - 16) + b"<|endoftext|>two")
         assert "".join(found) == "one" + "x" * (length - 16) + "two" and found[-1] == "two"
 
 
-def test_markers_are_found_under_the_key_that_is_filled(tmp_path):
+def test_markers_are_found_under_the_filled_key(tmp_path):
     row = {"text": None, "content": "one<|endoftext|>two"}
     found, _ = rows_of(tmp_path, "a.jsonl", json.dumps(row).encode())
     assert [row["content"] for row in found] == ["one", "two"]
 
 
-def test_markers_beyond_the_first_bytes_end_documents_too(tmp_path):
+def test_markers_after_the_first_bytes_end_documents_too(tmp_path):
     content = "a line\n\n" * 20_000 + "one<|endoftext|>two\n"
     found, _ = rows_of(tmp_path, "a.txt", content.encode())
     assert found[-2:] == ["one", "two"]

@@ -1,4 +1,4 @@
-"""Promise: rows come back equal from every layout that json, csv, pandas, pyarrow and datasets write."""
+"""Promise: rows written as JSON or csv or by pandas, pyarrow or datasets in any layout are read back equal."""
 
 import bz2
 import csv
@@ -38,17 +38,17 @@ def dumps(value, **options) -> bytes:
 FRAME = pandas.DataFrame(ROWS)
 LAYOUTS = {
     "array on one line": dumps(ROWS),
-    "array on one line, with its end": dumps(ROWS) + b"\n",
+    "array on one line, with a line feed": dumps(ROWS) + b"\n",
     "indented array": dumps(ROWS, indent=2),
     "array, an object on each line": b"[\n" + b",\n".join(map(dumps, ROWS)) + b"\n]\n",
-    "array, an object on each line, without a first line": b"[" + b",\n".join(map(dumps, ROWS)) + b"]",
+    "array, an object on each line, without line feeds at its ends": b"[" + b",\n".join(map(dumps, ROWS)) + b"]",
     "comma after each line": b"".join(dumps(row) + b",\n" for row in ROWS),
     "comma after each line, CRLF": b"".join(dumps(row) + b", \r\n" for row in ROWS),
     "arrays of five": b"\n".join(dumps(ROWS[i : i + 5]) for i in range(0, 30, 5)),
     "indented objects": b"\n".join(dumps(row, indent=4) for row in ROWS),
-    "objects without a space between": b"".join(dumps(row, indent=1) for row in ROWS),
-    "around the rows": dumps({"version": "1.0", "n": [1, 2], "data": ROWS}),
-    "around the rows, indented": dumps({"meta": {"a": [{"b": 1}]}, "train": ROWS}, indent=2),
+    "concatenated objects": b"".join(dumps(row, indent=1) for row in ROWS),
+    "object that wraps the rows": dumps({"version": "1.0", "n": [1, 2], "data": ROWS}),
+    "object that wraps the rows, indented": dumps({"meta": {"a": [{"b": 1}]}, "train": ROWS}, indent=2),
     "pandas records": FRAME.to_json(orient="records", force_ascii=False).encode(),
     "pandas lines": FRAME.to_json(orient="records", lines=True).encode(),
     "pandas columns": FRAME.to_json().encode(),
@@ -63,7 +63,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("content", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_json_layouts_give_the_same_rows_under_any_name(tmp_path, content, name):
     if name in ("a.txt", "no suffix") and content.startswith((b"[\n  {", b"{\n", b'{"text":{')):
-        name = "a.json"  # plain text may begin like this, too
+        name = "a.json"  # plain text may begin like this as well
     assert rows_of(tmp_path, name, content)[0] == ROWS
 
 
@@ -88,14 +88,14 @@ def test_a_list_of_messages_is_one_chat_and_a_list_of_rows_is_rows(tmp_path):
         ("indented.json", dumps([USER, ASSISTANT], indent=2), 1),
         ("array of chats.json", dumps([[USER, ASSISTANT]] * 3), 3),
         ("indented array of chats.json", dumps([[USER, ASSISTANT]] * 3, indent=1), 3),
-        ("around them.json", dumps({"data": [[USER, ASSISTANT]] * 3}), 3),
+        ("wrapped.json", dumps({"data": [[USER, ASSISTANT]] * 3}), 3),
         ("row.json", dumps(chat, indent=1), 1),
     ):
         assert rows_of(tmp_path, name, content)[0] == [chat] * many, name
         assert len(list(read_chats([tmp_path / name], DataStats()))) == many
 
 
-def test_an_object_alone_in_its_file_that_is_a_row_stays_one(tmp_path):
+def test_a_single_row_object_is_one_row(tmp_path):
     for row in (
         {"text": "one"},
         {"messages": [USER, ASSISTANT], "id": 1},
@@ -107,13 +107,13 @@ def test_an_object_alone_in_its_file_that_is_a_row_stays_one(tmp_path):
         assert rows_of(tmp_path, "a.json", dumps(row, indent=1))[0] == [row]
 
 
-def test_several_lists_of_rows_are_all_read_and_named(tmp_path):
+def test_all_lists_of_rows_in_an_object_are_read_and_reported(tmp_path):
     found, report = rows_of(tmp_path, "a.json", dumps({"train": ROWS[:20], "test": ROWS[20:]}))
     assert found == ROWS and "train, test" in report.notes[0]
 
 
 def test_rows_inside_a_long_object_are_streamed(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_reader, "WHOLE", 100)
+    monkeypatch.setattr(json_reader, "MAX_WHOLE_OBJECT", 100)
     monkeypatch.setattr(json_stream, "MAX_LINE", 70_000)
     rows = [{"text": "x" * 50, "n": i} for i in range(3000)]
     for wrapped in (
@@ -174,7 +174,7 @@ def test_short_csv_rows_have_empty_cells_and_long_ones_are_bad(tmp_path):
 
 
 @pytest.mark.parametrize("most", [3, 10_000])
-def test_an_open_quote_costs_one_row(tmp_path, monkeypatch, most):
+def test_an_unclosed_quote_loses_one_row(tmp_path, monkeypatch, most):
     monkeypatch.setattr(csv_reader, "MAX_CELL_LINES", most)
     lines = ["q,a", *(f"question {i},answer {i}" for i in range(100))]
     lines[50] = '"question 49,answer 49'
@@ -191,7 +191,7 @@ def test_an_unterminated_csv_cell_is_bounded(tmp_path, monkeypatch):
     assert len(found) == 50 and report.bad_rows == 1
 
 
-def test_a_line_of_csv_beyond_the_limit_costs_the_rows_that_it_may_have_held(tmp_path, monkeypatch):
+def test_a_csv_line_above_the_limit_counts_as_an_estimated_number_of_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_reader, "MAX_LINE", 2000)
     found, report = rows_of(tmp_path, "a.csv", b"q,a\n1,2\n3," + b"x," * 5000 + b"\n5,6\n", 1)
     assert found == [{"q": "1", "a": "2"}, {"q": "5", "a": "6"}]
@@ -228,7 +228,7 @@ def test_nested_columns_of_arrow_and_parquet_are_read(tmp_path):
             rows_of(tmp_path, name, half)
         found, report = rows_of(tmp_path, name, half, 0, accept=True)
         assert found == NESTED[: len(found)] and "damaged" in next(iter(report.bad))
-        assert found or name != "stream"  # the other two have one batch, and end with what is needed to read them
+        assert found or name != "stream"  # parquet and arrow files have one batch here and their metadata at the end
         (tmp_path / "packed.gz").write_bytes(gzip.compress(content))
         with pytest.raises(UserError, match="unpack it first"):
             list(read_texts([tmp_path / "packed.gz"], DataStats()))
@@ -280,13 +280,15 @@ LAYOUT_NAMES = [
 
 @settings(max_examples=150, deadline=None)
 @given(rows=TABLES, layout=st.sampled_from(LAYOUT_NAMES), suffix=st.sampled_from(sorted(PACKED)))
-def test_rows_come_back_equal_from_every_layout_and_archive(rows, layout, suffix):
+def test_rows_are_equal_after_reading_every_layout_and_compression(rows, layout, suffix):
     name, content = in_layout(rows, layout)
     with tempfile.TemporaryDirectory() as folder:
         assert rows_of(Path(folder), "a" + name + suffix, PACKED[suffix](content))[0] == rows
 
 
-FRAGMENTS = st.text(st.sampled_from(' ab,;"\n\t|今天的是{}[]:\\'), max_size=20)  # what the formats are made of
+FRAGMENTS = st.text(
+    st.sampled_from(' ab,;"\n\t|今天的是{}[]:\\'), max_size=20
+)  # characters with a meaning in some format
 DAMAGE = st.lists(st.sampled_from([*b'\0\n\r",<[]{}', 255, 128, 65]), max_size=4).map(bytes)
 
 
@@ -298,7 +300,7 @@ DAMAGE = st.lists(st.sampled_from([*b'\0\n\r",<[]{}', 255, 128, 65]), max_size=4
     suffix=st.sampled_from(["", ".txt", ".csv", ".json", ".jsonl"]),
     damage=st.lists(st.tuples(st.integers(0, 10_000), DAMAGE, st.integers(0, 4)), min_size=1, max_size=5),
 )
-def test_damage_anywhere_is_counted_and_never_raised(rows, layout, encoding, suffix, damage):
+def test_damage_at_any_position_is_counted_or_a_one_line_error(rows, layout, encoding, suffix, damage):
     content = in_layout(rows, layout)[1].decode().encode(encoding)
     for place, added, removed in damage:
         place %= len(content) + 1
@@ -310,7 +312,7 @@ def test_damage_anywhere_is_counted_and_never_raised(rows, layout, encoding, suf
             assert "\n" not in str(error)
 
 
-def test_a_line_feed_too_many_in_an_object_around_the_rows_costs_one_row(tmp_path):
+def test_an_extra_line_feed_in_an_object_that_wraps_the_rows_loses_one_row(tmp_path):
     rows = [{"text": f"row {i} of a long text", "note": "n"} for i in range(30)]
     content = json.dumps({"version": 1, "data": rows})
     at = content.index("row 7") + 5

@@ -1,4 +1,4 @@
-"""Promise: a folder is read as the data files in it; what is left out, and why a folder cannot be read, is reported."""
+"""Promise: a folder stands for the data files in it; skipped files and unreadable folders are reported."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def test_a_folder_is_read_as_its_data_files_in_order(tmp_path):
     said: list[str] = []
     assert expand_inputs([tmp_path], said.append) == [str(tmp_path / name) for name in data]
     (line,) = said
-    assert "6 data files are read, 8 other files are left out" in line and "README.md" in line
+    assert "6 data files are read, 8 other files are skipped" in line and "README.md" in line
     alone = str(tmp_path / ".hidden.jsonl")
-    assert expand_inputs([alone, tmp_path / "c"], said.append)[0] == alone, "a file that is named is read"
+    assert expand_inputs([alone, tmp_path / "c"], said.append)[0] == alone, "a hidden file passed by name is read"
 
 
 def test_folders_without_data_and_missing_paths_are_errors(tmp_path):
@@ -38,18 +38,18 @@ def test_folders_without_data_and_missing_paths_are_errors(tmp_path):
     make(tmp_path, "other/README.md", "other/book.xlsx")
     for path, words in (
         ("empty", "no data file in this folder, it is empty"),
-        ("other", "no data file in this folder, it holds README.md, book.xlsx"),
+        ("other", "no data file in this folder, it contains README.md, book.xlsx"),
         ("none", "no such file"),
     ):
         with pytest.raises(UserError, match=words):
             expand_inputs([tmp_path / path])
 
 
-def test_our_own_training_data_is_refused_and_our_own_clean_text_is_read(tmp_path, pretrain_dir):
+def test_prepared_datasets_are_rejected_and_the_output_of_clean_is_read(tmp_path, pretrain_dir):
     make(tmp_path, "dataset/sft/train.jsonl", "dataset/sft/val.jsonl")
     (tmp_path / "dataset" / "sft" / "meta.json").write_text('{"format": 1, "kind": "messages", "rows": {}}')
     for folder in (pretrain_dir, tmp_path / "dataset" / "sft", tmp_path / "dataset"):
-        with pytest.raises(UserError, match=r"is a data set that data_process.py made for training"):
+        with pytest.raises(UserError, match=r"is a dataset prepared by data_process.py"):
             expand_inputs([folder])
     make(tmp_path, "clean/text_000.jsonl", "clean/text_001.jsonl", "clean/dropped.tsv", "clean/report.json")
     files = expand_inputs([tmp_path / "clean"], lambda line: None)
@@ -57,7 +57,7 @@ def test_our_own_training_data_is_refused_and_our_own_clean_text_is_read(tmp_pat
 
 
 def test_folders_saved_by_datasets_are_read(tmp_path):
-    """The files of save_to_disk, written with pyarrow: the package itself is no dependency."""
+    """The files of save_to_disk are written with pyarrow, because `datasets` is not a dependency."""
     pyarrow = pytest.importorskip("pyarrow")
     ipc = pytest.importorskip("pyarrow.ipc")
     for split, count in (("test", 2), ("train", 5)):
@@ -81,7 +81,7 @@ def test_folders_saved_by_datasets_are_read(tmp_path):
     assert len(texts["saved"]) == 14
 
 
-def test_train_tokenizer_takes_a_folder(monkeypatch, tmp_path, capsys):
+def test_train_tokenizer_reads_a_folder(monkeypatch, tmp_path, capsys):
     (tmp_path / "raw").mkdir()
     for i in range(3):
         rows = "".join(json.dumps({"text": f"今天第{j}个人说，天气很好。 row {j} of {i}"}) + "\n" for j in range(100))

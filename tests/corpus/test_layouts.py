@@ -1,4 +1,4 @@
-"""Promise: every documented layout is read by every command alike, and what is not read is named."""
+"""Promise: every command reads every documented layout in the same way and reports unused keys by name."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def bot(text):
 
 
 @EXAMPLES
-def test_every_example_is_read_as_its_kind_says_and_all_of_it(layout):
+def test_every_example_is_read_completely_and_as_its_kind(layout):
     read = {"text": DEFAULT_READER.read_text, "chat": DEFAULT_READER.read_chat, "pair": DEFAULT_READER.read_pair}[
         layout.kind
     ]
@@ -120,7 +120,7 @@ TEXT = st.text("ab你好 .", min_size=1, max_size=8).filter(str.strip).map(lambd
 
 
 def filled(example, texts):
-    """The example with every text replaced by one of `texts`, equal ones alike."""
+    """Returns the example with its texts replaced by those of `texts`."""
     if isinstance(example, str):
         if example.startswith(("[", "\n\nHuman", "Human", "USER")):
             return re.sub(r"1\+1\?|Hello|Hi|(?<=: )[23]$", lambda found: texts[found[0]], example)
@@ -161,7 +161,7 @@ def test_a_row_with_a_text_and_a_chat_is_cleaned_in_both():
     ).unused == ["text"]
 
 
-def test_history_written_as_text_is_edited_inside():
+def test_the_turns_of_a_history_written_as_text_are_edited():
     row = {"q": "x", "a": "y", "history": "[['see b', 'c']]"}
     assert DEFAULT_READER.edit_row(row, str.upper)["history"] == '[["SEE B", "C"]]'
     assert DEFAULT_READER.edit_row(row, lambda text: text) == row
@@ -184,7 +184,7 @@ ODD = (
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from(range(len(ODD) + len(LAYOUTS))), max_size=40))
 def test_every_row_is_kept_dropped_or_bad(numbers):
-    """For any rows, in every command: read = kept + dropped + bad, and nothing is counted without a name."""
+    """For any rows, in every command: read = kept + dropped + bad, and every dropped or bad row has a reason."""
     rows = [[*ODD, *(layout.example for layout in LAYOUTS)][i] for i in numbers]
     rows = [row for row in rows if isinstance(row, (dict, list))]
     with tempfile.TemporaryDirectory() as folder:
@@ -210,8 +210,11 @@ def test_own_keys_replace_the_usual_ones():
     content = reader.read_chat(row)
     assert content.messages == [user("q"), bot("a")] and content.unused == ["answer", "question"]
     assert reader.edit_row({"ask": "q", "other": "q"}, str.upper) == {"ask": "Q", "other": "q"}
-    assert RowReader(parse_keys("text=abstract")).text({"abstract": "t"}).text == "t"
-    assert RowReader(parse_keys("prompt=text,answer=y")).chat({"text": "q", "y": "a"}).messages == [user("q"), bot("a")]
+    assert RowReader(parse_keys("text=abstract")).read_text({"abstract": "t"}).text == "t"
+    assert RowReader(parse_keys("prompt=text,answer=y")).read_chat({"text": "q", "y": "a"}).messages == [
+        user("q"),
+        bot("a"),
+    ]
 
 
 @pytest.mark.parametrize("text", ["ask", "prompt=", "colour=x", "prompt=a,prompt=b"])
@@ -227,7 +230,7 @@ def test_the_error_for_an_unknown_layout_names_the_nearest_ones():
     assert "found the keys frage, antwort" in message and "--keys prompt=KEY,answer=KEY" in message
 
 
-def test_no_field_names_a_key_twice_and_comparisons_are_no_other_answers():
+def test_keys_are_unique_per_field_and_comparison_keys_belong_to_no_field():
     for field, keys in FIELD_KEYS.items():
         assert len(set(keys)) == len(keys), field
     compared = {key.lower() for first, second, *_ in COMPARISON_KEYS for key in (first, second)}
@@ -236,11 +239,11 @@ def test_no_field_names_a_key_twice_and_comparisons_are_no_other_answers():
 
 # ---- documentation ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("name", "chinese"), [("README.md", False), ("README_zh.md", True)])
-def test_the_tables_of_the_documentation_are_those_of_the_code(name, chinese):
+def test_the_layout_tables_of_the_documentation_match_the_code(name, chinese):
     text = (ROOT / "dataset" / name).read_text(encoding="utf-8")
     begin, end = "<!-- layouts: ", "<!-- end of layouts -->"
     tables = text[text.index(begin) : text.index(end)].partition("-->\n")[2].strip()
-    assert tables == layout_tables(chinese), f"dataset/{name}: paste markdown_tables({chinese}) between its markers"
+    assert tables == layout_tables(chinese), f"dataset/{name}: paste layout_tables({chinese}) between its markers"
 
 
 def test_list_layouts_prints_every_layout(capsys):

@@ -36,7 +36,7 @@ def bot(text):
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION, GOOD, BAD = [user("1+1?")], [bot("2")], [bot("2, or 3")]
 PAIR = (QUESTION, GOOD, BAD)
-DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "an answer that is not the assistant's"
+DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "the last message is not an answer"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
         ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_ITS),
         ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_ITS),
         ({"chosen": QUESTION + GOOD, "rejected": [*QUESTION, *GOOD, user("?"), bot("b")]},
-         "one conversation is only the beginning of the other"),
+         "one conversation is a prefix of the other"),
     ],
 )  # fmt: skip
 def test_pairs_without_a_difference_are_dropped_with_a_reason(row, reason):
@@ -243,7 +243,7 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     assert counts == {
         "chosen and rejected are the same": 1,
         "an empty answer (chosen)": 1,
-        "an answer that is not the assistant's": 1,
+        "the last message is not an answer": 1,
         "chosen and rejected have different prompts": 1,
         "exact duplicate": 1,
         "question and longer answer exceed 512 tokens": 1,
@@ -251,7 +251,7 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     printed = capsys.readouterr().out
     assert "an empty answer (chosen)" in printed and "next: python 5-dpo_train.py" in printed
     stamp = tokens.stat().st_mtime_ns
-    assert tokenize_chats(folder, tokenizer, 512, form=PAIR_TASK) == tokens and tokens.stat().st_mtime_ns == stamp
+    assert tokenize_chats(folder, tokenizer, 512, task=PAIR_TASK) == tokens and tokens.stat().st_mtime_ns == stamp
 
 
 def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
@@ -274,7 +274,7 @@ def test_too_many_bad_rows_are_an_error_and_nothing_is_half_written(tmp_path, pr
         process(path)
     with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
         process(write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
-    monkeypatch.setattr("corpus.prepare_chats._Tokens.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("corpus.prepare_chats._TokenFolder.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         process(path, max_bad_share=0.1)
     assert visible_names(tmp_path) == ["a.jsonl", "b.jsonl"]
@@ -289,11 +289,11 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
 
 def test_errors_about_other_data_name_the_command(tmp_path, process, tokenizer, sft_dir):
     with pytest.raises(UserError, match=r"not a row that data_process.py wrote: run data_process\.py dpo again"):
-        tokenize_chats(sft_dir, tokenizer, 500, form=PAIR_TASK)
+        tokenize_chats(sft_dir, tokenizer, 500, task=PAIR_TASK)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
-        tokenize_chats(tmp_path / "none", tokenizer, 500, form=PAIR_TASK)
+        tokenize_chats(tmp_path / "none", tokenizer, 500, task=PAIR_TASK)
     with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
-        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, form=PAIR_TASK)
+        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, task=PAIR_TASK)
 
 
 @pytest.mark.real

@@ -178,7 +178,11 @@ def test_ctrl_c_while_scoring_reports_that_scores_are_kept(tmp_path, process, ti
 
 
 COUNTED = st.lists(
-    st.tuples(st.sampled_from(["keep", "drop", "shorten", "bad_row"]), st.integers(1, 99_999), st.sampled_from("abc"))
+    st.tuples(
+        st.sampled_from(["row_kept", "row_dropped", "row_truncated", "row_bad"]),
+        st.integers(1, 99_999),
+        st.sampled_from("abc"),
+    )
 )
 
 
@@ -191,7 +195,7 @@ def test_counts_before_and_after_a_kill_add_up(before, after):
                 "en", 1, 1, 1, trained_tokens=1
             )  # `to_dict` has truncated chats only if there are trained tokens
             for what, number, name in counted:
-                if what == "keep":
+                if what == "row_kept":
                     report.row_kept(("zh", "en")[number % 2], number, number, 3 * number, trained_tokens=number // 2)
                 else:
                     getattr(report, what)(name, f"{name}:x.jsonl", number)

@@ -1,4 +1,4 @@
-"""Promise: rows as published data sets and trainers write them are read for what they say, in every command alike."""
+"""Promise: rows in the layouts of published datasets and trainers are read correctly, and equally in every command."""
 
 import pytest
 
@@ -35,7 +35,7 @@ MARKED = (
 
 
 @pytest.mark.parametrize("text", MARKED)
-def test_text_in_the_chat_format_of_a_model_is_its_chat(text):
+def test_text_in_the_chat_format_of_a_model_is_read_as_a_chat(text):
     assert DEFAULT_READER.read_chat({"text": text}).messages == TWO
     assert DEFAULT_READER.read_content({"text": text}).kind == "chat"
     edited = DEFAULT_READER.edit_row({"text": text}, lambda words: words.replace("2", "two"))
@@ -63,9 +63,9 @@ def test_marked_text_is_parsed_into_messages(text, messages):
         ({"conversation": [{"system": "s", "input": Q, "output": A}]}, [system("s"), *TWO[:2]]),
         ({"conversation": [{"input": "1+1", "instruction": "Add.", "output": A}]}, [user("Add.\n1+1"), bot(A)]),
         ({"dialogue": ["Human: 1+1?", "Assistant: 2"]}, TWO[:2]),
-        # numpy's print of a list, as pandas writes a column of a parquet file to csv
+        # a list as numpy prints it: pandas writes list columns from parquet to csv this way
         ({"messages": "[{'role': 'user', 'content': '1+1?'}\n {'role': 'assistant', 'content': '2'}]"}, TWO[:2]),
-        # numbers of a JSON file are the text that a csv file would hold
+        # numbers in JSON are read as the same text as in csv
         ({"question": 5, "answer": 42}, [user("5"), bot("42")]),
         ({"question": Q, "answer": 2.0}, TWO[:2]),
         ({"messages": [user(Q), bot(2)]}, TWO[:2]),
@@ -77,7 +77,7 @@ def test_marked_text_is_parsed_into_messages(text, messages):
         ({"title": Q, "desc": "", "answer": A}, TWO[:2]),
         ({"messages": [{"role": "User", "content": Q}, {"role": "Chatbot", "content": A}]}, TWO[:2]),
         ({"系统提示词": "s", "用户问题": Q, "参考答案": A}, [system("s"), *TWO[:2]]),
-        # an answer that is JSON is an answer
+        # an answer may be JSON text
         ({"question": "JSON?", "answer": '[{"role": "admin"}]'}, [user("JSON?"), bot('[{"role": "admin"}]')]),
         ({"question": "JSON?", "answer": '[{"role": "user", "name": "x"}]'},
          [user("JSON?"), bot('[{"role": "user", "name": "x"}]')]),
@@ -86,7 +86,7 @@ def test_marked_text_is_parsed_into_messages(text, messages):
         ({"chat": {"turn_1": {"Human": "<|Human|>: 1+1?<eoh>\n", "MOSS": "<|MOSS|>: 2<eom>\n"}}}, TWO[:2]),
         ({"data": ["问：1+1?", "答：2"]}, TWO[:2]),
         ({"inputs": Q, "targets": A}, TWO[:2]),
-        # SlimOrca weighs questions, too
+        # SlimOrca has weights for questions as well
         ({"conversations": [{"from": "human", "value": Q, "weight": 0.0}, {"from": "gpt", "value": A, "weight": 1.0}]},
          TWO[:2]),
     ],
@@ -98,7 +98,7 @@ def test_published_chats_are_read(row, messages):
 
 @pytest.mark.parametrize("mark", ["weight", "train", "training", "loss", "loss_weight"])
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", "0.0"])
-def test_a_message_that_is_excluded_is_not_trained(mark, value):
+def test_an_excluded_message_is_not_trained(mark, value):
     messages = DEFAULT_READER.read_chat(
         {"messages": [user(Q), bot(A, **{mark: value}), user(R), bot(B, **{mark: 1})]}
     ).messages
@@ -108,7 +108,7 @@ def test_a_message_that_is_excluded_is_not_trained(mark, value):
 @pytest.mark.parametrize(
     "row",
     [
-        # ms-swift: the better answer is that of the chat
+        # ms-swift: the chosen answer is the last one of the chat
         {"query": Q, "response": A, "rejected_response": B},
         {"messages": [user(Q), bot(A)], "rejected_response": B},
         {"messages": [user(Q), bot(A)], "rejected_messages": [user(Q), bot(B)]},
@@ -124,7 +124,7 @@ def test_a_message_that_is_excluded_is_not_trained(mark, value):
         {"prompt": Q, "chosen": f"Human: {Q}\nAssistant: {A}", "rejected": f"Human: {Q}\nAssistant: {B}"},
         {"prompt": Q, "chosen": {"text": A, "score": 1}, "rejected": {"text": B, "score": 0}},
         {"prompt": Q, "chosen": 2, "rejected": 4.0},
-        # a csv header is in lower case
+        # csv column names are in lower case
         {"prompt": Q, "response_0": B, "Response_1": A, "better_response_id": "1"},
         {"history": Q, "human_ref_a": A, "human_ref_b": B, "labels": "1"},
         {"prompt": Q, "response_a": A, "response_b": B, "winner": "response_a"},
@@ -165,7 +165,7 @@ def test_rows_without_training_value_are_dropped(row, reason):
         ({"question": Q, "answer": True}, "answer is true/false, not a string"),
         ({"prompt": Q, "completions": ["a", "b"]}, "several answers in completions"),
         ({"instruction": Q, "completions": [{"response": A}, {"response": B}]}, "several answers in completions"),
-        ({"text": "User: nobody answers"}, "none of the keys of a chat"),
+        ({"text": "User: no answer"}, "none of the keys of a chat"),
     ],
 )
 def test_unusable_rows_are_bad(row, reason):
@@ -174,13 +174,13 @@ def test_unusable_rows_are_bad(row, reason):
     assert not isinstance(error.value, DroppedRow)
 
 
-def test_several_pairs_of_strings_have_no_order():
+def test_lists_of_strings_without_an_order_are_bad_pairs():
     with pytest.raises(BadRow, match="several answers in rejected"):
         DEFAULT_READER.read_pair({"prompt": Q, "chosen": A, "rejected": ["3", B]})
     with pytest.raises(BadRow, match="none of the keys of a pair"):
         DEFAULT_READER.read_pair({"prompt": Q, "responses": [B, A]})
 
 
-def test_the_first_of_several_answers_is_counted():
+def test_the_first_of_several_answers_is_used_and_reported():
     content = DEFAULT_READER.read_chat({"question": Q, "answers": ["2", "two"]})
     assert content.messages == TWO[:2] and content.changes == ["with the first of several answers"]

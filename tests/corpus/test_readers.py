@@ -1,4 +1,4 @@
-"""Promise: every file is read as rows; what is wrong in it is counted with its line, never raised."""
+"""Promise: every file is read as rows; bad rows are counted with their line and do not raise."""
 
 import bz2
 import errno
@@ -69,7 +69,7 @@ SAME = [{"text": 'a "quoted", line\r\nwith \\ and 中文'}, {"text": "second"}]
         ("two members.jsonl.gz", gzip.compress(lines(SAME[:1])) + gzip.compress(lines(SAME[1:]))),
         ("archive without a suffix", gzip.compress(lines(SAME))),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # not the bytes: gzip writes the time into them
+    ids=lambda value: value if isinstance(value, str) else "",  # no ids from bytes: gzip output contains the time
 )
 def test_every_format_gives_the_same_rows(tmp_path, name, content):
     assert texts(tmp_path, name, content) == [row["text"] for row in SAME]
@@ -91,7 +91,7 @@ def test_zst_and_parquet_files_are_read(tmp_path):
         read(tmp_path, "half.parquet", content[:-9])
 
 
-def test_plain_text_is_divided_at_blank_lines(tmp_path):
+def test_plain_text_is_split_at_blank_lines(tmp_path):
     content = "第一段\n还是第一段\n\n \nsecond\r\n\r\n\r\nthird without end".encode()
     found, _ = read(tmp_path, "a.txt", content)
     assert [d.text for d in found] == ["第一段\n还是第一段", "second", "third without end"]
@@ -99,7 +99,7 @@ def test_plain_text_is_divided_at_blank_lines(tmp_path):
 
 
 @pytest.mark.parametrize("unit", ["长", "A sentence. ", "一句话。", "no-space", "line\n"])
-def test_endless_paragraphs_come_in_bounded_pieces_that_lose_nothing(tmp_path, unit):
+def test_long_paragraphs_are_split_into_bounded_chunks_without_loss(tmp_path, unit):
     text = unit * (3 * READ_CHUNK_BYTES // len(unit.encode()))
     found = texts(tmp_path, "a.txt", text.encode())
     assert len(found) > 2 and max(len(piece.encode()) for piece in found) <= READ_CHUNK_BYTES
@@ -115,7 +115,7 @@ def test_line_numbers_are_those_of_the_file(tmp_path):
     assert [d.line for d in found] == [2, 4] and next(iter(report.bad.values())).first[0][1] == 5
 
 
-def test_chats_count_as_text(tmp_path):
+def test_read_texts_reads_chats_as_text(tmp_path):
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     assert texts(tmp_path, "a.jsonl", lines([row, {"q": "1+1?", "a": "2"}])) == ["hi\nhello", "1+1?\n2"]
 
@@ -151,7 +151,7 @@ BROKEN = {
     "lone surrogate": b'{"text": "\\ud800"}',
     "raw NUL": b'{"text": "a\x00b"}',
     "escaped NUL": b'{"text": "a\\u0000b"}',
-    "a hole of NULs": b"\x00" * 5000,
+    "only NULs": b"\x00" * 5000,
     "control character": b'{"text": "a\x01b"}',
     "number": b'{"text": 12}',
     "null": b'{"text": null}',
@@ -172,12 +172,12 @@ BROKEN = {
     "deep nesting": b"[" * 100_000,
     "chat with a number": b'{"messages": 3}',
     "chat without role": b'{"messages": [{"content": "a"}]}',
-    "comma left over": b'{"text": "a",}',
+    "trailing comma": b'{"text": "a",}',
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
-def test_three_broken_lines_cost_three_rows(tmp_path, broken):
+def test_three_broken_lines_are_three_bad_rows(tmp_path, broken):
     good = lines(GOOD)
     content = broken + b"\n" + good + broken + b"\n" + good.replace(b"good", b"more") + broken
     found, report = read(tmp_path, "a.jsonl", content)
@@ -202,11 +202,11 @@ def test_truncated_and_damaged_archives_are_an_error_unless_accepted(tmp_path, p
         assert 0 < len(found) <= 60_000 and 0 < report.bad_rows < 12_000
         assert len(found) + report.bad_rows > 30_000 and report.accepted_rows
         assert any("stream" in reason for reason in report.bad) and "damaged at byte" in report.notes[0]
-    with pytest.raises(UserError, match="whatever its name says"):
+    with pytest.raises(UserError, match="despite its suffix"):
         read(tmp_path, f"fake.jsonl.{suffix}", b"<html>404</html>")
 
 
-def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
+def test_a_disk_read_error_counts_as_damage(tmp_path):
     def pieces():
         yield lines(GOOD)
         raise OSError(errno.EIO, "Input/output error")
@@ -222,7 +222,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path):
             count_damages(source.name, source.size, source.damages, source.line, report)
 
 
-def test_reading_continues_at_the_next_stream_behind_a_damaged_one(tmp_path):
+def test_reading_continues_at_the_next_stream_after_a_damaged_one(tmp_path):
     for pack, suffix in ((gzip.compress, "gz"), (lzma.compress, "xz"), (bz2.compress, "bz2")):
         parts = [pack(lines([{"text": f"{i} {j * 7919 % 10007}"} for j in range(2000)])) for i in range(4)]
         middle = bytearray(parts[1])
@@ -243,8 +243,8 @@ def test_empty_files_are_reported(tmp_path):
         read(tmp_path, "blank.jsonl", b"\n \n")
 
 
-# ---- verdicts --------------------------------------------------------------------------------------------------------
-def test_a_file_without_a_good_row_names_the_keys(tmp_path):
+# ---- limits ----------------------------------------------------------------------------------------------------------
+def test_the_error_for_a_file_without_a_good_row_lists_its_keys(tmp_path):
     with pytest.raises(
         UserError, match=r"none of its 2 rows.*needs a text.*found the keys prompt_zh, id; nearest.*--list_layouts"
     ):
@@ -255,7 +255,7 @@ def test_a_file_without_a_good_row_names_the_keys(tmp_path):
         read(tmp_path, "c.txt", b"PK\x03\x04rest of a zip file")
 
 
-def test_too_many_bad_rows_is_one_line_and_early(tmp_path):
+def test_too_many_bad_rows_end_reading_early_with_a_one_line_error(tmp_path):
     rows = (lines(GOOD[:200]) + b"broken\n" * 20) * 200
     (tmp_path / "a.jsonl").write_bytes(rows)
     report = DataStats()
@@ -267,7 +267,7 @@ def test_too_many_bad_rows_is_one_line_and_early(tmp_path):
     assert len(list(read_texts([tmp_path / "a.jsonl"], report))) == 40_000
 
 
-def test_one_bad_run_of_rows_in_a_large_file_is_tolerated(tmp_path):
+def test_one_block_of_bad_rows_in_a_large_file_is_tolerated(tmp_path):
     content = lines(GOOD) * 3 + b"broken\n" * 200 + lines(GOOD) * 50
     assert len(texts(tmp_path, "a.jsonl", content)) == 53 * 400
 
@@ -333,7 +333,7 @@ def test_random_json_never_raises(rows, name, chats, array):
     with tempfile.TemporaryDirectory() as folder:
         found, report = read(Path(folder), name, content, 1, read_chats if chats else read_texts)
     lists = [row for row in rows if isinstance(row, list) and row and all(isinstance(item, dict) for item in row)]
-    most = len(rows) + 1 + sum(len(row) - 1 for row in lists)  # a list of objects is one chat, or as many rows
+    most = len(rows) + 1 + sum(len(row) - 1 for row in lists)  # a list of objects is one chat, or one row per object
     assert len(rows) + 1 <= report.read <= most and found
 
 

@@ -11,15 +11,17 @@ from corpus.examples import MAX_SAME_QUESTION, MIN_VALIDATION_EXAMPLES, Example,
 
 def chat(question, answer, language="en"):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Example("", messages, language, text_hash(question), "f", 1, identity=text_hash(question + "\n" + answer))
+    return Example(
+        "", messages, language, text_hash(question), "f", 1, content_hash=text_hash(question + "\n" + answer)
+    )
 
 
 def split(items, val_share=0.01):
     """The content hashes of the training examples and of the validation examples."""
     sides = {True: [], False: []}
     for is_validation, item in mark_validation(items, val_share):
-        sides[is_validation].append(item.identity)
-    assert sorted(sides[True] + sides[False]) == sorted(item.identity for item in items)
+        sides[is_validation].append(item.content_hash)
+    assert sorted(sides[True] + sides[False]) == sorted(item.content_hash for item in items)
     return set(sides[False]), set(sides[True])
 
 
@@ -48,7 +50,7 @@ def test_a_question_with_few_answers_is_in_one_split():
     items = [chat(f"question {i}", f"answer {j}") for i in range(300) for j in range(5)]
     training, validation = split(items, 0.1)
     for i in range(300):
-        assert sum(item.identity in validation for item in items[5 * i : 5 * i + 5]) in (0, 5)
+        assert sum(item.content_hash in validation for item in items[5 * i : 5 * i + 5]) in (0, 5)
     assert 0.05 < len(validation) / len(items) < 0.2 and training
 
 

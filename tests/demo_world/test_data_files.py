@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from common.errors import UserError
-from demo_world.facts import DATA, LANGUAGES, facts_of, read_sections
+from corpus.language import LANGUAGES
+from demo_world.facts import DATA, facts_of, read_sections
 from demo_world.grammar import read_phrases, read_questions, read_templates
 from demo_world.world import DemoWorld
 

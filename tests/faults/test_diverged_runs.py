@@ -90,7 +90,7 @@ def test_the_divergence_error_names_cause_step_and_remedy(value, monkeypatch, ru
         run_pretrain()
     assert re.fullmatch(
         r"step 8: the loss is not finite 4 steps in a row; the last batch held data rows \[\d+, \d+, \d+, \d+\]: "
-        r"lower --learning_rate, look at these data rows, or use --dtype float32; the same command resumes from step 4",
+        r"lower --learning_rate, check these data rows, or use --dtype float32; the same command resumes from step 4",
         str(caught.value),
     )
 
@@ -112,7 +112,7 @@ def test_five_skipped_steps_end_the_run_and_the_last_save_stays(
             with pytest.raises(UserError, match=r"step 10: .* from step 4$"):
                 run_pretrain("--max_steps", "20")
         message = capsys.readouterr().out
-        assert "going on after step 4" in message and "saved" not in message.splitlines()[-1]
+        assert "resuming after step 4" in message and "saved" not in message.splitlines()[-1]
         assert "before: step 10: the loss is not finite 5 steps in a row" in message, "the next start has the advice"
         assert saved_steps(out) == [4]
         assert all(torch.equal(before[name], tensor) for name, tensor in load_weights(out / "pretrain_32.pth").items())
@@ -205,7 +205,7 @@ def test_a_validation_that_is_not_finite_is_an_error(monkeypatch, run_pretrain, 
             with pytest.raises(UserError, match=r"loss of zh is not finite: use --dtype float32; .* from step 8$"):
                 run_pretrain()
     out = run_pretrain()
-    assert "going on after step 8" in capsys.readouterr().out and not list(out.glob("*.resume"))
+    assert "resuming after step 8" in capsys.readouterr().out and not list(out.glob("*.resume"))
 
 
 def test_divergence_that_stays_finite_ends_the_run(monkeypatch, run_pretrain):
@@ -251,7 +251,7 @@ def test_the_help_lists_the_divergence_limits(capsys):
     with pytest.raises(SystemExit):
         make_training_parser(None, {"muon": 1.0}).parse_args(["--help"])
     message = " ".join(capsys.readouterr().out.split())
-    assert "mean loss of the last 10 steps is above so many times the first loss (0: off)" in message
+    assert "mean loss of the last 10 steps exceeds this multiple of the first loss (0: off)" in message
     for bad in ("1", "-1", "nan", "inf"):
         with pytest.raises(UserError, match=r"0 \(off\) or a number of at least 1\.5"):
             make_training_parser(None, {"muon": 1.0}).parse_args(["--max_loss_ratio", bad])

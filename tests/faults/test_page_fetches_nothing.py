@@ -210,7 +210,7 @@ def test_chromium_fetches_nothing(page_url, request_log, record_attacks):
         page.goto(page_url)
         question = page.get_by_test_id("stChatInputTextArea")
         question.wait_for(timeout=60_000)
-        page.get_by_text("Show Markdown as layout").click()
+        page.get_by_text("Render Markdown").click()
         question.fill("\n\n".join(attack_texts(catcher))[:19_000])
         question.press("Enter")
         page.get_by_role("button", name="Again").wait_for(timeout=120_000)

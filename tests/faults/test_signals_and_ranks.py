@@ -207,7 +207,7 @@ def check_resumes(start_training, tmp_path):
     """The same command resumes from the last save, and a SIGTERM to the launcher saves."""
     step = saved_step(tmp_path / "out")
     process = start_training(*TORCHRUN)
-    assert f"going on after step {step} of" in (tmp_path / "out.txt").read_text()
+    assert f"resuming after step {step} of" in (tmp_path / "out.txt").read_text()
     process.terminate()
     process.wait(60)
     assert saved_step(tmp_path / "out") >= step
@@ -235,7 +235,7 @@ def test_a_killed_launcher_leaves_no_process_and_loses_no_step(start_training, t
     launcher.wait()
     wait_for(lambda: not any(map(is_alive, ranks)), seconds=60)
     assert saved_step(tmp_path / "out") == last_step(tmp_path / "out"), "the ranks save and leave"
-    assert message_lines(tmp_path) == [] and "run again to go on" in (tmp_path / "out.txt").read_text()
+    assert message_lines(tmp_path) == [] and "run again to resume" in (tmp_path / "out.txt").read_text()
 
 
 def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, num_attacks, record_attacks):
@@ -247,7 +247,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(start_training, tmp_path, nu
         os.kill(ranks[stopped], signal.SIGKILL)  # torchrun does so too, after --shutdown-timeout
         assert launcher.wait(60) == 1
         (line,) = message_lines(tmp_path)[:1]
-        assert f"error: rank {stopped} (process {ranks[stopped]} on " in line and "no sign of life" in line
+        assert f"error: rank {stopped} (process {ranks[stopped]} on " in line and "has sent no heartbeat" in line
         (tmp_path / "err.txt").write_text("")
     record_attacks("ranks stopped", num_attacks(1, 2), named=num_attacks(1, 2))
 

@@ -1,4 +1,4 @@
-"""The scripts find each other: defaults lead from stage to stage, under every launcher; --help needs nothing."""
+"""The chain of training scripts: default paths lead from stage to stage, under every launcher; --help is fast."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def test_sft_starts_from_the_one_parent(monkeypatch, pretrained, chats):
     rows = read_jsonl(pretrained / "full_sft_32.jsonl")
     assert rows[-1]["val_loss"].keys() == {"zh", "en"}
     changed = [name for name in parent["model"] if not torch.equal(parent["model"][name], child["model"][name])]
-    assert len(changed) == len(parent["model"]), "all weights move"
+    assert len(changed) == len(parent["model"]), "all weights are trained"
 
 
 def test_no_parent_and_several_parents_are_errors(monkeypatch, pretrained, chats, tmp_path):
@@ -78,7 +78,7 @@ def test_pretraining_continues_from_a_model(monkeypatch, pretrained, pretrain_di
     child = torch.load(tmp_path / "more" / "pretrain_32.pth", weights_only=True)
     assert [entry["stage"] for entry in child["lineage"]] == ["pretrain", "pretrain"]
     first, second = (read_jsonl(out / "pretrain_32.jsonl")[0]["loss"] for out in (pretrained, tmp_path / "more"))
-    assert second < first, "it begins where the parent ended"
+    assert second < first, "training continues from the parent's weights"
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
@@ -98,7 +98,7 @@ def test_launchers_run_the_same_script(monkeypatch, launcher, pretrained, chats)
         monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     result = run_process(*launcher, "3-full_sft.py", *SHORT_RUN, "--data_path", chats, "--out_dir", pretrained)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "2 process(es)" in result.stdout and result.stdout.count("saved ") == 1, "only the first process speaks"
+    assert "2 process(es)" in result.stdout and result.stdout.count("saved ") == 1, "only rank 0 prints"
     assert load_weights(pretrained / "full_sft_32.pth").keys() == load_weights(pretrained / "pretrain_32.pth").keys()
 
 
@@ -125,9 +125,9 @@ def test_ctrl_c_under_torchrun_saves_and_exits(pretrained, chats):
     while not (log.exists() and '"step": 5,' in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends SIGINT to the whole process group
     out, _ = process.communicate(timeout=60)
-    assert "run again to go on" in out
+    assert "run again to resume" in out
     assert (pretrained / "full_sft_32.resume").exists() and (pretrained / "full_sft_32.pth").exists()
 
 
@@ -144,19 +144,19 @@ def test_help_is_quick_and_imports_no_torch(name):
     before = child_cpu_seconds()
     result = run_process(sys.executable, "-c", probe, name)
     assert result.returncode == 0, result.stderr
-    assert "usage:" in result.stdout and f"python {name}" in result.stdout, "and it shows how it is run"
+    assert "usage:" in result.stdout and f"python {name}" in result.stdout, "the help shows the command"
     assert child_cpu_seconds() - before < 2
 
 
 @pytest.mark.parametrize("name", ["1-pretrain.py", "3-full_sft.py", "5-dpo_train.py"])
 def test_shared_flags_are_frozen(name):
-    """The flags that docs and users rely on; both spellings of the one that deepspeed adds."""
+    """Flags that the documentation names, and both spellings of the flag that deepspeed adds."""
     text = run_process(sys.executable, name, "--help").stdout
     flags = {
-        "how long": "epochs max_steps max_minutes resume init_from save_interval",
-        "how": "batch_size learning_rate accumulation_steps grad_clip warmup_iters seed",
+        "duration": "epochs max_steps max_minutes resume init_from save_interval",
+        "optimization": "batch_size learning_rate accumulation_steps grad_clip warmup_iters seed",
         "machine": "dtype device num_workers compile",
-        "shown": "log_interval eval_interval use_wandb wandb_project wandb_run_name",
+        "logging": "log_interval eval_interval use_wandb wandb_project wandb_run_name",
     }
     for names in flags.values():
         assert all(f"--{flag}" in text for flag in names.split())

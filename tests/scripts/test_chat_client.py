@@ -1,7 +1,7 @@
 """chat_openai_api.py against this project's server and against servers of another protocol.
 
-Promises: --prompt prints one answer; a conversation is sent with its history and the system message; the first model is
-the default; Ctrl-C stops an answer and not the conversation; errors are one line and exit code 2.
+Promises: --prompt prints one answer; each request contains the history and the system message; the first model is the
+default; Ctrl-C stops an answer and not the conversation; errors are one line with exit code 2.
 """
 
 import http.server
@@ -39,7 +39,7 @@ def api_key(monkeypatch):
 
 
 def run_client(monkeypatch, server, *flags, lines=()):
-    """Run the script with these lines at its prompt."""
+    """Run the script with these input lines."""
     lines = iter(lines)
 
     def read(prompt):
@@ -54,7 +54,7 @@ def run_client(monkeypatch, server, *flags, lines=()):
 
 @pytest.fixture
 def requests(server, monkeypatch):
-    """The bodies that the server gets, answered greedily, so that tests know the text."""
+    """The bodies that the server receives. Answers are greedy, so their text is known."""
     bodies = []
     make_requests = server.service.make_requests
 
@@ -98,13 +98,13 @@ def test_errors_are_one_line(monkeypatch, server):
             ["--base_url", "http://127.0.0.1:9/v1"],
             r"no answer from http://127\.0\.0\.1:9/v1 \(.*refused\): is the server",
         ),
-        (["--base_url", "localhost:8000"], "--base_url localhost:8000: no address; it looks like http"),
-        (["--base_url", "http://[::/v1"], "no address; it looks like http"),
-        (["--base_url", url, "--api_key", "other"], "refuses the key: set --api_key or the variable OPENAI_API_KEY"),
-        (["--base_url", url, "--api_key", "schlüssel"], "--api_key: must be ASCII letters"),
+        (["--base_url", "localhost:8000"], "--base_url localhost:8000: not an address: use one like http"),
+        (["--base_url", "http://[::/v1"], "not an address: use one like http"),
+        (["--base_url", url, "--api_key", "other"], "rejects the key: set --api_key or the variable OPENAI_API_KEY"),
+        (["--base_url", url, "--api_key", "schlüssel"], "--api_key: must be printable ASCII"),
         (
             ["--base_url", url, "--model", "gpt-4"],
-            "there is no model 'gpt-4' here: use first, second: see --model gpt-4",
+            "no model 'gpt-4' on this server: use first, second: see --model gpt-4",
         ),
         (["--base_url", server.url], "GET /models: Not Found: see --base_url, which usually ends with /v1"),
         (["--base_url", url, "--max_tokens", "0"], "argument --max_tokens: 0 is not a whole number"),
@@ -118,7 +118,7 @@ def test_errors_are_one_line(monkeypatch, server):
 
 
 class OtherServer(http.server.BaseHTTPRequestHandler):
-    """A server of another protocol: `server.reply` is its content type and body, cut off after `server.sent` bytes."""
+    """A server of another protocol. `server.reply`: content type, body, and bytes of the body that are never sent."""
 
     def do_GET(self):
         kind, body, cut = self.server.reply
@@ -143,11 +143,11 @@ FAULT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error
 @pytest.mark.parametrize(
     ("reply", "flags", "message"),
     [
-        (("text/html", b"<html>", 0), [], "does not answer as OpenAI's API does"),
-        (("application/json", b"<html>", 0), [], "does not answer as OpenAI's API does"),
+        (("text/html", b"<html>", 0), [], "the response is not OpenAI's API"),
+        (("application/json", b"<html>", 0), [], "the response is not OpenAI's API"),
         (("application/json", b'{"data": []}', 0), [], "lists no models: name one with --model"),
-        (("text/html", b"<html>", 0), ["--model", "m"], "does not answer as OpenAI's API does"),
-        (("text/event-stream", f"data: {EVENT}\n\n".encode(), 9), ["--model", "m"], "no answer from|broke off"),
+        (("text/html", b"<html>", 0), ["--model", "m"], "the response is not OpenAI's API"),
+        (("text/event-stream", f"data: {EVENT}\n\n".encode(), 9), ["--model", "m"], "no answer from|connection lost"),
         (("text/event-stream", f"data: {FAULT}\n\n".encode(), 0), ["--model", "m"], "out of memory"),
     ],
 )
@@ -183,7 +183,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(server, requests):
     )
     try:
         assert process.stdout.readline().startswith(b"first at http")
-        process.stdin.write(b"1\n")  # answered with thousands of tokens, as it is greedy
+        process.stdin.write(b"1\n")  # the greedy answer has thousands of tokens
         process.stdin.flush()
         deadline = time.monotonic() + 20
         while not server.status("first")["running"]:
@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(server, requests):
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         while server.status("first")["running"]:
-            assert time.monotonic() < deadline, "it is not answered any further"
+            assert time.monotonic() < deadline, "the request is aborted"
             time.sleep(0.01)
         assert process.poll() is None
         out, errors = process.communicate(b"\n", timeout=20)

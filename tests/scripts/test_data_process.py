@@ -181,7 +181,9 @@ def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkey
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     path = write_rows(tmp_path / "a.jsonl", EN)
     with monkeypatch.context() as broken:
-        broken.setattr("corpus.prepare_text._Partial.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(
+            "corpus.prepare_text._StagedDataset.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             process("pretrain", path)
     assert (tmp_path / "pretrain.partial" / "progress.json").is_file()

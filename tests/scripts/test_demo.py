@@ -1,4 +1,4 @@
-"""`make demo` holds together: every step runs, the report says what it promises, and a second run only reads."""
+"""`make demo`: every step runs, the report is complete, and a second run reuses all results."""
 
 import json
 import subprocess
@@ -36,4 +36,4 @@ def test_demo_runs_every_stage_and_a_second_run_reuses_the_results(tmp_path):
     again = run_demo("--out_dir", out, "--max_steps", 2)
     assert again.returncode == 0 and again.stdout.count("already there") == again.stdout.count("\n[") > 10
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
-    assert changed == {"report.json"}, "a second run reuses what is there"
+    assert changed == {"report.json"}, "a second run rewrites only the report"

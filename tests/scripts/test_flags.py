@@ -1,5 +1,8 @@
-"""Promise: every number of every script has limits, a wrong one is refused in one line before anything is read, and
-every list may be written with commas."""
+"""Command-line flags of every script.
+
+Promises: every numeric flag has limits, an invalid number is a one-line error before any file is read, and every list
+accepts commas.
+"""
 
 import argparse
 import importlib
@@ -16,7 +19,7 @@ from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_script, load_weights, rea
 
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "demo_world.generator", "demo_world.exam"]
 INVALID_NUMBERS = ("-5", "nan", "inf", "1e400", "x", "")
-# Flags that take 0 and 0.5, with the meaning that their --help gives. Every other flag refuses them.
+# Flags that accept 0 (with its meaning) and flags that accept 0.5. Every other flag rejects them.
 ZERO_MEANINGS = {
     "max_steps": "the epochs decide", "max_minutes": "no limit", "final_lr_share": "to the end", "warmup_iters": "none",
     "warmup_share": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
@@ -45,7 +48,7 @@ PATHS = {
     "compare",
     "compare_on",
     "data",
-}  # a path may hold a comma: separated by spaces only
+}  # separated by spaces only, because a path may contain a comma
 
 
 class _Captured(Exception):
@@ -53,7 +56,7 @@ class _Captured(Exception):
 
 
 def parser_of(script: str) -> FlagParser:
-    """The parser that the script's main() makes."""
+    """The parser that the script's main() creates."""
     with pytest.MonkeyPatch.context() as patch:
 
         def capture(parser, *_):
@@ -85,7 +88,7 @@ NUMBERS = [(prog, action.option_strings[0], action.dest) for prog, action in ACT
 
 
 def parse_flags(prog: str, *arguments: str):
-    """Parse them, with an x for every argument that the command requires."""
+    """Parse the arguments, with "x" for every required argument."""
     parser = PARSERS[prog]
     needed = [x for a in parser._actions if a.required and a.option_strings for x in (a.option_strings[0], "x")]
     return parser.parse_args(
@@ -98,19 +101,19 @@ def test_every_script_and_every_numeric_flag_is_covered():
         len(PARSERS) >= 18 and len(NUMBERS) > 150 and all(isinstance(parser, FlagParser) for parser in PARSERS.values())
     )
     assert [(prog, a.dest) for prog, a in ACTIONS if is_number(a) and not isinstance(a.type, NumberType)] == []
-    assert {dest for *_, dest in NUMBERS} >= {*ZERO_MEANINGS, *FRACTIONS}, "the tables name no flag that is gone"
+    assert {dest for *_, dest in NUMBERS} >= {*ZERO_MEANINGS, *FRACTIONS}, "the tables name existing flags only"
 
 
 @pytest.mark.parametrize(("prog", "flag", "dest"), NUMBERS)
 def test_an_invalid_number_is_a_one_line_error(prog, flag, dest):
-    has_zero = dest in ZERO_MEANINGS and prog != "web_demo.py"  # its port is shown before the page is served
-    refused = [*INVALID_NUMBERS, *([] if has_zero else ["0"]), *([] if dest in FRACTIONS else ["0.5"])]
-    for text in refused:
+    has_zero = dest in ZERO_MEANINGS and prog != "web_demo.py"  # its --port must be known before the page starts
+    rejected = [*INVALID_NUMBERS, *([] if has_zero else ["0"]), *([] if dest in FRACTIONS else ["0.5"])]
+    for text in rejected:
         with pytest.raises(UserError) as error:
             parse_flags(prog, f"{flag}={text}")
         line = str(error.value)
         assert line.startswith("argument ") and f"{flag}" in line and "\n" not in line, line
-    for text in {"0", "0.5"} - {*refused}:
+    for text in {"0", "0.5"} - {*rejected}:
         value = getattr(parse_flags(prog, f"{flag}={text}"), dest)
         assert value == float(text)
 
@@ -155,7 +158,7 @@ def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 
 def test_without_a_limit_of_steps_the_epochs_decide(pretrain):
     assert pretrain("--max_steps", "3") == 3
-    assert pretrain("--max_steps", "-1") == 8, "59 rows in batches of 8: the trained model is replaced by a trained one"
+    assert pretrain("--max_steps", "-1") == 8, "59 rows in batches of 8; the existing model is replaced"
     assert pretrain("--max_steps", "0", "--epochs", "0.5") == 4
 
 
@@ -171,7 +174,7 @@ def test_a_run_without_steps_never_replaces_a_model(pretrain, monkeypatch, tmp_p
 
 @given(st.integers(1, 10**6), st.integers(1, 400))
 def test_epochs_in_hundredths_are_exact(steps, hundredths):
-    """0.1 of 30 steps are 3, though 0.1 * 30 is a little more in floating point."""
+    """0.1 epochs of 30 steps are 3 steps, although 0.1 * 30 > 3 in floating point."""
     from trainer.sampler import BatchSampler
 
     plan = BatchSampler(steps, None, 1, seed=0)
@@ -213,7 +216,7 @@ def test_lists_with_their_own_parser_take_commas():
         assert parse_flags("3-full_sft.py", "--data_share", *texts).data_share == [0.1, 0.3]
     for texts in (["zh=0.25,en=0.75"], ["zh=0.25", "en=0.75"], ["zh=0.25,", "en=0.75"]):
         assert parse_flags("1-pretrain.py", "--mix", *texts).mix.load_weights == {"zh": 0.25, "en": 0.75}
-    with pytest.raises(UserError, match=r"argument --data_share: 0\.1,2: each share"):
+    with pytest.raises(UserError, match=r"argument --data_share: 0\.1,2: each fraction"):
         parse_flags("3-full_sft.py", "--data_share", "0.1", "2")
 
 

@@ -1,4 +1,4 @@
-"""The whole path on real text, for a minute: tokenizer, data, pretraining, SFT, answers. Needs ../shared/data."""
+"""All stages on real text within a minute: tokenizer, data, pretraining, SFT, answers. Needs ../shared/data."""
 
 import json
 import lzma
@@ -41,7 +41,7 @@ def test_real_text_becomes_a_model_that_answers(tmp_path):
     common = ["--out_dir", out, "--device", "cpu", "--eval_tokens", 4096, "--eval_interval", 1000, "--max_minutes"]
     data = ["--data_path", tmp_path / "pretrain", "--tokenizer", tokenizer]
     output = run_checked("1-pretrain.py", *data, *SIZE, *common, 0.4)
-    assert "as it should be" in output, "the first loss is ln(vocabulary)"
+    assert "± 0.15: ok" in output, "the first loss is ln(vocabulary)"
     run_checked("3-full_sft.py", "--data_path", tmp_path / "sft", *common, 0.2)
 
     log = read_jsonl(out / "pretrain_128.jsonl")
@@ -59,5 +59,5 @@ def test_real_text_becomes_a_model_that_answers(tmp_path):
         flags = ["--stage", stage, "--out_dir", out, "--temperature", 0, "--max_new_tokens", 20]
         run_checked("2-eval.py", *flags, "--prompts", prompts, "--json", tmp_path / "answers.json")
         answers = json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))["answers"]
-        # After half a minute it may say nothing but line breaks, or end at once: what it says is not the promise here.
+        # After half a minute of training an answer may be line breaks or empty; its text is not checked.
         assert len(answers) == 2 and all(row["answer"] or row["finish_reason"] == "stop" for row in answers)

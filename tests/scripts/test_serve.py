@@ -1,8 +1,9 @@
-"""serve_openai_api.py as it is started: what it refuses in one line, and a whole life from start to Ctrl-C.
+"""The command line of serve_openai_api.py: its errors, and a run from start to Ctrl-C.
 
-Promises: wrong numbers, files, names and ports are one line and exit code 2; nothing but this machine without a key; a
-missing package is one line with the pip command; an adapter and a transformers folder are served beside a checkpoint;
-8 clients at once get at least 3 times the tokens per second of 8 in a row, and the same greedy text (slow).
+Promises: invalid numbers, files, names and ports are one-line errors with exit code 2; without a key only this machine
+is served; a missing package is one line with the pip command; an adapter and a transformers folder are served beside a
+checkpoint; 8 concurrent requests get at least 3 times the tokens per second of 8 sequential ones, and the same greedy
+text (slow).
 """
 
 import json
@@ -42,11 +43,11 @@ def test_invalid_flags_are_one_line_errors(monkeypatch, checkpoint, tmp_path):
             (["--port", "70000"], "--port: 70000 is not a whole number from 0 to 65535"),
             (
                 ["--host", "0.0.0.0"],
-                r"--host 0\.0\.0\.0 lets other machines ask: set --api_key KEY or --api_key_file FILE",
+                r"--host 0\.0\.0\.0 accepts other machines: set --api_key KEY or --api_key_file FILE",
             ),
             (["--host", "::"], "set --api_key KEY"),
             (["--host", "example.org"], "set --api_key KEY"),
-            (["--api_key", "schlüssel"], "--api_key: use letters, digits"),
+            (["--api_key", "schlüssel"], "--api_key: a key must be printable ASCII"),
             (["--host", "not a host", "--api_key", "k"], "cannot listen on not a host"),
             (["--port", port], f"cannot listen on 127.0.0.1 port {port} .*in use.*: choose another --port"),
             (["--checkpoint", tmp_path / "no.pth"], r"no checkpoint at .*no\.pth"),
@@ -173,7 +174,7 @@ def test_adapters_and_transformers_folders_are_served_too(tokenizer, checkpoint,
 
 @pytest.mark.slow
 def test_eight_concurrent_requests_are_three_times_as_fast_as_sequential_ones(tokenizer, tmp_path):
-    """On a model of the usual size, untrained: the work is the same."""
+    """With an untrained model of the default size, which needs the same computation."""
     import asyncio
 
     import httpx

@@ -1,4 +1,4 @@
-"""A server for the tests: the real application under the real uvicorn, in a thread of this process, on a free port."""
+"""Test server: the application under uvicorn, in a thread of this process, on a free port."""
 
 import contextlib
 import socket
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def make_random_model(tokenizer: ChatTokenizer, **changes) -> Transformer:
-    """A model of random weights that talks for long and about anything."""
+    """A model with random weights, whose answers are long and arbitrary."""
     torch.manual_seed(0)
     config = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256}
     model = Transformer(ModelConfig(tokenizer.vocab_size, **{**config, **changes})).eval()
@@ -37,7 +37,7 @@ def save_random_model(path: Path, tokenizer: ChatTokenizer, stage: str = "full_s
 
 @dataclass
 class RunningServer:
-    url: str  # without a slash at the end
+    url: str  # without a trailing slash
     service: Any  # serving.service.CompletionService
 
     def status(self, name: str | None = None) -> dict[str, int]:
@@ -45,7 +45,7 @@ class RunningServer:
         return status[name or next(iter(status))]
 
     def wait_until_idle(self, seconds: float = 5) -> float:
-        """Seconds until nobody is being answered and nobody waits. Fails when that does not come."""
+        """Seconds until no request is running or waiting. Fails after `seconds`."""
         started = time.monotonic()
         while any(status["running"] or status["waiting"] for status in self.service.engine.status().values()):
             assert time.monotonic() - started < seconds, self.service.engine.status()
@@ -55,7 +55,7 @@ class RunningServer:
 
 @contextlib.contextmanager
 def run_server(checkpoints: list[str], limits: Any = None, max_context: int = 4096) -> Iterator[RunningServer]:
-    """`limits`: a serving.limits.ServerLimits. FastAPI is imported here, so that the engine's tests run without it."""
+    """`limits`: a serving.limits.ServerLimits. FastAPI is imported here because the engine's tests run without it."""
     from serving.app import make_app
     from serving.connections import make_server
     from serving.limits import ServerLimits

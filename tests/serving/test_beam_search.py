@@ -1,8 +1,8 @@
-"""Beam search, n-grams and presets over HTTP.
+"""Beam search, no_repeat_ngram_size and sampling presets over HTTP.
 
-Promises: the fields are used, not ignored; a search gives the text of a search alone, streamed as one piece, also
-beside other requests; what it cannot give is refused with the field's name; a chat that names nothing is drawn with
-the preset of the model's chat format, and completions with the defaults.
+Promises: the fields are used, not ignored; a beam search gives the text of `generate`, streamed as one chunk, also
+beside other requests; fields that exclude beam search are rejected by name; a chat without sampling fields uses the
+preset of the model's chat format, a completion the defaults.
 """
 
 import asyncio
@@ -60,8 +60,8 @@ def test_beam_search_over_http_matches_generate(server):
     assert text_of(post(server, "completions", prompt="abc", **SEARCH)) == generate_alone(
         server, prompt="abc", **SEARCH
     )
-    drawn = {"temperature": 0.9, "seed": 3, "no_repeat_ngram_size": 2}
-    assert text_of(post(server, **drawn)) == generate_alone(server, top_p=0.9, **drawn)
+    sampled = {"temperature": 0.9, "seed": 3, "no_repeat_ngram_size": 2}
+    assert text_of(post(server, **sampled)) == generate_alone(server, top_p=0.9, **sampled)
 
 
 def test_a_streamed_beam_search_is_one_chunk(server):
@@ -93,7 +93,7 @@ def test_concurrent_searches_and_plain_requests_match_generate(server):
         ({"num_beams": 9}, "num_beams"),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 2.5}, "num_beams"),
-        ({"num_beams": 7}, "num_beams"),  # more than this server's 6 places
+        ({"num_beams": 7}, "num_beams"),  # above this server's max_num_seqs of 6
         ({"num_beams": 2, "temperature": 0.7}, "temperature"),
         ({"num_beams": 2, "n": 2}, "n"),
         ({"num_beams": 2, "logprobs": True}, "logprobs"),
@@ -116,15 +116,17 @@ def test_chats_use_the_sampling_preset_of_their_chat_format(server):
     )
     search = {"num_beams": 4, "no_repeat_ngram_size": 5}
     assert text_of(post(server, model="mindllm")) == generate_alone(server, "mindllm", **search)
-    drawn = {"temperature": 0.9, "top_p": 0.9, "seed": 1, "no_repeat_ngram_size": 5}
-    assert text_of(post(server, model="mindllm", temperature=0.9, seed=1)) == generate_alone(server, "mindllm", **drawn)
+    sampled = {"temperature": 0.9, "top_p": 0.9, "seed": 1, "no_repeat_ngram_size": 5}
+    assert text_of(post(server, model="mindllm", temperature=0.9, seed=1)) == generate_alone(
+        server, "mindllm", **sampled
+    )
     plain = {"temperature": 0.7, "top_p": 0.9, "seed": 1}
     given = {"model": "belle", "prompt": "abc", "seed": 1}
     assert text_of(post(server, "completions", **given)) == generate_alone(server, "belle", "abc", **plain)
 
 
 def test_a_preset_never_rejects_a_request(server):
-    """n and logprobs are what a search cannot give: such a request is drawn without the preset's beams."""
+    """Beam search excludes n and logprobs: such a request is sampled without the preset's num_beams."""
     response = post(server, model="mindllm", n=2, seed=1, logprobs=True)
     assert response.status_code == 200 and len(response.json()["choices"]) == 2
     expected = generate_alone(server, "mindllm", temperature=0.7, top_p=0.9, seed=1, no_repeat_ngram_size=5)

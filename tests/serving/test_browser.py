@@ -1,8 +1,8 @@
-"""The chat page in a real Chromium, without a window: what AppTest cannot see.
+"""The chat page in headless Chromium: behaviour that streamlit's AppTest cannot check.
 
-Promises: a typed question is answered while one looks; Stop stops it; the next question is answered; a model's text
-never becomes part of the page; Copy copies; the page asks nothing of anybody but its own server; Ctrl-C ends it.
-Needs chromium and Python's playwright, and is skipped where they are not. Screenshots stay in .pytest_cache/d/web.
+Promises: the answer to a question is streamed; Stop stops it; the next question is answered; a model's text never
+becomes HTML of the page; Copy copies; the page sends requests to its own server only; Ctrl-C ends the server.
+Skipped without chromium or Python's playwright. Screenshots are saved in .pytest_cache/d/web.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ NASTY = "<script>window.pwned=1</script>\n\n<img/src=x/onerror=window.pwned=1>\n
 
 @pytest.fixture(scope="module")
 def address(tokenizer, tmp_path_factory):
-    """The page as a user starts it, from another folder, over three models."""
+    """The page's address; started by its command line in another folder, with two models."""
     folder = tmp_path_factory.mktemp("web")
     out = folder / "out"
     save_scripted_model(
@@ -97,9 +97,9 @@ def test_chromium_streams_stops_copies_and_fetches_nothing(address, browser, req
     for _ in range(3):
         lengths.append(len(answer.inner_text()))
         time.sleep(0.3)
-    assert lengths[0] < lengths[1] < lengths[2], "it grows while one looks"
+    assert lengths[0] < lengths[1] < lengths[2], "the answer is streamed"
     page.screenshot(path=pictures / "2_answering.png")
-    assert not page.get_by_text("可以这样开始").count(), "nothing of the first page is left below the answer"
+    assert not page.get_by_text("可以这样开始").count(), "the welcome page is removed"
     page.get_by_role("button", name="停止").click()
     page.get_by_text("已停止").wait_for()
     stopped = answer.inner_text()
@@ -108,7 +108,7 @@ def test_chromium_streams_stops_copies_and_fetches_nothing(address, browser, req
     page.get_by_role("button", name="已复制").wait_for()
     assert page.evaluate("navigator.clipboard.readText()").strip() == stopped.strip()
     page.screenshot(path=pictures / "3_stopped.png")
-    assert answer.inner_text() == stopped, "and it stays stopped"
+    assert answer.inner_text() == stopped, "the answer stays stopped"
 
     page.get_by_role("combobox", name="并排比较").click()
     page.get_by_role("option", name="full_sft_64").click()

@@ -1,8 +1,8 @@
-"""A conversation as the chat page keeps it: what each model reads, and what stop, again and edit leave behind.
+"""Conversation of the chat page: the prompts of each model, stop, regenerate and edit.
 
-Promises: a reply may be put down between two pieces and go on later, in another thread too; stop keeps what was said;
-each side reads its own answers, a model that joins later those of the first; a question that is too long is said with
-its numbers, and the page lives on.
+Promises: a streaming reply can be advanced by different threads; stop keeps the text so far; the history of a side
+contains its own replies, and those of the first side for turns before its model joined; a question that is too long
+and a model that runs out of memory are errors of the reply only.
 """
 
 import threading
@@ -38,7 +38,7 @@ def models(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """What the models read, as text."""
+    """The prompts of the models, as text."""
     recorded, real = [], conversation.stream
 
     def spy(model, ids, settings, tokenizer, answer):
@@ -75,7 +75,7 @@ def test_a_reply_continues_in_another_thread(models):
 
 
 def test_two_threads_can_advance_one_conversation(models):
-    """The page that lost its browser is still drawn while the new one begins."""
+    """After a browser reconnects, the old and the new run of the page overlap."""
     chat, errors = Conversation(), []
     chat.start_turn("hm?", [models["endless"]], SamplingParams(max_new_tokens=90))
 
@@ -109,7 +109,7 @@ def test_stop_keeps_the_text_and_the_next_prompt_contains_it(models, prompts):
 def test_an_empty_reply_is_left_out_of_the_next_prompt(models, prompts):
     chat = Conversation()
     chat.start_turn("first", [models["endless"]], GREEDY)
-    chat.start_turn("then", [models["endless"]], GREEDY)  # before a single piece
+    chat.start_turn("then", [models["endless"]], GREEDY)  # before the first piece
     assert "first" not in prompts[-1] and chat.turns[0].replies[0].stop_reason == "stopped"
 
 
@@ -118,7 +118,7 @@ def test_each_model_reads_its_own_answers(models, prompts):
     chat.start_turn("a", both[:1], GREEDY)
     finish_replies(chat)
     chat.start_turn("b", both, GREEDY)
-    assert "鸟叫!" in prompts[-1], "the second model joins a conversation that it has not answered in"
+    assert "鸟叫!" in prompts[-1], "the second model reads the first side's replies"
     finish_replies(chat)
     assert [reply.text for reply in chat.turns[1].replies] == ["鸟叫!", "second"]
     chat.start_turn("c", both, GREEDY)
@@ -146,15 +146,15 @@ def test_regenerate_and_edit_replace_the_last_turn(models, prompts):
 
 def test_each_attempt_samples_anew_and_a_seed_reproduces_all_attempts(tiny_parent):
     model = open_page_model(tiny_parent)
-    drawn = SamplingParams(temperature=1.0, max_new_tokens=12, seed=5)
+    settings = SamplingParams(temperature=1.0, max_new_tokens=12, seed=5)
 
     def texts() -> list[str]:
         chat, found = Conversation(), []
-        chat.start_turn("x", [model], drawn)
+        chat.start_turn("x", [model], settings)
         for _ in range(3):
             finish_replies(chat)
             found.append(chat.turns[0].replies[0].text)
-            chat.regenerate([model], drawn)
+            chat.regenerate([model], settings)
         return found
 
     first = texts()
@@ -189,7 +189,7 @@ def test_a_question_that_is_too_long_is_an_error_with_its_length(models):
 def test_running_out_of_memory_ends_only_the_reply(models, monkeypatch):
     def pieces(*_):
         yield "so far"
-        raise RuntimeError("CUDA out of memory\nand a long story")
+        raise RuntimeError("CUDA out of memory\nand further lines")
 
     monkeypatch.setattr(conversation, "stream", pieces)
     chat = Conversation()

@@ -1,8 +1,9 @@
 """Echoed prompts with log-probabilities in /v1/completions, as lm-evaluation-harness' local-completions reads them.
 
-Promises: the numbers are those of a plain forward pass; the first token has none; every entry names its token, its
-offset in the text and the likeliest tokens with the token itself; one drawn token is one more entry, a closing marker
-too; texts, token ids and lists of either, n, streams and max_tokens 0 agree; memory for the logits is bounded.
+Promises: the log-probabilities are those of a plain forward pass; the first token has none; every entry gives its
+token, its offset in the text and the most likely tokens with the token itself; each sampled token has one entry, an
+end-of-turn token too; texts, token ids, lists of either, n, streams and max_tokens 0 agree; memory for the logits is
+bounded.
 """
 
 import json
@@ -49,13 +50,13 @@ def encode(server, prompt):
     return server.service.models["dense"].tokenizer.encode(prompt)
 
 
-# ------------------------------------------------------------------------------------------------ the numbers
+# ------------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_logprobs_match_a_plain_forward_pass(server, name, count):
-    answer = complete(server, PROMPTS, name, logprobs=count, max_tokens=0)  # rows of three lengths in one batch
+    answer = complete(server, PROMPTS, name, logprobs=count, max_tokens=0)  # three lengths in one batch
     for prompt, choice in zip(PROMPTS, answer["choices"], strict=True):
         ids, entries = encode(server, prompt), choice["logprobs"]
         expected = forward_logprobs(server, ids, name)
@@ -70,7 +71,7 @@ def test_logprobs_match_a_plain_forward_pass(server, name, count):
 
 
 def test_tokens_and_offsets_match_the_text(server):
-    """Each token is where it says; tokens inside a character begin where it does."""
+    """The text at each offset is the token; a token inside a character has the character's offset."""
     for prompt in PROMPTS:
         for sent in (prompt, encode(server, prompt)):
             (choice,) = complete(server, sent, logprobs=1, max_tokens=0)["choices"]
@@ -82,7 +83,7 @@ def test_tokens_and_offsets_match_the_text(server):
 
 
 def test_a_bos_that_the_tokenizer_adds_has_no_characters(tokenizer):
-    """As in tokenizers of Llama: the ids begin with a bos, the text does not."""
+    """As in Llama's tokenizers: the ids begin with a bos, the text does not."""
     bos, text = tokenizer.eos_id, "ab"
     ids = [bos, *tokenizer.encode(text)]
     entries = prompt_logprobs(make_random_model(tokenizer).lm_head, torch.zeros(3, 32), ids, 1)
@@ -93,7 +94,7 @@ def test_a_bos_that_the_tokenizer_adds_has_no_characters(tokenizer):
 
 
 def test_offsets_of_a_tokenizer_that_writes_spaces_as_marks(tmp_path):
-    """As Llama 2's: a bos and a space in front of the text that are no part of it, rare characters in bytes."""
+    """As Llama 2's: it adds a bos and a space before the text and encodes rare characters as bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +118,7 @@ def test_offsets_of_a_tokenizer_that_writes_spaces_as_marks(tmp_path):
 
 
 def test_chunked_prompt_logprobs_equal_unchunked_ones(tokenizer, monkeypatch):
-    """However many positions are computed together; never more logits than the bound."""
+    """Any number of positions per chunk gives the same values, and no chunk exceeds MAX_LOGITS."""
     model = make_random_model(tokenizer)
     ids = torch.randint(20, 200, (150,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad():
@@ -132,7 +133,7 @@ def test_chunked_prompt_logprobs_equal_unchunked_ones(tokenizer, monkeypatch):
         assert a.id == b.id and a.logprob == pytest.approx(b.logprob, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the answer behind
+# ------------------------------------------------------------------------------------------------ prompts with answers
 
 
 def test_echo_prepends_the_prompt_to_the_answer(server):
@@ -186,14 +187,14 @@ def test_a_stream_with_echo_equals_the_whole_answer(server, length):
 
 
 def test_a_sampled_end_of_turn_token_has_its_own_entry(server, monkeypatch):
-    """lm-evaluation-harness cuts the last entry off as the drawn token: without it a token of the text would go."""
+    """lm-evaluation-harness drops the last entry as the sampled token; without it, it would drop a prompt token."""
     served = server.service.models["dense"]
     ids = encode(server, "ab")
     with torch.no_grad():
         hidden = served.model(torch.tensor([ids]))[0][0, -1]
         monkeypatch.setattr(
             served.model.lm_head.weight, "data", served.model.lm_head.weight.data.clone()
-        )  # this prompt is answered with the eos
+        )  # the answer to this prompt becomes the eos
         served.model.lm_head.weight.data[served.tokenizer.eos_id] = 9 * hidden / hidden.norm()
         row = Sequence(served.model, served.tokenizer, ids, SamplingParams(max_new_tokens=1, logprobs=1), Completion())
         DecodeBatch(served.model, served.tokenizer).prefill([row])
@@ -237,13 +238,15 @@ def test_scoring_beside_running_answers_changes_neither(server):
 
 
 def test_scores_of_lm_evaluation_harness_match_the_model(server):
-    """local-completions sends context + continuation as ids and sums token_logprobs[len(context) : -1]; greedy is where
-    every token's log-probability is the largest of its top_logprobs."""
+    """local-completions sends context + continuation as ids and sums token_logprobs[len(context) : -1].
+
+    is_greedy is true if every token's log-probability is the largest of its top_logprobs.
+    """
     pairs = [("The sky is", " blue"), ("天空", "是蓝的"), ("1 2 3", " 4")]
     ids = [(encode(server, context), encode(server, more)) for context, more in pairs]
     for name in ("dense", "moe"):
         asked = list(ids)
-        for context, _ in ids:  # and one that is greedy
+        for context, _ in ids:  # add a greedy continuation
             top_logprobs = server.service.models[name].model.logits(torch.tensor([context]))[0, -1].argmax().item()
             asked.append((context, [top_logprobs]))
         options = {"max_tokens": 1, "logprobs": 1, "seed": 1234}

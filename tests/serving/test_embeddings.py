@@ -1,9 +1,9 @@
 """/v1/embeddings: the mean of the last hidden states.
 
-Promises: the vector is the mean over the input's tokens of the states after the final norm; a batch gives what each
-input gives alone; texts and ids, floats and base64 agree; wrong inputs are one line with numbers; a large request is
-computed in bounded batches between the tokens of a running answer and changes none of them; a request whose client
-has disconnected is dropped.
+Promises: the vector is the mean of the hidden states after the final norm over the input's tokens; it does not depend
+on the batch; texts and ids, floats and base64 agree; invalid inputs are one-line errors with numbers; a large request
+is computed in bounded batches between the decode steps of running requests and does not change their text; a request
+whose client has disconnected is aborted.
 """
 
 import base64
@@ -46,7 +46,7 @@ def client(server):
 
 @torch.no_grad()
 def mean_of_states(server, text, name="chat"):
-    """The mean of the states that the head reads, one input at a time."""
+    """The mean of lm_head's inputs for one text."""
     served = server.service.models[name]
     states = []
     hook = served.model.lm_head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
@@ -61,14 +61,14 @@ def close(a, b):
 
 @pytest.mark.parametrize("name", ["chat", "moe"])
 def test_vectors_are_the_means_of_the_last_states_for_any_batching(client, server, name):
-    answer = client.embeddings.create(model=name, input=INPUTS)  # base64, which the client asks for and unpacks
+    answer = client.embeddings.create(model=name, input=INPUTS)  # the client requests and decodes base64
     assert [item.index for item in answer.data] == [0, 1, 2, 3] and answer.model == name and answer.object == "list"
     for text, item in zip(INPUTS, answer.data, strict=True):
         assert item.object == "embedding" and len(item.embedding) == 32
         assert close(item.embedding, mean_of_states(server, text, name))
         (one,) = client.embeddings.create(model=name, input=text, encoding_format="float").data
         assert close(one.embedding, item.embedding)
-    tokens = sum(len(text.encode()) for text in INPUTS)  # one token a byte
+    tokens = sum(len(text.encode()) for text in INPUTS)  # one token per byte
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == tokens
 
 
@@ -102,10 +102,10 @@ def test_invalid_inputs_are_one_line_errors_with_numbers(server):
         ({"input": ["a", ""]}, "input: number 1 is empty (counted from 0)"),
         ({"input": ["a"] * 2049}, "input: 2049 inputs in one request, at most 2048"),
         ({"input": ["a", "b" * 600]}, "input 1: this model's context is 512 tokens, and this text has 600: shorten it"),
-        ({"input": [[50], [272]]}, "input 1: token id 272: this model's ids end at 271"),
+        ({"input": [[50], [272]]}, "input 1: token id 272: this model's last id is 271"),
         ({"input": "a", "dimensions": 8}, "dimensions: the vectors have the model's full size only"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format: Input should be 'float' or 'base64'"),
-        ({"input": "a", "model": "other"}, "there is no model 'other' here: use chat, moe"),
+        ({"input": "a", "model": "other"}, "no model 'other' on this server: use chat, moe"),
         ({}, "input: Field required"),
         ({"input": 5}, "input: "),
     ):
@@ -125,7 +125,7 @@ def test_embedding_batches_are_bounded_and_complete():
 
 
 def test_concurrent_embeddings_and_completions_do_not_change_each_other(client, server):
-    """A stream, and three clients whose large requests are computed between its tokens."""
+    """One stream and three clients, whose large requests are computed between the stream's tokens."""
     texts = [f"text {i} " * (i % 40) + "." for i in range(90)]
     expected = [mean_of_states(server, text) for text in texts]
     served = server.service.models["chat"]
@@ -149,7 +149,7 @@ def test_concurrent_embeddings_and_completions_do_not_change_each_other(client, 
     for thread in threads:
         thread.join()
     assert "".join(pieces) == answer.text
-    assert min(steps) > 10, "tokens come while the vectors are computed"
+    assert min(steps) > 10, "tokens are sent while the vectors are computed"
     for result in results:
         assert all(close(vector, other) for vector, other in zip(result, expected, strict=True))
     server.wait_until_idle()
@@ -210,7 +210,7 @@ def test_a_disconnect_aborts_the_job(server, engine, events):
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_for(lambda: server.status()["waiting"])
-    assert server.wait_until_idle() < 1.0, "the whole would take several seconds"
+    assert server.wait_until_idle() < 1.0, "the whole request would take several seconds"
 
 
 def test_a_failing_job_fails_alone(engine, events, capsys):

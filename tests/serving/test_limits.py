@@ -1,9 +1,9 @@
-"""What the server refuses before it costs anything, and how it treats slow and idle connections.
+"""Early rejection of requests, and limits of slow and idle connections.
 
-Promises: a text that cannot fit is refused before it is tokenised, and what is tokenised is the same as without the
-check; only names of this server are accepted in the Host header, and only its own or listed web pages may ask; large
-bodies together are bounded; a wrong entry in a long list costs one error, not one for each entry; at the limit of
-connections an idle one is closed for a new one; senders of tiny pieces and clients that never read are cut off.
+Promises: a text that cannot fit is rejected before it is tokenised, and the check does not change the ids of other
+texts; only names of this server are accepted in the Host header, and only its own and listed web pages may send
+requests; the total size of large bodies is bounded; a long list of wrong entries gives one error; at max_connections
+a new connection replaces an idle one; clients that send tiny chunks, send nothing or never read are disconnected.
 """
 
 import contextlib
@@ -38,13 +38,13 @@ def server(checkpoint):
 
 @pytest.fixture(scope="module")
 def strict_server(checkpoint):
-    """Few connections, short deadlines, little room for large bodies."""
+    """A server of few connections, short timeouts and a small limit for large bodies."""
     limits = ServerLimits(max_connections=5, client_timeout=0.5, max_request_bytes=200_000, max_queued_bytes=200_000)
     with run_server([checkpoint], limits, max_context=8192) as server:
         yield server
 
 
-CLIENT = httpx.Client(timeout=30, verify=False)  # one, and without TLS: certificates take half a second to read
+CLIENT = httpx.Client(timeout=30, verify=False)  # shared and without TLS: loading certificates takes half a second
 
 
 def address(server):
@@ -129,7 +129,7 @@ def test_a_long_list_of_wrong_entries_costs_one_error(server, path, body):
     assert time.perf_counter() - started < 2  # an error for each entry takes 3 s on an idle machine
 
 
-# ------------------------------------------------------------------------------------------------ who may ask
+# ------------------------------------------------------------------------------------------------ hosts and origins
 
 
 def test_only_names_of_this_server_are_accepted(server, checkpoint):
@@ -176,12 +176,12 @@ def test_large_bodies_together_are_bounded_and_small_ones_are_not(checkpoint):
         with socket.create_connection(address(server)) as first:
             first.sendall(HEAD + b"Content-Length: 190000\r\n\r\n" + half)
             time.sleep(0.3)
-            refused = post(server, user="x" * 150_000)
-            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            rejected = post(server, user="x" * 150_000)
+            assert rejected.status_code == 429 and rejected.headers["retry-after"] == "1"
+            assert rejected.json()["error"]["code"] == "rate_limit_exceeded"
             assert post(server).status_code == 200
         deadline = time.monotonic() + 5
-        while post(server, user="x" * 150_000).status_code != 200:  # the first client has gone
+        while post(server, user="x" * 150_000).status_code != 200:  # the first client has disconnected
             assert time.monotonic() < deadline
         assert post(server, user="x" * 210_000).status_code == 413
 
@@ -249,8 +249,8 @@ def test_connections_above_the_limit_get_503(strict_server):
         for _ in range(5):
             stack.enter_context(socket.create_connection(address(strict_server))).sendall(request)
         time.sleep(0.3)
-        refused = CLIENT.get(f"{strict_server.url}/health")
-        assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
+        rejected = CLIENT.get(f"{strict_server.url}/health")
+        assert rejected.status_code == 503 and rejected.json()["error"]["code"] == "too_many_connections"
     strict_server.wait_until_idle()
     assert CLIENT.get(f"{strict_server.url}/health").status_code == 200
 

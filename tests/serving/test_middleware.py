@@ -1,8 +1,9 @@
-"""Who may ask, how much, and what happens to those who leave.
+"""API keys, CORS, body limits, a full queue, and clients that disconnect.
 
-Promises: no key, no answer; other origins are not told; a body that is too large or no JSON is not read; a full house
-says 429 and when to come again; a client that hangs up frees its place at once, streamed, whole or waiting; 50 clients
-of whom 10 hang up: no error, no stuck place, memory flat.
+Promises: requests without the key get 401; only listed origins get CORS headers; a body that is too large or not JSON
+is rejected unread; a full queue answers 429 with Retry-After; a client that disconnects frees its slot at once, whether
+its request is streamed, not streamed or waiting; with 50 clients, 10 of which disconnect, no request fails, no slot
+stays occupied and memory stays flat.
 """
 
 import asyncio
@@ -39,21 +40,21 @@ def server_with_key(checkpoint):
 
 @pytest.fixture
 def small_server(checkpoint):
-    """Two places and a queue of two."""
+    """max_num_seqs 2 and a queue of 2."""
     with run_server([checkpoint], ServerLimits(max_num_seqs=2, max_queue=2), max_context=8192) as server:
         yield server
 
 
 @contextlib.contextmanager
 def open_stream(server, body):
-    """A streamed question whose first text has come."""
+    """A streamed response whose first event has arrived."""
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=20) as response:
-        pieces = response.iter_text()  # kept, because httpx hangs up when it is collected
+        pieces = response.iter_text()  # a reference: httpx disconnects when it is garbage-collected
         next(pieces)
         yield response
 
 
-# ------------------------------------------------------------------------------------------------ the door
+# ------------------------------------------------------------------------------------------------ keys, origins, bodies
 
 
 @pytest.mark.parametrize("given", [None, "", "secret-1", "Bearer", "Bearer secret-2", "Bearer secret-", "Bearer \xff"])
@@ -82,11 +83,11 @@ def test_cors_headers_are_sent_to_listed_origins_only(server_with_key, small_ser
         (small_server, "https://chat.example.org", False),
     ):
         preflight = httpx.options(f"{server.url}/v1/chat/completions", headers={"Origin": origin, **ask})
-        refused = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin})
-        for response in (preflight, refused):
+        models = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin})
+        for response in (preflight, models):
             assert response.headers.get("access-control-allow-origin") == (origin if allowed else None)
         assert (preflight.status_code == 200) == allowed
-        assert ("x-served-model" in refused.headers.get("access-control-expose-headers", "")) == (
+        assert ("x-served-model" in models.headers.get("access-control-expose-headers", "")) == (
             server is server_with_key
         )
 
@@ -112,7 +113,7 @@ def test_bodies_of_wrong_type_or_size_are_rejected_unread(server_with_key):
         assert response.status_code == 413 and "2000 bytes" in response.json()["error"]["message"]
 
 
-# ------------------------------------------------------------------------------------------------ a full house
+# ------------------------------------------------------------------------------------------------ queue and disconnects
 
 
 def test_a_full_queue_gets_429_with_retry_after(small_server):
@@ -123,9 +124,9 @@ def test_a_full_queue_gets_429_with_retry_after(small_server):
             httpx.stream("POST", f"{small_server.url}/v1/chat/completions", json={**LONG, "n": 2})
         )
         assert waiting.status_code == 200 and small_server.status()["waiting"] == 2
-        refused = httpx.post(f"{small_server.url}/v1/chat/completions", json=QUESTION)
-        assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 60
-        assert refused.json()["error"]["type"] == "rate_limit_error"
+        rejected = httpx.post(f"{small_server.url}/v1/chat/completions", json=QUESTION)
+        assert rejected.status_code == 429 and 1 <= int(rejected.headers["retry-after"]) <= 60
+        assert rejected.json()["error"]["type"] == "rate_limit_error"
     small_server.wait_until_idle()
     too_many = httpx.post(f"{small_server.url}/v1/chat/completions", json={**QUESTION, "n": 5})
     assert too_many.status_code == 400 and "at most 4" in too_many.json()["error"]["message"]
@@ -165,11 +166,11 @@ def test_a_disconnect_while_waiting_frees_its_queue_slot(small_server):
     small_server.wait_until_idle()
 
 
-# ------------------------------------------------------------------------------------------------ a crowd
+# ------------------------------------------------------------------------------------------------ many clients
 
 
 async def ask_concurrently(server, size, num_disconnects):
-    """`size` clients at once, of whom every fifth hangs up after a few pieces; the texts of the others."""
+    """Run `size` clients at once, the first `num_disconnects` of which disconnect early; [(status, text or None)]."""
     limits = httpx.Limits(max_connections=size)
     async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=60) as client:
 
@@ -202,10 +203,10 @@ def test_fifty_clients_with_ten_disconnects_leave_no_request_and_flat_memory(che
             answers = asyncio.run(ask_concurrently(server, 50, 10))
             assert [status for status, _ in answers] == [200] * 50
             for i, (_, text) in enumerate(answers[10:], 10):
-                assert text == next(t for j, (_, t) in enumerate(answers[10:], 10) if j % 7 == i % 7), "as alone"
+                assert text == next(t for j, (_, t) in enumerate(answers[10:], 10) if j % 7 == i % 7), "equal questions"
             server.wait_until_idle()
             gc.collect()
             memory.append(process.memory_info().rss / 2**20)
         assert len(server.service.engine.schedulers["full_sft_32"].running) == 0
-        assert memory[-1] - memory[2] < 10, memory  # MB, in 150 requests
+        assert memory[-1] - memory[2] < 10, memory  # MiB, over 150 requests
     assert "Traceback" not in capfd.readouterr().err

@@ -1,7 +1,7 @@
-"""What the chat page finds in out/, and in which order; what it says of each.
+"""The chat page's list of the models in out/: which files, in which order, with which facts.
 
-Promises: checkpoints, adapters and transformers folders are found, one folder down too; the last stage stands first,
-never the newest file; half-written and foreign files harm nothing; a file that a training run replaces is read anew.
+Promises: checkpoints, adapters and transformers folders are found, in subfolders too; the last stage is listed first,
+never the newest file; incomplete and foreign files break nothing; a file that a training run replaces is read again.
 """
 
 import json
@@ -19,7 +19,7 @@ def out(tokenizer, tmp_path):
     for name, stage in (("pretrain_64", "pretrain"), ("full_sft_64", "full_sft"), ("demo/dpo_64", "dpo")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save_scripted_model(folder / f"{name}.pth", tokenizer, ["hi"], stage)
-    os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
+    os.utime(folder / "full_sft_64.pth", (0, 0))  # the oldest file, of a later stage than pretrain
     return folder
 
 
@@ -65,7 +65,7 @@ def test_scores_are_those_of_this_file(out):
     assert read_model_entry(out / "pretrain_64.pth", out).scores == []
     later = (out / "many.json").stat().st_mtime + 10
     os.utime(path, (later, later))
-    assert read_model_entry(path, out).scores == [], "the reports tell of the model that stood here before"
+    assert read_model_entry(path, out).scores == [], "the reports are older than the model"
 
 
 def test_validation_scores_are_the_fallback_without_reports(tokenizer, out):

@@ -1,9 +1,9 @@
-"""The chat page, driven by streamlit's own AppTest: what is drawn, what a click does, what is said when things fail.
+"""The chat page in streamlit's AppTest: widgets, clicks and errors.
 
-Promises: the page answers, in several turns, alone and side by side; a click in the middle of an answer does not cut
-it, unless it is Stop; again, edit and new conversation do what they say; the controls reach the generator and have
-sensible limits; all of it in both languages; without a model it says what to run; a bad file is named and harms
-nothing; text is drawn as text; the script says in one line what is missing.
+Promises: the page answers in several turns, with one model and with two; no click but Stop interrupts a reply; Again,
+Edit and New conversation work; the controls reach the generator; the page works in both languages; without a model it
+shows the commands to run; a file that cannot be read is listed, and the other models still answer; a model's text is
+never HTML; the script's errors are one line.
 """
 
 import re
@@ -54,7 +54,7 @@ def ask_question(page, text):
 
 
 def shown_texts(page) -> list[str]:
-    """The conversation, as it is read from top to bottom."""
+    """The texts of the conversation, from top to bottom."""
     return [text.value for text in page.text]
 
 
@@ -81,16 +81,16 @@ def test_every_model_is_shown_with_its_facts(open_page, out):
     shown = caption_text(page)
     for name, does in page_strings.STAGE_LABELS["en"].values():
         assert (f"**{name}** · {does}" in shown) == (name not in ("LoRA", "transformers folder"))
-    assert re.search(r"\d+\.\d k parameters · reads 256 tokens  \ntrained on 1\.5 M tokens", shown)
+    assert re.search(r"\d+\.\d k parameters · context of 256 tokens  \ntrained on 1\.5 M tokens", shown)
     find_button(page, "choose pretrain_64").click().run()
     assert page.selectbox(key="model").value == "pretrain_64"
-    assert page.chat_input[0].placeholder == "Begin a text, and pretrain_64 goes on"
+    assert page.chat_input[0].placeholder == "Begin a text; pretrain_64 continues it"
     assert page.text_area(key="system").disabled
     page.slider(key="max_new_tokens_128").set_value(4).run()
     assert shown_texts(ask_question(page, "so")) == [
         "so",
         "and on and on",
-    ] and "reached the longest answer" in caption_text(page)
+    ] and "maximum length reached" in caption_text(page)
 
 
 def test_scores_and_counts_are_formatted_by_their_kind():
@@ -106,7 +106,7 @@ def test_two_models_answer_side_by_side(open_page, out):
     assert shown_texts(ask_question(page, "x")) == ["x", "鸟叫!", NASTY]
     page.selectbox(key="model").set_value("full_sft_64").run()
     assert page.selectbox(key="second").value == "", "a model is not compared with itself"
-    assert shown_texts(page) == ["x", "鸟叫!", NASTY], "what was said stays"
+    assert shown_texts(page) == ["x", "鸟叫!", NASTY], "earlier replies stay"
 
 
 def test_only_stop_interrupts_an_answer(open_page, out, monkeypatch):
@@ -115,17 +115,17 @@ def test_only_stop_interrupts_an_answer(open_page, out, monkeypatch):
     def interrupted(conversation):
         left[0] -= 1
         if left[0] < 0:
-            raise StopException  # what streamlit raises where the reader clicked
+            raise StopException  # raised by streamlit when the user clicks
         return real(conversation)
 
     monkeypatch.setattr(Conversation, "advance", interrupted)
-    monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)  # every piece
+    monkeypatch.setattr("serving.page.REDRAW_SECONDS", -1)  # redraw after every piece
     ask_question(page, "x")
     assert page.session_state["conversation"].turns[0].replies[0].text == "鸟叫"
     assert shown_texts(page) == ["x", "鸟叫 ▍"] and [b.key for b in page.button] == ["stop", "clear"]
     left[0] = 9
     page.slider(key="temperature").set_value(0.3).run()
-    assert shown_texts(page) == ["x", "鸟叫!"], "a slider was moved"
+    assert shown_texts(page) == ["x", "鸟叫!"], "the reply continues after a slider has changed"
 
     left[0] = 1
     ask_question(page, "y")
@@ -143,7 +143,7 @@ def test_regenerate_edit_and_clear_change_the_conversation(open_page, out):
     find_button(page, "edit_last").click().run()
     assert page.text_area(key="edited").value == "b"
     page.text_area(key="edited").set_value("better")
-    next(b for b in page.button if b.label == "Ask this instead").click().run()
+    next(b for b in page.button if b.label == "Send").click().run()
     assert shown_texts(page) == ["a", "鸟叫!", "better", "鸟叫!"]
     find_button(page, "edit_last").click().run()
     assert page.text_area(key="edited").value == "better"
@@ -175,7 +175,7 @@ def test_the_controls_reach_the_generator(open_page, out, monkeypatch):
     ask_question(page.run(), "x")
     assert seen == [(SamplingParams(**wanted, max_new_tokens=9, seed=3), "Be kind.")]
     page.slider(key="temperature").set_value(0.0).run()
-    assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy draws nothing"
+    assert page.slider(key="top_p").disabled and page.number_input(key="seed").disabled, "greedy"
 
 
 def test_beam_search_controls_reach_the_generator(open_page, out, monkeypatch):
@@ -219,7 +219,7 @@ def test_model_output_is_drawn_as_text(open_page, out):
     assert shown_texts(ask_question(page, NASTY)) == [NASTY, NASTY]
     page.toggle(key="markdown").set_value(True).run()
     drawn = [each for each in page.markdown if "pwned" in each.value]
-    assert shown_texts(page) == [NASTY] and len(drawn) == 1, "the question stays as it was typed"
+    assert shown_texts(page) == [NASTY] and len(drawn) == 1, "the question stays plain text"
     assert "x (`http://example.com/x.png`)" in drawn[0].value and not drawn[0].allow_html
 
 
@@ -230,7 +230,7 @@ def test_switching_the_language_keeps_controls_and_conversation(open_page, out):
     page.radio(key="lang").set_value("en").run()
     assert not page.exception and find_button(page, "again").label == "Again"
     assert page.slider(key="temperature").value == 0.25 and shown_texts(page) == ["你好", "鸟叫!"], (
-        "only the words change"
+        "only the texts change"
     )
 
 
@@ -306,7 +306,7 @@ def test_the_script_names_missing_files_ports_and_packages(tmp_path):
         assert result.returncode == 2 and not result.stdout and result.stderr.count("\n") == 1
         return result.stderr
 
-    assert "--checkpoint nothing.pth: there is nothing of that name" in fails("--checkpoint", "nothing.pth")
+    assert "--checkpoint nothing.pth: no such file or folder" in fails("--checkpoint", "nothing.pth")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use): try another --port" in fails("--port", taken.getsockname()[1])
     assert "argument --port: 99999 is not a whole number from 1 to 65535" in fails("--port", "99999")

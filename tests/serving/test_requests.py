@@ -1,8 +1,9 @@
 """Requests as clients send them: nulls, -1, unknown model names, a partial answer as the last message.
 
-Promises: null is the default; max_tokens -1 and null fill the context, and every other wrong value is one clear 400; a
-server with one model answers unknown names with it and a header, unless names are strict; continue_final_message uses
-the ids of the rendered chat up to the end of the partial answer, in every chat format and with foreign templates.
+Promises: null means the default; max_tokens -1 and null fill the context, and every invalid value is one 400 error; a
+server of one model uses it for unknown names and says so in a header, unless strict_model_names is set;
+continue_final_message uses the ids of the rendered chat up to the end of the partial answer, in every chat format and
+with foreign templates.
 """
 
 import httpx
@@ -37,7 +38,7 @@ def post(server, path="chat/completions", **body):
         body = {"messages": HELLO, "temperature": 0, **body}
     return httpx.post(
         f"{server.url}/v1/{path}", json=body, timeout=30, verify=False
-    )  # no TLS: saves reading certificates
+    )  # without TLS, which saves loading certificates
 
 
 def text_of(response):
@@ -83,7 +84,7 @@ def test_strict_names_and_several_models_reject_unknown_names(checkpoint):
             response = post(server, path, model="model-identifier", **body)
             error = response.json()["error"]
             assert response.status_code == 404 and error["code"] == "model_not_found" and error["param"] == "model"
-            assert error["message"] == "there is no model 'model-identifier' here: use full_sft_32"
+            assert error["message"] == "no model 'model-identifier' on this server: use full_sft_32"
     with run_server([f"a={checkpoint}", f"b={checkpoint}"]) as server:
         response = post(server, model="c")
         assert response.status_code == 404 and "use a, b" in response.json()["error"]["message"]
@@ -110,9 +111,9 @@ def test_invalid_max_tokens_is_one_clear_error(server, path, least, value):
     error = response.json()["error"]
     assert response.status_code == 400 and error["param"] == "max_tokens"
     if value == 0 and type(value) is int and not least:
-        assert error["message"] == "max_tokens: 0 is only for requests with echo"
+        assert error["message"] == "max_tokens: 0 is allowed only with echo"
     else:
-        rule = f"must be a whole number from {least} to 1000000, or -1 or null for as much as fits into the context"
+        rule = f"must be a whole number from {least} to 1000000, or -1 or null for the rest of the context"
         assert error["message"] == f"max_tokens: {rule}"
 
 
@@ -120,7 +121,7 @@ def test_invalid_max_tokens_is_one_clear_error(server, path, least, value):
 
 
 def test_fields_at_their_default_do_not_change_the_answer(server):
-    """Clients send these without being asked to. None is reported as ignored."""
+    """Many clients send default values of unsupported fields; none is reported as ignored."""
     plain = text_of(post(server, max_tokens=12))
     for body in (
         {"stop": None}, {"stop": []}, {"stop": ""}, {"n": None}, {"n": 1}, {"temperature": 0.0}, {"top_p": None},
@@ -138,8 +139,8 @@ def test_fields_at_their_default_do_not_change_the_answer(server):
         response = post(server, **{"max_tokens": 12, **body})
         assert text_of(response) == plain, body
         assert not {"x-ignored-fields", "x-served-model"} & set(response.headers), body
-    drawn = [text_of(post(server, max_tokens=40, temperature=None, seed=seed)) for seed in (-1, -1, None)]
-    assert len(set(drawn)) == 3, "seed -1 is no seed"
+    sampled = [text_of(post(server, max_tokens=40, temperature=None, seed=seed)) for seed in (-1, -1, None)]
+    assert len(set(sampled)) == 3, "seed -1 means no seed"
 
 
 def test_null_fields_of_completions_mean_defaults(server):
@@ -157,7 +158,7 @@ def test_empty_messages_are_rejected_and_a_last_answer_opens_a_new_turn(server):
     (expected,) = generate(
         served.model, [served.tokenizer.render(continued, True)[0]], SamplingParams(max_new_tokens=5), served.tokenizer
     )
-    assert text_of(post(server, messages=continued, max_tokens=5)) == expected.text, "a new turn, as OpenAI opens one"
+    assert text_of(post(server, messages=continued, max_tokens=5)) == expected.text, "as in OpenAI's API"
 
 
 # ------------------------------------------------------------------------------------------------ continued answers
@@ -207,7 +208,7 @@ def test_a_continued_answer_has_the_leading_ids_of_the_whole_one(tokenizer, mess
         assert rendered.startswith(kind.decode(whole)) and kind.decode(ids).endswith(messages[-1]["content"])
         if kind.format_name != "template":
             written, mask = kind.render(longer)
-            last = len(mask) - mask[::-1].index(1)  # behind the marker that closes the answer
+            last = len(mask) - mask[::-1].index(1)  # after the end-of-turn marker of the answer
             assert written[: last - 1] == whole
 
 
@@ -218,7 +219,7 @@ def test_an_empty_answer_is_continued_where_one_would_begin(tokenizer):
 
 
 def test_continued_ids_match_transformers(tokenizer, tmp_path):
-    """apply_chat_template(continue_final_message=True); it trims the answer, which has no space at its end here."""
+    """As apply_chat_template(continue_final_message=True), which strips the answer; this one has no trailing space."""
     transformers = pytest.importorskip("transformers")
     for template in (TEMPLATES["plain"], TEMPLATES["thinking"]):
         ours = tokenizer_with_template(tokenizer, template)
@@ -242,7 +243,7 @@ def test_the_server_continues_the_last_answer(server):
     whole = text_of(post(server, max_tokens=20))
     for cut in (0, 5, len(whole) - 1):
         continued = [*HELLO, {"role": "assistant", "content": whole[:cut]}]
-        if "\ufffd" in whole[:cut]:  # a half character, which text cannot give back
+        if "\ufffd" in whole[:cut]:  # cuts a character, whose bytes the text does not contain
             continue
         for flags in ({}, {"add_generation_prompt": False}):
             answer = post(server, messages=continued, max_tokens=30, continue_final_message=True, **flags)

@@ -1,8 +1,8 @@
-"""Decoding together: what one row gets does not depend on who else is there, nor when they come and go.
+"""Continuous batching: the answer to a request does not depend on the other requests or on when they join and leave.
 
-Promises: rows that join and leave between any two tokens are answered as if alone, greedy or drawn; a place is free at
-once when its row leaves; the queue is bounded; a failing model fails its requests and not the server; penalties and
-log-probabilities are what their definitions say.
+Promises: sequences that join and leave between any two tokens are answered as if alone, greedy or sampled; a finished
+or aborted request frees its slot at once; the queue is bounded; a failing model fails its requests and not the engine;
+penalties and log-probabilities match their definitions.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ SAMPLING_OPTIONS = [
 ARRIVALS = st.tuples(
     st.sampled_from(PROMPTS),
     st.sampled_from(SAMPLING_OPTIONS),
-    st.integers(1, 40),  # tokens that it may have
-    st.integers(0, 30),  # when it comes, in steps
-    st.integers(1, 60),  # how long it stays at most
+    st.integers(1, 40),  # max_new_tokens
+    st.integers(0, 30),  # step in which it joins
+    st.integers(1, 60),  # steps after which it is removed
 )
 
 
@@ -69,12 +69,12 @@ def test_sequences_that_join_and_leave_are_answered_as_if_alone(model, tokenizer
             batch.decode()
     for i, (prompt, options, max_tokens, _, _) in enumerate(arrivals):
         (alone,) = generate(model, [prompt], SamplingParams(max_new_tokens=max_tokens, **options), tokenizer)
-        given_out = rows[i].completion
-        if given_out.finish_reason:
-            assert given_out == alone
-        else:  # it left: what it had was right
-            assert alone.ids[: len(given_out.ids)] == given_out.ids
-    assert batch.cache is None  # nothing is kept for nobody
+        completion = rows[i].completion
+        if completion.finish_reason:
+            assert completion == alone
+        else:  # removed before its end
+            assert alone.ids[: len(completion.ids)] == completion.ids
+    assert batch.cache is None  # freed with the last sequence
 
 
 def test_the_cache_grows_with_its_sequences_up_to_the_context(model, tokenizer):
@@ -105,7 +105,7 @@ def test_presence_and_frequency_penalties_match_their_formula():
 
 
 def test_penalties_count_the_answer_and_not_the_prompt(model, tokenizer):
-    """With a frequency penalty that outweighs every logit, no token comes twice until all have come."""
+    """With a frequency penalty above every logit, no token occurs twice before all others have occurred."""
     (answer,) = generate(
         model, [[50, 51, 52]], SamplingParams(frequency_penalty=1e6, max_new_tokens=100, stop=("\0",)), tokenizer
     )
@@ -156,7 +156,7 @@ def test_sequences_with_different_settings_are_sampled_independently():
 
 
 class EngineClient:
-    """Somebody who hands in rows and collects the news."""
+    """Submits requests to an engine and collects its events."""
 
     def __init__(self, model, tokenizer, max_num_seqs=4, max_queue=4):
         self.model, self.tokenizer = model, tokenizer
@@ -213,8 +213,8 @@ def test_the_queue_is_bounded_and_says_when_to_retry(client):
     with pytest.raises(QueueFull) as full:
         client.submit([[50]])
     assert 1 <= full.value.retry_after <= 60
-    assert client.submit([[50]], "two", max_new_tokens=1)  # the other model has places of its own
-    with pytest.raises(ValueError, match="9 answers at once are too many: at most 8"):
+    assert client.submit([[50]], "two", max_new_tokens=1)  # max_num_seqs counts per model
+    with pytest.raises(ValueError, match="9 answers in one request are too many: at most 8"):
         client.submit([[50]] * 9)
     client.engine.abort(requests)
     client.wait_for(lambda: True)
@@ -233,7 +233,7 @@ def test_an_aborted_request_frees_its_slot_for_the_next(client):
 
 def test_a_request_aborted_in_the_queue_is_never_answered(client):
     first = client.submit([[50]] * 4, max_new_tokens=200)
-    client.wait_for(lambda: client.events)  # they have the places
+    client.wait_for(lambda: client.events)  # they are running
     second = client.submit([[60]] * 4, max_new_tokens=200)
     client.engine.abort(second)
     assert client.engine.status()["one"]["waiting"] == 0
@@ -259,7 +259,7 @@ def test_a_failing_model_fails_its_requests_and_not_the_engine(client, monkeypat
 
 
 def test_a_beam_search_beside_plain_requests_equals_a_search_alone(client):
-    """It takes 3 of the 4 places; requests that come meanwhile are answered, and no text changes."""
+    """It takes 3 of 4 rows; other requests are answered meanwhile, and no text changes."""
     prompts, asked = PROMPTS[:4], []
     for prompt, options in zip(prompts, ({}, {"num_beams": 3}, {}, {"num_beams": 2}), strict=True):
         asked += client.submit([prompt], max_new_tokens=30, no_repeat_ngram_size=3, **options)
@@ -271,8 +271,8 @@ def test_a_beam_search_beside_plain_requests_equals_a_search_alone(client):
 
 
 def test_a_beam_search_counts_as_its_beams(model, tokenizer):
-    client = EngineClient(model, tokenizer, max_num_seqs=4, max_queue=4)  # it does not run: no row is decoded yet
-    with pytest.raises(ValueError, match="num_beams 5: at most 4 rows are decoded at once"):
+    client = EngineClient(model, tokenizer, max_num_seqs=4, max_queue=4)  # not started: nothing is decoded
+    with pytest.raises(ValueError, match="num_beams 5: this server decodes at most 4 rows at once"):
         client.submit([[50]], num_beams=5)
     (search,) = client.submit([[50]], num_beams=4)
     client.submit([[50], [60]])
@@ -281,11 +281,11 @@ def test_a_beam_search_counts_as_its_beams(model, tokenizer):
         client.submit([[50]], num_beams=3)
     scheduler = client.engine.schedulers["one"]
     assert client.engine._admit(scheduler) == [search] and client.engine.status()["one"]["running"] == 4
-    assert client.engine._admit(scheduler) == [], "the two others wait for a place"
+    assert client.engine._admit(scheduler) == [], "the other two wait"
 
 
 def test_plain_requests_get_a_token_for_each_step_of_a_beam_search(client):
-    """One pass serves all rows: a long search delays no other request."""
+    """One forward pass serves all rows, so a long search delays no other request."""
     (search,) = client.submit([[50]], max_new_tokens=200, num_beams=3, stop=("\0",))
     client.wait_for(lambda: client.events)
     (plain,) = client.submit([[60]], max_new_tokens=20)

@@ -1,7 +1,7 @@
-"""schemathesis over the server's own description: whatever /openapi.json allows is answered as it says.
+"""Property-based tests of the API with schemathesis, from /openapi.json.
 
-Promises: no status 5xx; every status and body is described; what the description forbids is refused with 400; the
-methods that are not there get 405.
+Promises: no status 5xx; every status and body conforms to the description; a body that it forbids gets 400; methods
+that it does not list get 405.
 """
 
 import pytest
@@ -28,7 +28,7 @@ def clamp_ids(prompt):
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    """The model that is there and ids that it has, which no description can know; short answers, to save time."""
+    """Use the served model's name and ids, which the schema does not contain, and short answers to save time."""
     if isinstance(case.body, dict):
         if case.path.endswith("chat/completions") and not case.body.get("max_completion_tokens"):
             case.body.setdefault("max_tokens", 2)
@@ -39,14 +39,14 @@ def before_call(context, case, kwargs):
             case.body["input"] = clamp_ids(case.body["input"])
         if case.body.get("max_tokens") == 0 and (case.body.get("echo") is None or case.body["echo"] is False):
             case.body["echo"] = True
-        if case.body.get("continue_final_message") is True:  # needs an answer to continue, and no other turn opened
+        if case.body.get("continue_final_message") is True:  # needs an assistant message at the end
             case.body["continue_final_message"] = False
-        drawn = any(case.body.get(name) for name in ("temperature", "n", "top_logprobs"))
-        drawn |= case.body.get("logprobs") is not None  # also 0
-        if drawn and case.body.get("num_beams") in range(2, 9):  # a beam search gives one answer at temperature 0
+        excludes_beams = any(case.body.get(name) for name in ("temperature", "n", "top_logprobs"))
+        excludes_beams |= case.body.get("logprobs") is not None  # 0 counts
+        if excludes_beams and case.body.get("num_beams") in range(2, 9):  # needs one answer at temperature 0
             case.body["num_beams"] = 1
         for name in ("max_tokens", "max_completion_tokens"):
-            if name in case.body and case.body[name] in (None, -1):  # as much as fits
+            if name in case.body and case.body[name] in (None, -1):  # the rest of the context
                 case.body[name] = 2
             if type(case.body.get(name)) in (int, float) and case.body[name] > 2:
                 case.body[name] = 2 if float(case.body[name]).is_integer() else 2.5
@@ -63,12 +63,12 @@ def test_openapi_describes_every_route(api):
 @pytest.mark.parametrize(
     ("label", "mode"),
     [(label, "POSITIVE") for label in GET_ROUTES + POST_ROUTES]
-    + [(label, "NEGATIVE") for label in POST_ROUTES],  # GETs have no wrong way
+    + [(label, "NEGATIVE") for label in POST_ROUTES],  # GET requests have no body to invalidate
 )
 def test_responses_conform_to_the_openapi_description(api, label, mode):
     (operation,) = (found.ok() for found in api.get_all_operations() if found.ok().label == label)
 
-    once = (Phase.explicit, Phase.generate)  # a failing request is shown as it is: shrinking takes minutes
+    once = (Phase.explicit, Phase.generate)  # without shrinking, which takes minutes
 
     @settings(max_examples=15, deadline=None, database=None, phases=once, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=GenerationMode[mode]))

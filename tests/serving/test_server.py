@@ -1,8 +1,8 @@
-"""The openai client as it is, against a running server: whole and streamed, at once and in turn.
+"""The openai client against a running server: streamed and not, sequential and concurrent.
 
-Promises: every field that clients read is there; the text is the one that the model gives alone, streamed or whole;
-usage counts; stop, n, seed, logprobs and penalties do what they say; what is not known is ignored and named; content
-comes as text or as parts; long histories are cut by whole turns; errors carry OpenAI's shape and status.
+Promises: responses have every field of OpenAI's API; the text is that of `generate`, streamed or not; usage is correct;
+stop, n, seed, logprobs and penalties match `generate`; unknown fields are ignored and named in a header; content may be
+text or parts; long histories are shortened by whole turns; errors have OpenAI's shape and status.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ def client(server):
 
 
 def generate_alone(server, messages, name="full_sft_32", **options):
-    """What the model says with nobody beside it."""
+    """The answer of `generate` in a batch of one."""
     served = server.service.models[name]
     ids = served.tokenizer.render(messages, True)[0]
     return generate(served.model, [ids], SamplingParams(**options), served.tokenizer)[0]
@@ -102,7 +102,7 @@ def test_n_answers_are_seeded_by_index_and_counted(client):
     for chunk in chat(client, stream=True, **options):
         again[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert again == texts
-    assert chat(client, temperature=1.2, seed=6).choices[0].message.content == texts[1]  # each draws with seed + index
+    assert chat(client, temperature=1.2, seed=6).choices[0].message.content == texts[1]  # seed + index
 
 
 def test_logprobs_match_generate_streamed_and_whole(client, server):
@@ -147,7 +147,7 @@ def test_sampling_fields_reach_the_generator(client, server):
 def test_max_completion_tokens_takes_precedence(client, server):
     assert chat(client, max_completion_tokens=7, max_tokens=None).usage.completion_tokens == 7
     assert chat(client, max_completion_tokens=7, max_tokens=9).usage.completion_tokens == 7
-    filled = chat(client, max_tokens=None)  # as far as the context reaches
+    filled = chat(client, max_tokens=None)  # fills the context
     assert filled.choices[0].message.content == generate_alone(server, HELLO, max_new_tokens=256).text
     assert filled.usage.total_tokens > 90
 
@@ -261,7 +261,7 @@ def test_health_reports_the_queue_of_each_model(server):
 def test_errors_have_the_openai_body_and_status(client, server):
     long = "x" * 300
     for options, kind, message in (
-        ({"model": "gpt-4"}, openai.NotFoundError, "no model 'gpt-4' here: use full_sft_32, full_sft_32_moe, small"),
+        ({"model": "gpt-4"}, openai.NotFoundError, "no model 'gpt-4' on .*: use full_sft_32, full_sft_32_moe, small"),
         ({"model": "small"}, openai.BadRequestError, "small is a pretrained model"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"messages": [{"role": "king", "content": "?"}]}, openai.BadRequestError, "messages.0.role"),
@@ -280,7 +280,7 @@ def test_errors_have_the_openai_body_and_status(client, server):
         assert error.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError, match="64 tokens, and the prompt has 300"):
         client.completions.create(model="small", prompt="x" * 300)
-    with pytest.raises(openai.BadRequestError, match="token id 272: this model's ids end at 271"):
+    with pytest.raises(openai.BadRequestError, match="token id 272: this model's last id is 271"):
         client.completions.create(model="small", prompt=[50, 272])
     for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/v1/models", 405)):
         response = httpx.request(method, server.url + path)

@@ -36,7 +36,7 @@ BANNED = {
     "is a no-op for": r"\b(?:do|does|did)(?: not|n't) mind\b",
     "request": r"\btickets?\b",
     "mixture, specification": r"\bwish(?:es|ed)?\b",
-    "max_num_seqs, sequences": r"\bseat(?:s|ed)?\b",
+    "max_num_seqs, sequences": r"(?<!--)\bseat(?:s|ed)?\b",
     "log, metric logger": r"\blog(?: )?books?\b",
     "as text": r"\bin words\b",
     "submit": r"\bhand(?:s|ed|ing)? in\b",

@@ -1,9 +1,9 @@
-"""Several trainings in one pair of processes, for test_parallel.py: torchrun starts this file with a list of jobs.
+"""Run several trainings in one pair of processes. test_parallel.py starts it with torchrun and a list of jobs.
 
     torchrun --nproc_per_node 2 tests/trainer/parallel_jobs.py JOBS.json
 
-A job is {"out": folder, "flags": [flags of 1-pretrain.py], "stop": step after which to stop politely, or none,
-"double": whether in float64, where a rounding is too small to hide a mistake or to look like one}.
+A job is {"out": folder, "flags": [flags of 1-pretrain.py], "stop": step after which a stop signal is simulated, or
+none, "double": whether to train in float64, where rounding differences are far below real ones}.
 """
 
 import json
@@ -37,7 +37,7 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
 
     def stop_after(row):
         if row["step"] == job.get("stop"):
-            dist.stop_requested = "SIGTERM"  # the step after this one is the last
+            dist.stop_requested = "SIGTERM"  # the run ends after the next step
         return ""
 
     stage.early_stop = stop_after
@@ -49,7 +49,7 @@ def main() -> None:
     from trainer import metrics
     from trainer.distributed import init_distributed
 
-    metrics.draw_curves = lambda *_: None  # pictures take longer than these trainings
+    metrics.draw_curves = lambda *_: None  # plotting takes longer than these trainings
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with init_distributed("cpu", "float32") as dist:
         for job in plan["jobs"]:

@@ -1,4 +1,4 @@
-"""Rows as batches: every token is trained once, answers alone carry labels, and data of another model is refused."""
+"""Datasets: every token is a label once, only answer tokens are labels, data of another tokenizer is rejected."""
 
 import json
 
@@ -37,12 +37,12 @@ def test_only_answer_tokens_are_labels(tokenizer, tmp_path):
 
 
 def test_chat_batches_have_few_widths(tokenizer, tmp_path):
-    """A CPU keeps memory for every shape of matrix product: SFT took 15 GB when every batch had its own width."""
+    """On a CPU every matmul shape allocates buffers: SFT took 15 GB when every batch had its own width."""
     sizes = [5, 16, 17, 18, 30, 33, 34, 41]
     chats = [(np.ones(size, dtype=np.int64), np.ones(size, dtype=np.int64)) for size in sizes]
     data = ChatDataset(str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats})), "train", 0)
     widths = [data.batch(np.array([row]))["input_ids"].shape[1] for row in range(len(sizes))]
-    assert widths == [16, 16, 16, 32, 32, 32, 40, 40], "multiples of 16, but never wider than the longest chat needs"
+    assert widths == [16, 16, 16, 32, 32, 32, 40, 40], "multiples of 16, at most the width of the longest chat"
     assert data.batch(np.arange(len(sizes)))["token_mask"].sum() == sum(sizes) - len(sizes)
 
 
@@ -77,7 +77,7 @@ def test_data_of_another_tokenizer_is_rejected(tokenizer, pretrain_dir, tmp_path
 
 
 def test_dropped_and_shortened_rows_are_printed(tokenizer, tmp_path):
-    """The data was cut to 512 tokens; a model that reads 64 loses chats, and the run says how many, and why."""
+    """A model with max_seq_len 64 drops chats of data prepared for 512; the run prints how many and why."""
     from corpus.prepare_chats import tokenize_chats
 
     def chat(words):
@@ -88,5 +88,5 @@ def test_dropped_and_shortened_rows_are_printed(tokenizer, tmp_path):
     (tmp_path / "val.jsonl").write_text("")
     report = read_meta(str(tokenize_chats(tmp_path, tokenizer, 64)))["report"]
     assert list(dropped_row_messages(report)) == ["2 of 5 rows left out: first turn longer than 64 tokens"]
-    assert not list(dropped_row_messages(report | {"read": 5})), "data_process.py has printed these itself"
+    assert not list(dropped_row_messages(report | {"read": 5})), "printed by data_process.py already"
     assert not list(dropped_row_messages({})), "an old folder without a report"

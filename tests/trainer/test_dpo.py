@@ -1,4 +1,4 @@
-"""DPO as it is run: it begins at ln 2, learns what is preferred, stops when it hurts, and can be stopped anywhere."""
+"""5-dpo_train.py: the first loss is ln 2, preferences are learnt, early stop, reference cache, exact resume."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from tests.helpers import ROOT, free_port, load_weights, read_jsonl, run_process
 from trainer import dpo as dpo_module
 from trainer.dpo import has_loop
 
-# AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
+# AdamW, because Muon orthogonalises in bf16, which amplifies rounding differences.
 SHORT = [
     "--device",
     "cpu",
@@ -39,7 +39,7 @@ SIZE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 
 
 @pytest.fixture
 def dpo_dir(tmp_path):
-    """What data_process.py dpo leaves behind, without the token folder: polite answers against rude ones."""
+    """A data folder as written by data_process.py dpo, without the token folder."""
     folder = tmp_path / "dpo"
     folder.mkdir()
     for split, count in (("train", 30), ("val", 8)):
@@ -66,7 +66,7 @@ def save_parent(out, tokenizer, seed=0, **changes):
 
 @pytest.fixture
 def dpo(monkeypatch, tokenizer, dpo_dir, tmp_path):
-    """Run 5-dpo_train.py on a parent that has learnt nothing; returns the folder of its files."""
+    """Run 5-dpo_train.py on an untrained parent; returns its output folder."""
 
     def run(*flags, out="out"):
         folder = tmp_path / out
@@ -82,7 +82,7 @@ def steps(folder, name="dpo_32"):
     return [row for row in read_jsonl(folder / f"{name}.jsonl") if "loss" in row]
 
 
-# ---- what it learns and tells ----------------------------------------------------------------------------------------
+# ---- training and logs -----------------------------------------------------------------------------------------------
 def test_dpo_starts_at_ln_2_and_learns_preferences(dpo, monkeypatch, capsys):
     folder = dpo("--batch_size", 10, "--epochs", 6)
     rows, last = steps(folder), read_jsonl(folder / "dpo_32.jsonl")[-1]
@@ -90,7 +90,7 @@ def test_dpo_starts_at_ln_2_and_learns_preferences(dpo, monkeypatch, capsys):
     names = "reward_accuracy reward_margin chosen_logp rejected_logp kl chosen_length rejected_length "
     names += "chosen_logp_delta pairs grad_norm"
     assert all(set(names.split()) <= row.keys() for row in rows) and rows[-1]["pairs"] == 6 * 30
-    assert "tokens" not in rows[0] and "aux_loss" not in rows[0], "it counts pairs; a dense model has no router"
+    assert "tokens" not in rows[0] and "aux_loss" not in rows[0], "the unit is pairs; a dense model has no router"
     assert (
         rows[-1]["loss"] < 0.5
         and rows[-1]["reward_accuracy"] == 1
@@ -114,7 +114,7 @@ def test_dpo_starts_at_ln_2_and_learns_preferences(dpo, monkeypatch, capsys):
     run_script(
         monkeypatch, "2-eval.py", "--out_dir", folder, "--device", "cpu", "--prompt", "1?", "--max_new_tokens", 4
     )
-    assert "dpo_32.pth: dpo, " in capsys.readouterr().out, "the latest stage is what one talks to"
+    assert "dpo_32.pth: dpo, " in capsys.readouterr().out, "2-eval.py loads the latest stage"
 
 
 @pytest.mark.parametrize(("loss", "first"), [("ipo", 25.0), ("simpo", None)])
@@ -122,7 +122,7 @@ def test_ipo_and_simpo_learn_preferences(dpo, loss, first):
     rows = steps(dpo("--loss", loss, "--batch_size", 30, "--epochs", 8, "--sft_weight", 0.1))
     assert first is None or rows[0]["preference_loss"] == pytest.approx(first, abs=1e-3)
     assert rows[-1]["preference_loss"] < rows[0]["preference_loss"] and rows[-1]["reward_accuracy"] == 1
-    assert rows[0]["loss"] > rows[0]["preference_loss"], "the chosen answers' own loss comes on top"
+    assert rows[0]["loss"] > rows[0]["preference_loss"], "the SFT loss of the chosen answers is added"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -147,7 +147,7 @@ def test_dpo_adds_aux_loss_of_moe(dpo, tokenizer, tmp_path):
 
 
 def test_dpo_starts_from_a_lora_adapter(dpo, tokenizer, tmp_path):
-    """The nearest parent is the LoRA stage: its adapter comes merged, and what is saved is a whole model."""
+    """The default parent is the LoRA stage: its adapter is merged, and DPO saves a whole model."""
     from model.checkpoint import load_model, record_parent
     from model.lora import LoRAConfig, attach, lora_layers
 
@@ -165,24 +165,24 @@ def test_dpo_starts_from_a_lora_adapter(dpo, tokenizer, tmp_path):
     assert child["model"].keys() == load_weights(folder / "full_sft_32.pth").keys() and "adapter" not in child
 
 
-# ---- the guard -------------------------------------------------------------------------------------------------------
+# ---- early stop ------------------------------------------------------------------------------------------------------
 def test_chosen_drop_ends_the_stage_with_a_save(dpo, capsys, monkeypatch):
-    # a negative weight, which the flag refuses, makes the chosen answers unlikely; DPO itself seldom does
+    # A negative sft_weight, which the flag rejects, makes the chosen answers unlikely; DPO alone seldom does.
     monkeypatch.setattr("common.cli.non_negative_float", float)
     folder = dpo("--batch_size", 30, "--sft_weight", -5, "--epochs", 40, "--max_chosen_drop", 0.5)
     rows = steps(folder)
     drops = [-row["chosen_logp_delta"] / row["chosen_length"] for row in rows]
-    assert len(rows) < 40 and drops[-1] > 0.5 >= max(drops[:-1]), "it stops at the first step beyond the bound"
+    assert len(rows) < 40 and drops[-1] > 0.5 >= max(drops[:-1]), "stops at the first step above the limit"
     said = capsys.readouterr().out
     reason = re.search(r"stopped at step (\d+) of 40: (the chosen answers have become .*)\)\n", said)
     assert int(reason[1]) == len(rows) and "--max_chosen_drop 0.5" in reason[2]
     entry = torch.load(folder / "dpo_32.pth", weights_only=True)["lineage"][-1]
     assert entry["stopped"] == reason[2] and entry["validation"]["val_loss"].keys() == {"zh", "en"}
-    assert not (folder / "dpo_32.resume").exists(), "the next run, with better numbers, starts anew"
+    assert not (folder / "dpo_32.resume").exists(), "the next run, with other hyper-parameters, starts anew"
 
 
 def test_max_seq_len_limits_pairs(dpo, dpo_dir):
-    """Short pairs are a quick first try; data_process.py names the same limit, and training decides."""
+    """--max_seq_len of the training script sets the length, as the same flag of data_process.py does."""
     dpo("--max_steps", 1, "--max_seq_len", 40)
     (meta,) = dpo_dir.glob("tokens-*/meta.json")
     assert json.loads(meta.read_text())["max_seq_len"] == 40
@@ -193,7 +193,7 @@ def test_nonpositive_beta_is_rejected(dpo):
         dpo("--beta", 0)
 
 
-# ---- the reference is computed once ----------------------------------------------------------------------------------
+# ---- reference cache -------------------------------------------------------------------------------------------------
 def test_reference_cache_is_reused_until_an_input_changes(dpo, monkeypatch, tokenizer, dpo_dir, capsys):
     folder = dpo("--max_steps", 1)
     file, calls = folder / "dpo_32.reference", []
@@ -206,7 +206,7 @@ def test_reference_cache_is_reused_until_an_input_changes(dpo, monkeypatch, toke
         return len(calls)
 
     assert run_again() == 0 and "same parent, tokenizer and data" in capsys.readouterr().out
-    assert run_again("--dtype", "bfloat16") == 3, "train, val_zh, val_en: another number format rounds otherwise"
+    assert run_again("--dtype", "bfloat16") == 3, "train, val_zh, val_en: another dtype gives other values"
     assert run_again() == 3 and run_again("--beta", 0.3, "--learning_rate", "1e-5") == 0
     save_parent(folder, tokenizer, seed=1)
     assert run_again() == 3 and run_again() == 0, "another parent"
@@ -218,9 +218,9 @@ def test_reference_cache_is_reused_until_an_input_changes(dpo, monkeypatch, toke
     assert torch.load(file, weights_only=True)["key"].keys() == {"parent", "tokenizer", "data", "dtype"}
 
 
-# ---- stopped, shared -------------------------------------------------------------------------------------------------
+# ---- resume, accumulation, launchers ---------------------------------------------------------------------------------
 class Killed(BaseException):
-    """What SIGKILL looks like from inside: nothing after it runs."""
+    """Simulates SIGKILL: no handler catches it."""
 
 
 def test_killed_dpo_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
@@ -243,7 +243,7 @@ def test_killed_dpo_run_ends_with_the_same_weights(dpo, monkeypatch, capsys):
     monkeypatch.setattr(loop, "train_step", real_step)
     parts = dpo(*flags, out="parts")
     said = capsys.readouterr().out
-    assert "going on after step 3" in said and "same parent, tokenizer and data" in said
+    assert "resuming after step 3" in said and "same parent, tokenizer and data" in said
     ours, theirs = load_weights(whole / "dpo_32.pth"), load_weights(parts / "dpo_32.pth")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = [[(row["step"], row["loss"], row["kl"]) for row in steps(folder)] for folder in (whole, parts)]
@@ -255,7 +255,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2
 
 
 def test_dpo_steps_are_equal_under_accumulation_and_launchers(dpo, monkeypatch, dpo_dir, tmp_path):
-    """30 pairs in steps of 8, the last one short: one batch, accumulated, two processes of either launcher."""
+    """30 pairs in steps of 8, the last one shorter: one batch, accumulated, two processes under either launcher."""
     folders = [dpo("--batch_size", 8, "--max_steps", 5, out="big")]
     folders += [dpo("--batch_size", 4, "--accumulation_steps", 2, "--max_steps", 5, out="accumulated")]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -279,7 +279,7 @@ def test_dpo_steps_are_equal_under_accumulation_and_launchers(dpo, monkeypatch, 
             torch.testing.assert_close(load_weights(folder / "dpo_32.pth")[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-# ---- what is said of the data, and of the answers --------------------------------------------------------------------
+# ---- languages and repetition loops ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(("chinese", "warned"), [(30, False), (55, True), (0, True)])
 def test_language_mismatch_with_sft_data_is_warned(dpo, tokenizer, tmp_path, capsys, chinese, warned):
     tokens = tmp_path / "sft" / f"tokens-{tokenizer.fingerprint}"
@@ -289,12 +289,15 @@ def test_language_mismatch_with_sft_data_is_warned(dpo, tokenizer, tmp_path, cap
     dpo("--max_steps", 1)
     said = capsys.readouterr().out
     assert f"50% of the pairs are Chinese, {chinese / 60:.0%} of the chats" in said
-    assert ("WARNING: the mixes differ strongly" in said) == warned
+    assert ("WARNING: the language mixes differ strongly" in said) == warned
 
 
 def test_missing_sft_data_skips_the_language_comparison(dpo, capsys):
     dpo("--max_steps", 1)
-    assert "50% of the pairs are Chinese; the chats of the parent are not there" in capsys.readouterr().out
+    assert (
+        "50% of the pairs are Chinese; the chats that the parent was trained on are not available"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

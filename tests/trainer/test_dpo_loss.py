@@ -1,4 +1,4 @@
-"""The preference losses: they equal values worked out by hand, and trl's, gradients included."""
+"""Preference losses and metrics equal hand-computed values; losses, margins and gradients equal trl's."""
 
 import argparse
 import math
@@ -27,7 +27,7 @@ def loss_args(loss="dpo", **changes):
     return argparse.Namespace(**{**numbers, **changes})
 
 
-# ---- by hand ---------------------------------------------------------------------------------------------------------
+# ---- hand-computed values --------------------------------------------------------------------------------------------
 POLICY, REFERENCE = torch.tensor([-10.0, -20.0]), torch.tensor([-12.0, -19.0])  # log p of chosen and rejected
 LENGTHS = torch.tensor([5, 4])
 
@@ -48,7 +48,7 @@ def test_preference_losses_equal_hand_computed_values(args, loss, margin):
 
 
 def test_preference_metrics_equal_hand_computed_values():
-    """Two tokens chosen, one rejected: log ratios 1, 0 and -1, so k3 is e - 2, 0 and 1/e."""
+    """Two chosen tokens, one rejected token: log r is 1, 0 and -1, so k3 is e - 2, 0 and 1/e."""
     log_probs = torch.tensor([[-1.0, -2.0], [-4.0, 0.0]])
     batch = {
         "labels": torch.tensor([[7, 7], [7, IGNORE_INDEX]]),
@@ -62,12 +62,12 @@ def test_preference_metrics_equal_hand_computed_values():
         "rejected_logp": -4,
         "chosen_logp_delta": 1,
     }
-    wanted |= {"chosen_preferred": 1, "chosen_preferred_before": 1}  # -1.5 a token against -4, before -2 against -3
+    wanted |= {"chosen_preferred": 1, "chosen_preferred_before": 1}  # per token -1.5 > -4; under pi_ref -2 > -3
     wanted |= {"chosen_length": 2, "rejected_length": 1, "kl": (math.e - 2 + 1 / math.e) / 3}
     assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
 
 
-# ---- log-probabilities token by token --------------------------------------------------------------------------------
+# ---- log-probabilities per token -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokens", [2, 64, 2 * LOGITS_CHUNK + 6])
 def test_token_log_probs_equal_torch(tokens):
     hidden, weight, labels = random_problem(tokens)
@@ -103,7 +103,7 @@ def test_logits_are_computed_in_chunks(monkeypatch):
 
 # ---- a batch of pairs ------------------------------------------------------------------------------------------------
 def random_documents(vocab):
-    """Six pairs of random ids: a prompt of 3 to 8 tokens, and answers of 1 to 20."""
+    """Six pairs of random token ids: prompts of 3 to 8 tokens, answers of 1 to 20 tokens."""
     random = np.random.default_rng(3)
     for _ in range(6):
         prompt = random.integers(20, vocab, random.integers(3, 9)).tolist()
@@ -114,7 +114,7 @@ def random_documents(vocab):
 
 @pytest.fixture(scope="module")
 def models_and_pairs(tokenizer, tmp_path_factory):
-    """(model, reference model, pairs with the reference's log-probabilities)."""
+    """(model, reference model, pairs with the log-probabilities of the reference model)."""
     folder = tmp_path_factory.mktemp("pairs") / "dpo"
     write_shards(folder, "pairs", tokenizer, {"train": random_documents(97)})
     model = make_random_model(tie_embeddings=False)
@@ -192,7 +192,7 @@ def test_reference_has_no_gradient_and_moe_adds_aux_loss(models_and_pairs):
 # ---- trl -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("loss", "trl_name"), [("dpo", "sigmoid"), ("ipo", "ipo")])
 def test_loss_margins_and_gradients_equal_trl(models_and_pairs, tokenizer_dir, tmp_path, loss, trl_name):
-    """The real DPOTrainer, its collator and its loss, on the same weights, the same reference and the same pairs."""
+    """trl's DPOTrainer with its collator and loss, on the same weights, reference model and pairs."""
     import datasets
     import transformers
     import trl
@@ -226,7 +226,7 @@ def test_loss_margins_and_gradients_equal_trl(models_and_pairs, tokenizer_dir, t
     batch = pairs.batch(np.arange(len(pairs)))
     ours, count, extras = DPO.compute_loss(model, batch, loss_args(loss, beta=0.3))
     (ours / count).backward()
-    assert abs(metrics["rewards/margins"]) > 0.05, "the models differ"
+    assert abs(metrics["rewards/margins"]) > 0.05, "policy and reference differ"
     assert ours.item() / count == pytest.approx(theirs.item(), abs=1e-5)
     mean = {name: value.item() / count for name, value in extras.items()}
     assert mean["chosen_logp"] == pytest.approx(metrics["logps/chosen"], abs=1e-4)

@@ -1,4 +1,4 @@
-"""One optimizer step is one optimizer step: batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2, to rounding."""
+"""Steps with batch 8 = 4 x 2 accumulated = 2 processes x 2 x 2 accumulated give equal results up to rounding."""
 
 import sys
 
@@ -7,9 +7,9 @@ import torch
 
 from tests.helpers import EXACT_FLAGS, ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_process, run_script
 
-# AdamW: Muon orthogonalises in bf16, which makes a rounding difference large enough to see.
+# AdamW, because Muon orthogonalises in bf16, which amplifies rounding differences.
 COMMON = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]
-# 59 rows = 7 full batches of 8 and a rest of 3: the rest and the second epoch are part of the comparison.
+# 59 rows = 7 full batches of 8 and one of 3: the comparison includes the short batch and the second epoch.
 
 
 def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, out, *flags):
@@ -51,7 +51,7 @@ def big_batch(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 def test_accumulation_equals_one_large_batch(monkeypatch, big_batch, pretrain_dir, tokenizer_dir, tmp_path):
     flags = ("--batch_size", 4, "--accumulation_steps", 2)
     assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "accumulated", *flags))
-    flags = ("--batch_size", 3, "--accumulation_steps", 3)  # 9 rows: another run, so the comparison can fail
+    flags = ("--batch_size", 3, "--accumulation_steps", 3)  # 9 rows per step: the comparison must fail
     with pytest.raises(AssertionError):
         assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "nine", *flags))
 
@@ -72,7 +72,7 @@ def test_two_processes_equal_one(monkeypatch, model, pretrain_dir, tokenizer_dir
 
 
 def test_log_rows_hold_every_metric(big_batch):
-    """Every logged step tells what a user needs to judge the run."""
+    """Every logged step has the metrics of the log format; the run writes a plot."""
     rows = read_jsonl(big_batch / "pretrain_32.jsonl")
     steps = [row for row in rows if "loss" in row]
     wanted = {"step", "epoch", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "seconds", "peak_memory_mb"}

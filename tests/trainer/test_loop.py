@@ -1,4 +1,4 @@
-"""The small print of training: formats obeyed, bad numbers survived, the right rate, nothing lost at the end."""
+"""Training loop: dtypes, non-finite losses, learning rates, parameter groups, saves, wandb, compile."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ def test_matrix_products_use_the_requested_dtype(monkeypatch, pretrain, name, ca
     monkeypatch.setattr(torch.nn.Linear, "forward", spying)
     folder = pretrain("--dtype", name)
     assert seen == {getattr(torch, name)}
-    assert f", {name}, " in capsys.readouterr().out, "and it is printed"
+    assert f", {name}, " in capsys.readouterr().out, "the dtype is printed"
     assert {tensor.dtype for tensor in load_weights(folder / "pretrain_32.pth").values()} == {torch.float32}
 
 
@@ -55,13 +55,13 @@ def test_unknown_dtype_or_device_is_rejected(pretrain):
 
 
 def test_short_run_saves_its_last_weights(pretrain):
-    """Three steps, saved every 200: the file is there, equals the final weights, and tells what it is."""
+    """A run of 3 steps with --save_interval 200 writes a complete checkpoint."""
     folder = pretrain()
     assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
     checkpoint = torch.load(folder / "pretrain_32.pth", weights_only=True)
     assert checkpoint.keys() == {"format", "stage", "config", "tokenizer", "model", "lineage"}
     assert checkpoint["lineage"][-1]["steps"] == 3 and checkpoint["stage"] == "pretrain"
-    assert "lm_head.weight" not in checkpoint["model"], "tied weights are written once"
+    assert "lm_head.weight" not in checkpoint["model"], "tied weights are saved once"
 
 
 def test_first_loss_is_compared_with_ln_vocabulary(pretrain, capsys):
@@ -120,7 +120,7 @@ def test_no_decay_on_norms_and_embeddings():
     for kind in ("adamw", "muon"):
         groups = [group for optimizer in make_optimizers(model, kind, 1e-3, 0.1) for group in optimizer.param_groups]
         decay = {named[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-        assert len(decay) == len(named), "every parameter has an optimizer, once"
+        assert len(decay) == len(named), "every parameter is in one group of one optimizer"
         assert all((decay[name] == 0.0) == (name in no_decay) for name in decay)
 
 
@@ -144,7 +144,7 @@ def test_schedule_sets_every_parameter_group():
         rates = {
             model.model.embed_tokens.weight: 2.0,
             model.model.norm.weight: 0.5,
-        }  # embeddings move four times as far
+        }  # embeddings have four times the learning rate
         assert all(group["lr"] == rates.get(group["params"][0], 0.5) for group in adamw.param_groups)
     (plain,) = make_optimizers(model, "adamw", 1.0, 0.1)
     set_learning_rate(args, [plain], 0, fraction_done=0.5)
@@ -188,7 +188,7 @@ def test_wandb_failure_does_not_stop_training(monkeypatch, pretrain, capsys):
     folder = pretrain("--use_wandb", "--wandb_project", "p", "--wandb_run_name", "r")
     assert (sent[0]["project"], sent[0]["name"], sent[0]["config"]["max_steps"]) == ("p", "r", 3)
     assert [step for step, _ in sent[1:]] == [1, 2] and "loss" in sent[1][1]
-    assert "training goes on without it" in "".join(capsys.readouterr())
+    assert "training continues without it" in "".join(capsys.readouterr())
     assert (folder / "pretrain_32.pth").exists()
 
 
@@ -211,8 +211,8 @@ def test_missing_wandb_names_the_install_command(monkeypatch, pretrain):
 def test_compiled_model_trains_to_equal_losses(pretrain):
     plain, compiled = pretrain("--dtype", "float32"), pretrain("--dtype", "float32", "--compile", out="compiled")
     ours, theirs = load_weights(plain / "pretrain_32.pth"), load_weights(compiled / "pretrain_32.pth")
-    assert ours.keys() == theirs.keys(), "the names are the raw model's"
-    # Compiled sums round differently, and an optimizer that looks at signs makes much of little: losses are compared.
+    assert ours.keys() == theirs.keys(), "names without the prefix of torch.compile"
+    # Compiled kernels round differently and the optimizer amplifies it in the weights, so losses are compared.
     losses = [
         [row["loss"] for row in read_jsonl(out / "pretrain_32.jsonl") if "loss" in row] for out in (plain, compiled)
     ]

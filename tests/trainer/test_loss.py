@@ -1,4 +1,4 @@
-"""The loss: it equals the textbook's, its gradient too, and no tensor of (tokens x vocabulary) is ever made whole."""
+"""Chunked cross-entropy: loss and gradients equal torch's, and no tensor of (tokens, vocab) is allocated."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_cross_entropy_and_gradients_equal_torch(tokens):
 
 
 def test_cross_entropy_equals_hand_computed_value():
-    """Two classes, logits (0, ln 3): p = (1/4, 3/4), so the loss of class 0 is ln 4 and of class 1 ln 4/3."""
+    """Two classes, logits (0, ln 3): p = (1/4, 3/4), so the loss of class 0 is ln 4 and of class 1 ln(4/3)."""
     hidden, weight = torch.tensor([[[1.0], [1.0]]]), torch.tensor([[0.0], [torch.log(torch.tensor(3.0))]])
     loss, count = cross_entropy_sum(hidden, weight, torch.tensor([[0, 1]]))
     assert count == 2
@@ -61,7 +61,7 @@ def test_ignored_positions_do_not_change_the_loss():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers how many entries the largest tensor had that was made inside."""
+    """Records the number of elements of the largest tensor created inside."""
 
     largest = 0
 
@@ -82,7 +82,7 @@ def test_logits_are_computed_in_chunks(monkeypatch):
 
 
 class ProductShapes(TorchDispatchMode):
-    """Remembers the shapes of the matrix products made inside."""
+    """Records the shapes of all matrix products inside."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ class ProductShapes(TorchDispatchMode):
 
 
 def test_matrix_products_have_few_shapes():
-    """Any number of trained positions from 1 to 256 makes products of two heights only."""
+    """1 to 256 trained positions give matrix products with only two numbers of rows."""
     with ProductShapes() as watch:
         for trained in range(1, 257, 15):
             hidden, weight, labels = random_problem(512, ignored=0.0)

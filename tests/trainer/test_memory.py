@@ -1,4 +1,4 @@
-"""The promise: what --plan says of parameters, FLOPs and memory is what the real model needs; nothing is trained."""
+"""--plan: estimates of parameters, FLOPs and memory agree with the model; published sizes and numbers; no training."""
 
 import dataclasses
 import itertools
@@ -76,10 +76,10 @@ def test_parameter_count_equals_the_model(heads, head_dim, group, layers, moe, t
 
 def test_flops_per_token_equal_hand_computed_values():
     config = ModelConfig(vocab_size=100, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16)
-    # q 8x8, k and v 8x4 each, o 8x8; gate, up, down 8x16 each; the output layer 100x8 (norms and the look-up are free)
+    # q 8x8, k and v 8x4 each, o 8x8; gate, up, down 8x16 each; the output layer 100x8 (no norms, no embedding lookup)
     assert count_parameters(config).matmul == 64 + 2 * 32 + 64 + 3 * 128 + 800
     assert flops_per_token(config, seq=10) == 6 * 1376 + 12 * 1 * 8 * 10
-    wide = dataclasses.replace(config, head_dim=8)  # two heads of 8: every matrix of the attention is twice as large
+    wide = dataclasses.replace(config, head_dim=8)  # two heads of 8: all attention matrices are twice as large
     assert flops_per_token(wide, seq=10) == 6 * (1376 + 192) + 12 * 1 * 2 * 8 * 10
 
 
@@ -90,7 +90,7 @@ def test_training_seconds_equal_hand_computed_values():
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 def saved_by_autograd(config: ModelConfig, rows: int, seq: int, dtype: torch.dtype, recompute: bool = False) -> int:
-    """Bytes of all tensors that a forward pass leaves for its backward pass, each once, parameters left out."""
+    """Bytes of all tensors that a forward pass saves for the backward pass, each once, without parameters."""
     model = Transformer(config).train()
     model.activation_checkpointing = recompute
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -99,7 +99,7 @@ def saved_by_autograd(config: ModelConfig, rows: int, seq: int, dtype: torch.dty
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage  # held, so that its address is not given to another
+            kept[storage.data_ptr()] = storage  # a reference, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -125,7 +125,7 @@ def test_saved_bytes_equal_what_autograd_saves(change, dtype):
     config = dataclasses.replace(SMALL, **{"hidden_dim": 0, "head_dim": 0, **change})
     layers = [dataclasses.replace(config, n_layers=n) for n in (2, 3)]
     measured = saved_by_autograd(layers[1], rows, seq, dtype) - saved_by_autograd(layers[0], rows, seq, dtype)
-    if dtype == torch.bfloat16:  # autocast's copies of the matrices are counted apart
+    if dtype == torch.bfloat16:  # autocast's copies of the matrices are counted separately
         matrices = count_parameters(config).layer_matrices // config.n_layers
         measured -= 2 * matrices
     assert saved_bytes(config, seq, dtype.itemsize, "cpu") * rows * seq == pytest.approx(measured, rel=0.01)
@@ -163,7 +163,7 @@ def build(config):
     return model, make_optimizers(model, optimizer, 1e-3, 0.1)
 
 tiny = ModelConfig(**{**fields, "n_layers": 1, "dim": 64, "hidden_dim": 64, "vocab_size": 100})
-train(*build(tiny), torch.randint(0, 100, (1, 16)))  # what the libraries themselves take
+train(*build(tiny), torch.randint(0, 100, (1, 16)))  # memory of the libraries themselves
 before = peak_memory_mb("cpu")
 config = ModelConfig(**fields)
 made = build(config)
@@ -185,10 +185,9 @@ WIDE = {"vocab_size": 6400, "dim": 768, "n_layers": 4, "n_heads": 8, "n_kv_heads
     ],
 )
 def test_planned_memory_is_within_15_percent_of_a_process(fields, rows, optimizer, bf16, recompute):
-    """The most memory of a real process in two steps, beside what it had before the model: within 15 %.
+    """The peak memory of a process in two steps, minus its memory before the model, is within 15 % of the estimate.
 
-    Each tensor is given a mapping of its own, so that what is measured are tensors; the holes that an allocator leaves
-    come on top (LOG.md).
+    MALLOC_MMAP_THRESHOLD_ gives each tensor its own mapping, which excludes the allocator's fragmentation (LOG.md).
     """
     config, seq = ModelConfig(**fields), fields["max_seq_len"]
     job = json.dumps([fields, rows, seq, optimizer, bf16, recompute])
@@ -213,8 +212,11 @@ def test_states_are_sharded_by_parallel_mode():
 
 
 def test_memory_agrees_with_mindllm_report():
-    """arXiv:2310.15777's figures for 1.3 B parameters, GB. They name no rows: 2 of 1,024 tokens are our assumption, and
-    that their bf16 run kept weights and gradients in bf16 (ours keeps both in fp32, and needs half as much again)."""
+    """Memory of 1.3 B parameters in arXiv:2310.15777, in GB.
+
+    The report gives no batch size and no dtypes. Assumed: 2 rows of 1,024 tokens, and weights and gradients in bf16 in
+    its bf16 run (this project keeps both in fp32).
+    """
     config = ModelConfig(**PRESETS["mindllm-1.3b"])
     full = training_memory(config, 2, 1024, optimizer="adamw", compute_bytes=4)
     half = training_memory(config, 2, 1024, optimizer="adamw", state_bytes=(2, 2))
@@ -225,14 +227,14 @@ def test_memory_agrees_with_mindllm_report():
 
 
 def test_implied_utilisation_of_xiangxin_training():
-    """8 A800, 14 days: 150 G tokens would need 89 % of the peak; its card's 20 tokens a parameter need a third."""
+    """8 A800, 14 days: 150 G tokens need 89 % of the peak; 20 tokens per parameter (model card) need 33 %."""
     config = ModelConfig(**PRESETS["xiangxin-3b"])
     each = flops_per_token(config, 2048)
     assert implied_utilisation(150e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.89, abs=0.005)
     assert implied_utilisation(20 * 2.78e9 * each, GPUS["a800"], 8, 14) == pytest.approx(0.33, abs=0.005)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- --plan ----------------------------------------------------------------------------------------------------------
 def test_plan_trains_nothing(monkeypatch, tmp_path, capsys):
     flags = ("--preset", "mindllm-1.3b", "--plan", "--gpus", "16", "--gpu", "a100", "--batch_size", "2")
     run_script(monkeypatch, "1-pretrain.py", *flags, "--out_dir", tmp_path, "--data_path", tmp_path)
@@ -274,7 +276,7 @@ def test_tokens_per_param_sets_the_steps(monkeypatch, tmp_path, pretrain_dir, to
 
 # ---- inference -------------------------------------------------------------------------------------------------------
 def table_rows(text: str, head: str) -> dict[str, list[str]]:
-    """{first cell: the other cells} of the table whose first heading is `head`."""
+    """Return {first cell: other cells} of the table whose first column is `head`."""
     lines = [line.split() for line in text.splitlines()]
     start = next(i for i, cells in enumerate(lines) if cells[:1] == [head]) + 2
     rows = itertools.takewhile(bool, (line for line in lines[start:]))
@@ -298,7 +300,7 @@ def test_plan_prints_inference_memory(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--presets", "mindllm-1.3b,mindllm-3b,xiangxin-3b"], ["--preset", "mindllm-3b"]])
 def test_plan_numbers_are_not_cut_at_80_columns(monkeypatch, capsys, tmp_path, flags):
-    """80 is what a pipe has and what rich cuts tables to."""
+    """rich cuts tables to 80 columns when the output is a pipe."""
     monkeypatch.setenv("COLUMNS", "80")
     run_script(monkeypatch, "1-pretrain.py", "--plan", *flags, "--out_dir", tmp_path, "--data_path", tmp_path)
     said = capsys.readouterr().out
@@ -327,7 +329,7 @@ def test_gguf_file_has_the_planned_size():
 
 
 def test_presets_are_listed_in_one_table(monkeypatch, capsys):
-    """MindLLM's table: sizes against memory, in full and half precision, with the GPU that it takes."""
+    """MindLLM's table: sizes, memory in full and half precision, and the smallest GPU."""
     monkeypatch.setenv("COLUMNS", "100")
     flags = ("--plan", "--presets", "mindllm-1.3b,xiangxin-3b,small", "--optimizer", "adamw", "--batch_size", "2")
     run_script(monkeypatch, "1-pretrain.py", *flags)

@@ -1,4 +1,4 @@
-"""Promise: every part of a mixture has its share of any stretch of a run, each pass over it holds every row once."""
+"""Mixtures: every range of rows follows the weights, and each epoch of a component holds every row once."""
 
 import argparse
 
@@ -23,22 +23,22 @@ SHARDS = [
 
 
 def mix_weights(text, temperature=1.0):
-    return {group.name: group.weight for group in mix_components(SHARDS, parse_mix(text), temperature)}
+    return {component.name: component.weight for component in mix_components(SHARDS, parse_mix(text), temperature)}
 
 
-# ---- what is asked for -----------------------------------------------------------------------------------------------
+# ---- mix specifications ----------------------------------------------------------------------------------------------
 def test_mix_spec_gives_weights_passes_and_sizes():
     assert mix_weights("zh=0.25,en=0.75") == {"zh": 0.25, "en": 0.75} == mix_weights("zh=1,en=3")
     assert mix_weights("zh=1x,en=9x") == {"zh": 0.5, "en": 0.5}
     assert mix_weights("language") == {"en": 0.1, "zh": 0.9}
     assert mix_weights("source") == {"law": 0.7, "tale": 0.3}
     assert mix_weights("law=1") == {"law": 1.0}
-    groups = mix_components(SHARDS, parse_mix("tale=1"))
-    assert groups[0].tokens == 300 and unused_tokens(SHARDS, groups) == {"zh/law": 600, "en/law": 100}
+    components = mix_components(SHARDS, parse_mix("tale=1"))
+    assert components[0].tokens == 300 and unused_tokens(SHARDS, components) == {"zh/law": 600, "en/law": 100}
 
 
 def test_temperature_flattens_weights():
-    """Sizes 9 : 1 become 3 : 1 at T = 2, and even in the end."""
+    """Sizes 9 : 1 become 3 : 1 at T = 2 and 1 : 1 for large T."""
     assert mix_weights("language", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
     assert mix_weights("language", 1e6) == pytest.approx({"zh": 0.5, "en": 0.5}, abs=1e-4)
     assert mix_weights("zh=0.9,en=0.1", 2.0) == pytest.approx({"zh": 0.75, "en": 0.25})
@@ -77,7 +77,7 @@ def test_mix_of_unlabelled_data_names_the_command():
             mix_components(SHARDS, parse_mix("language"), temperature)
 
 
-# ---- the order -------------------------------------------------------------------------------------------------------
+# ---- row order -------------------------------------------------------------------------------------------------------
 @settings(deadline=None, max_examples=150)
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 9))
 def test_permutation_has_random_access(n, seed, epoch):
@@ -88,7 +88,7 @@ def test_permutation_has_random_access(n, seed, epoch):
 
 
 def test_permutations_are_uniform():
-    """Over many seeds every row comes to every place about equally often, and neighbours do not stay together."""
+    """Over many seeds every row gets every position about equally often; neighbouring rows are uncorrelated."""
     for n in (3, 5, 16):
         seen = np.zeros((n, n))
         for seed in range(2000):
@@ -110,14 +110,14 @@ def test_permutations_are_uniform():
 def test_every_range_of_rows_follows_the_weights(weights, first, count):
     fair = [weight / sum(weights) for weight in weights]
     order = ComponentOrder(fair, 1)
-    groups = order.groups(first, count)
-    assert len(groups) == count
+    component_ids = order.component_ids(first, count)
+    assert len(component_ids) == count
     before, after = order.counts(first), order.counts(first + count)
-    assert (after - before).tolist() == np.bincount(groups, minlength=len(fair)).tolist()
+    assert (after - before).tolist() == np.bincount(component_ids, minlength=len(fair)).tolist()
     assert after.sum() == first + count
     assert all(
-        abs(n - share * (first + count)) < 3 + (first + count) / ROUND_ROWS
-        for n, share in zip(after, fair, strict=True)
+        abs(n - weight * (first + count)) < 3 + (first + count) / ROUND_ROWS
+        for n, weight in zip(after, fair, strict=True)
     )
 
 
@@ -128,10 +128,10 @@ def test_quotas_sum_to_the_rows(weights, rows):
     assert largest_remainder([0.25, 0.75], 10_000).tolist() == [2500, 7500]
 
 
-# ---- the plan of a run -----------------------------------------------------------------------------------------------
+# ---- sampler ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tokenizer, tmp_path):
-    """zh: 40 rows of 8 tokens, en: 10 rows; the tokens of zh are odd, those of en even."""
+    """zh: 40 rows of 8 tokens with id 1; en: 10 rows with id 2."""
     import json
 
     path = write_shards(tmp_path / "data", "pretrain", tokenizer, {"train_zh": [[1] * 321], "train_en": [[2] * 81]})
@@ -166,7 +166,7 @@ def test_mix_follows_weights_and_each_pass_holds_each_row_once(folder):
     assert sampler.rows_consumed(100) == {"zh": len(chinese), "en": len(english)}
     for size, own in ((40, chinese), (10, english)):
         for start in range(0, len(own) - size + 1, size):
-            assert sorted(own[start : start + size].tolist()) == list(range(size)), "one pass, every row once"
+            assert sorted(own[start : start + size].tolist()) == list(range(size)), "each row once per epoch"
     batch = sampler.data.batch(np.array([0, 39, 40, 49]))
     assert batch["input_ids"][:, 0].tolist() == [1, 1, 2, 2] and batch["row_ids"].tolist() == [0, 39, 40, 49]
 
@@ -176,10 +176,10 @@ def test_mix_sampler_has_random_access_across_the_switch(folder):
     whole = [sampler.row_ids(step).tolist() for step in range(50)]
     for step in (49, 0, 25, 24, 26):
         assert make_mix_sampler(folder, "zh=0.2,en=0.8", "zh=1", 0.5).row_ids(step).tolist() == whole[step]
-    assert all(row < 40 for rows in whole[25:] for row in rows), "stage 2 is Chinese alone"
+    assert all(row < 40 for rows in whole[25:] for row in rows), "stage 2 has only Chinese rows"
     assert any(row >= 40 for row in whole[24])
     chinese = [row for rows in whole for row in rows if row < 40]
-    assert sorted(chinese[:40]) == list(range(40)), "stage 2 goes on where stage 1 left the pass"
+    assert sorted(chinese[:40]) == list(range(40)), "stage 2 continues the epoch of stage 1"
     assert (
         sampler.notice_before(25) == "stage 2 begins at step 26: zh 100.0%"
         and not sampler.notice_before(24)

@@ -1,4 +1,4 @@
-"""Promise: a run with two mixtures, killed before or after the switch, ends with the very same weights."""
+"""A run with a two-stage mixture that is killed before or after the switch ends with the same weights."""
 
 import json
 
@@ -14,7 +14,7 @@ STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_a
 
 @pytest.fixture(scope="module")
 def mixed_dir(tokenizer, tmp_path_factory):
-    """60 rows or so of each language, as data_process.py pretrain writes them."""
+    """About 60 rows of each language, as data_process.py pretrain writes them."""
     from corpus.prepare_text import prepare_text_data
     from corpus.stats import DataStats
 

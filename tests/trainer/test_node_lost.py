@@ -1,4 +1,4 @@
-"""A machine is lost in the middle: torchrun starts again, and the run goes on from its last save."""
+"""A node is lost during training: torchrun restarts the processes, and the run resumes from its last save."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ FLAGS += ["--batch_size", "2", "--epochs", "40", "--eval_interval", "10000", "--
 
 
 def start_agent(node, port, arguments):
-    """One machine: an agent of its own that meets the other one at a port, and starts one process."""
+    """Start a torchrun agent that acts as one node: it joins the rendezvous at a port and starts one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "lost"]
     command += ["--rdzv_conf", f"is_host={int(node == 0)}", "--max_restarts", "3", ROOT / "1-pretrain.py", *arguments]
-    # Else an agent that stays keeps the address of the first meeting to itself, and the one that comes back waits.
+    # Without the variable the surviving agent keeps the store of the first rendezvous, and the restarted agent hangs.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = (arguments[-1].parent / f"agent{node}.txt").open("a")
     return subprocess.Popen(
@@ -50,11 +50,11 @@ def test_run_resumes_after_a_node_is_lost(mode, pretrain_dir, tokenizer_dir, tmp
     agents = [start_agent(node, port, arguments) for node in (0, 1)]
     try:
         wait_until(lambda: last_step(out) > 45, agents)
-        lost = agents[1]  # the one that is not the meeting point
+        lost = agents[1]  # not the host of the rendezvous
         for pid in [lost.pid, *child_pids(lost.pid)]:
             os.kill(pid, signal.SIGKILL)
         lost.wait()
-        agents[1] = start_agent(1, port, arguments)  # the machine is there again, the same command
+        agents[1] = start_agent(1, port, arguments)  # the node returns with the same command
         for process in agents:
             assert process.wait(timeout=200) == 0, (tmp_path / "agent0.txt").read_text()[-3000:]
     finally:
@@ -62,7 +62,7 @@ def test_run_resumes_after_a_node_is_lost(mode, pretrain_dir, tokenizer_dir, tmp
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     said = "".join((tmp_path / f"agent{node}.txt").read_text() for node in (0, 1))
-    assert "going on after step" in said
+    assert "resuming after step" in said
     steps = [row["step"] for row in read_jsonl(out / "pretrain_32.jsonl") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) == 40 * 15, "every step once"
 

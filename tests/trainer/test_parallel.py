@@ -1,4 +1,4 @@
-"""Whatever --parallel, two processes train what one would: the same losses, the same plain file, runs that go on."""
+"""Every --parallel mode with two processes: losses and weights equal DDP's, same checkpoint, resume across modes."""
 
 import importlib.util
 import json
@@ -13,12 +13,12 @@ from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_
 MODES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARED = MODES[1:]
 EXACT_FLAGS = ["--device", "cpu", "--log_interval", "1", "--eval_interval", "4", "--batch_size", "2"]
-# The clip is far below the norms; 59 rows = 7 steps of 8 and a last one of 3, which leaves one process without rows.
+# --grad_clip is far below the norms. 59 rows = 7 steps of 8 and one of 3, in which one process has no rows.
 COMMON = [*EXACT_FLAGS, "--accumulation_steps", "2", "--grad_clip", "0.3", "--max_steps", "9", "--optimizer", "adamw"]
 COMMON += ["--warmup_iters", "3"]
 MODELS = {
     "dense": [*TINY_MODEL_FLAGS],
-    # 16 tokens a micro-batch visit one of 8 experts each: in most of them some expert has none.
+    # 16 tokens per micro-batch, each routed to 1 of 8 experts: in most micro-batches an expert has no token.
     "moe": [*TINY_MODEL_FLAGS, "--max_seq_len", "8", "--use_moe", "--n_routed_experts", "8", "--n_active_experts", "1"],
 }
 UNTIED = ["--tie_embeddings", "false", "--qk_norm", "true"]
@@ -78,14 +78,14 @@ def assert_same_losses(ours, theirs, rel):
 @pytest.mark.parametrize("mode", SHARED)
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_weights_equal_ddp(job_outputs, name, mode):
-    """With accumulation, clipping, a short last step, validation; in the MoE some expert of a process has no token.
+    """With accumulation, clipping, a shorter last step and validation; in the MoE experts without tokens.
 
-    In float64: in float32 AdamW divides gradients near 0 by their own size, which makes much of a rounding.
+    In float64: AdamW normalises gradients, which in float32 amplifies rounding differences of gradients near 0.
     """
     whole, shared = job_outputs[0] / f"{name}-ddp", job_outputs[0] / f"{name}-{mode}"
     assert_same_losses(log_rows(shared), log_rows(whole), rel=1e-7)
     norms = [row["grad_norm"] for row in log_rows(whole) if "grad_norm" in row]
-    assert min(norms) > 0.3, "so that clipping matters"
+    assert min(norms) > 0.3, "every step is clipped"
     ours, theirs = load_weights(checkpoint_file(shared)), load_weights(checkpoint_file(whole))
     assert ours.keys() == theirs.keys()
     for tensor in ours:
@@ -102,7 +102,7 @@ def test_zero3_equals_ddp_in_bf16_with_untied_output(job_outputs):
 
 @NEEDS_DEEPSPEED
 def test_sharded_muon_equals_ddp(job_outputs):
-    """Rounded to bf16 inside, so compared a little more loosely; a Muon on pieces is far off."""
+    """Tolerance for Muon's bf16 rounding; orthogonalising each shard separately would differ far more."""
     assert_same_losses(log_rows(job_outputs[0] / "muon-fsdp"), log_rows(job_outputs[0] / "muon-ddp"), rel=3e-3)
 
 
@@ -122,15 +122,15 @@ def test_every_parallel_mode_writes_the_same_checkpoint(job_outputs):
 def test_run_resumes_under_another_parallel_mode_and_in_one_process(
     monkeypatch, job_outputs, pretrain_dir, tokenizer_dir, capsys
 ):
-    """Two steps each by zero1, fsdp, zero3, ddp, zero2 in two processes, the rest by one: as if never stopped."""
+    """Two steps each with zero1, fsdp, zero3, ddp, zero2 in two processes, then one process: as one whole run."""
     root, out = job_outputs
-    assert [f"going on after step {step} " in out for step in (2, 4, 6, 8)] == [True] * 4
+    assert [f"resuming after step {step} " in out for step in (2, 4, 6, 8)] == [True] * 4
     (folder,) = (root / "parts" / "pretrain_32.resume").iterdir()
-    assert folder.name == "step_000000010" and (folder / "rank_00001.json").exists(), "the older ones are gone"
+    assert folder.name == "step_000000010" and (folder / "rank_00001.json").exists(), "older step folders are removed"
     paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", root / "parts"]
     long = [*COMMON, *MODELS["dense"], "--max_steps", "14", "--save_interval", "3"]
     run_script(monkeypatch, "1-pretrain.py", *long, *paths)
-    assert "going on after step 10" in capsys.readouterr().out
+    assert "resuming after step 10" in capsys.readouterr().out
     losses = [
         [(row["step"], row["tokens"], row["loss"]) for row in log_rows(root / name) if "loss" in row]
         for name in ("parts", "whole")
@@ -147,9 +147,9 @@ def run_pretrain(monkeypatch, *flags):
 def test_unsupported_parallel_flags_are_one_line(monkeypatch):
     adamw = ["--optimizer", "adamw"]
     for flags, said in (
-        (["--parallel", "zero2"], "add --optimizer adamw, or take --parallel fsdp"),
-        (["--parallel", "zero1", *adamw, "--compile"], "without --compile"),
-        (["--parallel", "zero3", *adamw, "--dtype", "float16"], "bfloat16 or float32"),
+        (["--parallel", "zero2"], "add --optimizer adamw, or use --parallel fsdp"),
+        (["--parallel", "zero1", *adamw, "--compile"], "does not support --compile"),
+        (["--parallel", "zero3", *adamw, "--dtype", "float16"], "bfloat16 and float32"),
     ):
         with pytest.raises(UserError, match=said):
             run_pretrain(monkeypatch, *flags)

@@ -1,4 +1,4 @@
-"""The later stages in pieces: LoRA and DPO under FSDP and ZeRO-3 train as under DDP, and end as they do."""
+"""LoRA and DPO under FSDP and ZeRO-3 have the losses and outputs of DDP."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, sft_dir):
-    """Chats and pairs."""
+    """Data folders of chats and of pairs, by script."""
     dpo = tmp_path_factory.mktemp("data") / "dpo"
     dpo.mkdir()
     for split, count in (("train", 20), ("val", 6)):

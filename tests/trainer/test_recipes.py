@@ -1,8 +1,8 @@
-"""BELLE by name: --recipe belle sets its numbers, and --data_share measures what more data brings.
+"""--recipe belle and --data_share.
 
-Promises: the recipe's numbers are BELLE's, a given flag wins, the batch is 64 rows whatever the processes; the schedule
-equals transformers'; a study trains on nested subsets, validates all on the same rows, goes on where it stopped, and
-writes one table and one plot.
+The recipe sets BELLE's hyper-parameters, flags override it, the batch is 64 rows for any number of processes; the
+schedule equals transformers'. A data-scaling study trains on nested subsets, validates all models on the same rows,
+resumes, and writes a table and a plot.
 """
 
 import csv
@@ -73,7 +73,7 @@ def test_warmup_share_equals_transformers_schedule(kind):
         theirs.step()
 
 
-# ---- what more data brings -------------------------------------------------------------------------------------------
+# ---- data scaling ----------------------------------------------------------------------------------------------------
 SHORT = ["--device", "cpu", "--dtype", "float32", "--batch_size", 8, "--epochs", 2, "--log_interval", 1]
 
 
@@ -94,7 +94,7 @@ def run_scaling(monkeypatch, tiny_parent, sft_dir, tmp_path):
 
 def test_data_scaling_writes_table_and_plot(run_scaling, capsys):
     folder = run_scaling("1.0,0.25", *run_scaling.questions)
-    rows = json.loads((folder / "data_study.json").read_text(encoding="utf-8"))["row_ids"]
+    rows = json.loads((folder / "data_study.json").read_text(encoding="utf-8"))["rows"]
     assert [row["share"] for row in rows] == [0.25, 1.0] and [row["chats"] for row in rows] == [10, 40]
     assert all(row["val_loss"].keys() == {"zh", "en"} and 0 <= row["right"]["en"] <= 1 for row in rows)
     with (folder / "data_study.csv").open(encoding="utf-8", newline="") as file:
@@ -117,10 +117,10 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     first = (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns
     capsys.readouterr()
     run_scaling("0.5,1.0")
-    assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns == first, "done is done"
+    assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns == first, "not trained again"
     assert "50 %: done before" in capsys.readouterr().out
     run_scaling("0.5", "--learning_rate", 1e-3)
-    assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns != first, "other numbers: trained anew"
+    assert (folder / "share_0.5" / "full_sft_32.pth").stat().st_mtime_ns != first, "other settings: trained anew"
     train = data_scaling.train
 
     def train_and_stop(dist, args, stage):
@@ -135,7 +135,7 @@ def test_data_scaling_resumes_per_subset(run_scaling, monkeypatch, capsys):
     assert "row" not in json.loads((folder / "share_0.5" / "study.json").read_text(encoding="utf-8"))
     monkeypatch.setattr(data_scaling, "train", train)
     run_scaling("0.5,1.0", "--learning_rate", 1e-3)
-    assert "going on after step 1" in capsys.readouterr().out
+    assert "resuming after step 1" in capsys.readouterr().out
 
 
 def test_data_subsets_are_nested():

@@ -1,4 +1,4 @@
-"""A run that was killed and started again ends with the very same weights, wherever the kill came."""
+"""A killed and resumed run ends with exactly the weights of an uninterrupted one; invalid resume folders."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ from trainer.train_state import changed_settings, complete_steps, read_train_sta
 
 COMMON = [*TINY_MODEL_FLAGS, "--dropout", "0.1", "--batch_size", "4", "--accumulation_steps", "2", "--epochs", "3"]
 COMMON += [*EXACT_FLAGS, "--eval_interval", "5", "--save_interval", "3"]
-# 59 rows / 8 = 8 steps an epoch (the last one short), 24 in all; saved at 3, 6, 9, ...
+# 59 rows / 8 = 8 steps per epoch (the last one shorter), 24 in all; saves at steps 3, 6, 9, ...
 
 
 @pytest.fixture
@@ -66,12 +66,12 @@ def assert_equal_to_the_bit(one, other):
 
 
 class Killed(BaseException):
-    """What SIGKILL looks like from inside: nothing after it runs."""
+    """Simulates SIGKILL: no handler catches it."""
 
 
 @pytest.mark.parametrize("kill_at", [2, 3, 7, 8, 9, 17])
 def test_run_killed_between_steps_ends_with_equal_weights(monkeypatch, kill_at, uninterrupted, arguments, tmp_path):
-    """Before the first save, right after a save, before, at and after an epoch's end, in the third epoch."""
+    """Kills before the first save, right after a save, before, at and after the end of an epoch, in the third epoch."""
     from trainer import loop
 
     real_step, done = loop.train_step, 0
@@ -90,29 +90,29 @@ def test_run_killed_between_steps_ends_with_equal_weights(monkeypatch, kill_at, 
     assert (tmp_path / "pretrain_32.resume").exists() == (kill_at >= 3)
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--out_dir", tmp_path)
     assert_equal_to_the_bit(uninterrupted, tmp_path)
-    assert not (tmp_path / "pretrain_32.resume").exists(), "gone when the stage is complete"
+    assert not (tmp_path / "pretrain_32.resume").exists(), "removed when the stage is complete"
 
 
 def final_outputs(folder):
-    """What a run leaves: its weights and its log, without times and speeds."""
+    """Return the weights and the log of a run, without times, speeds and memory."""
     volatile = ("seconds", "seconds_left", "tokens_per_second", "peak_memory_mb")
     rows = [{k: v for k, v in row.items() if k not in volatile} for row in read_jsonl(folder / "pretrain_32.jsonl")]
     return {name: tensor.tolist() for name, tensor in load_weights(folder / "pretrain_32.pth").items()}, rows
 
 
-@pytest.mark.parametrize("ended_by", ["its last step", "its guard"])
+@pytest.mark.parametrize("ended_by", ["last step", "early stop"])
 def test_run_killed_in_the_final_cleanup_ends_with_equal_outputs(monkeypatch, ended_by, arguments, tmp_path):
-    """The same command then ends with the same weights and the same log, and trains no step more."""
+    """The same command then trains no further step and ends with the same weights and log."""
     from trainer import checkpoint_writer, loop
 
-    if ended_by == "its guard":
+    if ended_by == "early stop":
         real = loop.train
 
-        def guarded(dist, args, stage):
+        def train_with_early_stop(dist, args, stage):
             stage.early_stop = lambda row: "enough" if row["step"] >= 5 else ""
             return real(dist, args, stage)
 
-        monkeypatch.setattr(loop, "train", guarded)
+        monkeypatch.setattr(loop, "train", train_with_early_stop)
 
     real_remove = checkpoint_writer.remove
 
@@ -161,7 +161,7 @@ def test_signal_saves_before_exit(monkeypatch, number, uninterrupted, arguments,
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in err, err
-    assert "run again to go on" in out
+    assert "run again to resume" in out
     (saved,) = [int(folder.name[5:]) for folder in (tmp_path / "pretrain_32.resume").iterdir()]
     logged = max(row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl"))
     assert saved == logged < 24, "no step is lost"
@@ -170,7 +170,7 @@ def test_signal_saves_before_exit(monkeypatch, number, uninterrupted, arguments,
 
 
 def test_run_resumes_with_another_number_of_processes(uninterrupted, arguments, monkeypatch, tmp_path):
-    """One process with 4 x 2 rows a step stops; two processes go on with 4 each, and no row is lost or repeated."""
+    """One process with 4 x 2 rows per step, resumed by two with 4 rows each: no row is lost or repeated."""
     from trainer import loop
 
     monkeypatch.setattr(loop, "interruption", lambda result, clock: "a test" if result["stop"] else "")
@@ -226,13 +226,13 @@ def test_max_minutes_saves_and_resumes(monkeypatch, arguments, tmp_path, capsys)
     ]
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--log_interval", "10000", "--save_interval", "100000")
     assert time.monotonic() - started < 30
-    assert "minutes are over" in capsys.readouterr().out
+    assert "time limit of" in capsys.readouterr().out
     rows = read_jsonl(tmp_path / "pretrain_32.jsonl")
     last = [row for row in rows if "lr" in row][-1]
-    assert last["lr"] < 0.1 * 8e-3, "the rate has fallen by the end of the time"
+    assert last["lr"] < 0.1 * 8e-3, "the learning rate has decayed at the time limit"
     assert "bits_per_byte" in rows[-1] and (tmp_path / "pretrain_32.pth").exists()
     run_script(monkeypatch, "1-pretrain.py", *boxed, "--max_minutes", "0.02", "--save_interval", "100000")
-    assert f"going on after step {last['step']}" in capsys.readouterr().out
+    assert f"resuming after step {last['step']}" in capsys.readouterr().out
     assert max(row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl")) > last["step"]
 
 
@@ -259,7 +259,7 @@ def test_resume_folder_of_another_run_is_rejected(monkeypatch, arguments, tmp_pa
 
 
 def write_equal_size_data(tokenizer, folder, seed):
-    """Data of always the same number of rows."""
+    """Write random data; the number of rows does not depend on the seed."""
     random = np.random.default_rng(seed)
     splits = {
         name: [random.integers(10, 200, 64).tolist() for _ in range(n)]
@@ -277,7 +277,7 @@ def test_other_data_is_rejected_and_a_moved_folder_is_not(monkeypatch, tokenizer
         run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", other)
     first.rename(tmp_path / "moved")
     run_script(monkeypatch, "1-pretrain.py", *command, "--data_path", tmp_path / "moved")
-    assert "going on after step 2" in capsys.readouterr().out
+    assert "resuming after step 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", ["train_000.bin", "train_000.idx.npy"])
@@ -307,12 +307,12 @@ def test_second_run_of_the_same_model_is_rejected(monkeypatch, arguments, tmp_pa
 
 
 def test_all_processes_end_when_one_fails():
-    """The others are told by a sum over the processes; none waits for training to begin."""
+    """All processes learn of the error by an all-reduce, so none waits forever."""
     dist = DistContext(torch.device("cpu"), torch.float32, rank=1, world_size=2)
     monkey = {"barrier": lambda: None, "all_reduce_sum": lambda values: [values[0] + 1.0]}
     for name, replacement in monkey.items():
         setattr(dist, name, replacement)
-    with pytest.raises(UserError, match=r"another process could not lock m\.pth: its message says why"):
+    with pytest.raises(UserError, match=r"another process could not lock m\.pth: see its error message"):
         with shared_errors(dist, "lock m.pth"):
             pass
 
@@ -331,7 +331,7 @@ def test_incomplete_step_folder_is_not_resumed(monkeypatch, arguments, tmp_path,
     assert [folder.name for folder, _ in complete_steps(whole.parent)] == [newer.name, whole.name]
     (newer / "rank_00001.json").unlink()
     run_script(monkeypatch, "1-pretrain.py", *arguments, "--max_steps", "4", "--out_dir", tmp_path)
-    assert "going on after step 3" in capsys.readouterr().out
+    assert "resuming after step 3" in capsys.readouterr().out
     assert not whole.parent.exists()
 
 
@@ -399,7 +399,7 @@ def test_incomplete_checkpoint_never_has_the_final_name(monkeypatch, tmp_path):
 
 
 def test_run_of_an_earlier_version_has_the_same_fingerprint():
-    """Its config lacks the fields that came later: they have their defaults, and another value is refused."""
+    """Config fields that an earlier version did not save count as their defaults; other values are rejected."""
     config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=100).to_dict()
     now = {"stage": "full_sft", "config": json.loads(json.dumps(config)), "--seed": 1}
     old = {name: value for name, value in config.items() if name not in ("head_dim", "qkv_bias", "rope_scaling")}

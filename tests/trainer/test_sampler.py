@@ -1,4 +1,4 @@
-"""Which rows a step trains: every row once an epoch, in a new order each time, shared without overlap."""
+"""Batch sampler: every row once per epoch, reshuffled in every epoch, split between processes without overlap."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from trainer.sampler import BatchSampler, MicroBatches, validation_batches
 
 
 class RowIdDataset:
-    """Rows that are just their numbers."""
+    """Dataset whose rows are their row ids."""
 
     def __init__(self, n, lengths=None):
         self.n, self._lengths = n, lengths
@@ -54,9 +54,9 @@ def test_every_epoch_holds_every_row_once(n, batch, accumulation, world, by_leng
         seen = []
         for step in range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch):
             shares = [MicroBatches(data, sampler, batch, rank, world)[step] for rank in range(world)]
-            assert len({len(share) for share in shares}) == 1, "all processes make equally many backward passes"
+            assert len({len(share) for share in shares}) == 1, "all processes have equally many micro-batches"
             together = [row for share in shares for row in trained_rows(share)]
-            # One process with the whole batch trains the same rows in the same step.
+            # One process with the global batch has the same rows in this step.
             assert sorted(together) == sorted(trained_rows(MicroBatches(data, alone, batch * world, 0, 1)[step]))
             seen += together
         assert sorted(seen) == list(range(n))
@@ -78,7 +78,7 @@ def chat_lengths(count=3000):
 
 
 def test_length_sorting_keeps_padding_below_10_percent():
-    """Lengths as real chats have them (log-normal, median 150): at least 90 % of what is computed are real tokens."""
+    """With log-normal lengths as in real chats (median 150) at least 90 % of the positions are real tokens."""
     lengths = chat_lengths()
     sampler = BatchSampler(len(lengths), lengths, 16, seed=0)
     widths = [

@@ -1,4 +1,4 @@
-"""A run's state in files: written in pieces by some processes, read in other pieces by others, and checked."""
+"""Sharded state files: resharding between any numbers of processes, safetensors format, checks of damaged files."""
 
 import json
 import math
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool)
 
 
 def fsdp_shard(tensor, rank, world):
-    """The rows of a tensor that FSDP2 gives to a process, and where they lie."""
+    """Return the rows of a tensor that FSDP2 gives to a rank, and their position."""
     rows = -(-len(tensor) // world)
     start = min(rank * rows, len(tensor))
     local = tensor[start : start + rows]
@@ -27,7 +27,7 @@ def fsdp_shard(tensor, rank, world):
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(1, 7), max_size=3))
 def test_state_is_resharded_between_any_world_sizes(tmp_path_factory, data, writers, readers, shape):
-    """Also where a process has no row, of tensors without a dimension, and in every number format."""
+    """Includes processes without rows, scalars, and all dtypes."""
     folder = tmp_path_factory.mktemp("state")
     numbers = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape) % 2
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -93,15 +93,15 @@ INVALID_EDITS = {
     "no tensor of that name": lambda content: content["tensors"].pop("w"),
     "another shape": lambda content: content["tensors"]["w"].update(shape=[4, 3], size=[4, 3]),
     "a piece outside": lambda content: content["tensors"]["w"].update(offset=[1, 0]),
-    "a piece only": lambda content: content["tensors"]["w"].update(size=[1, 4]),
+    "an incomplete tensor": lambda content: content["tensors"]["w"].update(size=[1, 4]),
     "an impossible size": lambda content: content["tensors"]["w"].update(shape=[2**70, 4]),
     "a negative offset": lambda content: content["tensors"]["w"].update(offset=[-1, 0]),
     "too many dimensions": lambda content: content["tensors"]["w"].update(shape=[1] * 99),
-    "another format of numbers": lambda content: content["tensors"]["w"].update(dtype="float64"),
-    "not described": lambda content: content["tensors"].update(w=7),
+    "another dtype": lambda content: content["tensors"]["w"].update(dtype="float64"),
+    "no description": lambda content: content["tensors"].update(w=7),
     "a list": lambda content: content.update(tensors=[]),
-    "of another process": lambda content: content.update(rank=1),
-    "of another version": lambda content: content.update(format=1),
+    "file of another rank": lambda content: content.update(rank=1),
+    "format of another version": lambda content: content.update(format=1),
 }
 
 
