@@ -307,8 +307,9 @@ def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, ta
 
     samples: list[tuple[int, int, str, list[Any]]] = []
 
-    def consider(item: Any, documents: list[Any]) -> None:
-        entry = (-item.split_hash, report.kept, f"{item.file}:{item.line} ({item.language})", documents)
+    def add_sample(example: Any, documents: list[Any]) -> None:
+        title = f"{example.file}:{example.line} ({example.language})"
+        entry = (-example.split_hash, report.kept, title, documents)
         if len(samples) < args.samples:
             heapq.heappush(samples, entry)
         elif samples:
@@ -316,17 +317,18 @@ def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, ta
 
     with reading_progress_bar(args.files, report) as on_batch:
         if args.kind != "pretrain":
-            for chats in batch_examples(("", item) for item in task.read_examples(args.files, report)):
-                items = [item for _, item in chats]
-                for item, documents in zip(items, task.render(items, tokenizer, args.max_seq_len, report), strict=True):
+            for batch in batch_examples(("", example) for example in task.read_examples(args.files, report)):
+                examples = [example for _, example in batch]
+                rendered = task.render(examples, tokenizer, args.max_seq_len, report)
+                for example, documents in zip(examples, rendered, strict=True):
                     if documents:
-                        consider(item, documents)
+                        add_sample(example, documents)
                 on_batch()
         else:
             texts = read_text_examples(args.files, report, args.source_key, RowReader(parse_keys(args.keys)))
-            for batch in tokenize_texts((("", item) for item in texts), tokenizer, report):
-                for _, item, ids in batch:
-                    consider(item, [(ids[:120].tolist(), [], 0)])
+            for tokenized in tokenize_texts((("", example) for example in texts), tokenizer, report):
+                for _, example, ids in tokenized:
+                    add_sample(example, [(ids[:120].tolist(), [], 0)])
                 on_batch()
     report.print()
     print_too_long(args, report)

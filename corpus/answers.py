@@ -10,7 +10,7 @@ from corpus.chats import (
     Message,
     RowNotes,
     is_filled,
-    message,
+    make_message,
     parse_messages,
     turn_role,
     unwrap_answer,
@@ -28,7 +28,7 @@ def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
     answer or a tool call, BadRow for an unusable value.
     """
     if isinstance(given, str) and not given.lstrip().startswith("[{"):
-        return [message("assistant", require_text(given, key))]
+        return [make_message("assistant", require_text(given, key))]
     value = unwrap_answer(given)
     if is_text_list(value) and (key == "answers" or isinstance(given, dict)):
         notes.changes[f"with the first of several {key}"] = None
@@ -43,7 +43,7 @@ def parse_answer(given: Any, key: str, notes: RowNotes) -> list[Message]:
         if isinstance(value, dict) and turn_role(value) is None and not is_filled(value.get("messages")):
             raise BadRow(f"{key} is an object, not a string")
         return parse_messages(value, notes)
-    return [message("assistant", require_text(value, key))]
+    return [make_message("assistant", require_text(value, key))]
 
 
 def is_text_list(value: Any) -> bool:

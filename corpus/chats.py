@@ -26,7 +26,7 @@ from corpus.layouts import (
     TOOL_KEYS,
     TRAINING_FLAG_KEYS,
 )
-from corpus.marked_text import message, parse_marked_text
+from corpus.marked_text import make_message, parse_marked_text
 from corpus.spelled_turns import parse_list_literal, parse_literal
 from corpus.stats import BadRow, DroppedRow
 from model.chat_template import Message
@@ -111,7 +111,9 @@ def parse_messages(value: Any, notes: RowNotes, field: str = "the list of messag
             return marked
         if all(map(_QA_PREFIX.match, value)):
             value = [_QA_PREFIX.sub("", text) for text in value]
-        return [message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)]
+        return [
+            make_message(role, text) for role, text in zip(itertools.cycle(("user", "assistant")), value, strict=False)
+        ]
     messages = []
     for turn in value:
         simple = _simple_message(turn)
@@ -148,8 +150,8 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:
         role = ROLE_NAMES.get(turn[0].strip().lower()) if isinstance(turn[0], str) else None
         if role:
-            return [message(role, _message_text(turn[1]))]
-        return [message("user", stringify_number(turn[0])), message("assistant", stringify_number(turn[1]))]
+            return [make_message(role, _message_text(turn[1]))]
+        return [make_message("user", stringify_number(turn[0])), make_message("assistant", stringify_number(turn[1]))]
     if not isinstance(turn, dict):
         raise BadRow("a message is not an object")
     role = turn_role(turn)
@@ -169,7 +171,7 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
         isinstance(text, str) for text in contents_by_role["user"]
     ):  # a question and its context
         contents_by_role["user"] = ["\n".join(contents_by_role["user"])]
-    return [message(role, text) for role, contents in contents_by_role.items() for text in contents]
+    return [make_message(role, text) for role, contents in contents_by_role.items() for text in contents]
 
 
 def turn_role(turn: dict[str, Any]) -> str | None:
@@ -199,7 +201,7 @@ def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
             f"{TOOLS_UNSUPPORTED} ({call or 'role ' + str(next(turn[k] for k in ROLE_KEYS if k in turn))})"
         )
     key = find_content_key(turn)
-    result = message(role, _message_text(turn[key]) if key else None)
+    result = make_message(role, _message_text(turn[key]) if key else None)
     if len(turn) > 2:
         for thought in THOUGHT_KEYS:
             if is_filled(turn.get(thought)):
@@ -330,4 +332,4 @@ def _join_messages(run: list[Message], notes: RowNotes) -> Message:
         notes.changes[JOINED_ROLES] = None
         filled = ["\n".join(require_text(text, role + " message") for text in filled)]
     untrained = {"weight": 0} if any(turn.get("weight") == 0 for turn in run) else {}
-    return {**message(role, filled[0] if filled else run[0]["content"]), **untrained}
+    return {**make_message(role, filled[0] if filled else run[0]["content"]), **untrained}

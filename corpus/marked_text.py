@@ -38,7 +38,7 @@ _SPEAKER_ROLES = {**ROLE_NAMES, "instruction": "user", "input": "user", "respons
           "/inst": "assistant", "function response": "tool"}  # fmt: skip
 
 
-def message(role: str, content: Any) -> Message:
+def make_message(role: str, content: Any) -> Message:
     return {"role": role, "content": content}
 
 
@@ -51,17 +51,17 @@ def parse_marked_text(text: str) -> list[Message]:
     if marker is None:
         return []
     before, *pieces = marker.split(text)
-    turns = [message("system", before.strip())] if before.strip() else []
+    turns = [make_message("system", before.strip())] if before.strip() else []
     for name, piece in zip(pieces[::2], pieces[1::2], strict=True):
         role, words = _SPEAKER_ROLES.get(name.lower(), ""), _turn_text(piece)
         system = _LLAMA_SYSTEM.match(words) if name == "INST" else None
         if system:
-            turns.append(message("system", system[1].strip()))
+            turns.append(make_message("system", system[1].strip()))
             words = system[2].strip()
         if name == "Input" and turns and turns[-1]["role"] == "user":
             turns[-1]["content"] += "\n" + words
         else:
-            turns.append(message(role, words))
+            turns.append(make_message(role, words))
     roles = [turn["role"] for turn in turns]
     if not all(roles) or "assistant" not in roles or roles[0] not in ("user", "system"):
         return []

@@ -14,7 +14,7 @@ from corpus.chats import (
     RowNotes,
     is_blank,
     is_filled,
-    message,
+    make_message,
     parse_messages,
     text_key_roles,
     unwrap_answer,
@@ -42,7 +42,7 @@ def side_conversation(side: str, value: Any, prompt: list[Message], notes: RowNo
     if isinstance(value, str) and not spells_messages(value):
         messages = parse_marked_text(value)
         if prompt and not _contains_messages(messages, prompt):
-            messages = [message("assistant", value)]
+            messages = [make_message("assistant", value)]
         if not messages:
             raise BadRow("answers without a prompt")
     else:

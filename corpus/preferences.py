@@ -62,14 +62,14 @@ def render_pair_examples(
     that is too long loses its oldest whole turns, the same ones for both answers; an answer is never truncated.
     """
     prompts = [_drop_oldest_turns(example, max_seq_len) for example in examples]
-    whole = iter(
+    rendered = iter(
         _render_answers([(p, example.answers) for p, example in zip(prompts, examples, strict=True) if p], tokenizer)
     )
     result = []
     for example, prompt in zip(examples, prompts, strict=True):
         if not prompt:
             report.row_dropped(f"question and longer answer exceed {max_seq_len} tokens", example.file, example.line)
-        result.append(_fit_pair(example, next(whole), tokenizer, max_seq_len, report) if prompt else [])
+        result.append(_fit_pair(example, next(rendered), tokenizer, max_seq_len, report) if prompt else [])
     return result
 
 
@@ -101,9 +101,8 @@ def _fit_pair(
             f"without the oldest turns of its prompt, to fit {max_seq_len} tokens", example.file, example.line
         )
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
-    text = "".join(
-        chat_text([*prompt, *answer]) for answer in example.answers
-    )  # the text of these tokens: it contains the prompt twice
+    # The text of both documents, with the prompt twice.
+    text = "".join(chat_text([*prompt, *answer]) for answer in example.answers)
     report.row_kept(example.language, len(text), tokens, len(text.encode()), trained, _max_length(documents))
     return documents
 
@@ -142,16 +141,16 @@ def _render_answers(
     rendered_prompts = tokenizer.render_each([prompt for prompt, _ in pairs], add_generation_prompt=True)
     rendered = iter(tokenizer.render_each([[*prompt, *answer] for prompt, answers in pairs for answer in answers]))
     result: list[list[MaskedTokens] | str] = []
-    for (_, answers), question in zip(pairs, rendered_prompts, strict=True):
-        whole = [next(rendered) for _ in answers]
-        if refusal := next((one.refusal for one in (question, *whole) if one.refusal), ""):
+    for (_, answers), prompt in zip(pairs, rendered_prompts, strict=True):
+        conversations = [next(rendered) for _ in answers]
+        if refusal := next((chat.refusal for chat in (prompt, *conversations) if chat.refusal), ""):
             result.append(refusal)
             continue
         documents = []
-        for answer, one in zip(answers, whole, strict=True):
-            ids, mask, _ = one.samples[-1]
+        for answer, conversation in zip(answers, conversations, strict=True):
+            ids, mask, _ = conversation.samples[-1]
             # The answer starts where the ids differ: one token may span the end of the prompt and the answer's start.
-            start = common_prefix_length(ids, question.samples[-1].ids)
+            start = common_prefix_length(ids, prompt.samples[-1].ids)
             documents.append((ids, [0] * start + mask[start:], count_answer_bytes(answer)))
         result.append(documents)
     return result

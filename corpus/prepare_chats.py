@@ -60,9 +60,8 @@ class DataTask:
     command: str  # subcommand of data_process.py
     fields: tuple[str, ...]  # keys of a jsonl row: for `Example.messages`, then for each of `Example.answers`
     read_examples: Callable[[Iterable[PathLike], DataStats], Iterator[Example]]
-    render: Callable[
-        [list[Example], Any, int, DataStats], list[list[MaskedTokens]]
-    ]  # documents of each example; an empty list for an example that is dropped
+    # (examples, tokenizer, max_seq_len, report) -> documents of each example, [] for an example that is dropped
+    render: Callable[[list[Example], Any, int, DataStats], list[list[MaskedTokens]]]
     settings: dict[str, Any] = field(default_factory=dict)  # inputs of `read_examples` besides the files
 
     def row(self, example: Example) -> bytes:
@@ -283,7 +282,7 @@ def _read_stored_examples(folder: Path, task: DataTask) -> Iterator[tuple[str, E
         if not has_grown and f"{crc:08x}" != expected:
             raise UserError(
                 f"{path} is damaged (it differs from its checksum in meta.json): run `python data_process.py "
-                f"{task.command} FILES…` again; rows that were edited by hand need it too"
+                f"{task.command} FILES…` again; if you edited rows by hand, pass the edited file as FILES"
             )
 
 

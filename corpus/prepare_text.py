@@ -38,10 +38,8 @@ from corpus.stats import DataStats
 
 CHUNK_CHARACTERS = 50_000  # longer documents are tokenised in chunks, which bounds memory
 FILE_AS_SOURCE = "file"  # a source_key: the file name is the source
-MAX_SOURCES, OTHER_SOURCE = (
-    100,
-    "other",
-)  # each source has its own shards; sources beyond the limit and texts without a source share OTHER_SOURCE
+MAX_SOURCES = 100  # sources with shards of their own; further sources and texts without a source use OTHER_SOURCE
+OTHER_SOURCE = "other"
 
 TokenizedText = tuple[str, Example, np.ndarray]  # split, document, ids of shape (tokens,)
 

@@ -24,12 +24,12 @@ def render_chat_examples(
     render the chat. Turns are never cut: half an answer would train the model to stop inside a sentence.
     """
     fitting_chats = [_drop_last_turns(example.messages, max_seq_len) for example in examples]
-    whole = iter(tokenizer.render_each([messages for messages in fitting_chats if messages]))
+    rendered = iter(tokenizer.render_each([messages for messages in fitting_chats if messages]))
     result = []
     for example, messages in zip(examples, fitting_chats, strict=True):
         if not messages:
             report.row_dropped(f"first turn longer than {max_seq_len} tokens", example.file, example.line)
-        result.append(_fit_chat(example, next(whole), tokenizer, max_seq_len, report) if messages else [])
+        result.append(_fit_chat(example, next(rendered), tokenizer, max_seq_len, report) if messages else [])
     return result
 
 

@@ -27,7 +27,7 @@ from corpus.chats import (
     is_blank,
     is_filled,
     is_zero_weight,
-    message,
+    make_message,
     parse_history,
     parse_messages,
 )
@@ -77,7 +77,7 @@ class RowReader(RowKeys):
         if key is not None:
             self._require_weight(row, fields)
             content = RowContent("text", require_text(row[key], key))
-            content.unused = self._unused_keys(row, {key}, RowNotes(), [message("user", content.text)])
+            content.unused = self._unused_keys(row, {key}, RowNotes(), [make_message("user", content.text)])
             return content
         if "messages" in fields or "answer" in fields:
             return self.read_chat(row, fields)
@@ -185,7 +185,7 @@ class RowReader(RowKeys):
         if holds_turns or spells_messages(value) or (isinstance(value, str) and ends_with_question(value)):
             question = parse_messages(value, notes)
         else:
-            question = [message("user", _join_texts(value, key))]
+            question = [make_message("user", _join_texts(value, key))]
         if contexts:
             texts = [_join_texts(row[key], key) for key in contexts]
             question = [*question[:-1], {**question[-1], "content": "\n".join([question[-1]["content"], *texts])}]
@@ -219,7 +219,7 @@ class RowReader(RowKeys):
         if not keys or (messages and messages[0]["role"] == "system" and not is_blank(messages[0]["content"])):
             return messages
         used_keys.add(keys[0])
-        return [message("system", require_text(row[keys[0]], keys[0])), *messages]
+        return [make_message("system", require_text(row[keys[0]], keys[0])), *messages]
 
     # ---- pairs ----
     def read_pair(self, row: Any, fields: FieldKeys | None = None) -> RowContent:
@@ -243,7 +243,8 @@ class RowReader(RowKeys):
             conversation = side_conversation(side, value, prompt_turns, notes)
             conversation = self._add_system(row, fields, conversation, used_keys)
             messages = apply_turn_rules(conversation, notes, cut_at_empty=False)
-            conversations.append([message(turn["role"], turn["content"]) for turn in messages])  # drops weights
+            # Pairs have no weights; those are for SFT.
+            conversations.append([make_message(turn["role"], turn["content"]) for turn in messages])
         prompt, *answers = split_pair(*conversations)
         turns = [*prompt, *answers[0], *answers[1]]
         unused = self._unused_keys(row, used_keys, notes, turns)
