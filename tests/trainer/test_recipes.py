@@ -94,7 +94,7 @@ def run_scaling(monkeypatch, tiny_parent, sft_dir, tmp_path):
 
 def test_data_scaling_writes_table_and_plot(run_scaling, capsys):
     folder = run_scaling("1.0,0.25", *run_scaling.questions)
-    rows = json.loads((folder / "data_study.json").read_text(encoding="utf-8"))["row_ids"]
+    rows = json.loads((folder / "data_study.json").read_text(encoding="utf-8"))["rows"]
     assert [row["share"] for row in rows] == [0.25, 1.0] and [row["chats"] for row in rows] == [10, 40]
     assert all(row["val_loss"].keys() == {"zh", "en"} and 0 <= row["right"]["en"] <= 1 for row in rows)
     with (folder / "data_study.csv").open(encoding="utf-8", newline="") as file:
