@@ -98,7 +98,7 @@ class ChatModel:
             merged = merge_settings(explicit, preset, DEFAULT_SAMPLING)
             if applied := {key: value for key, value in preset.items() if key not in explicit and merged[key] == value}:
                 self.preset_summary = (
-                    f"sampling: {name} preset: {format_settings(applied)} (turn it off with --sampling_preset none)"
+                    f"sampling: {name} preset: {format_settings(applied)} (--sampling_preset none turns it off)"
                 )
             return SamplingParams(**{**merged, "max_new_tokens": max_new_tokens}, stop=stop)
         except ValueError as error:

@@ -35,7 +35,7 @@ from model.checkpoint import find_checkpoint, read_checkpoint
 from model.repetition import repetition_stats
 
 DEFAULT_CHATS = Path("dataset/sft/val.jsonl")  # the held-out chats of data_process.py sft
-SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # tokens, and at most prompts, of the speed of single answers
+SPEED_TOKENS, SPEED_PROMPTS = 64, 8  # limits of the speed measurement with single answers
 
 
 def compare_models(args: argparse.Namespace, prompts: list[str]) -> None:

@@ -74,7 +74,7 @@ def test_scores_do_not_depend_on_batch_size(model, tokenizer, monkeypatch):
     wide = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64)).eval()
     expected = bits_per_byte(model, tokenizer, TEXTS)["bits_per_byte"], sft_loss(wide, tokenizer, chats)["loss"]
     for batch_size, chunk, tokens in ((1, 1024, 16_384), (3, 7, 16_384), (64, 1, 16_384), (16, 1024, 30), (2, 5, 1)):
-        monkeypatch.setattr(loss_module, "CHUNK", chunk)
+        monkeypatch.setattr(loss_module, "LOGITS_CHUNK", chunk)
         monkeypatch.setattr(bits_module, "MAX_WINDOW_TOKENS", tokens)
         found = bits_per_byte(model, tokenizer, reversed(TEXTS), batch_size)["bits_per_byte"]
         assert found == pytest.approx(expected[0], abs=1e-6)

@@ -71,7 +71,7 @@ def test_subject_mapping_sets_categories_and_answers_may_be_absent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("id,question,A,B,D,answer\n0,q,1,2,3,A\n", "no column C"),
         ("id,question,A,answer\n0,q,1,A\n", "no column B"),
@@ -91,11 +91,11 @@ def test_subject_mapping_sets_categories_and_answers_may_be_absent(tmp_path):
         (HEAD.encode() + b"0,q\x8f\xff\x81,1,2,3,4,A\n", "neither UTF-8 nor UTF-16 nor GB18030"),
     ],
 )
-def test_broken_file_error_names_file_and_line(tmp_path, text, said):
+def test_broken_file_error_names_file_and_line(tmp_path, text, message):
     exam = write_ceval_file(tmp_path, text)
     with pytest.raises(UserError) as error:
         read_exam_split(exam)
-    assert said in str(error.value) and "logic_val.csv" in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "logic_val.csv" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_dev_requires_answers(tmp_path):
@@ -106,7 +106,7 @@ def test_dev_requires_answers(tmp_path):
 
 def test_wrong_path_error_names_expected_input(tmp_path):
     exam = write_ceval_file(tmp_path)
-    for path, said in (
+    for path, message in (
         (tmp_path / "nowhere", "no such file or folder"),
         (tmp_path / "notes.docx", "is no exam: expected a .csv, .tsv or .jsonl file of questions"),
         (tmp_path / "table.xlsx", "is no exam: expected"),
@@ -118,7 +118,7 @@ def test_wrong_path_error_names_expected_input(tmp_path):
         (tmp_path / "torn.tar.gz").write_bytes(b"\x1f\x8b\x08\0torn")
         with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as archive:
             archive.writestr("xl/workbook.xml", "<workbook/>")
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             read_exam_split(path)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"no split 'test'.* val"):
@@ -284,7 +284,7 @@ def test_questions_have_two_to_ten_options(tmp_path):
         ("true?", ("yes", "no"), "B"),
         ("false?", ("no", "yes"), "A"),
     ]
-    for text, said in (
+    for text, message in (
         ("question,A,B,C,D,E,answer\ntrue?,yes,no,,,,C\n", ":2: the answer must be A or B, not 'C'"),
         ("question,A,B,C,answer\nq,1,,3,C\n", ":2: B is empty"),
         ("question,A,B,answer\nq,1,,A\n", ":2: B is empty"),
@@ -292,7 +292,7 @@ def test_questions_have_two_to_ten_options(tmp_path):
     ):
         with pytest.raises(UserError) as error:
             read_exam_split(write_exam_file(tmp_path, text))
-        assert said in str(error.value) and "mine.csv" in str(error.value)
+        assert message in str(error.value) and "mine.csv" in str(error.value)
 
 
 def test_jsonl_questions_are_read(tmp_path):
@@ -308,7 +308,7 @@ def test_jsonl_questions_are_read(tmp_path):
         ("二?", ("x", "y"), "A"),
         ("three?", ("x", "y", "z"), "C"),
     ]
-    for text, said in (
+    for text, message in (
         ('{"question": "q"}', ":1: no key A, B; keys: question"),
         ('{"A": 1, "B": 2}', ":1: no key question"),
         ("[1]", ":1: not a JSON object"),
@@ -317,7 +317,7 @@ def test_jsonl_questions_are_read(tmp_path):
     ):
         with pytest.raises(UserError) as error:
             read_exam_split(write_exam_file(tmp_path, text, "mine.jsonl"))
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 def test_lists_and_folders_of_files_are_read(tmp_path):

@@ -107,7 +107,7 @@ def test_interpretation_states_chance_level():
     knows = interpretation(make_result([(letter, letter) for letter in "ABCD" * 10]))
     assert knows.startswith("Above chance: 100.0% of 40 questions correct, 95 % confidence interval 91.2% to")
     letter = interpretation(make_result([("C", "C")] * 20 + [("A", "C")] * 20))
-    assert letter.startswith("Above chance") and "always predicting C" in letter and "50.0%" in letter
+    assert letter.startswith("Above chance") and "always predicting" in letter and "50.0%" in letter
 
 
 def test_question_without_answer_has_nan_accuracy():

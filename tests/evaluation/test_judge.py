@@ -56,8 +56,8 @@ class StubHandler(http.server.BaseHTTPRequestHandler):
         if self.server.errors:
             status, headers, text = self.server.errors.pop(0)
         else:
-            said = self.server.reply(body["messages"][-1]["content"])
-            status, headers, text = 200, {}, completion_body(said, self.server.tokens)
+            reply_text = self.server.reply(body["messages"][-1]["content"])
+            status, headers, text = 200, {}, completion_body(reply_text, self.server.tokens)
         raw = text.encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **headers}.items():
@@ -216,7 +216,7 @@ def test_key_is_sent_in_one_header_only(stub_server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         ((401, {}, error_body("Incorrect API key")), "401: the server rejects the key: set OPENAI_API_KEY (Incorrect"),
         ((404, {}, error_body("no such model")), "does the address end in /v1, and is there a model stub?"),
@@ -230,12 +230,15 @@ def test_key_is_sent_in_one_header_only(stub_server, tmp_path, monkeypatch):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_permanent_errors_are_one_line_without_retry(stub_server, error, says):
+def test_permanent_errors_are_one_line_without_retry(stub_server, error, message):
     stub_server.errors = [error] * 9
     with pytest.raises(UserError) as raised:
         ChatClient(stub_server.url, "stub").complete_text("hello")
     assert (
-        says in str(raised.value) and "\n" not in str(raised.value) and len(stub_server.seen) == 1 and not sleep_calls
+        message in str(raised.value)
+        and "\n" not in str(raised.value)
+        and len(stub_server.seen) == 1
+        and not sleep_calls
     )
 
 

@@ -47,7 +47,7 @@ def test_rope_flags_extend_context_in_chat(tiny_parent, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--rope_scaling", "yarn"], "give both or neither"),
         (["--rope_factor", "2"], "give both or neither"),
@@ -57,9 +57,9 @@ def test_rope_flags_extend_context_in_chat(tiny_parent, monkeypatch, capsys):
     ],
 )
 @pytest.mark.parametrize("script", ["2-eval.py", "eval_ceval.py", "serve_openai_api.py", "web_demo.py"])
-def test_wrong_rope_flags_are_errors_before_a_model_is_loaded(script, flags, said, monkeypatch, tmp_path):
+def test_wrong_rope_flags_are_errors_before_a_model_is_loaded(script, flags, message, monkeypatch, tmp_path):
     more = {"eval_ceval.py": ["--data", tmp_path], "2-eval.py": ["--prompt", "x"]}.get(script, [])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run_script(monkeypatch, script, *more, *flags)
 
 

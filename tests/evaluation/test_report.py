@@ -115,11 +115,11 @@ def test_equal_arguments_give_equal_answers(run_report, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("one\n第二\n", encoding="utf-8")
     options = ["--prompts", prompts, "--temperature", 5]
-    said = [
+    answers_per_run = [
         [[row["answer"] for row in model["answers"]] for model in run_report(*options, *more, texts=[])[0]["models"]]
         for more in ((), (), ("--seed", 1))
     ]
-    assert said[0] == said[1] != said[2]
+    assert answers_per_run[0] == answers_per_run[1] != answers_per_run[2]
     found, page = run_report(*options, texts=[])
     assert [(row["lang"], row["prompt"]) for row in found["prompts"]] == [("en", "one"), ("zh", "第二")]
     assert "`--texts zh=FILE en=FILE` names held-out texts" in page and "`--chats FILE` names held-out chats" in page
@@ -178,7 +178,7 @@ def test_report_is_written_when_the_judge_fails(run_report, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--texts", "absent.txt"], "absent.txt"),
         (["--chats", "absent.jsonl"], "absent.jsonl"),
@@ -193,10 +193,10 @@ def test_report_is_written_when_the_judge_fails(run_report, tmp_path, monkeypatc
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_arguments_are_one_line_errors_and_write_nothing(run_report, arguments, says, tmp_path, capsys):
+def test_bad_arguments_are_one_line_errors_and_write_nothing(run_report, arguments, message, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         run_report(*arguments, texts=[])
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 
@@ -204,13 +204,13 @@ def test_bad_models_are_errors_before_any_model_runs(run_report, scripted_models
     good = scripted_models / "full_sft_64.pth"
     (tmp_path / "broken.pth").write_bytes(b"no")
     (tmp_path / "folder").mkdir()
-    for bad, says in (
+    for bad, message in (
         (tmp_path / "absent.pth", "no checkpoint at"),
         (tmp_path / "broken.pth", "damaged or foreign"),
         (tmp_path / "folder", "has no config.json"),
         (good.parent / ".." / good.parent.name / good.name, "is listed twice"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             run_report(models=[good, bad])
     assert "answers:" not in capsys.readouterr().out
     failed = run_process(sys.executable, "2-eval.py", "--report", tmp_path / "broken.pth")

@@ -117,11 +117,15 @@ def test_server_that_stops_answering_is_left_out(served_models, run_report, scri
             scripted_models / "full_sft_64.pth",
             flags=["--judge", served_models.url, "--judge_model", "j"],
         )
-    said = str(error.value)
-    assert said.startswith(
+    message = str(error.value)
+    assert message.startswith(
         f"--report other {served_models.url}: gave up after 6 tries (500 boom) (3 of 32 prompts were answered)"
     )
-    assert said.endswith("; the report of the other models is written") and "\n" not in said and len(sleep_calls) == 5
+    assert (
+        message.endswith("; the report of the other models is written")
+        and "\n" not in message
+        and len(sleep_calls) == 5
+    )
     found = json.loads((tmp_path / "page" / "r.json").read_text(encoding="utf-8"))
     assert [model["label"] for model in found["models"]] == ["full_sft_64"] and "other" in found["failed"]
     assert len(found["models"][0]["answers"]) == 32 and found["judge"] is not None
@@ -137,7 +141,7 @@ def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("models", "says"),
+    ("models", "message"),
     [
         (["{url}"], "give the served model a name, as NAME={url}"),
         (["=http://a/v1"], "give the served model a name"),
@@ -152,14 +156,16 @@ def test_no_report_when_the_only_model_fails(served_models, run_report, tmp_path
     ids=lambda value: str(value)[:40],
 )
 def test_bad_names_and_addresses_are_errors_before_any_model_runs(
-    served_models, run_report, scripted_models, tmp_path, capsys, models, says
+    served_models, run_report, scripted_models, tmp_path, capsys, models, message
 ):
-    if "lists no models" in says:
+    if "lists no models" in message:
         served_models.models = []
     fields = {"url": served_models.url, "file": scripted_models / "full_sft_64.pth"}
     with pytest.raises(UserError) as error:
         run_report(*(model.format(**fields) for model in models))
-    assert says.format(**fields) in str(error.value) and "\n" not in str(error.value) and "sk-" not in str(error.value)
+    assert (
+        message.format(**fields) in str(error.value) and "\n" not in str(error.value) and "sk-" not in str(error.value)
+    )
     assert not served_models.seen and not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 

@@ -59,11 +59,11 @@ def test_single_known_subject_is_strong():
         assert [one.name for one in found.strong] == ["s0"] and len(found.weak) <= 1
     found = find_strengths(make_result({"law": (19, 20), **{f"s{i}": (5, 20) for i in range(51)}}))
     assert found.to_dict()["strong"] == ["law"] and not found.weak
-    said = strengths_interpretation(found)
-    assert said.startswith("Strong subjects: law 95.0% (76.4% to 99.1%). Weak subjects: none.")
+    text = strengths_interpretation(found)
+    assert text.startswith("Strong subjects: law 95.0% (76.4% to 99.1%). Weak subjects: none.")
     assert (
         "1 of 52 subjects are above the random baseline "
-        "(52 subjects, exact tests, Holm's correction, significance level 5%)" in said
+        "(52 subjects, exact tests, Holm's correction, significance level 5%)" in text
     )
 
 

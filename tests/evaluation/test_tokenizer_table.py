@@ -86,19 +86,19 @@ def test_compare_prints_and_writes_sorted_table(folder, monkeypatch, capsys, tmp
     monkeypatch.setenv("COLUMNS", "300")
     run_script(monkeypatch, "train_tokenizer.py", "--compare", *folders, "--compare_on", folder / "text.txt", "--out",
                tmp_path / "new" / "t.md")  # fmt: skip
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     lines = [line for line in (tmp_path / "new" / "t.md").read_text(encoding="utf-8").splitlines() if "|" in line]
     assert lines[0] == "| tokenizer | entries | chars/token zh | chars/token en | bytes/token | unknown |"
     values = [float(line.split("|")[5]) for line in lines[2:]]
     assert len(values) == 3 and values == sorted(values, reverse=True) and values[-1] == 1
-    assert all(f" {cell.strip()} " in said.replace("\n", " \n") for cell in lines[2].split("|")[2:-1])
-    assert "characters of zh and" in said and "text.txt" in said
+    assert all(f" {cell.strip()} " in output.replace("\n", " \n") for cell in lines[2].split("|")[2:-1])
+    assert "characters of zh and" in output and "text.txt" in output
 
 
 def test_compare_defaults_to_demo_world_text(folder, monkeypatch, capsys):
     run_script(monkeypatch, "train_tokenizer.py", "--compare", folder / "ours")
-    said = capsys.readouterr().out
-    assert "built-in demo world" in said and "--compare_on" in said and "1.000" in said
+    output = capsys.readouterr().out
+    assert "built-in demo world" in output and "--compare_on" in output and "1.000" in output
 
 
 def test_absent_language_is_a_dash(folder, monkeypatch, capsys, tmp_path):
@@ -112,7 +112,7 @@ def test_bad_folders_and_flags_are_one_line_errors(folder, monkeypatch, tmp_path
     (tmp_path / "bad" / "tokenizer.json").write_text("{oops", encoding="utf-8")
     (tmp_path / "torn.model").write_bytes(b"no model")
     (tmp_path / "empty.txt").write_bytes(b"")
-    for arguments, says in (
+    for arguments, message in (
         ([tmp_path / "absent"], "absent: no such file or folder"),
         ([tmp_path / "empty"], "expected a tokenizer.json or a SentencePiece"),
         ([tmp_path / "bad"], "tokenizer.json .*: damaged or not a tokenizer"),
@@ -120,7 +120,7 @@ def test_bad_folders_and_flags_are_one_line_errors(folder, monkeypatch, tmp_path
         ([folder / "ours", "--compare_on", "absent.txt"], "absent.txt: no such file"),
         ([folder / "ours", "--compare_on", tmp_path / "empty.txt"], "empty.txt"),
     ):
-        with pytest.raises(UserError, match=says) as error:
+        with pytest.raises(UserError, match=message) as error:
             run_script(monkeypatch, "train_tokenizer.py", "--compare", *arguments)
         assert "\n" not in str(error.value)
     for arguments in (["--compare", "a", "--inspect", "x"], ["x.txt", "--out", "t.md"], ["x.txt", "--compare_on", "y"]):

@@ -74,7 +74,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat_model, 
     assert settings_of(chat_model) == {**PLAIN, **changes}
     lines = capsys.readouterr().out.splitlines()
     preset = flags[flags.index("--sampling_preset") + 1] if "--sampling_preset" in flags else name
-    assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none: without it)"] if shown else [])
+    assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none turns it off)"] if shown else [])
 
 
 def test_measurements_take_no_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):

@@ -162,7 +162,7 @@ def test_is_correct_matches_whole_keys(answer, keys, right):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--prompt", "a", "--history", "-1"], "--history: -1 is not"),
         (["--prompt", "a", "--judge_model", "x"], "--judge_model needs --report"),
@@ -180,17 +180,17 @@ def test_is_correct_matches_whole_keys(answer, keys, right):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_arguments_are_one_line_errors(out, monkeypatch, arguments, says):
-    if says is None:
+def test_bad_arguments_are_one_line_errors(out, monkeypatch, arguments, message):
+    if message is None:
         run_script(monkeypatch, "2-eval.py", "--out_dir", out, *arguments)
         return
     with pytest.raises(UserError) as error:
         run_script(monkeypatch, "2-eval.py", "--out_dir", out, *arguments)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("{oops", ":2: not JSON"),
         ("[" * 100_000, ":2: not JSON"),
@@ -205,11 +205,11 @@ def test_bad_arguments_are_one_line_errors(out, monkeypatch, arguments, says):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_bad_line_error_names_file_and_line(out, monkeypatch, tmp_path, line, says):
+def test_bad_line_error_names_file_and_line(out, monkeypatch, tmp_path, line, message):
     path = write(tmp_path / "q.jsonl", QUESTION, line)
     with pytest.raises(UserError) as error:
         run_script(monkeypatch, "2-eval.py", "--out_dir", out, "--questions", path, "--json", tmp_path / "r.json")
-    assert says in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "r.json").exists()
+    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "r.json").exists()
     for content in (b"", b"\xff\xfe\xfa"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"q\.jsonl"):

@@ -209,7 +209,7 @@ def test_adapters_and_transformers_folders_are_scored(monkeypatch, exam, tokeniz
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--shots", "-1"], "--shots: -1 is not a whole number of at least 0"),
         (["--shuffle_options", "25"], "from 1 to 24"),
@@ -225,7 +225,7 @@ def test_adapters_and_transformers_folders_are_scored(monkeypatch, exam, tokeniz
         (["--data", "{c}"], "pretrain_32.pth holds no exam: expected a .csv"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
+def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, message):
     from common.errors import fail_in_one_line
 
     flags = [flag.format(c=out / "pretrain_32.pth") for flag in flags]
@@ -234,7 +234,7 @@ def test_errors_are_one_line(monkeypatch, capsys, exam, out, flags, said):
     with pytest.raises(SystemExit) as ended, fail_in_one_line():
         load_script("eval_ceval.py").main()
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+    assert ended.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_help_and_missing_model_error(exam, tmp_path):
