@@ -1,16 +1,14 @@
-"""Foreign jinja templates, rendered in a sandbox with limits on steps, sizes and time.
+"""jinja2 sandbox for untrusted chat templates, with limits on steps, value sizes and CPU time.
 
-jinja2's sandbox hides Python's internals and limits one range() to 100,000. Nested loops, recursive macros, strings
-that double and lists that hold themselves twice still take unbounded time and memory. One rendering takes at most
-MAX_STEPS, and MAX_SECONDS of the processor:
+jinja2's own sandbox blocks access to Python internals and limits range() to 100,000. It does not bound nested loops,
+recursive macros, strings that double, or nested lists. Here one rendering costs at most MAX_STEPS and MAX_SECONDS:
 
     a loop iteration, a call, a printed value, an entry that a filter yields       1 step
-    text that is read, built or printed                                            1 step more for every 256 bytes
-    a list or dict that is built, with the lists inside it                         1 step more for every 8 entries
+    text that is read, built or printed                                            + 1 step per 256 bytes
+    a list or dict that is built, with nested ones                                 + 1 step per 8 entries
 
-One value holds at most MAX_SIZE bytes, with everything inside it. Sizes are computed before an operation builds its
-result. A chat template takes about ten steps a message. The additions for chats are those of transformers.
-Called by jinja_template.py.
+A value, with all nested values, has at most MAX_SIZE bytes; sizes are checked before an operation builds its result.
+A chat template costs about ten steps per message. Tags and globals are those of transformers. See jinja_template.py.
 """
 
 import datetime
@@ -33,56 +31,48 @@ from jinja2.utils import Namespace
 MAX_STEPS = 200_000
 BYTES_PER_STEP, ENTRIES_PER_STEP = 256, 8
 MAX_SIZE = 8_000_000  # bytes of one value
-ENTRY_SIZE, DICT_SIZE = 32, 200  # bytes of an entry of a list or dict, about, and of a dict; text comes on top
-MAX_BITS = 10_000  # of a number
-MAX_DIGITS = 100  # that `round` may keep
-MAX_SECONDS = 0.8  # of this thread on the processor; a backstop for operations that take more time than steps
-STEPS_PER_CLOCK_CHECK = 16  # steps between two looks at the clock
-MAX_TEMPLATE = 50_000  # characters of a template; compiled, each takes up to 1.5 kB
-FORMAT_METHODS = ("format", "format_map")  # methods of text
+ENTRY_SIZE, DICT_SIZE = 32, 200  # approximate bytes per entry of a list or dict and per dict, without its text
+MAX_BITS = 10_000  # of an integer
+MAX_DIGITS = 100  # decimals in `round`
+MAX_SECONDS = 0.8  # CPU time of the thread, for operations that take more time than their steps suggest
+STEPS_PER_CLOCK_CHECK = 16
+MAX_TEMPLATE = 50_000  # characters of a template; compiled code takes up to 1.5 kB per character
+FORMAT_METHODS = ("format", "format_map")  # of str
 WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(\d{6}|\*)")  # "%999999d"; "%*d" takes its width from an argument
 WIDE_BRACES = re.compile(r"\{[^{}]*\d{6}")  # "{:>999999}"
-# Filters that take more than linear time, and that no chat template needs.
+# Filters of more than linear cost that chat templates do not use.
 REMOVED_FILTERS = ("striptags", "urlize", "xmlattr", "wordwrap", "wordcount", "pprint", "filesizeformat", "random")
-CONSTANT_TIME_FILTERS = ("default", "d", "first", "last", "length", "count")  # filters that read and build nothing
-# Filters whose results take more bytes than what they read, times their numbers.
+CONSTANT_TIME_FILTERS = ("default", "d", "first", "last", "length", "count")
+# Filters whose output is larger than their input times their integer arguments: the maximum ratio.
 FILTER_GROWTH = {"batch": 8, "slice": 8, "title": 64, "tojson": 6, "escape": 6, "e": 6, "forceescape": 6}
-ESCAPE_GROWTH = 6  # times as long: " becomes &#34; where autoescape is on
-LAZY_FILTERS = (
-    "map",
-    "select",
-    "reject",
-    "selectattr",
-    "rejectattr",
-    "items",
-    "list",
-    "reverse",
-)  # counted as they yield
-# Methods of text whose results are not longer than the text.
+ESCAPE_GROWTH = 6  # autoescape turns " into &#34;
+# Filters whose entries are counted as they are yielded.
+LAZY_FILTERS = ("map", "select", "reject", "selectattr", "rejectattr", "items", "list", "reverse")
+# str methods whose result is at most as long as the string.
 SHORTENING = ("split", "rsplit", "splitlines", "strip", "lstrip", "rstrip", "startswith", "endswith", "find", "rfind",
               "index", "rindex", "count", "partition", "rpartition", "removeprefix", "removesuffix")  # fmt: skip
 
 
 class StepsExceeded(Exception):
-    """A rendering exceeded a bound; the message names the bound."""
+    """A rendering exceeded a limit; the message names the limit."""
 
 
 class _Budget(threading.local):
-    """What is left to the rendering in this thread."""
+    """Remaining budget of the rendering in this thread."""
 
     steps = MAX_STEPS
-    next_clock_check = 0  # the number of steps left at which the clock is read
+    next_clock_check = 0  # the clock is read when fewer steps remain
     deadline = float("inf")  # of time.thread_time()
-    messages: dict[int, tuple[int, int] | None] = {}  # noqa: RUF012  # id of a message: its size, once computed
+    messages: dict[int, tuple[int, int] | None] = {}  # noqa: RUF012  # id(message) -> its size, once computed
 
 
 class _Generator(CodeGenerator):
-    """Compiles loops, `~`, literals of lists and the template's own text so that they are counted."""
+    """Code generator that adds step counting to loops, `~`, slices, list and dict literals, and template text."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         count_step = nodes.EnvironmentAttribute("count_step", lineno=node.lineno)
         node.body = [nodes.ExprStmt(count_step, lineno=node.lineno), *node.body]
-        if node.test:  # it is asked for entries that never reach the body
+        if node.test:  # evaluated for entries that do not reach the body, too
             node.test = nodes.And(count_step, node.test, lineno=node.lineno)
         super().visit_For(node, frame)
 
@@ -124,9 +114,9 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(Extension):
-    """{% generation %} marks answers for transformers; here only its body is rendered."""
+    """The tag {% generation %} of transformers, which marks answers; here its body is rendered unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012  # as jinja declares it
+    tags = {"generation"}  # noqa: RUF012  # declared like this in jinja
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
@@ -135,7 +125,7 @@ class _Generation(Extension):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The environment of chat templates. `render` is safe to call from several threads."""
+    """The jinja environment of chat templates. `render` is thread-safe."""
 
     code_generator_class = _Generator
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
@@ -144,7 +134,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            optimized=False,  # constants are computed by a rendering, which counts them, not by the compiler
+            optimized=False,  # no constant folding in the compiler, which would not be counted
             extensions=[_Generation, loopcontrols],
             finalize=pass_context(lambda context, value: self._count_printed(value, context.eval_ctx.autoescape)),
         )
@@ -154,10 +144,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: self._bound_filter(name, function) for name, function in allowed.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
-        del self.globals["lipsum"]  # writes text of any length
+        del self.globals["lipsum"]  # generates text of any length
 
     def render(self, template: Any, variables: dict[str, Any]) -> str:
-        """The rendered text. Raises StepsExceeded, or any exception of the template's own expressions."""
+        """The rendered text. Raises StepsExceeded, or any exception that the template's expressions raise."""
         budget = self._budget
         budget.steps, budget.next_clock_check = MAX_STEPS, MAX_STEPS - STEPS_PER_CLOCK_CHECK
         budget.deadline = time.thread_time() + MAX_SECONDS
@@ -167,13 +157,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     @property
     def steps_taken(self) -> int:
-        """Of the latest rendering in this thread."""
+        """Steps of the latest rendering in this thread."""
         return MAX_STEPS - self._budget.steps
 
-    # ---- what is counted ---------------------------------------------------------------------------------------------
+    # ---- counting ----------------------------------------------------------------------------------------------------
     @property
     def count_step(self) -> bool:
-        """Count one step; returns True, since compiled loops use it as a condition."""
+        """Spend one step. Returns True, because compiled loops use it as a condition."""
         self.spend_steps(1)
         return True
 
@@ -188,7 +178,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 raise StepsExceeded(f"more than {MAX_SECONDS:g} seconds")
 
     def count_value(self, value: Any) -> Any:
-        """The value, counted by its size. Of an iterator each entry is counted as it is yielded."""
+        """Spend the steps for a value and return it; entries of an iterator are counted as they are yielded."""
         if isinstance(value, (str, bytes)):
             self.spend_steps(1 + self._check_size(_text_size(value)) // BYTES_PER_STEP)
         elif isinstance(value, (int, Undefined)) or value is None:
@@ -201,12 +191,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def concatenate(self, values: tuple[Any, ...], escapes: bool) -> str:
-        """`a ~ b`."""
+        """The operator `~`."""
         self._count_printed(values, escapes)
         return (markup_join if escapes else str_join)(values)
 
     def _count_printed(self, value: Any, escapes: bool) -> Any:
-        """A value that jinja turns into text."""
+        """Spend the steps for a value that jinja converts to text."""
         size = self._check_size(self._measure(value)[0] * (ESCAPE_GROWTH if escapes else 1))
         self.spend_steps(1 + size // BYTES_PER_STEP)
         return value
@@ -218,7 +208,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     # ---- operations --------------------------------------------------------------------------------------------------
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(function, type):  # namespace and dict only keep what they are given
+        if isinstance(function, type):  # namespace and dict only store their arguments
             return self.count_value(super().call(context, function, *args, **kwargs))
         method = getattr(function, "__wrapped__", function)  # jinja wraps "x".format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
@@ -230,18 +220,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self._check_width(WIDE_BRACES, owner)
         return self.count_value(super().call(context, function, *args, **kwargs))
 
-    def call_binop(self, context: Any, operator: str, steps_left: Any, right: Any) -> Any:
-        if isinstance(steps_left, int) and isinstance(right, int):
-            bits = steps_left.bit_length() * right if operator == "**" else steps_left.bit_length() + right.bit_length()
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             self._check_bits(bits if operator in ("*", "**") else 0)
         elif operator in ("*", "%"):
-            self._check_growth([steps_left, right])
-            if operator == "%" and isinstance(steps_left, (str, bytes)):
-                self._check_width(WIDE_PERCENT, steps_left)
-        return self.count_value(super().call_binop(context, operator, steps_left, right))
+            self._check_growth([left, right])
+            if operator == "%" and isinstance(left, (str, bytes)):
+                self._check_width(WIDE_PERCENT, left)
+        return self.count_value(super().call_binop(context, operator, left, right))
 
     def _bound_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter, counted. Attributes that jinja sets on it (`pass_environment`) are copied."""
+        """Wrap a filter with counting. functools.wraps copies jinja's attributes (`pass_environment`)."""
 
         @functools.wraps(function)
         def bound_filter(*args: Any, **kwargs: Any) -> Any:
@@ -260,12 +250,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         return bound_filter
 
-    # ---- bounds ------------------------------------------------------------------------------------------------------
+    # ---- limits ------------------------------------------------------------------------------------------------------
     def _check_growth(self, values: list[Any], growth: int = 1) -> None:
-        """Raises StepsExceeded where one operation of these values may build more than MAX_SIZE.
-
-        "a" * 9, "a".replace("a", "bb") and "a" | center(9) build the product of two of them, times `growth`.
-        """
+        """Raises StepsExceeded if one operation, as "a" * 9 or "a" | center(9), may build more than MAX_SIZE bytes."""
+        # It builds at most the product of two of the values, times `growth`.
         sizes = sorted(self._measure(value)[0] for value in values if not isinstance(value, int))
         numbers = [abs(value) for value in values if isinstance(value, int)]
         self._check_size(growth * max([1, *sizes]) * max([1, *sizes[-2:-1], *numbers]))
@@ -285,7 +273,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise StepsExceeded("a format wider than 99,999 characters")
 
     def _measure(self, value: Any) -> tuple[int, int]:
-        """(bytes, entries) of a value with everything inside it. Raises StepsExceeded where that exceeds MAX_SIZE."""
+        """(bytes, entries) of a value with all nested values. Raises StepsExceeded above MAX_SIZE."""
         if isinstance(value, (str, bytes)):
             return self._check_size(_text_size(value)), 0
         size, entries, message_sizes = 0, 0, self._budget.messages
@@ -314,7 +302,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _text_size(text: str | bytes) -> int:
-    """Bytes in memory, without those of the object."""
+    """Bytes in memory, without the object header."""
     return max(len(text), sys.getsizeof(text) - 76)
 
 
@@ -323,7 +311,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form[:1000])  # a field may be 256 times as long as the format
+    return datetime.datetime.now().strftime(form[:1000])  # the result may be 256 times as long
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:

@@ -1,16 +1,14 @@
-"""How a chat becomes token ids: the tokenizer as the house sees it, and the one rendering of a conversation.
+"""ChatTokenizer: encode and decode text, render chats to token ids and a loss mask.
 
     messages -> ids, mask        <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
                                                                                            ^^^^^^^^^^^^^^^^ mask = 1
 
-SFT, evaluation, the command line and every later front end call `render`; nobody else writes a marker. What stands
-around the messages is the chat format (chat_template.py), carried in the tokenizer's files. The mask comes from the
-spans of the messages while they are put together, never from searching for marker ids afterwards. Marker strings that
-a user types stay ordinary text.
-
-Reads and writes a folder of tokenizer.json + tokenizer_config.json that `transformers.AutoTokenizer` opens as well; a
-folder of somebody else's model is read too (../export/hf_import.py).
-Read next: chat_template.py (how turns are written), render.py (their ids and masks), transformer.py.
+Training, evaluation and serving all call `render`. The chat format (chat_template.py) is stored in the tokenizer's
+files. The mask is built from the spans of the messages, not by searching the ids for markers. Marker strings inside a
+message are encoded as ordinary text.
+The folder format is that of `transformers.AutoTokenizer`: tokenizer.json and tokenizer_config.json. Folders of other
+models open too (../export/hf_import.py).
+Read next: chat_template.py (the formats), render.py (ids and masks), transformer.py.
 """
 
 import hashlib
@@ -33,10 +31,8 @@ from model.tokenizer_files import open_backend, read_chat_template, read_setting
 
 PAD_TOKEN = "<|pad|>"
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD_TOKEN]
-SPARE_TOKENS = [
-    f"<|spare_{i}|>" for i in range(12)
-]  # unused rows of the embedding, for markers that later stages invent
-LEGACY_TEMPLATE = (  # in the files of tokenizers made before formats had names
+SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # reserved embedding rows for markers of later stages
+LEGACY_TEMPLATE = (  # in tokenizer files of earlier versions, which have no chat_format field
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -45,22 +41,21 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",  # where transformers keeps the template since 4.50
-    "generation_config.json",  # of somebody else's model: which tokens end an answer
+    "chat_template.jinja",  # transformers >= 4.50 stores the template here
+    "generation_config.json",  # of imported models: eos_token_id
 )
 
 
 class ChatTokenizer:
-    """A trained tokenizer and the chat format that it speaks.
+    """A trained tokenizer with its chat format.
 
-    `files` maps file names to their text: it is what `save` writes and what a checkpoint carries, so that a single .pth
-    is enough to talk to a model.
+    `files` maps file names to text. `save` writes them to a folder, and every checkpoint contains them.
     """
 
     def __init__(self, files: dict[str, str]) -> None:
         self.files = files
         self.backend = open_backend(files)
-        # Without this line the *text* "<|im_end|>" in a user's message would become the control token.
+        # Otherwise the text "<|im_end|>" in a message would be encoded as the control token.
         self.backend.encode_special_tokens = True
         self.config = read_settings(files, "tokenizer_config.json")
         self.eos = self._special_token("eos_token") or END_OF_TEXT
@@ -68,10 +63,10 @@ class ChatTokenizer:
         self.pad_id = self._token_id(self._special_token("pad_token") or self.eos)
         self.format = self._find_format()
         if isinstance(self.format, ChatTemplate) and (self.config.get("chat_format") or not self._template):
-            self._write_format(self.format)  # files of an earlier version hold its template, a base model's hold none
+            self._write_format(self.format)  # replaces an outdated template; base models have none
 
     def _special_token(self, name: str) -> str | None:
-        """bos_token, eos_token, ...: a string or {"content": string}, in whichever file names it."""
+        """The string of bos_token, eos_token, …: from tokenizer_config.json, else from special_tokens_map.json."""
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             token = read_settings(self.files, file).get(name)
             token = token.get("content") if isinstance(token, dict) else token
@@ -82,12 +77,12 @@ class ChatTokenizer:
     def _token_id(self, token: str) -> int:
         try:
             index = self.backend.token_to_id(token)
-        except UnicodeEncodeError:  # half a character
+        except UnicodeEncodeError:  # a lone surrogate
             index = None
         if index is None:
             raise UserError(
                 f"the tokenizer has no {escape_controls(token)[:60]} token: "
-                f"train one with `python train_tokenizer.py FILES…`"
+                "train one with `python train_tokenizer.py FILES…`"
             )
         return index
 
@@ -96,7 +91,7 @@ class ChatTokenizer:
         return read_chat_template(self.files, self.config)
 
     def _find_format(self) -> ChatTemplate | JinjaTemplate | None:
-        """The named format of our own folders, the template of foreign ones, None where there is neither."""
+        """The named format, else the jinja template of an imported model, else None."""
         template = self._template
         name = self.config.get("chat_format")
         if (
@@ -104,16 +99,16 @@ class ChatTokenizer:
             and (not template or template == LEGACY_TEMPLATE)
             and self.backend.token_to_id(IM_START) is not None
         ):
-            name = "chatml"  # made before formats had names
+            name = "chatml"  # files of earlier versions have no chat_format field
         if name:
             return find_chat_template(escape_controls(str(name))[:60], self.eos)
         special = {key: self._special_token(key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         return JinjaTemplate(template, special, self._markers) if template else None
 
     def with_chat_format(self, name: str | None) -> "ChatTokenizer":
-        """The same pieces with the chat format of that name; None changes nothing.
+        """A tokenizer with the same vocabulary and the named chat format; `name` None returns self.
 
-        Raises UserError for an unknown name, and where the format's markers are no tokens of this tokenizer.
+        Raises UserError if the name is unknown or the vocabulary lacks the format's markers.
         """
         if name is None or name == self.format_name:
             return self
@@ -125,7 +120,7 @@ class ChatTokenizer:
         return ChatTokenizer({**self.files, "tokenizer_config.json": renamed})
 
     def _write_format(self, template: ChatTemplate) -> None:
-        """Put the template of a named format into the files, for transformers."""
+        """Store the format's jinja template in the files, for transformers."""
         if self.config.get("chat_template") == template.template and "chat_template.jinja" not in self.files:
             return
         self.config = {**self.config, "chat_template": template.template, "chat_format": template.name}
@@ -134,7 +129,7 @@ class ChatTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Ids are below this number; a foreign tokenizer may leave some of them out."""
+        """The largest id plus 1. Tokenizers of other models may have gaps in their ids."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     @property
@@ -147,17 +142,17 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that name this tokenizer: datasets and checkpoints made with another one are refused."""
+        """16 hex digits of the SHA-256 of tokenizer.json. Datasets and checkpoints must match it."""
         return sha256_hex(self.files["tokenizer.json"])[:16]
 
     @property
     def format_name(self) -> str:
-        """chatml, mindllm, ...; "template" for somebody else's; "" where nothing says how a chat is written."""
+        """chatml, mindllm, …; "template" for the jinja template of an imported model; "" without a format."""
         return self.format.name if self.format else ""
 
     @cached_property
     def rendering_fingerprint(self) -> str:
-        """Names what a chat becomes: pieces and format. That of chatml is the plain fingerprint."""
+        """Identifies vocabulary and chat format together; for chatml it equals `fingerprint`."""
         if self.format_name in ("chatml", ""):
             return self.fingerprint
         if not isinstance(self.format, ChatTemplate):
@@ -167,21 +162,19 @@ class ChatTokenizer:
 
     @property
     def chat_format(self) -> ChatTemplate | JinjaTemplate:
-        """The format, where there must be one."""
+        """The chat format. Raises UserError if the tokenizer has none."""
         if self.format is None:
-            raise UserError(
-                f"this tokenizer has no chat template that says how chats are written; {CHAT_FORMAT_ADVICE}"
-            )
+            raise UserError(f"this tokenizer has no chat template: {CHAT_FORMAT_ADVICE}")
         return self.format
 
     @property
     def end_of_turn_id(self) -> int:
-        """The token that ends an answer."""
+        """The id of the token that ends an answer."""
         return self.stop_ids[0]
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """Every token after which a model has finished: what closes an answer, the eos, and what the model names."""
+        """Ids that end generation: the end-of-turn token, eos_token_id of generation_config.json, and eos."""
         existing = [self._token_id(self.format.end_of_turn)] if self.format and self.format.end_of_turn else []
         declared = read_settings(self.files, "generation_config.json").get("eos_token_id")
         ids = [i for i in (declared if isinstance(declared, list) else [declared]) if type(i) is int]
@@ -190,16 +183,16 @@ class ChatTokenizer:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Text that ends an answer in this format."""
+        """Strings that end an answer in this format."""
         return self.format.stop_strings if self.format else ()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; marker strings inside it stay text."""
+        """Token ids of plain text. Marker strings are encoded as text, and no special token is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_document(self, text: str) -> list[int]:
-        """Token ids of text that begins a document: behind the bos of those tokenizers that have one."""
-        return self.backend.encode_batch([text])[0].ids  # a batch, since `encode` keeps the GIL
+        """Token ids of the beginning of a document: with the bos token if the tokenizer adds one."""
+        return self.backend.encode_batch([text])[0].ids  # encode_batch releases the GIL, encode does not
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -213,25 +206,25 @@ class ChatTokenizer:
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def byte_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, shape (vocab,); 0 for special tokens. For bits per byte."""
+        """Number of UTF-8 bytes of each token, shape (vocab,); 0 for special tokens. For bits per byte."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
         decoder = json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"))
         byte_level = '"ByteLevel"' in decoder
-        space = "▁" if '"Replace"' in decoder or '"Metaspace"' in decoder else " "  # as which a foreign piece writes it
+        space = "▁" if '"Replace"' in decoder or '"Metaspace"' in decoder else " "  # SentencePiece writes ▁
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, index in vocab.items():
             if index in self.special_ids:
                 continue
-            if byte_level:  # every character of a byte-level piece is one byte
+            if byte_level:  # each character of a byte-level piece is one byte
                 lengths[index] = len(piece)
-            else:  # byte fallback spells a lone byte as <0xE4>
+            else:  # byte fallback writes a single byte as <0xE4>
                 lone_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
                 lengths[index] = 1 if lone_byte else len(piece.replace(space, " ").encode())
         return lengths
 
     @cached_property
     def _special_aware(self) -> Tokenizer:
-        """The tokenizer as it reads a rendered chat: control tokens are control tokens."""
+        """A backend that encodes marker strings as control tokens, for rendered chats."""
         return open_backend(self.files)
 
     @cached_property
@@ -240,29 +233,28 @@ class ChatTokenizer:
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """Token ids of a conversation and the mask of trained tokens: 1 at the answers and the marker closing each.
+        """Token ids of a chat and its loss mask, two lists of equal length: 1 at answers and their end-of-turn tokens.
 
-        With `add_generation_prompt` the ids end where the assistant is to speak. Both lists have the same length. Each
-        answer is one run of ones. A token that begins in the prompt is not trained, even if it reaches into the answer;
-        that happens only where neither a marker nor a newline stands between them (text, and now and then belle).
-        Answers that the format writes differently when turns follow them are not marked; see `render_each`.
-        Raises UserError when the format cannot write these messages.
+        With `add_generation_prompt` the ids end with the header of the next assistant turn. A token that begins in the
+        prompt has mask 0 even if it extends into the answer; this happens only in formats without a marker or newline
+        before the answer (text, sometimes belle). Earlier answers that the template rewrites once turns follow have
+        mask 0 too; `render_each` returns a sample for each of them.
+        Raises UserError if the format does not support these messages.
         """
         return self.render_batch([messages], add_generation_prompt)[0]
 
     def render_unfinished(self, messages: list[Message]) -> list[int]:
-        """Token ids of a conversation whose last message is a partial answer: its turn stays open.
+        """Token ids of a chat whose last message is a partial answer, without the text after an answer.
 
-        The ids are those of the rendered chat up to the end of that message, without the text that the format writes
-        after an answer (`continue_final_message` of transformers). Raises UserError when the format cannot write these
-        messages or leaves the last one out.
+        The same as `continue_final_message` of transformers. Raises UserError if the format does not support these
+        messages or omits the last one.
         """
         return render_unfinished(self._special_aware, self.chat_format, self._markers, messages)
 
     def render_batch(
         self, chats: list[list[Message]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
-        """`render` of several conversations, which the tokenizer reads on all cores."""
+        """`render` for several chats, tokenized in parallel."""
         rendered = self.render_each(chats, add_generation_prompt)
         for chat in rendered:
             if chat.refusal:
@@ -270,18 +262,19 @@ class ChatTokenizer:
         return [(chat.samples[-1].ids, chat.samples[-1].mask) for chat in rendered]
 
     def render_each(self, chats: list[list[Message]], add_generation_prompt: bool = False) -> list[RenderedChat]:
-        """The samples of several conversations; the last one of each is the whole conversation, as `render` gives it.
+        """The training samples of each chat. The last sample is the whole chat, as `render` returns it.
 
-        Several where the format writes an answer differently when turns follow it (jinja_template.py): each of the
-        others ends at an answer, and every answer is trained in one of them. For a chat that the format cannot write
-        there is no sample, and `refusal` is the reason. Raises UserError for a format that can write no chat at all.
+        A chat has several samples if the template rewrites an answer once turns follow (jinja_template.py): each ends
+        at an answer, and every answer is trained in exactly one. A chat that the format does not support has no sample
+        and a `refusal`. Raises UserError if the format supports no chat at all.
         """
         return render_chats(self._special_aware, self.chat_format, self._markers, chats, add_generation_prompt)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files of a tokenizer folder. A folder of other tokenizer files alone is replaced as a whole.
+        """Write the files to a folder. A folder that holds only tokenizer files is replaced atomically.
 
-        In a folder with further files (an exported model) each file is replaced by itself. Raises UserError.
+        In a folder with other files (an exported model) each file is replaced separately. Raises UserError if the
+        folder cannot be written.
         """
         target_folder = Path(folder).resolve()
         if target_folder.exists() and not target_folder.is_dir():
@@ -310,7 +303,7 @@ def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads in transformers 4 and 5 alike
         "eos_token": END_OF_TEXT,
         "pad_token": PAD_TOKEN,
-        "model_max_length": 1_000_000,  # the limit is the model's, and its config states it
+        "model_max_length": 1_000_000,  # the model's config states the real limit
         "clean_up_tokenization_spaces": False,
         "chat_template": find_chat_template(chat_format).template,
         "chat_format": chat_format,
@@ -324,17 +317,14 @@ def tokenizer_files(backend: Tokenizer, chat_format: str = "chatml") -> dict[str
 
 
 def save_tokenizer(backend: Tokenizer, folder: str | os.PathLike[str], chat_format: str = "chatml") -> ChatTokenizer:
-    """Write a trained tokenizer as a folder that both this project and transformers open; returns it opened."""
+    """Write a trained tokenizer as a folder (see `ChatTokenizer.save`) and return it as a ChatTokenizer."""
     tokenizer = ChatTokenizer(tokenizer_files(backend, chat_format))
     tokenizer.save(folder)
     return tokenizer
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> ChatTokenizer:
-    """Open a tokenizer folder.
-
-    Raises UserError with the command to run when there is none or it is not one of ours.
-    """
+    """Open a tokenizer folder. Raises UserError, with the command to run, if it is missing or unreadable."""
     existing = {name: Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()}
     if "tokenizer.json" not in existing:
         raise UserError(f"no tokenizer in {folder}: run `python train_tokenizer.py FILES…` first")

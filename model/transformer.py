@@ -1,15 +1,14 @@
-"""The decoder: token ids in, a distribution over the next token out.
+"""Decoder-only transformer: token ids in, logits of the next token out.
 
-    x = embed(ids)
+    x = embed(ids)                                                              (batch, seq) -> (batch, seq, dim)
     for each layer:   x = x + attention(rms_norm(x));   x = x + feed_forward(rms_norm(x))
-    logits = rms_norm(x) @ lm_head.T
+    logits = rms_norm(x) @ lm_head.T                                            (batch, seq, vocab)
 
-RMSNorm (Zhang & Sennrich 2019), RoPE in the half-split layout (Su et al. 2021), grouped-query attention (Ainslie et al.
-2023), SwiGLU (Shazeer 2020): the LLaMA recipe (Touvron et al. 2023). Parameters carry the names that transformers gives
-them, so a dense checkpoint opens as LlamaForCausalLM, with `qkv_bias` as Qwen2ForCausalLM, with `qk_norm` as
-Qwen3ForCausalLM, and the other way round.
-Read next: rope.py (the angles), moe.py (the other feed-forward), generate.py (the cache in use), ../trainer/loss.py
-(the training loss).
+LLaMA architecture (Touvron et al. 2023): RMSNorm (Zhang & Sennrich 2019), RoPE in the half-split layout (Su et al.
+2021), grouped-query attention (Ainslie et al. 2023), SwiGLU (Shazeer 2020). Parameter names are those of transformers:
+the weights of a dense model load into LlamaForCausalLM (Qwen2ForCausalLM with `qkv_bias`, Qwen3ForCausalLM with
+`qk_norm`), and theirs load here.
+Read next: rope.py, moe.py, generate.py (how the KV cache is used), ../trainer/loss.py (the training loss).
 """
 
 import copy
@@ -41,15 +40,15 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens already seen, owned by the caller and passed in: the model itself keeps no state.
+    """Keys and values of past tokens. The caller owns the cache and passes it to `forward`; the model has no state.
 
-    Room for `max_len` tokens in each of `batch` rows; `length` of them are filled. Where rows differ (see `view`),
-    `lengths` (batch,) tells how many of each row, and `length` is the most.
+    keys, values: (n_layers, batch, n_kv_heads, max_len, head_dim). `length` positions of each row are filled. In a view
+    whose rows differ, `lengths` (batch,) holds the number for each row, and `length` is their maximum.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        # Zeros, because a masked place is multiplied by 0, and 0 times what memory happened to hold may be NaN.
+        # Zeros, not uninitialised memory: masked positions get weight 0, and 0 * NaN is NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
@@ -60,7 +59,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def view(self, first: int, end: int, lengths: list[int] | None = None) -> "KVCache":
-        """The rows from `first` to before `end`, in the same memory; `lengths` of them are filled (None: none)."""
+        """A cache over rows first..end-1 that shares this memory. `lengths`: filled positions per row; None: empty."""
         view = copy.copy(self)
         view.keys, view.values = self.keys[:, first:end], self.values[:, first:end]
         view.length = max(lengths) if lengths else 0
@@ -68,12 +67,12 @@ class KVCache:
         return view
 
     def positions(self, new: int) -> Tensor:
-        """Where the next `new` tokens go: (new,), or (batch, new) where rows differ."""
+        """Positions of the next `new` tokens: (new,), or (batch, new) where rows have different lengths."""
         ahead = torch.arange(new, device=self.keys.device)
         return self.length + ahead if self.lengths is None else self.lengths[:, None] + ahead
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (batch, kv_heads, new, head_dim) behind the old ones; returns all of them."""
+        """Append keys and values (batch, kv_heads, new, head_dim) of one layer; returns all of the layer."""
         end = self.length + keys.shape[2]
         if self.lengths is None:
             self.keys[layer, :, :, self.length : end] = keys
@@ -86,27 +85,27 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Row targets[i] becomes a copy of row sources[i], which holds `length` tokens. All are read first."""
+        """Copy the first `length` positions of row sources[i] to row targets[i]; reads all sources before writing."""
         for tensor in (self.keys, self.values):
             tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
 
     def advance(self, new: int) -> None:
-        """Count `new` tokens that every layer has stored."""
+        """Add `new` to the lengths, after every layer has appended its keys and values."""
         self.length += new
         if self.lengths is not None:
             self.lengths = self.lengths + new
 
 
 def attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None) -> Tensor:
-    """Exactly softmax(q k^T / sqrt(head_dim) + mask) v, in blocks of queries; without `mask` the last sees every key.
+    """softmax(q k^T / sqrt(head_dim) + mask) v in blocks of queries. No `mask`: causal, the last query sees all keys.
 
-    The library kernel's backward takes a third of a CPU training step at head size 32, and in bf16 it is four times
-    slower where a single token asks. Here the query heads that share a key head become one tall matrix product, and a
-    block of queries never touches the keys after it.
-    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys >= seq, head_dim), mask as in `Attention` -> as q.
+    q (batch, heads, seq, head_dim); k, v (batch, kv_heads, keys >= seq, head_dim); mask as in `Attention.forward`.
+    Returns the shape of q. On the CPU the backward of F.scaled_dot_product_attention takes a third of a training step
+    (head_dim 32), and its bf16 kernel is four times slower for one query. Here the query heads of a key head form one
+    matrix product, and a block of queries skips the keys after it.
     """
     batch, heads, seq, head_dim = q.shape
-    kv_heads, before = k.shape[1], k.shape[2] - seq  # keys that every query sees: those of a cache
+    kv_heads, before = k.shape[1], k.shape[2] - seq  # cached keys, which every query sees
     q = (q * head_dim**-0.5).view(batch, kv_heads, heads // kv_heads, seq, head_dim)
     blocks = []
     for start in range(0, seq, CPU_QUERY_BLOCK):
@@ -126,7 +125,7 @@ def attention_cpu(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor 
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention: n_heads queries over n_kv_heads keys and values. arXiv:2305.13245, section 2."""
+    """Grouped-query attention: n_heads query heads share n_kv_heads key/value heads. arXiv:2305.13245, section 2."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -140,10 +139,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (batch, seq, dim) -> the same shape.
+        """x (batch, seq, dim) -> (batch, seq, dim). cos, sin: (seq, head_dim) or (batch, 1, seq, head_dim).
 
-        mask: ([batch, 1,] seq, keys) bool, True where a query sees a key. None: causal attention over x alone, or one
-        token that sees everything.
+        mask: ([batch, 1,] seq, keys) bool, True where a query sees a key. None: causal, or one query that sees all.
         """
         batch, seq, _ = x.shape
         heads = (batch, seq, -1, self.config.head_dim)
@@ -180,6 +178,8 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm residual block: attention, then a dense or MoE feed-forward. Arguments as in `Attention.forward`."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
@@ -196,7 +196,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, token_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x (batch, seq, dim) -> x of the same shape, and this layer's balance loss (a scalar; 0 when dense)."""
+        """x (batch, seq, dim) -> (batch, seq, dim), and this layer's balance loss (scalar; 0 in a dense model)."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         if self.use_moe:
             out, aux_loss = self.mlp(self.post_attention_layernorm(x), token_mask)
@@ -206,7 +206,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The trunk. It is a module of its own only so that names begin with `model.` as they do in transformers."""
+    """Embedding, layers and final norm. A separate module, so that parameter names begin with `model.`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -216,36 +216,35 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model. `forward` gives hidden states for the losses, `logits` gives logits for everybody else."""
+    """The language model. `forward` returns hidden states (for the loss), `logits` returns logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.adapter: dict[str, Any] = {}  # what is attached to this model (lora.py), and to which parent
+        self.adapter: dict[str, Any] = {}  # LoRA settings and parent, {} without an adapter (lora.py)
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.activation_checkpointing = False  # recompute each layer in backward: less memory, about a third more time
+        self.activation_checkpointing = False  # recompute layers in backward: less memory, about 1/3 more time
         self.rope_cos: Tensor
         self.rope_sin: Tensor
         self.set_rope(config)
         self.init_weights()
 
     def set_rope(self, config: ModelConfig) -> None:
-        """Compute the table of angles for a config that differs from the model's in max_seq_len and RoPE alone."""
+        """Set a config that differs only in max_seq_len or RoPE, and recompute the tables of cos and sin."""
         self.config = config
         for name, table in zip(("rope_cos", "rope_sin"), rope_table(config), strict=True):
             self.register_buffer(name, table.to(self.lm_head.weight.device), persistent=False)
 
     def scale_rope(self, kind: str, factor: float) -> None:
-        """Read `factor` times as many tokens as in training; see rope.extend_context."""
+        """Extend max_seq_len by `factor` with RoPE scaling of type `kind`; see rope.extend_context."""
         self.set_rope(extend_context(self.config, kind, factor))
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal(0, 0.02); what a layer adds to the residual stream is scaled down by sqrt(2 n_layers) (GPT-2, 2.3).
-        Norms start at one, biases at zero."""
+        """Normal(0, 0.02), divided by sqrt(2 n_layers) for o_proj and down_proj (GPT-2, 2.3); norms 1, biases 0."""
         for name, weight in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(weight)
@@ -262,29 +261,27 @@ class Transformer(nn.Module):
         padding: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states after the last norm, and the balance loss.
+        """Returns the hidden states after the final norm, (batch, seq, dim), and the balance loss of an MoE (scalar).
 
         input_ids: (batch, seq) token ids.
-        cache: tokens seen before; the new ones are appended to it.
-        padding: (batch,) number of pad tokens at the *left* of each row (counted from the start of the cache). Pads on
-            the right need nothing: no real token looks that way.
-        token_mask: (batch, seq) bool, False at padding, so that padding does not count in the balance loss of an MoE.
-        Returns (batch, seq, dim), and a scalar to be added to the loss of every token: balance_loss_coef times the mean
-        over layers of the router's balance loss while an MoE trains, 0 otherwise.
-        Raises ValueError beyond max_seq_len or the room of the cache.
+        cache: keys and values of earlier tokens; those of input_ids are appended.
+        padding: (batch,) *left* pad tokens per row, from the start of the cache; right padding needs no mask.
+        token_mask: (batch, seq) bool, False at padding: excludes these tokens from the balance loss.
+        The balance loss is balance_loss_coef * mean over layers while an MoE trains, else 0; it is added to the loss of
+        every token. Raises ValueError if the tokens exceed max_seq_len or KVCache.max_len.
         """
         start, seq = (cache.length if cache else 0), input_ids.shape[1]
         capacity = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
         if start + seq > capacity:
             raise ValueError(
-                f"{start + seq} tokens do not fit: the limit is {capacity} (max_seq_len or the cache's room)"
+                f"{start + seq} tokens do not fit: the limit is {capacity} (max_seq_len or KVCache.max_len)"
             )
         positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
-        mask = None  # x alone, or one token that sees all before it: every kernel knows these
+        mask = None  # causal without a cache, or a single query: no mask tensor is needed
         if padding is not None or (cache and cache.lengths is not None) or (start and seq > 1):
             keys = torch.arange(start + seq, device=input_ids.device)
-            mask = keys <= positions[..., None]  # (seq, keys), or (batch, seq, keys) where rows of the cache differ
-            if padding is not None:  # a pad token sees only itself: an empty row of the softmax would be NaN
+            mask = keys <= positions[..., None]  # (seq, keys), or (batch, seq, keys) if row lengths differ
+            if padding is not None:  # a pad token sees itself: softmax over no key is NaN
                 mask = mask & (keys >= padding[:, None, None]) | (keys == positions[:, None])
                 positions = (positions - padding[:, None]).clamp(min=0)
             if mask.dim() == 3:
@@ -307,7 +304,7 @@ class Transformer(nn.Module):
         return self.model.norm(x), aux_loss * weight
 
     def _angles(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at positions (seq,) or (batch, seq), of sequences of at most `length` tokens."""
+        """cos and sin at positions (seq,) or (batch, seq) of sequences of up to `length` tokens: (..., head_dim)."""
         scaling = self.config.rope_scaling
         if scaling.get("rope_type") != "dynamic" or length <= scaling["original_max_position_embeddings"]:
             return self.rope_cos[positions], self.rope_sin[positions]
@@ -316,12 +313,12 @@ class Transformer(nn.Module):
         return cos.to(self.rope_cos.dtype), sin.to(self.rope_sin.dtype)
 
     def logits(self, input_ids: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
-        """Logits (batch, seq, vocab) of the token after each position; arguments as in `forward`."""
+        """Logits of the next token at each position, (batch, seq, vocab); arguments as in `forward`."""
         logits: Tensor = self.lm_head(self(input_ids, cache, padding)[0])
         return logits
 
     def count_parameters(self) -> tuple[int, int]:
-        """(total, active per token): they differ when a router leaves experts out."""
+        """(total, active per token). In an MoE the experts that the router does not select are inactive."""
         total = sum(p.numel() for p in self.parameters())
         if not self.config.use_moe:
             return total, total
