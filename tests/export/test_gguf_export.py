@@ -140,7 +140,7 @@ def test_llama_cpp_gives_equal_tokens_logits_and_answer(llama_cpp, case, number,
     model, path = tiny_model(chats, **CASES[case]), tmp_path / "m.gguf"
     write_gguf(path, model, chats, number, FACTS)
     message = check_gguf(path, model, chats, number)
-    assert "in llama.cpp: the same tokens" in message
+    assert "in llama.cpp: equal tokens" in message
     assert number != "f32" or "64 greedy tokens equal" in message
 
 
@@ -178,7 +178,7 @@ def test_any_text_gives_the_same_tokens(llama_model, chats, text):
 
 # ---- refused by name -------------------------------------------------------------------------------------------------
 def test_unsupported_tokenizers_are_refused(tokenizer, tmp_path):
-    for other, message in ((chat_tokenizer("unigram"), "lone bytes"), (tokenizer, "cuts text")):
+    for other, message in ((chat_tokenizer("unigram"), "no byte fallback"), (tokenizer, "no pre-tokenizer")):
         with pytest.raises(UserError, match=message):
             pre_tokenizer_name(other)
     make_tokenizer(tmp_path)
@@ -213,7 +213,7 @@ def test_a_piece_across_a_cut_is_refused(chats):
     piece = "a<"
     content["model"]["vocab"][piece] = len(content["model"]["vocab"])
     content["model"]["merges"].append(["a", "<"])
-    with pytest.raises(UserError, match="reaches across"):
+    with pytest.raises(UserError, match="crosses"):
         pre_tokenizer_name(ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}))
 
 
@@ -223,7 +223,7 @@ def test_unsupported_exports_are_refused_before_any_work(monkeypatch, tokenizer,
         save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, LINEAGE)
         return tmp_path / "full_sft_32.pth"
 
-    with pytest.raises(UserError, match="cuts text"):
+    with pytest.raises(UserError, match="no pre-tokenizer"):
         run_script(monkeypatch, "export_model.py", save_checkpoint(tokenizer), tmp_path / "a", "--gguf", "f16")
     run_script(monkeypatch, "export_model.py", save_checkpoint(chats), tmp_path / "a", "--gguf", "q8_0")
     names = {path.name for path in (tmp_path / "a").iterdir()}

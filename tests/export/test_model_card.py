@@ -131,7 +131,7 @@ def test_the_card_contains_every_figure(make_model_file):
         model_facts(make_model_file([], "pretrain")), "LlamaForCausalLM", "unknown", "x", []
     )
     assert (
-        "Nothing is known about it" in card_without_facts
+        "No training record is available" in card_without_facts
         and "No licence was stated" in card_without_facts
         and "## Scores" not in card_without_facts
     )
