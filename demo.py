@@ -1,19 +1,19 @@
-"""The whole path in a few minutes: from nothing to a small model that answers in Chinese and English.
+"""Runs the whole pipeline in a few minutes: trains a small model from scratch that answers in Chinese and English.
 
-    world      demo_world/generator.py     writes true texts, chats and held-out questions
-    tokenizer  train_tokenizer.py       text becomes tokens
-    data       data_process.py          texts and chats become token shards
-    pretrain   1-pretrain.py            the model learns to continue text; 2-eval.py puts the questions
-    sft        3-full_sft.py            the model learns to answer; 2-eval.py puts the same questions again
-    lora       4-lora_sft.py            a new name and job, in a few thin matrices; what was learnt before stays
-    dpo        5-dpo_train.py           of two answers, the right, short, polite one
-    exam       eval_ceval.py            multiple choice in C-Eval's layout, with an interval and the chance line
+    world      demo_world/generator.py  writes true texts, chats and held-out questions
+    tokenizer  train_tokenizer.py       trains a tokenizer on the texts
+    data       data_process.py          converts texts and chats to token shards
+    pretrain   1-pretrain.py            trains on the texts; 2-eval.py asks the held-out questions
+    sft        3-full_sft.py            trains on the chats; 2-eval.py asks the same questions again
+    lora       4-lora_sft.py            trains a new name and job into low-rank matrices; the base weights are frozen
+    dpo        5-dpo_train.py           trains to prefer a correct, short answer to a wrong, rambling or rude one
+    exam       eval_ceval.py            multiple choice in C-Eval's layout, with a confidence interval and the baseline
 
     python demo.py                      (`make demo` does the same in its own environment)
     python demo.py --out_dir out/demo2 --seed 1
 
-Every step is a script that you can run yourself: its command line is printed before it runs. A step whose result is
-there is not run again; delete the folder to start anew. Writes only --out_dir: models, logs, curves, report.json.
+Every step is a script that you can run yourself: its command line is printed first. A step whose results exist is
+skipped; delete the folder to start over. Writes only --out_dir: models, logs, curves, report.json.
 Read next: README.md (the same steps on real text), 1-pretrain.py.
 """
 
@@ -38,17 +38,17 @@ from model.config import PRESETS
 
 PROJECT_FOLDER = Path(__file__).resolve().parent
 DIM = PRESETS["demo"]["dim"]
-# The training stages, and when their models answer the held-out questions.
+# Training stage -> key in report.json of its answers to the held-out questions.
 TRAINING = {"pretrain": "before_sft", "full_sft": "after_sft", "lora_sft": "after_lora", "dpo": "after_dpo"}
 LAST_STAGE = list(TRAINING)[-1]
 REPORT_LANGUAGES = ("zh", "en")
 SAMPLES_PER_LANGUAGE = 5
 QUESTION_KINDS = {
-    "seen_fact_new_wording": "after SFT, asked for in other words",
-    "unasked_fact_new_wording": "after SFT, only ever stated in pretraining",
+    "seen_fact_new_wording": "after SFT, facts seen in SFT, new wording",
+    "unasked_fact_new_wording": "after SFT, facts seen only in pretraining",
 }
 
-# Time limits decide how long each training takes: its learning rate falls to its end by then, on any machine.
+# --max_minutes bounds each training on any machine; the learning rate schedule ends at that time.
 FLAGS = {
     "world": "--statement_rounds 60 --chat_rounds 8",
     "tokenizer": "--vocab_size 4096",
@@ -56,8 +56,8 @@ FLAGS = {
     "full_sft": "--epochs 2 --batch_size 32 --learning_rate 3e-3 --max_minutes 2",
     "lora_sft": "--rank 16 --alpha 32 --epochs 3 --batch_size 16 --learning_rate 2.5e-3 --max_minutes 0.7",
     "dpo": "--epochs 1 --batch_size 32 --learning_rate 1e-4 --max_minutes 0.7 --log_interval 2 --eval_interval 15",
-    "exam": "--method text",  # so small a model has not learnt to answer with a letter: it always says the same one
-    "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # a smaller world for --max_steps
+    "exam": "--method text",  # a model of this size always answers with the same letter, so option texts are scored
+    "try": "--statement_rounds 4 --chat_rounds 1 --questions 20",  # with --max_steps: a smaller world
     "training": "--log_interval 25 --eval_interval 250 --eval_tokens 4096",
 }
 EXAM_FIELDS = ("questions", "accuracy", "low", "high", "chance", "sentence")
@@ -66,7 +66,7 @@ WORLD_FILES = ("words", "pretrain", "chats", "questions", "identity", "identity_
 
 @dataclass(frozen=True)
 class DemoStep:
-    """One command of the demo. It is complete when it ended well and the files in `results` are there."""
+    """One command of the demo. It is complete if it exited with 0 and the files in `results` exist."""
 
     name: str
     title: str
@@ -112,24 +112,24 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
     ]
     sit_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
-        ("world", "Compose the demo world", (world_command, list(files.values()))),
+        ("world", "Generate the demo world", (world_command, list(files.values()))),
         ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
-        ("pretrain_data", "Turn the texts into tokens", data("pretrain", "pretrain", "pretrain")),
-        ("sft_data", "Turn the chats into tokens", data("sft", "sft", "chats")),
-        ("identity_data", "The same for the chats about a new name", data("identity", "sft", "identity")),
-        ("dpo_data", "The same for the pairs of answers", data("dpo", "dpo", "pairs", "--val_share", "0.1")),
-        ("pretrain", "Pretrain: learn to continue text", train("1-pretrain.py", "pretrain", "pretrain")),
-        ("score_pretrain", "Put the held-out questions to the pretrained model", score("pretrain")),
-        ("full_sft", "Fine-tune: learn to answer", train("3-full_sft.py", "full_sft", "sft", "pretrain")),
-        ("score_full_sft", "Put the same questions again", score("full_sft")),
-        ("identity_before", "Ask who it is", score("full_sft", identity)),
-        ("lora_sft", "LoRA: learn a new name", train("4-lora_sft.py", "lora_sft", "identity", "full_sft")),
-        ("identity_after", "Ask again who it is", score("lora_sft", identity)),
-        ("score_lora_sft", "And the old questions: what was forgotten?", score("lora_sft")),
-        ("dpo", "DPO: prefer the better answer", train("5-dpo_train.py", "dpo", "dpo", "lora_sft")),
-        ("score_dpo", "Put the questions for the last time", score("dpo")),
-        ("exam", "Make an exam of the demo world", (exam_command, [exam / "subject_mapping.json"])),
-        ("score_exam", "Sit the exam: which of four answers is the likeliest?", (sit_command, [out / "exam.json"])),
+        ("pretrain_data", "Tokenize the texts", data("pretrain", "pretrain", "pretrain")),
+        ("sft_data", "Tokenize the chats", data("sft", "sft", "chats")),
+        ("identity_data", "Tokenize the chats about a new name", data("identity", "sft", "identity")),
+        ("dpo_data", "Tokenize the preference pairs", data("dpo", "dpo", "pairs", "--val_share", "0.1")),
+        ("pretrain", "Pretrain on the texts", train("1-pretrain.py", "pretrain", "pretrain")),
+        ("score_pretrain", "Ask the pretrained model the held-out questions", score("pretrain")),
+        ("full_sft", "Fine-tune on the chats", train("3-full_sft.py", "full_sft", "sft", "pretrain")),
+        ("score_full_sft", "Ask the same questions after SFT", score("full_sft")),
+        ("identity_before", "Ask for its name and job before LoRA", score("full_sft", identity)),
+        ("lora_sft", "LoRA: train a new name and job", train("4-lora_sft.py", "lora_sft", "identity", "full_sft")),
+        ("identity_after", "Ask for its name and job after LoRA", score("lora_sft", identity)),
+        ("score_lora_sft", "Ask the held-out questions after LoRA", score("lora_sft")),
+        ("dpo", "DPO: train on preference pairs", train("5-dpo_train.py", "dpo", "dpo", "lora_sft")),
+        ("score_dpo", "Ask the held-out questions after DPO", score("dpo")),
+        ("exam", "Generate an exam about the demo world", (exam_command, [exam / "subject_mapping.json"])),
+        ("score_exam", "Evaluate the exam by log-probabilities", (sit_command, [out / "exam.json"])),
     ]
     return [DemoStep(name, title, *command) for name, title, command in steps]
 
@@ -139,15 +139,15 @@ def answers_file(out: Path, stage: str, questions: str = "questions") -> Path:
 
 
 def run_steps(steps: list[DemoStep], out: Path) -> dict[str, float]:
-    """Run what is not complete yet; returns the seconds that each step took when it ran.
+    """Run the steps that are not complete; return step -> seconds, for skipped steps those of their earlier run.
 
-    out/steps.json remembers the completed commands. When a step has to run, all later ones run again too.
+    out/steps.json records the completed commands. If a step runs, all later steps run again.
     """
     record_file = out / "steps.json"
     record = read_step_record(record_file)
     for number, step in enumerate(steps, 1):
         done = record.get(step.name, {}).get("command") == step.command and all(path.exists() for path in step.results)
-        print(f"\n[{number}/{len(steps)}] {step.title}" + (": already there" if done else ""), flush=True)
+        print(f"\n[{number}/{len(steps)}] {step.title}" + (": already complete" if done else ""), flush=True)
         if done:
             continue
         for later in steps[number - 1 :]:
@@ -159,7 +159,7 @@ def run_steps(steps: list[DemoStep], out: Path) -> dict[str, float]:
 
 
 def read_step_record(path: Path) -> dict[str, Any]:
-    """step -> {"command", "seconds"} of the steps that are complete; damaged entries count as not complete."""
+    """step -> {"command", "seconds"} of the completed steps. Damaged entries are dropped."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -169,7 +169,7 @@ def read_step_record(path: Path) -> dict[str, Any]:
 
 
 def run_command(command: list[str]) -> float:
-    """Print and run `python command…` in the project's folder; returns its seconds. Its failure is our end."""
+    """Print and run `python command…` in the project's folder; return the seconds. Exits with its code if it fails."""
     print("$ " + subprocess.list2cmdline(["python", *command]), flush=True)
     started, interrupted = time.perf_counter(), None
     child = subprocess.Popen([sys.executable, *command], cwd=PROJECT_FOLDER)  # our own scripts and flags  # nosec B603
@@ -177,13 +177,13 @@ def run_command(command: list[str]) -> float:
         try:
             code = child.wait()
             break
-        except KeyboardInterrupt as stop:  # Ctrl-C reached the child too: let it save and end
+        except KeyboardInterrupt as stop:  # the child got Ctrl-C too: wait until it has saved
             interrupted = stop
             if isinstance(stop, Terminated):
                 child.terminate()
     if interrupted:
         raise interrupted
-    if code:  # the script has said why
+    if code:  # the script has printed the reason
         sys.exit(code if code > 0 else 128 - code)
     return time.perf_counter() - started
 
@@ -196,7 +196,7 @@ def read_result(path: Path) -> Any:
 
 
 def summarize_log(path: Path) -> dict[str, Any]:
-    """What a training log says in the end: tokens (or pairs), speed, last loss, last validation."""
+    """The last values of a training log: steps, tokens (or pairs), speed, loss, validation metrics."""
     rows = [with_current_metric_keys(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "val_loss" in row]
@@ -224,7 +224,7 @@ def make_demo_report(out: Path, seconds: dict[str, float], seed: int) -> dict[st
     samples: list[dict[str, Any]] = []
     for lang in REPORT_LANGUAGES:
         answers = [answer for answer in score[LAST_STAGE]["answers"] if answer["lang"] == lang]
-        # Drawn by the seed, not picked: wrong answers appear as often as they happen.
+        # Sampled with the seed, not selected: the fraction of wrong answers is representative.
         samples += random.Random(seed).sample(answers, min(SAMPLES_PER_LANGUAGE, len(answers)))
     model, _, _ = load_model(out / f"{LAST_STAGE}_{DIM}.pth")
     stages = {stage: summarize_log(out / f"{stage}_{DIM}.jsonl") for stage in TRAINING}
@@ -248,12 +248,12 @@ def make_demo_report(out: Path, seconds: dict[str, float], seed: int) -> dict[st
 
 
 def print_report(report: dict[str, Any], out: Path) -> None:
-    """The closing: what each stage achieved, ten answers, and how to go on."""
+    """Print the results of each stage, ten sampled answers, and the command for a chat."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    console.rule("what each stage achieved")
+    console.rule("results of each stage")
     headers = ("stage", "seconds", "tokens", "tok/s", "loss", "bits/byte\nzh", "\nen", "right\nzh", "\nen")
     table = Table(*headers, box=None, padding=(0, 2, 0, 0))
     for stage, moment in TRAINING.items():
@@ -272,21 +272,21 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     for line in explain_columns(report):
         console.print(line, highlight=False)
-    console.rule("ten of the held-out questions, drawn by lot")
+    console.rule("ten of the held-out questions, sampled at random")
     for sample in report["samples"]:
         mark = "[green]right[/]" if sample["correct"] else f"[red]wrong[/] (expected: {sample['keys'][0]})"
         console.print(f"[bold]{sample['question']}[/]  {mark}", highlight=False)
         console.print(f"    {sample['answer']}", highlight=False, markup=False)
     console.rule("done")
     minutes, millions = report["total_seconds"] / 60, report["parameters"] / 1e6
-    console.print(f"{millions:.1f} M parameters, trained from nothing; all steps took {minutes:.1f} minutes.")
+    console.print(f"{millions:.1f} M parameters, trained from scratch; all steps took {minutes:.1f} minutes.")
     print(f"loss curves:  {out}/*_{DIM}.png")
-    print(f"everything above, as json:  {out / 'report.json'}")
-    print(f"go on chatting:  {python_command()} 2-eval.py --checkpoint {out / f'{LAST_STAGE}_{DIM}.pth'}")
+    print(f"report as JSON:  {out / 'report.json'}")
+    print(f"chat with it:  {python_command()} 2-eval.py --checkpoint {out / f'{LAST_STAGE}_{DIM}.pth'}")
 
 
 def explain_columns(report: dict[str, Any]) -> list[str]:
-    """What the columns mean, and what does not fit into the table."""
+    """Lines below the table: the meaning of its columns, and results without a column."""
 
     def counts(scores: dict[str, Any]) -> str:
         return ", ".join(
@@ -296,22 +296,22 @@ def explain_columns(report: dict[str, Any]) -> list[str]:
     kinds, identity, dpo = report["answer_kinds"]["after_sft"], report["identity"], report["stages"]["dpo"]
     exam = report["exam"]
     lines = [
-        "tokens: those trained. bits/byte: of held-out texts and answers.",
-        "right: the exact key is in the answer to a question whose words nobody trained on.",
+        "tokens: trained tokens. bits/byte: on held-out texts and answers.",
+        "right: the answer contains the exact key; no model was trained on the wording of these questions.",
         *(f"  {meaning}: {counts(kinds[kind])}" for kind, meaning in QUESTION_KINDS.items() if kind in kinds),
-        "LoRA learnt a new name and job; asked in words never trained:",
+        "LoRA trained a new name and job; questions with held-out wordings answered right:",
         f"  before: {counts(identity['before_lora'])}; after: {counts(identity['after_lora'])}",
     ]
     if "val_reward_accuracy" in dpo:
-        lines.append("DPO, on held-out pairs: the better answer is the likelier one (per token), and has gained:")
+        lines.append("DPO, held-out pairs whose chosen answer has the higher log-probability per token:")
     for lang, gained in dpo.get("val_reward_accuracy", {}).items():
         before, after = dpo["val_chosen_preferred_before"][lang], dpo["val_chosen_preferred"][lang]
-        lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; it gained on the other in {gained:.1%}")
-    return [*lines, f"Exam, {exam['questions']} questions with four answers each:", f"  {exam['sentence']}"]
+        lines.append(f"  {lang}: before {before:.1%}, after {after:.1%}; reward accuracy {gained:.1%}")
+    return [*lines, f"Exam, {exam['questions']} questions with four options each:", f"  {exam['sentence']}"]
 
 
 def python_command() -> str:
-    """How to call this Python from the project's folder: `make demo` has its own in .venv."""
+    """The command that starts this Python from the project's folder: `make demo` uses one in .venv."""
     here = Path(sys.executable)
     return str(here.relative_to(PROJECT_FOLDER)) if here.is_relative_to(PROJECT_FOLDER) else "python"
 
@@ -319,12 +319,12 @@ def python_command() -> str:
 def main() -> None:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out_dir", type=cli.path_string, default="out/demo", help="everything goes here (default: out/demo)"
+        "--out_dir", type=cli.path_string, default="out/demo", help="folder for all output (default: out/demo)"
     )
     parser.add_argument("--seed", type=cli.seed, default=0,
-        help="random seed of the world, the weights and the order (default: 0)")  # fmt: skip
+        help="random seed of world, initial weights and data order (default: 0)")  # fmt: skip
     parser.add_argument("--max_steps", type=cli.max_steps, default=0,
-                        help="quick trial: stop each training after so many steps (-1 or 0: no limit)")  # fmt: skip
+                        help="quick test: stop each training after this many steps (-1 or 0: no limit)")  # fmt: skip
     args = parser.parse_args()
     out = Path(args.out_dir)
     if Path.cwd() != PROJECT_FOLDER:  # the commands run in the project's folder
@@ -339,7 +339,7 @@ def main() -> None:
         write_json(out / "report.json", report)
     print()
     print_report(report, out)
-    print(f"this run of demo.py: {time.perf_counter() - started:.0f} seconds")
+    print(f"demo.py took {time.perf_counter() - started:.0f} seconds")
 
 
 if __name__ == "__main__":

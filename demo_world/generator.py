@@ -69,7 +69,7 @@ def build_world(
     world_of = {world.lang: world for world in worlds}
     contents = [(message["content"], row["lang"]) for row in chats for message in row["messages"]]
     contents += [(row["text"], row["lang"]) for row in texts]
-    words = [{"text": world_of[lang].in_words(text), "lang": lang} for text, lang in contents]
+    words = [{"text": world_of[lang].split_words(text), "lang": lang} for text, lang in contents]
     files = {"words.jsonl": words, "pretrain.jsonl": texts, "chats.jsonl": chats, "questions.jsonl": heldout}
     files["identity.jsonl"] = [as_row(chat, world.lang) for world in worlds for chat in identity_chats(world)]
     files["identity_questions.jsonl"] = [row for world in worlds for row in identity_questions(world)]

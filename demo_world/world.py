@@ -124,9 +124,9 @@ class DemoWorld:
                 gap = "\n" if self.rng.random() < LINES_SHARE else self.gap
                 yield gap.join(sentences)
 
-    # ---- words, for the tokenizer
+    # ---- tokenizer: text split into words
 
-    def in_words(self, text: str) -> str:
+    def split_words(self, text: str) -> str:
         """The text with a line break after every word. Chinese words are the names of the facts and a list of words."""
         if self.lang == "en":
             return re.sub(r"(?<=\S)(?= )", "\n", text)

@@ -1,8 +1,8 @@
-"""The file lineage.json of an exported folder: what is known about the model, as JSON, read and written.
+"""Reads and writes lineage.json, the file of an exported folder that holds the facts about its model.
 
     {"stage": "dpo", "parameters": 26878464, "tokens": 2009894, "chain": [...], ...}   keys: model_facts.model_facts
 
-Read next: model_facts.py (where the facts come from), hf_import.py (reads stage and chain).
+Read next: model_facts.py (collects the facts), hf_import.py (reads stage and chain).
 """
 
 import json
@@ -15,15 +15,15 @@ from common.metric_keys import with_current_metric_keys
 from model.checkpoint_schema import escape_controls_in, lineage_problem, stage_problem
 from model.config import ModelConfig
 
-LINEAGE_FILE = "lineage.json"  # the file of an exported folder
-LICENSE_PATTERN = r"[a-z0-9][a-z0-9.+-]*"  # an identifier of the hub or of SPDX, in small letters
+LINEAGE_FILE = "lineage.json"
+LICENSE_PATTERN = r"[a-z0-9][a-z0-9.+-]*"  # an identifier of the hub or of SPDX, in lower case
 _LANGUAGES = ("zh", "en")
 
 Facts = dict[str, Any]
 
 
 def read_facts(folder: Path) -> Facts | None:
-    """The facts of an exported folder; None where it was not exported from here. Raises UserError when damaged."""
+    """The facts of an exported folder, None if it has no lineage.json. Raises UserError if the file is damaged."""
     try:
         content = json.loads((folder / LINEAGE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -33,14 +33,16 @@ def read_facts(folder: Path) -> Facts | None:
             f"cannot read {folder / LINEAGE_FILE} ({error}): export the model again, or delete this file"
         ) from None
     if invalid := invalid_fields(content):
-        raise UserError(f"{folder / LINEAGE_FILE}: {invalid} is wrong: export the model again, or delete this file")
+        raise UserError(
+            f"{folder / LINEAGE_FILE}: invalid fields: {invalid}: export the model again, or delete this file"
+        )
     absent = dict.fromkeys(("license", "parent", "adapter"))
     content["chain"] = escape_controls_in(content["chain"])
     return {**absent, **content, **summarize_chain(content["chain"]), "file": folder.name}
 
 
 def invalid_fields(content: Any) -> str:
-    """The names of the fields of a lineage.json that nobody could have written; "" if it is sound."""
+    """The invalid fields of a lineage.json, joined by commas; "" if all are valid."""
     if not isinstance(content, dict):
         return "everything"
     texts, numbers = ("stage", "size", "chat_format"), ("parameters", "active_parameters")
@@ -63,7 +65,7 @@ def invalid_fields(content: Any) -> str:
 
 
 def is_score_entry(score: Any) -> bool:
-    """Whether this is an entry of `scores`: see `model_facts.model_facts`."""
+    """Whether `score` is a valid entry of `scores` (see `model_facts.model_facts`)."""
     if not isinstance(score, dict) or not isinstance(score.get("name"), str):
         return False
     accuracy, num_questions = score.get("accuracy"), score.get("questions")
@@ -76,13 +78,13 @@ def is_score_entry(score: Any) -> bool:
 
 
 def facts_json(facts: Facts) -> str:
-    """The text of an exported folder's lineage.json. What the folder is called is not part of it."""
+    """The text of lineage.json. The key "file" is left out: it is the name of the folder."""
     content = {name: value for name, value in facts.items() if name != "file"}
     return json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
 def summarize_chain(chain: list[dict[str, Any]]) -> Facts:
-    """The figures of a whole chain: sums over its stages, and the last stage's losses."""
+    """Tokens, pairs and seconds summed over the stages of a chain; loss and validation of the last stage."""
     last = chain[-1] if chain else {}
     validation = last.get("validation")
     validations = [entry.get("validation") for entry in chain]
@@ -97,5 +99,5 @@ def summarize_chain(chain: list[dict[str, Any]]) -> Facts:
 
 
 def number_or_zero(value: Any) -> float:
-    """The number that an entry names; 0 for none, and for whatever else somebody wrote there."""
+    """`value` if it is a number, else 0."""
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0

@@ -1,16 +1,16 @@
-"""One of our models as one GGUF file, for llama.cpp and what is built on it, and a Modelfile for Ollama.
+"""Writes a model as one GGUF file for llama.cpp and the programs built on it, and a Modelfile for Ollama.
 
-    ours                                  GGUF
+    model                                 GGUF
     dense                                 architecture llama      q and k rows of each head interleaved, see below
-    dense with qkv_bias                   architecture qwen2      q and k as they are; llama where qwen2 does not fit
-    dense with QK-norm                    architecture qwen3      q and k as they are
-    experts with QK-norm                  architecture qwen3moe   q and k as they are, experts stacked
+    dense with qkv_bias                   architecture qwen2      q and k unchanged; llama where qwen2 does not fit
+    dense with QK-norm                    architecture qwen3      q and k unchanged
+    experts with QK-norm                  architecture qwen3moe   q and k unchanged, experts stacked
     experts without QK-norm               architecture granitemoe q and k interleaved, experts stacked
 
-RoPE rotates dimension i together with i + head_dim / 2 here and in qwen2, qwen3 and qwen3moe, but 2i together with
-2i + 1 in the other two: there the rows (and biases) of q_proj and k_proj are permuted inside each head, which changes
-no score (q and k are permuted alike). llama.cpp's qwen2 has neither a head_dim of its own nor llama3's RoPE scaling;
-its llama has both, and reads biases. RoPE scaling: gguf_rope.py.
+RoPE rotates dimensions i and i + head_dim / 2 together here and in qwen2, qwen3 and qwen3moe; llama and granitemoe
+rotate 2i and 2i + 1. For these two the rows (and biases) of q_proj and k_proj are permuted inside each head. Attention
+scores do not change, because q and k are permuted alike. llama.cpp's qwen2 supports neither a separate head_dim nor
+llama3's RoPE scaling; its llama supports both, and biases. RoPE scaling: gguf_rope.py.
 
 Source: llama.cpp's src/llama-vocab.cpp and src/models/, the gguf package.
 Read next: gguf_tokenizer.py, verify_gguf.py (verification), hf_export.py.
@@ -46,7 +46,7 @@ GGUF_ARCHITECTURES = {
     "granitemoeshared": "granitemoe",
 }
 INTERLEAVED_ARCHITECTURES = ("llama", "granitemoe")
-GGUF_TENSOR_NAMES = {  # of the tensors
+GGUF_TENSOR_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -77,27 +77,27 @@ def import_gguf() -> Any:
 
 
 def check_supported(config: ModelConfig, tokenizer: ChatTokenizer) -> None:
-    """Raises UserError, before any work, for what `write_gguf` would refuse."""
+    """Raises UserError if `write_gguf` would reject the model or the tokenizer. Loads no weights."""
     import_gguf()
     pre_tokenizer_name(tokenizer)
     check_rope_supported(config, gguf_architecture(config))
 
 
 def gguf_architecture(config: ModelConfig) -> str:
-    """llama.cpp's name for it. Raises UserError where no stock architecture holds the model."""
+    """llama.cpp's name of the architecture. Raises UserError if no stock architecture computes the model."""
     name = GGUF_ARCHITECTURES[hf_architecture(config)[1]]
     is_wide = config.n_heads * config.head_dim != config.dim
     return "llama" if name == "qwen2" and (is_wide or config.rope_scaling.get("rope_type") == "llama3") else name
 
 
 def interleave(matrix: Tensor, heads: int) -> Tensor:
-    """Rows (heads * head_dim[, dim]): i and i + head_dim / 2 of each head become neighbours 2i and 2i + 1."""
+    """Permute rows of (heads * head_dim[, dim]): i and i + head_dim / 2 of each head become 2i and 2i + 1."""
     rows = len(matrix) // heads // 2
     return matrix.view(heads, 2, rows, *matrix.shape[1:]).transpose(1, 2).reshape(matrix.shape)
 
 
 def stack_experts(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Each layer's experts as one tensor (experts, out, in) per matrix."""
+    """Stack the experts of each layer into one tensor (experts, out, in) per projection."""
     stacked = {name: tensor for name, tensor in state.items() if ".mlp.experts." not in name}
     for layer in range(config.n_layers):
         prefix = f"model.layers.{layer}.mlp.experts."
@@ -108,7 +108,7 @@ def stack_experts(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its GGUF name, fp32."""
+    """Yield (GGUF name, fp32 tensor) for every tensor of the model."""
     config, state, target_architecture = model.config, model_state_dict(model), gguf_architecture(model.config)
     translate = {"granitemoe": to_granite, "qwen3moe": stack_experts}
     state = translate[target_architecture](state, config) if target_architecture in translate else state
@@ -131,7 +131,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 def split_granite_experts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """Granite's stacks as llama.cpp keeps them: gate and up apart."""
+    """Split Granite's stacked tensors into those of llama.cpp, which keeps gate and up separate."""
     if part == "block_sparse_moe.router.layer":
         return [("ffn_gate_inp", tensor)]
     if part == "block_sparse_moe.output_linear":
@@ -144,7 +144,7 @@ def split_granite_experts(part: str, tensor: Tensor) -> list[tuple[str, Tensor]]
 
 
 def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str, facts: Facts) -> None:
-    """Write the file. Raises UserError for a model or a tokenizer that llama.cpp cannot hold."""
+    """Write the GGUF file. Raises UserError if llama.cpp cannot represent the model or the tokenizer."""
     gguf = import_gguf()
     config, pre = model.config, pre_tokenizer_name(tokenizer)
     check_rope_supported(config, gguf_architecture(config))
@@ -170,7 +170,7 @@ def write_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantiz
 
 
 def storage_type(gguf: Any, name: str, tensor: Tensor, quantization: str) -> Any:
-    """How a tensor is kept: norms and routers in fp32, rows that are no multiple of q8_0's 32 numbers in f16."""
+    """The ggml type of a tensor: fp32 for norms and routers, f16 for rows that q8_0's blocks of 32 do not divide."""
     if tensor.dim() < 2 or name.endswith(("ffn_gate_inp.weight", "mlp.gate.weight")):
         return gguf.GGMLQuantizationType.F32
     if quantization == "q8_0" and tensor.shape[-1] % 32:
@@ -205,8 +205,11 @@ def write_hyperparameters(writer: Any, config: ModelConfig) -> None:
 
 
 def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
-    """Ollama's Modelfile. Its TEMPLATE is in Go's template language; for a foreign chat template Ollama is left to read
-    the one in the file."""
+    """The text of Ollama's Modelfile.
+
+    TEMPLATE is written in Go's template language. It is left out for a foreign chat template: Ollama then uses the
+    template in the GGUF file.
+    """
     lines = ["# ollama create NAME -f Modelfile; ollama run NAME", f"FROM ./{file}"]
     if isinstance(tokenizer.format, ChatTemplate):
         lines.append(f'TEMPLATE """{go_template(tokenizer.format)}"""')
@@ -217,7 +220,7 @@ def modelfile(file: str, tokenizer: ChatTokenizer, config: ModelConfig) -> str:
 
 
 def go_template(chat: ChatTemplate) -> str:
-    """The chat format over Ollama's .Messages; what stands before an answer comes last, so each answer is followed."""
+    """The chat format as a Go template over Ollama's .Messages, with the generation prompt at its end."""
     turns = []
     for role, (before, behind) in chat.roles.items():
         behind = chat.inner_suffix if role == "assistant" and chat.inner_suffix is not None else behind

@@ -1,12 +1,12 @@
-"""RoPE scaling in a GGUF file, where llama.cpp computes the same.
+"""Writes RoPE scaling to a GGUF file, where llama.cpp computes the same.
 
     linear     rope.scaling.type linear, factor
     yarn       rope.scaling.type yarn, factor, original_context_length, attn_factor
-    llama3     the tensor rope_freqs.weight: by how much each pair is slowed down; architectures llama and granitemoe
-    dynamic    refused: llama.cpp has one table for all lengths
+    llama3     the tensor rope_freqs.weight: a divisor for each frequency; architectures llama and granitemoe only
+    dynamic    rejected: llama.cpp has one RoPE table for all sequence lengths
 
-llama.cpp multiplies YaRN's default factor on cos and sin, 0.1 ln(factor) + 1, by attn_factor. It always rounds the ends
-of the ramp and reads no beta_fast and beta_slow in these architectures, so other values are refused.
+llama.cpp multiplies YaRN's default factor on cos and sin, 0.1 ln(factor) + 1, by attn_factor. In these architectures it
+always rounds the ends of the ramp and does not read beta_fast and beta_slow, so other values are rejected.
 Source: llama.cpp, src/llama-context.cpp and ggml's rope_yarn.
 Read next: ../model/rope.py, gguf_export.py.
 """
@@ -23,7 +23,7 @@ from model.rope import attention_factor, rope_frequencies
 
 
 def check_rope_supported(config: ModelConfig, architecture: str) -> None:
-    """Raises UserError for a scaling that llama.cpp does not compute."""
+    """Raises UserError if llama.cpp does not compute the RoPE scaling of `config` in this architecture."""
     kind, scaling = config.rope_scaling.get("rope_type"), config.rope_scaling
     ramp = (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1), scaling.get("truncate", True))
     for problem, wrong in {
@@ -37,7 +37,7 @@ def check_rope_supported(config: ModelConfig, architecture: str) -> None:
 
 
 def write_rope_scaling(gguf: Any, writer: Any, config: ModelConfig) -> None:
-    """The keys of linear and yarn."""
+    """Write the metadata keys of linear and yarn scaling."""
     scaling = config.rope_scaling
     kind = scaling.get("rope_type")
     if kind not in ("linear", "yarn"):
@@ -52,6 +52,6 @@ def write_rope_scaling(gguf: Any, writer: Any, config: ModelConfig) -> None:
 
 
 def llama3_rope_factors(config: ModelConfig) -> Tensor:
-    """(head_dim / 2,): by how much llama3's scaling slows each pair down."""
+    """The divisors (head_dim / 2,) that llama3's scaling applies to the RoPE frequencies."""
     unscaled, _ = rope_frequencies(dataclasses.replace(config, rope_scaling={}))
     return unscaled / rope_frequencies(config)[0]

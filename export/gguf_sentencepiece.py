@@ -1,18 +1,19 @@
-"""A SentencePiece BPE tokenizer (Llama 2, TinyLlama, Mistral 7B) as llama.cpp's `llama` tokenizer, and whether it fits.
+"""Converts a SentencePiece BPE tokenizer (Llama 2, TinyLlama, Mistral 7B) to llama.cpp's `llama` tokenizer.
 
     tokenizer.json                                          GGUF
-    merges, the first one first                             scores: minus the rank of the merge that makes a piece
+    merges in order of rank                                 scores: minus the rank of the merge that makes a piece
     Prepend ▁, or Metaspace that prepends                   add_space_prefix
     <unk>, <s> and other control tokens, <0x00> ... <0xFF>  types unknown, control, byte
 
-llama.cpp joins any two neighbours whose text is a piece, the highest score first, then the leftmost; characters that
-are no piece become bytes. tokenizer.json lists the pairs that may be joined. Both are the same where every pair that
-makes a piece is listed, as the conversion of a SentencePiece model lists them. Trained elsewhere, a tokenizer may lack
-some: `check_sentencepiece` compares all pieces, pairs and a chat, and refuses the first difference. That is a large
-sample, no proof. A control token that a user types stays text here; in llama.cpp only where no two pieces join to it.
+llama.cpp merges any two neighbours whose concatenation is a piece: the highest score first, then the leftmost.
+Characters without a piece become bytes. tokenizer.json merges only the pairs that it lists. Both give the same tokens
+if every pair that makes a piece is listed, as in files converted from a SentencePiece model. Other tokenizers may lack
+pairs: `check_sentencepiece` compares all pieces, random pairs and a chat, and raises at the first difference. This is a
+large sample, not a proof. A control token typed by a user stays text here; in llama.cpp it stays text only if no two
+pieces merge to it.
 
 Source: llama.cpp's src/llama-vocab.cpp (llm_tokenizer_spm); Kudo and Richardson 2018 (SentencePiece).
-Called by gguf_tokenizer.py.
+Read next: gguf_tokenizer.py, which calls this module.
 """
 
 import heapq
@@ -30,12 +31,12 @@ from model.tokenizer import ChatTokenizer
 SPACE = "▁"
 BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 TOKEN_NORMAL, TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_USER_DEFINED, TOKEN_UNUSED, TOKEN_BYTE = range(1, 7)  # gguf.TokenType
-NUM_RANDOM_PAIRS = 4000  # random pairs of pieces that `check_sentencepiece` cuts
+NUM_RANDOM_PAIRS = 4000  # random pairs of pieces that `check_sentencepiece` encodes
 
 
 @dataclass(frozen=True)
 class SentencePieceVocabulary:
-    """The tokenizer as stored in the file; the index is the token id."""
+    """The tokenizer as the GGUF file stores it. The index in each list is the token id."""
 
     pieces: list[str]
     scores: list[float]
@@ -43,10 +44,10 @@ class SentencePieceVocabulary:
     add_space_prefix: bool
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
-        """Token ids as llama.cpp gives them without a bos. `parse_special`: control tokens in the text are such."""
+        """The token ids that llama.cpp returns without bos. With `parse_special`, control tokens in text are parsed."""
         pattern = self._all_tokens if parse_special else self._user_defined
         ids: list[int] = []
-        for i, part in enumerate(pattern.split(text)):  # every other part is a token
+        for i, part in enumerate(pattern.split(text)):  # the separators, at odd indices, are tokens
             if i % 2:
                 ids.append(self._ids[part])
             elif part:
@@ -66,7 +67,7 @@ class SentencePieceVocabulary:
         return self._type_pattern(TOKEN_USER_DEFINED)
 
     def _type_pattern(self, *kinds: int) -> re.Pattern[str]:
-        """Finds the tokens of these kinds in text, the longest first."""
+        """A pattern with one group that matches the tokens of these types, the longest first."""
         found = [piece for piece, kind in zip(self.pieces, self.types, strict=True) if kind in kinds]
         return re.compile("(" + ("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)") + ")")
 
@@ -87,7 +88,7 @@ class SentencePieceVocabulary:
         while queue:
             _, left, right, joined = heapq.heappop(queue)
             if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != joined:
-                continue  # one of them was joined with another neighbour
+                continue  # stale: one of the two was already merged with another neighbour
             symbols[left], symbols[right] = joined, ""
             following[left] = following[right]
             if following[right] >= 0:
@@ -102,23 +103,23 @@ class SentencePieceVocabulary:
 
 
 def is_sentencepiece(tokenizer: ChatTokenizer) -> bool:
-    """A BPE over characters that writes a space as ▁."""
+    """Whether the tokenizer is a BPE over characters that writes a space as ▁."""
     content = json.loads(tokenizer.files["tokenizer.json"])
     steps = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")], ensure_ascii=False)
     return content["model"].get("type") == "BPE" and SPACE in steps and "ByteLevel" not in steps
 
 
 def build_vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> SentencePieceVocabulary:
-    """The tokenizer for llama.cpp, not checked. Raises UserError for a step of it that llama.cpp does not have."""
+    """The vocabulary for llama.cpp, not compared yet. Raises UserError for a step that llama.cpp does not have."""
     content = json.loads(tokenizer.files["tokenizer.json"])
     model = content["model"]
     prefix = has_space_prefix(content)
     ids: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
     if not model.get("byte_fallback") or not BYTE_PIECES.keys() <= ids.keys():
-        raise_unsupported("llama.cpp spells unknown characters in bytes, and it has no byte fallback")
+        raise_unsupported("llama.cpp encodes unknown characters as bytes, and it has no byte fallback")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if any(part in BYTE_PIECES for merge in merges for part in merge):
-        raise_unsupported("llama.cpp never merges bytes of unknown characters, and it does")
+        raise_unsupported("llama.cpp never merges bytes of unknown characters, and this one does")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
@@ -136,7 +137,7 @@ def build_vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> SentencePiece
 
 
 def has_space_prefix(content: dict[str, Any]) -> bool:
-    """Is a ▁ put in front of text? Raises UserError for a step before the merges that llama.cpp does not have."""
+    """Whether a ▁ is prepended to text. Raises UserError for a step before the merges that llama.cpp does not have."""
     normalizer, cut = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     prepends = False
@@ -148,14 +149,14 @@ def has_space_prefix(content: dict[str, Any]) -> bool:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             prepends = prepends or scheme != "never"
             if step.get("split", True) and any(SPACE in piece[1:] for piece in content["model"]["vocab"]):
-                raise_unsupported("llama.cpp merges across words, and it does not")
+                raise_unsupported("llama.cpp merges across words, and this one does not")
         elif not (kind == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE):
             raise_unsupported(f"llama.cpp has no {kind} before the merges")
     return prepends
 
 
 def metaspace_scheme(tokenizer: ChatTokenizer) -> str:
-    """Where a Metaspace step prepends a ▁: always, first (only at the start of a text), never, or "" without one."""
+    """prepend_scheme of the Metaspace step: always, first (at the start of a text) or never; "" without the step."""
     cut = json.loads(tokenizer.files["tokenizer.json"]).get("pre_tokenizer") or {}
     for step in cut.get("pretokenizers", [cut]):
         if step.get("type") == "Metaspace":
@@ -164,14 +165,14 @@ def metaspace_scheme(tokenizer: ChatTokenizer) -> str:
 
 
 def tokenizer_caveat(tokenizer: ChatTokenizer) -> str:
-    """A note about text that llama.cpp tokenizes differently, or ""."""
+    """A note on text that llama.cpp tokenizes differently, or ""."""
     if is_sentencepiece(tokenizer) and metaspace_scheme(tokenizer) in ("always", "first"):
-        return "; text that begins with a space has one ▁ more in llama.cpp"
+        return "; text that begins with a space has one more ▁ in llama.cpp"
     return ""
 
 
 def check_sentencepiece(tokenizer: ChatTokenizer) -> None:
-    """Raises UserError with the reason where the tokenizer does not fit, or the first text that is cut differently."""
+    """Raises UserError if llama.cpp cannot represent the tokenizer, naming the step or the first differing text."""
     vocab = build_vocabulary(tokenizer, tokenizer.vocab_size)
     normal_pieces = [piece for piece, kind in zip(vocab.pieces, vocab.types, strict=True) if kind == TOKEN_NORMAL]
     rng = random.Random(0)
@@ -186,17 +187,17 @@ def check_sentencepiece(tokenizer: ChatTokenizer) -> None:
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         if vocab.encode(text) != ids:
             raise_unsupported(
-                f"llama.cpp, which joins any two neighbours that make a piece, cuts {text[:40]!r} differently"
+                f"llama.cpp, which merges any two neighbours that make a piece, tokenizes {text[:40]!r} differently"
             )
     chat = sample_chat_ids(tokenizer)
     if chat and vocab.encode(sample_chat_text(tokenizer), parse_special=True) != chat:
         prefixed = metaspace_scheme(tokenizer) == "first"
         raise_unsupported(
-            "llama.cpp puts a ▁ behind each control token of a chat, it only in front of a text"
+            "llama.cpp adds a ▁ after each control token of a chat, this one only at the start of a text"
             if prefixed
-            else "llama.cpp cuts a rendered chat differently"
+            else "llama.cpp tokenizes a rendered chat differently"
         )
 
 
 def raise_unsupported(reason: str) -> None:
-    raise UserError(f"--gguf: this SentencePiece tokenizer fits no GGUF: {reason}: leave out --gguf")
+    raise UserError(f"--gguf: GGUF does not support this SentencePiece tokenizer: {reason}: leave out --gguf")

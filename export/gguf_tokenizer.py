@@ -1,14 +1,14 @@
-"""The tokenizer of a GGUF file: the same ids in llama.cpp for every text.
+"""Writes the tokenizer of a GGUF file: llama.cpp then gives the same ids for every text.
 
-    byte-level BPE             tokenizer.ggml.model gpt2, with merges and a name for how text is cut
+    byte-level BPE             tokenizer.ggml.model gpt2, with merges and the name of a pre-tokenizer
     BPE over characters and ▁  tokenizer.ggml.model llama, with scores (gguf_sentencepiece.py)
 
-llama.cpp knows how text is cut into words before byte-pair merges by a name, not by a pattern. Ours cuts at line ends,
-digits and "<" alone; "superbpe" cuts at numbers alone, and since no piece of ours reaches across a place where we cut,
-both end with the same tokens. The vocabulary is checked for this before a file is written.
+llama.cpp identifies a pre-tokenizer, the split of text before byte-pair merges, by a name and not by a pattern. Our own
+splits at line ends, digits and "<"; llama.cpp's "superbpe" splits at numbers only. Both give the same tokens as long as
+no piece of the vocabulary crosses one of our splits, which is checked before a file is written.
 
 Source: llama.cpp's src/llama-vocab.cpp, the gguf package.
-Called by gguf_export.py. Read next: gguf_sentencepiece.py, verify_gguf.py.
+Read next: gguf_sentencepiece.py, verify_gguf.py; gguf_export.py calls this module.
 """
 
 import json
@@ -22,11 +22,11 @@ from export.hf_export import bos_id
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 
-# How a byte-level tokenizer cuts text before it merges -> llama.cpp's name for it.
+# Patterns of byte-level pre-tokenizers; PRE_TOKENIZERS maps each to its name in llama.cpp.
 _WORD_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _PUNCTUATION_PATTERN = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 OWN_PATTERN = r"\n|\p{N}|<|[^\n\p{N}<]+"
-SENTENCEPIECE_PRE_TOKENIZER = "default"  # llama.cpp's name where nothing cuts text before the merges
+SENTENCEPIECE_PRE_TOKENIZER = "default"  # llama.cpp's name for no pre-tokenizer
 PRE_TOKENIZERS = {
     OWN_PATTERN: "superbpe",
     _WORD_PATTERN + r"\p{N}" + _PUNCTUATION_PATTERN: "qwen2",
@@ -36,7 +36,7 @@ PRE_TOKENIZERS = {
 
 
 def pre_tokenizer_name(tokenizer: ChatTokenizer) -> str:
-    """llama.cpp's name for how this tokenizer cuts text. Raises UserError where there is none, or it would not fit."""
+    """llama.cpp's name of the pre-tokenizer. Raises UserError if it has none, or would give other tokens."""
     if is_sentencepiece(tokenizer):
         check_sentencepiece(tokenizer)
         return SENTENCEPIECE_PRE_TOKENIZER
@@ -46,29 +46,28 @@ def pre_tokenizer_name(tokenizer: ChatTokenizer) -> str:
     byte_level = steps[-1].get("type") == "ByteLevel" and not steps[-1].get("add_prefix_space")
     normalizer = content.get("normalizer")
     if kind != "BPE" or not byte_level or normalizer not in (None, {"type": "NFC"}):
-        hint = "llama.cpp has no name for how it cuts text"
+        hint = "llama.cpp has no pre-tokenizer for it"
         if kind == "Unigram":
-            hint = "llama.cpp writes no lone bytes for it"
+            hint = "llama.cpp has no byte fallback for it"
         elif kind == "BPE" and byte_level:
-            hint = f"llama.cpp has no {normalizer.get('type')} in front of it"
-        raise UserError(f"--gguf: a {kind} tokenizer of this kind fits no GGUF ({hint}): byte-level BPE does")
+            hint = f"llama.cpp does not apply {normalizer.get('type')}"
+        raise UserError(f"--gguf: GGUF does not support this {kind} tokenizer ({hint}): use byte-level BPE")
     patterns = [step.get("pattern", {}).get("Regex", "?") for step in steps[:-1]]
     pattern = patterns[0] if len(patterns) == 1 else "?" if patterns or not steps[-1].get("use_regex", True) else ""
     if pattern not in PRE_TOKENIZERS:
         raise UserError(
-            f"--gguf: llama.cpp has no name for how this tokenizer cuts text ({' '.join(patterns)[:80]}): "
-            "leave out --gguf"
+            f"--gguf: llama.cpp has no pre-tokenizer with this pattern ({' '.join(patterns)[:80]}): leave out --gguf"
         )
     if pattern == OWN_PATTERN and (bad := piece_across_cut(tokenizer)):
         raise UserError(
-            f"--gguf: the piece {bad!r} reaches across a line end, a digit or '<', and llama.cpp would use it: "
+            f"--gguf: the piece {bad!r} crosses a line end, a digit or '<', and llama.cpp would use it: "
             "leave out --gguf"
         )
     return PRE_TOKENIZERS[pattern]
 
 
 def piece_across_cut(tokenizer: ChatTokenizer) -> str:
-    """A piece of the vocabulary that our own pre-tokenizer would never produce, or ""."""
+    """A piece of the vocabulary that crosses a split of our own pre-tokenizer, or ""."""
     special = tokenizer.special_ids
     for index, raw in enumerate(vocab_bytes(tokenizer.backend)):
         piece = raw.decode("utf-8", "replace")
@@ -79,7 +78,7 @@ def piece_across_cut(tokenizer: ChatTokenizer) -> str:
 
 
 def write_tokenizer(gguf: Any, writer: Any, tokenizer: ChatTokenizer, config: ModelConfig, pre: str) -> None:
-    """Pieces, merges, special tokens and the chat template."""
+    """Write pieces, merges, special tokens and the chat template."""
     if pre == SENTENCEPIECE_PRE_TOKENIZER:
         write_sentencepiece(writer, tokenizer, config)
     else:

@@ -1,16 +1,17 @@
-"""A mixture of experts under the names of GraniteMoeShared, the stock architecture that holds ours exactly.
+"""Converts a mixture of experts to and from GraniteMoeShared, a stock architecture that computes the same.
 
-    ours                                             theirs, in a folder's safetensors
+    here                                             GraniteMoeShared, in the folder's safetensors
     mlp.gate.weight                    (E, dim)      block_sparse_moe.router.layer.weight      (E, dim)
     mlp.experts.{i}.gate_proj, up_proj (ff, dim)     block_sparse_moe.input_linear.weight      (E, 2 ff, dim)
     mlp.experts.{i}.down_proj          (dim, ff)     block_sparse_moe.output_linear.weight     (E, dim, ff)
     mlp.shared_experts.{i}.gate, up                  shared_mlp.input_linear.weight            (2 S ff, dim)
     mlp.shared_experts.{i}.down                      shared_mlp.output_linear.weight           (dim, S ff)
 
-The sum of S shared feed-forwards is one feed-forward S times as wide, so their matrices lie side by side. Softmax over
-the top k logits is the softmax over all, divided by the sum of its top k: ../model/moe.py's weights. Granite's four
-multipliers are set to what makes them disappear. Source: transformers, models/granitemoeshared and
-conversion_mapping.py. Read next: ../model/moe.py, hf_import.py (reading such a folder), hf_export.py (writing one).
+The sum of S shared feed-forwards equals one feed-forward S times as wide, so their matrices are concatenated. Softmax
+over the top k logits equals softmax over all logits divided by the sum of its top k: the weights of ../model/moe.py.
+Granite's four multipliers are set to values that have no effect.
+Source: transformers, models/granitemoeshared and conversion_mapping.py.
+Read next: ../model/moe.py, hf_import.py (reads such a folder), hf_export.py (writes one).
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ _ROUTER, _IN, _OUT, _SHARED_IN, _SHARED_OUT = (
 
 
 def granite_settings(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says beside the sizes that every architecture has."""
+    """The keys of config.json that only GraniteMoeShared has."""
     return {
         "num_local_experts": config.n_routed_experts,
         "num_experts_per_tok": config.n_active_experts,
@@ -43,7 +44,7 @@ def granite_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def granite_multipliers(head_dim: int) -> dict[str, float]:
-    """Granite's own factors, at the values with which it computes what a plain decoder computes."""
+    """Granite's multipliers, with the values that make it a plain decoder."""
     return {
         "attention_multiplier": head_dim**-0.5,
         "embedding_multiplier": 1.0,
@@ -53,7 +54,7 @@ def granite_multipliers(head_dim: int) -> dict[str, float]:
 
 
 def to_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
-    """Our tensors under Granite's names. Attention, norms and embeddings are called the same on both sides."""
+    """Convert a state dict to Granite's names and shapes. Attention, norms and embeddings have equal names."""
     theirs = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
     for layer in range(config.n_layers):
         prefix = f"model.layers.{layer}."
@@ -75,7 +76,7 @@ def to_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
 
 
 def from_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
-    """The way back. A tensor that is missing or of another shape is left as it is: load_state will name it."""
+    """Convert a state dict from Granite's names. A tensor with another shape is left for load_state to report."""
     ours = dict(state)
     width, shared = config.hidden_dim, config.n_shared_experts
     shapes = {
@@ -99,7 +100,7 @@ def from_granite(state: _StateDict, config: ModelConfig) -> _StateDict:
 
 
 def _split_granite_tensor(name: str, tensor: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """The matrices that one of Granite's tensors is made of, under our names."""
+    """Split one of Granite's tensors into (our name inside .mlp., matrix) pairs."""
     routed, shared = config.n_routed_experts, config.n_shared_experts
     if name == _ROUTER:
         return [("gate.weight", tensor)]

@@ -1,13 +1,13 @@
-"""config.json of a transformers folder -> ModelConfig, or one line that names what this decoder does not compute.
+"""Converts config.json of a transformers folder to a ModelConfig. Unsupported settings are errors that name them.
 
-    llama, mistral     as it is (mistral without a sliding window that is shorter than its context)
+    llama, mistral     a plain decoder (mistral only without a sliding window that is shorter than its context)
     qwen2              qkv_bias
     qwen3              qk_norm
     qwen3_moe          qk_norm, experts; every layer sparse, normalised weights
-    granitemoeshared   experts and shared experts, with multipliers that leave a plain decoder (granite_moe.py)
+    granitemoeshared   experts and shared experts, with multipliers that have no effect (granite_moe.py)
 
-RoPE scaling is read from `rope_parameters` (transformers 5) or `rope_scaling` (4). Where a file has both, the latter
-is used, as in transformers 5. longrope and settings for each layer are refused.
+RoPE scaling is read from `rope_parameters` (transformers 5) or `rope_scaling` (4). If a file has both, `rope_scaling`
+is used, as in transformers 5. longrope and settings per layer are rejected.
 Read next: ../model/rope.py, hf_import.py (the tensors), hf_export.py (the export).
 """
 
@@ -37,7 +37,7 @@ NumberReader = Callable[..., Any]
 
 
 def convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
-    """The ModelConfig of a transformers config. Raises UserError for every property that this model does not have."""
+    """The ModelConfig of a transformers config. Raises UserError for a setting that this decoder does not support."""
     try:
         return _convert_hf_config(folder, settings, tied)
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
@@ -84,7 +84,7 @@ def _convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelCon
 
 
 def unsupported_features(settings: Settings) -> dict[str, Any]:
-    """Properties that this decoder does not compute, by name -> whether the folder has them."""
+    """Name of each setting that this decoder does not support -> whether the folder has it."""
     kind, rope, rope_type = settings.get("model_type"), read_rope_settings(settings), read_rope_type(settings)
     rotary = settings.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1
     return {
@@ -103,20 +103,20 @@ def unsupported_features(settings: Settings) -> dict[str, Any]:
 
 
 def has_sliding_window(settings: Settings) -> bool:
-    """Whether some token cannot attend to all earlier ones. A window as long as the context changes nothing."""
+    """Whether a token may not attend to all earlier ones. A window as long as the context has no effect."""
     kind, window = settings.get("model_type"), settings.get("sliding_window")
     if settings.get("use_sliding_window") or set(settings.get("layer_types") or ()) - {"full_attention"}:
         return True
     if kind == "mistral":
         window = settings.get("sliding_window", MISTRAL_WINDOW)
         length = settings.get("max_position_embeddings") or math.inf
-        longer = read_rope_type(settings) in ("dynamic", "yarn")  # reads more than max_position_embeddings
+        longer = read_rope_type(settings) in ("dynamic", "yarn")  # max_seq_len exceeds max_position_embeddings
         return window is not None and (longer or not window >= length)
     return kind == "llama" and bool(window)
 
 
 def explicit_head_dim(settings: Settings) -> int:
-    """The width of a head, 0 where config.json leaves it to hidden_size / num_attention_heads."""
+    """head_dim of config.json; 0 if it is hidden_size / num_attention_heads."""
     width = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
     if not isinstance(width, int):
         raise ValueError(f"head_dim must be a whole number, not {width!r}")
@@ -125,7 +125,7 @@ def explicit_head_dim(settings: Settings) -> int:
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------
 def read_rope_settings(settings: Settings) -> Settings:
-    """The dict that describes RoPE, {} where there is none."""
+    """The RoPE settings of config.json, {} if it has none."""
     for name in ("rope_scaling", "rope_parameters"):
         if found := settings.get(name):
             return found if isinstance(found, dict) else {"rope_type": found}
@@ -138,17 +138,17 @@ def read_rope_type(settings: Settings) -> Any:
 
 
 def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
-    """(ModelConfig.rope_scaling, max_seq_len) for a folder with max_position_embeddings `length`.
+    """(ModelConfig.rope_scaling, max_seq_len) of a folder whose max_position_embeddings is `length`.
 
-    dynamic and yarn read more than that: in dynamic it is the length before scaling, in yarn it may be. Raises
-    ValueError for a scaling with wrong values.
+    For dynamic, `length` is the length before scaling and max_seq_len is longer; for yarn it may be either. Raises
+    ValueError if the scaling has invalid values.
     """
     kind, rope = read_rope_type(settings), read_rope_settings(settings)
     if kind == "default":
         return {}, length
     scaling = {"rope_type": kind} | {name: rope[name] for name in set().union(*ROPE_KEYS[kind]) if name in rope}
     scaling = {name: value for name, value in scaling.items() if value is not None}
-    if kind == "linear":  # the length before scaling is unknown to transformers
+    if kind == "linear":  # transformers has no length before scaling here
         scaling.pop("original_max_position_embeddings", None)
     elif kind == "dynamic":
         scaling["original_max_position_embeddings"] = length
@@ -165,7 +165,7 @@ def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
 def moe_fields(folder: Path, settings: Settings, read_number: NumberReader) -> dict[str, Any]:
-    """The fields of a mixture of experts; {} for a dense model."""
+    """The ModelConfig fields of a mixture of experts; {} for a dense model."""
     kind = settings.get("model_type")
     if kind == GRANITE:
         routed, shared = read_number("num_local_experts"), num_granite_shared_experts(folder, settings, read_number)
@@ -183,18 +183,18 @@ def moe_fields(folder: Path, settings: Settings, read_number: NumberReader) -> d
 
 
 def num_granite_shared_experts(folder: Path, settings: Settings, read_number: NumberReader) -> int:
-    """How many of our shared experts equal GraniteMoeShared's one shared feed-forward: its width / theirs."""
+    """GraniteMoeShared has one shared feed-forward: its width in units of intermediate_size."""
     width, shared = read_number("intermediate_size"), settings.get("shared_intermediate_size", 0)
     if not isinstance(shared, int) or shared < 0 or shared % width:
         raise UserError(
-            f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: a multiple of "
-            f"intermediate_size {width} is"
+            f"{folder}/config.json: shared_intermediate_size {shared!r} is not supported: it must be a "
+            f"multiple of intermediate_size {width}"
         )
     return shared // width
 
 
 def unsupported_expert_settings(settings: Settings) -> dict[str, Any]:
-    """Properties of Qwen3-MoE that our experts do not have, by name."""
+    """Name of each Qwen3-MoE setting that our experts do not support -> whether the folder has it."""
     if settings.get("model_type") != QWEN3_MOE:
         return {}
     return {
@@ -205,7 +205,7 @@ def unsupported_expert_settings(settings: Settings) -> dict[str, Any]:
 
 
 def unsupported_multipliers(settings: Settings) -> dict[str, Any]:
-    """Granite's multipliers whose values differ from a plain decoder's, by name."""
+    """Name and value of each of Granite's multipliers -> whether it differs from a plain decoder's."""
     heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
     if settings.get("model_type") != GRANITE or not (
         isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim

@@ -1,19 +1,19 @@
-"""One of our models as a transformers folder that stock transformers opens, without any code of ours.
+"""Writes a model as a transformers folder, which stock transformers opens without code of this project.
 
     config.json  generation_config.json  model*.safetensors  tokenizer.json  tokenizer_config.json  ...  lineage.json
 
-    dense                                LlamaForCausalLM              tensors as they are
-    dense with qkv_bias                  Qwen2ForCausalLM              tensors as they are
-    dense with QK-norm                   Qwen3ForCausalLM              tensors as they are
-    experts with QK-norm, none shared    Qwen3MoeForCausalLM           tensors as they are
+    dense                                LlamaForCausalLM              tensors unchanged
+    dense with qkv_bias                  Qwen2ForCausalLM              tensors unchanged
+    dense with QK-norm                   Qwen3ForCausalLM              tensors unchanged
+    experts with QK-norm, none shared    Qwen3MoeForCausalLM           tensors unchanged
     experts without QK-norm              GraniteMoeSharedForCausalLM   experts stacked (granite_moe.py)
 
-The same model gives the same bytes, wherever it is written and whichever transformers is installed: config.json is
-written here, not by that library. hf_import.py reads such a folder back.
+The same model gives the same bytes on every machine and with every version of transformers, because config.json is
+written here and not by that library. hf_import.py reads such a folder.
 RoPE scaling is written for transformers 4 (`rope_scaling`) and 5 (`rope_parameters`). YaRN's original length is written
-as max_position_embeddings alone: 4.50 reads it there, 4.53 divides by original_max_position_embeddings where that is
+only as max_position_embeddings: 4.50 reads it there, 4.53 divides by original_max_position_embeddings if that is
 given, 4.57 and 5 read either.
-Read next: granite_moe.py, verify_hf.py (is it really the same model?), ../export_model.py.
+Read next: granite_moe.py, verify_hf.py (compares the folder with the model), ../export_model.py.
 """
 
 import json
@@ -34,11 +34,11 @@ from model.tokenizer import ChatTokenizer
 from model.tokenizer_files import read_settings
 from model.transformer import Transformer
 
-DEFAULT_MAX_NEW_TOKENS = 256  # how long a stock program lets an answer get, when the model reads more than that
+DEFAULT_MAX_NEW_TOKENS = 256  # of generation_config.json; half the context if that is shorter
 
 
 def hf_architecture(config: ModelConfig) -> tuple[str, str]:
-    """(class, model_type) of the stock architecture that computes the same. Raises UserError where none does."""
+    """(class, model_type) of the stock architecture that computes the same. Raises UserError if there is none."""
     has_default_head_dim = config.n_heads * config.head_dim == config.dim
     for problem, wrong in {
         "qkv_bias together with qk_norm": config.qkv_bias and config.qk_norm,
@@ -51,7 +51,7 @@ def hf_architecture(config: ModelConfig) -> tuple[str, str]:
         and not has_default_head_dim,
     }.items():
         if wrong:
-            raise UserError(f"{problem} fits no stock architecture: train it without one of the two")
+            raise UserError(f"no stock architecture supports {problem}: train the model without one of the two")
     if config.use_moe:
         return ("Qwen3MoeForCausalLM", QWEN3_MOE) if config.qk_norm else ("GraniteMoeSharedForCausalLM", GRANITE)
     if config.qkv_bias:
@@ -60,7 +60,7 @@ def hf_architecture(config: ModelConfig) -> tuple[str, str]:
 
 
 def make_hf_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of config.json, for transformers 4 and 5 alike."""
+    """The content of config.json, for transformers 4 and 5."""
     name, model_type = hf_architecture(config)
     dtype_name = str(dtype).removeprefix("torch.")
     extra_settings: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def make_hf_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.d
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 rope_parameters
+        "rope_theta": config.rope_theta,  # read by transformers 4; 5 reads rope_parameters
         **rope_config_keys(config),
         "hidden_act": "silu",
         "attention_bias": False,
@@ -92,7 +92,7 @@ def make_hf_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.d
         "bos_token_id": bos_id(tokenizer),
         "eos_token_id": tokenizer.end_of_turn_id,
         "pad_token_id": tokenizer.pad_id,
-        "torch_dtype": dtype_name,  # transformers 4 reads this one, 5 the next
+        "torch_dtype": dtype_name,  # read by transformers 4; 5 reads dtype
         "dtype": dtype_name,
         **extra_settings[model_type],
     }
@@ -102,7 +102,7 @@ def make_hf_config(config: ModelConfig, tokenizer: ChatTokenizer, dtype: torch.d
 
 
 def rope_config_keys(config: ModelConfig) -> dict[str, Any]:
-    """max_position_embeddings, and RoPE in the spelling of transformers 5, with scaling also in that of 4."""
+    """max_position_embeddings, rope_parameters (transformers 5) and, if RoPE is scaled, rope_scaling (4)."""
     scaling, length = dict(config.rope_scaling), config.max_seq_len
     kind, original = scaling.get("rope_type"), scaling.get("original_max_position_embeddings", 0)
     if kind == "dynamic" or (kind == "yarn" and length == int(scaling["factor"] * original)):
@@ -120,7 +120,7 @@ def rope_config_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen3_moe_config_keys(config: ModelConfig) -> dict[str, Any]:
-    """The keys of a Qwen3-MoE's config.json for its experts."""
+    """The keys of config.json that describe the experts of a Qwen3-MoE."""
     return {
         "moe_intermediate_size": config.hidden_dim,
         "num_experts": config.n_routed_experts,
@@ -133,14 +133,14 @@ def qwen3_moe_config_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def bos_id(tokenizer: ChatTokenizer) -> int | None:
-    """The token that a text begins with, in those tokenizers that have one."""
+    """The id of the tokenizer's bos token, None if it has none."""
     token = tokenizer.config.get("bos_token")
     token = token.get("content") if isinstance(token, dict) else token
     return tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
 
 
 def make_generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
-    """How stock programs draw an answer, and which tokens end it. What a foreign parent said of drawing stays."""
+    """generation_config.json: stop tokens and sampling settings. A foreign model keeps its sampling settings."""
     defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     defaults["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, config.max_seq_len // 2)
     settings = read_settings(tokenizer.files, "generation_config.json") or defaults
@@ -153,7 +153,7 @@ def make_generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dic
 
 
 def hf_state_dict(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a folder under stock names, in `dtype`; tied output weights once."""
+    """The tensors under stock names, in `dtype`. Tied output weights are not repeated."""
     state = model_state_dict(model)
     if hf_architecture(model.config)[1] == GRANITE:
         state = to_granite(state, model.config)
@@ -163,7 +163,7 @@ def hf_state_dict(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
 def write_hf_folder(
     folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype, max_shard_bytes: int
 ) -> None:
-    """Write all that stock transformers needs into an existing folder; model.safetensors is split above a size."""
+    """Write all files for stock transformers into an existing folder; a shard holds at most `max_shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
@@ -178,7 +178,7 @@ def write_hf_folder(
     tokenizer.save(folder)
     write_sorted_json(folder / "config.json", settings)
     for name in split.filename_to_tensors:
-        shutil.copymode(folder / "config.json", folder / name)  # safetensors lets nobody else read its files
+        shutil.copymode(folder / "config.json", folder / name)  # safetensors writes files that only their owner reads
     write_sorted_json(folder / "generation_config.json", make_generation_config(model.config, tokenizer))
 
 

@@ -1,14 +1,14 @@
-"""Opens a transformers folder of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GraniteMoeShared: a foreign model.
+"""Opens a transformers folder of a Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE or GraniteMoeShared model.
 
     config.json, model*.safetensors, tokenizer.json, tokenizer_config.json, chat_template.jinja  ->  model, tokenizer
 
-The architecture is the same and so are the names of the parameters (../model/transformer.py), so the tensors are read
-as they are, in fp32, and logits equal transformers'. What this model does not compute (sliding windows, a bias on
-o_proj, longrope, quantised weights) is refused by name, never left out silently (hf_config.py). A folder that was
-exported from here (hf_export.py) comes back with its stage and its lineage.
+Architecture and parameter names equal transformers' (../model/transformer.py), so the tensors are read unchanged, in
+fp32, and logits equal transformers'. Settings that this model does not support (sliding windows, a bias on o_proj,
+longrope, quantised weights) are errors that name the setting (hf_config.py). A folder written by hf_export.py keeps
+its stage and its lineage.
 
-Commands that take a model take a folder as well: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
-Read next: hf_config.py, ../model/checkpoint.py (our own files), ../model/jinja_template.py (its chat template).
+Commands that take a checkpoint also take a folder: `3-full_sft.py --init_from DIR`, `2-eval.py --checkpoint DIR`.
+Read next: hf_config.py, ../model/checkpoint.py (.pth files), ../model/jinja_template.py (chat templates).
 """
 
 import json
@@ -39,9 +39,9 @@ def open_model(
 
 
 def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LoadedModel:
-    """The model (fp32, in eval mode), its tokenizer, and a checkpoint's other entries.
+    """The model (fp32, in eval mode), its tokenizer, and the other entries of a checkpoint.
 
-    Raises UserError naming what is missing, damaged, or beyond this architecture.
+    Raises UserError that names the missing or damaged file or the unsupported setting.
     """
     folder = Path(path)
     settings = read_hf_json(folder, "config.json")
@@ -58,7 +58,7 @@ def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {config.vocab_size}"
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model only {config.vocab_size} ids"
         )
     translate = {GRANITE: from_granite, QWEN3_MOE: unstack_experts}
     if settings["model_type"] in translate:
@@ -73,7 +73,7 @@ def open_folder(path: str | os.PathLike[str], device: str | torch.device = "cpu"
 def checkpoint_entries(
     folder: Path, settings: dict[str, Any], config: ModelConfig, tokenizer: ChatTokenizer
 ) -> Checkpoint:
-    """A checkpoint's entries beside the tensors; stage and lineage are those of the model that was exported, if any."""
+    """The entries of a checkpoint except the tensors. Stage and lineage are those in lineage.json if it exists."""
     facts = read_facts(folder) or {}
     foreign = [{"stage": FOREIGN_STAGE, "source": str(folder), "model_type": settings["model_type"]}]
     return {
@@ -86,8 +86,8 @@ def checkpoint_entries(
 
 
 def unstack_experts(state: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Splits stacked Qwen3-MoE experts, gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff), into one
-    matrix per expert, named as in the files of the hub and here."""
+    """Split stacked Qwen3-MoE experts, gate_up_proj (experts, 2 ff, dim) and down_proj (experts, dim, ff), into one
+    matrix per expert, with the names of the files on the hub."""
     unstacked: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         prefix, _, stack = name.rpartition(".experts.")
@@ -102,7 +102,7 @@ def unstack_experts(state: dict[str, torch.Tensor], config: ModelConfig) -> dict
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the folder's safetensors files, in fp32. Raises UserError when one is missing or damaged."""
+    """All tensors of the folder's safetensors files, in fp32. Raises UserError if a file is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -116,7 +116,11 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name in names:
         if not is_file_name(name) or Path(name).name != name or not (folder / name).is_file():
-            hint = "safetensors are read; save_pretrained(DIR) writes them" if len(names) == 1 else "download it again"
+            hint = (
+                "only safetensors are read; write them with save_pretrained(DIR)"
+                if len(names) == 1
+                else "download it again"
+            )
             raise UserError(f"{folder} has no {escape_controls(name)[:80]}: {hint}")
         try:
             state |= load_file(folder / name)
@@ -125,7 +129,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if problem := tensor_problem(tensor):
             raise UserError(f"{folder}: {escape_controls(name)} is {problem}: not supported")
-    # Old checkpoints carry the rotary table, which is computed here.
+    # Old checkpoints contain the RoPE frequencies, which this model computes.
     return {name: tensor.float() for name, tensor in state.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -133,7 +137,7 @@ def read_hf_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} is no transformers model: it has no {name}") from None
+        raise UserError(f"{folder} is not a transformers model: it has no {name}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {folder / name} ({error}): download it again") from None
     if not isinstance(content, dict):

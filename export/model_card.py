@@ -1,7 +1,7 @@
-"""The model card, README.md of an exported folder: what the model is, what it was trained on, how well it did, how to
-use it. Written from the lineage (model_facts.py) and nothing else: what was not measured is not there.
+"""Writes the model card, README.md of an exported folder: architecture, training, scores, usage and limits.
 
-The block between the dashes is YAML for the model hub; its fields: https://huggingface.co/docs/hub/model-cards
+All content comes from the facts of model_facts.py; a value that is unknown is left out. The block between the dashes
+is YAML for the model hub, see https://huggingface.co/docs/hub/model-cards
 Read next: model_facts.py, ../export_model.py.
 """
 
@@ -13,11 +13,11 @@ from export.facts_file import Facts, number_or_zero
 from model.config import ModelConfig
 from model.rope import rope_summary
 
-STAGE_DESCRIPTIONS = {  # what a stage taught
+STAGE_DESCRIPTIONS = {
     "transformers": "started from another model",
     "pretrain": "pretraining: to continue text",
     "full_sft": "supervised fine-tuning: to answer",
-    "lora_sft": "LoRA fine-tuning: thin matrices beside the weights",
+    "lora_sft": "LoRA fine-tuning: low-rank matrices beside the frozen weights",
     "dpo": "preference training: to prefer the better of two answers",
 }
 
@@ -25,8 +25,8 @@ STAGE_DESCRIPTIONS = {  # what a stage taught
 def model_card(facts: Facts, architecture: str, license: str, name: str, files: list[str], adapter_of: str = "") -> str:
     """The text of README.md.
 
-    facts: see model_facts. architecture: the stock class. license: an identifier of the hub, or "unknown". name: what
-    the usage lines call the model. files: names beside the card. adapter_of: what an unmerged adapter belongs to.
+    facts: see model_facts. architecture: the stock class. license: an identifier of the hub, or "unknown". name: the
+    model's name in the usage code. files: the files in the folder. adapter_of: the parent of an unmerged adapter.
     """
     title = f"{facts['stage']}_{facts['size']}"
     parts = [
@@ -53,12 +53,12 @@ def front_matter(facts: Facts, license: str, adapter_of: str) -> str:
 
 
 def yaml_string(text: str) -> str:
-    """As a string in YAML, whatever is in it."""
+    """`text` as a quoted YAML string on one line."""
     return "'" + escape_card_text(text).replace("'", "''") + "'"
 
 
 def escape_card_text(value: Any) -> str:
-    """A value on one line, without what markdown or HTML would act on."""
+    """`value` on one line, at most 200 characters, with the markup of markdown and HTML escaped."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "\\|`*[]" else "&lt;" if c == "<" else c for c in text)[:200]
 
@@ -70,7 +70,7 @@ def foreign_base(facts: Facts) -> str:
 def overview_section(facts: Facts, architecture: str, adapter_of: str) -> str:
     rope = rope_summary(ModelConfig(**facts["config"]))
     config, total, active = facts["config"], facts["parameters"], facts["active_parameters"]
-    size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active a token)" if active != total else "")
+    size = f"{total / 1e6:.1f} M parameters" + (f" ({active / 1e6:.1f} M active per token)" if active != total else "")
     has_own_head_dim = config.get("head_dim", 0) not in (0, config["dim"] // config["n_heads"])
     attention_details = f" of {config['head_dim']}" * has_own_head_dim + ", biases on q, k and v" * bool(
         config.get("qkv_bias")
@@ -88,7 +88,7 @@ def overview_section(facts: Facts, architecture: str, adapter_of: str) -> str:
         f"{config['n_kv_heads']} key/value heads{attention_details}",
         "longest text": f"{config['max_seq_len']} tokens" + (f" (RoPE scaling: {rope})" if rope else ""),
         "vocabulary": f"{config['vocab_size']:,} tokens",
-        "chat format": escape_card_text(facts["chat_format"] or "none: it continues text"),
+        "chat format": escape_card_text(facts["chat_format"] or "none: the model continues text"),
     }
     if config["use_moe"]:
         rows["experts"] = (
@@ -122,16 +122,16 @@ def training_section(facts: Facts) -> str:
             ]
         )
     if not rows:
-        return "Nothing is known about it.\n"
+        return "No training record is available.\n"
     headers = ("stage", "what", "data", "trained on", "minutes", "last loss", "held-out")
     return markdown_table(headers, rows) + (
-        "\nLosses are nats per trained token (of preference training: per pair); bits per byte compare across "
-        "tokenizers, lower is better.\n"
+        "\nLosses are in nats per trained token (preference training: per pair). Bits per byte can be compared across "
+        "tokenizers; lower is better.\n"
     )
 
 
 def validation_figures(validation: dict[str, Any]) -> str:
-    """Held-out figures by language: bits per byte where they exist, else the share of pairs ranked right, else loss."""
+    """Validation metrics by language: bits per byte if known, else the fraction of pairs ranked right, else loss."""
     formats = {
         "bits_per_byte": "{:.3f} bits/byte",
         "val_reward_accuracy": "{:.1%} ranked right",
@@ -199,12 +199,12 @@ def usage_section(facts: Facts, name: str, files: list[str], adapter_of: str) ->
 
 
 def model_name(facts: Facts) -> str:
-    """What the files and the model are called: full_sft_512."""
+    """The name of the model and its files, for example full_sft_512."""
     return f"{facts['stage']}_{facts['size']}"
 
 
 def limits_section(facts: Facts, license: str) -> str:
-    text = "A model of this size knows little and makes things up: do not rely on what it says.\n"
+    text = "A model of this size knows little and hallucinates: do not rely on its answers.\n"
     if license == "unknown":
         text += "\nNo licence was stated for these weights.\n"
     return text

@@ -1,12 +1,12 @@
-"""Where a model comes from: its stages, data, tokens, losses and scores, read out of the files that training left.
+"""Collects the facts about a model, its stages, data, tokens, losses and scores, from the files that training wrote.
 
     model_facts("out/dpo_512.pth")  ->  {"stage": "dpo", "parameters": 26878464, "tokens": 2009894, "chain": [...], ...}
 
-The checkpoint carries one entry per stage (trainer/loop.py writes them). Beside it may lie the log of its own stage
-(.jsonl, for what an entry does not say) and reports of `2-eval.py --json` or an exam: a .json that names the file as
-its "checkpoint" and is not older than it. An exported folder carries all of this as lineage.json.
+The checkpoint has one entry per stage (written by trainer/loop.py). Files beside it add the log of its own stage
+(.jsonl, for values that the entry lacks) and reports of `2-eval.py --json` or an exam: each .json that names the file
+as its "checkpoint" and is not older than it. An exported folder has all of this in lineage.json.
 
-Used by model_card.py (the model card) and by whatever shows a list of models. Reads only; no weight is loaded.
+Used by model_card.py and by lists of models. Reads files only and loads no weights.
 Read next: model_card.py, ../model/checkpoint.py.
 """
 
@@ -24,26 +24,26 @@ from model.config import ModelConfig
 from model.parameters import count_parameters
 from model.tokenizer import load_tokenizer
 
-MAX_REPORT_BYTES = 64 * 2**20  # bytes; larger .json files beside a model are no reports
+MAX_REPORT_BYTES = 64 * 2**20  # larger .json files beside a model are not reports
 
 
 def model_facts(path: str | os.PathLike[str]) -> Facts:
-    """What is known about a .pth, or about an exported folder. Every key is there, None or empty where nothing is said.
+    """The facts about a .pth file or an exported folder. Every key is present; an unknown value is None or empty.
 
     file, stage, size (`512`, `512_moe`), config, chat_format
-    parameters, active_parameters   both with the parent's where the file is an adapter
-    tokens, pairs, seconds          trained on and spent, summed over the chain
+    parameters, active_parameters   of an adapter: those of the merged model
+    tokens, pairs, seconds          training data and time, summed over the chain
     loss                            the last training loss of the last stage
     validation                      of the last stage: {"val_loss": {"zh": nats}, "bits_per_byte": {"zh": bits}, ...}
     languages                       those of the validation sets
-    scores                          [{"name", "accuracy": {"zh": share}, "questions": {"zh": number}}]
-    chain                           an entry for each stage, the oldest first: stage, data, steps, tokens or pairs,
-                                    seconds, loss, validation, learning_rate, ...; a first entry of stage
-                                    "transformers" names the foreign model that was started from
+    scores                          [{"name", "accuracy": {"zh": fraction}, "questions": {"zh": number}}]
+    chain                           one entry per stage, the oldest first: stage, data, steps, tokens or pairs,
+                                    seconds, loss, validation, learning_rate, ...; if training started from a foreign
+                                    model, the first entry has stage "transformers" and names it
     parent, adapter                 of an adapter: the parent's file name; rank, alpha, dropout, targets
-    license                         of an exported folder, where it was stated
+    license                         of an exported folder, if stated
 
-    Raises UserError when the file is missing, damaged or not a model.
+    Raises UserError if the file is missing, damaged or not a model.
     """
     path = Path(path)
     if path.is_dir():
@@ -56,7 +56,7 @@ def model_facts(path: str | os.PathLike[str]) -> Facts:
 
 
 def checkpoint_facts(checkpoint: Checkpoint, file: str) -> Facts:
-    """The facts that a checkpoint holds itself."""
+    """The facts in the checkpoint itself; `file` is its name."""
     config, tokenizer = ModelConfig(**checkpoint["config"]), load_carried_tokenizer(checkpoint, file)
     parameters = count_parameters(config)
     adapter = checkpoint.get("adapter") or {}
@@ -79,7 +79,7 @@ def checkpoint_facts(checkpoint: Checkpoint, file: str) -> Facts:
 
 
 def without_local_paths(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of a lineage without the names of the folders of somebody's machine."""
+    """The entry, with data and source reduced to a file name where the path is absolute or contains ".."."""
 
     def last_part(value: str) -> str:
         return Path(value).name if Path(value).is_absolute() or ".." in Path(value).parts else value
@@ -88,7 +88,7 @@ def without_local_paths(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete_from_log(log: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry, completed by the last rows of its stage's log where it says less."""
+    """The entry, with values that it lacks filled in from the last rows of its stage's log."""
     logged: dict[str, Any] = {}
     try:
         lines = log.read_text(encoding="utf-8").splitlines() if not entry.get("validation") else []
@@ -103,13 +103,13 @@ def _complete_from_log(log: Path, entry: dict[str, Any]) -> dict[str, Any]:
                 }
             elif "val_loss" in row:
                 logged["validation"] = {n: v for n, v in row.items() if n not in ("step", "tokens", "pairs")}
-        except (ValueError, TypeError, KeyError):  # the line that a kill cut short
+        except (ValueError, TypeError, KeyError):  # an incomplete last line of a killed run
             continue
     return {**logged, **{name: value for name, value in entry.items() if value or name not in logged}}
 
 
 def _read_scores(path: Path) -> list[dict[str, Any]]:
-    """What the reports beside a model say about it; those older than the model were made of another one."""
+    """The scores in the reports beside a model. A report older than the file describes an earlier model."""
     scores = []
     for report in sorted(path.parent.glob("*.json")):
         try:
@@ -138,7 +138,7 @@ def _read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def _foreign_facts(folder: Path) -> Facts:
-    """Somebody else's transformers folder: its size, and where it lies."""
+    """The facts about a transformers folder without lineage.json."""
     settings = read_hf_json(folder, "config.json")
     config = convert_hf_config(folder, settings, bool(settings.get("tie_word_embeddings")))
     return checkpoint_facts(checkpoint_entries(folder, settings, config, load_tokenizer(folder)), folder.name)

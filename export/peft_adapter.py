@@ -1,11 +1,11 @@
-"""Adapters in the form of the peft library, read and written: what others trained opens here, ours opens there.
+"""Reads and writes LoRA adapters in the format of the peft library.
 
     adapter_config.json          {"peft_type": "LORA", "r", "lora_alpha", "lora_dropout", "target_modules", ...}
     adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, ...
 
-Behind the prefix the names are ours, because ours are those of transformers. Only what means the same on both sides
-goes through; any other option is refused by its name. The experts of an MoE have no name there, since transformers
-stacks them: of an MoE only the attention can be exchanged.
+After the prefix the names equal ours, because ours are those of transformers. Options with the same meaning in both
+are converted; any other option is an error that names it. transformers stacks the experts of an MoE, so peft has no
+names for them: of an MoE only the attention adapters can be exchanged.
 Read next: ../model/lora.py, ../4-lora_sft.py (--peft_dir, --init_adapter).
 """
 
@@ -24,7 +24,7 @@ from model.transformer import Transformer
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Options of peft that do not change what a trained adapter computes. `target_modules` is told by the tensors' names.
+# Options of peft that do not change the output of a trained adapter. The tensors' names give `target_modules`.
 IGNORED_OPTIONS = {
     "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "init_lora_weights",
@@ -33,12 +33,12 @@ IGNORED_OPTIONS = {
 
 
 def peft_settings(model: Transformer) -> dict[str, Any]:
-    """The content of adapter_config.json. Raises UserError when the adapter sits on experts of an MoE."""
+    """The content of adapter_config.json. Raises UserError if the adapter has experts of an MoE among its targets."""
     names = [name for name in lora_layers(model) if "experts." in name]
     if names:
         raise UserError(
-            f"--peft_dir: in peft the experts of an MoE ({names[0]} and {len(names) - 1} others) have no name: "
-            "leave it out, or use --targets attention"
+            f"--peft_dir: peft supports no adapters on experts of an MoE ({names[0]} and {len(names) - 1} others): "
+            "leave out --peft_dir, or use --targets attention"
         )
     alpha = model.adapter["alpha"]
     return {
@@ -55,7 +55,7 @@ def peft_settings(model: Transformer) -> dict[str, Any]:
 
 
 def write_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
-    """Write the adapter that the model carries; the config last, and each file whole or not at all."""
+    """Write the adapter attached to the model. Each file is written atomically, the config last."""
     from safetensors.torch import save
 
     settings = json.dumps(peft_settings(model), indent=2) + "\n"
@@ -67,10 +67,10 @@ def write_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
 
 
 def read_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
-    """Attach the adapter of a peft folder to the model, which then trains it further or merges it.
+    """Attach the adapter of a peft folder to the model, for further training or merging.
 
-    Raises UserError naming the file and what is wrong: damaged, not LoRA, an option that we do not compute, tensors
-    that do not fit this model.
+    Raises UserError that names the file if it is damaged, not LoRA, uses an unsupported option, or has tensors that do
+    not fit this model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -87,28 +87,32 @@ def read_peft(folder: str | os.PathLike[str], model: Transformer) -> None:
     targets = {name.split(".")[-3] for name in state if name.endswith((".lora_A.weight", ".lora_B.weight"))}
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight") and tensor.dim()}
     if ranks != {config["rank"]}:
-        raise UserError(f"{path} holds matrices of rank {sorted(ranks)}, {ADAPTER_CONFIG} says {config['rank']}")
+        raise UserError(f"{path} has matrices of rank {sorted(ranks)}, {ADAPTER_CONFIG} says {config['rank']}")
     attach(model, LoRAConfig(**config, targets=tuple(sorted(targets))))
     load_state(model, state, path)
 
 
 def read_peft_config(path: Path) -> dict[str, Any]:
-    """rank, alpha, dropout out of an adapter_config.json. Raises UserError for what we cannot compute."""
+    """rank, alpha and dropout of an adapter_config.json. Raises UserError for an unsupported option."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({_first_line(error)})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{path} does not describe a LoRA adapter of peft (peft_type must be LORA)")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # pissa and others change the parent
+    if config.get("init_lora_weights", True) not in (
+        True,
+        False,
+        "gaussian",
+    ):  # pissa and others change the base weights
         raise UserError(f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported")
     unsupported = sorted(name for name in config.keys() - IGNORED_OPTIONS if config[name] and config[name] != "none")
     if unsupported:
         shown = ", ".join(f"{name}={config[name]!r}" for name in unsupported)
-        raise UserError(f"{path} asks for what is not supported here: {shown[:200]}")
+        raise UserError(f"{path}: these options are not supported: {shown[:200]}")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     try:
-        lora = LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0))  # type: ignore[arg-type]  # it looks
+        lora = LoRAConfig(rank, alpha, config.get("lora_dropout", 0.0))  # type: ignore[arg-type]  # LoRAConfig checks
         scale = math.sqrt(lora.rank) if config.get("use_rslora") else 1.0  # alpha / sqrt(r), arXiv:2312.03732
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

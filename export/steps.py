@@ -1,7 +1,7 @@
-"""The steps of an export: a place to write in, the folder or the adapter, the GGUF, the card; each checked where it is
-made. Either all of it ends up under the name that was asked for, or nothing does.
+"""The steps of an export: staging folder, transformers folder or adapter, GGUF file, model card.
 
-Read next: hf_export.py, verify_hf.py, gguf_export.py, verify_gguf.py, model_card.py; ../export_model.py calls.
+Every step verifies the files that it writes. An export is atomic: all files appear under the target name, or none.
+Read next: hf_export.py, verify_hf.py, gguf_export.py, verify_gguf.py, model_card.py; ../export_model.py.
 """
 
 import contextlib
@@ -28,22 +28,22 @@ from model.transformer import Transformer
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises UserError when the name is taken: only an earlier export is replaced, and only with `overwrite`."""
+    """Raises UserError if `target` exists, unless it is empty, or an earlier export and `overwrite` is set."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder")
     is_occupied = target.is_dir() and any(target.iterdir())
     if is_occupied and not (target / LINEAGE_FILE).is_file():
-        raise UserError(f"{target} holds something else than an exported model: choose another folder")
+        raise UserError(f"{target} is not empty and not an exported model: choose another folder")
     if is_occupied and not overwrite:
-        raise UserError(f"{target} holds an exported model: choose another folder, or --overwrite")
+        raise UserError(f"{target} already contains an exported model: choose another folder, or add --overwrite")
 
 
 @contextlib.contextmanager
 def staging_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its name in the end; removed when anything fails on the way.
+    """Yield an empty folder beside `target`, renamed to `target` at the end and removed after an error.
 
-    The name is locked meanwhile, and what a killed export of that name left is removed. Raises UserError as
-    `check_target` does.
+    `target` is locked meanwhile, and files left by a killed export are removed. Raises UserError as `check_target`
+    does, if another process holds the lock, or if writing fails.
     """
     from safetensors import SafetensorError
 
@@ -51,7 +51,7 @@ def staging_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     target = target.resolve()
     folder = temporary_path(target, "tmp")
     with lock_output(target):
-        check_target(target, overwrite)  # another export may have ended meanwhile
+        check_target(target, overwrite)  # another export may have finished before the lock was taken
         try:
             folder.mkdir(parents=True)
             yield folder
@@ -66,7 +66,7 @@ def staging_folder(target: Path, overwrite: bool) -> Iterator[Path]:
 def export_hf_folder(
     folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype, max_shard_bytes: int, verify: bool
 ) -> str:
-    """The transformers folder; returns the line to print."""
+    """Write and verify the transformers folder; return the line to print."""
     write_hf_folder(folder, model, tokenizer, dtype, max_shard_bytes)
     if not verify:
         return f"{hf_architecture(model.config)[0]}: not compared with transformers (--no-verify)"
@@ -77,7 +77,7 @@ def export_hf_folder(
 def export_gguf(
     folder: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str, facts: Facts, verify: bool
 ) -> str:
-    """The GGUF file and its Modelfile; returns the line to print."""
+    """Write and verify the GGUF file, write its Modelfile; return the line to print."""
     path = folder / f"{model_name(facts)}-{quantization}.gguf"
     write_gguf(path, model, tokenizer, quantization, facts)
     write_text(folder / "Modelfile", modelfile(path.name, tokenizer, model.config))
@@ -90,7 +90,7 @@ def export_gguf(
 def export_adapter(
     folder: Path, checkpoint_path: Path, tokenizer: ChatTokenizer, base: str, verify: bool
 ) -> tuple[Transformer, str]:
-    """The adapter alone, as a peft folder for the parent called `base`; returns it attached, and the line to print."""
+    """Write and verify the adapter as a peft folder for the parent `base`; return (model, line to print)."""
     checkpoint = read_checkpoint(checkpoint_path)
     model = open_adapter(checkpoint_path, checkpoint["adapter"], checkpoint["model"], open_folder=open_folder).eval()
     model.adapter["parent"] = base
@@ -109,7 +109,7 @@ def export_adapter(
 def write_model_card(
     folder: Path, model: Transformer, facts: Facts, license: str, name: str, adapter_of: str = ""
 ) -> None:
-    """README.md and lineage.json."""
+    """Write README.md and lineage.json."""
     files = sorted(path.name for path in folder.iterdir())
     text = model_card(facts, hf_architecture(model.config)[0], license, name or model_name(facts), files, adapter_of)
     for file, content in (("README.md", text), (LINEAGE_FILE, facts_json({**facts, "license": license}))):
@@ -118,8 +118,8 @@ def write_model_card(
 
 @contextlib.contextmanager
 def report_mismatch(program: str) -> Iterator[None]:
-    """A difference ends the export: what was written so far is removed by `staging_folder`."""
+    """Name `program` in the error of a failed comparison. `staging_folder` then removes the files."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"the export is not the same model in {program}, so it was removed: {error}") from None
+        raise UserError(f"the exported model differs in {program}, so its files were removed: {error}") from None

@@ -1,13 +1,13 @@
-"""Is the GGUF file the same model? Read back with the gguf package, and run in llama.cpp where it is installed.
+"""Compares a GGUF file with its model: read back with the gguf package, and run in llama.cpp if that is installed.
 
-    always                          every tensor of the file, dequantised, against the model's within the format's error
-    with llama-cpp-python           the texts of verify_hf.py, and a chat, as tokens; logits along a greedy answer
-                                    within LLAMA_CPP_TOLERANCE; the answer itself, unless two tokens are a tie within it
+    always                  every tensor, dequantised, equals the model's within the rounding error of the format
+    with llama-cpp-python   equal tokens of the texts of verify_hf.py and of a chat; logits along a greedy answer within
+                            LLAMA_CPP_TOLERANCE; an equal greedy answer, unless two tokens tie within the tolerance
 
-What is compared with llama.cpp is the model with the file's own, rounded, weights. With f16, bf16 and q8_0 llama.cpp
-rounds what it multiplies them with as well, which is why their tolerances are wide. The cache is kept in fp32 here.
-In a mixture of experts such rounding may send a token to another expert, where no tolerance holds: of those an f32 file
-is compared instead, written for that and removed, and the difference of the rounded one is only told.
+The reference is the model with weights rounded as in the file. With f16, bf16 and q8_0 llama.cpp also rounds the
+activations, so their tolerances are wide. The KV cache is in fp32.
+In a mixture of experts this rounding may route a token to another expert, and no tolerance holds. For an MoE a
+temporary f32 file is compared instead, and the difference of the rounded file is only reported.
 Read next: gguf_export.py.
 """
 
@@ -36,13 +36,13 @@ from export.verify_hf import (
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-ROUNDING = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-7, "q8_0": 1 / 127}  # of a tensor's largest number
+ROUNDING = {"f32": 0.0, "f16": 2**-10, "bf16": 2**-7, "q8_0": 1 / 127}  # fraction of a tensor's largest absolute value
 LLAMA_CPP_TOLERANCE = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3, "q8_0": 0.5}
 INSTALL_HINT = "pip install llama-cpp-python"
 
 
 def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
-    """Returns the lines to print. Raises UserError naming what differs."""
+    """Compare the file with the model; return the line to print. Raises UserError that names the difference."""
     check_gguf_tensors(path, model, quantization)
     try:
         with suppress_stderr():
@@ -61,9 +61,9 @@ def check_gguf(path: Path, model: Transformer, tokenizer: ChatTokenizer, quantiz
 
 
 def run_llama_cpp(llama_cpp: Any, path: Path, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
-    """Compare the file with the model that holds its numbers; what to print. Raises UserError for a difference."""
+    """Compare the file in llama.cpp with `model`; return a summary. Raises UserError if they differ."""
     with suppress_stderr():
-        # type_k, type_v 0: the cache in fp32
+        # type_k, type_v 0: KV cache in fp32
         llama = llama_cpp.Llama(
             str(path),
             n_ctx=model.config.max_seq_len,
@@ -81,7 +81,7 @@ def run_llama_cpp(llama_cpp: Any, path: Path, model: Transformer, tokenizer: Cha
 
 
 def check_gguf_tensors(path: Path, model: Transformer, quantization: str) -> None:
-    """Raises UserError where the file's numbers are not the model's, rounded."""
+    """Raises UserError if a tensor of the file differs from the model's by more than rounding."""
     gguf = import_gguf()
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, wanted in gguf_tensors(model):
@@ -91,13 +91,13 @@ def check_gguf_tensors(path: Path, model: Transformer, quantization: str) -> Non
         data = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(wanted.shape)
         error = float((torch.from_numpy(data) - wanted).abs().max())
         if not error <= ROUNDING[quantization] * float(wanted.abs().max()):
-            raise UserError(f"{path.name}: {name} is {error:.2g} off")
+            raise UserError(f"{path.name}: {name} differs by {error:.2g}")
     if found:
-        raise UserError(f"{path.name} holds tensors that the model has not: {', '.join(sorted(found)[:5])}")
+        raise UserError(f"{path.name} has tensors that the model lacks: {', '.join(sorted(found)[:5])}")
 
 
 def with_quantized_weights(model: Transformer, quantization: str) -> Transformer:
-    """The model with its weights as the file keeps them."""
+    """A copy of the model with its weights quantised and dequantised as in the file."""
     gguf, copied = import_gguf(), copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in copied.named_parameters():
@@ -108,18 +108,21 @@ def with_quantized_weights(model: Transformer, quantization: str) -> Transformer
 
 
 def check_llama_cpp_tokens(llama: Any, tokenizer: ChatTokenizer) -> None:
-    """Plain text (marker strings stay text) and a rendered chat (they are markers)."""
+    """Compare the tokens of plain text, where markers stay text, and of a rendered chat, where they are control tokens.
+
+    Raises UserError if they differ.
+    """
     for text in SAMPLE_TEXTS:
         if llama.tokenize(text.encode(), add_bos=False, special=False) != tokenizer.encode(text):
-            raise UserError(f"llama.cpp reads the text {text!r} as other tokens")
+            raise UserError(f"llama.cpp gives other tokens for the text {text!r}")
     chat = sample_chat_ids(tokenizer)
     if chat and llama.tokenize(sample_chat_text(tokenizer).encode(), add_bos=False, special=True) != chat:
-        raise UserError("llama.cpp reads a rendered chat as other tokens")
+        raise UserError("llama.cpp gives other tokens for a rendered chat")
 
 
 @torch.inference_mode()
 def compare_with_llama_cpp(llama: Any, model: Transformer, tokenizer: ChatTokenizer, quantization: str) -> str:
-    """Logits along our greedy answer, and llama.cpp's own greedy answer. Raises UserError for a difference."""
+    """Compare the logits along our greedy answer, then the greedy answers. Raises UserError if they differ."""
     limit, tolerance = model.config.max_seq_len, LLAMA_CPP_TOLERANCE[quantization]
     if model.config.use_moe and quantization != "f32":
         tolerance = math.inf
@@ -139,16 +142,16 @@ def compare_with_llama_cpp(llama: Any, model: Transformer, tokenizer: ChatTokeni
         answer.append(int(llama.scores[len(prompt) + len(answer) - 1].argmax()))
         llama.eval(answer[-1:])
     compared = common_prefix(ours, logits, answer, tolerance)
-    allowed = f"allowed {tolerance:g}" if tolerance < math.inf else "the router's; equal in f32"
+    allowed = f"allowed {tolerance:g}" if tolerance < math.inf else "not limited for MoE; equal in f32"
     alike = int((theirs.argmax(-1) == logits.argmax(-1)).sum())
-    return f"the same tokens; logits differ by at most {difference:.1e} ({allowed}), {compared} greedy tokens equal" + (
-        f", then a tie; along ours {alike} of {number} equal" if compared < number else ""
+    return f"equal tokens; logits differ by at most {difference:.1e} ({allowed}), {compared} greedy tokens equal" + (
+        f", then a tie; argmax equal at {alike} of {number} positions" if compared < number else ""
     )
 
 
 @contextlib.contextmanager
 def suppress_stderr() -> Iterator[None]:
-    """llama.cpp writes to the process's own stderr, past Python's."""
+    """Redirect stderr to os.devnull: file descriptor 2 as well, since llama.cpp bypasses sys.stderr."""
     old = os.dup(2)
     with Path(os.devnull).open("w") as nothing:
         os.dup2(nothing.fileno(), 2)

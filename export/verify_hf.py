@@ -1,11 +1,11 @@
-"""Is the exported folder the same model? Asked of stock transformers, which opens it without any code of ours.
+"""Compares an exported folder, opened by stock transformers, with its model.
 
-    tokens    every text below, and a chat through the template: the same ids
-    logits    random ids and those texts: at most HF_TOLERANCE apart, in fp32 on the CPU
-    answer    GREEDY_TOKENS greedy tokens of generate(): the same, unless two tokens are a tie within the tolerance
+    tokens    equal ids for every text below, and for a chat through the chat template
+    logits    of those texts and of random ids: at most HF_TOLERANCE apart, in fp32 on the CPU
+    answer    GREEDY_TOKENS equal greedy tokens of generate(), unless two tokens tie within the tolerance
 
-Anything else is an error: the folder is not left behind. Of an adapter the same is asked of the peft library.
-Read next: hf_export.py (what is checked here), verify_gguf.py (the same for llama.cpp).
+Any other difference is an error, and the folder is removed. An adapter is compared in the same way with peft.
+Read next: hf_export.py (writes the folder), verify_gguf.py (the same for llama.cpp).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ SAMPLE_CHAT = (
 
 
 def with_rounded_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The model as it is written: in fp32, its weights rounded to `dtype`."""
+    """The model in fp32 with its weights rounded to `dtype`, as in the folder."""
     if dtype == torch.float32:
         return model
     copied = copy.deepcopy(model)
@@ -49,7 +49,7 @@ def with_rounded_weights(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 def sample_chat_ids(tokenizer: ChatTokenizer) -> list[int]:
-    """The chat as tokens; [] where there is no chat template, or a foreign one that refuses such a chat."""
+    """The ids of SAMPLE_CHAT; [] if the tokenizer has no chat template or its template rejects this chat."""
     try:
         return tokenizer.render(list(SAMPLE_CHAT), add_generation_prompt=True)[0]
     except UserError:
@@ -57,12 +57,12 @@ def sample_chat_ids(tokenizer: ChatTokenizer) -> list[int]:
 
 
 def sample_chat_text(tokenizer: ChatTokenizer) -> str:
-    """The text that `sample_chat_ids` reads: decoding need not give it back, a SentencePiece decoder drops a space."""
+    """The text of SAMPLE_CHAT. Decoding its ids may differ: a SentencePiece decoder drops a space."""
     return "".join(text for text, _ in tokenizer.chat_format.spans(list(SAMPLE_CHAT), True))
 
 
 def comparison_inputs(model: Transformer, tokenizer: ChatTokenizer) -> list[list[int]]:
-    """Ids to compare on: the texts and the chat (as much as the model reads), and two rows of random ids."""
+    """Rows of ids to compare on: the texts and the chat, cut to max_seq_len, and two rows of random ids."""
     found = [tokenizer.encode(text) for text in SAMPLE_TEXTS]
     found.append(sample_chat_ids(tokenizer))
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def comparison_inputs(model: Transformer, tokenizer: ChatTokenizer) -> list[list
 
 @torch.inference_mode()
 def greedy_decode(model: Transformer, prompt: list[int], number: int) -> tuple[list[int], Tensor]:
-    """The `number` likeliest next tokens one after the other, whatever they are, and the logits (number, vocab)."""
+    """Decode `number` tokens greedily, ignoring stop tokens; return the ids and the logits (number, vocab)."""
     cache = KVCache(model.config, 1, len(prompt) + number, torch.device("cpu"), torch.float32)
     ids, tokens, rows = torch.tensor([prompt]), [], []
     for _ in range(number):
@@ -85,26 +85,27 @@ def greedy_decode(model: Transformer, prompt: list[int], number: int) -> tuple[l
 
 
 def common_prefix(ours: list[int], logits: Tensor, theirs: list[int], tolerance: float) -> int:
-    """How many tokens were compared: all, or up to a tie of two tokens within `tolerance`.
+    """How many leading tokens are equal: all, or those before a tie of two tokens within `tolerance`.
 
-    Raises UserError at a token that is no tie: ours, theirs (number,), logits (number, vocab) of ours.
+    `ours` and `theirs` are (number,), `logits` (number, vocab) belongs to `ours`. Raises UserError if two tokens differ
+    that are not a tie.
     """
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
         if mine == other:
             continue
         gap = float(logits[step, mine] - logits[step, other])
         if not gap <= 2 * tolerance:
-            raise UserError(f"greedy token {step + 1} is {other} there and {mine} here, {gap:.2g} apart in logits")
+            raise UserError(f"greedy token {step + 1} is {other} instead of {mine}, {gap:.2g} apart in logits")
         return step
     if len(theirs) < len(ours):
-        raise UserError(f"the greedy answer ends after {len(theirs)} of {len(ours)} tokens there")
+        raise UserError(f"the greedy answer stops after {len(theirs)} of {len(ours)} tokens")
     return len(ours)
 
 
 def check_hf_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, dtype: torch.dtype) -> str:
-    """Compare an exported folder with the model that was written; returns the line to print.
+    """Compare an exported folder with its model; return the line to print.
 
-    Raises UserError naming what differs.
+    Raises UserError that names the difference.
     """
     import transformers
 
@@ -116,7 +117,7 @@ def check_hf_folder(folder: Path, model: Transformer, tokenizer: ChatTokenizer, 
 
 
 def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatTokenizer) -> str:
-    """The same for an adapter's folder, with the peft library, on a parent exported to `base`."""
+    """Compare an adapter's folder, opened by peft on the parent in `base`, with `model`; return the line to print."""
     try:
         import peft
     except ImportError:
@@ -131,7 +132,7 @@ def check_adapter(folder: Path, base: Path, model: Transformer, tokenizer: ChatT
 
 
 def open_hf_model(transformers: Any, folder: Path, names: Any) -> Any:
-    """Stock's model in fp32. Raises UserError when it misses a tensor, or knows one that it has no place for."""
+    """transformers' model in fp32. Raises UserError for missing, unexpected or mismatched tensors."""
     hf_model, loading = transformers.AutoModelForCausalLM.from_pretrained(  # a folder  # nosec B615
         folder, trust_remote_code=False, output_loading_info=True, **fp32_kwargs(transformers)
     )
@@ -143,7 +144,7 @@ def open_hf_model(transformers: Any, folder: Path, names: Any) -> Any:
 
 
 def fp32_kwargs(transformers: Any) -> dict[str, Any]:
-    """How this version of transformers is told the number format."""
+    """The keyword argument that selects fp32 in this version of transformers."""
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     return {name: torch.float32}
 
@@ -151,7 +152,7 @@ def fp32_kwargs(transformers: Any) -> dict[str, Any]:
 def check_hf_tokens(theirs: Any, ours: ChatTokenizer) -> None:
     for text in SAMPLE_TEXTS:
         if theirs.encode(text, add_special_tokens=False) != ours.encode(text):
-            raise UserError(f"transformers reads the text {text!r} as other tokens")
+            raise UserError(f"transformers gives other tokens for the text {text!r}")
     if chat := sample_chat_ids(ours):
         found = theirs.apply_chat_template(list(SAMPLE_CHAT), add_generation_prompt=True, tokenize=True)
         found = found if isinstance(found, list) else found["input_ids"]
@@ -161,19 +162,19 @@ def check_hf_tokens(theirs: Any, ours: ChatTokenizer) -> None:
 
 @torch.inference_mode()
 def compare_with_hf(model: Transformer, hf_model: Any, tokenizer: ChatTokenizer, name: str) -> str:
-    """Logits and a greedy answer of both, on the CPU in fp32. Raises UserError for a difference."""
+    """Compare logits and a greedy answer on the CPU in fp32. Raises UserError if they differ."""
     largest, rows = 0.0, comparison_inputs(model, tokenizer)
     for ids in rows:
         reset_dynamic_rope(model, hf_model)
         difference = float((model.logits(torch.tensor([ids])) - hf_model(torch.tensor([ids])).logits).abs().max())
-        if not difference <= HF_TOLERANCE:  # NaN is a difference too
+        if not difference <= HF_TOLERANCE:  # also true for NaN
             raise UserError(f"{name}'s logits differ by {difference:.2g}, more than {HF_TOLERANCE:g}")
         largest = max(largest, difference)
     prompt = (sample_chat_ids(tokenizer) or rows[0])[: max(1, model.config.max_seq_len - GREEDY_TOKENS)]
     number = min(GREEDY_TOKENS, model.config.max_seq_len - len(prompt))
     ours, logits = greedy_decode(model, prompt, number)
     reset_dynamic_rope(model, hf_model)
-    hf_model.generation_config.eos_token_id = None  # go on, whatever comes
+    hf_model.generation_config.eos_token_id = None  # ignore stop tokens
     found = hf_model.generate(
         input_ids=torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -191,14 +192,14 @@ def compare_with_hf(model: Transformer, hf_model: Any, tokenizer: ChatTokenizer,
 
 
 def reset_dynamic_rope(model: Transformer, hf_model: Any) -> None:
-    """transformers' dynamic RoPE keeps the angles of the longest sequence seen until a short one comes: send one."""
+    """Run a short sequence: transformers' dynamic RoPE keeps the angles of the longest sequence until then."""
     if model.config.rope_scaling.get("rope_type") == "dynamic":
         hf_model(torch.zeros(1, 1, dtype=torch.long))
 
 
 @contextlib.contextmanager
 def suppress_transformers_output(transformers: Any) -> Iterator[None]:
-    """Nothing on the screen but our own lines."""
+    """Suppress warnings, log lines and progress bars of transformers."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)

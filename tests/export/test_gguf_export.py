@@ -1,9 +1,9 @@
-"""--gguf: one file that llama.cpp runs as the same model.
+"""--gguf: a GGUF file that llama.cpp runs as the same model.
 
-Promises: sizes, RoPE scaling, tensors and tokenizer of the file are the model's, the q and k rows in the order that
-each architecture rotates them; in llama.cpp the ids of any text, the logits and the greedy answer are ours, in every
-number format and for every architecture; the chat template gives the ids that we train on; what llama.cpp cannot hold
-is refused by name; the Modelfile says what ends an answer.
+Promises: the file has the sizes, RoPE scaling, tensors and tokenizer of the model, with rows of q and k in the order of
+each architecture's RoPE; llama.cpp gives equal ids for any text, equal logits and an equal greedy answer, in every
+quantization and architecture; the chat template gives the ids of training; a model or tokenizer that llama.cpp does not
+support is rejected by name; the Modelfile lists the stop strings.
 """
 
 import json
@@ -136,11 +136,11 @@ FORMATS = [(case, number) for case in CASES for number in ("f32", "q8_0")[: 1 if
 
 @pytest.mark.parametrize(("case", "number"), FORMATS)
 def test_llama_cpp_gives_equal_tokens_logits_and_answer(llama_cpp, case, number, chats, tmp_path):
-    """check_gguf raises where tokens, logits or the answer differ; that it looks is the next test."""
+    """check_gguf raises if tokens, logits or the answer differ; the next test checks that it does."""
     model, path = tiny_model(chats, **CASES[case]), tmp_path / "m.gguf"
     write_gguf(path, model, chats, number, FACTS)
     message = check_gguf(path, model, chats, number)
-    assert "in llama.cpp: the same tokens" in message
+    assert "in llama.cpp: equal tokens" in message
     assert number != "f32" or "64 greedy tokens equal" in message
 
 
@@ -172,13 +172,13 @@ ANY_TEXT = st.lists(PIECES | st.text(st.characters(exclude_categories=("Cs",)), 
 @given(ANY_TEXT)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_gives_the_same_tokens(llama_model, chats, text):
-    text = text.replace("\0", "")  # a C string ends there
+    text = text.replace("\0", "")  # a C string ends at \0
     assert llama_model.tokenize(text.encode(), add_bos=False, special=False) == chats.encode(text)
 
 
-# ---- refused by name -------------------------------------------------------------------------------------------------
-def test_unsupported_tokenizers_are_refused(tokenizer, tmp_path):
-    for other, message in ((chat_tokenizer("unigram"), "lone bytes"), (tokenizer, "cuts text")):
+# ---- rejected by name ------------------------------------------------------------------------------------------------
+def test_unsupported_tokenizers_are_rejected(tokenizer, tmp_path):
+    for other, message in ((chat_tokenizer("unigram"), "no byte fallback"), (tokenizer, "no pre-tokenizer")):
         with pytest.raises(UserError, match=message):
             pre_tokenizer_name(other)
     make_tokenizer(tmp_path)
@@ -196,7 +196,7 @@ def test_unsupported_tokenizers_are_refused(tokenizer, tmp_path):
         ({"rope_scaling": LLAMA3, "qk_norm": True}, "llama3 RoPE scaling in the architecture qwen3"),
     ],
 )
-def test_unsupported_rope_scaling_is_refused(changes, message, chats, tmp_path):
+def test_unsupported_rope_scaling_is_rejected(changes, message, chats, tmp_path):
     model = tiny_model(chats, **changes)
     for call in (
         lambda: check_supported(model.config, chats),
@@ -207,23 +207,23 @@ def test_unsupported_rope_scaling_is_refused(changes, message, chats, tmp_path):
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_a_piece_across_a_cut_is_refused(chats):
+def test_a_piece_across_a_pre_tokenizer_split_is_rejected(chats):
     assert piece_across_cut(chats) == ""
     content = json.loads(chats.files["tokenizer.json"])
     piece = "a<"
     content["model"]["vocab"][piece] = len(content["model"]["vocab"])
     content["model"]["merges"].append(["a", "<"])
-    with pytest.raises(UserError, match="reaches across"):
+    with pytest.raises(UserError, match="crosses"):
         pre_tokenizer_name(ChatTokenizer({**chats.files, "tokenizer.json": json.dumps(content)}))
 
 
-def test_unsupported_exports_are_refused_before_any_work(monkeypatch, tokenizer, chats, tmp_path):
+def test_unsupported_exports_are_rejected_before_any_work(monkeypatch, tokenizer, chats, tmp_path):
     def save_checkpoint(tokenizer):
         model = random_model(ModelConfig(tokenizer.vocab_size, 32, 1, 2, 2, max_seq_len=64))
         save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, LINEAGE)
         return tmp_path / "full_sft_32.pth"
 
-    with pytest.raises(UserError, match="cuts text"):
+    with pytest.raises(UserError, match="no pre-tokenizer"):
         run_script(monkeypatch, "export_model.py", save_checkpoint(tokenizer), tmp_path / "a", "--gguf", "f16")
     run_script(monkeypatch, "export_model.py", save_checkpoint(chats), tmp_path / "a", "--gguf", "q8_0")
     names = {path.name for path in (tmp_path / "a").iterdir()}
@@ -260,7 +260,7 @@ def test_modelfile_names_template_stops_and_context(chats):
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_go_templates_write_the_format(name, chats):
-    """Rendered here by substitution, which is all that these templates ask of Go."""
+    """The test renders them by substitution; these templates use no other feature of Go."""
     import re
 
     chat = chats.with_chat_format(name).format

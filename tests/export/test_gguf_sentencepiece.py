@@ -1,9 +1,9 @@
-"""--gguf for SentencePiece tokenizers: the `llama` tokenizer of llama.cpp.
+"""--gguf for SentencePiece tokenizers: llama.cpp's `llama` tokenizer.
 
-Promises: of a model that sentencepiece trained, the file holds what llama.cpp needs to cut any text as sentencepiece
-and tokenizer.json do: scores, token types, the ▁ in front; ids of special tokens are right; what llama.cpp would cut
-otherwise is refused with the reason. The oracles are sentencepiece itself, the tokenizers library and, where it
-is installed, llama.cpp.
+Promises: for a model trained by sentencepiece, the file has the scores, token types and space prefix with which
+llama.cpp tokenizes any text as sentencepiece and tokenizer.json do; the ids of special tokens are right; a tokenizer
+that llama.cpp would apply differently is rejected with the reason. The references are sentencepiece, the tokenizers
+library and, if installed, llama.cpp.
 """
 
 import io
@@ -43,7 +43,7 @@ LLAMA = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" 
 
 @pytest.fixture(scope="module")
 def sp_model():
-    """A BPE that sentencepiece trained, as Llama 2's: dummy prefix, byte fallback, every space a ▁."""
+    """A BPE trained by sentencepiece, as Llama 2's: dummy prefix, byte fallback, every space a ▁."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -58,7 +58,7 @@ def sp_model():
 
 
 def tokenizer_backend(sp_model, keep=lambda left, right: True):
-    """tokenizer.json of a sentencepiece model: every pair of pieces that makes a piece is a merge, best score first."""
+    """tokenizer.json of a sentencepiece model: all pairs of pieces that make a piece, by descending score."""
     pieces = [sp_model.id_to_piece(i) for i in range(sp_model.vocab_size())]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = []
@@ -112,7 +112,7 @@ def gguf_file(ours, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read_vocabulary(gguf_file):
-    """What llama.cpp reads from the file."""
+    """The vocabulary as llama.cpp reads it from the file."""
     values = read_gguf_fields(gguf_file)
     lists = [values[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
     return SentencePieceVocabulary(*lists, values["tokenizer.ggml.add_space_prefix"])
@@ -127,7 +127,7 @@ def test_gguf_file_holds_sizes_tensors_and_tokenizer_of_the_model(ours, sp_model
     assert pieces[: sp_model.vocab_size()] == [sp_model.id_to_piece(i) for i in range(sp_model.vocab_size())]
     assert types[:3] == [TOKEN_UNKNOWN, TOKEN_CONTROL, TOKEN_CONTROL] and types[3:259] == [TOKEN_BYTE] * 256
     assert set(types[259 : ours.vocab_size]) == {TOKEN_NORMAL} and types[ours.vocab_size :] == [TOKEN_UNUSED] * 3
-    made = [i for i in range(259, ours.vocab_size) if len(pieces[i]) > 1]  # in the order in which they are merged
+    made = [i for i in range(259, ours.vocab_size) if len(pieces[i]) > 1]  # in merge order
     assert made and sorted(made, key=lambda i: -values["scores"][i]) == sorted(
         made, key=lambda i: -sp_model.get_score(i)
     )
@@ -141,7 +141,7 @@ ANY_TEXT = st.lists(PIECES | st.text(st.characters(exclude_categories=("Cs",)), 
 @given(ANY_TEXT)
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_text_gives_the_same_tokens(ours, sp_model, read_vocabulary, text):
-    """sentencepiece itself drops \\0 and reads ▁ as a space; the others do not."""
+    """Only sentencepiece drops \\0 and reads ▁ as a space."""
     ids = read_vocabulary.encode(text)
     assert ids == ours.encode(text)
     if text and not set(text) & {"\0", "▁"}:
@@ -164,7 +164,7 @@ def test_a_chat_gives_the_same_tokens(ours, read_vocabulary):
 
 def test_llama_cpp_gives_equal_tokens(ours, gguf_file):
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which a fresh machine must compile")
-    assert "in llama.cpp: the same tokens" in check_gguf(gguf_file, small_model(ours), ours, "f32")
+    assert "in llama.cpp: equal tokens" in check_gguf(gguf_file, small_model(ours), ours, "f32")
 
 
 @pytest.mark.parametrize(
@@ -185,23 +185,23 @@ def test_metaspace_steps_are_converted(sp_model, name, step, tmp_path):
     values = read_gguf_fields(tmp_path / "m.gguf")
     assert values["tokenizer.ggml.add_space_prefix"] == (name == "always")
     message = check_gguf(tmp_path / "m.gguf", small_model(tokenizer), tokenizer, "f32")
-    assert ("begins with a space has one ▁ more" in message) == (name == "always")
+    assert ("begins with a space has one more ▁" in message) == (name == "always")
 
 
-# ---- refused by name -------------------------------------------------------------------------------------------------
-def refusal_message(backend, folder, template=TEMPLATE):
-    with pytest.raises(UserError, match="fits no GGUF") as error:
+# ---- rejected by name ------------------------------------------------------------------------------------------------
+def rejection_message(backend, folder, template=TEMPLATE):
+    with pytest.raises(UserError, match="GGUF does not support") as error:
         pre_tokenizer_name(save_tokenizer(backend, folder, template))
     return str(error.value)
 
 
-def test_steps_that_llama_cpp_lacks_are_refused(sp_model, tmp_path):
+def test_steps_that_llama_cpp_lacks_are_rejected(sp_model, tmp_path):
     backend = tokenizer_backend(sp_model)
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
-    assert "no NFKC before the merges" in refusal_message(backend, tmp_path / "a")
+    assert "no NFKC before the merges" in rejection_message(backend, tmp_path / "a")
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-    assert "behind each control token of a chat" in refusal_message(backend, tmp_path / "b")
+    assert "after each control token of a chat" in rejection_message(backend, tmp_path / "b")
     assert pre_tokenizer_name(save_tokenizer(backend, tmp_path / "c", template=None)) == "default", (
         "plain text is the same"
     )
@@ -210,28 +210,28 @@ def test_steps_that_llama_cpp_lacks_are_refused(sp_model, tmp_path):
     content["model"]["merges"].append(["e", "▁"])
     backend = Tokenizer.from_str(json.dumps(content))
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always")
-    assert "merges across words" in refusal_message(backend, tmp_path / "d")
+    assert "merges across words" in rejection_message(backend, tmp_path / "d")
 
 
-def test_a_tokenizer_without_byte_fallback_is_refused(tmp_path):
+def test_a_tokenizer_without_byte_fallback_is_rejected(tmp_path):
     """Unknown characters are <unk> here and bytes in llama.cpp."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = LLAMA
     trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     backend.train_from_iterator(["the sun and the moon"] * 9, trainer)
-    assert "no byte fallback" in refusal_message(backend, tmp_path)
+    assert "no byte fallback" in rejection_message(backend, tmp_path)
 
 
-def test_a_missing_merge_is_refused(sp_model, tmp_path):
-    """One pair that makes a piece is no merge: llama.cpp joins it all the same."""
+def test_a_missing_merge_is_rejected(sp_model, tmp_path):
+    """A pair that makes a piece but is not in merges: llama.cpp merges it nevertheless."""
     pieces = {sp_model.id_to_piece(i) for i in range(sp_model.vocab_size())}
     dropped = next(piece for piece in sorted(pieces) if len(piece) == 2 and not piece.startswith("<"))
     backend = tokenizer_backend(sp_model, keep=lambda left, right: left + right != dropped)
-    assert "joins any two neighbours" in refusal_message(backend, tmp_path)
+    assert "merges any two neighbours" in rejection_message(backend, tmp_path)
 
 
-def test_merges_of_bytes_are_refused(sp_model, tmp_path):
+def test_merges_of_bytes_are_rejected(sp_model, tmp_path):
     content = json.loads(tokenizer_backend(sp_model).to_str())
     content["model"]["vocab"]["<0xE4><0xBD>"] = len(content["model"]["vocab"])
     content["model"]["merges"].append(["<0xE4>", "<0xBD>"])
-    assert "never merges bytes" in refusal_message(Tokenizer.from_str(json.dumps(content)), tmp_path)
+    assert "never merges bytes" in rejection_message(Tokenizer.from_str(json.dumps(content)), tmp_path)

@@ -1,9 +1,9 @@
-"""Every architecture and every RoPE scaling that is read: the same numbers as in transformers, both ways.
+"""Every architecture and RoPE scaling that ../../export/hf_import.py reads gives the results of transformers.
 
-Promises: of each kind, logits and gradients equal transformers' (1e-5, fp32), also beyond the length before scaling; a
-greedy answer through the KV cache equals its generate(); rows of a batch are answered as if alone; a folder that is
-exported, read and exported again has the same bytes; both spellings of RoPE in config.json give the same model; the
-config.json of published models give their published sizes.
+Promises: logits and gradients equal transformers' (1e-5, fp32), also beyond the length before scaling; a greedy answer
+with the KV cache equals its generate(); rows of a batch give the answers of single rows; export, import and export
+again give the same bytes; both spellings of RoPE in config.json give the same model; published config.json files give
+the published numbers of parameters.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from tests.export.test_hf_export import assert_same_folders, run_export
 from tests.export.test_hf_import import edit_json, make_folder
 from tests.helpers import run_script
 
-ORIGINAL = 32  # the length before scaling; the folders of make_folder say 96 positions
+ORIGINAL = 32  # the length before scaling; make_folder writes 96 positions
 
 
 def rope_settings(length=96, **scaling):
@@ -60,12 +60,12 @@ CASES = {
     "yarn mscale": ("Llama", rope_settings(**YARN, mscale=1.2, mscale_all_dim=0.6, truncate=False)),
     "yarn moe": ("Qwen3Moe", {**EXPERTS, **rope_settings(ORIGINAL, **YARN)}),
 }
-MAX_TOKENS = 96  # tokens that every one of them reads
+MAX_TOKENS = 96  # every case supports this length
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """model_folder(kind) -> (the folder, transformers' model), made once."""
+    """model_folder(kind) -> (folder, transformers' model), created once per kind."""
     cache = {}
 
     def make(kind):
@@ -103,7 +103,7 @@ def test_logits_and_gradients_equal_transformers(kind, length, model_folder):
     assert gradients.keys() == hf_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, hf_gradients[name], rtol=1e-5, atol=1e-5, msg=name)
-    for part in ("q_proj", "k_proj"):  # the rotation is what is compared here
+    for part in ("q_proj", "k_proj"):  # RoPE acts on these: their gradients must not vanish
         assert max(g.abs().max() for name, g in gradients.items() if part in name) > 1e-4
 
 
@@ -112,7 +112,7 @@ def test_a_cached_greedy_answer_equals_generate(kind, model_folder):
     folder, hf_model = model_folder(kind)
     ours, _, _ = open_model(folder)
     prompt = torch.randint(0, 300, (1, 12), generator=torch.Generator().manual_seed(3))
-    tokens, _ = greedy_decode(ours, prompt[0].tolist(), MAX_TOKENS - 12)  # crosses the length before scaling
+    tokens, _ = greedy_decode(ours, prompt[0].tolist(), MAX_TOKENS - 12)  # exceeds the length before scaling
     hf_model.generation_config.eos_token_id = hf_model.generation_config.pad_token_id = None
     found = hf_model.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=MAX_TOKENS - 12
@@ -145,7 +145,9 @@ def test_training_from_a_folder_keeps_its_architecture(kind, model_folder, monke
     parent, (child, _, _) = open_model(folder)[0], open_model(next(out.glob("*.pth")))
     assert child.config == parent.config
     before = dict(parent.named_parameters())
-    assert all(not torch.equal(weight, before[name]) for name, weight in child.named_parameters()), "all weights move"
+    assert all(not torch.equal(weight, before[name]) for name, weight in child.named_parameters()), (
+        "all weights are trained"
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
@@ -165,7 +167,7 @@ def test_both_spellings_of_rope_are_the_same(kind, model_folder, tmp_path):
 
 
 def test_stacked_experts_are_read(model_folder, tmp_path):
-    """transformers 5 keeps them so in memory, and can write them so."""
+    """transformers 5 stacks experts in memory and can save them stacked."""
     from safetensors.torch import load_file, save_file
 
     folder, _ = model_folder("qwen3 moe")
@@ -185,7 +187,7 @@ def test_stacked_experts_are_read(model_folder, tmp_path):
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-# ---- dynamic depends on the length of each sequence ------------------------------------------------------------------
+# ---- dynamic RoPE: depends on the sequence length --------------------------------------------------------------------
 def test_batched_answers_equal_single_answers(model_folder):
     ours, tokenizer, _ = open_model(model_folder("dynamic")[0])
     prompts = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (8, 31, 60)]
@@ -210,10 +212,10 @@ def test_dynamic_rope_uses_the_length_of_each_row(model_folder):
             torch.testing.assert_close(both[row], expected[0], rtol=1e-5, atol=1e-5)
 
 
-# ---- our own models, read beyond their length ------------------------------------------------------------------------
+# ---- our own models beyond their trained length ----------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
-def test_a_longer_model_is_what_transformers_computes_with_the_same_scaling(kind, model_folder, monkeypatch, tmp_path):
-    """scale_rope on a plain model, and transformers with the scaling in its config.json."""
+def test_an_extended_context_equals_transformers_with_the_same_scaling(kind, model_folder, monkeypatch, tmp_path):
+    """scale_rope on a model without scaling equals transformers with the scaling in config.json."""
     import transformers
 
     folder, _ = model_folder("llama wide")
@@ -234,7 +236,7 @@ def test_a_longer_model_is_what_transformers_computes_with_the_same_scaling(kind
             ours.logits(torch.zeros(1, 193, dtype=torch.long))
 
 
-def test_scaling_is_applied_once_and_within_reason():
+def test_scaling_is_applied_once_with_a_valid_factor():
     config = ModelConfig(100, 32, 1, 2, 2, max_seq_len=64)
     for factor in (1.0, 0.5, 65, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--rope_factor"):
@@ -266,7 +268,7 @@ SOUND = {
     kind=st.sampled_from(sorted(MODEL_TYPES)),
     changes=st.dictionaries(st.sampled_from(sorted(SOUND)), JUNK_VALUES | ROPES, max_size=3),
 )
-def test_any_config_is_read_or_refused_in_one_line(kind, changes):
+def test_any_config_is_read_or_rejected_in_one_line(kind, changes):
     try:
         config = convert_hf_config(Path("folder"), {**SOUND, "model_type": kind, **changes}, True)
     except UserError as error:
@@ -287,7 +289,7 @@ def qwen3(dim, hidden, layers, heads):
     }  # fmt: skip
 
 
-PUBLISHED = {  # config.json as it is on the hub, without what says nothing about the computation; parameters
+PUBLISHED = {  # (config.json on the hub, without keys that do not affect the model; number of parameters)
     "Qwen3-0.6B": (qwen3(1024, 3072, 28, 16), 596_049_920),
     "Qwen3-4B": (qwen3(2560, 9728, 36, 32), 4_022_468_096),
     "Qwen3-30B-A3B": (

@@ -1,9 +1,9 @@
-"""Somebody else's model: opened from its transformers folder, trained on with its own chat template, saved as ours.
+"""A foreign model: opened from its transformers folder, trained with its own chat template, saved as a .pth.
 
 Promises: logits equal transformers' before training (1e-5), for Llama and Qwen3, tied or not, in one file or several
-(the other architectures and RoPE scaling: test_hf_architectures.py);
-ids equal its own apply_chat_template, with the answers marked; the .pth alone is enough afterwards; what this
-architecture lacks, and every damaged folder, is refused in one line that names it.
+(other architectures and RoPE scaling: test_hf_architectures.py); ids equal apply_chat_template's, with a mask over the
+answers; afterwards the .pth alone suffices; an unsupported setting or a damaged folder is rejected in one line that
+names it.
 """
 
 import json
@@ -21,7 +21,7 @@ from model.tokenizer import load_tokenizer
 from tests.helpers import IGNORE_TOKEN_FOLDERS, run_process, run_script
 from tests.model.test_chat_template import format_tokens, messages_of
 
-# Written as other people write them: bos in front, contents trimmed, an eos of its own, system and tool turns optional.
+# A typical foreign template: bos first, trimmed contents, its own eos, optional system and tool turns.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}\n"
     "    {%- if message.role == 'assistant' %}\n        {{- '<|bot|>\\n' }}"
@@ -30,7 +30,7 @@ TEMPLATE = (
     "    {%- endif %}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}{{- '<|bot|>\\n' }}{% endif %}"
 )
-UNSTABLE = (  # as Qwen3 does: only the last answer keeps its thoughts
+UNSTABLE = (  # as Qwen3's: only the last answer keeps its thoughts
     "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
     "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -40,7 +40,7 @@ CHAT = messages_of(
 
 
 def make_tokenizer(folder, template=TEMPLATE, **special):
-    """A byte-level tokenizer that is not one of ours, saved as transformers saves it."""
+    """A foreign byte-level tokenizer, saved by transformers."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def make_tokenizer(folder, template=TEMPLATE, **special):
     )
     backend.train_from_iterator(["the sun and the moon and the river 太阳 月亮 " * 9], trainer)
     backend.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<|bot|>", "<|user|>")])
-    backend.enable_truncation(4)  # as some tokenizer.json ask for; nobody's chats are to be cut or padded by that
+    backend.enable_truncation(4)  # some tokenizer.json set these; chats must be neither truncated nor padded
     backend.enable_padding(length=9)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -64,7 +64,7 @@ def make_tokenizer(folder, template=TEMPLATE, **special):
 
 
 def make_folder(folder, family="Llama", shard="20KB", template=TEMPLATE, **changes):
-    """(transformers' model, its tokenizer), saved in `folder`."""
+    """Save a random transformers model in `folder`; return (model, tokenizer)."""
     import transformers
 
     tokenizer = make_tokenizer(folder, template)
@@ -111,7 +111,7 @@ def test_logits_are_equal_after_training_and_saving(family, shard, tied, monkeyp
     trained, tokenizer, checkpoint = open_model(out / "full_sft_32.pth")
     assert [entry["stage"] for entry in checkpoint["lineage"]] == ["transformers", "full_sft"]
     changed = [n for n, w in trained.named_parameters() if not torch.equal(w, dict(model.named_parameters())[n])]
-    assert len(changed) == len(list(model.named_parameters())), "all weights move"
+    assert len(changed) == len(list(model.named_parameters())), "all weights are trained"
     assert tokenizer.format_name == "template" and tokenizer.chat_format.template == TEMPLATE
     capsys.readouterr()
     run_script(monkeypatch, "2-eval.py", "--checkpoint", out / "full_sft_32.pth", "--prompt", "1?", "--seed", 1,
@@ -126,7 +126,7 @@ def test_evaluation_reads_a_transformers_folder(llama, monkeypatch, capsys, tmp_
         assert f"{llama}: transformers, 0.0 M" in capsys.readouterr().out
 
 
-# ---- its chat template -----------------------------------------------------------------------------------------------
+# ---- the chat template -----------------------------------------------------------------------------------------------
 def test_the_folders_template_masks_the_answers(llama):
     tokenizer = load_tokenizer(llama)
     assert format_tokens(tokenizer, *tokenizer.render(CHAT)) == (
@@ -146,7 +146,7 @@ def own_and_hf_tokenizer(llama):
 
 
 def test_a_sentencepiece_tokenizer_renders_and_streams(tmp_path):
-    """As Llama 2 does: a mark for each space and one in front, rare characters spelt in bytes. Text streams whole."""
+    """As Llama 2's: ▁ for each space and one prepended, bytes for rare characters. Streaming gives the whole text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -214,14 +214,14 @@ def test_a_template_that_rewrites_earlier_answers_can_be_replaced(tmp_path):
         ("{{ messages[0].nothing.more }}", "fails"),
     ],
 )
-def test_invalid_templates_are_refused(template, expected_message, tmp_path):
+def test_invalid_templates_are_rejected(template, expected_message, tmp_path):
     make_tokenizer(tmp_path, template)
     with pytest.raises(UserError, match=expected_message):
         load_tokenizer(tmp_path).render(CHAT)
 
 
 def test_a_base_model_without_a_template_needs_chat_format(monkeypatch, capsys, sft_dir, tmp_path):
-    """It continues text; to be taught to answer it needs the name of a format."""
+    """It continues text; SFT needs the name of a chat format."""
     make_folder(tmp_path / "base", template=None)
     run_script(monkeypatch, "2-eval.py", "--checkpoint", tmp_path / "base", "--prompt", "1?", "--max_new_tokens", 5)
     assert "> 1?" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_a_base_model_without_a_template_needs_chat_format(monkeypatch, capsys, 
 
 
 def test_chatml_without_a_template_is_written_with_one(tmp_path):
-    """A tokenizer that has chatml's markers and no template speaks chatml: what is saved says so to transformers."""
+    """A tokenizer with chatml's markers and no template uses chatml; the saved tokenizer has the template."""
     from transformers import AutoTokenizer
 
     make_tokenizer(tmp_path, None, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
@@ -248,7 +248,7 @@ def test_chatml_without_a_template_is_written_with_one(tmp_path):
         )
 
 
-# ---- refused by name -------------------------------------------------------------------------------------------------
+# ---- rejected by name ------------------------------------------------------------------------------------------------
 def edit_json(folder, name, **changes):
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
@@ -287,7 +287,7 @@ def edit_json(folder, name, **changes):
         ({"vocab_size": 100}, "ids up to"),
     ],
 )
-def test_unsupported_settings_are_refused(llama, changes, expected_message, tmp_path):
+def test_unsupported_settings_are_rejected(llama, changes, expected_message, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
     edit_json(folder, "config.json", **changes)
     with pytest.raises(UserError, match=expected_message):
@@ -295,7 +295,7 @@ def test_unsupported_settings_are_refused(llama, changes, expected_message, tmp_
 
 
 def damage_folder(folder, how):
-    """Break the folder; returns what the message must say."""
+    """Damage the folder; return a text that the message must contain."""
     shard = sorted(folder.glob("*.safetensors"))[0]
     if how == "empty":
         for path in folder.iterdir():
@@ -330,7 +330,7 @@ KINDS = ["empty", "config.json", "model.safetensors.index.json", "tokenizer.json
 
 
 @pytest.mark.parametrize("how", [*KINDS, "torn shard", "lost shard", "no tokenizer", "path", "pytorch"])
-def test_damaged_folders_are_refused_in_one_line(llama, how, tmp_path):
+def test_damaged_folders_are_rejected_in_one_line(llama, how, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "copy")
     expected_message = damage_folder(folder, how)
     with pytest.raises(UserError) as error:

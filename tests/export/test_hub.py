@@ -1,7 +1,7 @@
-"""--push_to_hub against a hub on this machine that speaks the real protocol: create, preupload, LFS upload, commit.
+"""--push_to_hub against a local server with the hub's protocol: create, preupload, LFS upload, commit.
 
-Promises: every file arrives byte for byte, in one commit, in a repository that is private when asked; a dry run lists
-the same files and asks nobody anything; what the hub refuses is said in one line, and the folder stays.
+Promises: every file is uploaded byte for byte, in one commit, to a private repository if requested; a dry run lists the
+same files and sends no request; an error of the hub is one line, and the folder is kept.
 """
 
 import base64
@@ -20,7 +20,7 @@ from tests.helpers import run_process
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """As much of a model hub as an upload needs. What arrives is kept on the server object."""
+    """The hub endpoints that an upload uses. Received data is stored on the server object."""
 
     protocol_version = "HTTP/1.1"
 
@@ -62,7 +62,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         body = self.body()
         if self.path == "/api/repos/create":
-            asked = json.loads(body)  # libraries before 2.0 say "private"
+            asked = json.loads(body)  # huggingface_hub before 2.0 sends "private"
             self.server.private = asked.get("private") or asked.get("visibility") == "private"
             self.answer({"url": f"{self.server.url}/me/small", "name": "me/small"})
         elif self.path == "/api/validate-yaml":  # the card's front matter
@@ -145,7 +145,7 @@ def test_a_hub_error_is_one_line_and_keeps_the_folder(hub, tiny_parent, tmp_path
     assert (tmp_path / "small").is_dir() and not hub.commits
 
 
-def test_unsupported_exports_are_refused_before_any_work(monkeypatch):
+def test_a_missing_token_and_invalid_names_are_rejected(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UserError, match="hf auth login"):
         check_repo_id("me/small", needs_token=True)

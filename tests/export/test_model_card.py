@@ -1,8 +1,8 @@
-"""What is known about a model, and the model card written from it.
+"""The facts about a model, and the model card generated from them.
 
-Promises: facts come out of the checkpoint, are completed by its log, and name the scores of reports that were made of
-this very file; sums are those of the chain; the card holds every figure, and nothing of a folder's name or of markup
-that somebody put there; a damaged lineage.json is a one-line error, whatever is in it.
+Promises: facts come from the checkpoint, its log, and reports whose "checkpoint" is this file; sums are over the chain;
+the card contains every figure, no local path and no unescaped foreign markup; any damaged lineage.json is a one-line
+error.
 """
 
 import json
@@ -45,7 +45,7 @@ def make_model_file(tokenizer, tmp_path):
     return make_model_file
 
 
-def test_the_card_shows_heads_biases_and_the_length_that_was_trained(make_model_file):
+def test_the_card_shows_heads_biases_and_the_trained_length(make_model_file):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
     facts = model_facts(make_model_file(CHAIN, head_dim=16, qkv_bias=True, rope_scaling=yarn))
     text = model_card(facts, "Qwen2ForCausalLM", "mit", "x", [])
@@ -62,7 +62,7 @@ def test_facts_of_a_checkpoint(make_model_file):
     (path.parent / "answers.json").write_text(json.dumps({**report, "counts": counts}))
     (path.parent / "other.json").write_text(json.dumps({**report, "checkpoint": "full_sft_32.pth"}))
     (path.parent / "old.json").write_text(json.dumps(report))
-    os.utime(path.parent / "old.json", (1, 1))  # older than the model: made of another one of that name
+    os.utime(path.parent / "old.json", (1, 1))  # older than the model: describes an earlier file of that name
     (path.parent / "torn.json").write_text('{"checkpoint":')
     facts = model_facts(path)
     assert (facts["file"], facts["stage"], facts["size"], facts["chat_format"]) == ("dpo_32.pth", "dpo", "32", "chatml")
@@ -131,7 +131,7 @@ def test_the_card_contains_every_figure(make_model_file):
         model_facts(make_model_file([], "pretrain")), "LlamaForCausalLM", "unknown", "x", []
     )
     assert (
-        "Nothing is known about it" in card_without_facts
+        "No training record is available" in card_without_facts
         and "No licence was stated" in card_without_facts
         and "## Scores" not in card_without_facts
     )
@@ -162,7 +162,7 @@ LINEAGE_FIELD_TYPES = st.fixed_dictionaries(
 
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON | st.lists(LINEAGE_FIELD_TYPES, max_size=2), max_size=4))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_lineage_is_read_or_refused(make_model_file, tmp_path, changes):
+def test_any_lineage_is_read_or_rejected(make_model_file, tmp_path, changes):
     if not (tmp_path / LINEAGE_FILE).exists():
         (tmp_path / "true.json").write_text(facts_json(model_facts(make_model_file(CHAIN))))
     sound = json.loads((tmp_path / "true.json").read_text())

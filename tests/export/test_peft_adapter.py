@@ -1,4 +1,4 @@
-"""Adapters go to the peft library and back: equal logits on the stock model; what we cannot compute is refused."""
+"""Adapters are exchanged with the peft library: equal logits on the stock model; unsupported options are rejected."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_
 
 
 def make_hf_model(ours):
-    """transformers' model with the weights of ours."""
+    """A transformers model with the weights of `ours`."""
     import transformers
 
     family = "Qwen3" if ours.config.qk_norm else "Qwen2" if ours.config.qkv_bias else "Llama"
@@ -143,7 +143,7 @@ def test_lora_script_writes_and_reads_peft_folders(monkeypatch, sft_dir, tokeniz
 
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory):
-    """A good folder, for spoiling."""
+    """A valid peft folder; tests damage copies of it."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
     model = make_random_model(n_layers=1)
     attach(model, LoRAConfig(2, 4, 0.0, ("q_proj",)))
@@ -170,7 +170,7 @@ def adapter_folder(tmp_path_factory):
         ({"lora_alpha": None}, "alpha must be"),
     ],
 )
-def test_unsupported_options_are_refused_by_name(change, named, adapter_folder, tmp_path):
+def test_unsupported_options_are_rejected_by_name(change, named, adapter_folder, tmp_path):
     folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -178,7 +178,7 @@ def test_unsupported_options_are_refused_by_name(change, named, adapter_folder, 
         read_peft(folder, make_random_model(n_layers=1))
 
 
-def test_other_shapes_and_files_are_refused_by_name(adapter_folder, tmp_path):
+def test_other_shapes_and_damaged_files_are_rejected_by_name(adapter_folder, tmp_path):
     for model, named in (
         (make_random_model(n_layers=2), "missing model.layers.1.self_attn.q_proj.lora_A.weight"),
         (make_random_model(n_layers=1, dim=48), r"lora_A.weight is \(2, 32\), expected \(2, 48\)"),
@@ -202,7 +202,7 @@ def test_other_shapes_and_files_are_refused_by_name(adapter_folder, tmp_path):
         read_peft(tmp_path, make_random_model())
 
 
-def test_an_output_layer_or_a_router_is_refused(tmp_path):
+def test_an_adapter_on_the_output_layer_or_the_router_is_rejected(tmp_path):
     from safetensors.torch import save_file
 
     (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
@@ -222,20 +222,20 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*CONFIG, "use_rslora", "lora_dropout", "use_dora", "x"]), JSON))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_json_is_read_or_refused_in_one_line(adapter_folder, tmp_path, change):
-    assert_read_or_refused(adapter_folder, tmp_path, json.dumps({**CONFIG, **change}).encode())
+def test_any_json_is_read_or_rejected_in_one_line(adapter_folder, tmp_path, change):
+    assert_read_or_rejected(adapter_folder, tmp_path, json.dumps({**CONFIG, **change}).encode())
 
 
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_are_refused_in_one_line(adapter_folder, tmp_path, content):
-    assert_read_or_refused(adapter_folder, tmp_path, content)
+def test_any_bytes_are_read_or_rejected_in_one_line(adapter_folder, tmp_path, content):
+    assert_read_or_rejected(adapter_folder, tmp_path, content)
 
 
 SMALL_MODEL = make_random_model(n_layers=1, vocab_size=8)
 
 
-def assert_read_or_refused(adapter_folder, folder, content):
+def assert_read_or_rejected(adapter_folder, folder, content):
     shutil.copy(adapter_folder / "adapter_model.safetensors", folder)
     (folder / "adapter_config.json").write_bytes(content)
     try:
@@ -247,7 +247,9 @@ def assert_read_or_refused(adapter_folder, folder, content):
         merge(SMALL_MODEL)
 
 
-def test_the_command_line_says_it_in_one_line_with_exit_code_2(tmp_path, monkeypatch, sft_dir, tokenizer, capsys):
+def test_a_damaged_adapter_ends_the_script_in_one_line_with_exit_code_2(
+    tmp_path, monkeypatch, sft_dir, tokenizer, capsys
+):
     from common.errors import fail_in_one_line
 
     parent = write_parent(tmp_path, tokenizer)

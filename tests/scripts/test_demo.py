@@ -29,11 +29,11 @@ def test_demo_runs_every_stage_and_a_second_run_reuses_the_results(tmp_path):
     exam = report["exam"]
     assert exam["questions"] == 300 and exam["chance"] == 0.25 and exam["low"] < exam["accuracy"] < exam["high"]
     assert exam["sentence"] in " ".join(done.stdout.split())
-    for line in ("what each stage achieved", "ten of the held-out questions", "go on chatting:  "):
+    for line in ("results of each stage", "ten of the held-out questions", "chat with it:  "):
         assert line in done.stdout
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = run_demo("--out_dir", out, "--max_steps", 2)
-    assert again.returncode == 0 and again.stdout.count("already there") == again.stdout.count("\n[") > 10
+    assert again.returncode == 0 and again.stdout.count("already complete") == again.stdout.count("\n[") > 10
     changed = {path.name for path, when in before.items() if path.stat().st_mtime_ns != when}
     assert changed == {"report.json"}, "a second run rewrites only the report"

@@ -51,7 +51,7 @@ def test_invalid_flags_are_one_line_errors(monkeypatch, checkpoint, tmp_path):
             (["--host", "not a host", "--api_key", "k"], "cannot listen on not a host"),
             (["--port", port], f"cannot listen on 127.0.0.1 port {port} .*in use.*: choose another --port"),
             (["--checkpoint", tmp_path / "no.pth"], r"no checkpoint at .*no\.pth"),
-            (["--checkpoint", tmp_path], "is no transformers model"),
+            (["--checkpoint", tmp_path], "is not a transformers model"),
             (["--checkpoint", checkpoint, twin], "two models are called full_sft_32: write --checkpoint OTHER_NAME="),
             (["--out_dir", tmp_path / "nothing"], r"run `python 1-pretrain\.py` first"),
             (["--device", "abacus"], "--device: abacus: not a device"),
