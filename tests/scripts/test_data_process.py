@@ -193,7 +193,7 @@ def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkey
 
 def test_sigkill_at_any_time_resumes_to_the_same_bytes(tmp_path, tokenizer_dir):
     path = write_rows(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(30) for text in EN + ZH])
-    setup = "import data_process, corpus.examples as i, corpus.job_state as p; i.BATCH_ITEMS = 500; "
+    setup = "import data_process, corpus.examples as i, corpus.job_state as p; i.BATCH_EXAMPLES = 500; "
     setup += "p.CHECKPOINT_SECONDS = 0; "
     run = f"data_process.main(['pretrain', {str(path)!r}, '--tokenizer', {str(tokenizer_dir)!r}, '--out_dir', "
     child = subprocess.Popen([sys.executable, "-c", setup + run + f"{str(tmp_path / 'out')!r}])"], cwd=ROOT)
