@@ -117,8 +117,8 @@ def evaluate_exam(args: argparse.Namespace, exam: Any) -> None:
         **{"model": str(path), "stage": checkpoint["stage"], "exam": exam_name(args.data), "split": exam.split},
         **{"method": args.method, "shots": args.shots, "orders": args.shuffle_options},
         **{"style": "chat" if chat else "plain", "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
-        "mean_examples": sum(one.num_shots for one in prompts) / len(prompts),
-        "cut": sum(one.is_truncated for one in prompts),
+        "mean_examples": sum(prompt.num_shots for prompt in prompts) / len(prompts),
+        "cut": sum(prompt.is_truncated for prompt in prompts),
         "options": [pick(len(item.options) for item in exam.items) for pick in (min, max)],
     }
     size = f"{model.count_parameters()[0] / 1e6:.1f} M parameters"

@@ -135,7 +135,7 @@ def read_exam_split(
                     f"{name} holds {subject} twice, {files_by_split[file_split][subject][0]} and {where}: name one exam"
                 )
             files_by_split[file_split][subject] = (where, data)
-    available = [one for one in DEFAULT_SPLITS if one in files_by_split]
+    available = [known for known in DEFAULT_SPLITS if known in files_by_split]
     if not available:
         raise UserError(f"{name} holds no exam: {EXPECTED_INPUT}")
     if not split and UNSPLIT in available and len(available) > 1 + ("dev" in available):

@@ -58,32 +58,34 @@ def compute_option_log_probs(
         for batch in _similar_length_batches(group, num_shared, batch_tokens, model.config):
             with autocast_context():
                 sums = _option_log_probs(model, batch, tokenizer.pad_id, shared_cache, batch_tokens)
-            for one, log_probs in zip(batch, sums.tolist(), strict=True):
-                _store_log_probs(one, log_probs, method)
+            for question, log_probs in zip(batch, sums.tolist(), strict=True):
+                _store_log_probs(question, log_probs, method)
             yield len(batch)
 
 
-def _store_log_probs(one: ExamPrompt, log_probs: list[float], method: str) -> None:
+def _store_log_probs(question: ExamPrompt, log_probs: list[float], method: str) -> None:
     """Store the sums in the file's option order; method "text" divides by the characters of the option."""
-    normalized = [0.0] * len(one.order)
-    for index, option in enumerate(one.order):
-        normalized[option] = log_probs[index] / (len(one.item.options[option]) if method == "text" else 1)
+    normalized = [0.0] * len(question.order)
+    for index, option in enumerate(question.order):
+        normalized[option] = log_probs[index] / (len(question.item.options[option]) if method == "text" else 1)
     if not all(map(math.isfinite, normalized)):
-        raise UserError(f"{one.item.location}: the log-probabilities are not finite: the model's weights are damaged")
-    one.log_probs = tuple(normalized)
+        raise UserError(
+            f"{question.item.location}: the log-probabilities are not finite: the model's weights are damaged"
+        )
+    question.log_probs = tuple(normalized)
 
 
 def _shared_prefix_groups(prompts: list[ExamPrompt], batch_tokens: int) -> Iterator[tuple[list[ExamPrompt], int]]:
     """(questions with the same examples and number of options, length of their common token prefix or 0)."""
     groups: dict[tuple[int, str, int], list[ExamPrompt]] = {}
-    for one in prompts:
-        group_key = (one.item.subject, one.num_shots) if one.num_shots and batch_tokens > 1 else ("", 0)
-        groups.setdefault((len(one.options), *group_key), []).append(one)
+    for question in prompts:
+        group_key = (question.item.subject, question.num_shots) if question.num_shots and batch_tokens > 1 else ("", 0)
+        groups.setdefault((len(question.options), *group_key), []).append(question)
     for group in groups.values():
         num_shared = 0
         if group[0].num_shots and len(group) > 1 and batch_tokens > 1:
-            first, last = min(one.prompt for one in group), max(one.prompt for one in group)
-            shortest = min(len(one.prompt) for one in group)
+            first, last = min(question.prompt for question in group), max(question.prompt for question in group)
+            shortest = min(len(question.prompt) for question in group)
             differs = (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
             num_shared = min(next(differs, shortest), shortest - 1)  # the last token predicts the option
         yield group, num_shared if num_shared >= MIN_SHARED_TOKENS else 0
@@ -94,18 +96,20 @@ def _similar_length_batches(
 ) -> Iterator[list[ExamPrompt]]:
     """Batches of questions of similar length, longest first: up to `batch_tokens` positions, at least one question."""
     batch: list[ExamPrompt] = []
-    prompt = continuation_length = 0  # the longest in the batch
-    for one in sorted(prompts, key=lambda one: (len(one.prompt), one.continuation_length), reverse=True):
-        longest = max(prompt, len(one.prompt)), max(continuation_length, one.continuation_length)
+    longest_prompt = longest_continuation = 0  # in the batch
+    for question in sorted(
+        prompts, key=lambda question: (len(question.prompt), question.continuation_length), reverse=True
+    ):
+        longest = max(longest_prompt, len(question.prompt)), max(longest_continuation, question.continuation_length)
         width = _padded_width(longest[0] - num_shared)
         rows = batch_tokens // width
         if num_shared or longest[1]:
             rows = min(rows, _max_cache_rows(config, num_shared + width))
         if batch and (len(batch) >= rows or sum(longest) > config.max_seq_len):
             yield batch
-            batch, longest = [], (len(one.prompt), one.continuation_length)
-        batch.append(one)
-        prompt, continuation_length = longest
+            batch, longest = [], (len(question.prompt), question.continuation_length)
+        batch.append(question)
+        longest_prompt, longest_continuation = longest
     yield batch
 
 
@@ -126,19 +130,19 @@ def _option_log_probs(
     Padding is on the right, where causal attention of the real tokens does not reach it.
     """
     device, num_shared = model.lm_head.weight.device, shared_cache.length if shared_cache else 0
-    tails = [one.prompt[num_shared:] for one in batch]
+    tails = [question.prompt[num_shared:] for question in batch]
     width = min(_padded_width(max(map(len, tails))), model.config.max_seq_len - num_shared)
     ids = torch.tensor([tail + [pad] * (width - len(tail)) for tail in tails], device=device)
     cache = _copy_cache(model, shared_cache, [0] * len(batch), num_shared, num_shared + width) if shared_cache else None
-    if cache is None and any(one.continuation_length for one in batch):
+    if cache is None and any(question.continuation_length for question in batch):
         cache = _empty_cache(model, len(batch), width)
     hidden, _ = model(ids, cache)
     last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
-    firsts = torch.tensor([[option[0] for option in one.options] for one in batch], device=device)
+    firsts = torch.tensor([[option[0] for option in question.options] for question in batch], device=device)
     sums = _log_softmax(model, hidden[torch.arange(len(batch), device=device), last]).gather(1, firsts)
     return (
         sums + _continuation_log_probs(model, batch, pad, cache, batch_tokens)
-        if cache and any(one.continuation_length for one in batch)
+        if cache and any(question.continuation_length for question in batch)
         else sums
     )
 
@@ -150,8 +154,8 @@ def _continuation_log_probs(
 
     `cache` holds the prompts. Every option begins at the end of its own prompt and overwrites the padding there.
     """
-    device, lengths = model.lm_head.weight.device, [len(one.prompt) for one in batch]
-    options = [option for one in batch for option in one.options]
+    device, lengths = model.lm_head.weight.device, [len(question.prompt) for question in batch]
+    options = [option for question in batch for option in question.options]
     sums = torch.zeros(len(options), device=device)
     rows_at_once = _max_cache_rows(model.config, model.config.max_seq_len)
     for indices in _similar_length_groups([len(option) - 1 for option in options], batch_tokens, rows_at_once):

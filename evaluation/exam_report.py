@@ -121,8 +121,8 @@ def write_result_files(folder: Path, result: ExamResult, metadata: dict[str, Any
 def write_submission(folder: Path, question_results: list[QuestionResult]) -> Path:
     """Write C-Eval's submission {subject: {number: letter}} (github.com/hkust-nlp/ceval). Returns the json file."""
     answers: dict[str, dict[str, str]] = {}
-    for one in question_results:
-        answers.setdefault(one.item.subject, {})[one.item.number] = one.prediction
+    for question in question_results:
+        answers.setdefault(question.item.subject, {})[question.item.number] = question.prediction
     _write_question_tables(folder, question_results)
     path = folder / "submission.json"
     write_file(path, json.dumps(answers, ensure_ascii=False, indent=1) + "\n")
@@ -132,10 +132,11 @@ def write_submission(folder: Path, question_results: list[QuestionResult]) -> Pa
 def write_prompts(folder: Path, prompts: list[ExamPrompt], tokenizer: ChatTokenizer) -> Path:
     """Write every prompt with its special tokens and the options compared. Returns the file."""
     parts = []
-    for one in prompts:
-        head = f"==== {one.item.subject} {one.item.number}, {len(one.prompt)} tokens, {one.num_shots} examples"
-        options = " | ".join(tokenizer.decode(option) for option in one.options)
-        parts.append(f"{head}\n{tokenizer.decode(one.prompt)}\n---- {options}\n")
+    for question in prompts:
+        name = f"{question.item.subject} {question.item.number}"
+        head = f"==== {name}, {len(question.prompt)} tokens, {question.num_shots} examples"
+        options = " | ".join(tokenizer.decode(option) for option in question.options)
+        parts.append(f"{head}\n{tokenizer.decode(question.prompt)}\n---- {options}\n")
     path = folder / "prompts.txt"
     write_file(path, "\n".join(parts))
     return path
@@ -165,19 +166,20 @@ def write_file(path: Path, text: str | bytes) -> None:
 def _write_question_tables(folder: Path, question_results: list[QuestionResult]) -> None:
     """Write a csv file for each subject."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    letters = OPTION_LETTERS[: max(len(one.item.options) for one in question_results)]
-    for one in question_results:
+    letters = OPTION_LETTERS[: max(len(question.item.options) for question in question_results)]
+    for question in question_results:
         scores = {
-            f"log_prob_{letter}": f"{value:.5f}" for letter, value in zip(letters, one.mean_log_probs, strict=False)
+            f"log_prob_{letter}": f"{value:.5f}"
+            for letter, value in zip(letters, question.mean_log_probs, strict=False)
         }
-        rows.setdefault(one.item.subject, []).append(
+        rows.setdefault(question.item.subject, []).append(
             {
-                "id": one.item.number,
-                "question": one.item.question,
-                **dict(itertools.zip_longest(letters, one.item.options, fillvalue="")),
-                "answer": one.item.answer,
-                "prediction": one.prediction,
-                "correct": f"{one.correct:.4g}" if one.item.answer else "",
+                "id": question.item.number,
+                "question": question.item.question,
+                **dict(itertools.zip_longest(letters, question.item.options, fillvalue="")),
+                "answer": question.item.answer,
+                "prediction": question.prediction,
+                "correct": f"{question.correct:.4g}" if question.item.answer else "",
                 **{f"log_prob_{letter}": "" for letter in letters},
                 **scores,
             }

@@ -123,13 +123,13 @@ def binomial_probability(k: int, n: int, p: float) -> float:
 def score_questions(prompts: Iterable[ExamPrompt]) -> list[QuestionResult]:
     """One result for each question, which combines its orders; in the order of the prompts."""
     prompts_by_item: dict[ExamItem, list[ExamPrompt]] = {}
-    for one in prompts:
-        prompts_by_item.setdefault(one.item, []).append(one)
+    for prompt in prompts:
+        prompts_by_item.setdefault(prompt.item, []).append(prompt)
     question_results = []
     for item, item_prompts in prompts_by_item.items():
         options = range(len(item.options))
-        chosen = [max(options, key=one.log_probs.__getitem__) for one in item_prompts]
-        probabilities = [_softmax(one.log_probs) for one in item_prompts]
+        chosen = [max(options, key=prompt.log_probs.__getitem__) for prompt in item_prompts]
+        probabilities = [_softmax(prompt.log_probs) for prompt in item_prompts]
         likely = [sum(probability[i] for probability in probabilities) for i in options]
         answer = OPTION_LETTERS.index(item.answer) if item.answer else -1
         question_results.append(
@@ -137,8 +137,8 @@ def score_questions(prompts: Iterable[ExamPrompt]) -> list[QuestionResult]:
                 item,
                 OPTION_LETTERS[max(options, key=likely.__getitem__)],
                 sum(i == answer for i in chosen) / len(item_prompts) if item.answer else math.nan,
-                tuple(sum(one.log_probs[i] for one in item_prompts) / len(item_prompts) for i in options),
-                tuple(OPTION_LETTERS[one.order.index(i)] for one, i in zip(item_prompts, chosen, strict=True)),
+                tuple(sum(prompt.log_probs[i] for prompt in item_prompts) / len(item_prompts) for i in options),
+                tuple(OPTION_LETTERS[prompt.order.index(i)] for prompt, i in zip(item_prompts, chosen, strict=True)),
             )
         )
     return question_results
@@ -153,15 +153,15 @@ def _softmax(log_probs: tuple[float, ...]) -> list[float]:
 
 def score_group(name: str, category: str, question_results: list[QuestionResult]) -> GroupScore:
     """The score of a non-empty group of questions with known answers."""
-    answers = Counter(one.item.answer for one in question_results)
+    answers = Counter(question.item.answer for question in question_results)
     letter = max(OPTION_LETTERS, key=lambda letter: answers[letter])
     longest = 0.0
-    for one in question_results:
-        lengths = [len(option) for option in one.item.options]
+    for question in question_results:
+        lengths = [len(option) for option in question.item.options]
         winners = [OPTION_LETTERS[i] for i, length in enumerate(lengths) if length == max(lengths)]
-        longest += (one.item.answer in winners) / len(winners)
-    n, right = len(question_results), sum(one.correct for one in question_results)
-    sizes = tuple(sorted(Counter(len(one.item.options) for one in question_results).items()))
+        longest += (question.item.answer in winners) / len(winners)
+    n, right = len(question_results), sum(question.correct for question in question_results)
+    sizes = tuple(sorted(Counter(len(question.item.options) for question in question_results).items()))
     return GroupScore(name, category, n, right, answers[letter] / n, letter, longest / n, sizes)
 
 
@@ -182,16 +182,16 @@ class ExamResult:
     @property
     def letter_frequencies(self) -> dict[str, float]:
         """The fraction of predictions of each letter in the prompts."""
-        counts = Counter(letter for one in self.question_results for letter in one.predicted_letters)
-        most = max(len(one.item.options) for one in self.question_results)
+        counts = Counter(letter for question in self.question_results for letter in question.predicted_letters)
+        most = max(len(question.item.options) for question in self.question_results)
         return {letter: counts[letter] / counts.total() for letter in OPTION_LETTERS[:most]}
 
 
 def make_exam_result(exam: ExamSplit, question_results: list[QuestionResult]) -> ExamResult:
     """Score all subjects (sorted by category), categories (by name) and the whole exam."""
     by_subject: dict[str, list[QuestionResult]] = {subject: [] for subject in exam.subjects}
-    for one in question_results:
-        by_subject[one.item.subject].append(one)
+    for question in question_results:
+        by_subject[question.item.subject].append(question)
     categories = sorted({exam.categories[subject] for subject in by_subject})
     subjects = [
         score_group(subject, category, by_subject[subject])
@@ -201,7 +201,9 @@ def make_exam_result(exam: ExamSplit, question_results: list[QuestionResult]) ->
     ]
     category_scores = [
         score_group(
-            category, category, [one for one in question_results if exam.categories[one.item.subject] == category]
+            category,
+            category,
+            [question for question in question_results if exam.categories[question.item.subject] == category],
         )
         for category in categories
     ]

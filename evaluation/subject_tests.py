@@ -32,7 +32,7 @@ class SubjectStrengths:
 
     def to_dict(self) -> dict[str, Any]:
         names = {"strong": self.strong, "weak": self.weak, "above_guessing": self.above_guessing}
-        return {**{key: [one.name for one in scores] for key, scores in names.items()}, "level": SIGNIFICANCE_LEVEL,
+        return {**{key: [score.name for score in scores] for key, scores in names.items()}, "level": SIGNIFICANCE_LEVEL,
                 "correction": "Holm", "subjects": self.subjects}  # fmt: skip
 
 
@@ -45,14 +45,14 @@ def find_strengths(result: ExamResult) -> SubjectStrengths:
     for i, (subject, right) in enumerate(zip(subjects, rights, strict=True)):
         others = questions - subject.questions
         fisher_p_values[i] = fisher_p_value(right, subject.questions, sum(rights) - right, others) if others else 1.0
-    above = [one for one, found in zip(subjects, holm_rejections(guessing_p_values), strict=True) if found]
+    above = [subject for subject, found in zip(subjects, holm_rejections(guessing_p_values), strict=True) if found]
     strong, weak = [], []
     for subject, right, found in zip(subjects, rights, holm_rejections(fisher_p_values), strict=True):
         if found and right * questions < sum(rights) * subject.questions:
             weak.append(subject)
         elif found and subject in above:
             strong.append(subject)
-    best_first = lambda scores: sorted(scores, key=lambda one: one.accuracy, reverse=True)
+    best_first = lambda scores: sorted(scores, key=lambda score: score.accuracy, reverse=True)
     return SubjectStrengths(best_first(strong), best_first(weak)[::-1], best_first(above), len(subjects))
 
 
@@ -99,7 +99,7 @@ def strengths_interpretation(found: SubjectStrengths) -> str:
 def _format_scores(scores: list[GroupScore]) -> str:
     """law 95.0% (76.4% to 99.1%)."""
     shown = []
-    for one in scores:
-        low, high = one.interval
-        shown.append(f"{one.name} {one.accuracy:.1%} ({low:.1%} to {high:.1%})")
+    for score in scores:
+        low, high = score.interval
+        shown.append(f"{score.name} {score.accuracy:.1%} ({low:.1%} to {high:.1%})")
     return ", ".join(shown) or "none"

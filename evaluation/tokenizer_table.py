@@ -108,21 +108,23 @@ def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, l
     characters = {lang: sum(map(len, documents)) for lang, documents in texts.items() if documents}
     utf8_bytes = sum(len(text.encode()) for documents in texts.values() for text in documents)
     counted = []
-    for one in tokenizers:
-        ids = {lang: one.encode(texts[lang]) for lang in characters}
+    for tokenizer in tokenizers:
+        ids = {lang: tokenizer.encode(texts[lang]) for lang in characters}
         tokens = {lang: sum(map(len, found)) for lang, found in ids.items()}
         total = max(sum(tokens.values()), 1)
-        unknown = sum(row.count(one.unknown_id) for found in ids.values() for row in found)
+        unknown = sum(row.count(tokenizer.unknown_id) for found in ids.values() for row in found)
         per_token = {lang: characters[lang] / max(tokens[lang], 1) for lang in characters}
-        counted.append(TokenizerStats(one.name, one.vocab_size, per_token, utf8_bytes / total, unknown / total))
-    return sorted(counted, key=lambda one: one.bytes_per_token, reverse=True)
+        counted.append(
+            TokenizerStats(tokenizer.name, tokenizer.vocab_size, per_token, utf8_bytes / total, unknown / total)
+        )
+    return sorted(counted, key=lambda row: row.bytes_per_token, reverse=True)
 
 
-def table_cells(one: TokenizerStats) -> list[str]:
+def table_cells(row: TokenizerStats) -> list[str]:
     """A row of the table, in the order of TABLE_HEADERS; "–" for a language without text."""
-    languages = (one.characters_per_token.get(lang) for lang in TABLE_LANGUAGES)
+    languages = (row.characters_per_token.get(lang) for lang in TABLE_LANGUAGES)
     shown = ("–" if value is None else f"{value:.3f}" for value in languages)
-    return [one.name, f"{one.vocab_size:,}", *shown, f"{one.bytes_per_token:.3f}", f"{one.unknown_fraction:.1%}"]
+    return [row.name, f"{row.vocab_size:,}", *shown, f"{row.bytes_per_token:.3f}", f"{row.unknown_fraction:.1%}"]
 
 
 def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
