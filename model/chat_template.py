@@ -1,19 +1,18 @@
-"""How the turns of a chat are written: the formats that have a name. Those of foreign models: jinja_template.py.
+"""Named chat formats: how the messages of a chat become text. Templates of imported models: jinja_template.py.
 
     chatml    <|im_start|>user\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>\\n
     mindllm   <|endoftext|><user>\\n{question}\\n<assistant>\\n{answer}<|endoftext|>     then \\n<|endoftext|><user>\\n…
     belle     Human: {question} \\n\\nAssistant:{answer}<|endoftext|>    in place of <|endoftext|>: Human: …
     text      {question}{answer}<|endoftext|>                         no roles: the model continues the text
 
-A format says what is written (`spans`, for tokenizer.py) and says it once more as a jinja template (`template`, for
-transformers and whatever else opens an exported model). Answers and the marker that closes each are trained.
+A format renders a chat as `spans` (for tokenizer.py) and as an equivalent jinja `template` (for transformers and other
+programs that load an exported model). The loss covers each answer and the end-of-turn token after it.
 
-chatml: OpenAI's chat markup. mindllm: the prompts on the card of bit-dny/MindLLM-1b3-chat-zh-v2.0; the newline and the
-second <|endoftext|> between two turns are not trained. belle: the card of BelleGroup/BELLE-7B-2M (the space before the
-newlines is its own), which joins several turns by concatenation alone. So the text of an earlier
-answer is trained and its end is not: the end is learnt from the last answer of each chat, which eos closes as in
-BELLE's own training. text: the card of xiangxinai/Xiangxin-3B. These three have no system role: a system message is
-written in front as plain text.
+chatml: OpenAI's chat markup. mindllm: the model card of bit-dny/MindLLM-1b3-chat-zh-v2.0; the loss excludes the newline
+and the second <|endoftext|> between turns. belle: the model card of BelleGroup/BELLE-7B-2M (including the space before
+the newlines), which concatenates turns without a separator, so only the last answer of a chat ends with eos, as in
+BELLE's training. text: the model card of xiangxinai/Xiangxin-3B. mindllm, belle and text have no system role: a system
+message becomes plain text before the first turn.
 Read next: tokenizer.py (spans -> ids and mask), jinja_template.py.
 """
 
@@ -22,49 +21,50 @@ from typing import Any
 
 from common.errors import UserError
 
-Message = dict[str, Any]  # role, content; of an answer that is not trained also "weight": 0
-Span = tuple[str, bool]  # a piece of the rendered text, and whether it is trained
-TrainingSpans = tuple[list[Span], list[int]]  # a rendered chat, and which of its messages are trained in it
+Message = dict[str, Any]  # role, content; "weight": 0 excludes an answer from the loss
+Span = tuple[str, bool]  # a piece of the rendered text, and whether the loss covers it
+TrainingSpans = tuple[list[Span], list[int]]  # a rendered chat, and the indices of its trained messages
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# The generation call on the card of bit-dny/MindLLM-1b3-chat-zh-v2.0. Its repetition_penalty of 0.5 is left out: a
-# penalty below 1 makes repeated tokens more likely, not less.
+# From the model card of bit-dny/MindLLM-1b3-chat-zh-v2.0, without its repetition_penalty of 0.5: a penalty below 1
+# makes repeated tokens more likely.
 MINDLLM_SAMPLING = {"num_beams": 4, "no_repeat_ngram_size": 5}
-# The generation call on the card of BelleGroup/BELLE-7B-2M.
+# From the model card of BelleGroup/BELLE-7B-2M.
 BELLE_SAMPLING = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
 CHAT_FORMATS = ("chatml", "mindllm", "belle", "text")
-ANY_ROLE = "*"  # every other role, {role} being its name
+ANY_ROLE = "*"  # key for all other roles; {role} is replaced by the role's name
 
 
 class UnsupportedChatError(UserError):
-    """A format cannot write this chat; it may be able to write others."""
+    """The format does not support this chat; others may be supported."""
 
 
 class TooManyAnswersError(UnsupportedChatError):
-    """A format cannot write so long a chat; it may be able to write its first turns."""
+    """The chat has too many answers for the format; its first turns may be supported."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """`roles` maps a role to the text before and after its messages. `end_of_turn` is the first text after an answer:
-    the token that ends it, trained with it. `sampling`: the generation settings that the format's model card
-    recommends, named as in transformers' GenerationConfig; empty where its card names none. `revision` counts the
-    changes of what is written: token folders of another revision are rebuilt."""
+    """A named chat format.
+
+    `roles` maps a role to the text before and after its messages. `end_of_turn` is the token directly after an answer,
+    which is trained with it. `sampling`: the generation settings of the format's model card, named as in transformers'
+    GenerationConfig; {} if it has none. `revision` increases when the rendered text changes: tokenized data of another
+    revision is rebuilt.
+    """
 
     name: str
     start: str  # before the first message
     roles: dict[str, tuple[str, str]]
     end_of_turn: str
-    stop_strings: tuple[
-        str, ...
-    ] = ()  # text that ends an answer: the next turn's beginning, where it is no token of its own
-    strip_content: bool = False  # white space around everything but answers goes
-    inner_suffix: str | None = None  # after an answer with a turn behind it, where it differs from the last
+    stop_strings: tuple[str, ...] = ()  # beginnings of the next turn that are text, not a special token
+    strip_content: bool = False  # strip whitespace around all messages but answers
+    inner_suffix: str | None = None  # text after an answer that is not the last message, if it differs
     sampling: dict[str, Any] = field(default_factory=dict, compare=False)
     revision: int = 1
 
     def spans(self, messages: list[Message], add_generation_prompt: bool) -> list[Span]:
-        """The chat piece by piece. Raises UnsupportedChatError for a role that the format does not know."""
+        """The rendered chat as spans. Raises UnsupportedChatError if the format does not have a role of the chat."""
         spans = [(self.start, False)]
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
@@ -86,26 +86,24 @@ class ChatTemplate:
         return spans
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The rendered chat."""
+        """The rendered chat as text. Raises UnsupportedChatError as `spans` does."""
         return "".join(text for text, _ in self.spans(messages, add_generation_prompt))
 
     def samples(self, messages: list[Message]) -> list[TrainingSpans]:
-        """The samples to train on: one rendering with every answer."""
+        """The training samples of a chat: one, which trains every answer."""
         return [(self.spans(messages, False), trained_answers(messages))]
 
     def _affixes(self, role: str) -> tuple[str, str]:
         if role in self.roles:
             return self.roles[role]
         if ANY_ROLE not in self.roles or not role.isidentifier():
-            raise UnsupportedChatError(
-                f"the chat format {self.name} has no role {role!r}: it knows {', '.join(self.roles)}"
-            )
+            raise UnsupportedChatError(f"the chat format {self.name} has no role {role!r}: use {', '.join(self.roles)}")
         prefix, suffix = self.roles[ANY_ROLE]
         return prefix.replace("{role}", role), suffix
 
     @property
     def template(self) -> str:
-        """The same as a jinja template over `messages` and `add_generation_prompt`."""
+        """An equivalent jinja template over `messages` and `add_generation_prompt`."""
         branches = []
         for role, (prefix, suffix) in self.roles.items():
             content = "message['content']" + (" | trim" if self.strip_content and role != "assistant" else "")
@@ -127,17 +125,17 @@ class ChatTemplate:
 
 
 def trained_answers(messages: list[Message]) -> list[int]:
-    """The indices of the answers that are trained: the assistant's messages but those with `"weight": 0`."""
+    """Indices of the assistant messages without `"weight": 0`."""
     return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("weight") != 0]
 
 
 def quote_jinja(text: str) -> str:
-    """As a string in jinja."""
+    """The text as a jinja string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
 def find_chat_template(name: str, eos: str = END_OF_TEXT) -> ChatTemplate:
-    """The format of that name, for a tokenizer whose documents end with `eos`. Raises UserError for another name."""
+    """The named format for a tokenizer with end-of-document token `eos`. Raises UserError for an unknown name."""
     if name == "chatml":
         return ChatTemplate(name, "", {ANY_ROLE: (f"{IM_START}{{role}}\n", f"{IM_END}\n")}, IM_END)
     if name == "mindllm":
@@ -150,4 +148,4 @@ def find_chat_template(name: str, eos: str = END_OF_TEXT) -> ChatTemplate:
         return replace(belle, inner_suffix="", sampling=BELLE_SAMPLING, revision=2)
     if name == "text":
         return ChatTemplate(name, "", {"system": ("", "\n"), "user": ("", ""), "assistant": ("", eos)}, eos)
-    raise UserError(f"there is no chat format {name}: choose from {', '.join(CHAT_FORMATS)}")
+    raise UserError(f"unknown chat format {name}: choose from {', '.join(CHAT_FORMATS)}")

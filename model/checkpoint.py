@@ -1,12 +1,11 @@
-"""Checkpoints that describe themselves, and how they are found again.
+"""Save, load and find checkpoints: one .pth with weights, config, tokenizer and lineage.
 
     {format, stage, config, tokenizer: {fingerprint, files}, model: {name: tensor}, lineage: [one entry per stage]}
-    of an adapter also  adapter: {rank, alpha, dropout, targets, parent: file name, parent_fingerprint}
+    adapters also have  adapter: {rank, alpha, dropout, targets, parent: file name, parent_fingerprint}
 
-Plain types and tensors only, so they load with `weights_only=True`; the tokenizer's files travel inside, so one .pth is
-enough to talk to a model. Written to a temporary name and renamed: a file that exists is whole. An adapter's `model`
-holds the adapter's tensors only: `load_model` finds its parent, makes sure that it is the right one, and merges.
-Read next: ../trainer/loop.py (when they are written), config.py, lora.py.
+A checkpoint contains plain types and tensors only and loads with `weights_only=True`. Writes are atomic. The `model` of
+an adapter holds only the adapter's tensors: `load_model` finds the parent, verifies its fingerprint and merges.
+Read next: ../trainer/loop.py (when checkpoints are written), config.py, lora.py.
 """
 
 import functools
@@ -39,16 +38,16 @@ from model.lora import LoRAConfig, adapter_state, attach, merge
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-LOAD_ERRORS = (  # what torch.load raises for a file that is none of its own
+LOAD_ERRORS = (  # raised by torch.load for damaged or foreign files
     RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     AssertionError, ImportError, MemoryError, struct.error,
 )  # fmt: skip
 LoadedModel = tuple[Transformer, ChatTokenizer, Checkpoint]  # the checkpoint without its weights
 FolderLoader = Callable[[str | os.PathLike[str], str | torch.device], LoadedModel]
-UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError  # the only use of pickle here
-WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # what torch.compile and DDP put in front of every name
+UnpicklingError: type[Exception] = vars(torch.serialization)["pickle"].UnpicklingError
+WRAPPER_PREFIXES = ("_orig_mod.", "module.")  # name prefixes of torch.compile and DDP
 
-# The chain is data: stage -> the stages that it may start from, nearest first.
+# Stage -> the stages that it may start from, preferred first.
 PARENT_STAGES: dict[str, tuple[str, ...]] = {
     "pretrain": (),
     "full_sft": ("pretrain",),
@@ -64,19 +63,19 @@ STAGE_SCRIPTS = {
 
 
 def atomic_save(content: Any, path: str | os.PathLike[str]) -> None:
-    """torch.save that never leaves half a file under the final name. Raises UserError when the disk is full."""
+    """torch.save with an atomic rename. Raises UserError if the file cannot be written."""
     advice = "free some space or choose another --out_dir"
     try:
         with atomic_write(path, advice) as file:
             torch.save(content, file)
-    except RuntimeError as error:  # torch's zip writer turns a full disk into one
+    except RuntimeError as error:  # torch's zip writer raises it for a full disk
         raise UserError(f"cannot write {path}: {error}: {advice}") from error
 
 
 def model_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What of a model is saved: the raw model's tensors on the CPU, or if it carries an adapter, only the adapter's.
+    """The tensors to save, on the CPU: those of the unwrapped model, or only the adapter's if it has one.
 
-    Without the prefixes of wrappers and the second name of tied weights.
+    Names have no wrapper prefixes; tied weights appear once.
     """
     raw, state = unwrap_model(model), {}
     if raw.adapter:
@@ -101,9 +100,9 @@ def unwrap_model(model: torch.nn.Module) -> Transformer:
 def build_checkpoint(
     model: torch.nn.Module, stage: str, tokenizer: ChatTokenizer, lineage: list[dict[str, Any]]
 ) -> Checkpoint:
-    """What the .pth of a model holds: everything that is needed to use it. `lineage`: a dict per stage, this one last.
+    """The content of a .pth, as described above. `lineage`: one dict per stage, the current stage last.
 
-    Of a model that carries an adapter only the adapter is in it: `record_parent` has said whose it is.
+    For a model with an adapter only the adapter is included; call `record_parent` first.
     """
     raw = unwrap_model(model)
     checkpoint = {
@@ -115,7 +114,7 @@ def build_checkpoint(
         "lineage": lineage,
     }
     if raw.adapter:
-        assert "parent" in raw.adapter, "an adapter without its parent is of no use: call record_parent"
+        assert "parent" in raw.adapter, "the adapter has no parent: call record_parent first"
         checkpoint["adapter"] = raw.adapter
     return checkpoint
 
@@ -127,14 +126,14 @@ def save_model(
     tokenizer: ChatTokenizer,
     lineage: list[dict[str, Any]],
 ) -> None:
-    """Write a model with everything that is needed to use it; see `build_checkpoint`."""
+    """Write the checkpoint of a model atomically; arguments as in `build_checkpoint`."""
     atomic_save(build_checkpoint(model, stage, tokenizer, lineage), path)
 
 
 def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Checkpoint:
-    """The content of a .pth, tensors on the CPU. Raises UserError when it is missing, damaged, or not ours.
+    """The content of a .pth, tensors on the CPU. Raises UserError if it is missing, damaged or not a checkpoint.
 
-    Compared with the checksums in the file; without `weights` all but the tensors, which are then not to be used.
+    Verifies the checksums in the file. Without `weights` those of the tensors are skipped; do not use the tensors then.
     """
     check_encodable_path(path)
     try:
@@ -152,7 +151,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: bool = True) -> Check
 
 
 def check_records(path: str | os.PathLike[str], weights: bool) -> None:
-    """Compare a file of torch.save with its checksums. Raises ValueError, zipfile.BadZipFile or OSError."""
+    """Verify the checksums of a file of torch.save. Raises ValueError, zipfile.BadZipFile or OSError."""
     file_path = Path(path).resolve()
     file_stat = file_path.stat()
     if record := _damaged_record(file_path, weights, file_stat.st_size, file_stat.st_mtime_ns):
@@ -161,19 +160,19 @@ def check_records(path: str | os.PathLike[str], weights: bool) -> None:
 
 @functools.lru_cache(64)
 def _damaged_record(path: Path, weights: bool, size: int, modified: int) -> str:
-    """Once per file and process: an adapter's parent is opened more than once."""
+    """Cached, because an adapter's parent is opened more than once; size and mtime are part of the key."""
     return find_damaged_record(path, lambda name: weights or "/data/" not in name)
 
 
 def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | os.PathLike[str]) -> None:
-    """Fill the model, or the adapter that it carries; every name and shape must fit. UserError lists what differs."""
+    """Load a model's or its adapter's tensors. Raises UserError if a name or shape differs or a value is not finite."""
     state = dict(state)
     expected = adapter_state(model) if model.adapter else model.state_dict()
     if model.config.tie_embeddings and not model.adapter:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
     check_state_names(expected, state, where)
     for name, tensor in state.items():
-        # The sum is quick and finite for nearly all tensors; only where it is not, every value is looked at.
+        # The sum is a cheap test; if it is not finite (it may overflow), every value is tested.
         if not math.isfinite(tensor.sum(dtype=torch.float32)) and not bool(tensor.isfinite().all()):
             raise UserError(
                 f"{where}: {name} is not finite (NaN or infinity): the file is damaged or training diverged"
@@ -182,7 +181,7 @@ def load_state(model: Transformer, state: dict[str, torch.Tensor], where: str | 
 
 
 def reject_folder(path: str | os.PathLike[str], device: str | torch.device) -> LoadedModel:
-    """The default of `open_folder`: raises UserError."""
+    """Default `open_folder` of `load_model`: raises UserError."""
     raise UserError(f"{path} is a folder, not a .pth")
 
 
@@ -192,10 +191,10 @@ def load_model(
     parent: str | os.PathLike[str] | None = None,
     open_folder: FolderLoader = reject_folder,
 ) -> LoadedModel:
-    """Open a .pth: the model (fp32, in eval mode), its tokenizer, the rest of the checkpoint.
+    """Load a .pth: (model in fp32 and eval mode, tokenizer, checkpoint without its weights).
 
-    An adapter comes back merged into its parent, which is found by its name, or is `parent`; see `open_adapter`.
-    `open_folder` opens folders: ../export/hf_import.py has the function for Hugging Face's, and `open_model` with it.
+    An adapter is merged into its parent: `parent`, or the file that the adapter names (see `open_adapter`).
+    `open_folder` loads Hugging Face folders; `open_model` in ../export/hf_import.py passes it. Raises UserError.
     """
     if Path(path).is_dir():
         return open_folder(path, device)
@@ -205,7 +204,7 @@ def load_model(
         model = open_adapter(path, checkpoint["adapter"], state, parent, open_folder)
         merge(model)
     elif parent:
-        raise UserError(f"{path} is a whole model, not an adapter: it takes no parent")
+        raise UserError(f"{path} is a full model, not an adapter: leave out the parent")
     else:
         config = ModelConfig(**checkpoint["config"])
         check_shapes(config, state, path)
@@ -215,7 +214,7 @@ def load_model(
 
 
 def load_carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> ChatTokenizer:
-    """The tokenizer inside a checkpoint. Raises UserError when it is damaged or has ids beyond the model's."""
+    """The tokenizer in a checkpoint. Raises UserError if it is damaged or has more ids than the model has rows."""
     try:
         tokenizer = ChatTokenizer(checkpoint["tokenizer"]["files"])
     except UserError as error:
@@ -227,7 +226,7 @@ def load_carried_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str])
 
 
 def model_fingerprint(path: str | os.PathLike[str], open_folder: FolderLoader = reject_folder) -> str:
-    """16 hex digits that name a model by its tensors, to the bit; an adapter's covers its parent's as well."""
+    """16 hex digits: a hash of the model's tensors; for an adapter it includes the parent's fingerprint."""
     if Path(path).is_dir():
         state, adapter = model_state_dict(open_folder(path, "cpu")[0]), {}
     else:
@@ -238,7 +237,7 @@ def model_fingerprint(path: str | os.PathLike[str], open_folder: FolderLoader = 
 
 
 def state_fingerprint(state: dict[str, torch.Tensor], adapter: dict[str, Any] | None = None) -> str:
-    """16 hex digits that name tensors (and the numbers of an adapter), to the bit."""
+    """16 hex digits of the SHA-256 of names, dtypes, shapes and bytes of the tensors, and the adapter's settings."""
     digest = hashlib.sha256(json.dumps(adapter or {}, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -252,9 +251,9 @@ def record_parent(
     adapter_path: str | os.PathLike[str],
     open_folder: FolderLoader = reject_folder,
 ) -> None:
-    """Note in a model with a fresh adapter which file its other weights came from; the adapter's file will say so.
+    """Record the parent's file name and fingerprint in a model with a new adapter; they are saved with the adapter.
 
-    Raises UserError when the adapter would be written over its own parent.
+    Raises UserError if the adapter would overwrite its parent.
     """
     if Path(parent).resolve() == Path(adapter_path).resolve():
         raise UserError(f"the adapter would overwrite its parent {parent}: choose another --out_dir")
@@ -268,11 +267,10 @@ def open_adapter(
     parent: str | os.PathLike[str] | None = None,
     open_folder: FolderLoader = reject_folder,
 ) -> Transformer:
-    """The parent with the adapter beside its matrices (on the CPU, in fp32), not merged yet. A parent may be an adapter
-    with a parent of its own.
+    """The parent with the adapter attached, not merged (CPU, fp32). The parent may itself be an adapter.
 
-    Looked for beside the adapter, then under the path that the adapter remembers; or only at `parent`, if given.
-    Raises UserError when it is missing, or when every file of that name holds another model.
+    Searches the parent in the adapter's folder, then at the recorded path; with `parent` only there.
+    Raises UserError if no parent is found or no candidate has the recorded fingerprint.
     """
     name, expected_fingerprint = Path(adapter["parent"]), adapter["parent_fingerprint"]
     lora = LoRAConfig(**{field: adapter[field] for field in ("rank", "alpha", "dropout", "targets")})
@@ -299,7 +297,7 @@ def open_adapter(
 
 
 def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
-    """The one checkpoint of a stage in `out_dir`. None or several is a UserError that says what to do."""
+    """The checkpoint of a stage in `out_dir`. Raises UserError if there is none or more than one."""
     suffixes = (f"{stage}_[0-9]*.pth",)
     matches = sorted(path for suffix in suffixes for path in Path(out_dir).glob(suffix) if ".resume" not in path.name)
     if not matches:
@@ -311,7 +309,7 @@ def find_checkpoint(out_dir: str | os.PathLike[str], stage: str) -> Path:
 
 
 def find_parent(out_dir: str | os.PathLike[str], stage: str) -> Path:
-    """The checkpoint that `stage` starts from when --init_from is not given."""
+    """The checkpoint that `stage` starts from by default. Raises UserError as `find_checkpoint` does."""
     parent = PARENT_STAGES[stage][0]
     for parent in PARENT_STAGES[stage]:
         if list(Path(out_dir).glob(f"{parent}_[0-9]*.pth")):

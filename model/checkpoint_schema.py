@@ -1,10 +1,10 @@
-"""What the content of a .pth must look like: types, names and sizes, checked before anything is built from it.
+"""Validate the content of a .pth before a model is built from it: types, names, shapes and sizes.
 
     {format, stage, config, tokenizer: {fingerprint, files: {name: text}}, model: {name: tensor}, lineage: [dict]}
     and optionally adapter {rank, alpha, dropout, targets, parent, parent_fingerprint}, license
 
-A file of another program, of a damaged disk, or of a person who wants to break this one has any types. The tensors'
-shapes are compared with the config on the meta device, so a config of terabytes allocates nothing.
+Files may be damaged, foreign or malicious, so no type is assumed. Shapes are compared with a model on the meta device:
+a config of any size allocates no memory.
 Called by checkpoint.read_checkpoint. Read next: config.py (the limits of the config), checkpoint.py.
 """
 
@@ -26,8 +26,8 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STAGE_PATTERN = r"[a-z][a-z0-9_]{0,63}"
 FILE_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 MAX_TENSORS = 2**20
-MAX_LINEAGE_DEPTH = 8  # levels of a lineage's entry
-MAX_LINEAGE_TEXT = 100_000  # characters of one text in a lineage
+MAX_LINEAGE_DEPTH = 8  # nesting levels of a lineage entry
+MAX_LINEAGE_TEXT = 100_000  # characters of a string in a lineage
 
 LINEAGE_FIELD_TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("stage", "data", "source", "model_type", "data_history", "stopped"), (str,)),
@@ -40,10 +40,9 @@ Checkpoint = dict[str, Any]
 
 
 def check_checkpoint(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
-    """The content, if it has the form above; its config has all fields, control characters in its lineage are spelled
-    out.
+    """Validate a checkpoint; returns it with all config fields and with control characters in its lineage escaped.
 
-    Raises UserError naming the file and the first part that is wrong.
+    Raises UserError with the file and the first invalid field.
     """
     if not isinstance(content, dict) or not content.keys() >= REQUIRED_KEYS:
         raise UserError(f"{path} is not a model of this project: it lacks one of {', '.join(sorted(REQUIRED_KEYS))}")
@@ -61,7 +60,7 @@ def check_checkpoint(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def check_encodable_path(path: str | os.PathLike[str]) -> None:
-    """Raises UserError for a name that torch, which opens files by UTF-8 names, cannot open."""
+    """Raises UserError if the file name is not valid UTF-8, which torch requires."""
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -69,10 +68,8 @@ def check_encodable_path(path: str | os.PathLike[str]) -> None:
 
 
 def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Raises UserError unless the tensors have the names and shapes of a model of this config. Allocates nothing.
-
-    A layer, and an expert, have a tensor at least: counting them first bounds the time that this takes.
-    """
+    """Raises UserError unless the tensors have the names and shapes of a model of this config. Allocates no memory."""
+    # Each layer and each expert has at least one tensor. Comparing the counts first bounds the time of this function.
     min_tensors = config.n_layers * (config.n_shared_experts + config.n_routed_experts if config.use_moe else 1)
     if min_tensors > len(state):
         raise UserError(f"{path} does not fit the model: {len(state)} tensors are not {config.n_layers} layers")
@@ -85,7 +82,7 @@ def check_shapes(config: ModelConfig, state: dict[str, torch.Tensor], path: str 
 
 
 def check_ranks(state: dict[str, torch.Tensor], rank: int, path: str | os.PathLike[str]) -> None:
-    """Raises UserError unless the matrices A of an adapter have its rank; new ones are as large as it says."""
+    """Raises UserError unless all matrices A of an adapter have the rank of its settings."""
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith(".lora_A.weight") and tensor.dim()}
     if ranks != {rank}:
         raise UserError(f"{path} does not fit: it holds matrices of rank {sorted(ranks)}, the adapter says {rank}")
@@ -94,7 +91,7 @@ def check_ranks(state: dict[str, torch.Tensor], rank: int, path: str | os.PathLi
 def check_state_names(
     expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Raises UserError listing what differs between the model's names and shapes and those of a file."""
+    """Raises UserError, listing up to five differences, if names or shapes differ from the model's."""
     differences = [f"missing {name}" for name in expected.keys() - state.keys()]
     differences += [f"unknown {escape_controls(name)}" for name in state.keys() - expected.keys()]
     differences += [
@@ -121,7 +118,7 @@ def config_problem(config: Any) -> str:
         return "config is not a dict of numbers by name"
     try:
         ModelConfig(**config)
-    except (TypeError, ValueError) as error:  # a field that this version does not have, or a value that it refuses
+    except (TypeError, ValueError) as error:  # an unknown field or an invalid value
         return f"written by another version of this project ({error!s:.300})"
     return ""
 
@@ -148,8 +145,7 @@ def state_problem(state: Any) -> str:
 
 
 def tensor_problem(tensor: torch.Tensor) -> str:
-    """Why this is no tensor of weights, in a few words; "" if it is one: dense, floating point, on the CPU, in memory
-    of its own size."""
+    """Why the tensor is not a valid weight, or "": it must be dense, floating point, on the CPU, and not expanded."""
     if tensor.layout != torch.strided:
         return f"{tensor.layout}, not dense"
     if tensor.dtype not in WEIGHT_DTYPES:
@@ -174,7 +170,7 @@ def lineage_problem(lineage: Any) -> str:
 
 
 def entry_problem(entry: dict[str, Any]) -> str:
-    """The known fields of a stage have their types; other ones may be added by later versions."""
+    """Checks the types of known fields. Unknown fields are allowed: later versions may add some."""
     for name, types in LINEAGE_FIELD_TYPES.items():
         if name in entry and not isinstance(entry[name], (*types, type(None))):
             return f"lineage: {name} is not {' or '.join(kind.__name__ for kind in types)}"
@@ -197,17 +193,17 @@ def license_problem(license: Any) -> str:
 
 
 def is_file_name(value: Any) -> bool:
-    """Whether it is text that can be the name of a file."""
+    """Whether the value is a string that can be a file name."""
     if not isinstance(value, str) or not 0 < len(value) <= 1024 or "\0" in value:
         return False
     try:
         return all(len(os.fsencode(key)) <= 255 for key in Path(value).parts)
-    except UnicodeEncodeError:  # half a character
+    except UnicodeEncodeError:  # a lone surrogate
         return False
 
 
 def is_json_value(value: Any, depth: int = MAX_LINEAGE_DEPTH) -> bool:
-    """Whether a value consists of what JSON can hold, and not too deeply."""
+    """Whether a value is JSON data of at most `depth` levels, with strings and integers of limited size."""
     if isinstance(value, dict) and depth:
         return all(isinstance(key, str) and is_json_value(entry, depth - 1) for key, entry in value.items())
     if isinstance(value, (list, tuple)) and depth:
@@ -220,7 +216,7 @@ def is_json_value(value: Any, depth: int = MAX_LINEAGE_DEPTH) -> bool:
 
 
 def escape_controls_in(value: Any) -> Any:
-    """The value with the control characters of all its texts spelled out."""
+    """The value with control characters escaped in all its strings."""
     if isinstance(value, dict):
         return {escape_controls_in(key): escape_controls_in(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

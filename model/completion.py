@@ -1,4 +1,4 @@
-"""One prompt and its answer, generated token by token.
+"""Sequence: one prompt, its sampling settings and the state of its generation.
 
 Called by generate.py (DecodeBatch), which computes the tokens. Read next: sampling.py, beams.py, detokenizer.py.
 """
@@ -17,11 +17,12 @@ from model.transformer import Transformer
 
 @dataclass
 class Completion:
-    """`ids`: the new tokens without the closing marker. `text`: what they say, cut before a stop string.
+    """The generated tokens and text of a sequence.
 
-    `finish_reason`: "stop" (closing marker or stop string) or "length" (max_new_tokens or max_seq_len); "" until then.
-    `logprobs`: one entry per id, where the settings ask for them; `stop_logprob`: that of the closing marker, if the
-    answer ends with it. `prompt_logprobs`: one entry per token of the prompt but the first, where the settings ask.
+    `ids`: new tokens without the stop token. `text`: their text, cut before a stop string.
+    `finish_reason`: "stop" (stop token or stop string) or "length" (max_new_tokens or max_seq_len); "" while running.
+    `logprobs`: one entry per id, if requested. `stop_logprob`: that of the stop token, if the answer ends with one.
+    `prompt_logprobs`: one entry per prompt token except the first, if requested.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -34,14 +35,14 @@ class Completion:
 
 @dataclass(eq=False)
 class Slot:
-    """One row of the cache, and the token that the next step reads there."""
+    """One row of the KV cache, and the input token of its next decode step."""
 
     sequence: "Sequence"
     last_token: int
 
 
 class Sequence:
-    """One prompt, its sampling settings, and the state of its answer."""
+    """One prompt, its sampling settings, and the state of its generation."""
 
     def __init__(
         self,
@@ -52,9 +53,10 @@ class Sequence:
         completion: Completion,
         index: int = 0,
     ) -> None:
-        """`index`: index of this sequence among those with the same settings; it is added to their seed.
+        """`index`: index among sequences with the same settings; it is added to the seed.
 
-        Raises ValueError for a prompt that is empty or longer than max_seq_len; at that length the answer is empty.
+        Raises ValueError if the prompt is empty or longer than max_seq_len. With exactly max_seq_len tokens the answer
+        is empty.
         """
         limit, seed = model.config.max_seq_len, settings.seed
         if not prompt:
@@ -64,9 +66,9 @@ class Sequence:
         self.prompt, self.settings, self.completion = prompt, settings, completion
         self.detokenizer = IncrementalDetokenizer(tokenizer, settings.stop)
         self.rng = random.Random(None if seed is None else seed + index)
-        self.tokens_left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be drawn
-        self.num_cached = 0  # tokens of each slot whose keys and values are in the cache
-        self.slots = [Slot(self, prompt[-1]) for _ in range(settings.num_beams)]  # one per beam, in their order
+        self.tokens_left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be generated
+        self.num_cached = 0  # tokens of each slot in the KV cache
+        self.slots = [Slot(self, prompt[-1]) for _ in range(settings.num_beams)]  # one per beam
         self.penalties: Penalties | None = None
         if settings.has_penalties:
             self.penalties = Penalties(settings, prompt, tokenizer.stop_ids, model.lm_head.weight)
@@ -77,7 +79,7 @@ class Sequence:
             completion.finish_reason = "length"
 
     def append(self, token: int, is_stop: bool) -> str:
-        """Append a token to the answer; returns the text that it completed."""
+        """Append a generated token; returns the text that it completes, possibly ""."""
         self.tokens_left -= 1
         self.slots[0].last_token = token
         piece = ""
@@ -93,7 +95,7 @@ class Sequence:
         return piece
 
     def extend(self, tokens: list[int], stop_ids: Collection[int]) -> str:
-        """Append the tokens of a whole answer, up to where a stop string is complete; returns its text."""
+        """Append the tokens of a finished beam, up to a stop string; returns the text of the answer."""
         for token in tokens:
             self.append(token, token in stop_ids)
             if self.completion.finish_reason:

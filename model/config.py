@@ -1,6 +1,6 @@
-"""What a model is, in numbers: one frozen dataclass that travels inside every .pth, and the sizes that have a name.
+"""ModelConfig: the hyperparameters of a model, saved in every .pth, and presets for them.
 
-The flags for these fields exist on 1-pretrain.py only; every later stage reads the config out of its parent.
+Only 1-pretrain.py has flags for these fields; later stages read the config from their parent checkpoint.
 Read next: rope.py (rope_scaling), transformer.py.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A LLaMA-style decoder. `help` texts of the flags are the metadata of the fields."""
+    """Hyperparameters of a LLaMA-style decoder; FIELD_HELP describes each field."""
 
     vocab_size: int = 6400
     dim: int = 512
@@ -32,10 +32,10 @@ class ModelConfig:
     balance_loss_coef: float = 0.01
     head_dim: int = 0  # 0: dim / n_heads
     qkv_bias: bool = False
-    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # {}: plain RoPE; else see ROPE_KEYS
+    rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # {}: none; else see ROPE_KEYS
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the first value of a wrong type, out of its limits, or that fits no other one."""
+        """Raises ValueError for the first field with a wrong type, a value out of range or an invalid combination."""
         if problem := field_problem(self):
             raise ValueError(f"model config: {problem}")
         if not self.hidden_dim:
@@ -65,19 +65,19 @@ class ModelConfig:
 
     @property
     def trained_len(self) -> int | None:
-        """The length before RoPE was scaled: max_seq_len without scaling, None where a foreign folder does not say."""
+        """max_seq_len before RoPE scaling, in tokens; None if an imported config does not state it."""
         return self.rope_scaling.get("original_max_position_embeddings") if self.rope_scaling else self.max_seq_len
 
     @property
     def name(self) -> str:
-        """`512` or `512_moe`: the size part of every file name in out/."""
+        """`512` or `512_moe`: the size in the file names of checkpoints."""
         return f"{self.dim}_moe" if self.use_moe else str(self.dim)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-# Field -> its least and largest value; what these allow beside tensors of other shapes is found by comparing shapes.
+# Field -> (minimum, maximum). Whether a config fits a checkpoint's tensors: checkpoint_schema.check_shapes.
 FIELD_LIMITS: dict[str, tuple[float, float]] = {
     "vocab_size": (1, 2**24),
     "dim": (1, 2**16),
@@ -95,12 +95,12 @@ FIELD_LIMITS: dict[str, tuple[float, float]] = {
     "balance_loss_coef": (0, 1e6),
     "head_dim": (0, 2**14),
 }
-MAX_EXPERTS = 2**15  # modules of their own, which take time even without memory
-MAX_ROPE_ELEMENTS = 2**30  # elements of RoPE's table of cosines
+MAX_EXPERTS = 2**15  # over all layers; building a module takes time even on the meta device
+MAX_ROPE_ELEMENTS = 2**30  # elements of the table of cosines
 
 
 def field_problem(config: ModelConfig) -> str:
-    """The first field of a wrong type or out of its limits, in a few words; "" if there is none."""
+    """Message about the first field with a wrong type or a value out of range; "" if there is none."""
     for known in dataclasses.fields(config):
         value, limits = getattr(config, known.name), FIELD_LIMITS.get(known.name)
         if isinstance(known.default, bool):
@@ -113,8 +113,8 @@ def field_problem(config: ModelConfig) -> str:
     return ""
 
 
-# rope_scaling is a dict with the names that config.json of transformers has: rope_type -> the keys it needs, those that
-# it may have. original_max_position_embeddings is the length before scaling. Formulas: rope.py.
+# rope_type -> (required keys, optional keys) of rope_scaling, named as in config.json of transformers.
+# original_max_position_embeddings is max_seq_len before scaling. Formulas: rope.py.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, {"original_max_position_embeddings"}),
     "dynamic": ({"factor", "original_max_position_embeddings"}, set()),
@@ -127,7 +127,7 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 
 def rope_scaling_problem(scaling: Any) -> str:
-    """What is wrong with a rope_scaling, in a few words; "" if nothing is."""
+    """Message about an invalid rope_scaling; "" if it is valid."""
     if not isinstance(scaling, dict):
         return "rope_scaling must be a dict"
     if not scaling:
@@ -163,40 +163,40 @@ FIELD_HELP = {
     "n_kv_heads": "key/value heads, each shared by n_heads / n_kv_heads query heads",
     "hidden_dim": "width of the feed-forward (0: 8/3 of dim); with MoE, of each expert",
     "max_seq_len": "longest sequence in tokens",
-    "rope_theta": "base of the rotary position angles",
+    "rope_theta": "base of the RoPE angles",
     "norm_eps": "epsilon of RMSNorm",
-    "dropout": "dropout on attention weights and on what each layer adds",
+    "dropout": "dropout on attention weights and on the output of attention and feed-forward",
     "tie_embeddings": "the output layer shares the embedding matrix",
     "qk_norm": "RMSNorm on queries and keys (as Qwen3)",
     "use_moe": "mixture-of-experts feed-forward",
-    "n_shared_experts": "experts that every token visits",
-    "n_routed_experts": "experts that the router chooses from",
+    "n_shared_experts": "experts that process every token",
+    "n_routed_experts": "experts that the router selects from",
     "n_active_experts": "routed experts per token (top-k)",
-    "balance_loss_coef": "weight of the balance loss of the router",
+    "balance_loss_coef": "weight of the router's load-balancing loss",
     "head_dim": "width of a head (0: dim / n_heads)",
     "qkv_bias": "biases on queries, keys and values (as Qwen2)",
 }
 
-# A vocabulary named here is what --plan counts with; a model that is trained takes its tokenizer's.
+# vocab_size here is used by --plan only; training takes the size of the tokenizer's vocabulary.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {"dim": 256, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128},
     "small": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8},
     "small-moe": {"dim": 512, "n_layers": 8, "n_heads": 16, "n_kv_heads": 8, "use_moe": True},
     "base": {"dim": 768, "n_layers": 16, "n_heads": 16, "n_kv_heads": 8},
-    # The size of MindLLM-1.3B (arXiv:2310.15777; its hub page says gpt_neo: GPT-Neo 1.3B's layers, width, heads and
-    # vocabulary). Theirs has learned positions, GELU, LayerNorm with biases; ours RoPE, SwiGLU of equal size, RMSNorm.
+    # The size of MindLLM-1.3B (arXiv:2310.15777; model_type gpt_neo on its hub page: layers, width, heads, vocabulary
+    # of GPT-Neo 1.3B). It has learned positions, GELU and LayerNorm; this one RoPE, SwiGLU of equal size and RMSNorm.
     "mindllm-1.3b": {
         "dim": 2048, "n_layers": 24, "n_heads": 16, "n_kv_heads": 16, "max_seq_len": 1024, "vocab_size": 50_257,
     },
-    # The size of Xiangxin-3B (its card: Phi-2's architecture, 2.78 B parameters from scratch). Phi-2 puts attention and
-    # feed-forward side by side, turns 32 of 80 dimensions by RoPE, has GELU and biases; ours is our own decoder.
+    # The size of Xiangxin-3B (model card: Phi-2 architecture, 2.78 B parameters from scratch). Phi-2 has parallel
+    # attention and feed-forward, RoPE on 32 of 80 dimensions, GELU and biases; this one is that of transformer.py.
     "xiangxin-3b": {
         "dim": 2560, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "max_seq_len": 2048, "vocab_size": 51_200,
         "tie_embeddings": False,
     },
-    # The size of MindLLM-3B (arXiv:2310.15777: 3.1 B parameters, RoPE, RMSNorm, DeepNorm, GeGLU). Its layers, width and
-    # vocabulary are not copied from there: these are chosen to give 3.1 B, with the 24 layers of MindLLM-1.3B. Ours has
-    # SwiGLU and pre-normalisation instead of GeGLU and DeepNorm.
+    # The size of MindLLM-3B (arXiv:2310.15777: 3.1 B parameters, RoPE, RMSNorm, DeepNorm, GeGLU). The paper does not
+    # state these layers, width and vocabulary: they are chosen to give 3.1 B with the 24 layers of MindLLM-1.3B. It has
+    # SwiGLU and pre-norm instead of GeGLU and DeepNorm.
     "mindllm-3b": {
         "dim": 3072, "n_layers": 24, "n_heads": 24, "n_kv_heads": 24, "max_seq_len": 2048, "vocab_size": 125_700,
     },

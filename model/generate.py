@@ -1,15 +1,15 @@
-"""The one generator: token ids in, answers out, for every front end.
+"""Text generation with a KV cache and continuous batching, used by evaluation and serving.
 
-    prefill  prompts in one forward pass, keys and values into the cache; the first token of each is drawn
-    decode   the drawn tokens in, one more token of every row out; a row that has ended leaves
+    prefill  one forward pass over the prompts fills the cache; samples the first token of each sequence
+    decode   one forward pass over the last tokens; samples one more token of each sequence, removes finished sequences
 
-`DecodeBatch` holds the sequences that are decoded together: they join and leave between any two tokens, each is sampled
-as if it were alone. A sequence with num_beams > 1 takes so many slots of the cache, one per beam; its text
-is known, and comes out as one piece, when the search has ended. `generate` answers a list of prompts with it, `stream`
-yields the text of one answer as it grows, and the server (serving/scheduler.py) lets rows join as requests come.
+`DecodeBatch` holds the sequences that are decoded together. They join and leave between any two steps, and the tokens
+of a sequence do not depend on the others. A sequence with num_beams > 1 takes one row of the cache (slot) per beam and
+returns its text when the search ends. `generate` completes a list of prompts, `stream` yields the text of one
+completion incrementally, and serving/scheduler.py adds sequences as requests arrive.
 
-Called by 2-eval.py and every other front end. Read next: completion.py (Sequence), sampling.py (how a token is drawn),
-beams.py (beam search), detokenizer.py (how ids become text), transformer.py (KVCache), tokenizer.py (prompts).
+Called by 2-eval.py and the server. Read next: completion.py (Sequence), sampling.py (the next token), beams.py (beam
+search), detokenizer.py (ids to text), transformer.py (KVCache), tokenizer.py (prompts).
 """
 
 import bisect
@@ -27,40 +27,40 @@ from model.sampling import SamplingParams, sample_rows
 from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
 
-INITIAL_CACHE_LEN = 64  # tokens that a fresh cache has room for; it doubles when they are full
+INITIAL_CACHE_LEN = 64  # capacity of a new cache in tokens per row; it doubles when full
 
 
 class DecodeBatch:
-    """Rows that are decoded together in the first places of one cache, which grows with them.
+    """Sequences that are decoded together; slot i uses row i of a cache that grows on demand.
 
-    An autocast context around the calls decides the number format; the model is to be in eval mode.
+    The model must be in eval mode. An autocast context around the calls sets the dtype.
     """
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.slots: list[Slot] = []  # slot i lies in row i of the cache
+        self.slots: list[Slot] = []  # slot i is row i of the cache
         self.cache: KVCache | None = None
         self.device, entries = model.lm_head.weight.device, model.lm_head.weight.shape[0]
         self.stop_ids = frozenset(tokenizer.stop_ids)
-        self.banned_mask = torch.zeros(entries, dtype=torch.bool, device=self.device)  # other markers, spare rows
+        self.banned_mask = torch.zeros(entries, dtype=torch.bool, device=self.device)  # other special and unused tokens
         self.banned_mask[[*(tokenizer.special_ids - self.stop_ids), *range(tokenizer.vocab_size, entries)]] = True
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The rows that are being answered."""
+        """The running sequences."""
         return list(dict.fromkeys(slot.sequence for slot in self.slots))
 
     @torch.inference_mode()
     def prefill(self, seqs: list[Sequence]) -> list[tuple[Sequence, str]]:
-        """Read the prompts and draw each row's first token; returns each row's first text."""
+        """Process the prompts of new sequences and sample their first tokens; returns the text of each, possibly ""."""
         dynamic = self.model.config.rope_scaling.get("rope_type") == "dynamic"
-        if dynamic and len({len(seq.prompt) for seq in seqs}) > 1:  # angles depend on the length: no padding
+        if dynamic and len({len(seq.prompt) for seq in seqs}) > 1:  # RoPE depends on the length
             return [piece for seq in seqs for piece in self.prefill([seq])]
         first, end = len(self.slots), len(self.slots) + len(seqs)
-        beam_slots = [slot for seq in seqs for slot in seq.slots[1:]]  # the beams' own, which share the prompt
+        beam_slots = [slot for seq in seqs for slot in seq.slots[1:]]  # copies of the first beam's prompt
         width = max(len(seq.prompt) for seq in seqs)
         cache = self._ensure_capacity(end + len(beam_slots), width)
-        # Padding on the right needs no mask, and the row's next tokens are written over it.
+        # Right padding needs no mask: causal attention ignores it, and the next tokens overwrite it.
         ids = [seq.prompt + [self.tokenizer.pad_id] * (width - len(seq.prompt)) for seq in seqs]
         hidden, _ = self.model(torch.tensor(ids, device=self.device), cache.view(first, end))
         for seq in seqs:
@@ -74,7 +74,7 @@ class DecodeBatch:
                 seq.completion.prompt_logprobs = prompt_logprobs(
                     self.model.lm_head, states, seq.prompt, seq.settings.prompt_logprobs
                 )
-        pieces = [(seq, "") for seq in seqs if not seq.tokens_left]  # only their prompts were to be read
+        pieces = [(seq, "") for seq in seqs if not seq.tokens_left]  # max_new_tokens 0: prompt logprobs only
         for seq, _ in pieces:
             self.remove(seq)
         active = [i for i, seq in enumerate(seqs) for _ in seq.slots if seq.tokens_left]
@@ -86,7 +86,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def decode(self) -> list[tuple[Sequence, str]]:
-        """Draw one more token of every row; returns the text that each released. Rows that have ended are gone then."""
+        """Sample one more token of every sequence; returns the text of each and removes finished sequences."""
         slots, cached = list(self.slots), [slot.sequence.num_cached for slot in self.slots]
         cache = self._ensure_capacity(len(slots), max(cached) + 1)
         ids = torch.tensor([[slot.last_token] for slot in slots], device=self.device)
@@ -97,7 +97,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def remove(self, seq: Sequence) -> None:
-        """Remove a row; the last slots take its place. RoPE is already applied to cached keys, so they can be moved."""
+        """Remove a sequence; the last slots fill its rows. RoPE is already applied to cached keys, so rows can move."""
         cache = self.cache
         assert cache
         for slot in seq.slots:
@@ -106,12 +106,12 @@ class DecodeBatch:
                 self.slots[index] = last
                 cache.copy_rows([len(self.slots)], [index], last.sequence.num_cached)
             for kept in (cache.keys, cache.values):
-                kept[:, len(self.slots)] = 0  # no conversation's keys and values remain for another
+                kept[:, len(self.slots)] = 0  # no data of one request remains for the next
         if not self.slots:
             self.cache = None
 
     def _ensure_capacity(self, seqs: int, tokens: int) -> KVCache:
-        """The cache, large enough for so many rows of so many tokens."""
+        """The cache, grown if needed to `seqs` rows of `tokens` tokens."""
         previous, limit = self.cache, self.model.config.max_seq_len
         if previous and previous.keys.shape[1] >= seqs and previous.max_len >= tokens:
             return previous
@@ -129,7 +129,7 @@ class DecodeBatch:
         return self.cache
 
     def _next_text(self, slots: list[Slot], hidden: Tensor) -> list[tuple[Sequence, str]]:
-        """hidden (slots, dim), after each slot's last token -> the text that each row's next token released."""
+        """hidden (slots, dim) at the last token of each slot -> the new text of each sequence."""
         logits = self.model.lm_head(hidden).float()
         seqs = [slot.sequence for slot in slots if slot.sequence.search is None]
         if len(seqs) == len(slots):
@@ -144,7 +144,7 @@ class DecodeBatch:
         return pieces
 
     def _sample(self, seqs: list[Sequence], logits: Tensor) -> list[tuple[Sequence, str]]:
-        """logits (rows, vocab) -> the text that each row's next token released."""
+        """Sample from logits (seqs, vocab); returns the new text of each sequence."""
         raw_logits = logits = logits.masked_fill(self.banned_mask, -math.inf)
         if any(seq.penalties for seq in seqs):
             row_logits = [(seq.penalties, logits[i : i + 1]) for i, seq in enumerate(seqs)]
@@ -168,8 +168,10 @@ class DecodeBatch:
         return pieces
 
     def _advance_beams(self, seq: Sequence, search: BeamSearch, logits: Tensor) -> str:
-        """One more token of each beam, logits (beams, vocab); the text of the answer if it is complete, else ""."""
-        scores = logits.log_softmax(-1).masked_fill(self.banned_mask, -math.inf)  # the order of transformers
+        """Advance a beam search by one token, logits (beams, vocab); returns the whole text at its end, else ""."""
+        scores = logits.log_softmax(-1).masked_fill(
+            self.banned_mask, -math.inf
+        )  # before the penalties, as in transformers
         if seq.penalties:
             scores = seq.penalties.apply(scores)
         parents, tokens = search.advance(scores)
@@ -193,7 +195,7 @@ class DecodeBatch:
 def _decode_all(
     model: Transformer, seqs: list[Sequence], tokenizer: ChatTokenizer
 ) -> Iterator[list[tuple[Sequence, str]]]:
-    """Answer all rows; each step yields the new text of every row still going."""
+    """Run all sequences to their end; each step yields the new text of every running sequence."""
     seqs = [seq for seq in seqs if seq.tokens_left or seq.settings.prompt_logprobs is not None]
     if not seqs:
         return
@@ -211,10 +213,10 @@ def _decode_all(
 def generate(
     model: Transformer, prompts: list[list[int]], settings: SamplingParams, tokenizer: ChatTokenizer
 ) -> list[Completion]:
-    """One answer per prompt (token ids), all in one batch; the model's training flag is left as it was.
+    """One completion per prompt (token ids), in one batch. Restores the model's training mode.
 
-    An autocast context around the call decides the number format. Raises ValueError for a prompt that is empty or
-    longer than max_seq_len; prompt and answer together stop at max_seq_len with finish reason "length".
+    An autocast context around the call sets the dtype. Prompt and completion together have at most max_seq_len tokens;
+    then finish_reason is "length". Raises ValueError for a prompt that is empty or longer than max_seq_len.
     """
     completions = [Completion() for _ in prompts]
     pairs = zip(prompts, completions, strict=True)
@@ -231,11 +233,10 @@ def stream(
     tokenizer: ChatTokenizer,
     completion: Completion | None = None,
 ) -> Iterator[str]:
-    """The text of one completion as it grows, in whole characters. `completion` is filled meanwhile.
+    """Yields the text of one completion incrementally, in complete characters, and fills `completion`.
 
-    A beam search yields "" after each token, so that the caller can stop it, and the whole text at its end.
-
-    Raises ValueError at once (not at the first piece) for a prompt that is empty or too long.
+    A beam search yields "" after each token (the caller may stop there) and the whole text at its end.
+    Raises ValueError, at the call and not at the first piece, for a prompt that is empty or too long.
     """
     seq = Sequence(model, tokenizer, prompt, settings, completion if completion is not None else Completion())
     return (piece for pieces in _decode_all(model, [seq], tokenizer) for seq, piece in pieces if piece or seq.search)
@@ -247,11 +248,10 @@ def fit_chat(
     limit: int,
     render: Callable[[list[Message]], list[int]] | None = None,
 ) -> list[int]:
-    """The rendered chat up to where the assistant speaks, in at most `limit` tokens.
+    """The ids of the rendered chat with a generation prompt, at most `limit` tokens.
 
-    Whole turns are dropped, oldest first; a system message and the last question stay, even where they alone exceed
-    the limit (then `generate` says so). `render` turns messages into ids in another way, for example with the last
-    answer left open.
+    Drops the oldest turns as needed, but never a system message or the last question: if those alone exceed the
+    limit, `generate` raises ValueError. `render` replaces the default rendering, for example to continue an answer.
     """
     system = messages[:1] if messages[0]["role"] == "system" else []
     conversation = messages[len(system) :]
@@ -264,7 +264,7 @@ def fit_chat(
     full = rendered(0)
     if len(full) <= limit:
         return full
-    # Fewer turns are never longer: halving finds the first start that fits without rendering all of them.
+    # Dropping turns never lengthens the prompt, so a binary search finds the first start that fits.
     first = bisect.bisect_left(starts, True, key=lambda start: len(rendered(start)) <= limit)
     return rendered(starts[min(first, len(starts) - 1)])
 
@@ -276,6 +276,6 @@ def chat_prompt(
     max_new_tokens: int,
     render: Callable[[list[Message]], list[int]] | None = None,
 ) -> list[int]:
-    """The rendered chat, with as many of its last turns as leave room to answer. `render`: see fit_chat."""
+    """`fit_chat` with the limit that leaves max_new_tokens, or a quarter of max_seq_len, for the answer."""
     limit = model.config.max_seq_len
     return fit_chat(tokenizer, messages, limit - min(max_new_tokens, limit // 4), render)

@@ -1,17 +1,16 @@
-"""Chat templates of foreign models: what a jinja template writes, where its answers are, and which samples it gives.
+"""Jinja chat templates of imported models: rendering, the spans of answers, and training samples.
 
-The span of an answer is found by rendering the chat up to it (with the generation prompt) and with it. A template may
-write an answer differently when turns follow it, as Qwen3's does, which keeps the thoughts of the last turn alone:
+The span of an answer is the difference between the chat rendered up to it (with the generation prompt) and with it.
+A template may render an answer differently when turns follow it. Qwen3's keeps the reasoning of the last turn only:
 
-    asked     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n
-    answered  <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n2<|im_end|>\\n
-    later     <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n2<|im_end|>\\n<|im_start|>user\\n…
+    prompt       <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n
+    last turn    <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n2<|im_end|>\\n
+    later        <|im_start|>user\\n1+1?<|im_end|>\\n<|im_start|>assistant\\n2<|im_end|>\\n<|im_start|>user\\n…
 
-Training has to match generation: such a chat becomes several samples, each ending at an answer and training it there,
-with the earlier turns written as they are when turns follow them. A template that writes every answer the same way
-gives one sample.
-Rendering is bounded (template_sandbox.py). A chat that cannot be written raises UnsupportedChatError.
-Read next: template_sandbox.py, tokenizer.py (samples become ids and masks).
+Training must match generation, so such a chat becomes several samples: each ends at an answer and trains it, with the
+earlier turns rendered as history. Other templates give one sample per chat.
+Rendering has limits (template_sandbox.py). A chat that the template does not support raises UnsupportedChatError.
+Read next: template_sandbox.py, tokenizer.py (samples to ids and masks).
 """
 
 import re
@@ -21,25 +20,25 @@ from typing import Any
 from common.errors import CHAT_FORMAT_ADVICE, UserError
 from model.chat_template import Message, Span, TooManyAnswersError, TrainingSpans, UnsupportedChatError, trained_answers
 
-MAX_CHAT_STEPS = 400_000  # of all renderings of a chat, which is rendered up to each of its answers
-MAX_EXCEEDED = 3  # chats that may exceed the bound before the template is an error
+MAX_CHAT_STEPS = 400_000  # over all renderings of a chat, two per answer
+MAX_EXCEEDED = 3  # the third chat that exceeds the limit raises UserError
 
 
 class JinjaTemplate:
-    """A jinja template over `messages`, `add_generation_prompt` and the special tokens."""
+    """A jinja chat template with the interface of ChatTemplate."""
 
     name = "template"
     stop_strings: tuple[str, ...] = ()
-    sampling: dict[str, Any] = {}  # noqa: RUF012  # never changed; a foreign folder's settings lie in its own files
+    sampling: dict[str, Any] = {}  # noqa: RUF012  # constant: imported folders have generation_config.json
 
     def __init__(self, template: str, special_tokens: dict[str, str], markers: re.Pattern[str]) -> None:
-        """`special_tokens`: bos_token, eos_token, ... of the template. `markers` finds control tokens in text."""
+        """`special_tokens`: template variables such as bos_token. `markers` matches special tokens in text."""
         self.template, self.special_tokens, self.markers = template, special_tokens, markers
         self._num_exceeded = 0
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The control token that ends an answer; "" where the template cannot write a plain chat of two messages."""
+        """The special token that ends an answer; "" if the template does not support a chat of two messages."""
         try:
             spans, _ = self.samples([{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}])[-1]
         except UserError:
@@ -48,26 +47,26 @@ class JinjaTemplate:
 
     @cached_property
     def _compiled(self) -> tuple[Any, Any]:
-        """(environment, template). Raises UserError for text that is not valid jinja."""
+        """(environment, compiled template). Raises UserError if the template is not valid jinja."""
         from jinja2 import TemplateError
 
         from model.template_sandbox import MAX_TEMPLATE, BoundedEnvironment
 
         if len(self.template) > MAX_TEMPLATE:
             raise UserError(
-                f"the model's chat template has {len(self.template):,} characters, at most {MAX_TEMPLATE:,} are "
-                f"read: {CHAT_FORMAT_ADVICE}"
+                f"the model's chat template has {len(self.template):,} characters, the limit is {MAX_TEMPLATE:,}: "
+                f"{CHAT_FORMAT_ADVICE}"
             )
         environment = BoundedEnvironment()
         try:
             return environment, environment.from_string(self.template)
         except TemplateError as error:
             raise UserError(f"the model's chat template is not valid jinja ({error}): {CHAT_FORMAT_ADVICE}") from None
-        except (RecursionError, SyntaxError):  # Python refuses more than 20 loops inside each other
+        except (RecursionError, SyntaxError):  # Python allows 20 nested loops
             raise UserError(f"the model's chat template is nested too deeply: {CHAT_FORMAT_ADVICE}") from None
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The rendered chat. Raises UnsupportedChatError with the template's own message where it refuses or fails."""
+        """The rendered chat. Raises UnsupportedChatError, with the template's message, if rendering fails."""
         from jinja2 import TemplateError, UndefinedError
 
         from model.template_sandbox import StepsExceeded
@@ -85,7 +84,7 @@ class JinjaTemplate:
             if self._num_exceeded >= MAX_EXCEEDED:
                 raise UserError(f"{problem}, the bound: it may loop forever; {CHAT_FORMAT_ADVICE}") from None
             raise UnsupportedChatError(problem) from None
-        except Exception as error:  # jinja's errors, and those of expressions in the template
+        except Exception as error:  # a jinja error, or any error of an expression in the template
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             is_raised_by_template = isinstance(error, TemplateError) and not isinstance(error, UndefinedError)
             raise UnsupportedChatError(
@@ -93,22 +92,21 @@ class JinjaTemplate:
             ) from None
 
     def spans(self, messages: list[Message], add_generation_prompt: bool) -> list[Span]:
-        """The whole chat piece by piece; before a generation prompt nothing is marked: nothing is trained there."""
+        """The rendered chat as spans; with a generation prompt it is one span without loss."""
         if add_generation_prompt:
             return [(self.text(messages, True), False)]
         return self.samples(messages)[-1][0]
 
     def samples(self, messages: list[Message]) -> list[TrainingSpans]:
-        """What is trained, shortest first; the last one is the whole chat. Each answer is trained in one of them.
+        """The training samples, shortest first; the last is the whole chat. Each answer is trained in exactly one.
 
-        The time grows with the square of the number of answers, so a chat has at most about 150 of them.
-
-        Raises TooManyAnswersError for more; UnsupportedChatError if an answer is not at its prompt or ends with no
-        control token, and when the system message is not written.
+        The time is quadratic in the number of answers; MAX_CHAT_STEPS allows about 150 of them.
+        Raises TooManyAnswersError for more, and UnsupportedChatError if the system message is missing from the text, or
+        an answer does not follow its generation prompt or does not end with a special token.
         """
         whole = self.text(messages)
         answers = trained_answers(messages)
-        steps = self._compiled[0].steps_taken * len(answers)  # about: two renderings of half the chat for each answer
+        steps = self._compiled[0].steps_taken * len(answers)  # estimate: two renderings of half the chat per answer
         if len(answers) > 1 and steps > MAX_CHAT_STEPS:
             raise TooManyAnswersError(
                 f"the model's chat template takes more than {MAX_CHAT_STEPS:,} steps for the answers of so long a chat"
@@ -135,7 +133,7 @@ class JinjaTemplate:
 
 
 def _spans(text: str, answers: list[tuple[int, int]]) -> list[Span]:
-    """The text cut at its answers, given as (start, end)."""
+    """The text split at its answers, given as (start, end)."""
     spans, position = [], 0
     for start, end in answers:
         spans += [(text[position:start], False), (text[start:end], True)]

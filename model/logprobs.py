@@ -1,8 +1,8 @@
-"""Log-probabilities of drawn tokens and of a prompt, as OpenAI's API reports them.
+"""Log-probabilities of generated tokens and of prompt tokens, as in OpenAI's API.
 
     log p(token) = log_softmax(logits)[token]
 
-Called by generate.py. Read next: generate.py (where hidden states come from), ../serving/echo.py (how they are sent).
+Called by generate.py. Read next: generate.py (the hidden states), ../serving/echo.py (the response format).
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-MAX_LOGITS = 2**24  # elements of a prompt's logits that are computed together: 64 MiB in fp32
+MAX_LOGITS = 2**24  # logits per chunk of a prompt: 64 MiB in fp32
 
 
 @dataclass
 class TokenLogprob:
-    """log p of a token, and the likeliest tokens at its position, likeliest first, as (id, log p).
+    """Log-probability of a token, and the most likely tokens at its position as (id, log-probability), sorted.
 
-    Of a drawn token they are the model's own: before penalties, temperature and filters, over the tokens that may be
-    drawn. Of a prompt token they are over the whole vocabulary.
+    For a generated token: before penalties, temperature and filters, normalized over the tokens that may be generated.
+    For a prompt token: normalized over the whole vocabulary.
     """
 
     id: int
@@ -27,17 +27,17 @@ class TokenLogprob:
 
 
 def token_logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
-    """logits (vocab,) -> the log-probability of the token and of the `count` likeliest ones."""
+    """logits (vocab,) -> the log-probability of the token and of the `count` most likely tokens."""
     logprobs = logits.log_softmax(-1)
     values, ids = logprobs.topk(count)
     return TokenLogprob(token, logprobs[token].item(), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def prompt_logprobs(lm_head: nn.Linear, hidden: Tensor, prompt: list[int], count: int) -> list[TokenLogprob]:
-    """The log-probability of every prompt token but the first, and of the `count` likeliest tokens at its position.
+    """Log-probability of every prompt token except the first, and of the `count` most likely tokens at its position.
 
-    hidden: (at least len(prompt), dim), the states after the final norm at the prompt's tokens. The logits are computed
-    in chunks of positions, so that memory for them is bounded by MAX_LOGITS.
+    hidden: (>= len(prompt), dim), the hidden states after the final norm. Logits are computed in chunks of at most
+    MAX_LOGITS elements to bound memory.
     """
     chunk = max(1, MAX_LOGITS // lm_head.weight.shape[0])
     found = []

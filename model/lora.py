@@ -1,12 +1,11 @@
-"""LoRA: teach a finished model something new by a small change of some of its matrices. The matrices themselves rest.
+"""LoRA: low-rank adaptation of linear layers. The base weights are frozen; only the matrices A and B train.
 
-    h = W x + (alpha / r) B A x        W (out, in) rests;  A (r, in) and B (out, r) are trained, r is small
+    h = W x + (alpha / r) B A dropout(x)        W (out, in) frozen;  A (r, in), B (out, r) trainable;  r << in, out
 
-A starts random and B at zero, so the first step begins with exactly the parent. Dropout, if any, acts on the x that A
-sees. Merged, W + (alpha / r) B A is an ordinary matrix again and costs nothing. Hu et al. 2021, arXiv:2106.09685,
-section 4.1. Names and initialisation are peft's: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`.
-Read next: ../4-lora_sft.py (how it is trained), checkpoint.py (how it is kept), ../export/peft_adapter.py (how it is
-exchanged).
+A is initialised uniformly and B with zeros, so the model initially equals its parent. Merged, W + (alpha / r) B A is
+one matrix without additional cost. Hu et al. 2021, arXiv:2106.09685, section 4.1. Names and initialisation are those
+of peft: `q_proj.weight`, `q_proj.lora_A.weight`, `q_proj.lora_B.weight`.
+Read next: ../4-lora_sft.py (training), checkpoint.py (adapter checkpoints), ../export/peft_adapter.py (peft's format).
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """`targets` are names of matrices or of groups of them: see `target_names`. Raises UserError for nonsense."""
+    """LoRA settings. `targets`: names of matrices or groups (see `target_names`). Raises UserError if out of range."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -30,7 +29,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("all",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, tuple):  # a list, so that what is read from a file equals what was written
+        if isinstance(self.targets, tuple):  # a list, so that a config read from a file is equal
             object.__setattr__(self, "targets", list(self.targets))
         for problem, right in {
             "rank must be a whole number from 1 to 65536": type(self.rank) is int and 1 <= self.rank <= 65536,
@@ -48,7 +47,7 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that shares the parent's weight and bias, and the two matrices that are trained beside it."""
+    """A linear layer with the frozen weight and bias of `linear` and trainable matrices A and B."""
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig, rng: torch.Generator) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -58,7 +57,7 @@ class LoRALinear(nn.Linear):
         options: dict[str, Any] = {"bias": False, "device": linear.weight.device}
         self.lora_A = nn.Linear(linear.in_features, config.rank, **options)
         self.lora_B = nn.Linear(config.rank, linear.out_features, **options)
-        with torch.no_grad():  # drawn on the CPU: the same A on every device and in every process
+        with torch.no_grad():  # sampled on the CPU: the same A on every device and in every process
             bound = linear.in_features**-0.5
             a = torch.empty(config.rank, linear.in_features).uniform_(-bound, bound, generator=rng)
             self.lora_A.weight.copy_(a)
@@ -72,7 +71,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged_linear(self) -> nn.Linear:
-        """W + (alpha / r) B A as an ordinary layer; summed in fp32, kept in W's dtype."""
+        """An nn.Linear with weight W + (alpha / r) B A, computed in fp32 and stored in W's dtype."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         delta = self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
         linear.weight = nn.Parameter((self.weight.float() + delta).to(self.weight.dtype))
@@ -81,30 +80,30 @@ class LoRALinear(nn.Linear):
 
 
 def target_names(name: str) -> set[str]:
-    """Target names of a matrix: `model.layers.0.mlp.experts.3.up_proj` has all, all-linear, mlp, experts and up_proj.
+    """The target names that match a matrix: all, all-linear, mlp, experts, up_proj for layers.0.mlp.experts.3.up_proj.
 
-    all-linear is peft's name for all. As there, the output layer is not part of it.
+    all-linear is peft's name for all. As in peft, it excludes the output layer.
     """
     parts = name.replace("self_attn", "attention").split(".")[2:]
     return {"all", "all-linear", *(part for part in parts if not part.isdigit())}
 
 
 def attach(model: Transformer, config: LoRAConfig, seed: int = 0) -> None:
-    """Put A and B beside every target, and let nothing else train. The model computes what it did, to the bit.
+    """Replace every target by a LoRALinear and freeze all other parameters. The output stays bitwise equal.
 
-    Targets lie in the layers: attention (q_proj k_proj v_proj o_proj) and mlp (gate_proj up_proj down_proj), in an MoE
-    also experts or shared_experts alone. The router of an MoE rests.
-    Raises UserError for targets that the model does not have, and when it carries an adapter already.
+    Targets: attention (q_proj k_proj v_proj o_proj) and mlp (gate_proj up_proj down_proj); in an MoE also experts and
+    shared_experts. The router is never a target.
+    Raises UserError if a target does not exist or the model already has an adapter.
     """
     if model.adapter:
-        raise UserError("the model carries an adapter already: merge it before attaching another one")
+        raise UserError("the model already has an adapter: merge it before attaching another one")
     layer_modules = ((name, module) for name, module in model.named_modules() if ".layers." in name)
     matrices = {name: m for name, m in layer_modules if isinstance(m, nn.Linear) and not name.endswith(".mlp.gate")}
     available, requested = set().union(*map(target_names, matrices)), set(config.targets)
     if requested - available:
         raise UserError(
-            f"no matrix here is called {', '.join(sorted(requested - available))}: "
-            f"choose of {', '.join(sorted(available))}"
+            f"unknown LoRA targets {', '.join(sorted(requested - available))}: "
+            f"choose from {', '.join(sorted(available))}"
         )
     model.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
@@ -119,17 +118,17 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_state(model: Transformer) -> dict[str, Tensor]:
-    """The tensors of the adapter alone: `…lora_A.weight` (rank, in) and `…lora_B.weight` (out, rank)."""
+    """The tensors of the adapter: `…lora_A.weight` (rank, in) and `…lora_B.weight` (out, rank)."""
     return {name: tensor for name, tensor in model.state_dict().items() if ".lora_A." in name or ".lora_B." in name}
 
 
 def merge(model: Transformer) -> None:
-    """Make the change part of the matrices; afterwards the model is an ordinary one, and all of it may train again.
+    """Merge the adapter into the base weights and make all parameters trainable again.
 
-    Raises UserError when there is nothing to merge: a second time would add the change twice.
+    Raises UserError if the model has no adapter.
     """
     if not model.adapter:
-        raise UserError("there is no adapter to merge: this model carries none, or it was merged already")
+        raise UserError("the model has no adapter to merge: it was merged already or never attached")
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.merged_linear().train(layer.training))
     model.adapter = {}
@@ -137,7 +136,7 @@ def merge(model: Transformer) -> None:
 
 
 def adapter_summary(model: Transformer) -> str:
-    """One line: the numbers of the adapter, and how much of the model trains."""
+    """One line: the settings of the adapter and the number of trainable parameters."""
     settings, matrices = model.adapter, len(lora_layers(model))
     num_trainable = sum(tensor.numel() for tensor in adapter_state(model).values())
     num_frozen = sum(p.numel() for p in model.parameters()) - num_trainable

@@ -1,13 +1,13 @@
-"""The other feed-forward: many experts, of which each token visits a few.
+"""Mixture-of-experts feed-forward: shared experts process every token, a router selects top-k routed experts per token.
 
-    p       = softmax(router(x))                        over the routed experts
-    out     = sum of the shared experts(x) + sum over the top k of  p_i / (p's of the top k summed) * expert_i(x)
-    balance = E * sum_i f_i * P_i                       f_i: share of the visits that went to expert i, P_i: mean of p_i
+    p        = softmax(router(x))                        over the E routed experts
+    out      = sum of shared_i(x) + sum over top-k i of  p_i / (sum of the top-k p) * expert_i(x)
+    aux_loss = E * sum_i f_i * P_i                       f_i: fraction of assignments to expert i, P_i: mean of p_i
 
-Shared experts as in DeepSeekMoE (Dai et al. 2024, eq. 9), balance loss as in the Switch Transformer (Fedus et al. 2021,
-eq. 4): it is 1 when the visits are spread evenly, and its gradient reaches the router through P. Without it a router
-sends everything to a few experts.
-Read next: transformer.py (who calls it).
+Shared experts as in DeepSeekMoE (Dai et al. 2024, eq. 9). Load-balancing loss as in Switch Transformer (Fedus et al.
+2021, eq. 4): 1 for uniform routing, with a gradient to the router through P. Without it the router collapses to a few
+experts.
+Read next: transformer.py (DecoderLayer).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from model.config import ModelConfig
 
 
 class MoEFeedForward(nn.Module):
-    """Shared experts that see every token, and a router that sends each token to `n_active_experts` of the others."""
+    """Shared experts, and routed experts of which each token uses `n_active_experts`."""
 
     def __init__(self, config: ModelConfig, make_expert: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -30,12 +30,12 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = nn.ModuleList(make_expert() for _ in range(config.n_shared_experts))
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (batch, seq, dim) -> the same shape, and the balance loss (scalar, fp32).
+        """x (batch, seq, dim) -> (batch, seq, dim), and the balance loss (scalar, fp32).
 
-        token_mask: (batch, seq) bool; tokens marked False are computed like the others but do not count in the balance.
+        token_mask: (batch, seq) bool; False excludes a token from the balance loss, not from the output.
         """
         tokens = x.reshape(-1, x.shape[-1])  # (n, dim)
-        # The router in fp32: rounding it changes which expert a token visits (Switch Transformer, section 2.4).
+        # The router runs in fp32: rounding changes the selected experts (Switch Transformer, section 2.4).
         with torch.autocast(x.device.type, enabled=False):
             probabilities = F.linear(tokens.float(), self.gate.weight.float()).softmax(-1)  # (n, experts)
         weights, chosen = probabilities.topk(self.n_active, dim=-1)  # (n, k) each
@@ -44,7 +44,7 @@ class MoEFeedForward(nn.Module):
         out = torch.zeros_like(tokens, dtype=torch.float32)
         for expert_index, expert in enumerate(self.experts):
             rows, slot = (chosen == expert_index).nonzero(as_tuple=True)
-            # An expert without tokens runs on zero rows: skipped, its gradient would be missing on this process only.
+            # An expert without tokens runs on zero rows: otherwise its gradient would be missing on this process only.
             result = expert(tokens[rows]).float() * weights[rows, slot, None]
             out = out.index_add(0, rows, result)
         for shared in self.shared_experts:

@@ -1,6 +1,6 @@
-"""How many parameters a config makes, by formula: nothing is built, and torch is not imported.
+"""Parameter counts of a config by formula, without building a model or importing torch.
 
-Equal to what the model itself counts (tests/trainer/test_memory.py). Read next: config.py, ../trainer/memory.py.
+Equal to Transformer.count_parameters (tests/trainer/test_memory.py). Read next: config.py, ../trainer/memory.py.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from model.config import ModelConfig
 @dataclass(frozen=True)
 class ParameterCount:
     total: int
-    active: int  # those that one token meets: an MoE's idle experts left out
-    layer_matrices: int  # what Muon holds
-    matmul: int  # active ones in matrix products: no norms, the embedding only where it is the output layer too
+    active: int  # used per token: without the unselected experts of an MoE
+    layer_matrices: int  # attention and feed-forward matrices, which Muon optimizes
+    matmul: int  # active parameters in matrix products: no norms, the embedding only as a tied output layer
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """The parameters of a config, without building it."""
+    """The parameter counts of a model with this config."""
     dim, hidden, layers = config.dim, config.hidden_dim, config.n_layers
     q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     attention = 2 * dim * q_dim + 2 * dim * kv_dim

@@ -1,10 +1,10 @@
-"""Rendered chats -> token ids and masks: the whole text is put together, then tokenised; the mask comes from its spans.
+"""Chats to token ids and loss masks: join the spans of a chat, tokenize the whole text, derive the mask from the spans.
 
     spans of a chat format     [("<|im_start|>user\\n1+1?<|im_end|>\\n…assistant\\n", False), ("2<|im_end|>", True), …]
-    ids, mask                  1 for the tokens that begin inside a trained span
+    ids, mask                  mask 1 for the tokens that begin inside a trained span
 
-A marker string that a user types stays text: it is cut in two while the chat is put together, and both parts are
-tokenised by themselves. Called by tokenizer.py (`ChatTokenizer.render`).
+A marker string inside a message stays text: it is split in two, and the parts of the chat are tokenized separately.
+Called by tokenizer.py (`ChatTokenizer.render`).
 """
 
 import bisect
@@ -18,11 +18,11 @@ from common.errors import CHAT_FORMAT_ADVICE, UserError
 from model.chat_template import ChatTemplate, Message, TooManyAnswersError, TrainingSpans, UnsupportedChatError
 from model.jinja_template import JinjaTemplate
 
-AnswerSpans = list[tuple[int, int]]  # of the answers in the text of a chat: (start, end)
+AnswerSpans = list[tuple[int, int]]  # (start, end) of each trained answer in the text of a chat
 
 
 class RenderedSample(NamedTuple):
-    """A rendered chat. `mask` is 1 at the trained tokens; `answers`: the indices of the messages that they write."""
+    """A tokenized sample. `mask` is 1 at trained tokens; `answers`: indices of the messages that they belong to."""
 
     ids: list[int]
     mask: list[int]
@@ -30,9 +30,9 @@ class RenderedSample(NamedTuple):
 
 
 class RenderedChat(NamedTuple):
-    """The samples of a chat, usually one; none where its format cannot write it, and then `refusal` is the reason.
+    """The samples of a chat, usually one. If the format does not support the chat: none, and `refusal` is the reason.
 
-    `is_too_long`: its first turns alone may be written.
+    `is_too_long`: the chat has too many turns; its first turns alone may be supported.
     """
 
     samples: list[RenderedSample]
@@ -41,7 +41,7 @@ class RenderedChat(NamedTuple):
 
 
 class SampleText(NamedTuple):
-    """A sample before it is tokenised: its text in the parts that are tokenised by themselves."""
+    """A sample before tokenization: its text, split into parts that are tokenized separately."""
 
     parts: list[str]
     answer_spans: AnswerSpans
@@ -55,7 +55,7 @@ def render_chats(
     chats: list[list[Message]],
     add_generation_prompt: bool,
 ) -> list[RenderedChat]:
-    """`ChatTokenizer.render_each`. `special_aware` reads control tokens as such, `markers` finds them in text."""
+    """See `ChatTokenizer.render_each`. `special_aware` encodes markers as control tokens, `markers` matches them."""
     texts: list[list[SampleText]] = []
     refusals: list[UnsupportedChatError | None] = []
     for messages in chats:
@@ -80,7 +80,7 @@ def render_texts(
     messages: list[Message],
     add_generation_prompt: bool,
 ) -> list[SampleText]:
-    """The texts of a chat's samples. Raises UnsupportedChatError."""
+    """The texts of a chat's samples. Raises UnsupportedChatError if the format does not support the chat."""
     separator, messages = escape_markers(markers, messages)
     if add_generation_prompt:
         samples: list[TrainingSpans] = [(chat_format.spans(messages, True), [])]
@@ -96,10 +96,10 @@ def render_texts(
 
 
 def sample_from_encodings(encodings: list[Encoding], text: SampleText) -> RenderedSample:
-    """Ids of all parts, and the mask: 1 for the tokens that begin inside an answer."""
+    """Join the ids of all parts; the mask is 1 for tokens that begin inside an answer."""
     ids: list[int] = []
     mask: list[int] = []
-    part_start = 0  # of the part in the chat; between two parts one character, the cut, was left out
+    part_start = 0  # offset of the part in the text; each separator between parts takes one character
     for encoding, part in zip(encodings, text.parts, strict=True):
         tokens = range(len(encoding))
         token_start = lambda token, encoding=encoding, part_start=part_start: (
@@ -120,7 +120,7 @@ def render_unfinished(
     markers: re.Pattern[str],
     messages: list[Message],
 ) -> list[int]:
-    """`ChatTokenizer.render_unfinished`. `special_aware` and `markers` as in `render_chats`."""
+    """See `ChatTokenizer.render_unfinished`. `special_aware` and `markers` as in `render_chats`."""
     content = "".join(message["content"] for message in messages)
     end = next(chr(code) for code in range(0xF8FF, 0xDFFF, -1) if chr(code) not in content)
     unfinished = {**messages[-1], "content": messages[-1]["content"] + end}
@@ -136,7 +136,7 @@ def render_unfinished(
 
 
 def escape_markers(markers: re.Pattern[str], messages: list[Message]) -> tuple[str, list[Message]]:
-    """The messages with a cut inside every marker that a user typed, and the character that stands for a cut."""
+    """Insert an unused character into every marker in the messages; returns it ("" if there is no marker) and them."""
     content = "".join(message["content"] for message in messages)
     if not markers.search(content):
         return "", messages

@@ -1,11 +1,11 @@
-"""Do answers repeat themselves? Counted without knowing what they say.
+"""Repetition metrics of generated answers.
 
-    distinct-n = different n-grams / all n-grams, over all answers together      (Li et al. 2016, arXiv:1510.03055, 4.2)
-    loop       = some 1 to 32 units stand four times in a row (a single one eight times)
-    loop rate  = share of the answers that end in a loop
+    distinct-n = distinct n-grams / all n-grams, over all answers together      (Li et al. 2016, arXiv:1510.03055, 4.2)
+    loop       = a sequence of 1 to 32 units repeats four times in a row (a single unit eight times)
+    loop rate  = fraction of answers that end in a loop
 
-A unit is a Chinese character, a word, or a sign, so that models with different tokenizers can be compared.
-Read next: ../evaluation/report.py (the figures), ../trainer/dpo.py (watches loops in DPO).
+A unit is a Chinese character, a word or a punctuation mark, so the metrics do not depend on the tokenizer.
+Read next: ../evaluation/report.py (reports them), ../trainer/dpo.py (monitors the loop rate in DPO).
 """
 
 import itertools
@@ -18,20 +18,20 @@ _UNIT = re.compile(r"[㐀-鿿豈-﫿]|[^\W㐀-鿿豈-﫿]+|[^\w\s]")
 
 
 def split_units(text: str) -> list[str]:
-    """Chinese characters one by one, words, and signs; capitals do not matter, white space is no unit."""
+    """Split text into Chinese characters, words and punctuation marks, in lower case, without whitespace."""
     return _UNIT.findall(text.lower())
 
 
 def distinct_n(answers: Iterable[Sequence[Any]], n: int) -> float | None:
-    """Share of different n-grams among all n-grams of the answers; None when none is so long."""
+    """Distinct n-grams / all n-grams of the answers; None if every answer is shorter than n."""
     grams = [tuple(answer[i : i + n]) for answer in answers for i in range(len(answer) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def has_loop(ids: Sequence[Any], at_end: bool = False) -> bool:
-    """Do some 1 to 32 units stand four times in a row, anywhere or `at_end`?
+    """Whether 1 to 32 units repeat four times in a row, anywhere or `at_end`; the last repetition may be incomplete.
 
-    A single unit must do so eight times ("……" is no loop). At the end the last repetition may be cut off anywhere.
+    A single unit must repeat eight times: "……" is not a loop.
     """
     for period in range(1, MAX_PERIOD + 1):
         is_equal = [a == b for a, b in zip(ids, ids[period:], strict=False)]
@@ -47,9 +47,9 @@ def has_loop(ids: Sequence[Any], at_end: bool = False) -> bool:
 
 
 def repetition_stats(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a set of answers: rows with "answer" and "finish_reason" ("length": cut off).
+    """Metrics of answers, given as rows with "answer" and "finish_reason" ("length": cut off).
 
-    Lengths are in units, counts stand beside their shares. Distinct-n is None for answers that are too short.
+    Returns counts and their rates, distinct_1 to distinct_3 (None if the answers are too short), mean_length in units.
     """
     split_answers = [split_units(row["answer"]) for row in answers]
     counts = {

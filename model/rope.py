@@ -1,19 +1,19 @@
-"""RoPE and its scaling: the angle by which each pair of a head's dimensions is rotated at each position.
+"""Rotary position embedding (RoPE) and its scaling for longer contexts.
 
     default    f_i = theta^(-2i / head_dim)                               angle = position * f_i
     linear     f_i / factor                                               position interpolation, arXiv:2306.15595
-    dynamic    theta grows with the length of the sequence                NTK-aware scaling, see `dynamic_rope`
-    yarn       f_i / factor for slow pairs, f_i for fast ones, a ramp     arXiv:2309.00071, section 3.2; cos and sin are
-               between them                                               multiplied by `attention_factor`, section 3.3
-    llama3     f_i / factor for slow pairs, f_i for fast ones, a smooth   Llama 3.1's release (rope scaling of its
-               step between them                                          reference model); no factor on cos and sin
+    dynamic    theta grows with the sequence length                       NTK-aware scaling, see `dynamic_rope`
+    yarn       f_i / factor for low frequencies, f_i for high ones,       arXiv:2309.00071, section 3.2; cos and sin are
+               a linear ramp between them                                 multiplied by `attention_factor`, section 3.3
+    llama3     f_i / factor for low frequencies, f_i for high ones,       reference implementation of Llama 3.1; no
+               interpolated between them                                  factor on cos and sin
 
-Settings are ModelConfig.rope_scaling, with the names of config.json in transformers; the numbers equal transformers'.
-All but dynamic depend on the config alone: one table, computed once. `dynamic` leaves sequences up to the original
-length as they are. A longer one of n tokens gets a theta for n: in one forward pass all its positions; with a KV cache
-each new token gets the theta of the length reached so far, and keys already in the cache keep their rotation, as in
-transformers' generate. Rows of different lengths in one cache each get the theta of their own length.
-Read next: transformer.py (where it is applied).
+Settings: ModelConfig.rope_scaling, named as in config.json of transformers; the values equal those of transformers.
+All types except dynamic use one table that depends only on the config. `dynamic` does not change sequences up to the
+original length. For n tokens beyond it, one forward pass uses theta(n) at all positions; with a KV cache each new token
+uses theta of the current length and cached keys keep their rotation, as in transformers' generate. Cache rows of
+different lengths each use their own theta.
+Read next: transformer.py (Attention applies it).
 """
 
 import dataclasses
@@ -29,8 +29,10 @@ from model.rope_flags import check_rope_factor
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Radians per position of each pair, (head_dim / 2,), and the factor on cos and sin. Of dynamic: those of short
-    sequences."""
+    """Frequencies f_i in radians per position, (head_dim / 2,), and the factor on cos and sin.
+
+    For dynamic: the unscaled frequencies, which apply up to the original length.
+    """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     base_frequencies, scaling = 1.0 / config.rope_theta**exponents, config.rope_scaling
     kind = scaling.get("rope_type")
@@ -44,8 +46,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _llama3(base_frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Pairs that turn less than low_freq_factor times in the original length are slowed down by factor, those that turn
-    more than high_freq_factor times are kept."""
+    """Divides frequencies of fewer than low_freq_factor rotations in the original length by factor; keeps those of more
+    than high_freq_factor rotations."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / base_frequencies
@@ -62,7 +64,7 @@ def _yarn(config: ModelConfig, periods: Tensor) -> Tensor:
     length = scaling["original_max_position_embeddings"]
 
     def pair_with_rotations(rotations: float) -> float:
-        """The index of the pair that turns so many times within the original length."""
+        """The (fractional) index of the pair that makes this many rotations in the original length."""
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = pair_with_rotations(scaling.get("beta_fast", 32)), pair_with_rotations(scaling.get("beta_slow", 1))
@@ -76,7 +78,7 @@ def _yarn(config: ModelConfig, periods: Tensor) -> Tensor:
 
 
 def attention_factor(scaling: dict[str, Any]) -> float:
-    """YaRN's factor on cos and sin: as given, or 0.1 ln(factor) + 1, or a ratio of two such (mscale)."""
+    """YaRN's factor on cos and sin: attention_factor if given, else 0.1 ln(factor) + 1, or the ratio of the mscales."""
     factor, mscale, all_dim = (scaling.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
 
     def scaled(weight: float) -> float:
@@ -88,17 +90,18 @@ def attention_factor(scaling: dict[str, Any]) -> float:
 
 
 def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each (max_seq_len, head_dim). arXiv:2104.09864, section 3.4.2.
+    """cos and sin of the angles at every position, each (max_seq_len, head_dim). arXiv:2104.09864, section 3.4.2.
 
-    Half-split layout: dimension i is rotated together with dimension i + head_dim / 2, as transformers does.
+    Half-split layout of transformers: dimensions i and i + head_dim / 2 form a pair.
     """
     frequencies, factor = rope_frequencies(config)
     return _cos_sin(torch.arange(config.max_seq_len, dtype=torch.float32), frequencies, factor)
 
 
 def dynamic_rope(config: ModelConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin at positions (seq,) or (batch, seq) of sequences of `lengths` tokens, () or (batch,); each ends in
-    (seq, head_dim). theta * (factor * n / original - factor + 1)^(head_dim / (head_dim - 2)), n at least the original.
+    """cos and sin for positions (seq,) or (batch, seq) and `lengths` () or (batch,), each ([batch,] seq, head_dim).
+
+    theta' = theta * (factor * n / original - factor + 1)^(head_dim / (head_dim - 2)), n = max(length, original).
     """
     dim, factor = config.head_dim, config.rope_scaling["factor"]
     original = config.rope_scaling["original_max_position_embeddings"]
@@ -116,31 +119,31 @@ def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tup
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of x (batch, heads, seq, head_dim) by its position's angle; cos, sin end in (seq, head_dim)."""
+    """Rotate the pairs of x (batch, heads, seq, head_dim). cos, sin broadcast to it: (seq, head_dim) at the end."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def extend_context(config: ModelConfig, kind: str, factor: float) -> ModelConfig:
-    """The config with --rope_scaling KIND --rope_factor N: max_seq_len becomes N times the trained length.
+    """The config for --rope_scaling KIND --rope_factor N: max_seq_len is multiplied by `factor`.
 
-    Raises UserError for a factor out of range and for a model that is scaled already.
+    Raises UserError if the factor is out of range or the config already has RoPE scaling.
     """
     check_rope_factor(factor)
     if config.rope_scaling:
         raise UserError(
-            f"--rope_scaling: this model has RoPE scaling of its own ({rope_summary(config)}): leave it out"
+            f"--rope_scaling: the model already has RoPE scaling ({rope_summary(config)}): leave out the flag"
         )
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": config.max_seq_len}
     return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=int(factor * config.max_seq_len))
 
 
 def rope_summary(config: ModelConfig) -> str:
-    """yarn x 4, 2048 tokens, trained with 512; "" without scaling."""
+    """The scaling as text: `yarn x 4, 2048 tokens, trained with 512`; "" without scaling."""
     if not config.rope_scaling:
         return ""
     kind, factor = config.rope_scaling["rope_type"], config.rope_scaling["factor"]
     trained = f"trained with {config.trained_len}" if config.trained_len else "the length of training is not stated"
-    if kind == "llama3":  # it was trained with scaled RoPE too
+    if kind == "llama3":  # trained with scaled RoPE
         trained = f"{config.trained_len} before scaling"
     return f"{kind} x {factor:g}, {config.max_seq_len} tokens, {trained}"

@@ -1,4 +1,6 @@
-"""--rope_scaling KIND --rope_factor N of evaluation and serving: read more tokens than in training. Imports no torch.
+"""The flags --rope_scaling KIND --rope_factor N of evaluation and serving, for contexts longer than in training.
+
+Imports no torch.
 
 Read next: rope.py (the formulas).
 """
@@ -18,19 +20,21 @@ RopeScaling = tuple[str, float]  # kind, factor
 
 
 def add_rope_flags(parser: Any) -> None:
-    """Add both flags to a parser or to one of its groups."""
-    parser.add_argument("--rope_scaling", choices=ROPE_KINDS, help="scale RoPE to read more tokens than in training")
+    """Add both flags to an argparse parser or argument group."""
+    parser.add_argument("--rope_scaling", choices=ROPE_KINDS, help="RoPE scaling for contexts longer than in training")
     parser.add_argument(
         "--rope_factor",
         type=_ROPE_FACTOR,
         metavar="N",
-        help="with --rope_scaling: N times as many tokens as in training",
+        help="with --rope_scaling: context length as a multiple of max_seq_len in training",
     )
 
 
 def parse_rope_flags(args: argparse.Namespace) -> RopeScaling | None:
-    """(kind, factor), None where the flags were not given. Raises UserError for one flag without the other, and
-    for a factor out of range."""
+    """(kind, factor), or None without the flags.
+
+    Raises UserError for one flag without the other or a factor out of range.
+    """
     kind, factor = getattr(args, "rope_scaling", None), getattr(args, "rope_factor", None)
     if (kind is None) != (factor is None):
         raise UserError("--rope_scaling KIND and --rope_factor N: give both or neither")

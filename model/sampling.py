@@ -1,11 +1,11 @@
-"""How the next token is drawn: logits in, one token a row out.
+"""Sampling: logits (batch, vocab) in, the next token of each row out.
 
-    logits -> repetition, presence and frequency penalties -> no repeated n-grams
-           -> temperature -> top-k -> top-p -> min-p -> draw
+    logits -> repetition, presence and frequency penalties -> no-repeat n-grams
+           -> temperature -> top-k -> top-p -> min-p -> sample
 
-The order is that of transformers' logits processors (GenerationMixin._get_logits_processor). A beam search applies the
-first line to log-probabilities and draws nothing (beams.py).
-Called by generate.py. Read next: beams.py (the other way to decode), generate.py (where the logits come from).
+The order is that of transformers' logits processors (GenerationMixin._get_logits_processor). Beam search applies the
+first line to log-probabilities and does not sample (beams.py).
+Called by generate.py. Read next: beams.py (beam search), generate.py (computes the logits).
 """
 
 import math
@@ -15,29 +15,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOGPROBS = 20  # alternatives that may be told per token
-MAX_BEAMS = 8  # each beam takes a row of the cache
+MAX_LOGPROBS = 20  # alternatives reported per token
+MAX_BEAMS = 8  # each beam takes one row of the KV cache
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn and when an answer ends. Raises ValueError for a number that makes no sense."""
+    """Sampling and stopping settings of a sequence. Raises ValueError if a value is out of range."""
 
     temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # keep the k likeliest tokens (0: all)
-    top_p: float = 1.0  # keep the likeliest tokens until their probabilities sum to p (Holtzman et al. 2019, 3.1)
-    min_p: float = 0.0  # keep tokens at least this share as likely as the likeliest (Nguyen et al. 2024, 3)
-    repetition_penalty: float = 1.0  # > 1: tokens seen in prompt or answer become less likely (Keskar et al. 2019, 4.1)
-    presence_penalty: float = 0.0  # taken off the logit of every token that the answer has already (OpenAI's API)
-    frequency_penalty: float = 0.0  # the same, once for each time that it has it
-    no_repeat_ngram_size: int = 0  # n: no n tokens of prompt and answer come twice (Paulus et al. 2017, 2.5); 0: off
-    num_beams: int = 1  # > 1: beam search with so many beams, which draws nothing (beams.py)
-    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** length_penalty
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the smallest set of tokens with total probability >= p (Holtzman et al. 2019, 3.1)
+    min_p: float = 0.0  # keep tokens with probability >= min_p * maximum probability (Nguyen et al. 2024, 3)
+    repetition_penalty: float = 1.0  # > 1: tokens of prompt and answer become less likely (Keskar et al. 2019, 4.1)
+    presence_penalty: float = 0.0  # subtracted from the logit of every token that occurs in the answer (OpenAI's API)
+    frequency_penalty: float = 0.0  # subtracted once per occurrence in the answer (OpenAI's API)
+    no_repeat_ngram_size: int = 0  # n: no n-gram of prompt and answer occurs twice (Paulus et al. 2017, 2.5); 0: off
+    num_beams: int = 1  # > 1: beam search, deterministic (beams.py)
+    length_penalty: float = 1.0  # final beam score = log-probability / length ** length_penalty
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()  # strings that end an answer and are not part of it
-    seed: int | None = None  # None: different each time. Row i of a batch draws as prompt i would alone with seed + i
-    logprobs: int | None = None  # note each token's log-probability, and those of so many likeliest ones beside it
-    prompt_logprobs: int | None = None  # the same for the tokens of the prompt; then max_new_tokens may be 0
+    seed: int | None = None  # None: random. Row i of a batch uses seed + i and samples as it would alone
+    logprobs: int | None = None  # report each token's log-probability and those of this many most likely tokens
+    prompt_logprobs: int | None = None  # the same for prompt tokens; max_new_tokens may then be 0
 
     def __post_init__(self) -> None:
         for name, is_valid, rule in (
@@ -67,17 +67,17 @@ class SamplingParams:
 
     @property
     def needs_counts(self) -> bool:
-        """Whether an answer's own tokens change what follows."""
+        """Whether a penalty depends on the number of occurrences in the answer."""
         return bool(self.presence_penalty or self.frequency_penalty)
 
     @property
     def has_penalties(self) -> bool:
-        """Whether tokens of prompt or answer change what follows."""
+        """Whether any penalty depends on earlier tokens."""
         return self.repetition_penalty != 1 or self.needs_counts or self.no_repeat_ngram_size > 0
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make seen tokens less likely whatever the sign of their logit. logits, seen (bool): (batch, vocab)."""
+    """Divide positive logits of seen tokens by `penalty`, multiply others. logits, seen (bool): (batch, vocab)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -87,10 +87,9 @@ def apply_count_penalties(logits: Tensor, counts: Tensor, presence: float, frequ
 
 
 class NgramBlocker:
-    """The n-grams of a sequence of token ids: which tokens would complete one of them a second time.
+    """Tracks the n-grams of a sequence and bans the tokens that would repeat one.
 
-    The same tokens as transformers' NoRepeatNGramLogitsProcessor bans: prompt and answer count alike, and so do the
-    tokens that end a turn.
+    Bans the same tokens as transformers' NoRepeatNGramLogitsProcessor: n-grams of the prompt and stop tokens count.
     """
 
     def __init__(self, size: int, ids: list[int]) -> None:
@@ -101,7 +100,7 @@ class NgramBlocker:
             self.append(token)
 
     def append(self, token: int) -> None:
-        """Append a token."""
+        """Add the next token of the sequence."""
         if len(self.prefix) == self.size - 1:
             self.followers[self.prefix] = (*self.followers.get(self.prefix, ()), token)
         self.prefix = (*self.prefix, token)[max(0, len(self.prefix) + 2 - self.size) :]
@@ -118,13 +117,13 @@ class NgramBlocker:
 
 
 class Penalties:
-    """The penalties on the next token's scores that follow from prompt and answer, for one row or for each beam."""
+    """Penalties on the next token's scores, from the tokens of prompt and answer; one row, or one per beam."""
 
     def __init__(self, settings: SamplingParams, prompt: list[int], stop_ids: list[int], scores_like: Tensor) -> None:
-        """`scores_like`: (vocab, ...), a tensor on the device of the scores. Tokens in `stop_ids` are not penalised."""
+        """`scores_like`: a tensor (vocab, ...) on the device of the scores. `stop_ids` get no repetition penalty."""
         self.settings, self.stop_ids, rows = settings, stop_ids, settings.num_beams
         self.seen: Tensor | None = None  # (rows, vocab) bool: tokens of prompt and answer
-        self.counts: Tensor | None = None  # (rows, vocab): how often the answer has each token
+        self.counts: Tensor | None = None  # (rows, vocab): occurrences in the answer
         self.ngrams: list[NgramBlocker] = []  # one per row
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(rows, scores_like.shape[0], dtype=torch.bool, device=scores_like.device)
@@ -137,7 +136,7 @@ class Penalties:
             self.ngrams = [ngrams, *(ngrams.fork() for _ in range(rows - 1))]
 
     def apply(self, scores: Tensor) -> Tensor:
-        """Scores (rows, vocab), logits or log-probabilities, after the penalties."""
+        """Apply the penalties to scores (rows, vocab), logits or log-probabilities."""
         if self.seen is not None:
             scores = apply_repetition_penalty(scores, self.seen, self.settings.repetition_penalty)
         if self.counts is not None:
@@ -147,13 +146,13 @@ class Penalties:
         if banned_tokens:
             index = torch.tensor(banned_tokens, device=scores.device).T
             scores = scores.index_put((index[0], index[1]), scores.new_tensor(-math.inf))
-            # A row without any token left ends: its stop tokens are allowed again.
+            # If all tokens of a row are banned, allow its stop tokens: the answer ends.
             empty = (scores == -math.inf).all(-1, keepdim=True)
             scores[:, self.stop_ids] = scores[:, self.stop_ids].masked_fill(empty, 0.0)
         return scores
 
     def update(self, tokens: list[int]) -> None:
-        """Count one more token of every row."""
+        """Record the next token of every row."""
         rows = range(len(tokens))
         if self.seen is not None:
             self.seen[rows, tokens] = True
@@ -163,14 +162,14 @@ class Penalties:
             ngrams.append(token)
 
     def reorder(self, parents: list[int]) -> None:
-        """Row i becomes a copy of row parents[i]."""
+        """Replace row i by a copy of row parents[i]."""
         self.seen = None if self.seen is None else self.seen[parents]
         self.counts = None if self.counts is None else self.counts[parents]
         self.ngrams = [self.ngrams[parent].fork() for parent in parents] if self.ngrams else []
 
 
 def filter_logits(logits: Tensor, settings: SamplingParams) -> Tensor:
-    """Logits (batch, vocab) with -inf where top-k, top-p or min-p rule a token out; the likeliest always stays."""
+    """Set logits (batch, vocab) to -inf where top-k, top-p or min-p exclude a token; the most likely one remains."""
     if 0 < settings.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[:, -1:], -math.inf)
     if settings.top_p < 1:
@@ -185,19 +184,19 @@ def filter_logits(logits: Tensor, settings: SamplingParams) -> Tensor:
 
 
 def sample(logits: Tensor, settings: SamplingParams, uniforms: list[float]) -> Tensor:
-    """The next token of each row: logits (batch, vocab) -> (batch,). `uniforms`: one number in [0, 1) per row."""
+    """Sample the next token of each row: logits (batch, vocab) -> (batch,). `uniforms`: one value in [0, 1) per row."""
     if settings.temperature == 0:
         return logits.argmax(-1)
-    # The maximum comes off first, so that a tiny temperature cannot overflow.
+    # Subtract the maximum first, so that a small temperature cannot overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(settings.temperature, 1e-6)
     mass = filter_logits(logits, settings).softmax(-1).cumsum(-1)
-    # Below 1 - 1e-6 the target stays under the total in fp32 too: a token of no probability is never hit.
+    # Capped at 1 - 1e-6: the target stays below the total in fp32, so a token with probability 0 is never sampled.
     uniform = torch.tensor([[min(uniform, 1 - 1e-6)] for uniform in uniforms], dtype=mass.dtype, device=mass.device)
     return torch.searchsorted(mass, uniform * mass[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def sample_rows(logits: Tensor, settings: Sequence[SamplingParams], uniforms: list[float]) -> Tensor:
-    """As `sample`, where every row has settings of its own; rows that agree are drawn together."""
+    """`sample` with separate settings per row; rows with equal settings are sampled together."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for i, params in enumerate(settings):
         filter_key = (params.temperature, params.top_k, params.top_p, params.min_p)

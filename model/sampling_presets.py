@@ -1,10 +1,9 @@
-"""The sampling settings of a front end where the user gives none.
+"""Default sampling settings of the command line, the server's chat route and the chat page.
 
-    DEFAULT_SAMPLING  <  the preset of the model's chat format (chat_template.py)  <  what the user names
+    DEFAULT_SAMPLING  <  the preset of the model's chat format (chat_template.py)  <  the user's settings
 
-Used by the command line, the server's chat route and the chat page. Measurements (questions, exams, reports) take no
-preset, so that models stay comparable.
-Read next: sampling.py (what the settings do), chat_template.py (the presets and their sources).
+Evaluations (questions, exams, reports) use no preset, so that results of different models are comparable.
+Read next: sampling.py (the settings), chat_template.py (the presets and their sources).
 """
 
 from typing import Any
@@ -13,24 +12,23 @@ from model.chat_template import CHAT_FORMATS, ChatTemplate, find_chat_template
 from model.jinja_template import JinjaTemplate
 
 DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
-PRESET_CHOICES = ("auto", "none", *CHAT_FORMATS)  # of --sampling_preset
+PRESET_CHOICES = ("auto", "none", *CHAT_FORMATS)  # values of --sampling_preset
 
 
 def find_preset(choice: str, chat_format: ChatTemplate | JinjaTemplate | None) -> tuple[str, dict[str, Any]]:
-    """(name, settings) of the preset that `choice`, one of PRESET_CHOICES, means for a model of this chat format.
+    """(name, settings) of the preset for `choice`, one of PRESET_CHOICES; ("", {}) without a preset.
 
-    auto: the preset of the model's own format. A format's name: its preset, for models whose files name no format.
-    Without a preset the settings are {}.
+    auto selects the preset of the model's chat format; the name of a format selects that format's preset.
     """
     chosen = chat_format if choice == "auto" else None if choice == "none" else find_chat_template(choice)
     return (chosen.name, dict(chosen.sampling)) if chosen else ("", {})
 
 
 def merge_settings(*layers: dict[str, Any]) -> dict[str, Any]:
-    """The settings of all layers; of a setting that several name, the first layer decides.
+    """Merge settings; earlier layers take precedence.
 
-    Beam search draws nothing, so num_beams above 1 and a temperature above 0 exclude each other: the one from the
-    earlier layer stays, and the other is switched off. Where one layer names both, both stay and Sampling refuses them.
+    num_beams > 1 and temperature > 0 exclude each other: the one from the earlier layer is kept, the other is reset. If
+    one layer has both, both are kept and SamplingParams raises ValueError.
     """
     chosen: dict[str, Any] = {}
     for layer in reversed(layers):
