@@ -102,7 +102,7 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
     world_command += FLAGS["try" if max_steps else "world"].split()
     exam = out / "exam"
     exam_command = ["-m", "demo_world.exam", "--out_dir", str(exam), "--seed", str(seed)]
-    sit_command = [
+    exam_eval_command = [
         "eval_ceval.py",
         "--data",
         str(exam),
@@ -110,7 +110,7 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
         str(models[LAST_STAGE]),
         *FLAGS["exam"].split(),
     ]
-    sit_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
+    exam_eval_command += ["--out_dir", str(out), "--json", str(out / "exam.json")]
     steps: list[tuple[str, str, tuple[list[str], list[Path]]]] = [
         ("world", "Generate the demo world", (world_command, list(files.values()))),
         ("tokenizer", "Train the tokenizer", (tokenizer_command, [tokenizer / "tokenizer.json"])),
@@ -129,7 +129,7 @@ def make_steps(out: Path, seed: int, max_steps: int) -> list[DemoStep]:
         ("dpo", "DPO: train on preference pairs", train("5-dpo_train.py", "dpo", "dpo", "lora_sft")),
         ("score_dpo", "Ask the held-out questions after DPO", score("dpo")),
         ("exam", "Generate an exam about the demo world", (exam_command, [exam / "subject_mapping.json"])),
-        ("score_exam", "Evaluate the exam by log-probabilities", (sit_command, [out / "exam.json"])),
+        ("score_exam", "Evaluate the exam by log-probabilities", (exam_eval_command, [out / "exam.json"])),
     ]
     return [DemoStep(name, title, *command) for name, title, command in steps]
 

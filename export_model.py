@@ -32,7 +32,9 @@ SHARD_SIZE = cli.NumberType(float, "a number above 0 (of GB)", lambda size: size
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=cli.pathlib_path, help="out/*.pth, or a transformers folder")
-    parser.add_argument("folder", type=cli.pathlib_path, metavar="DIR", help="output folder; it must not exist yet")
+    parser.add_argument(
+        "folder", type=cli.pathlib_path, metavar="DIR", help="output folder: new, empty, or see --overwrite"
+    )
     add = parser.add_argument_group("output").add_argument
     add("--dtype", choices=WEIGHT_DTYPE_NAMES, help="number format of the weights (default: float32)")
     add("--max_shard_gb", type=SHARD_SIZE, default=4.0,

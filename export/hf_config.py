@@ -148,7 +148,7 @@ def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any
         return {}, length
     scaling = {"rope_type": kind} | {name: rope[name] for name in set().union(*ROPE_KEYS[kind]) if name in rope}
     scaling = {name: value for name, value in scaling.items() if value is not None}
-    if kind == "linear":  # transformers has no length before scaling here
+    if kind == "linear":  # linear scaling does not depend on the original length
         scaling.pop("original_max_position_embeddings", None)
     elif kind == "dynamic":
         scaling["original_max_position_embeddings"] = length

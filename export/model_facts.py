@@ -1,4 +1,4 @@
-"""Collects the facts about a model, its stages, data, tokens, losses and scores, from the files that training wrote.
+"""Collects the facts about a model (stages, data, tokens, losses, scores) from the files that training wrote.
 
     model_facts("out/dpo_512.pth")  ->  {"stage": "dpo", "parameters": 26878464, "tokens": 2009894, "chain": [...], ...}
 
@@ -35,7 +35,7 @@ def model_facts(path: str | os.PathLike[str]) -> Facts:
     tokens, pairs, seconds          training data and time, summed over the chain
     loss                            the last training loss of the last stage
     validation                      of the last stage: {"val_loss": {"zh": nats}, "bits_per_byte": {"zh": bits}, ...}
-    languages                       those of the validation sets
+    languages                       languages of the validation sets
     scores                          [{"name", "accuracy": {"zh": fraction}, "questions": {"zh": number}}]
     chain                           one entry per stage, the oldest first: stage, data, steps, tokens or pairs,
                                     seconds, loss, validation, learning_rate, ...; if training started from a foreign

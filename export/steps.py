@@ -1,6 +1,7 @@
 """The steps of an export: staging folder, transformers folder or adapter, GGUF file, model card.
 
-Every step verifies the files that it writes. An export is atomic: all files appear under the target name, or none.
+Folder, adapter and GGUF file are compared with the model unless --no-verify is given. An export is atomic: all files
+appear under the target name, or none.
 Read next: hf_export.py, verify_hf.py, gguf_export.py, verify_gguf.py, model_card.py; ../export_model.py.
 """
 

@@ -1,4 +1,4 @@
-"""The invariants of the project's structure. The tables hold today's numbers: they may shrink, and never grow.
+"""The invariants of the project's structure. The tables contain today's numbers, which may only decrease.
 
 `python -m tests.structure limits` prints the tables; structure/__init__.py lists the other commands.
 """
@@ -43,7 +43,7 @@ REPEATED_NAMES = {
     "make_parser": "the command line of a script",
 }
 
-# Files below the scripts that import argparse, beside the module that builds command lines.
+# Files of packages that import argparse, except common/cli.py.
 ARGPARSE = {
     "corpus/demo_exam.py",
     "corpus/demo_world.py",
@@ -72,7 +72,7 @@ ARGPARSE = {
     "trainer/saver.py",
 }
 
-# Files below the scripts that name argparse.Namespace.
+# Files of packages that use argparse.Namespace.
 NAMESPACE = {
     "corpus/flags.py",
     "corpus/prepare.py",
@@ -98,7 +98,7 @@ NAMESPACE = {
     "trainer/saver.py",
 }
 
-# Files above FILE_LINES lines.
+# Files with more than FILE_LINES lines.
 LONG_FILES = {
     "corpus/demo_facts.py": 338,
     "corpus/demo_wordings_en.py": 478,
@@ -114,7 +114,7 @@ LONG_FILES = {
     "trainer/batches.py": 336,
 }
 
-# Functions above FUNCTION_LINES lines.
+# Functions with more than FUNCTION_LINES lines.
 LONG_FUNCTIONS = {
     "2-eval.py:make_parser": 81,
     "trainer/cli.py:make_parser": 70,
@@ -123,7 +123,7 @@ LONG_FUNCTIONS = {
 
 
 def ratchet_faults(today: Mapping[str, int], limits: Mapping[str, int]) -> list[str]:
-    """What is wrong with a table of limits: numbers that are missing, too small, too large or no longer needed."""
+    """The faults of a table of limits: entries that are missing, exceeded, too high or no longer needed."""
     faults = [f"{key}: {number}, and no entry" for key, number in today.items() if key not in limits]
     faults += [f"{key}: the entry is no longer needed" for key in limits if key not in today]
     for key in today.keys() & limits.keys():
@@ -139,7 +139,7 @@ def budget_faults(today: Size, limit: Size) -> list[str]:
     return ratchet_faults(vars(today), vars(limit))
 
 
-def test_imports_only_go_down_and_sideways_only_where_it_is_listed():
+def test_imports_go_down_or_sideways_as_listed():
     assert layer_violations(ROOT) == []
 
 
@@ -147,7 +147,7 @@ def test_every_listed_sideways_import_is_used():
     assert unused_sideways(ROOT) == []
 
 
-def test_no_files_import_each_other_in_a_cycle():
+def test_no_import_cycles():
     assert cycles(ROOT) == []
 
 
@@ -164,13 +164,13 @@ def test_both_readmes_list_the_same_reading_path():
     assert reading_path(ROOT, "README.md") == reading_path(ROOT, "README_zh.md")
 
 
-def test_the_files_of_the_reading_path_exist_and_are_short_together():
+def test_the_files_of_the_reading_path_exist_and_are_short_in_total():
     files = reading_path(ROOT)
     assert files and [file for file in files if not (ROOT / file).is_file()] == []
     assert ratchet_faults({"lines": path_lines(ROOT, files)}, {"lines": READING_PATH_LINES}) == []
 
 
-def test_every_file_function_and_module_that_prose_names_exists():
+def test_every_file_function_and_module_named_in_prose_exists():
     assert missing(ROOT) == []
 
 
@@ -178,23 +178,23 @@ def test_every_public_name_is_defined_once():
     assert {name: files for name, files in repeated_names(ROOT).items() if name not in REPEATED_NAMES} == {}
 
 
-def test_every_name_that_may_be_defined_twice_is():
+def test_every_allowed_repeated_name_is_repeated():
     assert sorted(REPEATED_NAMES.keys() - repeated_names(ROOT).keys()) == []
 
 
-def test_argparse_is_imported_by_scripts_common_cli_and_the_listed_files_only():
+def test_argparse_is_imported_only_by_scripts_common_cli_and_listed_files():
     assert argparse_importers(ROOT) - {"common/cli.py"} == ARGPARSE
 
 
-def test_namespace_is_named_by_scripts_common_cli_and_the_listed_files_only():
+def test_namespace_is_used_only_by_scripts_common_cli_and_listed_files():
     assert namespace_users(ROOT) - {"common/cli.py"} == NAMESPACE
 
 
-def test_files_are_short_but_for_the_listed_ones():
+def test_only_listed_files_are_long():
     assert ratchet_faults(long_files(ROOT, FILE_LINES), LONG_FILES) == []
 
 
-def test_functions_are_short_but_for_the_listed_ones():
+def test_only_listed_functions_are_long():
     assert ratchet_faults(long_functions(ROOT, FUNCTION_LINES), LONG_FUNCTIONS) == []
 
 

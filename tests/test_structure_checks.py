@@ -1,4 +1,4 @@
-"""The checks of tests/structure find what they are for: each is run on a small project with one fault of its kind."""
+"""Tests the checks of tests/structure: each finds the fault of its kind in a small project."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def project(tmp_path):
-    """A function that writes files into a folder and returns it; each package gets an __init__.py."""
+    """project({path: text}) writes the files into a folder and returns it; each package gets an __init__.py."""
 
     def write(files: dict[str, str]) -> Path:
         for name, text in files.items():
@@ -50,7 +50,7 @@ LAYERS = {
 }
 
 
-def test_imports_that_go_down_are_no_fault(project):
+def test_imports_that_go_down_are_allowed(project):
     assert layer_violations(project(LAYERS)) == []
 
 
@@ -75,7 +75,7 @@ def test_an_import_that_goes_up_sideways_or_to_a_script_is_found(project, file, 
 
 
 def test_a_package_without_a_layer_is_found(project):
-    assert layer_violations(project({**LAYERS, "utils/misc.py": ""})) == ["utils/ is no package of the layout"]
+    assert layer_violations(project({**LAYERS, "utils/misc.py": ""})) == ["utils/ is not a package of the layout"]
 
 
 def test_a_listed_sideways_import_that_no_file_needs_is_found(project):
@@ -86,14 +86,14 @@ def test_a_listed_sideways_import_that_no_file_needs_is_found(project):
 CHAIN = {"model/a.py": "import model.b", "model/b.py": "import model.c", "model/d.py": "import model.a"}
 
 
-def test_a_chain_of_imports_is_no_cycle(project):
+def test_a_chain_of_imports_is_not_a_cycle(project):
     assert cycles(project({**CHAIN, "model/c.py": ""})) == []
 
 
 @pytest.mark.parametrize(
     "back", ["import model.a", "def f():\n    from model.a import x", "if TYPE_CHECKING:\n    from . import a"]
 )
-def test_a_cycle_is_found_also_through_lazy_type_checking_and_relative_imports(project, back):
+def test_a_cycle_with_lazy_type_checking_or_relative_imports_is_found(project, back):
     assert cycles(project({**CHAIN, "model/c.py": back})) == [["model/a.py", "model/b.py", "model/c.py"]]
 
 
@@ -131,7 +131,7 @@ def test_a_closure_above_its_budget_is_found_and_so_is_a_loose_budget():
     assert budget_faults(Size(40, 2909, 20), limit) == ["lines: 2909, so the limit of 3000 can be lowered"]
 
 
-def test_a_table_of_limits_misses_no_entry_and_has_none_too_many():
+def test_missing_and_superfluous_limits_are_found():
     assert ratchet_faults({"a.py": 400}, {"a.py": 400}) == []
     assert ratchet_faults({"a.py": 400}, {}) == ["a.py: 400, and no entry"]
     assert ratchet_faults({}, {"a.py": 400}) == ["a.py: the entry is no longer needed"]
@@ -146,7 +146,7 @@ README = """text `x/y.py`
 """
 
 
-def test_a_reading_path_is_every_file_between_its_marks_once_and_in_order(project):
+def test_a_reading_path_lists_every_file_between_its_marks_once_in_order(project):
     root = project({"README.md": README, "1-pretrain.py": "a\n", "model/a.py": "b\nc\n", "model/b.py": "d\n"})
     files = reading_path(root)
     assert files == ["1-pretrain.py", "model/a.py", "model/b.py"] and path_lines(root, files) == 4
@@ -177,7 +177,7 @@ def missing_here(root: Path) -> list[str]:
         "tests/test_*.py, {name}.py, FILE.pyc, https://example.com/a/b.py",
     ],
 )
-def test_names_of_files_functions_and_modules_that_exist_are_no_fault(project, text):
+def test_names_of_existing_files_functions_and_modules_are_allowed(project, text):
     assert missing_here(project({**PROSE, "README.md": text})) == []
 
 
@@ -192,7 +192,7 @@ def test_names_of_files_functions_and_modules_that_exist_are_no_fault(project, t
     ],
 )
 @pytest.mark.parametrize("place", ["README.md", "dataset/README_zh.md", "docstring", "comment", "message", "tests"])
-def test_a_name_of_something_that_does_not_exist_is_found_with_its_line(project, text, name, place):
+def test_a_missing_file_function_or_module_is_found_with_its_line(project, text, name, place):
     files = {
         "docstring": {"model/a.py": f'def f():\n    """First.\n\n    {text}\n    """\n'},
         "comment": {"model/a.py": f"x = 1\n\n# One line,\n# {text}\n"},
@@ -204,7 +204,7 @@ def test_a_name_of_something_that_does_not_exist_is_found_with_its_line(project,
     assert fault.endswith(f":4: {name}")
 
 
-def test_history_may_name_files_that_no_longer_exist(project):
+def test_history_may_name_deleted_files(project):
     assert missing_here(project({**PROSE, "LOG.md": "trainer/gone.py", "CHANGELOG.md": "trainer/gone.py"})) == []
 
 
@@ -355,11 +355,11 @@ def test_a_banned_word_is_found_in_every_kind_of_prose(project, file, text, line
         ("CHANGELOG.md", "nobody"),
     ],
 )
-def test_variables_keys_data_and_history_are_no_prose(project, file, text):
+def test_variables_keys_data_and_history_are_not_prose(project, file, text):
     assert banned(project({file: text})) == []
 
 
-def test_words_of_some_paths_are_those_of_these_files_and_folders(project):
+def test_words_can_be_limited_to_files_and_folders(project):
     root = project({"model/a.py": "# nobody", "corpus/b.py": "# nobody", "LOG.md": "nobody"})
     assert [file for file, *_ in banned(root, [root / "corpus"])] == ["corpus/b.py"]
     assert [file for file, *_ in banned(root, [root / "LOG.md"])] == ["LOG.md"]

@@ -1,4 +1,4 @@
-"""The commands of this package: see the module docstring of __init__.py."""
+"""The command line of this package; __init__.py lists the commands."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ FAULTS: dict[str, Callable[[Path], list[str]]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command; returns 1 if it lists faults, 2 if there is no such command."""
+    """Run a command; return 1 if it lists faults, 2 if the command is unknown, else 0."""
     command, paths = (arguments[0], [Path(path).resolve() for path in arguments[1:]]) if arguments else ("", [])
     root = paths[0] if paths else HERE
     if command in ("table", "limits"):

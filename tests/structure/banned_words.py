@@ -1,8 +1,9 @@
-"""Words that the project's prose does not use, because its field has other ones.
+"""Banned words of the project's prose, each with the field's term to write instead.
 
-Checked are docstrings, comments, messages, --help, the names of functions, classes and files, and the documentation;
-of the tests' strings only their messages, as the others are chats and expected output. Data is not prose: the texts
-of the demo world and the prompts of the report. Read next: prose.py.
+Docstrings, comments, messages, --help, documentation and the names of functions, classes and files are checked. Of the
+strings in tests only messages are checked, because the others are chats and expected output. The texts of the demo
+world and the prompts of the report are data and not prose.
+Read next: prose.py.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tests.structure.prose import STRING, documentation, parts, python_files, settings_files
 
-# What to write instead -> pattern; letters of either case, any white space where the pattern has a space.
+# What to write instead -> pattern. Patterns ignore case; a space in a pattern matches any white space.
 _WEIGHTS = r"(?:weights?|parameters?|matri(?:x|ces)|embeddings?|layers?|ones|numbers|W|router)"
 BANNED = {
     "project": r"\bhouses?\b",
@@ -52,13 +53,13 @@ BANNED = {
 _PATTERNS = {instead: re.compile(pattern.replace(" ", r"\s+"), re.IGNORECASE) for instead, pattern in BANNED.items()}
 _ANY = re.compile("|".join(f"(?:{pattern.pattern})" for pattern in _PATTERNS.values()), re.IGNORECASE)
 
-# Files that consist of these words, and files whose strings are data (of these, docstrings and comments are checked).
+# SKIPPED lists the words themselves. In DATA, strings are data; docstrings and comments are checked.
 SKIPPED = ("tests/structure/banned_words.py", "tests/test_structure_checks.py")
 DATA = ("demo_world/", "evaluation/prompts.py", "tests/", "corpus/demo_", "corpus/prompts.py")
 
 
 def phrases(text: str) -> Iterator[tuple[int, str]]:
-    """Banned phrases of a text as (lines before it, "phrase -> what to write instead"), in order."""
+    """Yield (line offset, "phrase -> what to write instead") for the banned phrases of a text, in order."""
     if not _ANY.search(text):
         return
     found = [(match.start(), f"{' '.join(match[0].split())} -> {instead}")
@@ -68,7 +69,7 @@ def phrases(text: str) -> Iterator[tuple[int, str]]:
 
 
 def banned(root: Path, paths: Sequence[Path] | None = None) -> list[tuple[str, int, str]]:
-    """Every (file, line, phrase) of the project, or of these files and folders. A file that is named is always read."""
+    """Every (file, line, phrase) in the project or in `paths`. A file named in `paths` is always read."""
     files = [*documentation(root), *settings_files(root), *python_files(root)]
     if paths is not None:
         files = [file for file in files if any(file.is_relative_to(path) for path in paths)]

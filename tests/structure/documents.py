@@ -1,9 +1,9 @@
-"""What prose says about files: the reading path of README.md, and files, functions and modules that it names.
+"""Checks names in prose: the reading path of README.md, and the files, functions and modules that prose mentions.
 
     <!-- reading-path -->  a list or table that names files, as `trainer/loop.py`  <!-- /reading-path -->
 
 Prose is README*.md, dataset/README*.md, SECURITY.md, docs/, every docstring, comment and message of the project, and
-docstrings and comments of its tests. LOG.md and CHANGELOG.md are history: they name files as they were called then.
+the docstrings and comments of its tests. LOG.md and CHANGELOG.md are history: they use the file names of their time.
 
 Read next: ../test_structure.py.
 """
@@ -21,7 +21,7 @@ START, END = "<!-- reading-path -->", "<!-- /reading-path -->"
 _FILE = re.compile(r"(?<![\w./*{}<>-])((?:\.\./)*(?:[\w-]+/)*[\w-]+\.py)(?:::?([A-Za-z_][\w.]*))?(?![\w/])")
 _MODULE = re.compile(r"\bpython3? -m ([\w.]+)")
 
-# Files of other projects that our prose names.
+# Files of other projects that prose mentions.
 FOREIGN = {
     "src/categories.py": "CMMLU's subjects",
     "preprocess.py": "the cleaning of another corpus",
@@ -31,30 +31,32 @@ FOREIGN = {
 
 
 def reading_path(root: Path, readme: str = "README.md") -> list[str]:
-    """The files between the two marks of a README, each once, in order. Raises ValueError if a mark is missing."""
+    """The files between the two marks of a README, without repetition, in order. ValueError if a mark is missing."""
     text = (root / readme).read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"{readme}: {START} and {END} do not stand once each, in this order")
+        raise ValueError(f"{readme}: {START} and {END} must occur once each, in this order")
     part = text[text.index(START) : text.index(END)]
     return list(dict.fromkeys(match[1] for match in _FILE.finditer(part)))
 
 
 def path_lines(root: Path, paths: list[str]) -> int:
-    """The lines of these files together."""
+    """The total number of lines of these files."""
     return sum(len((root / path).read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
 def missing(root: Path, foreign: Collection[str] = FOREIGN.keys()) -> list[str]:
-    """Files, functions and modules that prose names and that do not exist, as file:line: name.
+    """Files, functions and modules named in prose that do not exist, as file:line: name.
 
-    Files of other projects, `foreign`, need not exist; one that no prose names is listed as well.
+    `foreign` lists files of other projects, which need not exist; unused entries of it are returned as well.
     """
     found, unused = [], set(foreign)
     for part in _prose(root):
         unused -= {match[1] for match in _FILE.finditer(part.text)}
         for name, offset in _missing_names(root, part, foreign):
             found.append(f"{part.path}:{part.line + part.text[:offset].count(chr(10))}: {name}")
-    return found + [f"{name}: listed as a file of another project, and named nowhere" for name in sorted(unused)]
+    return found + [
+        f"{name}: listed as a file of another project, but not mentioned in prose" for name in sorted(unused)
+    ]
 
 
 def _prose(root: Path) -> Iterator[Part]:
@@ -80,7 +82,7 @@ def _missing_names(root: Path, part: Part, foreign: Collection[str]) -> Iterator
 
 
 def _find(root: Path, path: str, name: str) -> Path | None:
-    """The file that prose in `path` means: named from the root, or from the folder of `path`."""
+    """The file `name`, relative to the root or to the folder of `path`; None if it does not exist."""
     for file in (root / name, (root / path).parent / name):
         if file.is_file():
             return file

@@ -1,4 +1,4 @@
-"""Imports between the files of a checkout: layers, cycles, and what a script pulls in.
+"""Imports between the files of a checkout: layers, cycles, and the import closures of scripts.
 
 Read next: table.py, ../test_structure.py.
 """
@@ -14,7 +14,7 @@ from tests.structure.sources import APPLICATIONS, CORE, SCRIPTS, SIDEWAYS, Sourc
 
 @dataclass(frozen=True)
 class Import:
-    """An import of one project file by another. `lazy`: it stands in a function."""
+    """An import of one project file by another. `lazy`: inside a function."""
 
     source: str
     target: str
@@ -31,9 +31,9 @@ class Size:
 
 @cache
 def imports(root: Path) -> tuple[Import, ...]:
-    """Every import between project files; lazy ones, those under TYPE_CHECKING and import_module("a.b") as well.
+    """Every import between project files, including lazy ones, TYPE_CHECKING blocks and import_module("a.b").
 
-    The __init__.py of a package counts where it contains code, because Python runs it first.
+    The __init__.py of a package counts if it contains code, because Python runs it first.
     """
     found = []
     for source in sources(root).values():
@@ -46,7 +46,7 @@ def imports(root: Path) -> tuple[Import, ...]:
 
 
 def _walk(node: ast.AST, lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node of a tree, and whether it stands in a function."""
+    """Every node of a tree, and whether it is inside a function."""
     for child in ast.iter_child_nodes(node):
         yield child, lazy
         yield from _walk(child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
@@ -67,7 +67,7 @@ def _imported_modules(node: ast.AST, path: str) -> Iterator[str]:
 
 
 def _files_of(root: Path, module: str) -> list[str]:
-    """The project files that an import of `module` runs: [] for a foreign package."""
+    """The project files that an import of `module` runs; [] for a foreign package."""
     files = sources(root)
     parts = module.split(".")
     found: list[str] = []
@@ -85,13 +85,13 @@ def _has_code(source: Source | None) -> bool:
 
 
 def layer_violations(root: Path, sideways: Mapping[str, Iterable[str]] = SIDEWAYS) -> list[str]:
-    """Imports that go up, sideways between applications (but for `sideways`), or to a script."""
+    """Imports that go up, sideways between applications (except `sideways`), or to a script."""
     allowed = {name: set(CORE[: i + 1]) for i, name in enumerate(CORE)}
     allowed |= {name: {*CORE, name, *sideways.get(name, ())} for name in APPLICATIONS}
     allowed[SCRIPTS] = {*CORE, *APPLICATIONS}
     files = sources(root)
     unknown = sorted({source.package for source in files.values()} - allowed.keys())
-    found = [f"{package}/ is no package of the layout" for package in unknown]
+    found = [f"{package}/ is not a package of the layout" for package in unknown]
     for one in imports(root):
         source, target = files[one.source].package, files[one.target].package
         if source in allowed and target not in allowed[source]:
@@ -100,14 +100,14 @@ def layer_violations(root: Path, sideways: Mapping[str, Iterable[str]] = SIDEWAY
 
 
 def unused_sideways(root: Path, sideways: Mapping[str, Iterable[str]] = SIDEWAYS) -> list[str]:
-    """Entries of the list of sideways imports that no file needs."""
+    """Entries of `sideways` that no file uses."""
     files = sources(root)
     used = {(files[one.source].package, files[one.target].package) for one in imports(root)}
     return [f"{name} -> {other}" for name in sideways for other in sorted(sideways[name]) if (name, other) not in used]
 
 
 def cycles(root: Path) -> list[list[str]]:
-    """The strongly connected components of two files and more: sets of files where each imports each, in steps."""
+    """The strongly connected components of the import graph with at least two files."""
     reached = {path: _reached([path], lambda path: targets(root, path)) for path in sources(root)}
     components = {tuple(sorted(other for other in reached[path] if path in reached[other])) for path in reached}
     return [list(component) for component in sorted(components) if len(component) > 1]
@@ -115,7 +115,7 @@ def cycles(root: Path) -> list[list[str]]:
 
 @cache
 def targets(root: Path, path: str, lazy: bool = True) -> frozenset[str]:
-    """The project files that a file imports; `lazy`: also in its functions."""
+    """The project files that a file imports; with `lazy`, also inside functions."""
     return frozenset(one.target for one in imports(root) if one.source == path and (lazy or not one.lazy))
 
 
@@ -129,10 +129,10 @@ def _reached(start: Iterable[str], follow: Callable[[str], Iterable[str]]) -> se
 
 
 def closure(root: Path, script: str, lazy: bool = False) -> set[str]:
-    """The files that a reader of a script meets when he follows its imports, itself included.
+    """The files that a script imports directly or indirectly, and the script itself.
 
-    All imports of the script count, those in its functions too. Of the files below it the ones at module level count
-    (under TYPE_CHECKING too): an import in a function of a library is an optional branch. `lazy`: it counts as well.
+    All imports of the script count, also those inside functions. Of the other files, imports at module level and in
+    TYPE_CHECKING blocks count; with `lazy`, imports inside their functions (optional branches) count too.
     """
     return _reached([script], lambda path: targets(root, path, lazy or path == script))
 

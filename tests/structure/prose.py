@@ -37,7 +37,7 @@ class Part:
 
 
 def documentation(root: Path) -> list[Path]:
-    """The Markdown files that describe the project as it is."""
+    """The Markdown files that describe the current project."""
     return [file for pattern in DOCUMENTATION for file in sorted(root.glob(pattern))]
 
 
@@ -54,9 +54,9 @@ def python_files(root: Path) -> list[Path]:
 
 @cache
 def parts(root: Path, file: Path) -> tuple[Part, ...]:
-    """The prose of a file: all of it, or of a Python file its docstrings, comments, strings and names.
+    """The prose of a file: docstrings, comments, strings and names of a Python file, else the whole text.
 
-    Strings without a space are keys and not prose, unless they are Chinese. Values in an f-string are shown as {}.
+    Strings without a space are keys and not prose, unless they are Chinese. Values in an f-string become {}.
     """
     path = file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
     text = file.read_text(encoding="utf-8")
@@ -89,7 +89,7 @@ def _strings(nodes: list[ast.AST]) -> Iterator[tuple[int, str, str]]:
 
 
 def _messages(node: ast.AST) -> list[ast.expr]:
-    """The expressions of a statement or call that a user reads."""
+    """The expressions of a statement or call whose text a user reads."""
     if isinstance(node, ast.keyword) and node.arg == "help":
         return [node.value]
     if isinstance(node, ast.Raise) and node.exc is not None:
@@ -100,7 +100,7 @@ def _messages(node: ast.AST) -> list[ast.expr]:
 
 
 def _comments(text: str) -> Iterator[tuple[int, str, str]]:
-    """Every comment; comments that stand alone on lines in a row are one text."""
+    """Every comment; full-line comments on consecutive lines are joined into one text."""
     lines: list[str] = []
     start = last = at = 0
     number = 1
@@ -120,5 +120,5 @@ def _comments(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _words(name: str) -> str:
-    """A name as words: TrainState is "Train State"."""
+    """Split a name into words: TrainState becomes "Train State"."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").strip()

@@ -1,4 +1,4 @@
-"""The source files of a checkout, and what a syntax tree tells about each: names, sizes, use of argparse.
+"""The source files of a checkout, and facts from their syntax trees: names, sizes, use of argparse.
 
 Files are named by their path from the root, as trainer/loop.py. Read next: imports.py.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 CORE = ("common", "model", "corpus", "trainer")  # from the lowest layer up
 APPLICATIONS = ("evaluation", "export", "serving", "curation", "demo_world")  # the layer above the core
-# Application -> the other applications that it may import. An entry that no file needs fails as well.
+# Application -> the other applications that it may import. An unused entry is a fault too.
 SIDEWAYS = {
     "serving": {"evaluation", "export"},
     "demo_world": {"evaluation"},
@@ -19,8 +19,8 @@ SIDEWAYS = {
     "evaluation": {"export"},
 }
 LESSONS = ("1-pretrain.py", "2-eval.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py")
-SCRIPTS = "scripts"  # the name of the layer of the files at the root
-OUTSIDE = ("tests", "benchmarks")  # folders with Python files that no layer contains
+SCRIPTS = "scripts"  # name of the layer that holds the files at the root
+OUTSIDE = ("tests", "benchmarks")  # folders with Python files outside all layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Source:
 
 @cache
 def sources(root: Path) -> Mapping[str, Source]:
-    """The scripts at the root and the files of the packages, by their paths; without the folders of OUTSIDE."""
+    """path -> Source of the scripts at the root and the files of all packages, without the folders in OUTSIDE."""
     names = {init.parent.name for init in root.glob("*/__init__.py")} | {*CORE, *APPLICATIONS}
     packages = [root / name for name in sorted(names - {*OUTSIDE}) if not name.startswith(".")]
     files = [*sorted(root.glob("*.py")), *(file for package in packages for file in sorted(package.rglob("*.py")))]
@@ -63,7 +63,7 @@ def files_of_tests(root: Path) -> list[Path]:
 
 
 def public_names(source: Source) -> list[str]:
-    """The classes, functions and constants at module level whose names have no leading underscore, each once."""
+    """Classes, functions and constants at module level without a leading underscore, without repetition."""
     return list(dict.fromkeys(name for name in _defined(source.tree.body) if not name.startswith("_")))
 
 
@@ -82,7 +82,7 @@ def _defined(body: Iterable[ast.stmt]) -> Iterator[str]:
 
 
 def repeated_names(root: Path) -> dict[str, list[str]]:
-    """Public names that several files define, with these files. Files of the tests do not count."""
+    """name -> files, for public names that several files define. Tests do not count."""
     where: dict[str, list[str]] = {}
     for source in sources(root).values():
         for name in public_names(source):
@@ -91,7 +91,7 @@ def repeated_names(root: Path) -> dict[str, list[str]]:
 
 
 def argparse_importers(root: Path) -> set[str]:
-    """Files below the scripts that import argparse, at the top or in a function."""
+    """Files of packages that import argparse, at module level or in a function."""
     return {source.path for source in _below_scripts(root) if _imports_argparse(source)}
 
 
@@ -105,7 +105,7 @@ def _imports_argparse(source: Source) -> bool:
 
 
 def namespace_users(root: Path) -> set[str]:
-    """Files below the scripts that name argparse.Namespace, also in a quoted annotation."""
+    """Files of packages that use argparse.Namespace, also in a quoted annotation."""
     return {source.path for source in _below_scripts(root) if _names_namespace(source)}
 
 
@@ -128,18 +128,18 @@ def _below_scripts(root: Path) -> list[Source]:
 
 
 def docstrings(tree: ast.Module) -> list[ast.Constant]:
-    """The docstrings of a module, its classes and functions, and the strings that stand alone behind a field."""
+    """The docstrings of a module, its classes, functions and fields."""
     return [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]  # fmt: skip
 
 
 def long_files(root: Path, limit: int) -> dict[str, int]:
-    """The lines of each file above `limit` lines."""
+    """path -> number of lines, for files with more than `limit` lines."""
     return {source.path: source.lines for source in sources(root).values() if source.lines > limit}
 
 
 def long_functions(root: Path, limit: int) -> dict[str, int]:
-    """The lines of each function above `limit` lines, as file:function, from `def` to its last line."""
+    """file:function -> number of lines from `def` to the end, for functions with more than `limit` lines."""
     found: dict[str, int] = {}
     for source in sources(root).values():
         for node in ast.walk(source.tree):

@@ -1,4 +1,4 @@
-"""The numbers of a checkout as text: the Markdown table for LOG.md and the limits of ../test_structure.py."""
+"""Prints the numbers of a checkout: the Markdown table for LOG.md and the limits of ../test_structure.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from tests.structure.sources import (
 
 
 def table(root: Path) -> str:
-    """What LOG.md shows of a version: packages, import closures of the lessons, cycles, repeated names; Markdown."""
+    """The Markdown table for LOG.md: packages, import closures of the lessons, cycles, repeated names."""
     return "\n\n".join([_packages(root), _closures(root), _cycles(root), _repeated(root)]) + "\n"
 
 
@@ -72,7 +72,7 @@ def _repeated(root: Path) -> str:
 
 
 def limits(root: Path) -> str:
-    """Today's numbers as Python tables, to be pasted into ../test_structure.py."""
+    """Today's numbers as Python tables to paste into ../test_structure.py."""
     rows = ["BUDGET = {"]
     for script in LESSONS:
         if script in sources(root):
