@@ -9,7 +9,8 @@ import torch
 from common.errors import UserError
 from corpus.dataset_meta import read_meta, write_meta
 from tests.helpers import load_script, write_shards
-from trainer.datasets import ChatDataset, PackedDataset, check_data, dropped_row_messages
+from trainer.chat_data import dropped_row_messages
+from trainer.datasets import ChatDataset, PackedDataset, check_data
 from trainer.loss import IGNORE_INDEX
 
 
