@@ -47,7 +47,7 @@ def main() -> None:
     add("--chat_format", choices=CHAT_FORMATS, help="chat format to train with; if omitted: the parent's")
     add_recipe_flag(parser)
     add_length_flag(parser, "longer chats keep only the first turns that fit")
-    add("--data_share", action=cli.NameList, read=parse_fractions, metavar="FRACTION",
+    add("--data_share", action=cli.NameList, parse=parse_fractions, metavar="FRACTION",
         help="train one model on each fraction of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
     add(
         "--questions",

@@ -141,7 +141,7 @@ class NameList(argparse.Action):
     """
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
-        self.parse: Callable[[str], Any] = options.pop("read", split_names)
+        self.parse: Callable[[str], Any] = options.pop("parse", split_names)
         super().__init__(option_strings, dest, **{"nargs": "+", **options})
 
     def __call__(

@@ -187,11 +187,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_mix_flags(parser: argparse.ArgumentParser) -> None:
     """Add --mix and the other flags of data mixtures."""
     add = parser.add_argument_group("data mixture (if omitted: all data, without reweighting)").add_argument
-    add("--mix", action=cli.NameList, read=parse_mix, metavar="MIX",
+    add("--mix", action=cli.NameList, parse=parse_mix, metavar="MIX",
         help="zh=0.25,en=0.75: weights by language or source; zh=1x,en=2x: epochs; or language, source")  # fmt: skip
     add("--mix_temperature", type=cli.positive_float, default=1.0,
         help="weights to the power of 1/T: T above 1 makes them more equal")  # fmt: skip
-    add("--stage2_mix", action=cli.NameList, read=parse_mix, metavar="MIX",
+    add("--stage2_mix", action=cli.NameList, parse=parse_mix, metavar="MIX",
         help="mixture of stage 2, the last part of the run")  # fmt: skip
     add("--stage2_at", type=cli.non_negative_float, default=0.0,
         help="start of stage 2: a fraction of the steps, as 0.7, or a step number")  # fmt: skip

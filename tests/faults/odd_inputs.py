@@ -159,7 +159,7 @@ def script_outcome(monkeypatch, capsys, script: str, flags: list[str], seconds: 
     monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
     module = load_script(name) if name.endswith(".py") else importlib.import_module(name)
     if name == "demo.py":
-        monkeypatch.setattr(module, "num_steps", lambda *_: sys.exit(0))
+        monkeypatch.setattr(module, "run_steps", lambda *_: sys.exit(0))
     command, code = f"{script}: {flags}", 0
     capsys.readouterr()
     try:

@@ -53,7 +53,7 @@ def test_every_flag_has_a_limit():
     unlimited = [
         (prog, action.dest)
         for prog, action in ACTIONS
-        if action.nargs != 0 and not (action.choices or action.type or hasattr(action, "read"))
+        if action.nargs != 0 and not (action.choices or action.type or hasattr(action, "parse"))
     ]
     assert {dest for _, dest in unlimited} <= FREE_TEXT, unlimited
 
