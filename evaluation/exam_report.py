@@ -21,7 +21,7 @@ from common.markdown import escape_inline
 from evaluation.exam_prompts import ExamPrompt
 from evaluation.exam_stats import ExamResult, GroupScore, QuestionResult, interpretation
 from evaluation.exam_table import OPTION_LETTERS
-from evaluation.subject_tests import find_strengths, strengths_interpretation
+from evaluation.subject_strengths import find_strengths, strengths_interpretation
 from model.tokenizer import ChatTokenizer
 
 

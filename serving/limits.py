@@ -1,7 +1,7 @@
 """Settings and limits of one server.
 
 Called by ../serve_openai_api.py. Read next: middleware.py (authorization, sizes), connections.py (connections,
-timeouts), lanes.py (worker threads), scheduler.py (running and waiting requests).
+timeouts), worker_pools.py (worker threads), scheduler.py (running and waiting requests).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Parse and validate the body of a request. Runs in a worker thread (lanes.py).
+"""Parse and validate the body of a request. Runs in a worker thread (worker_pools.py).
 
 The size of a body is bounded (middleware.py). Validation of a list stops at the first wrong entry (`fail_fast` in
 schemas.py); otherwise pydantic would build one error for each of 500,000 wrong entries.

@@ -3,7 +3,7 @@
     GET /v1/models  /v1/models/NAME  /health  /openapi.json
     POST /v1/chat/completions  /v1/completions  /v1/embeddings
 
-A POST route does not declare its body: a worker thread parses it (lanes.py), not FastAPI in the event loop.
+A POST route does not declare its body: a worker thread parses it (worker_pools.py), not FastAPI in the event loop.
 Called by app.py. Read next: service.py, schemas.py.
 """
 

@@ -3,7 +3,7 @@
     body -> worker thread: PreparedRequest -> engine -> inbox of TokenEvents -> JSON response or EventStream
 
 Parsing runs in a worker thread, which keeps the event loop free. When a client disconnects, its requests are aborted.
-Called by app.py and routes.py. Read next: lanes.py, schemas.py, scheduler.py, responses.py, embeddings.py.
+Called by app.py and routes.py. Read next: worker_pools.py, schemas.py, scheduler.py, responses.py, embeddings.py.
 """
 
 import asyncio
@@ -22,7 +22,6 @@ from common.errors import UserError
 from model.completion import Completion, Sequence
 from serving.embeddings import EmbeddingRequest, embedding_json, make_embedding_job
 from serving.errors import MODEL_FAILED, ApiError
-from serving.lanes import WorkerPools
 from serving.limits import ServerLimits
 from serving.models import PromptTooLong, ServedModel
 from serving.requests import parse_body
@@ -30,6 +29,7 @@ from serving.responses import ChatResponse, CompletionResponse, ResponseBuilder,
 from serving.scheduler import InferenceEngine, QueueFull, Request, TokenEvent, WorkItem
 from serving.schemas import ChatRequest, CompletionRequest
 from serving.settings import make_sampling_params
+from serving.worker_pools import WorkerPools
 
 MAX_IGNORED_SHOWN = 20  # names in the header x-ignored-fields
 UNSUPPORTED_DEFAULTS: tuple[Any, ...] = (None, "", [], {}, {"type": "text"})  # default values of unsupported fields

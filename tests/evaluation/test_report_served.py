@@ -182,7 +182,7 @@ def test_wrong_keys_and_settings_are_errors(served_models, run_report):
 def test_own_server_gives_the_answers_of_the_local_model(tokenizer, tmp_path, monkeypatch, run_report):
     """The same model, local and served: equal greedy answers, finish reasons and token counts."""
     pytest.importorskip("uvicorn")
-    from tests.serving.server_help import run_server, save_random_model
+    from tests.serving.server_helpers import run_server, save_random_model
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     path = save_random_model(tmp_path / "full_sft_32.pth", tokenizer)

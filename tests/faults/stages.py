@@ -127,7 +127,13 @@ STAGES = (
 )
 STAGE_NAMES = [stage.name for stage in STAGES]
 # Scripts and modules that write no files, except caches of libraries.
-READ_ONLY = {"serve_openai_api.py", "chat_openai_api.py", "web_demo.py", "benchmarks.machines", "benchmarks.bit_for_bit"}
+READ_ONLY = {
+    "serve_openai_api.py",
+    "chat_openai_api.py",
+    "web_demo.py",
+    "benchmarks.machines",
+    "benchmarks.bit_for_bit",
+}
 
 
 class FaultHarness:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.helpers import ROOT
-from tests.serving.server_help import save_random_model
+from tests.serving.server_helpers import save_random_model
 
 CLIENT_TIMEOUT = 2  # seconds, --client_timeout of the server
 QUESTION = {"messages": [{"role": "user", "content": "1"}], "temperature": 0, "max_tokens": 60}

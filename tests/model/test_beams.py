@@ -15,7 +15,7 @@ from model.completion import Completion, Sequence
 from model.generate import DecodeBatch, generate, stream
 from model.sampling import SamplingParams
 from tests.model.test_hf_parity import hf_settings
-from tests.serving.server_help import make_random_model
+from tests.serving.server_helpers import make_random_model
 
 PROMPTS = [[50, 60, 70, 50, 60], [100] * 9, [80, 81, 82, 80, 81, 82, 80]]
 BEAMS = {"num_beams": 4}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.completion import Completion, Sequence
 from model.generate import DecodeBatch, generate, stream
 from model.sampling import NgramBlocker, Penalties, SamplingParams
-from tests.serving.server_help import make_random_model
+from tests.serving.server_helpers import make_random_model
 
 LOOPING = [[50, 60, 70] * 4, [100] * 9, [80, 81, 80, 81], [90]]
 

@@ -20,7 +20,7 @@ from model.generate import generate
 from model.sampling import SamplingParams
 from serving.limits import ServerLimits
 from tests.helpers import ROOT, run_process, run_script
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 SCRIPT = "chat_openai_api.py"
 

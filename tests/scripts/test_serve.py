@@ -22,7 +22,7 @@ import torch
 
 from common.errors import UserError
 from tests.helpers import ROOT, child_cpu_seconds, load_script, run_process, run_script
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 SCRIPT = "serve_openai_api.py"
 

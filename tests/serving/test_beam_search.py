@@ -15,7 +15,7 @@ from model.generate import generate
 from model.sampling import SamplingParams
 from serving.limits import ServerLimits
 from tests.helpers import run_script
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 SEARCH = {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": 0.5}

@@ -24,7 +24,7 @@ from model.sampling import SamplingParams
 from serving.embeddings import EmbeddingJob, embedding_batches
 from serving.limits import ServerLimits
 from serving.scheduler import PREFILL_TOKENS, InferenceEngine, QueueFull
-from tests.serving.server_help import make_random_model, run_server, save_random_model
+from tests.serving.server_helpers import make_random_model, run_server, save_random_model
 
 INPUTS = ["The sky", "天空是蓝的 😀", "a", "b" * 90]
 

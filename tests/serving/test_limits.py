@@ -19,7 +19,7 @@ from model.generate import chat_prompt
 from serving.limits import ServerLimits
 from serving.middleware import host_name
 from serving.models import open_models
-from tests.serving.server_help import CPU, run_server, save_random_model
+from tests.serving.server_helpers import CPU, run_server, save_random_model
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0, "max_tokens": 2}
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from serving.limits import ServerLimits
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 QUESTION = {"messages": [{"role": "user", "content": "?"}], "temperature": 0}
 # The model of these tests never ends its answer to this question.

@@ -16,7 +16,7 @@ from model.generate import generate
 from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from serving.limits import ServerLimits
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 MINIMIND = {"model": "model-identifier", "messages": HELLO, "stream": False, "temperature": 0, "max_tokens": -1}

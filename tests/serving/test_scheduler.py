@@ -20,7 +20,7 @@ from model.detokenizer import token_bytes
 from model.generate import DecodeBatch, generate
 from model.sampling import SamplingParams, apply_count_penalties, sample, sample_rows
 from serving.scheduler import InferenceEngine, QueueFull, Request, TokenEvent
-from tests.serving.server_help import make_random_model
+from tests.serving.server_helpers import make_random_model
 
 PROMPTS = [[50, 60, 70], [100] * 40, [80, 81], [90, 91, 92, 93, 94], [33] * 70, [40]]
 

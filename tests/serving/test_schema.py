@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 
 from serving.limits import ServerLimits
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 
 @pytest.fixture(scope="module")

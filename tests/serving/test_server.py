@@ -14,7 +14,7 @@ import pytest
 
 from model.generate import fit_chat, generate
 from model.sampling import SamplingParams
-from tests.serving.server_help import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 

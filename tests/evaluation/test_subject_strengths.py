@@ -10,7 +10,7 @@ from math import comb
 import pytest
 
 from evaluation.exam_stats import ExamResult, GroupScore
-from evaluation.subject_tests import find_strengths, fisher_p_value, holm_rejections, strengths_interpretation
+from evaluation.subject_strengths import find_strengths, fisher_p_value, holm_rejections, strengths_interpretation
 
 
 def make_result(subjects):
