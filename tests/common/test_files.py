@@ -46,7 +46,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary(tmp_path, err
             raise error
     if isinstance(error, OSError):
         assert str(raised.value) == (
-            f"cannot write {tmp_path / 'a.txt'}: No space left on device: free some space or choose another place"
+            f"cannot write {tmp_path / 'a.txt'}: No space left on device: free some space or choose another path"
         )
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
