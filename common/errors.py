@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from common.signals import Terminated, handle_signals, print_error, raise_terminated
 
-CHAT_FORMAT_ADVICE = "name another format: --chat_format of data_process.py and 3-full_sft.py"
+CHAT_FORMAT_ADVICE = "choose another format: --chat_format of data_process.py and 3-full_sft.py"
 
 
 class UserError(Exception):

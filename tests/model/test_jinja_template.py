@@ -228,7 +228,7 @@ def test_a_template_that_can_render_no_chat_is_an_error(open_with_template, tmp_
     with pytest.raises(UserError, match=said) as error:
         prepare_chats(tmp_path, tokenizer, chats_of(3))
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith("name another format: --chat_format of data_process.py and 3-full_sft.py")
+    assert str(error.value).endswith("choose another format: --chat_format of data_process.py and 3-full_sft.py")
 
 
 def test_the_flag_named_in_the_error_exists(open_with_template, tmp_path, capsys):
