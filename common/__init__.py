@@ -1,1 +1,1 @@
-"""What every other package uses: errors of one line, files that are written whole, checksums, locks."""
+"""Shared utilities: one-line errors, command-line flags, atomic file writes, checksums, locks, devices."""

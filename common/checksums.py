@@ -1,13 +1,12 @@
-"""CRC-32 of files and buffers: finds bits that a disk, a memory module or a copy has changed.
+"""CRC-32 checksums of files and buffers, to detect data corruption by disks, memory or copies.
 
-    checksum(data)                  of bytes, an array or a tensor's memory, as 8 hex digits
-    file_checksum(path)             of a whole file
-    find_damaged_record("model.pth")    compares every record of a .pth with the CRC-32 that torch.save wrote
-    with_checksum({"step": 200})    a JSON object with a field "checksum"; has_valid_checksum: whether it still fits
+    checksum(data)                      8 hex digits for bytes, an array or a tensor's memory
+    file_checksum(path)                 the same for a file
+    find_damaged_record("model.pth")    compares each record of a .pth with the CRC-32 that torch.save wrote
+    with_checksum({"step": 200})        adds a field "checksum" to a JSON object; has_valid_checksum verifies it
 
-CRC-32 (ITU-T V.42, as in zip and png; zlib computes it) finds every change of up to 32 bits in a row and misses other
-accidents once in 4 * 10^9. It does not protect against tampering: a file that is changed on purpose can get a new
-checksum.
+CRC-32 (ITU-T V.42, as in zip and png; computed by zlib) detects every burst error of up to 32 bits and misses other
+errors with probability 2^-32. It does not protect against deliberate changes.
 """
 
 import json
@@ -20,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHECKSUM_CHUNK_BYTES = 16 << 20  # bytes of one call; zlib lets other threads work meanwhile
+CHECKSUM_CHUNK_BYTES = 16 << 20  # bytes per zlib call, which releases the GIL
 MAX_CHECKSUM_THREADS = 4
-LOCAL_HEADER_BYTES = 30  # bytes of a zip record's header before its name (PKZIP APPNOTE 4.3.7)
+LOCAL_HEADER_BYTES = 30  # size of a zip record's header before its name (PKZIP APPNOTE 4.3.7)
 
 
 def checksum(data: Any) -> str:
@@ -34,7 +33,7 @@ def checksum(data: Any) -> str:
 
 
 def file_checksum(path: str | os.PathLike[str]) -> str:
-    """The CRC-32 of a whole file, as 8 hex digits."""
+    """The CRC-32 of a file, as 8 hex digits."""
     value = 0
     with Path(path).open("rb") as file:
         while chunk := file.read(CHECKSUM_CHUNK_BYTES):
@@ -53,13 +52,13 @@ def write_with_checksum(file: BinaryIO, data: Any) -> str:
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object as it will be read again, with the CRC-32 of all its other fields in the field checksum."""
+    """The JSON object after a JSON round trip, with a field "checksum": the CRC-32 of all other fields."""
     saved = json.loads(json.dumps({name: value for name, value in content.items() if name != "checksum"}))
     return {**saved, "checksum": _json_checksum(saved)}
 
 
 def has_valid_checksum(content: dict[str, Any]) -> bool:
-    """Whether a JSON object has a field checksum that fits its other fields."""
+    """Whether the field "checksum" of a JSON object matches its other fields."""
     return content.get("checksum") == _json_checksum(
         {name: value for name, value in content.items() if name != "checksum"}
     )
@@ -70,10 +69,10 @@ def _json_checksum(content: dict[str, Any]) -> str:
 
 
 def find_damaged_record(path: str | os.PathLike[str], is_selected: Callable[[str], bool] = lambda name: True) -> str:
-    """The name of the first record of an uncompressed zip file that differs from its checksum, or "".
+    """The name of the first record of an uncompressed zip file whose checksum does not match, or "".
 
-    `is_selected` takes the name of a record. Raises zipfile.BadZipFile or OSError when the file has not the
-    form of a zip file.
+    Only records whose name passes `is_selected` are verified. Raises zipfile.BadZipFile or OSError if the file is not a
+    zip file.
     """
     with zipfile.ZipFile(path) as archive, Path(path).open("rb") as file:
         records = [record for record in archive.infolist() if is_selected(record.filename)]

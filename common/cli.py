@@ -1,10 +1,10 @@
-"""Command-line flags with limits: argparse types, flags that hold a list, and a parser whose errors are one line.
+"""argparse types with limits, list-valued flags, and a parser with one-line errors.
 
-    parser = Parser(description=__doc__)
-    parser.add_argument("--batch_size", type=positive_int)                0, -1, 0.5 and nan are refused
+    parser = FlagParser(description=__doc__)
+    parser.add_argument("--batch_size", type=positive_int)                rejects 0, -1, 0.5 and nan
     parser.add_argument("--targets", action=NameList, default=["all"])    q_proj,v_proj = q_proj v_proj
 
-A flag states its limit where it is declared, so that nothing is read or loaded before a wrong number is refused:
+Invalid values are rejected during parsing, before any file is read:
 `error: argument --batch_size: 0 is not a whole number of at least 1`, exit code 2. Imports only the standard library.
 """
 
@@ -19,13 +19,10 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 
-MAX_FLAG_VALUE = (
-    10**12
-)  # of a flag that names no other limit: what is computed with it stays far below 2^63 and infinity
+MAX_FLAG_VALUE = 10**12  # default limit: results computed from flags stay far below 2^63
 DEVICE_PATTERN = "auto|cpu|mps|cuda(:[0-9]{1,3})?"
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-MAX_SHOWN_CHARACTERS = 60  # characters of a wrong value that a message repeats
-
+MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
 
 ACCEPT_DAMAGED_HELP = (
     "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
@@ -34,10 +31,10 @@ ACCEPT_DAMAGED_HELP = (
 
 @dataclass(frozen=True)
 class NumberType:
-    """An argparse type for numbers. Raises argparse.ArgumentTypeError for any text that is not such a number."""
+    """An argparse type for finite numbers. Raises argparse.ArgumentTypeError for any other text."""
 
-    convert: Callable[[str], float]  # raises ValueError for a text that is no number
-    rule: str  # ends the message "-1 is not …"
+    convert: Callable[[str], float]  # raises ValueError if the text is not a number
+    rule: str  # completes the message "-1 is not …"
     is_allowed: Callable[[float], bool]
     maximum: float = MAX_FLAG_VALUE
 
@@ -73,14 +70,14 @@ def _parse_max_steps(text: str) -> int:
     return 0 if int(text) == -1 else int(text)
 
 
-MIN_POSITIVE_FLOAT = 1e-38  # smaller numbers are 0 in fp32, and 1 / x is infinite there
+MIN_POSITIVE_FLOAT = 1e-38  # smaller values underflow in fp32, and 1 / x overflows
 positive_int = int_at_least(1)
 non_negative_int = int_at_least(0)
 seed = int_between(0, 2**32 - 1)  # numpy's range
 max_steps = NumberType(
     _parse_max_steps, "a whole number of at least 1, or -1: the epochs decide", lambda value: value >= 0
 )
-epochs = NumberType(_parse_epochs, "a number above 0", lambda value: value > 0)  # 2.0 -> 2, 0.5 stays
+epochs = NumberType(_parse_epochs, "a number above 0", lambda value: value > 0)  # 2.0 -> 2
 positive_float = NumberType(float, "a number above 0", lambda value: value > MIN_POSITIVE_FLOAT)
 non_negative_float = NumberType(float, "a number of at least 0", lambda value: value >= 0)
 fraction = NumberType(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
@@ -89,21 +86,21 @@ fraction_below_one = NumberType(float, "a number of at least 0 and below 1", lam
 
 
 def path_string(text: str) -> str:
-    """An argparse type: the name of a file or folder. An empty one would mean the current folder."""
+    """argparse type: a path as text. Rejects an empty one, which would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     if "\0" in text:
-        raise argparse.ArgumentTypeError("the name holds a zero byte")
+        raise argparse.ArgumentTypeError("the name contains a null byte")
     return text
 
 
 def pathlib_path(text: str) -> Path:
-    """An argparse type: `path`, as a Path."""
+    """argparse type: `path_string` as a Path."""
     return Path(path_string(text))
 
 
 def relative_path(text: str) -> str:
-    """An argparse type: a file inside a repository or folder, as data/a.jsonl: it never leads out of it."""
+    """argparse type: a path inside a repository or folder, such as data/a.jsonl, without `..`."""
     parts = re.split(r"[/\\]", path_string(text))
     if any(part in ("", ".", "..") or ":" in part for part in parts):
         raise argparse.ArgumentTypeError(
@@ -113,14 +110,14 @@ def relative_path(text: str) -> str:
 
 
 def non_empty_text(text: str) -> str:
-    """An argparse type: text that is not empty."""
+    """argparse type: text that is not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the text is empty")
     return text
 
 
 def device_name(text: str) -> str:
-    """An argparse type: auto, cpu, mps, cuda or cuda:N. Whether it is there is known later (device.py)."""
+    """argparse type: auto, cpu, mps, cuda or cuda:N. device.py checks later whether the device exists."""
     if not re.fullmatch(DEVICE_PATTERN, text):
         raise argparse.ArgumentTypeError(
             f"{text[:MAX_SHOWN_CHARACTERS]}: not a device; use auto, cpu, cuda, cuda:1 or mps"
@@ -129,15 +126,15 @@ def device_name(text: str) -> str:
 
 
 def split_names(text: str) -> list[str]:
-    """The names in a text, separated by commas or spaces, each once, in their order."""
+    """Split a text at commas and whitespace; returns the names in order, without duplicates."""
     return list(dict.fromkeys(name for name in re.split(r"[\s,，、]+", text) if name))
 
 
 class NameList(argparse.Action):
-    """A flag that takes a list separated by commas, by spaces, or by both.
+    """A flag with a list of values separated by commas, spaces, or both.
 
-    `parse` converts the list, given as one text with commas. With nargs=None the list is one argument, for
-    commands whose files follow the flags.
+    The option `read` converts the comma-separated text (default: `split_names`). With nargs=None the list is a single
+    argument, for commands with positional files after the flags.
     """
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
@@ -156,10 +153,10 @@ class NameList(argparse.Action):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse.ArgumentParser whose errors are one line, without the list of all flags."""
+    """argparse.ArgumentParser with one-line errors, without the usage text. Errors raise UserError."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, which before Python 3.13 makes [] of `--flag=--`, past the flag's type and choices."""
+        """Rejects `--flag=--`, which argparse before Python 3.13 parses as [] without checking type or choices."""
         for text in sys.argv[1:] if args is None else args:
             if text.startswith("--") and text.endswith("=--"):
                 self.error(f"argument {text.removesuffix('=--')}: a value is missing")

@@ -1,8 +1,8 @@
-"""Errors that a user can act on: one line, exit code 2, no traceback.
+"""UserError: errors that a user can fix, shown as one line with exit code 2 and no traceback.
 
-Raise `UserError("what: where: what to do")` for anything that the person at the keyboard can mend. Bugs stay ordinary
-exceptions and keep their traceback. Every script runs its main() inside `fail_in_one_line()`, which also turns what the
-operating system refuses (OSError, no memory) and signals that end the process into one line.
+Raise `UserError("what: where: what to do")` for invalid input, files or settings. Bugs remain ordinary exceptions with
+a traceback. Every script runs main() inside `fail_in_one_line()`, which also reports OSError, out of memory and
+termination signals in one line.
 Read next: signals.py.
 """
 
@@ -17,27 +17,24 @@ from typing import NoReturn
 
 from common.signals import Terminated, handle_signals, print_error, raise_terminated
 
-CHAT_FORMAT_ADVICE = "name another format: --chat_format of data_process.py and 3-full_sft.py"
+CHAT_FORMAT_ADVICE = "choose another format: --chat_format of data_process.py and 3-full_sft.py"
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
+    """An error that the user can fix. The message is one line: what is wrong, where, and what to do."""
 
 
-# C0 and C1 controls (terminal escapes begin with them), overrides of the direction of writing, lone surrogates.
+# C0 and C1 controls (terminal escapes begin with them), bidirectional overrides, lone surrogates.
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """`text` with its control characters but those in `keep` spelled out, as \\x1b: for names and texts out of files.
-
-    A terminal then shows them instead of obeying them.
-    """
+    """Escape control characters, except those in `keep`, as \\x1b: for untrusted text that is printed to a terminal."""
     return CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or torch on a CPU or a GPU, had no memory left. Imports no torch."""
+    """Whether the error means out of memory, in Python or in torch on a CPU or GPU. Imports no torch."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -47,33 +44,33 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def fail_in_one_line() -> Iterator[None]:
-    """Turn `UserError`, OSError, a lack of memory, Ctrl-C, SIGTERM and SIGHUP into one line on stderr and an exit code.
+    """Report UserError, OSError, out of memory, Ctrl-C, SIGTERM and SIGHUP as one line on stderr, with an exit code.
 
-    A reader of stdout that ends first, as `| head` does, ends the script with code 141, as SIGPIPE would. A console in
-    another encoding shows "?" instead of failing.
+    Exit codes: 2 for errors, 130 for Ctrl-C, 128 + number for signals, 141 (as for SIGPIPE) if the reader of stdout has
+    exited, as with `| head`. Characters that the console's encoding lacks are printed as "?".
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        # Streamlit runs a script in another thread, where Python allows no signal handler.
+        # Streamlit runs scripts in another thread, where Python does not allow signal handlers.
         is_main_thread = threading.current_thread() is threading.main_thread()
         with handle_signals(raise_terminated) if is_main_thread else contextlib.nullcontext():
             yield
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         sys.exit(141)
     except OSError as error:
-        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "the system refuses"
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "operating system"
         _fail(f"{name}: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if str(error).startswith("Symlink loop"):  # pathlib before Python 3.13
-            _fail(f"{error}: choose another place")
+            _fail(f"{error}: choose another path")
         if not is_out_of_memory(error):
             raise
-        _fail("out of memory: choose smaller numbers (--batch_size, --max_seq_len, the model) or a larger machine")
+        _fail("out of memory: reduce --batch_size, --max_seq_len or the model size, or use a larger machine")
     except Terminated as signal_received:
         print_error(f"terminated by {signal_received}", is_primary=False)
         sys.exit(128 + signal_received.number)

@@ -1,17 +1,17 @@
-"""Writing files and folders whole or not at all. No other file of this project renames anything.
+"""Atomic writes, replacement and removal of files and folders. Only this module renames files.
 
-    with atomic_write("out/model.pth") as file:     a temporary file, renamed when the block ends without an error
+    with atomic_write("out/model.pth") as file:     a temporary file, renamed if the block ends without an exception
         torch.save(content, file)
-    write_text, write_json                          the same for one small text
-    replace_file, replace_folder                    a finished file or folder takes the place of an older one
-    remove(path)                                    renamed first: after a kill nothing half removed has the name
+    write_text, write_json                          atomic_write of a text or a JSON value
+    replace_file, replace_folder                    rename a finished file or folder over an older one
+    remove(path)                                    renames a folder first, so a kill leaves no partial folder
 
-Temporary names are `.NAME.PID.tmp` (being written), `.NAME.PID.old` (replaced) and `.NAME.PID.gone` (being removed). A
-kill may leave one. The next `atomic_write` of a file removes the `.tmp` of processes that have ended.
-`remove_leftovers` removes all leftovers of a name and gives back a folder that was set aside when the kill came between
-two renames: call it only while the name is locked.
+Temporary names: `.NAME.PID.tmp` (being written), `.NAME.PID.old` (replaced) and `.NAME.PID.gone` (being removed). A
+killed process may leave one. The next `atomic_write` of a file removes the `.tmp` files of processes that have ended.
+`remove_leftovers` removes all temporary files of a name and restores a folder if the process was killed between the two
+renames of `replace_folder`. Call it only while holding the lock of the name.
 
-Read next: locks.py (one writer at a time), errors.py (what the user sees when writing fails).
+Read next: locks.py (one writer at a time), errors.py (how a failed write is reported).
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from typing import Any, BinaryIO
 from common.errors import UserError
 
 PathLike = str | os.PathLike[str]
-WRITE_ADVICE = "free some space or choose another place"
+WRITE_ADVICE = "free some space or choose another path"
 
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike, advice: str = WRITE_ADVICE) -> Iterator[BinaryIO]:
-    """A binary file that is on the disk under the name `path` after the block, or, after an error, not at all.
+    """A binary file that is renamed to `path` after the block; after an exception `path` is unchanged.
 
-    The folder is made if it is missing. Raises UserError, ending in `advice`, where the file cannot be written.
+    Creates the folder if needed and syncs the file to disk. Raises UserError, ending in `advice`, if writing fails.
     """
     path = Path(path)
     temporary = temporary_path(path, "tmp")
@@ -56,26 +56,26 @@ def atomic_write(path: PathLike, advice: str = WRITE_ADVICE) -> Iterator[BinaryI
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Write UTF-8 text with line feeds. Raises UserError where that cannot be done.
+    """Write UTF-8 text atomically. Raises UserError if writing fails.
 
-    A file name that is not UTF-8 holds lone surrogates in Python; they are written as \\udc80, which JSON reads back.
+    Lone surrogates, which Python uses for file names that are not UTF-8, are written as \\udc80, a valid JSON escape.
     """
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: PathLike, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file that ends with a line feed. Raises UserError where that cannot be done."""
+    """Write a JSON file atomically, with a final newline. Raises UserError if writing fails."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
 
 
 def replace_file(finished_path: PathLike, target: PathLike) -> None:
-    """Rename the finished file `new`, which is on the same disk, to `target`. Raises OSError."""
+    """Rename `finished_path`, on the same file system, to `target`. Raises OSError."""
     Path(finished_path).replace(target)
 
 
 def replace_folder(finished_path: PathLike, target: PathLike) -> None:
-    """Rename the finished folder `new` to `target`; an older `target` is set aside first and removed afterwards."""
+    """Rename the folder `finished_path` to `target`. An older `target` is renamed first and removed afterwards."""
     finished_path, target = Path(finished_path), Path(target)
     replaced_path = temporary_path(target, "old")
     remove(replaced_path)
@@ -86,7 +86,7 @@ def replace_folder(finished_path: PathLike, target: PathLike) -> None:
 
 
 def remove(path: PathLike) -> None:
-    """Remove a file or a folder if it is there. A folder is renamed first, so that its name never holds half of it."""
+    """Remove a file or folder if it exists. A folder is renamed first, so `path` never names a partial folder."""
     path = Path(path)
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
@@ -99,9 +99,9 @@ def remove(path: PathLike) -> None:
 
 
 def remove_leftovers(path: PathLike) -> None:
-    """Remove what a killed process left beside `path` under temporary names; `path` may hold `*`.
+    """Remove the temporary files and folders of `path` that a killed process left; `path` may contain `*`.
 
-    A folder that was set aside is given its name back if nothing has that name: the kill came between two renames.
+    A replaced folder (`.old`) is renamed back if `path` does not exist: the process was killed between two renames.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -117,8 +117,8 @@ def remove_leftovers(path: PathLike) -> None:
 
 
 def _remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed processes of this machine left of `path` in `atomic_write`."""
-    if os.name == "nt":  # os.kill would end the process there
+    """Remove the `.tmp` files of `path` whose process on this machine has ended."""
+    if os.name == "nt":  # os.kill(pid, 0) would end the process
         return
     for entry in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_temporary(entry) and not _is_running(int(entry.name.split(".")[-2])):
@@ -137,30 +137,30 @@ def _is_running(pid: int) -> bool:
 
 
 def find_replaced_folder(path: PathLike) -> Path | None:
-    """The older folder of this name when a kill came between the two renames of `replace_folder`, else None."""
+    """The replaced folder of `path` if a process was killed between the two renames of `replace_folder`, else None."""
     path = Path(path)
     candidates = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) if not path.exists() else []
     return next((entry for entry in candidates if is_temporary(entry)), None)
 
 
 def check_writable(folder: PathLike) -> None:
-    """Raise UserError, before hours of work, where an output folder cannot be made or written to. Makes nothing."""
+    """Raises UserError if an output folder cannot be created or written to. Creates nothing; meant for early checks."""
     existing_folder = Path(folder)
     try:
         while not existing_folder.is_dir():
             if existing_folder.is_symlink() or existing_folder.exists():
-                kind = "a link to nothing" if existing_folder.is_symlink() else "a file"
+                kind = "a broken link" if existing_folder.is_symlink() else "a file"
                 raise UserError(f"cannot write {folder}: {existing_folder} is {kind}: choose another folder")
             existing_folder = existing_folder.parent
         with tempfile.TemporaryFile(dir=existing_folder) as file:
             file.write(b"1")
     except OSError as error:
-        error.filename = str(folder)  # not the temporary one
+        error.filename = str(folder)  # instead of the temporary file
         raise write_error(folder, error) from None
 
 
 def temporary_path(path: Path, suffix: str) -> Path:
-    """`.NAME.PID.end` beside `path`."""
+    """`.NAME.PID.suffix` in the folder of `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 
@@ -169,5 +169,5 @@ def is_temporary(path: Path) -> bool:
 
 
 def write_error(path: PathLike, error: OSError, advice: str = WRITE_ADVICE) -> UserError:
-    """The one line of a failed write."""
+    """The UserError for a failed write."""
     return UserError(f"cannot write {error.filename or path}: {error.strerror or error}: {advice}")

@@ -1,12 +1,12 @@
-"""One writer at a time: a lock per output, released by the system when its process ends, however it ends.
+"""Output locks: one writer per output; the operating system releases the lock when the process ends.
 
-    with lock_output("dataset/pretrain"):     ...     another process that wants the same output ends with one line
-    with lock_output(folder, wait=True):      ...     or says that it waits, and waits
+    with lock_output("dataset/pretrain"):     ...     UserError if another process holds the lock
+    with lock_output(folder, wait=True):      ...     prints a line and waits
 
-The lock of `DIR/NAME` is the file `DIR/.NAME.lock`, which stays; `.NAME.lock.json` beside it says who holds it. The
-library filelock takes it with flock (LockFileEx on Windows), which a kill releases. Where a file system has no flock
-(some mounts of Lustre and NFS), one line says so and the command runs without a lock: there a lock that a kill does not
-release would stop the next run for ever, and refusing would make such a disk useless.
+The lock of `DIR/NAME` is the file `DIR/.NAME.lock`, which is never removed; `DIR/.NAME.lock.json` describes the process
+that holds it. The library filelock locks it with flock (LockFileEx on Windows), which is released even by a kill. On
+file systems without flock (some mounts of Lustre and NFS) a note is printed and the command runs without a lock: a lock
+that a kill does not release would block all later runs.
 Read next: files.py.
 """
 
@@ -33,10 +33,10 @@ POLL_SECONDS = 0.2
 def lock_output(
     path: PathLike, advice: str = "wait for it, or choose another output", wait: bool = False
 ) -> Iterator[None]:
-    """Hold the lock of an output (a file or a folder) and remove what a killed writer of it left.
+    """Hold the lock of an output (a file or folder) and remove leftovers of killed writers.
 
-    When another process holds it, that process's number, command and start are named: in a UserError that ends in
-    `advice`, or with `wait` in a line on stdout, after which this call waits. One process cannot lock an output twice.
+    If another process holds it, raises a UserError with that process's id, command and start time, ending in `advice`;
+    with `wait`, prints these and waits. A process cannot lock the same output twice.
     """
     output = Path(path)
     output = output.resolve() if output.is_symlink() or output.name in ("", "..") else output
@@ -66,7 +66,7 @@ def lock_output(
 
 
 def _acquire(lock_file: Path, path: PathLike, wait: bool) -> FileLock | None:
-    """The lock, held; None where the file system has none. Raises Timeout when another process holds it."""
+    """Acquire the lock; None if the file system has no locks. Raises Timeout if another process holds it."""
     lock = _file_lock(lock_file)
     try:
         try:
@@ -80,13 +80,13 @@ def _acquire(lock_file: Path, path: PathLike, wait: bool) -> FileLock | None:
     except (NotImplementedError, OSError) as error:
         if isinstance(error, Timeout) or (isinstance(error, OSError) and error.errno not in NO_FLOCK):
             raise
-        print(f"note: the file system of {path} has no locks: start no second command that writes it", file=sys.stderr)
+        print(f"note: the file system of {path} has no locks: run only one command that writes it", file=sys.stderr)
         return None
     return lock
 
 
 def _file_lock(path: Path) -> FileLock:
-    try:  # filelock >= 3.21: no file as a substitute for flock, because a kill leaves it
+    try:  # filelock >= 3.21: no fallback to a plain lock file, which remains after a kill
         return FileLock(path, fallback_to_soft=False)
     except TypeError:
         return FileLock(path)

@@ -1,4 +1,4 @@
-"""Text of other people in Markdown, so that it shows as it is: no image, link, HTML or layout comes from it."""
+"""Escape untrusted text for Markdown: it is shown verbatim and creates no image, link, HTML or layout."""
 
 import re
 
@@ -7,12 +7,12 @@ MARKDOWN_SPECIAL_CHARACTERS = re.compile(r"([\\`*_|<>\[\]#~])")
 
 
 def escape_inline(text: str) -> str:
-    """Text inside a line, on one line."""
+    """Escape text for use inside a line; newlines become spaces."""
     return MARKDOWN_SPECIAL_CHARACTERS.sub(r"\\\1", WHITESPACE.sub(" ", text).strip())
 
 
 def code_span(text: str) -> str:
-    """Text as inline code, on one line."""
+    """Text as inline code; newlines become spaces."""
     text = WHITESPACE.sub(" ", text)
     fence = "`" * (1 + longest_backtick_run(text))
     padding = " " if text[:1] in "` " or text[-1:] == "`" else ""
@@ -20,7 +20,7 @@ def code_span(text: str) -> str:
 
 
 def code_block(text: str, language: str = "text") -> str:
-    """Text as a block of code, with a fence that is longer than any run of backticks in it."""
+    """Text as a code block; the fence is longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + longest_backtick_run(text))
     return f"{fence}{language}\n{text}\n{fence}"
 

@@ -1,10 +1,10 @@
-"""Signals that end a process in order, and output to a terminal that may be gone.
+"""Graceful termination by signals, and output to a terminal that may be closed.
 
-    SIGTERM      exit code 143, after the same clean-up as at Ctrl-C
-    SIGHUP       exit code 129, likewise: the terminal was closed; under nohup it stays ignored
+    SIGTERM      exit code 143, with the same cleanup as Ctrl-C
+    SIGHUP       exit code 129, with the same cleanup (terminal closed); remains ignored under nohup
     Ctrl-C       exit code 130
 
-Read next: errors.py (fail_in_one_line turns these into one line), ../trainer/distributed.py (training saves first).
+Read next: errors.py (fail_in_one_line sets these exit codes), ../trainer/distributed.py (training saves first).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP asked the process to end. Code that cleans up after Ctrl-C does so here too."""
+    """Raised for SIGTERM and SIGHUP. A KeyboardInterrupt, so that cleanup code for Ctrl-C runs too."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -28,15 +28,15 @@ class Terminated(KeyboardInterrupt):
 
 
 SignalHandler = Callable[[int, Any], None]
-_installed_handlers: set[Any] = set()  # those that are installed here
+_installed_handlers: set[Any] = set()  # handlers of handle_signals
 
 
 @contextlib.contextmanager
 def handle_signals(handler: SignalHandler, *extra_signals: signal.Signals) -> Iterator[None]:
-    """Inside, SIGTERM, SIGHUP (where the system has it) and the signals in `extra_signals` call `handler`.
+    """Inside the block SIGTERM, SIGHUP (not on Windows) and the signals in `extra_signals` call `handler`.
 
-    A signal that is ignored when the process starts, as SIGHUP is under nohup, stays ignored. Processes that are forked
-    inside keep the system's own reaction. Where a library handles SIGTERM itself (uvicorn), SIGHUP becomes a SIGTERM.
+    Signals that are ignored at the start, such as SIGHUP under nohup, remain ignored. Forked child processes use the
+    default action. If a library installs its own SIGTERM handler (uvicorn), SIGHUP is forwarded to it as SIGTERM.
     """
     numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
@@ -65,16 +65,16 @@ def _is_library_handler(handler: Any) -> bool:
 
 
 def raise_terminated(number: int, frame: Any) -> None:
-    """A handler: raise `Terminated`, and from then on ignore these signals, so that nothing interrupts the clean-up."""
+    """Signal handler: raise `Terminated` and ignore further signals, so that they do not interrupt the cleanup."""
     ignore_termination()
     ignore_output_errors()
     raise Terminated(number)
 
 
 def ignore_termination() -> None:
-    """Ignore SIGTERM and SIGHUP until the surrounding `handle_signals` ends: one of them has been obeyed already.
+    """Ignore SIGTERM and SIGHUP until the enclosing `handle_signals` block ends, which restores the handlers.
 
-    Without a surrounding one nothing changes: nothing would ever restore the handlers.
+    Outside such a block it does nothing.
     """
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) in _installed_handlers:
@@ -82,9 +82,9 @@ def ignore_termination() -> None:
 
 
 class BestEffortStream:
-    """A text stream whose output is dropped once it cannot be written any more: a closed terminal or pipe, a full disk.
+    """A text stream that drops output after a write error: a closed terminal or pipe, a full disk.
 
-    Everything but `write` and `flush` is the stream's own.
+    Other attributes are those of the wrapped stream.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -101,7 +101,7 @@ class BestEffortStream:
 
     @contextlib.contextmanager
     def _ignoring_write_errors(self) -> Iterator[None]:
-        """After an OSError the stream's file descriptor leads to the null device: what is buffered can be flushed."""
+        """After an OSError, redirect the file descriptor to the null device, so that buffered text can be flushed."""
         try:
             yield
         except OSError:
@@ -115,7 +115,7 @@ class BestEffortStream:
 
 
 def ignore_output_errors() -> None:
-    """From now on a print to a closed terminal or pipe is dropped and raises nothing."""
+    """Make print to a closed terminal or pipe drop the text instead of raising, from now on."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, BestEffortStream):
@@ -125,8 +125,8 @@ def ignore_output_errors() -> None:
 def print_error(text: str, is_primary: bool = True) -> None:
     """Print a line to stderr and flush both streams.
 
-    torchrun's processes on one machine print the same line once, and one that is no news only if none was printed
-    before. The process that prints also hands the line to torchrun, whose table of failures shows it.
+    The processes of torchrun on one machine print the same line once; with is_primary=False only if no line was printed
+    before. The line is also written to torchrun's error file, so that its failure summary shows it.
     """
     ignore_output_errors()
     sys.stdout.flush()
@@ -141,13 +141,13 @@ def print_error(text: str, is_primary: bool = True) -> None:
 
 
 def _is_first_report(folder: Path, text: str, is_primary: bool) -> bool:
-    """Whether no other process has noted this line in the folder that torchrun's processes of one start share."""
+    """Whether this process is the first to report the line in the folder that torchrun's processes share."""
     try:
         if not is_primary and any(folder.glob("*.said")):
             return False
         (folder / f"{zlib.crc32(text.encode()):08x}.said").touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # no such folder: print
+    except OSError:  # the folder does not exist: print
         pass
     return True

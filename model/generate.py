@@ -74,7 +74,7 @@ class DecodeBatch:
                 seq.completion.prompt_logprobs = prompt_logprobs(
                     self.model.lm_head, states, seq.prompt, seq.settings.prompt_logprobs
                 )
-        pieces = [(seq, "") for seq in seqs if not seq.tokens_left]  # max_new_tokens 0: prompt logprobs only
+        pieces = [(seq, "") for seq in seqs if not seq.tokens_left]  # nothing to generate: prompt logprobs only
         for seq, _ in pieces:
             self.remove(seq)
         active = [i for i, seq in enumerate(seqs) for _ in seq.slots if seq.tokens_left]

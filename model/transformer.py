@@ -261,7 +261,7 @@ class Transformer(nn.Module):
         padding: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the hidden states after the final norm, (batch, seq, dim), and the balance loss of an MoE (scalar).
+        """Hidden states after the final norm, (batch, seq, dim), and the balance loss of an MoE (scalar).
 
         input_ids: (batch, seq) token ids.
         cache: keys and values of earlier tokens; those of input_ids are appended.
@@ -273,9 +273,7 @@ class Transformer(nn.Module):
         start, seq = (cache.length if cache else 0), input_ids.shape[1]
         capacity = min(self.config.max_seq_len, cache.max_len) if cache else self.config.max_seq_len
         if start + seq > capacity:
-            raise ValueError(
-                f"{start + seq} tokens do not fit: the limit is {capacity} (max_seq_len or KVCache.max_len)"
-            )
+            raise ValueError(f"{start + seq} tokens do not fit: the limit is {capacity} (max_seq_len or cache.max_len)")
         positions = cache.positions(seq) if cache else torch.arange(seq, device=input_ids.device)
         mask = None  # causal without a cache, or a single query: no mask tensor is needed
         if padding is not None or (cache and cache.lengths is not None) or (start and seq > 1):

@@ -1,4 +1,4 @@
-"""A tiny world for the tests: a tokenizer, text and chats made here in a second, and scripts run in-process."""
+"""Shared fixtures: a byte-level tokenizer, small datasets and tiny models, created in about a second."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import signal
 import numpy as np
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: one thread each
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core, so one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job: our children would be deaf to Ctrl-C
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job: child processes would ignore Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if hasattr(signal, "SIGHUP"):  # under nohup our children would be deaf to a closed terminal
+if hasattr(signal, "SIGHUP"):  # under nohup child processes would ignore SIGHUP
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from tests.helpers import force_tokens, make_chat_row, write_shards
@@ -19,7 +19,7 @@ from tests.helpers import force_tokens, make_chat_row, write_shards
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    """Byte-level, without a single merge: one token a byte, so that tests can count by hand."""
+    """A byte-level tokenizer without merges: one token per byte, so that token counts are obvious."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, save_tokenizer
@@ -46,7 +46,7 @@ def tokenizer_dir(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretrain_dir(tokenizer, tmp_path_factory):
-    """59 rows of 32 tokens to train on, a few to validate."""
+    """A pretraining dataset: 59 training rows of 32 tokens, and a few validation rows."""
     random = np.random.default_rng(0)
     words = ["sun", "moon", "tree", "river", "太阳", "月亮", "树", "河"]
 
@@ -60,7 +60,7 @@ def pretrain_dir(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sft_dir(tmp_path_factory):
-    """What data_process.py sft leaves behind, without the token folder: chats of various lengths in both languages."""
+    """An SFT dataset as written by data_process.py sft, not tokenized: chats of various lengths in two languages."""
     folder = tmp_path_factory.mktemp("data") / "sft"
     folder.mkdir()
     for split, count in (("train", 40), ("val", 8)):
@@ -72,7 +72,7 @@ def sft_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_parent(tokenizer, tmp_path_factory):
-    """An untrained model of 32 numbers a token, saved as the pretraining stage saves it."""
+    """Path of an untrained model with dim 32, saved as a pretraining checkpoint."""
     import torch
 
     from model.checkpoint import save_model
@@ -88,7 +88,7 @@ def tiny_parent(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def scripted_models(tokenizer, tmp_path_factory):
-    """A folder with a model of each stage; the chat model answers A巴 to everything, the other Paris!."""
+    """A folder with two checkpoints: full_sft always generates A巴, pretrain generates Paris!."""
     import torch
 
     from model.checkpoint import save_model
@@ -105,12 +105,12 @@ def scripted_models(tokenizer, tmp_path_factory):
         model = Transformer(config)
         force_tokens(model, chain, logit_scale=1)
         save_model(folder / f"{stage}_64.pth", model, stage, tokenizer, [{"stage": stage}])
-    os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file, and still the later stage
+    os.utime(folder / "full_sft_64.pth", (0, 0))  # the older file of the later stage
     return folder
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The table of attacks (tests/faults). Here, as pytest-xdist's main process reads no other conftest.py."""
+    """Print the table of attacks (tests/faults). The main process of pytest-xdist loads only this conftest.py."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     rows = [value for report in reports if getattr(report, "when", "") == "call"
             for name, value in report.user_properties if name == "attacks"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Helpers of the tests: run the scripts in this process or in another one, write small data folders, make models."""
+"""Test helpers: run scripts in this process or a subprocess, write small datasets, create tiny models."""
 
 import importlib.util
 import itertools
@@ -21,19 +21,12 @@ from model.transformer import Transformer
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 TINY_MODEL_FLAGS = ["--dim", "32", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "32"]
-IGNORE_TOKEN_FOLDERS = shutil.ignore_patterns("tokens-*")  # what other tests have added to a fixture's folder
-EXACT_FLAGS = [
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--log_interval",
-    "1",
-]  # runs that are compared number by number
+IGNORE_TOKEN_FOLDERS = shutil.ignore_patterns("tokens-*")  # added to a fixture's folder by other tests
+EXACT_FLAGS = ["--device", "cpu", "--dtype", "float32", "--log_interval", "1"]  # for runs that are compared exactly
 
 
 def load_script(name: str):
-    """A numbered script as a module (its name is no identifier, so `import` cannot)."""
+    """Import a numbered script, whose file name is not a valid module name."""
     spec = importlib.util.spec_from_file_location(name.replace("-", "_").removesuffix(".py"), ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,13 +34,13 @@ def load_script(name: str):
 
 
 def run_script(monkeypatch, name: str, *arguments) -> None:
-    """Run a script's main() in this process, as if started with these arguments."""
+    """Run a script's main() in this process with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     load_script(name).main()
 
 
 def run_process(*command, **options) -> subprocess.CompletedProcess:
-    """Run a command of the project in a process of its own, one thread, from the project's folder."""
+    """Run a command in a subprocess with one thread, in the project's folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.run(
         [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
@@ -55,19 +48,19 @@ def run_process(*command, **options) -> subprocess.CompletedProcess:
 
 
 def visible_names(folder: Path) -> list[str]:
-    """The names in a folder, sorted, without those that begin with a dot: the locks of outputs."""
+    """The sorted names in a folder, without hidden files such as output locks."""
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def free_port() -> int:
-    """A port that nothing listens on: other tests run at the same time."""
+    """A free TCP port; tests run in parallel."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def child_cpu_seconds() -> float:
-    """CPU seconds of the ended child processes: unlike the time of the clock, the same on a busy machine."""
+    """CPU seconds of finished child processes. Unlike wall time it does not depend on the load of the machine."""
     used = os.times()
     return used.children_user + used.children_system
 
@@ -81,7 +74,7 @@ def load_weights(path: Path) -> dict:
 
 
 def write_shards(folder: Path, kind: str, tokenizer, splits: dict) -> Path:
-    """A data folder as data_process.py writes it: splits maps a name to documents, each ids or (ids, mask)."""
+    """Write a dataset in the format of data_process.py. `splits`: name -> documents, each ids or (ids, mask)."""
     from corpus.dataset_meta import write_meta
     from corpus.shard_writer import ShardWriter
 
@@ -115,7 +108,10 @@ def save_scripted_model(
     end_of_turn: bool = True,
     max_seq_len: int = 128,
 ) -> Path:
-    """Generates `pieces` after `trigger` (one byte; "\n" ends chat prompts), for ever without `end_of_turn`."""
+    """Save a model that generates `pieces` after the byte `trigger` ("\n" ends chat prompts).
+
+    Without `end_of_turn` it repeats them without end.
+    """
     backend = Tokenizer.from_str(tokenizer.files["tokenizer.json"])
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
     own = ChatTokenizer(tokenizer_files(backend)).with_chat_format(tokenizer.format_name or None)
@@ -130,7 +126,7 @@ def save_scripted_model(
 
 @torch.no_grad()
 def force_tokens(model: Transformer, chain: list[int], logit_scale: float = 4) -> None:
-    """Make each token of `chain` predict the next one, by embeddings alone; `logit_scale` sets how likely it is."""
+    """Set the weights so that each token of `chain` predicts the next one; `logit_scale` sets its probability."""
     for name, weight in model.named_parameters():
         if "layers" in name:
             weight.zero_()

@@ -1,4 +1,4 @@
-"""Checksums: known values, and every flipped bit of a .pth's records is found."""
+"""Checksums: known values, and every flipped bit in the records of a .pth is detected."""
 
 import json
 import zipfile
@@ -31,7 +31,7 @@ def test_chunked_and_file_checksums_equal_the_whole(tmp_path_factory, data):
         checksums.CHECKSUM_CHUNK_BYTES = old
 
 
-def test_every_flipped_bit_of_a_saved_model_is_found(tmp_path):
+def test_every_flipped_bit_of_a_saved_model_is_detected(tmp_path):
     path = tmp_path / "m.pth"
     torch.save({"a": torch.arange(50.0), "b": torch.ones(3, 4, dtype=torch.bfloat16), "c": "text"}, path)
     assert find_damaged_record(path) == ""

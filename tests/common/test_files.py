@@ -1,4 +1,4 @@
-"""Files that are written whole, folders that are replaced whole, and what a kill leaves of both."""
+"""Atomic writes of files, atomic replacement of folders, and cleanup after a kill."""
 
 import ast
 import contextlib
@@ -46,7 +46,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary(tmp_path, err
             raise error
     if isinstance(error, OSError):
         assert str(raised.value) == (
-            f"cannot write {tmp_path / 'a.txt'}: No space left on device: free some space or choose another place"
+            f"cannot write {tmp_path / 'a.txt'}: No space left on device: free some space or choose another path"
         )
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
@@ -137,21 +137,20 @@ def test_replace_file_renames_over_the_target(tmp_path):
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "a.part"
 
 
-# Files that rename or remove folders themselves, with the reason. Nothing else does: two ways to write a file are two
-# ways to lose it.
+# Files that may rename or remove folders themselves, with the reason. All others use common/files.py.
 ALLOWED = {
     "common/files.py": "what all others call",
 }
 
 
 def direct_file_operations(path: Path) -> list[str]:
-    """Lines of a file that rename, remove a folder or make a temporary name."""
+    """Lines of a file that rename, remove a folder or create a temporary name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = getattr(node.func.value, "id", "")
             renames = node.func.attr in ("rename", "renames", "rmtree", "move") and owner != "dataclasses"
-            # str.replace takes two arguments, dataclasses.replace keywords; Path.replace and os.replace are meant.
+            # Only Path.replace and os.replace: str.replace takes two arguments, dataclasses.replace keywords.
             replaces = node.func.attr == "replace" and not node.keywords and (len(node.args) == 1 or owner == "os")
             if renames or replaces:
                 found.append(f"{path.name}:{node.lineno}: {owner}.{node.func.attr}")

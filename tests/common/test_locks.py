@@ -1,4 +1,4 @@
-"""One writer per output: the second is told who the first is, and a kill releases the lock."""
+"""One writer per output: the error of a second writer describes the first; a kill releases the lock."""
 
 import errno
 import os

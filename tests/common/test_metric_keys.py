@@ -1,4 +1,4 @@
-"""Metrics of earlier versions are read under their names of today, wherever a log or a lineage is read."""
+"""Metric keys of earlier versions are mapped to current ones when a log or lineage is read."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_old_metric_keys_become_current_ones(old, current):
     assert current_metric_key(old) == current == current_metric_key(current)
 
 
-def test_values_and_order_of_metrics_stay():
+def test_values_and_order_of_metrics_are_kept():
     old = {"step": 1, "accuracy": 0.5, "val_margin": {"zh": 1.0}}
     assert list(with_current_metric_keys(old).items()) == [
         ("step", 1), ("reward_accuracy", 0.5), ("val_reward_margin", {"zh": 1.0}),

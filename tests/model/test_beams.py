@@ -1,8 +1,8 @@
-"""Beam search: the tokens that transformers' generate returns, alone and in a batch, and its score by hand.
+"""Beam search: tokens equal those of transformers' generate; scores equal hand-computed ones.
 
-Promises: num_beams, no_repeat_ngram_size, repetition_penalty and length_penalty give transformers' tokens, for one
-prompt and for several of different lengths; the best-scored answer is found where greedy decoding misses it; a search
-is the same alone, in a batch of plain rows that come and go, and streamed; stop strings cut the finished text.
+Promises: with num_beams, no_repeat_ngram_size, repetition_penalty and length_penalty the tokens equal transformers',
+for one prompt and for a batch of different lengths; the search finds a better answer than greedy decoding; the result
+is the same alone, in a batch with other sequences, and streamed; stop strings cut the finished text.
 """
 
 import math
@@ -35,7 +35,7 @@ BEAM_OPTIONS = [
 
 
 def stopping_model(tokenizer, seed, stop_scale):
-    """Random weights that repeat themselves; the larger `stop_scale`, the sooner one of the two stop tokens comes."""
+    """Random weights that generate repetitive text; a larger `stop_scale` gives earlier stop tokens."""
     model = make_random_model(tokenizer, tie_embeddings=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def stopping_model(tokenizer, seed, stop_scale):
 
 
 def transformers_answers(model, tokenizer, prompts, **options):
-    """[(ids without the stop token, finish reason)] as transformers' generate has them."""
+    """[(ids without the stop token, finish reason)] from transformers' generate."""
     transformers = pytest.importorskip("transformers")
     if "num_beams" in options and not hasattr(transformers.GenerationMixin, "_check_early_stop_heuristic"):
         pytest.skip("this transformers has the older beam search, which ends at another step in some cases")
@@ -82,7 +82,7 @@ def test_beam_search_tokens_equal_transformers(options, tokenizer):
     assert reasons == {"stop", "length"}, "both ends are compared"
 
 
-GOLDEN = {  # what transformers 5.24 returns for these weights
+GOLDEN = {  # output of transformers 5.24 for these weights
     "greedy": (
         [234, 63, 95, 225, 19, 24, 161, 63, 95, 225, 19, 24, 161, 63, 129, 143, 91, 182, 143, 91, 182, 260, 95, 225],
         "length",
@@ -107,7 +107,7 @@ def test_beam_search_golden_answers(tokenizer):
     assert found == GOLDEN
 
 
-# ------------------------------------------------------------------------------------------------ by hand
+# ------------------------------------------------------------------------------------------------------- scores by hand
 
 
 def log_probs(*sequences):
@@ -115,10 +115,10 @@ def log_probs(*sequences):
 
 
 def test_beam_search_finds_a_better_answer_than_greedy():
-    """0.6 * 0.3 < 0.4 * 1.0: the greedy choice of the first token is the wrong one. Token 3 stops."""
+    """0.6 * 0.3 < 0.4 * 1.0: greedy decoding picks the wrong first token. Token 3 is the stop token."""
     search = BeamSearch(2, max_length=3, length_penalty=0.0, stop_ids=[3])
     first = search.advance(log_probs([0.6, 0.4, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]))
-    assert first == ([0, 0], [0, 1])  # both from beam 0: at the start all hold the same prompt
+    assert first == ([0, 0], [0, 1])  # both from beam 0: the initial beams are copies
     parents, tokens = search.advance(log_probs([0.3, 0.3, 0.2, 0.2], [0.0, 0.0, 1.0, 0.0]))
     assert (parents[0], tokens[0]) == (1, 2) and math.exp(search.scores[0]) == pytest.approx(0.4)
     search.advance(log_probs([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]))
@@ -136,7 +136,7 @@ def test_length_penalty_changes_the_best_answer(length_penalty, best):
 
 
 def test_beam_search_ends_when_no_beam_can_improve():
-    """Two finished answers of score 0.5 and 0.4 / 2: the beams left have less, however long they may become."""
+    """Two answers are finished with 0.5 and 0.4 / 2; the remaining beams score less at any length."""
     search = BeamSearch(2, max_length=100, length_penalty=0.0, stop_ids=[3])
     search.advance(log_probs([0.46, 0.04, 0.0, 0.5], [0.46, 0.04, 0.0, 0.5]))
     assert not search.done, "one finished answer is not two"
@@ -152,7 +152,7 @@ def test_beam_search_with_fewer_allowed_tokens_than_beams():
     assert search.done and search.best == [1, 3]
 
 
-# ------------------------------------------------------------------------------------------------ in company
+# ----------------------------------------------------------------------------------------------------------- in a batch
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ KINDS = [
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 def test_beam_searches_and_sampled_sequences_in_one_batch_equal_each_alone(use_moe, tokenizer):
-    """Rows join at different steps and end at different ones, so that slots of a search move to other places."""
+    """Sequences join and end at different steps, so the slots of a search move in the cache."""
     model = make_random_model(tokenizer, use_moe=use_moe)
     batch, sequences = DecodeBatch(model, tokenizer), []
     for step in range(60):
@@ -210,7 +210,7 @@ def test_streamed_beam_search_yields_its_text_at_the_end(model, tokenizer):
     assert set(before) == {""} and last == answer.text == tokenizer.decode(answer.ids)
     pieces = stream(model, PROMPTS[0], options, tokenizer)
     next(pieces)
-    pieces.close()  # between two tokens it can be stopped
+    pieces.close()  # the caller may stop between two tokens
     assert model.training is False
 
 
@@ -239,7 +239,7 @@ def test_beam_search_runs_in_half_precision(dtype, model, tokenizer):
     assert all(answer.finish_reason for answer in answers)
 
 
-def test_params_that_beam_search_cannot_combine_are_refused():
+def test_params_that_beam_search_does_not_support_raise():
     for wrong, message in (
         ({"num_beams": 0}, "num_beams must be from 1 to 8, not 0"),
         ({"num_beams": 9}, "num_beams must be from 1 to 8, not 9"),

@@ -1,8 +1,8 @@
-"""Chat formats: every rendering character by character, with what is trained; the same in transformers.
+"""Chat formats: golden renderings with their loss masks, compared with transformers.
 
-Promises: the golden strings below are what a model is trained on and asked with, for one turn and for three; trained
-tokens are the answers and the marker behind each; the exported chat template gives the same ids; a marker that a user
-types is never a control token; the format travels with tokenizer and checkpoint and keeps token folders apart.
+Promises: training and generation use the golden strings below, for one turn and for three; the loss covers the answers
+and the end-of-turn token after each; the exported chat template gives the same ids; a marker in a message is never a
+control token; tokenizer and checkpoint store the format, and each format has its own token folder.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.scripts.test_train_tokenizer import made_up_text
 ONE = [("user", " 你好？"), ("assistant", "Hi.\n")]
 THREE = [("system", "Be kind."), *ONE, ("user", "1+1"), ("assistant", " 2"), ("user", "Bye\n"), ("assistant", "再见")]
 
-# What is written; [[...]] is trained. The eos of this project's tokenizers is <|endoftext|>.
+# Rendered text; [[...]] is trained. The eos of this project's tokenizers is <|endoftext|>.
 GOLDEN = {
     ("chatml", "one"): "<|im_start|>user\n 你好？<|im_end|>\n<|im_start|>assistant\n[[Hi.\n<|im_end|>]]\n",
     ("chatml", "three"): "<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -43,13 +43,13 @@ GOLDEN = {
     ("text", "one"): " 你好？[[Hi.\n<|endoftext|>]]",
     ("text", "three"): "Be kind.\n 你好？[[Hi.\n<|endoftext|>]]1+1[[ 2<|endoftext|>]]Bye\n[[再见<|endoftext|>]]",
 }
-PROMPT = {  # where the assistant is to speak
+PROMPT = {  # ends with the generation prompt
     "chatml": "<|im_start|>user\n 你好？<|im_end|>\n<|im_start|>assistant\n",
     "mindllm": "<|endoftext|><user>\n你好？\n<assistant>\n",
     "belle": "Human: 你好？ \n\nAssistant:",
     "text": " 你好？",
 }
-STOP = {"chatml": ["<|im_end|>"], "mindllm": [], "belle": [], "text": []}  # beside <|endoftext|>
+STOP = {"chatml": ["<|im_end|>"], "mindllm": [], "belle": [], "text": []}  # in addition to <|endoftext|>
 
 
 def messages_of(turns):
@@ -81,12 +81,12 @@ def test_golden_prompts_and_stop_tokens(tokenizer, name):
     assert formatted.decode(ids) == PROMPT[name] and not any(mask)
     stops = [formatted.decode([i]) for i in formatted.stop_ids]
     assert sorted(stops) == sorted([*STOP[name], "<|endoftext|>"])
-    # Role markers that are ordinary text: a model that writes the next question itself is stopped there.
+    # Role markers that are ordinary text are stop strings: the model must not generate the next question.
     assert formatted.stop_strings == {"mindllm": ("<user>\n",), "belle": ("Human: ",)}.get(name, ())
 
 
 def test_prompts_of_the_mindllm_model_card(tokenizer):
-    """To the letter, and what is asked in the second turn is how the trained chat begins."""
+    """Prompts equal those of the card, and each is a prefix of the trained chat."""
     formatted = tokenizer.with_chat_format("mindllm")
     asked = {
         "<|endoftext|><user>\n你知道电动车相对传统汽油车有哪些优点吗?\n<assistant>\n": [
@@ -110,7 +110,7 @@ def test_prompts_of_the_mindllm_model_card(tokenizer):
 def test_generation_prompt_is_a_prefix_of_the_trained_chat(tokenizer, name):
     formatted = tokenizer.with_chat_format(name)
     whole, mask = formatted.render(messages_of(THREE))
-    for end in (2, 4, 6):  # behind each question
+    for end in (2, 4, 6):  # after each question
         prompt, _ = formatted.render(messages_of(THREE[:end]), add_generation_prompt=True)
         assert whole[: len(prompt)] == prompt and mask[len(prompt)] == 1 and mask[len(prompt) - 1] == 0
 
@@ -134,10 +134,10 @@ def test_chatml_has_tools_and_spare_roles(tokenizer):
             tokenizer.with_chat_format(name).render(roles)
 
 
-# ---- the same in transformers ----------------------------------------------------------------------------------------
+# ---- agreement with transformers -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tokenizer_pairs(tmp_path_factory):
-    """(ours, transformers') of each format, from one trained tokenizer of each algorithm."""
+    """(ChatTokenizer, transformers' tokenizer) for each format and tokenizer algorithm."""
     from transformers import AutoTokenizer
 
     texts = made_up_text("zh", 150) + [text + ' Assistant:"ba" Assistant: The' for text in made_up_text("en", 150)]
@@ -181,20 +181,20 @@ def test_transformers_renders_the_same(tokenizer_pairs, contents, system, prompt
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=_CHAT, system=st.booleans())
 def test_mask_covers_exactly_the_answers(tokenizer_pairs, contents, system):
-    """Answers and their closing markers are trained, nothing else; and no typed marker becomes a control token."""
+    """The loss covers answers and their end-of-turn tokens only; markers in messages are not control tokens."""
     chat = chat_of(contents, system)
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     for tokenizer, _ in tokenizer_pairs:
         ids, mask = tokenizer.render(chat)
         trained = [i for i, m in zip(ids, mask, strict=True) if m]
         closed = [i for i, id_ in enumerate(trained) if id_ == tokenizer.end_of_turn_id]
-        if tokenizer.format_name == "belle":  # the eos closes the last answer alone
+        if tokenizer.format_name == "belle":  # only the last answer ends with eos
             assert closed == [len(trained) - 1] * (chat[-1]["role"] == "assistant")
             continue
         assert len(closed) == len(answers) and closed[-1:] == [len(trained) - 1] * bool(answers)
         for answer, start, end in zip(answers, [-1, *closed], closed, strict=False):
             learnt = tokenizer.decode(trained[start + 1 : end])
-            if tokenizer.format_name in ("chatml", "mindllm"):  # after a newline: no token reaches across
+            if tokenizer.format_name in ("chatml", "mindllm"):  # after a newline: no token crosses the boundary
                 assert learnt == answer
             else:
                 assert answer.endswith(learnt.lstrip("\ufffd"))
@@ -206,7 +206,7 @@ def test_mask_covers_exactly_the_answers(tokenizer_pairs, contents, system):
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(several=st.lists(_CHAT, min_size=1, max_size=5), prompt=st.booleans())
 def test_render_batch_equals_rendering_each_chat(tokenizer_pairs, several, prompt):
-    """And the mask, which is found by halving, is that of looking at every token: does it begin in an answer?"""
+    """The mask, found by binary search, equals a test of every token: does it begin in an answer?"""
     chats = [chat_of(contents, False) for contents in several]
     for tokenizer, _ in tokenizer_pairs:
         batch = tokenizer.render_batch(chats, prompt)
@@ -222,7 +222,7 @@ def test_render_batch_equals_rendering_each_chat(tokenizer_pairs, several, promp
 
 
 def test_each_answer_is_one_run_of_ones(tokenizer_pairs):
-    """Also where question and answer grow together into one token, as they may in a format without roles."""
+    """Even if a token spans question and answer, which is possible in a format without roles."""
     parts = [
         ("user", "他们"),
         ("assistant", "我"),
@@ -236,7 +236,7 @@ def test_each_answer_is_one_run_of_ones(tokenizer_pairs):
         assert len("".join(map(str, mask)).replace("0", " ").split()) == 3
 
 
-# ---- the format travels ----------------------------------------------------------------------------------------------
+# ---- saved formats ---------------------------------------------------------------------------------------------------
 def test_chat_format_is_saved_with_the_tokenizer(tokenizer, tmp_path):
     belle = tokenizer.with_chat_format("belle")
     belle.save(tmp_path)
@@ -248,7 +248,7 @@ def test_chat_format_is_saved_with_the_tokenizer(tokenizer, tmp_path):
 
 
 def test_rendering_fingerprint_names_the_format(tokenizer):
-    """One name for the pieces (pretraining data) and one for what a chat becomes; chatml keeps the plain one."""
+    """fingerprint identifies the vocabulary, rendering_fingerprint also the format; both are equal for chatml."""
     formats = [tokenizer.with_chat_format(name) for name in CHAT_FORMATS]
     assert {one.fingerprint for one in formats} == {tokenizer.fingerprint}
     assert len({one.rendering_fingerprint for one in formats}) == len(CHAT_FORMATS)
@@ -264,7 +264,7 @@ def test_tokenizers_with_the_legacy_template_are_chatml(tokenizer):
 
 
 def test_tokenizers_of_an_earlier_revision_get_a_new_fingerprint(tokenizer, tmp_path):
-    """They open, speak as this version does and say so in their template; token folders of theirs are made anew."""
+    """They open with the template of this version, and their token folders are rebuilt."""
     for name in ("mindllm", "belle"):
         now = tokenizer.with_chat_format(name)
         config = {**json.loads(now.files["tokenizer_config.json"]), "chat_template": "{{ 'as it was' }}"}
@@ -276,7 +276,7 @@ def test_tokenizers_of_an_earlier_revision_get_a_new_fingerprint(tokenizer, tmp_
     assert tokenizer.with_chat_format("text").rendering_fingerprint == f"{tokenizer.fingerprint}-text"
 
 
-def test_unknown_chat_formats_are_refused(tokenizer):
+def test_unknown_chat_formats_raise(tokenizer):
     config = {**json.loads(tokenizer.files["tokenizer_config.json"]), "chat_format": "alpaca"}
     with pytest.raises(UserError, match="alpaca"):
         ChatTokenizer({**tokenizer.files, "tokenizer_config.json": json.dumps(config)})
@@ -296,7 +296,7 @@ SHORT = ["--device", "cpu", "--dtype", "float32", "--batch_size", "8", "--max_st
 
 
 def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_parent, sft_dir, tmp_path):
-    """Each format has its own token folder beside the same chats; the checkpoint answers in its own format."""
+    """Each format has its own token folder for the same chats; evaluation uses the format of the checkpoint."""
     import shutil
 
     import torch
@@ -329,7 +329,7 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
     [("chatml", ["\nA巴", "<|im_end|>"]), ("belle", [":A巴", "<|endoftext|>"]), ("mindllm", ["\nA巴<user>\n"])],
 )
 def test_stop_tokens_and_stop_strings_end_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
-    """The closing token, or the next turn's beginning where that is plain text, ends it and is not part of it."""
+    """The end-of-turn token, or a plain-text beginning of the next turn, ends the answer and is not part of it."""
     import itertools
 
     import torch
@@ -342,7 +342,7 @@ def test_stop_tokens_and_stop_strings_end_an_answer(tokenizer, name, says, monke
     chain = [*tokenizer.encode(says[0]), *(tokenizer.backend.token_to_id(token) for token in says[1:])]
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, max_seq_len=96, tie_embeddings=False))
-    with torch.no_grad():  # nothing but embeddings: each token has one successor
+    with torch.no_grad():  # embeddings only: each token has one successor
         for weight in model.model.layers.parameters():
             weight.zero_()
         model.model.embed_tokens.weight.normal_()

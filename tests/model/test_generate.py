@@ -1,8 +1,9 @@
-"""The generator: what is drawn, when it ends, and how it becomes text.
+"""Generation: sampling, stop conditions and incremental detokenization.
 
-Promises: a row in a batch is answered as if it were alone; temperature 0 is the likeliest token; filters keep at least
-one; a penalty lowers a seen token whatever its sign; a seed decides everything; markers are never drawn; stop strings
-are never shown; streamed pieces joined are the decoded text, and no piece holds half a character.
+Promises: a sequence in a batch is generated as if it were alone; temperature 0 selects the most likely token; filters
+keep at least one token; penalties lower seen tokens for logits of either sign; a seed makes sampling deterministic;
+markers are never sampled; stop strings are cut; streamed pieces concatenate to the decoded text, without incomplete
+characters.
 """
 
 import functools
@@ -25,7 +26,7 @@ from model.transformer import Transformer
 
 @pytest.fixture(scope="module")
 def fallback_tokenizer():
-    """Unigram with byte fallback: a few words, everything else byte by byte."""
+    """Unigram with byte fallback: a few words; all other text is encoded as bytes."""
     specials = SPECIAL_TOKENS + SPARE_TOKENS
     words = ["hello", " world", "你", "好", "中国", "a", " ", "�"]
     pieces = [*specials, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
@@ -47,7 +48,7 @@ def make_model(**changes):
 
 
 class ScriptedHead(torch.nn.Module):
-    """Stands in for lm_head: the logits of step i, whatever the hidden states (the last step's from then on)."""
+    """Replaces lm_head: returns the logits of step i, independent of the hidden states; repeats the last step."""
 
     def __init__(self, logits_of_steps):
         super().__init__()
@@ -59,7 +60,7 @@ class ScriptedHead(torch.nn.Module):
 
 
 def model_generating(ids):
-    """A model that says these ids, whatever it is asked."""
+    """A model that generates these ids for any prompt."""
     model = make_model(max_seq_len=512)
     model.lm_head = ScriptedHead([torch.nn.functional.one_hot(torch.tensor(i), 272) * 9.0 for i in ids])
     return model
@@ -69,7 +70,7 @@ GREEDY = SamplingParams(max_new_tokens=12)
 PROMPTS = [[50, 60, 70], [100] * 9, [80, 81], [90, 91, 92, 93, 94]]
 
 
-# ------------------------------------------------------------------------------------------------ which token
+# ------------------------------------------------------------------------------------------------------------- sampling
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def test_greedy_batch_equals_decoding_each_prompt_without_cache(use_moe, tokeniz
 
 
 def test_sequences_end_independently_and_at_max_seq_len(tokenizer):
-    """Long and short prompts, room running out for some: rows that leave the batch do not disturb the others."""
+    """Prompts of different lengths, some up to max_seq_len: removed sequences do not affect the others."""
     model = make_model()
     random = torch.Generator().manual_seed(3)
     prompts = [torch.randint(16, 272, (n,), generator=random).tolist() for n in (31, 1, 20, 32, 7, 30, 2, 2)]
@@ -118,7 +119,7 @@ def test_each_sampled_sequence_has_its_own_seed(tokenizer):
     together = generate(model, [PROMPTS[0]] * 4, hot, tokenizer)
     assert len({tuple(answer.ids) for answer in together}) == 4
     assert generate(model, [PROMPTS[0]] * 4, hot, tokenizer) == together
-    for i, prompt in enumerate(PROMPTS):  # other prompts beside it, other rows leaving: no difference
+    for i, prompt in enumerate(PROMPTS):  # independent of the other prompts in the batch
         alone = generate(model, [prompt], SamplingParams(temperature=1.0, max_new_tokens=20, seed=7 + i), tokenizer)
         mixed = generate(model, PROMPTS, SamplingParams(temperature=1.0, max_new_tokens=20, seed=7), tokenizer)
         assert mixed[i] == alone[0]
@@ -153,7 +154,7 @@ def test_filters_keep_the_expected_number_of_tokens():
     assert num_kept(min_p=1.0) == 1
     assert num_kept(min_p=math.exp(-1.6)) == 3
     assert num_kept(top_k=3, top_p=0.99999, min_p=0.3) == 2
-    shuffled = LOGITS[:, [3, 0, 4, 1, 2]]  # the num_kept ones are found wherever they stand
+    shuffled = LOGITS[:, [3, 0, 4, 1, 2]]  # independent of the order of tokens
     likely = filter_logits(shuffled, SamplingParams(top_p=0.9)).isfinite()[0].tolist()
     assert likely == [False, True, False, True, True]
 
@@ -191,7 +192,7 @@ def test_extreme_uniforms_and_temperatures_give_valid_tokens():
 
 @given(st.floats(-50, 50, width=32), st.floats(1.0, 10.0))
 @settings(deadline=None)
-def test_penalty_lowers_a_seen_token_whatever_its_sign(logit, penalty):
+def test_penalty_lowers_a_seen_token_of_either_sign(logit, penalty):
     logits = torch.full((2, 2), logit)
     seen = torch.tensor([[True, False], [False, False]])
     out = apply_repetition_penalty(logits, seen, penalty)
@@ -212,7 +213,7 @@ def test_penalty_sees_each_rows_own_prompt_and_answer(top, tokenizer):
 
 
 def test_penalty_spares_the_closing_marker(tokenizer):
-    """It stands behind every turn of a chat; penalised, the answers would never end."""
+    """It occurs after every turn of a chat; with a penalty the answers would never end."""
     logits = torch.full((272,), 0.0)
     logits[tokenizer.im_end_id], logits[100] = 5.0, 4.0
     model = make_model()
@@ -221,11 +222,11 @@ def test_penalty_spares_the_closing_marker(tokenizer):
     assert generate(model, [prompt], SamplingParams(repetition_penalty=2.0), tokenizer) == [Completion([], "", "stop")]
 
 
-# ------------------------------------------------------------------------------------------------ when it ends
+# ------------------------------------------------------------------------------------------------------ stop conditions
 
 
 def test_markers_and_spare_tokens_are_never_sampled(tokenizer):
-    logits = torch.zeros(300)  # a model with more rows than its tokenizer has tokens
+    logits = torch.zeros(300)  # more rows than the tokenizer has tokens
     logits[[1, 3, 4, 15, 272, 299]] = 50.0
     model = make_model(vocab_size=300)
     model.lm_head = ScriptedHead([logits])
@@ -259,7 +260,7 @@ def test_max_new_tokens_counts_new_tokens(tokenizer):
         ("ababac!", ["abac"], "ab"),
         ("xabc!", ["xabd", "ab"], "x"),
         ("xabc!", ["xabc", "ab"], "x"),  # "ab" is complete first
-        ("tail st", ["stop"], "tail st"),  # a beginning that comes to nothing is shown in the end
+        ("tail st", ["stop"], "tail st"),  # an incomplete stop string is part of the text
         ("User: hi", ["User:"], ""),
     ],
 )
@@ -287,7 +288,7 @@ def test_empty_and_too_long_prompts_raise(tokenizer):
     with pytest.raises(ValueError, match="33 tokens, the model reads at most 32"):
         generate(model, [[50], [50] * 33], GREEDY, tokenizer)
     with pytest.raises(ValueError, match="33 tokens"):
-        stream(model, [50] * 33, GREEDY, tokenizer)  # at once, not at the first piece
+        stream(model, [50] * 33, GREEDY, tokenizer)  # at the call, not at the first piece
     with pytest.raises(ValueError, match="empty"):
         generate(model, [[]], GREEDY, tokenizer)
     assert generate(model, [], GREEDY, tokenizer) == []
@@ -306,7 +307,7 @@ def test_empty_and_too_long_prompts_raise(tokenizer):
             SamplingParams(**wrong)
 
 
-# ------------------------------------------------------------------------------------------------ how it runs
+# ---------------------------------------------------------------------------------------------- training mode and dtype
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -316,9 +317,9 @@ def test_the_training_flag_is_restored(training, tokenizer):
     assert model.training == training
     pieces = stream(model, [50], GREEDY, tokenizer)
     next(pieces)
-    pieces.close()  # an abandoned answer too
+    pieces.close()  # also if the caller stops early
     assert model.training == training
-    model.train().logits(torch.tensor([PROMPTS[0]])).sum().backward()  # inference mode does not stick
+    model.train().logits(torch.tensor([PROMPTS[0]])).sum().backward()  # inference mode has ended
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -340,7 +341,7 @@ def test_stream_equals_generate(tokenizer):
         assert text == answer.text == tokenizer.decode(answer.ids)
 
 
-# ------------------------------------------------------------------------------------------------ how it becomes text
+# ------------------------------------------------------------------------------------------------------- detokenization
 
 
 def stream_pieces(tokenizer, ids):
@@ -350,14 +351,14 @@ def stream_pieces(tokenizer, ids):
 
 @functools.cache
 def _byte_ids(tokenizer):
-    """The id of every byte: two-byte characters show them, one by one."""
+    """{byte: id}, from encoding two-byte characters."""
     ids = {}
     for code in range(0x80):
         ids[code] = tokenizer.encode(chr(code))[0]
     for code in (*range(0x80, 0x800), *range(0x800, 0x10000, 0x1000), *range(0x10000, 0x110000, 0x40000)):
         if not 0xD800 <= code < 0xE000:
             ids.update(zip(chr(code).encode(), tokenizer.encode(chr(code)), strict=True))
-    unused = sorted(set(range(16, 272)) - set(ids.values()))  # bytes that no character has: C0, C1, F5 and above
+    unused = sorted(set(range(16, 272)) - set(ids.values()))  # bytes that never occur in UTF-8: C0, C1, F5 and above
     return ids | dict(zip(sorted(set(range(256)) - ids.keys()), unused, strict=True))
 
 
@@ -386,12 +387,12 @@ def test_streamed_text_is_the_decoded_text_byte_fallback(fallback_tokenizer, par
 
 
 @pytest.mark.parametrize("text", ["你好🙂", "👩\u200d🚀 𠮷 é", "a\r\nb"])
-def test_no_piece_holds_half_a_character(text, tokenizer, fallback_tokenizer):
+def test_no_piece_has_an_incomplete_character(text, tokenizer, fallback_tokenizer):
     for each in (tokenizer, fallback_tokenizer):
         pieces = stream_pieces(each, each.encode(text))
         assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
     pieces = stream_pieces(tokenizer, tokenizer.encode(text))
-    assert [piece for piece in pieces if piece] == list(text)  # and none waits longer than it must
+    assert [piece for piece in pieces if piece] == list(text)  # each as soon as it is complete
 
 
 def test_an_incomplete_character_at_the_end_equals_decode(tokenizer):
@@ -409,7 +410,7 @@ def test_marker_strings_in_text_do_not_end_an_answer(tokenizer):
     )
 
 
-# ------------------------------------------------------------------------------------------------ history
+# --------------------------------------------------------------------------------------------------------- chat history
 
 
 def test_fit_chat_drops_whole_turns(tokenizer):

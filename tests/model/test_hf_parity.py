@@ -1,8 +1,8 @@
-"""The model is the stock architecture: logits and gradients equal those of transformers, given the same weights.
+"""Logits and gradients equal those of transformers' models with the same weights.
 
-Promises: a dense checkpoint opens as LlamaForCausalLM, with QK-norm as Qwen3ForCausalLM, an MoE one (its experts
-stacked) as GraniteMoeSharedForCausalLM. The names and sizes of the parameters are frozen here: changing them breaks
-every checkpoint that exists.
+Promises: the weights of a dense model load into LlamaForCausalLM, with QK-norm into Qwen3ForCausalLM, those of an MoE
+(experts stacked) into GraniteMoeSharedForCausalLM. Parameter names and counts do not change, because existing
+checkpoints depend on them.
 """
 
 import pytest
@@ -17,7 +17,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def make_random_model(**changes):
-    """A tiny model whose weights are large enough for every part to matter."""
+    """A tiny model with weights large enough that every part affects the logits."""
     torch.manual_seed(1)
     model = Transformer(ModelConfig(**{**TINY, **changes}))
     with torch.no_grad():
@@ -37,7 +37,7 @@ def hf_settings(config):
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,  # transformers 4 reads this one, 5 the next
+        "rope_theta": config.rope_theta,  # for transformers 4; version 5 reads the next one
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         "attn_implementation": "eager",
@@ -57,7 +57,7 @@ def assert_equal_models(ours, hf_model, translate=lambda tensors: tensors):
     logits, gradients = logits_and_gradients(ours, ours.logits)
     stock_logits, stock_gradients = logits_and_gradients(hf_model, lambda ids: hf_model(ids).logits)
     torch.testing.assert_close(logits, stock_logits, **TOLERANCE)
-    assert logits.std() > 0.3  # not two models that agree on nothing happening
+    assert logits.std() > 0.3  # the logits are not trivially equal
     gradients = translate(gradients)
     assert gradients.keys() == stock_gradients.keys()
     for name, gradient in gradients.items():
@@ -85,7 +85,7 @@ def test_dense_equals_transformers(kv_heads, tied, qk_norm):
 
 
 def granite_names(tensors):
-    """Our MoE tensors (weights or their gradients) under the names, and in the stacks, of GraniteMoeShared."""
+    """Our MoE tensors (weights or gradients), renamed and stacked as in GraniteMoeShared."""
     stacked = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
     for layer in range(TINY["n_layers"]):
         old, new = f"model.layers.{layer}.mlp.", f"model.layers.{layer}."

@@ -1,8 +1,8 @@
-"""Chat templates of foreign models: samples where an answer is written differently later, and chats that are refused.
+"""Jinja templates of imported models: training samples, and chats that a template does not support.
 
-Promises: every answer is trained once, in the context in which it is generated and with the ids that transformers
-gives; a chat that a template refuses is dropped and counted, and ends no run; only a template that can write no chat,
-or has no end, is an error.
+Promises: every answer is trained once, in the context of its generation and with the ids of transformers; an
+unsupported chat is dropped and counted and does not end the run; a template that supports no chat or does not terminate
+is an error.
 """
 
 import json
@@ -23,8 +23,8 @@ from tests.model.test_chat_template import format_tokens, messages_of
 
 TURN = "'<|' + m.role + '|>' + m.content + '</s>'"
 ASK = "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-# The behaviour of Qwen3's own template: thoughts stand before the last answer alone, empty where there are none, those
-# inside earlier answers are cut off, and enable_thinking=false writes the empty ones into the prompt.
+# The behaviour of Qwen3's template: only the last answer has reasoning (possibly empty), that of earlier answers is
+# removed, and enable_thinking=false adds an empty one to the generation prompt.
 THINKS = (
     "{%- set ns = namespace(last=-1) %}"
     "{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -56,7 +56,7 @@ EMPTY = "<think>\n\n</think>\n\n"
 
 @pytest.fixture(scope="module")
 def open_with_template(tmp_path_factory):
-    """A function: template -> (our tokenizer, transformers')."""
+    """A function: template -> (ChatTokenizer, transformers' tokenizer)."""
     files, theirs = {}, {}
 
     def open_with_template(template):
@@ -70,7 +70,7 @@ def open_with_template(tmp_path_factory):
     return open_with_template
 
 
-# ---- several samples -------------------------------------------------------------------------------------------------
+# ---- training samples ------------------------------------------------------------------------------------------------
 def test_each_answer_is_trained_as_it_is_generated(open_with_template):
     tokenizer, _ = open_with_template(THINKS)
     ((first, second, last),) = (rendered.samples for rendered in tokenizer.render_each([CHAT]))
@@ -92,7 +92,7 @@ _TEMPLATE = st.sampled_from([THINKS, NO_SYSTEM])
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=st.lists(_CONTENT, min_size=2, max_size=8), template=_TEMPLATE)
 def test_samples_are_what_transformers_writes(open_with_template, contents, template):
-    """Every answer once; each sample is the chat up to there; it begins with the prompt that asks for its answer."""
+    """Every answer is trained once; each sample is the chat up to its answer and begins with the answer's prompt."""
     tokenizer, theirs = open_with_template(template)
     chat = messages_of(list(zip(("user", "assistant") * 4, contents, strict=False)))
     chat = chat[: len(chat) // 2 * 2]
@@ -110,8 +110,8 @@ def test_samples_are_what_transformers_writes(open_with_template, contents, temp
         assert sample.ids[: len(asked)] == asked and sum(sample.mask[len(asked) :]) == len(sample.ids) - len(asked)
 
 
-def test_answers_share_a_sample_while_the_template_writes_them_alike(open_with_template):
-    """Here one message rewrites the beginning of the chat."""
+def test_answers_share_a_sample_if_the_template_renders_them_alike(open_with_template):
+    """Here one message changes the beginning of the rendered chat."""
     tokenizer, _ = open_with_template(
         "{% set late = messages | map(attribute='content') | select('equalto', 'z') | list %}"
         "{% if late %}<z>{% endif %}{% for m in messages %}{{ " + TURN + " }}{% endfor %}" + ASK
@@ -151,7 +151,7 @@ def test_prepared_data_has_every_sample(open_with_template, tmp_path):
 
 @pytest.mark.parametrize("template", [THINKS, NO_SYSTEM])
 def test_too_long_samples_are_cut_at_whole_turns(open_with_template, tmp_path, template):
-    """At any length the kept samples are those of the chat cut to its first turns, and as many as fit."""
+    """At any length the samples are those of the longest prefix of turns that fits."""
     tokenizer, _ = open_with_template(template)
     (chat,) = chats_of(1)
     whole = [tokenizer.render_each([chat[:end]])[0].samples for end in (2, 4, 6)]
@@ -188,8 +188,8 @@ def test_pairs_train_the_last_answer(open_with_template, tmp_path):
         assert tokenizer.decode(ids[mask == 1].tolist()) == f"{EMPTY}{answer}</s>"
 
 
-# ---- one chat never ends a run ---------------------------------------------------------------------------------------
-def test_a_chat_that_the_template_refuses_is_counted(open_with_template, tmp_path):
+# ---- unsupported chats -----------------------------------------------------------------------------------------------
+def test_a_chat_that_the_template_rejects_is_counted(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(NO_SYSTEM)
     report, _, rows = prepare_chats(tmp_path, tokenizer, [*chats_of(8), CHAT, *chats_of(2, note="x"), CHAT[:3]])
     assert len(rows) == report.kept == 8 and report.read == report.kept + report.dropped_rows
@@ -228,7 +228,7 @@ def test_a_template_that_can_render_no_chat_is_an_error(open_with_template, tmp_
     with pytest.raises(UserError, match=said) as error:
         prepare_chats(tmp_path, tokenizer, chats_of(3))
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith("name another format: --chat_format of data_process.py and 3-full_sft.py")
+    assert str(error.value).endswith("choose another format: --chat_format of data_process.py and 3-full_sft.py")
 
 
 def test_the_flag_named_in_the_error_exists(open_with_template, tmp_path, capsys):
@@ -243,7 +243,7 @@ def test_the_flag_named_in_the_error_exists(open_with_template, tmp_path, capsys
     assert "30" in capsys.readouterr().out
 
 
-def test_roles_that_a_named_format_does_not_know_are_counted(open_with_template, tmp_path):
+def test_unknown_roles_of_a_named_format_are_counted(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(NO_SYSTEM)
     chats = [*chats_of(3), messages_of([("user", "u"), ("tool", "42"), ("assistant", "a")])]
     belle = tokenizer.with_chat_format("belle")
@@ -257,7 +257,7 @@ def test_an_endless_template_is_an_error(open_with_template, tmp_path):
         prepare_chats(tmp_path, tokenizer, chats_of(5))
 
 
-def test_one_chat_beyond_the_bound_is_counted(open_with_template, tmp_path):
+def test_one_chat_beyond_the_step_limit_is_counted(open_with_template, tmp_path):
     template = "{% if messages[0].content == '1?' %}" + ENDLESS + "{% endif %}" + NO_SYSTEM
     tokenizer, _ = open_with_template(template)
     report, _, _ = prepare_chats(tmp_path, tokenizer, chats_of(5))

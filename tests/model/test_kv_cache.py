@@ -1,8 +1,8 @@
-"""The cache and the checkpoint: what is stored and read again is the same.
+"""KV cache and checkpoints.
 
-Promises: generation with the cache sees the same logits as the full forward, one by one, in chunks, and in left-padded
-batches; beyond the maximum length stands a clear error; a saved model comes back equal, and a file that does not
-fit is refused in one line.
+Promises: logits with the cache equal those of the full forward pass, token by token, in chunks and in left-padded
+batches; sequences beyond max_seq_len raise; a saved model loads with equal tensors; an invalid file is a one-line
+error.
 """
 
 import pytest
@@ -75,7 +75,7 @@ def test_left_padded_rows_equal_each_row_alone(variant):
 
 
 @torch.no_grad()
-def test_padding_on_the_right_changes_no_real_token():
+def test_right_padding_changes_no_real_token():
     model = make_model()
     ids = torch.randint(0, 272, (2, 10))
     padded = torch.cat((ids, torch.full((2, 6), 3)), dim=1)
@@ -108,7 +108,7 @@ def test_sequences_beyond_max_seq_len_raise():
     assert cache.length == 24 and small.length == 0
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -187,7 +187,7 @@ def test_invalid_checkpoints_are_one_line_errors(tokenizer, tmp_path):
 
 
 def test_non_finite_weights_are_refused(tokenizer):
-    """They answer nothing, and every step of a training run would be skipped."""
+    """Such a model is useless, and a training run would skip every step."""
     model = make_model()
     for value in (float("nan"), float("inf")):
         state = {name: tensor.clone() for name, tensor in model_state_dict(model).items()}
@@ -211,7 +211,7 @@ def test_mismatched_state_names_and_shapes_are_listed(tokenizer):
         and "unknown extra" in text
     )
     assert "model.norm.weight is (5,), expected (32,)" in text
-    assert torch.equal(model.model.norm.weight, before)  # nothing half loaded
+    assert torch.equal(model.model.norm.weight, before)  # nothing was loaded
 
 
 def test_code_in_a_checkpoint_never_runs(tmp_path):

@@ -1,4 +1,4 @@
-"""LoRA changes what it should and nothing else, and an adapter only ever meets the parent that it was trained on."""
+"""LoRA: formula, targets, merging; adapter checkpoints load only with the parent that they were trained on."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def model(request):
 
 
 def randomize_adapter(model):
-    """As if trained: B is no longer zero."""
+    """Set B to random values, as after training."""
     random = torch.Generator().manual_seed(9)
     for name, tensor in adapter_state(model).items():
         if ".lora_B." in name:
@@ -73,7 +73,7 @@ def test_a_fresh_adapter_changes_no_output(model):
 
 
 def randomized_copy(model):
-    """The same model, never touched by LoRA."""
+    """A copy of the model without LoRA."""
     plain = Transformer(model.config)
     plain.load_state_dict({name: t for name, t in model.state_dict().items() if ".lora_" not in name})
     return plain
@@ -152,11 +152,11 @@ def test_only_the_adapter_trains(model, optimizer):
     assert all(tensor.any() for tensor in adapter_state(model).values())
 
 
-# The stage: files, launchers, resume.
+# The training stage: files, several processes, resume.
 
 
 def write_parent(folder, tokenizer, stage="full_sft", seed=0, **changes):
-    """A checkpoint that stage 3 could have left: {stage}_32.pth."""
+    """Save an untrained model as {stage}_32.pth, as stage 3 does."""
     torch.manual_seed(seed)
     parent = Transformer(ModelConfig(tokenizer.vocab_size, **{**CONFIG, **changes}))
     path = folder / f"{stage}_{parent.config.name}.pth"
@@ -227,7 +227,7 @@ def test_load_model_returns_the_merged_model(lora, out, monkeypatch, capsys):
     torch.testing.assert_close(model.logits(ids), by_hand.eval().logits(ids), rtol=1e-5, atol=1e-5)
     assert not model.adapter and not model.training and checkpoint["stage"] == "lora_sft"
     assert model.state_dict().keys() == load_model(out / "full_sft_32.pth")[0].state_dict().keys()
-    save_model(out / "dpo_32.pth", model, "dpo", tokenizer, [])  # the next stage keeps a whole model
+    save_model(out / "dpo_32.pth", model, "dpo", tokenizer, [])  # the next stage saves a full model
     assert torch.equal(load_model(out / "dpo_32.pth")[0].logits(ids), model.logits(ids))
     (out / "dpo_32.pth").unlink()
     run_script(
@@ -242,9 +242,9 @@ def test_the_parent_is_found_and_its_fingerprint_checked(lora, out, tokenizer, t
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     moved = shutil.copy(path, elsewhere)
-    load_model(moved)  # under the path that the adapter remembers
+    load_model(moved)  # at the path recorded in the adapter
     wrong = write_parent(elsewhere, tokenizer, seed=5)
-    load_model(moved)  # the file beside it is another model, the remembered one is right
+    load_model(moved)  # the file in its folder is another model, the recorded path is right
     original = (out / "full_sft_32.pth").rename(tmp_path / "renamed.pth")
     both = rf"{re.escape(str(moved))} is an adapter for .*full_sft_32.pth with fingerprint \w+, but {wrong} is \w+"
     with pytest.raises(UserError, match=both):
@@ -258,11 +258,11 @@ def test_the_parent_is_found_and_its_fingerprint_checked(lora, out, tokenizer, t
     with pytest.raises(UserError, match=r"full_sft_32.pth, which is not there: put it beside"):
         load_model(moved)
     shutil.copy(original, elsewhere / "full_sft_32.pth")
-    load_model(moved)  # put beside it
+    load_model(moved)  # in the same folder
 
 
 def test_a_merged_model_is_refused_as_parent(lora, out, tokenizer):
-    """Merging twice through files: the adapter meets a model that has it already."""
+    """Otherwise the adapter would be merged a second time."""
     path = lora("--max_steps", "2")
     model, _, _ = load_model(path)
     save_model(out / "full_sft_32.pth", model, "full_sft", tokenizer, [])
@@ -282,7 +282,7 @@ def test_an_adapter_trains_on_an_adapter(lora, out, tmp_path):
         n.split(".")[-2] for n, t in model_state_dict(model).items() if not torch.equal(t, model_state_dict(parent)[n])
     }
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    lora("--max_steps", "3", "--resume", "never")  # the first adapter is another one now
+    lora("--max_steps", "3", "--resume", "never")  # replaces the first adapter
     with pytest.raises(UserError, match="with fingerprint"):
         load_model(second)
 
@@ -302,7 +302,7 @@ def test_damaged_adapters_are_one_line_errors(lora):
 
 
 class Killed(BaseException):
-    """What SIGKILL looks like from inside: nothing after it runs."""
+    """Simulates SIGKILL: no handler catches it."""
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -342,7 +342,7 @@ def test_a_killed_run_resumes_bit_equal(monkeypatch, lora, out, tokenizer, tmp_p
 
 
 def test_lora_on_two_processes_equals_one(lora, out, chats, tokenizer, tmp_path):
-    """2 x 4 rows = 1 x 8, on an MoE without its balance loss (a mean over each process's own tokens)."""
+    """2 x 4 rows = 1 x 8, for an MoE without balance loss, which each process averages over its own tokens."""
     moe = {**KINDS["moe"], "balance_loss_coef": 0.0, "dropout": 0.0}
     parent = write_parent(tmp_path, tokenizer, **moe)
     flags = ["--max_steps", "5", "--init_from", parent, "--learning_rate", "0.01"]

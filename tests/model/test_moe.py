@@ -1,9 +1,8 @@
-"""The mixture of experts: right outputs, a balance loss that means something, gradients everywhere, any number format.
+"""Mixture of experts: outputs, balance loss, gradients and dtypes.
 
-Promises: one expert of one equals the dense feed-forward; the layer equals a plain loop over tokens; the balance loss
-is 1 when balanced and grows to the number of experts when collapsed, its gradient reaches the router, and padding does
-not count.
-(That the whole MoE model equals a stock architecture is in test_hf_parity.py.)
+Promises: a single expert equals the dense feed-forward; the layer equals a plain loop over tokens; the balance loss is
+1 for uniform routing and the number of experts for collapsed routing, its gradient reaches the router, and padding is
+excluded. (Parity of the whole MoE model with transformers: test_hf_parity.py.)
 """
 
 import pytest
@@ -54,7 +53,7 @@ def test_equals_a_plain_loop_over_tokens(k, shared):
 
 
 def aux_loss_of(layer, preferred, token_mask=None):
-    """Balance loss when token i has (almost) all its probability on expert preferred[i]."""
+    """Balance loss if token i has almost all its probability on expert preferred[i]."""
     probabilities = torch.nn.functional.one_hot(torch.tensor(preferred), 4).float()
     chosen = probabilities.topk(layer.n_active).indices
     return layer.compute_aux_loss(probabilities, chosen, token_mask).item()
@@ -66,7 +65,7 @@ def test_aux_loss_equals_the_formula():
     assert aux_loss_of(layer, [2] * 12) == pytest.approx(4)
     assert aux_loss_of(layer, [0, 0, 0, 1]) == pytest.approx(4 * (0.75**2 + 0.25**2))
 
-    top_two = moe(n_active_experts=2)  # every visit counts: f = (1/2, 1/4, 1/4, 0), P = (.6, .2, .15, .05)
+    top_two = moe(n_active_experts=2)  # every assignment counts: f = (1/2, 1/4, 1/4, 0), P = (.6, .2, .15, .05)
     probabilities = torch.tensor([[0.6, 0.2, 0.15, 0.05]] * 2)
     chosen = torch.tensor([[0, 1], [0, 2]])
     expected = 4 * (0.5 * 0.6 + 0.25 * 0.2 + 0.25 * 0.15)
@@ -81,7 +80,7 @@ def test_padding_does_not_count_in_the_aux_loss():
     token_mask = torch.tensor([[True, True, True, True, False, False]])
     assert aux_loss_of(layer, [0, 1, 2, 3, 3, 3], token_mask) == pytest.approx(1)
     assert aux_loss_of(layer, [0, 1, 2, 3, 3, 3]) > 1.1
-    assert aux_loss_of(layer, [0] * 6, torch.zeros(1, 6, dtype=torch.bool)) == 0  # nothing real: no NaN
+    assert aux_loss_of(layer, [0] * 6, torch.zeros(1, 6, dtype=torch.bool)) == 0  # only padding: no NaN
 
 
 def test_padding_changes_neither_outputs_nor_aux_loss():
@@ -97,10 +96,10 @@ def test_padding_changes_neither_outputs_nor_aux_loss():
 
 def test_every_expert_and_the_router_get_a_gradient():
     layer = moe(n_active_experts=1)
-    layer.gate.weight.data[3] = -100.0  # with positive inputs nobody goes to expert 3
+    layer.gate.weight.data[3] = -100.0  # with positive inputs expert 3 gets no token
     out, aux_loss = layer(torch.rand(1, 6, 16) + 0.1)
     out.sum().backward(retain_graph=True)
-    assert all(weight.grad is not None for weight in layer.parameters())  # DDP waits for every one of them
+    assert all(weight.grad is not None for weight in layer.parameters())  # DDP needs all of them
     assert all(weight.grad.count_nonzero() == 0 for weight in layer.experts[3].parameters())
     layer.zero_grad()
     aux_loss.backward()
@@ -109,7 +108,7 @@ def test_every_expert_and_the_router_get_a_gradient():
 
 
 def test_aux_loss_balances_the_router():
-    """Stepping down the balance loss alone spreads a collapsed router."""
+    """Gradient descent on the balance loss alone makes a collapsed router uniform."""
     layer = moe(n_active_experts=1, dim=16)
     x = torch.randn(1, 256, 16) + 1
     layer.gate.weight.data[0] += 0.6

@@ -1,7 +1,7 @@
-"""No n-gram twice: the tokens that transformers' NoRepeatNGramLogitsProcessor bans, however an answer is drawn.
+"""no_repeat_ngram_size bans the same tokens as transformers' NoRepeatNGramLogitsProcessor.
 
-Promises: the banned tokens are the processor's; no n-gram of prompt and answer comes twice, greedy, drawn, streamed,
-by beam search, and row by row in a batch; 0 is off; an answer that no token can continue ends.
+Promises: no n-gram of prompt and answer occurs twice with greedy decoding, sampling, streaming, beam search and in a
+batch; 0 is off; an answer ends if all tokens are banned.
 """
 
 import pytest
@@ -19,7 +19,7 @@ LOOPING = [[50, 60, 70] * 4, [100] * 9, [80, 81, 80, 81], [90]]
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A model that count_repeats itself: each token is followed by one of few."""
+    """A model that generates repetitive text: each token has few likely successors."""
     model = make_random_model(tokenizer, tie_embeddings=False)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -52,9 +52,9 @@ def test_fork_is_independent():
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize(
-    "kind", [{}, {"temperature": 0.3, "seed": 1}, {"num_beams": 3}], ids=["greedy", "drawn", "beams"]
+    "kind", [{}, {"temperature": 0.3, "seed": 1}, {"num_beams": 3}], ids=["greedy", "sampled", "beams"]
 )
-def test_no_ngram_comes_twice(kind, n, model, tokenizer):
+def test_no_ngram_occurs_twice(kind, n, model, tokenizer):
     options = SamplingParams(max_new_tokens=40, no_repeat_ngram_size=n, **kind)
     answers = generate(model, LOOPING, options, tokenizer)
     for prompt, answer in zip(LOOPING, answers, strict=True):
@@ -88,10 +88,10 @@ def test_sequences_with_and_without_ngram_ban_in_one_batch(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"temperature": 1.0, "seed": 1}, {"num_beams": 2}], ids=["greedy", "drawn", "beams"]
+    "kind", [{}, {"temperature": 1.0, "seed": 1}, {"num_beams": 2}], ids=["greedy", "sampled", "beams"]
 )
-def test_an_answer_that_no_token_can_continue_ends(kind, tokenizer):
-    """n = 1 and a prompt of every token that may be drawn, and of the stop tokens."""
+def test_an_answer_ends_if_all_tokens_are_banned(kind, tokenizer):
+    """n = 1 with a prompt of all tokens that may be sampled, including the stop tokens."""
     model = make_random_model(tokenizer, max_seq_len=512)
     allowed = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
     options = SamplingParams(no_repeat_ngram_size=1, **kind)
@@ -100,7 +100,7 @@ def test_an_answer_that_no_token_can_continue_ends(kind, tokenizer):
 
 
 def test_penalties_reorder_copies_rows(tokenizer):
-    """Beam 1 continues beam 0: it has beam 0's tokens, and the next ones are its own."""
+    """Beam 1 continues beam 0: it copies beam 0's tokens and then has its own."""
     options = SamplingParams(num_beams=2, repetition_penalty=2.0, frequency_penalty=0.5, no_repeat_ngram_size=2)
     penalties = Penalties(options, [5, 6, 5], tokenizer.stop_ids, torch.zeros(20, 1))
     penalties.update([6, 7])

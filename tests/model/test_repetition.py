@@ -1,11 +1,11 @@
-"""Do answers repeat themselves: counted by hand on short answers."""
+"""Repetition metrics equal hand counts on short answers."""
 
 import pytest
 
 from model.repetition import distinct_n, has_loop, repetition_stats, split_units
 
 
-def test_units_are_characters_words_and_signs():
+def test_units_are_characters_words_and_punctuation():
     assert split_units("Hello, World 3.5 it's") == ["hello", ",", "world", "3", ".", "5", "it", "'", "s"]
     assert split_units("你好world，再见。\n") == ["你", "好", "world", "，", "再", "见", "。"]
     assert split_units("naïve Жук ひらがな") == ["naïve", "жук", "ひらがな"] and split_units(" \n") == []
@@ -20,13 +20,13 @@ def test_distinct_n_equals_hand_counts():
 
 
 @pytest.mark.parametrize(
-    ("said", "anywhere", "at_end"),
+    ("answer", "anywhere", "at_end"),
     [
         ("a" * 8, True, True),
         ("a" * 7, False, False),
         ("abc" * 4, True, True),
         ("xy" + "abc" * 4, True, True),
-        ("abc" * 4 + "ab", True, True),  # cut off within the fifth time
+        ("abc" * 4 + "ab", True, True),  # the fifth repetition is incomplete
         ("abc" * 4 + "x", True, False),
         ("abc" * 3, False, False),
         ("".join(map(chr, range(100, 132))) * 4, True, True),
@@ -35,8 +35,8 @@ def test_distinct_n_equals_hand_counts():
         ("", False, False),
     ],
 )
-def test_has_loop(said, anywhere, at_end):
-    assert has_loop(said) is anywhere and has_loop(said, at_end=True) is at_end
+def test_has_loop(answer, anywhere, at_end):
+    assert has_loop(answer) is anywhere and has_loop(answer, at_end=True) is at_end
 
 
 def test_repetition_stats():

@@ -1,7 +1,7 @@
-"""The parts of attention: rotation by position, the CPU's own exact attention, memory saved by recomputing.
+"""RoPE, RMSNorm, CPU attention, activation checkpointing and the limits of the config.
 
-Promises: RoPE depends on distance alone; attention_cpu equals the library's kernel, forward and backward;
-activation checkpointing changes no gradient; tied embeddings stay one tensor.
+Promises: RoPE scores depend only on the distance; attention_cpu equals F.scaled_dot_product_attention, forward and
+backward; activation checkpointing changes no gradient; tied embeddings are one tensor.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from model.rope import apply_rope, rope_table
 from model.transformer import RMSNorm, Transformer, attention_cpu
 
 
-def test_rope_depends_on_distance_alone():
+def test_rope_depends_only_on_the_distance():
     config = ModelConfig(dim=64, n_heads=2, n_kv_heads=2, max_seq_len=64)
     cos, sin = rope_table(config)
     torch.manual_seed(0)
@@ -24,7 +24,7 @@ def test_rope_depends_on_distance_alone():
 
     torch.testing.assert_close(score(5, 2), score(60, 57), rtol=1e-4, atol=1e-4)
     assert (score(5, 2) - score(5, 3)).abs() > 1e-3
-    torch.testing.assert_close(apply_rope(q, cos[40], sin[40]).norm(), q.norm())  # a rotation keeps lengths
+    torch.testing.assert_close(apply_rope(q, cos[40], sin[40]).norm(), q.norm())  # a rotation keeps norms
     torch.testing.assert_close(apply_rope(q, cos[0], sin[0]), q)
 
 
@@ -68,7 +68,7 @@ def test_cpu_attention_applies_the_mask(seq):
     torch.manual_seed(0)
     q = torch.randn(3, 4, seq, 16)
     k, v = torch.randn(2, 3, 2, 70 + seq, 16)
-    ends = torch.tensor([20, 60, 71])  # rows of different lengths, as in a cache of several conversations
+    ends = torch.tensor([20, 60, 71])  # rows of different lengths, as in a cache of several sequences
     mask = (torch.arange(70 + seq) < ends[:, None, None] + torch.arange(seq)[:, None])[:, None]
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(attention_cpu(q, k, v, 0.0, mask), theirs, rtol=1e-5, atol=1e-5)
@@ -78,7 +78,7 @@ def test_cpu_attention_applies_dropout():
     torch.manual_seed(0)
     q = k = torch.zeros(1, 1, 256, 2)
     out = attention_cpu(q, k, torch.ones(1, 1, 256, 2), 0.5)
-    assert out.std() > 0.01 and abs(out[:, :, 64:].mean() - 1) < 0.1  # noisy, but right on average
+    assert out.std() > 0.01 and abs(out[:, :, 64:].mean() - 1) < 0.1  # random, with the right mean
 
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
@@ -95,7 +95,7 @@ def test_activation_checkpointing_changes_no_gradient(use_moe):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_config_refuses_invalid_values():
+def test_config_raises_for_invalid_values():
     for wrong in (
         {"dim": 30, "n_heads": 4},
         {"dim": 12, "n_heads": 4},
@@ -133,7 +133,7 @@ def test_head_dim_sets_the_width_of_a_head():
 
 
 def test_a_config_of_an_older_checkpoint_is_the_same_model():
-    """Checkpoints of earlier versions have none of the three fields that came later."""
+    """Checkpoints of earlier versions lack three fields that were added later."""
     config = ModelConfig(50, 32, 1, 4, 2, max_seq_len=16)
     old = {n: v for n, v in config.to_dict().items() if n not in ("head_dim", "qkv_bias", "rope_scaling")}
     assert ModelConfig(**old) == config and config.head_dim == 8 and config.trained_len == 16 and config.name == "32"

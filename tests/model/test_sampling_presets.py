@@ -1,8 +1,8 @@
-"""Which sampling settings a front end takes: its own, over them the chat format's preset, over both what is named.
+"""Sampling settings of the front ends: defaults, the chat format's preset, the user's flags, in rising precedence.
 
-Promises: a named setting wins and the others of the preset stay; of num_beams and temperature the named one decides;
-the introduction shows what was taken; --sampling_preset none and a report take no preset, questions stay greedy;
-/num_beams and /temperature change the settings of a conversation.
+Promises: a flag overrides one setting of the preset and keeps the others; a flag for num_beams or temperature resets
+the other; the introduction shows the settings; --sampling_preset none and --report use no preset; --questions is
+greedy; /num_beams and /temperature change the settings of a running chat.
 """
 
 import json
@@ -22,7 +22,7 @@ BELLE = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 
 
 @pytest.fixture(scope="module")
 def out(tokenizer, tmp_path_factory):
-    """A chat model for each format; all say hi."""
+    """A chat model for each format; all generate "hi"."""
     folder = tmp_path_factory.mktemp("formats")
     for name, after in (("chatml", "\n"), ("mindllm", "\n"), ("belle", ":"), ("text", "?")):
         (folder / name).mkdir()
@@ -77,7 +77,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat_model, 
     assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none turns it off)"] if shown else [])
 
 
-def test_measurements_take_no_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):
+def test_evaluations_use_no_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "?", "keys": ["hi"], "lang": "en"}\n')
     assert make_chat_model("belle", "--questions", questions).settings == SamplingParams(
@@ -137,7 +137,7 @@ def test_every_choice_is_a_preset(tokenizer):
     for choice in PRESET_CHOICES:
         for chat_format in (None, tokenizer.format, tokenizer.with_chat_format("belle").format):
             name, preset = find_preset(choice, chat_format)
-            SamplingParams(**merge_settings(preset, DEFAULT_SAMPLING))  # accepted as they are
+            SamplingParams(**merge_settings(preset, DEFAULT_SAMPLING))  # valid without changes
             assert name or not preset
     assert find_preset("auto", tokenizer.with_chat_format("belle").format) == ("belle", BELLE)
     assert find_preset("belle", None) == ("belle", BELLE) and find_preset("none", tokenizer.format) == ("", {})

@@ -1,7 +1,7 @@
-"""Rendering of foreign chat templates: within a bound, and otherwise as transformers renders them.
+"""Sandboxed rendering of chat templates equals that of transformers, within the step limit.
 
-Promises: long chats are far from the bound; the time of a chat is linear in its messages; what transformers gives a
-template is there. Templates without an end: ../faults/test_templates_end.py.
+Promises: long chats stay far below the limit; rendering time is linear in the number of messages; templates have all
+globals, filters and tags of transformers. Templates that do not terminate: ../faults/test_templates_end.py.
 """
 
 import re
@@ -19,7 +19,7 @@ from tests.model.test_jinja_template import CHAT, THINKS
 
 @pytest.fixture(scope="module")
 def render_both(tmp_path_factory):
-    """A function: template, chat -> what we render, what transformers renders."""
+    """A function: template, chat -> (our text, transformers' text)."""
     folder = tmp_path_factory.mktemp("tok")
     theirs = make_tokenizer(folder)
     files = load_tokenizer(folder).files
@@ -32,7 +32,7 @@ def render_both(tmp_path_factory):
     return render_both
 
 
-# ---- long chats -----------------------------------------------------------------------------------------------------
+# ---- long chats ------------------------------------------------------------------------------------------------------
 def test_a_chat_of_many_turns_takes_linear_time(render_both):
     chats = [messages_of([("user", "q" * 100), ("assistant", "太阳" * 50)] * n) for n in (125, 1000)]
     form = JinjaTemplate(THINKS, {}, re.compile("</s>"))
@@ -55,7 +55,7 @@ def test_long_chats_stay_below_the_step_limit(render_both):
     assert ours == theirs and len(ours) > 600_000
 
 
-# ---- what transformers gives a template ------------------------------------------------------------------------------
+# ---- agreement with transformers -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "template",
     [
