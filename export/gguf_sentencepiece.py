@@ -116,7 +116,7 @@ def build_vocabulary(tokenizer: ChatTokenizer, vocab_size: int) -> SentencePiece
     prefix = has_space_prefix(content)
     ids: dict[str, int] = tokenizer.backend.get_vocab(with_added_tokens=True)
     if not model.get("byte_fallback") or not BYTE_PIECES.keys() <= ids.keys():
-        raise_unsupported("llama.cpp encodes unknown characters as bytes, and it has no byte fallback")
+        raise_unsupported("llama.cpp encodes unknown characters as bytes, and this one has no byte fallback")
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if any(part in BYTE_PIECES for merge in merges for part in merge):
         raise_unsupported("llama.cpp never merges bytes of unknown characters, and this one does")
