@@ -78,11 +78,9 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
         if problem := guard.save_problem(engine, step_batches, final):
             return problem
         lineage = [*stage.lineage, lineage_entry(args, stage, train_state, stop_reason)]
-        content = (
-            clone_checkpoint(build_checkpoint(stage.model, stage.name, stage.tokenizer, lineage))
-            if dist.is_rank0
-            else None
-        )
+        content = None
+        if dist.is_rank0:
+            content = clone_checkpoint(build_checkpoint(stage.model, stage.name, stage.tokenizer, lineage))
         writer.save(train_state, engine, content)
         guard.mark_saved()
         return ""
@@ -96,9 +94,8 @@ def train(dist: DistContext, args: argparse.Namespace, stage: Stage) -> Path:
             for step_batches in prefetch_batches(batches, train_state.step, end, args.num_workers):
                 if notice := sampler.notice_before(train_state.step):
                     logger.print(notice)
-                lr = set_learning_rate(
-                    args, engine.optimizers, train_state.step, max(train_state.step / total, timer.fraction)
-                )
+                progress = max(train_state.step / total, timer.fraction)
+                lr = set_learning_rate(args, engine.optimizers, train_state.step, progress)
                 torch.manual_seed(hash((args.seed, train_state.step, dist.rank)) % 2**63)  # dropout of this step
                 timer.start_step()
                 result = train_step(dist, args, engine, stage, step_batches)
@@ -170,18 +167,10 @@ def train_step(
     loss_scale = dist.world_size / max(num_targets, 1.0)
     sums: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "real_tokens": 0.0, "positions": 0.0}
     for i, batch in enumerate(batches):
-        loss, count, extras = engine.forward_backward(
-            to_device(batch, dist.device), loss_scale, last=i == len(batches) - 1
-        )
-        accumulate(
-            sums,
-            {
-                "loss": loss,
-                "tokens": count,
-                "real_tokens": batch["token_mask"].sum(),
-                "positions": batch["token_mask"].numel(),
-            },
-        )
+        is_last = i == len(batches) - 1
+        loss, count, extras = engine.forward_backward(to_device(batch, dist.device), loss_scale, last=is_last)
+        mask = batch["token_mask"]
+        accumulate(sums, {"loss": loss, "tokens": count, "real_tokens": mask.sum(), "positions": mask.numel()})
         accumulate(sums, extras)
     sums["stop"] = float(bool(dist.stop_requested))
     total = dict(zip(sums, dist.all_reduce_sum(list(sums.values())), strict=True))
@@ -211,10 +200,8 @@ def validate(
         with engine.eval_mode():
             for batch in validation_batches(data, args.batch_size, dist.rank, dist.world_size, max_tokens):
                 loss, count, extras = engine.evaluate(to_device(batch, dist.device))
-                labels = batch["labels"]
-                accumulate(
-                    sums, {"loss": loss, "count": count, "bytes": bytes_per_token[labels[labels != IGNORE_INDEX]].sum()}
-                )
+                targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
+                accumulate(sums, {"loss": loss, "count": count, "bytes": bytes_per_token[targets].sum()})
                 accumulate(sums, extras)
         total = dict(zip(sums, dist.all_reduce_sum(list(sums.values())), strict=True))
         loss_sum, trained, n_bytes = (total.pop(name) for name in ("loss", "count", "bytes"))

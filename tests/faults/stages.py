@@ -134,12 +134,6 @@ READ_ONLY = {
     "benchmarks.machines",
     "benchmarks.bit_for_bit",
 }
-    "serve_openai_api.py",
-    "chat_openai_api.py",
-    "web_demo.py",
-    "benchmarks.machines",
-    "benchmarks.bit_for_bit",
-}
 
 
 class FaultHarness:
