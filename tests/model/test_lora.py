@@ -252,7 +252,7 @@ def test_the_parent_is_found_and_its_fingerprint_checked(lora, out, tokenizer, t
     with pytest.raises(UserError, match=rf"but {wrong} is "):
         load_model(moved, parent=wrong)
     load_model(moved, parent=original)
-    with pytest.raises(UserError, match="is a whole model"):
+    with pytest.raises(UserError, match="is a full model"):
         load_model(wrong, parent=original)
     wrong.unlink()
     with pytest.raises(UserError, match=r"full_sft_32.pth, which is not there: put it beside"):
