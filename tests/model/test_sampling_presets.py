@@ -88,7 +88,7 @@ def test_evaluations_use_no_preset(make_chat_model, out, monkeypatch, capsys, tm
     run_script(monkeypatch, "2-eval.py", "--report", out / "belle" / "full_sft_64.pth", *flags)
     settings = json.loads(report.read_text(encoding="utf-8"))["settings"]
     assert settings["temperature"] == 0.7 and settings["top_k"] == 0 and settings["repetition_penalty"] == 1
-    assert "preset" not in capsys.readouterr().out
+    assert "preset:" not in capsys.readouterr().out
 
 
 def test_conflicting_flags_are_one_line_errors(make_chat_model):
