@@ -77,7 +77,7 @@ def test_flags_override_the_preset_and_the_preset_the_defaults(make_chat_model, 
     assert lines[1:] == ([f"sampling: {preset} preset: {shown} (--sampling_preset none turns it off)"] if shown else [])
 
 
-def test_evaluations_use_no_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):
+def test_evaluations_do_not_use_a_preset(make_chat_model, out, monkeypatch, capsys, tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "?", "keys": ["hi"], "lang": "en"}\n')
     assert make_chat_model("belle", "--questions", questions).settings == SamplingParams(
