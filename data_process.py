@@ -301,9 +301,10 @@ def print_too_long(args: argparse.Namespace, report: DataStats) -> None:
 # ---- --check: the same steps without a writer ------------------------------------------------------------------------
 def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, task: Any) -> None:
     """Print statistics and the samples with the lowest content hashes; write nothing."""
-    from corpus.examples import batch_examples, read_text_examples
+    from corpus.examples import batch_examples
     from corpus.prepare_text import tokenize_texts
     from corpus.preview import print_sample
+    from corpus.read_examples import read_text_examples
 
     samples: list[tuple[int, int, str, list[Any]]] = []
 
@@ -319,7 +320,7 @@ def preview_data(args: argparse.Namespace, tokenizer: Any, report: DataStats, ta
         if args.kind != "pretrain":
             for batch in batch_examples(("", example) for example in task.read_examples(args.files, report)):
                 examples = [example for _, example in batch]
-                rendered = task.render(examples, tokenizer, args.max_seq_len, report)
+                rendered = task.tokens.render(examples, tokenizer, args.max_seq_len, report)
                 for example, documents in zip(examples, rendered, strict=True):
                     if documents:
                         add_sample(example, documents)

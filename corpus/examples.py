@@ -1,4 +1,4 @@
-"""Rows -> examples: removes exact duplicates, detects the language, assigns each example to a split.
+"""Examples of a dataset: documents, chats and pairs of answers, and the split that each one belongs to.
 
     validation if blake2b(content) / 2^64 < val_share, separately for each language
 
@@ -7,19 +7,15 @@ chats the hashed content is the first question, so no question is in both splits
 same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples of
 a language, at least min(20, n / 20) are validation examples, those with the lowest hashes.
 
-Read next: readers.py (files -> rows), preferences.py (pairs of answers), prepare_text.py and prepare_chats.py
-(examples -> shards).
+Read next: read_examples.py (rows -> examples), prepare_text.py and prepare_chats.py (examples -> shards).
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from corpus.chats import Message, chat_text, is_trained, trim_unanswered
-from corpus.language import LANGUAGES, detect_language
-from corpus.readers import PathLike, read_chats, read_texts
-from corpus.row_text import DEFAULT_READER, RowReader
-from corpus.stats import DataStats
+from corpus.chats import Message
+from corpus.language import LANGUAGES
 
 MIN_VALIDATION_EXAMPLES = 20  # per language; below 400 examples, a twentieth of them
 MAX_SAME_QUESTION = 20  # chats with the same first question that are split by it; later ones by the whole chat
@@ -44,55 +40,6 @@ class Example:
 def text_hash(text: str) -> int:
     """64-bit hash of a text, equal on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-
-
-def read_text_examples(
-    paths: Iterable[PathLike], report: DataStats, source_key: str = "", reader: RowReader = DEFAULT_READER
-) -> Iterator[Example]:
-    """Yield the documents of the files without exact duplicates. The hashes take about 80 bytes per document."""
-    seen: set[int] = set()
-    for document in read_texts(paths, report, source_key, reader):
-        key = text_hash(document.text)
-        if key in seen:
-            report.row_dropped("exact duplicate", document.source_file, document.line)
-            continue
-        seen.add(key)
-        language = detect_language(document.text)
-        yield Example(document.text, [], language, key, document.source_file, document.line, source=document.source)
-
-
-def read_chat_examples(
-    paths: Iterable[PathLike], report: DataStats, reader: RowReader = DEFAULT_READER, only: str = ""
-) -> Iterator[Example]:
-    """Yield the chats of the files without exact duplicates, each cut after its last answer.
-
-    Chats without an answer are dropped. `only`: "single" keeps chats of one turn, "multi" chats of several turns.
-    """
-    seen: set[int] = set()
-    for chat in read_chats(paths, report, reader):
-        location = (chat.source_file, chat.line)
-        messages = trim_unanswered(chat.messages)
-        if not any(map(is_trained, messages)):
-            report.row_dropped("no answer, so nothing to train on", *location)
-            continue
-        turns = sum(message["role"] == "user" for message in messages)
-        if only and (only == "single") != (turns == 1):
-            report.row_dropped(
-                "of one turn (--only multi)" if turns == 1 else "of several turns (--only single)", *location
-            )
-            continue
-        content_hash = messages_hash(messages)
-        if content_hash in seen:
-            report.row_dropped("exact duplicate", *location)
-            continue
-        seen.add(content_hash)
-        report.row_changed(chat.content.changes, chat.content.unused, *location)
-        if len(messages) < len(chat.messages):
-            report.row_truncated("without its last question, which has no answer", *location)
-        text = chat.content.text if messages is chat.messages else chat_text(messages)
-        yield Example(
-            text, messages, detect_language(text), question_hash(messages), *location, content_hash=content_hash
-        )
 
 
 def messages_hash(messages: Iterable[Message]) -> int:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from corpus.dataset_meta import DATA_FORMAT, write_meta
-from corpus.examples import BATCH_CHARACTERS, Example, assign_splits, batch_examples, read_text_examples
+from corpus.examples import BATCH_CHARACTERS, Example, assign_splits, batch_examples
 from corpus.job_state import PROGRESS_FILE, JobProgress, input_fingerprints, keep_if_resumable, skip_done
 from corpus.language import LANGUAGES
 from corpus.provenance import read_provenance
+from corpus.read_examples import read_text_examples
 from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.shard_writer import (

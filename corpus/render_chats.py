@@ -1,6 +1,6 @@
 """Chats -> documents of the token folder (ids, loss mask, answer bytes), truncated after whole turns.
 
-Called by prepare_chats.py. Read next: ../model/tokenizer.py (`render_each`).
+Called by tokenize_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 """
 
 import itertools

@@ -3,7 +3,7 @@
     dataset/sft/train.jsonl  ->  dataset/sft/tokens-<fingerprint>/  ->  ChatDataset
 
 The fingerprint covers the tokenizer and its chat template. A folder of other rows or another length is written again.
-Read next: datasets.py (the batches), ../corpus/prepare_chats.py (how a chat becomes tokens and a mask).
+Read next: datasets.py (the batches), ../corpus/tokenize_chats.py (how a chat becomes tokens and a mask).
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from corpus.dataset_meta import read_meta
-from corpus.prepare_chats import DataTask, tokenize_chats
+from corpus.tokenize_chats import TokenTask, tokenize_chats
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from trainer.datasets import ChatDataset, check_data
@@ -23,7 +23,7 @@ def tokenized_folder(
     args: argparse.Namespace,
     config: ModelConfig,
     tokenizer: ChatTokenizer,
-    form: DataTask | None = None,
+    task: TokenTask | None = None,
 ) -> str:
     """Tokenize --data_path for this tokenizer and length, unless that was done before; returns the token folder.
 
@@ -31,7 +31,7 @@ def tokenized_folder(
     """
     length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
     with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
-        folder = str(tokenize_chats(args.data_path, tokenizer, length, task=form))
+        folder = str(tokenize_chats(args.data_path, tokenizer, length, task=task))
     for line in dropped_row_messages(read_meta(folder).get("report", {})):
         dist.print0(line)
     return folder

@@ -11,11 +11,11 @@ import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
 from corpus.examples import Example
-from corpus.preferences import PAIR_TASK, render_pair_examples
-from corpus.prepare_chats import tokenize_chats
+from corpus.render_pairs import render_pair_examples
 from corpus.row_text import DEFAULT_READER
 from corpus.shard_reader import open_split
 from corpus.stats import BadRow, DataStats, DroppedRow
+from corpus.tokenize_chats import PAIR_TOKENS, tokenize_chats
 from model.chat_template import CHAT_FORMATS
 from tests.helpers import SHARED_DATA, visible_names
 
@@ -251,7 +251,7 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     printed = capsys.readouterr().out
     assert "an empty answer (chosen)" in printed and "next: python 5-dpo_train.py" in printed
     stamp = tokens.stat().st_mtime_ns
-    assert tokenize_chats(folder, tokenizer, 512, task=PAIR_TASK) == tokens and tokens.stat().st_mtime_ns == stamp
+    assert tokenize_chats(folder, tokenizer, 512, task=PAIR_TOKENS) == tokens and tokens.stat().st_mtime_ns == stamp
 
 
 def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
@@ -274,7 +274,7 @@ def test_too_many_bad_rows_are_an_error_and_nothing_is_half_written(tmp_path, pr
         process(path)
     with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
         process(write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
-    monkeypatch.setattr("corpus.prepare_chats._TokenFolder.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("corpus.tokenize_chats.TokenFolder.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         process(path, max_bad_share=0.1)
     assert visible_names(tmp_path) == ["a.jsonl", "b.jsonl"]
@@ -289,11 +289,11 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
 
 def test_errors_about_other_data_name_the_command(tmp_path, process, tokenizer, sft_dir):
     with pytest.raises(UserError, match=r"not a row that data_process.py wrote: run data_process\.py dpo again"):
-        tokenize_chats(sft_dir, tokenizer, 500, task=PAIR_TASK)
+        tokenize_chats(sft_dir, tokenizer, 500, task=PAIR_TOKENS)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
-        tokenize_chats(tmp_path / "none", tokenizer, 500, task=PAIR_TASK)
+        tokenize_chats(tmp_path / "none", tokenizer, 500, task=PAIR_TOKENS)
     with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
-        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, task=PAIR_TASK)
+        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, task=PAIR_TOKENS)
 
 
 @pytest.mark.real

@@ -68,15 +68,16 @@ def interrupted(process, monkeypatch):
     """Interrupt a run at batch number `at`; returns the list of batch sizes, which later runs extend."""
 
     def run(kind, file, *flags, at):
-        form, sizes = data_process.make_data_task(kind), []
+        task, sizes = data_process.make_data_task(kind), []
 
         def render(items, *rest):
             sizes.append(len(items))
             if len(sizes) == at:
                 raise KeyboardInterrupt
-            return form.render(items, *rest)
+            return task.tokens.render(items, *rest)
 
-        monkeypatch.setattr(data_process, "make_data_task", lambda kind, *_: dataclasses.replace(form, render=render))
+        interrupted_task = dataclasses.replace(task, tokens=dataclasses.replace(task.tokens, render=render))
+        monkeypatch.setattr(data_process, "make_data_task", lambda kind, *_: interrupted_task)
         with pytest.raises(KeyboardInterrupt):
             process(kind, file, *flags)
         return sizes

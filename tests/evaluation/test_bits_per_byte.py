@@ -120,7 +120,7 @@ def test_every_scored_token_is_the_label_of_one_window(n, limit, data):
 
 def test_sft_loss_equals_training_loss(tokenizer, sft_dir, tiny_parent):
     """Equal to the validation loss of 3-full_sft.py on the same file."""
-    from corpus.prepare_chats import tokenize_chats
+    from corpus.tokenize_chats import tokenize_chats
     from trainer.datasets import ChatDataset
     from trainer.loss import cross_entropy_sum
 

@@ -85,7 +85,7 @@ def test_rope_flags_extend_context_of_server(tiny_parent, scaled_checkpoint):
         open_models([str(tiny_parent)], 100, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"].max_model_len
         == 100
     )
-    with pytest.raises(UserError, match="of its own"):
+    with pytest.raises(UserError, match="already has RoPE scaling"):
         open_models([str(scaled_checkpoint)], 4096, torch.device("cpu"), rope=("linear", 4.0))
 
 
@@ -95,7 +95,7 @@ def test_rope_flags_extend_context_in_web_demo(tiny_parent, scaled_checkpoint):
         with_rope_scaling(entry, None).max_seq_len == 64 and with_rope_scaling(entry, ("yarn", 4.0)).max_seq_len == 256
     )
     refused = with_rope_scaling(read_model_entry(scaled_checkpoint, scaled_checkpoint.parent), ("yarn", 4.0))
-    assert "of its own" in refused.error
+    assert "already has RoPE scaling" in refused.error
 
 
 def test_training_prints_and_saves_rope_scaling(scaled_checkpoint, sft_dir, monkeypatch, capsys, tmp_path):

@@ -16,9 +16,8 @@ import pytest
 import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.preferences import PAIR_TASK
-from corpus.prepare_chats import CHAT_TASK, tokenize_chats
 from corpus.shard_reader import open_split
+from corpus.tokenize_chats import CHAT_TOKENS, PAIR_TOKENS, tokenize_chats
 from curation.perplexity_filter import ScoreStore
 from tests.helpers import make_chat_row, run_script, write_shards
 
@@ -121,7 +120,7 @@ def test_a_flipped_bit_in_a_tokenized_folder_is_one_line(token_folders, tokenize
     flip_bits.count()
 
 
-@pytest.mark.parametrize(("kind", "form"), [("sft", CHAT_TASK), ("dpo", PAIR_TASK)])
+@pytest.mark.parametrize(("kind", "form"), [("sft", CHAT_TOKENS), ("dpo", PAIR_TOKENS)])
 def test_a_flipped_bit_in_the_rows_is_one_line(token_folders, tokenizer, kind, form, flip_bits, num_attacks, tmp_path):
     folder = shutil.copytree(token_folders / kind, tmp_path / kind)
 
@@ -296,17 +295,18 @@ def test_resuming_unfinished_work_detects_flipped_bits(
         "".join(json.dumps(make_chat_row(i), ensure_ascii=False) + "\n" for i in range(300)), encoding="utf-8"
     )
     command = ["sft", str(file), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "out")]
-    form, calls = data_process.make_data_task("sft"), []
+    task, calls = data_process.make_data_task("sft"), []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return form.render(*arguments)
+        return task.tokens.render(*arguments)
 
     partial = tmp_path / "out.partial"
     with monkeypatch.context() as patch:
-        patch.setattr(data_process, "make_data_task", lambda kind, *_: dataclasses.replace(form, render=interrupted))
+        interrupted_task = dataclasses.replace(task, tokens=dataclasses.replace(task.tokens, render=interrupted))
+        patch.setattr(data_process, "make_data_task", lambda kind, *_: interrupted_task)
         with pytest.raises(KeyboardInterrupt):
             data_process.main(command)
     kept = Path(shutil.copytree(partial, tmp_path / "kept"))

@@ -148,7 +148,7 @@ def test_the_second_of_two_commands_exits_with_2_and_the_first_succeeds(tmp_path
 
 TOKENIZE_SCRIPT = """
 import sys
-from corpus.prepare_chats import tokenize_chats
+from corpus.tokenize_chats import tokenize_chats
 from model.tokenizer import load_tokenizer
 print(tokenize_chats(sys.argv[1], load_tokenizer(sys.argv[2]), 64), flush=True)
 """

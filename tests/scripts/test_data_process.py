@@ -17,10 +17,10 @@ from common.errors import UserError
 from corpus import prepare_text
 from corpus.dataset_meta import read_meta
 from corpus.examples import Example, mark_validation, text_hash
-from corpus.prepare_chats import tokenize_chats
 from corpus.render_chats import render_chat_examples
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats
+from corpus.tokenize_chats import tokenize_chats
 from tests.helpers import ROOT, SHARED_DATA, run_process, visible_names
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]

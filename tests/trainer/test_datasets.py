@@ -79,7 +79,7 @@ def test_data_of_another_tokenizer_is_rejected(tokenizer, pretrain_dir, tmp_path
 
 def test_dropped_and_shortened_rows_are_printed(tokenizer, tmp_path):
     """A model with max_seq_len 64 drops chats of data prepared for 512; the run prints how many and why."""
-    from corpus.prepare_chats import tokenize_chats
+    from corpus.tokenize_chats import tokenize_chats
 
     def chat(words):
         return [{"role": "user", "content": "hi " * words}, {"role": "assistant", "content": "yes"}]
