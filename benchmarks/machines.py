@@ -70,7 +70,7 @@ def traffic_bytes(config: ModelConfig, parallel: str, processes: int) -> float:
 def throughput_bound(config: ModelConfig, cluster: Cluster, step_tokens: float, utilisation: float) -> ThroughputBound:
     """Return the estimate for the first of _parallel_choices() that fits, with the largest micro-batch that fits.
 
-    Micro-batches smaller than min(4, rows per step) are tried with the last choice only.
+    Micro-batches smaller than min(4, rows_per_process) are tried with the last choice only.
     """
     seq, n = config.max_seq_len, cluster.gpus
     usable_memory = cluster.gpu.memory * 1e9 * 0.92  # the allocator loses 8 % to fragmentation

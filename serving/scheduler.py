@@ -75,7 +75,7 @@ class TokenEvent:
 
 
 def count_seqs(work: Iterable[WorkItem]) -> int:
-    """Return the number of batch rows of these items: one per request, num_beams per beam search, one per job."""
+    """Return the number of batch rows of these items, one per request or beam. A job takes no row but counts as one."""
     return sum(len(item.sequence.slots) if isinstance(item, Request) else 1 for item in work)
 
 
@@ -218,7 +218,7 @@ class InferenceEngine:
         return self._collect_events(scheduler, pieces)
 
     def _step_job(self, scheduler: Scheduler) -> list[TokenEvent]:
-        """Run one step of the first job, then append the job to the end of the queue."""
+        """Run one step of the first job; an unfinished job then goes to the end of the queue."""
         with self.changed:
             job = scheduler.jobs[0] if scheduler.jobs else None
         if job is None:  # aborted
