@@ -1,6 +1,6 @@
-"""Estimate the bottleneck of a training step on several machines: computing, the network or memory. Trains nothing.
+"""Estimate the bottleneck of a training step on several machines: compute, network or memory. Trains nothing.
 
-    python -m benchmarks.machines                              print the README's table, as markdown
+    python -m benchmarks.machines                              print the table of README.md
 
 Read next: ../trainer/memory.py (the formulas).
 """
@@ -15,13 +15,13 @@ from trainer.memory import GPU, GPUS, flops_per_token, training_memory
 
 @dataclass(frozen=True)
 class Cluster:
-    """One machine, or several equal ones, with their links."""
+    """One node or several identical nodes, and the bandwidth of their links."""
 
     name: str
     gpu: GPU
     gpus_per_node: int
     nodes: int
-    node_link: float = 0.0  # GB/s one way for each GPU
+    node_link: float = 0.0  # between nodes, GB/s per GPU in one direction
 
     @property
     def gpus(self) -> int:
@@ -35,7 +35,7 @@ class Cluster:
 CLUSTERS = (
     Cluster("2 x 3090", GPUS["3090"], 2, 1),
     Cluster("8 x H100", GPUS["h100"], 8, 1),
-    Cluster("8 nodes of 8 x H100", GPUS["h100"], 8, 8, 50),  # one 400 Gb/s card for each GPU
+    Cluster("8 nodes of 8 x H100", GPUS["h100"], 8, 8, 50),  # one 400 Gb/s network card per GPU
 )
 
 
@@ -44,31 +44,34 @@ class ThroughputBound:
     """Estimated memory and times of one optimizer step."""
 
     parallel: str
-    rows: int  # per process and forward pass
-    memory: float  # bytes
+    rows: int  # rows per micro-batch of one process
+    memory: float  # bytes per GPU
     compute: float  # seconds
-    traffic: float  # seconds, without overlap with computing
+    traffic: float  # seconds of communication, which overlaps with compute
     fits: bool
 
     @property
     def bound_by(self) -> str:
         if not self.fits:
             return "memory"
-        return "computing" if self.compute >= self.traffic else "the network"
+        return "compute" if self.compute >= self.traffic else "network"
 
 
 def traffic_bytes(config: ModelConfig, parallel: str, processes: int) -> float:
     """Return the bytes that each process sends in one optimizer step with ring collectives, in fp32.
 
-    ZeRO, arXiv:1910.02054, section 7. ddp, zero1, zero2: one reduce-scatter of gradients and one all-gather. zero3,
-    fsdp: all-gather of weights in forward and in backward, reduce-scatter of gradients.
+    ddp, zero1, zero2: one reduce-scatter of gradients and one all-gather. zero3, fsdp: one all-gather of weights in
+    forward, one in backward, one reduce-scatter of gradients. Source: ZeRO, arXiv:1910.02054, section 7.
     """
     bytes_per_parameter = 8 if parallel in ("ddp", "zero1", "zero2") else 12
     return bytes_per_parameter * count_parameters(config).total * (processes - 1) / processes
 
 
 def throughput_bound(config: ModelConfig, cluster: Cluster, step_tokens: float, utilisation: float) -> ThroughputBound:
-    """Return the estimate for the simplest --parallel that fits, with the largest micro-batch that fits."""
+    """Return the estimate for the first of _parallel_choices() that fits, with the largest micro-batch that fits.
+
+    Micro-batches smaller than min(4, rows_per_process) are tried with the last choice only.
+    """
     seq, n = config.max_seq_len, cluster.gpus
     usable_memory = cluster.gpu.memory * 1e9 * 0.92  # the allocator loses 8 % to fragmentation
     rows_per_process = max(1, round(step_tokens / seq / n))  # per step
@@ -88,30 +91,32 @@ def throughput_bound(config: ModelConfig, cluster: Cluster, step_tokens: float, 
 
 
 def _parallel_choices() -> Iterator[tuple[str, bool]]:
-    """Yield (--parallel, activation checkpointing), the simplest first."""
+    """Yield (--parallel, recompute), in order of preference. recompute: activation checkpointing."""
     for recompute in (False, True):
         for parallel in ("ddp", "fsdp"):  # the modes that support Muon
             yield parallel, recompute
 
 
 def print_cluster_table(utilisation: float = 0.4, step_tokens: float = 2**19) -> None:
-    """Print the table of presets and machines as markdown."""
-    print(f"{step_tokens:,.0f} tokens per step, {utilisation:.0%} of the peak while computing, bf16 products, Muon.\n")
-    print("| model | machine | take | rows at a time | memory, GB | computing | network | bound by | 20 tokens/param |")
+    """Print the table of presets and machines as markdown. `utilisation`: fraction of peak FLOP/s in compute."""
+    print(f"{step_tokens:,.0f} tokens per step, {utilisation:.0%} of peak FLOP/s, bf16 matmuls, Muon.\n")
+    print(
+        "| model | machine | --parallel | micro-batch | memory, GB | compute | network | bound by | 20 tokens/param |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name in ("small", "base", "mindllm-1.3b", "mindllm-3b", "xiangxin-3b"):
         config = ModelConfig(**PRESETS[name])
-        sizes = count_parameters(config)
+        parameters = count_parameters(config).total
         for cluster in CLUSTERS:
             bound = throughput_bound(config, cluster, step_tokens, utilisation)
-            hours = 20 * sizes.total / step_tokens * max(bound.compute, bound.traffic) / 3600
+            hours = 20 * parameters / step_tokens * max(bound.compute, bound.traffic) / 3600
             if bound.fits:
-                how = f"{bound.parallel} | {bound.rows} | {bound.memory / 1e9:.1f}"
-                whole = f"{hours:,.0f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-                spent = f"{bound.compute:.3f} s | {bound.traffic:.3f} s | {bound.bound_by} | {whole}"
+                setup = f"{bound.parallel} | {bound.rows} | {bound.memory / 1e9:.1f}"
+                duration = f"{hours:,.0f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+                times = f"{bound.compute:.3f} s | {bound.traffic:.3f} s | {bound.bound_by} | {duration}"
             else:
-                how, spent = f"nothing fits | 1 | {bound.memory / 1e9:.1f}", "| | memory |"
-            print(f"| {name}, {sizes.total / 1e6:,.0f} M | {cluster.name} | {how} | {spent} |")
+                setup, times = f"nothing fits | 1 | {bound.memory / 1e9:.1f}", "| | memory |"
+            print(f"| {name}, {parameters / 1e6:,.0f} M | {cluster.name} | {setup} | {times} |")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Converts conversations of any supported layout into messages: [{"role", "content"}, ...].
 
-    parse_messages(value)    parses a list of messages, of strings, of {human, assistant} or of [question, answer];
-                             such a list as JSON or Python text; or text marked with Human: and Assistant:
+    parse_messages(value)    parses a list of messages, strings, {human, assistant} objects or [question, answer] pairs,
+                             the same list written as JSON or Python text, or text with Human: and Assistant: markers
     apply_turn_rules(...)    makes roles alternate: system first, then user and assistant (layouts.TURN_RULES)
-    trim_unanswered(...)     removes a last question without an answer
+    trim_unanswered(...)     removes the messages after the last answer
 
 A message has the keys role and content, and `"weight": 0` if the row excludes it from training. Lists written as text
-are parsed, never evaluated: a data file cannot run code.
+are parsed and never evaluated, so a data file cannot run code.
 
 Read next: layouts.py (keys and roles), row_text.py (rows -> chats), prepare_chats.py (chats -> tokens).
 """
@@ -50,7 +50,7 @@ _MOSS = re.compile(r"<\|(?:Human|MOSS)\|>:[ \t]*")
 
 
 class RowNotes:
-    """What parsing changed in a row (`changes`: reasons) and did not read (`unused`: keys with a value)."""
+    """Notes on the parsing of a row. `changes`: descriptions of edits. `unused`: filled keys that are ignored."""
 
     def __init__(self) -> None:
         self.changes: dict[str, None] = {}
@@ -58,7 +58,7 @@ class RowNotes:
 
 
 def trim_unanswered(messages: list[Message]) -> list[Message]:
-    """Returns the chat up to its last answer, without unanswered messages after it. May be empty."""
+    """Returns the messages up to the last answer; [] if there is no answer."""
     if messages and messages[-1]["role"] == "assistant":
         return messages
     end = max((i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"), default=0)
@@ -88,13 +88,13 @@ def is_filled(value: Any) -> bool:
 
 
 def is_zero_weight(value: Any) -> bool:
-    """True for a weight that excludes a message or row from training: 0, false, or the same as text (csv)."""
+    """True for a weight that excludes a message or row from training: 0, false, or either as text (csv)."""
     return value in (0, False) or (isinstance(value, str) and value.strip().lower() in ("0", "0.0", "false"))
 
 
 # ---- a value -> messages ---------------------------------------------------------------------------------------------
 def parse_messages(value: Any, notes: RowNotes, field: str = "the list of messages") -> list[Message]:
-    """Parses `value` into messages without checking their text. Raises BadRow, or DroppedRow for tool turns."""
+    """Parses `value` into messages with unchecked content. Raises BadRow, or DroppedRow for tool turns."""
     if isinstance(value, str):
         marked = parse_marked_text(value)
         if marked:
@@ -133,8 +133,8 @@ def _simple_message(turn: Any) -> Message | None:
 
 
 def _object_turns(value: dict[str, Any]) -> Any:
-    """The turns of an object: one message, one {human, assistant}, {"messages": [...]}, {"turn_1": {...}, ...}, or
-    {"role": [...], "content": [...]}, the form of a `datasets` Sequence."""
+    """Returns the turns of an object: one message, one {human, assistant}, {"messages": [...]}, {"turn_1": {...}, ...}
+    or one list per key, {"role": [...], "content": [...]}, as a `datasets` Sequence stores them."""
     inner = next((value[key] for key in FIELD_KEYS["messages"] if is_filled(value.get(key))), None)
     if inner is not None:
         return inner
@@ -175,7 +175,7 @@ def _parse_turn(turn: Any, notes: RowNotes) -> list[Message]:
 
 
 def turn_role(turn: dict[str, Any]) -> str | None:
-    """Returns user, assistant, system or tool; None without a role. Raises BadRow for an unknown role."""
+    """Returns user, assistant, system or tool; None if the turn has no role key. Raises BadRow for an unknown role."""
     for key in ROLE_KEYS:
         name = turn.get(key)
         if isinstance(name, str):
@@ -188,7 +188,7 @@ def turn_role(turn: dict[str, Any]) -> str | None:
 
 
 def text_key_roles(turn: dict[str, Any]) -> dict[str, str]:
-    """Returns {key: role} of a turn without a role key, such as {human, assistant} or {q, a}; contexts come last."""
+    """Returns {key: role} of a turn without a role key, such as {human, assistant} or {q, a}; context keys are last."""
     roles = {key: _TURN_ROLES.get(key) or _TURN_ROLES.get(str(key).lower(), "") for key in turn}
     filled = [key for key, role in roles.items() if role and is_filled(turn[key])]
     return {key: roles[key] for key in sorted(filled, key=lambda key: str(key).lower() in FIELD_KEYS["context"])}
@@ -213,7 +213,10 @@ def _parse_message(turn: dict[str, Any], role: str, notes: RowNotes) -> Message:
 
 
 def unwrap_answer(value: Any) -> Any:
-    """Returns the text of a number, of a list of one text or of an object with a text; any other value unchanged."""
+    """Unwraps an answer: a number, a list of one text or an object with a content key becomes text.
+
+    Returns any other value unchanged.
+    """
     if isinstance(value, dict) and (key := find_content_key(value)) and turn_role(value) is None:
         value = value[key]
     if isinstance(value, (list, tuple)) and len(value) == 1 and not isinstance(value[0], (list, dict)):
@@ -222,7 +225,7 @@ def unwrap_answer(value: Any) -> Any:
 
 
 def find_content_key(turn: dict[str, Any]) -> str | None:
-    """Returns the content key of a message: the first that is filled, else the first present, else None."""
+    """Returns the first content key that is filled, else the first that is present, else None."""
     present = [key for key in CONTENT_KEYS if key in turn]
     return next((key for key in present if is_filled(turn[key])), present[0] if present else None)
 
@@ -234,7 +237,7 @@ def _note_unused_keys(turn: dict[str, Any], used: set[Any], notes: RowNotes) -> 
 
 
 def _message_text(value: Any) -> Any:
-    """The text of a message; OpenAI's content parts [{"type": "text", "text": "..."}] are joined."""
+    """Returns the text of a message. Joins the content parts of OpenAI: [{"type": "text", "text": "..."}]."""
     if isinstance(value, str):
         if value.startswith("<|") and (moss := _MOSS.match(value)):
             words = value[moss.end() :].rstrip()
@@ -254,7 +257,7 @@ def _message_text(value: Any) -> Any:
 
 
 def parse_history(value: Any, notes: RowNotes) -> list[Message]:
-    """Parses earlier turns: [[question, answer], ...] or messages, as a list or as JSON or Python text."""
+    """Parses earlier turns, [[question, answer], ...] or messages, from a list or from JSON or Python text."""
     if not is_filled(value):
         return []
     if isinstance(value, str):
@@ -271,12 +274,12 @@ def parse_history(value: Any, notes: RowNotes) -> list[Message]:
     ]
 
 
-# ---- the rules of turns ----------------------------------------------------------------------------------------------
+# ---- turn rules ------------------------------------------------------------------------------------------------------
 def apply_turn_rules(messages: list[Message], notes: RowNotes, cut_at_empty: bool = True) -> list[Message]:
     """Applies layouts.TURN_RULES: returns an optional system message, then alternating user and assistant messages.
 
-    `cut_at_empty`: the chat ends before its first empty message; if False, an empty message raises BadRow.
-    Raises BadRow or DroppedRow with the reason.
+    `cut_at_empty`: if True, the chat is cut before its first empty message; if False, an empty message raises BadRow.
+    Raises BadRow or DroppedRow if the messages break the rules.
     """
     if not _roles_alternate(messages):
         messages = _make_roles_alternate(messages, notes, cut_at_empty)
@@ -297,16 +300,16 @@ def _roles_alternate(messages: list[Message]) -> bool:
 def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty: bool) -> list[Message]:
     runs: list[list[Message]] = []  # consecutive messages of one role
     for new in messages:
-        role, before = new["role"], runs[-1][0]["role"] if runs else ""
-        if role == "system" and before not in ("", "system"):
+        role, previous_role = new["role"], runs[-1][0]["role"] if runs else ""
+        if role == "system" and previous_role not in ("", "system"):
             raise DroppedRow("a system message after the start")
         if role == "tool":
             raise DroppedRow(TOOLS_UNSUPPORTED)
         if role == "system" and is_blank(new["content"]):
             continue  # some datasets put an empty system message into every row
-        if role == "assistant" and before in ("", "system"):
+        if role == "assistant" and previous_role in ("", "system"):
             notes.changes[WITHOUT_OPENING] = None
-        elif role == before:
+        elif role == previous_role:
             runs[-1].append(new)
         else:
             runs.append([new])
@@ -325,7 +328,7 @@ def _make_roles_alternate(messages: list[Message], notes: RowNotes, cut_at_empty
 
 
 def _join_messages(run: list[Message], notes: RowNotes) -> Message:
-    """Joins consecutive messages of one role; the result has weight 0 if any of them has."""
+    """Joins consecutive messages of one role; the result has weight 0 if any of them has weight 0."""
     role = run[0]["role"]
     filled = [turn["content"] for turn in run if not is_blank(turn["content"])]
     if len(filled) > 1:

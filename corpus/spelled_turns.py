@@ -1,6 +1,6 @@
-"""Parses lists of turns that are written as text in a csv or parquet cell: as JSON, Python literal or numpy output.
+"""Parses lists of turns stored as text in csv or parquet cells: JSON, a Python literal or the output of numpy.
 
-The text is parsed, never evaluated: a data file cannot run code.
+The text is parsed and never evaluated, so a data file cannot run code.
 
 Read next: chats.py (turns -> messages).
 """
@@ -23,13 +23,13 @@ def spells_messages(value: Any) -> bool:
 
 
 def is_message(turn: dict[str, Any]) -> bool:
-    """True for an object with a known role and a text or a tool call."""
+    """True for an object with a known role and with a key for text or for tool calls."""
     has_role = any(isinstance(turn.get(key), str) and turn[key].strip().lower() in ROLE_NAMES for key in ROLE_KEYS)
     return has_role and any(key in turn for key in (*CONTENT_KEYS, *TOOL_KEYS))
 
 
 def is_tool_call(value: Any) -> bool:
-    """True for text that is a list of function calls: [{"name": ..., "arguments": ...}]."""
+    """True for text that is a list of function calls, [{"name": ..., "arguments": ...}]."""
     calls = parse_literal(value) if isinstance(value, str) and value.startswith("[{") and "arguments" in value else None
     return isinstance(calls, list) and all(isinstance(c, dict) and {"name", "arguments"} <= c.keys() for c in calls)
 
@@ -46,7 +46,7 @@ def parse_literal(text: str) -> Any:
     """Parses `text` as JSON, as a Python literal or as numpy output; returns None if all fail."""
     for parse in (json.loads, ast.literal_eval, _parse_numpy_list):
         try:
-            with warnings.catch_warnings():  # invalid escapes such as '\d' in the data are no problem of this program
+            with warnings.catch_warnings():  # data with invalid escapes such as '\d' would print a SyntaxWarning
                 warnings.simplefilter("ignore")
                 return parse(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -55,7 +55,7 @@ def parse_literal(text: str) -> Any:
 
 
 def _parse_numpy_list(text: str) -> Any:
-    """Parses a list of objects without commas, as numpy prints it: pandas writes lists from parquet to csv this way."""
+    """Parses numpy's text for an array of objects, which has no commas; pandas writes lists to csv like this."""
     if "}\n {" not in text:
         raise ValueError
     return ast.literal_eval(text.replace("}\n {", "}, {"))

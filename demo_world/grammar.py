@@ -2,12 +2,12 @@
 
     "The capital of {s} is {o}."  +  Fact(s=France, o=Paris)  ->  "The capital of France is Paris."
 
-The text files of a language in data/ (XX is en or zh) have `[section]` lines, comments (#) and:
+The text files in data/ come in one set per language (XX is en or zh). They contain `[section]` lines, # comments and:
 
     templates_XX.txt     [relation] topic      label: template | template     the labels are the fields of Templates
     small_talk_XX.txt    [name]                label: text | text             the labels are the fields of Questions
     identity_XX.txt      [name]                label: text | text             the labels are the fields of Questions
-    phrases_XX.txt       [name]                sentence | sentence            names and slots: PHRASES
+    phrases_XX.txt       [name]                sentence | sentence            sections and their slots: PHRASES
 
 A label may have several lines. A malformed line raises a UserError that names file and line.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from common.errors import UserError
 from demo_world.facts import DATA, Fact, Section, Term, read_sections
 
-PHRASES = {  # section of phrases_XX.txt: the slots of its sentences
+PHRASES = {  # {section of phrases_XX.txt: slots that its sentences may use}
     "wrappers": "q",
     "lead_ins": "t",
     "stories": "n topic t",
@@ -35,12 +35,12 @@ PHRASES = {  # section of phrases_XX.txt: the slots of its sentences
 }
 CHINESE_ONLY = "words"
 NEEDED_LABELS = {"small_talk": ("ask", "answer"), "identity": ("ask", "answer", "heldout", "keys")}
-GREETINGS = ("hello", "thanks", "goodbye")  # sections of small_talk_XX.txt that chats begin or end with
+GREETINGS = ("hello", "thanks", "goodbye")  # required sections of small_talk_XX.txt: openings and endings of chats
 
 
 @dataclass
 class Templates:
-    """The templates of one relation; all fields but `topic` are labels of templates_XX.txt, which documents them."""
+    """The templates of one relation. Each field except `topic` is a label of templates_XX.txt, explained there."""
 
     topic: str
     say: list[str] = field(default_factory=list)
@@ -55,11 +55,11 @@ class Templates:
     follow_up: list[str] = field(default_factory=list)
 
     def train_templates(self) -> list[tuple[list[str], list[str]]]:
-        """(questions, answers) of both directions, for training."""
+        """Returns (question templates, answer templates) for training: subject -> object, then object -> subject."""
         return [(self.ask, self.answer), (self.back_ask, self.back_answer)]
 
     def heldout_templates(self) -> list[list[str]]:
-        """Held-out questions of both directions, for evaluation."""
+        """Returns question templates for evaluation: subject -> object, then object -> subject."""
         return [self.heldout, self.back_heldout]
 
 
@@ -74,31 +74,31 @@ class Questions:
 
 
 def read_templates(lang: str, facts: Iterable[Fact], folder: Path = DATA) -> dict[str, Templates]:
-    """{relation: Templates} of the relations of `facts`; their slots are the ones that the templates may use.
+    """Returns {relation: Templates}. A template may use only the slots of the facts of its relation.
 
     Raises UserError for a malformed line or a missing relation.
     """
     path = folder / f"templates_{lang}.txt"
-    examples = {fact.relation: fact for fact in facts}
+    fact_by_relation = {fact.relation: fact for fact in facts}
     labels = [label.name for label in fields(Templates) if label.name != "topic"]
     relations: dict[str, Templates] = {}
     for section in read_sections(path):
-        if section.name not in examples:
+        if section.name not in fact_by_relation:
             raise section.error(section.number, f"no fact has the relation [{section.name}]")
         if not section.heading:
             raise section.error(section.number, "write the topic of the relation after its name")
-        slots = examples[section.name].slots
+        slots = fact_by_relation[section.name].slots
         templates = Templates(section.heading, **_labelled(section, labels, slots, ("say", "answer")))
         relations[section.name] = templates
         templates.back_answer = templates.back_answer or list(templates.answer)
         # Answers are statements too: pretraining contains every sentence that SFT trains as an answer.
         templates.say += [t for t in templates.answer + templates.back_answer if t not in templates.say]
-    _require(path, examples, relations)
+    _require(path, fact_by_relation, relations)
     return relations
 
 
 def read_questions(name: str, lang: str, folder: Path = DATA) -> dict[str, Questions]:
-    """{section: Questions} of `small_talk` or `identity`. Raises UserError for a malformed line."""
+    """Returns {section: Questions}; `name` is small_talk or identity. Raises UserError for a malformed line."""
     path = folder / f"{name}_{lang}.txt"
     labels, needed = [label.name for label in fields(Questions)], NEEDED_LABELS[name]
     found = {section.name: Questions(**_labelled(section, labels, {}, needed)) for section in read_sections(path)}
@@ -107,16 +107,16 @@ def read_questions(name: str, lang: str, folder: Path = DATA) -> dict[str, Quest
 
 
 def read_phrases(lang: str, folder: Path = DATA) -> dict[str, list[str]]:
-    """{section: sentences} of phrases_XX.txt. Raises UserError for a malformed line."""
+    """Returns {section: sentences} of phrases_XX.txt. Raises UserError for a malformed line."""
     path = folder / f"phrases_{lang}.txt"
     phrases: dict[str, list[str]] = {}
     for section in read_sections(path):
         if section.name not in PHRASES or section.heading:
-            raise section.error(section.number, f"not a section of this file; there are {', '.join(PHRASES)}")
+            raise section.error(section.number, f"unknown section [{section.name}]; write one of {', '.join(PHRASES)}")
         slots = {slot: Term(slot) for slot in PHRASES[section.name].split()}
         phrases[section.name] = [t for number, line in section.lines for t in _items(section, number, line, slots)]
         if not phrases[section.name]:
-            raise section.error(section.number, "an empty section")
+            raise section.error(section.number, f"section [{section.name}] is empty: add a sentence")
     _require(path, [name for name in PHRASES if name != CHINESE_ONLY or lang == "zh"], phrases)
     return phrases
 
@@ -124,12 +124,12 @@ def read_phrases(lang: str, folder: Path = DATA) -> dict[str, list[str]]:
 def _labelled(
     section: Section, labels: list[str], slots: dict[str, Term], needed: tuple[str, ...]
 ) -> dict[str, list[str]]:
-    """{label: items} of the lines `label: item | item`; the section must have the `needed` labels."""
+    """Returns {label: items} of the lines `label: item | item`. Raises UserError if a `needed` label is missing."""
     found: dict[str, list[str]] = {}
     for number, line in section.lines:
         label, separator, text = line.partition(": ")
         if not separator or label not in labels:
-            raise section.error(number, f"{label[:20]!r} is no label; write one of {', '.join(labels)}, then ': '")
+            raise section.error(number, f"{label[:20]!r} is not a label; write one of {', '.join(labels)}, then ': '")
         found.setdefault(label, []).extend(_items(section, number, text, slots))
     for label in needed:
         if label not in found:
@@ -138,7 +138,7 @@ def _labelled(
 
 
 def _items(section: Section, number: int, text: str, slots: dict[str, Term]) -> Iterator[str]:
-    """The texts between | in a line; each is checked by filling its slots."""
+    """Yields the texts of a line, separated by |. Raises UserError for a text with an unknown slot."""
     for item in map(str.strip, text.split("|")):
         if not item:
             raise section.error(number, "an empty text: write something on both sides of each |")
@@ -157,5 +157,5 @@ def _require(path: Path, needed: Iterable[str], found: Iterable[str]) -> None:
 
 
 def fill(template: str, fact: Fact) -> str:
-    """The template with the slots of the fact."""
+    """Returns the template with its slots replaced by the terms of the fact."""
     return template.format(**fact.slots)

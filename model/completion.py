@@ -19,9 +19,9 @@ from model.transformer import Transformer
 class Completion:
     """The generated tokens and text of a sequence.
 
-    `ids`: new tokens without the stop token. `text`: their text, cut before a stop string.
+    `ids`: generated tokens, excluding the stop token. `text`: the decoded ids, cut before a stop string.
     `finish_reason`: "stop" (stop token or stop string) or "length" (max_new_tokens or max_seq_len); "" while running.
-    `logprobs`: one entry per id, if requested. `stop_logprob`: that of the stop token, if the answer ends with one.
+    `logprobs`: one entry per id, if requested. `stop_logprob`: the entry of the stop token, if one was generated.
     `prompt_logprobs`: one entry per prompt token except the first, if requested.
     """
 
@@ -53,10 +53,10 @@ class Sequence:
         completion: Completion,
         index: int = 0,
     ) -> None:
-        """`index`: index among sequences with the same settings; it is added to the seed.
+        """`index` is added to the seed, because sequences with the same settings must not sample the same tokens.
 
-        Raises ValueError if the prompt is empty or longer than max_seq_len. With exactly max_seq_len tokens the answer
-        is empty.
+        Raises ValueError if the prompt is empty or longer than max_seq_len. If it has exactly
+        max_seq_len tokens, nothing is generated.
         """
         limit, seed = model.config.max_seq_len, settings.seed
         if not prompt:
@@ -67,7 +67,7 @@ class Sequence:
         self.detokenizer = IncrementalDetokenizer(tokenizer, settings.stop)
         self.rng = random.Random(None if seed is None else seed + index)
         self.tokens_left = min(settings.max_new_tokens, limit - len(prompt))  # tokens that may still be generated
-        self.num_cached = 0  # tokens of each slot in the KV cache
+        self.num_cached = 0  # number of cached tokens per slot
         self.slots = [Slot(self, prompt[-1]) for _ in range(settings.num_beams)]  # one per beam
         self.penalties: Penalties | None = None
         if settings.has_penalties:
@@ -79,7 +79,7 @@ class Sequence:
             completion.finish_reason = "length"
 
     def append(self, token: int, is_stop: bool) -> str:
-        """Append a generated token; returns the text that it completes, possibly ""."""
+        """Append a generated token; return the new text, "" while a character or stop string is incomplete."""
         self.tokens_left -= 1
         self.slots[0].last_token = token
         piece = ""
@@ -95,7 +95,7 @@ class Sequence:
         return piece
 
     def extend(self, tokens: list[int], stop_ids: Collection[int]) -> str:
-        """Append the tokens of a finished beam, up to a stop string; returns the text of the answer."""
+        """Append the tokens of a finished beam, up to a stop token or stop string; return the text of the answer."""
         for token in tokens:
             self.append(token, token in stop_ids)
             if self.completion.finish_reason:

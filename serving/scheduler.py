@@ -4,10 +4,10 @@
                  (new requests join between two steps)         (a finished or aborted request frees its rows at once)
 
 Each step reads the weights once for all rows, so throughput grows with the batch size. Each model has a `DecodeBatch`
-(model/generate.py) of at most `max_num_seqs` rows and a queue of at most `max_queue`; the models alternate, one step
-each. A beam search takes one row per beam and is decoded in the same passes as all other rows. A job (embeddings.py)
-runs one step between two decode steps. The engine is independent of HTTP: `add_requests` queues requests, and one call
-of `on_events` delivers the events of a step.
+(model/generate.py) of at most `max_num_seqs` rows and a queue of at most `max_queue`. The thread runs one step of each
+model in turn. A beam search takes one row per beam; its rows share the forward passes with all other rows. Between two
+decode steps, a job (embeddings.py) runs one step. The engine does not depend on HTTP. `add_requests` queues requests;
+after each step, one call of `on_events` delivers all its events.
 Called by service.py. Read next: ../model/generate.py (DecodeBatch), service.py (the caller).
 """
 
@@ -26,14 +26,13 @@ from model.generate import DecodeBatch
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
 
-PREFILL_TOKENS = (
-    2048  # per prefill pass, at most (or one longer prompt), before the running requests get their next token
-)
+# Limit of padded prompt tokens per prefill pass, since it delays the running requests. A single prompt may be longer.
+PREFILL_TOKENS = 2048
 MAX_RETRY_AFTER = 60  # upper bound of Retry-After, in seconds
 
 
 class QueueFull(Exception):
-    """The queue is full. `retry_after`: estimated seconds until it has space."""
+    """The queue is full. `retry_after`: estimated seconds until a slot is free."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the queue is full: try again in {retry_after} s")
@@ -42,24 +41,24 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class Request:
-    """One answer to generate. The engine does not use `inbox`, which belongs to the caller."""
+    """One answer to generate. `inbox` is for the caller; the engine does not use it."""
 
     sequence: Sequence
-    index: int  # among the answers of its HTTP request
+    index: int  # index among the answers of one HTTP request
     inbox: Any = None
     aborted: bool = False
     started_at: float = 0.0
-    echo: str | list[int] | None = None  # the prompt as in the HTTP request, if the answer begins with it
+    echo: str | list[int] | None = None  # the prompt, text or ids, if the response repeats it before the answer
 
 
 class EngineJob(Protocol):
-    """Work on a model other than decoding (embeddings), in steps short enough to run between two tokens."""
+    """Work on a model other than decoding (embeddings), in steps short enough to run between two decode steps."""
 
     inbox: Any
     aborted: bool
 
     def step(self, model: Transformer) -> bool:
-        """Compute the next part in the engine thread; return whether it was the last."""
+        """Run the next step, in the engine thread; return True if the job is complete."""
 
 
 WorkItem = Request | EngineJob
@@ -76,12 +75,12 @@ class TokenEvent:
 
 
 def count_seqs(work: Iterable[WorkItem]) -> int:
-    """Rows of the batch that these take: one per request, or one per beam of a beam search; a job counts as one."""
+    """Return the number of batch rows of these items, one per request or beam. A job takes no row but counts as one."""
     return sum(len(item.sequence.slots) if isinstance(item, Request) else 1 for item in work)
 
 
 class Scheduler:
-    """A model's batch with its running and waiting requests."""
+    """The batch, the running and waiting requests and the jobs of one model."""
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
         self.batch = DecodeBatch(model, tokenizer)
@@ -95,7 +94,7 @@ class Scheduler:
 
 
 class InferenceEngine:
-    """Per model, at most `max_num_seqs` rows run and `max_queue` more wait; a beam search counts one row per beam."""
+    """Decodes the requests of all models. Per model, at most `max_num_seqs` rows run and `max_queue` more rows wait."""
 
     def __init__(
         self,
@@ -105,7 +104,7 @@ class InferenceEngine:
         autocast_context: Callable[[], AbstractContextManager[Any]],
         on_events: Callable[[list[TokenEvent]], None],
     ) -> None:
-        """The engine thread calls `on_events` and computes in the context that `autocast_context` returns."""
+        """`on_events` is called in the engine thread, which runs inside the context that `autocast_context` returns."""
         self.schedulers = {name: Scheduler(*pair) for name, pair in models.items()}
         self.max_num_seqs, self.max_queue = max_num_seqs, max_queue
         self.autocast_context, self.on_events = autocast_context, on_events
@@ -126,7 +125,7 @@ class InferenceEngine:
             self.thread.join()
 
     def check_capacity(self, name: str) -> None:
-        """Raises QueueFull if the queue is full, so a caller can reject a request before it tokenises the prompt."""
+        """Raise QueueFull if the queue is full. A caller can thus reject a request before tokenising its prompt."""
         with self.changed:
             self._check_capacity(self.schedulers[name], 1)
 
@@ -157,7 +156,7 @@ class InferenceEngine:
             self.changed.notify()
 
     def abort(self, requests: Collection[WorkItem]) -> None:
-        """Abort requests and jobs; their rows are free before the next step. A no-op for finished ones."""
+        """Abort requests and jobs; the next step frees their rows first. A no-op for finished ones."""
         with self.changed:
             for request in requests:
                 request.aborted = True
@@ -168,7 +167,7 @@ class InferenceEngine:
                     scheduler.jobs = deque(job for job in scheduler.jobs if not job.aborted)
 
     def status(self) -> dict[str, dict[str, int]]:
-        """Per model: running rows, waiting rows, and the limits of both."""
+        """Return per model the running rows, the waiting rows and the limit of each."""
         with self.changed:
             return {
                 name: {
@@ -219,7 +218,7 @@ class InferenceEngine:
         return self._collect_events(scheduler, pieces)
 
     def _step_job(self, scheduler: Scheduler) -> list[TokenEvent]:
-        """One step of the first job, which then moves to the end of the queue."""
+        """Run one step of the first job; an unfinished job then goes to the end of the queue."""
         with self.changed:
             job = scheduler.jobs[0] if scheduler.jobs else None
         if job is None:  # aborted
@@ -253,7 +252,7 @@ class InferenceEngine:
         return admitted
 
     def _collect_events(self, scheduler: Scheduler, pieces: list[tuple[Sequence, str]]) -> list[TokenEvent]:
-        """One event per sequence. A new sequence has two pieces, one of prefill and one of decode."""
+        """Return one event per sequence. A new sequence has two pieces, one from prefill and one from decode."""
         texts: dict[Sequence, str] = {}
         for sequence, text in pieces:
             texts[sequence] = texts.get(sequence, "") + text

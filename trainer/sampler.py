@@ -1,4 +1,4 @@
-"""Batch sampler: which rows make up which step. It depends only on the step number, so runs resume exactly.
+"""Batch sampler: selects the rows of each step. They depend only on the seed and the step, so runs resume exactly.
 
     epoch = step // steps_per_epoch          rows of a step = a slice of the epoch's shuffled order
     global batch = batch_size x processes x accumulation_steps rows, split into micro-batches of batch_size rows
@@ -17,13 +17,13 @@ from common.errors import UserError
 from trainer.datasets import Batch, TokenDataset, empty_batch
 from trainer.shuffle import EpochOrder
 
-SORT_POOL = 64  # global batches per pool that is sorted by length: larger pools need less padding, smaller mix better
+SORT_POOL = 64  # global batches per pool that is sorted by length; larger pools need less padding but shuffle less
 
 
 class BatchSampler:
-    """The rows of every step. An epoch is one shuffled pass over all rows; its last batch may be smaller.
+    """Selects the rows of each step. An epoch is one shuffled pass over all rows; its last batch may be smaller.
 
-    lengths: (n_rows,), or None if all rows have the same length. With lengths, rows of similar length form a batch.
+    lengths: (n_rows,), or None if all rows have the same length. With lengths, each batch has rows of similar length.
     """
 
     def __init__(self, n_rows: int, lengths: np.ndarray | None, global_batch_size: int, seed: int) -> None:
@@ -33,7 +33,7 @@ class BatchSampler:
         self._epoch, self._batches = -1, []  # type: int, list[np.ndarray]
 
     def num_steps(self, max_steps: int, epochs: float) -> int:
-        """Return the steps of a run: `max_steps`, or if that is 0 the steps of `epochs`, rounded up."""
+        """Return the number of steps of a run: `max_steps`, or, if it is 0, `epochs` in steps, rounded up."""
         return max_steps or max(1, math.ceil(round(epochs * self.steps_per_epoch, 6)))
 
     def row_ids(self, step: int) -> np.ndarray:
@@ -48,34 +48,34 @@ class BatchSampler:
 
     def _by_length(self, epoch: int, lengths: np.ndarray) -> list[np.ndarray]:
         """Shuffle the rows, sort them by length within pools, cut them into batches and shuffle the batches."""
-        random = np.random.default_rng((self.seed, epoch))
-        order, pool = random.permutation(self.n_rows), SORT_POOL * self.global_batch_size
+        rng = np.random.default_rng((self.seed, epoch))
+        order, pool = rng.permutation(self.n_rows), SORT_POOL * self.global_batch_size
         pools = [order[start : start + pool] for start in range(0, self.n_rows, pool)]
         order = np.concatenate([row_ids[lengths[row_ids].argsort(kind="stable")] for row_ids in pools])
         batches = [
             order[start : start + self.global_batch_size] for start in range(0, self.n_rows, self.global_batch_size)
         ]
-        random.shuffle(batches)
+        rng.shuffle(batches)
         return batches
 
-    # ---- output; MixSampler (mixing.py) overrides these ----
+    # ---- log output, overridden by MixSampler (mixing.py) ----
     def summary(self) -> str:
-        """Lines to print at the start of the run."""
+        """Return text to print at the start of the run, or ""."""
         return ""
 
     def notice_before(self, step: int) -> str:
-        """A line to print before this step, or ""."""
+        """Return a line to print before this step, or ""."""
         return ""
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """Entries for the log after `step` steps."""
+        """Return entries for the metrics log after `step` steps."""
         return {}
 
 
 class MicroBatches(Dataset[Any]):
-    """Item `step` is this process's list of micro-batches of that step.
+    """Maps a step number to the list of micro-batches that this process trains on in that step.
 
-    All processes get equally many; a process without rows gets a batch without trained tokens.
+    All processes get the same number of micro-batches; one without rows left gets a batch without trained tokens.
     """
 
     def __init__(self, data: TokenDataset, sampler: BatchSampler, batch_size: int, rank: int, world_size: int) -> None:
@@ -83,7 +83,7 @@ class MicroBatches(Dataset[Any]):
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def __getitem__(self, step: int) -> Any:
-        """Return the micro-batches. A worker process returns a UserError: raising it would print a traceback."""
+        """Return the micro-batches. A worker process returns a UserError, because raising it prints a traceback."""
         try:
             return self.micro_batches(step)
         except UserError as error:
@@ -106,7 +106,7 @@ class MicroBatches(Dataset[Any]):
 
 
 def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of steps first ... last - 1, loaded ahead by `num_workers` processes.
+    """Yield the micro-batches of steps first ... last - 1, loaded in advance by `num_workers` worker processes.
 
     Raises UserError if the data is damaged.
     """
@@ -126,12 +126,12 @@ def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: 
 def validation_batches(
     data: TokenDataset, batch_size: int, rank: int, world_size: int, max_tokens: int
 ) -> Iterator[Batch]:
-    """Yield this process's part of the validation batches, about `max_tokens` tokens in all; always the same rows.
+    """Yield this process's validation batches; those of all processes hold about `max_tokens` tokens. Rows are fixed.
 
-    All processes get equally many batches, if need be one without trained tokens, because sharded weights are gathered
-    by collectives.
+    All processes get the same number of batches, because sharded weights are gathered by collectives. The last batch of
+    a process may have no trained tokens.
     """
-    lengths, num_tokens, number = data.lengths(), 0, 0
+    lengths, num_tokens, num_batches = data.lengths(), 0, 0
     order = None if lengths is None else np.random.default_rng(0).permutation(len(data))
     for start in range(0, len(data), batch_size):
         if num_tokens >= max_tokens:
@@ -139,8 +139,8 @@ def validation_batches(
         positions = np.arange(start, min(start + batch_size, len(data)))
         batch = data.batch(positions if order is None else order[positions])
         num_tokens += batch["input_ids"].numel()
-        if number % world_size == rank:
+        if num_batches % world_size == rank:
             yield batch
-        number += 1
-    if number == 0 or rank >= number % world_size > 0:
+        num_batches += 1
+    if num_batches == 0 or rank >= num_batches % world_size > 0:
         yield empty_batch(data)

@@ -1,7 +1,7 @@
-"""chat_openai_api.py against this project's server and against servers of another protocol.
+"""chat_openai_api.py against this project's server and servers that are not OpenAI-compatible.
 
 Promises: --prompt prints one answer; each request contains the history and the system message; the first model is the
-default; Ctrl-C stops an answer and not the conversation; errors are one line with exit code 2.
+default; Ctrl-C stops the answer but not the program; errors print one line and exit with code 2.
 """
 
 import http.server
@@ -39,7 +39,7 @@ def api_key(monkeypatch):
 
 
 def run_client(monkeypatch, server, *flags, lines=()):
-    """Run the script with these input lines."""
+    """Run the script. `input()` returns the lines, then raises EOFError."""
     lines = iter(lines)
 
     def read(prompt):
@@ -54,7 +54,7 @@ def run_client(monkeypatch, server, *flags, lines=()):
 
 @pytest.fixture
 def requests(server, monkeypatch):
-    """The bodies that the server receives. Answers are greedy, so their text is known."""
+    """Request bodies that the server has received. It decodes greedily, so the answers are deterministic."""
     bodies = []
     make_requests = server.service.make_requests
 
@@ -66,7 +66,7 @@ def requests(server, monkeypatch):
     return bodies
 
 
-def test_the_prompt_flag_prints_one_answer(monkeypatch, server, requests, capsys):
+def test_prompt_flag_prints_one_answer(monkeypatch, server, requests, capsys):
     run_client(monkeypatch, server, "--prompt", "Hi 你好", "--max_tokens", 9, "--system", "kind")
     served = server.service.models["first"]
     messages = [{"role": "system", "content": "kind"}, {"role": "user", "content": "Hi 你好"}]
@@ -77,7 +77,7 @@ def test_the_prompt_flag_prints_one_answer(monkeypatch, server, requests, capsys
     assert (body.model, body.max_tokens, body.stream) == ("first", 9, True)
 
 
-def test_each_question_is_sent_with_the_conversation(monkeypatch, server, requests, capsys):
+def test_each_request_contains_the_history(monkeypatch, server, requests, capsys):
     run_client(monkeypatch, server, "--model", "second", "--max_tokens", 5, lines=["one", "two", "", "three"])
     first, second = ([(m.role, m.text) for m in body.messages] for body in requests)
     assert first == [("user", "one")]
@@ -86,7 +86,7 @@ def test_each_question_is_sent_with_the_conversation(monkeypatch, server, reques
     assert {body.model for body in requests} == {"second"}
 
 
-def test_the_end_of_the_input_ends_the_conversation(monkeypatch, server, requests):
+def test_end_of_input_ends_the_program(monkeypatch, server, requests):
     run_client(monkeypatch, server, "--max_tokens", 5, lines=["one"])
     assert len(requests) == 1
 
@@ -117,14 +117,14 @@ def test_errors_are_one_line(monkeypatch, server):
         assert "\n" not in str(error.value)
 
 
-class OtherServer(http.server.BaseHTTPRequestHandler):
-    """A server of another protocol. `server.reply`: content type, body, and bytes of the body that are never sent."""
+class IncompatibleServer(http.server.BaseHTTPRequestHandler):
+    """A server that is not OpenAI-compatible. `server.reply`: content type, body, number of bytes missing from it."""
 
     def do_GET(self):
-        kind, body, cut = self.server.reply
+        content_type, body, num_missing = self.server.reply
         self.send_response(200)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(body) + cut))
+        self.send_header("content-type", content_type)
+        self.send_header("content-length", str(len(body) + num_missing))
         self.end_headers()
         self.wfile.write(body)
 
@@ -137,7 +137,7 @@ class OtherServer(http.server.BaseHTTPRequestHandler):
 EVENT = json.dumps(
     {"id": "1", "object": "x", "created": 1, "model": "m", "choices": [{"index": 0, "delta": {"content": "A"}}]}
 )
-FAULT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error"}})
+ERROR_EVENT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error"}})
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ FAULT = json.dumps({"error": {"message": "out\nof memory", "type": "server_error
         (("application/json", b'{"data": []}', 0), [], "lists no models: name one with --model"),
         (("text/html", b"<html>", 0), ["--model", "m"], "the response is not OpenAI's API"),
         (("text/event-stream", f"data: {EVENT}\n\n".encode(), 9), ["--model", "m"], "no answer from|connection lost"),
-        (("text/event-stream", f"data: {FAULT}\n\n".encode(), 0), ["--model", "m"], "out of memory"),
+        (("text/event-stream", f"data: {ERROR_EVENT}\n\n".encode(), 0), ["--model", "m"], "out of memory"),
     ],
 )
-def test_other_servers_and_broken_streams_are_one_line_errors(monkeypatch, reply, flags, message):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OtherServer) as other:
+def test_incompatible_servers_and_broken_streams_are_one_line_errors(monkeypatch, reply, flags, message):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), IncompatibleServer) as other:
         other.reply = reply
         threading.Thread(target=other.serve_forever, daemon=True).start()
         with pytest.raises(UserError, match=message) as error:
@@ -162,13 +162,13 @@ def test_other_servers_and_broken_streams_are_one_line_errors(monkeypatch, reply
         other.shutdown()
 
 
-def test_a_missing_package_is_named_with_its_command(monkeypatch):
+def test_missing_openai_package_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match='openai is not installed: pip install "openai>=2,<4"'):
         run_script(monkeypatch, SCRIPT, "--prompt", "?")
 
 
-def test_help_needs_nothing_and_errors_exit_with_2():
+def test_help_needs_no_packages_and_errors_exit_with_2():
     result = run_process(sys.executable, "-S", SCRIPT, "--help")  # -S: without any installed package
     assert result.returncode == 0 and "--base_url" in result.stdout
     result = run_process(sys.executable, SCRIPT, "--base_url", "http://127.0.0.1:9/v1", "--prompt", "?")
@@ -176,14 +176,14 @@ def test_help_needs_nothing_and_errors_exit_with_2():
     assert result.stderr.startswith("error: no answer from") and result.stderr.count("\n") == 1
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(server, requests):
+def test_ctrl_c_stops_the_answer_but_not_the_program(server, requests):
     command = [sys.executable, SCRIPT, "--base_url", f"{server.url}/v1"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ)
     )
     try:
         assert process.stdout.readline().startswith(b"first at http")
-        process.stdin.write(b"1\n")  # the greedy answer has thousands of tokens
+        process.stdin.write(b"1\n")  # greedy decoding answers this with thousands of tokens
         process.stdin.flush()
         deadline = time.monotonic() + 20
         while not server.status("first")["running"]:
@@ -192,7 +192,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(server, requests):
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         while server.status("first")["running"]:
-            assert time.monotonic() < deadline, "the request is aborted"
+            assert time.monotonic() < deadline, "Ctrl-C did not abort the request"
             time.sleep(0.01)
         assert process.poll() is None
         out, errors = process.communicate(b"\n", timeout=20)

@@ -1,4 +1,4 @@
-"""Datasets: every token is a label once, only answer tokens are labels, data of another tokenizer is rejected."""
+"""Datasets: each token is a label once, only answer tokens are labels in chats, mismatched data is rejected."""
 
 import json
 
@@ -19,8 +19,8 @@ def test_packed_rows_cover_the_stream_once(tokenizer, pretrain_dir):
     batch = data.batch(np.arange(len(data)))
     stream = data.tokens.read(0, data.tokens.tokens)
     assert batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() == stream[1:].tolist()
-    trained = (batch["labels"] != IGNORE_INDEX).float().mean().item()
-    assert trained >= 0.98, f"{trained:.3f} of the positions are trained"
+    trained_fraction = (batch["labels"] != IGNORE_INDEX).float().mean().item()
+    assert trained_fraction >= 0.98
 
 
 def test_only_answer_tokens_are_labels(tokenizer, tmp_path):
@@ -38,16 +38,18 @@ def test_only_answer_tokens_are_labels(tokenizer, tmp_path):
 
 
 def test_chat_batches_have_few_widths(tokenizer, tmp_path):
-    """On a CPU every matmul shape allocates buffers: SFT took 15 GB when every batch had its own width."""
+    """On a CPU, each new matmul shape allocates buffers. SFT used 15 GB when each batch had a different width."""
     sizes = [5, 16, 17, 18, 30, 33, 34, 41]
     chats = [(np.ones(size, dtype=np.int64), np.ones(size, dtype=np.int64)) for size in sizes]
     data = ChatDataset(str(write_shards(tmp_path / "chats", "chats", tokenizer, {"train": chats})), "train", 0)
     widths = [data.batch(np.array([row]))["input_ids"].shape[1] for row in range(len(sizes))]
-    assert widths == [16, 16, 16, 32, 32, 32, 40, 40], "multiples of 16, at most the width of the longest chat"
+    assert widths == [16, 16, 16, 32, 32, 32, 40, 40], (
+        "widths must be multiples of 16, or the width of the longest chat"
+    )
     assert data.batch(np.arange(len(sizes)))["token_mask"].sum() == sum(sizes) - len(sizes)
 
 
-def test_chat_loss_is_independent_of_its_batch(tokenizer, tmp_path):
+def test_chat_loss_is_independent_of_batch_composition(tokenizer, tmp_path):
     from model.config import ModelConfig
     from model.transformer import Transformer
 
@@ -68,7 +70,7 @@ def test_chat_loss_is_independent_of_its_batch(tokenizer, tmp_path):
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_data_of_another_tokenizer_is_rejected(tokenizer, pretrain_dir, tmp_path):
+def test_data_of_another_stage_or_tokenizer_is_rejected(tokenizer, pretrain_dir, tmp_path):
     with pytest.raises(UserError, match="holds pretrain data, this stage reads chats"):
         check_data(str(pretrain_dir), "chats", tokenizer)
     other = write_shards(tmp_path / "other", "pretrain", tokenizer, {"train": [[1, 2, 3]]})
@@ -77,7 +79,7 @@ def test_data_of_another_tokenizer_is_rejected(tokenizer, pretrain_dir, tmp_path
         check_data(str(other), "pretrain", tokenizer)
 
 
-def test_dropped_and_shortened_rows_are_printed(tokenizer, tmp_path):
+def test_rows_dropped_for_max_seq_len_are_printed(tokenizer, tmp_path):
     """A model with max_seq_len 64 drops chats of data prepared for 512; the run prints how many and why."""
     from corpus.tokenize_chats import tokenize_chats
 
@@ -89,5 +91,5 @@ def test_dropped_and_shortened_rows_are_printed(tokenizer, tmp_path):
     (tmp_path / "val.jsonl").write_text("")
     report = read_meta(str(tokenize_chats(tmp_path, tokenizer, 64)))["report"]
     assert list(dropped_row_messages(report)) == ["2 of 5 rows left out: first turn longer than 64 tokens"]
-    assert not list(dropped_row_messages(report | {"read": 5})), "printed by data_process.py already"
-    assert not list(dropped_row_messages({})), "an old folder without a report"
+    assert not list(dropped_row_messages(report | {"read": 5})), "data_process.py has printed these rows already"
+    assert not list(dropped_row_messages({})), "a folder of an older version has no report"

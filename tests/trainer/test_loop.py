@@ -32,18 +32,18 @@ def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_matrix_products_use_the_requested_dtype(monkeypatch, pretrain, name, capsys):
-    seen = set()
-    real = torch.nn.Linear.forward
+    dtypes = set()
+    original_forward = torch.nn.Linear.forward
 
-    def spying(self, x):
-        out = real(self, x)
-        seen.add(out.dtype)
+    def record_dtype(self, x):
+        out = original_forward(self, x)
+        dtypes.add(out.dtype)
         return out
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", spying)
+    monkeypatch.setattr(torch.nn.Linear, "forward", record_dtype)
     folder = pretrain("--dtype", name)
-    assert seen == {getattr(torch, name)}
-    assert f", {name}, " in capsys.readouterr().out, "the dtype is printed"
+    assert dtypes == {getattr(torch, name)}
+    assert f", {name}, " in capsys.readouterr().out, "the run must print the dtype"
     assert {tensor.dtype for tensor in load_weights(folder / "pretrain_32.pth").values()} == {torch.float32}
 
 
@@ -55,36 +55,36 @@ def test_unknown_dtype_or_device_is_rejected(pretrain):
 
 
 def test_short_run_saves_its_last_weights(pretrain):
-    """A run of 3 steps with --save_interval 200 writes a complete checkpoint."""
+    """A run of 3 steps, shorter than --save_interval, writes a complete checkpoint."""
     folder = pretrain()
     assert visible_names(folder) == ["pretrain_32.jsonl", "pretrain_32.png", "pretrain_32.pth"]
     checkpoint = torch.load(folder / "pretrain_32.pth", weights_only=True)
     assert checkpoint.keys() == {"format", "stage", "config", "tokenizer", "model", "lineage"}
     assert checkpoint["lineage"][-1]["steps"] == 3 and checkpoint["stage"] == "pretrain"
-    assert "lm_head.weight" not in checkpoint["model"], "tied weights are saved once"
+    assert "lm_head.weight" not in checkpoint["model"], "tied weights must be saved once"
 
 
 def test_first_loss_is_compared_with_ln_vocabulary(pretrain, capsys):
     pretrain()
-    said = re.search(r"first loss ([\d.]+), ln\(vocabulary\) ([\d.]+)", capsys.readouterr().out)
-    assert abs(float(said[1]) - float(said[2])) <= 0.15 and float(said[2]) == pytest.approx(math.log(272), abs=1e-3)
+    match = re.search(r"first loss ([\d.]+), ln\(vocabulary\) ([\d.]+)", capsys.readouterr().out)
+    assert abs(float(match[1]) - float(match[2])) <= 0.15 and float(match[2]) == pytest.approx(math.log(272), abs=1e-3)
 
 
 def make_losses_nan(monkeypatch, steps):
-    """Make the loss NaN at these steps."""
+    """Make the training loss NaN at these steps, counted from 1."""
     from trainer import loss
 
-    real, calls = loss.cross_entropy_sum, 0
+    original, calls = loss.cross_entropy_sum, 0
 
-    def poisoned(hidden, weight, labels):
+    def cross_entropy_with_nan(hidden, weight, labels):
         nonlocal calls
-        value, count = real(hidden, weight, labels)
+        value, count = original(hidden, weight, labels)
         if torch.is_grad_enabled():
             calls += 1
             value = value * (math.nan if calls in steps else 1.0)
         return value, count
 
-    monkeypatch.setattr(loss, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(loss, "cross_entropy_sum", cross_entropy_with_nan)
 
 
 def test_non_finite_step_is_skipped_and_printed(monkeypatch, pretrain, capsys):
@@ -120,17 +120,17 @@ def test_no_decay_on_norms_and_embeddings():
     for kind in ("adamw", "muon"):
         groups = [group for optimizer in make_optimizers(model, kind, 1e-3, 0.1) for group in optimizer.param_groups]
         decay = {named[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
-        assert len(decay) == len(named), "every parameter is in one group of one optimizer"
+        assert len(decay) == len(named), "every parameter must be in one group of one optimizer"
         assert all((decay[name] == 0.0) == (name in no_decay) for name in decay)
 
 
 @pytest.mark.parametrize(
-    ("step", "progress", "kind", "share"),
+    ("step", "progress", "kind", "expected"),
     [(0, 0.0, "cosine", 1 / 5), (3, 0.0, "cosine", 4 / 5), (4, 0.0, "cosine", 1.0), (9, 0.5, "cosine", 0.55),
      (9, 1.0, "cosine", 0.1), (9, 0.5, "linear", 0.55), (9, 0.25, "linear", 0.775), (9, 2.0, "linear", 0.1)],
 )  # fmt: skip
-def test_lr_multiplier_follows_the_schedule(step, progress, kind, share):
-    assert lr_multiplier(step, progress, 4, kind, 0.1) == pytest.approx(share)
+def test_lr_multiplier_follows_the_schedule(step, progress, kind, expected):
+    assert lr_multiplier(step, progress, 4, kind, 0.1) == pytest.approx(expected)
 
 
 def test_schedule_sets_every_parameter_group():
@@ -141,7 +141,8 @@ def test_schedule_sets_every_parameter_group():
         assert set_learning_rate(args, [muon, adamw], step, fraction_done=0.5) == 0.5
         assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
         assert [group["lr"] for group in muon.param_groups] == [0.5]
-        rates = {model.model.embed_tokens.weight: 2.0, model.model.norm.weight: 0.5}  # embeddings: four times the rate
+        # Embeddings train with 4 x the learning rate.
+        rates = {model.model.embed_tokens.weight: 2.0, model.model.norm.weight: 0.5}
         assert all(group["lr"] == rates.get(group["params"][0], 0.5) for group in adamw.param_groups)
     (plain,) = make_optimizers(model, "adamw", 1.0, 0.1)
     set_learning_rate(args, [plain], 0, fraction_done=0.5)
@@ -153,21 +154,23 @@ def test_activation_checkpointing_gives_the_same_weights(pretrain):
         pretrain("--dtype", "float32"),
         pretrain("--dtype", "float32", "--checkpoint_activations", out="re"),
     )
-    ours, theirs = load_weights(plain / "pretrain_32.pth"), load_weights(recomputed / "pretrain_32.pth")
-    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    expected, weights = load_weights(plain / "pretrain_32.pth"), load_weights(recomputed / "pretrain_32.pth")
+    assert all(torch.allclose(expected[name], weights[name], atol=1e-6) for name in expected)
 
 
 def test_data_workers_give_the_same_weights(pretrain):
-    ours, theirs = (
+    without_workers, with_workers = (
         load_weights(pretrain("--dtype", "float32", "--num_workers", str(n), out=f"w{n}") / "pretrain_32.pth")
         for n in (0, 2)
     )
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(without_workers[name], with_workers[name]) for name in without_workers)
 
 
 def test_moe_trains_and_logs_aux_loss(pretrain):
     rows = read_jsonl(pretrain("--use_moe", "--n_routed_experts", "4") / "pretrain_32_moe.jsonl")
-    assert all(0.009 < row["aux_loss"] < 0.04 for row in rows if "loss" in row), "coefficient 0.01 times 1 to 4"
+    assert all(0.009 < row["aux_loss"] < 0.04 for row in rows if "loss" in row), (
+        "aux_loss must be 0.01 (balanced) to 0.04 (all tokens in one expert)"
+    )
 
 
 def test_wandb_failure_does_not_stop_training(monkeypatch, pretrain, capsys):
@@ -207,22 +210,22 @@ def test_missing_wandb_names_the_install_command(monkeypatch, pretrain):
 @pytest.mark.slow
 def test_compiled_model_trains_to_equal_losses(pretrain):
     plain, compiled = pretrain("--dtype", "float32"), pretrain("--dtype", "float32", "--compile", out="compiled")
-    ours, theirs = load_weights(plain / "pretrain_32.pth"), load_weights(compiled / "pretrain_32.pth")
-    assert ours.keys() == theirs.keys(), "names without the prefix of torch.compile"
-    # Compiled kernels round differently and the optimizer amplifies it in the weights, so losses are compared.
+    expected, weights = load_weights(plain / "pretrain_32.pth"), load_weights(compiled / "pretrain_32.pth")
+    assert expected.keys() == weights.keys(), "saved names must not have the prefix of torch.compile"
+    # Compiled kernels round differently and the optimizer amplifies the differences: compare losses, not weights.
     losses = [
         [row["loss"] for row in read_jsonl(out / "pretrain_32.jsonl") if "loss" in row] for out in (plain, compiled)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_compile_without_a_compiler_is_one_line(monkeypatch, pretrain):
+def test_compile_without_a_compiler_is_a_one_line_error(monkeypatch, pretrain):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         pretrain("--compile")
 
 
-def test_invalid_model_config_is_one_line(pretrain):
+def test_invalid_model_config_is_a_one_line_error(pretrain):
     with pytest.raises(UserError, match="multiple of n_heads"):
         pretrain("--n_heads", "5")
 
