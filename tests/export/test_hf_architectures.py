@@ -241,7 +241,7 @@ def test_scaling_is_applied_once_with_a_valid_factor():
     for factor in (1.0, 0.5, 65, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--rope_factor"):
             extend_context(config, "yarn", factor)
-    with pytest.raises(UserError, match="of its own"):
+    with pytest.raises(UserError, match="already has RoPE scaling"):
         extend_context(extend_context(config, "yarn", 4), "linear", 2)
 
 
