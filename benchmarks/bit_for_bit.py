@@ -1,18 +1,18 @@
 """Check that two commits produce the same outputs, bit for bit.
 
-    python benchmarks/bit_for_bit.py OLD_COMMIT              compare with HEAD
+    python benchmarks/bit_for_bit.py OLD_COMMIT              compare with HEAD, without uncommitted changes
     python benchmarks/bit_for_bit.py OLD_COMMIT NEW_COMMIT   compare two commits; --keep keeps both outputs
 
 Each commit is checked out in a temporary git worktree and runs a small pipeline there, on the CPU in float32 with one
-thread and a fixed seed: demo world, tokenizer, datasets, pretraining 50 steps, full SFT 50, LoRA SFT 30 (and its
-merged export), DPO 20, a mixture of experts 20, greedy answers after every stage. Then every output file is compared:
+thread and a fixed seed: demo world, tokenizer, datasets, pretraining (50 steps), full SFT (50), LoRA SFT (30) and its
+merged export, DPO (20), pretraining of a mixture of experts (20). All stages but the last also save greedy answers.
+Every output file is compared:
 
     tokenizer, token shards, text, exported weights    byte by byte
     *.pth, *.reference                                 every tensor with torch.equal, every other value with ==
     meta.json, logs, answers                           every value, with renamed keys mapped and volatile keys ignored
 
-Uncommitted changes are not included. Takes two minutes of CPU time. Exit code 0: everything is equal; 1: a difference,
-or a command failed; 2: wrong usage.
+Takes two minutes of CPU time. Exit code 0: equal; 1: an output differs or a command failed; 2: wrong usage.
 Read next: ../demo.py (the same pipeline with a larger model and world).
 """
 
@@ -48,7 +48,7 @@ RENAMED_LOG_KEYS = dict(RENAMED_METRICS)
 RENAMED_KEYS: dict[str, str] = {}
 # Keys whose values differ between two runs of one commit: times, speeds, memory.
 VOLATILE_KEYS = {"seconds", "seconds_left", "tokens_per_second", "peak_memory_mb"}
-# Checksum of the JSON text: it changes when a key is renamed. All values that it covers are compared anyway.
+# Ignored: the checksum of meta.json itself, which differs if a key was renamed. Its values are compared one by one.
 OWN_CHECKSUM_KEYS = {"checksum"}
 
 # Modules that write the demo world, newest first. The first one that exists in a commit is run.
@@ -122,7 +122,7 @@ def demo_world_module(tree: Path) -> str:
 
 
 def run_small_path(tree: Path, label: str) -> float:
-    """Run and print all COMMANDS in a worktree. Returns the seconds. Raises CommandFailed."""
+    """Run all COMMANDS in a worktree and print each. Returns the seconds. Raises CommandFailed if a command fails."""
     started = time.perf_counter()
     (tree / OUT).mkdir(parents=True)
     (tree / OUT / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
@@ -134,7 +134,7 @@ def run_small_path(tree: Path, label: str) -> float:
     for command in COMMANDS:
         words = command.format(**names).split()
         print(f"{label}  python {' '.join(words[:2])} ...", flush=True)
-        completed = subprocess.run(  # the project's own scripts and flags
+        completed = subprocess.run(  # fixed commands, no shell
             [sys.executable, *words], cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         )  # fmt: skip  # nosec B603
@@ -167,7 +167,7 @@ def first_difference(old: Value, new: Value, where: str = "") -> str:
     if isinstance(old, dict):
         if old.keys() != new.keys():
             gone, more = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
-            return f"{where}: keys only in the old one: {gone}, only in the new one: {more}"
+            return f"{where}: keys only in the old output: {gone}, only in the new output: {more}"
         found = (first_difference(old[key], new[key], f"{where}.{key}".lstrip(".")) for key in old)
         return next(filter(None, found), "")
     if isinstance(old, list):
@@ -209,7 +209,7 @@ def read_output(path: Path) -> Value:
 
 
 def output_files(folder: Path) -> dict[str, str]:
-    """Return {relative name: row of the table}, without locks, curves and prose (model card and its facts)."""
+    """Return {relative path: row of the result table} without hidden files, plots, the model card and its lineage."""
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -225,13 +225,13 @@ def output_part(path: Path, name: str) -> str:
         return "weights, config, stage, lineage"
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():
         return "logs"
-    parts = {"tokenizer": "tokenizer", "data": "data sets and shards", "merged": "merged adapter, exported"}
+    parts = {"tokenizer": "tokenizer", "data": "datasets and token shards", "merged": "merged model, exported"}
     first = name.split("/")[0]
     return "answers" if first.startswith("answers_") else parts.get(first, "demo world, reference log-probabilities")
 
 
 def compare_outputs(old: Path, new: Path) -> dict[str, list[str]]:
-    """Return {row of the table: [a text per file]}: "" if the file is equal, else its first difference."""
+    """Return {row of the result table: [first difference of each file, "" if the file is equal]}."""
     before, after = output_files(old), output_files(new)
     results: dict[str, list[str]] = {}
     for name in sorted(before.keys() | after.keys()):
@@ -254,7 +254,7 @@ def byte_difference(old: bytes, new: bytes) -> str:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise CommandFailed unless every kind of output exists: a comparison of nothing must not count as equal."""
+    """Raise CommandFailed if an expected output is missing. Without this check two empty folders would be equal."""
     wanted = [f"{stage}_{DIM}{suffix}" for stage in STAGES for suffix in (".pth", ".jsonl")]
     wanted += [f"answers_{stage}.json" for stage in STAGES] + [
         f"moe/pretrain_{DIM}_moe{suffix}" for suffix in (".pth", ".jsonl")
@@ -304,7 +304,7 @@ def main() -> int:
         return 1
     finally:
         if args.keep:
-            print(f"kept: {folder}/old and new: remove them with `git worktree remove --force`")
+            print(f"kept {folder}/old and {folder}/new: remove each with `git worktree remove --force`")
         else:
             for tree in folder.iterdir():
                 with contextlib.suppress(CommandFailed):
