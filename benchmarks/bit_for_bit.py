@@ -49,7 +49,7 @@ RENAMED_KEYS: dict[str, str] = {}
 # Keys whose values differ between two runs of one commit: times, speeds, memory.
 VOLATILE_KEYS = {"seconds", "seconds_left", "tokens_per_second", "peak_memory_mb"}
 # Ignored: the checksum of meta.json itself, which differs if a key was renamed. Its values are compared one by one.
-OWN_CHECKSUM_KEYS = {"checksum"}
+CHECKSUM_KEYS = {"checksum"}
 
 # Modules that write the demo world, newest first. The first one that exists in a commit is run.
 DEMO_WORLD_MODULES = ("demo_world.generator", "demo_world", "corpus.demo_world")
@@ -121,7 +121,7 @@ def demo_world_module(tree: Path) -> str:
     raise CommandFailed(f"none of {', '.join(DEMO_WORLD_MODULES)} writes the demo world: extend DEMO_WORLD_MODULES")
 
 
-def run_small_path(tree: Path, label: str) -> float:
+def run_pipeline(tree: Path, label: str) -> float:
     """Run all COMMANDS in a worktree and print each. Returns the seconds. Raises CommandFailed if a command fails."""
     started = time.perf_counter()
     (tree / OUT).mkdir(parents=True)
@@ -155,7 +155,7 @@ def current_key(key: str) -> str:
 def canonical_value(value: Value) -> Value:
     """Return the value with current keys and without volatile keys. All other values stay unchanged."""
     if isinstance(value, dict):
-        skipped = VOLATILE_KEYS | OWN_CHECKSUM_KEYS
+        skipped = VOLATILE_KEYS | CHECKSUM_KEYS
         return {current_key(str(key)): canonical_value(item) for key, item in value.items() if key not in skipped}
     return [canonical_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -166,8 +166,8 @@ def first_difference(old: Value, new: Value, where: str = "") -> str:
         return f"{where}: {format_value(old)} is now {format_value(new)}"
     if isinstance(old, dict):
         if old.keys() != new.keys():
-            gone, more = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
-            return f"{where}: keys only in the old output: {gone}, only in the new output: {more}"
+            removed, added = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
+            return f"{where}: keys only in the old output: {removed}, only in the new output: {added}"
         found = (first_difference(old[key], new[key], f"{where}.{key}".lstrip(".")) for key in old)
         return next(filter(None, found), "")
     if isinstance(old, list):
@@ -200,8 +200,8 @@ def read_output(path: Path) -> Value:
     """Read an output file as a canonical value, or as bytes if its format has no renamed or volatile keys."""
     if path.suffix in (".pth", ".reference"):
         return canonical_value(torch.load(path, map_location="cpu", weights_only=True))
-    text = path.name == "meta.json" or path.name.startswith("answers_")
-    if text and path.suffix == ".json":
+    is_json_output = path.name == "meta.json" or path.name.startswith("answers_")
+    if is_json_output and path.suffix == ".json":
         return canonical_value(json.loads(path.read_text(encoding="utf-8")))
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():  # a training log
         return [canonical_value(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -214,20 +214,20 @@ def output_files(folder: Path) -> dict[str, str]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
-        prose = path.suffix == ".png" or (name.startswith("merged/") and path.name in ("README.md", "lineage.json"))
-        if path.is_file() and not hidden and not prose:
-            found[name] = output_part(path, name)
+        excluded = path.suffix == ".png" or (name.startswith("merged/") and path.name in ("README.md", "lineage.json"))
+        if path.is_file() and not hidden and not excluded:
+            found[name] = table_row(path, name)
     return found
 
 
-def output_part(path: Path, name: str) -> str:
+def table_row(path: Path, name: str) -> str:
     if path.suffix == ".pth":
         return "weights, config, stage, lineage"
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():
         return "logs"
-    parts = {"tokenizer": "tokenizer", "data": "datasets and token shards", "merged": "merged model, exported"}
+    rows = {"tokenizer": "tokenizer", "data": "datasets and token shards", "merged": "merged model, exported"}
     first = name.split("/")[0]
-    return "answers" if first.startswith("answers_") else parts.get(first, "demo world, reference log-probabilities")
+    return "answers" if first.startswith("answers_") else rows.get(first, "demo world, reference log-probabilities")
 
 
 def compare_outputs(old: Path, new: Path) -> dict[str, list[str]]:
@@ -235,14 +235,14 @@ def compare_outputs(old: Path, new: Path) -> dict[str, list[str]]:
     before, after = output_files(old), output_files(new)
     results: dict[str, list[str]] = {}
     for name in sorted(before.keys() | after.keys()):
-        part = before.get(name) or after[name]
+        row = before.get(name) or after[name]
         if name not in before or name not in after:
             problem = f"{name} is only in the {'old' if name in before else 'new'} output"
         else:
-            one, other = read_output(old / name), read_output(new / name)
-            problem = byte_difference(one, other) if isinstance(one, bytes) else first_difference(one, other)
+            values = read_output(old / name), read_output(new / name)
+            problem = byte_difference(*values) if isinstance(values[0], bytes) else first_difference(*values)
             problem = problem and f"{name}: {problem}"
-        results.setdefault(part, []).append(problem)
+        results.setdefault(row, []).append(problem)
     return results
 
 
@@ -268,9 +268,9 @@ def check_complete(folder: Path) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 def print_table(results: dict[str, list[str]]) -> None:
     print(f"\n{'compared':<42} {'files':>5}  result")
-    for part, problems in sorted(results.items()):
+    for row, problems in sorted(results.items()):
         different = [problem for problem in problems if problem]
-        print(f"{part:<42} {len(problems):>5}  {f'{len(different)} differ' if different else 'equal'}")
+        print(f"{row:<42} {len(problems):>5}  {f'{len(different)} differ' if different else 'equal'}")
         for problem in different[:3]:
             print(f"    {problem}")
 
@@ -281,7 +281,7 @@ def run_both_commits(commits: list[str], folder: Path) -> list[Path]:
     for commit, tree in zip(commits, trees, strict=True):
         run_git("worktree", "add", "--detach", "--quiet", str(tree), commit)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(run_small_path, tree, tree.name) for tree in trees]
+        runs = [pool.submit(run_pipeline, tree, tree.name) for tree in trees]
         for commit, tree, run in zip(commits, trees, runs, strict=True):
             print(f"{tree.name} ({commit[:12]}): {run.result():.0f} seconds", flush=True)
     for tree in trees:

@@ -104,7 +104,7 @@ def facts_of(lang: str, path: Path = FACTS_FILE) -> list[Fact]:
     Sums, products and the name of the model follow. Raises UserError for a malformed line.
     """
     facts = [fact for section in read_sections(path) for fact in _facts_of_section(section, lang)]
-    facts += _sums()
+    facts += _arithmetic()
     facts.append(_fact("me", "", "萌芽" if lang == "zh" else "Mengya"))
     return facts
 
@@ -121,7 +121,7 @@ def _facts_of_section(section: Section, lang: str) -> Iterator[Fact]:
         raise section.error(section.number, "write [name] subject, relation, ...; a relation is a word (and en or zh)")
     for number, line in section.lines:
         cells = _cells(section, number, line, columns)
-        if _is_for(section.name, lang):
+        if _applies_to(section.name, lang):
             yield from _facts_of_row(columns, [_in_language(cell, lang) for cell in cells], lang)
 
 
@@ -136,7 +136,7 @@ def _cells(section: Section, number: int, line: str, columns: list[str]) -> list
     return cells
 
 
-def _is_for(name: str, lang: str) -> bool:
+def _applies_to(name: str, lang: str) -> bool:
     """Whether a section or column applies to the language: its name ends with this language or with none."""
     suffix = name.partition(" ")[2]
     return suffix == lang or suffix not in LANGUAGES
@@ -149,7 +149,7 @@ def _in_language(cell: str, lang: str) -> str:
 def _facts_of_row(columns: list[str], cells: list[str], lang: str) -> Iterator[Fact]:
     subject = cells[0]
     for i, (column, cell) in enumerate(zip(columns[1:], cells[1:], strict=False), start=1):
-        if column in ("u", "...") or cell == "-" or not _is_for(column, lang):
+        if column in ("u", "...") or cell == "-" or not _applies_to(column, lang):
             continue
         relation = column.partition(" ")[0]
         more = {"u": cells[i + 1]} if columns[i + 1 : i + 2] == ["u"] else {}
@@ -168,7 +168,7 @@ def _keys(relation: str, lang: str, objects: list[str]) -> tuple[str, ...]:
     return tuple(str(Term(text)) for text in objects)
 
 
-def _sums() -> Iterator[Fact]:
+def _arithmetic() -> Iterator[Fact]:
     for a in range(1, 10):
         for b in range(1, 10):
             yield _fact("sum", "", str(a + b), a=str(a), b=str(b))

@@ -56,12 +56,12 @@ def _convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelCon
             )
             raise UserError(f"{folder}/config.json: not supported: {name}; choose {alternative}")
 
-    def read_number(name: str, default: Any = None, kinds: Any = int) -> Any:
+    def read_number(name: str, default: Any = None, types: Any = int) -> Any:
         value = settings.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            what = "number" if kinds is not int else "whole number"
-            raise UserError(f"{folder}/config.json: {name} must be a positive {what}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
+            expected = "number" if types is not int else "whole number"
+            raise UserError(f"{folder}/config.json: {name} must be a positive {expected}, not {value!r}")
         return value
 
     dim, heads = read_number("hidden_size"), read_number("num_attention_heads")
@@ -106,24 +106,24 @@ def unsupported_features(settings: Settings) -> dict[str, Any]:
 
 
 def has_sliding_window(settings: Settings) -> bool:
-    """Whether a layer limits attention to a window of recent tokens that is shorter than the context."""
+    """Whether a layer limits attention to recent tokens. In mistral, a window as long as the context does not."""
     kind, window = settings.get("model_type"), settings.get("sliding_window")
     if settings.get("use_sliding_window") or set(settings.get("layer_types") or ()) - {"full_attention"}:
         return True
     if kind == "mistral":
         window = settings.get("sliding_window", MISTRAL_WINDOW)
         length = settings.get("max_position_embeddings") or math.inf
-        longer = read_rope_type(settings) in ("dynamic", "yarn")  # max_seq_len exceeds max_position_embeddings
-        return window is not None and (longer or not window >= length)
+        is_extended = read_rope_type(settings) in ("dynamic", "yarn")  # max_seq_len exceeds max_position_embeddings
+        return window is not None and (is_extended or not window >= length)
     return kind == "llama" and bool(window)
 
 
 def explicit_head_dim(settings: Settings) -> int:
     """Return head_dim of config.json or the default of its model_type; 0 means hidden_size / num_attention_heads."""
-    width = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
-    if not isinstance(width, int):
-        raise ValueError(f"head_dim must be a whole number, not {width!r}")
-    return width
+    head_dim = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
+    if not isinstance(head_dim, int):
+        raise ValueError(f"head_dim must be a whole number, not {head_dim!r}")
+    return head_dim
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def without_dropout(model: Transformer) -> Transformer:
     """Return the model with dropout 0. With dropout the policy would differ from its reference already at step 1."""
     if not model.config.dropout:
         return model
-    inference_model = Transformer(dataclasses.replace(model.config, dropout=0.0))
-    inference_model.load_state_dict(model.state_dict())
-    return inference_model
+    copy = Transformer(dataclasses.replace(model.config, dropout=0.0))
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
 def load_or_compute_reference(
@@ -124,14 +124,15 @@ def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: T
     2020, http://joschu.net/blog/kl-approx.html), which is unbiased for KL(pi_ref || pi) if the tokens are sampled from
     pi_ref. The answers of a dataset are not sampled from it, so kl is only a rough distance between the two models.
     """
-    answers = batch["labels"] != IGNORE_INDEX
-    ratio, lengths = (log_probs - batch["reference"]).detach() * answers, answers.sum(1)  # log r of every token
-    k3 = (ratio.clamp(max=20).exp() - 1 - ratio).sum(1)
+    answer_mask = batch["labels"] != IGNORE_INDEX
+    log_ratio = (log_probs - batch["reference"]).detach() * answer_mask  # log r of every token
+    lengths = answer_mask.sum(1)
+    k3 = (log_ratio.clamp(max=20).exp() - 1 - log_ratio).sum(1)
     (chosen, rejected), (chosen_k3, rejected_k3) = log_probs.detach().sum(1).chunk(2), k3.chunk(2)
     chosen_length, rejected_length = lengths.chunk(2)
 
     def prefers_chosen(log_probs: Tensor) -> Tensor:
-        per_token = (log_probs.detach() * answers).sum(1) / lengths.clamp(min=1)
+        per_token = (log_probs.detach() * answer_mask).sum(1) / lengths.clamp(min=1)
         return torch.gt(*per_token.chunk(2)).float()
 
     values = {
@@ -142,7 +143,7 @@ def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: T
         "reward_margin": margin.detach(),
         "chosen_logp": chosen,
         "rejected_logp": rejected,
-        "chosen_logp_delta": ratio.sum(1).chunk(2)[0],  # log pi(chosen) - log pi_ref(chosen), of the whole answer
+        "chosen_logp_delta": log_ratio.sum(1).chunk(2)[0],  # log pi(chosen) - log pi_ref(chosen), of the whole answer
         "kl": (chosen_k3 + rejected_k3) / (chosen_length + rejected_length).clamp(min=1),
         "chosen_length": chosen_length,
         "rejected_length": rejected_length,

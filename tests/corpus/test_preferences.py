@@ -36,7 +36,7 @@ def bot(text):
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION, GOOD, BAD = [user("1+1?")], [bot("2")], [bot("2, or 3")]
 PAIR = (QUESTION, GOOD, BAD)
-DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "the last message is not an answer"
+OTHER_PROMPT, NOT_AN_ANSWER = "chosen and rejected have different prompts", "the last message is not an answer"
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_every_layout_gives_the_same_pair(row):
 
 
 def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
-    talk = [SYSTEM, user("Hi"), bot("Hello"), *QUESTION]
-    assert normalise_pair({"chosen": talk + GOOD, "rejected": talk + BAD}) == (talk, GOOD, BAD)
-    assert normalise_pair({"prompt": talk[1:], "chosen": "2", "rejected": BAD, "system": "Be brief."})[0] == talk
+    chat = [SYSTEM, user("Hi"), bot("Hello"), *QUESTION]
+    assert normalise_pair({"chosen": chat + GOOD, "rejected": chat + BAD}) == (chat, GOOD, BAD)
+    assert normalise_pair({"prompt": chat[1:], "chosen": "2", "rejected": BAD, "system": "Be brief."})[0] == chat
     longer = [*BAD, user("Sure?"), bot("No.")]
-    assert normalise_pair({"prompt": talk, "chosen": GOOD, "rejected": longer}) == (talk, GOOD, longer)
+    assert normalise_pair({"prompt": chat, "chosen": GOOD, "rejected": longer}) == (chat, GOOD, longer)
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
         ({"prompt": "q", "chosen": None, "rejected": "a"}, "an empty answer (chosen)"),
         ({"prompt": "q", "chosen": [], "rejected": "a"}, "an empty answer (chosen)"),
         ({"chosen": [user("q"), bot(" ")], "rejected": QUESTION + BAD}, "an empty answer (chosen)"),
-        ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, DIFFERENT),
-        ({"chosen": [SYSTEM, *QUESTION, *GOOD], "rejected": QUESTION + BAD}, DIFFERENT),
-        ({"prompt": "q", "chosen": QUESTION + GOOD, "rejected": "b"}, DIFFERENT),
-        ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_ITS),
-        ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_ITS),
+        ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, OTHER_PROMPT),
+        ({"chosen": [SYSTEM, *QUESTION, *GOOD], "rejected": QUESTION + BAD}, OTHER_PROMPT),
+        ({"prompt": "q", "chosen": QUESTION + GOOD, "rejected": "b"}, OTHER_PROMPT),
+        ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_AN_ANSWER),
+        ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_AN_ANSWER),
         ({"chosen": QUESTION + GOOD, "rejected": [*QUESTION, *GOOD, user("?"), bot("b")]},
          "one conversation is a prefix of the other"),
     ],

@@ -21,17 +21,17 @@ def make_item(number, answer="A", options=("1", "2", "3", "4"), subject="logic")
     return ExamItem(subject, str(number), f"q{number}", options, answer, f"f:{subject}{number}")
 
 
-def make_prompt(one, chosen, order=(0, 1, 2, 3)):
+def make_prompt(item, chosen, order=(0, 1, 2, 3)):
     """A prompt with the largest log-probability at `chosen`, a letter in the order of the data file."""
-    letters = "ABCDE"[: len(one.options)]
+    letters = "ABCDE"[: len(item.options)]
     return ExamPrompt(
-        one, order, [1], [[1]] * len(letters), 0, False, tuple(-1.0 if x == chosen else -2.0 for x in letters)
+        item, order, [1], [[1]] * len(letters), 0, False, tuple(-1.0 if x == chosen else -2.0 for x in letters)
     )
 
 
-def make_result(marks, subject="logic"):
-    items = [make_item(i, answer, subject=subject) for i, (answer, _) in enumerate(marks)]
-    found = score_questions(make_prompt(one, chosen) for one, (_, chosen) in zip(items, marks, strict=True))
+def make_result(answer_pairs, subject="logic"):
+    items = [make_item(i, answer, subject=subject) for i, (answer, _) in enumerate(answer_pairs)]
+    found = score_questions(make_prompt(one, chosen) for one, (_, chosen) in zip(items, answer_pairs, strict=True))
     return make_exam_result(ExamSplit("val", items, {}, {subject: "Humanities"}), found)
 
 
@@ -105,10 +105,10 @@ def test_interpretation_compares_accuracy_with_chance_and_constant_letter():
     assert interpretation(make_result([("A", "A"), *[("B", "C")] * 3])).startswith(
         "Not above chance: 25.0% of 4 questions"
     )
-    knows = interpretation(make_result([(letter, letter) for letter in "ABCD" * 10]))
-    assert knows.startswith("Above chance: 100.0% of 40 questions correct, 95 % confidence interval 91.2% to")
-    letter = interpretation(make_result([("C", "C")] * 20 + [("A", "C")] * 20))
-    assert letter.startswith("Above chance") and "always predicting" in letter and "50.0%" in letter
+    all_correct = interpretation(make_result([(letter, letter) for letter in "ABCD" * 10]))
+    assert all_correct.startswith("Above chance: 100.0% of 40 questions correct, 95 % confidence interval 91.2% to")
+    constant = interpretation(make_result([("C", "C")] * 20 + [("A", "C")] * 20))
+    assert constant.startswith("Above chance") and "always predicting" in constant and "50.0%" in constant
 
 
 def test_question_without_answer_has_nan_accuracy():

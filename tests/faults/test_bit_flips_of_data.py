@@ -160,7 +160,7 @@ def test_reads_of_large_files_verify_each_block(tmp_path, tokenizer, num_attacks
     record_attacks("flipped bits of large .bin and .mask", number, refused=number)
 
 
-def as_earlier_version(folder: Path) -> Path:
+def convert_to_format_1(folder: Path) -> Path:
     """Convert a token folder to format 1, which has no checksums."""
     meta = read_meta(folder)
     for split in meta["splits"].values():
@@ -176,7 +176,7 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
     token_folders, tokenizer, tmp_path, num_attacks, record_attacks, capfd
 ):
     source = token_folders / "sft" / f"tokens-{tokenizer.rendering_fingerprint}"
-    folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
+    folder = convert_to_format_1(Path(shutil.copytree(source, tmp_path / source.name)))
     assert read_token_folder(folder)[3] == read_token_folder(source)[3] == read_token_folder(folder)[3]
     assert capfd.readouterr().err.count("has no checksums") == 1
     outcomes, number = {"refused": 0, "other_content": 0}, num_attacks(20, 300)
@@ -196,7 +196,7 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "write", "words"),
+    ("suffix", "write", "message"),
     [
         (
             ".bin",
@@ -211,16 +211,16 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
     ],
 )
 def test_unreadable_folders_without_checksums_are_refused_in_one_line(
-    token_folders, tokenizer, tmp_path, suffix, write, words
+    token_folders, tokenizer, tmp_path, suffix, write, message
 ):
     source = token_folders / "dpo" / f"tokens-{tokenizer.rendering_fingerprint}"
-    folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
+    folder = convert_to_format_1(Path(shutil.copytree(source, tmp_path / source.name)))
     path = folder / f"train_000{suffix}"
     if write:
         path.write_bytes(write(path.read_bytes()))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=rf"{words}.*: delete .*, the next training run makes it again"):
+    with pytest.raises(UserError, match=rf"{message}.*: delete .*, the next training run makes it again"):
         read_token_folder(folder)
 
 
