@@ -1,18 +1,18 @@
 """Check that two commits produce the same outputs, bit for bit.
 
-    python benchmarks/bit_for_bit.py OLD_COMMIT              compare with HEAD
+    python benchmarks/bit_for_bit.py OLD_COMMIT              compare with HEAD, without uncommitted changes
     python benchmarks/bit_for_bit.py OLD_COMMIT NEW_COMMIT   compare two commits; --keep keeps both outputs
 
 Each commit is checked out in a temporary git worktree and runs a small pipeline there, on the CPU in float32 with one
-thread and a fixed seed: demo world, tokenizer, datasets, pretraining 50 steps, full SFT 50, LoRA SFT 30 (and its
-merged export), DPO 20, a mixture of experts 20, greedy answers after every stage. Then every output file is compared:
+thread and a fixed seed: demo world, tokenizer, datasets, pretraining (50 steps), full SFT (50), LoRA SFT (30) and its
+merged export, DPO (20), pretraining of a mixture of experts (20). All stages but the last also save greedy answers.
+Every output file is compared:
 
     tokenizer, token shards, text, exported weights    byte by byte
     *.pth, *.reference                                 every tensor with torch.equal, every other value with ==
     meta.json, logs, answers                           every value, with renamed keys mapped and volatile keys ignored
 
-Uncommitted changes are not included. Takes two minutes of CPU time. Exit code 0: everything is equal; 1: a difference,
-or a command failed; 2: wrong usage.
+Takes two minutes of CPU time. Exit code 0: equal; 1: an output differs or a command failed; 2: wrong usage.
 Read next: ../demo.py (the same pipeline with a larger model and world).
 """
 
@@ -48,8 +48,8 @@ RENAMED_LOG_KEYS = dict(RENAMED_METRICS)
 RENAMED_KEYS: dict[str, str] = {}
 # Keys whose values differ between two runs of one commit: times, speeds, memory.
 VOLATILE_KEYS = {"seconds", "seconds_left", "tokens_per_second", "peak_memory_mb"}
-# Checksum of the JSON text: it changes when a key is renamed. All values that it covers are compared anyway.
-OWN_CHECKSUM_KEYS = {"checksum"}
+# Ignored: the checksum of meta.json itself, which differs if a key was renamed. Its values are compared one by one.
+CHECKSUM_KEYS = {"checksum"}
 
 # Modules that write the demo world, newest first. The first one that exists in a commit is run.
 DEMO_WORLD_MODULES = ("demo_world.generator", "demo_world", "corpus.demo_world")
@@ -121,8 +121,8 @@ def demo_world_module(tree: Path) -> str:
     raise CommandFailed(f"none of {', '.join(DEMO_WORLD_MODULES)} writes the demo world: extend DEMO_WORLD_MODULES")
 
 
-def run_small_path(tree: Path, label: str) -> float:
-    """Run and print all COMMANDS in a worktree. Returns the seconds. Raises CommandFailed."""
+def run_pipeline(tree: Path, label: str) -> float:
+    """Run all COMMANDS in a worktree and print each. Returns the seconds. Raises CommandFailed if a command fails."""
     started = time.perf_counter()
     (tree / OUT).mkdir(parents=True)
     (tree / OUT / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
@@ -134,7 +134,7 @@ def run_small_path(tree: Path, label: str) -> float:
     for command in COMMANDS:
         words = command.format(**names).split()
         print(f"{label}  python {' '.join(words[:2])} ...", flush=True)
-        completed = subprocess.run(  # the project's own scripts and flags
+        completed = subprocess.run(  # fixed commands, no shell
             [sys.executable, *words], cwd=tree, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
         )  # fmt: skip  # nosec B603
@@ -155,7 +155,7 @@ def current_key(key: str) -> str:
 def canonical_value(value: Value) -> Value:
     """Return the value with current keys and without volatile keys. All other values stay unchanged."""
     if isinstance(value, dict):
-        skipped = VOLATILE_KEYS | OWN_CHECKSUM_KEYS
+        skipped = VOLATILE_KEYS | CHECKSUM_KEYS
         return {current_key(str(key)): canonical_value(item) for key, item in value.items() if key not in skipped}
     return [canonical_value(item) for item in value] if isinstance(value, (list, tuple)) else value
 
@@ -166,8 +166,8 @@ def first_difference(old: Value, new: Value, where: str = "") -> str:
         return f"{where}: {format_value(old)} is now {format_value(new)}"
     if isinstance(old, dict):
         if old.keys() != new.keys():
-            gone, more = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
-            return f"{where}: keys only in the old one: {gone}, only in the new one: {more}"
+            removed, added = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
+            return f"{where}: keys only in the old output: {removed}, only in the new output: {added}"
         found = (first_difference(old[key], new[key], f"{where}.{key}".lstrip(".")) for key in old)
         return next(filter(None, found), "")
     if isinstance(old, list):
@@ -200,8 +200,8 @@ def read_output(path: Path) -> Value:
     """Read an output file as a canonical value, or as bytes if its format has no renamed or volatile keys."""
     if path.suffix in (".pth", ".reference"):
         return canonical_value(torch.load(path, map_location="cpu", weights_only=True))
-    text = path.name == "meta.json" or path.name.startswith("answers_")
-    if text and path.suffix == ".json":
+    is_json_output = path.name == "meta.json" or path.name.startswith("answers_")
+    if is_json_output and path.suffix == ".json":
         return canonical_value(json.loads(path.read_text(encoding="utf-8")))
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():  # a training log
         return [canonical_value(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -209,40 +209,40 @@ def read_output(path: Path) -> Value:
 
 
 def output_files(folder: Path) -> dict[str, str]:
-    """Return {relative name: row of the table}, without locks, curves and prose (model card and its facts)."""
+    """Return {relative path: row of the result table} without hidden files, plots, the model card and its lineage."""
     found = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in Path(name).parts)
-        prose = path.suffix == ".png" or (name.startswith("merged/") and path.name in ("README.md", "lineage.json"))
-        if path.is_file() and not hidden and not prose:
-            found[name] = output_part(path, name)
+        excluded = path.suffix == ".png" or (name.startswith("merged/") and path.name in ("README.md", "lineage.json"))
+        if path.is_file() and not hidden and not excluded:
+            found[name] = table_row(path, name)
     return found
 
 
-def output_part(path: Path, name: str) -> str:
+def table_row(path: Path, name: str) -> str:
     if path.suffix == ".pth":
         return "weights, config, stage, lineage"
     if path.suffix == ".jsonl" and path.with_suffix(".pth").is_file():
         return "logs"
-    parts = {"tokenizer": "tokenizer", "data": "data sets and shards", "merged": "merged adapter, exported"}
+    rows = {"tokenizer": "tokenizer", "data": "datasets and token shards", "merged": "merged model, exported"}
     first = name.split("/")[0]
-    return "answers" if first.startswith("answers_") else parts.get(first, "demo world, reference log-probabilities")
+    return "answers" if first.startswith("answers_") else rows.get(first, "demo world, reference log-probabilities")
 
 
 def compare_outputs(old: Path, new: Path) -> dict[str, list[str]]:
-    """Return {row of the table: [a text per file]}: "" if the file is equal, else its first difference."""
+    """Return {row of the result table: [first difference of each file, "" if the file is equal]}."""
     before, after = output_files(old), output_files(new)
     results: dict[str, list[str]] = {}
     for name in sorted(before.keys() | after.keys()):
-        part = before.get(name) or after[name]
+        row = before.get(name) or after[name]
         if name not in before or name not in after:
             problem = f"{name} is only in the {'old' if name in before else 'new'} output"
         else:
-            one, other = read_output(old / name), read_output(new / name)
-            problem = byte_difference(one, other) if isinstance(one, bytes) else first_difference(one, other)
+            values = read_output(old / name), read_output(new / name)
+            problem = byte_difference(*values) if isinstance(values[0], bytes) else first_difference(*values)
             problem = problem and f"{name}: {problem}"
-        results.setdefault(part, []).append(problem)
+        results.setdefault(row, []).append(problem)
     return results
 
 
@@ -254,7 +254,7 @@ def byte_difference(old: bytes, new: bytes) -> str:
 
 
 def check_complete(folder: Path) -> None:
-    """Raise CommandFailed unless every kind of output exists: a comparison of nothing must not count as equal."""
+    """Raise CommandFailed if an expected output is missing. Without this check two empty folders would be equal."""
     wanted = [f"{stage}_{DIM}{suffix}" for stage in STAGES for suffix in (".pth", ".jsonl")]
     wanted += [f"answers_{stage}.json" for stage in STAGES] + [
         f"moe/pretrain_{DIM}_moe{suffix}" for suffix in (".pth", ".jsonl")
@@ -268,9 +268,9 @@ def check_complete(folder: Path) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------
 def print_table(results: dict[str, list[str]]) -> None:
     print(f"\n{'compared':<42} {'files':>5}  result")
-    for part, problems in sorted(results.items()):
+    for row, problems in sorted(results.items()):
         different = [problem for problem in problems if problem]
-        print(f"{part:<42} {len(problems):>5}  {f'{len(different)} differ' if different else 'equal'}")
+        print(f"{row:<42} {len(problems):>5}  {f'{len(different)} differ' if different else 'equal'}")
         for problem in different[:3]:
             print(f"    {problem}")
 
@@ -281,7 +281,7 @@ def run_both_commits(commits: list[str], folder: Path) -> list[Path]:
     for commit, tree in zip(commits, trees, strict=True):
         run_git("worktree", "add", "--detach", "--quiet", str(tree), commit)
     with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(run_small_path, tree, tree.name) for tree in trees]
+        runs = [pool.submit(run_pipeline, tree, tree.name) for tree in trees]
         for commit, tree, run in zip(commits, trees, runs, strict=True):
             print(f"{tree.name} ({commit[:12]}): {run.result():.0f} seconds", flush=True)
     for tree in trees:
@@ -304,7 +304,7 @@ def main() -> int:
         return 1
     finally:
         if args.keep:
-            print(f"kept: {folder}/old and new: remove them with `git worktree remove --force`")
+            print(f"kept {folder}/old and {folder}/new: remove each with `git worktree remove --force`")
         else:
             for tree in folder.iterdir():
                 with contextlib.suppress(CommandFailed):

@@ -29,7 +29,7 @@ CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """Escape control characters, except those in `keep`, as \\x1b: for untrusted text that is printed to a terminal."""
+    """Make untrusted text safe to print: replace control characters, except those in `keep`, by escapes like \\x1b."""
     return CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
@@ -47,7 +47,7 @@ def fail_in_one_line() -> Iterator[None]:
     """Report UserError, OSError, out of memory, Ctrl-C, SIGTERM and SIGHUP as one line on stderr, with an exit code.
 
     Exit codes: 2 for errors, 130 for Ctrl-C, 128 + number for signals, 141 (as for SIGPIPE) if the reader of stdout has
-    exited, as with `| head`. Characters that the console's encoding lacks are printed as "?".
+    exited, as with `| head`. Characters that the console's encoding cannot represent are printed as "?".
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -60,7 +60,7 @@ def fail_in_one_line() -> Iterator[None]:
     except UserError as error:
         _fail(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's flush at exit would fail again
         sys.exit(141)
     except OSError as error:
         name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else "operating system"

@@ -3,9 +3,9 @@
     read_provenance(files)      -> [{"step": "clean", ...}, {"step": "decontaminate", "against": [...], ...}]
     format_provenance(history)  -> "cleaned by 19 rules; checked against ceval (13,866 questions, …)"
 
-Every curation step writes a report.json beside its rows, with the list of steps so far. The steps that read these rows
-copy the list, into the meta.json of the training data and from there into the training log. For several files, the
-list holds only the steps that all of them went through.
+Every curation step writes a report.json beside its rows, with the list of all steps so far. data_process.py copies the
+list into the meta.json of the dataset; training copies it from there into the training log. For several files, the list
+contains only the steps that all of them went through.
 
 Read next: ../curation/transform.py (writes report.json), prepare_text.py and prepare_chats.py (copy the list).
 """
@@ -23,7 +23,7 @@ Provenance = list[dict[str, Any]]
 
 
 def read_provenance(paths: Iterable[str | os.PathLike[str]]) -> Provenance:
-    """The steps that all files went through, in order; a file without a report.json went through none."""
+    """Return the steps that all files went through, in order: [] if one of them has no valid report.json beside it."""
     common: Provenance | None = None
     for folder in dict.fromkeys(Path(path).resolve().parent for path in paths):
         try:
@@ -36,7 +36,7 @@ def read_provenance(paths: Iterable[str | os.PathLike[str]]) -> Provenance:
 
 
 def data_provenance(folder: str | os.PathLike[str]) -> Provenance:
-    """The steps in the meta.json of a folder of training data; [] if it is damaged."""
+    """Return the steps in the meta.json of a dataset; [] if it is missing or damaged."""
     try:
         steps = (read_checked_meta(folder) or {}).get("history", [])
         return [entry for entry in steps if isinstance(entry, dict) and "step" in entry]
@@ -45,7 +45,7 @@ def data_provenance(folder: str | os.PathLike[str]) -> Provenance:
 
 
 def _is_same_step(entry: dict[str, Any], others: Provenance) -> bool:
-    """Whether `others` holds the same step; row counts may differ."""
+    """Whether `others` contains the step. Row counts are not compared."""
     counts = ("read", "kept")
     wanted = {key: value for key, value in entry.items() if key not in counts}
     return any(wanted == {key: value for key, value in other.items() if key not in counts} for other in others)

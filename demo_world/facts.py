@@ -3,13 +3,13 @@
     [countries] country, capital, continent          one relation per column after the first
     France/法国, Paris/巴黎, Europe/欧洲             -> capital: s=France, o=Paris; continent: s=France, o=Europe
 
-A cell `English/中文` holds both languages, any other cell is the same in both; `-` means that the column does not apply
-to the row. A section or column whose name ends in ` en` or ` zh` belongs to that language only. Two columns are
-special: `u` fills the slot {u} (a unit) of the relation before it; `...` allows further cells, which are accepted as
-answers too. Several sections may hold the same relation. Lines that begin with # are comments.
+A cell `English/中文` holds both languages; any other cell is used in both. `-`: the column does not apply to the row. A
+section or column whose name ends in ` en` or ` zh` belongs to that language only. Two columns are special: `u` fills
+the slot {u} (a unit) of the relation before it; `...` allows any number of cells, all of them further correct answers.
+Several sections may hold the same relation. Lines that begin with # are comments.
 
 All files in data/ share the `[section]` lines and the comments; a malformed line raises a UserError that names file
-and line. This file makes no random choice: generator.py does, when it composes sentences.
+and line. Nothing here is random; generator.py makes the random choices.
 
 Read next: grammar.py (sentence templates), generator.py (composes the texts).
 """
@@ -41,7 +41,7 @@ class Section:
 
 
 def read_sections(path: Path) -> list[Section]:
-    """The sections of a data file (UTF-8) without comments and empty lines. UserError for a malformed line."""
+    """Return the sections of a data file (UTF-8), without comments and empty lines. Raises UserError if malformed."""
     sections: dict[str, Section] = {}
     current: Section | None = None
     content = path.read_bytes()
@@ -54,13 +54,13 @@ def read_sections(path: Path) -> list[Section]:
         if line.startswith("["):
             found = re.fullmatch(r"\[(\w+(?: en| zh)?)\]\s*(.*)", line)
             if not found:
-                raise UserError(f"{path}:{number}: not a section: write [name], then its heading")
+                raise UserError(f"{path}:{number}: not a section: write [name] heading")
             if found[1] in sections:
-                raise UserError(f"{path}:{number}: a second section [{found[1]}]: give each its own name")
+                raise UserError(f"{path}:{number}: a second section [{found[1]}]: rename or remove it")
             current = sections[found[1]] = Section(path, found[1], found[2], number)
         elif line and not line.startswith("#"):
             if current is None:
-                raise UserError(f"{path}:{number}: a line before the first [section]")
+                raise UserError(f"{path}:{number}: a line before the first [section]: add a [section] line above it")
             current.lines.append((number, line))
     return list(sections.values())
 
@@ -86,12 +86,12 @@ class Term(str):
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact. `slots` fill the templates; a correct answer to a question for `o` contains one of `keys`."""
+    """One fact. `slots` fill the templates. A correct answer to a question about slot `o` contains one of `keys`."""
 
     relation: str
     slots: dict[str, Term]
     keys: tuple[str, ...]
-    back_keys: tuple[str, ...]  # the same for a question for `s`
+    back_keys: tuple[str, ...]  # the same for a question about slot `s`
 
     @property
     def name(self) -> tuple[str, ...]:
@@ -99,12 +99,12 @@ class Fact:
 
 
 def facts_of(lang: str, path: Path = FACTS_FILE) -> list[Fact]:
-    """Every fact of one language ("en" or "zh"), in the order of the file; then the sums and the name of the model.
+    """Return the facts of one language ("en" or "zh"), in the order of the file.
 
-    Raises UserError for a malformed line.
+    Sums, products and the name of the model follow. Raises UserError for a malformed line.
     """
     facts = [fact for section in read_sections(path) for fact in _facts_of_section(section, lang)]
-    facts += _sums()
+    facts += _arithmetic()
     facts.append(_fact("me", "", "萌芽" if lang == "zh" else "Mengya"))
     return facts
 
@@ -115,13 +115,13 @@ def _fact(relation: str, s: str, o: str, keys: tuple[str, ...] = (), **more: str
 
 
 def _facts_of_section(section: Section, lang: str) -> Iterator[Fact]:
-    """The facts of a section in one language; rows of the other language are checked too."""
+    """Yield the facts of a section in one language. Checks the rows also if the section is for the other language."""
     columns = [column.strip() for column in section.heading.split(",")]
     if len(columns) < 2 or not all(re.fullmatch(r"\w+( en| zh)?|\.\.\.", column) for column in columns[1:]):
-        raise section.error(section.number, "write [name] subject, relation, ...: one word, or a word and en or zh")
+        raise section.error(section.number, "write [name] subject, relation, ...; a relation is a word (and en or zh)")
     for number, line in section.lines:
         cells = _cells(section, number, line, columns)
-        if _is_for(section.name, lang):
+        if _applies_to(section.name, lang):
             yield from _facts_of_row(columns, [_in_language(cell, lang) for cell in cells], lang)
 
 
@@ -129,15 +129,15 @@ def _cells(section: Section, number: int, line: str, columns: list[str]) -> list
     cells = [cell.strip() for cell in line.split(",")]
     fixed = len(columns) - (columns[-1] == "...")
     if len(cells) < fixed or (len(cells) > fixed and columns[-1] != "..."):
-        raise section.error(number, f"{len(cells)} cells, but [{section.name}] has {fixed}: {', '.join(columns)}")
+        raise section.error(number, f"{len(cells)} cells, but {fixed} columns in [{section.name}] {', '.join(columns)}")
     for cell in cells:
         if not all(cell.split("/")) or cell.count("/") > 1:
-            raise section.error(number, f"the cell {cell!r}: write English/中文, one text for both, or -")
+            raise section.error(number, f"invalid cell {cell!r}: write English/中文, one text for both, or -")
     return cells
 
 
-def _is_for(name: str, lang: str) -> bool:
-    """Whether a section or column holds this language: its name does not end in the other one."""
+def _applies_to(name: str, lang: str) -> bool:
+    """Whether a section or column applies to the language: its name ends with this language or with none."""
     suffix = name.partition(" ")[2]
     return suffix == lang or suffix not in LANGUAGES
 
@@ -149,7 +149,7 @@ def _in_language(cell: str, lang: str) -> str:
 def _facts_of_row(columns: list[str], cells: list[str], lang: str) -> Iterator[Fact]:
     subject = cells[0]
     for i, (column, cell) in enumerate(zip(columns[1:], cells[1:], strict=False), start=1):
-        if column in ("u", "...") or cell == "-" or not _is_for(column, lang):
+        if column in ("u", "...") or cell == "-" or not _applies_to(column, lang):
             continue
         relation = column.partition(" ")[0]
         more = {"u": cells[i + 1]} if columns[i + 1 : i + 2] == ["u"] else {}
@@ -160,15 +160,15 @@ def _facts_of_row(columns: list[str], cells: list[str], lang: str) -> Iterator[F
 
 
 def _keys(relation: str, lang: str, objects: list[str]) -> tuple[str, ...]:
-    """A correct answer contains one of these texts."""
-    if relation == "measure":  # "一本": 本 alone occurs in many sentences
+    """Return the texts of which a correct answer contains at least one."""
+    if relation == "measure":  # 一本, because 本 alone occurs in many sentences
         return tuple(f"一{measure}" for measure in objects)
     if relation == "opposite" and lang == "zh":
         return (f"“{objects[0]}”", f"是{objects[0]}")
     return tuple(str(Term(text)) for text in objects)
 
 
-def _sums() -> Iterator[Fact]:
+def _arithmetic() -> Iterator[Fact]:
     for a in range(1, 10):
         for b in range(1, 10):
             yield _fact("sum", "", str(a + b), a=str(a), b=str(b))

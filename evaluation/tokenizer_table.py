@@ -7,7 +7,7 @@
 Documents are encoded without special tokens. Bytes per token are comparable only between tokenizers without unknown
 tokens, because <unk> may replace a whole word. Rows are sorted by bytes per token, largest first.
 Reads a tokenizer.json or a SentencePiece model, or a folder that contains one.
-Called by ../train_tokenizer.py --compare. Read next: ../corpus/tokenizer_training.py (the training of a tokenizer).
+Called by ../train_tokenizer.py --compare. Read next: ../corpus/tokenizer_training.py (trains a tokenizer).
 """
 
 import os
@@ -27,7 +27,7 @@ EncodeFunction = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer of either library. `unknown_id`: the id of the unknown token, -1 where there is none."""
+    """A tokenizer of the library tokenizers or sentencepiece. `unknown_id`: id of the unknown token, -1 without one."""
 
     name: str
     vocab_size: int
@@ -37,7 +37,7 @@ class LoadedTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerStats:
-    """One row of the table. `characters_per_token` has the languages that occur in the texts."""
+    """One row of the table. `characters_per_token` is by language and omits languages without text."""
 
     name: str
     vocab_size: int
@@ -48,10 +48,10 @@ class TokenizerStats:
 
 # ---- tokenizers ------------------------------------------------------------------------------------------------------
 def load_any_tokenizer(path: str | os.PathLike[str]) -> LoadedTokenizer:
-    """A folder with tokenizer.json or a SentencePiece model (*.model), or one of these files. Raises UserError."""
+    """Load a tokenizer.json, a SentencePiece *.model, or a folder that contains one. Raises UserError if it cannot."""
     tokenizer_path = Path(path)
     if not tokenizer_path.exists():
-        raise UserError(f"{path}: no such file or folder: name the folder of a tokenizer")
+        raise UserError(f"{path}: no such file or folder: give the file or folder of a tokenizer")
     files = (
         [tokenizer_path]
         if tokenizer_path.is_file()
@@ -74,7 +74,7 @@ def _load_tokenizer_json(name: str, file: Path) -> LoadedTokenizer:
     backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True  # markers of special tokens in a text are plain text
+    backend.encode_special_tokens = True  # "<unk>" in a text is encoded as ordinary text
     unknown = getattr(backend.model, "unk_token", None)
     index = backend.token_to_id(unknown) if isinstance(unknown, str) else None
     encode: EncodeFunction = lambda texts: [
@@ -93,7 +93,7 @@ def _load_sentencepiece(name: str, file: Path) -> LoadedTokenizer:
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 def read_texts_by_language(files: Sequence[str]) -> dict[str, list[str]]:
-    """The documents of the files by language. Raises UserError where there are none."""
+    """Return {language: documents of the files}. Raises UserError if the files have no text."""
     found: dict[str, list[str]] = {lang: [] for lang in TABLE_LANGUAGES}
     for document in read_texts(files, DataStats()):
         found[detect_language(document.text)].append(document.text)
@@ -104,7 +104,7 @@ def read_texts_by_language(files: Sequence[str]) -> dict[str, list[str]]:
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, list[str]]) -> list[TokenizerStats]:
-    """Encode the texts with every tokenizer; the statistics, sorted by bytes per token, largest first."""
+    """Encode the texts with every tokenizer and return one row for each, largest bytes per token first."""
     characters = {lang: sum(map(len, documents)) for lang, documents in texts.items() if documents}
     utf8_bytes = sum(len(text.encode()) for documents in texts.values() for text in documents)
     counted = []
@@ -121,14 +121,14 @@ def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, l
 
 
 def table_cells(row: TokenizerStats) -> list[str]:
-    """A row of the table, in the order of TABLE_HEADERS; "–" for a language without text."""
+    """Return the cells of a row in the order of TABLE_HEADERS; "–" for a language without text."""
     languages = (row.characters_per_token.get(lang) for lang in TABLE_LANGUAGES)
     shown = ("–" if value is None else f"{value:.3f}" for value in languages)
     return [row.name, f"{row.vocab_size:,}", *shown, f"{row.bytes_per_token:.3f}", f"{row.unknown_fraction:.1%}"]
 
 
 def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
-    """One line with the size and the source of the texts."""
+    """Return one line with the size and the source of the texts."""
     amounts = (f"{sum(map(len, documents)):,} characters of {lang}" for lang, documents in texts.items() if documents)
     source = (
         ", ".join(files) or "the built-in demo world (short generated sentences; choose other text with --compare_on)"
@@ -137,7 +137,7 @@ def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
 
 
 def tokenizer_table_markdown(rows: list[TokenizerStats], measured_texts: str) -> str:
-    """The table as a Markdown page."""
+    """Return the table as a Markdown page."""
     lines = [
         "# Tokenizers",
         "",

@@ -1,13 +1,13 @@
-"""Converts config.json of a transformers folder to a ModelConfig. Unsupported settings are errors that name them.
+"""Converts config.json of a transformers folder to a ModelConfig. Rejects unsupported settings by name.
 
     llama, mistral     a plain decoder (mistral only without a sliding window that is shorter than its context)
     qwen2              qkv_bias
     qwen3              qk_norm
-    qwen3_moe          qk_norm, experts; every layer sparse, normalised weights
-    granitemoeshared   experts and shared experts, with multipliers that have no effect (granite_moe.py)
+    qwen3_moe          qk_norm; experts in every layer, the weights of the top k sum to 1 (norm_topk_prob)
+    granitemoeshared   routed and shared experts; multipliers must have no effect (granite_moe.py)
 
 RoPE scaling is read from `rope_parameters` (transformers 5) or `rope_scaling` (4). If a file has both, `rope_scaling`
-is used, as in transformers 5. longrope and settings per layer are rejected.
+is used, as in transformers 5. longrope and RoPE that differs between layers are rejected.
 Read next: ../model/rope.py, hf_import.py (the tensors), hf_export.py (the export).
 """
 
@@ -22,7 +22,7 @@ from export.granite_moe import granite_multipliers
 from model.config import ROPE_KEYS, ModelConfig, rope_scaling_problem
 
 QWEN3_MOE = "qwen3_moe"
-MODEL_TYPES: dict[str, dict[str, bool]] = {  # model_type -> its differences from a plain decoder
+MODEL_TYPES: dict[str, dict[str, bool]] = {  # model_type -> ModelConfig fields that differ from Llama's
     "llama": {},
     "mistral": {},
     "qwen2": {"qkv_bias": True},
@@ -37,7 +37,10 @@ NumberReader = Callable[..., Any]
 
 
 def convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelConfig:
-    """The ModelConfig of a transformers config. Raises UserError for a setting that this decoder does not support."""
+    """Return the ModelConfig of a transformers config. Raises UserError for an invalid or unsupported setting.
+
+    settings: the content of config.json. tied: whether the output layer shares the embedding's weights.
+    """
     try:
         return _convert_hf_config(folder, settings, tied)
     except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
@@ -49,16 +52,16 @@ def _convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelCon
     for name, is_present in unsupported_features(settings).items():
         if is_present:
             alternative = (
-                f"one of type {', '.join(MODEL_TYPES)}" if name.startswith("model_type") else "a model without it"
+                f"a model of type {', '.join(MODEL_TYPES)}" if name.startswith("model_type") else "a model without it"
             )
             raise UserError(f"{folder}/config.json: not supported: {name}; choose {alternative}")
 
-    def read_number(name: str, default: Any = None, kinds: Any = int) -> Any:
+    def read_number(name: str, default: Any = None, types: Any = int) -> Any:
         value = settings.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-            what = "number" if kinds is not int else "whole number"
-            raise UserError(f"{folder}/config.json: {name} must be a positive {what}, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < math.inf:
+            expected = "number" if types is not int else "whole number"
+            raise UserError(f"{folder}/config.json: {name} must be a positive {expected}, not {value!r}")
         return value
 
     dim, heads = read_number("hidden_size"), read_number("num_attention_heads")
@@ -84,7 +87,7 @@ def _convert_hf_config(folder: Path, settings: Settings, tied: bool) -> ModelCon
 
 
 def unsupported_features(settings: Settings) -> dict[str, Any]:
-    """Name of each setting that this decoder does not support -> whether the folder has it."""
+    """Return {description of an unsupported setting: a true value if config.json contains it}."""
     kind, rope, rope_type = settings.get("model_type"), read_rope_settings(settings), read_rope_type(settings)
     rotary = settings.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1
     return {
@@ -103,29 +106,29 @@ def unsupported_features(settings: Settings) -> dict[str, Any]:
 
 
 def has_sliding_window(settings: Settings) -> bool:
-    """Whether a token may not attend to all earlier ones. A window as long as the context has no effect."""
+    """Whether a layer limits attention to recent tokens. In mistral, a window as long as the context does not."""
     kind, window = settings.get("model_type"), settings.get("sliding_window")
     if settings.get("use_sliding_window") or set(settings.get("layer_types") or ()) - {"full_attention"}:
         return True
     if kind == "mistral":
         window = settings.get("sliding_window", MISTRAL_WINDOW)
         length = settings.get("max_position_embeddings") or math.inf
-        longer = read_rope_type(settings) in ("dynamic", "yarn")  # max_seq_len exceeds max_position_embeddings
-        return window is not None and (longer or not window >= length)
+        is_extended = read_rope_type(settings) in ("dynamic", "yarn")  # max_seq_len exceeds max_position_embeddings
+        return window is not None and (is_extended or not window >= length)
     return kind == "llama" and bool(window)
 
 
 def explicit_head_dim(settings: Settings) -> int:
-    """head_dim of config.json; 0 if it is hidden_size / num_attention_heads."""
-    width = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
-    if not isinstance(width, int):
-        raise ValueError(f"head_dim must be a whole number, not {width!r}")
-    return width
+    """Return head_dim of config.json or the default of its model_type; 0 means hidden_size / num_attention_heads."""
+    head_dim = settings.get("head_dim", QWEN3_HEAD_DIM if settings.get("model_type") == "qwen3" else 0) or 0
+    if not isinstance(head_dim, int):
+        raise ValueError(f"head_dim must be a whole number, not {head_dim!r}")
+    return head_dim
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------
 def read_rope_settings(settings: Settings) -> Settings:
-    """The RoPE settings of config.json, {} if it has none."""
+    """Return the RoPE settings of config.json, {} if it has none."""
     for name in ("rope_scaling", "rope_parameters"):
         if found := settings.get(name):
             return found if isinstance(found, dict) else {"rope_type": found}
@@ -138,10 +141,10 @@ def read_rope_type(settings: Settings) -> Any:
 
 
 def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any], int]:
-    """(ModelConfig.rope_scaling, max_seq_len) of a folder whose max_position_embeddings is `length`.
+    """Return (ModelConfig.rope_scaling, max_seq_len). `length` is max_position_embeddings of config.json.
 
-    For dynamic, `length` is the length before scaling and max_seq_len is longer; for yarn it may be either. Raises
-    ValueError if the scaling has invalid values.
+    For dynamic, `length` is the length before scaling and max_seq_len the length after it. For yarn, `length` may be
+    either of the two and max_seq_len is the longer one. Other types keep `length`. Raises ValueError if invalid.
     """
     kind, rope = read_rope_type(settings), read_rope_settings(settings)
     if kind == "default":
@@ -165,7 +168,7 @@ def convert_rope_scaling(settings: Settings, length: int) -> tuple[dict[str, Any
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
 def moe_fields(folder: Path, settings: Settings, read_number: NumberReader) -> dict[str, Any]:
-    """The ModelConfig fields of a mixture of experts; {} for a dense model."""
+    """Return the ModelConfig fields of a mixture of experts; {} for a dense model."""
     kind = settings.get("model_type")
     if kind == GRANITE:
         routed, shared = read_number("num_local_experts"), num_granite_shared_experts(folder, settings, read_number)
@@ -183,7 +186,7 @@ def moe_fields(folder: Path, settings: Settings, read_number: NumberReader) -> d
 
 
 def num_granite_shared_experts(folder: Path, settings: Settings, read_number: NumberReader) -> int:
-    """GraniteMoeShared has one shared feed-forward: its width in units of intermediate_size."""
+    """Return n_shared_experts. GraniteMoeShared has one shared feed-forward, as wide as all shared experts together."""
     width, shared = read_number("intermediate_size"), settings.get("shared_intermediate_size", 0)
     if not isinstance(shared, int) or shared < 0 or shared % width:
         raise UserError(
@@ -194,7 +197,7 @@ def num_granite_shared_experts(folder: Path, settings: Settings, read_number: Nu
 
 
 def unsupported_expert_settings(settings: Settings) -> dict[str, Any]:
-    """Name of each Qwen3-MoE setting that our experts do not support -> whether the folder has it."""
+    """The part of unsupported_features() for Qwen3-MoE; {} for other types."""
     if settings.get("model_type") != QWEN3_MOE:
         return {}
     return {
@@ -205,7 +208,7 @@ def unsupported_expert_settings(settings: Settings) -> dict[str, Any]:
 
 
 def unsupported_multipliers(settings: Settings) -> dict[str, Any]:
-    """Name and value of each of Granite's multipliers -> whether it differs from a plain decoder's."""
+    """The part of unsupported_features() for Granite: head_dim and multipliers that have an effect."""
     heads, dim = settings.get("num_attention_heads"), settings.get("hidden_size")
     if settings.get("model_type") != GRANITE or not (
         isinstance(heads, int) and isinstance(dim, int) and heads > 0 < dim
@@ -214,7 +217,7 @@ def unsupported_multipliers(settings: Settings) -> dict[str, Any]:
     width, neutral = explicit_head_dim(settings), granite_multipliers(dim // heads)
     given = {name: settings.get(name, 1.0) for name in neutral}
     return {
-        f"head_dim {width} (of {GRANITE} only hidden_size / num_attention_heads)": width not in (0, dim // heads),
+        f"head_dim {width} ({GRANITE} requires hidden_size / num_attention_heads)": width not in (0, dim // heads),
         **{f"{name} {value!r}": not is_close_to(value, neutral[name]) for name, value in given.items()},
     }
 

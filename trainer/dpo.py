@@ -1,9 +1,9 @@
-"""DPO without its loss: reference log-probabilities, metrics, early stop and the rate of repetitive answers.
+"""The parts of DPO other than its loss: reference log-probabilities, metrics, early stop, rate of repetition loops.
 
     reference    log p(token | tokens before it) of every answer token under the frozen parent. Computed once and saved,
                  so that only one model is in memory:  out/dpo_{size}.reference = {key, log_probs: {split: (tokens,)}}
     early stop   DPO maximises a difference, so log p of chosen and rejected answers can fall together (Pal et al. 2024,
-                 arXiv:2402.13228). The stage stops when log p of the chosen answers has fallen too far.
+                 arXiv:2402.13228). The stage stops when log p of the chosen answers falls more than --max_chosen_drop.
     loop rate    fraction of greedy answers to held-out prompts that end in a repetition loop, before and after training
 
 Read next: ../5-dpo_train.py (the loss), datasets.py (PreferenceDataset), loop.py (calls early_stop).
@@ -34,10 +34,11 @@ from trainer.distributed import DistContext
 from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
 from trainer.metrics import MetricRow
 
-REFERENCE_TOLERANCE = 0.01  # of the first loss in fp32 (or TF32); relative if the loss is above 1
-LOW_PRECISION_TOLERANCE = 0.05  # the same in bf16 and fp16
+# Allowed deviation of the first loss from its expected value E, divided by max(1, E).
+REFERENCE_TOLERANCE = 0.01  # fp32 and TF32
+LOW_PRECISION_TOLERANCE = 0.05  # bf16 and fp16
 REPETITION_PROMPTS, REPETITION_TOKENS = 32, 128  # prompts per language, max_new_tokens per answer
-LANGUAGE_MIX_TOLERANCE = 0.25  # largest difference of the fractions of Chinese rows without a warning
+LANGUAGE_MIX_TOLERANCE = 0.25  # warn if the fractions of Chinese rows differ by more
 
 
 # ---- the reference ---------------------------------------------------------------------------------------------------
@@ -45,15 +46,15 @@ def without_dropout(model: Transformer) -> Transformer:
     """Return the model with dropout 0. With dropout the policy would differ from its reference already at step 1."""
     if not model.config.dropout:
         return model
-    inference_model = Transformer(dataclasses.replace(model.config, dropout=0.0))
-    inference_model.load_state_dict(model.state_dict())
-    return inference_model
+    copy = Transformer(dataclasses.replace(model.config, dropout=0.0))
+    copy.load_state_dict(model.state_dict())
+    return copy
 
 
 def load_or_compute_reference(
     dist: DistContext, model: Transformer, folder: str, pad_id: int, path: Path, batch_size: int
 ) -> dict[str, Tensor]:
-    """Return log p of every answer token under `model` by split, each (tokens of the split,), fp32, 0 at other tokens.
+    """Return {split: log p under `model` of every token of the split, (tokens,) fp32}, 0 outside answers.
 
     Reads them from `path` if that file was computed with the same weights, tokenizer, data and dtype. Otherwise all
     processes compute them together and rank 0 writes the file.
@@ -70,7 +71,7 @@ def load_or_compute_reference(
             raise ValueError("a record differs from its checksum")
         cached = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         cached = cached if cached["key"] == key and cached["log_probs"].keys() == meta["splits"].keys() else None
-    except Exception:  # missing, damaged or of another kind: the file is computed again
+    except Exception:  # the file is missing, damaged or not a reference: compute it again
         cached = None
     if dist.all_reduce_sum([float(cached is not None)])[0] == dist.world_size:
         dist.print0(f"reference: log-probabilities from {path} (same parent, tokenizer and data)")
@@ -86,7 +87,7 @@ def load_or_compute_reference(
 
 @torch.no_grad()
 def reference_log_probs(dist: DistContext, model: Transformer, answers: ChatDataset, batch_size: int) -> Tensor:
-    """Return log p of every answer token of a split, (tokens,), 0 at other tokens. Processes share the batches."""
+    """Return log p of every token of a split, (tokens,), 0 outside answers. Each process computes some batches."""
     starts, order = answers.tokens.offsets(), answers.lengths().argsort(kind="stable")
     log_prob_stream = torch.zeros(answers.tokens.tokens)
     for number, first in enumerate(range(0, len(order), batch_size)):
@@ -118,30 +119,31 @@ def folder_fingerprint(folder: str) -> str:
 def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: Tensor) -> dict[str, Tensor]:
     """Return metrics summed over the pairs of a batch; the loop divides them by the number of pairs.
 
-    log_probs: (2 * pairs, seq), as batch["reference"]. margin: (pairs,). pairs: (pairs,), True where there is a pair.
+    log_probs: (2 * pairs, seq), as batch["reference"]. margin: (pairs,). pairs: (pairs,), False in an empty batch.
     kl is the mean over the tokens of both answers of (r - 1) - log r with r = pi / pi_ref: the estimator "k3" (Schulman
     2020, http://joschu.net/blog/kl-approx.html), which is unbiased for KL(pi_ref || pi) if the tokens are sampled from
-    pi_ref. Dataset answers are not, so kl only indicates the distance between the two models.
+    pi_ref. The answers of a dataset are not sampled from it, so kl is only a rough distance between the two models.
     """
-    answers = batch["labels"] != IGNORE_INDEX
-    ratio, lengths = (log_probs - batch["reference"]).detach() * answers, answers.sum(1)  # log r of every token
-    k3 = (ratio.clamp(max=20).exp() - 1 - ratio).sum(1)
+    answer_mask = batch["labels"] != IGNORE_INDEX
+    log_ratio = (log_probs - batch["reference"]).detach() * answer_mask  # log r of every token
+    lengths = answer_mask.sum(1)
+    k3 = (log_ratio.clamp(max=20).exp() - 1 - log_ratio).sum(1)
     (chosen, rejected), (chosen_k3, rejected_k3) = log_probs.detach().sum(1).chunk(2), k3.chunk(2)
     chosen_length, rejected_length = lengths.chunk(2)
 
     def prefers_chosen(log_probs: Tensor) -> Tensor:
-        per_token = (log_probs.detach() * answers).sum(1) / lengths.clamp(min=1)
+        per_token = (log_probs.detach() * answer_mask).sum(1) / lengths.clamp(min=1)
         return torch.gt(*per_token.chunk(2)).float()
 
     values = {
         "reward_accuracy": (margin > 0).float(),
-        # Whether log p per token of chosen is above that of rejected: under pi, and under pi_ref ("before" training).
+        # 1 if the chosen answer has the higher log p per token, under pi and (before training) under pi_ref.
         "chosen_preferred": prefers_chosen(log_probs),
         "chosen_preferred_before": prefers_chosen(batch["reference"]),
         "reward_margin": margin.detach(),
         "chosen_logp": chosen,
         "rejected_logp": rejected,
-        "chosen_logp_delta": ratio.sum(1).chunk(2)[0],  # log pi(chosen) - log pi_ref(chosen), of the whole answer
+        "chosen_logp_delta": log_ratio.sum(1).chunk(2)[0],  # log pi(chosen) - log pi_ref(chosen), of the whole answer
         "kl": (chosen_k3 + rejected_k3) / (chosen_length + rejected_length).clamp(min=1),
         "chosen_length": chosen_length,
         "rejected_length": rejected_length,
@@ -150,7 +152,7 @@ def preference_metrics(log_probs: Tensor, batch: Batch, margin: Tensor, pairs: T
 
 
 def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[str, Any]]) -> None:
-    """Print the fraction of Chinese pairs next to that of the parent's SFT chats; warn if they differ strongly."""
+    """Print the fractions of Chinese in the pairs and in the parent's SFT chats; warn if they differ strongly."""
 
     def chinese_fraction(tokens: str | Path) -> float:
         documents = {name: mix["documents"] for name, mix in read_meta(tokens)["report"]["languages"].items()}
@@ -182,12 +184,12 @@ def warn_language_mismatch(dist: DistContext, folder: str, lineage: list[dict[st
 
 # ---- early stop ------------------------------------------------------------------------------------------------------
 def chosen_drop_stop(dist: DistContext, args: argparse.Namespace, reference_path: Path) -> Callable[[MetricRow], str]:
-    """Return the `early_stop` of the stage: MetricRow -> reason to stop, or "". The loop calls it after every step.
+    """Return the function that the loop calls after every step: MetricRow -> reason to stop, or "" to continue.
 
-    It raises UserError if the first loss is not that of a policy that equals its reference.
-    Default --max_chosen_drop 0.2 nats per token, measured on the demo world: with a learning rate that kept the correct
-    answers the drop stayed below 0.06; with one that lost half of them it passed 0.2 after 40 of 181 steps and reached
-    1, while every held-out pair was ranked correctly.
+    It raises UserError if the first loss shows that the policy does not equal its reference before training.
+    The default of --max_chosen_drop, 0.2 nats per token, was measured on the demo world. At a learning rate that kept
+    the correct answers, the drop stayed below 0.06. At one that lost half of them, it exceeded 0.2 after 40 of 181
+    steps and reached 1; every held-out pair was still ranked correctly, so the ranking does not show the loss.
     """
     expected = {"dpo": math.log(2), "ipo": 1 / (4 * args.beta**2)}.get(args.loss)
 
@@ -206,7 +208,7 @@ def chosen_drop_stop(dist: DistContext, args: argparse.Namespace, reference_path
         drop = -row["chosen_logp_delta"] / max(row["chosen_length"], 1)
         if args.max_chosen_drop and drop > args.max_chosen_drop:
             return (
-                f"the chosen answers have become e^{drop:.2f} times less likely per token than under the parent "
+                f"log p of the chosen answers fell {drop:.2f} nats per token below the parent's "
                 f"(--max_chosen_drop {args.max_chosen_drop:g}): try a lower --learning_rate or a higher --sft_weight"
             )
         return ""
@@ -231,7 +233,7 @@ def repetition_rate(
 def measure_repetition(
     dist: DistContext, model: Transformer, tokenizer: ChatTokenizer, validation: dict[str, PreferenceDataset]
 ) -> Callable[[], MetricRow]:
-    """Measure the loop rate now. Returns the stage's `final_metrics`, which measures it again after training."""
+    """Measure the loop rate before training. Returns a function that measures it again and returns both rates."""
 
     def measure(when: str) -> dict[str, float]:
         rates = repetition_rate(dist, model, tokenizer, validation) if dist.is_rank0 else {}

@@ -1,4 +1,4 @@
-"""Promise: every common layout of a pair becomes one prompt and two answers, and only the answers are trained."""
+"""Promise: every common layout of a pair becomes one prompt and two answers; the loss mask covers only the answers."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def bot(text):
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION, GOOD, BAD = [user("1+1?")], [bot("2")], [bot("2, or 3")]
 PAIR = (QUESTION, GOOD, BAD)
-DIFFERENT, NOT_ITS = "chosen and rejected have different prompts", "the last message is not an answer"
+OTHER_PROMPT, NOT_AN_ANSWER = "chosen and rejected have different prompts", "the last message is not an answer"
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_every_layout_gives_the_same_pair(row):
 
 
 def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
-    talk = [SYSTEM, user("Hi"), bot("Hello"), *QUESTION]
-    assert normalise_pair({"chosen": talk + GOOD, "rejected": talk + BAD}) == (talk, GOOD, BAD)
-    assert normalise_pair({"prompt": talk[1:], "chosen": "2", "rejected": BAD, "system": "Be brief."})[0] == talk
+    chat = [SYSTEM, user("Hi"), bot("Hello"), *QUESTION]
+    assert normalise_pair({"chosen": chat + GOOD, "rejected": chat + BAD}) == (chat, GOOD, BAD)
+    assert normalise_pair({"prompt": chat[1:], "chosen": "2", "rejected": BAD, "system": "Be brief."})[0] == chat
     longer = [*BAD, user("Sure?"), bot("No.")]
-    assert normalise_pair({"prompt": talk, "chosen": GOOD, "rejected": longer}) == (talk, GOOD, longer)
+    assert normalise_pair({"prompt": chat, "chosen": GOOD, "rejected": longer}) == (chat, GOOD, longer)
 
 
 @pytest.mark.parametrize(
@@ -75,16 +75,16 @@ def test_a_system_message_and_earlier_turns_belong_to_the_prompt():
         ({"prompt": "q", "chosen": None, "rejected": "a"}, "an empty answer (chosen)"),
         ({"prompt": "q", "chosen": [], "rejected": "a"}, "an empty answer (chosen)"),
         ({"chosen": [user("q"), bot(" ")], "rejected": QUESTION + BAD}, "an empty answer (chosen)"),
-        ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, DIFFERENT),
-        ({"chosen": [SYSTEM, *QUESTION, *GOOD], "rejected": QUESTION + BAD}, DIFFERENT),
-        ({"prompt": "q", "chosen": QUESTION + GOOD, "rejected": "b"}, DIFFERENT),
-        ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_ITS),
-        ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_ITS),
+        ({"chosen": [user("q"), bot("a")], "rejected": [user("r"), bot("b")]}, OTHER_PROMPT),
+        ({"chosen": [SYSTEM, *QUESTION, *GOOD], "rejected": QUESTION + BAD}, OTHER_PROMPT),
+        ({"prompt": "q", "chosen": QUESTION + GOOD, "rejected": "b"}, OTHER_PROMPT),
+        ({"prompt": "q", "chosen": [user("a")], "rejected": "b"}, NOT_AN_ANSWER),
+        ({"chosen": [*QUESTION, *GOOD, user("?")], "rejected": QUESTION + BAD}, NOT_AN_ANSWER),
         ({"chosen": QUESTION + GOOD, "rejected": [*QUESTION, *GOOD, user("?"), bot("b")]},
          "one conversation is a prefix of the other"),
     ],
 )  # fmt: skip
-def test_pairs_without_a_difference_are_dropped_with_a_reason(row, reason):
+def test_pairs_unusable_for_dpo_are_dropped_with_a_reason(row, reason):
     with pytest.raises(DroppedRow) as error:
         normalise_pair(row)
     assert str(error.value) == reason
@@ -104,7 +104,7 @@ def test_pairs_without_a_difference_are_dropped_with_a_reason(row, reason):
         ({"prompt": [user("q"), bot("r")], "chosen": "a", "rejected": "b"}, "the prompt ends with an answer"),
     ],
 )
-def test_unusable_pairs_are_bad_rows(row, reason):
+def test_malformed_pairs_are_bad_rows(row, reason):
     with pytest.raises(BadRow) as error:
         normalise_pair(row)
     assert str(error.value) == reason and not isinstance(error.value, DroppedRow)
@@ -115,8 +115,8 @@ TEXT = st.text(alphabet="ab你 \n", min_size=1, max_size=5).filter(str.strip)
 
 @settings(max_examples=150, deadline=None)
 @given(turns=st.lists(st.tuples(TEXT, TEXT), max_size=3), question=TEXT, answers=st.lists(TEXT, min_size=2, max_size=2))
-def test_the_prompt_is_shared_message_by_message(tokenizer, turns, question, answers):
-    """The prompt ends where the answers start, even if both answers start with the same text; ids and masks agree."""
+def test_the_shared_prompt_consists_of_whole_messages(tokenizer, turns, question, answers):
+    """Answers that start with the same text keep it: it does not become part of the prompt, in text, ids or masks."""
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user(question)]
     row = {side: [*prompt, bot(text)] for side, text in zip(("chosen", "rejected"), answers, strict=True)}
     if answers[0] == answers[1]:
@@ -226,7 +226,7 @@ def process(tmp_path, tokenizer_dir):
 def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer, capsys):
     folder = process(write_rows(tmp_path / "a.jsonl", ROWS + DROPPED))
     stored = {n: [json.loads(x) for x in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "val")}
-    # the jsonl files do not depend on the tokenizer and hold the pair that is too long; the token folder does not
+    # The jsonl files contain also the pair with too many tokens, because they do not depend on the tokenizer.
     assert len(stored["train"]) + len(stored["val"]) == 241 and {row["lang"] for row in stored["val"]} == {"zh", "en"}
     tokens = folder / f"tokens-{tokenizer.fingerprint}"
     meta = read_meta(tokens)
@@ -266,7 +266,7 @@ def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
     assert ((again / "train.jsonl").read_text(), (again / "val.jsonl").read_text()) == (train, val)
 
 
-def test_too_many_bad_rows_are_an_error_and_nothing_is_half_written(tmp_path, process, monkeypatch):
+def test_too_many_bad_rows_are_an_error_and_no_output_is_left(tmp_path, process, monkeypatch):
     path = write_rows(
         tmp_path / "a.jsonl", [*ROWS, {"prompt": True, "chosen": "a", "rejected": "b"}, {"chosen": "a"}, {}]
     )
@@ -287,7 +287,7 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_errors_about_other_data_name_the_command(tmp_path, process, tokenizer, sft_dir):
+def test_errors_about_unsuitable_data_name_the_command(tmp_path, process, tokenizer, sft_dir):
     with pytest.raises(UserError, match=r"not a row that data_process.py wrote: run data_process\.py dpo again"):
         tokenize_chats(sft_dir, tokenizer, 500, task=PAIR_TOKENS)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
@@ -298,6 +298,6 @@ def test_errors_about_other_data_name_the_command(tmp_path, process, tokenizer, 
 
 @pytest.mark.real
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
-def test_real_pairs_are_all_kept(process):
+def test_real_pairs_have_no_bad_rows_and_most_are_kept(process):
     report = json.loads((process(SHARED_DATA / "dpo.jsonl.xz", max_seq_len=4096) / "meta.json").read_text())["report"]
     assert report["read"] == 6703 and report["bad"] == {} and report["kept"] > 5500

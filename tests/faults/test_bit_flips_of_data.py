@@ -1,5 +1,5 @@
-"""Promise: with one flipped bit in a file of a dataset folder, reading returns the same content or raises a one-line
-error that names the file; it never hangs."""
+"""Promise: if one bit of a file in a dataset folder is flipped, reading the folder returns the same content or raises a
+one-line error that names the file. It never hangs."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ def flipped_bit(path: Path, bit: int):
 
 @pytest.fixture
 def flip_bits(record_attacks):
-    """flip_bits(path, read, number): flip `number` bits of a file, one at a time, and call `read`."""
+    """flip_bits(path, read, number): for `number` random bits of a file: flip the bit, call `read`, restore the bit."""
 
     counts: dict[str, dict[str, int]] = {}
 
@@ -67,13 +67,13 @@ def flip_bits(record_attacks):
         for suffix, outcomes in counts.items():
             record_attacks(f"flipped bits of {suffix} of a data folder", sum(outcomes.values()), **outcomes)
 
-    run.count = count  # the test calls it: properties that a fixture adds at teardown are not reported
+    run.count = count  # called by the test, because pytest does not report properties that are added at teardown
     yield run
     signal.alarm(0)
 
 
 def read_token_folder(folder: Path) -> list:
-    """Everything that a training script reads from a tokenized folder."""
+    """Return everything that a training script reads from a folder of token shards."""
     meta, found = read_meta(folder), []
     for split in meta["splits"]:
         tokens = open_split(folder, split)
@@ -85,7 +85,7 @@ def read_token_folder(folder: Path) -> list:
 
 @pytest.fixture(scope="module")
 def token_folders(tokenizer, tokenizer_dir, tmp_path_factory):
-    """A folder of each kind: texts in shards per source, chats and preference pairs with their rows."""
+    """Datasets of all three kinds: texts with shards per source; chats and pairs with jsonl rows and token shards."""
     root = tmp_path_factory.mktemp("flips")
     texts = [{"text": f"{'一' * (i % 40)} story {i} " * 3, "from": f"s{i % 2}"} for i in range(120)]
     pairs = [{"prompt": f"{i}?", "chosen": "yes " * (1 + i % 5), "rejected": "no"} for i in range(60)]
@@ -100,7 +100,7 @@ def token_folders(tokenizer, tokenizer_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft", "dpo"])
-def test_a_flipped_bit_in_a_tokenized_folder_is_one_line(token_folders, tokenizer, kind, flip_bits, num_attacks):
+def test_a_flipped_bit_in_a_token_folder_is_refused_or_harmless(token_folders, tokenizer, kind, flip_bits, num_attacks):
     folder = token_folders / kind / ("" if kind == "pretrain" else f"tokens-{tokenizer.rendering_fingerprint}")
     files = sorted(path for path in folder.iterdir() if path.is_file())
     assert {path.suffix for path in files} == {
@@ -121,7 +121,9 @@ def test_a_flipped_bit_in_a_tokenized_folder_is_one_line(token_folders, tokenize
 
 
 @pytest.mark.parametrize(("kind", "form"), [("sft", CHAT_TOKENS), ("dpo", PAIR_TOKENS)])
-def test_a_flipped_bit_in_the_rows_is_one_line(token_folders, tokenizer, kind, form, flip_bits, num_attacks, tmp_path):
+def test_a_flipped_bit_in_rows_is_refused_or_harmless(
+    token_folders, tokenizer, kind, form, flip_bits, num_attacks, tmp_path
+):
     folder = shutil.copytree(token_folders / kind, tmp_path / kind)
 
     def tokenise():
@@ -134,7 +136,7 @@ def test_a_flipped_bit_in_the_rows_is_one_line(token_folders, tokenizer, kind, f
 
 
 def test_reads_of_large_files_verify_each_block(tmp_path, tokenizer, num_attacks, record_attacks):
-    """Reads that overlap the damaged block are refused; reads of other blocks are not."""
+    """Reads that overlap the damaged block raise an error; reads of other blocks succeed."""
     rng = np.random.default_rng(0)
     documents = [(rng.integers(0, 200, 3000), rng.integers(0, 2, 3000)) for _ in range(60)]
     folder = write_shards(tmp_path / "sft", "chats", tokenizer, {"train": documents})
@@ -157,8 +159,8 @@ def test_reads_of_large_files_verify_each_block(tmp_path, tokenizer, num_attacks
     record_attacks("flipped bits of large .bin and .mask", number, refused=number)
 
 
-def as_earlier_version(folder: Path) -> Path:
-    """Remove the checksums of a folder, which makes it format 1."""
+def convert_to_format_1(folder: Path) -> Path:
+    """Convert a token folder to format 1, which has no checksums."""
     meta = read_meta(folder)
     for split in meta["splits"].values():
         for shard in split["shards"]:
@@ -173,7 +175,7 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
     token_folders, tokenizer, tmp_path, num_attacks, record_attacks, capfd
 ):
     source = token_folders / "sft" / f"tokens-{tokenizer.rendering_fingerprint}"
-    folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
+    folder = convert_to_format_1(Path(shutil.copytree(source, tmp_path / source.name)))
     assert read_token_folder(folder)[3] == read_token_folder(source)[3] == read_token_folder(folder)[3]
     assert capfd.readouterr().err.count("has no checksums") == 1
     outcomes, number = {"refused": 0, "other_content": 0}, num_attacks(20, 300)
@@ -193,7 +195,7 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "write", "words"),
+    ("suffix", "write", "message"),
     [
         (
             ".bin",
@@ -208,21 +210,21 @@ def test_flipped_bits_in_a_format_1_folder_are_refused_or_change_tokens(
     ],
 )
 def test_unreadable_folders_without_checksums_are_refused_in_one_line(
-    token_folders, tokenizer, tmp_path, suffix, write, words
+    token_folders, tokenizer, tmp_path, suffix, write, message
 ):
     source = token_folders / "dpo" / f"tokens-{tokenizer.rendering_fingerprint}"
-    folder = as_earlier_version(Path(shutil.copytree(source, tmp_path / source.name)))
+    folder = convert_to_format_1(Path(shutil.copytree(source, tmp_path / source.name)))
     path = folder / f"train_000{suffix}"
     if write:
         path.write_bytes(write(path.read_bytes()))
     else:
         path.unlink()
-    with pytest.raises(UserError, match=rf"{words}.*: delete .*, the next training run makes it again"):
+    with pytest.raises(UserError, match=rf"{message}.*: delete .*, the next training run makes it again"):
         read_token_folder(folder)
 
 
 @pytest.mark.parametrize(("suffix", "workers"), [(".idx.npy", 0), (".bin", 0), (".mask", 2)])
-def test_training_on_a_damaged_chat_folder_ends_with_the_line(
+def test_training_on_damaged_token_shards_raises_the_one_line_error(
     monkeypatch, tmp_path, tokenizer, tiny_parent, sft_dir, suffix, workers
 ):
     data = Path(shutil.copytree(sft_dir, tmp_path / "sft"))
@@ -287,7 +289,7 @@ def test_a_damaged_dpo_reference_is_recomputed(token_folders, tokenizer, tmp_pat
 def test_resuming_unfinished_work_detects_flipped_bits(
     monkeypatch, tmp_path, tokenizer_dir, num_attacks, record_attacks
 ):
-    """A resumed run verifies the files of the killed run before it appends to them."""
+    """A resumed run verifies the files of the interrupted run before it appends to them."""
     monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 20)
     monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
     file = tmp_path / "a.jsonl"
@@ -323,7 +325,7 @@ def test_resuming_unfinished_work_detects_flipped_bits(
         try:
             data_process.main(command)
             assert read_token_folder(next((tmp_path / "out").glob("tokens-*"))) == expected
-            outcomes["restarted_or_not_counted"] += 1  # rows after the last saved progress are written again
+            outcomes["restarted_or_not_counted"] += 1  # rows after the last checkpoint are rewritten
         except UserError as error:
             assert f"{path.name} has changed since an earlier run wrote it: run the same" in str(error)
             assert not partial.exists(), "the next run restarts"

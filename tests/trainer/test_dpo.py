@@ -174,7 +174,7 @@ def test_chosen_drop_ends_the_stage_with_a_save(dpo, capsys, monkeypatch):
     drops = [-row["chosen_logp_delta"] / row["chosen_length"] for row in rows]
     assert len(rows) < 40 and drops[-1] > 0.5 >= max(drops[:-1]), "stops at the first step above the limit"
     said = capsys.readouterr().out
-    reason = re.search(r"stopped at step (\d+) of 40: (the chosen answers have become .*)\)\n", said)
+    reason = re.search(r"stopped at step (\d+) of 40: (log p of the chosen answers fell .*)\)\n", said)
     assert int(reason[1]) == len(rows) and "--max_chosen_drop 0.5" in reason[2]
     entry = torch.load(folder / "dpo_32.pth", weights_only=True)["lineage"][-1]
     assert entry["stopped"] == reason[2] and entry["validation"]["val_loss"].keys() == {"zh", "en"}
