@@ -9,7 +9,7 @@ from typing import Any
 
 # Old name -> current name. Also with the prefix val_ (validation data) and the suffix _before (before training).
 OLD_METRIC_KEYS = {
-    "real_token_share": "token_fraction",
+    "real_token_share": "token_fraction",  # no password  # nosec B105
     "likelier": "chosen_preferred",
     "margin": "reward_margin",
     "accuracy": "reward_accuracy",

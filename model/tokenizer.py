@@ -29,7 +29,7 @@ from model.jinja_template import JinjaTemplate
 from model.render import RenderedChat, render_chats, render_unfinished
 from model.tokenizer_files import open_backend, read_chat_template, read_settings
 
-PAD_TOKEN = "<|pad|>"
+PAD_TOKEN = "<|pad|>"  # no password  # nosec B105
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, PAD_TOKEN]
 SPARE_TOKENS = [f"<|spare_{i}|>" for i in range(12)]  # reserved embedding rows for markers of later stages
 LEGACY_TEMPLATE = (  # in tokenizer files of earlier versions, which have no chat_format field
