@@ -16,7 +16,7 @@ Writes  out/pretrain_512.pth, its log (.jsonl), its curves (.png) and, until the
 Next:   2-eval.py (evaluate it), 3-full_sft.py (fine-tune it to answer); code: trainer/loop.py, model/transformer.py.
 """
 
-from common import cli
+from common import flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from trainer.config import (
@@ -49,7 +49,10 @@ def main() -> None:
         __doc__, {"muon": 8e-3, "adamw": 1e-3}, data_path="dataset/pretrain", batch_size=8, warmup_iters=20
     )
     parser.add_argument(
-        "--tokenizer", type=cli.path_string, default="model/tokenizer", help="folder written by train_tokenizer.py"
+        "--tokenizer",
+        type=flag_types.path_string,
+        default="model/tokenizer",
+        help="folder written by train_tokenizer.py",
     )
     add_mix_flags(parser)
     add_model_flags(parser)

@@ -28,7 +28,7 @@ Read next: evaluation/chat_model.py and evaluation/terminal_chat.py, model/gener
 import argparse
 import sys
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from evaluation.prompts import SCRIPT_PROMPTS
 from evaluation.qa_data import read_keyed_questions, read_prompt_lines, require_nonempty_text
@@ -42,28 +42,28 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("which model").add_argument
     add(
         "--stage",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         help="pretrain, full_sft, …: the model of that stage in --out_dir (default: the latest stage)",
     )
     add(
         "--checkpoint",
-        type=cli.path_string,
+        type=flag_types.path_string,
         help="a .pth file or a transformers folder, instead of --stage",
     )
-    add("--out_dir", type=cli.path_string, default="out", help="folder of the models (default: out)")
+    add("--out_dir", type=flag_types.path_string, default="out", help="folder of the models (default: out)")
     add_rope_flags(parser)
     add = parser.add_argument_group("prompts (default: a conversation)").add_mutually_exclusive_group().add_argument
     add("--prompt", help="one prompt")
-    add("--prompts", type=cli.path_string, metavar="FILE", help="text file, one prompt per line")
+    add("--prompts", type=flag_types.path_string, metavar="FILE", help="text file, one prompt per line")
     add(
         "--questions",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FILE",
         help="jsonl file of questions with keys: prints the accuracy",
     )
     add = parser.add_argument_group("sampling (--questions is always greedy)").add_argument
     add("--system", metavar="TEXT", help="system message of every conversation")
-    add("--history", type=cli.non_negative_int, metavar="N",
+    add("--history", type=flag_types.non_negative_int, metavar="N",
         help="previous turns in each prompt (default: all; 0 with --prompts)")  # fmt: skip
     preset = "defaults of the flags below: those of the model's chat format (auto), of another format, or none"
     add(
@@ -72,64 +72,81 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help=f"{preset}; --report uses none (default: auto)",
     )
-    add("--temperature", type=cli.non_negative_float, help="0: greedy decoding (default: 0.7)")
-    add("--top_k", type=cli.non_negative_int, help="sample from the k most probable tokens (default: 0, all)")
-    add("--top_p", type=cli.positive_fraction, help="sample from the most probable tokens that sum to p (default: 0.9)")
-    add("--min_p", type=cli.fraction, help="drop tokens below this fraction of the largest probability (default: 0)")
-    add("--repetition_penalty", type=cli.positive_float, help="above 1: less repetition, for example 1.1 (default: 1)")
+    add("--temperature", type=flag_types.non_negative_float, help="0: greedy decoding (default: 0.7)")
+    add("--top_k", type=flag_types.non_negative_int, help="sample from the k most probable tokens (default: 0, all)")
+    add(
+        "--top_p",
+        type=flag_types.positive_fraction,
+        help="sample from the most probable tokens that sum to p (default: 0.9)",
+    )
+    add(
+        "--min_p",
+        type=flag_types.fraction,
+        help="drop tokens below this fraction of the largest probability (default: 0)",
+    )
+    add(
+        "--repetition_penalty",
+        type=flag_types.positive_float,
+        help="above 1: less repetition, for example 1.1 (default: 1)",
+    )
     ngrams = "no repeated n-gram of N tokens, prompt included (default: 0, off)"
-    add("--no_repeat_ngram_size", type=cli.non_negative_int, metavar="N", help=ngrams)
+    add("--no_repeat_ngram_size", type=flag_types.non_negative_int, metavar="N", help=ngrams)
     beams = "beam search with K beams, at most 8, at temperature 0; prints complete answers (default: 1, off)"
-    add("--num_beams", type=cli.int_between(1, 8), metavar="K", help=beams)
+    add("--num_beams", type=flag_types.int_between(1, 8), metavar="K", help=beams)
     add(
         "--length_penalty",
-        type=cli.non_negative_float,
+        type=flag_types.non_negative_float,
         help="a beam's score: log-probability / length ** this (default: 1; 0: the sum)",
     )
-    add("--max_new_tokens", type=cli.positive_int,
+    add("--max_new_tokens", type=flag_types.positive_int,
         help="length limit of an answer (default: 200; --questions: 48, for a pretrained model 24)")  # fmt: skip
-    add("--seed", type=cli.seed, help="the same seed gives the same answers (default with --report: 0)")
+    add("--seed", type=flag_types.seed, help="the same seed gives the same answers (default with --report: 0)")
     add = parser.add_argument_group("comparison of several models").add_argument
     add(
         "--report",
         nargs="*",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="MODEL",
         help="compare these models, files or NAME=http://HOST/v1 (default: every stage in --out_dir)",
     )
     add(
         "--report_api_key",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="KEY",
         help="API key of the servers in --report (default: the variable REPORT_API_KEY)",
     )
     add(
         "--texts",
         nargs="+",
-        type=cli.path_string,
+        type=flag_types.path_string,
         default=[],
         metavar="NAME=FILE",
         help="held-out texts for bits per byte, for example zh=FILE",
     )
     add(
         "--chats",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FILE",
         help="held-out chats (default: dataset/sft/val.jsonl if it exists)",
     )
-    add("--max_bytes", type=cli.positive_int, default=100_000,
+    add("--max_bytes", type=flag_types.positive_int, default=100_000,
         help="bytes read of each text and of the chats (default: 100000)")  # fmt: skip
     add(
         "--judge",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="BASE_URL",
         help="server of a model that scores and ranks the answers, as http://localhost:8000/v1",
     )
-    add("--judge_model", type=cli.non_empty_text, metavar="NAME", help="the model's name on that server")
+    add("--judge_model", type=flag_types.non_empty_text, metavar="NAME", help="the model's name on that server")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--json", type=cli.path_string, metavar="OUT", help="write the answers (and scores) to this file")
+    add("--device", type=flag_types.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add(
+        "--dtype",
+        choices=flag_types.DTYPE_NAMES,
+        default="auto",
+        help="auto, float32, bfloat16, float16 (default: auto)",
+    )
+    add("--json", type=flag_types.path_string, metavar="OUT", help="write the answers (and scores) to this file")
     return parser
 
 

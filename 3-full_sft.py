@@ -18,7 +18,7 @@ Next:   2-eval.py (chat with it); code: model/tokenizer.py (the mask), model/cha
         trainer/sampler.py (batches of similar length), evaluation/data_scaling.py.
 """
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from model.chat_template import CHAT_FORMATS
@@ -51,7 +51,7 @@ def main() -> None:
         help="train one model on each fraction of the chats and compare them: 0.1,0.3,0.5,1.0")  # fmt: skip
     add(
         "--questions",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FILE",
         help="with --data_share: also count correct answers to these questions (jsonl as for 2-eval.py)",
     )

@@ -17,7 +17,7 @@ Writes  out/lora_sft_512.pth, its log (.jsonl), its curves (.png) and, until the
 Next:   2-eval.py (chat with it); code: model/lora.py (the formula), model/checkpoint.py (finding the parent).
 """
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from trainer.config import add_length_flag, make_training_parser
@@ -40,22 +40,22 @@ def compute_loss(model, batch):
 
 def add_lora_flags(parser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=cli.int_between(1, 65536), default=8, help="r: rows of A and columns of B")
-    add("--alpha", type=cli.NumberType(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
+    add("--rank", type=flag_types.int_between(1, 65536), default=8, help="r: rows of A and columns of B")
+    add("--alpha", type=flag_types.NumberType(float, "a number above 0 and at most 1e6", lambda a: 0 < a <= 1e6), default=16.0,
         help="B A is scaled by alpha / r")  # fmt: skip
-    add("--lora_dropout", type=cli.fraction_below_one, default=0.0, help="dropout on the input of A")
+    add("--lora_dropout", type=flag_types.fraction_below_one, default=0.0, help="dropout on the input of A")
     add("--targets", action=cli.NameList, default=["all"], metavar="NAME",
         help="matrices to adapt: all (or all-linear), attention, mlp, experts, shared_experts, q_proj, … "
         "separated by commas or spaces")  # fmt: skip
     add(
         "--init_adapter",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="DIR",
         help="start from the adapter in a peft folder, with its rank, alpha, dropout and targets",
     )
     add(
         "--peft_dir",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="DIR",
         help="also write the adapter there in peft's format: adapter_config.json, adapter_model.safetensors",
     )

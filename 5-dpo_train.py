@@ -22,7 +22,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from common import cli
+from common import flag_types
 from common.errors import fail_in_one_line
 from common.files import check_writable
 from trainer.config import add_length_flag, make_training_parser
@@ -81,12 +81,12 @@ def main() -> None:
     add = parser.add_argument_group("preferences").add_argument
     add("--loss", choices=tuple(BETA), default="dpo", help="preference loss")
     betas = ", ".join(f"{beta:g} with {loss}" for loss, beta in BETA.items())
-    add("--beta", type=cli.positive_float, default=argparse.SUPPRESS,
+    add("--beta", type=flag_types.positive_float, default=argparse.SUPPRESS,
         help=f"scale of the KL penalty against the parent; simpo: scale of the reward (default: {betas})")  # fmt: skip
-    add("--simpo_gamma", type=cli.non_negative_float, default=1.0, help="simpo: target margin")
-    add("--sft_weight", type=cli.non_negative_float, default=0.0,
+    add("--simpo_gamma", type=flag_types.non_negative_float, default=1.0, help="simpo: target margin")
+    add("--sft_weight", type=flag_types.non_negative_float, default=0.0,
         help="weight of an added SFT loss on the chosen answers (arXiv:2404.19733)")  # fmt: skip
-    add("--max_chosen_drop", type=cli.non_negative_float, default=0.2,
+    add("--max_chosen_drop", type=flag_types.non_negative_float, default=0.2,
         help="stop when log p of the chosen answers has fallen by more than this per token (0: never)")  # fmt: skip
     add_length_flag(parser, "longer pairs lose the oldest turns of their prompt")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ import contextlib
 import os
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, escape_controls, fail_in_one_line
 from evaluation.qa_data import require_nonempty_text
 
@@ -27,24 +27,24 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--base_url",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         default="http://127.0.0.1:8000/v1",
         help="the server's address, including /v1 (default: http://127.0.0.1:8000/v1)",
     )
     add(
         "--model",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="NAME",
         help="the server's name of the model (default: the first that it lists)",
     )
     add(
         "--api_key",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="KEY",
         help="sent with every request (default: $OPENAI_API_KEY, else none)",
     )
     add("--system", metavar="TEXT", help="system message of the conversation")
-    add("--max_tokens", type=cli.positive_int, metavar="N", help="longest answer (default: the server's)")
+    add("--max_tokens", type=flag_types.positive_int, metavar="N", help="longest answer (default: the server's)")
     add("--prompt", metavar="TEXT", help="ask one question instead of starting a conversation")
     return parser
 

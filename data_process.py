@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.locks import lock_output
 from corpus.layouts import parse_keys, print_layouts
@@ -158,26 +158,29 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument(
             "files",
             nargs="+",
-            type=cli.path_string,
+            type=flag_types.path_string,
             metavar="FILES",
             help="txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
         )
         sub.add_argument(
             "--tokenizer",
-            type=cli.path_string,
+            type=flag_types.path_string,
             default="model/tokenizer",
             help="folder of the tokenizer (default: %(default)s)",
         )
         sub.add_argument(
-            "--out_dir", type=cli.path_string, default=f"dataset/{kind}", help="folder to write (default: %(default)s)"
+            "--out_dir",
+            type=flag_types.path_string,
+            default=f"dataset/{kind}",
+            help="folder to write (default: %(default)s)",
         )
-        sub.add_argument("--val_share", type=cli.fraction_below_one, default=held_out,
+        sub.add_argument("--val_share", type=flag_types.fraction_below_one, default=held_out,
             help="fraction held out for validation (default: %(default)s)")  # fmt: skip
-        sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
+        sub.add_argument("--max_bad_share", type=flag_types.fraction, default=0.01,
             help="maximum fraction of unusable rows (default: 0.01)")  # fmt: skip
-        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED_HELP)
+        sub.add_argument("--accept_damaged", action="store_true", help=flag_types.ACCEPT_DAMAGED_HELP)
         sub.add_argument("--check", action="store_true", help="print statistics and samples, write nothing")
-        sub.add_argument("--samples", type=cli.non_negative_int, default=3,
+        sub.add_argument("--samples", type=flag_types.non_negative_int, default=3,
             help="number of samples printed by --check (default: %(default)s)")  # fmt: skip
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…",
             help="keys of another row layout, for example prompt=ask,answer=reply; fields: --list_layouts")  # fmt: skip
@@ -190,7 +193,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
             )
         else:
             longer = "chats lose their last turns" if kind == "sft" else "pairs lose the first turns of their prompt"
-            sub.add_argument("--max_seq_len", type=cli.positive_int, default=512,
+            sub.add_argument("--max_seq_len", type=flag_types.positive_int, default=512,
                 help=f"longer {longer} (default: %(default)s); training scripts have the same flag")  # fmt: skip
             sub.add_argument("--chat_format", choices=CHAT_FORMATS,
                 help="chat template (default: that of the tokenizer folder)")  # fmt: skip
@@ -216,14 +219,14 @@ def add_download_flags(kinds: Any) -> None:
     sub.add_argument(
         "name",
         nargs="?",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="NAME",
         help="name of a dataset",
     )
     sub.add_argument(
         "--file",
         action="append",
-        type=cli.relative_path,
+        type=flag_types.relative_path,
         default=[],
         help="further file of the same repository; may be repeated",
     )
@@ -231,7 +234,7 @@ def add_download_flags(kinds: Any) -> None:
         "--mirror", default="", help="hub, hf-mirror, modelscope or a URL (default: try each in this order)"
     )
     sub.add_argument(
-        "--out_dir", type=cli.path_string, default="dataset/raw", help="folder to write (default: %(default)s)"
+        "--out_dir", type=flag_types.path_string, default="dataset/raw", help="folder to write (default: %(default)s)"
     )
 
 
@@ -239,7 +242,7 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument_group("filter by a model's cross-entropy (see curation/perplexity_filter.py)").add_argument
     add(
         "--scorer",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="MODEL",
         help="pretrained model that scores every chat, for example out/pretrain_512.pth",
     )
@@ -250,7 +253,7 @@ def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
         metavar="LOW,HIGH",
         help="keep chats whose answers have LOW to HIGH nats per token; 20%%,80%%: percentiles; zh=2,4: one language",
     )
-    add("--keep_share", type=cli.positive_fraction, default=1.0,
+    add("--keep_share", type=flag_types.positive_fraction, default=1.0,
         help="keep this fraction of the chats, those nearest to the middle of the range (default: 1)")  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import write_json
 from common.locks import lock_output
@@ -319,11 +319,11 @@ def python_command() -> str:
 def main() -> None:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out_dir", type=cli.path_string, default="out/demo", help="folder for all output (default: out/demo)"
+        "--out_dir", type=flag_types.path_string, default="out/demo", help="folder for all output (default: out/demo)"
     )
-    parser.add_argument("--seed", type=cli.seed, default=0,
+    parser.add_argument("--seed", type=flag_types.seed, default=0,
         help="random seed of world, initial weights and data order (default: 0)")  # fmt: skip
-    parser.add_argument("--max_steps", type=cli.max_steps, default=0,
+    parser.add_argument("--max_steps", type=flag_types.max_steps, default=0,
                         help="quick test: stop each training after this many steps (-1 or 0: no limit)")  # fmt: skip
     args = parser.parse_args()
     out = Path(args.out_dir)

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from model.rope_flags import add_rope_flags, parse_rope_flags
 
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         nargs="+",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="PATH",
         help="csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
     )
@@ -45,28 +45,38 @@ def make_parser() -> argparse.ArgumentParser:
         help="subjects, separated by commas or spaces (default: all)")  # fmt: skip
     group = parser.add_argument_group("model (default: the latest stage in --out_dir)")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--checkpoint", type=cli.path_string, help="a .pth file")
+    add("--checkpoint", type=flag_types.path_string, help="a .pth file")
     add(
         "--model",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="DIR",
         help="a transformers folder (Llama, Mistral, Qwen2, Qwen3)",
     )
     add_rope_flags(group)
     add = parser.add_argument_group("prompts").add_argument
     add("--method", default="letter", choices=("letter", "text"), help="scoring method, see above (default: letter)")
-    add("--shots", type=cli.non_negative_int, default=0,
+    add("--shots", type=flag_types.non_negative_int, default=0,
         help="examples from dev before each question (default: 0)")  # fmt: skip
-    add("--shuffle_options", type=cli.int_between(1, 24), default=1, metavar="K",
+    add("--shuffle_options", type=flag_types.int_between(1, 24), default=1, metavar="K",
         help="average over K of the 24 orders of the options; 4: each option once under each letter")  # fmt: skip
     add("--style", default="auto", choices=("auto", "chat", "plain"), help="auto: chat for models of a chat stage")
     add("--prompt", action="store_true", help="print the first prompt and save all prompts")
     add = parser.add_argument_group("machine").add_argument
-    add("--out_dir", type=cli.path_string, default="out", help="folder of the models and the results (default: out)")
-    add("--json", type=cli.path_string, metavar="FILE", help="also write all scores to this file")
-    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
-    add("--batch_tokens", type=cli.non_negative_int, default=0,
+    add(
+        "--out_dir",
+        type=flag_types.path_string,
+        default="out",
+        help="folder of the models and the results (default: out)",
+    )
+    add("--json", type=flag_types.path_string, metavar="FILE", help="also write all scores to this file")
+    add("--device", type=flag_types.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add(
+        "--dtype",
+        choices=flag_types.DTYPE_NAMES,
+        default="auto",
+        help="auto, float32, bfloat16, float16 (default: auto)",
+    )
+    add("--batch_tokens", type=flag_types.non_negative_int, default=0,
         help="positions per forward pass (default: 1024 on a CPU, 16384 on a GPU; 1: one question)")  # fmt: skip
     return parser
 

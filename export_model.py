@@ -22,18 +22,18 @@ import argparse
 import re
 from pathlib import Path
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 
 WEIGHT_DTYPE_NAMES = ("float32", "bfloat16", "float16")
-SHARD_SIZE = cli.NumberType(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
+SHARD_SIZE = flag_types.NumberType(float, "a number above 0 (of GB)", lambda size: size >= 1e-6, 1e6)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=cli.pathlib_path, help="out/*.pth, or a transformers folder")
+    parser.add_argument("checkpoint", type=flag_types.pathlib_path, help="out/*.pth, or a transformers folder")
     parser.add_argument(
-        "folder", type=cli.pathlib_path, metavar="DIR", help="output folder: new, empty, or see --overwrite"
+        "folder", type=flag_types.pathlib_path, metavar="DIR", help="output folder: new, empty, or see --overwrite"
     )
     add = parser.add_argument_group("output").add_argument
     add("--dtype", choices=WEIGHT_DTYPE_NAMES, help="number format of the weights (default: float32)")
@@ -43,13 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--adapter", action="store_true", help="write a LoRA adapter alone, as a peft folder")
     add(
         "--base",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="NAME",
         help="with --adapter: folder or hub name of its parent (default: the parent's name)",
     )
     add(
         "--license",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="ID",
         help="licence of the weights in the model card: apache-2.0, … (default: unknown)",
     )
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="compare the files in transformers, peft and llama.cpp",
     )
     add = parser.add_argument_group("model hub (token from `hf auth login` or HF_TOKEN)").add_argument
-    add("--push_to_hub", type=cli.non_empty_text, metavar="NAME", help="USER/MODEL: upload DIR after the export")
+    add("--push_to_hub", type=flag_types.non_empty_text, metavar="NAME", help="USER/MODEL: upload DIR after the export")
     add("--private", action="store_true", help="create a private repository")
     add("--dry_run", action="store_true", help="list the files, but do not upload them")
     return parser

@@ -22,7 +22,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from model.rope_flags import add_rope_flags, parse_rope_flags
 from model.sampling_presets import PRESET_CHOICES
@@ -39,17 +39,17 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint",
         nargs="+",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FILE",
         help=".pth files or transformers folders; NAME=FILE sets a model's name",
     )
     add(
         "--out_dir",
-        type=cli.path_string,
+        type=flag_types.path_string,
         default="out",
         help="folder whose latest stage is served without --checkpoint (default: out)",
     )
-    add("--max_context", type=cli.int_at_least(8), default=4096,
+    add("--max_context", type=flag_types.int_at_least(8), default=4096,
         help="tokens of prompt and answer together, at most (default: 4096)")  # fmt: skip
     strict = "404 for unknown model names (default: a server of one model uses it for any name)"
     add("--strict_model_names", action="store_true", help=strict)
@@ -59,40 +59,45 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("access").add_argument
     add(
         "--host",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         default="127.0.0.1",
         help="address to listen on (default: 127.0.0.1, this machine only)",
     )
-    add("--port", type=cli.int_between(0, 65535), default=8000, help="0: any free port (default: 8000)")
+    add("--port", type=flag_types.int_between(0, 65535), default=8000, help="0: any free port (default: 8000)")
     shown = "other users of this machine can see it in the process list (ps)"
     add(
         "--api_key",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="KEY",
         help=f"clients must send it; {shown} (default: $MENGYA_API_KEY, else none)",
     )
-    add("--api_key_file", type=cli.path_string, metavar="FILE", help="one key per line; clients must send one of them")
+    add(
+        "--api_key_file",
+        type=flag_types.path_string,
+        metavar="FILE",
+        help="one key per line; clients must send one of them",
+    )
     names = "further names accepted in the Host header (default: localhost, 127.0.0.1, ::1, --host; any with a key)"
     add("--allowed_hosts", action=cli.NameList, default=[], metavar="NAME", help=names)
     add("--cors", action=cli.NameList, default=[], metavar="ORIGIN",
         help="origins of web pages that may send requests, as https://chat.example.org")  # fmt: skip
     add = parser.add_argument_group("limits").add_argument
-    add("--seats", type=cli.positive_int, default=16,
+    add("--seats", type=flag_types.positive_int, default=16,
         help="sequences per model that run in one batch, max_num_seqs (default: 16)")  # fmt: skip
-    add("--queue", type=cli.non_negative_int, default=64,
+    add("--queue", type=flag_types.non_negative_int, default=64,
         help="sequences per model that may wait; further requests get 429 (default: 64)")  # fmt: skip
-    add("--max_request_bytes", type=cli.positive_int, default=2**20,
+    add("--max_request_bytes", type=flag_types.positive_int, default=2**20,
         help="larger requests get 413 (default: 1048576)")  # fmt: skip
-    add("--max_queued_bytes", type=cli.positive_int,
+    add("--max_queued_bytes", type=flag_types.positive_int,
         help="total of large requests; further ones get 429 (default: 16 times --max_request_bytes)")  # fmt: skip
-    add("--max_connections", type=cli.int_at_least(2), default=256,
+    add("--max_connections", type=flag_types.int_at_least(2), default=256,
         help="open connections; new ones replace idle ones (default: 256)")  # fmt: skip
     timeout = "seconds a client has to send headers, to send each MiB of a body, and to read part of the answer"
-    add("--client_timeout", type=cli.int_at_least(1), default=30, help=f"{timeout} (default: 30)")
+    add("--client_timeout", type=flag_types.int_at_least(1), default=30, help=f"{timeout} (default: 30)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", type=flag_types.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     dtype = "float32 (default): text independent of other requests; auto, bfloat16, float16: faster where native"
-    add("--dtype", choices=cli.DTYPE_NAMES, default="float32", help=dtype)
+    add("--dtype", choices=flag_types.DTYPE_NAMES, default="float32", help=dtype)
     return parser
 
 

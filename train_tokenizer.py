@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.locks import lock_output
 from model.chat_template import CHAT_FORMATS
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "files",
         "training text: txt, jsonl, csv or parquet, also .gz .xz .zst .bz2",
         nargs="*",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FILE",
     )
     add(
@@ -61,13 +61,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["bpe", "unigram"],
         default="bpe",
     )
-    counts: dict[str, Any] = {"type": cli.positive_int, "metavar": "N"}
+    counts: dict[str, Any] = {"type": flag_types.positive_int, "metavar": "N"}
     add("--vocab_size", "entries, including the 16 special tokens (default: 6400)", default=6400, **counts)
     add(
         "--out_dir",
         "tokenizer folder to write, or to read with --inspect (default: model/tokenizer)",
         default="model/tokenizer",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FOLDER",
     )
     add(
@@ -83,11 +83,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_bad_share",
         "maximum fraction of unusable rows (default: 0.01)",
         default=0.01,
-        type=cli.fraction,
+        type=flag_types.fraction,
         metavar="FRACTION",
     )
-    add("--accept_damaged", cli.ACCEPT_DAMAGED_HELP, action="store_true")
-    add("--seed", "seed of the document sample (default: 0)", default=0, type=cli.seed, metavar="N")
+    add("--accept_damaged", flag_types.ACCEPT_DAMAGED_HELP, action="store_true")
+    add("--seed", "seed of the document sample (default: 0)", default=0, type=flag_types.seed, metavar="N")
     add("--inspect", "print the tokens of TEXT with the tokenizer in --out_dir; trains nothing", metavar="TEXT")
     add_compare_flags(parser)
     args = parser.parse_args(argv)
@@ -103,18 +103,18 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--compare",
         nargs="+",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FOLDER",
         help="print a table of these tokenizers: folders with a tokenizer.json or a SentencePiece *.model",
     )
     add(
         "--compare_on",
         nargs="+",
-        type=cli.path_string,
+        type=flag_types.path_string,
         metavar="FILE",
         help="text to measure on (default: text of the built-in demo world)",
     )
-    add("--out", type=cli.path_string, metavar="FILE.md", help="also write the table of --compare to this file")
+    add("--out", type=flag_types.path_string, metavar="FILE.md", help="also write the table of --compare to this file")
 
 
 def read_sample(args: argparse.Namespace) -> "TextSample":

@@ -15,7 +15,7 @@ import socket
 import sys
 from pathlib import Path
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from model.rope_flags import add_rope_flags, parse_rope_flags
 
@@ -34,11 +34,15 @@ STREAMLIT_SETTINGS = {
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("models").add_argument
-    add("--out_dir", type=cli.path_string, help="folder of the models (default: out, here or in the project's folder)")
+    add(
+        "--out_dir",
+        type=flag_types.path_string,
+        help="folder of the models (default: out, here or in the project's folder)",
+    )
     add(
         "--checkpoint",
         nargs="+",
-        type=cli.path_string,
+        type=flag_types.path_string,
         default=[],
         metavar="FILE",
         help=".pth files or transformers folders to use instead",
@@ -47,15 +51,20 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("page").add_argument
     add(
         "--host",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         default="127.0.0.1",
         help="address to listen on; 0.0.0.0 accepts other machines (default: 127.0.0.1)",
     )
-    add("--port", type=cli.int_between(1, 65535), default=8501, help="default: 8501")
+    add("--port", type=flag_types.int_between(1, 65535), default=8501, help="default: 8501")
     add("--lang", choices=("auto", "zh", "en"), default="auto", help="initial language (auto: the browser's)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=cli.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    add("--dtype", choices=cli.DTYPE_NAMES, default="auto", help="auto, float32, bfloat16, float16 (default: auto)")
+    add("--device", type=flag_types.device_name, default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add(
+        "--dtype",
+        choices=flag_types.DTYPE_NAMES,
+        default="auto",
+        help="auto, float32, bfloat16, float16 (default: auto)",
+    )
     return parser
 
 

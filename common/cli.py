@@ -1,133 +1,212 @@
-"""argparse types with limits, list-valued flags, and a parser with one-line errors.
+"""Command lines from frozen dataclasses, argparse types with limits, and one-line errors.
 
-    parser = FlagParser(description=__doc__)
-    parser.add_argument("--batch_size", type=positive_int)                rejects 0, -1, 0.5 and nan
-    parser.add_argument("--targets", action=NameList, default=["all"])    q_proj,v_proj = q_proj v_proj
+    @dataclass(frozen=True)
+    class TrainConfig(Config):
+        data_path: str = flag("dataset/pretrain", "folder written by data_process.py", type=path_string)
+        batch_size: int = flag(8, "rows per forward pass", type=positive_int, aliases=("batch",))
 
-Invalid values are rejected during parsing, before any file is read:
-`error: argument --batch_size: 0 is not a whole number of at least 1`, exit code 2. Imports only the standard library.
+    config = parse(TrainConfig, __doc__)     python train.py --batch_size 16 @recipes/belle-sft.args
+
+`@FILE.args` reads flags from a file: one or several per line, # starts a comment. Flags of the command line override
+those of the file, wherever they stand. Aliases are accepted, but --help does not list them. Invalid values are rejected
+before any file is read: `argument --batch_size: 0 is not a whole number of at least 1`, exit code 2. Imports only the
+standard library.
+Read next: errors.py, trainer/config.py.
 """
 
 import argparse
-import math
+import dataclasses
 import re
+import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from common.errors import UserError
+from common.flag_types import NumberType, split_names
 
-MAX_FLAG_VALUE = 10**12  # default limit: results computed from flags stay far below 2^63
-DEVICE_PATTERN = "auto|cpu|mps|cuda(:[0-9]{1,3})?"
-DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-MAX_SHOWN_CHARACTERS = 60  # of an invalid value in a message
-
-ACCEPT_DAMAGED_HELP = (
-    "use damaged or truncated files as far as they can be read; the rows lost are estimated and reported"
-)
+FLAG_FILE_SUFFIX = ".args"
 
 
+# ---- configurations: frozen dataclasses whose fields describe their flags ----
 @dataclass(frozen=True)
-class NumberType:
-    """An argparse type for finite numbers. Raises argparse.ArgumentTypeError for any other text."""
+class Config:
+    """Base of all configurations. Subclasses check combinations of fields in `check`."""
 
-    convert: Callable[[str], float]  # raises ValueError if the text is not a number
-    rule: str  # completes the message "-1 is not …"
-    is_allowed: Callable[[float], bool]
-    maximum: float = MAX_FLAG_VALUE
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of its limits, as the command line does, and for a wrong combination."""
+        for field in dataclasses.fields(self):
+            number, value = flag_options(type(self), field).get("type"), getattr(self, field.name)
+            if isinstance(number, NumberType) and isinstance(value, (int, float)) and not number.accepts(value):
+                default = None if field.default is MISSING else field.default
+                if value != default:  # a default such as 0 may mean "not given"
+                    raise UserError(f"--{field.name}: {value!r} is not {number.rule}")
+        self.check()
 
-    def __call__(self, text: str) -> float:
-        problem = f"is not {self.rule}"
-        try:
-            value = self.convert(text)
-            if math.isfinite(value) and self.is_allowed(value):
-                if value <= self.maximum:
-                    return value
-                problem = f"is too large: at most {self.maximum:g}"
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"{text[:MAX_SHOWN_CHARACTERS]} {problem}")
+    def check(self) -> None:
+        """Raise UserError for a combination of fields that is not supported."""
 
 
-def int_at_least(minimum: int, maximum: int = MAX_FLAG_VALUE) -> NumberType:
-    return NumberType(int, f"a whole number of at least {minimum}", lambda value: value >= minimum, maximum)
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def int_between(minimum: int, maximum: int) -> NumberType:
-    return NumberType(
-        int, f"a whole number from {minimum} to {maximum}", lambda value: minimum <= value <= maximum, maximum
-    )
+def flag(
+    default: Any,
+    help: str | Callable[[type], str],
+    *,
+    aliases: Sequence[str] = (),
+    group: str = "",
+    exclusive: str = "",
+    hidden: bool = False,
+    **options: Any,
+) -> Any:
+    """Return a dataclass field that describes a flag.
+
+    default: MISSING makes the flag required; False makes it a switch; a tuple makes it a list.
+    help: text, or a function that returns it for the class of the configuration.
+    aliases: further spellings, without dashes, that --help does not list. hidden: --help does not list the flag.
+    group: title of its group in --help. exclusive: at most one flag of those with this name may be given.
+    options: passed to add_argument (type, choices, metavar, nargs, action, parse, …); `positional=True` removes the
+    dashes. A field of a subclass that only gives another default keeps the options of its base class.
+    """
+    metadata = {"help": help, "aliases": aliases, "group": group, "exclusive": exclusive, "hidden": hidden}
+    return dataclasses.field(default=default, metadata={"flag": metadata | {"options": options}})
 
 
-def _parse_epochs(text: str) -> float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
+def overrides(of: type, *, group: str, skip: Sequence[str] = ()) -> Any:
+    """Return a field that collects the flags of another dataclass: a dict of those that were given."""
+    metadata = {"overrides": {"of": of, "group": group, "skip": tuple(skip)}}
+    return dataclasses.field(default_factory=dict, metadata=metadata)
 
 
-def _parse_max_steps(text: str) -> int:
-    return 0 if int(text) == -1 else int(text)
+def flag_metadata(config: type, field: "dataclasses.Field[Any]") -> Mapping[str, Any] | None:
+    """Return the metadata of a field's flag: the field's own, else that of the nearest base class; None without one."""
+    for base in config.__mro__:
+        own = base.__dict__.get("__dataclass_fields__", {}).get(field.name)
+        if own is not None and "flag" in own.metadata:
+            found: Mapping[str, Any] = own.metadata["flag"]
+            return found
+    return None
 
 
-MIN_POSITIVE_FLOAT = 1e-38  # smaller values underflow in fp32, and 1 / x overflows
-positive_int = int_at_least(1)
-non_negative_int = int_at_least(0)
-seed = int_between(0, 2**32 - 1)  # numpy's range
-max_steps = NumberType(
-    _parse_max_steps, "a whole number of at least 1, or -1: the epochs decide", lambda value: value >= 0
-)
-epochs = NumberType(_parse_epochs, "a number above 0", lambda value: value > 0)  # 2.0 -> 2
-positive_float = NumberType(float, "a number above 0", lambda value: value > MIN_POSITIVE_FLOAT)
-non_negative_float = NumberType(float, "a number of at least 0", lambda value: value >= 0)
-fraction = NumberType(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-positive_fraction = NumberType(float, "a number above 0 and at most 1", lambda value: MIN_POSITIVE_FLOAT < value <= 1)
-fraction_below_one = NumberType(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+def flag_options(config: type, field: "dataclasses.Field[Any]") -> Mapping[str, Any]:
+    """Return the add_argument options of a field: {} if it is no flag."""
+    return (flag_metadata(config, field) or {}).get("options", {})
 
 
-def path_string(text: str) -> str:
-    """argparse type: a path as text. Rejects an empty one, which would mean the current folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the name is empty")
-    if "\0" in text:
-        raise argparse.ArgumentTypeError("the name contains a null byte")
-    return text
+def parse(
+    config: type[ConfigT],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    flag_files: dict[str, dict[str, str]] | None = None,
+) -> ConfigT:
+    """Return the configuration of the command line (sys.argv without `arguments`). Raises UserError.
+
+    flag_files: {flag: {value: file of flags}}, as {"--recipe": {"belle": "recipes/belle-sft.args"}}.
+    """
+    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.flag_file_names = flag_files or {}
+    add_flags(parser, config)
+    return make_config(config, parser.parse_args(arguments))
 
 
-def pathlib_path(text: str) -> Path:
-    """argparse type: `path_string` as a Path."""
-    return Path(path_string(text))
+def parse_command(
+    commands: Mapping[str, type[Config]],
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    exits: Mapping[str, tuple[str, Callable[[], None]]] | None = None,
+) -> tuple[str, Any]:
+    """Return (command, its configuration). The docstring of a configuration is the help of its command.
+
+    exits: flags that print something and end the program, {"--list": (help, function)}.
+    """
+    parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (text, function) in (exits or {}).items():
+        parser.add_argument(name, action=_ExitAction, nargs=0, function=function, help=text)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
+    for name, config in commands.items():
+        text = (config.__doc__ or "").split("\n\n")[0]
+        add_flags(subparsers.add_parser(name, help=text.replace("%", "%%"), description=config.__doc__), config)
+    namespace = parser.parse_args(arguments)
+    return namespace.command, make_config(commands[namespace.command], namespace)
 
 
-def relative_path(text: str) -> str:
-    """argparse type: a path inside a repository or folder, such as data/a.jsonl, without `..`."""
-    parts = re.split(r"[/\\]", path_string(text))
-    if any(part in ("", ".", "..") or ":" in part for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"{text[:MAX_SHOWN_CHARACTERS]} is not a path inside the repository, as data/a.jsonl"
-        )
-    return text
+def make_config(config: type[ConfigT], namespace: argparse.Namespace) -> ConfigT:
+    """Return the configuration of the given flags; all others have the defaults of their fields."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        if "overrides" in field.metadata:
+            other = field.metadata["overrides"]["of"]
+            names = [name.name for name in dataclasses.fields(other)]
+            values[field.name] = {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+        elif hasattr(namespace, field.name):
+            value = getattr(namespace, field.name)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config(**values)
 
 
-def non_empty_text(text: str) -> str:
-    """argparse type: text that is not empty."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the text is empty")
-    return text
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the flags of all fields of a configuration to a parser."""
+    groups: dict[str, Any] = {"": parser}
+    for field in dataclasses.fields(config):
+        if other := field.metadata.get("overrides"):
+            group = parser.add_argument_group(other["group"])
+            for inner in dataclasses.fields(other["of"]):
+                if inner.name not in other["skip"] and (known := inner.metadata.get("flag")):
+                    _add_flag(group, other["of"], inner, known, shows_default=False)
+            continue
+        if (known := flag_metadata(config, field)) is None:
+            continue
+        title = known["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        place = groups[title]
+        if name := known["exclusive"]:
+            place = groups.setdefault(f"{title}\0{name}", None) or place.add_mutually_exclusive_group()
+            groups[f"{title}\0{name}"] = place
+        _add_flag(place, config, field, known)
 
 
-def device_name(text: str) -> str:
-    """argparse type: auto, cpu, mps, cuda or cuda:N. device.py checks later whether the device exists."""
-    if not re.fullmatch(DEVICE_PATTERN, text):
-        raise argparse.ArgumentTypeError(
-            f"{text[:MAX_SHOWN_CHARACTERS]}: not a device; use auto, cpu, cuda, cuda:1 or mps"
-        )
-    return text
+def _add_flag(
+    place: Any, config: type, field: "dataclasses.Field[Any]", known: Mapping[str, Any], shows_default: bool = True
+) -> None:
+    options = dict(known["options"])
+    default = field.default
+    text = known["help"] if isinstance(known["help"], str) else known["help"](config)
+    if options.pop("positional", False):
+        if default is not MISSING and "nargs" not in options:
+            options["nargs"] = "?"
+        place.add_argument(field.name, default=argparse.SUPPRESS, help=text, **options)
+        return
+    if "choices" in options:
+        options.setdefault("metavar", "{" + ",".join(map(str, options["choices"])) + "}")
+    if isinstance(default, bool) and "action" not in options and "type" not in options:
+        options["action"] = "store_true"
+    if "parse" in options:
+        options.setdefault("action", NameList)
+    shown = default is not MISSING and default not in (None, False, "", ()) and "(default" not in text
+    if shown and shows_default:
+        texts = ", ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
+        text += f" (default: {texts})".replace("%", "%%")
+    required = {"required": True} if default is MISSING else {}
+    common = {"dest": field.name, "default": argparse.SUPPRESS, **options}
+    place.add_argument(f"--{field.name}", **common, **required, help=argparse.SUPPRESS if known["hidden"] else text)
+    for alias in known["aliases"]:
+        place.add_argument(f"--{alias}", **common, help=argparse.SUPPRESS)
 
 
-def split_names(text: str) -> list[str]:
-    """Split a text at commas and whitespace; returns the names in order, without duplicates."""
-    return list(dict.fromkeys(name for name in re.split(r"[\s,，、]+", text) if name))
+class _ExitAction(argparse.Action):
+    """Calls a function and ends the program."""
+
+    def __init__(self, *arguments: Any, function: Callable[[], None], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.function = function
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        self.function()
+        parser.exit()
 
 
 class NameList(argparse.Action):
@@ -153,14 +232,76 @@ class NameList(argparse.Action):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse.ArgumentParser with one-line errors, without the usage text. Errors raise UserError."""
+    """argparse.ArgumentParser with files of flags and one-line errors, without the usage text. Errors raise UserError.
+
+    flag_file_names: {flag: {value: file}} for flags that name a file of flags, as `--recipe belle`.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.flag_file_names: dict[str, dict[str, str]] = {}
+        self.flag_sources: dict[str, str] = {}  # flag -> "FILE:LINE", for messages
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Rejects `--flag=--`, which argparse before Python 3.13 parses as [] without checking type or choices."""
-        for text in sys.argv[1:] if args is None else args:
+        texts = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # else the parser of the subcommand reads the files
+            texts = self.read_flag_files(texts)
+        for text in texts:
             if text.startswith("--") and text.endswith("=--"):
                 self.error(f"argument {text.removesuffix('=--')}: a value is missing")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(texts, namespace)
+
+    def read_flag_files(self, texts: list[str]) -> list[str]:
+        """Return the arguments with those of all files `@NAME.args` in front, so that the command line overrides them.
+
+        Raises UserError if a file cannot be read.
+        """
+        from_files: list[str] = []
+        others: list[str] = []
+        position = 0
+        while position < len(texts):
+            name, _, value = texts[position].partition("=")
+            is_file = name.startswith("@") and texts[position].endswith(FLAG_FILE_SUFFIX)
+            if name in self.flag_file_names:
+                if not value and position + 1 < len(texts):
+                    position += 1
+                    value = texts[position]
+                if value not in (known := self.flag_file_names[name]):
+                    self.error(f"argument {name}: {value or 'a value is missing'}: choose one of {', '.join(known)}")
+                from_files += self._read_flag_file(Path(known[value]))
+            elif is_file:
+                from_files += self._read_flag_file(Path(texts[position][1:]))
+            else:
+                others.append(texts[position])
+            position += 1
+        self.flag_sources = {f: place for f, place in self.flag_sources.items() if f not in map(_flag_name, others)}
+        return from_files + others
+
+    def _read_flag_file(self, path: Path) -> list[str]:
+        found: list[str] = []
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text: a file of flags has one flag per line, as --epochs 3") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: give an existing file of flags after @") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: {error}: a line holds flags as on the command line") from None
+            if words and not words[0].startswith("--"):
+                raise UserError(f"{path}:{number}: {words[0]}: a line begins with a flag, as --epochs 3")
+            found += words
+            self.flag_sources |= {_flag_name(word): f"{path}:{number}" for word in words if word.startswith("--")}
+        return found
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{' '.join(message.split())}; `python {self.prog} --help` describes the flags")
+        flags = re.findall("--[a-zA-Z][-a-zA-Z0-9_]*", message)
+        place = next((f"{self.flag_sources[name]}: " for name in flags if name in self.flag_sources), "")
+        raise UserError(f"{place}{' '.join(message.split())}; `python {self.prog} --help` describes the flags")
+
+
+def _flag_name(text: str) -> str:
+    return text.partition("=")[0]

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError
 from common.files import remove
 from common.locks import lock_output
@@ -40,18 +40,21 @@ def add_subcommands(subparsers: Any) -> None:
         sub.add_argument(
             "files",
             nargs="+",
-            type=cli.path_string,
+            type=flag_types.path_string,
             metavar="FILES",
             help="text, chats or preference pairs, in the formats of `pretrain`, `sft` and `dpo`",
         )
         sub.add_argument(
-            "--out_dir", type=cli.path_string, default=f"dataset/{name}", help="folder to write (default: %(default)s)"
+            "--out_dir",
+            type=flag_types.path_string,
+            default=f"dataset/{name}",
+            help="folder to write (default: %(default)s)",
         )
-        sub.add_argument("--max_bad_share", type=cli.fraction, default=0.01,
+        sub.add_argument("--max_bad_share", type=flag_types.fraction, default=0.01,
                          help="largest allowed fraction of unusable rows (default: 0.01)")  # fmt: skip
-        sub.add_argument("--accept_damaged", action="store_true", help=cli.ACCEPT_DAMAGED_HELP)
+        sub.add_argument("--accept_damaged", action="store_true", help=flag_types.ACCEPT_DAMAGED_HELP)
         sub.add_argument("--keys", default="", metavar="FIELD=KEY,…", help="keys of another layout, as for `sft`")
-        sub.add_argument("--workers", type=cli.int_between(1, 1024), default=1,
+        sub.add_argument("--workers", type=flag_types.int_between(1, 1024), default=1,
                          help="processes; the result does not depend on it (default: 1)")  # fmt: skip
         ADD_FLAGS[name](sub)
 
@@ -61,13 +64,16 @@ def _add_clean_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--list_rules", action=_ListRules, nargs=0, help="print every rule with its source and exit")
     sub.add_argument("--skip", **name_list, default=[], metavar="RULE,…", help="rules to turn off")
     sub.add_argument("--also", **name_list, default=[], metavar="RULE,…", help="rules to turn on: simplify, …")
-    sub.add_argument("--min_words", type=cli.non_negative_int, default=10,
+    sub.add_argument("--min_words", type=flag_types.non_negative_int, default=10,
                      help="drop shorter texts (default: %(default)s; Gopher: 50)")  # fmt: skip
     sub.add_argument(
         "--languages", **name_list, default=["zh", "en"], help="languages to keep (ISO 639-1; default: zh,en)"
     )
     sub.add_argument(
-        "--unsafe_words", type=cli.path_string, metavar="FILE", help="more phrases for the rule `unsafe`, one per line"
+        "--unsafe_words",
+        type=flag_types.path_string,
+        metavar="FILE",
+        help="more phrases for the rule `unsafe`, one per line",
     )
     sub.add_argument("--check", action="store_true", help="dry run: print the report with its examples, write nothing")
 
@@ -83,9 +89,9 @@ def _add_dedup_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_decontaminate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--against", nargs="+", type=cli.path_string, required=True, metavar="EXAM",
+    sub.add_argument("--against", nargs="+", type=flag_types.path_string, required=True, metavar="EXAM",
                      help="folders, archives or files with exam questions")  # fmt: skip
-    sub.add_argument("--overlap", type=cli.fraction, default=0.5,
+    sub.add_argument("--overlap", type=flag_types.fraction, default=0.5,
                      help="fraction of a question in a dropped row; 0: one n-gram (default: %(default)s)")  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import os
 import random
 from pathlib import Path
 
-from common import cli
+from common import cli, flag_types
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import lock_output
@@ -114,9 +114,12 @@ def _csv(rows: list[Row], with_answers: bool) -> str:
 def main() -> None:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out_dir", type=cli.path_string, default="out/demo/exam", help="folder to write (default: out/demo/exam)"
+        "--out_dir",
+        type=flag_types.path_string,
+        default="out/demo/exam",
+        help="folder to write (default: out/demo/exam)",
     )
-    parser.add_argument("--seed", type=cli.seed, default=0, help="seed of the demo world (default: 0)")
+    parser.add_argument("--seed", type=flag_types.seed, default=0, help="seed of the demo world (default: 0)")
     args = parser.parse_args()
     with lock_output(args.out_dir):
         counts = build_exam(args.out_dir, args.seed)

@@ -28,7 +28,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import fail_in_one_line
 from common.files import write_text
 from common.locks import lock_output
@@ -87,14 +87,17 @@ def build_world(
 def main() -> None:
     parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out_dir", type=cli.path_string, default="out/demo/world", help="folder to write (default: out/demo/world)"
+        "--out_dir",
+        type=flag_types.path_string,
+        default="out/demo/world",
+        help="folder to write (default: out/demo/world)",
     )
-    parser.add_argument("--seed", type=cli.seed, default=0, help="random seed of every choice (default: 0)")
-    parser.add_argument("--statement_rounds", type=cli.positive_int, default=60,
+    parser.add_argument("--seed", type=flag_types.seed, default=0, help="random seed of every choice (default: 0)")
+    parser.add_argument("--statement_rounds", type=flag_types.positive_int, default=60,
         help="statements per fact (default: 60)")  # fmt: skip
-    parser.add_argument("--chat_rounds", type=cli.positive_int, default=8,
+    parser.add_argument("--chat_rounds", type=flag_types.positive_int, default=8,
         help="training questions per asked fact and direction (default: 8)")  # fmt: skip
-    parser.add_argument("--questions", type=cli.positive_int, default=300,
+    parser.add_argument("--questions", type=flag_types.positive_int, default=300,
         help="held-out questions per language (default: 300)")  # fmt: skip
     args = parser.parse_args()
     with lock_output(args.out_dir):

@@ -8,8 +8,8 @@ Read next: rope.py (the formulas).
 import argparse
 from typing import Any
 
-from common.cli import NumberType
 from common.errors import UserError
+from common.flag_types import NumberType
 
 ROPE_KINDS = ("linear", "dynamic", "yarn")
 MAX_ROPE_FACTOR = 64

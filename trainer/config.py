@@ -12,7 +12,7 @@ import math
 import os
 from typing import Any
 
-from common import cli
+from common import cli, flag_types
 from common.errors import UserError
 from corpus.mixing import parse_mix
 from model.config import FIELD_HELP, FIELD_LIMITS, PRESETS, ModelConfig
@@ -84,45 +84,57 @@ def make_training_parser(
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = TrainingParser(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument_group("data and files").add_argument
-    add("--data_path", type=cli.path_string, help="folder written by data_process.py")
-    add("--out_dir", type=cli.path_string, default="out", help="folder for the checkpoint, the log and the curves")
-    add("--init_from", type=cli.path_string, help="checkpoint to start from")
+    add("--data_path", type=flag_types.path_string, help="folder written by data_process.py")
+    add(
+        "--out_dir",
+        type=flag_types.path_string,
+        default="out",
+        help="folder for the checkpoint, the log and the curves",
+    )
+    add("--init_from", type=flag_types.path_string, help="checkpoint to start from")
     add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
         help="auto: resume an interrupted run of this stage; never: start anew")  # fmt: skip
-    add("--save_interval", type=cli.positive_int, default=200,
+    add("--save_interval", type=flag_types.positive_int, default=200,
         help="steps between saves (a save at the end is always made)")  # fmt: skip
 
     add = parser.add_argument_group("duration").add_argument
-    add("--epochs", type=cli.epochs, default=1, help="passes over the data; 0.5: half of one")
-    add("--max_steps", type=cli.max_steps, default=0,
+    add("--epochs", type=flag_types.epochs, default=1, help="passes over the data; 0.5: half of one")
+    add("--max_steps", type=flag_types.max_steps, default=0,
         help="number of optimizer steps (-1 or 0: given by --epochs)")  # fmt: skip
-    add("--max_minutes", type=cli.non_negative_float, default=0,
+    add("--max_minutes", type=flag_types.non_negative_float, default=0,
         help="time limit in minutes; the learning rate decays to its final value by then (0: no limit)")  # fmt: skip
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=cli.positive_int, default=8, help="rows per process and forward pass")
-    add("--accumulation_steps", type=cli.positive_int, default=1, help="forward passes per optimizer step")
+    add("--batch_size", type=flag_types.positive_int, default=8, help="rows per process and forward pass")
+    add("--accumulation_steps", type=flag_types.positive_int, default=1, help="forward passes per optimizer step")
     add("--optimizer", choices=("muon", "adamw"), default="muon",
         help="muon: Muon for the matrices of the layers, AdamW for all other weights")  # fmt: skip
     rates = ", ".join(f"{rate:g} with {optimizer}" for optimizer, rate in learning_rates.items())
-    add("--learning_rate", type=cli.positive_float, default=argparse.SUPPRESS,
+    add("--learning_rate", type=flag_types.positive_float, default=argparse.SUPPRESS,
         help=f"peak learning rate (default: {rates})")  # fmt: skip
     add("--schedule", choices=("linear", "cosine"), default="linear", help="learning-rate decay after the warm-up")
-    add("--final_lr_share", type=cli.fraction, default=0.0, help="final learning rate as a fraction of the peak")
-    add("--warmup_iters", type=cli.non_negative_int, default=10, help="steps of linear warm-up")
-    add("--warmup_share", type=cli.fraction_below_one, default=0.0,
+    add("--final_lr_share", type=flag_types.fraction, default=0.0, help="final learning rate as a fraction of the peak")
+    add("--warmup_iters", type=flag_types.non_negative_int, default=10, help="steps of linear warm-up")
+    add("--warmup_share", type=flag_types.fraction_below_one, default=0.0,
         help="warm-up as a fraction of the run, instead of --warmup_iters")  # fmt: skip
-    add("--weight_decay", type=cli.non_negative_float, default=0.1, help="of matrices; norms and embeddings have none")
-    add("--grad_clip", type=cli.non_negative_float, default=1.0, help="maximum gradient norm (0: no clipping)")
+    add(
+        "--weight_decay",
+        type=flag_types.non_negative_float,
+        default=0.1,
+        help="of matrices; norms and embeddings have none",
+    )
+    add("--grad_clip", type=flag_types.non_negative_float, default=1.0, help="maximum gradient norm (0: no clipping)")
     add("--max_loss_ratio", default=3.0,
-        type=cli.NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
+        type=flag_types.NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
         help="stop a diverging run: when the mean loss of the last 10 steps exceeds this multiple of the first "
         "loss (0: off). The first loss counts as at least ln(vocabulary) / 2 per token, 2 per pair")  # fmt: skip
-    add("--seed", type=cli.seed, default=42, help="random seed of the weights, the order of the data and dropout")
+    add(
+        "--seed", type=flag_types.seed, default=42, help="random seed of the weights, the order of the data and dropout"
+    )
 
     add = parser.add_argument_group("hardware and parallelism").add_argument
-    add("--device", type=cli.device_name, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=cli.DTYPE_NAMES, default="auto",
+    add("--device", type=flag_types.device_name, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
+    add("--dtype", choices=flag_types.DTYPE_NAMES, default="auto",
         help="dtype of matrix products (autocast); auto: bf16 where the hardware supports it")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the model (on a CPU this needs a C++ compiler)")
     add("--checkpoint_activations", action="store_true",
@@ -130,29 +142,31 @@ def make_training_parser(
     add("--parallel", choices=PARALLEL_MODES, default="ddp",
         help="parallelism of several processes: ddp: every process holds the whole model; zero1: optimizer state is "
         "sharded; zero2: also gradients; fsdp, zero3: also weights")  # fmt: skip
-    add("--dist_timeout", type=cli.non_negative_float, default=0.0,
+    add("--dist_timeout", type=flag_types.non_negative_float, default=0.0,
         help="seconds that a process may keep the others waiting before the run ends with an error that names it "
         "(0: 300 on CPUs, 1800 on GPUs)")  # fmt: skip
-    add("--num_workers", type=cli.int_between(0, 256), default=0, help="worker processes that load batches ahead")
-    add("--local_rank", "--local-rank", type=cli.int_at_least(-1), default=0,
+    add(
+        "--num_workers", type=flag_types.int_between(0, 256), default=0, help="worker processes that load batches ahead"
+    )
+    add("--local_rank", "--local-rank", type=flag_types.int_at_least(-1), default=0,
         help=argparse.SUPPRESS)  # fmt: skip  # set by the deepspeed launcher
 
     add = parser.add_argument_group("logging and validation").add_argument
-    add("--log_interval", type=cli.positive_int, default=10, help="steps between log rows")
-    add("--eval_interval", type=cli.positive_int, default=100,
+    add("--log_interval", type=flag_types.positive_int, default=10, help="steps between log rows")
+    add("--eval_interval", type=flag_types.positive_int, default=100,
         help="steps between validations (a validation at the end is always made)")  # fmt: skip
-    add("--eval_tokens", type=cli.positive_int, default=16_384,
+    add("--eval_tokens", type=flag_types.positive_int, default=16_384,
         help="tokens per validation and language; eight times as many at the end")  # fmt: skip
     add("--use_wandb", action="store_true", help="also log to Weights & Biases (offline unless WANDB_MODE is set)")
-    add("--wandb_project", type=cli.non_empty_text, default="mengya")
-    add("--wandb_run_name", type=cli.non_empty_text, default=None)
+    add("--wandb_project", type=flag_types.non_empty_text, default="mengya")
+    add("--wandb_run_name", type=flag_types.non_empty_text, default=None)
     parser.set_defaults(**stage_defaults)
     parser.learning_rates = learning_rates
     return parser
 
 
 def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--max_seq_len", type=cli.positive_int,
+    parser.add_argument("--max_seq_len", type=flag_types.positive_int,
         help=f"tokens per row; {what}; if omitted: the model's max_seq_len")  # fmt: skip
 
 
@@ -166,9 +180,9 @@ def model_flag_type(field: "dataclasses.Field[Any]") -> Any:
     least, most = FIELD_LIMITS[field.name]
     if isinstance(field.default, int):
         least = least if field.name == "n_shared_experts" or not field.default else max(least, 1)
-        return cli.int_between(int(least), int(most))
+        return flag_types.int_between(int(least), int(most))
     rule = f"a number from {least:g} to {most:g}"
-    return cli.NumberType(float, rule, lambda value: least <= value <= most)
+    return flag_types.NumberType(float, rule, lambda value: least <= value <= most)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,11 +203,11 @@ def add_mix_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data mixture (if omitted: all data, without reweighting)").add_argument
     add("--mix", action=cli.NameList, parse=parse_mix, metavar="MIX",
         help="zh=0.25,en=0.75: weights by language or source; zh=1x,en=2x: epochs; or language, source")  # fmt: skip
-    add("--mix_temperature", type=cli.positive_float, default=1.0,
+    add("--mix_temperature", type=flag_types.positive_float, default=1.0,
         help="weights to the power of 1/T: T above 1 makes them more equal")  # fmt: skip
     add("--stage2_mix", action=cli.NameList, parse=parse_mix, metavar="MIX",
         help="mixture of stage 2, the last part of the run")  # fmt: skip
-    add("--stage2_at", type=cli.non_negative_float, default=0.0,
+    add("--stage2_at", type=flag_types.non_negative_float, default=0.0,
         help="start of stage 2: a fraction of the steps, as 0.7, or a step number")  # fmt: skip
 
 

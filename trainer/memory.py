@@ -26,7 +26,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from common import cli
+from common import flag_types
 from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
@@ -77,17 +77,17 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--plan", action="store_true", help="print parameters, tokens, memory, time and cost, and stop")
     add(
         "--presets",
-        type=cli.non_empty_text,
+        type=flag_types.non_empty_text,
         metavar="A,B",
         help="with --plan: print a table of these presets with their memory and GPUs instead",
     )
-    add("--tokens_per_param", type=cli.non_negative_float, default=0.0,
+    add("--tokens_per_param", type=flag_types.non_negative_float, default=0.0,
         help="training tokens per parameter; Xiangxin used 20 (0: given by --epochs; with --plan: 20)")  # fmt: skip
     add("--gpu", choices=GPUS, default="h100", help="the GPU of the plan's launch line")
-    add("--gpus", type=cli.positive_int, default=8, help="number of GPUs")
-    add("--utilisation", type=cli.positive_fraction, default=0.4,
+    add("--gpus", type=flag_types.positive_int, default=8, help="number of GPUs")
+    add("--utilisation", type=flag_types.positive_fraction, default=0.4,
         help="assumed model FLOPs utilisation (MFU), a fraction of the GPUs' peak")  # fmt: skip
-    add("--price_per_hour", type=cli.non_negative_float, default=0.0,
+    add("--price_per_hour", type=flag_types.non_negative_float, default=0.0,
         help="price per GPU and hour in US dollars (0: the price in the plan's table)")  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import MAX_FLAG_VALUE, NumberType
 from common.errors import UserError, escape_controls
+from common.flag_types import MAX_FLAG_VALUE, NumberType
 from tests.faults.odd_inputs import disable_servers, make_tiny_inputs, script_outcome
 from tests.helpers import run_process, run_script
 from tests.scripts.test_flags import ACTIONS, NUMBERS, PARSERS, is_number, parse_flags

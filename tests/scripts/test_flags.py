@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import FlagParser, NameList, NumberType, split_names
+from common.cli import FlagParser, NameList
 from common.errors import UserError
+from common.flag_types import NumberType, split_names
 from tests.helpers import ROOT, TINY_MODEL_FLAGS, load_script, load_weights, read_jsonl, run_process, run_script
 
 SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "demo_world.generator", "demo_world.exam"]

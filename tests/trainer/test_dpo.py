@@ -168,7 +168,7 @@ def test_dpo_starts_from_a_lora_adapter(dpo, tokenizer, tmp_path):
 # ---- early stop ------------------------------------------------------------------------------------------------------
 def test_chosen_drop_ends_the_stage_with_a_save(dpo, capsys, monkeypatch):
     # A negative sft_weight, which the flag rejects, makes the chosen answers unlikely; DPO alone seldom does.
-    monkeypatch.setattr("common.cli.non_negative_float", float)
+    monkeypatch.setattr("common.flag_types.non_negative_float", float)
     folder = dpo("--batch_size", 30, "--sft_weight", -5, "--epochs", 40, "--max_chosen_drop", 0.5)
     rows = steps(folder)
     drops = [-row["chosen_logp_delta"] / row["chosen_length"] for row in rows]
