@@ -58,6 +58,21 @@ def int_between(minimum: int, maximum: int) -> NumberType:
     )
 
 
+def float_between(minimum: float, maximum: float) -> NumberType:
+    return NumberType(
+        float, f"a number from {minimum:g} to {maximum:g}", lambda value: minimum <= value <= maximum, maximum
+    )
+
+
+def parse_bool(text: str) -> bool:
+    """argparse type: true or false."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text}: give true or false")
+
+
 def _parse_epochs(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
