@@ -33,7 +33,8 @@ class NumberType:
     maximum: float = MAX_FLAG_VALUE
 
     def accepts(self, value: float) -> bool:
-        return math.isfinite(value) and self.is_allowed(value) and value <= self.maximum
+        is_finite = isinstance(value, int) or math.isfinite(value)  # isfinite overflows for large integers
+        return is_finite and self.is_allowed(value) and value <= self.maximum
 
     def __call__(self, text: str) -> float:
         problem = f"is not {self.rule}"
