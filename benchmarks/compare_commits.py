@@ -44,7 +44,7 @@ TRAIN = (
     " --seed 1 --batch_size 8 --log_interval 1 --max_seq_len 128 "
 )
 SIZES = {
-    "dim 64, 2 layers": "--dim 64 --n_layers 2 --n_heads 4 --max_steps 150",
+    "dim 64, 2 layers": "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_steps 150",
     "demo": "--preset demo --max_steps 20",
 }
 
