@@ -25,11 +25,11 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from common import cli
-from common.cli import MISSING, Config, flag
+from common.cli import Config, flag
 from common.errors import UserError, fail_in_one_line
 from common.flag_types import positive_int
 
