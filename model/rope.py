@@ -98,18 +98,18 @@ def rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return _cos_sin(torch.arange(config.max_seq_len, dtype=torch.float32), frequencies, factor)
 
 
-def dynamic_rope(config: ModelConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin for positions (seq,) or (batch, seq) and `lengths` () or (batch,), each ([batch,] seq, head_dim).
+def dynamic_rope(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions (..., seq) that end at the last token of a sequence, each (..., seq, head_dim).
 
     theta' = theta * (factor * n / original - factor + 1)^(head_dim / (head_dim - 2)), n = max(length, original).
     """
     dim, factor = config.head_dim, config.rope_scaling["factor"]
     original = config.rope_scaling["original_max_position_embeddings"]
+    lengths = positions[..., -1:] + 1
     growth = factor * lengths.clamp(min=original) / original - (factor - 1)
     theta = config.rope_theta * growth ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    frequencies = 1.0 / theta[..., None] ** exponents  # (head_dim / 2,) or (batch, head_dim / 2)
-    return _cos_sin(positions, frequencies[:, None] if frequencies.dim() == 2 else frequencies)
+    return _cos_sin(positions, 1.0 / theta[..., None] ** exponents)  # frequencies (..., 1, head_dim / 2)
 
 
 def _cos_sin(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:

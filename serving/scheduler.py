@@ -76,7 +76,7 @@ class TokenEvent:
 
 def count_seqs(work: Iterable[WorkItem]) -> int:
     """Return the number of batch rows of these items, one per request or beam. A job takes no row but counts as one."""
-    return sum(len(item.sequence.slots) if isinstance(item, Request) else 1 for item in work)
+    return sum(item.sequence.settings.num_beams if isinstance(item, Request) else 1 for item in work)
 
 
 class Scheduler:
