@@ -1,8 +1,8 @@
 """KV cache and checkpoints.
 
-Promises: logits with the cache equal those of the full forward pass, token by token, in chunks and in batches
-of rows of different lengths; sequences beyond max_seq_len raise; a saved model loads with equal tensors; an invalid file is a one-line
-error.
+Promises: logits with the cache equal those of the full forward pass, token by token, in chunks and in batches of rows
+of different lengths; sequences beyond max_seq_len raise; a saved model loads with equal tensors; an invalid file is a
+one-line error.
 """
 
 import pytest
