@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import require
 from model.config import ModelConfig
 from model.rope_flags import check_rope_factor
 
@@ -130,10 +130,8 @@ def extend_context(config: ModelConfig, kind: str, factor: float) -> ModelConfig
     Raises UserError if the factor is out of range or the config already has RoPE scaling.
     """
     check_rope_factor(factor)
-    if config.rope_scaling:
-        raise UserError(
-            f"--rope_scaling: the model already has RoPE scaling ({rope_summary(config)}): leave out the flag"
-        )
+    problem = f"--rope_scaling: the model already has RoPE scaling ({rope_summary(config)}): leave out the flag"
+    require(not config.rope_scaling, problem)
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": config.max_seq_len}
     return dataclasses.replace(config, rope_scaling=scaling, max_seq_len=int(factor * config.max_seq_len))
 
