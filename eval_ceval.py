@@ -36,6 +36,7 @@ from evaluation.exam_data import ExamSplit, read_exam_split
 from evaluation.exam_logprobs import compute_option_log_probs
 from evaluation.exam_prompts import PromptConfig, build_prompts
 from evaluation.exam_stats import make_exam_result, score_questions
+from evaluation.tables import with_progress
 from model.rope import rope_summary
 from model.rope_flags import RopeFlags
 
@@ -114,8 +115,9 @@ def evaluate_exam(config: ExamConfig, exam: ExamSplit) -> None:
         file = exam_report.write_prompts(folder, prompts, tokenizer)
         print(f"\n{tokenizer.decode(prompts[0].prompt)}\n\nall prompts: {file}", flush=True)
     started = time.perf_counter()
-    batches = compute_option_log_probs(chat_model, prompts, config.method, config.batch_tokens)
-    exam_report.with_progress(batches, len(prompts))
+    scored = compute_option_log_probs(chat_model, prompts, config.method, config.batch_tokens)
+    for _ in with_progress(scored, "questions", total=len(prompts)):
+        pass
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     question_results = score_questions(prompts)
     if all(item.answer for item in exam.items):

@@ -77,7 +77,7 @@ def option_log_probs(model, tokenizer, prompts, method, batch_tokens=4096):
 
 def score(model, tokenizer, prompts, method, batch_tokens=4096):
     chat_model = ChatModel("m", Path("m"), model, tokenizer, "full_sft", torch.device("cpu"), torch.float32)
-    assert sum(compute_option_log_probs(chat_model, prompts, method, batch_tokens)) == len(prompts)
+    assert len(list(compute_option_log_probs(chat_model, prompts, method, batch_tokens))) == len(prompts)
 
 
 @torch.no_grad()
