@@ -5,8 +5,7 @@
     DEFAULT_READER.read_pair(row)         dpo: the prompt and two answers
     DEFAULT_READER.read_content(row)      clean, dedup, decontaminate: all texts that the three methods above read
     DEFAULT_READER.edit_row(row, edit)    clean: the row with each of these texts replaced by edit(text)
-
-    RowReader({"prompt": "ask"})    reads the question of a chat from the key `ask` (--keys prompt=ask)
+    RowReader({"prompt": "ask"})          reads the question of a chat from the key `ask` (--keys prompt=ask)
 
 The keys that have a value determine the layout of each row; null and empty values are ignored. `RowContent.changes`
 and `RowContent.unused` list changes and unused keys, which the report counts.
@@ -167,8 +166,8 @@ class _Row:
     # ---- chats ----
     def read_chat(self) -> RowContent:
         messages = apply_turn_rules(self._messages(), self.notes)
-        unused = self._unused_keys(messages)
-        return RowContent("chat", chat_text(messages), messages, (), list(self.notes.changes), unused)
+        changes, unused = list(self.notes.changes), self._unused_keys(messages)
+        return RowContent("chat", chat_text(messages), messages, changes=changes, unused=unused)
 
     def _messages(self) -> list[Message]:
         """The messages of the row, before the turn rules."""
@@ -233,7 +232,7 @@ class _Row:
         else:
             return []
         value = stringify_number(row[key])
-        self.used.update((key, *contexts))
+        self.used |= {key, *contexts}
         turns: list[Message] = []
         if history:
             self.used.add(history)
@@ -255,7 +254,7 @@ class _Row:
             if isinstance(row[key], str) and (turns := parse_marked_text(row[key])):
                 self.used.add(key)
                 return turns
-        if "chosen" in self.fields and "rejected" in self.fields:
+        if {"chosen", "rejected"} <= self.fields.keys():
             raise BadRow("a pair of answers: data_process.py dpo reads it")
         prompt, answer = first_key(row, "prompt"), first_key(row, "answer")
         if answer is not None and answer not in self.keys("answer") and (prompt or "context" in self.fields):
@@ -264,9 +263,8 @@ class _Row:
             raise DroppedRow("an empty answer")
         if prompt is not None and "answer" in self.fields and prompt not in self.keys("prompt"):
             require_text(row[prompt], prompt)
-        turns_key = first_key(row, "messages")
-        if turns_key is not None:
-            raise BadRow("the list of messages is null" if is_missing(row[turns_key]) else "no messages")
+        if (turns := first_key(row, "messages")) is not None:
+            raise BadRow("the list of messages is null" if is_missing(row[turns]) else "no messages")
         raise BadRow(_NO_CHAT_KEYS)
 
     def _add_system(self, messages: list[Message]) -> list[Message]:
@@ -299,8 +297,8 @@ class _Row:
             conversations.append([make_message(turn["role"], turn["content"]) for turn in messages])
         prompt, *answers = split_pair(*conversations)
         turns = [*prompt, *answers[0], *answers[1]]
-        unused = self._unused_keys(turns)
-        return RowContent("pair", chat_text(turns), prompt, tuple(answers), list(self.notes.changes), unused)
+        changes, unused = list(self.notes.changes), self._unused_keys(turns)
+        return RowContent("pair", chat_text(turns), prompt, tuple(answers), changes, unused)
 
     def _unused_keys(self, messages: list[Message]) -> list[str]:
         """The filled keys that were not read, except metadata and texts that equal a message."""
