@@ -11,10 +11,9 @@ with it the epoch and the position in the component's order. So a killed run res
 stages, and memory does not grow with the data. A component of both stages continues in stage 2 where stage 1 ended.
 
 Reads   training shards that are labelled with language and source.
-Read next: ../corpus/mixing.py (the weights), shuffle.py, sampler.py (without a mixture).
+Read next: ../corpus/mixing.py (the weights), sampler.py (without a mixture).
 """
 
-import argparse
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +23,9 @@ import numpy as np
 
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.mixing import MixComponent, mix_components, unused_tokens
+from corpus.mixing import MixComponent, MixSpec, mix_components, unused_tokens
 from trainer.datasets import Batch, PackedDataset, TokenDataset
-from trainer.sampler import BatchSampler
-from trainer.shuffle import EpochOrder
+from trainer.sampler import BatchSampler, EpochOrder
 
 ROUND_ROWS = 10_000  # rows in which every component gets exactly its fraction
 MAX_USEFUL_PASSES = 4  # more epochs over the same text help little: Muennighoff et al. 2023, arXiv:2305.16264
@@ -35,10 +33,15 @@ MAX_USEFUL_PASSES = 4  # more epochs over the same text help little: Muennighoff
 
 @dataclass
 class MixSchedule:
-    """The components of one or two stages. `stage2_at`: first step of stage 2, or below 1 the fraction of steps."""
+    """The components of one or two stages. `stage2_at`: first step of stage 2, or below 1 the fraction of steps.
+
+    The length of the run is `max_steps`, or, if it is 0, `epochs`. unused: tokens of the labels in no component.
+    """
 
     stages: list[list[MixComponent]]
     stage2_at: float = 0.0
+    max_steps: int = 0
+    epochs: float = 1.0
     unused: dict[str, int] = field(default_factory=dict)
 
     def switch_step(self, total_steps: int) -> int:
@@ -47,7 +50,7 @@ class MixSchedule:
             return total_steps + 1
         return round(self.stage2_at * total_steps) if self.stage2_at < 1 else int(self.stage2_at)
 
-    def to_dict(self, args: argparse.Namespace) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the entries for the lineage; a resumed run must have the same ones."""
         stages = {
             "mix" if i == 0 else "stage2_mix": {component.name: round(component.weight, 6) for component in components}
@@ -55,30 +58,27 @@ class MixSchedule:
         }
         if len(self.stages) == 1:
             return stages
-        length = f"{args.max_steps} steps" if args.max_steps else f"{args.epochs} epochs"  # sets the step of the switch
+        length = f"{self.max_steps} steps" if self.max_steps else f"{self.epochs} epochs"  # sets the step of the switch
         return stages | {"stage2_at": self.stage2_at, "length": length}
 
 
-def read_mix_schedule(args: argparse.Namespace) -> MixSchedule:
-    """Return the mixture of the flags for the shards in --data_path. Raises UserError if flags or data do not fit."""
-    if bool(args.stage2_mix) != bool(args.stage2_at):
-        raise UserError(
-            "--stage2_mix sets the mixture of stage 2, --stage2_at its first step (0.7: after 70 % of the steps): "
-            "give both"
-        )
-    if not args.mix:
-        raise UserError("--stage2_mix, --stage2_at and --mix_temperature need --mix: the mixture of stage 1")
-    shards = read_meta(args.data_path)["splits"]["train"]["shards"]
-    specs = [args.mix, *([args.stage2_mix] if args.stage2_mix else [])]
-    stages = [mix_components(shards, spec, args.mix_temperature) for spec in specs]
-    return MixSchedule(stages, args.stage2_at, unused_tokens(shards, *stages))
+def read_mix_schedule(
+    data_path: str, mix: MixSpec, temperature: float = 1.0, stage2_mix: MixSpec | None = None, **length: float
+) -> MixSchedule:
+    """Return the mixture of the training shards in `data_path`. length: stage2_at, max_steps, epochs.
+
+    Raises UserError if a name is not in the data.
+    """
+    shards = read_meta(data_path)["splits"]["train"]["shards"]
+    stages = [mix_components(shards, spec, temperature) for spec in (mix, stage2_mix) if spec]
+    return MixSchedule(stages, unused=unused_tokens(shards, *stages), **length)
 
 
-class MixedDataset:
+class MixedDataset(TokenDataset):
     """The concatenated rows of all components of a mixture."""
 
     def __init__(self, folder: str, schedule: MixSchedule, seq_len: int) -> None:
-        self.schedule, self.seq_len, self.folder = schedule, seq_len, Path(folder)
+        self.schedule, self.seq_len, self.folder, self.mixture = schedule, seq_len, Path(folder), schedule.to_dict()
         components = {component.name: component for stage in schedule.stages for component in stage}
         self.components = {
             name: PackedDataset(folder, "train", seq_len, component.contains) for name, component in components.items()
@@ -92,8 +92,8 @@ class MixedDataset:
     def __len__(self) -> int:
         return sum(self.sizes.values())
 
-    def lengths(self) -> None:
-        return None  # all rows have the same length
+    def batch_sampler(self, global_batch_size: int, seed: int) -> BatchSampler:
+        return MixSampler(self, global_batch_size, seed)
 
     def batch(self, rows: np.ndarray) -> Batch:
         rows = np.asarray(rows)
@@ -152,10 +152,10 @@ def largest_remainder(weights: list[float], rows: int) -> np.ndarray:
 class MixSampler(BatchSampler):
     """The rows of every step of a mixture. Each component has its own epochs; the mixture has none."""
 
-    def __init__(self, data: MixedDataset, global_batch_size: int, seed: int, max_steps: int, epochs: float) -> None:
+    def __init__(self, data: MixedDataset, global_batch_size: int, seed: int) -> None:
         super().__init__(data.epoch_rows, None, global_batch_size, seed)
         self.data = data
-        self.total_steps = self.num_steps(max_steps, epochs)
+        self.total_steps = self.num_steps(data.schedule.max_steps, data.schedule.epochs)
         self.switch_step = data.schedule.switch_step(self.total_steps)
         if len(data.schedule.stages) == 2 and not 0 < self.switch_step < self.total_steps:
             raise UserError(
@@ -235,10 +235,3 @@ class MixSampler(BatchSampler):
 
 def format_weights(components: list[MixComponent]) -> str:
     return ", ".join(f"{component.name} {component.weight:.1%}" for component in components)
-
-
-def make_sampler(data: TokenDataset, global_batch_size: int, args: argparse.Namespace) -> BatchSampler:
-    """Return a MixSampler for a mixture, else a BatchSampler."""
-    if isinstance(data, MixedDataset):
-        return MixSampler(data, global_batch_size, args.seed, args.max_steps, args.epochs)
-    return BatchSampler(len(data), data.lengths(), global_batch_size, args.seed)
