@@ -10,8 +10,9 @@ Read next: sampler.py (which rows make up a step), chat_data.py (jsonl -> token 
 files).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class TokenDataset:
     """
 
     folder: Path
-    mixture: dict[str, Any] = {}
+    mixture: Mapping[str, Any] = MappingProxyType({})
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -23,7 +23,8 @@ import numpy as np
 
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.mixing import MixComponent, MixSpec, mix_components, unused_tokens
+from corpus.mixing import MixComponent, mix_components, unused_tokens
+from trainer.config import MixFlags
 from trainer.datasets import Batch, PackedDataset, TokenDataset
 from trainer.sampler import BatchSampler, EpochOrder
 
@@ -62,16 +63,19 @@ class MixSchedule:
         return stages | {"stage2_at": self.stage2_at, "length": length}
 
 
-def read_mix_schedule(
-    data_path: str, mix: MixSpec, temperature: float = 1.0, stage2_mix: MixSpec | None = None, **length: float
-) -> MixSchedule:
-    """Return the mixture of the training shards in `data_path`. length: stage2_at, max_steps, epochs.
-
-    Raises UserError if a name is not in the data.
-    """
+def read_mix_schedule(data_path: str, flags: MixFlags, max_steps: int = 0, epochs: float = 1) -> MixSchedule:
+    """Return the mixture of the flags for the shards in `data_path`. Raises UserError if flags or data do not fit."""
+    if bool(flags.stage2_mix) != bool(flags.stage2_at):
+        raise UserError(
+            "--stage2_mix sets the mixture of stage 2, --stage2_at its first step (0.7: after 70 % of the steps): "
+            "give both"
+        )
+    if not flags.mix:
+        raise UserError("--stage2_mix, --stage2_at and --mix_temperature need --mix: the mixture of stage 1")
     shards = read_meta(data_path)["splits"]["train"]["shards"]
-    stages = [mix_components(shards, spec, temperature) for spec in (mix, stage2_mix) if spec]
-    return MixSchedule(stages, unused=unused_tokens(shards, *stages), **length)
+    specs = [flags.mix, *([flags.stage2_mix] if flags.stage2_mix else [])]
+    stages = [mix_components(shards, spec, flags.mix_temperature) for spec in specs]
+    return MixSchedule(stages, flags.stage2_at, max_steps, epochs, unused_tokens(shards, *stages))
 
 
 class MixedDataset(TokenDataset):
@@ -201,9 +205,9 @@ class MixSampler(BatchSampler):
         return f"stage 2 begins at step {step + 1}: {format_weights(self.data.schedule.stages[1])}"
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """Return the log entries of step number `step` (counted from 1): its stage, and tokens by component so far."""
+        """Add the stage of the mixture, and the tokens of each component so far."""
         tokens = {name: rows * self.data.seq_len for name, rows in self.rows_consumed(step).items()}
-        return {"mix": {"stage": 1 + self._stage(step - 1), "tokens": tokens}}
+        return super().step_metrics(step) | {"mix": {"stage": 1 + self._stage(step - 1), "tokens": tokens}}
 
     def summary(self) -> str:
         """Return a table of the components: weight, available tokens, tokens to train, number of epochs."""

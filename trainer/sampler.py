@@ -68,8 +68,8 @@ class BatchSampler:
         return ""
 
     def step_metrics(self, step: int) -> dict[str, Any]:
-        """Return entries for the metrics log after `step` steps."""
-        return {}
+        """Return the log entries of step number `step` (counted from 1)."""
+        return {"epoch": (step - 1) / self.steps_per_epoch}
 
 
 # ---- shuffled orders -------------------------------------------------------------------------------------------------

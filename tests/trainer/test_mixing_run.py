@@ -72,8 +72,8 @@ def test_run_does_not_resume_with_another_mix(monkeypatch, pretrain):
 def test_two_processes_train_the_rows_of_one(pretrain, mixed_dir):
     from corpus.dataset_meta import read_meta
     from corpus.mixing import mix_components, parse_mix
+    from trainer.datasets import MicroBatches
     from trainer.mixing import MixedDataset, MixSampler, MixSchedule
-    from trainer.sampler import MicroBatches
 
     shards = read_meta(mixed_dir)["splits"]["train"]["shards"]
     data = MixedDataset(str(mixed_dir), MixSchedule([mix_components(shards, parse_mix("zh=0.25,en=0.75"))]), 32)
