@@ -41,8 +41,6 @@ from model.tokenizer import ChatTokenizer
 from model.tokenizer_files import read_settings
 from model.transformer import Transformer
 
-DEFAULT_MAX_NEW_TOKENS = 256  # of generation_config.json; half the context if that is shorter
-
 
 def hf_architecture(config: ModelConfig) -> tuple[str, str]:
     """(class, model_type) of the stock architecture that computes the same. Raises UserError if there is none."""
@@ -146,8 +144,8 @@ def bos_id(tokenizer: ChatTokenizer) -> int | None:
 
 def make_generation_config(config: ModelConfig, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """generation_config.json: stop tokens and sampling settings. A foreign model keeps its sampling settings."""
-    defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
-    defaults["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, config.max_seq_len // 2)
+    length = min(256, config.max_seq_len // 2)
+    defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": length}
     settings = read_settings(tokenizer.files, "generation_config.json") or defaults
     return {
         **settings,
