@@ -36,17 +36,6 @@ from trainer.stage import LossAndMetrics, Stage
 from trainer.state_files import SavedState, TensorDict
 
 
-def make_engine(config: TrainConfig, stage: Stage, dist: DistContext) -> "Engine":
-    """Return the engine of --parallel. One process always gets DDPEngine."""
-    if dist.world_size == 1 or config.parallel == "ddp":
-        return DDPEngine(config, stage, dist)
-    if config.parallel == "fsdp":
-        return FSDPEngine(config, stage, dist)
-    from trainer.zero import ZeroEngine  # needs DeepSpeed
-
-    return ZeroEngine(config, stage, dist)
-
-
 class StageLoss(nn.Module):
     """The stage's loss as a module: batch -> (sum of losses, {name: sum to log})."""
 

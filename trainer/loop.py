@@ -24,13 +24,13 @@ from trainer.checkpoint_writer import CheckpointWriter, with_run_lock
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
 from trainer.distributed import DistContext, MetricSums
-from trainer.engine import Engine, make_engine
+from trainer.engine import Engine
 from trainer.loss import IGNORE_INDEX
 from trainer.loss_guard import NonFiniteGuard
 from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
 from trainer.optim import set_learning_rate
 from trainer.stage import Stage
-from trainer.startup import check_first_loss, log_startup
+from trainer.startup import check_first_loss, log_startup, make_engine
 from trainer.timer import TrainingTimer
 from trainer.train_state import TrainState, load_train_state, micro_batch_size
 
