@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -182,6 +180,9 @@ class FSDPEngine(Engine):
     """
 
     def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # takes a second to import
+
         super().__init__(config, stage, dist, copy.deepcopy(stage.model))
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
         for layer in self.model.model.layers:

@@ -78,8 +78,8 @@ class MetricLogger:
         self.close()
 
     def print(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self.is_rank0:
+        """Print a line, above the progress bar if there is one. "" prints nothing."""
+        if self.is_rank0 and text:
             if self.bar:
                 self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
             else:
