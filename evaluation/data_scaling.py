@@ -126,11 +126,11 @@ def train_and_score_subset(
     question_set = [[question["question"], *question["keys"]] for question in questions]
     if dist.is_rank0:  # the other ranks wait: generation is short compared with training
         if question_set and saved.get("asked") != question_set:
-            from evaluation.qa import chat_accuracy  # only with --questions
+            from evaluation.chat_model import open_chat_model  # only with --questions
+            from evaluation.qa import chat_accuracy
 
-            model, tokenizer, _ = open_model(path, dist.device)
             saved |= {"asked": question_set}
-            saved["row"]["right"] = chat_accuracy(model, tokenizer, questions, dist.autocast)
+            saved["row"]["right"] = chat_accuracy(open_chat_model(path, dist.device, dist.dtype), questions)
         write_text(result_path, json.dumps(saved, ensure_ascii=False))
     dist.barrier()
     row: dict[str, Any] = saved["row"] if question_set else {**saved["row"], "right": {}}

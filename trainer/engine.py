@@ -187,7 +187,8 @@ class FSDPEngine(Engine):
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh)
-        self.module = fully_shard(self.make_loss(), mesh=mesh).train()  # embeddings, last norm, output layer
+        self.module = self.make_loss().train()
+        fully_shard(self.module, mesh=mesh)  # embeddings, last norm, output layer
         self.optimizers = self.make_optimizers()
 
     @contextlib.contextmanager
