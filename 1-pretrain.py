@@ -87,16 +87,16 @@ def main() -> None:
     mixture = read_mix_schedule(config.data_path, config) if config.is_mixed else None
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
         model, lineage = make_model(config, tokenizer)
-        data = {s.removeprefix("val_"): PackedDataset(config.data_path, s, model.config.max_seq_len) for s in splits}
+        seq_len = model.config.max_seq_len
+        data = {split.removeprefix("val_"): PackedDataset(config.data_path, split, seq_len) for split in splits}
         stage = Stage("pretrain", model, tokenizer, compute_loss, data.pop("train"), data, lineage)
         if config.tokens_per_param:
             rows = resolve_global_batch_size(config, stage.checkpoint_path(config.out_dir), dist)
             max_steps = config.steps_for_tokens(model.config, rows)
             config = dataclasses.replace(config, max_steps=max_steps, tokens_per_param=0.0)
         if mixture:
-            length = {"max_steps": config.max_steps, "epochs": config.epochs}
-            mixture = dataclasses.replace(mixture, **length)
-            stage.data = MixedDataset(config.data_path, mixture, model.config.max_seq_len)
+            mixture = dataclasses.replace(mixture, max_steps=config.max_steps, epochs=config.epochs)
+            stage.data = MixedDataset(config.data_path, mixture, seq_len)
         train(config, stage, dist)
 
 

@@ -21,8 +21,8 @@ Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), 
 import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 from pathlib import Path
+from typing import ClassVar
 
 from torch.nn.functional import logsigmoid
 
@@ -30,13 +30,12 @@ from common.cli import flag, parse
 from common.errors import fail_in_one_line
 from common.files import check_writable
 from common.flag_types import non_negative_float, positive_float
-from corpus.tokenize_chats import PAIR_TOKENS
 from export.hf_import import open_model
 from model.checkpoint import find_parent
 from trainer import dpo
 from trainer.chat_data import tokenized_folder
 from trainer.config import TrainConfig, length_flag
-from trainer.datasets import PreferenceDataset, check_data
+from trainer.datasets import PreferenceDataset
 from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import IGNORE_INDEX, token_log_probs
@@ -123,12 +122,14 @@ def main() -> None:
     model = dpo.without_dropout(model)
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
-        folder = tokenized_folder(config.data_path, max_seq_len, tokenizer, dist, PAIR_TOKENS)
-        splits = check_data(folder, "pairs", tokenizer)
+        folder = tokenized_folder(config.data_path, "pairs", max_seq_len, tokenizer, dist)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"
         reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * config.batch_size)
-        pairs = {s.removeprefix("val_"): PreferenceDataset(folder, s, tokenizer.pad_id, reference[s]) for s in splits}
+        pairs = {
+            split.removeprefix("val_"): PreferenceDataset(folder, split, tokenizer.pad_id, log_probs)
+            for split, log_probs in reference.items()
+        }
         data, loss = pairs.pop("train"), functools.partial(compute_loss, config=config)
         stage = Stage("dpo", model, tokenizer, loss, data, pairs, parent["lineage"], loss_unit="pair")
         first_loss = {"dpo": math.log(2), "ipo": 1 / (4 * config.beta**2)}.get(config.loss)

@@ -23,9 +23,6 @@ import numpy as np
 
 from common.files import atomic_write, write_text
 from common.locks import lock_output
-from evaluation.chat_model import open_chat_model
-from evaluation.qa import chat_accuracy
-from evaluation.qa_data import read_keyed_questions
 from export.hf_import import open_model
 from model.checkpoint import load_state, model_state_dict
 from trainer.config import TrainConfig
@@ -65,11 +62,11 @@ def run_data_scaling(
     config: TrainConfig, stage: Stage, dist: DistContext, fractions: Sequence[float], questions_path: str
 ) -> None:
     """Train and score one model per fraction of the chats, smallest first; write table and plot after each."""
-    folder = Path(config.out_dir) / "data_study"
-    with lock_output(folder) if dist.is_rank0 else contextlib.nullcontext():
-        _run_data_scaling(
-            config, stage, dist, fractions, read_keyed_questions(questions_path) if questions_path else []
-        )
+    from evaluation.qa_data import read_keyed_questions  # only with --questions
+
+    questions = read_keyed_questions(questions_path) if questions_path else []
+    with lock_output(Path(config.out_dir) / "data_study") if dist.is_rank0 else contextlib.nullcontext():
+        _run_data_scaling(config, stage, dist, fractions, questions)
 
 
 def _run_data_scaling(
@@ -129,6 +126,9 @@ def train_and_score_subset(
     question_set = [[question["question"], *question["keys"]] for question in questions]
     if dist.is_rank0:  # the other ranks wait: generation is short compared with training
         if question_set and saved.get("asked") != question_set:
+            from evaluation.chat_model import open_chat_model  # only with --questions
+            from evaluation.qa import chat_accuracy
+
             saved |= {"asked": question_set}
             saved["row"]["right"] = chat_accuracy(open_chat_model(path, dist.device, dist.dtype), questions)
         write_text(result_path, json.dumps(saved, ensure_ascii=False))

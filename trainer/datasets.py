@@ -246,15 +246,15 @@ class MicroBatches(Dataset[Any]):
         return empty_batch(self.data)
 
 
-def prefetch_batches(batches: MicroBatches, first: int, last: int, num_workers: int = 0) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of steps first ... last - 1, loaded in advance by `num_workers` worker processes.
+def prefetch_batches(batches: MicroBatches, steps: range, num_workers: int = 0) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each step, loaded in advance by `num_workers` worker processes.
 
     Raises UserError if the data is damaged.
     """
     loader: Any = DataLoader(
         batches,
         batch_size=None,
-        sampler=range(first, last),
+        sampler=steps,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
     )

@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
@@ -34,17 +32,6 @@ from trainer.distributed import DistContext
 from trainer.optim import make_optimizers
 from trainer.stage import LossAndMetrics, Stage
 from trainer.state_files import SavedState, TensorDict
-
-
-def make_engine(config: TrainConfig, stage: Stage, dist: DistContext) -> "Engine":
-    """Return the engine of --parallel. One process always gets DDPEngine."""
-    if dist.world_size == 1 or config.parallel == "ddp":
-        return DDPEngine(config, stage, dist)
-    if config.parallel == "fsdp":
-        return FSDPEngine(config, stage, dist)
-    from trainer.zero import ZeroEngine  # needs DeepSpeed
-
-    return ZeroEngine(config, stage, dist)
 
 
 class StageLoss(nn.Module):
@@ -193,11 +180,15 @@ class FSDPEngine(Engine):
     """
 
     def __init__(self, config: TrainConfig, stage: Stage, dist: DistContext) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard  # takes a second to import
+
         super().__init__(config, stage, dist, copy.deepcopy(stage.model))
         mesh = init_device_mesh(dist.device.type, (dist.world_size,))
         for layer in self.model.model.layers:
             fully_shard(layer, mesh=mesh)
-        self.module = fully_shard(self.make_loss(), mesh=mesh).train()  # embeddings, last norm, output layer
+        self.module = self.make_loss().train()
+        fully_shard(self.module, mesh=mesh)  # embeddings, last norm, output layer
         self.optimizers = self.make_optimizers()
 
     @contextlib.contextmanager

@@ -24,13 +24,13 @@ from trainer.checkpoint_writer import CheckpointWriter, with_run_lock
 from trainer.config import TrainConfig
 from trainer.datasets import Batch, MicroBatches, prefetch_batches, to_device, validation_batches
 from trainer.distributed import DistContext, MetricSums
-from trainer.engine import Engine, make_engine
+from trainer.engine import Engine
 from trainer.loss import IGNORE_INDEX
 from trainer.loss_guard import NonFiniteGuard
 from trainer.metrics import MetricLogger, MetricRow, open_wandb, peak_memory_mb
 from trainer.optim import set_learning_rate
 from trainer.stage import Stage
-from trainer.startup import check_first_loss, log_startup
+from trainer.startup import check_first_loss, log_startup, make_engine
 from trainer.timer import TrainingTimer
 from trainer.train_state import TrainState, load_train_state, micro_batch_size
 
@@ -80,16 +80,14 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
     guard = NonFiniteGuard(config, stage, sampler, logger, dist)
     guard.start_from(state, is_resumed=saved is not None)
     rows = micro_batch_size(config, state.rows_per_step, dist.world_size)
-    micro_batches_of_steps = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
+    batches = MicroBatches(stage.data, sampler, rows, dist.rank, dist.world_size)
     timer = TrainingTimer(config.max_minutes, state.step / total_steps, state.seconds, dist)
     stop = stop_reason(state, total_steps, timer)  # an early stop whose final validation or save is missing
-    last_step = state.step if stop else total_steps
-
+    steps = range(state.step, state.step if stop else total_steps)
     with engine, logger, CheckpointWriter(config, stage, engine, guard, saved is not None) as checkpoints:
         with dist.graceful_shutdown():
-            for micro_batches in prefetch_batches(micro_batches_of_steps, state.step, last_step, config.num_workers):
-                if notice := sampler.notice_before(state.step):
-                    logger.print(notice)
+            for micro_batches in prefetch_batches(batches, steps, config.num_workers):
+                logger.print(sampler.notice_before(state.step))
                 progress = max(state.step / total_steps, timer.fraction)
                 lr = set_learning_rate(config, engine.optimizers, state.step, progress)
                 seed_dropout(config.seed, state.step, dist.rank)
@@ -98,16 +96,15 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
                 state.update(sums, timer.seconds)
                 dist.step = state.step
                 guard.check_step(sums, micro_batches)
-                row = step_metrics(stage, state, sums) | sampler.step_metrics(state.step) | {"lr": lr}
+                row = step_metrics(engine, state, sums) | sampler.step_metrics(state.step) | {"lr": lr}
                 row |= timer.metrics(sums["num_tokens"], total_steps - state.step)
-                row |= {"peak_memory_mb": peak_memory_mb(dist.device.type)}
                 state.objection = stage.early_stop(row)
                 stop = stop_reason(state, total_steps, timer, sums["stop_requests"])
                 logger.log(row, is_due=bool(stop) or state.step == 1 or state.step % config.log_interval == 0)
                 if stop:
                     break
                 if state.step % config.eval_interval == 0:
-                    logger.log_validation(validate(engine, stage, state, config.eval_tokens))
+                    logger.log_validation(validate(engine, state, config.eval_tokens))
                 if checkpoints.is_due(state.step):
                     checkpoints.save(state)
             if stop is StopReason.SIGNAL:  # which another process may have received
@@ -115,7 +112,7 @@ def train(config: TrainConfig, stage: Stage, dist: DistContext) -> Path:
             checkpoints.save(state, final=True)
             checkpoints.wait()  # still inside graceful_shutdown, so that a second signal cannot interrupt the write
         if stage.validation and stop is not StopReason.SIGNAL:
-            state.validation = validate(engine, stage, state, 8 * config.eval_tokens) | stage.final_metrics()
+            state.validation = validate(engine, state, 8 * config.eval_tokens) | stage.final_metrics()
             logger.log_validation(state.validation)
             guard.check_validation(state.validation["val_loss"])
             checkpoints.save(state, final=True)  # save again, with the validation results in the lineage
@@ -148,12 +145,13 @@ def train_step(engine: Engine, micro_batches: list[Batch]) -> dict[str, float]:
     return total | {"skipped": not is_finite}
 
 
-def validate(engine: Engine, stage: Stage, state: TrainState, max_tokens: int) -> MetricRow:
+def validate(engine: Engine, state: TrainState, max_tokens: int) -> MetricRow:
     """Return the mean loss and metrics per trained token (or pair) of every validation split.
 
     For token losses also bits_per_byte = loss sum / ln 2 / UTF-8 bytes of the trained tokens.
     """
-    dist, bytes_per_token = engine.dist, torch.from_numpy(stage.tokenizer.byte_lengths())
+    dist, stage = engine.dist, engine.stage
+    bytes_per_token = torch.from_numpy(stage.tokenizer.byte_lengths())
     row: MetricRow = {"step": state.step, f"{stage.loss_unit}s": state.tokens, "val_loss": {}}
     for split, data in stage.validation.items():
         sums = MetricSums(dist)
@@ -178,16 +176,17 @@ def mean_metrics(sums: dict[str, float], count: float) -> dict[str, float]:
     return {name: value / max(count, 1) for name, value in sums.items() if value or name != "aux_loss"}
 
 
-def step_metrics(stage: Stage, state: TrainState, sums: dict[str, float]) -> MetricRow:
+def step_metrics(engine: Engine, state: TrainState, sums: dict[str, float]) -> MetricRow:
     """Return the entries of a log row that come from the sums of a training step."""
     extras = {name: value for name, value in sums.items() if name not in STEP_KEYS}
     return {
         "step": state.step,
         "loss": state.loss,
         **mean_metrics(extras, sums["num_targets"]),
-        f"{stage.loss_unit}s": state.tokens,
+        f"{engine.stage.loss_unit}s": state.tokens,
         "token_fraction": sums["num_tokens"] / max(sums["num_positions"], 1),
         "grad_norm": sums["grad_norm"],
+        "peak_memory_mb": peak_memory_mb(engine.dist.device.type),
     }
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from common.errors import UserError
-from common.files import atomic_write, write_text
+from common.files import write_text
 from common.metric_keys import with_current_metric_keys
 
 MetricRow = dict[str, Any]
@@ -78,8 +78,8 @@ class MetricLogger:
         self.close()
 
     def print(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
-        if self.is_rank0:
+        """Print a line, above the progress bar if there is one. "" prints nothing."""
+        if self.is_rank0 and text:
             if self.bar:
                 self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
             else:
@@ -140,6 +140,8 @@ class MetricLogger:
             self.file.close()
         except OSError as error:
             self.warn(f"cannot write {self.path}: {error}")
+        from trainer.curves import draw_curves  # matplotlib takes a second to import
+
         try:
             draw_curves(self.rows, self.path.with_suffix(".png"), self.title)
         except Exception as error:
@@ -184,43 +186,6 @@ def format_metrics(row: MetricRow) -> str:
 
 def format_preference_metrics(accuracy: float, margin: float) -> str:
     return f" accuracy {accuracy:.1%} margin {margin:.3f}"
-
-
-def draw_curves(rows: list[MetricRow], path: Path, title: str) -> None:
-    """Plot training loss, validation loss and bits per byte by split over the trained tokens, as a PNG.
-
-    For a stage with pairs: reward accuracy instead of bits per byte, over the trained pairs.
-    """
-    train = [row for row in rows if "loss" in row]
-    if not train:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    pairs = "pairs" in train[-1]
-    unit, scale, score = ("pairs", 1, "val_reward_accuracy") if pairs else ("tokens", 1e6, "bits_per_byte")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot([row[unit] / scale for row in train], [row["loss"] for row in train], label="train", linewidth=1)
-    validations = [row for row in rows if "val_loss" in row]
-    seen = [row[unit] / scale for row in validations]
-    for i, split in enumerate(sorted(validations[-1]["val_loss"]) if validations else (), start=1):
-        style = {"marker": ".", "color": f"C{i}", "label": f"validation {split}"}
-        left.plot(seen, [row["val_loss"][split] for row in validations], **style)
-        right.plot(seen, [row[score][split] for row in validations], **style)
-    names = ("loss per pair", "reward accuracy") if pairs else ("loss (nats per token)", "bits per byte")
-    for axes, name in ((left, names[0]), (right, names[1] + ", validation")):
-        axes.set_xlabel("pairs trained" if pairs else "million tokens trained")
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
 
 
 def open_wandb(project: str, name: str | None, config: MetricRow) -> Callable[[MetricRow], None]:

@@ -3,7 +3,7 @@
 Read next: loop.py (`train`), datasets.py (batches), loss.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Stage:
     tokenizer: ChatTokenizer
     compute_loss: ComputeLoss
     data: TokenDataset
-    validation: dict[str, TokenDataset] = field(default_factory=dict)  # split ("zh", "en") -> rows
+    validation: Mapping[str, TokenDataset] = field(default_factory=dict)  # split ("zh", "en") -> rows
     lineage: list[dict[str, Any]] = field(default_factory=list)  # of the parent; empty when training from scratch
     loss_unit: str = "token"  # the loss is averaged over tokens, or over pairs ("pair", DPO)
     early_stop: Callable[[MetricRow], str] = lambda row: ""  # called after every step: the reason to stop, or ""

@@ -1,4 +1,4 @@
-"""Output before the first step: model size, steps, memory estimate, and a check of the first loss.
+"""Before the first step: the engine of --parallel, the printed size of the run, and a check of the first loss.
 
 Read next: loop.py.
 """
@@ -10,12 +10,23 @@ from model.rope import rope_summary
 from trainer.config import TrainConfig
 from trainer.datasets import to_device
 from trainer.distributed import DistContext
-from trainer.engine import Engine
+from trainer.engine import DDPEngine, Engine, FSDPEngine
 from trainer.memory import training_memory
 from trainer.sampler import BatchSampler
 from trainer.stage import Stage
 
 FIRST_LOSS_TOLERANCE = 0.15  # nats; an untrained model's loss is ln(vocabulary) ± this
+
+
+def make_engine(config: TrainConfig, stage: Stage, dist: DistContext) -> Engine:
+    """Return the engine of --parallel. One process always gets DDPEngine."""
+    if dist.world_size == 1 or config.parallel == "ddp":
+        return DDPEngine(config, stage, dist)
+    if config.parallel == "fsdp":
+        return FSDPEngine(config, stage, dist)
+    from trainer.zero import ZeroEngine  # needs DeepSpeed
+
+    return ZeroEngine(config, stage, dist)
 
 
 def log_startup(config: TrainConfig, stage: Stage, sampler: BatchSampler, total_steps: int, dist: DistContext) -> None:

@@ -84,11 +84,10 @@ def test_forked_workers_do_not_disturb_each_other(pretrain_dir):
     """Forked workers share the open files of their parent, so reads must not use the file position."""
     data = PackedDataset(str(pretrain_dir), "train", 32)
     sampler = BatchSampler(len(data), None, 8, 42)
-    alone = [batch[0]["input_ids"].tolist() for batch in prefetch_batches(MicroBatches(data, sampler, 8, 0, 1), 0, 40)]
+    batches = MicroBatches(data, sampler, 8, 0, 1)
+    alone = [batch[0]["input_ids"].tolist() for batch in prefetch_batches(batches, range(40))]
     data.batch(np.arange(4))  # the files are open now
-    shared = [
-        batch[0]["input_ids"].tolist() for batch in prefetch_batches(MicroBatches(data, sampler, 8, 0, 1), 0, 40, 2)
-    ]
+    shared = [batch[0]["input_ids"].tolist() for batch in prefetch_batches(batches, range(40), 2)]
     assert shared == alone
 
 

@@ -22,8 +22,8 @@ SCRIPTS = [*sorted(path.name for path in ROOT.glob("*.py")), "demo_world.generat
 INVALID_NUMBERS = ("-5", "nan", "inf", "1e400", "x", "")
 # Flags that accept 0 (with its meaning) and flags that accept 0.5. Every other flag rejects them.
 ZERO_MEANINGS = {
-    "max_steps": "the epochs decide", "max_minutes": "no limit", "final_lr_share": "to the end", "warmup_iters": "none",
-    "warmup_share": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
+    "max_steps": "the epochs decide", "global_batch_size": "--batch_size", "max_minutes": "no limit", "min_lr_ratio": "to the end", "warmup_iters": "none",
+    "warmup_ratio": "--warmup_iters", "weight_decay": "none", "grad_clip": "no clipping", "seed": "a seed",
     "num_workers": "in this process", "local_rank": "a rank", "hidden_dim": "8/3 of dim", "dropout": "none",
     "n_shared_experts": "none", "balance_loss_coef": "none", "stage2_at": "nowhere", "tokens_per_param": "--epochs",
     "price_per_hour": "the table's", "lora_dropout": "none", "simpo_gamma": "no margin", "sft_weight": "none",
@@ -34,7 +34,7 @@ ZERO_MEANINGS = {
     "length_penalty": "the sum decides", "max_loss_ratio": "no limit", "dist_timeout": "300 or 1800",
 }  # fmt: skip
 FRACTIONS = {
-    "epochs", "max_minutes", "learning_rate", "final_lr_share", "warmup_share", "weight_decay", "grad_clip",
+    "epochs", "max_minutes", "learning_rate", "min_lr_ratio", "warmup_ratio", "weight_decay", "grad_clip",
     "norm_eps", "dropout", "balance_loss_coef", "mix_temperature", "stage2_at", "tokens_per_param",
     "utilisation", "price_per_hour", "alpha", "lora_dropout", "beta", "simpo_gamma", "sft_weight", "max_chosen_drop",
     "temperature", "top_p", "min_p", "repetition_penalty", "max_shard_gb", "val_share", "max_bad_share", "keep_share",
@@ -188,7 +188,7 @@ def test_every_list_but_paths_takes_commas():
     several = {(prog, a.dest) for prog, a in ACTIONS if isinstance(a, NameList) or a.nargs in ("+", "*")}
     lists = {(prog, a.dest) for prog, a in ACTIONS if isinstance(a, NameList)}
     assert {dest for _, dest in several - lists} == PATHS
-    expected = {"targets", "data_share", "mix", "stage2_mix", "subjects", "cors", "skip", "also", "languages"}
+    expected = {"targets", "data_fractions", "mix", "stage2_mix", "subjects", "cors", "skip", "also", "languages"}
     assert {dest for _, dest in lists} == expected | {"allowed_hosts"}
 
 
@@ -214,7 +214,7 @@ def test_commas_and_spaces_are_equal_separators(prog, flag, given_as):
 
 def test_lists_with_their_own_parser_take_commas():
     for texts in (["0.3,0.1"], ["0.3", "0.1"], ["0.3,", "0.1"]):
-        assert parse_flags("3-full_sft.py", "--data_share", *texts).data_share == [0.1, 0.3]
+        assert parse_flags("3-full_sft.py", "--data_share", *texts).data_fractions == [0.1, 0.3]
     for texts in (["zh=0.25,en=0.75"], ["zh=0.25", "en=0.75"], ["zh=0.25,", "en=0.75"]):
         assert parse_flags("1-pretrain.py", "--mix", *texts).mix.weights == {"zh": 0.25, "en": 0.75}
     with pytest.raises(UserError, match=r"argument --data_share: 0\.1,2: each fraction"):

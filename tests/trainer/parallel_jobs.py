@@ -17,7 +17,7 @@ from common.device import pick_dtype
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from tests.helpers import load_script
-from trainer import loop, metrics
+from trainer import curves, loop
 from trainer.datasets import PackedDataset
 from trainer.distributed import init_distributed
 from trainer.stage import Stage
@@ -45,7 +45,7 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
 
 
 def main() -> None:
-    metrics.draw_curves = lambda *_: None  # plotting takes longer than these trainings
+    curves.draw_curves = lambda *_: None  # plotting takes longer than these trainings
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     with init_distributed("cpu", "float32") as dist:
         for job in plan["jobs"]:

@@ -5,7 +5,11 @@ import sys
 import pytest
 import torch
 
+from common.errors import UserError
 from tests.helpers import EXACT_FLAGS, ROOT, TINY_MODEL_FLAGS, load_weights, read_jsonl, run_process, run_script
+from trainer.config import TrainConfig
+from trainer.distributed import DistContext
+from trainer.train_state import micro_batch_size, resolve_global_batch_size
 
 # AdamW, because Muon orthogonalises in bf16, which amplifies rounding differences.
 COMMON = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--optimizer", "adamw", "--max_steps", "9", "--eval_interval", "4"]
@@ -13,18 +17,8 @@ COMMON = [*TINY_MODEL_FLAGS, *EXACT_FLAGS, "--optimizer", "adamw", "--max_steps"
 
 
 def pretrain(monkeypatch, pretrain_dir, tokenizer_dir, out, *flags):
-    run_script(
-        monkeypatch,
-        "1-pretrain.py",
-        *COMMON,
-        "--data_path",
-        pretrain_dir,
-        "--tokenizer",
-        tokenizer_dir,
-        "--out_dir",
-        out,
-        *flags,
-    )
+    paths = ["--data_path", pretrain_dir, "--tokenizer", tokenizer_dir, "--out_dir", out]
+    run_script(monkeypatch, "1-pretrain.py", *COMMON, *paths, *flags)
     return out
 
 
@@ -49,8 +43,13 @@ def big_batch(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path):
 
 
 def test_accumulation_equals_one_large_batch(monkeypatch, big_batch, pretrain_dir, tokenizer_dir, tmp_path):
-    flags = ("--batch_size", 4, "--accumulation_steps", 2)
-    assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "accumulated", *flags))
+    for flags in (
+        ("--batch_size", 4, "--accumulation_steps", 2),
+        ("--batch_size", 4, "--global_batch_size", 8),
+        ("--batch_size", 3, "--global_batch_size", 8),  # micro-batches of 3, 3 and 2 rows
+    ):
+        out = tmp_path / f"{flags[1]}{flags[2]}"
+        assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, out, *flags))
     flags = ("--batch_size", 3, "--accumulation_steps", 3)  # 9 rows per step: the comparison must fail
     with pytest.raises(AssertionError):
         assert_same_run(big_batch, pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "nine", *flags))
@@ -60,7 +59,7 @@ def test_accumulation_equals_one_large_batch(monkeypatch, big_batch, pretrain_di
 def test_two_processes_equal_one(monkeypatch, model, pretrain_dir, tokenizer_dir, tmp_path):
     one = pretrain(monkeypatch, pretrain_dir, tokenizer_dir, tmp_path / "one", "--batch_size", 8, *model)
     two = tmp_path / "two"
-    flags = ["--batch_size", 2, "--accumulation_steps", 2, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir]
+    flags = ["--batch_size", 2, "--global_batch_size", 8, "--data_path", pretrain_dir, "--tokenizer", tokenizer_dir]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run_process(*torchrun, ROOT / "1-pretrain.py", *COMMON, *flags, *model, "--out_dir", two)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -69,6 +68,18 @@ def test_two_processes_equal_one(monkeypatch, model, pretrain_dir, tokenizer_dir
             (folder / "pretrain_32_moe.jsonl").rename(folder / "pretrain_32.jsonl")
             (folder / "pretrain_32_moe.pth").rename(folder / "pretrain_32.pth")
     assert_same_run(one, two)
+
+
+def test_rows_per_step_are_shared_evenly(tmp_path):
+    """--batch_size is the largest micro-batch; the processes of a step have equally many rows."""
+    assert [micro_batch_size(TrainConfig(batch_size=size), 8, 1) for size in (8, 4, 3)] == [8, 4, 3]
+    assert [micro_batch_size(TrainConfig(batch_size=size), 8, 2) for size in (8, 4, 3)] == [4, 4, 2]
+    three = DistContext(torch.device("cpu"), torch.float32, world_size=3)
+    with pytest.raises(UserError, match=r"^3 processes cannot share 8 rows per step evenly: .* --global_batch_size$"):
+        resolve_global_batch_size(TrainConfig(global_batch_size=8), tmp_path / "pretrain_32.pth", three)
+    assert resolve_global_batch_size(TrainConfig(accumulation_steps=2), tmp_path / "pretrain_32.pth", three) == 48
+    with pytest.raises(UserError, match="both set the rows per step: leave one out"):
+        TrainConfig(global_batch_size=8, accumulation_steps=2)
 
 
 def test_log_rows_hold_every_metric(big_batch):

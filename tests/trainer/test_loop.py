@@ -13,8 +13,13 @@ from common.errors import UserError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.helpers import TINY_MODEL_FLAGS, load_weights, read_jsonl, run_script, visible_names
+from trainer import loop
 from trainer.config import TrainConfig
+from trainer.distributed import DistContext
+from trainer.engine import DDPEngine
+from trainer.loop import StopReason
 from trainer.optim import lr_multiplier, make_optimizers, set_learning_rate, split_parameters
+from trainer.train_state import TrainState
 
 SHORT = [*TINY_MODEL_FLAGS, "--device", "cpu", "--batch_size", "4", "--log_interval", "1", "--max_steps", "3"]
 
@@ -234,3 +239,54 @@ def test_invalid_model_config_is_a_one_line_error(pretrain):
 def test_log_is_json_lines_without_nan(pretrain):
     text = (pretrain() / "pretrain_32.jsonl").read_text()
     assert all(isinstance(json.loads(line)["step"], int) for line in text.splitlines()) and "NaN" not in text
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+def test_an_optimizer_step_reads_the_device_once(monkeypatch, pretrain):
+    """Every read waits for a GPU, so the sums of all micro-batches and the gradient norm are read together."""
+    reads, reads_of_steps, real_step = [], [], loop.train_step
+
+    def train_step(*given):
+        reads.clear()
+        sums = real_step(*given)
+        reads_of_steps.append(list(reads))
+        return sums
+
+    for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__", "__index__"):
+        real = getattr(torch.Tensor, name)
+        record = lambda *given, real=real, name=name: reads.append(name) or real(*given)
+        monkeypatch.setattr(torch.Tensor, name, record)
+    monkeypatch.setattr(loop, "train_step", train_step)
+    pretrain("--accumulation_steps", "3", "--dropout", "0.1")
+    assert reads_of_steps == [["tolist"]] * 3
+
+
+def test_an_error_in_validation_leaves_eval_mode():
+    model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2))
+    stage = types.SimpleNamespace(model=model, compute_loss=None)
+    engine = DDPEngine(TrainConfig(), stage, DistContext(torch.device("cpu"), torch.float32))
+    with pytest.raises(ZeroDivisionError), engine.eval_mode():
+        assert not model.training
+        raise ZeroDivisionError
+    assert model.training
+
+
+def test_dropout_seeds_differ_between_steps_and_ranks_and_never_change():
+    """A run resumed with another version of Python or numpy continues with the same masks."""
+    seeds = []
+    for step, rank in ((0, 0), (1, 0), (0, 1)):
+        loop.seed_dropout(42, step, rank)
+        seeds.append(torch.initial_seed())
+    assert seeds == [11465652750463011511, 15658369528003122356, 16016570408942317940]
+
+
+@pytest.mark.parametrize(
+    ("step", "objection", "expired", "signals", "stop"),
+    [(4, "", False, 0, StopReason.NONE), (9, "", True, 1, StopReason.COMPLETED), (9, "x", 0, 0, StopReason.EARLY_STOP),
+     (4, "", True, 1, StopReason.SIGNAL), (4, "", True, 0, StopReason.TIME)],
+)  # fmt: skip
+def test_stop_reasons(step, objection, expired, signals, stop):
+    timer = types.SimpleNamespace(is_expired=expired)
+    assert loop.stop_reason(TrainState(step=step, objection=objection), 9, timer, signals) is stop
+    assert bool(stop) == (stop is not StopReason.NONE)
+    assert stop.is_final == (stop in (StopReason.COMPLETED, StopReason.EARLY_STOP))

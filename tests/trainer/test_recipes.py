@@ -14,6 +14,7 @@ import torch
 
 from common.errors import UserError
 from tests.helpers import IGNORE_TOKEN_FOLDERS, read_jsonl, run_script
+from trainer.config import TrainConfig
 from trainer.legacy_config import make_training_parser
 from trainer.optim import lr_multiplier
 from trainer.recipes import add_recipe_flag, describe_recipe
@@ -67,7 +68,7 @@ def test_warmup_share_equals_transformers_schedule(kind):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_scheduler(kind, optimizer, num_warmup_steps=int(share * total), num_training_steps=total)
     for step in range(total):
-        ours = lr_multiplier(step, step / total, 10, kind, 0.0, share)
+        ours = lr_multiplier(TrainConfig(schedule=kind, warmup_ratio=share), step, step / total)
         assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
         optimizer.step()
         theirs.step()
