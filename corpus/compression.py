@@ -53,13 +53,8 @@ class _GzipDecompressor:
         self.needs_input = not self.inner.unconsumed_tail and len(unpacked) < max_bytes
         return unpacked
 
-    @property
-    def eof(self) -> bool:
-        return self.inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self.inner.unused_data
+    def __getattr__(self, name: str) -> Any:  # eof, unused_data
+        return getattr(self.inner, name)
 
 
 class _ZstdDecompressor:
@@ -84,7 +79,7 @@ class _ZstdDecompressor:
 
     @property
     def eof(self) -> bool:
-        return self.inner.eof
+        return bool(self.inner.eof)
 
     @property
     def unused_data(self) -> bytes:

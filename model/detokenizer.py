@@ -15,7 +15,7 @@ from model.tokenizer import ChatTokenizer
 # Byte-level BPE writes each byte as one visible character: printable bytes as themselves, others from U+0100 (GPT-2).
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 def token_bytes(tokenizer: ChatTokenizer, token_id: int) -> bytes:
@@ -28,8 +28,8 @@ def token_bytes(tokenizer: ChatTokenizer, token_id: int) -> bytes:
 
 def _piece_bytes(piece: str) -> bytes:
     """The bytes of a byte-level piece, or the UTF-8 bytes of an added token, which is stored as plain text."""
-    is_byte_level = all(char in _BYTE_OF_CHARACTER for char in piece)
-    return bytes(_BYTE_OF_CHARACTER[char] for char in piece) if is_byte_level else piece.encode()
+    is_byte_level = all(char in BYTE_OF_CHARACTER for char in piece)
+    return bytes(BYTE_OF_CHARACTER[char] for char in piece) if is_byte_level else piece.encode()
 
 
 def _is_byte_piece(piece: str) -> bool:
