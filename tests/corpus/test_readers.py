@@ -118,13 +118,8 @@ def test_read_texts_reads_chats_as_text(tmp_path):
 def test_csv_of_minimind_v1_never_runs_code(tmp_path):
     proof = tmp_path / "ran"
     payload = f"__import__('pathlib').Path({str(proof)!r}).touch()"
-    rows = [
-        "history,q,a",
-        "[],你好,您好",
-        "\"[['早', '早上好']]\",吃了吗,吃了",
-        f'"{payload}",q,a',
-        f'"[[{payload}, 1]]",q,a',
-    ]
+    rows = ["history,q,a", "[],你好,您好", "\"[['早', '早上好']]\",吃了吗,吃了"]
+    rows += [f'"{payload}",q,a', f'"[[{payload}, 1]]",q,a']
     found, report = read(tmp_path, "a.csv", "\n".join(rows).encode(), max_bad_share=0.5, reader=read_chats)
     assert not proof.exists()
     contents = [[message["content"] for message in chat.messages] for chat in found]
@@ -278,19 +273,17 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner),
     max_leaves=12,
 )
-NAMES = st.sampled_from(
-    ["a.jsonl", "a.json", "a.csv", "a.txt", "a", "a.parquet", "a.gz", "a.jsonl.xz", "a.zst", "a.bz2"]
-)
-STARTS = st.sampled_from([b"", b'{"text": ', b"[", b"[{", b"{\n", b"text,q\n", b"history,q,a\n", b"\x1f\x8b", b"\xfd7zXZ\0",
-                          b"\x28\xb5\x2f\xfd", b"BZh9"])  # fmt: skip
+SUFFIXES = st.sampled_from([".jsonl", ".json", ".csv", ".txt", "", ".parquet", ".gz", ".jsonl.xz", ".zst", ".bz2"])
+STARTS = st.sampled_from([b"", b'{"text": ', b"[", b"[{", b"{\n", b"text,q\n", b"history,q,a\n", b"\x1f\x8b",
+                          b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh9"])  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=300), start=STARTS, name=NAMES, reader=st.sampled_from([read_texts, read_chats]))
-def test_random_bytes_never_raise_anything_but_a_user_error(content, start, name, reader):
+@given(content=st.binary(max_size=300), start=STARTS, suffix=SUFFIXES, reader=st.sampled_from([read_texts, read_chats]))
+def test_random_bytes_never_raise_anything_but_a_user_error(content, start, suffix, reader):
     with tempfile.TemporaryDirectory() as folder:
         try:
-            read(Path(folder), name, start + content, max_bad_share=1, reader=reader)
+            read(Path(folder), "a" + suffix, start + content, max_bad_share=1, reader=reader)
         except UserError as error:
             assert "\n" not in str(error)
 
