@@ -105,7 +105,7 @@ def _decompressor_factory(kind: str) -> tuple[Callable[[], Any], tuple[type[Exce
 class Decompressor:
     """Decompresses an open file of format `kind`, a key of MAGIC_BYTES. Damage is added to `file.damages`."""
 
-    def __init__(self, raw: io.BufferedReader, file: DataFile, kind: str, skip_damage: bool = False) -> None:
+    def __init__(self, raw: "io.BufferedReader[Any]", file: DataFile, kind: str, skip_damage: bool = False) -> None:
         self.raw, self.file, self.kind, self.skip_damage = raw, file, kind, skip_damage
         self.make_decompressor, self.errors = _decompressor_factory(kind)
         self.member: Any = None  # the decompressor of the current member

@@ -197,7 +197,8 @@ def layout_tables(chinese: bool = False) -> str:
         if chinese
         else (("kind", "example", "used by"), ("field", "keys, in order of priority"), ("turns", "handling"))
     )
-    return "\n\n".join(map(_markdown_table, headers, (layouts, fields, rules)))
+    tables = zip(headers, (layouts, fields, rules), strict=True)
+    return "\n\n".join(_markdown_table(header, rows) for header, rows in tables)  # type: ignore[arg-type]
 
 
 def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
