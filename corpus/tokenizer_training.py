@@ -26,8 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
-from model.detokenizer import BYTE_OF_CHARACTER
-from model.tokenizer import ChatTokenizer
+from model.tokenizer import BYTE_OF_CHARACTER, ChatTokenizer
 
 MIN_VOCABULARY = 300  # the 256 bytes, the special tokens and some learned pieces
 MAX_VOCABULARY = 2**32  # token ids are stored as uint16 or uint32
