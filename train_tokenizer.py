@@ -32,7 +32,7 @@ from corpus.input_files import expand_inputs
 from corpus.language import LANGUAGES
 from corpus.progress import reading_progress_bar
 from corpus.stats import DataStats
-from corpus.tokenizer_sample import print_compression, print_sample, sample_texts
+from corpus.tokenizer_sample import print_compression, print_sample_sizes, sample_texts
 from corpus.tokenizer_training import check_vocab_size, print_pieces, train_tokenizer
 from demo_world.world import DemoWorld
 from evaluation.tokenizer_table import compare_tokenizers, read_texts_by_language
@@ -92,10 +92,10 @@ def main() -> None:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(str(error)) from None
     else:
-        train(config)
+        train_and_save(config)
 
 
-def train(config: TokenizerConfig) -> None:
+def train_and_save(config: TokenizerConfig) -> None:
     """Train a tokenizer on a sample of the files, save it in --out_dir and print its compression."""
     start = time.perf_counter()
     folder = Path(config.out_dir)
@@ -105,7 +105,7 @@ def train(config: TokenizerConfig) -> None:
         files, stats = expand_inputs(config.files), DataStats(config.max_bad_fraction, config.accept_damaged)
         with reading_progress_bar(files, stats) as on_progress:
             sample = sample_texts(files, stats, config.byte_budget, config.read_budget, config.seed, on_progress)
-        print_sample(sample, stats)
+        print_sample_sizes(sample, stats)
         print(f"training ({config.algorithm}) ...", flush=True)
         texts = [text for documents in sample.texts.values() for text in documents]
         backend = train_tokenizer(config.algorithm, texts, config.vocab_size, RESERVED, progress=sys.stderr.isatty())

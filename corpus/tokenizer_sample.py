@@ -123,7 +123,7 @@ def sample_texts(
     return sample
 
 
-def print_sample(sample: TextSample, report: DataStats) -> None:
+def print_sample_sizes(sample: TextSample, report: DataStats) -> None:
     """Print how much text was read, sampled and held out, and the rows that were skipped."""
     for language, name in LANGUAGE_NAMES.items():
         taken, held_out = (
