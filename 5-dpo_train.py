@@ -21,8 +21,8 @@ Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), 
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
+from pathlib import Path
 
 from torch.nn.functional import logsigmoid
 
