@@ -263,8 +263,8 @@ class _Row:
             raise DroppedRow("an empty answer")
         if prompt is not None and "answer" in self.fields and prompt not in self.keys("prompt"):
             require_text(row[prompt], prompt)
-        if (key := first_key(row, "messages")) is not None:
-            raise BadRow("the list of messages is null" if is_missing(row[key]) else "no messages")
+        if (turns_key := first_key(row, "messages")) is not None:
+            raise BadRow("the list of messages is null" if is_missing(row[turns_key]) else "no messages")
         raise BadRow(_NO_CHAT_KEYS)
 
     def _add_system(self, messages: list[Message]) -> list[Message]:
