@@ -113,15 +113,10 @@ def _slice_batches(batches: Any) -> Iterator[Any]:
             yield batch.slice(start, ARROW_BATCH_ROWS)
 
 
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """Yields the rows of a batch; None for a row that cannot be converted to Python objects."""
+def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
+    """Returns the rows of a batch; None for a row that cannot be converted to Python objects."""
     try:
-        yield from batch.to_pylist()
-        return
+        rows: list[dict[str, Any] | None] = batch.to_pylist()
+        return rows
     except (ValueError, OverflowError):
-        pass
-    for i in range(batch.num_rows):
-        try:
-            yield batch.slice(i, 1).to_pylist()[0]
-        except (ValueError, OverflowError):
-            yield None
+        return [None] if batch.num_rows == 1 else [_batch_rows(batch.slice(i, 1))[0] for i in range(batch.num_rows)]

@@ -53,13 +53,8 @@ class _GzipDecompressor:
         self.needs_input = not self.inner.unconsumed_tail and len(unpacked) < max_bytes
         return unpacked
 
-    @property
-    def eof(self) -> bool:
-        return self.inner.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self.inner.unused_data
+    def __getattr__(self, name: str) -> Any:  # eof, unused_data
+        return getattr(self.inner, name)
 
 
 class _ZstdDecompressor:
@@ -84,7 +79,7 @@ class _ZstdDecompressor:
 
     @property
     def eof(self) -> bool:
-        return self.inner.eof
+        return bool(self.inner.eof)
 
     @property
     def unused_data(self) -> bytes:
@@ -110,7 +105,7 @@ def _decompressor_factory(kind: str) -> tuple[Callable[[], Any], tuple[type[Exce
 class Decompressor:
     """Decompresses an open file of format `kind`, a key of MAGIC_BYTES. Damage is added to `file.damages`."""
 
-    def __init__(self, raw: io.BufferedReader, file: DataFile, kind: str, skip_damage: bool = False) -> None:
+    def __init__(self, raw: "io.BufferedReader[Any]", file: DataFile, kind: str, skip_damage: bool = False) -> None:
         self.raw, self.file, self.kind, self.skip_damage = raw, file, kind, skip_damage
         self.make_decompressor, self.errors = _decompressor_factory(kind)
         self.member: Any = None  # the decompressor of the current member

@@ -143,7 +143,8 @@ class InputFile:
             self.file = DataFile(path)
         except OSError as error:
             raise UserError(f"{path}: {describe_read_error(error)}") from None
-        self.raw = self.stream = io.BufferedReader(self.file, READ_CHUNK_BYTES)
+        self.raw: io.BufferedReader[Any] = io.BufferedReader(self.file, READ_CHUNK_BYTES)
+        self.stream = self.raw
         self.name, self.size, self.damages, self.line = os.fspath(path), self.file.size, self.file.damages, 1
         kind = compression_suffix(self.raw.peek(8)[:8])
         if self.damages:

@@ -2,7 +2,8 @@
 
     FIELD_KEYS    field -> its keys in order of priority; the first *filled* key of a row is used
     ROLE_NAMES    role name in the data -> user, assistant, system or tool
-    LAYOUTS       one example row per documented and tested layout
+    LAYOUTS       one example row per documented and tested layout (layouts.json)
+    TURN_RULES    handling of unusual turns (layouts.json)
 
 To support a new key, add it to FIELD_KEYS. `data_process.py --list_layouts` prints LAYOUTS, dataset/README.md contains
 the same table (tests/corpus/test_layouts.py compares them), and `--keys prompt=KEY,answer=KEY` sets the keys of any
@@ -15,6 +16,7 @@ import difflib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -113,98 +115,10 @@ class Layout:
     used_by_zh: str = ""  # "": same as `used_by`
 
 
-_QUESTION, _ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
-_WRONG_ANSWER = {"role": "assistant", "content": "3"}
-
-LAYOUTS = (
-    Layout("text", "text", {"text": "…"}, "most corpora; also content, document, article, body, completion, …",
-           "大多数语料；也可以是 content、document、article、body、completion、正文 等"),
-    Layout("messages", "chat", {"messages": [_QUESTION, _ANSWER]}, "OpenAI, minimind, nanochat, trl, axolotl"),
-    Layout("ShareGPT", "chat", {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
-                                "system": "…"}, "ShareGPT, FastChat, LLaMA-Factory"),
-    Layout("list", "chat", [_QUESTION, _ANSWER], "nanochat's CustomJSON: a line is a list of messages",
-           "nanochat 的 CustomJSON：一行就是一个消息列表"),
-    Layout("turns", "chat", {"conversation": [{"human": "1+1?", "assistant": "2"}]}, "Firefly, MOSS, ShareGPT-zh"),
-    Layout("turns, input and output", "chat", {"conversation": [{"system": "…", "input": "1+1?", "output": "2"}]},
-           "Capybara, xtuner"),
-    Layout("strings", "chat", {"conversations": ["1+1?", "2"]}, "LIMA, UltraChat (key data)"),
-    Layout("Alpaca", "chat", {"instruction": "Add.", "input": "1+1", "output": "2", "history": [["Hi", "Hello"]],
-                              "system": "…"}, "Alpaca, BELLE, LLaMA-Factory; input, history, system optional",
-           "Alpaca、BELLE、LLaMA-Factory；input、history、system 可省略"),
-    Layout("question, answer", "chat", {"question": "1+1?", "answer": "2"},
-           "any question key with any answer key: prompt, query, q, 问题 / response, output, a, 回答, …",
-           "问题键与回答键任意组合：prompt、query、q、问题 / response、output、a、回答 等"),
-    Layout("input, output", "chat", {"input": "1+1?", "output": "2"}, "Firefly (input, target), medical datasets",
-           "Firefly（input、target）、医疗数据集"),
-    Layout("context", "chat", {"instruction": "Who?", "context": "Li wrote it.", "response": "Li."},
-           "Dolly; the context follows the question on a new line",
-           "Dolly；上下文另起一行接在问题之后"),
-    Layout("history", "chat", {"history": "[['Hi', 'Hello']]", "q": "1+1?", "a": "2"},
-           "minimind v1's csv, ChatGLM: pairs or messages, as a list or as text",
-           "minimind v1 的 csv、ChatGLM：问答对或消息，写成列表或文本"),
-    Layout("marked text", "chat", {"instruction": "Human: Hi\nAssistant: Hello\nHuman: 1+1?\nAssistant:",
-                                   "output": "2"}, "BELLE's multi-turn dataset, HH-RLHF",
-           "BELLE 多轮数据、HH-RLHF"),
-    Layout("text in a chat format", "chat", {"chat": "USER: 1+1?\n\nASSISTANT: 2"},
-           "Glaive; as text also Guanaco (### Human:), Llama 2 and 3, ChatML, Zephyr, Gemma, Alpaca's template",
-           "Glaive；text 键还可以是 Guanaco（### Human:）、Llama 2 与 3、ChatML、Zephyr、Gemma、Alpaca 模板"),
-    Layout("several answers", "chat", {"context": "Li wrote it.", "question": "Who?", "answers": {"text": ["Li."]}},
-           "SQuAD, CMRC; the first answer is used, counted",
-           "SQuAD、CMRC；只读第一个答案并计数"),
-    Layout("labelled", "chat", {"prompt": "1+1?", "completion": "2", "label": True},
-           "KTO; rows with label false are skipped",
-           "KTO；label 为 false 的行被跳过"),
-    Layout("whole conversations", "pair", {"chosen": [_QUESTION, _ANSWER], "rejected": [_QUESTION, _WRONG_ANSWER]},
-           "minimind, trl, UltraFeedback"),
-    Layout("prompt and answers", "pair", {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
-           "trl, LLaMA-Factory; prompt, chosen and rejected as text, a message or messages",
-           "trl、LLaMA-Factory；prompt、chosen、rejected 可以是文本、一条消息或多条消息"),
-    Layout("Alpaca pair", "pair", {"instruction": "Add.", "input": "1+1", "chosen": "2", "rejected": "3"},
-           "LLaMA-Factory; with history and system",
-           "LLaMA-Factory；可带 history 与 system"),
-    Layout("ranked", "pair", {"instruction": "1+1?", "output": ["2", "3"]}, "LLaMA-Factory: the better answer first",
-           "LLaMA-Factory：较好的回答在前"),
-    Layout("rank or score", "pair", {"prompt": "1+1?", "answers": [{"answer": "3", "rank": 2},
-                                                                   {"answer": "2", "rank": 1}]},
-           "Nectar, UltraFeedback (completions, overall_score), StackExchange: the best and the worst answer",
-           "Nectar、UltraFeedback（completions、overall_score）、StackExchange：取最好与最差的回答"),
-    Layout("answer and rejected", "pair", {"query": "1+1?", "response": "2", "rejected_response": "3"},
-           "ms-swift; also messages with rejected_response or rejected_messages",
-           "ms-swift；也可以是 messages 加 rejected_response 或 rejected_messages"),
-    Layout("Huozi", "pair", {"q": "1+1?", "choose": "2", "reject": "3"},
-           "Huozi; also accepted, better, win, response_j, …",
-           "活字；也可以是 accepted、better、win、response_j 等"),
-    Layout("preferred_output", "pair", {"input": {"messages": [_QUESTION]}, "preferred_output": [_ANSWER],
-                                        "non_preferred_output": [_WRONG_ANSWER]}, "OpenAI"),
-    Layout("HH-RLHF", "pair", {"chosen": "\n\nHuman: 1+1?\n\nAssistant: 2",
-                               "rejected": "\n\nHuman: 1+1?\n\nAssistant: 3"}, "Anthropic's HH-RLHF"),
-    Layout("comparison", "pair", {"prompt": "1+1?", "response_0": "2", "response_1": "3", "better_response_id": 0},
-           "PKU-SafeRLHF; Chatbot Arena (conversation_a, conversation_b, winner); SHP",
-           "PKU-SafeRLHF；Chatbot Arena（conversation_a、conversation_b、winner）；SHP"),
-)  # fmt: skip
-
+_TABLES = json.loads(Path(__file__).with_name("layouts.json").read_text(encoding="utf-8"))
+LAYOUTS = tuple(Layout(**layout) for layout in _TABLES["layouts"])
 # Handling of turns, the same in every command: (case, handling) in English, then in Chinese.
-TURN_RULES = (
-    ("role developer", "read as system", "developer 角色", "等同于 system"),
-    ("several system messages at the start", "joined", "开头有多条 system 消息", "合并"),
-    ("a later system message", "row skipped, counted", "中途出现 system 消息", "跳过该行并计数"),
-    ("an assistant message before the first question", "message removed, counted",
-     "第一个问题之前有助手消息", "去掉该消息并计数"),
-    ("consecutive messages of one role", "joined with a line feed, counted", "同一角色的连续消息", "用换行合并并计数"),
-    ("an empty answer, or a later empty message", "chat cut before that turn, counted",
-     "空回答，或后面出现空消息", "对话在该轮之前结束并计数"),
-    ("no answer remains", "row skipped, counted", "没有剩下任何回答", "跳过该行并计数"),
-    ("a last question without an answer", "removed, counted", "最后一个问题没有回答", "去掉该问题并计数"),
-    ("tool calls, tool results", "row skipped, counted (not trained yet)",
-     "工具调用与工具结果", "跳过该行并计数（暂不训练）"),
-    ("reasoning: reasoning_content, …", "removed, counted (not trained yet)",
-     "思考内容：reasoning_content 等", "去掉并计数（暂不训练）"),
-    ("a message with weight 0 or train false", "kept as context, not trained", "消息的 weight 为 0 或 train 为 false",
-     "作为上文保留，不训练"),
-    ("a row with label false or weight 0", "row skipped, counted",
-     "label 为 false 或 weight 为 0 的行", "跳过该行并计数"),
-    ("any other key with a value", "ignored, counted by name", "其他有值的键", "不使用，按键名计数"),
-)  # fmt: skip
+TURN_RULES: list[tuple[str, str, str, str]] = [tuple(rule) for rule in _TABLES["turn_rules"]]
 
 
 def parse_keys(text: str) -> dict[str, str]:
@@ -260,9 +174,8 @@ def nearest_layouts(kind: str, found: list[str]) -> list[Layout]:
 def print_layouts() -> None:
     """Prints the layouts, the keys of every field and the handling of turns."""
     for layout in LAYOUTS:
-        print(
-            f"{layout.kind:5} {layout.name}: {layout.used_by}\n      {json.dumps(layout.example, ensure_ascii=False)}"
-        )
+        example = json.dumps(layout.example, ensure_ascii=False)
+        print(f"{layout.kind:5} {layout.name}: {layout.used_by}\n      {example}")
     print("\nkeys of each field, in order of priority (--keys FIELD=KEY,… sets others):")
     for field, keys in FIELD_KEYS.items():
         print(f"  {field:9} {', '.join(keys)}")
@@ -273,24 +186,21 @@ def print_layouts() -> None:
 
 def layout_tables(chinese: bool = False) -> str:
     """Returns the same as Markdown tables, for dataset/README.md and dataset/README_zh.md."""
-    headers = ("种类", "示例", "使用者") if chinese else ("kind", "example", "used by")
-    rows = [
-        (
-            layout.kind,
-            f"`{json.dumps(layout.example, ensure_ascii=False)}`",
-            (chinese and layout.used_by_zh) or layout.used_by,
-        )
-        for layout in LAYOUTS
-    ]
+    layouts = [
+        (layout.kind, f"`{json.dumps(layout.example, ensure_ascii=False)}`",
+         (chinese and layout.used_by_zh) or layout.used_by) for layout in LAYOUTS
+    ]  # fmt: skip
     fields = [(f"`{field}`", ", ".join(f"`{key}`" for key in keys)) for field, keys in FIELD_KEYS.items()]
-    rules = [(rule[2], rule[3]) if chinese else (rule[0], rule[1]) for rule in TURN_RULES]
-    return "\n\n".join((
-        _markdown_table(headers, rows),
-        _markdown_table(("字段", "键（靠前者优先）") if chinese else ("field", "keys, in order of priority"), fields),
-        _markdown_table(("轮次中的情况", "处理方式") if chinese else ("turns", "handling"), rules),
-    ))  # fmt: skip
+    rules = [rule[2:] if chinese else rule[:2] for rule in TURN_RULES]
+    headers = (
+        (("种类", "示例", "使用者"), ("字段", "键（靠前者优先）"), ("轮次中的情况", "处理方式"))
+        if chinese
+        else (("kind", "example", "used by"), ("field", "keys, in order of priority"), ("turns", "handling"))
+    )
+    tables = zip(headers, (layouts, fields, rules), strict=True)
+    return "\n\n".join(_markdown_table(header, rows) for header, rows in tables)  # type: ignore[arg-type]
 
 
-def _markdown_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [headers, tuple("---" for _ in headers), *rows]
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -158,7 +158,7 @@ def read_contents(
     files = [os.fspath(path) for path in paths]
     for file in files:
         require_readable(file)
-    report.input_bytes = sum(Path(file).stat().st_size for file in files)
+    report.input_bytes = report.bytes_read() + sum(Path(file).stat().st_size for file in files)
     for file in files:
         for line, row in read_rows(file, report, kind):
             try:

@@ -263,8 +263,8 @@ class _Row:
             raise DroppedRow("an empty answer")
         if prompt is not None and "answer" in self.fields and prompt not in self.keys("prompt"):
             require_text(row[prompt], prompt)
-        if (turns := first_key(row, "messages")) is not None:
-            raise BadRow("the list of messages is null" if is_missing(row[turns]) else "no messages")
+        if (turns_key := first_key(row, "messages")) is not None:
+            raise BadRow("the list of messages is null" if is_missing(row[turns_key]) else "no messages")
         raise BadRow(_NO_CHAT_KEYS)
 
     def _add_system(self, messages: list[Message]) -> list[Message]:
@@ -282,9 +282,9 @@ class _Row:
         chosen, rejected = (next(iter(self.keys(side)), self.reader.first_key(self.row, side)) for side in PAIR_SIDES)
         values = find_answer_pair(self.row, self.fields, (chosen, rejected), self.used)
         prompt = self._prompt(self.used)
-        if not prompt and (turns := self.keys("messages")):
-            self.used.add(turns[0])
-            prompt = parse_messages(self.row[turns[0]], self.notes)
+        if not prompt and (lists := self.keys("messages")):
+            self.used.add(lists[0])
+            prompt = parse_messages(self.row[lists[0]], self.notes)
             if "chosen" not in self.fields and prompt and prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]  # ms-swift: the last answer of the chat is the chosen one
         if not prompt and (key := self.reader.first_key(self.row, "prompt")) is not None and isinstance(values[0], str):

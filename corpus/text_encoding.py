@@ -45,6 +45,7 @@ _FREQUENT = frozenset(
 # text read as Windows-1252 has many others.
 _WESTERN = frozenset("àâäáãåçéèêëíîïñóôöõœßúùûüÀÂÄÁÃÅÇÉÈÊËÍÎÏÑÓÔÖÕŒÚÙÛÜ«»¿¡“”‘’–—…•€£©®°·´ª\xa0")
 
+_MALFORMED = re.compile("[\udc80-\udcff]")  # bytes decoded with "surrogateescape"
 codecs.register_error("bad_byte", lambda error: (BAD_BYTE, getattr(error, "end", 0)))
 
 
@@ -68,11 +69,11 @@ def detect_encoding(sample: bytes) -> TextEncoding:
     if (zeros := sample.count(0)) and zeros > len(sample) // 100:
         return next((_known_encoding(codec) for codec in ("utf-16-le", "utf-16-be") if _is_utf16(sample, codec)), UTF8)
     text = sample.decode("utf-8", "surrogateescape")
-    malformed = len(re.findall("[\udc80-\udcff]", text))
-    if malformed <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
+    if len(_MALFORMED.findall(text)) <= len(re.findall("[^\0-\x7f\udc80-\udcff]", text)):
         return UTF8
     lines = [line for line in sample.split(b"\n") if not line.isascii()]
-    if sum(not _is_utf8(line) for line in lines) <= MAX_MALFORMED_FRACTION * sample.count(b"\n"):
+    num_malformed = sum(_MALFORMED.search(line.decode("utf-8", "surrogateescape")) is not None for line in lines)
+    if num_malformed <= MAX_MALFORMED_FRACTION * sample.count(b"\n"):
         return UTF8
     foreign = b"\n".join(lines)[:SAMPLE_BYTES]
     guess = from_bytes(foreign, cp_isolation=_GUESSES).best()  # None if a byte is malformed in each of them
@@ -107,14 +108,6 @@ def utf8_reader(stream: Any, codec: str, old_mac: bool = False) -> Callable[[], 
 
 def _known_encoding(codec: str) -> TextEncoding:
     return TextEncoding(codec, f"malformed {ENCODING_NAMES[codec]}")
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is_utf16(sample: bytes, codec: str) -> bool:

@@ -20,7 +20,9 @@ from corpus.examples import MIN_VALIDATION_EXAMPLES, text_hash
 from corpus.language import LANGUAGES, detect_language
 from corpus.readers import read_texts
 from corpus.stats import DataStats
+from model.tokenizer import ChatTokenizer
 
+LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}
 LANGUAGE_FRACTIONS = {"zh": 5 / 7, "en": 2 / 7}  # of the byte budget: 5 Chinese characters per 6 English ones
 HELD_OUT_FRACTION = 0.01
 HELD_OUT_BYTES = 2_000_000  # per language; more text does not change the third digit of the result
@@ -76,9 +78,9 @@ def sample_texts(
     byte_budget: int,
     read_budget: int,
     seed: int = 0,
-    on_progress: Callable[[int], None] = lambda read: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> TextSample:
-    """Sample texts in one pass over the files. `on_progress` is called with the number of bytes read so far.
+    """Sample texts in one pass over the files. `on_progress` is called after every document.
 
     Raises UserError if there is no text, if a file is unusable, or if too many rows are bad.
     """
@@ -88,12 +90,11 @@ def sample_texts(
     missing = [file for file in files if not Path(file).exists()]
     if missing:
         raise UserError(f"{missing[0]}: no such file")
-    done = 0
+    done = 0  # bytes of the previous files
     for i, file in enumerate(files):
-        report.bytes_read = lambda: 0  # reset: the previous file may have been closed before its end
+        report.bytes_read = lambda done=done: done  # type: ignore[misc]  # a file may be closed before its end
         end = sum(sample.bytes.values()) + (read_budget - sum(sample.bytes.values())) / (len(files) - i)
-        documents = read_texts([file], report)
-        for document in documents:
+        for document in read_texts([file], report):
             language, key = detect_language(document.text), text_hash(document.text)
             sample.documents[language] += 1
             sample.bytes[language] += len(document.text.encode())
@@ -103,7 +104,7 @@ def sample_texts(
                 chunk = document.text[start : start + SAMPLE_CHUNK_CHARACTERS]
                 chunk_hash = text_hash(chunk) if start else key
                 lowest_hashes.add((chunk_hash + seed * 0x9E3779B97F4A7C15) % _HASH_RANGE, chunk)
-            on_progress(done + report.bytes_read())
+            on_progress()
             if sum(sample.bytes.values()) >= end:
                 sample.truncated_files.append(file)
                 break
@@ -120,3 +121,32 @@ def sample_texts(
         if not sample.held_out[language] and sample.documents[language] >= MIN_VALIDATION_EXAMPLES:
             sample.held_out[language] = [sample.texts[language].pop(0)]
     return sample
+
+
+def print_sample_sizes(sample: TextSample, report: DataStats) -> None:
+    """Print how much text was read, sampled and held out, and the rows that were skipped."""
+    for language, name in LANGUAGE_NAMES.items():
+        taken, held_out = (
+            sum(len(text.encode()) for text in texts[language]) / 1e6 for texts in (sample.texts, sample.held_out)
+        )
+        print(f"{name}: read {sample.documents[language]:,} documents, {sample.bytes[language] / 1e6:,.1f} MB;"
+              f" train on {taken:,.1f} MB, measure on {held_out:,.2f} MB held out")  # fmt: skip
+    for file in sample.truncated_files:
+        print(f"{file}: only the beginning was read; a larger --read_budget reads more")
+    report.print_notes()
+    if report.bad_rows:
+        reasons = "; ".join(
+            f"{reason.count:,} x {name} (first: {reason.locations()})" for name, reason in report.bad.items()
+        )
+        print(f"skipped {report.bad_rows:,} rows: {reasons}")
+
+
+def print_compression(sample: TextSample, tokenizer: ChatTokenizer) -> None:
+    """Print the characters per token of each language on held-out text, or on training text if none is held out."""
+    for language, name in LANGUAGE_NAMES.items():
+        texts, kind = sample.held_out[language], "held-out"
+        if not texts:
+            texts, kind = sample.texts[language][:1000], "training (too few documents to hold any out)"
+        if tokens := sum(map(len, tokenizer.encode_batch(texts))):
+            characters = sum(map(len, texts))
+            print(f"{name}: {characters / tokens:.3f} characters per token on {characters:,} characters of {kind} text")

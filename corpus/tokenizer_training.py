@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
+from model.tokenizer import BYTE_OF_CHARACTER, ChatTokenizer
 
 MIN_VOCABULARY = 300  # the 256 bytes, the special tokens and some learned pieces
 MAX_VOCABULARY = 2**32  # token ids are stored as uint16 or uint32
@@ -250,11 +251,6 @@ def _add_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) ->
 
 
 # ---- inspection ------------------------------------------------------------------------------------------------------
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE maps these bytes to themselves
-_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these to the characters from U+0100
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_UNPRINTABLE)}
-
-
 def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of each id, a list of vocab_size entries; for a special token, its name."""
     byte_level = json.loads(tokenizer.to_str())["decoder"]["type"] == "ByteLevel"
@@ -264,21 +260,29 @@ def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
         if i in special:
             found[i] = piece.encode()
         elif byte_level:
-            found[i] = bytes(_BYTE_OF[character] for character in piece)
+            found[i] = bytes(BYTE_OF_CHARACTER[character] for character in piece)
         else:
             lone_byte = len(piece) == 6 and piece.startswith("<0x")
             found[i] = bytes([int(piece[3:5], 16)]) if lone_byte else piece.encode()
     return found
 
 
-def printable_piece(piece: bytes) -> str:
+def print_pieces(tokenizer: ChatTokenizer, text: str) -> None:
+    """Print the tokens of a text and their ids; bytes of a character that spans several tokens print as <E6>."""
+    table, ids = vocab_bytes(tokenizer.backend), tokenizer.encode(text)
+    pieces = [_printable_piece(table[i]) for i in ids]
+    print(" | ".join(pieces))
+    print(f"{len(text)} characters, {len(ids)} tokens, {len(text) / max(len(ids), 1):.2f} characters per token")
+    for i, piece in zip(ids, pieces, strict=True):
+        print(f"{i:>8}  {piece}")
+
+
+def _printable_piece(piece: bytes) -> str:
     """The piece as one printable line: ␣ for spaces, control characters escaped, incomplete characters as <E6>."""
-    shown = piece.decode("utf-8", "surrogateescape").replace(" ", "␣")
-    return "".join(
-        f"<{ord(c) - 0xDC00:02X}>"
-        if "\udc80" <= c <= "\udcff"
-        else c
-        if c.isprintable()
-        else c.encode("unicode_escape").decode()
-        for c in shown
-    )
+
+    def show(character: str) -> str:
+        if "\udc80" <= character <= "\udcff":
+            return f"<{ord(character) - 0xDC00:02X}>"
+        return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+    return "".join(map(show, piece.decode("utf-8", "surrogateescape").replace(" ", "␣")))

@@ -15,12 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
 from common.errors import UserError
-from corpus.language import detect_language
+from common.files import write_text
+from corpus.language import LANGUAGES, detect_language
 from corpus.readers import read_texts
 from corpus.stats import DataStats
 
-TABLE_LANGUAGES = ("zh", "en")
 TABLE_HEADERS = ("tokenizer", "entries", "chars/token zh", "chars/token en", "bytes/token", "unknown")
 EncodeFunction = Callable[[list[str]], list[list[int]]]
 
@@ -69,8 +73,6 @@ def load_any_tokenizer(path: str | os.PathLike[str]) -> LoadedTokenizer:
 
 
 def _load_tokenizer_json(name: str, file: Path) -> LoadedTokenizer:
-    from tokenizers import Tokenizer
-
     backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     backend.no_padding()
     backend.no_truncation()
@@ -94,7 +96,7 @@ def _load_sentencepiece(name: str, file: Path) -> LoadedTokenizer:
 # ---- texts -----------------------------------------------------------------------------------------------------------
 def read_texts_by_language(files: Sequence[str]) -> dict[str, list[str]]:
     """Return {language: documents of the files}. Raises UserError if the files have no text."""
-    found: dict[str, list[str]] = {lang: [] for lang in TABLE_LANGUAGES}
+    found: dict[str, list[str]] = {lang: [] for lang in LANGUAGES}
     for document in read_texts(files, DataStats()):
         found[detect_language(document.text)].append(document.text)
     if not any(found.values()):
@@ -122,7 +124,7 @@ def measure_tokenizers(tokenizers: Iterable[LoadedTokenizer], texts: dict[str, l
 
 def table_cells(row: TokenizerStats) -> list[str]:
     """Return the cells of a row in the order of TABLE_HEADERS; "–" for a language without text."""
-    languages = (row.characters_per_token.get(lang) for lang in TABLE_LANGUAGES)
+    languages = (row.characters_per_token.get(lang) for lang in LANGUAGES)
     shown = ("–" if value is None else f"{value:.3f}" for value in languages)
     return [row.name, f"{row.vocab_size:,}", *shown, f"{row.bytes_per_token:.3f}", f"{row.unknown_fraction:.1%}"]
 
@@ -136,16 +138,20 @@ def describe_texts(texts: dict[str, list[str]], files: Sequence[str]) -> str:
     return f"on {' and '.join(amounts)} from {source}"
 
 
-def tokenizer_table_markdown(rows: list[TokenizerStats], measured_texts: str) -> str:
-    """Return the table as a Markdown page."""
-    lines = [
-        "# Tokenizers",
-        "",
-        f"Measured {measured_texts}.",
-        "",
-        f"| {' | '.join(TABLE_HEADERS)} |",
-        "|---" + "|---:" * 5 + "|",
-    ]
-    return (
-        "\n".join([*lines, *(f"| {' | '.join(table_cells(row)).replace('_', chr(92) + '_')} |" for row in rows)]) + "\n"
-    )
+def compare_tokenizers(folders: Sequence[str], texts: dict[str, list[str]], files: Sequence[str], out: str) -> None:
+    """Print a table of the tokenizers on the texts, which are from `files`; write it to `out` as Markdown, if given."""
+    rows = measure_tokenizers([load_any_tokenizer(folder) for folder in folders], texts)
+    measured_texts = describe_texts(texts, files)
+    table = Table(*TABLE_HEADERS, box=None)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*table_cells(row))
+    Console().print(table)
+    print(measured_texts)
+    if out:
+        lines = [f"| {' | '.join(TABLE_HEADERS)} |", "|---" + "|---:" * 5 + "|"]
+        lines += [f"| {' | '.join(table_cells(row)).replace('_', chr(92) + '_')} |" for row in rows]
+        write_text(out, "\n".join(["# Tokenizers", "", f"Measured {measured_texts}.", "", *lines]) + "\n")
+        print(f"written: {out}")

@@ -77,6 +77,22 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def json_bytes(value, **options) -> bytes:
+    return json.dumps(value, ensure_ascii=False, **options).encode()
+
+
+def jsonl_bytes(rows) -> bytes:
+    return b"".join(json_bytes(row) + b"\n" for row in rows)
+
+
+def apply_changes(content: bytes, changes) -> bytes:
+    """Insert and remove bytes: `changes` are (position, added bytes, number of removed bytes)."""
+    for place, added, removed in changes:
+        place %= len(content) + 1
+        content = content[:place] + added + content[place + removed :]
+    return content
+
+
 def load_weights(path: Path) -> dict:
     return torch.load(path, weights_only=True)["model"]
 

@@ -19,6 +19,7 @@ from corpus.readers import read_rows, read_texts
 from corpus.stats import DataStats
 from corpus.text_encoding import _is_chinese, detect_encoding
 from corpus.txt_reader import split_documents
+from tests.helpers import jsonl_bytes
 
 ZH = [
     "人工智能是计算机科学的一个分支，它企图了解智能的实质。",
@@ -33,25 +34,15 @@ TW = [
 ]
 FR = ["Le café est très bon à l’été.", "Où êtes-vous né ? C’est là que j’ai vécu.", "Une leçon de français."]
 EN = ["“Hello”, she said – it’s a café.", "There’s a naïve idea — isn’t it?", "He said: “No.”"]
-NAMES = {
-    "gbk": "GB18030",
-    "gb18030": "GB18030",
-    "big5": "Big5",
-    "cp1252": "Windows-1252",
-    "utf-16": "UTF-16",
-    "utf-16-le": "UTF-16LE",
-    "utf-16-be": "UTF-16BE",
-    "utf-32": "UTF-32",
-}
+NAMES = {"gbk": "GB18030", "gb18030": "GB18030", "big5": "Big5", "cp1252": "Windows-1252", "utf-16": "UTF-16",
+         "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "utf-32": "UTF-32"}  # fmt: skip
 CASES = [
     *((ZH, encoding) for encoding in ("gbk", "gb18030", "utf-16", "utf-16-le", "utf-16-be", "utf-32")),
     (TW, "big5"), (FR, "cp1252"), (EN, "cp1252"), (EN, "utf-16"), (EN, "utf-16-le"),
 ]  # fmt: skip
 
 
-def rows_of(
-    folder: Path, name: str, content: bytes, max_bad_share: float = 0.0, accept: bool | None = None
-) -> tuple[list, DataStats]:
+def rows_of(folder: Path, name: str, content: bytes, max_bad_share=0.0, accept=None) -> tuple[list, DataStats]:
     path = Path(folder) / name
     path.write_bytes(content)
     report = DataStats(max_bad_share, accept)
@@ -72,7 +63,7 @@ def written(texts: list[str], form: str) -> str:
     if form == "txt":
         return "\n\n".join(texts)
     if form == "jsonl":
-        return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+        return jsonl_bytes({"text": text} for text in texts).decode()
     return json.dumps([{"text": text} for text in texts], ensure_ascii=False, indent=1)
 
 

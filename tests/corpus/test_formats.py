@@ -21,6 +21,7 @@ from corpus.json_reader import list_rows
 from corpus.readers import read_chats, read_rows, read_texts
 from corpus.stats import DataStats
 from tests.corpus.test_encodings import rows_of
+from tests.helpers import apply_changes, json_bytes
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.ipc")
@@ -30,32 +31,28 @@ ROWS = [{"text": f"第{i}行, row {i}", "n": i} for i in range(30)]
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
-def dumps(value, **options) -> bytes:
-    return json.dumps(value, ensure_ascii=False, **options).encode()
-
-
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 FRAME = pandas.DataFrame(ROWS)
 LAYOUTS = {
-    "array on one line": dumps(ROWS),
-    "array on one line, with a line feed": dumps(ROWS) + b"\n",
-    "indented array": dumps(ROWS, indent=2),
-    "array, an object on each line": b"[\n" + b",\n".join(map(dumps, ROWS)) + b"\n]\n",
-    "array, an object on each line, without line feeds at its ends": b"[" + b",\n".join(map(dumps, ROWS)) + b"]",
-    "comma after each line": b"".join(dumps(row) + b",\n" for row in ROWS),
-    "comma after each line, CRLF": b"".join(dumps(row) + b", \r\n" for row in ROWS),
-    "arrays of five": b"\n".join(dumps(ROWS[i : i + 5]) for i in range(0, 30, 5)),
-    "indented objects": b"\n".join(dumps(row, indent=4) for row in ROWS),
-    "concatenated objects": b"".join(dumps(row, indent=1) for row in ROWS),
-    "object that wraps the rows": dumps({"version": "1.0", "n": [1, 2], "data": ROWS}),
-    "object that wraps the rows, indented": dumps({"meta": {"a": [{"b": 1}]}, "train": ROWS}, indent=2),
+    "array on one line": json_bytes(ROWS),
+    "array on one line, with a line feed": json_bytes(ROWS) + b"\n",
+    "indented array": json_bytes(ROWS, indent=2),
+    "array, an object on each line": b"[\n" + b",\n".join(map(json_bytes, ROWS)) + b"\n]\n",
+    "array, an object on each line, without line feeds at its ends": b"[" + b",\n".join(map(json_bytes, ROWS)) + b"]",
+    "comma after each line": b"".join(json_bytes(row) + b",\n" for row in ROWS),
+    "comma after each line, CRLF": b"".join(json_bytes(row) + b", \r\n" for row in ROWS),
+    "arrays of five": b"\n".join(json_bytes(ROWS[i : i + 5]) for i in range(0, 30, 5)),
+    "indented objects": b"\n".join(json_bytes(row, indent=4) for row in ROWS),
+    "concatenated objects": b"".join(json_bytes(row, indent=1) for row in ROWS),
+    "object that wraps the rows": json_bytes({"version": "1.0", "n": [1, 2], "data": ROWS}),
+    "object that wraps the rows, indented": json_bytes({"meta": {"a": [{"b": 1}]}, "train": ROWS}, indent=2),
     "pandas records": FRAME.to_json(orient="records", force_ascii=False).encode(),
     "pandas lines": FRAME.to_json(orient="records", lines=True).encode(),
     "pandas columns": FRAME.to_json().encode(),
     "pandas columns, indented": FRAME.to_json(indent=2).encode(),
     "pandas index": FRAME.to_json(orient="index").encode(),
     "pandas split": FRAME.to_json(orient="split").encode(),
-    "lists of equal length": dumps(FRAME.to_dict("list")),
+    "lists of equal length": json_bytes(FRAME.to_dict("list")),
 }
 
 
@@ -81,15 +78,15 @@ def test_a_list_of_messages_is_one_chat_and_a_list_of_rows_is_rows(tmp_path):
     for nothing in ([], [1], ["a", "b"], [USER, 1]):
         assert list_rows(nothing) == [nothing]
     chat = {"messages": [USER, ASSISTANT]}
-    line = dumps([USER, ASSISTANT])
+    line = json_bytes([USER, ASSISTANT])
     for name, content, many in (
         ("lines.jsonl", (line + b"\n") * 3, 3),
         ("one line.jsonl", line, 1),
-        ("indented.json", dumps([USER, ASSISTANT], indent=2), 1),
-        ("array of chats.json", dumps([[USER, ASSISTANT]] * 3), 3),
-        ("indented array of chats.json", dumps([[USER, ASSISTANT]] * 3, indent=1), 3),
-        ("wrapped.json", dumps({"data": [[USER, ASSISTANT]] * 3}), 3),
-        ("row.json", dumps(chat, indent=1), 1),
+        ("indented.json", json_bytes([USER, ASSISTANT], indent=2), 1),
+        ("array of chats.json", json_bytes([[USER, ASSISTANT]] * 3), 3),
+        ("indented array of chats.json", json_bytes([[USER, ASSISTANT]] * 3, indent=1), 3),
+        ("wrapped.json", json_bytes({"data": [[USER, ASSISTANT]] * 3}), 3),
+        ("row.json", json_bytes(chat, indent=1), 1),
     ):
         assert rows_of(tmp_path, name, content)[0] == [chat] * many, name
         assert len(list(read_chats([tmp_path / name], DataStats()))) == many
@@ -103,12 +100,12 @@ def test_a_single_row_object_is_one_row(tmp_path):
         {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
         {"q": "1", "a": "2", "history": [["a", "b"]]},
     ):
-        assert rows_of(tmp_path, "a.json", dumps(row))[0] == [row]
-        assert rows_of(tmp_path, "a.json", dumps(row, indent=1))[0] == [row]
+        assert rows_of(tmp_path, "a.json", json_bytes(row))[0] == [row]
+        assert rows_of(tmp_path, "a.json", json_bytes(row, indent=1))[0] == [row]
 
 
 def test_all_lists_of_rows_in_an_object_are_read_and_reported(tmp_path):
-    found, report = rows_of(tmp_path, "a.json", dumps({"train": ROWS[:20], "test": ROWS[20:]}))
+    found, report = rows_of(tmp_path, "a.json", json_bytes({"train": ROWS[:20], "test": ROWS[20:]}))
     assert found == ROWS and "train, test" in report.notes[0]
 
 
@@ -120,8 +117,8 @@ def test_rows_inside_a_long_object_are_streamed(tmp_path, monkeypatch):
         {"version": 1, "tags": ["a"], "data": rows},
         {"schema": {"fields": [{"name": "n"}]}, "data": rows, "end": [1, 2]},
     ):
-        assert rows_of(tmp_path, "a.json", dumps(wrapped))[0] == rows
-        assert rows_of(tmp_path, "a.json", dumps(wrapped, indent=1))[0] == rows
+        assert rows_of(tmp_path, "a.json", json_bytes(wrapped))[0] == rows
+        assert rows_of(tmp_path, "a.json", json_bytes(wrapped, indent=1))[0] == rows
     (tmp_path / "b.json").write_text(pandas.DataFrame(rows).to_json())
     with pytest.raises(UserError, match=r"one value above .*lines=True"):
         list(read_texts([tmp_path / "b.json"], DataStats()))
@@ -133,7 +130,7 @@ def test_nan_and_infinity_in_json_are_read(tmp_path):
 
 
 def test_python_notation_is_reported_by_name(tmp_path):
-    _, report = rows_of(tmp_path, "a.jsonl", b"{'text': 'a'}\n" + dumps(ROWS[0]), 1)
+    _, report = rows_of(tmp_path, "a.jsonl", b"{'text': 'a'}\n" + json_bytes(ROWS[0]), 1)
     assert "single quotes" in next(iter(report.bad))
 
 
@@ -163,13 +160,7 @@ def test_csv_headers_are_cleaned(tmp_path):
 
 def test_short_csv_rows_have_empty_cells_and_long_ones_are_bad(tmp_path):
     found, report = rows_of(tmp_path, "a.csv", b"q,a,note\n1,2,3\n1,2\n1\n\n1,2,3,,\n1,2,3,4\n1,2,3\n", 1)
-    assert [tuple(row.values()) for row in found] == [
-        ("1", "2", "3"),
-        ("1", "2", ""),
-        ("1", "", ""),
-        ("1", "2", "3"),
-        ("1", "2", "3"),
-    ]
+    assert ["".join(row.values()) for row in found] == ["123", "12", "1", "123", "123"] and len(found[2]) == 3
     assert [(name, reason.first[0][1]) for name, reason in report.bad.items()] == [("more csv cells than columns", 7)]
 
 
@@ -195,20 +186,13 @@ def test_a_csv_line_above_the_limit_counts_as_an_estimated_number_of_rows(tmp_pa
     monkeypatch.setattr(csv_reader, "MAX_LINE", 2000)
     found, report = rows_of(tmp_path, "a.csv", b"q,a\n1,2\n3," + b"x," * 5000 + b"\n5,6\n", 1)
     assert found == [{"q": "1", "a": "2"}, {"q": "5", "a": "6"}]
-    assert (
-        report.bad["a line longer than 64 MB"].first == [(str(tmp_path / "a.csv"), 3)] and 1 <= report.bad_rows <= 2500
-    )
+    assert report.bad["a line longer than 64 MB"].first == [(str(tmp_path / "a.csv"), 3)]
+    assert 1 <= report.bad_rows <= 2500
 
 
 # ---- arrow -----------------------------------------------------------------------------------------------------------
-NESTED = [
-    {
-        "text": f"row {i}",
-        "meta": {"ids": list(range(i)), "source": None},
-        "messages": [{"role": "user", "content": "hi"}],
-    }
-    for i in range(2500)
-]
+NESTED = [{"text": f"row {i}", "meta": {"ids": list(range(i)), "source": None}, "messages": [USER]}
+          for i in range(2500)]  # fmt: skip
 
 
 def test_nested_columns_of_arrow_and_parquet_are_read(tmp_path):
@@ -222,9 +206,8 @@ def test_nested_columns_of_arrow_and_parquet_are_read(tmp_path):
         content = (tmp_path / name).read_bytes()
         assert rows_of(tmp_path, name, content)[0] == NESTED
         half = content[: len(content) * 2 // 3]
-        with pytest.raises(
-            DamagedFile, match=f"truncated or damaged {'parquet' if name == 'parquet' else 'arrow'} file"
-        ):
+        kind = "parquet" if name == "parquet" else "arrow"
+        with pytest.raises(DamagedFile, match=f"truncated or damaged {kind} file"):
             rows_of(tmp_path, name, half)
         found, report = rows_of(tmp_path, name, half, 0, accept=True)
         assert found == NESTED[: len(found)] and "damaged" in next(iter(report.bad))
@@ -251,31 +234,17 @@ def in_layout(rows: list[dict], layout: str) -> tuple[str, bytes]:
     frame = pandas.DataFrame(rows)
     if layout.startswith("csv"):
         return ".csv", frame.to_csv(index=False, sep=layout[3], quoting=csv.QUOTE_ALL).encode()
-    if layout == "lines":
-        return ".jsonl", b"\n".join(map(dumps, rows))
-    if layout == "commas":
-        return ".jsonl", b",\n".join(map(dumps, rows))
+    if layout in ("lines", "commas"):
+        return ".jsonl", (b"\n" if layout == "lines" else b",\n").join(map(json_bytes, rows))
     if layout == "array":
-        return ".jsonl", dumps(rows)
+        return ".jsonl", json_bytes(rows)
     if layout == "wrapped":
-        return ".json", dumps({"rows": rows}, indent=1)
+        return ".json", json_bytes({"rows": rows}, indent=1)
     return ".json", frame.to_json(orient=layout, force_ascii=False).encode("utf-8")
 
 
-LAYOUT_NAMES = [
-    "csv,",
-    "csv;",
-    "csv\t",
-    "csv|",
-    "lines",
-    "commas",
-    "array",
-    "wrapped",
-    "columns",
-    "index",
-    "split",
-    "records",
-]
+LAYOUT_NAMES = ["csv,", "csv;", "csv\t", "csv|", "lines", "commas", "array", "wrapped", "columns", "index", "split",
+                "records"]  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -286,9 +255,7 @@ def test_rows_are_equal_after_reading_every_layout_and_compression(rows, layout,
         assert rows_of(Path(folder), "a" + name + suffix, PACKED[suffix](content))[0] == rows
 
 
-FRAGMENTS = st.text(
-    st.sampled_from(' ab,;"\n\t|今天的是{}[]:\\'), max_size=20
-)  # characters with a meaning in some format
+FRAGMENTS = st.text(st.sampled_from(' ab,;"\n\t|今天的是{}[]:\\'), max_size=20)  # characters with a meaning
 DAMAGE = st.lists(st.sampled_from([*b'\0\n\r",<[]{}', 255, 128, 65]), max_size=4).map(bytes)
 
 
@@ -302,9 +269,7 @@ DAMAGE = st.lists(st.sampled_from([*b'\0\n\r",<[]{}', 255, 128, 65]), max_size=4
 )
 def test_damage_at_any_position_is_counted_or_a_one_line_error(rows, layout, encoding, suffix, damage):
     content = in_layout(rows, layout)[1].decode().encode(encoding)
-    for place, added, removed in damage:
-        place %= len(content) + 1
-        content = content[:place] + added + content[place + removed :]
+    content = apply_changes(content, damage)
     with tempfile.TemporaryDirectory() as folder:
         try:
             rows_of(Path(folder), "a" + suffix, content, 1)

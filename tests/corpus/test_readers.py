@@ -20,12 +20,9 @@ from corpus.input_files import READ_CHUNK_BYTES
 from corpus.language import detect_language
 from corpus.readers import read_chats, read_rows, read_texts
 from corpus.stats import DataStats
+from tests.helpers import jsonl_bytes
 
 GOOD = [{"text": f"good row {i}"} for i in range(400)]
-
-
-def lines(rows) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def read(folder: Path, name: str, content: bytes, max_bad_share: float = 0.01, reader=read_texts, accept=None):
@@ -48,26 +45,26 @@ SAME = [{"text": 'a "quoted", line\r\nwith \\ and 中文'}, {"text": "second"}]
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", lines(SAME)),
-        ("a.ndjson", lines(SAME).rstrip(b"\n")),
-        ("crlf.jsonl", lines(SAME).replace(b"\n", b"\r\n")),
-        ("bom.jsonl", b"\xef\xbb\xbf" + lines(SAME)),
-        ("blank lines.jsonl", b"\n\n" + lines(SAME).replace(b"\n", b"\n\n")),
-        ("no name", lines(SAME)),
-        ("wrong name.txt", lines(SAME)),
+        ("a.jsonl", jsonl_bytes(SAME)),
+        ("a.ndjson", jsonl_bytes(SAME).rstrip(b"\n")),
+        ("crlf.jsonl", jsonl_bytes(SAME).replace(b"\n", b"\r\n")),
+        ("bom.jsonl", b"\xef\xbb\xbf" + jsonl_bytes(SAME)),
+        ("blank lines.jsonl", b"\n\n" + jsonl_bytes(SAME).replace(b"\n", b"\n\n")),
+        ("no name", jsonl_bytes(SAME)),
+        ("wrong name.txt", jsonl_bytes(SAME)),
         ("list.json", json.dumps(SAME).encode()),
         ("indented.json", json.dumps(SAME, indent=2, ensure_ascii=False).encode()),
         ("objects.json", "\n".join(json.dumps(row, indent=1) for row in SAME).encode()),
-        ("lines.json", lines(SAME)),
+        ("lines.json", jsonl_bytes(SAME)),
         ("a.csv", 'id,text\n1,"a ""quoted"", line\r\nwith \\ and 中文"\n2,second\n'.encode()),
         ("a.tsv", 'text\tid\r\n"a ""quoted"", line\r\nwith \\ and 中文"\t1\r\nsecond\t2\r\n'.encode()),
         ("bom.csv", b"\xef\xbb\xbf" + 'Text,id\n"a ""quoted"", line\r\nwith \\ and 中文",1\nsecond,2'.encode()),
         ("list.json.gz", gzip.compress(json.dumps(SAME).encode())),
-        ("a.jsonl.gz", gzip.compress(lines(SAME))),
-        ("a.jsonl.xz", lzma.compress(lines(SAME))),
-        ("a.jsonl.bz2", bz2.compress(lines(SAME))),
-        ("two members.jsonl.gz", gzip.compress(lines(SAME[:1])) + gzip.compress(lines(SAME[1:]))),
-        ("archive without a suffix", gzip.compress(lines(SAME))),
+        ("a.jsonl.gz", gzip.compress(jsonl_bytes(SAME))),
+        ("a.jsonl.xz", lzma.compress(jsonl_bytes(SAME))),
+        ("a.jsonl.bz2", bz2.compress(jsonl_bytes(SAME))),
+        ("two members.jsonl.gz", gzip.compress(jsonl_bytes(SAME[:1])) + gzip.compress(jsonl_bytes(SAME[1:]))),
+        ("archive without a suffix", gzip.compress(jsonl_bytes(SAME))),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # no ids from bytes: gzip output contains the time
 )
@@ -78,9 +75,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name, content):
 def test_zst_and_parquet_files_are_read(tmp_path):
     zstandard = pytest.importorskip("zstandard")
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    packed = zstandard.ZstdCompressor().compress(lines(GOOD[:200])) + zstandard.ZstdCompressor().compress(
-        lines(GOOD[200:])
-    )
+    packed = b"".join(zstandard.compress(jsonl_bytes(rows)) for rows in (GOOD[:200], GOOD[200:]))
     assert len(texts(tmp_path, "a.jsonl.zst", packed)) == 400
     found, report = read(tmp_path, "cut.jsonl.zst", packed[:-3], accept=True)
     assert len(found) >= 200 and report.bad_rows == 1 and "zstd stream" in next(iter(report.bad))
@@ -107,7 +102,7 @@ def test_long_paragraphs_are_split_into_bounded_chunks_without_loss(tmp_path, un
 
 
 def test_line_numbers_are_those_of_the_file(tmp_path):
-    content = lines(GOOD[:3]) + b"\nbroken\n" + lines(GOOD[3:])
+    content = jsonl_bytes(GOOD[:3]) + b"\nbroken\n" + jsonl_bytes(GOOD[3:])
     found, report = read(tmp_path, "a.jsonl", content)
     assert [d.line for d in found] == [1, 2, 3, *range(6, 403)]
     assert report.bad["broken JSON"].first == [(str(tmp_path / "a.jsonl"), 5)]
@@ -117,25 +112,18 @@ def test_line_numbers_are_those_of_the_file(tmp_path):
 
 def test_read_texts_reads_chats_as_text(tmp_path):
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
-    assert texts(tmp_path, "a.jsonl", lines([row, {"q": "1+1?", "a": "2"}])) == ["hi\nhello", "1+1?\n2"]
+    assert texts(tmp_path, "a.jsonl", jsonl_bytes([row, {"q": "1+1?", "a": "2"}])) == ["hi\nhello", "1+1?\n2"]
 
 
 def test_csv_of_minimind_v1_never_runs_code(tmp_path):
     proof = tmp_path / "ran"
     payload = f"__import__('pathlib').Path({str(proof)!r}).touch()"
-    rows = [
-        "history,q,a",
-        "[],你好,您好",
-        "\"[['早', '早上好']]\",吃了吗,吃了",
-        f'"{payload}",q,a',
-        f'"[[{payload}, 1]]",q,a',
-    ]
+    rows = ["history,q,a", "[],你好,您好", "\"[['早', '早上好']]\",吃了吗,吃了"]
+    rows += [f'"{payload}",q,a', f'"[[{payload}, 1]]",q,a']
     found, report = read(tmp_path, "a.csv", "\n".join(rows).encode(), max_bad_share=0.5, reader=read_chats)
     assert not proof.exists()
-    assert [[m["content"] for m in chat.messages] for chat in found] == [
-        ["你好", "您好"],
-        ["早", "早上好", "吃了吗", "吃了"],
-    ]
+    contents = [[message["content"] for message in chat.messages] for chat in found]
+    assert contents == [["你好", "您好"], ["早", "早上好", "吃了吗", "吃了"]]
     assert [place[1] for place in report.bad["history is neither JSON nor a Python list"].first] == [4, 5]
 
 
@@ -178,7 +166,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
 def test_three_broken_lines_are_three_bad_rows(tmp_path, broken):
-    good = lines(GOOD)
+    good = jsonl_bytes(GOOD)
     content = broken + b"\n" + good + broken + b"\n" + good.replace(b"good", b"more") + broken
     found, report = read(tmp_path, "a.jsonl", content)
     assert len(found) == 800 and report.bad_rows == 3
@@ -188,14 +176,13 @@ def test_three_broken_lines_are_three_bad_rows(tmp_path, broken):
 @pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, "gz"), (lzma.compress, "xz"), (bz2.compress, "bz2")])
 def test_truncated_and_damaged_archives_are_an_error_unless_accepted(tmp_path, pack, suffix):
     rows = [{"text": f"{i} {i * 7919 % 10007} {i**3}"} for i in range(60_000)]
-    packed = pack(lines(rows))
+    packed = pack(jsonl_bytes(rows))
     damaged = bytearray(packed)
     damaged[-2000:-1990] = b"0123456789"
     name = f"a.jsonl.{suffix}"
     for content in (packed[:-1000], bytes(damaged)):
-        with pytest.raises(
-            DamagedFile, match=r"damaged at byte [\d,]+ of .* rows were read, .*--accept_damaged"
-        ) as error:
+        expected = r"damaged at byte [\d,]+ of .* rows were read, .*--accept_damaged"
+        with pytest.raises(DamagedFile, match=expected) as error:
             read(tmp_path, name, content, accept=False)
         assert "\n" not in str(error.value)
         found, report = read(tmp_path, name, content, accept=True)
@@ -216,7 +203,7 @@ def test_a_disk_read_error_counts_as_damage(tmp_path, monkeypatch):
     class BrokenFile(DataFile, BrokenDisk): ...
 
     monkeypatch.setattr(input_files, "DataFile", BrokenFile)
-    content = lines({"text": f"{i} {i * 7919 % 10007}"} for i in range(40_000))
+    content = jsonl_bytes({"text": f"{i} {i * 7919 % 10007}"} for i in range(40_000))
     for name, packed in (("a.jsonl", content), ("a.jsonl.gz", gzip.compress(content, 1))):
         with pytest.raises(DamagedFile, match=r"\(cannot be read: Input/output error\): [\d,]+ rows were read, about"):
             read(tmp_path, name, packed, accept=False)
@@ -226,7 +213,7 @@ def test_a_disk_read_error_counts_as_damage(tmp_path, monkeypatch):
 
 def test_reading_continues_at_the_next_stream_after_a_damaged_one(tmp_path):
     for pack, suffix in ((gzip.compress, "gz"), (lzma.compress, "xz"), (bz2.compress, "bz2")):
-        parts = [pack(lines([{"text": f"{i} {j * 7919 % 10007}"} for j in range(2000)])) for i in range(4)]
+        parts = [pack(jsonl_bytes([{"text": f"{i} {j * 7919 % 10007}"} for j in range(2000)])) for i in range(4)]
         middle = bytearray(parts[1])
         middle[len(middle) // 2 : len(middle) // 2 + 8] = b"01234567"
         content = b"".join((parts[0], middle, *parts[2:]))
@@ -237,7 +224,7 @@ def test_reading_continues_at_the_next_stream_after_a_damaged_one(tmp_path):
 
 def test_empty_files_are_reported(tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "good.jsonl").write_bytes(lines(GOOD))
+    (tmp_path / "good.jsonl").write_bytes(jsonl_bytes(GOOD))
     report = DataStats()
     assert len(list(read_texts([tmp_path / "empty.txt", tmp_path / "good.jsonl"], report))) == 400
     assert report.bad["empty file"].count == 1
@@ -247,10 +234,9 @@ def test_empty_files_are_reported(tmp_path):
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
 def test_the_error_for_a_file_without_a_good_row_lists_its_keys(tmp_path):
-    with pytest.raises(
-        UserError, match=r"none of its 2 rows.*needs a text.*found the keys prompt_zh, id; nearest.*--list_layouts"
-    ):
-        read(tmp_path, "a.jsonl", lines([{"prompt_zh": "x", "id": 1}] * 2), max_bad_share=1)
+    expected = r"none of its 2 rows.*needs a text.*found the keys prompt_zh, id; nearest.*--list_layouts"
+    with pytest.raises(UserError, match=expected):
+        read(tmp_path, "a.jsonl", jsonl_bytes([{"prompt_zh": "x", "id": 1}] * 2), max_bad_share=1)
     with pytest.raises(UserError, match=r"plain text, not a chat.*a chat row needs a list of turns"):
         read(tmp_path, "a.txt", b"some text", reader=read_chats)
     with pytest.raises(UserError, match="unpack it first"):
@@ -258,7 +244,7 @@ def test_the_error_for_a_file_without_a_good_row_lists_its_keys(tmp_path):
 
 
 def test_too_many_bad_rows_end_reading_early_with_a_one_line_error(tmp_path):
-    rows = (lines(GOOD[:200]) + b"broken\n" * 20) * 200
+    rows = (jsonl_bytes(GOOD[:200]) + b"broken\n" * 20) * 200
     (tmp_path / "a.jsonl").write_bytes(rows)
     report = DataStats()
     with pytest.raises(UserError) as error:
@@ -270,7 +256,7 @@ def test_too_many_bad_rows_end_reading_early_with_a_one_line_error(tmp_path):
 
 
 def test_one_block_of_bad_rows_in_a_large_file_is_tolerated(tmp_path):
-    content = lines(GOOD) * 3 + b"broken\n" * 200 + lines(GOOD) * 50
+    content = jsonl_bytes(GOOD) * 3 + b"broken\n" * 200 + jsonl_bytes(GOOD) * 50
     assert len(texts(tmp_path, "a.jsonl", content)) == 53 * 400
 
 
@@ -281,57 +267,33 @@ def test_missing_files_are_errors(tmp_path):
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------
+KEYS = st.sampled_from(["text", "messages", "role", "content", "history", "q", "a"]) | st.text(max_size=5)
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["text", "messages", "role", "content", "history", "q", "a"]) | st.text(max_size=5), inner
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner),
     max_leaves=12,
 )
-NAMES = st.sampled_from(
-    ["a.jsonl", "a.json", "a.csv", "a.txt", "a", "a.parquet", "a.gz", "a.jsonl.xz", "a.zst", "a.bz2"]
-)
-STARTS = st.sampled_from(
-    [
-        b"",
-        b'{"text": ',
-        b"[",
-        b"[{",
-        b"{\n",
-        b"text,q\n",
-        b"history,q,a\n",
-        b"\x1f\x8b",
-        b"\xfd7zXZ\0",
-        b"\x28\xb5\x2f\xfd",
-        b"BZh9",
-    ]
-)
+SUFFIXES = st.sampled_from([".jsonl", ".json", ".csv", ".txt", "", ".parquet", ".gz", ".jsonl.xz", ".zst", ".bz2"])
+STARTS = st.sampled_from([b"", b'{"text": ', b"[", b"[{", b"{\n", b"text,q\n", b"history,q,a\n", b"\x1f\x8b",
+                          b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BZh9"])  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=300), start=STARTS, name=NAMES, reader=st.sampled_from([read_texts, read_chats]))
-def test_random_bytes_never_raise_anything_but_a_user_error(content, start, name, reader):
+@given(content=st.binary(max_size=300), start=STARTS, suffix=SUFFIXES, reader=st.sampled_from([read_texts, read_chats]))
+def test_random_bytes_never_raise_anything_but_a_user_error(content, start, suffix, reader):
     with tempfile.TemporaryDirectory() as folder:
         try:
-            read(Path(folder), name, start + content, max_bad_share=1, reader=reader)
+            read(Path(folder), "a" + suffix, start + content, max_bad_share=1, reader=reader)
         except UserError as error:
             assert "\n" not in str(error)
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    rows=st.lists(JSON, max_size=8),
-    name=st.sampled_from(["a.jsonl", "a.json"]),
-    chats=st.booleans(),
-    array=st.booleans(),
-)
+@given(st.lists(JSON, max_size=8), st.sampled_from(["a.jsonl", "a.json"]), st.booleans(), st.booleans())
 def test_random_json_never_raises(rows, name, chats, array):
     good = {"q": "?", "a": "!"}
     together = array and name == "a.json"
-    content = json.dumps([good, *rows]).encode() if together else lines([good, *rows])
+    content = json.dumps([good, *rows]).encode() if together else jsonl_bytes([good, *rows])
     with tempfile.TemporaryDirectory() as folder:
         found, report = read(Path(folder), name, content, 1, read_chats if chats else read_texts)
     lists = [row for row in rows if isinstance(row, list) and row and all(isinstance(item, dict) for item in row)]

@@ -18,6 +18,7 @@ from common.errors import UserError
 from corpus.damage import DamagedFile
 from corpus.readers import read_chats, read_rows, read_texts
 from corpus.stats import DataStats
+from tests.helpers import apply_changes, json_bytes, jsonl_bytes
 
 FULL = os.environ.get("FAULTS") == "full"
 EXAMPLES = 2_000 if FULL else 100
@@ -30,14 +31,6 @@ CHATS = [
                            {"role": "assistant", "content": f"答案是 {i}。"}]} for i in range(12)
 ]  # fmt: skip
 TEXTS = [{"text": f'row {i}: "quoted", {{braces}} 中文', "note": f"line\nbreak {i}"} for i in range(12)]
-
-
-def json_bytes(value, **options) -> bytes:
-    return json.dumps(value, ensure_ascii=False, **options).encode()
-
-
-def jsonl_bytes(rows) -> bytes:
-    return b"".join(json_bytes(row) + b"\n" for row in rows)
 
 
 def csv_bytes(delimiter: str) -> bytes:
@@ -87,13 +80,6 @@ FORMATS = {
 }
 ADDED = st.binary(max_size=4) | st.sampled_from([b'"', b"{", b"}", b"[", b"]", b",", b"\n"])
 CHANGES = st.lists(st.tuples(st.integers(0, 1 << 20), ADDED, st.integers(0, 40)), min_size=1, max_size=4)
-
-
-def apply_changes(content: bytes, changes) -> bytes:
-    for place, added, removed in changes:
-        place %= len(content) + 1
-        content = content[:place] + added + content[place + removed :]
-    return content
 
 
 def read_outcome(path: Path, content: bytes, reader, accept: bool) -> str:
