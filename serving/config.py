@@ -1,7 +1,8 @@
-"""Flags of serve_openai_api.py: models, access, limits, device. The server's modules read them from this configuration.
+"""Flags of serve_openai_api.py and web_demo.py. The modules of the server and of the page read these configurations.
 
-Called by ../serve_openai_api.py. Read next: middleware.py (keys, hosts, sizes), connections.py (connections, timeouts),
-scheduler.py (running and waiting requests).
+Imports no torch.
+Read next: middleware.py (keys, hosts, sizes), connections.py (connections, timeouts), scheduler.py (running and waiting
+requests), page.py (the chat page).
 """
 
 import functools
@@ -13,10 +14,17 @@ from pathlib import Path
 from common.cli import Config, NameList, flag
 from common.errors import UserError
 from common.flag_groups import DeviceFlags
-from common.flag_types import DTYPE_NAMES, int_at_least, int_between, non_empty_text, non_negative_int, path_string
-from common.flag_types import positive_int
-from model.rope_flags import RopeFlags
+from common.flag_types import (
+    DTYPE_NAMES,
+    int_at_least,
+    int_between,
+    non_empty_text,
+    non_negative_int,
+    path_string,
+    positive_int,
+)
 from model.chat_template import CHAT_FORMATS
+from model.rope_flags import RopeFlags
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the Host header
 
@@ -136,3 +144,28 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         if self.api_keys and not self.allowed_hosts:
             return None
         return frozenset(name.lower() for name in (*LOCAL_HOSTS, self.host, *self.allowed_hosts))
+
+
+@dataclass(frozen=True)
+class PageConfig(RopeFlags, DeviceFlags, Config):
+    """The chat page."""
+
+    out_dir: str = flag(
+        "", "folder of the models (default: out, here or in the project's folder)", type=path_string, group="models"
+    )
+    checkpoint: tuple[str, ...] = flag(
+        (), ".pth files or transformers folders to use instead",
+        nargs="+", type=path_string, metavar="FILE", group="models",
+    )  # fmt: skip
+    host: str = flag(
+        "127.0.0.1", "address to listen on; 0.0.0.0 accepts other machines", type=non_empty_text, group="page"
+    )
+    port: int = flag(8501, "port to listen on", type=int_between(1, 65535), group="page")
+    lang: str = flag("auto", "initial language (auto: the browser's)", choices=("auto", "zh", "en"), group="page")
+
+    @property
+    def models_dir(self) -> Path:
+        """--out_dir, else out/ in the working directory, else out/ in the project's folder."""
+        if self.out_dir:
+            return Path(self.out_dir)
+        return Path("out") if Path("out").is_dir() else Path(__file__).resolve().parent.parent / "out"
