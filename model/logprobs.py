@@ -2,7 +2,7 @@
 
     log p(token) = log_softmax(logits)[token]
 
-Called by generate.py. Read next: generate.py (the hidden states), ../serving/echo.py (the response format).
+Called by generate.py. Read next: generate.py (the hidden states), ../serving/responses.py (the response format).
 """
 
 from dataclasses import dataclass

@@ -37,9 +37,7 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         (), ".pth files or transformers folders; NAME=FILE sets a model's name",
         nargs="+", type=path_string, metavar="FILE", group="models",
     )  # fmt: skip
-    out_dir: str = flag(
-        "out", "folder whose latest stage is served without --checkpoint", type=path_string, group="models"
-    )
+    out_dir: str = flag("out", "folder whose latest stage is the default model", type=path_string, group="models")
     max_context: int = flag(4096, "tokens of prompt and answer together, at most", type=int_at_least(8), group="models")
     strict_model_names: bool = flag(
         False, "404 for unknown model names (default: a server of one model uses it for any name)", group="models"
@@ -56,9 +54,7 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         "", "clients must send it; other users of this machine can see it in the process list (ps) "
         "(default: $MENGYA_API_KEY, else none)", type=non_empty_text, metavar="KEY", group="access",
     )  # fmt: skip
-    api_key_file: str = flag(
-        "", "one key per line; clients must send one of them", type=path_string, metavar="FILE", group="access"
-    )
+    api_key_file: str = flag("", "further keys, one per line", type=path_string, metavar="FILE", group="access")
     allowed_hosts: tuple[str, ...] = flag(
         (), "further names accepted in the Host header (default: localhost, 127.0.0.1, ::1, --host; any with a key)",
         action=NameList, metavar="NAME", group="access",
@@ -71,17 +67,14 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         16, "sequences per model that run in one batch", type=positive_int, aliases=("seats",), group="limits"
     )
     max_queue: int = flag(
-        64, "sequences per model that may wait; further requests get 429",
-        type=non_negative_int, aliases=("queue",), group="limits",
-    )  # fmt: skip
+        64, "more that wait; further requests get 429", type=non_negative_int, aliases=("queue",), group="limits"
+    )
     max_request_bytes: int = flag(2**20, "larger requests get 413", type=positive_int, group="limits")
     max_queued_bytes: int = flag(
         0, "total of large requests; further ones get 429 (default: 16 times --max_request_bytes)",
         type=positive_int, group="limits",
     )  # fmt: skip
-    max_connections: int = flag(
-        256, "open connections; new ones replace idle ones", type=int_at_least(2), group="limits"
-    )
+    max_connections: int = flag(256, "further ones replace idle ones", type=int_at_least(2), group="limits")
     client_timeout: int = flag(
         30, "seconds a client has to send headers, to send each MiB of a body, and to read part of the answer",
         type=int_at_least(1), group="limits",

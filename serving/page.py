@@ -33,6 +33,11 @@ STYLE = """<style>
 .st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10; align-self: flex-end}
 /* Stop stays under the mouse while the reply grows */
 </style>"""
+OWN_MODEL_COMMANDS = """python train_tokenizer.py FILES…
+python data_process.py pretrain FILES…
+python 1-pretrain.py
+python data_process.py sft CHATS…
+python 3-full_sft.py"""
 REDRAW_SECONDS = 0.06  # between two updates of a streaming reply
 MAX_QUESTION_CHARS = 20_000
 MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists all
@@ -145,14 +150,7 @@ class ChatPage:
         st.write(strings["none_demo"])
         st.code("make demo                     # python demo.py", language="bash")
         st.write(strings["none_own"])
-        lines = (
-            "python train_tokenizer.py FILES…",
-            "python data_process.py pretrain FILES…",
-            "python 1-pretrain.py",
-            "python data_process.py sft CHATS…",
-            "python 3-full_sft.py",
-        )
-        st.code("\n".join(lines), language="bash")
+        st.code(OWN_MODEL_COMMANDS, language="bash")
         st.write(strings["none_other"])
         st.code("python web_demo.py --out_dir DIR\npython web_demo.py --checkpoint FILE_OR_DIR…", language="bash")
         self.button("look_again", "refresh")
@@ -174,14 +172,10 @@ class ChatPage:
             with columns[i % 2].container(border=True):
                 with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
                     st.markdown(f"**{escape_markdown(model.name)}**", width="content")
-                    st.button(
-                        strings["chosen" if model.name == first.name else "choose"],
-                        key=f"choose {model.name}",
-                        disabled=model.name == first.name,
-                        type="tertiary",
-                        on_click=self.state.__setitem__,
-                        args=("model", model.name),
-                    )
+                    is_chosen, choose = model.name == first.name, self.state.__setitem__
+                    label = strings["chosen" if is_chosen else "choose"]
+                    options: Any = {"on_click": choose, "args": ("model", model.name), "disabled": is_chosen}
+                    st.button(label, key=f"choose {model.name}", type="tertiary", **options)
                 st.caption(model_summary(model, self.lang))
 
     def draw_conversation(self, choices: SidebarChoices) -> None:
