@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import cli
 from common.cli import MISSING, NameList, flag
@@ -35,10 +36,15 @@ from evaluation.exam_data import ExamSplit, read_exam_split
 from evaluation.exam_logprobs import compute_option_log_probs
 from evaluation.exam_prompts import PromptConfig, build_prompts
 from evaluation.exam_stats import make_exam_result, score_questions
+from evaluation.tables import with_progress
 from model.rope import rope_summary
 from model.rope_flags import RopeFlags
 
-_MODEL = "model (default: the latest stage in --out_dir)"
+_EXAM: dict[str, Any] = {"group": "the exam"}
+_MODEL: dict[str, Any] = {
+    "group": "model (default: the latest stage in --out_dir)", "exclusive": "model", "type": path_string
+}  # fmt: skip
+_PROMPTS: dict[str, Any] = {"group": "prompts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,48 +52,25 @@ class ExamConfig(DeviceFlags, RopeFlags):
     """The exam, the model, and the prompts."""
 
     data: tuple[str, ...] = flag(
-        MISSING,
-        "csv, tsv or jsonl files, a folder of them, or a folder, .tar(.gz .xz .bz2) or .zip with {dev,val,test}/",
-        nargs="+",
-        type=path_string,
-        metavar="PATH",
-        group="the exam",
-    )
-    split: str = flag(
-        "", "dev, val, test, or all: files without a split (default: val, else all, else test)", group="the exam"
-    )
-    subjects: tuple[str, ...] = flag(
-        (), "subjects, separated by commas or spaces (default: all)", action=NameList, metavar="NAME", group="the exam"
-    )
-    checkpoint: str = flag("", "a .pth file", type=path_string, group=_MODEL, exclusive="model")
-    model: str = flag(
-        "",
-        "a transformers folder (Llama, Mistral, Qwen2, Qwen3)",
-        type=path_string,
-        metavar="DIR",
-        group=_MODEL,
-        exclusive="model",
-    )
-    method: str = flag("letter", "scoring method, see above", choices=("letter", "text"), group="prompts")
-    shots: int = flag(0, "examples from dev before each question", type=non_negative_int, group="prompts")
+        MISSING, "csv, tsv or jsonl files, a folder of them, or a folder, tar or zip archive with {dev,val,test}/",
+        type=path_string, nargs="+", metavar="PATH", **_EXAM,
+    )  # fmt: skip
+    split: str = flag("", "dev, val, test, or all: files without a split (default: val, else all, else test)", **_EXAM)
+    subjects: tuple[str, ...] = flag((), "names of subjects (default: all)", action=NameList, metavar="NAME", **_EXAM)
+    checkpoint: str = flag("", "a .pth file", **_MODEL)
+    model: str = flag("", "a transformers folder (Llama, Mistral, Qwen2, Qwen3)", metavar="DIR", **_MODEL)
+    method: str = flag("letter", "scoring method, see above", choices=("letter", "text"), **_PROMPTS)
+    shots: int = flag(0, "examples from dev before each question", type=non_negative_int, **_PROMPTS)
     shuffle_options: int = flag(
-        1,
-        "average over K of the 24 orders of the options; 4: each option once under each letter",
-        type=int_between(1, 24),
-        metavar="K",
-        group="prompts",
-    )
-    style: str = flag(
-        "auto", "auto: chat for models of a chat stage", choices=("auto", "chat", "plain"), group="prompts"
-    )
-    prompt: bool = flag(False, "print the first prompt and save all prompts", group="prompts")
-    out_dir: str = flag("out", "folder of the models and the results", type=path_string, group="machine")
-    json: str = flag("", "also write all scores to this file", type=path_string, metavar="FILE", group="machine")
+        1, "average over K of the 24 orders of the options; 4: each option once under each letter",
+        type=int_between(1, 24), metavar="K", **_PROMPTS,
+    )  # fmt: skip
+    style: str = flag("auto", "auto: chat for models of a chat stage", choices=("auto", "chat", "plain"), **_PROMPTS)
+    prompt: bool = flag(False, "print the first prompt and save all prompts", **_PROMPTS)
+    out_dir: str = flag("out", "folder of the models and the results", type=path_string)
+    json: str = flag("", "also write all scores to this file", type=path_string, metavar="FILE")
     batch_tokens: int = flag(
-        0,
-        "positions per forward pass (default: 1024 on a CPU, 16384 on a GPU; 1: one question)",
-        type=non_negative_int,
-        group="machine",
+        0, "positions per forward pass (default: 1024 on a CPU, 16384 on a GPU; 1: one question)", type=non_negative_int
     )
 
     def check(self) -> None:
@@ -132,8 +115,9 @@ def evaluate_exam(config: ExamConfig, exam: ExamSplit) -> None:
         file = exam_report.write_prompts(folder, prompts, tokenizer)
         print(f"\n{tokenizer.decode(prompts[0].prompt)}\n\nall prompts: {file}", flush=True)
     started = time.perf_counter()
-    batches = compute_option_log_probs(chat_model, prompts, config.method, config.batch_tokens)
-    exam_report.with_progress(batches, len(prompts))
+    scored = compute_option_log_probs(chat_model, prompts, config.method, config.batch_tokens)
+    for _ in with_progress(scored, "questions", total=len(prompts)):
+        pass
     metadata["seconds"] = round(time.perf_counter() - started, 1)
     question_results = score_questions(prompts)
     if all(item.answer for item in exam.items):

@@ -34,8 +34,8 @@ MAX_CACHE_BYTES = 1 << 30  # bytes of keys and values, for 16-bit values
 @torch.inference_mode()
 def compute_option_log_probs(
     chat_model: ChatModel, prompts: list[ExamPrompt], method: str, batch_tokens: int = 0
-) -> Iterator[int]:
-    """Fill `log_probs` of every prompt, batch by batch; yields the number of prompts in each batch.
+) -> Iterator[ExamPrompt]:
+    """Fill `log_probs` of every prompt, batch by batch; yields the prompts.
 
     batch_tokens: positions per forward pass. 0: the default of the device. 1: one question at a time, nothing shared.
     Raises UserError when a log-probability is not finite.
@@ -53,7 +53,7 @@ def compute_option_log_probs(
                 sums = _option_log_probs(model, batch, pad, shared_cache, batch_tokens)
             for question, log_probs in zip(batch, sums.tolist(), strict=True):
                 _store_log_probs(question, log_probs, method)
-            yield len(batch)
+            yield from batch
 
 
 def _store_log_probs(question: ExamPrompt, log_probs: list[float], method: str) -> None:

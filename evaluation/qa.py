@@ -11,6 +11,7 @@ from typing import Any
 from common.errors import UserError
 from evaluation.chat_model import ChatModel
 from evaluation.qa_data import MAX_ANSWER_TOKENS, KeyedQuestion, is_correct, system_messages
+from evaluation.tables import with_progress
 from model.sampling import SamplingParams
 
 QUESTIONS_PER_BATCH = 128
@@ -24,9 +25,6 @@ def answer_questions(
     Greedy; a pretrained model gets the question as a line, and a newline ends its answer. Batches have questions of
     similar length. Raises UserError with the location of a question longer than the context.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     is_chat, limit, tokens = chat_model.is_chat_model, chat_model.model.config.max_seq_len, 0
     settings = SamplingParams(
         max_new_tokens=max_new_tokens or (MAX_ANSWER_TOKENS if is_chat else 24),
@@ -42,8 +40,7 @@ def answer_questions(
         prompts.append((ids, row))
     prompts.sort(key=lambda prompt: len(prompt[0]))
     batches = [prompts[i : i + QUESTIONS_PER_BATCH] for i in range(0, len(prompts), QUESTIONS_PER_BATCH)]
-    console = Console(stderr=True)
-    for batch in track(batches, "questions", console=console, disable=not console.is_terminal, transient=True):
+    for batch in with_progress(batches, "questions"):
         answers = chat_model.generate([ids for ids, _ in batch], settings)
         for (_, row), answer in zip(batch, answers, strict=True):
             row |= {"answer": answer.text.strip(), "correct": is_correct(answer.text, row["keys"])}

@@ -58,7 +58,7 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
     chats = read_chats_by_language(chats_file, config.max_bytes) if chats_file else {}
     client = ChatClient(config.judge, config.judge_model) if config.judge else None
     if client:
-        client.check_connection()
+        client.list_model_names()  # raises UserError where the server does not answer or rejects the key
     remote_models = {
         label: RemoteModel(label, address, settings, config.system, config.report_api_key)
         for label, address in models.items()

@@ -10,18 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from common import flag_types as types
 from common.cli import Config, flag
 from common.errors import UserError
-from common.flag_types import (
-    fraction,
-    int_between,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_fraction,
-    positive_int,
-    seed,
-)
 from model.chat_template import CHAT_FORMATS, ChatTemplate, find_chat_template
 from model.jinja_template import JinjaTemplate
 from model.sampling import SamplingParams
@@ -29,61 +20,46 @@ from model.sampling import SamplingParams
 DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
 DEFAULT_MAX_NEW_TOKENS = 200
 PRESET_CHOICES = ("auto", "none", *CHAT_FORMATS)  # values of --sampling_preset
-_GROUP = "sampling"
+_GROUP: dict[str, Any] = {"group": "sampling"}
 
 
 @dataclass(frozen=True)
 class SamplingFlags(Config):
     """The settings of a sampled answer. None: that of the preset, else the default."""
 
-    temperature: float | None = flag(None, "0: greedy decoding (default: 0.7)", type=non_negative_float, group=_GROUP)
+    temperature: float | None = flag(None, "0: greedy decoding (default: 0.7)", type=types.non_negative_float, **_GROUP)
     top_k: int | None = flag(
-        None, "sample from the k most probable tokens (default: 0, all)", type=non_negative_int, group=_GROUP
+        None, "sample from the k most probable tokens (default: 0, all)", type=types.non_negative_int, **_GROUP
     )
     top_p: float | None = flag(
-        None, "sample from the most probable tokens that sum to p (default: 0.9)", type=positive_fraction, group=_GROUP
+        None, "sample from the top tokens that sum to p (default: 0.9)", type=types.positive_fraction, **_GROUP
     )
     min_p: float | None = flag(
-        None, "drop tokens below this fraction of the largest probability (default: 0)", type=fraction, group=_GROUP
+        None, "drop tokens below this fraction of the highest probability (default: 0)", type=types.fraction, **_GROUP
     )
     repetition_penalty: float | None = flag(
-        None, "above 1: less repetition, for example 1.1 (default: 1)", type=positive_float, group=_GROUP
+        None, "above 1: less repetition, for example 1.1 (default: 1)", type=types.positive_float, **_GROUP
     )
     no_repeat_ngram_size: int | None = flag(
-        None,
-        "no repeated n-gram of N tokens, prompt included (default: 0, off)",
-        type=non_negative_int,
-        metavar="N",
-        group=_GROUP,
+        None, "N: no n-gram of N tokens twice, prompt included (default: 0, off)", type=types.non_negative_int, **_GROUP
     )
     num_beams: int | None = flag(
-        None,
-        "beam search with K beams, at most 8, at temperature 0; prints complete answers (default: 1, off)",
-        type=int_between(1, 8),
-        metavar="K",
-        group=_GROUP,
+        None, "beam search at temperature 0, prints whole answers (default: 1)", type=types.int_between(1, 8), **_GROUP
     )
     length_penalty: float | None = flag(
-        None,
-        "a beam's score: log-probability / length ** this (default: 1; 0: the sum)",
-        type=non_negative_float,
-        group=_GROUP,
+        None, "beam score: log-probability / length ** this (default: 1)", type=types.non_negative_float, **_GROUP
     )
     max_new_tokens: int | None = flag(
-        None,
-        "length limit of an answer (default: 200; --questions: 48, for a pretrained model 24)",
-        type=positive_int,
-        group=_GROUP,
+        None, "length limit of an answer (default: 200; --questions: 48 or 24)", type=types.positive_int, **_GROUP
     )
     seed: int | None = flag(
-        None, "the same seed gives the same answers (default with --report: 0)", type=seed, group=_GROUP
+        None, "the same seed gives the same answers (default with --report: 0)", type=types.seed, **_GROUP
     )
     sampling_preset: str = flag(
         "auto",
-        "defaults of these flags: those of the model's chat format (auto), of another format, or none; "
-        "--report uses none",
+        "defaults of these flags: the chat format's (auto), another one's, none",
         choices=PRESET_CHOICES,
-        group=_GROUP,
+        **_GROUP,
     )
 
     @property

@@ -74,7 +74,7 @@ class TokenEvent:
 def count_seqs(work: Iterable[WorkItem]) -> int:
     """Rows that these items take: one per sequence or beam. A job takes no row but counts as one; aborted ones as 0."""
     open_work = (item for item in work if not item.aborted)
-    return sum(len(item.sequence.slots) if isinstance(item, Request) else 1 for item in open_work)
+    return sum(item.sequence.settings.num_beams if isinstance(item, Request) else 1 for item in open_work)
 
 
 def abort(work: Collection[WorkItem]) -> None:

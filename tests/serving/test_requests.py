@@ -189,7 +189,7 @@ def test_a_continued_answer_has_the_leading_ids_of_the_whole_one(tokenizer, mess
         longer = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + "5 and more"}]
         whole = kind.render_unfinished(longer)
         assert whole[: len(ids)] == ids and kind.decode(whole[len(ids) :]) == "5 and more"
-        rendered = kind.decode(kind._special_aware.encode(kind.format.text(longer)).ids)
+        rendered = kind.decode(kind.renderer.backend.encode(kind.format.text(longer)).ids)
         assert rendered.startswith(kind.decode(whole)) and kind.decode(ids).endswith(messages[-1]["content"])
         if kind.format_name != "template":
             written, mask = kind.render(longer)
