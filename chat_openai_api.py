@@ -18,10 +18,8 @@ from typing import Any
 
 from common import cli
 from common.cli import flag
-from common.errors import UserError, escape_controls, fail_in_one_line
+from common.errors import UserError, escape_controls, fail_in_one_line, require_nonempty_text
 from common.flag_types import non_empty_text, positive_int
-from evaluation.qa_data import require_nonempty_text, system_messages
-from model.chat_template import Message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ def first_model_name(client: Any, config: ChatClientConfig) -> str:
     return names[0]
 
 
-def print_answer(client: Any, config: ChatClientConfig, messages: list[Message]) -> str:
+def print_answer(client: Any, config: ChatClientConfig, messages: list[dict[str, str]]) -> str:
     """Stream the answer to the terminal and return it; after Ctrl-C, the part received so far."""
     options: dict[str, Any] = {"max_tokens": config.max_tokens} if config.max_tokens else {}
     options |= {"model": config.model, "messages": messages, "stream": True}
@@ -122,7 +120,9 @@ def main() -> None:
     config = cli.parse(ChatClientConfig, __doc__)
     client = make_client(config)
     config = dataclasses.replace(config, model=config.model or first_model_name(client, config))
-    messages = system_messages(config.system)
+    messages = []
+    if config.system:
+        messages.append({"role": "system", "content": require_nonempty_text(config.system, "--system")})
     if config.prompt is not None:
         question = require_nonempty_text(config.prompt, "--prompt")
         print_answer(client, config, [*messages, {"role": "user", "content": question}])

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from common.errors import require_nonempty_text
 from evaluation.chat_model import ChatModel
-from evaluation.qa_data import require_nonempty_text
 from model.chat_template import Message
 from model.completion import Completion
 from model.sampling import SamplingParams
