@@ -29,13 +29,13 @@ import json
 import sys
 
 from common import cli
-from common.errors import UserError, fail_in_one_line
+from common.errors import UserError, fail_in_one_line, require_nonempty_text
 from common.files import write_text
 from evaluation.chat_model import ChatModel, find_model, open_chat_model
 from evaluation.eval_config import EvalConfig
 from evaluation.prompts import SCRIPT_PROMPTS
 from evaluation.qa import evaluate_questions
-from evaluation.qa_data import read_keyed_questions, read_prompt_lines, require_nonempty_text
+from evaluation.qa_data import read_keyed_questions, read_prompt_lines
 from evaluation.report import compare_models
 from evaluation.terminal_chat import TerminalChat, run_terminal_chat
 from model.sampling_presets import find_preset, format_settings

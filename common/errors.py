@@ -34,6 +34,13 @@ def require(condition: object, message: str, error: type[Exception] = UserError)
 CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def require_nonempty_text(text: str, where: str) -> str:
+    """`text` with "?" for surrogates (input in another encoding). Raises UserError where it is empty."""
+    if not text.strip():
+        raise UserError(f"{where} is empty: give a text")
+    return text.encode("utf-8", "replace").decode()
+
+
 def escape_controls(text: str, keep: str = "") -> str:
     """Make untrusted text safe to print: replace control characters, except those in `keep`, by escapes like \\x1b."""
     return CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)

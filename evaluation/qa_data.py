@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, require_nonempty_text
 from corpus.language import detect_language
 from model.chat_template import Message
 
@@ -20,13 +20,6 @@ MAX_ANSWER_TOKENS = 48  # of a chat model's answer
 LATIN_CHARACTERS, CHINESE_NUMERALS = "0-9A-Za-zÀ-ɏ", "零〇一二两三四五六七八九十百千万亿"
 
 KeyedQuestion = dict[str, Any]  # read_keyed_questions makes them; qa.py adds "ids", "answer" and "correct"
-
-
-def require_nonempty_text(text: str, where: str) -> str:
-    """`text` with "?" for surrogates (input in another encoding). Raises UserError where it is empty."""
-    if not text.strip():
-        raise UserError(f"{where} is empty: give a text")
-    return text.encode("utf-8", "replace").decode()
 
 
 def system_messages(text: str) -> list[Message]:

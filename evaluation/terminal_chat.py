@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, escape_controls
+from common.errors import UserError, escape_controls, require_nonempty_text
 from common.files import write_text
 from evaluation.chat_model import ChatModel
-from evaluation.qa_data import require_nonempty_text, system_messages
+from evaluation.qa_data import system_messages
 from model.chat_template import Message
 from model.completion import Completion
 from model.sampling import SamplingParams

@@ -27,6 +27,7 @@ from serving.embeddings import EmbeddingList, EmbeddingRequest
 from serving.errors import ApiError
 from serving.middleware import RequestMiddleware
 from serving.models import ServedModel
+from serving.scheduler import QueueFull
 from serving.schemas import ChatRequest, CompletionRequest
 from serving.service import CompletionService
 
@@ -107,6 +108,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
+
+    @app.exception_handler(QueueFull)
+    async def queue_full(_: Request, error: QueueFull) -> Response:
+        return ApiError(429, str(error), headers={"Retry-After": str(error.retry_after)}).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -1,7 +1,8 @@
-"""Flags of serve_openai_api.py: models, access, limits, device. The server's modules read them from this configuration.
+"""Flags of serve_openai_api.py and web_demo.py. The modules of the server and of the page read these configurations.
 
-Called by ../serve_openai_api.py. Read next: middleware.py (keys, hosts, sizes), connections.py (connections, timeouts),
-scheduler.py (running and waiting requests).
+Imports no torch.
+Read next: middleware.py (keys, hosts, sizes), connections.py (connections, timeouts), scheduler.py (running and waiting
+requests), page.py (the chat page).
 """
 
 import functools
@@ -13,10 +14,17 @@ from pathlib import Path
 from common.cli import Config, NameList, flag
 from common.errors import UserError
 from common.flag_groups import DeviceFlags
-from common.flag_types import DTYPE_NAMES, int_at_least, int_between, non_empty_text, non_negative_int, path_string
-from common.flag_types import positive_int
-from model.rope_flags import RopeFlags
+from common.flag_types import (
+    DTYPE_NAMES,
+    int_at_least,
+    int_between,
+    non_empty_text,
+    non_negative_int,
+    path_string,
+    positive_int,
+)
 from model.chat_template import CHAT_FORMATS
+from model.rope_flags import RopeFlags
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # names of this machine in the Host header
 
@@ -29,9 +37,7 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         (), ".pth files or transformers folders; NAME=FILE sets a model's name",
         nargs="+", type=path_string, metavar="FILE", group="models",
     )  # fmt: skip
-    out_dir: str = flag(
-        "out", "folder whose latest stage is served without --checkpoint", type=path_string, group="models"
-    )
+    out_dir: str = flag("out", "folder whose latest stage is the default model", type=path_string, group="models")
     max_context: int = flag(4096, "tokens of prompt and answer together, at most", type=int_at_least(8), group="models")
     strict_model_names: bool = flag(
         False, "404 for unknown model names (default: a server of one model uses it for any name)", group="models"
@@ -48,9 +54,7 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         "", "clients must send it; other users of this machine can see it in the process list (ps) "
         "(default: $MENGYA_API_KEY, else none)", type=non_empty_text, metavar="KEY", group="access",
     )  # fmt: skip
-    api_key_file: str = flag(
-        "", "one key per line; clients must send one of them", type=path_string, metavar="FILE", group="access"
-    )
+    api_key_file: str = flag("", "further keys, one per line", type=path_string, metavar="FILE", group="access")
     allowed_hosts: tuple[str, ...] = flag(
         (), "further names accepted in the Host header (default: localhost, 127.0.0.1, ::1, --host; any with a key)",
         action=NameList, metavar="NAME", group="access",
@@ -63,17 +67,14 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         16, "sequences per model that run in one batch", type=positive_int, aliases=("seats",), group="limits"
     )
     max_queue: int = flag(
-        64, "sequences per model that may wait; further requests get 429",
-        type=non_negative_int, aliases=("queue",), group="limits",
-    )  # fmt: skip
+        64, "more that wait; further requests get 429", type=non_negative_int, aliases=("queue",), group="limits"
+    )
     max_request_bytes: int = flag(2**20, "larger requests get 413", type=positive_int, group="limits")
     max_queued_bytes: int = flag(
         0, "total of large requests; further ones get 429 (default: 16 times --max_request_bytes)",
         type=positive_int, group="limits",
     )  # fmt: skip
-    max_connections: int = flag(
-        256, "open connections; new ones replace idle ones", type=int_at_least(2), group="limits"
-    )
+    max_connections: int = flag(256, "further ones replace idle ones", type=int_at_least(2), group="limits")
     client_timeout: int = flag(
         30, "seconds a client has to send headers, to send each MiB of a body, and to read part of the answer",
         type=int_at_least(1), group="limits",
@@ -136,3 +137,28 @@ class ServeConfig(RopeFlags, DeviceFlags, Config):
         if self.api_keys and not self.allowed_hosts:
             return None
         return frozenset(name.lower() for name in (*LOCAL_HOSTS, self.host, *self.allowed_hosts))
+
+
+@dataclass(frozen=True)
+class PageConfig(RopeFlags, DeviceFlags, Config):
+    """The chat page."""
+
+    out_dir: str = flag(
+        "", "folder of the models (default: out, here or in the project's folder)", type=path_string, group="models"
+    )
+    checkpoint: tuple[str, ...] = flag(
+        (), ".pth files or transformers folders to use instead",
+        nargs="+", type=path_string, metavar="FILE", group="models",
+    )  # fmt: skip
+    host: str = flag(
+        "127.0.0.1", "address to listen on; 0.0.0.0 accepts other machines", type=non_empty_text, group="page"
+    )
+    port: int = flag(8501, "port to listen on", type=int_between(1, 65535), group="page")
+    lang: str = flag("auto", "initial language (auto: the browser's)", choices=("auto", "zh", "en"), group="page")
+
+    @property
+    def models_dir(self) -> Path:
+        """--out_dir, else out/ in the working directory, else out/ in the project's folder."""
+        if self.out_dir:
+            return Path(self.out_dir)
+        return Path("out") if Path("out").is_dir() else Path(__file__).resolve().parent.parent / "out"

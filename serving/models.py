@@ -3,7 +3,8 @@
     chat:  the messages in the model's chat format; if they are too long, the oldest turns are dropped
     text:  the prompt unchanged; if it is too long, PromptTooLong with both lengths
 
-Called by requests.py and service.py. Read next: ../evaluation/chat_model.py (ChatModel), ../model/tokenizer.py (rendering a chat), scheduler.py (decoding).
+Called by requests.py and service.py. Read next: ../evaluation/chat_model.py (ChatModel), ../model/tokenizer.py
+(rendering a chat), scheduler.py (decoding).
 """
 
 import dataclasses

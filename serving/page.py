@@ -8,19 +8,18 @@ Markdown only if the user chooses it, and then without images and links (page_ma
 Called by ../web_demo.py. Read next: conversation.py, page_markdown.py, sidebar.py, page_strings.py.
 """
 
+import dataclasses
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
-import torch
 
-from common.device import autocast
+from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError
-from export.hf_import import open_model
-from model.rope_flags import RopeScaling
-from serving.conversation import ChatReply, ChatTurn, Conversation, PageModel
+from evaluation.chat_model import ChatModel, open_chat_model
+from serving.config import PageConfig
+from serving.conversation import ChatReply, ChatTurn, Conversation
 from serving.copy_button import copy_button
 from serving.model_list import ModelEntry, file_version, list_models, with_rope_scaling
 from serving.page_markdown import block_requests, escape_markdown, safe_markdown
@@ -34,43 +33,31 @@ STYLE = """<style>
 .st-key-stop {position: sticky; bottom: 9.5rem; z-index: 10; align-self: flex-end}
 /* Stop stays under the mouse while the reply grows */
 </style>"""
+OWN_MODEL_COMMANDS = """python train_tokenizer.py FILES…
+python data_process.py pretrain FILES…
+python 1-pretrain.py
+python data_process.py sft CHATS…
+python 3-full_sft.py"""
 REDRAW_SECONDS = 0.06  # between two updates of a streaming reply
 MAX_QUESTION_CHARS = 20_000
 MAX_MODEL_CARDS = 4  # models described on the welcome page; the sidebar lists all
 
 
-@dataclass(frozen=True)
-class PageOptions:
-    """Options of web_demo.py. `files` replace the models in `out_dir`; `lang`: auto, zh or en; `rope`: --rope_scaling
-    and --rope_factor."""
-
-    out_dir: Path
-    files: tuple[Path, ...]
-    device: torch.device
-    dtype: torch.dtype
-    lang: str = "auto"
-    rope: RopeScaling | None = None
-
-
 @st.cache_resource(max_entries=4, show_spinner=False)
-def open_page_model(
-    path: Path, name: str, is_chat_model: bool, version: tuple[int, int], device: torch.device, rope: RopeScaling | None
-) -> PageModel:
+def open_page_model(path: Path, name: str, version: tuple[int, int], config: PageConfig) -> ChatModel:
     """Load a model; cached for all sessions of the page. A new `version` of the file is loaded again."""
-    model, tokenizer, _ = open_model(path, device)
-    if rope:
-        model.scale_rope(*rope)
-    return PageModel(name, model, tokenizer, is_chat_model)
+    chat_model = open_chat_model(path, config.device, config.dtype, config.rope)
+    return dataclasses.replace(chat_model, name=name)
 
 
 class ChatPage:
     """One run of the page, in one language."""
 
-    def __init__(self, options: PageOptions) -> None:
-        self.options = options
+    def __init__(self, config: PageConfig) -> None:
+        self.config = config
         self.state = st.session_state
         self.conversation: Conversation = self.state.setdefault("conversation", Conversation())
-        locale = (st.context.locale or "") if options.lang == "auto" else options.lang
+        locale = (st.context.locale or "") if config.lang == "auto" else config.lang
         self.lang = self.state.get("lang") or ("zh" if locale.lower().startswith("zh") else "en")
         self.strings = STRINGS[self.lang]
 
@@ -79,8 +66,8 @@ class ChatPage:
         st.set_page_config(self.strings["title"], page_icon="🌱", layout=layout)
         st.html(STYLE)
         block_requests()
-        model_list = list_models(self.options.out_dir, self.options.files)
-        model_list = [with_rope_scaling(model, self.options.rope) for model in model_list]
+        files = tuple(map(Path, self.config.checkpoint))
+        model_list = [with_rope_scaling(m, self.config.rope) for m in list_models(self.config.models_dir, files)]
         models = {model.name: model for model in model_list if not model.error}
         with st.sidebar:
             choices = self.draw_sidebar(models, [model for model in model_list if model.error])
@@ -94,6 +81,11 @@ class ChatPage:
         else:
             with placeholder.container():
                 self.draw_welcome(list(models.values()), choices)
+
+    def button(self, name: str, icon: str, on_click: Any = None, *args: Any, **options: Any) -> bool:
+        """Draw a button whose label is the string `name`; `on_click(*args)` is called before the next run."""
+        icon = f":material/{icon}:"
+        return st.button(self.strings[name], icon=icon, on_click=on_click, args=args, **{"key": name, **options})
 
     def draw_sidebar(self, models: dict[str, ModelEntry], unreadable: list[ModelEntry]) -> SidebarChoices | None:
         strings = self.strings
@@ -110,14 +102,8 @@ class ChatPage:
         choices = None
         if models:
             choices = draw_choices(models, self.lang)
-            st.button(
-                strings["clear"],
-                icon=":material/add:",
-                on_click=self.clear_conversation,
-                disabled=not self.conversation.turns,
-                width="stretch",
-                key="clear",
-            )
+            has_turns = bool(self.conversation.turns)
+            self.button("clear", "add", self.clear_conversation, disabled=not has_turns, width="stretch")
         if unreadable:
             with st.expander(strings["unreadable"].format(n=len(unreadable))):
                 for model in unreadable:
@@ -144,18 +130,14 @@ class ChatPage:
             self.state["editing"] = False
         if not action:
             return
-        device, rope = self.options.device, self.options.rope
         try:
             with st.spinner(strings["loading"].format(name=", ".join(escape_markdown(model.name) for model in models))):
-                page_models = [
-                    open_page_model(m.path, m.name, m.is_chat_model, file_version(m.path), device, rope) for m in models
-                ]
-            if action == "again":
-                self.conversation.regenerate(page_models, choices.sampling, choices.system)
-            elif action == "edit":
-                self.conversation.edit_last_question(text, page_models, choices.sampling, choices.system)
+                chat_models = [open_page_model(m.path, m.name, file_version(m.path), self.config) for m in models]
+            if action == "ask":
+                self.conversation.start_turn(text, chat_models, choices.sampling, choices.system)
             else:
-                self.conversation.start_turn(text, page_models, choices.sampling, choices.system)
+                edited = text if action == "edit" else None
+                self.conversation.answer_again(chat_models, choices.sampling, choices.system, edited)
         except UserError as error:
             st.error(escape_markdown(str(error)))
         except OSError as error:  # the file was deleted while it was opened
@@ -164,21 +146,14 @@ class ChatPage:
     def draw_no_model(self) -> None:
         strings = self.strings
         st.header(strings["none_title"])
-        st.write(strings["none_text"].format(folder=str(self.options.out_dir.absolute()).replace("`", "'")))
+        st.write(strings["none_text"].format(folder=str(self.config.models_dir.absolute()).replace("`", "'")))
         st.write(strings["none_demo"])
         st.code("make demo                     # python demo.py", language="bash")
         st.write(strings["none_own"])
-        lines = (
-            "python train_tokenizer.py FILES…",
-            "python data_process.py pretrain FILES…",
-            "python 1-pretrain.py",
-            "python data_process.py sft CHATS…",
-            "python 3-full_sft.py",
-        )
-        st.code("\n".join(lines), language="bash")
+        st.code(OWN_MODEL_COMMANDS, language="bash")
         st.write(strings["none_other"])
         st.code("python web_demo.py --out_dir DIR\npython web_demo.py --checkpoint FILE_OR_DIR…", language="bash")
-        st.button(strings["look_again"], icon=":material/refresh:", key="look_again")
+        self.button("look_again", "refresh")
 
     def draw_welcome(self, models: list[ModelEntry], choices: SidebarChoices) -> None:
         strings, first = self.strings, choices.models[0]
@@ -197,28 +172,23 @@ class ChatPage:
             with columns[i % 2].container(border=True):
                 with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
                     st.markdown(f"**{escape_markdown(model.name)}**", width="content")
-                    st.button(
-                        strings["chosen" if model.name == first.name else "choose"],
-                        key=f"choose {model.name}",
-                        disabled=model.name == first.name,
-                        type="tertiary",
-                        on_click=self.state.__setitem__,
-                        args=("model", model.name),
-                    )
+                    is_chosen, choose = model.name == first.name, self.state.__setitem__
+                    label = strings["chosen" if is_chosen else "choose"]
+                    options: Any = {"on_click": choose, "args": ("model", model.name), "disabled": is_chosen}
+                    st.button(label, key=f"choose {model.name}", type="tertiary", **options)
                 st.caption(model_summary(model, self.lang))
 
     def draw_conversation(self, choices: SidebarChoices) -> None:
         placeholders: list[tuple[Any, Any]] = []
         for number, turn in enumerate(self.conversation.turns):
             placeholders = self.draw_turn(number, turn, choices)
-        if not self.conversation.is_streaming:
+        if not self.conversation.streaming:
             self.draw_last_buttons()
             return
-        st.button(
-            self.strings["stop"], icon=":material/stop:", on_click=self.conversation.stop, key="stop", type="primary"
-        )
+        self.button("stop", "stop", self.conversation.stop, type="primary")
         last, redrawn_at, is_streaming = self.conversation.turns[-1], 0.0, True
-        with autocast(self.options.device, self.options.dtype):  # around the loop: weights are cast once
+        device = pick_device(self.config.device)
+        with autocast(device, pick_dtype(self.config.dtype, device)):  # around the loop: weights are cast once
             while is_streaming:
                 is_streaming = self.conversation.advance()
                 if not is_streaming or time.monotonic() - redrawn_at > REDRAW_SECONDS:
@@ -273,22 +243,9 @@ class ChatPage:
         strings = self.strings
         if not self.state.get("editing"):
             with st.container(horizontal=True):
-                st.button(
-                    strings["again"],
-                    icon=":material/refresh:",
-                    on_click=self.request_action,
-                    args=("again",),
-                    key="again",
-                    type="tertiary",
-                )
-                st.button(
-                    strings["edit"],
-                    icon=":material/edit:",
-                    on_click=self.state.__setitem__,
-                    args=("editing", True),
-                    key="edit_last",
-                    type="tertiary",
-                )
+                self.button("again", "refresh", self.request_action, "again", type="tertiary")
+                edit = self.state.__setitem__
+                self.button("edit", "edit", edit, "editing", True, key="edit_last", type="tertiary")
             return
         with st.form("edit", border=False):
             last = self.conversation.turns[-1].question
@@ -298,5 +255,5 @@ class ChatPage:
                 st.rerun()
 
 
-def draw_page(options: PageOptions) -> None:
-    ChatPage(options).draw()
+def draw_page(config: PageConfig) -> None:
+    ChatPage(config).draw()

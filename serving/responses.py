@@ -62,6 +62,11 @@ class ResponseBuilder:
             "model": served.name,
         }
         self.cursors = [_LogprobCursor(served.tokenizer) for _ in work]
+        self.echoes: dict[int, str] = {}  # prompts not sent yet, by the request's index
+        for request, cursor in zip(work, self.cursors, strict=True):
+            if request.echo is not None:
+                self.echoes[request.index] = text = echoed_text(self.tokenizer, request.echo)
+                cursor.text_emitted = cursor.text_sent = len(text)  # offset of the answer's first token
 
     def usage(self) -> schemas.Usage:
         """Token counts; a prompt counts once, independent of `n`."""
@@ -157,17 +162,6 @@ class ChatResponse(ResponseBuilder):
 
 class CompletionResponse(ResponseBuilder):
     id_prefix, chunk_type, response_type = "cmpl", "text_completion", schemas.TextCompletion
-
-    def __init__(
-        self, served: ServedModel, headers: dict[str, str], work: list[Request], wants_usage: bool, stream: bool
-    ) -> None:
-        super().__init__(served, headers, work, wants_usage, stream)
-        self.echoes: dict[int, str] = {}  # prompts not sent yet, by the request's index
-        for request in work:
-            if request.echo is not None:
-                self.echoes[request.index] = text = echoed_text(self.tokenizer, request.echo)
-                cursor = self.cursors[request.index]
-                cursor.text_emitted = cursor.text_sent = len(text)  # offset of the answer's first token
 
     def event(self, event: TokenEvent) -> str:
         is_last = bool(event.finish_reason)

@@ -102,7 +102,7 @@ class CompletionService:
 
     # ---- one request ----
     async def respond(self, http_request: HttpRequest, kind: type[AnyRequest]) -> Response:
-        """Return the response to a request. Raises ApiError."""
+        """Return the response to a request. Raises ApiError and QueueFull, which app.py turns into responses."""
         raw = b"".join([part async for part in http_request.stream()])
         pool = self.small_bodies if len(raw) <= SMALL_BODY_BYTES else self.large_bodies
         response = await pool.run(self.prepare, raw, kind)
@@ -122,12 +122,11 @@ class CompletionService:
     def prepare(self, raw: bytes, kind: type[AnyRequest]) -> ResponseBuilder | EmbeddingResponse:
         """Parse, check and tokenise a request; return its response, not queued yet. Slow for long bodies.
 
-        Raises ApiError; if the queue is full, 429 without tokenising.
+        Raises ApiError; QueueFull without tokenising.
         """
         body = parse_body(raw, kind)
         served, headers = self.select_model(body)
-        with reject_when_full():
-            self.schedulers[served.name].check_capacity()
+        self.schedulers[served.name].check_capacity()
         if isinstance(body, EmbeddingRequest):
             return EmbeddingResponse(served, headers, body)
         builder_class = ChatResponse if isinstance(body, ChatRequest) else CompletionResponse
@@ -152,15 +151,14 @@ class CompletionService:
         return self.models[name]
 
     def submit(self, name: str, work: Collection[WorkItem]) -> Inbox:
-        """Queue work for a model; return the inbox that receives its events. Raises ApiError 400 or 429."""
+        """Queue work for a model; return the inbox that receives its events. Raises ApiError 400 and QueueFull."""
+        if self.is_stopping:
+            raise QueueFull(retry_after=1)
         inbox: Inbox = asyncio.Queue()
-        for work_item in work:
-            work_item.inbox = inbox
+        for item in work:
+            item.inbox = inbox
         try:
-            with reject_when_full():
-                if self.is_stopping:
-                    raise QueueFull(retry_after=1)
-                self.schedulers[name].add(work)
+            self.schedulers[name].add(work)
         except ValueError as error:
             raise ApiError(400, str(error), "num_beams" if str(error).startswith("num_beams") else "n") from None
         self.work_added.set()
@@ -183,15 +181,6 @@ def abort_on_disconnect(http_request: HttpRequest, work: Collection[WorkItem], i
     finally:
         watcher.cancel()
         abort(work)
-
-
-@contextlib.contextmanager
-def reject_when_full() -> Iterator[None]:
-    """Turn a scheduler's QueueFull into ApiError 429."""
-    try:
-        yield
-    except QueueFull as error:
-        raise ApiError(429, str(error), headers={"Retry-After": str(error.retry_after)}) from None
 
 
 async def events_until_done(inbox: Inbox, answers: int) -> AsyncIterator[TokenEvent | None]:

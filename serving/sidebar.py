@@ -15,6 +15,14 @@ from serving.model_list import ModelEntry
 from serving.page_markdown import escape_markdown
 from serving.page_strings import SCORE_LABELS, STAGE_LABELS, STRINGS
 
+# Name of a setting -> lowest, highest and initial value, step.
+SAMPLING_SLIDERS = {"top_p": (0.05, 1.0, 0.9, 0.05), "top_k": (0, 200, 0, 1), "min_p": (0.0, 0.5, 0.0, 0.01)}
+OTHER_SLIDERS = {
+    "repetition_penalty": (1.0, 2.0, 1.0, 0.05),
+    "no_repeat_ngram_size": (0, 20, 0, 1),
+    "num_beams": (1, MAX_BEAMS, 1, 1),
+}
+
 
 @dataclass(frozen=True)
 class SidebarChoices:
@@ -66,11 +74,9 @@ def draw_preset_toggle(model: ModelEntry, strings: dict[str, str]) -> tuple[str,
     name, settings = find_preset(name if name in CHAT_FORMATS else "none", None)
     if not settings:
         return "", {}
-    label, help_text = (
-        strings["preset"].format(format=name),
-        strings["preset_help"].format(settings=escape_markdown(format_settings(settings))),
-    )
-    return (name, settings) if st.toggle(label, True, key=f"preset_{name}", help=help_text) else ("", {})
+    help_text = strings["preset_help"].format(settings=escape_markdown(format_settings(settings)))
+    is_on = st.toggle(strings["preset"].format(format=name), True, key=f"preset_{name}", help=help_text)
+    return (name, settings) if is_on else ("", {})
 
 
 def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[str, dict[str, Any]]) -> SamplingParams:
@@ -82,40 +88,23 @@ def draw_sampling_controls(strings: dict[str, str], limit: int, preset: tuple[st
     suffix = f"_{name}" if name else ""
     first = merge_settings(settings, DEFAULT_SAMPLING)
 
-    def draw_slider(
-        name: str, low: Any, high: Any, value: Any, step: Any, key: str = "", disabled: bool = False
-    ) -> Any:
-        help_text, value = strings.get(f"{name}_help"), first.get(name, value)
-        return st.slider(
-            strings[name], low, high, value, step, key=key or name + suffix, help=help_text, disabled=disabled
-        )
+    def slider(name: str, low: Any, high: Any, value: Any, step: Any, **options: Any) -> Any:
+        options = {"key": name + suffix, "help": strings.get(f"{name}_help"), **options}
+        return st.slider(strings[name], low, high, first.get(name, value), step, **options)
 
     # Beam search does not sample, so the temperature has no effect.
     is_beam_search = st.session_state.get(f"num_beams{suffix}", first.get("num_beams", 1)) > 1
-    temperature = draw_slider("temperature", 0.0, 2.0, 0.7, 0.05, disabled=is_beam_search)
-    max_new_tokens = draw_slider("max_new_tokens", 1, max(limit, 2), min(200, limit), 1, key=f"max_new_tokens_{limit}")
+    temperature = slider("temperature", 0.0, 2.0, 0.7, 0.05, disabled=is_beam_search)
+    longest = slider("max_new_tokens", 1, max(limit, 2), min(200, limit), 1, key=f"max_new_tokens_{limit}")
     with st.expander(strings["more"]):
         is_greedy = is_beam_search or temperature == 0  # the sampling sliders have no effect
-        top_p = draw_slider("top_p", 0.05, 1.0, 0.9, 0.05, disabled=is_greedy)
-        top_k = draw_slider("top_k", 0, 200, 0, 1, disabled=is_greedy)
-        min_p = draw_slider("min_p", 0.0, 0.5, 0.0, 0.01, disabled=is_greedy)
-        penalty = draw_slider("repetition_penalty", 1.0, 2.0, 1.0, 0.05)
-        ngrams = draw_slider("no_repeat_ngram_size", 0, 20, 0, 1)
-        beams = draw_slider("num_beams", 1, MAX_BEAMS, 1, 1)
+        values = {name: slider(name, *range_, disabled=is_greedy) for name, range_ in SAMPLING_SLIDERS.items()}
+        values |= {name: slider(name, *range_) for name, range_ in OTHER_SLIDERS.items()}
         seed = st.number_input(
             strings["seed"], 0, 2**31, None, key="seed", help=strings["seed_help"], disabled=is_greedy, step=1
         )
-    return SamplingParams(
-        temperature=0.0 if is_beam_search else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=penalty,
-        no_repeat_ngram_size=ngrams,
-        num_beams=beams,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
+    values |= {"temperature": 0.0 if is_beam_search else temperature, "max_new_tokens": longest, "seed": seed}
+    return SamplingParams(**values)
 
 
 def model_summary(model: ModelEntry, lang: str, scores: int = 1) -> str:

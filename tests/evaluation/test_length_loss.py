@@ -18,6 +18,7 @@ from evaluation.length_loss import length_loss, length_section
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
+from serving.config import ServeConfig
 from serving.model_list import read_model_entry, with_rope_scaling
 from serving.models import open_models
 from tests.helpers import run_process, run_script
@@ -79,14 +80,16 @@ def scaled_checkpoint(tokenizer, tmp_path):
 
 
 def test_rope_flags_extend_context_of_server(tiny_parent, scaled_checkpoint):
-    served = open_models([str(tiny_parent)], 4096, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"]
+    def serve(path, max_context):
+        flags = {"max_context": max_context, "device": "cpu", "rope_scaling": "linear", "rope_factor": 4.0}
+        (served,) = open_models(ServeConfig(checkpoint=(str(path),), **flags)).values()
+        return served
+
+    served = serve(tiny_parent, 4096)
     assert served.max_model_len == 256 and len(served.text_ids("x" * 200)) == 200
-    assert (
-        open_models([str(tiny_parent)], 100, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"].max_model_len
-        == 100
-    )
+    assert serve(tiny_parent, 100).max_model_len == 100
     with pytest.raises(UserError, match="already has RoPE scaling"):
-        open_models([str(scaled_checkpoint)], 4096, torch.device("cpu"), rope=("linear", 4.0))
+        serve(scaled_checkpoint, 4096)
 
 
 def test_rope_flags_extend_context_in_web_demo(tiny_parent, scaled_checkpoint):

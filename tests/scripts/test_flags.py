@@ -28,7 +28,7 @@ ZERO_MEANINGS = {
     "n_shared_experts": "none", "balance_loss_coef": "none", "stage2_at": "nowhere", "tokens_per_param": "--epochs",
     "price_per_hour": "the table's", "lora_dropout": "none", "simpo_gamma": "no margin", "sft_weight": "none",
     "max_chosen_drop": "never", "history": "none", "temperature": "greedy", "top_k": "all", "min_p": "none",
-    "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "queue": "none",
+    "shots": "none", "batch_tokens": "what suits the device", "port": "a free one", "max_queue": "none",
     "max_bad_share": "not one bad row", "max_bad_fraction": "not one bad row", "val_share": "none", "samples": "none",
     "min_words": "no limit",
     "overlap": "one n-gram", "head_dim": "dim / n_heads", "no_repeat_ngram_size": "off",

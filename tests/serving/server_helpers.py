@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 
 from model.checkpoint import save_model
 from model.completion import Completion, Sequence
 from model.config import ModelConfig
+from model.generate import generate
 from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
@@ -83,6 +85,18 @@ class RunningServer:
     url: str  # without a trailing slash
     service: Any  # serving.service.CompletionService
 
+    def post(self, path: str, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        """Without TLS, because loading certificates takes half a second."""
+        return httpx.post(f"{self.url}/v1/{path}", json=body, headers=headers, timeout=60, verify=False)
+
+    def generate(self, name: str, prompt: str | list[dict[str, str]], **options: Any) -> Completion:
+        """The completion of a text or of a chat's messages in a batch of one, without the server."""
+        served = self.service.models[name]
+        is_text = isinstance(prompt, str)
+        ids = served.tokenizer.encode_document(prompt) if is_text else served.tokenizer.render(prompt, True)[0]
+        options = {"max_new_tokens": 20, "stop": () if is_text else served.stop_strings, **options}
+        return generate(served.model, [ids], SamplingParams(**options), served.tokenizer)[0]
+
     def status(self, name: str | None = None) -> dict[str, int]:
         status = self.service.status()
         return status[name or next(iter(status))]
@@ -94,6 +108,13 @@ class RunningServer:
             assert time.monotonic() - started < seconds, self.service.status()
             time.sleep(0.005)
         return time.monotonic() - started
+
+
+def text_of(response: httpx.Response) -> str:
+    """The text of the first choice of a successful response."""
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
 @contextlib.contextmanager

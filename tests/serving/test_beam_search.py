@@ -11,10 +11,9 @@ import httpx
 import openai
 import pytest
 
-from model.generate import generate
-from model.sampling import SamplingParams
+from common.errors import UserError
 from tests.helpers import run_script
-from tests.serving.server_helpers import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model, text_of
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 SEARCH = {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": 0.5}
@@ -30,24 +29,12 @@ def server(tokenizer, tmp_path_factory):
 
 
 def post(server, route="chat/completions", **body):
-    body = {"model": "chatml", "max_tokens": 20, **body}
-    if route == "chat/completions":
-        body.setdefault("messages", HELLO)
-    return httpx.post(f"{server.url}/v1/{route}", json=body, timeout=60)
+    default = {"messages": HELLO} if route == "chat/completions" else {}
+    return server.post(route, **{"model": "chatml", "max_tokens": 20, **default, **body})
 
 
-def text_of(response):
-    assert response.status_code == 200, response.text
-    choice = response.json()["choices"][0]
-    return choice["message"]["content"] if "message" in choice else choice["text"]
-
-
-def generate_alone(server, name="chatml", prompt=None, **options):
-    served = server.service.models[name]
-    ids = served.tokenizer.encode_document(prompt) if prompt else served.tokenizer.render(HELLO, True)[0]
-    stop = () if prompt else served.tokenizer.stop_strings
-    settings = SamplingParams(**{"max_new_tokens": 20, "stop": stop, **options})
-    return generate(served.model, [ids], settings, served.tokenizer)[0].text
+def generate_alone(server, name="chatml", prompt=HELLO, **options):
+    return server.generate(name, prompt, **options).text
 
 
 def test_beam_search_over_http_matches_generate(server):
@@ -133,8 +120,6 @@ def test_a_preset_never_rejects_a_request(server):
 
 
 def test_a_preset_with_too_many_beams_is_a_startup_error(monkeypatch, tokenizer, tmp_path):
-    from common.errors import UserError
-
     path = save_random_model(tmp_path / "full_sft_32.pth", tokenizer.with_chat_format("mindllm"))
     with pytest.raises(
         UserError, match=r"--max_num_seqs 2 is less than the num_beams of full_sft_32's .*: set --max_num_seqs 4"

@@ -10,18 +10,13 @@ import threading
 import pytest
 
 from common.errors import UserError
-from model.checkpoint import load_model
+from evaluation import chat_model
+from evaluation.chat_model import open_chat_model
 from model.sampling import SamplingParams
-from serving import conversation
-from serving.conversation import Conversation, PageModel
+from serving.conversation import Conversation
 from tests.helpers import save_scripted_model
 
 GREEDY = SamplingParams(max_new_tokens=20)
-
-
-def open_page_model(path) -> PageModel:
-    model, tokenizer, checkpoint = load_model(path)
-    return PageModel(path.stem, model, tokenizer, checkpoint["stage"] != "pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +24,8 @@ def models(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     pieces_of = {"one": ["鸟", "叫", "!"], "two": ["second"], "endless": ["la", "li"]}
     return {
-        name: open_page_model(
-            save_scripted_model(folder / f"{name}.pth", tokenizer, pieces, end_of_turn=name != "endless")
+        name: open_chat_model(
+            save_scripted_model(folder / f"{name}.pth", tokenizer, pieces, end_of_turn=name != "endless"), "cpu"
         )
         for name, pieces in pieces_of.items()
     }
@@ -39,13 +34,13 @@ def models(tokenizer, tmp_path_factory):
 @pytest.fixture
 def prompts(monkeypatch):
     """The prompts of the models, as text."""
-    recorded, real = [], conversation.stream
+    recorded, real = [], chat_model.stream
 
     def spy(model, ids, settings, tokenizer, answer):
         recorded.append(tokenizer.decode(ids))
         return real(model, ids, settings, tokenizer, answer)
 
-    monkeypatch.setattr(conversation, "stream", spy)
+    monkeypatch.setattr(chat_model, "stream", spy)
     return recorded
 
 
@@ -60,7 +55,7 @@ def test_a_reply_streams_its_pieces_and_ends_with_a_stop_reason(models):
     reply, recorded = chat.turns[0].replies[0], []
     while chat.advance():
         recorded.append(reply.text)
-    assert recorded == ["鸟", "鸟叫", "鸟叫!"] and reply.stop_reason == "stop" and not chat.is_streaming
+    assert recorded == ["鸟", "鸟叫", "鸟叫!"] and reply.stop_reason == "stop" and not chat.streaming
     assert reply.tokens == 3 and reply.tokens_per_second > 0 and not reply.error
 
 
@@ -101,7 +96,7 @@ def test_stop_keeps_the_text_and_the_next_prompt_contains_it(models, prompts):
         chat.advance()
     chat.stop()
     reply = chat.turns[0].replies[0]
-    assert (reply.text, reply.stop_reason, chat.is_streaming, chat.advance()) == ("lalila", "stopped", False, False)
+    assert (reply.text, reply.stop_reason, chat.streaming, chat.advance()) == ("lalila", "stopped", [], False)
     chat.start_turn("then", [models["endless"]], GREEDY)
     assert "first" in prompts[-1] and "lalila<|im_end|>" in prompts[-1] and prompts[-1].count("user\n") == 2
 
@@ -131,21 +126,21 @@ def test_regenerate_and_edit_replace_the_last_turn(models, prompts):
     for question in ("a", "b"):
         chat.start_turn(question, sides, GREEDY)
         finish_replies(chat)
-    chat.regenerate(sides, GREEDY)
+    chat.answer_again(sides, GREEDY)
     finish_replies(chat)
     assert [turn.question for turn in chat.turns] == ["a", "b"] and prompts[-1] == prompts[-2]
     with pytest.raises(UserError, match="empty"):
-        chat.edit_last_question("  ", sides, GREEDY)
-    chat.edit_last_question("B?", sides, GREEDY)
+        chat.answer_again(sides, GREEDY, question="  ")
+    chat.answer_again(sides, GREEDY, question="B?")
     assert [turn.question for turn in chat.turns] == ["a", "B?"] and "b<|im_end|>" not in prompts[-1]
     chat.clear()
-    assert not chat.turns and not chat.is_streaming
-    chat.regenerate(sides, GREEDY)
+    assert not chat.turns and not chat.streaming
+    chat.answer_again(sides, GREEDY)
     assert not chat.turns, "nothing to answer again"
 
 
 def test_each_attempt_samples_anew_and_a_seed_reproduces_all_attempts(tiny_parent):
-    model = open_page_model(tiny_parent)
+    model = open_chat_model(tiny_parent, "cpu")
     settings = SamplingParams(temperature=1.0, max_new_tokens=12, seed=5)
 
     def texts() -> list[str]:
@@ -154,7 +149,7 @@ def test_each_attempt_samples_anew_and_a_seed_reproduces_all_attempts(tiny_paren
         for _ in range(3):
             finish_replies(chat)
             found.append(chat.turns[0].replies[0].text)
-            chat.regenerate([model], settings)
+            chat.answer_again([model], settings)
         return found
 
     first = texts()
@@ -173,8 +168,8 @@ def test_the_system_prompt_comes_first_and_survives_truncation(models, prompts):
 
 def test_a_pretrained_model_continues_the_bare_text(tiny_parent, prompts):
     chat = Conversation()
-    chat.start_turn("sun moon", [open_page_model(tiny_parent)], GREEDY, system="Be kind.")
-    chat.start_turn("tree", [open_page_model(tiny_parent)], GREEDY)
+    chat.start_turn("sun moon", [open_chat_model(tiny_parent, "cpu")], GREEDY, system="Be kind.")
+    chat.start_turn("tree", [open_chat_model(tiny_parent, "cpu")], GREEDY)
     assert prompts == ["sun moon", "tree"]
 
 
@@ -182,7 +177,7 @@ def test_a_question_that_is_too_long_is_an_error_with_its_length(models):
     chat = Conversation()
     chat.start_turn("x" * 500, [models["one"]], GREEDY)
     reply = chat.turns[0].replies[0]
-    assert reply.stop_reason == "error" and not chat.is_streaming
+    assert reply.stop_reason == "error" and not chat.streaming
     assert "tokens" in reply.error and "128" in reply.error
 
 
@@ -191,7 +186,7 @@ def test_running_out_of_memory_ends_only_the_reply(models, monkeypatch):
         yield "so far"
         raise RuntimeError("CUDA out of memory\nand further lines")
 
-    monkeypatch.setattr(conversation, "stream", pieces)
+    monkeypatch.setattr(chat_model, "stream", pieces)
     chat = Conversation()
     chat.start_turn("x", [models["one"]], GREEDY)
     finish_replies(chat)

@@ -18,9 +18,10 @@ from streamlit.testing.v1 import AppTest
 
 from model.sampling import SamplingParams
 from serving import page_strings
+from serving.config import PageConfig
 from serving.conversation import Conversation
 from serving.sidebar import format_by_language, format_count
-from tests.helpers import ROOT, load_script, run_process, save_scripted_model
+from tests.helpers import ROOT, run_process, save_scripted_model
 
 NASTY = "<script>window.pwned=1</script> ![x](http://example.com/x.png) **b**"
 
@@ -131,7 +132,7 @@ def test_only_stop_interrupts_an_answer(open_page, out, monkeypatch):
     ask_question(page, "y")
     find_button(page, "stop").click().run()
     assert shown_texts(page)[2:] == ["y", "鸟"] and "stopped" in caption_text(page)
-    assert find_button(page, "again") and not page.session_state["conversation"].is_streaming
+    assert find_button(page, "again") and not page.session_state["conversation"].streaming
 
 
 def test_regenerate_edit_and_clear_change_the_conversation(open_page, out):
@@ -316,10 +317,8 @@ def test_the_script_names_missing_files_ports_and_packages(tmp_path):
 
 
 def test_out_is_found_from_any_folder(tmp_path, monkeypatch):
-    script = load_script("web_demo.py")
     monkeypatch.chdir(tmp_path)
-    parse = script.make_parser().parse_args
-    assert script.find_out_dir(parse([])) == ROOT / "out"
+    assert PageConfig().models_dir == ROOT / "out"
     (tmp_path / "out").mkdir()
-    assert script.find_out_dir(parse([])).resolve() == tmp_path / "out"
-    assert str(script.find_out_dir(parse(["--out_dir", "there"]))) == "there"
+    assert PageConfig().models_dir.resolve() == tmp_path / "out"
+    assert str(PageConfig(out_dir="there").models_dir) == "there"

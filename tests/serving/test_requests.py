@@ -6,7 +6,6 @@ continue_final_message uses the ids of the rendered chat up to the end of the pa
 with foreign templates.
 """
 
-import httpx
 import openai
 import pytest
 
@@ -15,7 +14,7 @@ from model.chat_template import CHAT_FORMATS
 from model.generate import generate
 from model.sampling import SamplingParams
 from model.tokenizer import ChatTokenizer
-from tests.serving.server_helpers import run_server, save_random_model
+from tests.serving.server_helpers import run_server, save_random_model, text_of
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 MINIMIND = {"model": "model-identifier", "messages": HELLO, "stream": False, "temperature": 0, "max_tokens": -1}
@@ -33,17 +32,8 @@ def server(checkpoint):
 
 
 def post(server, path="chat/completions", **body):
-    if path == "chat/completions":
-        body = {"messages": HELLO, "temperature": 0, **body}
-    return httpx.post(
-        f"{server.url}/v1/{path}", json=body, timeout=30, verify=False
-    )  # without TLS, which saves loading certificates
-
-
-def text_of(response):
-    assert response.status_code == 200, response.text
-    (choice,) = response.json()["choices"]
-    return choice["message"]["content"] if "message" in choice else choice["text"]
+    default = {"messages": HELLO, "temperature": 0} if path == "chat/completions" else {}
+    return server.post(path, **{**default, **body})
 
 
 # ------------------------------------------------------------------------------------------------ names of models
@@ -51,13 +41,12 @@ def text_of(response):
 
 def test_the_request_of_minimind_is_answered(server):
     """Its client sends this model name and max_tokens -1 for any model."""
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=MINIMIND, timeout=30)
+    response = server.post("chat/completions", **MINIMIND)
     answer = response.json()
     assert response.status_code == 200 and answer["model"] == "模型/m 1"
     assert response.headers["x-served-model"] == "%E6%A8%A1%E5%9E%8B/m%201"
     served = server.service.models["模型/m 1"]
-    ids = served.tokenizer.render(HELLO, True)[0]
-    (expected,) = generate(served.model, [ids], SamplingParams(max_new_tokens=128), served.tokenizer)
+    expected = server.generate(served.name, HELLO, max_new_tokens=128)
     assert answer["choices"][0]["message"]["content"] == expected.text
     assert answer["usage"]["total_tokens"] == 128 or expected.finish_reason == "stop"
 
@@ -153,10 +142,7 @@ def test_empty_messages_are_rejected_and_a_last_answer_opens_a_new_turn(server):
     response = post(server, messages=[])
     assert response.status_code == 400 and response.json()["error"]["message"].startswith("messages: ")
     continued = [*HELLO, {"role": "assistant", "content": "A"}]
-    served = server.service.models["模型/m 1"]
-    (expected,) = generate(
-        served.model, [served.tokenizer.render(continued, True)[0]], SamplingParams(max_new_tokens=5), served.tokenizer
-    )
+    expected = server.generate("模型/m 1", continued, max_new_tokens=5)
     assert text_of(post(server, messages=continued, max_tokens=5)) == expected.text, "as in OpenAI's API"
 
 

@@ -2,7 +2,8 @@
 
 Promises: responses have every field of OpenAI's API; the text is that of `generate`, streamed or not; usage is correct;
 stop, n, seed, logprobs and penalties match `generate`; unknown fields are ignored and named in a header; content may be
-text or parts; long histories are shortened by whole turns; errors have OpenAI's shape and status.
+text or parts; long histories are shortened by whole turns; errors have OpenAI's shape and status; a failing model
+leaves the others alone; stopping the server ends open requests with an error.
 """
 
 import asyncio
@@ -12,9 +13,12 @@ import httpx
 import openai
 import pytest
 
-from model.generate import fit_chat, generate
+from model.generate import DecodeBatch, fit_chat, generate
 from model.sampling import SamplingParams
-from tests.serving.server_helpers import run_server, save_random_model
+from serving.config import ServeConfig
+from serving.scheduler import QueueFull, Request
+from serving.service import CompletionService, events_until_done
+from tests.serving.server_helpers import make_sequence, run_server, save_random_model
 
 HELLO = [{"role": "user", "content": "Hi 你好"}]
 
@@ -36,10 +40,7 @@ def client(server):
 
 
 def generate_alone(server, messages, name="full_sft_32", **options):
-    """The answer of `generate` in a batch of one."""
-    served = server.service.models[name]
-    ids = served.tokenizer.render(messages, True)[0]
-    return generate(served.model, [ids], SamplingParams(**options), served.tokenizer)[0]
+    return server.generate(name, messages, **options)
 
 
 def chat(client, messages=HELLO, **options):
@@ -285,6 +286,35 @@ def test_errors_have_the_openai_body_and_status(client, server):
     for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405), ("PUT", "/v1/models", 405)):
         response = httpx.request(method, server.url + path)
         assert response.status_code == status and response.json()["error"]["message"].startswith(f"{method} {path}")
+
+
+def test_a_failing_model_is_an_error_and_other_models_answer(client, server, monkeypatch, capfd):
+    small, prefill = server.service.models["small"].model, DecodeBatch.prefill
+    monkeypatch.setattr(DecodeBatch, "prefill", lambda own, s: 1 / 0 if own.model is small else prefill(own, s))
+    with pytest.raises(openai.InternalServerError, match="the model failed on this request"):
+        client.completions.create(model="small", prompt="a")
+    with pytest.raises(openai.APIError, match="the model failed on this request"):
+        list(client.completions.create(model="small", prompt="a", stream=True))
+    assert chat(client).choices[0].message.content == generate_alone(server, HELLO).text
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_stopping_the_service_fails_every_open_request(server):
+    async def stop_while_running():
+        service = CompletionService(server.service.models, ServeConfig(max_num_seqs=2))
+        service.start(asyncio.get_running_loop())
+        served = service.models["full_sft_32"]
+        work = [Request(make_sequence(served.model, served.tokenizer, [50], max_new_tokens=240), i) for i in range(5)]
+        inbox = service.submit("full_sft_32", work)
+        await inbox.get()
+        await asyncio.to_thread(service.stop)
+        async for event in events_until_done(inbox, 5):
+            assert not event.finish_reason or event.finish_reason == "error"
+        with pytest.raises(QueueFull):
+            service.submit("full_sft_32", work)
+        return {event.request.index for event in [event, *(inbox.get_nowait() for _ in range(inbox.qsize()))]}
+
+    assert asyncio.run(stop_while_running()) == set(range(5))
 
 
 @pytest.mark.parametrize(
