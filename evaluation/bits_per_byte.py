@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import UserError
 from corpus.chats import Message
@@ -110,12 +111,10 @@ def bits_per_byte(
         ids = tokenizer.encode(text)
         changed += tokenizer.decode(ids) != text
         sequences.append(ScoredSequence(start + ids, [0] + [1] * len(ids), len(text.encode())))
-    nats, tokens = (
-        negative_log_probs(model, sequences, batch_size),
-        sum(len(sequence.ids) - 1 for sequence in sequences),
-    )
-    result = _bits_per_byte_fields(nats, [sequence.utf8_bytes for sequence in sequences])
-    return result | {"tokens": tokens, "documents": len(sequences), "changed": changed}
+    utf8_bytes = [sequence.utf8_bytes for sequence in sequences]
+    value, error = ratio_with_error(_bits(negative_log_probs(model, sequences, batch_size)), utf8_bytes)
+    counts = {"tokens": sum(len(sequence.ids) - 1 for sequence in sequences), "documents": len(sequences)}
+    return {"bits_per_byte": value, "error": error, "bytes": sum(utf8_bytes), **counts, "changed": changed}
 
 
 def sft_loss(
@@ -131,54 +130,50 @@ def sft_loss(
     dropped = sum(not documents for documents in rendered)
     if not sequences:
         return {"loss": None, "error": None, "bits_per_byte": None, "tokens": 0, "chats": 0, "dropped": dropped}
-    nats, tokens = (
-        negative_log_probs(model, sequences, batch_size),
-        [sum(sequence.score_mask[1:]) for sequence in sequences],
-    )
+    nats, tokens = negative_log_probs(model, sequences, batch_size), [sum(one.score_mask[1:]) for one in sequences]
     loss, error = ratio_with_error(nats, tokens)
-    bits = _bits_per_byte_fields(nats, [sequence.utf8_bytes for sequence in sequences])["bits_per_byte"]
+    bits, _ = ratio_with_error(_bits(nats), [sequence.utf8_bytes for sequence in sequences])
     counts = {"tokens": sum(tokens), "chats": len(sequences), "dropped": dropped}
     return {"loss": loss, "error": error, "bits_per_byte": bits, **counts}
 
 
-@torch.inference_mode()
 def negative_log_probs(
     model: Transformer, sequences: Sequence[ScoredSequence], batch_size: int = WINDOWS_PER_BATCH
 ) -> list[float]:
     """The sum of -ln p over the scored tokens of each sequence, in nats; long sequences use a sliding window."""
-    limit = model.config.max_seq_len
-    queue = [
-        (number, *window) for number, sequence in enumerate(sequences) for window in sliding_windows(sequence, limit)
-    ]
+    limit, sums = model.config.max_seq_len, [0.0] * len(sequences)
+    queue = [(number, *window) for number, each in enumerate(sequences) for window in sliding_windows(each, limit)]
     queue.sort(key=lambda window: len(window[1]))
-    sums, device = [0.0] * len(sequences), model.lm_head.weight.device
-    was_training = model.training
+    while queue:  # longest first: an out-of-memory error comes at once
+        count = max(1, min(batch_size, MAX_WINDOW_TOKENS // len(queue[-1][1])))
+        queue, batch = queue[:-count], queue[-count:]
+        log_probs = label_log_probs(model, [ids for _, ids, _ in batch], [labels for *_, labels in batch])
+        for (number, *_), value in zip(batch, log_probs.sum(-1).tolist(), strict=True):
+            sums[number] -= value
+    return sums
+
+
+@torch.inference_mode()
+def label_log_probs(model: Transformer, inputs: list[list[int]], labels: list[list[int]]) -> Tensor:
+    """log p(label) of each row, 0 at IGNORE_INDEX and in the right padding: (rows, longest row), fp64 on the CPU.
+
+    Matrix products use fp32, and the model is in eval mode.
+    """
+    device, was_training, width = model.lm_head.weight.device, model.training, max(map(len, inputs))
+    pad = lambda rows, value: torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
     model.eval()
     try:
-        while queue:  # longest first: an out-of-memory error comes at once
-            width = len(queue[-1][1])
-            count = max(1, min(batch_size, MAX_WINDOW_TOKENS // width))
-            queue, batch = queue[:-count], queue[-count:]
-            ids = torch.tensor([inputs + [0] * (width - len(inputs)) for _, inputs, _ in batch], device=device)
-            labels = torch.tensor(
-                [targets + [IGNORE_INDEX] * (width - len(targets)) for *_, targets in batch], device=device
-            )
-            with torch.autocast(device.type, enabled=False):
-                hidden, _ = model(ids)
-                log_probs = token_log_probs(hidden, model.lm_head.weight, labels)
-            found = log_probs.double().sum(-1) if device.type != "mps" else log_probs.cpu().double().sum(-1)
-            for (number, *_), value in zip(batch, found.tolist(), strict=True):
-                sums[number] -= value
+        with torch.autocast(device.type, enabled=False):
+            hidden, _ = model(pad(inputs, 0))
+            return token_log_probs(hidden, model.lm_head.weight, pad(labels, IGNORE_INDEX)).cpu().double()
     finally:
         model.train(was_training)
-    return sums
 
 
 def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterable[tuple[list[int], list[int]]]:
     """(inputs, labels) of at most `limit` tokens each: every scored token is a label in exactly one window."""
-    labels = [token if flag else IGNORE_INDEX for token, flag in zip(sequence.ids, sequence.score_mask, strict=True)][
-        1:
-    ]
+    labels = [token if flag else IGNORE_INDEX for token, flag in zip(sequence.ids, sequence.score_mask, strict=True)]
+    labels = labels[1:]
     step = max(1, limit // 2)
     for start in itertools.count(0, step):
         inputs, targets = sequence.ids[start : start + limit], labels[start : start + limit]
@@ -190,9 +185,8 @@ def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterable[tuple[list
             return
 
 
-def _bits_per_byte_fields(nats: list[float], utf8_bytes: list[int]) -> dict[str, Any]:
-    value, error = ratio_with_error([value / math.log(2) for value in nats], utf8_bytes)
-    return {"bits_per_byte": value, "error": error, "bytes": sum(utf8_bytes)}
+def _bits(nats: list[float]) -> list[float]:
+    return [value / math.log(2) for value in nats]
 
 
 def ratio_with_error(parts: Sequence[float], sizes: Sequence[int]) -> tuple[float | None, float | None]:
