@@ -33,7 +33,8 @@ class NumberType:
     maximum: float = MAX_FLAG_VALUE
 
     def accepts(self, value: float) -> bool:
-        return math.isfinite(value) and self.is_allowed(value) and value <= self.maximum
+        is_finite = isinstance(value, int) or math.isfinite(value)  # isfinite overflows for large integers
+        return is_finite and self.is_allowed(value) and value <= self.maximum
 
     def __call__(self, text: str) -> float:
         problem = f"is not {self.rule}"
@@ -58,6 +59,21 @@ def int_between(minimum: int, maximum: int) -> NumberType:
     )
 
 
+def float_between(minimum: float, maximum: float) -> NumberType:
+    return NumberType(
+        float, f"a number from {minimum:g} to {maximum:g}", lambda value: minimum <= value <= maximum, maximum
+    )
+
+
+def parse_bool(text: str) -> bool:
+    """argparse type: true or false."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text}: give true or false")
+
+
 def _parse_epochs(text: str) -> float:
     value = float(text)
     return int(value) if value.is_integer() else value
@@ -80,6 +96,17 @@ non_negative_float = NumberType(float, "a number of at least 0", lambda value: v
 fraction = NumberType(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 positive_fraction = NumberType(float, "a number above 0 and at most 1", lambda value: MIN_POSITIVE_FLOAT < value <= 1)
 fraction_below_one = NumberType(float, "a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def parse_fractions(text: str) -> list[float]:
+    """Parse "0.1,0.3,1.0" into sorted unique fractions. Raises argparse.ArgumentTypeError."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give fractions separated by commas, as 0.1,0.3,1.0") from None
+    if not all(0 < share <= 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text}: each fraction is above 0 and at most 1")
+    return found
 
 
 def path_string(text: str) -> str:

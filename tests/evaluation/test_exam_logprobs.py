@@ -101,7 +101,7 @@ def reference_log_probs(transformers_model, tokenizer, texts, chat, method, shot
             pairs = zip(before, replies, strict=True)
             text = "".join(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in pairs)
             text += f"<|im_start|>user\n{page(question, options)}<|im_end|>\n<|im_start|>assistant\n"
-            start, gap = tokenizer._special_aware.encode(text, add_special_tokens=False).ids, ""
+            start, gap = tokenizer.renderer.backend.encode(text, add_special_tokens=False).ids, ""
         else:
             text = "".join(f"{q}{tail}{gap}{a}\n\n" for q, a in zip(before, replies, strict=True))
             start = tokenizer.encode(text + page(question, options) + tail)
