@@ -15,7 +15,7 @@ Read next: report.py (the caller), ../corpus/prepare_chats.py (how chats are spl
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,16 @@ from corpus.read_examples import read_chat_examples
 from corpus.readers import read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats
+from model.logprobs import row_log_probs
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.loss import IGNORE_INDEX, token_log_probs
 
 WINDOWS_PER_BATCH = 16  # windows in one forward pass
 MAX_WINDOW_TOKENS = 16_384  # at most so many tokens in one forward pass; a single longer window is allowed
 MAX_BYTES = 100_000  # bytes read of each text, and of the answers in each language
+
+
+Window = tuple[list[int], list[int]]  # ids, mask: 1 where a token is scored
 
 
 @dataclass(frozen=True)
@@ -142,46 +145,38 @@ def negative_log_probs(
 ) -> list[float]:
     """The sum of -ln p over the scored tokens of each sequence, in nats; long sequences use a sliding window."""
     limit, sums = model.config.max_seq_len, [0.0] * len(sequences)
-    queue = [(number, *window) for number, each in enumerate(sequences) for window in sliding_windows(each, limit)]
-    queue.sort(key=lambda window: len(window[1]))
+    queue = [(number, window) for number, each in enumerate(sequences) for window in sliding_windows(each, limit)]
+    queue.sort(key=lambda window: len(window[1][0]))
     while queue:  # longest first: an out-of-memory error comes at once
-        count = max(1, min(batch_size, MAX_WINDOW_TOKENS // len(queue[-1][1])))
+        count = max(1, min(batch_size, MAX_WINDOW_TOKENS // (len(queue[-1][1][0]) - 1)))
         queue, batch = queue[:-count], queue[-count:]
-        log_probs = label_log_probs(model, [ids for _, ids, _ in batch], [labels for *_, labels in batch])
-        for (number, *_), value in zip(batch, log_probs.sum(-1).tolist(), strict=True):
+        log_probs = fp32_log_probs(model, [window for _, window in batch])
+        for (number, _), value in zip(batch, log_probs.sum(1).tolist(), strict=True):
             sums[number] -= value
     return sums
 
 
-@torch.inference_mode()
-def label_log_probs(model: Transformer, inputs: list[list[int]], labels: list[list[int]]) -> Tensor:
-    """log p(label) of each row, 0 at IGNORE_INDEX and in the right padding: (rows, longest row), fp64 on the CPU.
-
-    Matrix products use fp32, and the model is in eval mode.
-    """
-    device, was_training, width = model.lm_head.weight.device, model.training, max(map(len, inputs))
-    pad = lambda rows, value: torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+def fp32_log_probs(model: Transformer, rows: list[Window]) -> Tensor:
+    """`row_log_probs` with fp32 matrix products and in eval mode, whatever the caller's: (rows, longest row - 1)."""
+    was_training = model.training
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
-            hidden, _ = model(pad(inputs, 0))
-            return token_log_probs(hidden, model.lm_head.weight, pad(labels, IGNORE_INDEX)).cpu().double()
+        with torch.autocast(model.lm_head.weight.device.type, enabled=False):
+            return row_log_probs(model, rows, pad_id=0)
     finally:
         model.train(was_training)
 
 
-def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterable[tuple[list[int], list[int]]]:
-    """(inputs, labels) of at most `limit` tokens each: every scored token is a label in exactly one window."""
-    labels = [token if flag else IGNORE_INDEX for token, flag in zip(sequence.ids, sequence.score_mask, strict=True)]
-    labels = labels[1:]
-    step = max(1, limit // 2)
+def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterator[Window]:
+    """(ids, mask) of at most `limit` inputs and the token after them: every token is scored in exactly one window."""
+    step, size = max(1, limit // 2), len(sequence.ids)
     for start in itertools.count(0, step):
-        inputs, targets = sequence.ids[start : start + limit], labels[start : start + limit]
-        inputs = inputs[: len(targets)]  # the last token has no label
-        num_seen = limit - step if start else 0  # labels already scored in the previous window
-        if any(label != IGNORE_INDEX for label in targets[num_seen:]):
-            yield inputs, [IGNORE_INDEX] * min(num_seen, len(targets)) + targets[num_seen:]
-        if start + limit >= len(labels):
+        num_seen = limit - step + 1 if start else 1  # tokens scored in the previous window; nothing predicts the first
+        ids, mask = sequence.ids[start : start + limit + 1], sequence.score_mask[start : start + limit + 1]
+        mask = [0] * min(num_seen, len(mask)) + mask[num_seen:]
+        if any(mask):
+            yield ids, mask
+        if start + limit + 1 >= size:
             return
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from evaluation.bits_per_byte import label_log_probs
+from evaluation.bits_per_byte import fp32_log_probs
 from evaluation.tables import table_row
 from model.config import ModelConfig
 from model.rope import extend_context, rope_summary
@@ -80,7 +80,7 @@ def loss_by_position(model: Transformer, documents: list[list[int]], ends: list[
     spans = list(zip([0, *ends[:-1]], ends, strict=True))
     sums = torch.zeros(len(ends), dtype=torch.float64)
     for ids in documents:
-        log_probs = label_log_probs(model, [ids[: ends[-1]]], [ids[1 : ends[-1] + 1]])[0]
+        log_probs = fp32_log_probs(model, [(ids[: ends[-1] + 1], [1] * (ends[-1] + 1))])[0]
         sums -= torch.stack([log_probs[begin:end].sum() for begin, end in spans])
     return [float(total) / ((end - begin) * len(documents)) for total, (begin, end) in zip(sums, spans, strict=True)]
 
