@@ -16,7 +16,6 @@ Read next: report.py (the caller), ../corpus/prepare_chats.py (how chats are spl
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,16 +38,7 @@ MAX_WINDOW_TOKENS = 16_384  # at most so many tokens in one forward pass; a sing
 MAX_BYTES = 100_000  # bytes read of each text, and of the answers in each language
 
 
-Window = tuple[list[int], list[int]]  # ids, mask: 1 where a token is scored
-
-
-@dataclass(frozen=True)
-class ScoredSequence:
-    """A sequence to score: `ids` (n,), and `score_mask` (n,): 1 where a token is scored, 0 for the first token."""
-
-    ids: list[int]
-    score_mask: list[int]
-    utf8_bytes: int
+MaskedIds = tuple[list[int], list[int]]  # ids, mask: 1 where a token is scored; nothing predicts the first one
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -109,14 +99,15 @@ def bits_per_byte(
     `changed` counts the documents that differ after encoding and decoding: the model predicts another text there.
     """
     start = (tokenizer.encode_document("") or [tokenizer.eos_id])[:1]
-    sequences, changed = [], 0
+    documents: list[MaskedIds] = []
+    utf8_bytes, changed = [], 0
     for text in texts:
         ids = tokenizer.encode(text)
         changed += tokenizer.decode(ids) != text
-        sequences.append(ScoredSequence(start + ids, [0] + [1] * len(ids), len(text.encode())))
-    utf8_bytes = [sequence.utf8_bytes for sequence in sequences]
-    value, error = ratio_with_error(_bits(negative_log_probs(model, sequences, batch_size)), utf8_bytes)
-    counts = {"tokens": sum(len(sequence.ids) - 1 for sequence in sequences), "documents": len(sequences)}
+        documents.append((start + ids, [0] + [1] * len(ids)))
+        utf8_bytes.append(len(text.encode()))
+    value, error = ratio_with_error(_bits(negative_log_probs(model, documents, batch_size)), utf8_bytes)
+    counts = {"tokens": sum(len(ids) - 1 for ids, _ in documents), "documents": len(documents)}
     return {"bits_per_byte": value, "error": error, "bytes": sum(utf8_bytes), **counts, "changed": changed}
 
 
@@ -129,23 +120,21 @@ def sft_loss(
     """
     items = [Example("", messages, "", 0, "", 0) for messages in chats]
     rendered = render_chat_examples(items, tokenizer, model.config.max_seq_len, DataStats())
-    sequences = [ScoredSequence(ids, mask, utf8_bytes) for documents in rendered for ids, mask, utf8_bytes in documents]
-    dropped = sum(not documents for documents in rendered)
-    if not sequences:
-        return {"loss": None, "error": None, "bits_per_byte": None, "tokens": 0, "chats": 0, "dropped": dropped}
-    nats, tokens = negative_log_probs(model, sequences, batch_size), [sum(one.score_mask[1:]) for one in sequences]
+    samples = [sample for samples_of_chat in rendered for sample in samples_of_chat]
+    nats = negative_log_probs(model, [(ids, mask) for ids, mask, _ in samples], batch_size)
+    tokens = [sum(mask[1:]) for _, mask, _ in samples]
     loss, error = ratio_with_error(nats, tokens)
-    bits, _ = ratio_with_error(_bits(nats), [sequence.utf8_bytes for sequence in sequences])
-    counts = {"tokens": sum(tokens), "chats": len(sequences), "dropped": dropped}
+    bits, _ = ratio_with_error(_bits(nats), [utf8_bytes for *_, utf8_bytes in samples])
+    counts = {"tokens": sum(tokens), "chats": len(samples), "dropped": sum(not samples for samples in rendered)}
     return {"loss": loss, "error": error, "bits_per_byte": bits, **counts}
 
 
 def negative_log_probs(
-    model: Transformer, sequences: Sequence[ScoredSequence], batch_size: int = WINDOWS_PER_BATCH
+    model: Transformer, sequences: Sequence[MaskedIds], batch_size: int = WINDOWS_PER_BATCH
 ) -> list[float]:
     """The sum of -ln p over the scored tokens of each sequence, in nats; long sequences use a sliding window."""
     limit, sums = model.config.max_seq_len, [0.0] * len(sequences)
-    queue = [(number, window) for number, each in enumerate(sequences) for window in sliding_windows(each, limit)]
+    queue = [(number, window) for number, each in enumerate(sequences) for window in sliding_windows(*each, limit)]
     queue.sort(key=lambda window: len(window[1][0]))
     while queue:  # longest first: an out-of-memory error comes at once
         count = max(1, min(batch_size, MAX_WINDOW_TOKENS // (len(queue[-1][1][0]) - 1)))
@@ -156,7 +145,7 @@ def negative_log_probs(
     return sums
 
 
-def fp32_log_probs(model: Transformer, rows: list[Window]) -> Tensor:
+def fp32_log_probs(model: Transformer, rows: list[MaskedIds]) -> Tensor:
     """`row_log_probs` with fp32 matrix products and in eval mode, whatever the caller's: (rows, longest row - 1)."""
     was_training = model.training
     model.eval()
@@ -167,16 +156,16 @@ def fp32_log_probs(model: Transformer, rows: list[Window]) -> Tensor:
         model.train(was_training)
 
 
-def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterator[Window]:
+def sliding_windows(ids: list[int], mask: list[int], limit: int) -> Iterator[MaskedIds]:
     """(ids, mask) of at most `limit` inputs and the token after them: every token is scored in exactly one window."""
-    step, size = max(1, limit // 2), len(sequence.ids)
+    step = max(1, limit // 2)
     for start in itertools.count(0, step):
         num_seen = limit - step + 1 if start else 1  # tokens scored in the previous window; nothing predicts the first
-        ids, mask = sequence.ids[start : start + limit + 1], sequence.score_mask[start : start + limit + 1]
-        mask = [0] * min(num_seen, len(mask)) + mask[num_seen:]
-        if any(mask):
-            yield ids, mask
-        if start + limit + 1 >= size:
+        window, end = ids[start : start + limit + 1], start + limit + 1
+        window_mask = [0] * min(num_seen, len(window)) + mask[start + num_seen : end]
+        if any(window_mask):
+            yield window, window_mask
+        if end >= len(ids):
             return
 
 

@@ -66,10 +66,8 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
     }
 
     report: ReportData = {
-        "prompts": [{"lang": lang, "kind": kind, "prompt": prompt} for lang, kind, prompt in prompt_rows],
-        "safety": [{"lang": lang, "prompt": text, "start": start} for lang, text, start in SAFETY_PROMPTS]
-        if not prompts
-        else [],
+        "prompts": [dict(zip(("lang", "kind", "prompt"), row, strict=True)) for row in prompt_rows],
+        "safety": [dict(zip(("lang", "prompt", "start"), row, strict=True)) for row in SAFETY_PROMPTS if not prompts],
         "texts": {name: {key: text_entry[key] for key in ("file", "bytes")} for name, text_entry in texts.items()},
         "chats": chats_file,
         "settings": {name: getattr(settings, name) for name in SAMPLING_SETTINGS} | {"system": config.system or None},
@@ -92,9 +90,8 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
     if client:
         answers = {model["label"]: [row["answer"] for row in model["answers"]] for model in report["models"]}
         verdicts = json_path.with_name(json_path.stem + ".verdicts.jsonl")
-        report["judge"] = judge_answers(
-            client, [prompt for *_, prompt in prompt_rows], answers, verdicts, settings.seed
-        )
+        texts_of_prompts = [prompt for *_, prompt in prompt_rows]
+        report["judge"] = judge_answers(client, texts_of_prompts, answers, verdicts, seed=config.seed or 0)
         write_report_files(report, json_path)
     print(f"written: {json_path.with_suffix('.md')} and {json_path}", flush=True)
     if report["failed"]:

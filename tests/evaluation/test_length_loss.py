@@ -18,6 +18,7 @@ from evaluation.length_loss import length_loss, length_section
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
+from serving.config import ServeConfig
 from serving.model_list import read_model_entry, with_rope_scaling
 from serving.models import open_models
 from tests.helpers import run_process, run_script
@@ -79,21 +80,22 @@ def scaled_checkpoint(tokenizer, tmp_path):
 
 
 def test_rope_flags_extend_context_of_server(tiny_parent, scaled_checkpoint):
-    served = open_models([str(tiny_parent)], 4096, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"]
+    def open_scaled(path, max_context=4096):
+        flags = {"device": "cpu", "rope_scaling": "linear", "rope_factor": 4.0, "max_context": max_context}
+        (served,) = open_models(ServeConfig(checkpoint=(str(path),), **flags)).values()
+        return served
+
+    served = open_scaled(tiny_parent)
     assert served.max_model_len == 256 and len(served.text_ids("x" * 200)) == 200
-    assert (
-        open_models([str(tiny_parent)], 100, torch.device("cpu"), rope=("linear", 4.0))["pretrain_32"].max_model_len
-        == 100
-    )
+    assert open_scaled(tiny_parent, max_context=100).max_model_len == 100
     with pytest.raises(UserError, match="already has RoPE scaling"):
-        open_models([str(scaled_checkpoint)], 4096, torch.device("cpu"), rope=("linear", 4.0))
+        open_scaled(scaled_checkpoint)
 
 
 def test_rope_flags_extend_context_in_web_demo(tiny_parent, scaled_checkpoint):
     entry = read_model_entry(tiny_parent, tiny_parent.parent)
-    assert (
-        with_rope_scaling(entry, None).max_seq_len == 64 and with_rope_scaling(entry, ("yarn", 4.0)).max_seq_len == 256
-    )
+    lengths = [with_rope_scaling(entry, rope).max_seq_len for rope in (None, ("yarn", 4.0))]
+    assert lengths == [64, 256]
     refused = with_rope_scaling(read_model_entry(scaled_checkpoint, scaled_checkpoint.parent), ("yarn", 4.0))
     assert "already has RoPE scaling" in refused.error
 
