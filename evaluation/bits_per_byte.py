@@ -146,7 +146,7 @@ def negative_log_probs(
 
 
 def fp32_log_probs(model: Transformer, rows: list[MaskedIds]) -> Tensor:
-    """`row_log_probs` with fp32 matrix products and in eval mode, whatever the caller's: (rows, longest row - 1)."""
+    """`row_log_probs` with fp32 matrix products and in eval mode: (rows, longest row - 1)."""
     was_training = model.training
     model.eval()
     try:
