@@ -21,12 +21,12 @@ Read next: evaluation/exam_prompts.py (the prompts), evaluation/exam_stats.py (t
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.cli import MISSING, NameList, flag
+from common.cli import NameList, flag
 from common.errors import UserError, fail_in_one_line
 from common.flag_groups import DeviceFlags
 from common.flag_types import int_between, non_negative_int, path_string

@@ -15,11 +15,11 @@ Read next: report.py (the caller), ../corpus/prepare_chats.py (how chats are spl
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import UserError
 from corpus.chats import Message
@@ -29,22 +29,16 @@ from corpus.read_examples import read_chat_examples
 from corpus.readers import read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats
+from model.logprobs import row_log_probs
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.loss import IGNORE_INDEX, token_log_probs
 
 WINDOWS_PER_BATCH = 16  # windows in one forward pass
 MAX_WINDOW_TOKENS = 16_384  # at most so many tokens in one forward pass; a single longer window is allowed
 MAX_BYTES = 100_000  # bytes read of each text, and of the answers in each language
 
 
-@dataclass(frozen=True)
-class ScoredSequence:
-    """A sequence to score: `ids` (n,), and `score_mask` (n,): 1 where a token is scored, 0 for the first token."""
-
-    ids: list[int]
-    score_mask: list[int]
-    utf8_bytes: int
+MaskedIds = tuple[list[int], list[int]]  # ids, mask: 1 where a token is scored; nothing predicts the first one
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -105,17 +99,16 @@ def bits_per_byte(
     `changed` counts the documents that differ after encoding and decoding: the model predicts another text there.
     """
     start = (tokenizer.encode_document("") or [tokenizer.eos_id])[:1]
-    sequences, changed = [], 0
+    documents: list[MaskedIds] = []
+    utf8_bytes, changed = [], 0
     for text in texts:
         ids = tokenizer.encode(text)
         changed += tokenizer.decode(ids) != text
-        sequences.append(ScoredSequence(start + ids, [0] + [1] * len(ids), len(text.encode())))
-    nats, tokens = (
-        negative_log_probs(model, sequences, batch_size),
-        sum(len(sequence.ids) - 1 for sequence in sequences),
-    )
-    result = _bits_per_byte_fields(nats, [sequence.utf8_bytes for sequence in sequences])
-    return result | {"tokens": tokens, "documents": len(sequences), "changed": changed}
+        documents.append((start + ids, [0] + [1] * len(ids)))
+        utf8_bytes.append(len(text.encode()))
+    value, error = ratio_with_error(_bits(negative_log_probs(model, documents, batch_size)), utf8_bytes)
+    counts = {"tokens": sum(len(ids) - 1 for ids, _ in documents), "documents": len(documents)}
+    return {"bits_per_byte": value, "error": error, "bytes": sum(utf8_bytes), **counts, "changed": changed}
 
 
 def sft_loss(
@@ -127,72 +120,57 @@ def sft_loss(
     """
     items = [Example("", messages, "", 0, "", 0) for messages in chats]
     rendered = render_chat_examples(items, tokenizer, model.config.max_seq_len, DataStats())
-    sequences = [ScoredSequence(ids, mask, utf8_bytes) for documents in rendered for ids, mask, utf8_bytes in documents]
-    dropped = sum(not documents for documents in rendered)
-    if not sequences:
-        return {"loss": None, "error": None, "bits_per_byte": None, "tokens": 0, "chats": 0, "dropped": dropped}
-    nats, tokens = (
-        negative_log_probs(model, sequences, batch_size),
-        [sum(sequence.score_mask[1:]) for sequence in sequences],
-    )
+    samples = [sample for samples_of_chat in rendered for sample in samples_of_chat]
+    nats = negative_log_probs(model, [(ids, mask) for ids, mask, _ in samples], batch_size)
+    tokens = [sum(mask[1:]) for _, mask, _ in samples]
     loss, error = ratio_with_error(nats, tokens)
-    bits = _bits_per_byte_fields(nats, [sequence.utf8_bytes for sequence in sequences])["bits_per_byte"]
-    counts = {"tokens": sum(tokens), "chats": len(sequences), "dropped": dropped}
+    bits, _ = ratio_with_error(_bits(nats), [utf8_bytes for *_, utf8_bytes in samples])
+    counts = {"tokens": sum(tokens), "chats": len(samples), "dropped": sum(not samples for samples in rendered)}
     return {"loss": loss, "error": error, "bits_per_byte": bits, **counts}
 
 
-@torch.inference_mode()
 def negative_log_probs(
-    model: Transformer, sequences: Sequence[ScoredSequence], batch_size: int = WINDOWS_PER_BATCH
+    model: Transformer, sequences: Sequence[MaskedIds], batch_size: int = WINDOWS_PER_BATCH
 ) -> list[float]:
     """The sum of -ln p over the scored tokens of each sequence, in nats; long sequences use a sliding window."""
-    limit = model.config.max_seq_len
-    queue = [
-        (number, *window) for number, sequence in enumerate(sequences) for window in sliding_windows(sequence, limit)
-    ]
-    queue.sort(key=lambda window: len(window[1]))
-    sums, device = [0.0] * len(sequences), model.lm_head.weight.device
-    was_training = model.training
-    model.eval()
-    try:
-        while queue:  # longest first: an out-of-memory error comes at once
-            width = len(queue[-1][1])
-            count = max(1, min(batch_size, MAX_WINDOW_TOKENS // width))
-            queue, batch = queue[:-count], queue[-count:]
-            ids = torch.tensor([inputs + [0] * (width - len(inputs)) for _, inputs, _ in batch], device=device)
-            labels = torch.tensor(
-                [targets + [IGNORE_INDEX] * (width - len(targets)) for *_, targets in batch], device=device
-            )
-            with torch.autocast(device.type, enabled=False):
-                hidden, _ = model(ids)
-                log_probs = token_log_probs(hidden, model.lm_head.weight, labels)
-            found = log_probs.double().sum(-1) if device.type != "mps" else log_probs.cpu().double().sum(-1)
-            for (number, *_), value in zip(batch, found.tolist(), strict=True):
-                sums[number] -= value
-    finally:
-        model.train(was_training)
+    limit, sums = model.config.max_seq_len, [0.0] * len(sequences)
+    queue = [(number, window) for number, each in enumerate(sequences) for window in sliding_windows(*each, limit)]
+    queue.sort(key=lambda window: len(window[1][0]))
+    while queue:  # longest first: an out-of-memory error comes at once
+        count = max(1, min(batch_size, MAX_WINDOW_TOKENS // (len(queue[-1][1][0]) - 1)))
+        queue, batch = queue[:-count], queue[-count:]
+        log_probs = fp32_log_probs(model, [window for _, window in batch])
+        for (number, _), value in zip(batch, log_probs.sum(1).tolist(), strict=True):
+            sums[number] -= value
     return sums
 
 
-def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterable[tuple[list[int], list[int]]]:
-    """(inputs, labels) of at most `limit` tokens each: every scored token is a label in exactly one window."""
-    labels = [token if flag else IGNORE_INDEX for token, flag in zip(sequence.ids, sequence.score_mask, strict=True)][
-        1:
-    ]
+def fp32_log_probs(model: Transformer, rows: list[MaskedIds]) -> Tensor:
+    """`row_log_probs` with fp32 matrix products and in eval mode: (rows, longest row - 1)."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.lm_head.weight.device.type, enabled=False):
+            return row_log_probs(model, rows, pad_id=0)
+    finally:
+        model.train(was_training)
+
+
+def sliding_windows(ids: list[int], mask: list[int], limit: int) -> Iterator[MaskedIds]:
+    """(ids, mask) of at most `limit` inputs and the token after them: every token is scored in exactly one window."""
     step = max(1, limit // 2)
     for start in itertools.count(0, step):
-        inputs, targets = sequence.ids[start : start + limit], labels[start : start + limit]
-        inputs = inputs[: len(targets)]  # the last token has no label
-        num_seen = limit - step if start else 0  # labels already scored in the previous window
-        if any(label != IGNORE_INDEX for label in targets[num_seen:]):
-            yield inputs, [IGNORE_INDEX] * min(num_seen, len(targets)) + targets[num_seen:]
-        if start + limit >= len(labels):
+        num_seen = limit - step + 1 if start else 1  # tokens scored in the previous window; nothing predicts the first
+        window, end = ids[start : start + limit + 1], start + limit + 1
+        window_mask = [0] * min(num_seen, len(window)) + mask[start + num_seen : end]
+        if any(window_mask):
+            yield window, window_mask
+        if end >= len(ids):
             return
 
 
-def _bits_per_byte_fields(nats: list[float], utf8_bytes: list[int]) -> dict[str, Any]:
-    value, error = ratio_with_error([value / math.log(2) for value in nats], utf8_bytes)
-    return {"bits_per_byte": value, "error": error, "bytes": sum(utf8_bytes)}
+def _bits(nats: list[float]) -> list[float]:
+    return [value / math.log(2) for value in nats]
 
 
 def ratio_with_error(parts: Sequence[float], sizes: Sequence[int]) -> tuple[float | None, float | None]:

@@ -11,9 +11,7 @@ Read next: ../trainer/loop.py (training), qa.py (how answers are scored).
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +21,10 @@ import numpy as np
 
 from common.files import atomic_write, write_text
 from common.locks import lock_output
+from evaluation.chat_model import open_chat_model
+from evaluation.qa import chat_accuracy
+from evaluation.qa_data import read_keyed_questions
+from evaluation.tables import csv_text, table_row
 from export.hf_import import open_model
 from model.checkpoint import load_state, model_state_dict
 from trainer.config import TrainConfig
@@ -62,30 +64,22 @@ def run_data_scaling(
     config: TrainConfig, stage: Stage, dist: DistContext, fractions: Sequence[float], questions_path: str
 ) -> None:
     """Train and score one model per fraction of the chats, smallest first; write table and plot after each."""
-    from evaluation.qa_data import read_keyed_questions  # only with --questions
-
-    questions = read_keyed_questions(questions_path) if questions_path else []
-    with lock_output(Path(config.out_dir) / "data_study") if dist.is_rank0 else contextlib.nullcontext():
-        _run_data_scaling(config, stage, dist, fractions, questions)
-
-
-def _run_data_scaling(
-    config: TrainConfig, stage: Stage, dist: DistContext, fractions: Sequence[float], questions: list[dict[str, Any]]
-) -> None:
     folder = Path(config.out_dir) / "data_study"
+    questions = read_keyed_questions(questions_path) if questions_path else []
     parent = {name: tensor.clone() for name, tensor in model_state_dict(stage.model).items()}
     rows: list[dict[str, Any]] = []
-    for fraction in fractions:
-        load_state(stage.model, parent, "the parent")  # every fraction starts from the parent's weights
-        subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, config.seed))
-        subset_config = dataclasses.replace(config, out_dir=str(folder / f"share_{fraction:g}"))
-        row = train_and_score_subset(subset_config, subset_stage, dist, fraction, questions)
-        if row is None:
-            dist.print0("the data study is incomplete: run again to resume")
-            return
-        rows.append(row)
-        if dist.is_rank0:
-            write_scaling_results(folder, rows)
+    with lock_output(folder) if dist.is_rank0 else contextlib.nullcontext():
+        for fraction in fractions:
+            load_state(stage.model, parent, "the parent")  # every fraction starts from the parent's weights
+            subset_stage = dataclasses.replace(stage, data=DataSubset(stage.data, fraction, config.seed))
+            subset_config = dataclasses.replace(config, out_dir=str(folder / f"share_{fraction:g}"))
+            row = train_and_score_subset(subset_config, subset_stage, dist, fraction, questions)
+            if row is None:
+                dist.print0("the data study is incomplete: run again to resume")
+                return
+            rows.append(row)
+            if dist.is_rank0:
+                write_scaling_results(folder, rows)
     dist.print0((folder / "data_study.md").read_text(encoding="utf-8") if dist.is_rank0 else "")
     dist.print0(f"written: {folder / 'data_study.md'}, .csv, .json and .png")
 
@@ -148,30 +142,23 @@ def training_figures(path: Path, fraction: float, chats: int) -> dict[str, Any]:
 # ---- table and plot --------------------------------------------------------------------------------------------------
 def write_scaling_results(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as Markdown, csv and json, and the plot."""
-    splits, languages = (
-        list(dict.fromkeys(key for row in rows for key in row[name])) for name in ("val_loss", "right")
-    )
-    csv_rows = [
-        {name: row[name] for name in ("share", "chats", "steps", "tokens", "seconds")}
-        | {f"{name}_{split}": row[name].get(split) for name in ("val_loss", "bits_per_byte") for split in splits}
-        | {f"right_{lang}": row["right"].get(lang) for lang in languages}
-        for row in rows
-    ]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, csv_rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(csv_rows)
-    write_text(folder / "data_study.csv", table.getvalue())
-    write_text(folder / "data_study.json", json.dumps({"rows": rows}, indent=1))
-    headers = ["fraction", "chats", "steps", "trained tokens", *(f"held-out loss {s}" for s in splits)]
-    headers += [f"accuracy {lang}" for lang in languages]
-    lines = ["# Data scaling", "", f"| {' | '.join(headers)} |", "|" + " --- |" * len(headers)]
+    splits = list(dict.fromkeys(split for row in rows for split in row["val_loss"]))
+    languages = list(dict.fromkeys(lang for row in rows for lang in row["right"]))
+    csv_rows, table = [], []
     for row in rows:
-        cells = [percent(row["share"]), f"{row['chats']:,}"]
-        cells += [f"{row['steps']:,}", f"{row['tokens']:,}", *(f"{row['val_loss'][s]:.4f}" for s in splits)]
-        cells += [f"{row['right'][lang]:.1%}" for lang in languages]
-        lines.append(f"| {' | '.join(cells)} |")
-    write_text(folder / "data_study.md", "\n".join(lines) + "\n")
+        columns = {name: row[name] for name in ("share", "chats", "steps", "tokens", "seconds")}
+        for name in ("val_loss", "bits_per_byte"):
+            columns |= {f"{name}_{split}": row[name].get(split) for split in splits}
+        csv_rows.append(columns | {f"right_{lang}": row["right"].get(lang) for lang in languages})
+        counts = [percent(row["share"]), *(f"{row[name]:,}" for name in ("chats", "steps", "tokens"))]
+        losses = (f"{row['val_loss'][split]:.4f}" for split in splits)
+        table.append(table_row(*counts, *losses, *(f"{row['right'][lang]:.1%}" for lang in languages)))
+    headers = ["fraction", "chats", "steps", "trained tokens", *(f"held-out loss {split}" for split in splits)]
+    headers += [f"accuracy {lang}" for lang in languages]
+    page = ["# Data scaling", "", table_row(*headers), "|" + " --- |" * len(headers), *table]
+    write_text(folder / "data_study.csv", csv_text(csv_rows))
+    write_text(folder / "data_study.json", json.dumps({"rows": rows}, indent=1))
+    write_text(folder / "data_study.md", "\n".join(page) + "\n")
     plot_scaling(rows, splits, languages, folder / "data_study.png")
 
 

@@ -58,14 +58,12 @@ def compute_option_log_probs(
 
 def _store_log_probs(question: ExamPrompt, log_probs: list[float], method: str) -> None:
     """Store the sums in the file's option order; method "text" divides by the characters of the option."""
-    normalized = [0.0] * len(question.order)
-    for index, option in enumerate(question.order):
-        normalized[option] = log_probs[index] / (len(question.item.options[option]) if method == "text" else 1)
-    if not all(map(math.isfinite, normalized)):
-        raise UserError(
-            f"{question.item.location}: the log-probabilities are not finite: the model's weights are damaged"
-        )
-    question.log_probs = tuple(normalized)
+    if not all(map(math.isfinite, log_probs)):
+        where = question.item.location
+        raise UserError(f"{where}: the log-probabilities are not finite: the model's weights are damaged")
+    by_option = [log_prob for _, log_prob in sorted(zip(question.order, log_probs, strict=True))]
+    sizes = [len(option) if method == "text" else 1 for option in question.item.options]
+    question.log_probs = tuple(log_prob / size for log_prob, size in zip(by_option, sizes, strict=True))
 
 
 def _shared_prefix_groups(prompts: list[ExamPrompt], batch_tokens: int) -> Iterator[tuple[list[ExamPrompt], int]]:
@@ -89,20 +87,18 @@ def _similar_length_batches(
 ) -> Iterator[list[ExamPrompt]]:
     """Batches of questions of similar length, longest first: up to `batch_tokens` positions, at least one question."""
     batch: list[ExamPrompt] = []
-    longest_prompt = longest_continuation = 0  # in the batch
-    for question in sorted(
-        prompts, key=lambda question: (len(question.prompt), question.continuation_length), reverse=True
-    ):
-        longest = max(longest_prompt, len(question.prompt)), max(longest_continuation, question.continuation_length)
+    longest = (0, 0)  # tokens of the longest prompt and of the longest continuation in the batch
+    lengths = lambda question: (len(question.prompt), question.continuation_length)
+    for question in sorted(prompts, key=lengths, reverse=True):
+        longest = max(longest[0], len(question.prompt)), max(longest[1], question.continuation_length)
         width = _padded_width(longest[0] - num_shared)
         rows = batch_tokens // width
         if num_shared or longest[1]:
             rows = min(rows, _max_cache_rows(config, num_shared + width))
         if batch and (len(batch) >= rows or sum(longest) > config.max_seq_len):
             yield batch
-            batch, longest = [], (len(question.prompt), question.continuation_length)
+            batch, longest = [], lengths(question)
         batch.append(question)
-        longest_prompt, longest_continuation = longest
     yield batch
 
 
@@ -133,11 +129,9 @@ def _option_log_probs(
     last = torch.tensor([len(tail) - 1 for tail in tails], device=device)
     firsts = torch.tensor([[option[0] for option in question.options] for question in batch], device=device)
     sums = _log_softmax(model, hidden[torch.arange(len(batch), device=device), last]).gather(1, firsts)
-    return (
-        sums + _continuation_log_probs(model, batch, pad, cache, batch_tokens)
-        if cache and any(question.continuation_length for question in batch)
-        else sums
-    )
+    if cache and any(question.continuation_length for question in batch):
+        sums += _continuation_log_probs(model, batch, pad, cache, batch_tokens)
+    return sums
 
 
 def _continuation_log_probs(
@@ -151,6 +145,7 @@ def _continuation_log_probs(
     options = [option for question in batch for option in question.options]
     sums = torch.zeros(len(options), device=device)
     rows_at_once = _max_cache_rows(model.config, model.config.max_seq_len)
+    block = max(_MAX_BLOCK_LOGITS // model.config.vocab_size, 1)  # positions in one block of logits
     for indices in _similar_length_groups([len(option) - 1 for option in options], batch_tokens, rows_at_once):
         rows = [index // len(batch[0].options) for index in indices]
         continuation_length, longest = len(options[indices[0]]) - 1, max(lengths[row] for row in rows)
@@ -159,11 +154,11 @@ def _continuation_log_probs(
         padded = [options[index] + [pad] * (continuation_length + 1 - len(options[index])) for index in indices]
         tokens = torch.tensor(padded, device=device)
         hidden, _ = model(tokens[:, :-1], expanded)
-        is_real = torch.tensor(
-            [[i < len(options[index]) for i in range(1, continuation_length + 1)] for index in indices], device=device
-        )
+        sizes = torch.tensor([len(options[index]) - 1 for index in indices], device=device)
+        is_real = torch.arange(continuation_length, device=device) < sizes[:, None]
         log_probs = torch.zeros(is_real.shape, device=device)
-        log_probs[is_real] = _token_log_probs(model, hidden[is_real], tokens[:, 1:][is_real])
+        blocks = zip(hidden[is_real].split(block), tokens[:, 1:][is_real].split(block), strict=True)
+        log_probs[is_real] = torch.cat([_log_softmax(model, h).gather(1, t[:, None])[:, 0] for h, t in blocks])
         sums[indices] = log_probs.sum(1)
     return sums.view(len(batch), -1)
 
@@ -195,13 +190,6 @@ def _copy_cache(model: Transformer, cache: KVCache, rows: list[int], length: int
     expanded.keys[:, :, :, :length] = cache.keys[:, rows, :, :length]
     expanded.values[:, :, :, :length] = cache.values[:, rows, :, :length]
     return expanded
-
-
-def _token_log_probs(model: Transformer, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token given its hidden state, in blocks: (n, dim), (n,) -> (n,)."""
-    rows = max(_MAX_BLOCK_LOGITS // model.config.vocab_size, 1)
-    pairs = zip(hidden.split(rows), tokens.split(rows), strict=True)
-    return torch.cat([_log_softmax(model, h).gather(1, t[:, None])[:, 0] for h, t in pairs])
 
 
 def _log_softmax(model: Transformer, hidden: Tensor) -> Tensor:

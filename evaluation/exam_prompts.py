@@ -22,7 +22,6 @@ from evaluation.exam_data import ExamItem, ExamSplit
 from evaluation.exam_table import OPTION_LETTERS
 from model.tokenizer import ChatTokenizer
 
-SCORING_METHODS = ("letter", "text")
 ANSWER_PREFIX = {"zh": "答案：", "en": "Answer:"}
 INSTRUCTION = {"zh": "请直接回答选项的字母。", "en": "Answer with the letter of the right option."}
 CHINESE_CHARACTER = re.compile("[\u4e00-\u9fff]")
@@ -82,8 +81,7 @@ def build_prompts(
 ) -> Iterator[ExamPrompt]:
     """Yields every question in every order. Raises UserError for missing examples, and for options that do not fit."""
     for subject in exam.subjects:
-        if len(exam.examples.get(subject, ())) < config.shots:
-            available = len(exam.examples.get(subject, ()))
+        if (available := len(exam.examples.get(subject, ()))) < config.shots:
             raise UserError(f"--shots {config.shots}: {subject} has {available} examples in dev: choose no more")
     for subject in exam.subjects:
         items = [item for item in exam.items if item.subject == subject]
@@ -116,11 +114,11 @@ class _PromptBuilder:
                 return ExamPrompt(item, order, prompt, options, len(examples), False)
         if not self.config.is_chat and max_prompt_tokens > 1:
             start = len(self.tokenizer.encode_document("")) if prompt else 0  # keep the bos token
-            return ExamPrompt(
-                item, order, prompt[:start] + prompt[len(prompt) - max_prompt_tokens + start :], options, 0, True
-            )
+            prompt = prompt[:start] + prompt[len(prompt) - max_prompt_tokens + start :]
+            return ExamPrompt(item, order, prompt, options, 0, True)
         while max_prompt_tokens > 0 and question and len(prompt) > max_prompt_tokens:
-            question = self._drop_first_tokens(question, len(prompt) - max_prompt_tokens)
+            kept = self.tokenizer.encode(question)[len(prompt) - max_prompt_tokens :]
+            question = self.tokenizer.decode(kept).lstrip("\ufffd")  # an incomplete character at the cut
             prompt, options = self._encode([], question, texts)
         if not question or max_prompt_tokens <= 0:
             raise UserError(f"{item.location}: the options do not fit into the model's {max_seq_len} tokens")
@@ -147,16 +145,9 @@ class _PromptBuilder:
         start = "".join(blocks) + f"{question}\n{ANSWER_PREFIX[self.lang]}"
         prompt = self.tokenizer.encode_document(start)
         # Encoded with the prompt: after a colon a letter may be another token than at the start of a text.
-        return prompt, [
-            self.tokenizer.encode_document(start + separator + text)[len(prompt) :]
-            or self.tokenizer.encode(separator + text)
-            for text in texts
-        ]
+        encode = lambda text: self.tokenizer.encode_document(start + text)[len(prompt) :] or self.tokenizer.encode(text)
+        return prompt, [encode(separator + text) for text in texts]
 
     def _answer_text(self, example: ExamItem) -> str:
         letter = example.answer
         return letter if self.config.method == "letter" else example.options[OPTION_LETTERS.index(letter)]
-
-    def _drop_first_tokens(self, text: str, tokens: int) -> str:
-        """The text without its first tokens, and without an incomplete character at the cut."""
-        return self.tokenizer.decode(self.tokenizer.encode(text)[tokens:]).lstrip("\ufffd")

@@ -188,7 +188,7 @@ def plot_result(path: Path, result: ExamResult, metadata: dict[str, Any]) -> Non
     values = [100 * row.accuracy for row in rows]
     below = [100 * (row.accuracy - row.interval[0]) for row in rows]
     above = [100 * (row.interval[1] - row.accuracy) for row in rows]
-    style = {"ecolor": "0.35", "height": 0.72, "error_kw": {"elinewidth": 1}}
+    style: dict[str, Any] = {"ecolor": "0.35", "height": 0.72, "error_kw": {"elinewidth": 1}}
     bars = axes.barh(range(len(rows)), values, xerr=(below, above), **style)
     axes.set_yticks(range(len(rows)), [f"{row.name} ({row.questions})" for row in rows], fontsize=7)
     for bar, label, row in zip(bars, axes.get_yticklabels(), rows, strict=True):

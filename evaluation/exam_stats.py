@@ -11,7 +11,6 @@ Two more baselines: the best constant letter (chosen with the answers known) and
 Read next: exam_prompts.py (scoring methods), exam_report.py (tables and files).
 """
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -101,10 +100,11 @@ def binomial_p_value(correct: float, sizes: Iterable[tuple[int, int]]) -> float:
 
     sizes: (options, questions) for each number of options.
     """
-    least = math.floor(correct + 1e-9)
-    counts = [[binomial_probability(k, questions, 1 / options) for k in range(questions + 1)]
-              for options, questions in sizes]  # fmt: skip
-    return min(1.0, math.fsum(functools.reduce(np.convolve, counts)[least:]))  # of the sum of the binomials
+    least, distribution = math.floor(correct + 1e-9), np.ones(1)  # the probability of each number of right answers
+    for options, questions in sizes:
+        binomial = [binomial_probability(k, questions, 1 / options) for k in range(questions + 1)]
+        distribution = np.convolve(distribution, binomial)
+    return min(1.0, math.fsum(distribution[least:]))
 
 
 def binomial_probability(k: int, n: int, p: float) -> float:

@@ -150,7 +150,11 @@ def request_replies(client: ChatClient, requests: list[JudgeRequest], prompts: l
 def read_verdicts(path: Path) -> dict[str, str]:
     """The saved replies: id of the request -> reply. Incomplete lines of a killed run are skipped."""
     found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             row = json.loads(line)
             found[str(row["id"])] = str(row["reply"])

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from evaluation.bits_per_byte import fp32_log_probs
+from evaluation.tables import table_row
 from model.config import ModelConfig
 from model.rope import extend_context, rope_summary
 from model.rope_flags import ROPE_KINDS
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.loss import token_log_probs
 
 LENGTH_EDGES = (0.5, 1.0, 2.0, 4.0)  # the ends of the columns, in trained lengths
 MAX_DOCUMENTS = 8
@@ -74,24 +75,14 @@ def rope_variants(config: ModelConfig, reach: float) -> Iterator[tuple[str, Mode
             yield f"{kind} x {factor:g}", extend_context(config, kind, factor)
 
 
-@torch.inference_mode()
 def loss_by_position(model: Transformer, documents: list[list[int]], ends: list[int]) -> list[float]:
     """Mean nats per token of the positions between consecutive `ends`, starting at 0; one document per forward pass."""
-    device, was_training = model.lm_head.weight.device, model.training
-    model.eval()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
     sums = torch.zeros(len(ends), dtype=torch.float64)
-    try:
-        for ids in documents:
-            row = torch.tensor([ids[: ends[-1] + 1]], device=device)
-            with torch.autocast(device.type, enabled=False):
-                hidden, _ = model(row[:, :-1])
-                log_probs = token_log_probs(hidden, model.lm_head.weight, row[:, 1:])[0].cpu().double()
-            begins = [0, *ends[:-1]]
-            sums -= torch.stack([log_probs[begin:end].sum() for begin, end in zip(begins, ends, strict=True)])
-    finally:
-        model.train(was_training)
-    sizes = [(end - begin) * len(documents) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return [float(total) / size for total, size in zip(sums, sizes, strict=True)]
+    for ids in documents:
+        log_probs = fp32_log_probs(model, [(ids[: ends[-1] + 1], [1] * (ends[-1] + 1))])[0]
+        sums -= torch.stack([log_probs[begin:end].sum() for begin, end in spans])
+    return [float(total) / ((end - begin) * len(documents)) for total, (begin, end) in zip(sums, spans, strict=True)]
 
 
 # ---- the section of the report ---------------------------------------------------------------------------------------
@@ -120,8 +111,7 @@ def _length_table(result: dict[str, Any]) -> list[str]:
     trained, edges = result["trained"], result["edges"]
     begins = [0.0, *edges[:-1]]
     columns = [f"{int(b * trained):,}–{int(e * trained):,} ({e:g}x)" for b, e in zip(begins, edges, strict=True)]
-    lines = [f"| RoPE ({result['documents']} documents) | {' | '.join(columns)} |", "|---|" + "---:|" * len(edges)]
+    lines = [table_row(f"RoPE ({result['documents']} documents)", *columns), "|---|" + "---:|" * len(edges)]
     for row in result["rows"]:
-        cells = ("–" if loss is None else f"{loss:.3f}" for loss in row["loss"])
-        lines.append(f"| {row['rope']} | {' | '.join(cells)} |")
+        lines.append(table_row(row["rope"], *("–" if loss is None else f"{loss:.3f}" for loss in row["loss"])))
     return lines

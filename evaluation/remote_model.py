@@ -11,7 +11,6 @@ so bits per byte and loss are not measured; the report says so.
 Called by report.py. Read next: judge_client.py (the requests), chat_model.py (a local model).
 """
 
-import dataclasses
 import re
 from typing import Any
 
@@ -99,8 +98,6 @@ def parse_address(given: str) -> tuple[str, str]:
 def _request_options(settings: SamplingParams) -> dict[str, Any]:
     """The fields of a request; those outside of OpenAI's API are sent only where they differ from the default."""
     fields = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_new_tokens}
-    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
-    extra = {
-        name: getattr(settings, name) for name in SAMPLING_SETTINGS if name not in (*fields, "max_new_tokens", "seed")
-    }
-    return fields | {name: value for name, value in extra.items() if value != defaults[name]}
+    extra = [name for name in SAMPLING_SETTINGS if name not in (*fields, "max_new_tokens", "seed")]
+    changed = {name: value for name in extra if (value := getattr(settings, name)) != getattr(SamplingParams, name)}
+    return fields | changed

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import write_text
 from corpus.language import detect_language
 from evaluation.bits_per_byte import bits_per_byte, read_chats_by_language, read_named_texts, sft_loss
-from evaluation.chat_model import ChatModel, list_stages, open_chat_model
+from evaluation.chat_model import ChatModel, open_chat_model
 from evaluation.eval_config import EvalConfig
 from evaluation.judge import judge_answers
 from evaluation.judge_client import ChatClient
@@ -33,7 +33,7 @@ from evaluation.qa_data import system_messages
 from evaluation.remote_model import RemoteModel, is_address, parse_address
 from evaluation.report_markdown import ReportData, format_report
 from model.chat_template import Message
-from model.checkpoint import find_checkpoint, read_checkpoint
+from model.checkpoint import find_checkpoint, read_checkpoint, trained_stages
 from model.completion import Completion
 from model.repetition import repetition_stats
 from model.sampling import SamplingParams
@@ -66,10 +66,8 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
     }
 
     report: ReportData = {
-        "prompts": [{"lang": lang, "kind": kind, "prompt": prompt} for lang, kind, prompt in prompt_rows],
-        "safety": [{"lang": lang, "prompt": text, "start": start} for lang, text, start in SAFETY_PROMPTS]
-        if not prompts
-        else [],
+        "prompts": [dict(zip(("lang", "kind", "prompt"), row, strict=True)) for row in prompt_rows],
+        "safety": [dict(zip(("lang", "prompt", "start"), row, strict=True)) for row in SAFETY_PROMPTS if not prompts],
         "texts": {name: {key: text_entry[key] for key in ("file", "bytes")} for name, text_entry in texts.items()},
         "chats": chats_file,
         "settings": {name: getattr(settings, name) for name in SAMPLING_SETTINGS} | {"system": config.system or None},
@@ -92,9 +90,8 @@ def compare_models(config: EvalConfig, prompts: list[str]) -> None:
     if client:
         answers = {model["label"]: [row["answer"] for row in model["answers"]] for model in report["models"]}
         verdicts = json_path.with_name(json_path.stem + ".verdicts.jsonl")
-        report["judge"] = judge_answers(
-            client, [prompt for *_, prompt in prompt_rows], answers, verdicts, settings.seed
-        )
+        texts_of_prompts = [prompt for *_, prompt in prompt_rows]
+        report["judge"] = judge_answers(client, texts_of_prompts, answers, verdicts, seed=config.seed or 0)
         write_report_files(report, json_path)
     print(f"written: {json_path.with_suffix('.md')} and {json_path}", flush=True)
     if report["failed"]:
@@ -107,7 +104,7 @@ def select_models(given: Sequence[str], out_dir: str) -> dict[str, Path | str]:
 
     Without entries, every stage in `out_dir`. Raises UserError for invalid or repeated entries.
     """
-    given = given or [str(find_checkpoint(out_dir, stage)) for stage in list_stages(out_dir) or ["pretrain"]]
+    given = given or [str(find_checkpoint(out_dir, stage)) for stage in trained_stages(out_dir) or ["pretrain"]]
     paths = [Path(name) for name in given if not is_address(name)]
     for number, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:number]]:

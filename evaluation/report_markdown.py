@@ -4,34 +4,31 @@ Answers are fenced code blocks; the fence is longer than any run of backticks in
 Called by report.py. Read next: ../model/repetition.py, bits_per_byte.py (the figures).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from common.markdown import code_block, code_span, escape_inline
 from evaluation.length_loss import length_section
+from evaluation.tables import table_row
 
 ReportData = dict[str, Any]
 _ModelFigures = dict[str, Any]
 _MISSING = "–"
 _COUNT_ROWS = {"loops": "answers that end in a loop", "empty": "empty answers", "cut_off": "cut-off answers"}
+_SPEED_ROWS = {"tokens_per_second": "one answer at a time", "batch_tokens_per_second": "all answers in one batch"}
+_ENDS = {"length": ", cut off", "too_long": ", the prompt does not fit into the context"}
 
 
 def format_report(report: ReportData) -> str:
     """The Markdown page of `report`."""
-    parts = [
-        "# Model comparison",
-        "",
-        _settings_line(report),
-        "",
-        *_figure_table(report),
-        "",
-        *length_section(report["models"]),
-    ]
+    parts = ["# Model comparison", "", _settings_line(report), "", *_figure_table(report), ""]
+    parts += length_section(report["models"])
     if report["judge"]:
         parts += [*_judge_section(report["judge"]), ""]
     parts += ["## Answers", ""]
     for number, row in enumerate(report["prompts"]):
-        kind = f" · {row['lang']}, {row['kind'].replace('_', ' ')}" if row["kind"] else f" · {row['lang']}"
-        parts += [f"### {number + 1}{kind}", "", code_block(row["prompt"]), ""]
+        kind = f", {row['kind'].replace('_', ' ')}" if row["kind"] else ""
+        parts += [f"### {number + 1} · {row['lang']}{kind}", "", code_block(row["prompt"]), ""]
         for model in report["models"]:
             parts += _answer_lines(model["label"], model["answers"][number])
     parts += _safety_section(report)
@@ -39,10 +36,9 @@ def format_report(report: ReportData) -> str:
 
 
 def _answer_lines(label: str, answer: dict[str, Any]) -> list[str]:
-    end = {"length": ", cut off", "too_long": ", the prompt does not fit into the context"}
     tokens = "tokens not counted" if answer["tokens"] is None else f"{answer['tokens']} tokens"
     shown = code_block(answer["answer"]) if answer["answer"] else "*(empty)*"
-    return [f"**{escape_inline(label)}** ({tokens}{end.get(answer['finish_reason'], '')})", "", shown, ""]
+    return [f"**{escape_inline(label)}** ({tokens}{_ENDS.get(answer['finish_reason'], '')})", "", shown, ""]
 
 
 def _safety_section(report: ReportData) -> list[str]:
@@ -78,43 +74,36 @@ def _settings_line(report: ReportData) -> str:
 def _figure_table(report: ReportData) -> list[str]:
     models: list[_ModelFigures] = report["models"]
     languages = [name for name in models[0]["answer_figures"] if name != "all"]
-    language_names = " / ".join(languages)
+    figures = [[model["answer_figures"][lang] for lang in languages] for model in models]  # by model and language
     lines = [
-        _table_row("", *(escape_inline(model["label"]) for model in models)),
-        _table_row("---", *("---:" for _ in models)),
+        table_row("", *(escape_inline(model["label"]) for model in models)),
+        table_row("---", *["---:"] * len(models)),
     ]
-    lines.append(_table_row("stage", *(escape_inline(model["stage"]) for model in models)))
-    lines.append(_table_row("parameters", *map(_parameter_count, models)))
+
+    def add(title: str, cells: Iterable[str]) -> None:
+        lines.append(table_row(title, *cells))
+
+    def add_per_language(title: str, cells: Iterable[list[str]]) -> None:
+        add(f"{title}, {' / '.join(languages)}", map(" / ".join, cells))
+
+    add("stage", (escape_inline(model["stage"]) for model in models))
+    add("parameters", map(_parameter_count, models))
     for name in report["texts"]:
         found = [model["bits_per_byte"].get(name) for model in models]
-        lines.append(
-            _table_row(
-                f"bits per byte, {escape_inline(name)}", *(_figure_with_error(one, "bits_per_byte") for one in found)
-            )
-        )
+        add(f"bits per byte, {escape_inline(name)}", (_figure_with_error(one, "bits_per_byte") for one in found))
     for lang in dict.fromkeys(lang for model in models for lang in model["sft_loss"]):
         found = [model["sft_loss"].get(lang) for model in models]
-        lines.append(_table_row(f"held-out SFT loss, {lang}", *(_figure_with_error(one, "loss") for one in found)))
+        add(f"held-out SFT loss, {lang}", (_figure_with_error(one, "loss") for one in found))
         bits = (_number(one["bits_per_byte"], 3) if one else _MISSING for one in found)
-        lines.append(_table_row(f"… bits per byte of the answers, {lang}", *bits))
+        add(f"… bits per byte of the answers, {lang}", bits)
     for n in (1, 2, 3):
-        lines.append(
-            _table_row(
-                f"distinct-{n}, {language_names}",
-                *(_figure_per_language(model, languages, f"distinct_{n}") for model in models),
-            )
-        )
-    for name, shown in _COUNT_ROWS.items():
-        lines.append(
-            _table_row(
-                f"{shown}, {language_names}", *(_counts_per_language(model, languages, name) for model in models)
-            )
-        )
-    lengths = (_figure_per_language(model, languages, "mean_length", 1) for model in models)
-    lines.append(_table_row(f"mean length (characters or words), {language_names}", *lengths))
-    speeds = {"tokens_per_second": "one answer at a time", "batch_tokens_per_second": "all answers in one batch"}
-    for name, shown in speeds.items():
-        lines.append(_table_row(f"tokens/s, {shown}", *(_number(model[name], 0) for model in models)))
+        add_per_language(f"distinct-{n}", ([_number(f[f"distinct_{n}"], 2) for f in each] for each in figures))
+    for name, shown in _COUNT_ROWS.items():  # a percentage of 16 answers suggests too much precision
+        add_per_language(shown, ([f"{f[name]} of {f['answers']}" for f in each] for each in figures))
+    lengths = ([_number(f["mean_length"], 1) for f in each] for each in figures)
+    add_per_language("mean length (characters or words)", lengths)
+    for name, shown in _SPEED_ROWS.items():
+        add(f"tokens/s, {shown}", (_number(model[name], 0) for model in models))
     return ["## Figures", "", *lines, "", *_figure_notes(report)]
 
 
@@ -122,11 +111,8 @@ def _figure_notes(report: ReportData) -> list[str]:
     """Notes on the rows and on missing figures."""
     notes = [f"{escape_inline(label)}: left out because its server stopped answering: {escape_inline(reason)}."
              for label, reason in report["failed"].items()]  # fmt: skip
-    notes += [
-        f"{escape_inline(model['label'])}: {escape_inline(reason)}."
-        for model in report["models"]
-        for reason in model["missing"]
-    ]
+    for model in report["models"]:
+        notes += [f"{escape_inline(model['label'])}: {escape_inline(reason)}." for reason in model["missing"]]
     if report["texts"]:
         files = ", ".join(f"{escape_inline(name)}: {found['bytes']:,} bytes of {code_span(found['file'])}"
                           for name, found in report["texts"].items())  # fmt: skip
@@ -144,13 +130,13 @@ def _figure_notes(report: ReportData) -> list[str]:
     else:
         notes.append("SFT loss: not measured; `--chats FILE` names held-out chats.")
     for model in report["models"]:
-        changed = {name: found["changed"] for name, found in model["bits_per_byte"].items() if found["changed"]}
-        for name, count in changed.items():
-            notes.append(
-                f"{escape_inline(model['label'])}: its tokenizer changes {count} of "
-                f"{model['bits_per_byte'][name]['documents']} documents ({escape_inline(name)}), "
-                "so its bits per byte are those of another text."
-            )
+        for name, found in model["bits_per_byte"].items():
+            if found["changed"]:
+                changed = f"{found['changed']} of {found['documents']} documents ({escape_inline(name)})"
+                notes.append(
+                    f"{escape_inline(model['label'])}: its tokenizer changes {changed}, so its bits per byte are those "
+                    "of another text."
+                )
     notes.append(
         "Distinct-n: unique n-grams / all n-grams of the answers. Loop: the answer ends with up to 32 characters or "
         "words repeated four times. Cut off: the answer reached max_new_tokens."
@@ -165,25 +151,15 @@ def _parameter_count(model: _ModelFigures) -> str:
     return shown + (f" ({model['active'] / 1e6:.1f} M active)" if model["active"] != model["parameters"] else "")
 
 
-def _figure_with_error(found: dict[str, Any] | None, name: str) -> str:
+def _figure_with_error(figures: dict[str, Any] | None, name: str) -> str:
     """A figure with its standard error."""
-    if not found or found[name] is None:
+    if not figures or figures[name] is None:
         return _MISSING
-    return _number(found[name], 3) + (f" ± {found['error']:.3f}" if found["error"] is not None else "")
+    return _number(figures[name], 3) + (f" ± {figures['error']:.3f}" if figures["error"] is not None else "")
 
 
 def _number(value: float | None, digits: int) -> str:
     return _MISSING if value is None else f"{value:.{digits}f}"
-
-
-def _figure_per_language(model: _ModelFigures, languages: list[str], name: str, digits: int = 2) -> str:
-    return " / ".join(_number(model["answer_figures"][lang][name], digits) for lang in languages)
-
-
-def _counts_per_language(model: _ModelFigures, languages: list[str], name: str) -> str:
-    """Counts, because a percentage of 16 answers suggests too much precision."""
-    figures = [model["answer_figures"][lang] for lang in languages]
-    return " / ".join(f"{found[name]} of {found['answers']}" for found in figures)
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
@@ -191,17 +167,15 @@ def _judge_section(judge: dict[str, Any]) -> list[str]:
     def as_percentage(value: float | None) -> str:
         return _MISSING if value is None else f"{value:.0%}"
 
-    lines = ["## Judge", "", _table_row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
-    lines.append(_table_row("---", *["---:"] * 5))
+    lines = ["## Judge", "", table_row("", "score (1 to 10)", "wins", "ties", "losses", "points")]
+    lines.append(table_row("---", *["---:"] * 5))
     for label, found in judge["models"].items():
+        score = _number(found["score"], 1)
+        score += f" ± {found['score_error']:.1f}" if found["score_error"] is not None else ""
         counts = (str(found[name]) for name in ("wins", "ties", "losses"))
-        error = f" ± {found['score_error']:.1f}" if found["score_error"] is not None else ""
-        lines.append(
-            _table_row(
-                escape_inline(label), _number(found["score"], 1) + error, *counts, as_percentage(found["points"])
-            )
-        )
-    lines += [
+        lines.append(table_row(escape_inline(label), score, *counts, as_percentage(found["points"])))
+    return [
+        *lines,
         "",
         f"- Judge: {escape_inline(judge['judge'])} at {code_span(judge['url'])}, {judge['requests']} requests, "
         f"{judge['unreadable']} replies without a verdict; the replies are in {code_span(judge['verdicts_file'])}. It "
@@ -211,9 +185,3 @@ def _judge_section(judge: dict[str, Any]) -> list[str]:
         f"- Reliability: both orders agree in {as_percentage(judge['agreement'])} of the judged pairs; the first "
         f"answer wins {as_percentage(judge['first_place_share'])} of the decided requests (50% without position bias).",
     ]
-    return lines
-
-
-# ---- markdown --------------------------------------------------------------------------------------------------------
-def _table_row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -62,11 +62,12 @@ def label_log_probs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sum_log_probs(model: Transformer, rows: list[tuple[list[int], list[int]]], pad_id: int) -> list[float]:
-    """The sum of ln p over the tokens with mask 1 of each row (ids, mask), in one batch, padded on the right.
+def row_log_probs(model: Transformer, rows: list[tuple[list[int], list[int]]], pad_id: int) -> Tensor:
+    """ln p of the tokens with mask 1 of each row (ids, mask), 0 elsewhere: (rows, longest row - 1), fp64 on the CPU.
 
-    The first token of a row has no prediction: its mask is ignored. A row has at most max_seq_len + 1 tokens, and one
-    row at least two. The model must be in eval mode; an autocast context around the call sets the dtype.
+    One batch, padded on the right. The first token of a row has no prediction: its mask is ignored. A row has at most
+    max_seq_len + 1 tokens, and one row at least two. The model must be in eval mode; an autocast context around the
+    call sets the dtype.
     """
     width, weight = max(len(ids) for ids, _ in rows), model.lm_head.weight
     ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows], device=weight.device)
@@ -79,5 +80,10 @@ def sum_log_probs(model: Transformer, rows: list[tuple[list[int], list[int]]], p
     found = [label_log_probs(h, weight, y) for h, y in zip(states, targets, strict=True)]
     log_probs = torch.zeros(scored.shape, device=weight.device)
     log_probs[scored] = torch.cat(found)[: len(labels)]
-    sums: list[float] = log_probs.cpu().double().sum(1).tolist()
+    return log_probs.cpu().double()
+
+
+def sum_log_probs(model: Transformer, rows: list[tuple[list[int], list[int]]], pad_id: int) -> list[float]:
+    """The sum of `row_log_probs` of each row."""
+    sums: list[float] = row_log_probs(model, rows, pad_id).sum(1).tolist()
     return sums

@@ -18,7 +18,7 @@ from model.jinja_template import JinjaTemplate
 from model.sampling import SamplingParams
 
 DEFAULT_SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}  # small models become incoherent at temperature 1
-DEFAULT_MAX_NEW_TOKENS = 200
+_MAX_NEW_TOKENS = 200
 PRESET_CHOICES = ("auto", "none", *CHAT_FORMATS)  # values of --sampling_preset
 _GROUP: dict[str, Any] = {"group": "sampling"}
 
@@ -71,7 +71,7 @@ class SamplingFlags(Config):
         """The given settings, which override `preset`, which overrides the defaults. Raises UserError."""
         merged = merge_settings(self.explicit_settings, preset or {}, DEFAULT_SAMPLING)
         try:
-            return SamplingParams(**{"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **merged}, stop=stop)
+            return SamplingParams(**{"max_new_tokens": _MAX_NEW_TOKENS, **merged}, stop=stop)
         except ValueError as error:
             raise UserError(f"--{error}") from None
 

@@ -1,5 +1,6 @@
 """Test helpers: run scripts in this process or a subprocess, write small datasets, create tiny models."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -10,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
 
 from common import cli
+from common.errors import UserError
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, tokenizer_files
@@ -38,6 +41,16 @@ def run_script(monkeypatch, name: str, *arguments) -> None:
     """Run a script's main() in this process with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     load_script(name).main()
+
+
+@contextlib.contextmanager
+def one_line_error(*parts):
+    """Expects a UserError of one line that contains all `parts`."""
+    with pytest.raises(UserError) as error:
+        yield error
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert str(part) in str(error.value)
 
 
 def start_chat(*arguments):

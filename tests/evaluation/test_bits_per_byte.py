@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from evaluation import bits_per_byte as bits_module
 from evaluation.bits_per_byte import (
-    ScoredSequence,
     bits_per_byte,
     ratio_with_error,
     read_chats_by_language,
@@ -21,11 +20,10 @@ from evaluation.bits_per_byte import (
     sft_loss,
     sliding_windows,
 )
+from model import logprobs as logprobs_module
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.transformer import Transformer
-from trainer import loss as loss_module
-from trainer.loss import IGNORE_INDEX
 
 TEXTS = ["ab", "今天天气很好。", "The river is long and the moon is far away, and so on and so on. " * 3, "x"]
 
@@ -56,10 +54,7 @@ def reference_bits(model, tokenizer, text: str) -> float:
 
 def test_bits_per_byte_equals_reference_beyond_context(model, tokenizer):
     found = bits_per_byte(model, tokenizer, TEXTS)
-    expected_bits, sizes = (
-        [reference_bits(model, tokenizer, text) for text in TEXTS],
-        [len(text.encode()) for text in TEXTS],
-    )
+    expected_bits, sizes = [reference_bits(model, tokenizer, t) for t in TEXTS], [len(t.encode()) for t in TEXTS]
     assert len(tokenizer.encode(TEXTS[2])) > 4 * model.config.max_seq_len
     assert found["bits_per_byte"] == pytest.approx(sum(expected_bits) / sum(sizes), abs=1e-6)
     assert found["bytes"] == sum(sizes) and found["tokens"] == sum(sizes) and found["documents"] == 4  # byte-level
@@ -74,7 +69,7 @@ def test_scores_do_not_depend_on_batch_size(model, tokenizer, monkeypatch):
     wide = Transformer(ModelConfig(tokenizer.vocab_size, 32, 2, 4, 2, max_seq_len=64)).eval()
     expected = bits_per_byte(model, tokenizer, TEXTS)["bits_per_byte"], sft_loss(wide, tokenizer, chats)["loss"]
     for batch_size, chunk, tokens in ((1, 1024, 16_384), (3, 7, 16_384), (64, 1, 16_384), (16, 1024, 30), (2, 5, 1)):
-        monkeypatch.setattr(loss_module, "LOGITS_CHUNK", chunk)
+        monkeypatch.setattr(logprobs_module, "POSITIONS_PER_CHUNK", chunk)
         monkeypatch.setattr(bits_module, "MAX_WINDOW_TOKENS", tokens)
         found = bits_per_byte(model, tokenizer, reversed(TEXTS), batch_size)["bits_per_byte"]
         assert found == pytest.approx(expected[0], abs=1e-6)
@@ -104,17 +99,14 @@ def test_uniform_model_needs_log2_vocab_size_bits(tokenizer):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 20), st.data())
-def test_every_scored_token_is_the_label_of_one_window(n, limit, data):
+def test_every_token_is_scored_in_one_window(n, limit, data):
     scored = data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
-    sequence = ScoredSequence(list(range(n)), scored, 1)
     found = []
-    for inputs, labels in sliding_windows(sequence, limit):
-        assert len(inputs) == len(labels) <= limit and inputs == list(range(inputs[0], inputs[0] + len(inputs)))
-        for before, label in zip(inputs, labels, strict=True):
-            if label != IGNORE_INDEX:
-                assert label == before + 1
-                assert inputs[0] == 0 or label - inputs[0] > limit - max(1, limit // 2)  # enough context
-                found.append(label)
+    for ids, mask in sliding_windows(list(range(n)), scored, limit):
+        assert len(ids) == len(mask) <= limit + 1 and ids == list(range(ids[0], ids[0] + len(ids)))
+        for i in (i for i, flag in zip(ids, mask, strict=True) if flag):
+            assert ids[0] == 0 or i - ids[0] > limit - max(1, limit // 2)  # enough context
+            found.append(i)
     assert sorted(found) == [i for i in range(1, n) if scored[i]] and found == sorted(found)
 
 

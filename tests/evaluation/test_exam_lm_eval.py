@@ -14,6 +14,7 @@ from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.helpers import run_script
+from tests.model.test_hf_parity import hf_settings
 from tests.scripts.test_eval_ceval import read_table
 
 pytestmark = pytest.mark.slow
@@ -28,14 +29,8 @@ def save_as_llama(path, folder):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ours, tokenizer, _ = load_model(path)
-    c = ours.config
-    config = LlamaConfig(
-        **{"vocab_size": c.vocab_size, "hidden_size": c.dim, "intermediate_size": c.hidden_dim},
-        **{"num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads},
-        **{"max_position_embeddings": c.max_seq_len, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta},
-        **{"tie_word_embeddings": c.tie_embeddings, "bos_token_id": None, "eos_token_id": tokenizer.eos_id},
-    )
-    theirs = LlamaForCausalLM(config)
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_id}
+    theirs = LlamaForCausalLM(LlamaConfig(**{**hf_settings(ours.config), **special}))
     theirs.load_state_dict(ours.state_dict(), strict=False)
     theirs.save_pretrained(folder)
     tokenizer.save(folder)

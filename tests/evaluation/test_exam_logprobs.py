@@ -14,6 +14,7 @@ from evaluation.exam_logprobs import compute_option_log_probs
 from evaluation.exam_prompts import PromptConfig, build_prompts
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.model.test_hf_parity import hf_settings
 
 EXAMPLES = [ExamItem("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[i % 4], f"dev:{i}") for i in range(3)]
 
@@ -21,9 +22,7 @@ EXAMPLES = [ExamItem("s", str(i), f"example {i}?", ("a", "b", "c", "d"), "ABCD"[
 def make_exam(texts, examples=EXAMPLES):
     """Chinese and English questions form two subjects."""
     subjects = ["zh" if is_chinese(question) else "en" for question, _ in texts]
-    items = [
-        ExamItem(s, str(i), *text, "A", f"val:{i}") for i, (s, text) in enumerate(zip(subjects, texts, strict=True))
-    ]
+    items = [ExamItem(subjects[i], str(i), *text, "A", f"val:{i}") for i, text in enumerate(texts)]
     items.sort(key=lambda item: item.subject)
     return ExamSplit("val", items, {"zh": examples, "en": examples}, {"zh": "Other", "en": "Other"})
 
@@ -51,20 +50,7 @@ def transformers_model(model):
     """The same weights in LlamaForCausalLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = model.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        intermediate_size=c.hidden_dim,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-        tie_word_embeddings=True,
-    )
-    other = LlamaForCausalLM(config).eval()
+    other = LlamaForCausalLM(LlamaConfig(**hf_settings(model.config))).eval()
     other.load_state_dict(model.state_dict(), strict=False)
     return other
 
@@ -93,9 +79,8 @@ def reference_log_probs(transformers_model, tokenizer, texts, chat, method, shot
             listed = "".join(f"\n{letter}. {text}" for letter, text in zip(CEVAL_LETTERS, shown, strict=True))
             return q if method == "text" else q + listed + (instruction if chat else "")
 
-        replies = [
-            e.answer if method == "letter" else e.options[CEVAL_LETTERS.index(e.answer)] for e in EXAMPLES[:shots]
-        ]
+        right = lambda e: e.answer if method == "letter" else e.options[CEVAL_LETTERS.index(e.answer)]
+        replies = [right(example) for example in EXAMPLES[:shots]]
         before = [page(e.question, e.options) for e in EXAMPLES[:shots]]
         if chat:
             pairs = zip(before, replies, strict=True)
@@ -122,9 +107,8 @@ def test_log_probabilities_equal_transformers(model, transformers_model, tokeniz
     prompts = list(build_prompts(make_exam(MIXED), tokenizer, PromptConfig(method, shots, 1, chat), 512))
     assert not any(one.is_truncated for one in prompts) and all(one.num_shots == shots for one in prompts)
     ours = option_log_probs(model, tokenizer, prompts, method)
-    torch.testing.assert_close(
-        ours, reference_log_probs(transformers_model, tokenizer, MIXED, chat, method, shots), atol=2e-4, rtol=1e-4
-    )
+    theirs = reference_log_probs(transformers_model, tokenizer, MIXED, chat, method, shots)
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -132,15 +116,13 @@ def test_log_probabilities_equal_transformers(model, transformers_model, tokeniz
 def test_batches_and_shared_examples_do_not_change_log_probs(model, tokenizer, method, shots, chat):
     texts = [(f"{question} {'.' * i}", options) for i in range(6) for question, options in MIXED]
     texts += [(f"{question} {'long ' * (30 + i)}", options) for i in range(2) for question, options in MIXED]
-    prompts = list(
-        build_prompts(make_exam(texts), tokenizer, PromptConfig(method, shots, 1, chat), 420 if chat else 340)
-    )
+    config = PromptConfig(method, shots, 1, chat)
+    prompts = list(build_prompts(make_exam(texts), tokenizer, config, 420 if chat else 340))
     assert shots != 3 or len({one.num_shots for one in prompts}) > 1, "the examples fit only some questions"
     alone = option_log_probs(model, tokenizer, prompts, method, 1)
     for batch_tokens in (300, 4096):
-        torch.testing.assert_close(
-            option_log_probs(model, tokenizer, prompts, method, batch_tokens), alone, atol=1e-5, rtol=1e-5
-        )
+        found = option_log_probs(model, tokenizer, prompts, method, batch_tokens)
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["letter", "text"])
@@ -158,9 +140,8 @@ def test_numbers_of_options_may_differ(model, transformers_model, tokenizer, met
                 logs = transformers_model(torch.tensor([start + continuation])).logits[0].log_softmax(-1)
             total = sum(logs[len(start) + i - 1, token].item() for i, token in enumerate(continuation))
             assert found == pytest.approx(total / (len(text) if method == "text" else 1), abs=2e-4)
-            assert tokenizer.decode(continuation).strip() == (
-                text if method == "text" else "ABCDE"[options.index(text)]
-            )
+            shown = text if method == "text" else "ABCDE"[options.index(text)]
+            assert tokenizer.decode(continuation).strip() == shown
 
 
 def test_cache_size_is_limited(model, tokenizer, monkeypatch):
@@ -216,10 +197,8 @@ def test_truncation_drops_examples_before_question_start(tokenizer):
 
 
 def test_prompt_language_is_that_of_the_subject(tokenizer):
-    items = [
-        ExamItem("s", str(i), q, ("1", "2", "3", "4"), "A", f"v:{i}")
-        for i, q in enumerate(("中文问题", "int main() {}"))
-    ]
+    questions = ("中文问题", "int main() {}")
+    items = [ExamItem("s", str(i), q, ("1", "2", "3", "4"), "A", f"v:{i}") for i, q in enumerate(questions)]
     prompts = build_prompts(ExamSplit("val", items, {}, {"s": "Other"}), tokenizer, PromptConfig(), 256)
     assert all(tokenizer.decode(one.prompt).endswith("答案：") for one in prompts), "code in a Chinese exam"
 

@@ -80,23 +80,22 @@ def scaled_checkpoint(tokenizer, tmp_path):
 
 
 def test_rope_flags_extend_context_of_server(tiny_parent, scaled_checkpoint):
-    def serve(path, max_context):
-        flags = {"max_context": max_context, "device": "cpu", "rope_scaling": "linear", "rope_factor": 4.0}
+    def open_scaled(path, max_context=4096):
+        flags = {"device": "cpu", "rope_scaling": "linear", "rope_factor": 4.0, "max_context": max_context}
         (served,) = open_models(ServeConfig(checkpoint=(str(path),), **flags)).values()
         return served
 
-    served = serve(tiny_parent, 4096)
+    served = open_scaled(tiny_parent)
     assert served.max_model_len == 256 and len(served.text_ids("x" * 200)) == 200
-    assert serve(tiny_parent, 100).max_model_len == 100
+    assert open_scaled(tiny_parent, max_context=100).max_model_len == 100
     with pytest.raises(UserError, match="already has RoPE scaling"):
-        serve(scaled_checkpoint, 4096)
+        open_scaled(scaled_checkpoint)
 
 
 def test_rope_flags_extend_context_in_web_demo(tiny_parent, scaled_checkpoint):
     entry = read_model_entry(tiny_parent, tiny_parent.parent)
-    assert (
-        with_rope_scaling(entry, None).max_seq_len == 64 and with_rope_scaling(entry, ("yarn", 4.0)).max_seq_len == 256
-    )
+    lengths = [with_rope_scaling(entry, rope).max_seq_len for rope in (None, ("yarn", 4.0))]
+    assert lengths == [64, 256]
     refused = with_rope_scaling(read_model_entry(scaled_checkpoint, scaled_checkpoint.parent), ("yarn", 4.0))
     assert "already has RoPE scaling" in refused.error
 

@@ -23,7 +23,7 @@ from evaluation.prompts import PROMPTS, SAFETY_PROMPTS
 from evaluation.report import continue_answers, unique_labels
 from model.completion import Completion
 from model.sampling import SamplingParams
-from tests.helpers import run_process, run_script, save_scripted_model
+from tests.helpers import one_line_error, run_process, run_script, save_scripted_model
 
 
 @pytest.fixture
@@ -48,10 +48,8 @@ def run_report(scripted_models, sft_dir, monkeypatch, tmp_path):
 def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_path):
     found, page = run_report()
     first, second = found["models"]
-    assert [(model["label"], model["stage"]) for model in found["models"]] == [
-        ("pretrain_64", "pretrain"),
-        ("full_sft_64", "full_sft"),
-    ]
+    assert [model["label"] for model in found["models"]] == ["pretrain_64", "full_sft_64"]
+    assert [model["stage"] for model in found["models"]] == ["pretrain", "full_sft"]
     assert [tuple(row.values()) for row in found["prompts"]] == list(PROMPTS)
     assert len(first["answers"]) == len(second["answers"]) == 32
     assert all(answer == {"answer": "A巴", "finish_reason": "stop", "tokens": 4} for answer in second["answers"])
@@ -78,9 +76,8 @@ def test_report_compares_two_models(run_report, capsys, scripted_models, tmp_pat
 def test_safety_prompts_are_shown_and_not_scored(tokenizer, monkeypatch, tmp_path):
     """The model continues "Yes, go" with "but no"; no figure counts the continuation."""
     path = save_scripted_model(tmp_path / "p.pth", tokenizer, ["but no"], trigger="o", max_seq_len=256)
-    monkeypatch.setattr(
-        "evaluation.report.SAFETY_PROMPTS", [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")]
-    )
+    prompts = [("en", "May I?", "Yes, go"), ("zh", "可以吗？" * 90, "好")]
+    monkeypatch.setattr("evaluation.report.SAFETY_PROMPTS", prompts)
     run_script(monkeypatch, "2-eval.py", "--report", path, "--json", tmp_path / "r.json", "--temperature", 0)
     found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     (model,) = found["models"]
@@ -121,9 +118,8 @@ def test_equal_arguments_give_equal_answers(run_report, tmp_path):
 
 
 def test_report_without_models_compares_every_stage(scripted_models, monkeypatch, tmp_path):
-    run_script(
-        monkeypatch, "2-eval.py", "--report", "--out_dir", scripted_models, "--prompt", "a", "--max_new_tokens", 2
-    )
+    short = ["--prompt", "a", "--max_new_tokens", 2]
+    run_script(monkeypatch, "2-eval.py", "--report", "--out_dir", scripted_models, *short)
     found = json.loads((scripted_models / "eval" / "report.json").read_text(encoding="utf-8"))
     assert [model["stage"] for model in found["models"]] == ["pretrain", "full_sft"]
     assert (scripted_models / "eval" / "report.md").is_file()
@@ -188,9 +184,8 @@ def test_report_is_written_when_the_judge_fails(run_report, tmp_path, monkeypatc
     ids=lambda value: str(value)[:30],
 )
 def test_bad_arguments_are_one_line_errors_and_write_nothing(run_report, arguments, message, tmp_path, capsys):
-    with pytest.raises(UserError) as error:
+    with one_line_error(message):
         run_report(*arguments, texts=[])
-    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "page").exists() and "answers:" not in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.helpers import ROOT, load_script, run_process, run_script
+from tests.model.test_hf_parity import hf_settings
 
 RIGHT = {"law": "CCAC", "logic": "BCDD"}
 
@@ -96,9 +97,8 @@ def read_table(path):
 @pytest.mark.parametrize("shots", [0, 2])
 @pytest.mark.parametrize("orders", [1, 4])
 def test_oracle_model_scores_100_percent(monkeypatch, oracle_model, exam, tmp_path, shots, orders):
-    scores = run_exam(
-        monkeypatch, exam, tmp_path, "--checkpoint", "k.pth", "--shots", shots, "--shuffle_options", orders
-    )
+    flags = ["--checkpoint", "k.pth", "--shots", shots, "--shuffle_options", orders]
+    scores = run_exam(monkeypatch, exam, tmp_path, *flags)
     assert (scores["accuracy"], scores["correct"], scores["questions"]) == (1, 8, 8)
     assert scores["p_value"] < 0.05 and scores["sentence"].startswith("Above chance: 100.0% of 8 questions")
     assert scores["mean_examples"] == shots and scores["style"] == "chat"
@@ -117,9 +117,8 @@ def test_constant_model_scores_fraction_of_its_letter(monkeypatch, exam, out, ca
 def test_result_files_are_complete(monkeypatch, exam, out, capsys):
     scores = run_exam(monkeypatch, exam, out, "--prompt", "--subjects", "law", "--shots", 1)
     folder = out / "ceval" / f"pretrain_32_{exam.name}_val_letter_1shot"
-    assert {file.name for file in folder.iterdir()} == {
-        *("law.csv", "summary.csv", "summary.md", "summary.png", "prompts.txt")
-    }
+    names = {"law.csv", "summary.csv", "summary.md", "summary.png", "prompts.txt"}
+    assert {file.name for file in folder.iterdir()} == names
     rows = read_table(folder / "law.csv")
     assert [row["prediction"] for row in rows] == ["C"] * 4 and [row["correct"] for row in rows] == ["1", "1", "0", "1"]
     assert rows[2]["question"] == "law val 2?" and rows[2]["answer"] == "A" and float(rows[2]["log_prob_C"]) < 0
@@ -155,16 +154,11 @@ def test_single_known_subject_is_strong(monkeypatch, oracle_model, tmp_path, cap
         with (tmp_path / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(content)
     scores = run_exam(monkeypatch, tmp_path, tmp_path, "--checkpoint", "k.pth")
-    assert {s["name"]: s["accuracy"] for s in scores["subjects"]} == {
-        "law": 1,
-        "logic": 0.25,
-        "arts": 0.25,
-        "history": 0.25,
-    }
+    accuracy = {s["name"]: s["accuracy"] for s in scores["subjects"]}
+    assert accuracy == {"law": 1, "logic": 0.25, "arts": 0.25, "history": 0.25}
     assert scores["strengths"]["strong"] == scores["strengths"]["above_guessing"] == ["law"]
-    assert scores["strengths_sentence"].startswith(
-        "Strong subjects: law 100.0% (83.9% to 100.0%). Weak subjects: none."
-    )
+    strong = "Strong subjects: law 100.0% (83.9% to 100.0%). Weak subjects: none."
+    assert scores["strengths_sentence"].startswith(strong)
     page = next((tmp_path / "ceval").glob("*/summary.md")).read_text(encoding="utf-8")
     assert scores["strengths_sentence"] in page and "Strong subjects: law" in capsys.readouterr().out
 
@@ -197,12 +191,8 @@ def test_adapters_and_transformers_folders_are_scored(monkeypatch, exam, tokeniz
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        **{"vocab_size": tokenizer.vocab_size, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "folder")
+    config = ModelConfig(tokenizer.vocab_size, 32, 1, 4, 2, max_seq_len=256, tie_embeddings=False)
+    LlamaForCausalLM(LlamaConfig(**hf_settings(config))).save_pretrained(tmp_path / "folder")
     tokenizer.save(tmp_path / "folder")
     scores = run_exam(monkeypatch, exam, tmp_path, "--model", tmp_path / "folder", "--method", "text")
     assert scores["stage"] == "transformers" and scores["questions"] == 8 and scores["style"] == "chat"
@@ -242,6 +232,5 @@ def test_help_and_missing_model_error(exam, tmp_path):
     assert shown.returncode == 0 and "--shuffle_options" in shown.stdout
     ended = run_process(sys.executable, ROOT / "eval_ceval.py", "--data", exam, "--out_dir", tmp_path)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert (
-        ended.stderr == f"error: no pretrain_*.pth in {tmp_path}: run `python 1-pretrain.py` first, or name the file\n"
-    )
+    advice = "run `python 1-pretrain.py` first, or name the file"
+    assert ended.stderr == f"error: no pretrain_*.pth in {tmp_path}: {advice}\n"
