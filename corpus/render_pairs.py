@@ -10,9 +10,9 @@ import bisect
 import itertools
 from typing import Any
 
+from corpus.answers import common_prefix_length
 from corpus.chats import Message, chat_text
 from corpus.examples import Example
-from corpus.pair_answers import common_prefix_length
 from corpus.render_chats import MAX_TOKEN_CHARACTERS, MaskedTokens, count_answer_bytes
 from corpus.stats import DataStats
 

@@ -21,11 +21,11 @@ from typing import Any
 from common.errors import CHAT_FORMAT_ADVICE, UserError
 from common.files import PathLike, remove, temporary_path
 from common.locks import lock_output
+from corpus.answers import PAIR_SIDES
 from corpus.chats import chat_text
 from corpus.dataset_meta import DATA_FORMAT, read_checked_meta, read_meta, warn_no_checksums, write_meta
 from corpus.examples import Example, batch_examples
 from corpus.language import LANGUAGES
-from corpus.pair_answers import PAIR_SIDES
 from corpus.render_chats import MaskedTokens, render_chat_examples
 from corpus.render_pairs import render_pair_examples
 from corpus.shard_writer import (

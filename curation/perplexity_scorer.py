@@ -37,7 +37,7 @@ from export.hf_import import open_folder, open_model
 from model.chat_template import Message
 from model.checkpoint import model_fingerprint
 from model.tokenizer import ChatTokenizer
-from trainer.loss import IGNORE_INDEX, output_weight, token_log_probs
+from trainer.loss import IGNORE_INDEX, token_log_probs
 
 SCORER_POOL_CHATS = 1024  # chats sorted by length together
 SCORER_BATCH_TOKENS = 8192  # tokens per batch, padding included
@@ -73,7 +73,7 @@ class Scorer:
             ids, labels = ids.to(self.device), labels.to(self.device)
             with autocast(self.device, self.dtype):
                 hidden, _ = self.model(ids)
-                log_probs = token_log_probs(hidden, output_weight(self.model), labels)
+                log_probs = token_log_probs(hidden, self.model.lm_head.weight, labels)
             counts = (labels != IGNORE_INDEX).sum(1).tolist()
             for i, total, count in zip(batch, log_probs.double().sum(1).tolist(), counts, strict=True):
                 result[i] = (-total / max(count, 1), count)
