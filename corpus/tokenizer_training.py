@@ -26,6 +26,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common.errors import UserError
+from model.tokenizer import BYTE_OF_CHARACTER
 
 MIN_VOCABULARY = 300  # the 256 bytes, the special tokens and some learned pieces
 MAX_VOCABULARY = 2**32  # token ids are stored as uint16 or uint32
@@ -250,11 +251,6 @@ def _add_phrases(words: Tokenizer, algorithm: str, phrases: Sequence[Phrase]) ->
 
 
 # ---- inspection ------------------------------------------------------------------------------------------------------
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE maps these bytes to themselves
-_UNPRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]  # and these to the characters from U+0100
-_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_UNPRINTABLE)}
-
-
 def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """The bytes of each id, a list of vocab_size entries; for a special token, its name."""
     byte_level = json.loads(tokenizer.to_str())["decoder"]["type"] == "ByteLevel"
@@ -264,7 +260,7 @@ def vocab_bytes(tokenizer: Tokenizer) -> list[bytes]:
         if i in special:
             found[i] = piece.encode()
         elif byte_level:
-            found[i] = bytes(_BYTE_OF[character] for character in piece)
+            found[i] = bytes(BYTE_OF_CHARACTER[character] for character in piece)
         else:
             lone_byte = len(piece) == 6 and piece.startswith("<0x")
             found[i] = bytes([int(piece[3:5], 16)]) if lone_byte else piece.encode()

@@ -29,9 +29,9 @@ from corpus.read_examples import read_chat_examples
 from corpus.readers import read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats
+from model.logprobs import sum_log_probs
 from model.tokenizer import ChatTokenizer
 from model.transformer import Transformer
-from trainer.loss import IGNORE_INDEX, token_log_probs
 
 WINDOWS_PER_BATCH = 16  # windows in one forward pass
 MAX_WINDOW_TOKENS = 16_384  # at most so many tokens in one forward pass; a single longer window is allowed
@@ -141,33 +141,26 @@ def sft_loss(
     return {"loss": loss, "error": error, "bits_per_byte": bits, **counts}
 
 
-@torch.inference_mode()
 def negative_log_probs(
     model: Transformer, sequences: Sequence[ScoredSequence], batch_size: int = WINDOWS_PER_BATCH
 ) -> list[float]:
     """The sum of -ln p over the scored tokens of each sequence, in nats; long sequences use a sliding window."""
     limit = model.config.max_seq_len
     queue = [
-        (number, *window) for number, sequence in enumerate(sequences) for window in sliding_windows(sequence, limit)
+        (number, window) for number, sequence in enumerate(sequences) for window in sliding_windows(sequence, limit)
     ]
-    queue.sort(key=lambda window: len(window[1]))
+    queue.sort(key=lambda entry: len(entry[1][0]))
     sums, device = [0.0] * len(sequences), model.lm_head.weight.device
     was_training = model.training
     model.eval()
     try:
         while queue:  # longest first: an out-of-memory error comes at once
-            width = len(queue[-1][1])
+            width = len(queue[-1][1][0]) - 1
             count = max(1, min(batch_size, MAX_WINDOW_TOKENS // width))
             queue, batch = queue[:-count], queue[-count:]
-            ids = torch.tensor([inputs + [0] * (width - len(inputs)) for _, inputs, _ in batch], device=device)
-            labels = torch.tensor(
-                [targets + [IGNORE_INDEX] * (width - len(targets)) for *_, targets in batch], device=device
-            )
             with torch.autocast(device.type, enabled=False):
-                hidden, _ = model(ids)
-                log_probs = token_log_probs(hidden, model.lm_head.weight, labels)
-            found = log_probs.double().sum(-1) if device.type != "mps" else log_probs.cpu().double().sum(-1)
-            for (number, *_), value in zip(batch, found.tolist(), strict=True):
+                log_probs = sum_log_probs(model, [window for _, window in batch], pad_id=0)
+            for (number, _), value in zip(batch, log_probs, strict=True):
                 sums[number] -= value
     finally:
         model.train(was_training)
@@ -175,18 +168,14 @@ def negative_log_probs(
 
 
 def sliding_windows(sequence: ScoredSequence, limit: int) -> Iterable[tuple[list[int], list[int]]]:
-    """(inputs, labels) of at most `limit` tokens each: every scored token is a label in exactly one window."""
-    labels = [token if flag else IGNORE_INDEX for token, flag in zip(sequence.ids, sequence.score_mask, strict=True)][
-        1:
-    ]
+    """(ids, mask) of at most `limit` + 1 tokens each: every scored token has mask 1 in exactly one window."""
     step = max(1, limit // 2)
     for start in itertools.count(0, step):
-        inputs, targets = sequence.ids[start : start + limit], labels[start : start + limit]
-        inputs = inputs[: len(targets)]  # the last token has no label
-        num_seen = limit - step if start else 0  # labels already scored in the previous window
-        if any(label != IGNORE_INDEX for label in targets[num_seen:]):
-            yield inputs, [IGNORE_INDEX] * min(num_seen, len(targets)) + targets[num_seen:]
-        if start + limit >= len(labels):
+        ids, mask = (tokens[start : start + limit + 1] for tokens in (sequence.ids, sequence.score_mask))
+        num_seen = 1 + (limit - step if start else 0)  # tokens without a prediction or scored in the previous window
+        if any(mask[num_seen:]):
+            yield ids, [0] * min(num_seen, len(mask)) + mask[num_seen:]
+        if start + limit >= len(sequence.ids) - 1:
             return
 
 

@@ -22,7 +22,7 @@ from common.device import autocast, pick_device, pick_dtype
 from common.errors import UserError
 from export.hf_import import open_model
 from model.chat_template import Message
-from model.checkpoint import PARENT_STAGES, find_checkpoint
+from model.checkpoint import PARENT_STAGES, find_checkpoint, latest_checkpoint
 from model.completion import Completion
 from model.generate import chat_prompt, generate, stream
 from model.rope import rope_summary
@@ -38,12 +38,7 @@ def find_model(out_dir: str, checkpoint: str = "", stage: str = "") -> Path:
         return Path(checkpoint)
     if stage and stage not in PARENT_STAGES:
         raise UserError(f"--stage {stage}: unknown stage; choose from {', '.join(PARENT_STAGES)}")
-    return find_checkpoint(out_dir, stage or (list_stages(out_dir) or ["pretrain"])[-1])
-
-
-def list_stages(out_dir: str) -> list[str]:
-    """The training stages with a model in `out_dir`, in training order."""
-    return [stage for stage in PARENT_STAGES if list(Path(out_dir).glob(f"{stage}_[0-9]*.pth"))]
+    return find_checkpoint(out_dir, stage) if stage else latest_checkpoint(out_dir)
 
 
 @dataclass

@@ -137,8 +137,8 @@ class DecodeBatch:
         """Sample from logits (seqs, vocab); returns the new text of each sequence."""
         raw_logits = logits = logits.masked_fill(self.banned_mask, -math.inf)
         if any(seq.penalties for seq in seqs):
-            rows = zip(seqs, logits.split(1), strict=True)
-            logits = torch.cat([seq.penalties.apply(row) if seq.penalties else row for seq, row in rows])
+            rows = [(seq.penalties, logits[i : i + 1]) for i, seq in enumerate(seqs)]
+            logits = torch.cat([penalties.apply(row) if penalties else row for penalties, row in rows])
         draws = [seq.rng.random() for seq in seqs]
         tokens = sample_rows(logits, [seq.settings for seq in seqs], draws).tolist()
         pieces = []

@@ -25,7 +25,6 @@ from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.transformer import Transformer
 from trainer import loss as loss_module
-from trainer.loss import IGNORE_INDEX
 
 TEXTS = ["ab", "今天天气很好。", "The river is long and the moon is far away, and so on and so on. " * 3, "x"]
 
@@ -108,13 +107,11 @@ def test_every_scored_token_is_the_label_of_one_window(n, limit, data):
     scored = data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
     sequence = ScoredSequence(list(range(n)), scored, 1)
     found = []
-    for inputs, labels in sliding_windows(sequence, limit):
-        assert len(inputs) == len(labels) <= limit and inputs == list(range(inputs[0], inputs[0] + len(inputs)))
-        for before, label in zip(inputs, labels, strict=True):
-            if label != IGNORE_INDEX:
-                assert label == before + 1
-                assert inputs[0] == 0 or label - inputs[0] > limit - max(1, limit // 2)  # enough context
-                found.append(label)
+    for ids, mask in sliding_windows(sequence, limit):
+        assert len(ids) == len(mask) <= limit + 1 and ids == list(range(ids[0], ids[0] + len(ids))) and not mask[0]
+        for token in (token for token, is_scored in zip(ids, mask, strict=True) if is_scored):
+            assert ids[0] == 0 or token - ids[0] > limit - max(1, limit // 2)  # enough context
+            found.append(token)
     assert sorted(found) == [i for i in range(1, n) if scored[i]] and found == sorted(found)
 
 
