@@ -2,7 +2,7 @@
 
     log p(token) = log_softmax(logits)[token]
 
-Read next: generate.py (the hidden states), ../serving/echo.py (the response format).
+Read next: generate.py (the hidden states), ../serving/responses.py (the response format).
 """
 
 from dataclasses import dataclass
