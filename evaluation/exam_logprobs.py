@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.device import compute_dtype
 from common.errors import UserError
 from evaluation.chat_model import ChatModel
 from evaluation.exam_prompts import ExamPrompt
@@ -178,17 +179,14 @@ def _similar_length_groups(lengths: list[int], batch_tokens: int, rows: int) -> 
 def _empty_cache(model: Transformer, rows: int, capacity: int) -> KVCache:
     """A cache in the dtype of the forward pass."""
     weight = model.lm_head.weight
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-    return KVCache(model.config, rows, capacity, weight.device, dtype)
+    return KVCache(model.config, rows, capacity, weight.device, compute_dtype(weight))
 
 
 def _copy_cache(model: Transformer, cache: KVCache, rows: list[int], length: int, capacity: int) -> KVCache:
     """A cache of `capacity` tokens with the first `length` tokens of the given rows of `cache`."""
     expanded = KVCache(model.config, len(rows), capacity, cache.keys.device, cache.keys.dtype)
     expanded.length = length
-    expanded.keys[:, :, :, :length] = cache.keys[:, rows, :, :length]
-    expanded.values[:, :, :, :length] = cache.values[:, rows, :, :length]
+    expanded.copy_rows(cache, rows, slice(None), length)
     return expanded
 
 

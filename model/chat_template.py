@@ -75,7 +75,7 @@ class RenderedChat(NamedTuple):
 
 
 class ChatFormat(Protocol):
-    """What `Renderer` needs of a format; ChatTemplate and JinjaTemplate have it. Both raise UnsupportedChatError."""
+    """The methods of ChatTemplate and JinjaTemplate that `Renderer` calls. Both raise UnsupportedChatError."""
 
     def text(self, messages: list[Message], add_generation_prompt: bool = False) -> str: ...
     def samples(self, messages: list[Message], add_generation_prompt: bool = False) -> list[SampleText]: ...

@@ -10,6 +10,7 @@ Called by checkpoint.read_checkpoint. Read next: config.py (the limits of the co
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def check_checkpoint(content: Any, path: str | os.PathLike[str]) -> Checkpoint:
     for key, check in KEY_CHECKS.items():
         if key in content and (problem := check(content[key])):
             raise UserError(f"{path}: {problem}: the file is damaged or foreign")
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in content["model"].values())
-    if num_bytes > 2 * Path(path).stat().st_size:
+    state: dict[str, torch.Tensor] = content["model"]
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > 2 * Path(path).stat().st_size:
         raise UserError(f"{path}: its tensors overlap in the file: the file is damaged or foreign")
     lineage = [escape_controls_in(entry) for entry in content.get("lineage") or []]
     return {**content, "config": ModelConfig(**content["config"]).to_dict(), "lineage": lineage}
@@ -212,7 +213,7 @@ def escape_controls_in(value: Any) -> Any:
     return escape_controls(value) if isinstance(value, str) else value
 
 
-KEY_CHECKS = {
+KEY_CHECKS: dict[str, Callable[[Any], str]] = {
     "stage": stage_problem,
     "config": config_problem,
     "tokenizer": tokenizer_problem,

@@ -29,7 +29,7 @@ from model.tokenizer import ChatTokenizer
 from model.transformer import KVCache, Transformer
 
 INITIAL_CACHE_LEN = 64  # capacity of a new cache in tokens per row; it doubles when full
-Row = tuple[Sequence, int]  # a sequence and the index of one of its beams
+CacheRow = tuple[Sequence, int]  # a sequence and the index of one of its beams
 
 
 class DecodeBatch:
@@ -40,7 +40,7 @@ class DecodeBatch:
 
     def __init__(self, model: Transformer, tokenizer: ChatTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.rows: list[Row] = []
+        self.rows: list[CacheRow] = []
         self.cache: KVCache | None = None  # grows on demand
         self.device, entries = model.lm_head.weight.device, model.lm_head.weight.shape[0]
         self.stop_ids = frozenset(tokenizer.stop_ids)
@@ -120,7 +120,7 @@ class DecodeBatch:
             self.cache.copy_rows(old, used, used, filled)
         return self.cache
 
-    def _next_text(self, rows: list[Row], hidden: Tensor) -> list[tuple[Sequence, str]]:
+    def _next_text(self, rows: list[CacheRow], hidden: Tensor) -> list[tuple[Sequence, str]]:
         """hidden (rows, dim) at the last token of each row -> the new text of each sequence."""
         logits = self.model.lm_head(hidden).float()
         seqs = [seq for seq, _ in rows if not seq.search]
@@ -137,8 +137,8 @@ class DecodeBatch:
         """Sample from logits (seqs, vocab); returns the new text of each sequence."""
         raw_logits = logits = logits.masked_fill(self.banned_mask, -math.inf)
         if any(seq.penalties for seq in seqs):
-            rows = zip(seqs, logits.split(1), strict=True)
-            logits = torch.cat([seq.penalties.apply(row) if seq.penalties else row for seq, row in rows])
+            rows = [(seq.penalties, logits[i : i + 1]) for i, seq in enumerate(seqs)]
+            logits = torch.cat([penalties.apply(row) if penalties else row for penalties, row in rows])
         draws = [seq.rng.random() for seq in seqs]
         tokens = sample_rows(logits, [seq.settings for seq in seqs], draws).tolist()
         pieces = []

@@ -43,7 +43,8 @@ class JinjaTemplate:
             text, spans, _ = self.samples([{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}])[-1]
         except UserError:
             return ""
-        return self.markers.findall(text[slice(*spans[-1])])[-1]
+        markers: list[str] = self.markers.findall(text[slice(*spans[-1])])
+        return markers[-1]
 
     @cached_property
     def _compiled(self) -> tuple[Any, Any]:

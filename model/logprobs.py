@@ -75,9 +75,11 @@ def row_log_probs(model: Transformer, rows: list[tuple[list[int], list[int]]], p
     scored = mask[:, 1:] > 0
     hidden, labels = model(ids[:, :-1])[0][scored], ids[:, 1:][scored]
     missing = -len(labels) % POSITIONS_MULTIPLE
-    states = F.pad(hidden, (0, 0, 0, missing)).split(POSITIONS_PER_CHUNK)
-    targets = F.pad(labels, (0, missing)).split(POSITIONS_PER_CHUNK)
-    found = [label_log_probs(h, weight, y) for h, y in zip(states, targets, strict=True)]
+    hidden, targets = F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing))
+    chunks = [
+        slice(start, start + POSITIONS_PER_CHUNK) for start in range(0, max(len(targets), 1), POSITIONS_PER_CHUNK)
+    ]
+    found = [label_log_probs(hidden[chunk], weight, targets[chunk]) for chunk in chunks]
     log_probs = torch.zeros(scored.shape, device=weight.device)
     log_probs[scored] = torch.cat(found)[: len(labels)]
     return log_probs.cpu().double()

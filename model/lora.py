@@ -36,7 +36,9 @@ class LoRAConfig:
         require(is_rank, f"LoRA: rank must be a whole number from 1 to 65536 {got}")
         require(type(self.alpha) in numbers and 0 < self.alpha <= 1e6, f"LoRA: alpha must be in (0, 1e6] {got}")
         require(type(self.dropout) in numbers and 0 <= self.dropout < 1, f"LoRA: dropout must be in [0, 1) {got}")
-        are_names = type(self.targets) is list and self.targets and all(type(name) is str for name in self.targets)
+        are_names = (
+            type(self.targets) in (tuple, list) and self.targets and all(type(name) is str for name in self.targets)
+        )
         require(are_names, f"LoRA: targets must be names {got}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from model.chat_template import (
     END_OF_TEXT,
     IM_END,
     IM_START,
-    ChatFormat,
     ChatTemplate,
     Message,
     RenderedChat,
@@ -85,7 +84,7 @@ class ChatTokenizer:
             )
         return index
 
-    def _find_format(self) -> ChatFormat | None:
+    def _find_format(self) -> ChatTemplate | JinjaTemplate | None:
         """The named format, else the jinja template of an imported model, else None."""
         template, name = read_chat_template(self.files, self.config), self.config.get("chat_format")
         # Files of earlier versions have no chat_format field.
@@ -152,7 +151,7 @@ class ChatTokenizer:
         return f"{self.fingerprint}-{self.format_name}{revision}"
 
     @property
-    def chat_format(self) -> ChatFormat:
+    def chat_format(self) -> ChatTemplate | JinjaTemplate:
         """The chat format. Raises UserError if the tokenizer has none."""
         if self.format is None:
             raise UserError(f"this tokenizer has no chat template: {CHAT_FORMAT_ADVICE}")

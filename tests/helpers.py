@@ -136,6 +136,17 @@ def make_chat_row(i: int) -> dict:
     return {"messages": messages, "lang": lang}
 
 
+def tiny_model(**changes) -> Transformer:
+    """A model in eval mode with random weights: its answers are long and arbitrary. `changes`: fields of its config."""
+    torch.manual_seed(0)
+    config = {"vocab_size": 272, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}
+    model = Transformer(ModelConfig(**{**config, **changes})).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(std=0.2)
+    return model
+
+
 def save_scripted_model(
     path: Path,
     tokenizer: ChatTokenizer,

@@ -6,19 +6,25 @@ control token; tokenizer and checkpoint store the format, and each format has it
 """
 
 import json
+import shutil
 import sys
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.tokenizer_training import train_tokenizer
 from model.chat_template import CHAT_FORMATS
+from model.checkpoint import load_model, save_model
+from model.config import ModelConfig
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, load_tokenizer, save_tokenizer
 from model.tokenizer_files import LEGACY_TEMPLATE
-from tests.helpers import IGNORE_TOKEN_FOLDERS, load_weights, run_process, run_script
+from model.transformer import Transformer
+from tests.helpers import IGNORE_TOKEN_FOLDERS, force_tokens, load_weights, run_process, run_script
 from tests.scripts.test_train_tokenizer import made_up_text
+from trainer.datasets import check_data
 
 ONE = [("user", " 你好？"), ("assistant", "Hi.\n")]
 THREE = [("system", "Be kind."), *ONE, ("user", "1+1"), ("assistant", " 2"), ("user", "Bye\n"), ("assistant", "再见")]
@@ -223,16 +229,9 @@ def test_render_each_equals_rendering_each_chat(tokenizer_pairs, several, prompt
 
 def test_each_answer_is_one_run_of_ones(tokenizer_pairs):
     """Even if a token spans question and answer, which is possible in a format without roles."""
-    parts = [
-        ("user", "他们"),
-        ("assistant", "我"),
-        ("user", "我"),
-        ("assistant", "们在"),
-        ("user", "?"),
-        ("assistant", "的"),
-    ]
+    texts = ("他们", "我", "我", "们在", "?", "的")
     for tokenizer, _ in tokenizer_pairs:
-        _, mask = tokenizer.render(messages_of(parts))
+        _, mask = tokenizer.render(messages_of(zip(("user", "assistant") * 3, texts, strict=True)))
         assert len("".join(map(str, mask)).replace("0", " ").split()) == 3
 
 
@@ -297,13 +296,6 @@ SHORT = ["--device", "cpu", "--dtype", "float32", "--batch_size", "8", "--max_st
 
 def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_parent, sft_dir, tmp_path):
     """Each format has its own token folder for the same chats; evaluation uses the format of the checkpoint."""
-    import shutil
-
-    import torch
-
-    from model.checkpoint import load_model
-    from trainer.datasets import check_data
-
     chats = shutil.copytree(sft_dir, tmp_path / "sft", ignore=IGNORE_TOKEN_FOLDERS)
     for name in ("belle", None):
         flags = ["--chat_format", name] if name else []
@@ -330,25 +322,11 @@ def test_sft_takes_a_format_and_evaluation_follows(monkeypatch, capsys, tiny_par
 )
 def test_stop_tokens_and_stop_strings_end_an_answer(tokenizer, name, says, monkeypatch, tmp_path):
     """The end-of-turn token, or a plain-text beginning of the next turn, ends the answer and is not part of it."""
-    import itertools
-
-    import torch
-
-    from model.checkpoint import save_model
-    from model.config import ModelConfig
-    from model.transformer import Transformer
-
     formatted = tokenizer.with_chat_format(name)
     chain = [*tokenizer.encode(says[0]), *(tokenizer.backend.token_to_id(token) for token in says[1:])]
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 64, 1, 2, 2, max_seq_len=96, tie_embeddings=False))
-    with torch.no_grad():  # embeddings only: each token has one successor
-        for weight in model.model.layers.parameters():
-            weight.zero_()
-        model.model.embed_tokens.weight.normal_()
-        model.lm_head.weight.zero_()
-        for now, then in itertools.pairwise(chain):
-            model.lm_head.weight[then] += model.model.embed_tokens.weight[now]
+    force_tokens(model, chain, logit_scale=1)
     save_model(tmp_path / "full_sft_64.pth", model, "full_sft", formatted, [{"stage": "full_sft"}])
     run_script(monkeypatch, "2-eval.py", "--out_dir", tmp_path, "--prompt", "你好", "--temperature", 0,
                "--sampling_preset", "none", "--json", tmp_path / "a.json")  # fmt: skip
@@ -357,11 +335,7 @@ def test_stop_tokens_and_stop_strings_end_an_answer(tokenizer, name, says, monke
 
 
 def test_chat_formats_have_the_sampling_of_their_model_card(tokenizer):
-    assert tokenizer.with_chat_format("belle").format.sampling == {
-        "top_k": 30,
-        "top_p": 0.85,
-        "temperature": 0.35,
-        "repetition_penalty": 1.2,
-    }
+    belle = {"top_k": 30, "top_p": 0.85, "temperature": 0.35, "repetition_penalty": 1.2}
+    assert tokenizer.with_chat_format("belle").format.sampling == belle
     assert tokenizer.with_chat_format("mindllm").format.sampling == {"num_beams": 4, "no_repeat_ngram_size": 5}
     assert tokenizer.format.sampling == tokenizer.with_chat_format("text").format.sampling == {}

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from model.completion import Completion
-from model.config import ModelConfig
 from model.detokenizer import IncrementalDetokenizer
 from model.generate import fit_chat, generate, stream
 from model.sampling import SamplingParams, apply_repetition_penalty, filter_logits, sample
 from model.tokenizer import SPARE_TOKENS, SPECIAL_TOKENS, ChatTokenizer, tokenizer_files
-from model.transformer import Transformer
+from tests.helpers import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +34,6 @@ def fallback_tokenizer():
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return ChatTokenizer(tokenizer_files(backend))
-
-
-def make_model(**changes):
-    torch.manual_seed(0)
-    config = {"vocab_size": 272, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 32}
-    model = Transformer(ModelConfig(**{**config, **changes})).eval()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(std=0.2)
-    return model
 
 
 class ScriptedHead(torch.nn.Module):
@@ -61,7 +50,7 @@ class ScriptedHead(torch.nn.Module):
 
 def model_generating(ids):
     """A model that generates these ids for any prompt."""
-    model = make_model(max_seq_len=512)
+    model = tiny_model(max_seq_len=512)
     model.lm_head = ScriptedHead([torch.nn.functional.one_hot(torch.tensor(i), 272) * 9.0 for i in ids])
     return model
 
@@ -89,7 +78,7 @@ def greedy_without_cache(model, prompt, count, banned, stops):
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 def test_greedy_batch_equals_decoding_each_prompt_without_cache(use_moe, tokenizer):
-    model = make_model(use_moe=use_moe)
+    model = tiny_model(use_moe=use_moe)
     answers = generate(model, PROMPTS, GREEDY, tokenizer)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         ids, reason = greedy_without_cache(model, prompt, 12, [1, *range(3, 16)], (0, 2))
@@ -100,7 +89,7 @@ def test_greedy_batch_equals_decoding_each_prompt_without_cache(use_moe, tokeniz
 
 def test_sequences_end_independently_and_at_max_seq_len(tokenizer):
     """Prompts of different lengths, some up to max_seq_len: removed sequences do not affect the others."""
-    model = make_model()
+    model = tiny_model()
     random = torch.Generator().manual_seed(3)
     prompts = [torch.randint(16, 272, (n,), generator=random).tolist() for n in (31, 1, 20, 32, 7, 30, 2, 2)]
     long = SamplingParams(max_new_tokens=100, repetition_penalty=1.3)
@@ -112,10 +101,9 @@ def test_sequences_end_independently_and_at_max_seq_len(tokenizer):
 
 
 def test_each_sampled_sequence_has_its_own_seed(tokenizer):
-    model = make_model()
-    hot = SamplingParams(
-        temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.2, max_new_tokens=20, seed=7
-    )
+    model = tiny_model()
+    filters = {"top_k": 50, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.2}
+    hot = SamplingParams(temperature=1.0, max_new_tokens=20, seed=7, **filters)
     together = generate(model, [PROMPTS[0]] * 4, hot, tokenizer)
     assert len({tuple(answer.ids) for answer in together}) == 4
     assert generate(model, [PROMPTS[0]] * 4, hot, tokenizer) == together
@@ -128,7 +116,7 @@ def test_each_sampled_sequence_has_its_own_seed(tokenizer):
 
 
 def test_generate_keeps_the_global_random_state(tokenizer):
-    model = make_model()
+    model = tiny_model()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -179,12 +167,8 @@ def test_extreme_uniforms_and_temperatures_give_valid_tokens():
     ruled_out = LOGITS.clone()
     ruled_out[0, 0] = ruled_out[0, 4] = -math.inf
     for draw in (0.0, 0.5, math.nextafter(1, 0)):
-        for settings_ in (
-            SamplingParams(temperature=1.0),
-            SamplingParams(temperature=100.0),
-            SamplingParams(temperature=1.0, top_p=0.5),
-        ):
-            assert sample(ruled_out, settings_, [draw]).item() in (1, 2, 3)
+        for hot in ({"temperature": 1.0}, {"temperature": 100.0}, {"temperature": 1.0, "top_p": 0.5}):
+            assert sample(ruled_out, SamplingParams(**hot), [draw]).item() in (1, 2, 3)
         for tiny in (0.0, 1e-300, 1e-45, 1e-10):
             assert sample(LOGITS, SamplingParams(temperature=tiny), [draw]).item() == 0
         assert sample(LOGITS * 1e30, SamplingParams(temperature=1e-3), [draw]).item() == 0
@@ -204,7 +188,7 @@ def test_penalty_lowers_a_seen_token_of_either_sign(logit, penalty):
 def test_penalty_sees_each_rows_own_prompt_and_answer(top, tokenizer):
     logits = torch.full((272,), -90.0)
     logits[100:200] = top - 0.01 * torch.arange(100)
-    model = make_model()
+    model = tiny_model()
     model.lm_head = ScriptedHead([logits])
     prompts, three = [[100], [40, 41, 42], [101, 103]], {"max_new_tokens": 3}
     answers = generate(model, prompts, SamplingParams(repetition_penalty=3.0, **three), tokenizer)
@@ -216,7 +200,7 @@ def test_penalty_spares_the_closing_marker(tokenizer):
     """It occurs after every turn of a chat; with a penalty the answers would never end."""
     logits = torch.full((272,), 0.0)
     logits[tokenizer.im_end_id], logits[100] = 5.0, 4.0
-    model = make_model()
+    model = tiny_model()
     model.lm_head = ScriptedHead([logits])
     prompt = [tokenizer.im_end_id, 50, tokenizer.im_end_id]
     assert generate(model, [prompt], SamplingParams(repetition_penalty=2.0), tokenizer) == [Completion([], "", "stop")]
@@ -228,7 +212,7 @@ def test_penalty_spares_the_closing_marker(tokenizer):
 def test_markers_and_spare_tokens_are_never_sampled(tokenizer):
     logits = torch.zeros(300)  # more rows than the tokenizer has tokens
     logits[[1, 3, 4, 15, 272, 299]] = 50.0
-    model = make_model(vocab_size=300)
+    model = tiny_model(vocab_size=300)
     model.lm_head = ScriptedHead([logits])
     model.lm_head.weight = torch.zeros(300, 32)
     drawn = generate(model, [[50]], SamplingParams(temperature=1.0, max_new_tokens=31, seed=0), tokenizer)[0]
@@ -284,7 +268,7 @@ def test_stop_strings_do_not_depend_on_token_boundaries(fallback_tokenizer):
 
 
 def test_empty_and_too_long_prompts_raise(tokenizer):
-    model = make_model()
+    model = tiny_model()
     with pytest.raises(ValueError, match="33 tokens, the model reads at most 32"):
         generate(model, [[50], [50] * 33], GREEDY, tokenizer)
     with pytest.raises(ValueError, match="33 tokens"):
@@ -292,19 +276,11 @@ def test_empty_and_too_long_prompts_raise(tokenizer):
     with pytest.raises(ValueError, match="empty"):
         generate(model, [[]], GREEDY, tokenizer)
     assert generate(model, [], GREEDY, tokenizer) == []
-    for wrong in (
-        {"temperature": -1},
-        {"temperature": math.nan},
-        {"top_k": -1},
-        {"top_p": 0},
-        {"top_p": 1.1},
-        {"min_p": -0.1},
-        {"repetition_penalty": 0},
-        {"max_new_tokens": 0},
-        {"stop": ("",)},
-    ):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            SamplingParams(**wrong)
+    wrong = [("temperature", -1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0), ("top_p", 1.1)]
+    wrong += [("min_p", -0.1), ("repetition_penalty", 0), ("max_new_tokens", 0), ("stop", ("",))]
+    for name, value in wrong:
+        with pytest.raises(ValueError, match=name):
+            SamplingParams(**{name: value})
 
 
 # ---------------------------------------------------------------------------------------------- training mode and dtype
@@ -312,7 +288,7 @@ def test_empty_and_too_long_prompts_raise(tokenizer):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_training_flag_is_restored(training, tokenizer):
-    model = make_model(dropout=0.5).train(training)
+    model = tiny_model(dropout=0.5).train(training)
     assert generate(model, PROMPTS, GREEDY, tokenizer) == generate(model, PROMPTS, GREEDY, tokenizer)  # no dropout
     assert model.training == training
     pieces = stream(model, [50], GREEDY, tokenizer)
@@ -324,7 +300,7 @@ def test_the_training_flag_is_restored(training, tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_generate_runs_in_half_precision(dtype, tokenizer):
-    model = make_model()
+    model = tiny_model()
     with torch.autocast("cpu", dtype):
         automatic = generate(model, PROMPTS, GREEDY, tokenizer)
     cast = generate(model.to(dtype), PROMPTS, GREEDY, tokenizer)
@@ -332,7 +308,7 @@ def test_generate_runs_in_half_precision(dtype, tokenizer):
 
 
 def test_stream_equals_generate(tokenizer):
-    model = make_model()
+    model = tiny_model()
     for prompt in PROMPTS:
         hot = SamplingParams(temperature=1.5, max_new_tokens=20, seed=3)
         answer = Completion()
@@ -404,10 +380,8 @@ def test_an_incomplete_character_at_the_end_equals_decode(tokenizer):
 
 def test_marker_strings_in_text_do_not_end_an_answer(tokenizer):
     ids = tokenizer.encode("a<|im_end|>b")
-    assert (
-        generate(model_generating(ids), [[50]], SamplingParams(max_new_tokens=len(ids)), tokenizer)[0].text
-        == "a<|im_end|>b"
-    )
+    (answer,) = generate(model_generating(ids), [[50]], SamplingParams(max_new_tokens=len(ids)), tokenizer)
+    assert answer.text == "a<|im_end|>b"
 
 
 # --------------------------------------------------------------------------------------------------------- chat history

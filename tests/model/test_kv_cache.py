@@ -5,6 +5,8 @@ of different lengths; sequences beyond max_seq_len raise; a saved model loads wi
 one-line error.
 """
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -13,14 +15,15 @@ from common.errors import UserError
 from model.checkpoint import (
     find_checkpoint,
     find_parent,
+    latest_checkpoint,
     load_model,
     load_state,
     model_state_dict,
     read_checkpoint,
     save_model,
 )
-from model.config import ModelConfig
-from model.transformer import KVCache, Transformer
+from model.transformer import KVCache
+from tests.helpers import tiny_model
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -32,14 +35,7 @@ VARIANTS = {
 }
 
 
-def make_model(**changes):
-    torch.manual_seed(0)
-    settings = {"vocab_size": 272, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 24}
-    model = Transformer(ModelConfig(**{**settings, **changes})).eval()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(std=0.15)
-    return model
+make_model = functools.partial(tiny_model, max_seq_len=24)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 24, [24], [10, 1, 1, 7, 5], [23, 1]], ids=str)
@@ -125,13 +121,8 @@ def test_save_and_load_round_trip(variant, tokenizer, tmp_path):
 
 
 def test_prefixes_of_wrappers_are_stripped(tokenizer, tmp_path):
-    class Wrapped(nn.Module):
-        def __init__(self, name, inner):
-            super().__init__()
-            self.add_module(name, inner)
-
     model = make_model()
-    wrapped = Wrapped("module", Wrapped("_orig_mod", model))
+    wrapped = nn.ModuleDict({"module": nn.ModuleDict({"_orig_mod": model})})
     assert model_state_dict(wrapped).keys() == model_state_dict(model).keys()
     save_model(tmp_path / "pretrain_32.pth", wrapped, "pretrain", tokenizer, [])
     assert torch.equal(load_model(tmp_path / "pretrain_32.pth")[0].lm_head.weight, model.lm_head.weight)
@@ -147,14 +138,8 @@ def test_invalid_checkpoints_are_one_line_errors(tokenizer, tmp_path):
     good = tmp_path / "pretrain_32.pth"
     save_model(good, make_model(), "pretrain", tokenizer, [])
     content = good.read_bytes()
-    bad = {
-        "empty": b"",
-        "text": b"hello, I am no model\n" * 50,
-        "cut": content[: len(content) // 2],
-        "head": content[:100],
-        "zip": b"PK\x05\x06" + bytes(18),
-    }
-    for name, data in bad.items():
+    bad = {"empty": b"", "text": b"hello, I am no model\n" * 50, "zip": b"PK\x05\x06" + bytes(18)}
+    for name, data in {**bad, "cut": content[: len(content) // 2], "head": content[:100]}.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError) as error:
             load_model(tmp_path / name)
@@ -169,14 +154,10 @@ def test_invalid_checkpoints_are_one_line_errors(tokenizer, tmp_path):
             load_model(tmp_path / "foreign.pth")
         assert "not a model of this project" in error_line(error)
     checkpoint = read_checkpoint(good)
-    for key, value in {
-        "format": 99,
-        "config": {**checkpoint["config"], "new_field": 1},
-        "model": {"x": torch.zeros(1)},
-        "tokenizer": None,
-    }.items():
-        changed = {**checkpoint, key: value}
-        torch.save({name: part for name, part in changed.items() if part is not None}, tmp_path / "other.pth")
+    without_tokenizer = {name: part for name, part in checkpoint.items() if name != "tokenizer"}
+    unknown_field = {"config": {**checkpoint["config"], "new_field": 1}}
+    for changed in ({"format": 99}, unknown_field, {"model": {"x": torch.zeros(1)}}, None):
+        torch.save({**checkpoint, **changed} if changed else without_tokenizer, tmp_path / "other.pth")
         with pytest.raises(UserError) as error:
             load_model(tmp_path / "other.pth")
         error_line(error)
@@ -201,12 +182,8 @@ def test_mismatched_state_names_and_shapes_are_listed(tokenizer):
     with pytest.raises(UserError) as error:
         load_state(model, state, "file.pth")
     text = error_line(error)
-    assert (
-        "file.pth does not fit the model: " in text
-        and "missing model.layers.1.mlp.up_proj.weight" in text
-        and "unknown extra" in text
-    )
-    assert "model.norm.weight is (5,), expected (32,)" in text
+    parts = ("file.pth does not fit the model: ", "missing model.layers.1.mlp.up_proj.weight", "unknown extra")
+    assert all(part in text for part in (*parts, "model.norm.weight is (5,), expected (32,)"))
     assert torch.equal(model.model.norm.weight, before)  # nothing was loaded
 
 
@@ -227,7 +204,17 @@ def test_find_parent_takes_one_match_and_lists_several(tmp_path):
     (tmp_path / "pretrain_512.pth").touch()
     (tmp_path / "pretrain_512.resume.pth").touch()
     assert find_checkpoint(tmp_path, "pretrain").name == "pretrain_512.pth"
-    assert find_parent(tmp_path, "full_sft").name == "pretrain_512.pth"
+    assert find_parent(tmp_path, "full_sft").name == "pretrain_512.pth" == latest_checkpoint(tmp_path).name
     (tmp_path / "pretrain_768_moe.pth").touch()
     with pytest.raises(UserError, match=r"several .*pretrain_512.pth, .*pretrain_768_moe.pth"):
         find_checkpoint(tmp_path, "pretrain")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_compiled_model_has_the_output_layer_of_the_model(tied):
+    """torch.compile passes attributes on: the loss uses model.lm_head.weight of either."""
+    model = make_model(tie_embeddings=tied)
+    compiled = torch.compile(model)
+    assert compiled.lm_head.weight is model.lm_head.weight
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model_state_dict(compiled).keys() == model_state_dict(model).keys()

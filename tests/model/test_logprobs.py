@@ -6,9 +6,8 @@ Promises: the mask selects the tokens; a row without scored tokens gives 0; auto
 import pytest
 import torch
 
-from model.config import ModelConfig
 from model.logprobs import sum_log_probs
-from model.transformer import Transformer
+from tests.helpers import tiny_model
 from trainer.loss import IGNORE_INDEX, token_log_probs
 
 ROWS = [([5, 6, 7, 8, 9], [1, 0, 1, 1, 0]), ([10, 11], [0, 1]), ([12], [1]), ([5, 6, 7], [0, 0, 0])]
@@ -17,8 +16,7 @@ ROWS = [([5, 6, 7, 8, 9], [1, 0, 1, 1, 0]), ([10, 11], [0, 1]), ([12], [1]), ([5
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @torch.no_grad()
 def test_sums_equal_the_training_loss_and_each_row_alone(dtype):
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(64, 32, 2, 4, 2, max_seq_len=16)).eval()
+    model = tiny_model()
     ids = torch.tensor([row + [0] * (5 - len(row)) for row, _ in ROWS])
     mask = torch.tensor([mask + [0] * (5 - len(mask)) for _, mask in ROWS]) > 0
     with torch.autocast("cpu", dtype, enabled=dtype is not None):

@@ -65,10 +65,8 @@ def test_no_ngram_occurs_twice(kind, n, model, tokenizer):
         single = SamplingParams(max_new_tokens=40, no_repeat_ngram_size=n, **{**kind, **seed})
         assert "".join(stream(model, prompt, single, tokenizer)) == answers[i].text
     off = generate(model, LOOPING, SamplingParams(max_new_tokens=40, **kind), tokenizer)
-    assert any(
-        count_repeats(prompt + answer.ids, n) > count_repeats(prompt, n)
-        for prompt, answer in zip(LOOPING, off, strict=True)
-    )
+    pairs = zip(LOOPING, off, strict=True)
+    assert any(count_repeats(prompt + answer.ids, n) > count_repeats(prompt, n) for prompt, answer in pairs)
 
 
 def test_sequences_with_and_without_ngram_ban_in_one_batch(model, tokenizer):
