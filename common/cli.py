@@ -56,6 +56,7 @@ def flag(
     default: Any,
     help: str | Callable[[type], str],
     *,
+    name: str = "",
     aliases: Sequence[str] = (),
     group: str = "",
     exclusive: str = "",
@@ -66,13 +67,14 @@ def flag(
 
     default: MISSING makes the flag required; False makes it a switch; a tuple makes it a list.
     help: text, or a function that returns it for the class of the configuration.
+    name: spelling of the flag if the field has another name, as for --check: `check` is a method of Config.
     aliases: further spellings, without dashes, that --help does not list. hidden: --help does not list the flag.
     group: title of its group in --help. exclusive: at most one flag of those with this name may be given.
     options: passed to add_argument (type, choices, metavar, nargs, action, parse, …); `positional=True` removes the
     dashes. A field of a subclass that only gives another default keeps the options of its base class.
     """
-    metadata = {"help": help, "aliases": aliases, "group": group, "exclusive": exclusive, "hidden": hidden}
-    return dataclasses.field(default=default, metadata={"flag": metadata | {"options": options}})
+    metadata = {"help": help, "name": name, "aliases": aliases, "group": group, "exclusive": exclusive}
+    return dataclasses.field(default=default, metadata={"flag": metadata | {"hidden": hidden, "options": options}})
 
 
 def overrides(of: type, *, group: str, skip: Sequence[str] = ()) -> Any:
@@ -124,7 +126,7 @@ def parse_command(
     """
     parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (text, function) in (exits or {}).items():
-        parser.add_argument(name, action=_ExitAction, nargs=0, function=function, help=text)
+        parser.add_argument(name, action=ExitAction, nargs=0, function=function, help=text)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, config in commands.items():
         text = (config.__doc__ or "").split("\n\n")[0]
@@ -192,13 +194,14 @@ def _add_flag(
         text += f" (default: {texts})".replace("%", "%%")
     required = {"required": True} if default is MISSING else {}
     common = {"dest": field.name, "default": argparse.SUPPRESS, **options}
-    place.add_argument(f"--{field.name}", **common, **required, help=argparse.SUPPRESS if known["hidden"] else text)
+    shown_help = argparse.SUPPRESS if known["hidden"] else text
+    place.add_argument(f"--{known['name'] or field.name}", **common, **required, help=shown_help)
     for alias in known["aliases"]:
         place.add_argument(f"--{alias}", **common, help=argparse.SUPPRESS)
 
 
-class _ExitAction(argparse.Action):
-    """Calls a function and ends the program."""
+class ExitAction(argparse.Action):
+    """Calls a function and ends the program: `flag(False, …, action=ExitAction, nargs=0, function=…)`."""
 
     def __init__(self, *arguments: Any, function: Callable[[], None], **options: Any) -> None:
         super().__init__(*arguments, **options)
