@@ -4,7 +4,7 @@
 
     --keep_entropy 2.5,4.5          this range; zh=2.5,4.5 for one language (repeat the flag for another one)
     --keep_entropy 20%,80%          the range between these percentiles, per language
-    --keep_share 0.5                the half of the range that is nearest to its median, per language
+    --keep_fraction 0.5             the half of the range that is nearest to its median, per language
 
 A low score: the model can write the answer already, or the answer repeats itself. A high score: the answer is noise, in
 the wrong language, or too hard. The selection by the cross-entropy of the pretrained model follows MindLLM
@@ -33,7 +33,10 @@ from typing import Any
 import numpy as np
 
 from common.checksums import checksum
+from common.cli import flag
 from common.errors import UserError, escape_controls
+from common.flag_types import path_string, positive_fraction
+from corpus.data_flags import DataFlags
 from corpus.examples import Example
 from corpus.language import LANGUAGES
 from corpus.readers import PathLike
@@ -41,6 +44,7 @@ from corpus.stats import DataStats
 
 HISTOGRAM_BINS = 12
 SCORE_SCALE, MAX_NATS = 10_000, 200_000  # scores are stored as int32 with four decimals
+FILTER_GROUP = "filter by a model's cross-entropy (see curation/perplexity_filter.py)"
 ExampleReader = Callable[[Iterable[PathLike], DataStats], Iterator[Example]]  # as corpus.examples.read_chat_examples
 
 
@@ -68,6 +72,38 @@ def parse_score_range(text: str) -> ScoreRange:
     if low >= high or (match[3] and high > 100):
         raise UserError(f"--keep_entropy {text}: the first number must be smaller, percentiles at most 100: {usage}")
     return ScoreRange(low, high, bool(match[3]), match[1] or "")
+
+
+@dataclass(frozen=True)
+class PerplexityFlags(DataFlags):
+    """Flags of `data_process.py sft` that select chats by a model's cross-entropy."""
+
+    scorer: str | None = flag(
+        None,
+        "pretrained model that scores every chat, for example out/pretrain_512.pth",
+        type=path_string,
+        metavar="MODEL",
+        group=FILTER_GROUP,
+    )
+    keep_entropy: tuple[ScoreRange, ...] = flag(
+        (),
+        "keep chats whose answers have LOW to HIGH nats per token; 20%%,80%%: percentiles; zh=2,4: one language",
+        type=parse_score_range,
+        action="append",
+        metavar="LOW,HIGH",
+        group=FILTER_GROUP,
+    )
+    keep_fraction: float = flag(
+        1.0,
+        "keep this fraction of the chats, those nearest to the middle of the range",
+        type=positive_fraction,
+        aliases=("keep_share",),
+        group=FILTER_GROUP,
+    )
+
+    def check(self) -> None:
+        if not self.scorer and (self.keep_entropy or self.keep_fraction != 1):
+            raise UserError("--keep_entropy and --keep_fraction need --scorer MODEL, a pretrained model")
 
 
 class ScoreStore:

@@ -9,7 +9,6 @@ Reads   any out/*.pth or a transformers folder.
 Read next: perplexity_filter.py (selection by the scores), ../trainer/loss.py.
 """
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from corpus.stats import DataStats
 from curation.perplexity_filter import (
     HistogramExamples,
     PerplexityFilter,
+    PerplexityFlags,
     ScoreStore,
     filter_summary,
     print_histogram,
@@ -136,15 +136,16 @@ class PerplexityFilterStage:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        config: PerplexityFlags,
+        val_fraction: float,
         task: DataTask,
         progress: Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]],
     ) -> None:
-        scorer, report = Scorer(args.scorer), DataStats(args.max_bad_share, args.accept_damaged)
-        path = scores_path(args.out_dir, scorer.name)
-        with lock_output(path), progress(args.files, report) as on_batch:
+        scorer, report = Scorer(config.scorer or ""), config.new_stats()
+        path = scores_path(config.out_dir, scorer.name)
+        with lock_output(path), progress(list(config.files), report) as on_batch:
             self.scores = ScoreStore(path)
-            examples = count_examples(task.read_examples(args.files, report), report, on_batch)
+            examples = count_examples(task.read_examples(list(config.files), report), report, on_batch)
             try:
                 new = score_new_examples(examples, scorer, self.scores)
             except KeyboardInterrupt:
@@ -153,11 +154,11 @@ class PerplexityFilterStage:
             finally:
                 self.scores.close()
         reused = f", {report.kept - new:,} had a score already" if report.kept > new else ""
-        print(f"scored {new:,} chats with {args.scorer} on {scorer.device} in {report.seconds:.0f} s{reused}; "
+        print(f"scored {new:,} chats with {config.scorer} on {scorer.device} in {report.seconds:.0f} s{reused}; "
               f"scores in {self.scores.path}")  # fmt: skip
-        self.score_filter = PerplexityFilter(self.scores, args.keep_entropy or [], args.keep_share)
+        self.score_filter = PerplexityFilter(self.scores, list(config.keep_entropy), config.keep_fraction)
         self.examples = HistogramExamples(self.scores, 2)
-        filtered = self.score_filter.filter_examples(task.read_examples, args.val_share, self.examples.offer)
+        filtered = self.score_filter.filter_examples(task.read_examples, val_fraction, self.examples.offer)
         self.task = dataclasses.replace(
             task, read_examples=filtered, settings=task.settings | self.score_filter.fingerprint_fields()
         )
