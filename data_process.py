@@ -35,6 +35,7 @@ from corpus.layouts import parse_keys, print_layouts
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import DataStats
 from curation import commands
+from curation.perplexity_filter import print_histogram
 from model.chat_template import CHAT_FORMATS
 
 TRAINING_SCRIPTS = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.check:
         preview_data(args, tokenizer, report, task)
         if filter_stage:
-            filter_stage.print_histograms()
+            print_histogram(filter_stage)
         return
     with lock_output(args.out_dir):
         write_dataset(args, tokenizer, report, task, filter_stage)
@@ -78,7 +79,7 @@ def write_dataset(args: argparse.Namespace, tokenizer: Any, report: DataStats, t
         raise
     report.print()
     if filter_stage:
-        filter_stage.print_histograms()
+        print_histogram(filter_stage)
     print_too_long(args, report)
     summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
     print(f"written: {args.out_dir} (tokens: {summary})")
@@ -117,10 +118,14 @@ def make_task(args: argparse.Namespace) -> tuple[Any, Any]:
                             args.scorer, tuple(args.keep_entropy or ()), args.keep_share)  # fmt: skip
     if not args.scorer:
         return task, None
-    from curation.perplexity_scorer import PerplexityFilterStage
+    from curation.perplexity_filter import PerplexityFilter
+    from curation.perplexity_scorer import score_chats
 
-    filter_stage = PerplexityFilterStage(flags, args.val_share, task, reading_progress_bar)
-    return filter_stage.task, filter_stage
+    scores = score_chats(flags, task.read_examples, reading_progress_bar)
+    chat_filter = PerplexityFilter(scores, flags.keep_entropy, flags.keep_fraction)
+    read_examples = chat_filter.filter_examples(task.read_examples, args.val_share)
+    settings = task.settings | chat_filter.fingerprint_fields()
+    return dataclasses.replace(task, read_examples=read_examples, settings=settings), chat_filter
 
 
 def make_data_task(kind: str, reader: RowReader = DEFAULT_READER, only: str = "") -> Any:

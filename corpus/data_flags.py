@@ -16,22 +16,13 @@ from corpus.stats import DataStats
 class DataFlags(Config):
     """What a command reads, where it writes, and how many rows may be unusable."""
 
-    files: tuple[str, ...] = flag(
-        MISSING,
-        "txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
-        positional=True,
-        nargs="+",
-        type=path_string,
-        metavar="FILES",
-    )
+    files: tuple[str, ...] = flag(MISSING, "txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
+                                  positional=True, nargs="+", type=path_string, metavar="FILES")  # fmt: skip
     out_dir: str = flag("", "folder to write", type=path_string)
     max_bad_fraction: float = flag(0.01, "maximum fraction of unusable rows", type=fraction, aliases=("max_bad_share",))
     accept_damaged: bool = flag(False, ACCEPT_DAMAGED_HELP)
-    keys: str = flag(
-        "",
-        "keys of another row layout, for example prompt=ask,answer=reply; fields: --list_layouts",
-        metavar="FIELD=KEY,…",
-    )
+    keys: str = flag("", "keys of another row layout, for example prompt=ask,answer=reply; fields: --list_layouts",
+                     metavar="FIELD=KEY,…")  # fmt: skip
 
     @property
     def reader(self) -> RowReader:
