@@ -35,6 +35,7 @@ from corpus.layouts import parse_keys, print_layouts
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import DataStats
 from curation import commands
+from curation.perplexity_filter import print_histogram
 from model.chat_template import CHAT_FORMATS
 
 TRAINING_SCRIPTS = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": "5-dpo_train.py"}
@@ -42,21 +43,19 @@ TRAINING_SCRIPTS = {"pretrain": "1-pretrain.py", "sft": "3-full_sft.py", "dpo": 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_flags(arguments)
-    if args.kind == "download":
-        run_download(args)
-        return
+    if args.kind in commands.COMMANDS:
+        config = cli.make_config(commands.COMMANDS[args.kind], args)
+        return commands.run_command(args.kind, config, reading_progress_bar)
     from corpus.input_files import expand_inputs
 
     args.files = expand_inputs(args.files)
-    if args.kind in commands.CURATION_COMMANDS:
-        return commands.run_curation_command(args, reading_progress_bar)
     tokenizer = require_tokenizer(args.tokenizer).with_chat_format(getattr(args, "chat_format", None))
     task, filter_stage = (None, None) if args.kind == "pretrain" else make_task(args)
     report = DataStats(args.max_bad_share, args.accept_damaged)
     if args.check:
         preview_data(args, tokenizer, report, task)
         if filter_stage:
-            filter_stage.print_histograms()
+            print_histogram(filter_stage)
         return
     with lock_output(args.out_dir):
         write_dataset(args, tokenizer, report, task, filter_stage)
@@ -80,7 +79,7 @@ def write_dataset(args: argparse.Namespace, tokenizer: Any, report: DataStats, t
         raise
     report.print()
     if filter_stage:
-        filter_stage.print_histograms()
+        print_histogram(filter_stage)
     print_too_long(args, report)
     summary = ", ".join(f"{name} {split['tokens']:,}" for name, split in meta["splits"].items())
     print(f"written: {args.out_dir} (tokens: {summary})")
@@ -113,23 +112,20 @@ def make_task(args: argparse.Namespace) -> tuple[Any, Any]:
     task = make_data_task(args.kind, RowReader(parse_keys(args.keys)), getattr(args, "only", ""))
     if args.kind != "sft":
         return task, None
+    from curation.perplexity_filter import PerplexityFlags
+
+    flags = PerplexityFlags(tuple(args.files), args.out_dir, args.max_bad_share, args.accept_damaged, args.keys,
+                            args.scorer, tuple(args.keep_entropy or ()), args.keep_share)  # fmt: skip
     if not args.scorer:
-        if args.keep_entropy or args.keep_share != 1:
-            raise UserError("--keep_entropy and --keep_share need --scorer MODEL, a pretrained model")
         return task, None
-    from curation.perplexity_scorer import PerplexityFilterStage
+    from curation.perplexity_filter import PerplexityFilter
+    from curation.perplexity_scorer import score_chats
 
-    filter_stage = PerplexityFilterStage(args, task, reading_progress_bar)
-    return filter_stage.task, filter_stage
-
-
-def run_download(args: argparse.Namespace) -> None:
-    from curation.download import download_dataset, print_catalogue
-
-    if args.name:
-        download_dataset(args.name, args.file, args.mirror, args.out_dir)
-    else:
-        print_catalogue()
+    scores = score_chats(flags, task.read_examples, reading_progress_bar)
+    chat_filter = PerplexityFilter(scores, flags.keep_entropy, flags.keep_fraction)
+    read_examples = chat_filter.filter_examples(task.read_examples, args.val_share)
+    settings = task.settings | chat_filter.fingerprint_fields()
+    return dataclasses.replace(task, read_examples=read_examples, settings=settings), chat_filter
 
 
 def make_data_task(kind: str, reader: RowReader = DEFAULT_READER, only: str = "") -> Any:
@@ -202,8 +198,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
                 "--only", choices=("single", "multi"), default="", help="keep only chats of one turn, or of several"
             )
             add_choosing_flags(sub)
-    add_download_flags(kinds)
-    commands.add_subcommands(kinds)
+    for name, config in commands.COMMANDS.items():
+        cli.add_flags(kinds.add_parser(name, help=config.__doc__, description=config.__doc__), config)
     return parser.parse_args(arguments)
 
 
@@ -211,31 +207,6 @@ class ListLayouts(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print_layouts()
         parser.exit()
-
-
-def add_download_flags(kinds: Any) -> None:
-    what = "download a public dataset to dataset/raw/NAME; without NAME: list the datasets"
-    sub = kinds.add_parser("download", help=what, description=what)
-    sub.add_argument(
-        "name",
-        nargs="?",
-        type=flag_types.non_empty_text,
-        metavar="NAME",
-        help="name of a dataset",
-    )
-    sub.add_argument(
-        "--file",
-        action="append",
-        type=flag_types.relative_path,
-        default=[],
-        help="further file of the same repository; may be repeated",
-    )
-    sub.add_argument(
-        "--mirror", default="", help="hub, hf-mirror, modelscope or a URL (default: try each in this order)"
-    )
-    sub.add_argument(
-        "--out_dir", type=flag_types.path_string, default="dataset/raw", help="folder to write (default: %(default)s)"
-    )
 
 
 def add_choosing_flags(sub: argparse.ArgumentParser) -> None:
