@@ -1,22 +1,16 @@
 """Settings of `data_process.py pretrain`, `sft` and `dpo`.
 
-Read next: ../data_process.py (the commands), prepare_text.py and prepare_chats.py (the steps).
+Read next: data_flags.py (flags of all commands), prepare_text.py and prepare_chats.py (the steps).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from common.cli import Config, flag
+from common.cli import flag
 from common.errors import UserError
-from common.flag_types import (
-    ACCEPT_DAMAGED_HELP,
-    fraction,
-    fraction_below_one,
-    non_negative_int,
-    path_string,
-    positive_int,
-)
+from common.flag_types import fraction_below_one, non_negative_int, path_string, positive_int
+from corpus.data_flags import DataFlags
 from corpus.examples import (
     ChatExample,
     PairExample,
@@ -25,49 +19,27 @@ from corpus.examples import (
     read_documents,
     read_pair_examples,
 )
-from corpus.layouts import parse_keys
-from corpus.row_text import RowReader
 from corpus.stats import DataStats
 from model.chat_template import CHAT_FORMATS
 from model.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class DataConfig(Config):
-    """Input files, output folder and limits of a dataset."""
+class DataConfig(DataFlags):
+    """Settings that all kinds of training data share."""
 
-    files: tuple[str, ...] = flag(
-        (),
-        "txt, jsonl, json, csv, parquet, arrow; also .gz .xz .zst .bz2; or folders",
-        positional=True,
-        nargs="+",
-        type=path_string,
-        metavar="FILES",
-    )
+    training_script: ClassVar[str]
+
     tokenizer: str = flag("model/tokenizer", "folder of the tokenizer", type=path_string)
-    out_dir: str = flag("dataset", "folder to write", type=path_string)
     val_fraction: float = flag(
         0.01, "fraction held out for validation", type=fraction_below_one, aliases=("val_share",)
     )
-    max_bad_fraction: float = flag(
-        0.01, "maximum fraction of unusable rows", type=fraction, aliases=("max_bad_share",)
-    )
-    accept_damaged: bool = flag(False, ACCEPT_DAMAGED_HELP)
-    check: bool = flag(False, "print statistics and samples, write nothing")
+    check_only: bool = flag(False, "print statistics and samples, write nothing", name="check")
     samples: int = flag(3, "number of samples printed by --check", type=non_negative_int)
-    keys: str = flag(
-        "",
-        "keys of another row layout, for example prompt=ask,answer=reply; fields: --list_layouts",
-        metavar="FIELD=KEY,…",
-    )
 
-    @property
-    def reader(self) -> RowReader:
-        """Raises UserError for malformed --keys."""
-        return RowReader(parse_keys(self.keys))
-
-    def make_stats(self) -> DataStats:
-        return DataStats(self.max_bad_fraction, self.accept_damaged)
+    def read_examples(self, stats: DataStats) -> Iterator[Any]:
+        """Yield the examples of `files`; count the other rows in `stats`."""
+        raise NotImplementedError
 
     def load_tokenizer(self) -> ChatTokenizer:
         """Load the tokenizer. Raises UserError with the command that trains one."""
@@ -84,11 +56,11 @@ class DataConfig(Config):
 class PretrainDataConfig(DataConfig):
     """text (or chats, as plain text) -> token shards for 1-pretrain.py"""
 
+    training_script = "1-pretrain.py"
+
     out_dir: str = "dataset/pretrain"
     source_key: str = flag(
-        "",
-        "row key that holds the source, or `file` for the file name; for 1-pretrain.py --mix",
-        metavar="KEY",
+        "", "row key that holds the source, or `file` for the file name; for 1-pretrain.py --mix", metavar="KEY"
     )
 
     def read_examples(self, stats: DataStats) -> Iterator[TextExample]:
@@ -97,22 +69,19 @@ class PretrainDataConfig(DataConfig):
 
 @dataclass(frozen=True)
 class ChatDataConfig(DataConfig):
-    """Settings that chats and pairs share."""
+    """Settings that chats and pairs of answers share."""
 
     example_type: ClassVar[type[ChatExample] | type[PairExample]]
-    longer: ClassVar[str]
+    if_too_long: ClassVar[str]
+
     max_seq_len: int = flag(
-        512, lambda config: f"longer {config.longer}; training scripts have the same flag", type=positive_int
+        512, lambda config: f"longer {config.if_too_long}; training scripts have the same flag", type=positive_int
     )
     chat_format: str = flag("", "chat template (default: that of the tokenizer folder)", choices=CHAT_FORMATS)
 
-    def read_examples(self, stats: DataStats) -> Iterator[Any]:
-        """Yield the examples of `files`; count the other rows."""
-        raise NotImplementedError
-
     @property
     def row_choice(self) -> dict[str, Any]:
-        """The settings of `read_examples`, which a resumed run must have as well."""
+        """The settings that choose rows and their keys: a run resumes only if they are unchanged."""
         return self.reader.key_settings()
 
     def load_tokenizer(self) -> ChatTokenizer:
@@ -123,25 +92,29 @@ class ChatDataConfig(DataConfig):
 class SftDataConfig(ChatDataConfig):
     """chats -> jsonl and token shards for 3-full_sft.py"""
 
+    training_script = "3-full_sft.py"
     example_type = ChatExample
-    longer = "chats lose their last turns"
+    if_too_long = "chats lose their last turns"
+
     out_dir: str = "dataset/sft"
     only: str = flag("", "keep only chats of one turn, or of several", choices=("single", "multi"))
 
-    def read_examples(self, stats: DataStats) -> Iterator[ChatExample]:
-        return read_chat_examples(self.files, stats, self.reader, self.only)
-
     @property
     def row_choice(self) -> dict[str, Any]:
-        return super().row_choice | ({"only": self.only} if self.only else {})
+        return self.reader.key_settings() | ({"only": self.only} if self.only else {})
+
+    def read_examples(self, stats: DataStats) -> Iterator[ChatExample]:
+        return read_chat_examples(self.files, stats, self.reader, self.only)
 
 
 @dataclass(frozen=True)
 class DpoDataConfig(ChatDataConfig):
     """pairs of a chosen and a rejected answer -> jsonl and token shards for 5-dpo_train.py"""
 
+    training_script = "5-dpo_train.py"
     example_type = PairExample
-    longer = "pairs lose the first turns of their prompt"
+    if_too_long = "pairs lose the first turns of their prompt"
+
     out_dir: str = "dataset/dpo"
     val_fraction: float = 0.05  # pairs are few, and the accuracy on a pair is only 0 or 1
 

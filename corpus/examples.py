@@ -3,7 +3,7 @@
     read_documents(paths, stats)        -> TextExample    for `data_process.py pretrain`
     read_chat_examples(paths, stats)    -> ChatExample    for `sft`
     read_pair_examples(paths, stats)    -> PairExample    for `dpo`
-    batched(examples)                   -> lists of up to 1,000 examples or 500,000 characters
+    next_batch(examples)                -> a list of up to 1,000 examples or 500,000 characters
 
 Duplicates are recognised by 64-bit hashes, which take about 80 bytes per example.
 Read next: readers.py (files -> rows), row_text.py (row -> text, chat or pair), validation_split.py (train or validation).
@@ -181,9 +181,7 @@ def read_pair_examples(
         seen.add(content_hash)
         stats.row_changed(content.changes, content.unused, file, line)
         hashes = question_hash(prompt), content_hash
-        yield PairExample(
-            prompt, chosen, rejected, content.text, detect_language(content.text), *hashes, file, line
-        )
+        yield PairExample(prompt, chosen, rejected, content.text, detect_language(content.text), *hashes, file, line)
 
 
 # ---- hashes and batches ----------------------------------------------------------------------------------------------
@@ -202,15 +200,13 @@ def question_hash(messages: list[Message]) -> int:
     return text_hash(next(message["content"] for message in messages if message["role"] == "user"))
 
 
-def batched(items: Iterable[Item], length: Callable[[Any], int] = lambda item: len(item.text)) -> Iterator[list[Item]]:
-    """Group items into lists of up to BATCH_EXAMPLES items, or BATCH_CHARACTERS characters, in order."""
+def next_batch(items: Iterator[Item], length: Callable[[Any], int] = lambda item: len(item.text)) -> list[Item]:
+    """Pull the next items: BATCH_EXAMPLES, or fewer if they have BATCH_CHARACTERS characters; [] at the end."""
     batch: list[Item] = []
     characters = 0
     for item in items:
         batch.append(item)
         characters += length(item)
         if len(batch) >= BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+            break
+    return batch

@@ -19,7 +19,7 @@ from corpus.block_checksums import ChecksummedFile
 from corpus.data_config import ChatDataConfig
 from corpus.dataset_meta import DATA_FORMAT, read_meta
 from corpus.dataset_writer import DatasetWriter
-from corpus.examples import ChatExample, batched
+from corpus.examples import ChatExample, next_batch
 from corpus.job_state import input_fingerprints
 from corpus.provenance import read_provenance
 from corpus.stats import DataStats
@@ -29,16 +29,18 @@ from model.tokenizer import ChatTokenizer
 
 
 class ChatFilter(Protocol):
-    """Drops chats; implemented by ../curation/perplexity_scorer.py."""
+    """Chooses training chats; see ../curation/perplexity_filter.py."""
 
-    def filter_chats(self, chats: Iterator[ChatExample], stats: DataStats) -> Iterator[ChatExample]:
-        """Yield the chats to keep; count the others by reason."""
+    def filter_examples(
+        self, examples: Iterator[ChatExample], val_fraction: float, stats: DataStats
+    ) -> Iterator[ChatExample]:
+        """Yield the chats to keep; count the others in `stats` by reason."""
 
     def fingerprint_fields(self) -> dict[str, Any]:
-        """Settings that determine the selection; a run resumes only if they are unchanged."""
+        """The settings of the choice: a run resumes only if they are unchanged."""
 
     def provenance(self) -> dict[str, Any]:
-        """Fields for meta.json."""
+        """Fields of meta.json."""
 
 
 def prepare_chats(
@@ -58,9 +60,11 @@ def prepare_chats(
     job |= {"val_share": config.val_fraction, "tokenizer": tokenizer.rendering_fingerprint}
     job |= {"max_seq_len": config.max_seq_len, "format": DATA_FORMAT}
     examples = config.read_examples(stats)
+    if chat_filter:
+        examples = chat_filter.filter_examples(examples, config.val_fraction, stats)
     with ChatWriter(config, job, tokenizer) as writer:
         split = ValidationSplit(config.val_fraction)
-        for batch in batched(chat_filter.filter_chats(examples, stats) if chat_filter else examples):
+        while batch := next_batch(examples):
             writer.add(split.assign(batch))
             stats.text_bytes = writer.stats.text_bytes
             on_batch()

@@ -18,7 +18,7 @@ from corpus.data_config import PretrainDataConfig
 from common.errors import UserError
 from corpus.dataset_meta import DATA_FORMAT
 from corpus.dataset_writer import DatasetWriter
-from corpus.examples import TextExample, batched
+from corpus.examples import TextExample, next_batch
 from corpus.job_state import input_fingerprints
 from corpus.language import LANGUAGES
 from corpus.provenance import read_provenance
@@ -42,8 +42,8 @@ def prepare_text(
     job |= {"val_share": config.val_fraction, "format": DATA_FORMAT}
     job |= {"source_key": config.source_key, **config.reader.key_settings()}
     with TextWriter(config, job, tokenizer) as writer:
-        split = ValidationSplit(config.val_fraction)
-        for documents in batched(config.read_examples(stats)):
+        split, examples = ValidationSplit(config.val_fraction), config.read_examples(stats)
+        while documents := next_batch(examples):
             writer.add(split.assign(documents))
             stats.text_bytes = writer.stats.text_bytes
             on_batch()
@@ -75,11 +75,9 @@ class TextWriter(DatasetWriter):
     def add(self, assigned: Assigned) -> None:
         """Tokenize and append the documents that no earlier run has written; save the progress if it is due."""
         todo = self.skip_done(assigned)
-        tokens = tokenize_texts([document.text for _, document in todo], self.tokenizer)
+        tokens = tokenize_texts([document for _, document in todo], self.tokenizer, self.stats)
         for (split, document), ids in zip(todo, tokens, strict=True):
-            utf8_bytes = len(document.text.encode())
-            self.shards.append(self._shard_name(split, document), ids, utf8_bytes=utf8_bytes)
-            self.stats.row_kept(document.language, len(document.text), len(ids), utf8_bytes)
+            self.shards.append(self._shard_name(split, document), ids, utf8_bytes=len(document.text.encode()))
         self.save_progress_if_due()
 
     def _shard_name(self, split: str, document: TextExample) -> str:
@@ -115,19 +113,21 @@ def source_label(source: str) -> str:
     return re.sub(r"[^\w./+-]+", "_", source).strip("_")[:60] or OTHER_SOURCE
 
 
-def tokenize_texts(texts: list[str], tokenizer: ChatTokenizer) -> list[np.ndarray]:
-    """The ids of each text with <|endoftext|>, shape (tokens,), uint32.
+def tokenize_texts(documents: list[TextExample], tokenizer: ChatTokenizer, stats: DataStats) -> list[np.ndarray]:
+    """The ids of each document with <|endoftext|>, shape (tokens,), uint32; counts the documents in `stats`.
 
     Encodings take about 100 times the memory of the text, so long texts are encoded in chunks.
     """
-    chunks = [(number, chunk) for number, text in enumerate(texts) for chunk in _split_chunks(text)]
-    pieces: list[list[np.ndarray]] = [[] for _ in texts]
-    for batch in batched(chunks, length=lambda numbered: len(numbered[1])):
+    numbered = [(number, chunk) for number, document in enumerate(documents) for chunk in _split_chunks(document.text)]
+    chunks, pieces = iter(numbered), [list[np.ndarray]() for _ in documents]
+    while batch := next_batch(chunks, length=lambda chunk: len(chunk[1])):
         encoded = tokenizer.encode_batch([chunk for _, chunk in batch])
         for (number, _), ids in zip(batch, encoded, strict=True):
             pieces[number].append(np.array(ids, np.uint32))
-    end_of_text = np.array([tokenizer.eos_id], np.uint32)
-    return [np.concatenate([*ids, end_of_text]) for ids in pieces]
+    tokens = [np.concatenate([*ids, np.array([tokenizer.eos_id], np.uint32)]) for ids in pieces]
+    for document, ids in zip(documents, tokens, strict=True):
+        stats.row_kept(document.language, len(document.text), len(ids), len(document.text.encode()))
+    return tokens
 
 
 def _split_chunks(text: str) -> list[str]:

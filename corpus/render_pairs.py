@@ -37,7 +37,11 @@ def render_pair_examples(
 
 
 def _fit_pair(
-    example: PairExample, documents: list[MaskedTokens] | str, tokenizer: ChatTokenizer, max_seq_len: int, stats: DataStats
+    example: PairExample,
+    documents: list[MaskedTokens] | str,
+    tokenizer: ChatTokenizer,
+    max_seq_len: int,
+    stats: DataStats,
 ) -> list[MaskedTokens]:
     """`documents` of the pair with its full prompt, or the reason why it cannot be rendered."""
     prompt = _drop_oldest_turns(example, max_seq_len)

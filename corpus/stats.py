@@ -4,10 +4,10 @@ No row is dropped silently. Every row is counted as exactly one of
     kept      in the dataset, perhaps changed or without some of its keys; changes and unused keys are counted by name
     dropped   valid, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
     bad       unusable: broken JSON, a number instead of text, a truncated archive, ...
-so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_share`; above it the run ends with an
+so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_fraction`; above it the run ends with an
 error. The number of rows lost in a damaged part of a file is estimated from the size of the rows before it (damage.py).
 
-Read next: readers.py (counts the rows), ../data_process.py (prints the tables).
+Read next: readers.py (counts the rows), stats_tables.py (prints the tables).
 """
 
 import time
@@ -21,7 +21,7 @@ from corpus.layouts import explain_expected_keys
 MAX_LOCATIONS = 3  # locations kept per reason
 MAX_REASONS = 40  # keeps the tables within one screen
 EMPTY_FILE = "empty file"
-MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # bad rows and rows read before `max_bad_share` is checked
+MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # bad rows and rows read before `max_bad_fraction` is checked
 FIRST_BIN_TOKENS, LENGTH_BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
 
 
@@ -56,15 +56,15 @@ class _FileStats:
 
 
 class DataStats:
-    """Counts of one pass over the data. Above the fraction `max_bad_share` (0..1) of bad rows, the run ends.
+    """Counts of one pass over the data. Above the fraction `max_bad_fraction` (0..1) of bad rows, the run ends.
 
     `accept_damaged`: whether the readable part of a damaged file is used; None for commands without this flag.
     """
 
-    def __init__(self, max_bad_share: float = 0.01, accept_damaged: bool | None = None) -> None:
-        self.max_bad_share, self.accept_damaged = max_bad_share, accept_damaged
+    def __init__(self, max_bad_fraction: float = 0.01, accept_damaged: bool | None = None) -> None:
+        self.max_bad_fraction, self.accept_damaged = max_bad_fraction, accept_damaged
         self.read = self.kept = self.bad_rows = self.dropped_rows = 0
-        self.accepted_rows = 0  # bad rows lost in accepted damage; `max_bad_share` does not count them
+        self.accepted_rows = 0  # bad rows lost in accepted damage; `max_bad_fraction` does not count them
         self.bad: dict[str, ReasonCount] = {}
         self.dropped: dict[str, ReasonCount] = {}
         self.files: dict[str, _FileStats] = {}
@@ -92,7 +92,7 @@ class DataStats:
         self.files[file].good += 1
 
     def row_bad(self, reason: str, file: str, line: int, rows: int = 1) -> None:
-        """Count a row, already counted by `row_read`, as bad. Raises UserError if `max_bad_share` must be exceeded."""
+        """Count a row, already counted by `row_read`, as bad. Raises UserError if `max_bad_fraction` must be exceeded."""
         self.bad_rows += rows
         _count_reason(self.bad, reason, file, line, rows)
         if self.bad_rows >= MIN_BAD_TO_JUDGE and self.read >= MIN_READ_TO_JUDGE:
@@ -104,7 +104,7 @@ class DataStats:
         self.row_bad(reason, file, line, rows)
 
     def rows_lost(self, reason: str, file: str, line: int, rows: int) -> None:
-        """Count an estimated number of rows, lost in accepted damage, as bad rows outside of `max_bad_share`."""
+        """Count an estimated number of rows, lost in accepted damage, as bad rows outside of `max_bad_fraction`."""
         self._count_lost_rows(file, rows)
         self.bad_rows += rows
         self.accepted_rows += rows
@@ -162,17 +162,17 @@ class DataStats:
 
     # ---- limits ----
     def check_cap(self, expected_rows: float = 0) -> None:
-        """Raises UserError if more than `max_bad_share` of the rows read, or of `expected_rows` if larger, are bad.
+        """Raises UserError if more than `max_bad_fraction` of the rows read, or of `expected_rows` if larger, are bad.
 
         While reading, the remaining rows count as good, so one bad part of a large file does not end the run.
         """
         counted = self.bad_rows - self.accepted_rows
-        if counted > self.max_bad_share * max(self.read, expected_rows):
+        if counted > self.max_bad_fraction * max(self.read, expected_rows):
             worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
             reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.locations()})" for name, reason in worst)
             raise UserError(
                 f"{counted:,} of {self.read:,} rows read are bad ({counted / self.read:.1%}, allowed are "
-                f"{self.max_bad_share:.1%}): {reasons}: fix the data or raise --max_bad_share"
+                f"{self.max_bad_fraction:.1%}): {reasons}: fix the data or raise --max_bad_fraction"
             )
 
     def check_file(self, file: str, kind: str) -> None:
@@ -240,24 +240,6 @@ class DataStats:
             report["notes"] = self.notes
         return report
 
-    def print(self) -> None:
-        """Print the statistics as tables (rich; plain text if stdout is not a terminal)."""
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=120)
-        console.print(self._rows_table())
-        self.print_notes()
-        if self.kept:
-            console.print(self._languages_table())
-            console.print(self._lengths_table())
-        if self.trained_tokens:
-            console.print(f"trained tokens: {self.trained_tokens:,} ({self.trained_tokens / self.tokens:.1%} of all)")
-        if self.text_bytes:
-            console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
-                          f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
-
     def print_skipped(self) -> None:
         """Print one line per reason, for steps that print their own tables."""
         for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.changed)):
@@ -271,52 +253,6 @@ class DataStats:
             print(f"note: {note}")
         for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
             print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.locations()})")
-
-    def _rows_table(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="rows", title_justify="left")
-        table.add_column("")
-        table.add_column("rows", justify="right")
-        table.add_column("fraction", justify="right")
-        table.add_column("first at", overflow="fold")
-
-        def add(name: str, count: int, where: str = "") -> None:
-            # Text, not str: rich would parse a file name like "[red]" as markup.
-            table.add_row(Text(name), f"{count:,}", f"{count / max(self.read, 1):.2%}", Text(where))
-
-        add("read", self.read)
-        add("kept", self.kept)
-        for kind, reasons in (("kept, but ", self.changed), ("dropped: ", self.dropped), ("bad: ", self.bad)):
-            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
-                add(kind + name, reason.count, reason.locations())
-        return table
-
-    def _languages_table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="languages", title_justify="left")
-        for name in ("", "documents", "characters", "tokens", "fraction of tokens", "characters / token"):
-            table.add_column(name, justify="right" if name else "left")
-        for language, counts in sorted(self.languages.items(), reverse=True):
-            share, ratio = counts["tokens"] / max(self.tokens, 1), counts["characters"] / max(counts["tokens"], 1)
-            cells = [f"{counts[name]:,}" for name in ("documents", "characters", "tokens")]
-            table.add_row(language, *cells, f"{share:.1%}", f"{ratio:.2f}")
-        return table
-
-    def _lengths_table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="length in tokens", title_justify="left")
-        table.add_column("tokens", justify="right")
-        table.add_column("rows", justify="right")
-        table.add_column("")
-        filled = [i for i, count in enumerate(self.histogram) if count]
-        for i in range(filled[0], filled[-1] + 1):
-            bar = "#" * round(40 * self.histogram[i] / max(self.histogram))
-            table.add_row(histogram_labels()[i], f"{self.histogram[i]:,}", bar)
-        return table
 
 
 def histogram_labels() -> list[str]:

@@ -21,8 +21,8 @@ from common.files import PathLike, remove, temporary_path
 from common.locks import lock_output
 from corpus.dataset_meta import DATA_FORMAT, read_checked_meta, read_meta, warn_no_checksums, write_meta
 from corpus.dataset_writer import replace_dataset, report_write_errors
-from corpus.examples import ChatExample, PairExample, batched
-from corpus.render_chats import render_chat_examples
+from corpus.examples import ChatExample, PairExample, next_batch
+from corpus.render_chats import MaskedTokens, render_chat_examples
 from corpus.render_pairs import render_pair_examples
 from corpus.shard_writer import ShardSet
 from corpus.stats import DataStats
@@ -60,7 +60,7 @@ def tokenize_chats(
         shards, stats = ShardSet(staged, tokenizer.vocab_size), DataStats()
         try:
             stored = _read_stored_examples(folder, example_type)
-            for batch in batched(stored, length=lambda assigned: len(assigned[1].text)):
+            while batch := next_batch(stored, length=lambda assigned: len(assigned[1].text)):
                 append_chats(batch, tokenizer, max_seq_len, shards, stats)
             finish_tokens(shards, tokenizer, job, stats, example_type.kind)
             replace_dataset(staged, target)
@@ -74,17 +74,21 @@ def append_chats(
     assigned: Assigned, tokenizer: ChatTokenizer, max_seq_len: int, shards: ShardSet, stats: DataStats
 ) -> None:
     """Render and tokenize chats or pairs, and append them to the shards of their splits; count them in `stats`."""
-    examples = [example for _, example in assigned]
-    is_pairs = bool(examples) and isinstance(examples[0], PairExample)
-    render = render_pair_examples if is_pairs else render_chat_examples
-    for (split, _), documents in zip(assigned, render(examples, tokenizer, max_seq_len, stats), strict=True):
+    rendered = render_examples([example for _, example in assigned], tokenizer, max_seq_len, stats)
+    for (split, _), documents in zip(assigned, rendered, strict=True):
         for ids, mask, answer_bytes in documents:
             shards.append(split, ids, mask, answer_bytes)
 
 
-def finish_tokens(
-    shards: ShardSet, tokenizer: ChatTokenizer, job: dict[str, Any], stats: DataStats, kind: str
-) -> None:
+def render_examples(
+    examples: list[Any], tokenizer: ChatTokenizer, max_seq_len: int, stats: DataStats
+) -> list[list[MaskedTokens]]:
+    """The documents of each chat or pair, [] for one that is dropped, as in render_chats.py and render_pairs.py."""
+    render = render_pair_examples if examples and isinstance(examples[0], PairExample) else render_chat_examples
+    return render(examples, tokenizer, max_seq_len, stats)
+
+
+def finish_tokens(shards: ShardSet, tokenizer: ChatTokenizer, job: dict[str, Any], stats: DataStats, kind: str) -> None:
     """Finish the shards and write the meta.json of a token folder. Raises UserError if the train split is empty.
 
     `job`: token_inputs(...). `stats`: the counts for meta.json. `kind`: "chats" or "pairs".
@@ -100,18 +104,14 @@ def _no_data_message(what: str, stats: DataStats) -> str:
     reasons = sorted(stats.dropped.items(), key=lambda reason: -reason[1].count)[:3]
     why = ", ".join(f"{reason.count:,} x {name}" for name, reason in reasons)
     if stats.kept:
-        return (
-            f"no {what} is left to train on: all {stats.kept:,} are held out: give a smaller --val_fraction or more data"
-        )
+        return f"no {what} is left to train on: all {stats.kept:,} are held out: give a smaller --val_fraction or more data"
     if reasons and reasons[0][0].startswith(REFUSAL_PREFIXES):
         return f"no {what} can be rendered: {why}; {CHAT_FORMAT_ADVICE}"
     remedy = "a larger --max_seq_len, or " if reasons and reasons[0][0].endswith(" tokens") else ""
     return f"no {what} is left to train on: {why or 'the files have none'}: give {remedy}more data"
 
 
-def _read_stored_examples(
-    folder: Path, example_type: ExampleType
-) -> Iterator[tuple[str, ChatExample | PairExample]]:
+def _read_stored_examples(folder: Path, example_type: ExampleType) -> Iterator[tuple[str, ChatExample | PairExample]]:
     """Yield (split, example) of train.jsonl and val.jsonl, which may have grown. Raises UserError if one is damaged."""
     meta = read_checked_meta(folder)
     if meta and meta["format"] != DATA_FORMAT:

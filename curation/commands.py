@@ -33,7 +33,7 @@ from common.locks import lock_output
 from corpus.data_flags import DataFlags
 from corpus.input_files import expand_inputs
 from corpus.job_state import PROGRESS_FILE, SIGNING_FILE
-from corpus.shard_writer import dataset_staging_folder
+from corpus.dataset_writer import dataset_staging_folder
 from corpus.stats import DataStats
 from curation.cleaning import CleaningTransform
 from curation.decontaminate import DecontaminationTransform, build_exam_index

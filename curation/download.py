@@ -34,7 +34,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import atomic_write, replace_file, write_json
 from common.locks import lock_output
-from corpus.shard_writer import report_write_errors
+from corpus.dataset_writer import report_write_errors
 from curation.catalogue import CATALOGUE, DatasetEntry
 
 MIRRORS = {"hub": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": "modelscope"}

@@ -19,9 +19,9 @@ import torch
 from common.device import autocast, pick_device, pick_dtype
 from common.locks import lock_output
 from corpus.chats import is_trained
-from corpus.examples import Example
+from corpus.examples import ChatExample
 from corpus.stats import DataStats
-from curation.perplexity_filter import ExampleReader, PerplexityFlags, ScoreStore, scores_path
+from curation.perplexity_filter import PerplexityFlags, ScoreStore, scores_path
 from export.hf_import import open_folder, open_model
 from model.chat_template import Message
 from model.checkpoint import model_fingerprint
@@ -29,6 +29,7 @@ from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX, token_log_probs
 
 ProgressBar = Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]]
+ExampleReader = Callable[[DataStats], Iterator[ChatExample]]
 SCORER_POOL_CHATS = 1024  # chats sorted by length together
 SCORER_BATCH_TOKENS = 8192  # tokens per batch, padding included
 
@@ -116,11 +117,12 @@ def score_chats(config: PerplexityFlags, read_examples: ExampleReader, progress_
     with lock_output(path), progress_bar(files, report) as on_batch:
         scores = ScoreStore(path)
 
-        def unscored_examples() -> Iterator[Example]:
-            for example in read_examples(files, report):
+        def unscored_examples() -> Iterator[ChatExample]:
+            for example in read_examples(report):
                 report.kept += 1
                 report.text_bytes += len(example.text.encode())  # for the speed of the progress bar
-                if report.kept % SCORER_POOL_CHATS == 0:
+                if report.kept % ExampleReader = Callable[[DataStats], Iterator[ChatExample]]
+SCORER_POOL_CHATS == 0:
                     on_batch()
                 if scores.get(example.content_hash) is None:
                     yield example

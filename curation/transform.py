@@ -31,7 +31,7 @@ from corpus.job_state import PROGRESS_FILE, JobProgress, can_resume, input_finge
 from corpus.provenance import read_provenance
 from corpus.readers import PathLike, read_contents
 from corpus.row_text import DEFAULT_READER, RowContent, RowReader
-from corpus.shard_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
+from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.stats import DataStats
 from curation.rule_stats import Decision, RuleStats
 
