@@ -7,9 +7,9 @@
             writer.save_progress_if_due()
         writer.publish(meta)
 
-Files are written to the staging folder `<out_dir>.partial`, which is renamed when it is complete: an older dataset stays
-until then. A killed run resumes: it reads the rows again, which is fast, so that every decision is repeated exactly, but
-examples that are in its files are not tokenized again. Bad data leaves nothing behind.
+Files are written to the staging folder `<out_dir>.partial`, which is renamed when it is complete; an older dataset
+stays until then. A killed run resumes: it reads all rows again, which is fast and repeats every decision exactly, but
+does not tokenize again what is in its files. Bad data leaves nothing behind.
 
 Read next: prepare_text.py and prepare_chats.py (the two writers), shard_writer.py (file format), job_state.py.
 """

@@ -6,7 +6,7 @@
     next_batch(examples)                -> a list of up to 1,000 examples or 500,000 characters
 
 Duplicates are recognised by 64-bit hashes, which take about 80 bytes per example.
-Read next: readers.py (files -> rows), row_text.py (row -> text, chat or pair), validation_split.py (train or validation).
+Read next: readers.py (files -> rows), row_text.py (row -> text, chat or pair), validation_split.py.
 """
 
 import hashlib

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from corpus.data_config import PretrainDataConfig
 from common.errors import UserError
+from corpus.data_config import PretrainDataConfig
 from corpus.dataset_meta import DATA_FORMAT
 from corpus.dataset_writer import DatasetWriter
 from corpus.examples import TextExample, next_batch

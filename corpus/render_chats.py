@@ -4,6 +4,7 @@ Called by tokenize_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 """
 
 import itertools
+
 from corpus.chats import Message, chat_text, is_trained, trim_unanswered
 from corpus.examples import ChatExample
 from corpus.stats import DataStats

@@ -8,6 +8,7 @@ Called by tokenize_chats.py. Read next: render_chats.py (the same for chats), ..
 
 import bisect
 import itertools
+
 from corpus.chats import Message, chat_text
 from corpus.examples import PairExample
 from corpus.pair_answers import common_prefix_length

@@ -4,8 +4,8 @@ No row is dropped silently. Every row is counted as exactly one of
     kept      in the dataset, perhaps changed or without some of its keys; changes and unused keys are counted by name
     dropped   valid, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
     bad       unusable: broken JSON, a number instead of text, a truncated archive, ...
-so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_fraction`; above it the run ends with an
-error. The number of rows lost in a damaged part of a file is estimated from the size of the rows before it (damage.py).
+so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_fraction`; above it the run ends with
+an error. The rows lost in a damaged part of a file are estimated from the size of the rows before it (damage.py).
 
 Read next: readers.py (counts the rows), stats_tables.py (prints the tables).
 """
@@ -92,7 +92,7 @@ class DataStats:
         self.files[file].good += 1
 
     def row_bad(self, reason: str, file: str, line: int, rows: int = 1) -> None:
-        """Count a row, already counted by `row_read`, as bad. Raises UserError if `max_bad_fraction` must be exceeded."""
+        """Count a row that `row_read` has counted as bad. Raises UserError if `max_bad_fraction` must be exceeded."""
         self.bad_rows += rows
         _count_reason(self.bad, reason, file, line, rows)
         if self.bad_rows >= MIN_BAD_TO_JUDGE and self.read >= MIN_READ_TO_JUDGE:

@@ -104,7 +104,8 @@ def _no_data_message(what: str, stats: DataStats) -> str:
     reasons = sorted(stats.dropped.items(), key=lambda reason: -reason[1].count)[:3]
     why = ", ".join(f"{reason.count:,} x {name}" for name, reason in reasons)
     if stats.kept:
-        return f"no {what} is left to train on: all {stats.kept:,} are held out: give a smaller --val_fraction or more data"
+        held_out = f"all {stats.kept:,} are held out: give a smaller --val_fraction or more data"
+        return f"no {what} is left to train on: {held_out}"
     if reasons and reasons[0][0].startswith(REFUSAL_PREFIXES):
         return f"no {what} can be rendered: {why}; {CHAT_FORMAT_ADVICE}"
     remedy = "a larger --max_seq_len, or " if reasons and reasons[0][0].endswith(" tokens") else ""

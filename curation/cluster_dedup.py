@@ -32,10 +32,10 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import remove, remove_leftovers, write_json
+from corpus.dataset_writer import dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.job_state import input_fingerprints
 from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader
-from corpus.dataset_writer import dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.stats import DataStats
 from curation.near_duplicates import (
     HASHES_PER_BAND,

@@ -31,9 +31,9 @@ from common.flag_types import (
 )
 from common.locks import lock_output
 from corpus.data_flags import DataFlags
+from corpus.dataset_writer import dataset_staging_folder
 from corpus.input_files import expand_inputs
 from corpus.job_state import PROGRESS_FILE, SIGNING_FILE
-from corpus.dataset_writer import dataset_staging_folder
 from corpus.stats import DataStats
 from curation.cleaning import CleaningTransform
 from curation.decontaminate import DecontaminationTransform, build_exam_index

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError
+from corpus.dataset_writer import dataset_staging_folder, report_write_errors
 from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
 from corpus.language import detect_language
 from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader
-from corpus.dataset_writer import dataset_staging_folder, report_write_errors
 from corpus.stats import DataStats
 from curation.ngrams import alphanumeric, code_points, hash64, ngram_hashes
 from curation.rule_stats import EXAMPLES_PER_RULE, Decision, RuleHit, RuleStats

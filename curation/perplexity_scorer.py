@@ -121,8 +121,7 @@ def score_chats(config: PerplexityFlags, read_examples: ExampleReader, progress_
             for example in read_examples(report):
                 report.kept += 1
                 report.text_bytes += len(example.text.encode())  # for the speed of the progress bar
-                if report.kept % ExampleReader = Callable[[DataStats], Iterator[ChatExample]]
-SCORER_POOL_CHATS == 0:
+                if report.kept % SCORER_POOL_CHATS == 0:
                     on_batch()
                 if scores.get(example.content_hash) is None:
                     yield example
