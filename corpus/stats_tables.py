@@ -18,7 +18,7 @@ def print_stats(stats: DataStats) -> None:
     """Print rows by reason, notes, languages, lengths and speed; plain text if stdout is not a terminal."""
     rows = [("read", stats.read, ""), ("kept", stats.kept, "")]
     for kind, reasons in (("kept, but ", stats.changed), ("dropped: ", stats.dropped), ("bad: ", stats.bad)):
-        for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
+        for name, reason in reasons.by_count():
             rows.append((kind + name, reason.count, reason.locations()))
     cells = [(name, f"{count:,}", f"{count / max(stats.read, 1):.2%}", where) for name, count, where in rows]
     print_table("rows", ("", "rows", "fraction", "first at"), cells, left=(0, 3))

@@ -101,7 +101,7 @@ def finish_tokens(shards: ShardSet, tokenizer: ChatTokenizer, job: dict[str, Any
 
 def _no_data_message(what: str, stats: DataStats) -> str:
     """The error message for an empty train split: the most frequent reasons for dropped rows, and what to do."""
-    reasons = sorted(stats.dropped.items(), key=lambda reason: -reason[1].count)[:3]
+    reasons = stats.dropped.by_count()[:3]
     why = ", ".join(f"{reason.count:,} x {name}" for name, reason in reasons)
     if stats.kept:
         held_out = f"all {stats.kept:,} are held out: give a smaller --val_fraction or more data"
