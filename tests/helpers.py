@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer
 
+from common import cli
 from model.checkpoint import save_model
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer, tokenizer_files
@@ -39,6 +40,13 @@ def run_script(monkeypatch, name: str, *arguments) -> None:
     """Run a script's main() in this process with these command-line arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     load_script(name).main()
+
+
+def start_chat(*arguments):
+    """The terminal chat of 2-eval.py with these command-line arguments."""
+    script = load_script("2-eval.py")
+    config = cli.parse(script.EvalConfig, "", [*map(str, arguments)])
+    return script.start_chat(config, script.open_chosen_model(config), config.history)
 
 
 def run_process(*command, **options) -> subprocess.CompletedProcess:
