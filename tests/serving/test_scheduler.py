@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.completion import Completion, Sequence
 from model.detokenizer import token_bytes
 from model.generate import DecodeBatch, generate
 from model.sampling import SamplingParams, apply_count_penalties, sample, sample_rows
