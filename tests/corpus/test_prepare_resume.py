@@ -96,7 +96,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, prepare, interrupted, 
 def test_sigkill_at_any_time_resumes_to_the_same_bytes(
     tmp_path, prepare, tokenizer_dir, save_progress_always, kind, name
 ):
-    file = write(tmp_path / "a.jsonl", kind, count=4000)
+    file = write(tmp_path / "a.jsonl", kind, count=20_000 if kind == "pretrain" else 4000)
     setup = "import data_process; from corpus import examples, job_state, shard_writer; examples.BATCH_EXAMPLES = 100; "
     setup += "job_state.CHECKPOINT_SECONDS = 0; shard_writer.SHARD_TOKENS = 9000; "
     arguments = [kind, file, "--tokenizer", tokenizer_dir, "--out_dir", tmp_path / "out", "--max_bad_share", "0.1"]
