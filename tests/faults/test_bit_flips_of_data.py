@@ -302,7 +302,7 @@ def test_resuming_unfinished_work_detects_flipped_bits(
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 8:
             raise KeyboardInterrupt
         return render_examples(*arguments)
 

@@ -227,7 +227,7 @@ def test_a_dropped_system_message_is_counted(open_with_template, tmp_path):
 def test_a_template_that_can_render_no_chat_is_an_error(open_with_template, tmp_path, template, said):
     tokenizer, _ = open_with_template(template)
     with pytest.raises(UserError, match=said) as error:
-        prepare_chats(tmp_path, tokenizer, chats_of(3))
+        prepare(tmp_path, tokenizer, chats_of(3))
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("choose another format: --chat_format of data_process.py and 3-full_sft.py")
 
@@ -255,7 +255,7 @@ def test_unknown_roles_of_a_named_format_are_counted(open_with_template, tmp_pat
 def test_an_endless_template_is_an_error(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(ENDLESS + NO_SYSTEM)
     with pytest.raises(UserError, match=r"takes more than 200,000 steps for one chat, the bound.*--chat_format"):
-        prepare_chats(tmp_path, tokenizer, chats_of(5))
+        prepare(tmp_path, tokenizer, chats_of(5))
 
 
 def test_one_chat_beyond_the_step_limit_is_counted(open_with_template, tmp_path):
