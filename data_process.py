@@ -45,12 +45,12 @@ class FilteredSftConfig(SftDataConfig, PerplexityFlags):
     """chats -> jsonl and token shards for 3-full_sft.py"""
 
 
-COMMANDS = {"pretrain": PretrainDataConfig, "sft": FilteredSftConfig, "dpo": DpoDataConfig, **commands.COMMANDS}
+DATA_COMMANDS = {"pretrain": PretrainDataConfig, "sft": FilteredSftConfig, "dpo": DpoDataConfig, **commands.COMMANDS}
 
 
 def main(arguments: list[str] | None = None) -> None:
     exits = {"--list_layouts": ("list the supported row layouts and exit", print_layouts)}
-    command, config = cli.parse_command(COMMANDS, __doc__, arguments, exits)
+    command, config = cli.parse_command(DATA_COMMANDS, __doc__, arguments, exits)
     if command in commands.COMMANDS:
         return commands.run_command(command, config, reading_progress_bar)
     config = replace(config, files=tuple(expand_inputs(config.files)))

@@ -173,7 +173,7 @@ def test_the_command_line_on_full_and_read_only_disks(tmp_path, tokenizer_dir):
 
 def test_help_and_defaults():
     def parse(*arguments):
-        return parse_command(data_process.COMMANDS, "", arguments)[1]
+        return parse_command(data_process.DATA_COMMANDS, "", arguments)[1]
 
     config = parse("sft", "x.jsonl")
     assert (config.tokenizer, config.out_dir, config.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
