@@ -11,14 +11,8 @@ from common.cli import flag
 from common.errors import UserError
 from common.flag_types import fraction_below_one, non_negative_int, path_string, positive_int
 from corpus.data_flags import DataFlags
-from corpus.examples import (
-    ChatExample,
-    PairExample,
-    TextExample,
-    read_chat_examples,
-    read_documents,
-    read_pair_examples,
-)
+from corpus.examples import ChatExample, PairExample, TextExample
+from corpus.read_examples import read_chat_examples, read_documents, read_pair_examples
 from corpus.stats import DataStats
 from model.chat_template import CHAT_FORMATS
 from model.tokenizer import ChatTokenizer, load_tokenizer

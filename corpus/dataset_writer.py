@@ -15,7 +15,6 @@ Read next: prepare_text.py and prepare_chats.py (the two writers), shard_writer.
 """
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,8 @@ from corpus.stats import DataStats
 from corpus.validation_split import Assigned
 
 KNOWN_FILES = (
-    "meta.json", "progress.json", "train.jsonl", "val.jsonl", "tokens-*", "*.bin", "*.mask", "*.crc", "*.idx", "*.idx.npy",
+    "meta.json", "progress.json", "train.jsonl", "val.jsonl", "tokens-*", "*.bin", "*.mask", "*.crc", "*.idx",
+    "*.idx.npy",
     ".tokens-*",  # locks of token folders
     ".*.tmp", ".*.gone", "*.json.tmp",  # left by killed runs, the last one by an earlier version
 )  # fmt: skip
@@ -116,15 +116,6 @@ class DatasetWriter:
                 remove(self.folder)
         if isinstance(error, OSError):
             raise write_error(self.out_dir, error) from error
-
-
-@contextlib.contextmanager
-def report_write_errors(folder: PathLike) -> Iterator[None]:
-    """Context manager that turns an OSError (disk full, no permission) into a one-line UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def dataset_staging_folder(out_dir: PathLike) -> Path:

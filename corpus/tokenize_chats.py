@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CHAT_FORMAT_ADVICE, UserError
-from common.files import PathLike, remove, temporary_path
+from common.files import PathLike, remove, replace_folder, report_write_errors, temporary_path
 from common.locks import lock_output
-from corpus.dataset_meta import DATA_FORMAT, read_checked_meta, read_meta, warn_no_checksums, write_meta
-from corpus.dataset_writer import replace_dataset, report_write_errors
+from corpus.dataset_meta import DATA_FORMAT, read_checked_meta, read_meta, resolve_link, warn_no_checksums, write_meta
 from corpus.examples import ChatExample, PairExample, next_batch
 from corpus.render_chats import MaskedTokens, render_chat_examples
 from corpus.render_pairs import render_pair_examples
@@ -63,7 +62,7 @@ def tokenize_chats(
             while batch := next_batch(stored, length=lambda assigned: len(assigned[1].text)):
                 append_chats(batch, tokenizer, max_seq_len, shards, stats)
             finish_tokens(shards, tokenizer, job, stats, example_type.kind)
-            replace_dataset(staged, target)
+            replace_folder(staged, resolve_link(target))
         finally:
             shards.abort()
             remove(staged)

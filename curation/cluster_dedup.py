@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import remove, remove_leftovers, write_json
-from corpus.dataset_writer import dataset_staging_folder, replace_dataset, report_write_errors
+from common.files import remove, remove_leftovers, report_write_errors, write_json
+from corpus.dataset_writer import dataset_staging_folder, replace_dataset
 from corpus.job_state import input_fingerprints
 from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader

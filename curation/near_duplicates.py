@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from corpus.dataset_writer import dataset_staging_folder, report_write_errors
+from common.files import report_write_errors
+from corpus.dataset_writer import dataset_staging_folder
 from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
 from corpus.language import detect_language
 from corpus.readers import PathLike

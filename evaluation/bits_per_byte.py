@@ -23,8 +23,9 @@ import torch
 
 from common.errors import UserError
 from corpus.chats import Message
-from corpus.examples import ChatExample, read_chat_examples
+from corpus.examples import ChatExample
 from corpus.language import detect_language
+from corpus.read_examples import read_chat_examples
 from corpus.readers import read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
-from corpus.examples import read_chat_examples, read_documents, read_pair_examples
 from corpus.layouts import (
     COMPARISON_KEYS,
     FIELD_KEYS,
@@ -22,6 +21,7 @@ from corpus.layouts import (
     nearest_layouts,
     parse_keys,
 )
+from corpus.read_examples import read_chat_examples, read_documents, read_pair_examples
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import BadRow, DataStats
 from curation.transform import read_numbered_rows

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.files import report_write_errors
 from corpus.dataset_meta import DATA_FORMAT, read_meta, write_meta
-from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
+from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset
 from corpus.shard_reader import open_split
 from corpus.shard_writer import ShardSet, ShardWriter
 
