@@ -15,7 +15,7 @@ is 0 and the loss ln 2. beta scales the implicit KL penalty against the referenc
 Reads   dataset/dpo (written by data_process.py dpo) and the parent checkpoint, which holds its config and tokenizer.
 Writes  out/dpo_512.pth, its log (.jsonl), its curves (.png), the reference log-probabilities (.reference) and, until
         the run is complete, its .resume folder.
-Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), corpus/preferences.py (the data).
+Next:   2-eval.py (chat with it); code: trainer/dpo.py (reference, early stop), corpus/examples.py (the data).
 """
 
 import functools
@@ -30,12 +30,13 @@ from common.cli import flag, parse
 from common.errors import fail_in_one_line
 from common.files import check_writable
 from common.flag_types import non_negative_float, positive_float
+from corpus.examples import PairExample
 from export.hf_import import open_model
 from model.checkpoint import find_parent
 from trainer import dpo
 from trainer.chat_data import tokenized_folder
 from trainer.config import TrainConfig, length_flag
-from trainer.datasets import PreferenceDataset
+from trainer.datasets import PreferenceDataset, check_data
 from trainer.distributed import init_distributed
 from trainer.loop import train
 from trainer.loss import IGNORE_INDEX, token_log_probs
@@ -122,7 +123,8 @@ def main() -> None:
     model = dpo.without_dropout(model)
     max_seq_len = min(config.max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     with init_distributed(config.device, config.dtype, config.seed, config.dist_timeout) as dist:
-        folder = tokenized_folder(config.data_path, "pairs", max_seq_len, tokenizer, dist)
+        folder = tokenized_folder(config.data_path, max_seq_len, tokenizer, dist, PairExample)
+        check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(config.out_dir) / f"dpo_{model.config.name}.reference"
         reference = dpo.load_or_compute_reference(dist, model, folder, tokenizer.pad_id, file, 2 * config.batch_size)

@@ -134,7 +134,7 @@ def parse_command(
     """
     parser = FlagParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (text, function) in (exits or {}).items():
-        parser.add_argument(name, action=_ExitAction, nargs=0, function=function, help=text)
+        parser.add_argument(name, action=ExitAction, nargs=0, function=function, help=text)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(commands))
     for name, config in commands.items():
         text = (config.__doc__ or "").split("\n\n")[0]
@@ -211,8 +211,8 @@ def _add_flag(
         place.add_argument(f"--{alias}", **common, help=argparse.SUPPRESS)
 
 
-class _ExitAction(argparse.Action):
-    """Calls a function and ends the program."""
+class ExitAction(argparse.Action):
+    """Calls a function and ends the program: `flag(False, …, action=ExitAction, nargs=0, function=…)`."""
 
     def __init__(self, *arguments: Any, function: Callable[[], None], **options: Any) -> None:
         super().__init__(*arguments, **options)

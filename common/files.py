@@ -171,3 +171,12 @@ def is_temporary(path: Path) -> bool:
 def write_error(path: PathLike, error: OSError, advice: str = WRITE_ADVICE) -> UserError:
     """The UserError for a failed write."""
     return UserError(f"cannot write {error.filename or path}: {error.strerror or error}: {advice}")
+
+
+@contextlib.contextmanager
+def report_write_errors(path: PathLike) -> Iterator[None]:
+    """Context manager that turns an OSError (disk full, no permission) into a one-line UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error

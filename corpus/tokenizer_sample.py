@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
-from corpus.examples import MIN_VALIDATION_EXAMPLES, text_hash
+from corpus.examples import text_hash
 from corpus.language import LANGUAGES, detect_language
 from corpus.readers import read_texts
 from corpus.stats import DataStats
+from corpus.validation_split import MIN_VALIDATION_EXAMPLES
 from model.tokenizer import ChatTokenizer
 
 LANGUAGE_NAMES = {"zh": "Chinese", "en": "English"}

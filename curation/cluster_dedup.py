@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import remove, remove_leftovers, write_json
+from common.files import remove, remove_leftovers, report_write_errors, write_json
+from corpus.dataset_writer import dataset_staging_folder, replace_dataset
 from corpus.job_state import input_fingerprints
 from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader
-from corpus.shard_writer import dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.stats import DataStats
 from curation.near_duplicates import (
     HASHES_PER_BAND,
@@ -242,7 +242,7 @@ def deduplicate_on_cluster(
     folder = dataset_staging_folder(out_dir).absolute()
     files = [str(Path(path).resolve()) for path in paths]
     job = DedupJob(
-        files, str(Path(out_dir).absolute()), str(folder), report.max_bad_share, report.accept_damaged, reader.keys
+        files, str(Path(out_dir).absolute()), str(folder), report.max_bad_fraction, report.accept_damaged, reader.keys
     )
     with report_write_errors(out_dir):
         _resume_or_clear(job, paths)

@@ -32,9 +32,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_write, replace_file, write_json
+from common.files import atomic_write, replace_file, report_write_errors, write_json
 from common.locks import lock_output
-from corpus.shard_writer import report_write_errors
 from curation.catalogue import CATALOGUE, DatasetEntry
 
 MIRRORS = {"hub": "https://huggingface.co", "hf-mirror": "https://hf-mirror.com", "modelscope": "modelscope"}

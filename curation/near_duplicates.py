@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError
+from common.files import report_write_errors
+from corpus.dataset_writer import dataset_staging_folder
 from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
 from corpus.language import detect_language
 from corpus.readers import PathLike
 from corpus.row_text import DEFAULT_READER, RowReader
-from corpus.shard_writer import dataset_staging_folder, report_write_errors
 from corpus.stats import DataStats
 from curation.ngrams import alphanumeric, code_points, hash64, ngram_hashes
 from curation.rule_stats import EXAMPLES_PER_RULE, Decision, RuleHit, RuleStats
@@ -272,7 +273,7 @@ def deduplicate(
     if not exact_only:
         _import_rensa()
     with report_write_errors(out_dir):
-        hashing_report = DataStats(report.max_bad_share, report.accept_damaged)
+        hashing_report = DataStats(report.max_bad_fraction, report.accept_damaged)
         report.bytes_read = lambda: hashing_report.bytes_read()
         keys = write_document_keys(paths, out_dir, MinHasher(exact_only), on_batch, workers, hashing_report, reader)
         first = cluster_representatives(keys, exact_only)

@@ -4,7 +4,7 @@
 
     --keep_entropy 2.5,4.5          this range; zh=2.5,4.5 for one language (repeat the flag for another one)
     --keep_entropy 20%,80%          the range between these percentiles, per language
-    --keep_share 0.5                the half of the range that is nearest to its median, per language
+    --keep_fraction 0.5             the half of the range that is nearest to its median, per language
 
 A low score: the model can write the answer already, or the answer repeats itself. A high score: the answer is noise, in
 the wrong language, or too hard. The selection by the cross-entropy of the pretrained model follows MindLLM
@@ -25,7 +25,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,18 @@ from typing import Any
 import numpy as np
 
 from common.checksums import checksum
+from common.cli import flag
 from common.errors import UserError, escape_controls
-from corpus.examples import Example
+from common.flag_types import path_string, positive_fraction
+from corpus.data_flags import DataFlags
+from corpus.examples import ChatExample
 from corpus.language import LANGUAGES
 from corpus.readers import PathLike
 from corpus.stats import DataStats
 
-HISTOGRAM_BINS = 12
+HISTOGRAM_BINS, EXAMPLES_PER_BIN = 12, 2
 SCORE_SCALE, MAX_NATS = 10_000, 200_000  # scores are stored as int32 with four decimals
-ExampleReader = Callable[[Iterable[PathLike], DataStats], Iterator[Example]]  # as corpus.examples.read_chat_examples
+FILTER_GROUP = "filter by a model's cross-entropy (see curation/perplexity_filter.py)"
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,8 @@ class ScoreRange:
 def parse_score_range(text: str) -> ScoreRange:
     """Parse LOW,HIGH (nats per token) or LOW%,HIGH% (percentiles), optionally after zh= or en=. Raises UserError."""
     number_pattern = r"(\d+(?:\.\d+)?)(%?)"
-    match, text = (
-        re.fullmatch(rf"\s*(?:([a-z]+)=)?{number_pattern},{number_pattern}\s*", text),
-        escape_controls(text)[:80],
-    )
+    match = re.fullmatch(rf"\s*(?:([a-z]+)=)?{number_pattern},{number_pattern}\s*", text)
+    text = escape_controls(text)[:80]
     usage = "write 2.5,4.5 (nats per token), 20%,80% (percentiles) or zh=2.5,4.5 (one language)"
     if not match or match[3] != match[5] or (match[1] or LANGUAGES[0]) not in LANGUAGES:
         raise UserError(f"--keep_entropy {text}: {usage}")
@@ -68,6 +69,23 @@ def parse_score_range(text: str) -> ScoreRange:
     if low >= high or (match[3] and high > 100):
         raise UserError(f"--keep_entropy {text}: the first number must be smaller, percentiles at most 100: {usage}")
     return ScoreRange(low, high, bool(match[3]), match[1] or "")
+
+
+@dataclass(frozen=True)
+class PerplexityFlags(DataFlags):
+    """Flags of `data_process.py sft` that select chats by a model's cross-entropy."""
+
+    scorer: str | None = flag(None, "pretrained model that scores every chat, for example out/pretrain_512.pth",
+                              type=path_string, metavar="MODEL", group=FILTER_GROUP)  # fmt: skip
+    keep_entropy: tuple[ScoreRange, ...] = flag((), "keep chats whose answers have LOW to HIGH nats per token; "
+        "20%%,80%%: percentiles; zh=2,4: one language",
+        type=parse_score_range, action="append", metavar="LOW,HIGH", group=FILTER_GROUP)  # fmt: skip
+    keep_fraction: float = flag(1.0, "keep this fraction of the chats, those nearest to the middle of the range",
+                                type=positive_fraction, aliases=("keep_share",), group=FILTER_GROUP)  # fmt: skip
+
+    def check(self) -> None:
+        if not self.scorer and (self.keep_entropy or self.keep_fraction != 1):
+            raise UserError("--keep_entropy and --keep_fraction need --scorer MODEL, a pretrained model")
 
 
 class ScoreStore:
@@ -160,111 +178,96 @@ def scores_path(out_dir: PathLike, scorer: str) -> Path:
 
 
 class PerplexityFilter:
-    """The interval of scores to keep, per language. Raises UserError if no chat has a score inside it."""
+    """Drops training chats whose score is outside an interval per language, and collects chats for the histogram.
 
-    def __init__(self, scores: ScoreStore, score_ranges: list[ScoreRange], keep_share: float = 1.0) -> None:
+    Raises UserError if no chat has a score inside its interval.
+    """
+
+    def __init__(self, scores: ScoreStore, ranges: Sequence[ScoreRange] = (), keep_fraction: float = 1.0) -> None:
         self.scores = scores
         self.limits: dict[str, tuple[float, float]] = {}
+        self.edges: dict[str, np.ndarray] = {}  # of the histogram bins
+        self.bin_examples: dict[tuple[str, int], list[tuple[int, str]]] = {}  # (language, bin) -> (hash, text)
+        found = []
         for language in LANGUAGES:
-            own_scores = scores.for_language(language)
-            score_range = next(
-                (candidate for candidate in reversed(score_ranges) if candidate.language in ("", language)), None
-            )
-            if len(own_scores):
-                self.limits[language] = score_interval(own_scores, score_range, keep_share)
-        if self.limits and not any(self.keep_mask(language).any() for language in self.limits):
-            ranges = (
-                f"{k} from {scores.for_language(k).min():.2f} to {scores.for_language(k).max():.2f}"
-                for k in self.limits
-            )
-            raise UserError(f"--keep_entropy keeps no chat: the scores in nats per token are {', '.join(ranges)}")
+            nats = scores.for_language(language)
+            if not len(nats):
+                continue
+            chosen = [score_range for score_range in ranges if score_range.language in ("", language)]
+            self.limits[language] = score_interval(nats, chosen[-1] if chosen else None, keep_fraction)
+            self.edges[language] = bin_edges(nats)
+            found.append(f"{language} from {nats.min():.2f} to {nats.max():.2f}")
+        if found and not any(self.keep_mask(language).any() for language in self.limits):
+            raise UserError(f"--keep_entropy keeps no chat: the scores in nats per token are {', '.join(found)}")
 
     def keep_mask(self, language: str) -> np.ndarray:
         """True for the scores of a language that are kept, shape (chats,), bool."""
-        scores, (low, high) = self.scores.for_language(language), self.limits[language]
-        return (scores >= low) & (scores <= high)
-
-    def drop_reason(self, example: Example) -> str:
-        """Why a chat is dropped, or "" if it is kept. A chat without a score is kept."""
-        score = self.scores.get(example.content_hash)
-        if score is None:
-            return ""
-        low, high = self.limits[score[1]]
-        if score[0] < low:
-            return f"entropy of its answers below {low:.2f} ({score[1]})"
-        return f"entropy of its answers above {high:.2f} ({score[1]})" if score[0] > high else ""
+        nats, (low, high) = self.scores.for_language(language), self.limits[language]
+        return (nats >= low) & (nats <= high)
 
     def fingerprint_fields(self) -> dict[str, Any]:
         """Settings that determine the selection, for the fingerprint of the dataset."""
         return {"limits": self.limits, "scores": self.scores.digest()}
 
+    def provenance(self) -> dict[str, Any]:
+        """The entry of meta.json: the file of the scores and the interval of each language."""
+        limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in self.limits.items()}
+        return {"chosen": {"scores": self.scores.path.name, "kept_between": limits}}
+
     def filter_examples(
-        self, read_examples: ExampleReader, val_share: float, on_example: Callable[[Example], None]
-    ) -> ExampleReader:
-        """Wrap `read_examples`: drop training chats outside the interval and count them by reason in the report.
+        self, examples: Iterable[ChatExample], val_fraction: float, stats: DataStats
+    ) -> Iterator[ChatExample]:
+        """Yield the examples without training chats outside the interval, which are counted by reason.
 
-        `on_example` is called with every example before it is filtered.
+        A chat without a score is kept.
         """
+        for example in examples:
+            reason = ""
+            if score := self.scores.get(example.content_hash):
+                nats, language = score
+                self._add_bin_example(example, nats, language)
+                low, high = self.limits[language]
+                if nats < low:
+                    reason = f"entropy of its answers below {low:.2f} ({language})"
+                elif nats > high:
+                    reason = f"entropy of its answers above {high:.2f} ({language})"
+            if reason and example.split_hash >= val_fraction * 2.0**64:  # validation chats are never filtered
+                stats.row_dropped(reason, example.file, example.line)
+            else:
+                yield example
 
-        def filtered_examples(paths: Iterable[PathLike], report: DataStats) -> Iterator[Example]:
-            for example in read_examples(paths, report):
-                on_example(example)
-                validation = example.split_hash < val_share * 2.0**64
-                if not validation and (reason := self.drop_reason(example)):
-                    report.row_dropped(reason, example.file, example.line)
-                else:
-                    yield example
-
-        return filtered_examples
+    def _add_bin_example(self, example: ChatExample, nats: float, language: str) -> None:
+        """Keep the chats with the lowest hashes of each bin, so that the choice is deterministic."""
+        kept = self.bin_examples.setdefault((language, int(bin_index(self.edges[language], nats))), [])
+        if len(kept) < EXAMPLES_PER_BIN or example.content_hash < kept[-1][0]:
+            question, answer = example.messages[-2]["content"], example.messages[-1]["content"]
+            kept.append((example.content_hash, f"{clip_text(question)} → {clip_text(answer)}"))
+            kept.sort()
+            del kept[EXAMPLES_PER_BIN:]
 
 
-def score_interval(scores: np.ndarray, score_range: ScoreRange | None, keep_share: float) -> tuple[float, float]:
-    """The lowest and highest score to keep: the range, or its fraction `keep_share` that is nearest to the median."""
+def score_interval(nats: np.ndarray, score_range: ScoreRange | None, keep_fraction: float) -> tuple[float, float]:
+    """The lowest and highest score to keep: the range, or its fraction `keep_fraction` nearest to the median."""
     low, high = -np.inf, np.inf
     if score_range:
-        low, high = (
-            np.percentile(scores, [score_range.low, score_range.high])
-            if score_range.percent
-            else (score_range.low, score_range.high)
-        )
-    inside = scores[(scores >= low) & (scores <= high)]
-    if keep_share < 1 and len(inside):
+        low, high = score_range.low, score_range.high
+        if score_range.percent:
+            low, high = np.percentile(nats, [low, high])
+    inside = nats[(nats >= low) & (nats <= high)]
+    if keep_fraction < 1 and len(inside):
         median = np.median(inside)
-        max_distance = np.quantile(abs(inside - median), keep_share)
+        max_distance = np.quantile(abs(inside - median), keep_fraction)
         low, high = max(low, median - max_distance), min(high, median + max_distance)
     return float(low), float(high)
 
 
 # ---- the histogram ---------------------------------------------------------------------------------------------------
-class HistogramExamples:
-    """Up to `per_bin` chats of every histogram bin: those with the lowest hashes, so the choice is deterministic."""
-
-    def __init__(self, scores: ScoreStore, per_bin: int) -> None:
-        self.scores, self.per_bin = scores, per_bin
-        self.edges = {language: bin_edges(scores.for_language(language)) for language in LANGUAGES}
-        self.kept: dict[tuple[str, int], list[tuple[int, str]]] = {}
-
-    def offer(self, example: Example) -> None:
-        score = self.scores.get(example.content_hash)
-        if score is None or not self.per_bin:
-            return
-        nats, language = score
-        own_scores = self.kept.setdefault((language, int(bin_index(self.edges[language], nats))), [])
-        if len(own_scores) < self.per_bin or example.content_hash < own_scores[-1][0]:
-            question, answer = example.messages[-2]["content"], example.messages[-1]["content"]
-            own_scores.append((example.content_hash, f"{clip_text(question)} → {clip_text(answer)}"))
-            own_scores.sort()
-            del own_scores[self.per_bin :]
-
-
-def bin_edges(scores: np.ndarray) -> np.ndarray:
+def bin_edges(nats: np.ndarray) -> np.ndarray:
     """Edges of HISTOGRAM_BINS equal bins from the 1st to the 99th percentile, rounded to 0.05, shape (bins + 1,).
 
     The first and last bin also count the scores outside the edges.
     """
-    if not len(scores):
-        return np.linspace(0, 1, HISTOGRAM_BINS + 1)
-    low, high = np.percentile(scores, [1, 99])
+    low, high = np.percentile(nats, [1, 99])
     low, high = np.floor(low * 20) / 20, np.ceil(high * 20) / 20
     return np.linspace(low, max(high, low + 0.05 * HISTOGRAM_BINS), HISTOGRAM_BINS + 1)
 
@@ -280,7 +283,7 @@ def clip_text(text: str, length: int = 36) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def print_histogram(score_filter: PerplexityFilter, examples: HistogramExamples) -> None:
+def print_histogram(score_filter: PerplexityFilter) -> None:
     """Print a table per language: the range of each bin, its chats, how many are kept, and examples."""
     from rich.console import Console
     from rich.table import Table
@@ -288,15 +291,11 @@ def print_histogram(score_filter: PerplexityFilter, examples: HistogramExamples)
 
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=140)
-    for language in score_filter.limits:
-        scores, edges, kept = (
-            score_filter.scores.for_language(language),
-            examples.edges[language],
-            score_filter.keep_mask(language),
-        )
-        counts = np.bincount(bin_index(edges, scores), minlength=HISTOGRAM_BINS)
-        inside = np.bincount(bin_index(edges, scores[kept]), minlength=HISTOGRAM_BINS)
-        title = f"{language}: {len(scores):,} chats, median {np.median(scores):.2f} nats per token of the answers; "
+    for language, edges in score_filter.edges.items():
+        nats, kept = score_filter.scores.for_language(language), score_filter.keep_mask(language)
+        counts = np.bincount(bin_index(edges, nats), minlength=HISTOGRAM_BINS)
+        inside = np.bincount(bin_index(edges, nats[kept]), minlength=HISTOGRAM_BINS)
+        title = f"{language}: {len(nats):,} chats, median {np.median(nats):.2f} nats per token of the answers; "
         table = Table(title=title + f"kept {kept.sum():,} ({kept.mean():.1%})", title_justify="left")
         for name in ("nats per token", "chats", "kept"):
             table.add_column(name, justify="right")
@@ -305,12 +304,6 @@ def print_histogram(score_filter: PerplexityFilter, examples: HistogramExamples)
         for i in range(HISTOGRAM_BINS):
             bar = "#" * round(24 * counts[i] / counts.max())
             edge = f"{edges[i]:.2f} … {edges[i + 1]:.2f}"
-            example_text = "\n".join(text for _, text in examples.kept.get((language, i), []))
+            example_text = "\n".join(text for _, text in score_filter.bin_examples.get((language, i), []))
             table.add_row(edge, f"{counts[i]:,}", f"{inside[i]:,}", bar, Text(example_text))
         console.print(table)
-
-
-def filter_summary(score_filter: PerplexityFilter) -> dict[str, Any]:
-    """The entry of meta.json: the file of the scores and the interval of each language."""
-    limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in score_filter.limits.items()}
-    return {"scores": score_filter.scores.path.name, "kept_between": limits}

@@ -9,36 +9,27 @@ Reads   any out/*.pth or a transformers folder.
 Read next: perplexity_filter.py (selection by the scores), ../trainer/loss.py.
 """
 
-import argparse
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common.device import autocast, pick_device, pick_dtype
 from common.locks import lock_output
 from corpus.chats import is_trained
-from corpus.examples import Example
-from corpus.prepare_chats import DataTask
+from corpus.examples import ChatExample
 from corpus.stats import DataStats
-from curation.perplexity_filter import (
-    HistogramExamples,
-    PerplexityFilter,
-    ScoreStore,
-    filter_summary,
-    print_histogram,
-    scores_path,
-)
+from curation.perplexity_filter import PerplexityFlags, ScoreStore, scores_path
 from export.hf_import import open_folder, open_model
 from model.chat_template import Message
 from model.checkpoint import model_fingerprint
 from model.tokenizer import ChatTokenizer
 from trainer.loss import IGNORE_INDEX, token_log_probs
 
+ProgressBar = Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]]
+ExampleReader = Callable[[DataStats], Iterator[ChatExample]]
 SCORER_POOL_CHATS = 1024  # chats sorted by length together
 SCORER_BATCH_TOKENS = 8192  # tokens per batch, padding included
 
@@ -55,7 +46,7 @@ class Scorer:
         self.max_tokens = self.model.config.max_seq_len
 
     @torch.no_grad()
-    def score_chats(self, chats: list[list[Message]]) -> list[tuple[float, int]]:
+    def score(self, chats: list[list[Message]]) -> list[tuple[float, int]]:
         """(nats per token, scored tokens) of each chat; (0.0, 0) if no answer token fits into the context."""
         rows = [self._encode_chat(messages) for messages in chats]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
@@ -94,11 +85,10 @@ def encode_plain_chat(tokenizer: ChatTokenizer, messages: list[Message]) -> tupl
     ids: list[int] = []
     mask: list[int] = []
     for number, message in enumerate(messages):
-        new = (
-            tokenizer.encode_document(message["content"]) if not number else tokenizer.encode("\n" + message["content"])
-        )
-        ids += new
+        text = message["content"]
+        new = tokenizer.encode("\n" + text) if number else tokenizer.encode_document(text)
         skipped = len(tokenizer.encode("\n")) if number else 0
+        ids += new
         answer = int(is_trained(message))
         mask += [0] * skipped + [answer] * (len(new) - skipped)
     return ids, mask
@@ -116,64 +106,40 @@ def batch_by_tokens(order: list[int], lengths: list[int]) -> Iterator[list[int]]
         yield batch
 
 
-def score_new_examples(examples: Iterable[Example], scorer: Scorer, scores: ScoreStore) -> int:
-    """Score every chat without an entry in `scores`; returns their number. Memory: SCORER_POOL_CHATS chats."""
-    new_examples = (example for example in examples if scores.get(example.content_hash) is None)
-    done = 0
-    while pool := list(itertools.islice(new_examples, SCORER_POOL_CHATS)):
-        results = scorer.score_chats([example.messages for example in pool])
-        scores.add(
-            (example.content_hash, nats, count, example.language)
-            for example, (nats, count) in zip(pool, results, strict=True)
-            if count
-        )
-        done += len(pool)
-    return done
+def score_chats(config: PerplexityFlags, read_examples: ExampleReader, progress_bar: ProgressBar) -> ScoreStore:
+    """Score every chat of the files that has no score yet, and return the scores of all. Prints a summary.
 
+    Memory: SCORER_POOL_CHATS chats. Raises UserError if the model cannot be loaded or the files cannot be used.
+    """
+    scorer, files, report = Scorer(config.scorer or ""), list(config.files), config.new_stats()
+    path = scores_path(config.out_dir, scorer.name)
+    num_new = 0
+    with lock_output(path), progress_bar(files, report) as on_batch:
+        scores = ScoreStore(path)
 
-class PerplexityFilterStage:
-    """The part of `data_process.py sft --scorer` before packing: score, select, print the histogram."""
+        def unscored_examples() -> Iterator[ChatExample]:
+            for example in read_examples(report):
+                report.kept += 1
+                report.text_bytes += len(example.text.encode())  # for the speed of the progress bar
+                if report.kept % SCORER_POOL_CHATS == 0:
+                    on_batch()
+                if scores.get(example.content_hash) is None:
+                    yield example
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        task: DataTask,
-        progress: Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]],
-    ) -> None:
-        scorer, report = Scorer(args.scorer), DataStats(args.max_bad_share, args.accept_damaged)
-        path = scores_path(args.out_dir, scorer.name)
-        with lock_output(path), progress(args.files, report) as on_batch:
-            self.scores = ScoreStore(path)
-            examples = count_examples(task.read_examples(args.files, report), report, on_batch)
-            try:
-                new = score_new_examples(examples, scorer, self.scores)
-            except KeyboardInterrupt:
-                print(f"the scores so far are kept in {self.scores.path}: the same command continues from them")
-                raise
-            finally:
-                self.scores.close()
-        reused = f", {report.kept - new:,} had a score already" if report.kept > new else ""
-        print(f"scored {new:,} chats with {args.scorer} on {scorer.device} in {report.seconds:.0f} s{reused}; "
-              f"scores in {self.scores.path}")  # fmt: skip
-        self.score_filter = PerplexityFilter(self.scores, args.keep_entropy or [], args.keep_share)
-        self.examples = HistogramExamples(self.scores, 2)
-        filtered = self.score_filter.filter_examples(task.read_examples, args.val_share, self.examples.offer)
-        self.task = dataclasses.replace(
-            task, read_examples=filtered, settings=task.settings | self.score_filter.fingerprint_fields()
-        )
-
-    def print_histograms(self) -> None:
-        print_histogram(self.score_filter, self.examples)
-
-    def provenance(self) -> dict[str, Any]:
-        return {"chosen": filter_summary(self.score_filter)}
-
-
-def count_examples(examples: Iterable[Example], report: DataStats, on_batch: Callable[[], None]) -> Iterator[Example]:
-    """Yield the examples and count them in the report, which computes the speed."""
-    for example in examples:
-        report.kept += 1
-        report.text_bytes += len(example.text.encode())
-        if report.kept % SCORER_POOL_CHATS == 0:
-            on_batch()
-        yield example
+        examples = unscored_examples()
+        try:
+            while pool := list(itertools.islice(examples, SCORER_POOL_CHATS)):
+                results = zip(pool, scorer.score([example.messages for example in pool]), strict=True)
+                scores.add((chat.content_hash, nats, count, chat.language) for chat, (nats, count) in results if count)
+                num_new += len(pool)
+        except KeyboardInterrupt:
+            print(f"the scores so far are kept in {path}: the same command continues from them")
+            raise
+        finally:
+            scores.close()
+    reused = f", {report.kept - num_new:,} had a score already" if report.kept > num_new else ""
+    print(
+        f"scored {num_new:,} chats with {config.scorer} on {scorer.device} in {report.seconds:.0f} s{reused}; "
+        f"scores in {path}"
+    )
+    return scores

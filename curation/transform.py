@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError
-from common.files import remove, write_json, write_text
+from common.files import remove, report_write_errors, write_json, write_text
+from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset
 from corpus.job_state import PROGRESS_FILE, JobProgress, can_resume, input_fingerprints
 from corpus.provenance import read_provenance
 from corpus.readers import PathLike, read_contents
 from corpus.row_text import DEFAULT_READER, RowContent, RowReader
-from corpus.shard_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.stats import DataStats
 from curation.rule_stats import Decision, RuleStats
 

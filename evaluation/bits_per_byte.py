@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from corpus.chats import Message
-from corpus.examples import Example
+from corpus.examples import ChatExample
 from corpus.language import detect_language
 from corpus.read_examples import read_chat_examples
 from corpus.readers import read_texts
@@ -118,7 +118,7 @@ def sft_loss(
 
     Masks and the truncation of long chats are those of SFT. `dropped`: chats whose first turn exceeds the context.
     """
-    items = [Example("", messages, "", 0, "", 0) for messages in chats]
+    items = [ChatExample(messages) for messages in chats]
     rendered = render_chat_examples(items, tokenizer, model.config.max_seq_len, DataStats())
     samples = [sample for samples_of_chat in rendered for sample in samples_of_chat]
     nats = negative_log_probs(model, [(ids, mask) for ids, mask, _ in samples], batch_size)

@@ -9,7 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +108,18 @@ def apply_changes(content: bytes, changes) -> bytes:
     return content
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """Write a jsonl file; a text becomes {"text": …}."""
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder, by relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def load_weights(path: Path) -> dict:
     return torch.load(path, weights_only=True)["model"]
 
@@ -182,3 +196,13 @@ def force_tokens(model: Transformer, chain: list[int], logit_scale: float = 4) -
     model.lm_head.weight.zero_()
     for current, following in itertools.pairwise(chain):
         model.lm_head.weight[following] += logit_scale * model.model.embed_tokens.weight[current]
+
+
+def assign_splits(examples: Sequence[Any], val_fraction: float) -> list[tuple[str, Any]]:
+    """(split, example) of all examples, assigned in batches of seven."""
+    from corpus.validation_split import ValidationSplit
+
+    split, assigned = ValidationSplit(val_fraction), []
+    for start in range(0, len(examples), 7):
+        assigned += split.assign(examples[start : start + 7])
+    return assigned + split.held_back()

@@ -10,24 +10,25 @@ from collections.abc import Iterator
 from typing import Any
 
 from corpus.dataset_meta import read_meta
+from corpus.examples import ChatExample
+from corpus.tokenize_chats import ExampleType, tokenize_chats
 from model.tokenizer import ChatTokenizer
 from trainer.datasets import ChatDataset, TokenDataset, check_data
 from trainer.distributed import DistContext
 
 
-def tokenized_folder(data_path: str, kind: str, max_seq_len: int, tokenizer: ChatTokenizer, dist: DistContext) -> str:
-    """Tokenize a data folder for this tokenizer and length, unless that was done before; returns the token folder.
-
-    kind: "chats" or "pairs". Raises UserError if the token folder does not fit the stage or the model.
-    """
-    from corpus.tokenize_chats import CHAT_TOKENS, PAIR_TOKENS, tokenize_chats  # needs all of the data preparation
-
-    task = {"chats": CHAT_TOKENS, "pairs": PAIR_TOKENS}[kind]
+def tokenized_folder(
+    data_path: str,
+    max_seq_len: int,
+    tokenizer: ChatTokenizer,
+    dist: DistContext,
+    example_type: ExampleType = ChatExample,
+) -> str:
+    """Tokenize a data folder for this tokenizer and length, unless that was done before; returns the token folder."""
     with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
-        folder = str(tokenize_chats(data_path, tokenizer, max_seq_len, task=task))
+        folder = str(tokenize_chats(data_path, tokenizer, max_seq_len, example_type))
     for line in dropped_row_messages(read_meta(folder).get("report", {})):
         dist.print0(line)
-    check_data(folder, kind, tokenizer)
     return folder
 
 
@@ -48,6 +49,7 @@ def open_chat_data(
     data_path: str, max_seq_len: int, tokenizer: ChatTokenizer, dist: DistContext
 ) -> tuple[ChatDataset, dict[str, TokenDataset]]:
     """Return the training chats of a data folder, and the validation chats by split ("zh", "en")."""
-    folder = tokenized_folder(data_path, "chats", max_seq_len, tokenizer, dist)
-    chats = {split: ChatDataset(folder, split, tokenizer.pad_id) for split in read_meta(folder)["splits"]}
+    folder = tokenized_folder(data_path, max_seq_len, tokenizer, dist)
+    splits = check_data(folder, "chats", tokenizer)
+    chats = {split: ChatDataset(folder, split, tokenizer.pad_id) for split in splits}
     return chats.pop("train"), {split.removeprefix("val_"): data for split, data in chats.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.cli import Config, flag, overrides, parse, parse_command
+from common.cli import Config, ExitAction, flag, overrides, parse, parse_command
 from common.errors import UserError
 from common.flag_types import fraction, path_string, positive_int
 
@@ -50,6 +50,8 @@ class FilesConfig(Config):
 
     files: tuple[str, ...] = flag(MISSING, "files", positional=True, nargs="+")
     kind: str = flag("a", "kind", choices=("a", "b"))
+    check_only: bool = flag(False, "write nothing", name="check")
+    kinds: bool = flag(False, "list", action=ExitAction, nargs=0, function=lambda: print("a b"))
 
 
 def test_defaults_come_from_the_fields_and_subclasses_change_them():
@@ -142,9 +144,12 @@ def test_commands_have_a_configuration_each(tmp_path, capsys):
     assert parse_command(commands, "", ["read", "a", "b"]) == ("read", FilesConfig(("a", "b")))
     (tmp_path / "b.args").write_text("--kind b\n")
     assert parse_command(commands, "", ["read", "a", f"@{tmp_path}/b.args"])[1].kind == "b"
+    assert parse(FilesConfig, "", ["a", "--check"]).check_only
     for arguments in (["read"], ["read", "a", "--kind", "c"], [], ["write"]):
         with pytest.raises(UserError):
             parse_command(commands, "", arguments)
     with pytest.raises(SystemExit):
         parse_command(commands, "", ["--list"], {"--list": ("list", lambda: print("listed"))})
-    assert capsys.readouterr().out == "listed\n"
+    with pytest.raises(SystemExit):
+        parse_command(commands, "", ["read", "--kinds"])
+    assert capsys.readouterr().out == "listed\na b\n"

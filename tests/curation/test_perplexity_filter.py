@@ -65,7 +65,7 @@ def test_a_score_is_the_cross_entropy_of_the_answers(tokenizer, tiny_parent):
     scorer = Scorer(tiny_parent, "cpu", "float32")
     rows = [make_chat("q" * (1 + 3 * i), "答案" * (1 + i)) for i in range(9)]
     rows[0] += make_chat("and?", "yes")
-    batched_scores = scorer.score_chats(rows)
+    batched_scores = scorer.score(rows)
     for row, (nats, count) in zip(rows, batched_scores, strict=True):
         text = "\n".join(message["content"] for message in row)
         ids = torch.tensor(tokenizer.encode(text))[: scorer.max_tokens]
@@ -81,7 +81,7 @@ def test_a_score_is_the_cross_entropy_of_the_answers(tokenizer, tiny_parent):
             losses = F.cross_entropy(scorer.model.lm_head(hidden)[0], ids[1:], reduction="none")
         assert count == answer[1:].sum()
         assert nats == pytest.approx(losses[answer[1:]].mean().item(), rel=1e-4)
-        assert scorer.score_chats([row])[0] == pytest.approx((nats, count), rel=1e-4)
+        assert scorer.score([row])[0] == pytest.approx((nats, count), rel=1e-4)
 
 
 def test_a_pretrained_model_scores_plain_text_and_a_chat_model_its_template(tokenizer, tiny_parent, tmp_path):
@@ -91,16 +91,16 @@ def test_a_pretrained_model_scores_plain_text_and_a_chat_model_its_template(toke
     assert tokenizer.decode(ids) == "hi\nyo" and mask == [0, 0, 0, 1, 1]
     model, _, _ = load_model(tiny_parent)
     save_model(tmp_path / "full_sft_32.pth", model, "full_sft", tokenizer, [])
-    assert Scorer(tiny_parent, "cpu").score_chats([make_chat("hi", "yo")])[0][1] == 2
-    assert Scorer(tmp_path / "full_sft_32.pth", "cpu").score_chats([make_chat("hi", "yo")])[0][1] == 3, (
+    assert Scorer(tiny_parent, "cpu").score([make_chat("hi", "yo")])[0][1] == 2
+    assert Scorer(tmp_path / "full_sft_32.pth", "cpu").score([make_chat("hi", "yo")])[0][1] == 3, (
         "the end-of-turn token is scored too"
     )
 
 
 def test_a_chat_whose_answer_does_not_fit_is_not_scored(tiny_parent):
     scorer = Scorer(tiny_parent, "cpu", "float32")
-    assert scorer.score_chats([make_chat("q" * 500, "a")]) == [(0.0, 0)]
-    assert scorer.score_chats([]) == []
+    assert scorer.score([make_chat("q" * 500, "a")]) == [(0.0, 0)]
+    assert scorer.score([]) == []
 
 
 @given(lengths=st.lists(st.integers(1, 3000), max_size=40))
@@ -181,15 +181,15 @@ def test_scores_are_computed_once_and_survive_a_kill(run_sft, tmp_path, monkeypa
     from curation import perplexity_scorer
 
     monkeypatch.setattr(perplexity_scorer, "SCORER_POOL_CHATS", 16)
-    score_chats, calls = perplexity_scorer.Scorer.score_chats, []
+    score, calls = perplexity_scorer.Scorer.score, []
 
     def interrupt(self, chats):
         calls.append(len(chats))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score_chats(self, chats)
+        return score(self, chats)
 
-    monkeypatch.setattr(perplexity_scorer.Scorer, "score_chats", interrupt)
+    monkeypatch.setattr(perplexity_scorer.Scorer, "score", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_sft("out", "--keep_share", "0.5")
     assert not capsys.readouterr().out.count("written")

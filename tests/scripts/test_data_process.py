@@ -3,25 +3,23 @@
 import itertools
 import json
 import random
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
+from common.cli import parse_command
 from common.errors import UserError
 from corpus import prepare_text
 from corpus.dataset_meta import read_meta
-from corpus.examples import Example, mark_validation, text_hash
+from corpus.examples import ChatExample, TextExample, text_hash
 from corpus.render_chats import render_chat_examples
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats
 from corpus.tokenize_chats import tokenize_chats
-from tests.helpers import ROOT, SHARED_DATA, run_process, visible_names
+from tests.helpers import SHARED_DATA, assign_splits, read_folder, run_process, visible_names, write_rows
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]
 ZH = [f"第{i}句话说的是{word}。" for i, word in enumerate(["河流", "树木", "星星"] * 200)]
@@ -35,27 +33,6 @@ def chat(*contents, **more) -> dict:
 CHATS = [chat(f"What is {i} + 1?", f"It is {i + 1}.") for i in range(300)] + [
     chat(f"{i} 加 1 是多少？", f"是 {i + 1}。", "谢谢", "不客气") for i in range(300)
 ]
-
-
-def write_rows(path, rows):
-    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def process(tmp_path, tokenizer_dir):
-    """Run data_process.py in this process; returns --out_dir."""
-
-    def run(kind, *files, **flags):
-        out_dir = tmp_path / kind
-        arguments = [kind, *map(str, files), "--tokenizer", str(tokenizer_dir), "--out_dir", str(out_dir)]
-        for name, value in flags.items():
-            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        data_process.main(arguments)
-        return out_dir
-
-    return run
 
 
 def documents(folder, tokenizer, split) -> list[str]:
@@ -97,27 +74,28 @@ def test_the_split_depends_on_the_content_alone(tmp_path, process, tokenizer):
 
 
 def items(texts, language="en"):
-    return [Example(text, [], language, text_hash(text), "f", i) for i, text in enumerate(texts)]
+    return [TextExample(text, language, text_hash(text), "f", i) for i, text in enumerate(texts)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sets(st.text(max_size=8), max_size=60), st.randoms(), st.sampled_from([0.0, 0.01, 0.3]))
 def test_every_example_is_in_one_split_in_any_order(texts, shuffle, share):
     texts = sorted(texts)
-    first = {item.text: side for side, item in mark_validation(items(texts), share)}
+    first = {item.text: split for split, item in assign_splits(items(texts), share)}
     shuffle.shuffle(texts)
-    again = [(item.text, side) for side, item in mark_validation(items(texts), share)]
+    again = [(item.text, split) for split, item in assign_splits(items(texts), share)]
     assert dict(again) == first and len(again) == len(texts)
-    assert any(first.values()) == (len(texts) >= 20 and share > 0) or len(texts) < 20 or share == 0.3
-    assert share or not any(first.values())
+    has_validation = any(split != "train" for split in first.values())
+    assert has_validation == (len(texts) >= 20 and share > 0) or len(texts) < 20 or share == 0.3
+    assert share or not has_validation
 
 
 def test_val_share_applies_to_each_language():
     both = items([f"text {i}" for i in range(20_000)]) + items([f"字 {i}" for i in range(20)], "zh")
-    held_out = [item.language for side, item in mark_validation(both, 0.01) if side]
+    held_out = [item.language for split, item in assign_splits(both, 0.01) if split != "train"]
     assert 140 < held_out.count("en") < 260 and held_out.count("zh") >= 1
-    same_question = [Example(f"answer {i}", [], "en", 5, "f", i) for i in range(30)]
-    assert len({side for side, _ in mark_validation(same_question, 0.01)}) == 1
+    same_question = [TextExample(f"answer {i}", "en", 5, "f", i) for i in range(30)]
+    assert len({split for split, _ in assign_splits(same_question, 0.01)}) == 1
 
 
 def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
@@ -137,76 +115,12 @@ def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
     tokenizer = ChatTokenizer(tokenizer_files(backend))
     text = "\n\n".join(EN[:60] + ZH[:60]) + "\r\n \n" + EN[0]
     monkeypatch.setattr(prepare_text, "CHUNK_CHARACTERS", 100)
-    monkeypatch.setattr(prepare_text, "BATCH_CHARACTERS", 500)
-    stream = (("train", item) for item in items([text, *EN[:20]]))
-    packed = [
-        ids.tolist() for batch in prepare_text.tokenize_texts(stream, tokenizer, DataStats()) for *_, ids in batch
-    ]
+    monkeypatch.setattr("corpus.examples.BATCH_CHARACTERS", 500)
+    packed = [ids.tolist() for ids in prepare_text.tokenize_texts(items([text, *EN[:20]]), tokenizer, DataStats())]
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
 
-# ---- kills, interrupts and errors ------------------------------------------------------------------------------------
-def content(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("killed_at", [1, 4, 9])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, monkeypatch, killed_at, capsys):
-    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 100)
-    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    monkeypatch.setattr("corpus.shard_writer.SHARD_TOKENS", 5000)
-    path = write_rows(tmp_path / "a.jsonl", [*EN, *ZH, *EN[:9], {"text": 5}])
-    whole = content(process("pretrain", path, max_bad_share=0.1))
-    assert {"train_zh_002.bin", "train_en_002.bin"} <= whole.keys()
-    encode, calls = prepare_text._encode_batch, []
-
-    def fails(*args):
-        calls.append(1)
-        if len(calls) == killed_at + 1:
-            raise KeyboardInterrupt
-        return encode(*args)
-
-    monkeypatch.setattr(prepare_text, "_encode_batch", fails)
-    with pytest.raises(KeyboardInterrupt):
-        process("pretrain", path, max_bad_share=0.1)
-    assert content(tmp_path / "pretrain") == whole, "the older dataset stays until the new one is complete"
-    assert "the same command resumes it" in capsys.readouterr().out
-    again = content(process("pretrain", path, max_bad_share=0.1))
-    assert again == whole and not (tmp_path / "pretrain.partial").exists()
-    assert len(calls) == 1 + 12, "only the interrupted batch is tokenised twice"
-
-
-def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkeypatch):
-    monkeypatch.setattr("corpus.examples.BATCH_EXAMPLES", 50)
-    monkeypatch.setattr("corpus.job_state.CHECKPOINT_SECONDS", 0)
-    path = write_rows(tmp_path / "a.jsonl", EN)
-    with monkeypatch.context() as broken:
-        broken.setattr(
-            "corpus.prepare_text._StagedDataset.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            process("pretrain", path)
-    assert (tmp_path / "pretrain.partial" / "progress.json").is_file()
-    write_rows(path, ZH)
-    assert read_meta(process("pretrain", path))["report"]["languages"].keys() == {"zh"}
-
-
-def test_sigkill_at_any_time_resumes_to_the_same_bytes(tmp_path, tokenizer_dir):
-    path = write_rows(tmp_path / "a.jsonl", [f"{i} {text}" for i in range(30) for text in EN + ZH])
-    setup = "import data_process, corpus.examples as i, corpus.job_state as p; i.BATCH_EXAMPLES = 500; "
-    setup += "p.CHECKPOINT_SECONDS = 0; "
-    run = f"data_process.main(['pretrain', {str(path)!r}, '--tokenizer', {str(tokenizer_dir)!r}, '--out_dir', "
-    child = subprocess.Popen([sys.executable, "-c", setup + run + f"{str(tmp_path / 'out')!r}])"], cwd=ROOT)
-    while not (tmp_path / "out.partial" / "progress.json").exists() and child.poll() is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert not (tmp_path / "out").exists()
-    for name in ("out", "fresh"):
-        data_process.main(["pretrain", str(path), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / name)])
-    assert content(tmp_path / "out") == content(tmp_path / "fresh")
-
-
+# ---- errors ----------------------------------------------------------------------------------------------------------
 def test_bad_input_is_a_one_line_error_and_nothing_is_written(tmp_path, process, tokenizer_dir):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps({"text": text}) + "\n" for text in EN[:50]) + "{broken\n")
@@ -232,7 +146,7 @@ def test_a_folder_with_other_files_is_not_changed(tmp_path, process):
     (tmp_path / "pretrain" / "thesis.doc").write_text("mine")
     with pytest.raises(UserError, match="did not write"):
         process("pretrain", write_rows(tmp_path / "a.jsonl", EN))
-    assert content(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
+    assert read_folder(tmp_path / "pretrain") == {"thesis.doc": b"mine"}
 
 
 def test_the_command_line_on_full_and_read_only_disks(tmp_path, tokenizer_dir):
@@ -258,12 +172,16 @@ def test_the_command_line_on_full_and_read_only_disks(tmp_path, tokenizer_dir):
 
 
 def test_help_and_defaults():
-    args = data_process.parse_flags(["sft", "x.jsonl"])
-    assert (args.tokenizer, args.out_dir, args.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
-    assert (args.val_share, args.max_bad_share, args.check) == (0.01, 0.01, False)
-    assert data_process.parse_flags(["pretrain", "x"]).out_dir == "dataset/pretrain"
-    with pytest.raises(UserError, match="--val_share: 3 is not a number of at least 0 and below 1"):
-        data_process.parse_flags(["sft", "x", "--val_share", "3"])
+    def parse(*arguments):
+        return parse_command(data_process.DATA_COMMANDS, "", arguments)[1]
+
+    config = parse("sft", "x.jsonl")
+    assert (config.tokenizer, config.out_dir, config.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
+    assert (config.val_fraction, config.max_bad_fraction, config.check_only) == (0.01, 0.01, False)
+    assert (parse("pretrain", "x").out_dir, parse("dpo", "x").val_fraction) == ("dataset/pretrain", 0.05)
+    assert parse("sft", "x", "--val_share", "0.1", "--max_bad_share", "0.2").val_fraction == 0.1
+    with pytest.raises(UserError, match="--val_fraction: 3 is not a number of at least 0 and below 1"):
+        parse("sft", "x", "--val_fraction", "3")
 
 
 # ---- sft -------------------------------------------------------------------------------------------------------------
@@ -320,7 +238,7 @@ def test_long_chats_are_truncated_after_whole_turns(tokenizer, turns, system, li
     messages = chat(*itertools.chain(*turns))["messages"]
     messages = [{"role": "system", "content": "s"}, *messages] if system else messages
     report = DataStats()
-    (rendered,) = render_chat_examples([Example("", messages, "en", 0, "f", 1)], tokenizer, limit, report)
+    (rendered,) = render_chat_examples([ChatExample(messages)], tokenizer, limit, report)
     prefixes = [messages[:end] for end in range(len(messages), 1, -1) if messages[end - 1]["role"] == "assistant"]
     fitting = next((p for p in prefixes if len(tokenizer.render(p)[0]) <= limit), None)
     if fitting is None:
