@@ -106,6 +106,11 @@ def skip_done(done: int, elements: Iterable[Element], on_batch: Callable[[], Non
             on_batch()
 
 
+def has_progress(folder: Path) -> bool:
+    """Whether a job can resume from this staging folder."""
+    return any((folder / name).is_file() for name in (PROGRESS_FILE, SIGNING_FILE))
+
+
 def can_resume(error: BaseException) -> bool:
     """Whether the same command can resume after the user has fixed the disk or the damaged input file."""
     return isinstance(error, (OSError, DamagedFile)) or isinstance(error.__cause__, OSError)
@@ -120,7 +125,7 @@ def keep_if_resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if (isinstance(error, UserError) and not can_resume(error)) or not (folder / PROGRESS_FILE).is_file():
+        if (isinstance(error, UserError) and not can_resume(error)) or not has_progress(folder):
             with contextlib.suppress(OSError):
                 remove(folder)
         raise

@@ -31,8 +31,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from common.cli import Config, flag
 from common.errors import UserError
 from common.files import atomic_write, replace_file, write_json
+from common.flag_types import non_empty_text, path_string, relative_path
 from common.locks import lock_output
 from corpus.shard_writer import report_write_errors
 from curation.catalogue import CATALOGUE, DatasetEntry
@@ -54,6 +56,18 @@ DISK_ERRORS = (
 )
 
 ProgressCallback = Callable[[int, int], None]  # (bytes received, total bytes; 0: unknown)
+
+
+@dataclass(frozen=True)
+class DownloadConfig(Config):
+    """download a public dataset to dataset/raw/NAME; without NAME: list the datasets"""
+
+    name: str = flag("", "name of a dataset", positional=True, nargs="?", type=non_empty_text, metavar="NAME")
+    file: tuple[str, ...] = flag(
+        (), "further file of the same repository; may be repeated", action="append", type=relative_path
+    )
+    mirror: str = flag("", "hub, hf-mirror, modelscope or a URL (default: try each in this order)")
+    out_dir: str = flag("dataset/raw", "folder to write", type=path_string)
 
 
 @dataclass
@@ -257,38 +271,31 @@ def print_catalogue() -> None:
     print("python data_process.py download NAME downloads one; read its licence first: none is part of this project")
 
 
-def download_dataset(name: str, files: list[str], mirror: str, out_dir: str) -> list[Path]:
-    """Download a dataset of the catalogue (`files` of its repository; empty: the catalogue's files) and unpack it.
+def download_dataset(config: DownloadConfig) -> None:
+    """Download a dataset of the catalogue, or the --file of its repository, and unpack it.
 
-    Returns the downloaded or unpacked files. Raises UserError for an unknown name, file or mirror, or too little space.
+    Raises UserError for an unknown name, file or mirror, or too little space.
     """
-    if name not in CATALOGUE:
-        raise UserError(f"{name}: no such dataset; choose from {', '.join(CATALOGUE)}")
-    entry, folder = CATALOGUE[name], Path(out_dir) / name
-    for file in files:
-        if escapes_folder(file):
-            raise UserError(f"--file {file}: expected a path in the repository, for example {entry.files[0]}")
+    if config.name not in CATALOGUE:
+        raise UserError(f"{config.name}: no such dataset; choose from {', '.join(CATALOGUE)}")
+    entry, folder = CATALOGUE[config.name], Path(config.out_dir) / config.name
+    files = config.file or entry.files
+    paths = [folder / PurePosixPath(file).name for file in files]
     with lock_output(folder):
-        return _download_entry(entry, files, mirror, folder)
-
-
-def _download_entry(entry: DatasetEntry, files: list[str], mirror: str, folder: Path) -> list[Path]:
-    paths = [folder / PurePosixPath(file).name for file in files or entry.files]
-    if not files and not all(path.is_file() for path in paths):
-        require_space(folder, entry.size)
-    found: list[Path] = []
-    for file, path in zip(files or entry.files, paths, strict=True):
-        if path.is_file():
-            print(f"{path} exists already")
-        else:
-            with download_progress_bar(path.name) as progress:
-                _download_from_mirrors(entry, file, path, mirror, progress)
-        found += unpack_archive(path)
+        if not config.file and not all(path.is_file() for path in paths):
+            require_space(folder, entry.size)
+        found: list[Path] = []
+        for file, path in zip(files, paths, strict=True):
+            if path.is_file():
+                print(f"{path} exists already")
+            else:
+                with download_progress_bar(path.name) as progress:
+                    _download_from_mirrors(entry, file, path, config.mirror, progress)
+            found += unpack_archive(path)
     print(f"licence: {entry.licence}")
     shown_path = str(found[0]) if len(found) == 1 else str(folder)
     print(f"written: {shown_path}" + (f" ({len(found)} files)" if len(found) > 1 else ""))
     print(f"next: {entry.command.replace('FILE', shown_path)}")
-    return found
 
 
 def _download_from_mirrors(entry: DatasetEntry, file: str, path: Path, mirror: str, progress: ProgressCallback) -> None:

@@ -1,4 +1,4 @@
-"""Edit rules of `data_process.py clean`: functions str -> str, listed in rules.py.
+"""Edit rules of `data_process.py clean`: functions str -> str, listed in cleaning.py.
 
     repair      ä½ å¥½      -> 你好              text decoded with the wrong code page
     characters  "ＡＢＣ\\x00" -> "ABC"             control characters, full-width forms, composed accents, line ends
@@ -9,7 +9,7 @@
 
 A rule without a match returns its argument. The patterns have bounded repeats, so no input makes them slow.
 
-Read next: rules.py (the table), drop_rules.py (the rules that drop documents).
+Read next: cleaning.py (the table), drop_rules.py (the rules that drop documents).
 """
 
 import functools
@@ -18,7 +18,7 @@ import re
 import unicodedata
 from typing import Any
 
-from common.errors import UserError
+from common.errors import import_package
 from corpus.language import count_chinese
 from curation.rule_words import BOILERPLATE_HINTS, MENU_EN, MENU_ZH, NOTICE_PATTERNS
 
@@ -28,18 +28,11 @@ _WRONGLY_DECODED = re.compile("[\xc2-\xf4][\x80-\xbf\u0152-\u0178\u0192\u02c6\u0
 
 def repair(text: str) -> str:
     """Undo a wrong decoding with ftfy (github.com/rspeer/python-ftfy). ftfy runs only if the pattern above matches."""
-    return _import_ftfy().fix_encoding(text) if _WRONGLY_DECODED.search(text) else text
-
-
-@functools.cache
-def _import_ftfy() -> Any:
-    try:
-        import ftfy
-    except ImportError:
-        raise UserError(
-            'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
-        ) from None
-    return ftfy
+    if not _WRONGLY_DECODED.search(text):
+        return text
+    advice = 'the rule `repair` needs one more package: pip install "ftfy>=6.2,<7", or --skip repair'
+    fixed: str = import_package("ftfy", advice).fix_encoding(text)
+    return fixed
 
 
 _INVISIBLE = dict.fromkeys([*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), *range(0x7F, 0x85), *range(0x86, 0xA0),
@@ -72,11 +65,8 @@ def simplify(text: str) -> str:
 
 @functools.cache
 def _opencc_converter() -> Any:
-    try:
-        import opencc
-    except ImportError:
-        raise UserError('the rule `simplify` needs one more package: pip install "opencc>=1.1.7,<2"') from None
-    return opencc.OpenCC("t2s")
+    advice = 'the rule `simplify` needs one more package: pip install "opencc>=1.1.7,<2"'
+    return import_package("opencc", advice).OpenCC("t2s")
 
 
 _TAG_NAMES = (
