@@ -23,9 +23,10 @@ from corpus.input_files import expand_inputs
 from corpus.job_state import has_progress, keep_if_resumable
 from corpus.shard_writer import dataset_staging_folder, report_write_errors
 from corpus.stats import DataStats
+from curation.catalogue import print_catalogue
 from curation.cleaning import CleanConfig, CleaningTransform
 from curation.decontaminate import DecontaminateConfig, DecontaminationTransform, build_exam_index
-from curation.download import DownloadConfig, download_dataset, print_catalogue
+from curation.download import DownloadConfig, download_dataset
 from curation.near_duplicates import DedupConfig, deduplicate
 from curation.rule_stats import RuleStats
 from curation.transform import (
