@@ -16,18 +16,21 @@ Writes  out/pretrain_512.pth, its log (.jsonl), its curves (.png) and, until the
 Next:   2-eval.py (evaluate it), 3-full_sft.py (fine-tune it to answer); code: trainer/loop.py, model/transformer.py.
 """
 
+import math
+
 from common import flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from trainer.config import (
+from trainer.legacy_config import (
     add_mix_flags,
     add_model_flags,
+    add_plan_flags,
     check_memory,
     given_model_flags,
     make_model_config,
     make_training_parser,
+    print_plan,
 )
-from trainer.memory import add_plan_flags, print_plan, steps_for_tokens
 
 
 def compute_loss(model, batch):
@@ -101,7 +104,9 @@ def main() -> None:
         stage = Stage("pretrain", model, tokenizer, compute_loss, data, validation, lineage)
         if args.tokens_per_param:
             rows = resolve_global_batch_size(dist, args, stage.checkpoint_path(args.out_dir))
-            args.max_steps = steps_for_tokens(args.tokens_per_param, model.config, rows)
+            args.max_steps = max(
+                1, math.ceil(args.tokens_per_param * sum(p.numel() for p in model.parameters()) / (rows * seq_len))
+            )
         if schedule:
             stage.data, stage.mix = MixedDataset(args.data_path, schedule, seq_len), schedule.to_dict(args)
         train(dist, args, stage)

@@ -22,7 +22,7 @@ from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
 from model.chat_template import CHAT_FORMATS
-from trainer.config import add_length_flag, make_training_parser, parse_fractions
+from trainer.legacy_config import add_length_flag, make_training_parser, parse_fractions
 from trainer.recipes import add_recipe_flag, describe_recipe
 
 

@@ -20,7 +20,7 @@ Next:   2-eval.py (chat with it); code: model/lora.py (the formula), model/check
 from common import cli, flag_types
 from common.errors import UserError, fail_in_one_line
 from common.files import check_writable
-from trainer.config import add_length_flag, make_training_parser
+from trainer.legacy_config import add_length_flag, make_training_parser
 
 LORA_FLAGS = ("rank", "alpha", "lora_dropout", "targets")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from common import flag_types
 from common.errors import fail_in_one_line
 from common.files import check_writable
-from trainer.config import add_length_flag, make_training_parser
+from trainer.legacy_config import add_length_flag, make_training_parser
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0}
 

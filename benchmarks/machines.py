@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
-from trainer.memory import GPU, GPUS, flops_per_token, training_memory
+from trainer.memory import training_memory
+from trainer.plan import GPU, GPUS, flops_per_token
 
 
 @dataclass(frozen=True)

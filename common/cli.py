@@ -67,14 +67,21 @@ def flag(
 
     default: MISSING makes the flag required; False makes it a switch; a tuple makes it a list.
     help: text, or a function that returns it for the class of the configuration.
-    name: spelling of the flag if the field has another name, as for --check: `check` is a method of Config.
-    aliases: further spellings, without dashes, that --help does not list. hidden: --help does not list the flag.
+    name: spelling of the flag if it is not the name of the field. aliases: further spellings, without dashes, that
+    --help does not list. hidden: --help does not list the flag.
     group: title of its group in --help. exclusive: at most one flag of those with this name may be given.
     options: passed to add_argument (type, choices, metavar, nargs, action, parse, …); `positional=True` removes the
     dashes. A field of a subclass that only gives another default keeps the options of its base class.
     """
-    metadata = {"help": help, "name": name, "aliases": aliases, "group": group, "exclusive": exclusive}
-    return dataclasses.field(default=default, metadata={"flag": metadata | {"hidden": hidden, "options": options}})
+    metadata = {
+        "help": help,
+        "name": name,
+        "aliases": aliases,
+        "group": group,
+        "exclusive": exclusive,
+        "hidden": hidden,
+    }
+    return dataclasses.field(default=default, metadata={"flag": metadata | {"options": options}})
 
 
 def overrides(of: type, *, group: str, skip: Sequence[str] = ()) -> Any:
@@ -154,7 +161,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     groups: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(config):
         if other := field.metadata.get("overrides"):
-            group = parser.add_argument_group(other["group"])
+            group = groups.setdefault(other["group"], None) or parser.add_argument_group(other["group"])
+            groups[other["group"]] = group
             for inner in dataclasses.fields(other["of"]):
                 if inner.name not in other["skip"] and (known := inner.metadata.get("flag")):
                     _add_flag(group, other["of"], inner, known, shows_default=False)
@@ -194,8 +202,10 @@ def _add_flag(
         text += f" (default: {texts})".replace("%", "%%")
     required = {"required": True} if default is MISSING else {}
     common = {"dest": field.name, "default": argparse.SUPPRESS, **options}
-    shown_help = argparse.SUPPRESS if known["hidden"] else text
-    place.add_argument(f"--{known['name'] or field.name}", **common, **required, help=shown_help)
+    text, name = argparse.SUPPRESS if known["hidden"] else text, known["name"] or field.name
+    if known["name"] and "action" not in options:
+        common.setdefault("metavar", name.upper())
+    place.add_argument(f"--{name}", **common, **required, help=text)
     for alias in known["aliases"]:
         place.add_argument(f"--{alias}", **common, help=argparse.SUPPRESS)
 

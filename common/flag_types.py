@@ -33,7 +33,8 @@ class NumberType:
     maximum: float = MAX_FLAG_VALUE
 
     def accepts(self, value: float) -> bool:
-        return math.isfinite(value) and self.is_allowed(value) and value <= self.maximum
+        is_finite = isinstance(value, int) or math.isfinite(value)  # isfinite overflows for large integers
+        return is_finite and self.is_allowed(value) and value <= self.maximum
 
     def __call__(self, text: str) -> float:
         problem = f"is not {self.rule}"
@@ -56,6 +57,21 @@ def int_between(minimum: int, maximum: int) -> NumberType:
     return NumberType(
         int, f"a whole number from {minimum} to {maximum}", lambda value: minimum <= value <= maximum, maximum
     )
+
+
+def float_between(minimum: float, maximum: float) -> NumberType:
+    return NumberType(
+        float, f"a number from {minimum:g} to {maximum:g}", lambda value: minimum <= value <= maximum, maximum
+    )
+
+
+def parse_bool(text: str) -> bool:
+    """argparse type: true or false."""
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text}: give true or false")
 
 
 def _parse_epochs(text: str) -> float:

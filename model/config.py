@@ -8,30 +8,47 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.cli import flag
+from common.flag_types import NumberType, float_between, int_between, parse_bool
+
+
+def _number(default: float, help: str, minimum: float, maximum: float, **options: Any) -> Any:
+    """A field with limits. Whether a config fits a checkpoint's tensors: checkpoint_schema.check_shapes."""
+    make_type: Any = int_between if isinstance(default, int) else float_between
+    return flag(default, help, type=make_type(minimum, maximum), **options)
+
+
+def _switch(default: bool, help: str) -> Any:
+    return flag(default, help, type=parse_bool, nargs="?", const=True)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Hyperparameters of a LLaMA-style decoder; FIELD_HELP describes each field."""
+    """Hyperparameters of a LLaMA-style decoder."""
 
-    vocab_size: int = 6400
-    dim: int = 512
-    n_layers: int = 8
-    n_heads: int = 16
-    n_kv_heads: int = 8
-    hidden_dim: int = 0  # 0: 8/3 of dim, rounded up to a multiple of 64
-    max_seq_len: int = 512
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-    qk_norm: bool = False
-    use_moe: bool = False
-    n_shared_experts: int = 2
-    n_routed_experts: int = 4
-    n_active_experts: int = 2
-    balance_loss_coef: float = 0.01
-    head_dim: int = 0  # 0: dim / n_heads
-    qkv_bias: bool = False
+    vocab_size: int = _number(6400, "number of tokens", 1, 2**24)
+    dim: int = _number(512, "width of the residual stream", 1, 2**16)
+    n_layers: int = _number(8, "number of decoder layers", 1, 1024)
+    n_heads: int = _number(16, "query heads", 1, 4096)
+    n_kv_heads: int = _number(8, "key/value heads, each shared by n_heads / n_kv_heads query heads", 1, 4096)
+    hidden_dim: int = _number(0, "width of the feed-forward (0: 8/3 of dim); with MoE, of each expert", 0, 2**20)
+    max_seq_len: int = _number(512, "longest sequence in tokens", 1, 2**23)
+    rope_theta: float = _number(10_000.0, "base of the RoPE angles", 1.000001, 1e12)
+    norm_eps: float = _number(1e-5, "epsilon of RMSNorm", 1e-30, 1)
+    dropout: float = _number(
+        0.0, "dropout on attention weights and on the output of attention and feed-forward", 0, 0.999999
+    )
+    tie_embeddings: bool = _switch(True, "the output layer shares the embedding matrix")
+    qk_norm: bool = _switch(False, "RMSNorm on queries and keys (as Qwen3)")
+    use_moe: bool = _switch(False, "mixture-of-experts feed-forward")
+    n_shared_experts: int = _number(2, "experts that process every token", 0, 1024)
+    n_routed_experts: int = _number(4, "experts that the router selects from", 0, 4096)
+    n_active_experts: int = _number(2, "routed experts per token (top-k)", 0, 4096)
+    balance_loss_coef: float = _number(
+        0.01, "weight of the router's load-balancing loss", 0, 1e6, name="aux_loss_coef", aliases=("balance_loss_coef",)
+    )
+    head_dim: int = _number(0, "width of a head (0: dim / n_heads)", 0, 2**14)
+    qkv_bias: bool = _switch(False, "biases on queries, keys and values (as Qwen2)")
     rope_scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # {}: none; else see ROPE_KEYS
 
     def __post_init__(self) -> None:
@@ -77,23 +94,10 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
 
-# Field -> (minimum, maximum). Whether a config fits a checkpoint's tensors: checkpoint_schema.check_shapes.
-FIELD_LIMITS: dict[str, tuple[float, float]] = {
-    "vocab_size": (1, 2**24),
-    "dim": (1, 2**16),
-    "n_layers": (1, 1024),
-    "n_heads": (1, 4096),
-    "n_kv_heads": (1, 4096),
-    "hidden_dim": (0, 2**20),
-    "max_seq_len": (1, 2**23),
-    "rope_theta": (1.000001, 1e12),
-    "norm_eps": (1e-30, 1),
-    "dropout": (0, 0.999999),
-    "n_shared_experts": (0, 1024),
-    "n_routed_experts": (0, 4096),
-    "n_active_experts": (0, 4096),
-    "balance_loss_coef": (0, 1e6),
-    "head_dim": (0, 2**14),
+FIELD_LIMITS: dict[str, NumberType] = {
+    known.name: known.metadata["flag"]["options"]["type"]
+    for known in dataclasses.fields(ModelConfig)
+    if isinstance(known.default, (int, float)) and not isinstance(known.default, bool)
 }
 MAX_EXPERTS = 2**15  # over all layers; building a module takes time even on the meta device
 MAX_ROPE_ELEMENTS = 2**30  # elements of the table of cosines
@@ -107,9 +111,9 @@ def field_problem(config: ModelConfig) -> str:
             if not isinstance(value, bool):
                 return f"{known.name} must be true or false, not {value!r:.60}"
         elif limits:
-            kinds, what = ((int,), "whole number") if isinstance(known.default, int) else ((int, float), "number")
-            if type(value) not in kinds or not limits[0] <= value <= limits[1]:
-                return f"{known.name} must be a {what} from {limits[0]:g} to {limits[1]:g}, not {value!r:.60}"
+            kinds = (int,) if isinstance(known.default, int) else (int, float)
+            if type(value) not in kinds or not limits.accepts(value):
+                return f"{known.name} must be {limits.rule}, not {value!r:.60}"
     return ""
 
 
@@ -155,27 +159,6 @@ def rope_scaling_problem(scaling: Any) -> str:
         return "rope_scaling llama3: low_freq_factor must be below high_freq_factor"
     return ""
 
-
-FIELD_HELP = {
-    "dim": "width of the residual stream",
-    "n_layers": "number of decoder layers",
-    "n_heads": "query heads",
-    "n_kv_heads": "key/value heads, each shared by n_heads / n_kv_heads query heads",
-    "hidden_dim": "width of the feed-forward (0: 8/3 of dim); with MoE, of each expert",
-    "max_seq_len": "longest sequence in tokens",
-    "rope_theta": "base of the RoPE angles",
-    "norm_eps": "epsilon of RMSNorm",
-    "dropout": "dropout on attention weights and on the output of attention and feed-forward",
-    "tie_embeddings": "the output layer shares the embedding matrix",
-    "qk_norm": "RMSNorm on queries and keys (as Qwen3)",
-    "use_moe": "mixture-of-experts feed-forward",
-    "n_shared_experts": "experts that process every token",
-    "n_routed_experts": "experts that the router selects from",
-    "n_active_experts": "routed experts per token (top-k)",
-    "balance_loss_coef": "weight of the router's load-balancing loss",
-    "head_dim": "width of a head (0: dim / n_heads)",
-    "qkv_bias": "biases on queries, keys and values (as Qwen2)",
-}
 
 # vocab_size here is used by --plan only; training takes the size of the tokenizer's vocabulary.
 PRESETS: dict[str, dict[str, Any]] = {

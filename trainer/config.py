@@ -1,244 +1,263 @@
-"""Command-line flags of the training scripts, and the model flags of 1-pretrain.py. Imports no torch.
+"""TrainConfig: the settings that all training scripts share, and the model's for 1-pretrain.py. Imports no torch.
 
-Settings have three sources: the model config (saved in the .pth), the shared flags in this file, and the defaults of
-each stage, which its main() passes to `make_training_parser`.
-Read next: distributed.py.
+A script subclasses TrainConfig: it sets other defaults and adds its own flags.
+
+    @dataclass(frozen=True)
+    class SFTConfig(TrainConfig):
+        data_path: str = "dataset/sft"
+        learning_rates = {"muon": 5e-4, "adamw": 2e-4}
+
+    config = parse(SFTConfig, __doc__)
+
+Read next: ../common/cli.py (how fields become flags), ../model/config.py, loop.py.
 """
 
-import argparse
-import dataclasses
 import importlib.util
 import math
-import os
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
-from common import cli, flag_types
+from common.cli import Config, NameList, flag, overrides
 from common.errors import UserError
-from corpus.mixing import parse_mix
-from model.config import FIELD_HELP, FIELD_LIMITS, PRESETS, ModelConfig
+from common.flag_types import (
+    DTYPE_NAMES,
+    NumberType,
+    device_name,
+    epochs,
+    fraction,
+    fraction_below_one,
+    int_at_least,
+    int_between,
+    max_steps,
+    non_empty_text,
+    non_negative_float,
+    non_negative_int,
+    path_string,
+    positive_float,
+    positive_fraction,
+    positive_int,
+    seed,
+)
+from corpus.mixing import MixSpec, parse_mix
+from model.config import PRESETS, ModelConfig
 from model.parameters import count_parameters
-from trainer.recipes import parse_with_recipe
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text}: give true or false")
-
-
-def parse_fractions(text: str) -> list[float]:
-    """Parse "0.1,0.3,1.0" into sorted unique fractions. Raises argparse.ArgumentTypeError."""
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give fractions separated by commas, as 0.1,0.3,1.0") from None
-    if not all(0 < share <= 1 for share in found):
-        raise argparse.ArgumentTypeError(f"{text}: each fraction is above 0 and at most 1")
-    return found
-
-
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description and appends the defaults to the help."""
-
-
-class TrainingParser(cli.FlagParser):
-    """Parser of a training script: the default learning rate depends on --optimizer, --recipe sets defaults."""
-
-    learning_rates: dict[str, float]
-
-    def parse_args(self, *arguments: Any) -> Any:  # type: ignore[override]
-        args = parse_with_recipe(self, super().parse_args, *arguments)
-        if not hasattr(args, "learning_rate"):
-            args.learning_rate = self.learning_rates[args.optimizer]
-        check_parallel(args)
-        return args
-
 
 PARALLEL_MODES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+LOSS_RATIO = NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5)
+
+_files = partial(flag, group="data and files")
+_duration = partial(flag, group="duration")
+_optimization = partial(flag, group="optimization")
+_hardware = partial(flag, group="hardware and parallelism")
+_logging = partial(flag, group="logging and validation")
+_mixture = partial(flag, group="data mixture (if omitted: all data, without reweighting)")
+_plan = partial(flag, group="plan (trains nothing)")
 
 
-def check_parallel(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that DeepSpeed ZeRO does not support, before any file is read."""
-    if not args.parallel.startswith("zero"):
-        return
-    if args.optimizer == "muon":
-        raise UserError(
-            f"--parallel {args.parallel} flattens the weights, Muon needs whole matrices: "
-            "add --optimizer adamw, or use --parallel fsdp"
-        )
-    if args.compile:
-        raise UserError(f"--parallel {args.parallel} does not support --compile: leave it out, or use ddp or fsdp")
-    if args.dtype == "float16":
-        raise UserError(f"--parallel {args.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f'--parallel {args.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
+def _learning_rate_help(config: type) -> str:
+    rates = ", ".join(f"{rate:g} with {optimizer}" for optimizer, rate in config.learning_rates.items())  # type: ignore[attr-defined]
+    return f"peak learning rate (default: {rates})"
 
 
-def make_training_parser(
-    description: str | None, learning_rates: dict[str, float], **stage_defaults: Any
-) -> TrainingParser:
-    """Return a parser with all shared flags. `learning_rates`: the stage's default peak rate of each optimizer."""
-    if "WORLD_SIZE" in os.environ:  # hides torch's C++ stack trace for every lost peer; we print one line
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    parser = TrainingParser(description=description, formatter_class=HelpWithDefaults)
-    add = parser.add_argument_group("data and files").add_argument
-    add("--data_path", type=flag_types.path_string, help="folder written by data_process.py")
-    add(
-        "--out_dir",
-        type=flag_types.path_string,
-        default="out",
-        help="folder for the checkpoint, the log and the curves",
+def _warmup_help(config: type) -> str:
+    return f"steps of linear warm-up (default: {config.default_warmup_iters}, or --warmup_ratio)"  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """The flags of every training script. A subclass changes defaults by assigning them."""
+
+    learning_rates: ClassVar[dict[str, float]] = {"muon": 8e-3, "adamw": 1e-3}  # default peak rate by optimizer
+    default_warmup_iters: ClassVar[int] = 10
+
+    data_path: str = _files("", "folder written by data_process.py", type=path_string)
+    out_dir: str = _files("out", "folder for the checkpoint, the log and the curves", type=path_string)
+    init_from: str = _files("", "checkpoint to start from", type=path_string)
+    resume: str = _files(
+        "auto", "auto: resume an interrupted run of this stage; never: start anew",
+        nargs="?", const="auto", choices=("auto", "never"),
+    )  # fmt: skip
+    save_interval: int = _files(200, "steps between saves (a save at the end is always made)", type=positive_int)
+
+    epochs: float = _duration(1, "passes over the data; 0.5: half of one", type=epochs)
+    max_steps: int = _duration(0, "number of optimizer steps (-1 or 0: given by --epochs)", type=max_steps)
+    max_minutes: float = _duration(
+        0.0, "time limit in minutes; the learning rate decays to its final value by then (0: no limit)",
+        type=non_negative_float,
+    )  # fmt: skip
+
+    batch_size: int = _optimization(8, "rows per process and forward pass, at most", type=positive_int)
+    global_batch_size: int = _optimization(
+        0, "rows per optimizer step of all processes; gradients are accumulated as often as needed (0: --batch_size of "
+        "every process). A resumed run keeps its number", type=non_negative_int,
+    )  # fmt: skip
+    accumulation_steps: int = _optimization(1, "forward passes per optimizer step", type=positive_int, hidden=True)
+    optimizer: str = _optimization(
+        "muon", "muon: Muon for the matrices of the layers, AdamW for all other weights", choices=("muon", "adamw")
     )
-    add("--init_from", type=flag_types.path_string, help="checkpoint to start from")
-    add("--resume", nargs="?", const="auto", default="auto", choices=("auto", "never"),
-        help="auto: resume an interrupted run of this stage; never: start anew")  # fmt: skip
-    add("--save_interval", type=flag_types.positive_int, default=200,
-        help="steps between saves (a save at the end is always made)")  # fmt: skip
-
-    add = parser.add_argument_group("duration").add_argument
-    add("--epochs", type=flag_types.epochs, default=1, help="passes over the data; 0.5: half of one")
-    add("--max_steps", type=flag_types.max_steps, default=0,
-        help="number of optimizer steps (-1 or 0: given by --epochs)")  # fmt: skip
-    add("--max_minutes", type=flag_types.non_negative_float, default=0,
-        help="time limit in minutes; the learning rate decays to its final value by then (0: no limit)")  # fmt: skip
-
-    add = parser.add_argument_group("optimization").add_argument
-    add("--batch_size", type=flag_types.positive_int, default=8, help="rows per process and forward pass")
-    add("--accumulation_steps", type=flag_types.positive_int, default=1, help="forward passes per optimizer step")
-    add("--optimizer", choices=("muon", "adamw"), default="muon",
-        help="muon: Muon for the matrices of the layers, AdamW for all other weights")  # fmt: skip
-    rates = ", ".join(f"{rate:g} with {optimizer}" for optimizer, rate in learning_rates.items())
-    add("--learning_rate", type=flag_types.positive_float, default=argparse.SUPPRESS,
-        help=f"peak learning rate (default: {rates})")  # fmt: skip
-    add("--schedule", choices=("linear", "cosine"), default="linear", help="learning-rate decay after the warm-up")
-    add("--final_lr_share", type=flag_types.fraction, default=0.0, help="final learning rate as a fraction of the peak")
-    add("--warmup_iters", type=flag_types.non_negative_int, default=10, help="steps of linear warm-up")
-    add("--warmup_share", type=flag_types.fraction_below_one, default=0.0,
-        help="warm-up as a fraction of the run, instead of --warmup_iters")  # fmt: skip
-    add(
-        "--weight_decay",
-        type=flag_types.non_negative_float,
-        default=0.1,
-        help="of matrices; norms and embeddings have none",
+    learning_rate: float = _optimization(0.0, _learning_rate_help, type=positive_float)
+    schedule: str = _optimization("linear", "learning-rate decay after the warm-up", choices=("linear", "cosine"))
+    min_lr_ratio: float = _optimization(
+        0.0, "final learning rate as a fraction of the peak", type=fraction, aliases=("final_lr_share",)
     )
-    add("--grad_clip", type=flag_types.non_negative_float, default=1.0, help="maximum gradient norm (0: no clipping)")
-    add("--max_loss_ratio", default=3.0,
-        type=flag_types.NumberType(float, "0 (off) or a number of at least 1.5", lambda ratio: ratio == 0 or ratio >= 1.5),
-        help="stop a diverging run: when the mean loss of the last 10 steps exceeds this multiple of the first "
-        "loss (0: off). The first loss counts as at least ln(vocabulary) / 2 per token, 2 per pair")  # fmt: skip
-    add(
-        "--seed", type=flag_types.seed, default=42, help="random seed of the weights, the order of the data and dropout"
+    warmup_iters: int | None = _optimization(None, _warmup_help, type=non_negative_int)
+    warmup_ratio: float = _optimization(
+        0.0, "warm-up as a fraction of the run, if --warmup_iters is not given",
+        type=fraction_below_one, aliases=("warmup_share",),
+    )  # fmt: skip
+    weight_decay: float = _optimization(0.1, "of matrices; norms and embeddings have none", type=non_negative_float)
+    grad_clip: float = _optimization(1.0, "maximum gradient norm (0: no clipping)", type=non_negative_float)
+    max_loss_ratio: float = _optimization(
+        3.0, "stop a diverging run: when the mean loss of the last 10 steps exceeds this multiple of the first loss "
+        "(0: off). The first loss counts as at least ln(vocabulary) / 2 per token, 2 per pair", type=LOSS_RATIO,
+    )  # fmt: skip
+    seed: int = _optimization(42, "random seed of the weights, the order of the data and dropout", type=seed)
+
+    device: str = _hardware("auto", "auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps", type=device_name)
+    dtype: str = _hardware(
+        "auto", "dtype of matrix products (autocast); auto: bf16 where the hardware supports it", choices=DTYPE_NAMES
+    )
+    compile: bool = _hardware(False, "torch.compile the model (on a CPU this needs a C++ compiler)")
+    checkpoint_activations: bool = _hardware(
+        False, "activation checkpointing: recompute layers in backward; less memory, slower"
+    )
+    parallel: str = _hardware(
+        "ddp", "parallelism of several processes: ddp: every process holds the whole model; zero1: optimizer state is "
+        "sharded; zero2: also gradients; fsdp, zero3: also weights", choices=PARALLEL_MODES,
+    )  # fmt: skip
+    dist_timeout: float = _hardware(
+        0.0, "seconds that a process may keep the others waiting before the run ends with an error that names it "
+        "(0: 300 on CPUs, 1800 on GPUs)", type=non_negative_float,
+    )  # fmt: skip
+    num_workers: int = _hardware(0, "worker processes that load batches ahead", type=int_between(0, 256))
+    local_rank: int = _hardware(
+        0, "set by the deepspeed launcher", type=int_at_least(-1), aliases=("local-rank",), hidden=True
     )
 
-    add = parser.add_argument_group("hardware and parallelism").add_argument
-    add("--device", type=flag_types.device_name, default="auto", help="auto (cuda, mps, cpu), cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=flag_types.DTYPE_NAMES, default="auto",
-        help="dtype of matrix products (autocast); auto: bf16 where the hardware supports it")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile the model (on a CPU this needs a C++ compiler)")
-    add("--checkpoint_activations", action="store_true",
-        help="activation checkpointing: recompute layers in backward; less memory, slower")  # fmt: skip
-    add("--parallel", choices=PARALLEL_MODES, default="ddp",
-        help="parallelism of several processes: ddp: every process holds the whole model; zero1: optimizer state is "
-        "sharded; zero2: also gradients; fsdp, zero3: also weights")  # fmt: skip
-    add("--dist_timeout", type=flag_types.non_negative_float, default=0.0,
-        help="seconds that a process may keep the others waiting before the run ends with an error that names it "
-        "(0: 300 on CPUs, 1800 on GPUs)")  # fmt: skip
-    add(
-        "--num_workers", type=flag_types.int_between(0, 256), default=0, help="worker processes that load batches ahead"
+    log_interval: int = _logging(10, "steps between log rows", type=positive_int)
+    eval_interval: int = _logging(
+        100, "steps between validations (a validation at the end is always made)", type=positive_int
     )
-    add("--local_rank", "--local-rank", type=flag_types.int_at_least(-1), default=0,
-        help=argparse.SUPPRESS)  # fmt: skip  # set by the deepspeed launcher
+    eval_tokens: int = _logging(
+        16_384, "tokens per validation and language; eight times as many at the end", type=positive_int
+    )
+    use_wandb: bool = _logging(False, "also log to Weights & Biases (offline unless WANDB_MODE is set)")
+    wandb_project: str = _logging("mengya", "its project", type=non_empty_text)
+    wandb_run_name: str | None = _logging(None, "its run name", type=non_empty_text)
 
-    add = parser.add_argument_group("logging and validation").add_argument
-    add("--log_interval", type=flag_types.positive_int, default=10, help="steps between log rows")
-    add("--eval_interval", type=flag_types.positive_int, default=100,
-        help="steps between validations (a validation at the end is always made)")  # fmt: skip
-    add("--eval_tokens", type=flag_types.positive_int, default=16_384,
-        help="tokens per validation and language; eight times as many at the end")  # fmt: skip
-    add("--use_wandb", action="store_true", help="also log to Weights & Biases (offline unless WANDB_MODE is set)")
-    add("--wandb_project", type=flag_types.non_empty_text, default="mengya")
-    add("--wandb_run_name", type=flag_types.non_empty_text, default=None)
-    parser.set_defaults(**stage_defaults)
-    parser.learning_rates = learning_rates
-    return parser
+    def __post_init__(self) -> None:
+        if not self.learning_rate:
+            object.__setattr__(self, "learning_rate", self.learning_rates[self.optimizer])
+        super().__post_init__()
 
+    @property
+    def warmup(self) -> tuple[int, float]:
+        """The warm-up as (steps, fraction of the run); one of them is 0. --warmup_iters overrides --warmup_ratio."""
+        if self.warmup_iters is not None:
+            return self.warmup_iters, 0.0
+        return (0, self.warmup_ratio) if self.warmup_ratio else (self.default_warmup_iters, 0.0)
 
-def add_length_flag(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--max_seq_len", type=flag_types.positive_int,
-        help=f"tokens per row; {what}; if omitted: the model's max_seq_len")  # fmt: skip
-
-
-def model_flag_type(field: "dataclasses.Field[Any]") -> Any:
-    """Return the argparse type of a field of ModelConfig, with the limits of the config.
-
-    Counts that are 0 in the config of a dense model (experts) must be at least 1 as flags, except n_shared_experts.
-    """
-    if isinstance(field.default, bool):
-        return parse_bool
-    least, most = FIELD_LIMITS[field.name]
-    if isinstance(field.default, int):
-        least = least if field.name == "n_shared_experts" or not field.default else max(least, 1)
-        return flag_types.int_between(int(least), int(most))
-    rule = f"a number from {least:g} to {most:g}"
-    return flag_types.NumberType(float, rule, lambda value: least <= value <= most)
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --preset and a flag for every field of ModelConfig except vocab_size (the tokenizer's) and rope_scaling."""
-    group = parser.add_argument_group("model (flags override the preset)")
-    group.add_argument("--preset", choices=PRESETS, help="named model size; if omitted: small")
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in ("vocab_size", "rope_scaling"):
-            continue
-        options: dict[str, Any] = {"type": model_flag_type(field), "default": None, "help": FIELD_HELP[field.name]}
-        if isinstance(field.default, bool):
-            options |= {"nargs": "?", "const": True}
-        group.add_argument(f"--{field.name}", **options)
+    def check(self) -> None:
+        """Raise UserError for flags that DeepSpeed ZeRO does not support, and for two numbers of rows per step."""
+        super().check()
+        if self.global_batch_size and self.accumulation_steps > 1:
+            raise UserError("--global_batch_size and --accumulation_steps both set the rows per step: leave one out")
+        if not self.parallel.startswith("zero"):
+            return
+        if self.optimizer == "muon":
+            raise UserError(
+                f"--parallel {self.parallel} flattens the weights, Muon needs whole matrices: "
+                "add --optimizer adamw, or use --parallel fsdp"
+            )
+        if self.compile:
+            raise UserError(f"--parallel {self.parallel} does not support --compile: leave it out, or use ddp or fsdp")
+        if self.dtype == "float16":
+            raise UserError(f"--parallel {self.parallel} supports bfloat16 and float32: for float16 use ddp or fsdp")
+        if importlib.util.find_spec("deepspeed") is None:
+            raise UserError(f'--parallel {self.parallel} needs DeepSpeed: pip install "deepspeed>=0.19,<0.20"')
 
 
-def add_mix_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --mix and the other flags of data mixtures."""
-    add = parser.add_argument_group("data mixture (if omitted: all data, without reweighting)").add_argument
-    add("--mix", action=cli.NameList, parse=parse_mix, metavar="MIX",
-        help="zh=0.25,en=0.75: weights by language or source; zh=1x,en=2x: epochs; or language, source")  # fmt: skip
-    add("--mix_temperature", type=flag_types.positive_float, default=1.0,
-        help="weights to the power of 1/T: T above 1 makes them more equal")  # fmt: skip
-    add("--stage2_mix", action=cli.NameList, parse=parse_mix, metavar="MIX",
-        help="mixture of stage 2, the last part of the run")  # fmt: skip
-    add("--stage2_at", type=flag_types.non_negative_float, default=0.0,
-        help="start of stage 2: a fraction of the steps, as 0.7, or a step number")  # fmt: skip
+def length_flag(what: str) -> Any:
+    """The field max_seq_len of stages that train on chats. `what`: what happens to longer rows."""
+    return _files(None, f"tokens per row; {what}; if omitted: the model's max_seq_len", type=positive_int)
 
 
-def given_model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the fields of ModelConfig that were given as flags."""
-    fields = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(ModelConfig)}
-    return {name: value for name, value in fields.items() if value is not None}
+@dataclass(frozen=True)
+class ModelFlags(Config):
+    """--preset, and a flag for every field of ModelConfig but vocab_size (the tokenizer's) and rope_scaling."""
+
+    preset: str | None = flag(
+        None, "named model size; if omitted: small", choices=tuple(PRESETS), group="model (flags override the preset)"
+    )
+    model: dict[str, Any] = overrides(
+        ModelConfig, group="model (flags override the preset)", skip=("vocab_size", "rope_scaling")
+    )
+
+    def model_config(self, vocab_size: int, preset: str | None = None) -> ModelConfig:
+        """Return the config of the preset, overridden by the flags. Raises UserError for an invalid combination."""
+        try:
+            return ModelConfig(**{**PRESETS[preset or self.preset or "small"], **self.model, "vocab_size": vocab_size})
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
-def make_model_config(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
-    """Return the config of the preset, overridden by the flags. Raises UserError for an invalid combination."""
-    preset = PRESETS[args.preset or "small"]
-    try:
-        return ModelConfig(**{**preset, **given_model_flags(args), "vocab_size": vocab_size})
-    except ValueError as error:
-        raise UserError(str(error)) from None
+@dataclass(frozen=True)
+class MixFlags(Config):
+    """The data mixture of one or two stages (corpus/mixing.py)."""
+
+    mix: MixSpec | None = _mixture(
+        None, "zh=0.25,en=0.75: weights by language or source; zh=1x,en=2x: epochs; or language, source",
+        action=NameList, parse=parse_mix, metavar="MIX",
+    )  # fmt: skip
+    mix_temperature: float = _mixture(
+        1.0, "weights to the power of 1/T: T above 1 makes them more equal", type=positive_float
+    )
+    stage2_mix: MixSpec | None = _mixture(
+        None, "mixture of stage 2, the last part of the run", action=NameList, parse=parse_mix, metavar="MIX"
+    )
+    stage2_at: float = _mixture(
+        0.0, "start of stage 2: a fraction of the steps, as 0.7, or a step number", type=non_negative_float
+    )
+
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.mix or self.stage2_mix or self.stage2_at or self.mix_temperature != 1)
 
 
-def check_memory(config: ModelConfig) -> None:
-    """Raise UserError if the weights alone need more than the machine's memory. Called before they are allocated."""
-    needed, available = 4 * count_parameters(config).total, machine_memory()
-    if needed > available:
-        raise UserError(
-            f"the weights take {needed / 1e9:,.1f} GB in fp32, this machine has {available / 1e9:,.1f} GB of memory: "
-            "choose a smaller --preset, --dim or --n_layers (--plan prints the memory of a run)"
-        )
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig, ModelFlags):
+    """Settings of a run from scratch, and of the estimates of --plan (trainer/plan.py)."""
 
+    tokenizer: str = _files("model/tokenizer", "folder written by train_tokenizer.py", type=path_string)
+    plan: bool = _plan(False, "print parameters, tokens, memory, time and cost, and stop")
+    presets: str = _plan(
+        "", "with --plan: print a table of these presets with their memory and GPUs instead",
+        type=non_empty_text, metavar="A,B",
+    )  # fmt: skip
+    tokens_per_param: float = _plan(
+        0.0, "training tokens per parameter; Xiangxin used 20 (0: given by --epochs; with --plan: 20)",
+        type=non_negative_float,
+    )  # fmt: skip
+    gpu: str = _plan("h100", "the GPU of the plan's launch line", type=non_empty_text)
+    gpus: int = _plan(8, "number of GPUs", type=positive_int)
+    utilisation: float = _plan(
+        0.4, "assumed model FLOPs utilisation (MFU), a fraction of the GPUs' peak", type=positive_fraction
+    )
+    price_per_hour: float = _plan(
+        0.0, "price per GPU and hour in US dollars (0: the price in the plan's table)", type=non_negative_float
+    )
 
-def machine_memory() -> float:
-    """Return the bytes of main memory, or infinity where the system does not report them (Windows)."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
+    def steps_for_tokens(self, config: ModelConfig, rows_per_step: int) -> int:
+        """Return the optimizer steps of --tokens_per_param."""
+        tokens = self.tokens_per_param * count_parameters(config).total
+        return max(1, math.ceil(tokens / (rows_per_step * config.max_seq_len)))
+
+    def check(self) -> None:
+        super().check()
+        if self.tokens_per_param and self.max_steps:
+            raise UserError("--tokens_per_param and --max_steps both set the length of the run: leave one out")
+        if self.presets and not self.plan:
+            raise UserError("--presets belongs to --plan")

@@ -196,7 +196,9 @@ def test_a_config_cannot_ask_for_more_than_the_file_holds(model_files, tmp_path,
     """Config values at and above the limits do not match the tensors: refused before the model is built."""
     for source in model_files[1:]:
         content = torch.load(source, weights_only=True)
-        for value in (FIELD_LIMITS[field][1], int(FIELD_LIMITS[field][1]) * 2, 2**62)[field == "max_seq_len" :]:
+        for value in (FIELD_LIMITS[field].maximum, int(FIELD_LIMITS[field].maximum) * 2, 2**62)[
+            field == "max_seq_len" :
+        ]:
             config = {**content["config"], field: value}
             outcome = save_and_open({**content, "config": config}, tmp_path / source.name)
             harmless = field in ("rope_theta", "norm_eps", "dropout", "balance_loss_coef", "max_seq_len")

@@ -246,7 +246,7 @@ def make_loss_guard(unit, lineage):
 
 
 def test_the_help_lists_the_divergence_limits(capsys):
-    from trainer.config import make_training_parser
+    from trainer.legacy_config import make_training_parser
 
     with pytest.raises(SystemExit):
         make_training_parser(None, {"muon": 1.0}).parse_args(["--help"])

@@ -19,8 +19,8 @@ def train_job(dist, data_path: str, tokenizer_path: str, job: dict) -> None:
     from common.device import pick_dtype
     from model.tokenizer import load_tokenizer
     from model.transformer import Transformer
-    from trainer.config import add_model_flags, make_model_config, make_training_parser
     from trainer.datasets import PackedDataset
+    from trainer.legacy_config import add_model_flags, make_model_config, make_training_parser
     from trainer.loop import train
     from trainer.stage import Stage
 

@@ -16,19 +16,9 @@ from common.errors import UserError
 from model.config import PRESETS, ModelConfig
 from model.transformer import Transformer
 from tests.helpers import EXACT_FLAGS, ROOT, read_jsonl, run_script
-from trainer.config import PARALLEL_MODES
-from trainer.memory import (
-    GPUS,
-    INFERENCE_FORMATS,
-    count_parameters,
-    flops_per_token,
-    implied_utilisation,
-    inference_memory,
-    saved_bytes,
-    steps_for_tokens,
-    training_memory,
-    training_seconds,
-)
+from trainer.config import PARALLEL_MODES, PlanConfig
+from trainer.memory import count_parameters, inference_memory, saved_bytes, training_memory
+from trainer.plan import GPUS, INFERENCE_FORMATS, flops_per_token, implied_utilisation, training_seconds
 
 SMALL = ModelConfig(vocab_size=1000, dim=128, n_layers=2, n_heads=4, n_kv_heads=2)
 
@@ -270,7 +260,7 @@ def test_tokens_per_param_sets_the_steps(monkeypatch, tmp_path, pretrain_dir, to
     )
     run_script(monkeypatch, "1-pretrain.py", *EXACT_FLAGS, *model, *flags, "--out_dir", tmp_path)
     checkpoint = torch.load(tmp_path / "pretrain_32.pth", weights_only=True)
-    expected = steps_for_tokens(0.05, ModelConfig(**checkpoint["config"]), 4)
+    expected = PlanConfig(tokens_per_param=0.05).steps_for_tokens(ModelConfig(**checkpoint["config"]), 4)
     assert [row["step"] for row in read_jsonl(tmp_path / "pretrain_32.jsonl") if "loss" in row][-1] == expected > 1
 
 

@@ -14,7 +14,7 @@ import torch
 
 from common.errors import UserError
 from tests.helpers import IGNORE_TOKEN_FOLDERS, read_jsonl, run_script
-from trainer.config import make_training_parser
+from trainer.legacy_config import make_training_parser
 from trainer.optim import lr_multiplier
 from trainer.recipes import add_recipe_flag, describe_recipe
 
