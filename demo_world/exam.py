@@ -14,17 +14,17 @@ The seed is the seed of the world. Equal arguments give byte-identical files.
 Read next: generator.py (the training data), ../eval_ceval.py (scores a model on the exam).
 """
 
-import argparse
 import csv
 import io
 import json
-import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import cli, flag_types
+from common.cli import Config, flag, parse
 from common.errors import fail_in_one_line
 from common.files import write_text
+from common.flag_types import path_string, seed
 from common.locks import lock_output
 from corpus.language import LANGUAGES
 from demo_world.facts import Fact, Term
@@ -43,6 +43,15 @@ SUBJECTS = {  # subject: (English name, Chinese name, relations of facts.py)
 }
 CATEGORIES = {"zh": "Chinese", "en": "English"}
 COUNTS = {"dev": 5, "val": 25, "test": 10}  # maximal number of questions per subject
+
+
+@dataclass(frozen=True)
+class ExamConfig(Config):
+    """The demo world that the exam asks about."""
+
+    out_dir: str = flag("out/demo/exam", "folder to write", type=path_string)
+    seed: int = flag(0, "seed of the demo world", type=seed)
+
 
 Row = tuple[str, ...]  # question, four options, letter of the correct option
 
@@ -87,8 +96,9 @@ def _wrong_objects(world: DemoWorld, fact: Fact) -> list[Term]:
     return sorted({other.slots["o"] for other in others} - true)
 
 
-def build_exam(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
-    """Write the exam into `folder`; returns the number of questions per split."""
+def build_exam(config: ExamConfig) -> dict[str, int]:
+    """Write the exam into --out_dir; returns the number of questions per split."""
+    folder, seed = Path(config.out_dir), config.seed
     counts, mapping = dict.fromkeys(COUNTS, 0), {}
     for lang in LANGUAGES:
         world = DemoWorld(lang, seed)
@@ -97,9 +107,9 @@ def build_exam(folder: str | os.PathLike[str], seed: int = 0) -> dict[str, int]:
             mapping[subject] = [f"{english} ({CATEGORIES[lang]})", chinese, CATEGORIES[lang]]
             rows = questions_of(world, relations.split(), random.Random(f"{seed} {subject} exam"))
             for split, asked in rows.items():
-                write_text(Path(folder) / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
+                write_text(folder / split / f"{subject}_{split}.csv", _csv(asked, split != "test"))
                 counts[split] += len(asked)
-    write_text(Path(folder) / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
+    write_text(folder / "subject_mapping.json", json.dumps(mapping, ensure_ascii=False, indent=1) + "\n")
     return counts
 
 
@@ -112,18 +122,10 @@ def _csv(rows: list[Row], with_answers: bool) -> str:
 
 
 def main() -> None:
-    parser = cli.FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out_dir",
-        type=flag_types.path_string,
-        default="out/demo/exam",
-        help="folder to write (default: out/demo/exam)",
-    )
-    parser.add_argument("--seed", type=flag_types.seed, default=0, help="seed of the demo world (default: 0)")
-    args = parser.parse_args()
-    with lock_output(args.out_dir):
-        counts = build_exam(args.out_dir, args.seed)
-    print(f"{args.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
+    config = parse(ExamConfig, __doc__)
+    with lock_output(config.out_dir):
+        counts = build_exam(config)
+    print(f"{config.out_dir}: " + ", ".join(f"{count} questions in {split}" for split, count in counts.items()))
 
 
 if __name__ == "__main__":
