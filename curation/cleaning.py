@@ -22,9 +22,8 @@ from common.flag_types import non_negative_int, path_string
 from corpus.language import detect_language
 from corpus.stats import BadRow
 from curation import drop_rules, edit_rules
-from curation.prose_rules import CleaningLimits, DocumentView
+from curation.prose_rules import RULE_PHRASES, CleaningLimits, DocumentView
 from curation.rule_stats import Decision, ExampleReservoir, RuleHit, compute_sample_key
-from curation.rule_words import UNSAFE_PHRASES
 from curation.transform import CurationConfig, NumberedRow, Transform, to_json_line
 
 CONTEXT_CHARACTERS = 30  # characters shown before and after a change
@@ -124,14 +123,14 @@ class CleanConfig(CurationConfig):
     check_only: bool = flag(False, "dry run: print the report with its examples, write nothing", name="check")
 
     def unsafe_phrases(self) -> tuple[str, ...]:
-        """UNSAFE_PHRASES and those of --unsafe_words. Raises UserError if the file cannot be read."""
+        """The phrases of the rule `unsafe` and those of --unsafe_words. Raises UserError if the file cannot be read."""
         if not self.unsafe_words:
-            return UNSAFE_PHRASES
+            return RULE_PHRASES["unsafe"]
         try:
             lines = Path(self.unsafe_words).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--unsafe_words {self.unsafe_words}: cannot be read as UTF-8 text ({error})") from None
-        return (*UNSAFE_PHRASES, *(line.strip().lower() for line in lines if line.strip()))
+        return (*RULE_PHRASES["unsafe"], *(line.strip().lower() for line in lines if line.strip()))
 
 
 class CleaningTransform(Transform):

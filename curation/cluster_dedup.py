@@ -235,7 +235,9 @@ def deduplicate_on_cluster(config: DedupConfig) -> RuleStats | None:
                 raise UserError(f"{name}: not every task succeeded: see {job.log_dir}, then repeat the command")
             print(f"{name}: {tasks} tasks done", flush=True)
         remove(job.log_dir)
-    return RuleStats.from_report(Path(out_dir) / "report.json")
+    rule_stats = RuleStats()
+    rule_stats.merge(json.loads(Path(out_dir, "report.json").read_text(encoding="utf-8")))
+    return rule_stats
 
 
 @contextlib.contextmanager

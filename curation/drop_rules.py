@@ -6,7 +6,7 @@ preprocess.py). Gopher counts words. Chinese has no spaces, so 1.5 Chinese chara
 rules about English words skip Chinese documents. Rules about words and letters are checked again on the prose alone:
 see prose_rules.py.
 
-Read next: cleaning.py (the table of the rules), prose_rules.py (DocumentView), rule_words.py (the phrases).
+Read next: cleaning.py (the table of the rules), prose_rules.py (DocumentView), phrases.txt.
 """
 
 import functools
@@ -20,8 +20,7 @@ import numpy as np
 from common.errors import import_package
 from corpus.language import count_chinese, detect_language
 from curation.ngrams import code_points, ngram_hashes
-from curation.prose_rules import WORD_WITHOUT_LETTER, ZH_WORD_CHARACTERS, DocumentView, recheck_on_prose
-from curation.rule_words import ADVERT_PHRASES
+from curation.prose_rules import RULE_PHRASES, WORD_WITHOUT_LETTER, ZH_WORD_CHARACTERS, DocumentView, recheck_on_prose
 
 
 def too_short(document: DocumentView) -> str:
@@ -257,7 +256,7 @@ def short_lines(document: DocumentView) -> str:
 
 
 def adverts(document: DocumentView) -> str:
-    return matched_phrases(document, ADVERT_PHRASES)
+    return matched_phrases(document, RULE_PHRASES["advert"])
 
 
 def unsafe(document: DocumentView) -> str:

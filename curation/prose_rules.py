@@ -14,9 +14,23 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from corpus.language import detect_language
-from curation.rule_words import UNSAFE_PHRASES
+
+
+def _phrases_by_name() -> dict[str, tuple[str, ...]]:
+    lines = Path(__file__).with_name("phrases.txt").read_text(encoding="utf-8").split("\n")
+    phrases: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("["):
+            section = phrases.setdefault(line[1 : line.index("]")], [])
+        elif line and not line.startswith("#"):
+            section += map(str.strip, line.split("|"))
+    return {name: tuple(found) for name, found in phrases.items()}
+
+
+RULE_PHRASES = _phrases_by_name()  # of phrases.txt
 
 _FORMULA = "\0"  # placeholder for a formula until its line is processed
 _FENCE = re.compile(r"```.*?(?:```|\Z)", re.S)
@@ -66,7 +80,7 @@ class CleaningLimits:
 
     min_words: int = 10  # Gopher: 50, but poems and dictionary entries are good text and shorter
     languages: tuple[str, ...] = ("zh", "en")
-    unsafe: tuple[str, ...] = UNSAFE_PHRASES  # lowercase
+    unsafe: tuple[str, ...] = RULE_PHRASES["unsafe"]  # lowercase
 
 
 @dataclass
