@@ -93,7 +93,7 @@ def main() -> None:
     args.beta = getattr(args, "beta", BETA[args.loss])
     check_writable(args.out_dir)
 
-    from corpus.tokenize_chats import PAIR_TOKENS
+    from corpus.examples import PairExample
     from export.hf_import import open_model
     from model.checkpoint import find_parent
     from trainer import dpo
@@ -106,7 +106,7 @@ def main() -> None:
     model, tokenizer, parent = open_model(args.init_from or find_parent(args.out_dir, "dpo"))
     model = dpo.without_dropout(model)
     with init_distributed(args.device, args.dtype, args.seed, args.dist_timeout) as dist:
-        folder = tokenized_folder(dist, args, model.config, tokenizer, PAIR_TOKENS)
+        folder = tokenized_folder(dist, args, model.config, tokenizer, PairExample)
         splits = check_data(folder, "pairs", tokenizer)
         dpo.warn_language_mismatch(dist, folder, parent["lineage"])
         file = Path(args.out_dir) / f"dpo_{model.config.name}.reference"

@@ -1,42 +1,190 @@
-"""Examples of a dataset: documents, chats and pairs of answers, and the split that each one belongs to.
+"""Examples of a dataset: documents, chats and pairs of answers, read from the rows of files without exact duplicates.
 
-    validation if blake2b(content) / 2^64 < val_share, separately for each language
+    read_documents(paths, stats)        -> TextExample    for `data_process.py pretrain`
+    read_chat_examples(paths, stats)    -> ChatExample    for `sft`
+    read_pair_examples(paths, stats)    -> PairExample    for `dpo`
+    next_batch(examples)                -> a list of up to 1,000 examples or 500,000 characters
 
-The split depends only on the content, not on the order of the files: a text is in the same split of every dataset. For
-chats the hashed content is the first question, so no question is in both splits. If more than 20 chats start with the
-same question ("Hi"), the hash of the whole chat is used after the 20th. Small datasets hold out more: of n examples of
-a language, at least min(20, n / 20) are validation examples, those with the lowest hashes.
-
-Read next: read_examples.py (rows -> examples), prepare_text.py and prepare_chats.py (examples -> shards).
+Duplicates are recognised by 64-bit hashes, which take about 80 bytes per example.
+Read next: readers.py (files -> rows), row_text.py (row -> text, chat or pair), validation_split.py.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
-from corpus.chats import Message
-from corpus.language import LANGUAGES
+from corpus.chats import Message, chat_text, is_trained, trim_unanswered
+from corpus.language import LANGUAGES, detect_language
+from corpus.readers import PathLike, read_contents
+from corpus.row_text import DEFAULT_READER, RowReader
+from corpus.stats import DataStats
 
-MIN_VALIDATION_EXAMPLES = 20  # per language; below 400 examples, a twentieth of them
-MAX_SAME_QUESTION = 20  # chats with the same first question that are split by it; later ones by the whole chat
-BATCH_EXAMPLES, BATCH_CHARACTERS = 1000, 500_000  # limits of one batch for the tokenizer
+BATCH_EXAMPLES, BATCH_CHARACTERS = 1000, 500_000
+FILE_AS_SOURCE = "file"  # a source_key: the file name is the source
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Example:
-    """A document, a chat or a pair of answers, with its position in the input files."""
+class TextExample:
+    """A document, with its position in the input files."""
 
     text: str
-    messages: list[Message]  # empty for plain text; for pairs the prompt of both answers
     language: str
-    split_hash: int  # 64-bit hash that chooses the split
+    split_hash: int  # 64-bit hash of the text; chooses the split
     file: str
     line: int
-    answers: tuple[list[Message], ...] = ()  # pairs only: chosen, rejected
-    content_hash: int = 0  # chats and pairs: 64-bit hash of all messages
-    source: str = ""  # documents only: the value of the row's source key
+    source: str = ""  # the row's value under the source key, or the file name
+
+    content_hash: ClassVar[int] = 0  # not used: documents do not share a question
 
 
+@dataclass(frozen=True)
+class ChatExample:
+    """A chat. `text` is all its messages, for statistics."""
+
+    messages: list[Message]
+    text: str = ""
+    language: str = "en"
+    split_hash: int = 0  # 64-bit hash of the first question; chooses the split
+    content_hash: int = 0  # 64-bit hash of all messages
+    file: str = ""
+    line: int = 0
+
+    kind: ClassVar[str] = "chats"  # "kind" in the meta.json of the token folder
+    command: ClassVar[str] = "sft"  # of data_process.py
+
+    def to_row(self) -> dict[str, Any]:
+        """The example as a row of train.jsonl or val.jsonl."""
+        return {"messages": self.messages, "lang": self.language}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], file: str, line: int) -> "ChatExample":
+        """The example of a row that `to_row` made. Raises ValueError, TypeError, … for any other row."""
+        return cls(row["messages"], chat_text(row["messages"]), known_language(row), file=file, line=line)
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """A prompt with a better and a worse answer. `text` is all their messages, for statistics."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    text: str = ""
+    language: str = "en"
+    split_hash: int = 0
+    content_hash: int = 0
+    file: str = ""
+    line: int = 0
+
+    kind: ClassVar[str] = "pairs"
+    command: ClassVar[str] = "dpo"
+
+    @property
+    def answers(self) -> tuple[list[Message], list[Message]]:
+        return self.chosen, self.rejected
+
+    def to_row(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected, "lang": self.language}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], file: str, line: int) -> "PairExample":
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        text = chat_text([*prompt, *chosen, *rejected])
+        return cls(prompt, chosen, rejected, text, known_language(row), file=file, line=line)
+
+
+def known_language(row: dict[str, Any]) -> str:
+    """The language of a stored row. Raises ValueError for another text, since it becomes part of a file name."""
+    if row["lang"] not in LANGUAGES:
+        raise ValueError(row["lang"])
+    return row["lang"]
+
+
+# ---- rows -> examples ------------------------------------------------------------------------------------------------
+def read_documents(
+    paths: Iterable[PathLike], stats: DataStats, source_key: str = "", reader: RowReader = DEFAULT_READER
+) -> Iterator[TextExample]:
+    """Yield the documents of the files. A chat is one document: its text without role markers.
+
+    `source_key`: the row key that holds the source, "file" for the file name, or "" for no sources.
+    Raises UserError if a file has rows but no usable one, or if too many rows are bad.
+    """
+    seen: set[int] = set()
+    for file, line, row, content in read_contents(paths, stats, "text", reader.read_text):
+        unused = [key for key in content.unused if key != source_key]
+        if content.changes or unused:
+            stats.row_changed(content.changes, unused, file, line)
+        split_hash = text_hash(content.text)
+        if split_hash in seen:
+            stats.row_dropped("exact duplicate", file, line)
+            continue
+        seen.add(split_hash)
+        source = row.get(source_key) if source_key and isinstance(row, dict) else ""
+        if source_key == FILE_AS_SOURCE:
+            source = Path(file).name.split(".")[0]
+        source = source if isinstance(source, str) else ""
+        yield TextExample(content.text, detect_language(content.text), split_hash, file, line, source)
+
+
+def read_chat_examples(
+    paths: Iterable[PathLike], stats: DataStats, reader: RowReader = DEFAULT_READER, only: str = ""
+) -> Iterator[ChatExample]:
+    """Yield the chats of the files, each cut after its last answer. Chats without an answer are dropped.
+
+    `only`: "single" keeps chats of one turn, "multi" chats of several turns.
+    """
+    seen: set[int] = set()
+    for file, line, _, content in read_contents(paths, stats, "chat", reader.read_chat):
+        messages = trim_unanswered(content.messages)
+        content_hash = messages_hash(messages)
+        reason = _chat_drop_reason(messages, only) or ("exact duplicate" if content_hash in seen else "")
+        if reason:
+            stats.row_dropped(reason, file, line)
+            continue
+        seen.add(content_hash)
+        stats.row_changed(content.changes, content.unused, file, line)
+        if len(messages) < len(content.messages):
+            stats.row_truncated("without its last question, which has no answer", file, line)
+        text = content.text if messages is content.messages else chat_text(messages)
+        yield ChatExample(messages, text, detect_language(text), question_hash(messages), content_hash, file, line)
+
+
+def _chat_drop_reason(messages: list[Message], only: str) -> str:
+    """Why a chat is left out; "" if it is kept."""
+    if not any(map(is_trained, messages)):
+        return "no answer, so nothing to train on"
+    turns = sum(message["role"] == "user" for message in messages)
+    if only == "multi" and turns == 1:
+        return "of one turn (--only multi)"
+    return "of several turns (--only single)" if only == "single" and turns != 1 else ""
+
+
+def read_pair_examples(
+    paths: Iterable[PathLike], stats: DataStats, reader: RowReader = DEFAULT_READER
+) -> Iterator[PairExample]:
+    """Yield the pairs of the files; pairs with equal answers are dropped and counted.
+
+    As for chats, the first question determines the split: a question held out by SFT is held out here as well.
+    """
+    seen: set[int] = set()
+    for file, line, _, content in read_contents(paths, stats, "pair", reader.read_pair):
+        prompt, (chosen, rejected) = content.messages, content.answers
+        content_hash = text_hash(json.dumps([prompt, chosen, rejected], ensure_ascii=False))
+        if content_hash in seen:
+            stats.row_dropped("exact duplicate", file, line)
+            continue
+        seen.add(content_hash)
+        stats.row_changed(content.changes, content.unused, file, line)
+        hashes = question_hash(prompt), content_hash
+        yield PairExample(prompt, chosen, rejected, content.text, detect_language(content.text), *hashes, file, line)
+
+
+# ---- hashes and batches ----------------------------------------------------------------------------------------------
 def text_hash(text: str) -> int:
     """64-bit hash of a text, equal on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
@@ -52,96 +200,13 @@ def question_hash(messages: list[Message]) -> int:
     return text_hash(next(message["content"] for message in messages if message["role"] == "user"))
 
 
-def batch_examples(examples: Iterable[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
-    """Group (split, example) pairs into lists of bounded size, in order."""
-    batch: list[tuple[str, Example]] = []
+def next_batch(items: Iterator[Item], length: Callable[[Any], int] = lambda item: len(item.text)) -> list[Item]:
+    """Pull the next items: BATCH_EXAMPLES, or fewer if they have BATCH_CHARACTERS characters; [] at the end."""
+    batch: list[Item] = []
     characters = 0
-    for split, example in examples:
-        batch.append((split, example))
-        characters += len(example.text)
+    for item in items:
+        batch.append(item)
+        characters += length(item)
         if len(batch) >= BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def assign_splits(examples: Iterable[Example], val_share: float) -> Iterator[tuple[str, Example]]:
-    """Yield (split, example) by the rule of the module docstring; the split is train, val_zh or val_en."""
-    for is_validation, example in mark_validation(examples, val_share):
-        yield (f"val_{example.language}" if is_validation else "train"), example
-
-
-def mark_validation(examples: Iterable[Example], val_share: float) -> Iterator[tuple[bool, Example]]:
-    """Yield (is_validation, example) by the rule of the module docstring, in one pass.
-
-    Until a language has MIN_VALIDATION_EXAMPLES validation examples, that many groups with the lowest hashes are held
-    back, because the split may need them at the end. At most MIN_VALIDATION_EXAMPLES * MAX_SAME_QUESTION examples of
-    each language are in memory.
-    """
-    limit = val_share * 2.0**64
-    question_counts = bytearray(1 << 24 if val_share else 1)  # approximate count of examples per hash, 16 MiB
-    held_back = {language: _HeldBack() for language in LANGUAGES}
-    for example in examples:
-        held = held_back[example.language]
-        held.num_examples += 1
-        key = example.split_hash
-        if limit and example.content_hash:  # chats and pairs may share their question
-            slot = key % len(question_counts)
-            if question_counts[slot] >= MAX_SAME_QUESTION:
-                key = example.content_hash
-            else:
-                question_counts[slot] += 1
-        if key < limit:
-            held.num_validation += 1
-            yield True, example
-        elif not limit or held.num_validation >= MIN_VALIDATION_EXAMPLES:
-            yield False, example
-        else:
-            yield from ((False, other) for other in held.hold(key, example))
-        if held.num_validation >= MIN_VALIDATION_EXAMPLES and held.groups:
-            yield from ((False, other) for other in held.release())
-    for held in held_back.values():
-        chosen = held.choose_validation()
-        yield from ((id(example) in chosen, example) for example in held.release())
-
-
-class _HeldBack:
-    """Examples of one language that may become validation examples, grouped by hash."""
-
-    def __init__(self) -> None:
-        self.num_examples = self.num_validation = 0  # all examples of the language; those in the validation split
-        self.groups: dict[int, list[Example]] = {}
-
-    def hold(self, key: int, example: Example) -> list[Example]:
-        """Hold an example back; return the examples that are now certain to be training examples."""
-        if key not in self.groups and len(self.groups) >= MIN_VALIDATION_EXAMPLES:
-            highest = max(self.groups)
-            if key > highest:
-                return [example]
-            released = self.groups.pop(highest)
-        else:
-            released = []
-        self.groups.setdefault(key, []).append(example)
-        return released
-
-    def release(self) -> list[Example]:
-        """Remove and return all held examples."""
-        examples = [example for group in self.groups.values() for example in group]
-        self.groups.clear()
-        return examples
-
-    def choose_validation(self) -> set[int]:
-        """id() of the held examples that join the validation split: whole groups, lowest hash first."""
-        num_wanted = min(MIN_VALIDATION_EXAMPLES, self.num_examples // MIN_VALIDATION_EXAMPLES) - self.num_validation
-        chosen: set[int] = set()
-        for key in sorted(self.groups):
-            group = self.groups[key]
-            if len(chosen) + len(group) <= num_wanted:
-                chosen.update(map(id, group))
-        if num_wanted > 0 and not chosen:  # every group is too large: many chats start with the same question
-            group = min(self.groups.values(), key=len, default=[])
-            chosen.update(
-                id(example) for example in sorted(group, key=lambda example: example.content_hash)[:num_wanted]
-            )
-        return chosen
+            break
+    return batch

@@ -7,23 +7,17 @@
     if progress.is_due():                     every CHECKPOINT_SECONDS
         progress.save(state, *open_files)     syncs the files to disk, then writes the progress file
 
-A resumed job reads its rows again from the first one, which is fast, so every decision is repeated exactly. The rows
-that were already processed are skipped afterwards (`skip_done`).
-
-Read next: prepare_chats.py, prepare_text.py, ../curation/transform.py and ../curation/near_duplicates.py (jobs that
-resume), shard_writer.py (writers with a state of their own).
+Read next: dataset_writer.py, ../curation/transform.py and ../curation/near_duplicates.py (jobs that resume).
 """
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from common.checksums import has_valid_checksum, with_checksum
-from common.errors import UserError
 from common.files import remove, remove_leftovers, write_json
 from corpus.block_checksums import ChecksummedFile
 from corpus.damage import DamagedFile
@@ -32,9 +26,6 @@ from corpus.readers import PathLike
 
 PROGRESS_FILE, SIGNING_FILE = "progress.json", "signing.keys"  # the second is written by the first pass of dedup
 CHECKPOINT_SECONDS = 20.0
-SKIP_BATCH_ROWS = 1000  # skipped rows between two updates of the progress bar
-
-Element = TypeVar("Element")
 
 
 class JobProgress:
@@ -97,35 +88,6 @@ def input_fingerprints(paths: Iterable[PathLike]) -> list[list[Any]]:
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in saved_state]
 
 
-def skip_done(done: int, elements: Iterable[Element], on_batch: Callable[[], None]) -> Iterator[Element]:
-    """Yield the elements after the first `done`, which an earlier run has processed."""
-    for number, element in enumerate(elements):
-        if number >= done:
-            yield element
-        elif number % SKIP_BATCH_ROWS == 0:
-            on_batch()
-
-
-def has_progress(folder: Path) -> bool:
-    """Whether a job can resume from this staging folder."""
-    return any((folder / name).is_file() for name in (PROGRESS_FILE, SIGNING_FILE))
-
-
 def can_resume(error: BaseException) -> bool:
     """Whether the same command can resume after the user has fixed the disk or the damaged input file."""
     return isinstance(error, (OSError, DamagedFile)) or isinstance(error.__cause__, OSError)
-
-
-@contextlib.contextmanager
-def keep_if_resumable(folder: Path) -> Iterator[None]:
-    """On an error, delete the staging folder unless the same command can resume from it.
-
-    Bad data leaves nothing behind. A damaged file is not bad data: with --accept_damaged, the command resumes.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if (isinstance(error, UserError) and not can_resume(error)) or not has_progress(folder):
-            with contextlib.suppress(OSError):
-                remove(folder)
-        raise

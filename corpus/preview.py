@@ -1,16 +1,68 @@
-"""Prints tokenised samples for `data_process.py --check`: chats with trained tokens marked, texts split into tokens."""
+"""Samples of tokenized examples for `data_process.py --check`, which writes nothing.
 
+    trained tokens of a chat: coloured, or [[in brackets]] if stdout is not a terminal
+    text: split into tokens by |
+
+Read next: prepare_text.py and prepare_chats.py (the same steps, with a writer).
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from corpus.data_config import ChatDataConfig, DataConfig
+from corpus.examples import next_batch
+from corpus.prepare_chats import ChatFilter
+from corpus.prepare_text import tokenize_texts
+from corpus.stats import DataStats
+from corpus.tokenize_chats import render_examples
+from model.tokenizer import ChatTokenizer
 
-def print_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) -> None:
-    """Print one sample; the trained tokens of a chat are coloured, or [[in brackets]] if stdout is not a terminal.
+MAX_TEXT_TOKENS = 120  # of a document that are shown
 
-    An empty `mask` stands for plain text, which is printed with | between the tokens.
-    """
+
+Sample = tuple[int, int, str, list[Any]]  # -hash, number, title, documents: (ids, mask or [] for text, answer bytes)
+
+
+def sample_examples(
+    config: DataConfig,
+    tokenizer: ChatTokenizer,
+    stats: DataStats,
+    on_batch: Callable[[], None],
+    chat_filter: ChatFilter | None = None,
+) -> list[Sample]:
+    """Tokenize all examples of `config.files`; returns `config.samples` of them: those with the lowest hashes."""
+    examples, samples = config.read_examples(stats), list[Sample]()
+    if chat_filter:
+        examples = chat_filter.filter_examples(examples, config.val_fraction, stats)
+    while batch := next_batch(examples):
+        documents: list[list[Any]]
+        if isinstance(config, ChatDataConfig):
+            documents = render_examples(batch, tokenizer, config.max_seq_len, stats)
+        else:
+            documents = [[(ids[:MAX_TEXT_TOKENS].tolist(), [], 0)] for ids in tokenize_texts(batch, tokenizer, stats)]
+        found = [
+            (-example.split_hash, stats.kept, f"{example.file}:{example.line} ({example.language})", rendered)
+            for example, rendered in zip(batch, documents, strict=True)
+            if rendered
+        ]
+        samples = heapq.nlargest(config.samples, samples + found)
+        on_batch()
+    return samples
+
+
+def print_samples(samples: list[Sample], tokenizer: ChatTokenizer, names: Sequence[str] = ()) -> None:
+    """Print all documents of the samples. `names`: of the documents of each sample."""
+    for *_, title, documents in samples:
+        for (ids, mask, _), name in itertools.zip_longest(documents, names[: len(documents)], fillvalue=""):
+            _print_document(tokenizer, f"{name}, {title}" if name else title, ids, mask)
+
+
+def _print_document(tokenizer: ChatTokenizer, title: str, ids: list[int], mask: list[int]) -> None:
     console = Console(highlight=False)
     console.print(f"\n--- {title}, {len(ids):,} tokens" + (", trained ones marked" if mask else " shown"), markup=False)
     line = Text()
@@ -26,7 +78,7 @@ def print_sample(tokenizer: Any, title: str, ids: list[int], mask: list[int]) ->
     console.print(line, soft_wrap=True)
 
 
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: ChatTokenizer, ids: list[int]) -> list[str]:
     """The text of each token; tokens that are parts of one character are joined."""
     result, start = [], 0
     for i in range(1, len(ids) + 1):

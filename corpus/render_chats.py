@@ -4,18 +4,19 @@ Called by tokenize_chats.py. Read next: ../model/tokenizer.py (`render_each`).
 """
 
 import itertools
-from typing import Any
 
 from corpus.chats import Message, chat_text, is_trained, trim_unanswered
-from corpus.examples import Example
+from corpus.examples import ChatExample
 from corpus.stats import DataStats
+from model.render import RenderedChat, RenderedSample
+from model.tokenizer import ChatTokenizer
 
 MAX_TOKEN_CHARACTERS = 256  # upper bound; the longest token of common tokenizers is 128 spaces
 MaskedTokens = tuple[list[int], list[int], int]  # ids, mask (1 = trained), UTF-8 bytes of the answers
 
 
 def render_chat_examples(
-    examples: list[Example], tokenizer: Any, max_seq_len: int, report: DataStats
+    examples: list[ChatExample], tokenizer: ChatTokenizer, max_seq_len: int, stats: DataStats
 ) -> list[list[MaskedTokens]]:
     """For each chat, the documents of as many whole first turns as fit into `max_seq_len` tokens.
 
@@ -28,13 +29,13 @@ def render_chat_examples(
     result = []
     for example, messages in zip(examples, fitting_chats, strict=True):
         if not messages:
-            report.row_dropped(f"first turn longer than {max_seq_len} tokens", example.file, example.line)
-        result.append(_fit_chat(example, next(rendered), tokenizer, max_seq_len, report) if messages else [])
+            stats.row_dropped(f"first turn longer than {max_seq_len} tokens", example.file, example.line)
+        result.append(_fit_chat(example, next(rendered), tokenizer, max_seq_len, stats) if messages else [])
     return result
 
 
 def _fit_chat(
-    example: Example, rendered: Any, tokenizer: Any, max_seq_len: int, report: DataStats
+    example: ChatExample, rendered: RenderedChat, tokenizer: ChatTokenizer, max_seq_len: int, stats: DataStats
 ) -> list[MaskedTokens]:
     """The documents of one chat. `rendered`: its turns that `_drop_last_turns` keeps."""
     messages = _drop_last_turns(example.messages, max_seq_len)
@@ -45,23 +46,23 @@ def _fit_chat(
     while not rendered.refusal and len(rendered.samples[-1].ids) > max_seq_len:
         turns = _count_fitting_turns(rendered.samples, max_seq_len)
         if turns == 0:
-            report.row_dropped(f"first turn longer than {max_seq_len} tokens", example.file, example.line)
+            stats.row_dropped(f"first turn longer than {max_seq_len} tokens", example.file, example.line)
             return []
         answers = [i for i, message in enumerate(messages) if is_trained(message)]
         messages = messages[: answers[turns - 1] + 1]
         (rendered,) = tokenizer.render_each([messages])
     trained_tokens = sum(sum(sample.mask) for sample in rendered.samples)
     if rendered.refusal or not trained_tokens:
-        report.row_dropped(rendered.refusal or "no trained token", example.file, example.line)
+        stats.row_dropped(rendered.refusal or "no trained token", example.file, example.line)
         return []
     if len(messages) < len(example.messages):
-        report.row_truncated(change, example.file, example.line)
+        stats.row_truncated(change, example.file, example.line)
     samples = [sample for sample in rendered.samples if sample.answers]
     text = example.text if messages is example.messages else chat_text(messages)
     if len(samples) > 1:  # several samples repeat the first turns
         text = "".join(chat_text(messages[: sample.answers[-1] + 1]) for sample in samples)
     tokens = [len(sample.ids) for sample in samples]
-    report.row_kept(example.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens))
+    stats.row_kept(example.language, len(text), sum(tokens), len(text.encode()), trained_tokens, max(tokens))
     return [(ids, mask, count_answer_bytes([messages[i] for i in answers])) for ids, mask, answers in samples]
 
 
@@ -81,7 +82,7 @@ def _drop_last_turns(messages: list[Message], max_seq_len: int) -> list[Message]
     return trim_unanswered(messages[: min(fitting, max(max_seq_len, 3))])
 
 
-def _count_fitting_turns(samples: list[Any], max_seq_len: int) -> int:
+def _count_fitting_turns(samples: list[RenderedSample], max_seq_len: int) -> int:
     """Number of turns of a too long chat that may fit; less than the number of its turns."""
     if len(samples) > 1:  # every sample but the last is the chat up to one of its answers
         return sum(len(sample.answers) for sample in samples[:-1] if len(sample.ids) <= max_seq_len)

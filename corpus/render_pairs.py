@@ -8,17 +8,17 @@ Called by tokenize_chats.py. Read next: render_chats.py (the same for chats), ..
 
 import bisect
 import itertools
-from typing import Any
 
 from corpus.chats import Message, chat_text
-from corpus.examples import Example
+from corpus.examples import PairExample
 from corpus.pair_answers import common_prefix_length
 from corpus.render_chats import MAX_TOKEN_CHARACTERS, MaskedTokens, count_answer_bytes
 from corpus.stats import DataStats
+from model.tokenizer import ChatTokenizer
 
 
 def render_pair_examples(
-    examples: list[Example], tokenizer: Any, max_seq_len: int, report: DataStats
+    examples: list[PairExample], tokenizer: ChatTokenizer, max_seq_len: int, stats: DataStats
 ) -> list[list[MaskedTokens]]:
     """For each pair, the documents [prompt + chosen, prompt + rejected] of at most `max_seq_len` tokens.
 
@@ -32,13 +32,17 @@ def render_pair_examples(
     result = []
     for example, prompt in zip(examples, prompts, strict=True):
         if not prompt:
-            report.row_dropped(f"question and longer answer exceed {max_seq_len} tokens", example.file, example.line)
-        result.append(_fit_pair(example, next(rendered), tokenizer, max_seq_len, report) if prompt else [])
+            stats.row_dropped(f"question and longer answer exceed {max_seq_len} tokens", example.file, example.line)
+        result.append(_fit_pair(example, next(rendered), tokenizer, max_seq_len, stats) if prompt else [])
     return result
 
 
 def _fit_pair(
-    example: Example, documents: list[MaskedTokens] | str, tokenizer: Any, max_seq_len: int, report: DataStats
+    example: PairExample,
+    documents: list[MaskedTokens] | str,
+    tokenizer: ChatTokenizer,
+    max_seq_len: int,
+    stats: DataStats,
 ) -> list[MaskedTokens]:
     """`documents` of the pair with its full prompt, or the reason why it cannot be rendered."""
     prompt = _drop_oldest_turns(example, max_seq_len)
@@ -53,30 +57,30 @@ def _fit_pair(
         # The length grows with the number of turns, so bisection finds the longest fit in log2(turns) renderings.
         first_kept = bisect.bisect_left(starts, True, key=fits)
         if first_kept == len(starts):
-            report.row_dropped(f"question and longer answer exceed {max_seq_len} tokens", example.file, example.line)
+            stats.row_dropped(f"question and longer answer exceed {max_seq_len} tokens", example.file, example.line)
             return []
         prompt = prompt[:first] + prompt[starts[first_kept] :]
         (documents,) = _render_answers([(prompt, example.answers)], tokenizer)
     if isinstance(documents, str):
-        report.row_dropped(documents, example.file, example.line)
+        stats.row_dropped(documents, example.file, example.line)
         return []
-    if len(prompt) < len(example.messages):
-        report.row_truncated(
+    if len(prompt) < len(example.prompt):
+        stats.row_truncated(
             f"without the oldest turns of its prompt, to fit {max_seq_len} tokens", example.file, example.line
         )
     tokens, trained = (sum(count) for count in zip(*((len(ids), sum(mask)) for ids, mask, _ in documents), strict=True))
     # The text of both documents, with the prompt twice.
     text = "".join(chat_text([*prompt, *answer]) for answer in example.answers)
-    report.row_kept(example.language, len(text), tokens, len(text.encode()), trained, _max_length(documents))
+    stats.row_kept(example.language, len(text), tokens, len(text.encode()), trained, _max_length(documents))
     return documents
 
 
-def _drop_oldest_turns(example: Example, max_seq_len: int) -> list[Message]:
+def _drop_oldest_turns(example: PairExample, max_seq_len: int) -> list[Message]:
     """Drop the oldest turns that cannot fit with any tokenizer; returns [] if not even the last question can fit.
 
     A message takes at least one token, and a token has at most MAX_TOKEN_CHARACTERS characters.
     """
-    prompt, first = example.messages, int(example.messages[0]["role"] == "system")
+    prompt, first = example.prompt, int(example.prompt[0]["role"] == "system")
     lengths = [len(turn["content"]) for turn in prompt]
     max_characters = MAX_TOKEN_CHARACTERS * max_seq_len - max(
         sum(len(turn["content"]) for turn in answer) for answer in example.answers
@@ -96,7 +100,7 @@ def _max_length(documents: list[MaskedTokens]) -> int:
 
 
 def _render_answers(
-    pairs: list[tuple[list[Message], tuple[list[Message], ...]]], tokenizer: Any
+    pairs: list[tuple[list[Message], tuple[list[Message], ...]]], tokenizer: ChatTokenizer
 ) -> list[list[MaskedTokens] | str]:
     """For each (prompt, answers), the documents prompt + answer with masks that are 1 only in that answer.
 

@@ -13,16 +13,14 @@
 
     document i of a shard = bin[idx[i] : idx[i + 1]]
 
-`ShardWriter` only appends. It writes to the staging folder `<folder>.partial`, which `replace_dataset` renames when it
-is complete. `ShardWriter.state` records the valid size of each file, from which a killed run resumes.
+`ShardWriter` only appends. `ShardWriter.state` records the valid size of each file, from which a killed run resumes.
 
-Read next: prepare_text.py and prepare_chats.py (use ShardWriter), dataset_meta.py (meta.json), shard_reader.py.
+Read next: dataset_writer.py (the staging folder of a dataset), dataset_meta.py (meta.json), shard_reader.py.
 """
 
 import array
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +28,10 @@ import numpy as np
 
 from common.checksums import checksum, file_checksum
 from common.errors import UserError
-from common.files import replace_folder, write_error
 from corpus.block_checksums import ChecksummedFile
-from corpus.dataset_meta import TOKEN_DTYPES, PathLike, resolve_link
+from corpus.dataset_meta import TOKEN_DTYPES, PathLike
 
 SHARD_TOKENS = 100_000_000
-KNOWN_FILES = (
-    "meta.json",
-    "progress.json",
-    "*.json.tmp",  # left by a killed run of an earlier version
-    ".*.tmp",
-    ".*.gone",
-    ".tokens-*",  # locks of token folders
-    "*.bin",
-    "*.mask",
-    "*.crc",
-    "*.idx",
-    "*.idx.npy",
-    "train.jsonl",
-    "val.jsonl",
-    "tokens-*",
-)
-
-
-def token_dtype(vocab_size: int) -> str:
-    """The dtype of token ids: "uint16" for up to 65,535 entries, else "uint32"."""
-    return TOKEN_DTYPES[vocab_size > 65_535]
 
 
 class ShardWriter:
@@ -161,51 +137,36 @@ class ShardWriter:
         self.files = {}
 
 
-def open_shard_writer(folder: PathLike, split: str, dtype: str, state: dict[str, Any] | None = None) -> ShardWriter:
-    """The writer of a split: train splits in numbered shards, validation splits in one."""
-    return ShardWriter(folder, split, dtype, SHARD_TOKENS if split.startswith("train") else 0, state)
+class ShardSet:
+    """The shards of a dataset: a ShardWriter for every split, opened for its first document.
 
-
-def require_train_split(splits: dict[str, Any], problem: str) -> None:
-    """Raises UserError with the message `problem` if there is no train split."""
-    if "train" not in splits:
-        raise UserError(problem)
-
-
-@contextlib.contextmanager
-def report_write_errors(folder: PathLike) -> Iterator[None]:
-    """Context manager that turns an OSError (disk full, no permission) into a one-line UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise write_error(folder, error) from error
-
-
-def dataset_staging_folder(out_dir: PathLike) -> Path:
-    """`<out_dir>.partial`, where a dataset is written; beside the target if `out_dir` is a symbolic link."""
-    target = resolve_link(out_dir)
-    return target.with_name(target.name + ".partial")
-
-
-def check_replaceable(out_dir: PathLike, known_files: tuple[str, ...] = KNOWN_FILES) -> bool:
-    """Whether `out_dir` holds an older dataset, which `replace_dataset` will replace.
-
-    Raises UserError if it holds files with names outside `known_files`, because they would be deleted.
+    With the `states` of an earlier ShardSet (split -> ShardWriter.state), its writers resume.
     """
-    out_dir = Path(out_dir)
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"{out_dir} is a file: choose another --out_dir")
-    if not out_dir.is_dir():
-        return False
-    names = [path for path in out_dir.iterdir() if not any(path.match(pattern) for pattern in known_files)]
-    if names:
-        raise UserError(
-            f"{out_dir} holds files that data_process.py did not write ({names[0].name}): move them or choose another "
-            "--out_dir"
-        )
-    return (out_dir / "meta.json").is_file()
 
+    def __init__(self, folder: Path, vocab_size: int, states: dict[str, Any] | None = None) -> None:
+        self.folder, self.dtype = folder, TOKEN_DTYPES[vocab_size > 65_535]
+        self.writers: dict[str, ShardWriter] = {}
+        folder.mkdir(exist_ok=True)
+        for split, state in (states or {}).items():
+            self._open(split, state)
 
-def replace_dataset(staging: PathLike, out_dir: PathLike) -> None:
-    """Rename the staging folder to `out_dir`; an older dataset is renamed first and deleted afterwards."""
-    replace_folder(staging, resolve_link(out_dir))
+    def append(self, split: str, ids: Any, mask: Any = None, utf8_bytes: int = 0) -> None:
+        """Append a document to a split, as ShardWriter.add."""
+        (self.writers.get(split) or self._open(split)).add(ids, mask, utf8_bytes)
+
+    def _open(self, split: str, state: dict[str, Any] | None = None) -> ShardWriter:
+        """Train splits have numbered shards, validation splits one."""
+        shard_tokens = SHARD_TOKENS if split.startswith("train") else 0
+        self.writers[split] = ShardWriter(self.folder, split, self.dtype, shard_tokens, state)
+        return self.writers[split]
+
+    def states(self) -> dict[str, Any]:
+        return {split: writer.state() for split, writer in self.writers.items()}
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files; returns {split: its entry of meta.json}, sorted."""
+        return {split: self.writers[split].close() for split in sorted(self.writers)}
+
+    def abort(self) -> None:
+        for writer in self.writers.values():
+            writer.abort()

@@ -4,10 +4,10 @@ No row is dropped silently. Every row is counted as exactly one of
     kept      in the dataset, perhaps changed or without some of its keys; changes and unused keys are counted by name
     dropped   valid, but left out on purpose: an exact duplicate, a chat that does not fit, tool turns
     bad       unusable: broken JSON, a number instead of text, a truncated archive, ...
-so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_share`; above it the run ends with an
-error. The number of rows lost in a damaged part of a file is estimated from the size of the rows before it (damage.py).
+so read = kept + dropped + bad. Bad rows are skipped up to the fraction `max_bad_fraction`; above it the run ends with
+an error. The rows lost in a damaged part of a file are estimated from the size of the rows before it (damage.py).
 
-Read next: readers.py (counts the rows), ../data_process.py (prints the tables).
+Read next: readers.py (counts the rows), stats_tables.py (prints the tables).
 """
 
 import time
@@ -21,7 +21,7 @@ from corpus.layouts import explain_expected_keys
 MAX_LOCATIONS = 3  # locations kept per reason
 MAX_REASONS = 40  # keeps the tables within one screen
 EMPTY_FILE = "empty file"
-MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # bad rows and rows read before `max_bad_share` is checked
+MIN_BAD_TO_JUDGE, MIN_READ_TO_JUDGE = 100, 1000  # bad rows and rows read before `max_bad_fraction` is checked
 FIRST_BIN_TOKENS, LENGTH_BINS = 16, 13  # length histogram: up to 16, 32, ... 65,536 tokens
 
 
@@ -38,13 +38,43 @@ class ReasonCount:
     count: int = 0
     first: list[tuple[str, int]] = field(default_factory=list)  # (file, line) of the first few
 
-    def add(self, file: str, line: int, rows: int = 1) -> None:
-        self.count += rows
-        if len(self.first) < MAX_LOCATIONS:
-            self.first.append((file, line))
-
     def locations(self) -> str:
         return ", ".join(f"{file}:{line}" for file, line in self.first)
+
+
+class Reasons(dict[str, ReasonCount]):
+    """Reasons by name, with the number of their rows; after MAX_REASONS names, all others are "other reasons"."""
+
+    def add(self, reason: str, file: str, line: int, rows: int = 1) -> None:
+        if reason not in self and len(self) >= MAX_REASONS:
+            reason = "other reasons"
+        entry = self.setdefault(reason, ReasonCount())
+        entry.count += rows
+        if len(entry.first) < MAX_LOCATIONS:
+            entry.first.append((file, line))
+
+    @property
+    def num_rows(self) -> int:
+        return sum(reason.count for reason in self.values())
+
+    def by_count(self) -> list[tuple[str, ReasonCount]]:
+        """(name, reason), the most frequent reasons first."""
+        return sorted(self.items(), key=lambda item: -item[1].count)
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Add reasons in the format of `to_dict`."""
+        for name, entry in other.items():
+            mine = self.setdefault(name, ReasonCount())
+            mine.count += entry["count"]
+            locations = [place.rpartition(":") for place in entry["first"]]
+            mine.first = [*mine.first, *((file, int(line)) for file, _, line in locations)][:MAX_LOCATIONS]
+
+    def to_dict(self) -> dict[str, Any]:
+        """{name: {"count": rows, "first": ["file:line", …]}}"""
+        return {
+            name: {"count": reason.count, "first": [f"{file}:{line}" for file, line in reason.first]}
+            for name, reason in self.items()
+        }
 
 
 @dataclass
@@ -56,28 +86,35 @@ class _FileStats:
 
 
 class DataStats:
-    """Counts of one pass over the data. Above the fraction `max_bad_share` (0..1) of bad rows, the run ends.
+    """Counts of one pass over the data. Above the fraction `max_bad_fraction` (0..1) of bad rows, the run ends.
 
     `accept_damaged`: whether the readable part of a damaged file is used; None for commands without this flag.
     """
 
-    def __init__(self, max_bad_share: float = 0.01, accept_damaged: bool | None = None) -> None:
-        self.max_bad_share, self.accept_damaged = max_bad_share, accept_damaged
-        self.read = self.kept = self.bad_rows = self.dropped_rows = 0
-        self.accepted_rows = 0  # bad rows lost in accepted damage; `max_bad_share` does not count them
-        self.bad: dict[str, ReasonCount] = {}
-        self.dropped: dict[str, ReasonCount] = {}
+    def __init__(self, max_bad_fraction: float = 0.01, accept_damaged: bool | None = None) -> None:
+        self.max_bad_fraction, self.accept_damaged = max_bad_fraction, accept_damaged
+        self.read = self.kept = 0
+        self.bad, self.dropped = Reasons(), Reasons()
+        self.changed = Reasons()  # rows that are kept, but changed: without their last turns, …
+        self.unused = Reasons()  # keys that have a value in some rows and that no reader uses
+        self.accepted_rows = 0  # bad rows lost in accepted damage; `max_bad_fraction` does not count them
         self.files: dict[str, _FileStats] = {}
         self.languages: dict[str, dict[str, int]] = {}
         self.histogram = [0] * (LENGTH_BINS + 1)
         self.trained_tokens = 0  # chats only
-        self.changed: dict[str, ReasonCount] = {}  # rows that are kept, but changed: without their last turns, …
-        self.unused: dict[str, ReasonCount] = {}  # keys that have a value in some rows and that no reader uses
         self.notes: list[str] = []  # further notes about the files, one line each
         self.input_bytes = 0  # bytes of all input files, as far as known
         self.bytes_read: Callable[[], int] = lambda: 0  # bytes of the input files read so far
-        self.text_bytes = 0  # UTF-8 bytes tokenised in this run
+        self.text_bytes = 0  # UTF-8 bytes tokenized in this run
         self._start = time.perf_counter()
+
+    @property
+    def bad_rows(self) -> int:
+        return self.bad.num_rows
+
+    @property
+    def dropped_rows(self) -> int:
+        return self.dropped.num_rows
 
     # ---- counting ----
     def row_read(self, file: str, row: Any = None) -> None:
@@ -92,9 +129,8 @@ class DataStats:
         self.files[file].good += 1
 
     def row_bad(self, reason: str, file: str, line: int, rows: int = 1) -> None:
-        """Count a row, already counted by `row_read`, as bad. Raises UserError if `max_bad_share` must be exceeded."""
-        self.bad_rows += rows
-        _count_reason(self.bad, reason, file, line, rows)
+        """Count a row that `row_read` has counted as bad. Raises UserError if `max_bad_fraction` must be exceeded."""
+        self.bad.add(reason, file, line, rows)
         if self.bad_rows >= MIN_BAD_TO_JUDGE and self.read >= MIN_READ_TO_JUDGE:
             self.check_cap(expected_rows=self.read * max(1.0, self.input_bytes / max(1, self.bytes_read())))
 
@@ -104,12 +140,11 @@ class DataStats:
         self.row_bad(reason, file, line, rows)
 
     def rows_lost(self, reason: str, file: str, line: int, rows: int) -> None:
-        """Count an estimated number of rows, lost in accepted damage, as bad rows outside of `max_bad_share`."""
+        """Count an estimated number of rows, lost in accepted damage, as bad rows outside of `max_bad_fraction`."""
         self._count_lost_rows(file, rows)
-        self.bad_rows += rows
+        self.bad.add(reason, file, line, rows)
         self.accepted_rows += rows
         self.files[file].lost += rows
-        _count_reason(self.bad, reason, file, line, rows)
 
     def _count_lost_rows(self, file: str, rows: int) -> None:
         self.row_read(file)
@@ -126,19 +161,18 @@ class DataStats:
 
     def row_dropped(self, reason: str, file: str, line: int) -> None:
         """Count a valid row that is left out on purpose."""
-        self.dropped_rows += 1
-        _count_reason(self.dropped, reason, file, line)
+        self.dropped.add(reason, file, line)
 
     def row_truncated(self, reason: str, file: str, line: int) -> None:
         """Count a row that is kept, but changed."""
-        _count_reason(self.changed, reason, file, line)
+        self.changed.add(reason, file, line)
 
     def row_changed(self, changes: list[str], unused: list[str], file: str, line: int) -> None:
         """Count the changes of a kept row, and its keys that have a value and are not used."""
         for reason in changes:
-            _count_reason(self.changed, reason, file, line)
+            self.changed.add(reason, file, line)
         for key in unused:
-            _count_reason(self.unused, key, file, line)
+            self.unused.add(key, file, line)
 
     def add_note(self, text: str) -> None:
         """Add a line about a file, printed under the table; equal notes are printed once."""
@@ -162,17 +196,17 @@ class DataStats:
 
     # ---- limits ----
     def check_cap(self, expected_rows: float = 0) -> None:
-        """Raises UserError if more than `max_bad_share` of the rows read, or of `expected_rows` if larger, are bad.
+        """Raises UserError if more than `max_bad_fraction` of the rows read, or of `expected_rows` if larger, are bad.
 
         While reading, the remaining rows count as good, so one bad part of a large file does not end the run.
         """
         counted = self.bad_rows - self.accepted_rows
-        if counted > self.max_bad_share * max(self.read, expected_rows):
-            worst = sorted(self.bad.items(), key=lambda item: -item[1].count)[:4]
+        if counted > self.max_bad_fraction * max(self.read, expected_rows):
+            worst = self.bad.by_count()[:4]
             reasons = "; ".join(f"{reason.count:,} x {name} (first: {reason.locations()})" for name, reason in worst)
             raise UserError(
                 f"{counted:,} of {self.read:,} rows read are bad ({counted / self.read:.1%}, allowed are "
-                f"{self.max_bad_share:.1%}): {reasons}: fix the data or raise --max_bad_share"
+                f"{self.max_bad_fraction:.1%}): {reasons}: fix the data or raise --max_bad_fraction"
             )
 
     def check_file(self, file: str, kind: str) -> None:
@@ -181,14 +215,12 @@ class DataStats:
         empty = any(name == file for name, _ in self.bad.get(EMPTY_FILE, ReasonCount()).first)
         if count.good or count.rows == count.lost or empty:
             return
-        reasons = "; ".join(f"{name} ({reason.locations()})" for name, reason in self._bad_reasons(file)[:3])
+        here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
+        shown = (here or list(self.bad.items()))[:3]
+        reasons = "; ".join(f"{name} ({reason.locations()})" for name, reason in shown)
         raise UserError(
             f"{file}: none of its {count.rows:,} rows is usable: {reasons}: {explain_expected_keys(kind, count.keys)}"
         )
-
-    def _bad_reasons(self, file: str) -> list[tuple[str, ReasonCount]]:
-        here = [item for item in self.bad.items() if any(name == file for name, _ in item[1].first)]
-        return here or list(self.bad.items())
 
     # ---- output ----
     @property
@@ -209,10 +241,10 @@ class DataStats:
         self.read += other["read"]
         self.kept += other["kept"]
         self.trained_tokens += other.get("trained_tokens", 0)
-        self.bad_rows += _merge_reasons(self.bad, other["bad"])
-        self.dropped_rows += _merge_reasons(self.dropped, other["dropped"])
-        _merge_reasons(self.changed, other.get("shortened", {}))
-        _merge_reasons(self.unused, other.get("unused", {}))
+        self.bad.merge(other["bad"])
+        self.dropped.merge(other["dropped"])
+        self.changed.merge(other.get("shortened", {}))
+        self.unused.merge(other.get("unused", {}))
         for language, counts in other["languages"].items():
             mine = self.languages.setdefault(language, dict.fromkeys(counts, 0))
             for name, amount in counts.items():
@@ -223,45 +255,23 @@ class DataStats:
 
     def to_dict(self) -> dict[str, Any]:
         """All counts as plain values for meta.json; without times, so that equal data gives equal files."""
-
-        def table(reasons: dict[str, ReasonCount]) -> dict[str, Any]:
-            return {name: {"count": r.count, "first": [f"{f}:{n}" for f, n in r.first]} for name, r in reasons.items()}
-
-        report: dict[str, Any] = {"read": self.read, "kept": self.kept, "dropped": table(self.dropped)}
-        report |= {"bad": table(self.bad), "languages": self.languages, "tokens": self.tokens}
+        report: dict[str, Any] = {"read": self.read, "kept": self.kept, "dropped": self.dropped.to_dict()}
+        report |= {"bad": self.bad.to_dict(), "languages": self.languages, "tokens": self.tokens}
         report["lengths"] = dict(zip(histogram_labels(), self.histogram, strict=True))
         if self.trained_tokens:
             report |= {"trained_tokens": self.trained_tokens}
         if self.trained_tokens or self.changed:
-            report |= {"shortened": table(self.changed)}
+            report |= {"shortened": self.changed.to_dict()}
         if self.unused:
-            report |= {"unused": table(self.unused)}
+            report |= {"unused": self.unused.to_dict()}
         if self.notes:
             report["notes"] = self.notes
         return report
 
-    def print(self) -> None:
-        """Print the statistics as tables (rich; plain text if stdout is not a terminal)."""
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=120)
-        console.print(self._rows_table())
-        self.print_notes()
-        if self.kept:
-            console.print(self._languages_table())
-            console.print(self._lengths_table())
-        if self.trained_tokens:
-            console.print(f"trained tokens: {self.trained_tokens:,} ({self.trained_tokens / self.tokens:.1%} of all)")
-        if self.text_bytes:
-            console.print(f"{self.text_bytes / 1e6:,.1f} MB of text in {self.seconds:.1f} s: "
-                          f"{self.megabytes_per_second:.2f} MB/s")  # fmt: skip
-
     def print_skipped(self) -> None:
         """Print one line per reason, for steps that print their own tables."""
         for kind, reasons in (("bad, left out", self.bad), ("skipped", self.dropped), ("kept, but", self.changed)):
-            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
+            for name, reason in reasons.by_count():
                 print(f"{kind}: {reason.count:,} x {name} (first: {reason.locations()})")
         self.print_notes()
 
@@ -269,72 +279,10 @@ class DataStats:
         """Print one line per note, and one per key that has a value in some rows and is not used."""
         for note in self.notes:
             print(f"note: {note}")
-        for key, reason in sorted(self.unused.items(), key=lambda item: -item[1].count):
+        for key, reason in self.unused.by_count():
             print(f"note: {reason.count:,} rows have a `{key}` that is not used (first: {reason.locations()})")
-
-    def _rows_table(self) -> Any:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title="rows", title_justify="left")
-        table.add_column("")
-        table.add_column("rows", justify="right")
-        table.add_column("fraction", justify="right")
-        table.add_column("first at", overflow="fold")
-
-        def add(name: str, count: int, where: str = "") -> None:
-            # Text, not str: rich would parse a file name like "[red]" as markup.
-            table.add_row(Text(name), f"{count:,}", f"{count / max(self.read, 1):.2%}", Text(where))
-
-        add("read", self.read)
-        add("kept", self.kept)
-        for kind, reasons in (("kept, but ", self.changed), ("dropped: ", self.dropped), ("bad: ", self.bad)):
-            for name, reason in sorted(reasons.items(), key=lambda item: -item[1].count):
-                add(kind + name, reason.count, reason.locations())
-        return table
-
-    def _languages_table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="languages", title_justify="left")
-        for name in ("", "documents", "characters", "tokens", "fraction of tokens", "characters / token"):
-            table.add_column(name, justify="right" if name else "left")
-        for language, counts in sorted(self.languages.items(), reverse=True):
-            share, ratio = counts["tokens"] / max(self.tokens, 1), counts["characters"] / max(counts["tokens"], 1)
-            cells = [f"{counts[name]:,}" for name in ("documents", "characters", "tokens")]
-            table.add_row(language, *cells, f"{share:.1%}", f"{ratio:.2f}")
-        return table
-
-    def _lengths_table(self) -> Any:
-        from rich.table import Table
-
-        table = Table(title="length in tokens", title_justify="left")
-        table.add_column("tokens", justify="right")
-        table.add_column("rows", justify="right")
-        table.add_column("")
-        filled = [i for i, count in enumerate(self.histogram) if count]
-        for i in range(filled[0], filled[-1] + 1):
-            bar = "#" * round(40 * self.histogram[i] / max(self.histogram))
-            table.add_row(histogram_labels()[i], f"{self.histogram[i]:,}", bar)
-        return table
 
 
 def histogram_labels() -> list[str]:
     """Labels of the length bins: "<= 16" ... "<= 65536", "more"."""
     return [f"<= {FIRST_BIN_TOKENS << i}" for i in range(LENGTH_BINS)] + ["more"]
-
-
-def _merge_reasons(reasons: dict[str, ReasonCount], others: dict[str, Any]) -> int:
-    """Add reasons in the format of `to_dict`; return the number of their rows."""
-    for name, other in others.items():
-        mine = reasons.setdefault(name, ReasonCount())
-        mine.count += other["count"]
-        locations = [(place.rpartition(":")[0], int(place.rpartition(":")[2])) for place in other["first"]]
-        mine.first = [*mine.first, *locations][:MAX_LOCATIONS]
-    return sum(other["count"] for other in others.values())
-
-
-def _count_reason(reasons: dict[str, ReasonCount], reason: str, file: str, line: int, rows: int = 1) -> None:
-    if reason not in reasons and len(reasons) >= MAX_REASONS:
-        reason = "other reasons"
-    reasons.setdefault(reason, ReasonCount()).add(file, line, rows)

@@ -32,8 +32,8 @@ import numpy as np
 
 from common.errors import UserError, import_package
 from common.files import remove, remove_leftovers, write_json
+from corpus.dataset_writer import dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.job_state import input_fingerprints
-from corpus.shard_writer import dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.stats import DataStats
 from curation.near_duplicates import (
     HASHES_PER_BAND,

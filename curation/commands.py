@@ -11,18 +11,15 @@ format.
 Read next: cleaning.py, near_duplicates.py, cluster_dedup.py, decontaminate.py (the transforms), transform.py (output).
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 from common.cli import Config
 from common.errors import UserError
 from common.locks import lock_output
+from corpus.dataset_writer import dataset_staging_folder
 from corpus.input_files import expand_inputs
-from corpus.job_state import has_progress, keep_if_resumable
-from corpus.shard_writer import dataset_staging_folder, report_write_errors
-from corpus.stats import DataStats
+from corpus.progress import reading_progress_bar
 from curation.catalogue import print_catalogue
 from curation.cleaning import CleanConfig, CleaningTransform
 from curation.decontaminate import DecontaminateConfig, DecontaminationTransform, build_exam_index
@@ -34,12 +31,13 @@ from curation.transform import (
     Transform,
     batch_rows,
     check_out_dir,
+    has_progress,
     map_in_order,
     read_numbered_rows,
     run_transform,
+    staging_folder_kept_if_resumable,
 )
 
-ProgressBar = Callable[[list[str], DataStats], AbstractContextManager[Callable[[], None]]]
 NEXT_COMMAND = {"clean": "dedup", "dedup": "decontaminate", "decontaminate": "pretrain"}
 
 
@@ -51,7 +49,7 @@ COMMANDS: dict[str, type[Config]] = {
 }
 
 
-def run_command(name: str, config: Any, progress_bar: ProgressBar) -> None:
+def run_command(name: str, config: Any) -> None:
     """Run a command of COMMANDS. Raises UserError for wrong flags or unusable files."""
     if name == "download":
         return download_dataset(config) if config.name else print_catalogue()
@@ -63,35 +61,32 @@ def run_command(name: str, config: Any, progress_bar: ProgressBar) -> None:
         transform = CleaningTransform(config)
         transform.check_packages()
         if config.check_only:
-            return print_dry_run(transform, config, progress_bar)
+            return print_dry_run(transform, config)
     elif name == "decontaminate":
         exam = build_exam_index(config.against)
         too_short = f"; {exam.too_short:,} questions are too short to search for" if exam.too_short else ""
         print(f"searching for {len(exam.questions):,} questions of {', '.join(exam.names)}{too_short}")
         transform = DecontaminationTransform(exam, config.overlap, config.reader)
     with lock_output(config.out_dir):
-        write_curated_rows(transform, config, progress_bar)
+        write_curated_rows(transform, config)
     print_next_command(name, config.out_dir)
 
 
-def write_curated_rows(transform: Transform | None, config: Any, progress_bar: ProgressBar) -> None:
+def write_curated_rows(transform: Transform | None, config: Any) -> None:
     """Pass all rows through the transform (None: deduplication) into --out_dir and print a summary."""
-    report, partial = config.new_stats(), dataset_staging_folder(config.out_dir)
+    report = config.new_stats()
     if check_out_dir(config.out_dir, config.files):
         print(f"{config.out_dir} contains an older result: it is replaced when the new one is complete")
     try:
-        with (
-            report_write_errors(config.out_dir),
-            keep_if_resumable(partial),
-            progress_bar(list(config.files), report) as on_batch,
-        ):
+        with staging_folder_kept_if_resumable(config.out_dir), reading_progress_bar(config.files, report) as on_batch:
             if transform:
                 rule_stats = run_transform(transform, config, report, on_batch)
             else:
                 rule_stats = deduplicate(config, report, on_batch)
     except (UserError, KeyboardInterrupt):
-        if has_progress(partial):
-            print(f"unfinished work is kept in {partial}: the same command continues it")
+        if has_progress(config.out_dir):
+            folder = dataset_staging_folder(config.out_dir)
+            print(f"unfinished work is kept in {folder}: the same command continues it")
         raise
     report.print_skipped()
     rule_stats.print()
@@ -99,10 +94,10 @@ def write_curated_rows(transform: Transform | None, config: Any, progress_bar: P
     print(f"{report.text_bytes / 1e6:,.1f} MB of text in {speed}")
 
 
-def print_dry_run(transform: CleaningTransform, config: CurationConfig, progress_bar: ProgressBar) -> None:
+def print_dry_run(transform: CleaningTransform, config: CurationConfig) -> None:
     """Print the report of `clean --check` without writing anything."""
     files, report, rule_stats = list(config.files), config.new_stats(), RuleStats(transform.rule_names())
-    with progress_bar(files, report) as on_batch:
+    with reading_progress_bar(files, report) as on_batch:
         rows = read_numbered_rows(files, report, reader=transform.reader)
         for batch, decisions in map_in_order(transform.apply, batch_rows(rows), config.workers):
             for row, decision in zip(batch, decisions, strict=True):

@@ -112,7 +112,7 @@ def build_exam_index(paths: Sequence[str]) -> ExamIndex:
     """Index the questions of these files and folders. Raises UserError if they contain no question."""
     files = find_exam_files(paths)
     exam = ExamIndex([Path(path).resolve().name for path in paths], files)
-    report = DataStats(max_bad_share=1.0)
+    report = DataStats(max_bad_fraction=1.0)
     ngrams_by_language: dict[str, list[_QuestionNgrams]] = {language: [] for language in NGRAM_LENGTH}
     seen: set[str] = set()
     for file in files:

@@ -35,7 +35,7 @@ from common.errors import UserError
 from common.files import atomic_write, replace_file, write_json
 from common.flag_types import non_empty_text, path_string, relative_path
 from common.locks import lock_output
-from corpus.shard_writer import report_write_errors
+from corpus.dataset_writer import report_write_errors
 from curation.catalogue import CATALOGUE, DatasetEntry, format_size
 
 DOWNLOAD_CHUNK_BYTES = 1 << 20

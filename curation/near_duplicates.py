@@ -29,10 +29,10 @@ import numpy as np
 
 from common.cli import flag
 from common.errors import UserError, import_package
+from corpus.dataset_writer import dataset_staging_folder
 from corpus.job_state import SIGNING_FILE, JobProgress, input_fingerprints
 from corpus.language import detect_language
 from corpus.row_text import DEFAULT_READER, RowReader
-from corpus.shard_writer import dataset_staging_folder
 from corpus.stats import DataStats
 from curation.ngrams import alphanumeric, code_points, hash64, ngram_hashes
 from curation.rule_stats import EXAMPLES_PER_RULE, Decision, RuleHit, RuleStats

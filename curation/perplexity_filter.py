@@ -25,7 +25,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from common.cli import flag
 from common.errors import UserError, escape_controls
 from common.flag_types import path_string, positive_fraction
 from corpus.data_flags import DataFlags
-from corpus.examples import Example
+from corpus.examples import ChatExample
 from corpus.language import LANGUAGES
 from corpus.readers import PathLike
 from corpus.stats import DataStats
@@ -45,7 +45,6 @@ from corpus.stats import DataStats
 HISTOGRAM_BINS, EXAMPLES_PER_BIN = 12, 2
 SCORE_SCALE, MAX_NATS = 10_000, 200_000  # scores are stored as int32 with four decimals
 FILTER_GROUP = "filter by a model's cross-entropy (see curation/perplexity_filter.py)"
-ExampleReader = Callable[[Iterable[PathLike], DataStats], Iterator[Example]]  # as corpus.examples.read_chat_examples
 
 
 @dataclass(frozen=True)
@@ -215,31 +214,29 @@ class PerplexityFilter:
         limits = {k: [None if np.isinf(edge) else round(edge, 4) for edge in v] for k, v in self.limits.items()}
         return {"chosen": {"scores": self.scores.path.name, "kept_between": limits}}
 
-    def filter_examples(self, read_examples: ExampleReader, val_fraction: float) -> ExampleReader:
-        """Wrap `read_examples`: drop training chats outside the interval and count them by reason in the report.
+    def filter_examples(
+        self, examples: Iterable[ChatExample], val_fraction: float, stats: DataStats
+    ) -> Iterator[ChatExample]:
+        """Yield the examples without training chats outside the interval, which are counted by reason.
 
         A chat without a score is kept.
         """
+        for example in examples:
+            reason = ""
+            if score := self.scores.get(example.content_hash):
+                nats, language = score
+                self._add_bin_example(example, nats, language)
+                low, high = self.limits[language]
+                if nats < low:
+                    reason = f"entropy of its answers below {low:.2f} ({language})"
+                elif nats > high:
+                    reason = f"entropy of its answers above {high:.2f} ({language})"
+            if reason and example.split_hash >= val_fraction * 2.0**64:  # validation chats are never filtered
+                stats.row_dropped(reason, example.file, example.line)
+            else:
+                yield example
 
-        def read_filtered(paths: Iterable[PathLike], report: DataStats) -> Iterator[Example]:
-            for example in read_examples(paths, report):
-                reason = ""
-                if score := self.scores.get(example.content_hash):
-                    nats, language = score
-                    self._add_bin_example(example, nats, language)
-                    low, high = self.limits[language]
-                    if nats < low:
-                        reason = f"entropy of its answers below {low:.2f} ({language})"
-                    elif nats > high:
-                        reason = f"entropy of its answers above {high:.2f} ({language})"
-                if reason and example.split_hash >= val_fraction * 2.0**64:  # validation chats are never filtered
-                    report.row_dropped(reason, example.file, example.line)
-                else:
-                    yield example
-
-        return read_filtered
-
-    def _add_bin_example(self, example: Example, nats: float, language: str) -> None:
+    def _add_bin_example(self, example: ChatExample, nats: float, language: str) -> None:
         """Keep the chats with the lowest hashes of each bin, so that the choice is deterministic."""
         kept = self.bin_examples.setdefault((language, int(bin_index(self.edges[language], nats))), [])
         if len(kept) < EXAMPLES_PER_BIN or example.content_hash < kept[-1][0]:

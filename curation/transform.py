@@ -14,6 +14,7 @@ Read next: cleaning.py, near_duplicates.py, decontaminate.py (the transforms), r
 ../corpus/job_state.py (resuming).
 """
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -26,14 +27,14 @@ from typing import IO, Any
 
 from common.cli import flag
 from common.errors import UserError
-from common.files import write_json, write_text
+from common.files import remove, write_json, write_text
 from common.flag_types import int_between
 from corpus.data_flags import DataFlags
-from corpus.job_state import PROGRESS_FILE, JobProgress, input_fingerprints
+from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
+from corpus.job_state import PROGRESS_FILE, SIGNING_FILE, JobProgress, can_resume, input_fingerprints
 from corpus.provenance import read_provenance
 from corpus.readers import PathLike, read_contents
 from corpus.row_text import DEFAULT_READER, RowContent, RowReader
-from corpus.shard_writer import check_replaceable, dataset_staging_folder, replace_dataset
 from corpus.stats import DataStats
 from curation.rule_stats import Decision, RuleStats
 
@@ -223,6 +224,28 @@ def check_out_dir(out_dir: PathLike, paths: Iterable[PathLike]) -> bool:
     check_replaceable(dataset_staging_folder(out_dir), TRANSFORM_FILES)
     check_replaceable(out_dir, TRANSFORM_FILES)
     return (Path(out_dir) / "report.json").is_file()
+
+
+def has_progress(out_dir: PathLike) -> bool:
+    """Whether the staging folder of `out_dir` holds work from which the same command resumes."""
+    return any((dataset_staging_folder(out_dir) / name).is_file() for name in (PROGRESS_FILE, SIGNING_FILE))
+
+
+@contextlib.contextmanager
+def staging_folder_kept_if_resumable(out_dir: PathLike) -> Iterator[None]:
+    """After an error, delete the staging folder unless the same command can resume from it.
+
+    Bad data leaves nothing behind. A damaged file is not bad data: with --accept_damaged, the command resumes. An
+    OSError, such as a full disk, becomes a UserError.
+    """
+    try:
+        with report_write_errors(out_dir):
+            yield
+    except BaseException as error:
+        if (isinstance(error, UserError) and not can_resume(error)) or not has_progress(out_dir):
+            with contextlib.suppress(OSError):
+                remove(dataset_staging_folder(out_dir))
+        raise
 
 
 def run_transform(

@@ -23,9 +23,8 @@ import torch
 
 from common.errors import UserError
 from corpus.chats import Message
-from corpus.examples import Example
+from corpus.examples import ChatExample, read_chat_examples
 from corpus.language import detect_language
-from corpus.read_examples import read_chat_examples
 from corpus.readers import read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.stats import DataStats
@@ -125,7 +124,7 @@ def sft_loss(
 
     Masks and the truncation of long chats are those of SFT. `dropped`: chats whose first turn exceeds the context.
     """
-    items = [Example("", messages, "", 0, "", 0) for messages in chats]
+    items = [ChatExample(messages) for messages in chats]
     rendered = render_chat_examples(items, tokenizer, model.config.max_seq_len, DataStats())
     sequences = [ScoredSequence(ids, mask, utf8_bytes) for documents in rendered for ids, mask, utf8_bytes in documents]
     dropped = sum(not documents for documents in rendered)

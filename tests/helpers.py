@@ -8,7 +8,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -134,3 +136,13 @@ def force_tokens(model: Transformer, chain: list[int], logit_scale: float = 4) -
     model.lm_head.weight.zero_()
     for current, following in itertools.pairwise(chain):
         model.lm_head.weight[following] += logit_scale * model.model.embed_tokens.weight[current]
+
+
+def assign_splits(examples: Sequence[Any], val_fraction: float) -> list[tuple[str, Any]]:
+    """(split, example) of all examples, assigned in batches of seven."""
+    from corpus.validation_split import ValidationSplit
+
+    split, assigned = ValidationSplit(val_fraction), []
+    for start in range(0, len(examples), 7):
+        assigned += split.assign(examples[start : start + 7])
+    return assigned + split.held_back()

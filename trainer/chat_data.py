@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from corpus.dataset_meta import read_meta
-from corpus.tokenize_chats import TokenTask, tokenize_chats
+from corpus.examples import ChatExample
+from corpus.tokenize_chats import ExampleType, tokenize_chats
 from model.config import ModelConfig
 from model.tokenizer import ChatTokenizer
 from trainer.datasets import ChatDataset, check_data
@@ -23,7 +24,7 @@ def tokenized_folder(
     args: argparse.Namespace,
     config: ModelConfig,
     tokenizer: ChatTokenizer,
-    task: TokenTask | None = None,
+    example_type: ExampleType = ChatExample,
 ) -> str:
     """Tokenize --data_path for this tokenizer and length, unless that was done before; returns the token folder.
 
@@ -31,7 +32,7 @@ def tokenized_folder(
     """
     length = min(args.max_seq_len or config.max_seq_len, config.max_seq_len)
     with dist.rank0_first():  # rank 0 tokenizes, the other processes find the folder complete
-        folder = str(tokenize_chats(args.data_path, tokenizer, length, task=task))
+        folder = str(tokenize_chats(args.data_path, tokenizer, length, example_type))
     for line in dropped_row_messages(read_meta(folder).get("report", {})):
         dist.print0(line)
     return folder

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
+from corpus.examples import read_chat_examples, read_documents, read_pair_examples
 from corpus.layouts import (
     COMPARISON_KEYS,
     FIELD_KEYS,
@@ -21,8 +22,6 @@ from corpus.layouts import (
     nearest_layouts,
     parse_keys,
 )
-from corpus.preferences import read_pair_examples
-from corpus.read_examples import read_chat_examples, read_text_examples
 from corpus.row_text import DEFAULT_READER, RowReader
 from corpus.stats import BadRow, DataStats
 from curation.transform import read_numbered_rows
@@ -190,8 +189,8 @@ def test_every_row_is_kept_dropped_or_bad(numbers):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        for take in (read_text_examples, read_chat_examples, read_pair_examples, read_numbered_rows):
-            report = DataStats(max_bad_share=1.0)
+        for take in (read_documents, read_chat_examples, read_pair_examples, read_numbered_rows):
+            report = DataStats(max_bad_fraction=1.0)
             kept = 0
             try:
                 for _ in take([path], report):

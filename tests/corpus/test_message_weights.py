@@ -5,7 +5,7 @@ import json
 import pytest
 
 import data_process
-from corpus.read_examples import read_chat_examples
+from corpus.examples import read_chat_examples
 from corpus.render_chats import render_chat_examples
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats

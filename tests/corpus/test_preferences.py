@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 import data_process
 from common.errors import UserError
 from corpus.dataset_meta import read_meta
-from corpus.examples import Example
+from corpus.examples import PairExample
 from corpus.render_pairs import render_pair_examples
 from corpus.row_text import DEFAULT_READER
 from corpus.shard_reader import open_split
 from corpus.stats import BadRow, DataStats, DroppedRow
-from corpus.tokenize_chats import PAIR_TOKENS, tokenize_chats
+from corpus.tokenize_chats import tokenize_chats
 from model.chat_template import CHAT_FORMATS
 from tests.helpers import SHARED_DATA, visible_names
 
@@ -125,7 +125,7 @@ def test_the_shared_prompt_consists_of_whole_messages(tokenizer, turns, question
         return
     pair = normalise_pair(row)
     assert pair == (prompt, *([bot(text)] for text in answers))
-    item = Example("", pair[0], "en", 0, "f", 1, pair[1:])
+    item = PairExample(*pair)
     shared, _ = tokenizer.render(prompt, add_generation_prompt=True)
     for (ids, mask, size), text in zip(
         render_pair_examples([item], tokenizer, 10_000, DataStats())[0], answers, strict=True
@@ -139,7 +139,7 @@ def test_the_shared_prompt_consists_of_whole_messages(tokenizer, turns, question
 def test_every_chat_format_trains_the_answers_only(tokenizer, name):
     tokenizer, answers = tokenizer.with_chat_format(name), ("2。", "2, or 3")
     for prompt in (QUESTION, [user("Hi"), bot("Hello."), *QUESTION]):
-        item = Example("", prompt, "en", 0, "f", 1, tuple([bot(text)] for text in answers))
+        item = PairExample(prompt, *([bot(text)] for text in answers))
         for (ids, mask, _), text in zip(
             render_pair_examples([item], tokenizer, 500, DataStats())[0], answers, strict=True
         ):
@@ -153,7 +153,7 @@ def test_long_prompts_lose_the_same_oldest_turns_for_both_answers(tokenizer, tur
     prompt = [*itertools.chain(*([user(q), bot(a)] for q, a in turns)), user("q")]
     whole = [SYSTEM, *prompt] if system else prompt
     report = DataStats()
-    item = Example("", whole, "en", 0, "f", 1, ([bot("a")], [bot("a longer one")]))
+    item = PairExample(whole, [bot("a")], [bot("a longer one")])
     (documents,) = render_pair_examples([item], tokenizer, limit, report)
     starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
     candidates = [whole[: int(system)] + prompt[i:] for i in starts]
@@ -251,7 +251,7 @@ def test_pairs_become_jsonl_and_two_documents_each(tmp_path, process, tokenizer,
     printed = capsys.readouterr().out
     assert "an empty answer (chosen)" in printed and "next: python 5-dpo_train.py" in printed
     stamp = tokens.stat().st_mtime_ns
-    assert tokenize_chats(folder, tokenizer, 512, task=PAIR_TOKENS) == tokens and tokens.stat().st_mtime_ns == stamp
+    assert tokenize_chats(folder, tokenizer, 512, PairExample) == tokens and tokens.stat().st_mtime_ns == stamp
 
 
 def test_a_question_is_in_one_split_and_csv_equals_jsonl(tmp_path, process):
@@ -274,7 +274,7 @@ def test_too_many_bad_rows_are_an_error_and_no_output_is_left(tmp_path, process,
         process(path)
     with pytest.raises(UserError, match="a pair row needs chosen and rejected"):
         process(write_rows(tmp_path / "b.jsonl", [{"text": "a"}]))
-    monkeypatch.setattr("corpus.tokenize_chats.TokenFolder.add", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("corpus.tokenize_chats.render_examples", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         process(path, max_bad_share=0.1)
     assert visible_names(tmp_path) == ["a.jsonl", "b.jsonl"]
@@ -289,11 +289,11 @@ def test_check_shows_both_answers_and_writes_nothing(tmp_path, process, capsys):
 
 def test_errors_about_unsuitable_data_name_the_command(tmp_path, process, tokenizer, sft_dir):
     with pytest.raises(UserError, match=r"not a row that data_process.py wrote: run data_process\.py dpo again"):
-        tokenize_chats(sft_dir, tokenizer, 500, task=PAIR_TOKENS)
+        tokenize_chats(sft_dir, tokenizer, 500, PairExample)
     with pytest.raises(UserError, match=r"no pairs in .*data_process\.py dpo FILES"):
-        tokenize_chats(tmp_path / "none", tokenizer, 500, task=PAIR_TOKENS)
+        tokenize_chats(tmp_path / "none", tokenizer, 500, PairExample)
     with pytest.raises(UserError, match=r"no pair is left to train on: .*exceed 5 tokens: give a larger --max_seq_len"):
-        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, task=PAIR_TOKENS)
+        tokenize_chats(process(write_rows(tmp_path / "a.jsonl", ROWS)), tokenizer, 5, PairExample)
 
 
 @pytest.mark.real

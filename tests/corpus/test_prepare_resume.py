@@ -1,6 +1,5 @@
 """Promise: a killed `data_process.py sft` or `dpo` resumes to the same bytes, and never from another job's files."""
 
-import dataclasses
 import json
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 import data_process
 from common.errors import UserError
+from corpus import tokenize_chats
 from corpus.stats import DataStats
 from tests.helpers import ROOT
 
@@ -68,16 +68,15 @@ def interrupted(process, monkeypatch):
     """Interrupt a run at batch number `at`; returns the list of batch sizes, which later runs extend."""
 
     def run(kind, file, *flags, at):
-        task, sizes = data_process.make_data_task(kind), []
+        render_examples, sizes = tokenize_chats.render_examples, []
 
-        def render(items, *rest):
-            sizes.append(len(items))
+        def render(examples, *rest):
+            sizes.append(len(examples))
             if len(sizes) == at:
                 raise KeyboardInterrupt
-            return task.tokens.render(items, *rest)
+            return render_examples(examples, *rest)
 
-        interrupted_task = dataclasses.replace(task, tokens=dataclasses.replace(task.tokens, render=render))
-        monkeypatch.setattr(data_process, "make_data_task", lambda kind, *_: interrupted_task)
+        monkeypatch.setattr(tokenize_chats, "render_examples", render)
         with pytest.raises(KeyboardInterrupt):
             process(kind, file, *flags)
         return sizes

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from common.errors import UserError
-from corpus import prepare_text
+from corpus.data_config import PretrainDataConfig
 from corpus.dataset_meta import read_meta
-from corpus.prepare_text import MAX_SOURCES, OTHER_SOURCE
+from corpus.prepare_text import MAX_SOURCES, OTHER_SOURCE, prepare_text
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats
 
@@ -27,8 +27,9 @@ def files(tmp_path):
     return [one, two, rows(tmp_path, "three.txt.jsonl", [f"nobody knows {i}" for i in range(30)])]
 
 
-def pack(files, tokenizer, out_dir, **more):
-    return prepare_text.prepare_text_data(files, tokenizer, out_dir, 0.0, DataStats(), lambda: None, **more)
+def pack(files, tokenizer, out_dir, source_key="", on_batch=lambda: None):
+    config = PretrainDataConfig(tuple(files), out_dir=out_dir, val_fraction=0.0, source_key=source_key)
+    return prepare_text(config, tokenizer, DataStats(), on_batch)
 
 
 def texts(tokenizer, out_dir, language, source):
@@ -77,7 +78,7 @@ def test_a_killed_run_resumes_with_the_same_labels(tokenizer, files, tmp_path, m
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_text.prepare_text_data(files, tokenizer, tmp_path / "out", 0.0, DataStats(), killed, "source")
+        pack(files, tokenizer, tmp_path / "out", "source", killed)
     pack(files, tokenizer, tmp_path / "out", source_key="source")
     one, other = (sorted((tmp_path / name).glob("*.bin")) for name in ("whole", "out"))
     assert [path.name for path in one] == [path.name for path in other]

@@ -263,7 +263,7 @@ def test_too_many_bad_rows_end_reading_early_with_a_one_line_error(tmp_path):
         list(read_texts([tmp_path / "a.jsonl"], report))
     assert report.read < 10_000 and "\n" not in str(error.value)
     assert "x broken JSON" in str(error.value) and "a.jsonl:201" in str(error.value)
-    report = DataStats(max_bad_share=0.1)
+    report = DataStats(max_bad_fraction=0.1)
     assert len(list(read_texts([tmp_path / "a.jsonl"], report))) == 40_000
 
 

@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from corpus.dataset_meta import DATA_FORMAT, read_meta, write_meta
+from corpus.dataset_writer import check_replaceable, dataset_staging_folder, replace_dataset, report_write_errors
 from corpus.shard_reader import open_split
-from corpus.shard_writer import (
-    ShardWriter,
-    check_replaceable,
-    dataset_staging_folder,
-    replace_dataset,
-    report_write_errors,
-    token_dtype,
-)
+from corpus.shard_writer import ShardSet, ShardWriter
 
 
 def write(folder: Path, documents, masks=None, dtype="uint16", shard_tokens=100, split="train") -> dict:
@@ -71,7 +65,8 @@ def test_files_match_the_documented_format(tmp_path):
     ]
     write(tmp_path, [[1] * 60, [2] * 60, [3] * 60], shard_tokens=100)
     assert {"train_000.bin", "train_001.bin"} <= {path.name for path in tmp_path.iterdir()}
-    assert token_dtype(6400) == token_dtype(65_535) == "uint16" and token_dtype(65_536) == "uint32"
+    dtypes = [ShardSet(tmp_path, vocab_size).dtype for vocab_size in (6400, 65_535, 65_536)]
+    assert dtypes == ["uint16", "uint16", "uint32"]
 
 
 @settings(max_examples=40, deadline=None)

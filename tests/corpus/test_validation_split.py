@@ -6,21 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpus.examples import MAX_SAME_QUESTION, MIN_VALIDATION_EXAMPLES, Example, mark_validation, text_hash
+from corpus.examples import ChatExample, text_hash
+from corpus.validation_split import MAX_SAME_QUESTION, MIN_VALIDATION_EXAMPLES
+from tests.helpers import assign_splits
 
 
 def chat(question, answer, language="en"):
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Example(
-        "", messages, language, text_hash(question), "f", 1, content_hash=text_hash(question + "\n" + answer)
-    )
+    return ChatExample(messages, "", language, text_hash(question), text_hash(question + "\n" + answer))
 
 
 def split(items, val_share=0.01):
     """The content hashes of the training examples and of the validation examples."""
     sides = {True: [], False: []}
-    for is_validation, item in mark_validation(items, val_share):
-        sides[is_validation].append(item.content_hash)
+    for name, item in assign_splits(items, val_share):
+        assert name in ("train", f"val_{item.language}")
+        sides[name != "train"].append(item.content_hash)
     assert sorted(sides[True] + sides[False]) == sorted(item.content_hash for item in items)
     return set(sides[False]), set(sides[True])
 

@@ -2,7 +2,6 @@
 one-line error that names the file. It never hangs."""
 
 import contextlib
-import dataclasses
 import json
 import random
 import re
@@ -15,9 +14,11 @@ import pytest
 
 import data_process
 from common.errors import UserError
+from corpus import tokenize_chats as tokenization
 from corpus.dataset_meta import read_meta
+from corpus.examples import ChatExample, PairExample
 from corpus.shard_reader import open_split
-from corpus.tokenize_chats import CHAT_TOKENS, PAIR_TOKENS, tokenize_chats
+from corpus.tokenize_chats import tokenize_chats
 from curation.perplexity_filter import ScoreStore
 from tests.helpers import make_chat_row, run_script, write_shards
 
@@ -120,15 +121,15 @@ def test_a_flipped_bit_in_a_token_folder_is_refused_or_harmless(token_folders, t
     flip_bits.count()
 
 
-@pytest.mark.parametrize(("kind", "form"), [("sft", CHAT_TOKENS), ("dpo", PAIR_TOKENS)])
+@pytest.mark.parametrize(("kind", "example_type"), [("sft", ChatExample), ("dpo", PairExample)])
 def test_a_flipped_bit_in_rows_is_refused_or_harmless(
-    token_folders, tokenizer, kind, form, flip_bits, num_attacks, tmp_path
+    token_folders, tokenizer, kind, example_type, flip_bits, num_attacks, tmp_path
 ):
     folder = shutil.copytree(token_folders / kind, tmp_path / kind)
 
     def tokenise():
         shutil.rmtree(folder / f"tokens-{tokenizer.rendering_fingerprint}", ignore_errors=True)
-        return read_token_folder(tokenize_chats(folder, tokenizer, 128, form))
+        return read_token_folder(tokenize_chats(folder, tokenizer, 128, example_type))
 
     for name in ("train.jsonl", "val.jsonl", "meta.json"):
         flip_bits(folder / name, tokenise, num_attacks(6, 300))
@@ -297,18 +298,17 @@ def test_resuming_unfinished_work_detects_flipped_bits(
         "".join(json.dumps(make_chat_row(i), ensure_ascii=False) + "\n" for i in range(300)), encoding="utf-8"
     )
     command = ["sft", str(file), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "out")]
-    task, calls = data_process.make_data_task("sft"), []
+    render_examples, calls = tokenization.render_examples, []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return task.tokens.render(*arguments)
+        return render_examples(*arguments)
 
     partial = tmp_path / "out.partial"
     with monkeypatch.context() as patch:
-        interrupted_task = dataclasses.replace(task, tokens=dataclasses.replace(task.tokens, render=interrupted))
-        patch.setattr(data_process, "make_data_task", lambda kind, *_: interrupted_task)
+        patch.setattr(tokenization, "render_examples", interrupted)
         with pytest.raises(KeyboardInterrupt):
             data_process.main(command)
     kept = Path(shutil.copytree(partial, tmp_path / "kept"))

@@ -16,7 +16,8 @@ from common.errors import UserError
 from common.files import is_temporary, write_text
 from common.locks import lock_output
 from corpus.dataset_meta import read_meta, write_meta
-from corpus.shard_writer import ShardWriter, dataset_staging_folder, replace_dataset
+from corpus.dataset_writer import dataset_staging_folder, replace_dataset
+from corpus.shard_writer import ShardWriter
 from corpus.tokenize_chats import tokenize_chats
 from export.facts_file import LINEAGE_FILE
 from export.steps import staging_folder

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from corpus.preferences import read_pair_examples
-from corpus.read_examples import read_chat_examples
+from corpus.examples import read_chat_examples, read_pair_examples
 from corpus.readers import read_chats, read_texts
 from corpus.render_chats import render_chat_examples
 from corpus.render_pairs import render_pair_examples

@@ -16,7 +16,7 @@ import pytest
 
 from common.errors import fail_in_one_line
 from common.signals import BestEffortStream, Terminated, handle_signals, raise_terminated
-from corpus.shard_writer import dataset_staging_folder
+from corpus.dataset_writer import dataset_staging_folder
 from tests.helpers import ROOT, TINY_MODEL_FLAGS, read_jsonl
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="POSIX signals")

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from corpus.preferences import PAIR_TASK
-from corpus.prepare_chats import CHAT_TASK, prepare_chat_data
+from corpus.data_config import DpoDataConfig, SftDataConfig
+from corpus.prepare_chats import prepare_chats
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats
 from data_process import main
@@ -130,10 +130,11 @@ def chats_of(number, **first):
     return [[{"role": "user", "content": f"{i}?", **first}, *CHAT[2:]] for i in range(number)]
 
 
-def prepare_chats(tmp_path, tokenizer, chats, max_seq_len=512, form=CHAT_TASK):
+def prepare(tmp_path, tokenizer, chats, max_seq_len=512, config_type=SftDataConfig):
     report = DataStats()
-    path = rows_file(tmp_path / "rows.jsonl", chats) if form is CHAT_TASK else chats
-    meta = prepare_chat_data([path], tokenizer, tmp_path / "out", max_seq_len, 0.0, report, lambda: None, form)
+    path = rows_file(tmp_path / "rows.jsonl", chats) if config_type is SftDataConfig else chats
+    config = config_type((path,), out_dir=tmp_path / "out", val_fraction=0.0, max_seq_len=max_seq_len)
+    meta = prepare_chats(config, tokenizer, report)
     folder = tmp_path / "out" / f"tokens-{tokenizer.rendering_fingerprint}"
     split = open_split(folder, "train")
     rows = [split.read_document(i) for i in range(len(split.lengths()))]
@@ -142,7 +143,7 @@ def prepare_chats(tmp_path, tokenizer, chats, max_seq_len=512, form=CHAT_TASK):
 
 def test_prepared_data_has_every_sample(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(THINKS)
-    report, meta, rows = prepare_chats(tmp_path, tokenizer, chats_of(5))
+    report, meta, rows = prepare(tmp_path, tokenizer, chats_of(5))
     assert (report.read, report.kept, report.dropped_rows) == (5, 5, 0)
     assert meta["splits"]["train"]["documents"] == 15 == len(rows)
     assert report.trained_tokens == sum(int(mask.sum()) for _, mask in rows)
@@ -159,9 +160,9 @@ def test_too_long_samples_are_cut_at_whole_turns(open_with_template, tmp_path, t
         fitting = [samples for samples in whole if len(samples[-1].ids) <= length]
         if not fitting:
             with pytest.raises(UserError, match=f"no chat is left to train on: .*longer than {length} tokens"):
-                prepare_chats(tmp_path, tokenizer, [chat], length)
+                prepare(tmp_path, tokenizer, [chat], length)
             continue
-        report, _, rows = prepare_chats(tmp_path, tokenizer, [chat], length)
+        report, _, rows = prepare(tmp_path, tokenizer, [chat], length)
         assert [(ids.tolist(), mask.tolist()) for ids, mask in rows] == [(s.ids, s.mask) for s in fitting[-1]]
         assert len(report.changed) == (len(fitting) < 3) and report.kept == 1
     assert len(fitting) == 3
@@ -172,7 +173,7 @@ def test_a_chat_too_long_for_its_template_keeps_its_first_turns(open_with_templa
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 1000
     assert tokenizer.render_each([turns])[0].is_too_long
     for length, reason in ((4000, "what the model's chat template can write"), (300, "300 tokens")):
-        report, _, rows = prepare_chats(tmp_path, tokenizer, [turns], length)
+        report, _, rows = prepare(tmp_path, tokenizer, [turns], length)
         assert report.kept == 1 and list(report.changed) == [f"cut at a whole turn to {reason}"]
         assert len(rows) > 5 and max(len(ids) for ids, _ in rows) <= length
 
@@ -181,7 +182,7 @@ def test_pairs_train_the_last_answer(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(THINKS)
     rows = [{"prompt": CHAT[:-1], "chosen": "good", "rejected": "bad"}]
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
-    _, _, rows = prepare_chats(tmp_path, tokenizer, tmp_path / "p.jsonl", form=PAIR_TASK)
+    _, _, rows = prepare(tmp_path, tokenizer, tmp_path / "p.jsonl", config_type=DpoDataConfig)
     asked, _ = tokenizer.render(CHAT[:-1], add_generation_prompt=True)
     for (ids, mask), answer in zip(rows, ("good", "bad"), strict=True):
         assert ids[: len(asked)].tolist() == asked and mask.tolist() == [0] * len(asked) + [1] * (len(ids) - len(asked))
@@ -191,14 +192,14 @@ def test_pairs_train_the_last_answer(open_with_template, tmp_path):
 # ---- unsupported chats -----------------------------------------------------------------------------------------------
 def test_a_chat_that_the_template_rejects_is_counted(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(NO_SYSTEM)
-    report, _, rows = prepare_chats(tmp_path, tokenizer, [*chats_of(8), CHAT, *chats_of(2, note="x"), CHAT[:3]])
+    report, _, rows = prepare(tmp_path, tokenizer, [*chats_of(8), CHAT, *chats_of(2, note="x"), CHAT[:3]])
     assert len(rows) == report.kept == 8 and report.read == report.kept + report.dropped_rows
     assert report.dropped["the model's chat template refuses it: no system role here"].count == 2
     pair = {"prompt": "1?", "chosen": "a", "rejected": "b"}
     system = {"prompt": CHAT[:2], "chosen": "a", "rejected": "b"}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (pair, system)), encoding="utf-8")
-    report, _, rows = prepare_chats(tmp_path, tokenizer, path, form=PAIR_TASK)
+    report, _, rows = prepare(tmp_path, tokenizer, path, config_type=DpoDataConfig)
     assert len(rows) == 2 and report.kept == 1
     assert report.dropped["the model's chat template refuses it: no system role here"].count == 1
 
@@ -207,7 +208,7 @@ def test_a_dropped_system_message_is_counted(open_with_template, tmp_path):
     tokenizer, _ = open_with_template(
         "{% for m in messages if m.role != 'system' %}{{ " + TURN + " }}{% endfor %}" + ASK
     )
-    report, _, rows = prepare_chats(tmp_path, tokenizer, [*chats_of(8), CHAT])
+    report, _, rows = prepare(tmp_path, tokenizer, [*chats_of(8), CHAT])
     assert len(rows) == report.kept == 8
     assert report.dropped["the model's chat template leaves out the system message"].count == 1
 
@@ -260,6 +261,6 @@ def test_an_endless_template_is_an_error(open_with_template, tmp_path):
 def test_one_chat_beyond_the_step_limit_is_counted(open_with_template, tmp_path):
     template = "{% if messages[0].content == '1?' %}" + ENDLESS + "{% endif %}" + NO_SYSTEM
     tokenizer, _ = open_with_template(template)
-    report, _, _ = prepare_chats(tmp_path, tokenizer, chats_of(5))
+    report, _, _ = prepare(tmp_path, tokenizer, chats_of(5))
     assert report.kept == 4
     assert report.dropped["the model's chat template takes more than 200,000 steps for one chat"].count == 1

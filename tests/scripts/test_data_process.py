@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_process
+from common.cli import parse_command
 from common.errors import UserError
 from corpus import prepare_text
 from corpus.dataset_meta import read_meta
-from corpus.examples import Example, mark_validation, text_hash
+from corpus.examples import ChatExample, TextExample, text_hash
 from corpus.render_chats import render_chat_examples
 from corpus.shard_reader import open_split
 from corpus.stats import DataStats
 from corpus.tokenize_chats import tokenize_chats
-from tests.helpers import ROOT, SHARED_DATA, run_process, visible_names
+from tests.helpers import ROOT, SHARED_DATA, assign_splits, run_process, visible_names
 
 EN = [f"Sentence number {i} is about {word}." for i, word in enumerate(["rivers", "trees", "stars"] * 200)]
 ZH = [f"第{i}句话说的是{word}。" for i, word in enumerate(["河流", "树木", "星星"] * 200)]
@@ -97,27 +98,28 @@ def test_the_split_depends_on_the_content_alone(tmp_path, process, tokenizer):
 
 
 def items(texts, language="en"):
-    return [Example(text, [], language, text_hash(text), "f", i) for i, text in enumerate(texts)]
+    return [TextExample(text, language, text_hash(text), "f", i) for i, text in enumerate(texts)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sets(st.text(max_size=8), max_size=60), st.randoms(), st.sampled_from([0.0, 0.01, 0.3]))
 def test_every_example_is_in_one_split_in_any_order(texts, shuffle, share):
     texts = sorted(texts)
-    first = {item.text: side for side, item in mark_validation(items(texts), share)}
+    first = {item.text: split for split, item in assign_splits(items(texts), share)}
     shuffle.shuffle(texts)
-    again = [(item.text, side) for side, item in mark_validation(items(texts), share)]
+    again = [(item.text, split) for split, item in assign_splits(items(texts), share)]
     assert dict(again) == first and len(again) == len(texts)
-    assert any(first.values()) == (len(texts) >= 20 and share > 0) or len(texts) < 20 or share == 0.3
-    assert share or not any(first.values())
+    has_validation = any(split != "train" for split in first.values())
+    assert has_validation == (len(texts) >= 20 and share > 0) or len(texts) < 20 or share == 0.3
+    assert share or not has_validation
 
 
 def test_val_share_applies_to_each_language():
     both = items([f"text {i}" for i in range(20_000)]) + items([f"字 {i}" for i in range(20)], "zh")
-    held_out = [item.language for side, item in mark_validation(both, 0.01) if side]
+    held_out = [item.language for split, item in assign_splits(both, 0.01) if split != "train"]
     assert 140 < held_out.count("en") < 260 and held_out.count("zh") >= 1
-    same_question = [Example(f"answer {i}", [], "en", 5, "f", i) for i in range(30)]
-    assert len({side for side, _ in mark_validation(same_question, 0.01)}) == 1
+    same_question = [TextExample(f"answer {i}", "en", 5, "f", i) for i in range(30)]
+    assert len({split for split, _ in assign_splits(same_question, 0.01)}) == 1
 
 
 def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
@@ -137,11 +139,8 @@ def test_long_documents_in_chunks_give_the_ids_of_the_whole_text(monkeypatch):
     tokenizer = ChatTokenizer(tokenizer_files(backend))
     text = "\n\n".join(EN[:60] + ZH[:60]) + "\r\n \n" + EN[0]
     monkeypatch.setattr(prepare_text, "CHUNK_CHARACTERS", 100)
-    monkeypatch.setattr(prepare_text, "BATCH_CHARACTERS", 500)
-    stream = (("train", item) for item in items([text, *EN[:20]]))
-    packed = [
-        ids.tolist() for batch in prepare_text.tokenize_texts(stream, tokenizer, DataStats()) for *_, ids in batch
-    ]
+    monkeypatch.setattr("corpus.examples.BATCH_CHARACTERS", 500)
+    packed = [ids.tolist() for ids in prepare_text.tokenize_texts(items([text, *EN[:20]]), tokenizer, DataStats())]
     assert packed == [[*tokenizer.encode(t), tokenizer.eos_id] for t in [text, *EN[:20]]]
 
 
@@ -158,22 +157,22 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, process, monkeypatch, 
     path = write_rows(tmp_path / "a.jsonl", [*EN, *ZH, *EN[:9], {"text": 5}])
     whole = content(process("pretrain", path, max_bad_share=0.1))
     assert {"train_zh_002.bin", "train_en_002.bin"} <= whole.keys()
-    encode, calls = prepare_text._encode_batch, []
+    tokenize, sizes = prepare_text.tokenize_texts, []
 
-    def fails(*args):
-        calls.append(1)
-        if len(calls) == killed_at + 1:
+    def fails(documents, *rest):
+        sizes.append(len(documents))
+        if len(sizes) == killed_at + 1:
             raise KeyboardInterrupt
-        return encode(*args)
+        return tokenize(documents, *rest)
 
-    monkeypatch.setattr(prepare_text, "_encode_batch", fails)
+    monkeypatch.setattr(prepare_text, "tokenize_texts", fails)
     with pytest.raises(KeyboardInterrupt):
         process("pretrain", path, max_bad_share=0.1)
     assert content(tmp_path / "pretrain") == whole, "the older dataset stays until the new one is complete"
     assert "the same command resumes it" in capsys.readouterr().out
     again = content(process("pretrain", path, max_bad_share=0.1))
     assert again == whole and not (tmp_path / "pretrain.partial").exists()
-    assert len(calls) == 1 + 12, "only the interrupted batch is tokenised twice"
+    assert sum(sizes) == 1200 + sizes[killed_at], "only the interrupted batch is tokenized twice"
 
 
 def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkeypatch):
@@ -182,7 +181,7 @@ def test_unfinished_work_of_other_files_is_not_resumed(tmp_path, process, monkey
     path = write_rows(tmp_path / "a.jsonl", EN)
     with monkeypatch.context() as broken:
         broken.setattr(
-            "corpus.prepare_text._StagedDataset.close", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+            "corpus.prepare_text.ValidationSplit.held_back", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             process("pretrain", path)
@@ -258,12 +257,16 @@ def test_the_command_line_on_full_and_read_only_disks(tmp_path, tokenizer_dir):
 
 
 def test_help_and_defaults():
-    args = data_process.parse_flags(["sft", "x.jsonl"])
-    assert (args.tokenizer, args.out_dir, args.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
-    assert (args.val_share, args.max_bad_share, args.check) == (0.01, 0.01, False)
-    assert data_process.parse_flags(["pretrain", "x"]).out_dir == "dataset/pretrain"
-    with pytest.raises(UserError, match="--val_share: 3 is not a number of at least 0 and below 1"):
-        data_process.parse_flags(["sft", "x", "--val_share", "3"])
+    def parse(*arguments):
+        return parse_command(data_process.COMMANDS, "", arguments)[1]
+
+    config = parse("sft", "x.jsonl")
+    assert (config.tokenizer, config.out_dir, config.max_seq_len) == ("model/tokenizer", "dataset/sft", 512)
+    assert (config.val_fraction, config.max_bad_fraction, config.check_only) == (0.01, 0.01, False)
+    assert (parse("pretrain", "x").out_dir, parse("dpo", "x").val_fraction) == ("dataset/pretrain", 0.05)
+    assert parse("sft", "x", "--val_share", "0.1", "--max_bad_share", "0.2").val_fraction == 0.1
+    with pytest.raises(UserError, match="--val_fraction: 3 is not a number of at least 0 and below 1"):
+        parse("sft", "x", "--val_fraction", "3")
 
 
 # ---- sft -------------------------------------------------------------------------------------------------------------
@@ -320,7 +323,7 @@ def test_long_chats_are_truncated_after_whole_turns(tokenizer, turns, system, li
     messages = chat(*itertools.chain(*turns))["messages"]
     messages = [{"role": "system", "content": "s"}, *messages] if system else messages
     report = DataStats()
-    (rendered,) = render_chat_examples([Example("", messages, "en", 0, "f", 1)], tokenizer, limit, report)
+    (rendered,) = render_chat_examples([ChatExample(messages)], tokenizer, limit, report)
     prefixes = [messages[:end] for end in range(len(messages), 1, -1) if messages[end - 1]["role"] == "assistant"]
     fitting = next((p for p in prefixes if len(tokenizer.render(p)[0]) <= limit), None)
     if fitting is None:

@@ -15,14 +15,16 @@ STAGES = ["--mix", "zh=0.2,en=0.8", "--stage2_mix", "zh=0.9,en=0.1", "--stage2_a
 @pytest.fixture(scope="module")
 def mixed_dir(tokenizer, tmp_path_factory):
     """About 60 rows of each language, as data_process.py pretrain writes them."""
-    from corpus.prepare_text import prepare_text_data
+    from corpus.data_config import PretrainDataConfig
+    from corpus.prepare_text import prepare_text
     from corpus.stats import DataStats
 
     folder = tmp_path_factory.mktemp("mixed")
     texts = [f"第{i}天太阳出来了" for i in range(80)] + [f"on day {i} the sun came up" for i in range(80)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    prepare_text_data([folder / "a.jsonl"], tokenizer, folder / "pretrain", 0.05, DataStats(), lambda: None)
+    config = PretrainDataConfig((folder / "a.jsonl",), out_dir=folder / "pretrain", val_fraction=0.05)
+    prepare_text(config, tokenizer, DataStats())
     return folder / "pretrain"
 
 
