@@ -25,6 +25,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ try:
 except ImportError:
     raise UserError('--executor needs one more package: pip install "datatrove>=0.6,<0.11"') from None
 
-EXECUTORS = ("local", "slurm", "ray")
 MINHASH_CONFIG = MinhashConfig(
     num_buckets=NUM_BANDS, hashes_per_bucket=HASHES_PER_BAND, hash_config=HashConfig(precision=32)
 )
@@ -83,29 +83,24 @@ class DedupJob:
         """datatrove's logs and completion markers; outside the staging folder, which the last task renames."""
         return Path(self.config.out_dir + ".log")
 
-    def text_hashes(self, rank: int) -> np.ndarray:
-        """Hashes of the texts of one input file, shape (documents,)."""
-        hashes: np.ndarray = np.load(self.work_dir / f"hashes_{rank:05d}.npy", mmap_mode="r", allow_pickle=False)
-        return hashes
+    def load(self, name: str) -> np.ndarray:
+        """An array of an earlier task, mapped into memory."""
+        array: np.ndarray = np.load(self.work_dir / name, mmap_mode="r", allow_pickle=False)
+        return array
 
     def read_rows(self, rank: int, report: DataStats, first_number: int = 0) -> Iterator[NumberedRow]:
         """The rows of one input file."""
         return read_numbered_rows([self.config.files[rank]], report, first_number, self.config.reader)
 
 
-# ---- the steps: called as step(data, rank, world_size) ---------------------------------------------------------------
-@dataclass
-class ReadRows:
-    """Yields the rows of the task's file as datatrove documents and saves the hashes of their texts."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[Document]:
-        hashes = []
-        for row in self.job.read_rows(rank, self.job.config.new_stats()):
-            hashes.append(row_text_hash(row))
-            yield Document(text=row.text, id=str(row.number))
-        np.save(self.job.work_dir / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
+# ---- the tasks: datatrove calls them with (data, rank, world_size) after the job -------------------------------------
+def read_documents_of_file(job: DedupJob, data: Any, rank: int, world_size: int) -> Iterator[Document]:
+    """Yield the rows of the task's file as datatrove documents, and save the hashes of their texts."""
+    hashes = []
+    for row in job.read_rows(rank, job.config.new_stats()):
+        hashes.append(row_text_hash(row))
+        yield Document(text=row.text, id=str(row.number))
+    np.save(job.work_dir / f"hashes_{rank:05d}.npy", np.array(hashes, np.uint64))
 
 
 class SignRows(MinhashDedupSignature):
@@ -125,72 +120,43 @@ class SignRows(MinhashDedupSignature):
         return minhash_signatures([shingle_hashes])[0].reshape(NUM_BANDS, HASHES_PER_BAND).tolist()
 
 
-@dataclass
-class FindClusters:
-    """Merges the pairs of all bands: first[i] is the first document of i's cluster, numbered over all files."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        counts = [len(self.job.text_hashes(i)) for i in range(len(self.job.config.files))]
-        offsets = np.cumsum([0, *counts])
-        first = np.arange(offsets[-1])
-        for path in sorted((self.job.work_dir / "pairs").glob("*.dups")):
-            pairs = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.int64)
-            merge_clusters(first, offsets[pairs[:, 0]] + pairs[:, 1], offsets[pairs[:, 2]] + pairs[:, 3])
-        np.save(self.job.work_dir / "first.npy", first)
-        np.save(self.job.work_dir / "starts.npy", offsets)
+def find_clusters(job: DedupJob, data: Any, rank: int, world_size: int) -> None:
+    """Merge the pairs of all bands: first[i] is the first document of i's cluster, numbered over all files."""
+    hashes = [job.load(f"hashes_{i:05d}.npy") for i in range(len(job.config.files))]
+    offsets = np.cumsum([0, *map(len, hashes)])
+    first = np.arange(offsets[-1])
+    for path in sorted((job.work_dir / "pairs").glob("*.dups")):
+        pairs = np.fromfile(path, "<u4").reshape(-1, 4).astype(np.int64)
+        merge_clusters(first, offsets[pairs[:, 0]] + pairs[:, 1], offsets[pairs[:, 2]] + pairs[:, 3])
+    np.save(job.work_dir / "first.npy", first)
+    np.save(job.work_dir / "hashes.npy", np.concatenate(hashes))
+    np.save(job.work_dir / "starts.npy", offsets)
 
 
-@dataclass
-class WriteRows:
-    """Writes the rows of the task's file that are the first of their cluster, and the task's counts."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        first = np.load(self.job.work_dir / "first.npy", mmap_mode="r", allow_pickle=False)
-        first_number = int(np.load(self.job.work_dir / "starts.npy", allow_pickle=False)[rank])
-        transform = KeepFirstOfCluster(first, _TextHashes(self.job))
-        rule_stats, report = RuleStats(transform.rule_names()), self.job.config.new_stats()
-        name = self.job.folder / f"text_{rank:03d}.jsonl"
-        with name.open("wb") as kept, (self.job.work_dir / f"dropped_{rank:05d}.tsv").open("wb") as dropped:
-            for batch in batch_rows(self.job.read_rows(rank, report, first_number)):
-                write_rows(batch, transform.apply(batch), rule_stats, kept, dropped)
-        content = {"tally": rule_stats.to_dict(), "report": report.to_dict()}
-        write_json(self.job.work_dir / f"tally_{rank:05d}.json", content)
+def write_rows_of_file(job: DedupJob, data: Any, rank: int, world_size: int) -> None:
+    """Write the rows of the task's file that are the first of their cluster, and the task's counts."""
+    transform = KeepFirstOfCluster(job.load("first.npy"), job.load("hashes.npy"))
+    rule_stats, report = RuleStats(transform.rule_names()), job.config.new_stats()
+    kept, dropped = job.folder / f"text_{rank:03d}.jsonl", job.work_dir / f"dropped_{rank:05d}.tsv"
+    with kept.open("wb") as kept_file, dropped.open("wb") as dropped_file:
+        for batch in batch_rows(job.read_rows(rank, report, int(job.load("starts.npy")[rank]))):
+            write_rows(batch, transform.apply(batch), rule_stats, kept_file, dropped_file)
+    content = {"tally": rule_stats.to_dict(), "report": report.to_dict()}
+    write_json(job.work_dir / f"tally_{rank:05d}.json", content)
 
 
-class _TextHashes:
-    """hashes[i] of the text of document i, numbered over the files of all tasks."""
-
-    def __init__(self, job: DedupJob) -> None:
-        self.offsets = np.load(job.work_dir / "starts.npy", allow_pickle=False)
-        self.files = [job.text_hashes(i) for i in range(len(job.config.files))]
-
-    def __getitem__(self, i: int) -> int:
-        file_index = int(np.searchsorted(self.offsets, i, side="right")) - 1
-        return int(self.files[file_index][i - self.offsets[file_index]])
-
-
-@dataclass
-class MergeReports:
-    """Merges the counts of all tasks, writes the reports, and renames the staging folder to `out_dir`."""
-
-    job: DedupJob
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        config, folder, rule_stats, report = self.job.config, self.job.folder, RuleStats(), self.job.config.new_stats()
-        with (folder / "dropped.tsv").open("wb") as dropped:
-            for i in range(len(config.files)):
-                content = json.loads((self.job.work_dir / f"tally_{i:05d}.json").read_text(encoding="utf-8"))
-                rule_stats.merge(content["tally"])
-                report.merge(content["report"])
-                dropped.write((self.job.work_dir / f"dropped_{i:05d}.tsv").read_bytes())
-        transform = KeepFirstOfCluster(np.zeros(0, np.int64), [])
-        write_reports(transform, config.files, folder, rule_stats, report)
-        remove(self.job.work_dir)
-        replace_dataset(folder, config.out_dir)
+def merge_reports(job: DedupJob, data: Any, rank: int, world_size: int) -> None:
+    """Merge the counts of all tasks, write the reports, and rename the staging folder to --out_dir."""
+    rule_stats, report = RuleStats(), job.config.new_stats()
+    with (job.folder / "dropped.tsv").open("wb") as dropped:
+        for i in range(len(job.config.files)):
+            content = json.loads((job.work_dir / f"tally_{i:05d}.json").read_text(encoding="utf-8"))
+            rule_stats.merge(content["tally"])
+            report.merge(content["report"])
+            dropped.write((job.work_dir / f"dropped_{i:05d}.tsv").read_bytes())
+    write_reports(KeepFirstOfCluster(np.zeros(0, np.int64), []), job.config.files, job.folder, rule_stats, report)
+    remove(job.work_dir)
+    replace_dataset(job.folder, job.config.out_dir)
 
 
 # ---- the executors ---------------------------------------------------------------------------------------------------
@@ -198,12 +164,13 @@ def pipeline_stages(job: DedupJob) -> list[tuple[str, list[Any], int]]:
     """(name, pipeline, number of tasks) of each stage, in order."""
     pairs, signatures = str(job.work_dir / "pairs"), str(job.work_dir / "signatures")
     num_files = len(job.config.files)
+    buckets = MinhashDedupBuckets(signatures, pairs, config=MINHASH_CONFIG, lines_to_buffer=10_000)
     return [
-        ("sign", [ReadRows(job), SignRows(job)], num_files),
-        ("buckets", [MinhashDedupBuckets(signatures, pairs, config=MINHASH_CONFIG, lines_to_buffer=10_000)], NUM_BANDS),
-        ("clusters", [FindClusters(job)], 1),
-        ("write", [WriteRows(job)], num_files),
-        ("finish", [MergeReports(job)], 1),
+        ("sign", [partial(read_documents_of_file, job), SignRows(job)], num_files),
+        ("buckets", [buckets], NUM_BANDS),
+        ("clusters", [partial(find_clusters, job)], 1),
+        ("write", [partial(write_rows_of_file, job)], num_files),
+        ("finish", [partial(merge_reports, job)], 1),
     ]
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from corpus.stats_tables import print_table
+
 EXAMPLES_PER_RULE = 10
 
 
@@ -118,25 +120,17 @@ class RuleStats:
     # ---- output ----
     def print(self) -> None:
         """Print the counts as a table and a summary line."""
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=120)
-        table = Table(title="counts per rule", title_justify="left")
-        for name in ("rule", "edited rows", "dropped rows", "fraction", "characters removed", "example"):
-            table.add_column(name, justify="left" if name in ("rule", "example") else "right", overflow="fold")
+        rows = []
         for name, rule in self.rules.items():
             counts = [f"{n:,}" if n else "" for n in (rule["rows"] - rule["dropped"], rule["dropped"])]
             fraction = f"{rule['rows'] / max(self.read, 1):.2%}"
             location = rule["examples"][0][1] if rule["examples"] else ""
-            table.add_row(name, *counts, fraction, f"{rule['characters']:,}", Text(location))
-        console.print(table)
+            rows.append((name, *counts, fraction, f"{rule['characters']:,}", location))
+        headers = ("rule", "edited rows", "dropped rows", "fraction", "characters removed", "example")
+        print_table("counts per rule", headers, rows, left=(0, 5))
         languages = [f"{name} {counts['rows']:,} rows" for name, counts in sorted(self.languages.items(), reverse=True)]
         kept = f"kept {self.kept:,} of {self.read:,} rows ({self.kept / max(self.read, 1):.1%})"
-        console.print(f"{kept}: {', '.join(languages)}")
+        print(f"{kept}: {', '.join(languages)}")
 
     def to_markdown(self, transform_name: str) -> str:
         """The content of report.md: the counts, then the examples of each rule."""

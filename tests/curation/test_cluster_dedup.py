@@ -68,15 +68,12 @@ def test_a_repeated_command_runs_only_the_incomplete_tasks(input_files, expected
     from curation import cluster_dedup
 
     command = ["dedup", *map(str, input_files), "--out_dir", str(tmp_path / "out"), "--executor", "local"]
-    write_rows, read_rows = cluster_dedup.WriteRows.__call__, cluster_dedup.ReadRows.__call__
-    monkeypatch.setattr(cluster_dedup.WriteRows, "__call__", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cluster_dedup, "write_rows_of_file", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         data_process.main(command)
-    monkeypatch.setattr(cluster_dedup.WriteRows, "__call__", write_rows)
-    monkeypatch.setattr(cluster_dedup.ReadRows, "__call__", lambda *args: pytest.fail("signed again"))
+    monkeypatch.setattr(cluster_dedup, "read_documents_of_file", lambda *args: pytest.fail("signed again"))
     data_process.main(command)
     assert_same_output(expected, tmp_path / "out")
-    monkeypatch.setattr(cluster_dedup.ReadRows, "__call__", read_rows)
 
 
 def test_bad_files_are_reported_in_one_line(input_files, tmp_path, capfd):
