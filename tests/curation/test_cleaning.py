@@ -15,7 +15,7 @@ from curation.cleaning import RULE_NAMES, RULES, CleanConfig, CleaningTransform,
 from curation.prose_rules import DocumentView
 from curation.rule_stats import RuleStats
 from curation.transform import NumberedRow
-from tests.helpers import run_process, visible_names
+from tests.helpers import run_process, visible_names, write_jsonl
 
 EDIT_RULES = [rule for rule in RULES if rule.is_edit]
 PROSE = "The river that they have seen is to be found in the hills, and it is wide of course."
@@ -186,11 +186,6 @@ def test_edit_rules_are_fast_on_hostile_text():
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_the_report_counts_every_row_and_shows_ten_examples(tmp_path, capsys):
     rows = [{"text": f"{ZH}第{i}段，电话1380013{8000 + i}。"} for i in range(40)] + [
         {"text": f"短{i}"} for i in range(15)

@@ -129,10 +129,6 @@ def test_a_missing_package_is_reported_in_one_line(input_files, tmp_path):
     ):
         hide = f"import sys; sys.modules[{module!r}] = None; import data_process; from common.errors import *\n"
         call = f"data_process.main({['dedup', str(input_files[0]), '--out_dir', str(tmp_path / 'out'), *flags]!r})"
-        done = run_process(
-            sys.executable,
-            "-c",
-            f"{hide}with fail_in_one_line(): {call}",
-        )
+        done = run_process(sys.executable, "-c", f"{hide}with fail_in_one_line(): {call}")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from common.errors import UserError
 from corpus.provenance import data_provenance, format_provenance, read_provenance
 from curation.decontaminate import DecontaminationTransform, build_exam_index, find_exam_files, question_and_choices
 from curation.transform import NumberedRow
-from tests.helpers import EXACT_FLAGS, SHARED_DATA, TINY_MODEL_FLAGS, run_script
+from tests.helpers import EXACT_FLAGS, SHARED_DATA, TINY_MODEL_FLAGS, run_script, write_jsonl
 
 ZH = "下列关于光合作用与呼吸作用关系的叙述中，符合绿色植物实际情况的一项是哪一个？"
 EN = "Which of the following rivers flows through the largest number of capital cities in Europe today?"
@@ -65,13 +65,12 @@ def test_leaks_are_found_in_any_context(exam_dir):
 def test_common_ngrams_are_ignored_unless_a_question_has_no_others(exam_dir, tmp_path):
     phrase = "一二三四五六七八九十甲乙丙丁下列说法中正确"
     assert are_dropped(build_exam_index([str(exam_dir)]), phrase, overlap=0.0) == [False]
-    exam_file = tmp_path / "same.jsonl"
     rows = [{"question": phrase, "A": f"第{i}种很长的说法在这里", "B": "乙"} for i in range(4)]
-    exam_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exam_file = write_jsonl(tmp_path / "same.jsonl", rows)
     leak = f"{phrase}：\nA. 第2种很长的说法在这里"
     assert are_dropped(build_exam_index([str(exam_file)]), PROSE + leak, PROSE + phrase) == [True, False]
     rows = [{"question": phrase, "A": f"开头都是一样的很长很长的说法{i}", "B": "乙"} for i in range(4)]
-    exam_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(exam_file, rows)
     assert are_dropped(build_exam_index([str(exam_file)]), PROSE + phrase, PROSE) == [True, False]
 
 
@@ -111,11 +110,6 @@ def test_question_and_choices_are_read_from_many_formats(row, expected):
 def run_decontaminate(*files, against, out_dir, **flags):
     arguments = ["decontaminate", *map(str, files), "--against", str(against), "--out_dir", str(out_dir)]
     data_process.main(arguments + [str(x) for name, value in flags.items() for x in (f"--{name}", value)])
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def test_a_planted_leak_is_dropped_and_listed(tmp_path, exam_dir, capsys):

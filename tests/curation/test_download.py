@@ -101,29 +101,22 @@ def test_no_byte_is_downloaded_twice_after_lost_connections(server, tmp_path, br
     assert [path.name for path in target.parent.iterdir()] == ["file"], "temporary files are deleted"
 
 
-def test_a_killed_download_resumes(server, tmp_path):
+@pytest.mark.parametrize("stop_at", [1_500_000, len(CONTENT)])
+def test_a_killed_download_resumes(server, tmp_path, stop_at):
+    """A part file that is complete already is not requested again."""
+
     def interrupt(received, size):
-        if received > 1_500_000:
+        if received >= stop_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         download_file(server.url + "/file", tmp_path / "file", interrupt)
     received = (tmp_path / "file.part").stat().st_size
-    assert 1_500_000 < received < len(CONTENT) and not (tmp_path / "file").exists()
+    assert received >= stop_at and not (tmp_path / "file").exists()
+    server.requests.clear()
     download_file(server.url + "/file", tmp_path / "file")
-    assert server.requests[-1][1] == f"bytes={received}-" and (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_complete_part_file_is_not_downloaded_again(server, tmp_path):
-    def interrupt(received, size):
-        if received == size:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        download_file(server.url + "/file", tmp_path / "file", interrupt)
-    num_requests = len(server.requests)
-    download_file(server.url + "/file", tmp_path / "file")
-    assert len(server.requests) == num_requests and (tmp_path / "file").read_bytes() == CONTENT
+    assert [header for _, header in server.requests] == ([f"bytes={received}-"] if stop_at < len(CONTENT) else [])
+    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_a_changed_remote_file_is_downloaded_from_the_start(server, tmp_path):

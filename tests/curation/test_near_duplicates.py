@@ -25,15 +25,11 @@ from curation.near_duplicates import (
 )
 from curation.ngrams import alphanumeric, code_points, ngram_hashes
 from curation.transform import read_numbered_rows
+from tests.helpers import write_jsonl
 from tests.planted import planted_rows
 
 RECALL, PRECISION = 0.97, 0.995
 GOLDEN = ["0xb9f392762d0a5a0d", "0x258fd582db1c7673"]  # computed from the formula with Python integers
-
-
-def write_jsonl(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def read_kept_rows(folder: Path) -> list[dict]:
@@ -234,8 +230,6 @@ def test_chats_are_equal_only_if_their_messages_are(tmp_path):
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"text": "q\na\nb"},
     ]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = list(read_numbered_rows([path], DataStats()))
-    hashes = [row_text_hash(row) for row in read]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    hashes = [row_text_hash(row) for row in read_numbered_rows([path], DataStats())]
     assert hashes[0] == hashes[2] and len(set(hashes)) == 4
